@@ -1,0 +1,36 @@
+"""lora-bench: which low-rank adapter is best for a text encoder, at what cost, and is the difference real?
+
+From Python, a finished run is one call away:
+
+    import lora_bench
+    run = lora_bench.load("outputs/2026-11-22/12-00-00-000000-ab12cd")
+    run.predict([("How do I learn Go?", "What is the best way to learn Go?")])   # P(duplicate) of each pair
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_bench.predict import FinishedRun
+
+__all__ = ["load"]
+__version__ = version("lora-bench")
+
+
+def load(run: str | Path, *, device: str = "auto") -> FinishedRun:
+    """A finished run, ready to predict: backbone, adapter and head as they were at its best evaluation.
+
+    Args:
+        run: the run's folder.
+        device: `cpu`, `cuda`, or `auto`.
+
+    Raises:
+        UserError: the folder holds no finished run, or its backbone cannot be had.
+    """
+    from lora_bench.predict import FinishedRun
+
+    return FinishedRun.load(run, device=device)

@@ -1,0 +1,37 @@
+"""Adapter methods, one file each, and what they share.
+
+`base.py` says what a method is and which hooks the training loop calls, `targets.py` chooses the layers, `pack.py` puts K
+members on one backbone, `peft_format.py` writes and reads adapter files. A method is looked up by its module's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+from lora_bench.adapters.base import Adapter
+from lora_bench.errors import UserError, nearest
+
+__all__ = ["Adapter", "method_class", "method_names"]
+
+_SHARED = {"base", "pack", "peft_format", "targets"}
+
+
+def method_names() -> list[str]:
+    """The methods there are: the modules beside this file that are not shared machinery."""
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED]
+
+
+def method_class(name: str) -> type[Adapter]:
+    """The dataclass of method `name`: the one subclass of `Adapter` that its module defines."""
+    known = method_names()
+    if name not in known:
+        raise UserError(f"is not one of {', '.join(known)}", key="adapter.method", value=name, remedy=nearest(name, known))
+    module = importlib.import_module(f"{__name__}.{name}")
+    (found,) = (
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, Adapter) and cls.__module__ == module.__name__
+    )
+    return found

@@ -1,0 +1,30 @@
+"""The head alone on the frozen backbone: what an adapter adds is measured against this.
+
+Nothing below the head is trained, so the whole backbone is prefix: it runs without gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_bench.adapters.base import Adapter
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_bench.backbones.base import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Adapter):
+    """Settings of the linear probe: none but its default rate."""
+
+    def targets(self, backbone: Backbone) -> list[str]:
+        if not backbone.head_modules:
+            raise UserError(
+                "this backbone answers in words and has no head to train",
+                key="method",
+                value="head_only",
+                remedy="Take adapter=lora or adapter=full, or give T5 a head with model.form=encoder.",
+            )
+        return []

@@ -1,0 +1,242 @@
+"""A pack: K adapters with their heads on one frozen backbone, computed along a leading dimension K.
+
+A single run is a pack of one. `Pack` replaces two kinds of leaves of the backbone's network, and `detach` puts them back:
+
+    nn.Linear (a target)      ->  AdaptedLinear    the frozen product once over all K·B·T rows, then each member's update
+    a head module             ->  MemberHeads      one copy per member, in fp32
+
+Everything between them works row by row, so the network itself need not know of K. The members are held as a loop, not as one
+stacked tensor: on a CPU the loop is as quick, and a method's mathematics is written for one member.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.adapters.base import Adapter, Update
+    from lora_bench.backbones.base import Backbone
+    from lora_bench.data.batching import Batch
+
+
+@dataclass(frozen=True)
+class Member:
+    """What distinguishes one member of a pack: its method with its settings, and its seed."""
+
+    adapter: Adapter
+    seed: int
+
+
+def stream(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """An independent random stream for one purpose (`adapter`, `head`, `dropout`) of one seed."""
+    digest = sha256(f"{seed}/{purpose}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Unchanged(nn.Module):
+    """What stands beside a linear for a member that does not adapt it."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear with each member's update beside it."""
+
+    def __init__(self, base: nn.Linear, updates: Sequence[Update | None]) -> None:
+        super().__init__()
+        self.base = base
+        self.updates = nn.ModuleList([update if update is not None else Unchanged() for update in updates])
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: T5's feed-forward asks for its type."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)  # (K·B, T, out)
+        K = len(self.updates)
+        if K == 1:
+            return self.updates[0](x, y)  # type: ignore[no-any-return]
+        return torch.cat([update(xk, yk) for update, xk, yk in zip(self.updates, x.chunk(K), y.chunk(K), strict=True)])
+
+
+class MemberHeads(nn.Module):
+    """One copy of a head module per member; each sees its own rows, in fp32."""
+
+    def __init__(self, original: nn.Module, copies: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.original = [original]  # in a list: not a submodule, never trained
+        self.copies = nn.ModuleList(copies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.float().chunk(len(self.copies))
+        return torch.cat([head(part) for head, part in zip(self.copies, rows, strict=True)])
+
+
+class Pack(nn.Module):
+    """K members attached to one backbone.
+
+    Args:
+        backbone: stays frozen and bitwise unchanged, unless the one member trains it (`full`).
+        members: the K members.
+
+    Raises:
+        UserError: a member's targets or rank do not fit the backbone, or `full` is packed with others.
+    """
+
+    def __init__(self, backbone: Backbone, members: Sequence[Member]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.network = backbone.network
+        self.members = list(members)
+        self.trains_backbone = any(member.adapter.trains_backbone for member in members)
+        if self.trains_backbone and len(members) > 1:
+            raise UserError(
+                "trains the backbone, so its packs have one member", key="adapter.method", value="full"
+            )
+        try:
+            self.targets = [member.adapter.targets(backbone) for member in members]
+            self.updates = [self._make_updates(member, names) for member, names in zip(members, self.targets, strict=True)]
+        except UserError as error:
+            raise error.under("adapter") from None
+        self.depth = self._first_adapted_layer()
+        self._attach()
+
+    @property
+    def size(self) -> int:
+        """K, the number of members."""
+        return len(self.members)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (K, B, 2) in fp32.
+
+        A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
+        """
+        learns = torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns and self.trains_backbone), self._autocast():
+            hidden = self.backbone.prefix(batch, self.depth)  # (B or K·B, T, D)
+        if batch.members == 1 and self.size > 1:
+            batch = batch.repeat(self.size)
+            hidden = hidden.repeat(self.size, *[1] * (hidden.ndim - 1))
+        with self._autocast():
+            logits = self.backbone.suffix(hidden, batch, self.depth)  # (K·B, 2)
+        return logits.float().view(self.size, -1, logits.shape[-1])
+
+    def train(self, mode: bool = True) -> Pack:
+        """Training mode reaches the adapters; a frozen backbone and the heads on it never drop anything out."""
+        super().train(mode and self.trains_backbone)
+        for updates in self.updates:
+            for update in updates.values():
+                update.train(mode)
+        return self
+
+    def adapter_parameters(self, member: int) -> dict[str, nn.Parameter]:
+        """The member's adapter parameters by `<module>.<parameter>`; with `full` the backbone's own, in their names."""
+        if self.trains_backbone:
+            return {name: p for name, p in self.network.named_parameters() if ".copies." not in name}
+        return {
+            f"{name}.{key}": p for name, update in self.updates[member].items() for key, p in update.named_parameters()
+        }
+
+    def head_parameters(self, member: int) -> dict[str, nn.Parameter]:
+        """The member's head parameters by the names that they have in the Hugging Face model."""
+        heads = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
+        return {
+            f"{name}.{key}": p
+            for name, packed in heads.items()
+            if isinstance(packed, MemberHeads)
+            for key, p in packed.copies[member].named_parameters()
+        }
+
+    def trainable(self, member: int) -> dict[str, nn.Parameter]:
+        """All that the member trains: adapter and head."""
+        return {**self.adapter_parameters(member), **self.head_parameters(member)}
+
+    def state(self, member: int) -> dict[str, Tensor]:
+        """A copy of the member's trained tensors, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trainable(member).items()}
+
+    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            UserError: tensors are missing, left over, misshapen or not finite.
+        """
+        own = self.trainable(member)
+        wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if state[n].shape != p.shape]
+        wrong = wrong or [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if wrong:
+            raise UserError(f"the saved tensors do not fit this backbone and adapter: {', '.join(wrong[:3])}")
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(state[name])
+
+    def detach(self) -> None:
+        """Give the backbone its own modules back, as they were."""
+        for name, module in list(self.network.named_modules()):
+            if isinstance(module, AdaptedLinear):
+                _replace(self.network, name, module.base)
+            elif isinstance(module, MemberHeads):
+                _replace(self.network, name, module.original[0])
+
+    def _make_updates(self, member: Member, names: list[str]) -> dict[str, Update]:
+        init = stream(member.seed, "adapter")
+        dropout = stream(member.seed, "dropout", self.backbone.device)
+        linears = self.backbone.linears()
+        return {name: member.adapter.update(name, linears[name], init, dropout) for name in names}
+
+    def _first_adapted_layer(self) -> int:
+        """How many layers run once for all members; with `full` none, not even the embeddings, is frozen."""
+        if self.trains_backbone:
+            return 0
+        layers = [self.backbone.layer_of(name) for names in self.targets for name in names]
+        return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
+
+    def _attach(self) -> None:
+        self.network.requires_grad_(self.trains_backbone)
+        linears = self.backbone.linears()
+        for name in dict.fromkeys(name for names in self.targets for name in names):
+            adapted = AdaptedLinear(linears[name], [updates.get(name) for updates in self.updates])
+            _replace(self.network, name, adapted)
+        for name in self.backbone.head_modules:
+            original = self.network.get_submodule(name)
+            _replace(self.network, name, MemberHeads(original, [self._head(name, original, m) for m in self.members]))
+
+    def _head(self, name: str, original: nn.Module, member: Member) -> nn.Module:
+        """A trainable fp32 copy of a head module; what the checkpoint did not hold is drawn from the member's seed."""
+        head = copy.deepcopy(original).float().requires_grad_(True)
+        init = stream(member.seed, f"head/{name}")
+        for key, p in head.named_parameters():
+            if f"{name}.{key}" in self.backbone.fresh:
+                drawn = torch.zeros(p.shape)
+                if p.ndim > 1:  # as transformers draws a new classifier: normal weights, zero biases
+                    drawn.normal_(0.0, self.backbone.initializer_range, generator=init)
+                p.data.copy_(drawn)
+        return head
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        """With `full` the weights stay fp32 and products are cast; frozen weights are cast once, when loaded."""
+        if self.trains_backbone and self.backbone.compute_dtype != torch.float32:
+            return torch.autocast(self.backbone.device.type, self.backbone.compute_dtype)
+        return nullcontext()
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)

@@ -1,0 +1,82 @@
+"""Which linears an adapter changes: by regular expression on full module names, by layer, never the head."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_bench.backbones.base import Backbone
+
+
+def match_targets(backbone: Backbone, target_modules: str, layers: Any) -> list[str]:
+    """Full names of the linears that both settings choose, in the order of computation.
+
+    Args:
+        target_modules: `all` (every linear of the layers), `qv` (query and value of every attention; the words mean the same
+            for every family), or a regular expression that the full name matches from end to end.
+        layers: `all`, `top:n`, or a list of layer numbers from 0.
+
+    Raises:
+        UserError: the expression is not one, matches nothing, or a layer does not exist.
+    """
+    names = list(backbone.linears())
+    chosen_layers = _match_layers(layers, len(backbone.layers))
+    pattern = {"all": r".*", "qv": backbone.query_value}.get(target_modules, target_modules)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"is not a regular expression: {error}", key="target_modules", value=target_modules
+        ) from None
+    matched = [name for name in names if compiled.fullmatch(name)]
+    if not matched:
+        near = [name for name in names if compiled.search(name)]
+        hint = (
+            f"It matches a part of {near[0]}: the whole name must match, so try '.*({pattern}).*'."
+            if near
+            else f"Names there are: {', '.join(_patterns(names))}."
+        )
+        raise UserError("matches no linear of the backbone", key="target_modules", value=target_modules, remedy=hint)
+    matched = [name for name in matched if backbone.layer_of(name) in chosen_layers]
+    if not matched:
+        raise UserError(f"leaves no linear that target_modules={target_modules} matches", key="layers", value=layers)
+    return matched
+
+
+def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
+    """Top-level or bracketed alternatives of the expression that none of the matched names needs.
+
+    `.*(query|value|qurey)` leaves `qurey` behind: almost surely a typing error, so it is said.
+    """
+    if target_modules in ("all", "qv"):
+        return []
+    group = re.search(r"\(\??:?([\w.|]+)\)", target_modules)
+    alternatives = (group.group(1) if group else target_modules).split("|")
+    if len(alternatives) < 2:
+        return []
+    rest = (target_modules[: group.start()], target_modules[group.end() :]) if group else ("", "")
+    return [a for a in alternatives if not any(re.fullmatch(f"{rest[0]}(?:{a}){rest[1]}", name) for name in names)]
+
+
+def _match_layers(layers: Any, count: int) -> set[int]:
+    if layers == "all":
+        return set(range(count))
+    top = re.fullmatch(r"top:(\d+)", str(layers))
+    if top and 1 <= int(top.group(1)) <= count:
+        return set(range(count - int(top.group(1)), count))
+    if isinstance(layers, list | tuple) and layers and all(type(i) is int and 0 <= i < count for i in layers):
+        return set(layers)
+    raise UserError(
+        f"is neither all, nor top:n with n from 1 to {count}, nor a list of layers from 0 to {count - 1}",
+        key="layers",
+        value=layers,
+        remedy="For example adapter.layers=top:2 or 'adapter.layers=[0,1]'.",
+    )
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """The names with their numbers blanked, each once: short enough to print."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))

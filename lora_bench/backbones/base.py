@@ -1,0 +1,123 @@
+"""What a backbone is: a pretrained network seen as a row of layers, with a cut anywhere between two of them.
+
+    prefix(batch, depth)          -> hidden   the layers below `depth`, once for all members
+    suffix(hidden, batch, depth)  -> logits   the rest, for every member's rows, and the head
+
+The prefix is frozen, so its output may be shared. One file per family implements the two; their composition equals the
+Hugging Face model's own output.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.data.batching import Batch
+
+
+class Backbone(ABC):
+    """A pretrained network and its tokenizer.
+
+    Args:
+        network: the Hugging Face model, in fp32 and in evaluation mode.
+        tokenizer: its fast tokenizer.
+        fresh: names of parameters that the checkpoint did not hold (the new head).
+    """
+
+    head_modules: Sequence[str]
+    """Names of the modules that make up the head; trained by every member, never wrapped."""
+    query_value: str
+    """Regular expression of the linears that `target_modules=qv` means."""
+    peft_task = "SEQ_CLS"
+    """What peft calls the kind of task."""
+    layer_paths: Sequence[str]
+    """Names of the lists of layers, in the order of computation."""
+
+    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
+        self.network = network
+        self.tokenizer = tokenizer
+        self.fresh = fresh
+        self.compute_dtype = torch.float32
+        self.layers: list[tuple[str, nn.Module]] = [
+            (f"{path}.{i}", layer)
+            for path in self.layer_paths
+            for i, layer in enumerate(network.get_submodule(path).children())
+        ]
+
+    @abstractmethod
+    def prefix(self, batch: Batch, depth: int) -> Tensor:
+        """Embeddings and the first `depth` layers: (N, T, D) for N rows."""
+
+    @abstractmethod
+    def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        """The layers from `depth` on and the head: logits (N, 2)."""
+
+    def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], list[str] | None]:
+        """What the tokenizer gets for named text columns: the first text and, for pairs, the second."""
+        texts = [text for _, text in columns]
+        return texts[0], texts[1] if len(texts) > 1 else None
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the layers."""
+        return int(self.network.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of a new head's weights."""
+        return float(getattr(self.network.config, "initializer_range", 0.02))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear of the layers by its full name, in the order of computation: what an adapter may change."""
+        return {
+            f"{path}.{name}": module
+            for path, layer in self.layers
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that module `name` lies in, from 0 in the order of computation."""
+        return next((i for i, (path, _) in enumerate(self.layers) if name.startswith(f"{path}.")), None)
+
+    def to(self, device: torch.device, dtype: torch.dtype, *, trained: bool) -> None:
+        """Move to a device and set the precision of products; frozen weights are cast once, trained ones stay fp32."""
+        self.compute_dtype = dtype
+        self.network.to(device)
+        if not trained:
+            self.network.to(dtype)
+
+    def hash(self) -> str:
+        """sha256 over the names and bytes of every tensor outside the head; call it on a detached backbone."""
+        digest = sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            if not name.startswith(tuple(f"{head}." for head in self.head_modules)):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def additive_mask(batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """0 where a token may be attended to, the type's lowest number where it is padding: (N, 1, 1, T); None without padding."""
+    if batch.full:
+        return None
+    lowest = torch.finfo(dtype).min
+    mask = torch.zeros(batch.attention_mask.shape, dtype=dtype, device=batch.attention_mask.device)
+    return mask.masked_fill_(batch.attention_mask == 0, lowest)[:, None, None, :]
+
+
+def run_layer(layer: nn.Module, *arguments: Any) -> Tensor:
+    """A layer's hidden states; some releases of transformers return them alone, some as the first of a tuple."""
+    out = layer(*arguments)
+    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]

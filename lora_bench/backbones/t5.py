@@ -1,0 +1,119 @@
+"""T5, as it does a sentence-pair task itself (text to text), or as an encoder with a head.
+
+Text to text (Raffel et al. 2020, appendix D): the encoder reads `qqp question1: … question2: …`, the decoder takes one step from
+its start token, and the scores of the first tokens of the two label words are the logits. There is no head. Layers count through
+the encoder, then the decoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_bench.backbones.base import Backbone, additive_mask, run_layer
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.data.batching import Batch
+
+
+class _T5(Backbone):
+    """What both forms share: the template, and the encoder with its one relative position bias."""
+
+    query_value = r".*\.(q|v)"
+    encoder: Any
+
+    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str) -> None:
+        super().__init__(network, tokenizer, fresh)
+        self.template = template
+        self.task = task
+
+    def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], None]:
+        named = zip(*[[f"{name}: {text}" for text in texts] for name, texts in columns], strict=True)
+        before, after = self.template.replace("{task}", self.task).split("{fields}", 1)
+        return [before + " ".join(fields) + after for fields in named], None
+
+    def prefix(self, batch: Batch, depth: int) -> Tensor:
+        hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))
+        return self._encode(hidden, batch, 0, depth)  # (N, T, D)
+
+    def _encode(self, hidden: Tensor, batch: Batch, start: int, end: int) -> Tensor:
+        blocks = self.layers[: len(self.encoder.block)][start:end]
+        if blocks:
+            # Only the first block owns the bias; with the mask added to it, every release of transformers agrees.
+            attention = self.encoder.block[0].layer[0].SelfAttention
+            length = batch.input_ids.shape[1]
+            bias = attention.compute_bias(length, length, device=hidden.device)  # (1, heads, T, T)
+            mask = additive_mask(batch, bias.dtype)
+            bias = bias if mask is None else bias + mask  # (N, heads, T, T)
+        for _, block in blocks:
+            hidden = run_layer(block, hidden, None, bias)
+        return hidden
+
+    def _encoded(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        hidden = self._encode(hidden, batch, depth, len(self.encoder.block))
+        return self.encoder.dropout(self.encoder.final_layer_norm(hidden))  # type: ignore[no-any-return]
+
+
+class T5TextToText(_T5):
+    """`T5ForConditionalGeneration` that answers with one of two words.
+
+    Raises:
+        UserError: the two label words begin with the same token.
+    """
+
+    head_modules = ()
+    peft_task = "SEQ_2_SEQ_LM"
+    layer_paths = ("encoder.block", "decoder.block")
+
+    def __init__(
+        self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str, label_words: list[str]
+    ) -> None:
+        super().__init__(network, tokenizer, fresh, template, task)
+        self.encoder = network.encoder
+        self.label_tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in label_words]
+        if self.label_tokens[0] == self.label_tokens[1]:
+            raise UserError(
+                "both words begin with the same token, so their scores cannot differ",
+                key="model.label_words",
+                value=label_words,
+                remedy="Give two words that begin differently, for example 'model.label_words=[no,yes]'.",
+            )
+
+    def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        if depth > len(self.encoder.block):
+            depth = len(self.encoder.block)  # the decoder is run whole: its one step costs little
+        encoded = self._encoded(hidden, batch, depth)  # (N, T, D)
+        network: Any = self.network
+        start = torch.full((len(encoded), 1), network.config.decoder_start_token_id, device=encoded.device)
+        decoded = network.decoder(
+            input_ids=start,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).last_hidden_state[:, 0]  # (N, D)
+        if network.config.scale_decoder_outputs:
+            decoded = decoded * network.config.d_model**-0.5
+        return decoded @ network.lm_head.weight[self.label_tokens].T  # type: ignore[no-any-return]  # (N, 2)
+
+
+class T5Encoder(_T5):
+    """`T5ForTokenClassification` whose token logits are averaged: a linear head on the mean-pooled encoder."""
+
+    head_modules = ("classifier",)
+    peft_task = "TOKEN_CLS"
+    layer_paths = ("transformer.encoder.block",)
+
+    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str) -> None:
+        super().__init__(network, tokenizer, fresh, template, task)
+        self.encoder = network.transformer.encoder  # type: ignore[union-attr]
+
+    def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        encoded = self._encoded(hidden, batch, depth)  # (N, T, D)
+        kept = batch.attention_mask[:, :, None].to(encoded.dtype)  # (N, T, 1)
+        pooled = (encoded * kept).sum(1) / kept.sum(1)  # (N, D); the head is linear, so this equals the mean of logits
+        return self.network.classifier(pooled)  # type: ignore[no-any-return, operator]

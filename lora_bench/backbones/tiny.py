@@ -1,0 +1,65 @@
+"""Character-level tokenizers of the three families' kinds, made on the spot: a random backbone for tests needs no file."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lora_bench.errors import UserError
+
+_CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
+
+
+def tokenizer(model_type: str) -> Any:
+    """A tokenizer for a random model of `model_type` (`bert`, `roberta` or `t5`)."""
+    makers = {"bert": _bert, "roberta": _roberta, "t5": _t5}
+    if model_type not in makers:
+        raise UserError(f"is not one of {', '.join(makers)}", key="model.random.model_type", value=model_type)
+    return makers[model_type]()
+
+
+def _bert() -> Any:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_CHARACTERS, *(f"##{c}" for c in _CHARACTERS)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    return _wrap(made, names, ["input_ids", "token_type_ids", "attention_mask"])
+
+
+def _roberta() -> Any:
+    words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "<mask>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])],
+    )
+    names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+    return _wrap(made, names, ["input_ids", "attention_mask"])
+
+
+def _t5() -> Any:
+    letters = [*string.ascii_letters, *string.digits, *string.punctuation]
+    # A letter that begins a word is a token of its own, so that label words that begin differently score differently.
+    words = ["<pad>", "</s>", "<unk>", "▁", *letters, *(f"▁{c}" for c in string.ascii_letters)]
+    made = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=2))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return _wrap(made, {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, ["input_ids", "attention_mask"])
+
+
+def _wrap(made: Tokenizer, names: dict[str, str], inputs: list[str]) -> Any:
+    tokens = {f"{name}_token": token for name, token in names.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **tokens)

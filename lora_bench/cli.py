@@ -1,0 +1,266 @@
+"""The commands. Pops the command from the arguments, then runs one `hydra.main` for each command that composes a config.
+
+Nothing here imports torch: `--help`, `--cfg job`, a mistyped key and `compare` answer at once.
+Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from lora_bench.errors import DivergedError, UserError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from omegaconf import DictConfig
+
+COMMANDS = {
+    "train": "train, evaluate and record a run; with -m or sweep=NAME, a sweep",
+    "eval": "score a finished run on another data set",
+    "predict": "label new pairs with a finished run",
+    "compare": "tables over finished runs: what varies, how good, at what cost",
+    "doctor": "versions, devices, precisions, and what is missing here",
+}
+
+
+class SweepFailedError(Exception):
+    """Some jobs of a sweep failed; each was told when it happened."""
+
+
+GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "experiment", "sweep")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        return _say(str(error), 2)
+    except DivergedError as error:
+        return _say(f"the run diverged: {error}", 1)
+    except SweepFailedError as error:
+        return _say(str(error), 1)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone: `lora-bench compare | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except Exception as error:
+        first = str(error).strip().splitlines() or [""]
+        return _say(f"the run failed: {type(error).__name__}: {first[0]} (the traceback is in its run.log)", 1)
+
+
+def conf_folder() -> Path:
+    """The configuration groups: beside the package in a clone, inside it in an installed wheel."""
+    found = Path(__file__).parent / "conf"
+    return found if found.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    command, *rest = arguments
+    if command == "--version":
+        from lora_bench import __version__
+
+        print(f"lora-bench {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"{command!r} is not a command", remedy=nearest(command, COMMANDS))
+    if command == "compare":
+        from lora_bench.compare import main as compare
+
+        return compare(rest)
+    if "-h" in rest or "--help" in rest:
+        print(_help(command))
+        return 0
+    if command == "doctor":
+        from lora_bench.doctor import run_doctor
+
+        run_doctor(_console())
+        return 0
+    tasks = {"train": ("config", _train), "eval": ("eval", _eval), "predict": ("predict", _predict)}
+    _run_hydra(command, *tasks[command], rest)
+    return 0
+
+
+def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
+    """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
+    from lora_bench.hydra_errors import refuse_code, translated
+
+    refuse_code(arguments)
+    _register_with_hydra()
+    import hydra
+
+    failures: list[Exception] = []
+    jobs = 0
+
+    def job(cfg: DictConfig) -> None:
+        """Keeps errors from Hydra, which would print them its own way and stop at the first of a sweep."""
+        nonlocal jobs
+        jobs += 1
+        try:
+            task(cfg)
+        except Exception as error:
+            failures.append(error)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
+    sys.argv = [f"lora-bench {command}", *arguments]
+    with translated(conf_folder(), config_name, arguments):
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
+        if jobs == 1 and failures:
+            raise failures[0]
+    if failures:
+        reason = f"{len(failures)} of {jobs} jobs failed"
+        raise UserError(reason) if all(isinstance(e, UserError) for e in failures) else SweepFailedError(reason)
+
+
+def _register_with_hydra() -> None:
+    """Our sweeper, where Hydra looks for it, and the resolver for a run folder's id."""
+    from omegaconf import OmegaConf
+
+    try:
+        plugins: Any = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        plugins = type(sys)("hydra_plugins")
+        plugins.__path__ = []
+        sys.modules["hydra_plugins"] = plugins
+    folder = str(Path(__file__).parent / "plugin")
+    if folder not in plugins.__path__:
+        plugins.__path__.append(folder)
+    OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+
+
+def _train(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from lora_bench.record import Run, discard
+
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    asked: dict[str, Any] = {
+        "choices": {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)},
+        "overrides": list(hydra.overrides.task),
+    }
+    for node, key in ((cfg.model, "path"), (cfg.data, "path")):
+        if node.get(key):
+            node[key] = os.path.abspath(node[key])  # so that the record can be used from any folder
+    console = _console()
+    job = hydra.job.num if hydra.mode == RunMode.MULTIRUN else None
+    if job is not None:
+        console.print(Text(f"\njob {job}: {' '.join(asked['overrides'])}", style="bold"))
+    try:
+        from lora_bench.train import train  # torch: late
+
+        train(cfg, folder, **asked, console=console)
+    except UserError as error:
+        if job is None:
+            discard(folder)
+        elif not (folder / "run.json").exists():
+            config: Any = OmegaConf.to_container(cfg, resolve=False)
+            Run.claim(folder, **asked, config=config).finish("failed", str(error))
+        _tell_job(console, job, error)
+        raise
+    except Exception as error:
+        _tell_job(console, job, error)
+        raise
+    if cfg.dry_run:
+        discard(folder)
+
+
+def _tell_job(console: Console, job: int | None, error: Exception) -> None:
+    """In a sweep the others go on, so each failure is told when it happens."""
+    if job is not None:
+        console.print(Text(f"job {job} failed: {error}", style="red"))
+
+
+def _eval(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from lora_bench.evaluate import run_eval
+
+    run_eval(cfg, data_choice=str(HydraConfig.get().runtime.choices["data"]), console=_console())
+
+
+def _predict(cfg: DictConfig) -> None:
+    from lora_bench.predict import run_predict
+
+    run_predict(cfg)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _say(message: str, code: int) -> int:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"lora-bench: {message}"))
+    return code
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "lora-bench: which low-rank adapter is best for a text encoder, at what cost, and is the difference real?",
+            "",
+            "  lora-bench train experiment=quickstart",
+            "  lora-bench train model=roberta adapter.rank=8",
+            "  lora-bench train -m adapter=lora,full 'seed=range(5)'",
+            "  lora-bench compare outputs/",
+            "",
+            "Commands (lora-bench COMMAND --help tells more):",
+            *lines,
+            "",
+            "  --version",
+        ]
+    )
+
+
+def _help(command: str) -> str:
+    conf = conf_folder()
+    lines = [f"lora-bench {command}: {COMMANDS[command]}", ""]
+    if command == "train":
+        lines += [
+            "  lora-bench train [-m] [--cfg job] [group=choice] [key=value] …",
+            "",
+            "  -m              sweep: every combination of values given with commas, as adapter.rank=2,4,8 'seed=range(5)'",
+            "  --cfg job       print the composed config and stop: every key with its value",
+            "  --config-dir D  look for groups' choices in folder D too",
+            "  dry_run=true    build everything, run a few probe steps, print what the run would cost",
+            "",
+            "Groups and their choices:",
+            *(f"  {group}={'|'.join(choices(group))}" for group in GROUPS),
+            "",
+            "Keys: adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, adapter.layers, optimizer.lr,",
+            "  trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size, seed, … (--cfg job lists all)",
+        ]
+    elif command in ("eval", "predict"):
+        lines += [f"  {line}" for line in (conf / f"{command}.yaml").read_text(encoding="utf-8").splitlines()]
+    return "\n".join(lines)
+
+
+def choices(group: str) -> list[str]:
+    """The options of a config group that ship with the package."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))

@@ -1,0 +1,266 @@
+"""Typed settings, and the one function that makes them from a config node.
+
+A key's default lives in its YAML under `conf/`, its type and meaning in the dataclass here (an adapter's in its own file
+under `adapters/`), its range check in `__post_init__`. Below this file and `train.py` nobody knows OmegaConf.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_bench.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def need(holds: bool, key: str, value: object, reason: str, remedy: str = "") -> None:
+    """Refuse `value` for `key` unless the condition holds."""
+    if not holds:
+        raise UserError(reason, key=key, value=value, remedy=remedy)
+
+
+def need_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    need(value in choices, key, value, f"is not one of {', '.join(choices)}", nearest(value, choices))
+
+
+def need_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Refuse what is not a finite number in [low, high], or (low, high] with `open_low`."""
+    inside = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    if inside:
+        return
+    bound = f"greater than {low:g}" if open_low else f"at least {low:g}"
+    upper = f" and at most {high:g}" if math.isfinite(high) else ""
+    raise UserError(f"must be a finite number {bound}{upper}", key=key, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which pretrained network is the frozen backbone, and where its weights lie. The first place given is used."""
+
+    family: str
+    """`bert` (BERT, RoBERTa, MiniLM), `t5`, or `auto` (any Hugging Face sequence classifier, without the prefix split)."""
+    path: str | None
+    """A local Hugging Face folder: config.json, weights in safetensors, tokenizer."""
+    tokenizer: str | None
+    """A local folder or hub id of the tokenizer, where it is not beside the weights."""
+    package: str | None
+    """An installed Python package with the weights inside (`model/` below its folder)."""
+    sha256: str | None
+    """The digest that `model.safetensors` must have, checked at load."""
+    folder: str | None
+    """A folder below the one that the environment variable LORA_BENCH_BACKBONES names."""
+    hub_id: str | None
+    """A model on the Hugging Face hub."""
+    revision: str | None
+    """Branch, tag or commit of that model on the hub."""
+    random: dict[str, Any] | None
+    """Settings of a Hugging Face config from which a random network is made: for tests."""
+
+    def __post_init__(self) -> None:
+        need_one_of("family", self.family, tuple(MODELS))
+        places = (self.path, self.package, self.folder, self.hub_id, self.random)
+        need(any(places), "path", self.path, "names no weights", "Give model.path=DIR, a local Hugging Face folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Model(Model):
+    """T5 answers in words (encoder and one decoder step), or classifies from its encoder."""
+
+    form: str
+    """`text_to_text`: the scores of the two label words are the logits, no head. `encoder`: mean-pooled encoder and a head."""
+    template: str
+    """What the encoder reads; {task} and {fields} (`question1: … question2: …`) are filled in."""
+    label_words: list[str]
+    """The words for label 0 and 1; their first tokens are scored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need_one_of("form", self.form, ("text_to_text", "encoder"))
+        need("{fields}" in self.template, "template", self.template, "has no {fields}", "That is where the text goes.")
+        need(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A task: texts in one or two columns, labels 0 and 1."""
+
+    source: str
+    """`hub`, `files` or `toy`."""
+    task: str
+    """The task's short name; T5's template begins with it."""
+    text_columns: list[str]
+    """One column (single sentences) or two (pairs)."""
+    label_column: str
+    label_names: list[str]
+    """What label 0 and label 1 are called; the words that T5 answers with."""
+    max_length: int
+    """Tokens per pair; longer ones are truncated (and counted)."""
+    train_size: int | None
+    """Train on the first n rows of a fixed permutation of what the selection split leaves; null: on all."""
+    selection_size: int | float
+    """Rows (2 or more), or the fraction (below 1), of train set aside for choosing: stratified, fixed by split_seed."""
+    split_seed: int
+    """Fixes the selection split and the permutation that train_size cuts; not the run's seed."""
+
+    def __post_init__(self) -> None:
+        need_one_of("source", self.source, tuple(DATA))
+        need(len(self.text_columns) in (1, 2), "text_columns", self.text_columns, "must name one or two columns")
+        need(len(self.label_names) == 2, "label_names", self.label_names, "must be two names, of label 0 and label 1")
+        need_number("max_length", self.max_length, 8)
+        if self.train_size is not None:
+            need_number("train_size", self.train_size, 1)
+        size = self.selection_size
+        need(
+            math.isfinite(size) and (0 < size < 1 or (size >= 2 and size == int(size))),
+            "selection_size",
+            size,
+            "must be a fraction between 0 and 1 or a whole number of rows from 2",
+        )
+        need_number("split_seed", self.split_seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubData(Data):
+    hub_id: str
+    hub_config: str | None
+    revision: str | None
+    """Branch, tag or commit of the data set on the hub; null: the newest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileData(Data):
+    path: str
+    """A folder with train, validation and test files (.tsv, .csv, .jsonl or .parquet), any of them absent, or one file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyData(Data):
+    train_rows: int
+    validation_rows: int
+    generator_seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need_number("train_rows", self.train_rows, 8)
+        need_number("validation_rows", self.validation_rows, 8)
+        need_number("generator_seed", self.generator_seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with warm-up."""
+
+    lr: float
+    """Peak learning rate; the default is the adapter's own `default_lr`."""
+    weight_decay: float
+    """Decoupled decay; never on biases and norms."""
+    beta1: float
+    beta2: float
+    eps: float
+    warmup: float
+    """Share of all steps over which the rate climbs from 0."""
+    schedule: str
+    """What follows the warm-up: `linear` (to 0), `cosine` (to 0) or `constant`."""
+    grad_clip_norm: float | None
+    """Largest 2-norm of a member's gradient; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        need_number("lr", self.lr, 0, open_low=True)
+        need_number("weight_decay", self.weight_decay, 0)
+        need_number("beta1", self.beta1, 0, 0.999999)
+        need_number("beta2", self.beta2, 0, 0.999999)
+        need_number("eps", self.eps, 0, open_low=True)
+        need_number("warmup", self.warmup, 0, 1)
+        need_one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
+        if self.grad_clip_norm is not None:
+            need_number("grad_clip_norm", self.grad_clip_norm, 0, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How long, in which portions, in which precision, and how often to look."""
+
+    epochs: float
+    max_steps: int | None
+    """Stop after this many optimizer updates, whatever `epochs` says; null: epochs decide."""
+    batch_size: int
+    """Pairs per optimizer update."""
+    micro_batch_size: int | None
+    """Pairs per forward pass, counted over all members of a pack; gradients add up. null: the whole batch."""
+    eval_batch_size: int
+    """Pairs per forward pass without gradients."""
+    eval_every: int | None
+    """Score the selection split every so many steps; null: at the end of each epoch. The last step is always scored."""
+    early_stopping_patience: int | None
+    """Stop after so many evaluations in a row without a better selection MCC; null: never."""
+    precision: str
+    """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
+    device: str
+    """`cpu`, `cuda`, or `auto`."""
+    threads: int | None
+    """CPU threads; null: what torch chooses."""
+
+    def __post_init__(self) -> None:
+        need_number("epochs", self.epochs, 0, open_low=True)
+        for name in ("batch_size", "eval_batch_size"):
+            need_number(name, getattr(self, name), 1)
+        for name in ("max_steps", "micro_batch_size", "eval_every", "early_stopping_patience", "threads"):
+            if getattr(self, name) is not None:
+                need_number(name, getattr(self, name), 1)
+        need_one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        need_one_of("device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A binary metric of torchmetrics, looked up by name: `BinarySpecificity` of `torchmetrics.classification`."""
+
+    torchmetric: str
+    direction: str
+    """`up` where more is better, `down` where less is: the arrow in tables."""
+
+    def __post_init__(self) -> None:
+        need_one_of("direction", self.direction, ("up", "down"))
+
+
+MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
+DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}
+
+
+def build(cls: type[T], node: DictConfig, key: str) -> T:
+    """Make the dataclass `cls` from a config node, or refuse, naming the key below `key`."""
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    for name in node:
+        need(name in known, f"{key}.{name}", None, "is not a known key", nearest(str(name), known))
+    try:
+        values = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    except UserError as error:
+        raise error.under(key) from None
+    except OmegaConfBaseException as error:
+        name = str(error.full_key or "")
+        reason = str(error.msg or error).splitlines()[0].rstrip(".")
+        if "Missing mandatory value" in reason:
+            reason = "is missing"
+        raise UserError(reason, key=f"{key}.{name}" if name else key) from None
+    assert isinstance(made, cls)
+    return made
+
+
+def build_model(node: DictConfig) -> Model:
+    return build(_kind(MODELS, node, "family", "model"), node, "model")
+
+
+def build_data(node: DictConfig) -> Data:
+    return build(_kind(DATA, node, "source", "data"), node, "data")
+
+
+def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
+    name = str(node.get(field))
+    need(name in kinds, f"{group}.{field}", name, f"is not one of {', '.join(kinds)}", nearest(name, kinds))
+    return kinds[name]

@@ -1,0 +1,1 @@
+"""From files, hub or generator to labelled texts, and from texts to batches of token ids."""

@@ -1,0 +1,156 @@
+"""From token tables to batches: which pairs travel together, in which order, padded to which length.
+
+Batch shapes are fixed by the data, the order of pairs by the seed. Pairs are sorted by length into buckets of a few batches; the
+sequence of buckets is the same for every seed, and the seed permutes the pairs within each bucket. So members of a pack that
+differ in their seeds bring their own pairs in batches of equal shape, and a batch is a pure function of (seed, epoch, position).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from lora_bench.data.pairs import TokenTable
+
+    Rows = NDArray[np.int64]
+
+BATCHES_PER_BUCKET = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N = members · B rows of T tokens, member by member; `members` is 1 where all members share the rows."""
+
+    input_ids: Tensor  # (N, T) int64
+    attention_mask: Tensor  # (N, T) int64, 1 for tokens, 0 for padding
+    token_type_ids: Tensor | None  # (N, T) int64; None where the tokenizer makes no difference
+    labels: Tensor | None  # (N,) int64
+    full: bool  # no padding anywhere
+    members: int = 1
+
+    def repeat(self, members: int) -> Batch:
+        """The same rows once per member."""
+        types, labels = self.token_type_ids, self.labels
+        return Batch(
+            self.input_ids.repeat(members, 1),
+            self.attention_mask.repeat(members, 1),
+            None if types is None else types.repeat(members, 1),
+            None if labels is None else labels.repeat(members),
+            self.full,
+            members,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        moved = [
+            None if t is None else t.pin_memory().to(device, non_blocking=True)
+            for t in (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)
+        ]
+        ids, mask, types, labels = moved
+        assert ids is not None
+        assert mask is not None
+        return Batch(ids, mask, types, labels, self.full, self.members)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which rows each training batch holds.
+
+    Args:
+        lengths: (N,) tokens of each pair.
+        batch_size: pairs per optimizer update.
+    """
+
+    lengths: Rows
+    batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def buckets(self) -> list[Rows]:
+        """Row numbers by length, cut into buckets of a whole number of batches (the last may be short)."""
+        order = np.argsort(self.lengths, kind="stable")
+        size = self.batch_size * BATCHES_PER_BUCKET
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def epoch(self, epoch: int, seeds: Sequence[int]) -> Iterator[tuple[list[Rows], int]]:
+        """The batches of one epoch in order: for each distinct seed its rows, and the length T to pad to."""
+        buckets = self.buckets()
+        tops = [int(self.lengths[bucket].max()) for bucket in buckets]
+        shuffled = [
+            [np.random.default_rng((seed, epoch, i)).permutation(bucket) for i, bucket in enumerate(buckets)]
+            for seed in seeds
+        ]
+        slots = [(i, start) for i, bucket in enumerate(buckets) for start in range(0, len(bucket), self.batch_size)]
+        for slot in np.random.default_rng(epoch).permutation(len(slots)):  # the same for every seed
+            i, start = slots[slot]
+            yield [own[i][start : start + self.batch_size] for own in shuffled], tops[i]
+
+
+def training_batches(
+    table: TokenTable, plan: BatchPlan, seeds: Sequence[int], epoch: int, pad_id: int
+) -> Iterator[Batch]:
+    """The batches of one epoch for members of these seeds; rows are shared where all seeds are equal."""
+    distinct = list(dict.fromkeys(seeds))
+    for rows, length in plan.epoch(epoch, distinct):
+        if len(distinct) == 1:
+            yield collate(table, rows[0], length, pad_id)
+        else:
+            own = np.concatenate([rows[distinct.index(seed)] for seed in seeds])
+            yield collate(table, own, length, pad_id, members=len(seeds))
+
+
+def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
+    """Every row once, longest first, with the row numbers of each batch."""
+    order = np.argsort(-table.lengths, kind="stable")
+    for i in range(0, len(order), batch_size):
+        rows = order[i : i + batch_size]
+        yield rows, collate(table, rows, int(table.lengths[rows].max()), pad_id)
+
+
+def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The batch in portions of at most `rows` rows per member."""
+    B = len(batch.input_ids) // batch.members
+    if rows >= B:
+        yield batch
+        return
+    for i in range(0, B, rows):
+        pick = torch.cat([torch.arange(m * B + i, m * B + min(i + rows, B)) for m in range(batch.members)])
+        types, labels = batch.token_type_ids, batch.labels
+        yield Batch(
+            batch.input_ids[pick],
+            batch.attention_mask[pick],
+            None if types is None else types[pick],
+            None if labels is None else labels[pick],
+            batch.full,
+            batch.members,
+        )
+
+
+def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: int = 1) -> Batch:
+    """Rows of the table as one padded batch, without a Python loop over rows."""
+    lengths = table.lengths[rows]  # (N,)
+    columns = np.arange(length)
+    kept = columns < lengths[:, None]  # (N, T)
+    places = np.minimum(table.offsets[rows][:, None] + columns, len(table.values) - 1)
+    ids = np.where(kept, table.values[places], pad_id).astype(np.int64)
+    types = None if table.types is None else np.where(kept, table.types[places], 0).astype(np.int64)
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(kept.astype(np.int64)),
+        None if types is None else torch.from_numpy(types),
+        None if table.labels is None else torch.from_numpy(table.labels[rows]),
+        bool(kept.all()),
+        members,
+    )

@@ -1,0 +1,278 @@
+"""Readers of local files that do not guess: what is not plainly right is refused, naming file and row.
+
+TSV is read without any quoting: tabs separate, only a line feed (with or without a carriage return before it) ends a
+row, and `"`, `NA` and `null` are text. Rows are numbered as an editor counts lines, header included; Parquet's from 1.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import os
+import reprlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_bench.data.sources import Examples
+from lora_bench.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+STDIN = "-"
+_LABELS = {"0": 0, "1": 1, 0: 0, 1: 1}
+_shown = reprlib.Repr()  # foreign strings reach a message escaped and cut short
+_shown.maxstring = _shown.maxother = 60
+_shown.maxlist = 20
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of a file or of a split on the hub, values not yet checked."""
+
+    source: str  # a file's path, or what else an error should name
+    names: Sequence[str]
+    column: Callable[[str], Sequence[Any]]
+    rows: Sequence[int]  # (N,) where each record begins, for error messages
+
+    def examples(self, text_columns: Sequence[str], label_column: str | None, *, labels_may_hide: bool) -> Examples:
+        """Checked examples; see `read` for the arguments."""
+        if not self.rows:
+            raise UserError("has a header but no rows", file=self.source, remedy="Give at least one labelled row.")
+        texts = tuple(self._texts(name) for name in text_columns)
+        labels = None if label_column is None else self._labels(label_column, labels_may_hide)
+        return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
+
+    def _texts(self, name: str) -> list[str]:
+        self._need_column(name, "data.text_columns")
+        values = list(self.column(name))
+        for row, value in zip(self.rows, values, strict=True):
+            if type(value) is not str:
+                raise self._error(f"{_shown.repr(name)} is {_shown.repr(value)}, not a text", row)
+        try:
+            "".join(values).encode()
+        except UnicodeEncodeError:  # JSON can write half a character: "\ud800"
+            bad = next(i for i, value in enumerate(values) if value.encode(errors="replace").decode() != value)
+            raise self._error(f"{_shown.repr(name)} holds half of a surrogate pair", self.rows[bad]) from None
+        return values
+
+    def _labels(self, name: str, may_hide: bool) -> NDArray[np.int64] | None:
+        if may_hide and name not in self.names:
+            return None
+        self._need_column(name, "data.label_column")
+        values = self.column(name)
+        # Only str and int are looked up: True and 1.0 would find the 1 of a dict.
+        labels = [_LABELS.get(value) if type(value) in (str, int) else None for value in values]
+        if None not in labels:
+            return np.array(labels, dtype=np.int64)
+        if may_hide and all(type(value) in (str, int) and value in ("-1", -1) for value in values):
+            return None
+        bad = labels.index(None)
+        allowed = "0 or 1 in every row" + (", or -1 in all of them where labels are hidden" if may_hide else "")
+        raise self._error(
+            f"label {_shown.repr(values[bad])} is neither 0 nor 1",
+            self.rows[bad],
+            f"The column that data.label_column={name} names must hold {allowed}.",
+        )
+
+    def _need_column(self, name: str, key: str) -> None:
+        if name not in self.names:
+            columns = list(self.names)
+            hint = nearest(name, (repr(column)[1:-1][:60] for column in columns[:200]))
+            remedy = f"Its columns: {_shown.repr(columns)}. {hint if hint.startswith('Did') else ''} {key} names them."
+            raise UserError(f"has no column {_shown.repr(name)}", file=self.source, remedy=remedy)
+
+    def _error(self, reason: str, row: int, remedy: str = "") -> UserError:
+        return UserError(reason, file=self.source, row=row, remedy=remedy)
+
+
+def read(
+    path: str | Path, text_columns: Sequence[str], label_column: str | None, *, labels_may_hide: bool = False
+) -> Examples:
+    """Read one .tsv, .csv, .jsonl or .parquet file, or TSV from standard input where `path` is `-`.
+
+    Args:
+        path: the file; its ending says what it is.
+        text_columns: columns to read, in this order. Every value must be a string; none is altered.
+        label_column: column with 0 or 1 in every row; None: labels are neither needed nor looked at.
+        labels_may_hide: a test split, where the label column may be absent or -1 throughout (`labels` is then None).
+
+    Raises:
+        UserError: naming file and row, for anything but exactly that.
+    """
+    source = "standard input" if str(path) == STDIN else str(path)
+    kind = ".tsv" if str(path) == STDIN else Path(path).suffix
+    if kind not in READERS:
+        raise UserError(
+            f"is none of {', '.join(READERS)}", file=source, remedy="Its name must end so; unpack it if it is packed."
+        )
+    try:
+        raw = sys.stdin.buffer.read() if str(path) == STDIN else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", file=source) from None
+    if not raw:
+        raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
+    table = READERS[kind](source, raw)
+    if len(set(table.names)) < len(table.names):
+        twice = next(name for i, name in enumerate(table.names) if name in table.names[:i])
+        raise UserError(f"has two columns named {_shown.repr(twice)}", file=source, row=1, remedy="Rename one of them.")
+    return table.examples(text_columns, label_column, labels_may_hide=labels_may_hide)
+
+
+def split_files(folder: str) -> dict[str, str]:
+    """The paths of a folder's train, validation and test files, those that exist.
+
+    Raises:
+        UserError: there are none, or two for one split.
+    """
+    found: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        paths = [path for kind in READERS if os.path.isfile(path := os.path.join(folder, split + kind))]
+        if len(paths) > 1:
+            raise UserError(
+                f"has both {' and '.join(os.path.basename(path) for path in paths)}",
+                key="data.path",
+                value=folder,
+                remedy=f"Keep one file for {split}.",
+            )
+        found |= dict.fromkeys([split], paths[0]) if paths else {}
+    if not found:
+        raise UserError(
+            "holds no train, validation or test file",
+            key="data.path",
+            value=folder,
+            remedy=f"Name them train, validation or test with one of {', '.join(READERS)}; "
+            "other names (dev, valid, eval) are not guessed.",
+        )
+    return found
+
+
+def _lines(source: str, raw: bytes) -> list[str]:
+    """UTF-8 lines without their line feeds; a carriage return before the line feed is still there."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    nul = raw.find(b"\0")
+    if nul >= 0:
+        raise UserError("holds a NUL byte", file=source, row=raw.count(b"\n", 0, nul) + 1, remedy="Save it as UTF-8.")
+    try:
+        lines = raw.decode().split("\n")
+    except UnicodeDecodeError as error:
+        row = raw.count(b"\n", 0, error.start) + 1
+        raise UserError("is not UTF-8", file=source, row=row, remedy="Save it as UTF-8.") from None
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
+    return lines
+
+
+def _records(source: str, header: list[str], records: list[list[str]], rows: Sequence[int], remedy: str) -> Table:
+    width = len(header)
+    for row, record in zip(rows, records, strict=True):
+        if len(record) != width:
+            counts = f"{len(record)} column{'s' * (len(record) != 1)} where the header has {width}"
+            raise UserError(counts, file=source, row=row, remedy=remedy)
+
+    def column(name: str) -> list[str]:
+        place = header.index(name)
+        return [record[place] for record in records]
+
+    return Table(source, header, column, rows)
+
+
+def _tsv(source: str, raw: bytes) -> Table:
+    header, *records = [line.removesuffix("\r").split("\t") for line in _lines(source, raw)]
+    remedy = "Every row needs one tab between columns; a text holds no tab and no line break, and quotes mean nothing."
+    return _records(source, header, records, range(2, len(records) + 2), remedy)
+
+
+def _csv(source: str, raw: bytes) -> Table:
+    lines = _lines(source, raw)
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    remedy = 'A text with a comma, quote or line break stands in "quotes", and a quote inside it is doubled.'
+    records: list[list[str]] = []
+    rows: list[int] = []
+    start = 1  # the line where the record begins: an open quote swallows all that follows
+    try:
+        for record in reader:
+            # The csv module takes a quote inside an unquoted field as text: an odd one is a mistake all the same.
+            if sum(line.count('"') for line in lines[start - 1 : reader.line_num]) % 2:
+                raise csv.Error("unbalanced quotes")
+            records.append(record)
+            rows.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        reason = "unbalanced quotes" if "unexpected end" in str(error) else str(error)
+        raise UserError(f"is not valid CSV: {reason}", file=source, row=start, remedy=remedy) from None
+    return _records(source, records[0], records[1:], rows[1:], remedy)
+
+
+def _jsonl(source: str, raw: bytes) -> Table:
+    objects: list[dict[str, Any]] = []
+    for row, line in enumerate(_lines(source, raw), start=1):
+        try:
+            value = json.loads(line, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            remedy = "Every line must be one JSON object."
+            raise UserError(f"is not valid JSON: {error}", file=source, row=row, remedy=remedy) from None
+        if not isinstance(value, dict):
+            raise UserError(f"is not a JSON object but {_shown.repr(value)}", file=source, row=row)
+        objects.append(value)
+
+    def column(name: str) -> list[Any]:
+        for row, value in enumerate(objects, start=1):
+            if name not in value:
+                raise UserError(f"has no {_shown.repr(name)}", file=source, row=row, remedy="Other rows have it.")
+        return [value[name] for value in objects]
+
+    names = list(dict.fromkeys(name for value in objects for name in value))
+    return Table(source, names, column, range(1, len(objects) + 1))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key is given twice")
+    return made
+
+
+def _parquet(source: str, raw: bytes) -> Table:
+    import pyarrow  # late: a fifth of a second that the other formats do not need
+    from pyarrow import parquet
+
+    failures = (pyarrow.ArrowException, OSError, ValueError)
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(raw))
+        names, count = file.schema_arrow.names, file.metadata.num_rows
+    except failures as error:
+        raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source) from None
+
+    def column(name: str) -> list[Any]:
+        try:
+            chunks = file.read(columns=[name]).column(name)
+            chunks.validate(full=True)  # strings that are not UTF-8
+            values: list[Any] = chunks.to_pylist()
+        except failures as error:
+            reason = f"column {_shown.repr(name)} cannot be read: {_first_line(error)}"
+            raise UserError(reason, file=source) from None
+        return values
+
+    return Table(source, names, column, range(1, count + 1))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+READERS: dict[str, Callable[[str, bytes], Table]] = {
+    ".tsv": _tsv,
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,139 @@
+"""Tokenised once: texts to a flat table of tokens, kept as an Arrow file under a key made of its content.
+
+The cache lies in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench) and is memory-mapped, so that resident memory does not grow
+with the data. The key covers the texts, the tokenizer and the length limit: a stale file cannot be met.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from lora_bench.backbones.base import Backbone
+    from lora_bench.data.sources import Examples
+
+CHUNK = 8192  # pairs handed to the tokenizer at a time
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of one split: row i holds values[offsets[i] : offsets[i] + lengths[i]]."""
+
+    values: NDArray[np.int32]  # (sum of lengths,)
+    offsets: NDArray[np.int64]  # (N,)
+    lengths: NDArray[np.int64]  # (N,)
+    types: NDArray[np.int8] | None  # (sum of lengths,) 0 for the first text, 1 for the second; None: no difference
+    labels: NDArray[np.int64] | None  # (N,)
+    ids: NDArray[np.int64]  # (N,) row in the source
+    truncated: int  # rows that were longer than the limit
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def tokenize(
+    examples: Examples, columns: Sequence[str], backbone: Backbone, max_length: int, *, cached: bool = True
+) -> TokenTable:
+    """The token table of one split.
+
+    Args:
+        examples: the split's texts and labels.
+        columns: names of its text columns; T5's template shows them.
+        backbone: renders and tokenises.
+        max_length: tokens per pair; longer pairs lose tokens from their longer text.
+        cached: look for it in the cache, and leave it there.
+    """
+    first, second = backbone.render(list(zip(columns, examples.texts, strict=True)))
+    if cached:
+        path = cache_folder() / "tokens" / f"{_key(first, second, backbone.tokenizer, max_length)}.arrow"
+        if not path.is_file():
+            _write(path, _encode(first, second, backbone.tokenizer, max_length))
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    else:
+        batch = _encode(first, second, backbone.tokenizer, max_length)
+    tokens = batch.column("input_ids")
+    offsets = tokens.offsets.to_numpy().astype(np.int64)
+    types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
+    return TokenTable(
+        values=tokens.values.to_numpy(),
+        offsets=offsets[:-1],
+        lengths=np.diff(offsets),
+        types=types,
+        labels=examples.labels,
+        ids=examples.ids,
+        truncated=int(batch.schema.metadata[b"truncated"]),
+    )
+
+
+def cache_folder() -> Path:
+    """Where tokenised data is kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LORA_BENCH_CACHE") or Path(home) / "lora-bench")
+
+
+def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length, strategy="longest_first")
+    pairs = first if second is None else list(zip(first, second, strict=True))
+    ids: list[NDArray[np.int32]] = []
+    types: list[NDArray[np.int8]] = []
+    truncated = 0
+    for i in range(0, len(pairs), CHUNK):
+        for encoding in backend.encode_batch_fast(pairs[i : i + CHUNK]):
+            ids.append(np.array(encoding.ids, np.int32))
+            types.append(np.array(encoding.type_ids, np.int8))
+            truncated += bool(encoding.overflowing)
+    offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
+    columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))}
+    flat_types = np.concatenate(types)
+    if flat_types.any():
+        columns["token_type_ids"] = pa.ListArray.from_arrays(offsets, pa.array(flat_types))
+    batch = pa.RecordBatch.from_pydict(columns)
+    return batch.replace_schema_metadata({"truncated": str(truncated)})
+
+
+def _write(path: Path, batch: pa.RecordBatch) -> None:
+    """Written beside and renamed: two runs that tokenise the same data at once do not meet half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(path, batch)
+    except OSError as error:
+        remedy = "Set the environment variable LORA_BENCH_CACHE to a folder with room to write."
+        raise UserError(f"the token cache cannot be written ({error.strerror})", file=path.parent, remedy=remedy) from None
+
+
+def _write_and_rename(path: Path, batch: pa.RecordBatch) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> str:
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()  # its state is part of the text below
+    digest = sha256(f"{backend.to_str()}|{max_length}|{second is not None}".encode())
+    for texts in (first, second or []):
+        digest.update(f"{len(texts)}|".encode())
+        for text in texts:
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(4, "big") + encoded)
+    return digest.hexdigest()[:40]

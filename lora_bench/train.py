@@ -1,0 +1,272 @@
+"""The entry point of a run, top to bottom: configs -> data -> backbone -> adapters -> fit -> evaluate -> record."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.text import Text
+
+from lora_bench import config, environment
+from lora_bench.adapters import Adapter, method_class, peft_format
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.targets import unmatched_alternatives
+from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.data import sources
+from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.errors import DivergedError, UserError
+from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
+from lora_bench.evaluation.metrics import check_metrics, score
+from lora_bench.progress import Display, human, metric_table
+from lora_bench.record import Run
+from lora_bench.training.loop import Outcome, fit, predict, total_steps
+from lora_bench.training.precision import resolve_device, resolve_precision
+from lora_bench.training.probe import estimate, probe_step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All settings of one run, typed and checked."""
+
+    model: config.Model
+    adapter: Adapter
+    data: config.Data
+    optimizer: config.Optimizer
+    trainer: config.Trainer
+    metrics: dict[str, config.Metric]
+    seed: int
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> Experiment:
+        """From the composed config; refuses what is out of range, naming the key."""
+        config.need(type(cfg.seed) is int and cfg.seed >= 0, "seed", cfg.seed, "must be a whole number from 0")
+        config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
+        metrics = {str(name): config.build(config.Metric, node, f"metric.{name}") for name, node in cfg.metric.items()}
+        check_metrics(metrics)
+        return cls(
+            model=config.build_model(cfg.model),
+            adapter=config.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
+            data=config.build_data(cfg.data),
+            optimizer=config.build(config.Optimizer, cfg.optimizer, "optimizer"),
+            trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
+            metrics=metrics,
+            seed=cfg.seed,
+        )
+
+
+def train(cfg: DictConfig, folder: Path, *, choices: dict[str, str], overrides: list[str], console: Console) -> None:
+    """Run one experiment and leave its record in `folder`; with `dry_run=true` only say what it would cost.
+
+    Raises:
+        UserError: the request cannot be met; nothing is left behind.
+        DivergedError: loss, gradient or scores ceased to be finite; the record says so.
+    """
+    experiment = Experiment.build(cfg)
+    trainer = experiment.trainer
+    device = resolve_device(trainer.device)
+    reset_peak_memory(device)
+    if trainer.threads:
+        torch.set_num_threads(trainer.threads)
+
+    splits, described = load_splits(experiment.data)
+    pack, backbone_sha256 = attach(experiment, device, resolve_precision(trainer.precision, device))
+    tables = {
+        name: tokenize(split, experiment.data.text_columns, pack.backbone, experiment.data.max_length)
+        for name, split in splits.items()
+    }
+    if cfg.dry_run:
+        console.print(estimate(pack, experiment.optimizer, trainer, tables).table())
+        return
+
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    run = Run.claim(folder, choices=choices, config={str(k): v for k, v in resolved.items()}, overrides=overrides)
+    with _recorded_end(run):
+        run.update(
+            data={**described, "truncated": {name: table.truncated for name, table in tables.items()}},
+            params=count_parameters(pack),
+            targets={name: update.rank for name, update in pack.updates[0].items()},
+            environment={
+                **environment.describe(),
+                "device": str(device),
+                "precision": str(pack.backbone.compute_dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "backbone_sha256": backbone_sha256,
+            },
+        )
+        _announce(console, run, experiment, tables)
+        flop_model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+        _seed_everything(experiment.seed)
+        with Display(console, total_steps(trainer, len(tables["train"]))) as display:
+            (outcome,) = fit(
+                pack,
+                [experiment.optimizer],
+                trainer,
+                tables["train"],
+                tables["selection"],
+                flop_model=flop_model,
+                metrics=experiment.metrics,
+                watcher=_Watcher(run, display),
+            )
+        _record_cost(run, outcome, device)
+        if outcome.status == "diverged":
+            raise DivergedError(outcome.error)
+        _evaluate(run, pack, experiment, outcome, tables)
+        source = experiment.model.path or experiment.model.hub_id or ""
+        peft_format.save(run.adapter_folder, pack, 0, source)
+    _show_result(console, run)
+
+
+def load_splits(data: config.Data) -> tuple[dict[str, sources.Examples], dict[str, Any]]:
+    """Train, selection and every labelled split to report, and what the record says of them.
+
+    Raises:
+        UserError: the source has no train split, or no labelled split to report.
+    """
+    found = sources.load(data)
+    if "train" not in found:
+        raise UserError(
+            "there is no train split",
+            key="data",
+            remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
+        )
+    reported = {name: split for name, split in found.items() if name != "train" and split.labels is not None}
+    if not reported:
+        raise UserError(
+            "there is no labelled split to report on",
+            key="data",
+            remedy="Add a validation file: scores on the training pairs say nothing.",
+        )
+    train, selection = sources.carve(found["train"], data)
+    splits = {"train": train, "selection": selection, **reported}
+    described = {
+        "source": data.source,
+        "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
+        **sources.examine(splits),
+    }
+    return splits, described
+
+
+def attach(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Pack, str]:
+    """The pack of one on its backbone, and the backbone's hash as it was loaded."""
+    backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task)
+    backbone_sha256 = backbone.hash()
+    backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
+    return Pack(backbone, [Member(experiment.adapter, experiment.seed)]), backbone_sha256
+
+
+def count_parameters(pack: Pack) -> dict[str, int]:
+    """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
+    adapter = sum(p.numel() for p in pack.adapter_parameters(0).values())
+    head = sum(p.numel() for p in pack.head_parameters(0).values())
+    return {"adapter": adapter, "head": head, "trainable": adapter + head, "total": sum(p.numel() for p in pack.parameters())}
+
+
+def _evaluate(run: Run, pack: Pack, experiment: Experiment, outcome: Outcome, tables: dict[str, TokenTable]) -> None:
+    """Score every reported split, once, with the member's best state."""
+    assert outcome.best is not None
+    metrics = {f"selection/{name}": value for name, value in outcome.best["metrics"].items()}
+    for name in [name for name in tables if name not in ("train", "selection")]:
+        table = tables[name]
+        assert table.labels is not None
+        (scores,) = predict(pack, table, experiment.trainer.eval_batch_size)
+        values = score(scores, table.labels, experiment.metrics)
+        metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        run.log({"step": outcome.best["step"], "epoch": outcome.best["epoch"], "split": name, "metrics": values})
+        run.write_predictions(name, table.ids, table.labels, scores)
+    best = {key: outcome.best[key] for key in ("step", "epoch")}
+    run.update(metrics=metrics, selection={**best, "metric": "mcc"})
+
+
+def _record_cost(run: Run, outcome: Outcome, device: torch.device) -> None:
+    run.update(
+        cost={
+            "train_seconds": outcome.seconds,
+            "train_flops": outcome.flops,
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "pairs_per_second": outcome.pairs / outcome.seconds if outcome.seconds else None,
+            "steps": outcome.steps,
+            "pack_size": 1,
+        }
+    )
+
+
+@contextmanager
+def _recorded_end(run: Run) -> Iterator[None]:
+    """However the run ends, its record says so; a traceback goes to its log."""
+    try:
+        yield
+    except DivergedError as error:
+        run.finish("diverged", str(error))
+        raise
+    except Exception as error:
+        run.log_file.write_text(traceback.format_exc(), encoding="utf-8")
+        run.finish("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        raise
+    except BaseException:  # Ctrl-C, or a signal that became SystemExit
+        run.finish("interrupted", "stopped from outside")
+        raise
+    run.finish("done")
+
+
+class _Watcher:
+    """Tells the record and the screen how training goes."""
+
+    def __init__(self, run: Run, display: Display) -> None:
+        self.run = run
+        self.display = display
+        self.stepped = display.stepped
+
+    def evaluated(self, member: int, line: dict[str, Any]) -> None:
+        self.run.log(line)
+        self.display.evaluated(member, line)
+
+
+def _announce(console: Console, run: Run, experiment: Experiment, tables: dict[str, TokenTable]) -> None:
+    """What is about to run, and what the user should know about it."""
+    choices, params = run.record["choices"], run.record["params"]
+    sizes = ", ".join(f"{name} {len(table):,}" for name, table in tables.items())
+    where = run.record["environment"]
+    lines = [
+        f"{choices['adapter']} on {choices['model']}: {len(run.record['targets'])} adapted linears, "
+        f"{human(params['adapter'])} adapter + {human(params['head'])} head of {human(params['total'])} parameters",
+        f"{choices['data']}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
+    ]
+    notes = list(run.record["data"]["warnings"])
+    truncated = sum(table.truncated for table in tables.values())
+    if truncated:
+        notes.append(f"{truncated:,} pairs are longer than data.max_length={experiment.data.max_length} and are truncated.")
+    pattern = getattr(experiment.adapter, "target_modules", "all")
+    for alternative in unmatched_alternatives(pattern, list(run.record["targets"])):
+        notes.append(f"adapter.target_modules: no linear matches {alternative!r}.")
+    for line in [*lines, *(f"note: {note}" for note in notes)]:
+        console.print(Text(line))
+
+
+def _show_result(console: Console, run: Run) -> None:
+    cost = run.record["cost"]
+    console.print(metric_table(run.record["metrics"]))
+    rate = f"{cost['pairs_per_second']:.0f} pairs/s" if cost["pairs_per_second"] else ""
+    spent = [f"{cost['steps']} steps", f"{cost['train_seconds']:.0f} s", rate, human(cost["train_flops"], "FLOP")]
+    spent.append(human(cost["peak_memory_bytes"], "B") + " peak")
+    console.print(Text(" · ".join(spent)))
+    console.print(Text(f"record: {run.folder}"))
+
+
+def _seed_everything(seed: int) -> None:
+    """The global streams, which only full fine-tuning's dropout draws from; everything else has streams of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

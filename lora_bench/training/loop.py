@@ -1,0 +1,241 @@
+"""The training loop: a pack of K members, trained together, each as it would be alone.
+
+    for every batch:  forward once, one loss per member, backward; then per member clip, hooks, step
+    when due:         score the selection split, keep each member's best state, stop whom it no longer helps
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lora_bench.data.batching import BatchPlan, evaluation_batches, micro_batches, training_batches
+from lora_bench.errors import DivergedError
+from lora_bench.evaluation.metrics import score
+from lora_bench.training.optim import make_optimizer, set_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from lora_bench.adapters.pack import Pack
+    from lora_bench.config import Metric, Optimizer, Trainer
+    from lora_bench.data.batching import Batch
+    from lora_bench.data.pairs import TokenTable
+    from lora_bench.evaluation.cost import FlopModel
+
+
+class Watcher(Protocol):
+    """Who is told how training goes: the progress display and the record."""
+
+    def stepped(self, step: int, losses: Sequence[float], pairs: int) -> None: ...
+
+    def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """What became of one member."""
+
+    status: str = "running"
+    """`done`, or `diverged` when its loss, gradient or scores ceased to be finite."""
+    error: str | None = None
+    best: dict[str, Any] | None = None
+    """The line of its best evaluation: step, epoch, metrics on the selection split."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """Its trained tensors at that evaluation."""
+    steps: int = 0
+    """Optimizer updates it made."""
+    seconds: float = 0.0
+    """Wall time of its training steps, evaluations not counted."""
+    pairs: int = 0
+    """Training pairs it saw."""
+    flops: float = 0.0
+    """Arithmetic of its training steps: forward, backward."""
+    without_gain: int = 0
+    """Evaluations in a row that brought no better selection MCC."""
+
+
+def total_steps(trainer: Trainer, pairs: int) -> int:
+    """Optimizer updates that the settings ask for, on so many training pairs."""
+    steps = math.ceil(trainer.epochs * math.ceil(pairs / trainer.batch_size))
+    return steps if trainer.max_steps is None else min(steps, trainer.max_steps)
+
+
+def fit(
+    pack: Pack,
+    optimizers: Sequence[Optimizer],
+    trainer: Trainer,
+    train: TokenTable,
+    selection: TokenTable,
+    *,
+    flop_model: FlopModel | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    watcher: Watcher | None = None,
+) -> list[Outcome]:
+    """Train every member of the pack and leave it at its best selection MCC.
+
+    Args:
+        pack: K members on one backbone.
+        optimizers: one setting per member.
+        trainer: durations and portions; shared by all members.
+        train: what is learned from.
+        selection: what every choice is made on; never the reported split.
+        flop_model: FLOPs of one training step of one member, if they are to be counted.
+        metrics: extra metrics to log.
+        watcher: who is told.
+
+    Returns:
+        One outcome per member; diverged ones are among them, and do not disturb the others.
+    """
+    plan = BatchPlan(train.lengths, trainer.batch_size)
+    steps = total_steps(trainer, len(train))
+    eval_every = trainer.eval_every or plan.steps_per_epoch
+    members = range(pack.size)
+    outcomes = [Outcome() for _ in members]
+    batches = _endless_batches(pack, train, plan)
+    for k in members:
+        pack.members[k].adapter.prepare(pack, k, _endless_batches(pack, train, plan))
+    adamw = [make_optimizer(settings, pack, k) for k, settings in enumerate(optimizers)]
+    pack.train()
+
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        batch = next(batches)
+        live = [k for k in members if outcomes[k].status == "running"]
+        losses = _backward(pack, batch, trainer, live)
+        for k in live:
+            if not math.isfinite(losses[k]):
+                _diverge(outcomes[k], step, f"loss {losses[k]}")
+                continue
+            norm = _clip(pack, k, optimizers[k])
+            if not math.isfinite(norm):
+                _diverge(outcomes[k], step, f"gradient norm {norm}")
+                continue
+            adapter, updates = pack.members[k].adapter, pack.updates[k]
+            set_rate(adamw[k], optimizers[k], step, steps)
+            adapter.before_step(updates, step, steps)
+            adamw[k].step()
+            adapter.after_step(updates, step, steps)
+            adamw[k].zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - began
+        B, T = len(batch.input_ids) // batch.members, batch.input_ids.shape[1]
+        for k in live:
+            outcomes[k].steps = step
+            outcomes[k].seconds += seconds
+            outcomes[k].pairs += B
+            outcomes[k].flops += flop_model(B, T) if flop_model else 0.0
+        if watcher:
+            watcher.stepped(step, losses, B)
+
+        if step % eval_every == 0 or step == steps:
+            began = time.perf_counter()
+            scores = predict(pack, selection, trainer.eval_batch_size)  # (K, N)
+            seconds = time.perf_counter() - began
+            for k in [k for k in live if outcomes[k].status == "running"]:
+                _judge(pack, k, outcomes[k], scores[k], selection, step, plan, seconds, metrics or {}, watcher)
+                patience = trainer.early_stopping_patience
+                if patience is not None and outcomes[k].without_gain >= patience:
+                    outcomes[k].status = "done"
+        if all(outcome.status != "running" for outcome in outcomes):
+            break
+
+    for k in members:
+        if outcomes[k].state:
+            pack.load_state(k, outcomes[k].state)
+        if outcomes[k].status == "running":
+            outcomes[k].status = "done"
+    pack.eval()
+    return outcomes
+
+
+@torch.no_grad()
+def predict(pack: Pack, table: TokenTable, batch_size: int) -> NDArray[np.float64]:
+    """P(label 1) of every row for every member: (K, N), in the table's order. Leaves the pack's mode as it was."""
+    scores = np.empty((pack.size, len(table)))
+    mode = pack.training
+    pack.eval()
+    for rows, batch in evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id):
+        logits = pack(batch.to(pack.backbone.device)).double()  # (K, B, 2)
+        scores[:, rows] = torch.sigmoid(logits[..., 1] - logits[..., 0]).cpu().numpy()
+    pack.train(mode)
+    return scores
+
+
+def _endless_batches(pack: Pack, train: TokenTable, plan: BatchPlan) -> Iterator[Batch]:
+    seeds = [member.seed for member in pack.members]
+    epoch = 0
+    while True:
+        yield from training_batches(train, plan, seeds, epoch, pack.backbone.tokenizer.pad_token_id)
+        epoch += 1
+
+
+def _backward(pack: Pack, batch: Batch, trainer: Trainer, live: Sequence[int]) -> list[float]:
+    """Each member's mean loss over the batch, and its gradients. Members are independent, so their losses add up."""
+    B = len(batch.input_ids) // batch.members
+    rows = max(1, trainer.micro_batch_size // pack.size) if trainer.micro_batch_size else B
+    losses = torch.zeros(pack.size, device=pack.backbone.device)
+    for micro in micro_batches(batch, rows):
+        on_device = micro.to(pack.backbone.device)
+        logits = pack(on_device)  # (K, B', 2)
+        assert on_device.labels is not None
+        labels = on_device.labels.view(micro.members, -1).expand(pack.size, -1)  # (K, B')
+        share = labels.shape[1] / B
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(pack.size, -1).mean(1)
+        loss = loss * share  # (K,)
+        penalties = {k: pack.members[k].adapter.penalty(pack.updates[k]) for k in live}
+        extra = [penalty * share for penalty in penalties.values() if penalty is not None]
+        torch.stack([loss[list(live)].sum(), *extra]).sum().backward()
+        losses += loss.detach()
+    return losses.tolist()  # type: ignore[no-any-return]
+
+
+def _clip(pack: Pack, member: int, settings: Optimizer) -> float:
+    """The member's gradient norm before clipping."""
+    limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
+    return float(torch.nn.utils.clip_grad_norm_(list(pack.trainable(member).values()), limit))
+
+
+def _judge(
+    pack: Pack,
+    member: int,
+    outcome: Outcome,
+    scores: NDArray[np.float64],
+    selection: TokenTable,
+    step: int,
+    plan: BatchPlan,
+    seconds: float,
+    metrics: Mapping[str, Metric],
+    watcher: Watcher | None,
+) -> None:
+    """Score one member on the selection split; remember its state where it is the best so far."""
+    assert selection.labels is not None
+    try:
+        values = score(scores, selection.labels, metrics)
+    except DivergedError as error:
+        _diverge(outcome, step, str(error))
+        return
+    epoch = round(step / plan.steps_per_epoch, 4)
+    line = {"step": step, "epoch": epoch, "split": "selection", "metrics": values, "seconds": round(seconds, 3)}
+    best = outcome.best["metrics"]["mcc"] if outcome.best else -math.inf
+    assert values["mcc"] is not None
+    if values["mcc"] > best:
+        outcome.best, outcome.state, outcome.without_gain = line, pack.state(member), 0
+    else:
+        outcome.without_gain += 1
+    if watcher:
+        watcher.evaluated(member, line)
+
+
+def _diverge(outcome: Outcome, step: int, what: str) -> None:
+    outcome.status = "diverged"
+    outcome.error = f"step {step}: {what} is not finite; the learning rate may be too high (optimizer.lr)"

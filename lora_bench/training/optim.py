@@ -1,0 +1,42 @@
+"""AdamW with warm-up, one optimizer per member, so that each steps, decays and stops as it would alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lora_bench.adapters.pack import Pack
+    from lora_bench.config import Optimizer
+
+
+def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.AdamW:
+    """AdamW over a member's adapter (grouped as its method asks) and its head; vectors are never decayed."""
+    groups = pack.members[member].adapter.param_groups(
+        pack.adapter_parameters(member), settings.lr, settings.weight_decay
+    )
+    for p in pack.head_parameters(member).values():
+        groups.append({"params": [p], "lr": settings.lr, "weight_decay": settings.weight_decay if p.ndim > 1 else 0.0})
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, steps: int) -> None:
+    """Set every group's rate for update number `step` (from 1) of `steps`."""
+    factor = rate_factor(settings, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def rate_factor(settings: Optimizer, step: int, steps: int) -> float:
+    """The share of the peak rate at update `step` (from 1): a linear climb over the warm-up, then the schedule."""
+    warmup = math.ceil(settings.warmup * steps)
+    if step <= warmup:
+        return step / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    left = (steps - step + 1) / (steps - warmup + 1)  # 1 is the peak, 0 would be the step after the last
+    return left if settings.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))

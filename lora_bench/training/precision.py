@@ -1,0 +1,45 @@
+"""Which device and which number format: `auto` takes bf16 only where the device multiplies it fast."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_bench.errors import UserError
+
+
+def resolve_device(device: str) -> torch.device:
+    """`cpu`, `cuda`, or the better one there is for `auto`.
+
+    Raises:
+        UserError: CUDA is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA device is usable here", key="trainer.device", value=device, remedy="Take trainer.device=auto or cpu."
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The format of the large products.
+
+    Raises:
+        UserError: bf16 is asked for on a CUDA device that has none.
+    """
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("this GPU has no bf16", key="trainer.precision", value=precision, remedy="Take trainer.precision=fp32.")
+    if precision == "auto" and not has_fast_bf16(device):
+        return torch.float32
+    return torch.bfloat16
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products: on a CPU AVX512-BF16 or AMX, on a GPU Ampere or later."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))

@@ -1,0 +1,104 @@
+"""A few probe steps before a run: what one step computes, and what the whole run would cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.table import Table
+
+from lora_bench.data.batching import Batch, BatchPlan, training_batches
+from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
+from lora_bench.progress import human
+from lora_bench.training.loop import total_steps
+
+if TYPE_CHECKING:
+    from lora_bench.adapters.pack import Pack
+    from lora_bench.config import Optimizer, Trainer
+    from lora_bench.data.pairs import TokenTable
+
+_ROUNDS = 3
+
+
+def probe_step(pack: Pack, rows: int, length: int) -> None:
+    """Forward and backward of one member's batch of made-up tokens; leaves weights, gradients and random streams alone."""
+    ids = torch.ones(rows, length, dtype=torch.long, device=pack.backbone.device)
+    batch = Batch(ids, torch.ones_like(ids), None, torch.zeros_like(ids[:, 0]), full=True)
+    pack.eval()  # no dropout: it would draw from the members' streams
+    logits = pack(batch)
+    assert batch.labels is not None
+    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(pack.size)).backward()
+    for p in pack.parameters():
+        p.grad = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is expected to cost."""
+
+    adapter: int
+    head: int
+    total: int
+    steps: int
+    train_flops: float
+    train_seconds: float
+    peak_memory_bytes: int
+
+    def table(self) -> Table:
+        table = Table("to expect", "", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_row("parameters", f"{human(self.adapter)} adapter + {human(self.head)} head of {human(self.total)}")
+        table.add_row("steps", f"{self.steps:,}")
+        table.add_row("computation", human(self.train_flops, "FLOP"))
+        table.add_row("training time", f"{self.train_seconds:.0f} s, evaluations not counted")
+        table.add_row("peak memory", human(self.peak_memory_bytes, "B"))
+        return table
+
+
+def estimate(pack: Pack, optimizer: Optimizer, trainer: Trainer, tables: dict[str, TokenTable]) -> Estimate:
+    """Parameters, FLOPs, time and memory of a run, from a few steps on its longest and on a middling batch.
+
+    Time is taken to go with FLOPs between the two probed lengths, memory to be that of the longest batch.
+    """
+    train = tables["train"]
+    plan = BatchPlan(train.lengths, trainer.batch_size)
+    pad_id = pack.backbone.tokenizer.pad_token_id
+    shapes = [
+        (len(batch.input_ids), batch.input_ids.shape[1]) for batch in training_batches(train, plan, [0], 0, pad_id)
+    ]
+    flop_model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+    reset_peak_memory(pack.backbone.device)
+    flops = sorted(flop_model(*shape) for shape in shapes)
+    longest = max(shapes, key=lambda shape: flop_model(*shape))
+    middle = sorted(shapes, key=lambda shape: flop_model(*shape))[len(shapes) // 2]
+    _seconds(pack, *longest)  # warms caches up, and shows the peak
+    rate = flop_model(*middle) / _seconds(pack, *middle)  # FLOP/s
+    steps = total_steps(trainer, len(train))
+    epochs = steps / plan.steps_per_epoch
+    adapter = sum(p.numel() for p in pack.adapter_parameters(0).values())
+    head = sum(p.numel() for p in pack.head_parameters(0).values())
+    moments = 2 * 4 * (adapter + head)  # AdamW's two fp32 moments, not yet made by the probes
+    return Estimate(
+        adapter=adapter,
+        head=head,
+        total=sum(p.numel() for p in pack.parameters()),
+        steps=steps,
+        train_flops=sum(flops) * epochs,
+        train_seconds=sum(flops) * epochs / rate,
+        peak_memory_bytes=peak_memory_bytes(pack.backbone.device) + moments,
+    )
+
+
+def _seconds(pack: Pack, rows: int, length: int) -> float:
+    """The shortest of a few probe steps."""
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        probe_step(pack, rows, length)
+        if pack.backbone.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -1,0 +1,385 @@
+"""The run folder: one owner, whole files, and honest reading of what others left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import string
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from pathlib import Path
+from threading import Barrier
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_bench import record
+from lora_bench.errors import UserError
+from lora_bench.record import Run, discard, find, last_logged, read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHOICES = {"model": "tiny_bert", "adapter": "lora", "data": "toy"}
+
+
+def claim(folder: Path, **config: Any) -> Run:
+    return Run.claim(folder, choices=CHOICES, config=config or {"seed": 0}, overrides=["seed=0"])
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return claim(tmp_path / "a" / "run")
+
+
+# -- claiming --
+
+
+def test_a_claim_leaves_a_running_record_and_the_config(run: Run) -> None:
+    assert files(run.folder) == {"run.json", ".hydra/config.yaml", ".hydra/overrides.yaml"}
+    found = read(run.folder)
+    assert found == run.record
+    assert list(found) == list(record.LAYOUT)
+    assert (found["schema"], found["status"], found["choices"], found["error"]) == (1, "running", CHOICES, None)
+    assert found["created"].endswith("+00:00")
+    assert found["finished"] is None
+    assert yaml.safe_load((run.folder / ".hydra/config.yaml").read_text()) == {"seed": 0}
+    assert yaml.safe_load((run.folder / ".hydra/overrides.yaml").read_text()) == ["seed=0"]
+
+
+def test_a_taken_folder_is_refused_and_untouched(run: Run) -> None:
+    before = {name: (run.folder / name).read_bytes() for name in files(run.folder)}
+    with pytest.raises(UserError, match=r"^hydra\.run\.dir=.*already holds a run"):
+        claim(run.folder, seed=7)
+    assert {name: (run.folder / name).read_bytes() for name in files(run.folder)} == before
+
+
+def test_of_many_threads_one_gets_the_folder(tmp_path: Path) -> None:
+    barrier = Barrier(8)
+
+    def attempt(seed: int) -> int | None:
+        barrier.wait()
+        try:
+            claim(tmp_path / "run", seed=seed)
+        except UserError:
+            return None
+        return seed
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [seed for seed in pool.map(attempt, range(8)) if seed is not None]
+    assert len(winners) == 1
+    assert read(tmp_path / "run")["config"] == {"seed": winners[0]}
+    assert yaml.safe_load((tmp_path / "run/.hydra/config.yaml").read_text()) == {"seed": winners[0]}
+
+
+def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from lora_bench.errors import UserError
+from lora_bench.record import Run
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.001)
+try:
+    Run.claim(Path(sys.argv[1]), choices={}, config={"pid": sys.argv[3]}, overrides=[])
+except UserError:
+    raise SystemExit(2)
+"""
+    start = tmp_path / "start"
+    command = [sys.executable, "-c", program, str(tmp_path / "run"), str(start)]
+    started = [subprocess.Popen([*command, str(i)], cwd=Path(__file__).parents[1]) for i in range(4)]
+    start.touch()
+    codes = [process.wait(60) for process in started]
+    assert sorted(codes) == [0, 2, 2, 2]
+    assert read(tmp_path / "run")["config"] == {"pid": str(codes.index(0))}
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "a" * 300, "nul\0"])
+def test_an_impossible_folder_is_a_wrong_request(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"^hydra\.run\.dir=.*cannot be written"):
+        claim(tmp_path / place)
+    assert files(tmp_path) == {"file"}
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_claim_that_cannot_be_completed_gives_the_folder_back(tmp_path: Path, full_disk: Callable[[], None]) -> None:
+    full_disk()
+    with pytest.raises(UserError, match="No space left"):
+        claim(tmp_path / "run")
+    assert files(tmp_path) == set()
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    return lambda: monkeypatch.setattr(record.os, "fsync", fail)
+
+
+# -- writing --
+
+
+def test_update_merges_one_level_deep(run: Run) -> None:
+    run.update(metrics={"validation/mcc": 0.5}, data={"rows": {"train": 8}})
+    run.update(metrics={"validation/f1": 0.6}, data={"rows": {"validation": 4}}, error="x")
+    found = read(run.folder)
+    assert found["metrics"] == {"validation/mcc": 0.5, "validation/f1": 0.6}
+    assert found["data"] == {"rows": {"validation": 4}}
+    assert found["error"] == "x"
+    with pytest.raises(TypeError, match="metric"):
+        run.update(metric={})
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+def test_values_of_other_types_are_written_plainly(run: Run) -> None:
+    run.update(
+        metrics={"nan": math.nan, "inf": -math.inf, "f": np.float32(0.5), "np_nan": np.float64("nan")},
+        config={"n": np.int64(3), "b": np.bool_(True), "t": (1, 2), "s": {2, 1}, "p": Path("x"), "e": Colour.RED, 4: 5},
+    )
+    assert read(run.folder)["metrics"] == {"nan": None, "inf": None, "f": 0.5, "np_nan": None}
+    config = {"seed": 0, "n": 3, "b": True, "t": [1, 2], "s": [1, 2], "p": "x", "e": "red", "4": 5}
+    assert read(run.folder)["config"] == config
+    with pytest.raises(TypeError, match="object has no place"):
+        run.update(config={"x": object()})
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+ANY_TEXT = st.text(st.characters(categories=None))  # lone surrogates too: a command line may hold any byte
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(config=st.dictionaries(st.text(), PLAIN, max_size=4), override=ANY_TEXT, status=st.sampled_from(["done"]))
+def test_whatever_the_config_it_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], override: str, status: str
+) -> None:
+    run = Run.claim(tmp_path_factory.mktemp("x"), choices={}, config=config, overrides=[override])
+    run.finish(status, error=override)
+    found = read(run.folder)
+    assert (found["config"], found["overrides"], found["error"]) == (config, [override], override)
+    assert set(yaml.safe_load((run.folder / ".hydra/config.yaml").read_text())) == set(config)
+
+
+def test_a_failing_write_leaves_the_older_record_whole(run: Run, full_disk: Callable[[], None]) -> None:
+    run.update(metrics={"validation/mcc": 0.5})
+    before, present = (run.folder / "run.json").read_bytes(), files(run.folder)
+    full_disk()
+    with pytest.raises(OSError, match="No space left"):
+        run.update(metrics={"validation/mcc": 0.9})
+    with pytest.raises(OSError, match="No space left"):
+        run.write_predictions("validation", [1], [0], [0.5])
+    assert (run.folder / "run.json").read_bytes() == before
+    assert files(run.folder) == present
+    assert run.record == json.loads(before)
+
+
+def test_a_deleted_folder_is_not_brought_back(run: Run) -> None:
+    for path in sorted(run.folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    run.folder.rmdir()
+    for write in (lambda: run.finish("done"), lambda: run.log({}), lambda: run.write_predictions("test", [], [], [])):
+        with pytest.raises(FileNotFoundError):
+            write()
+    assert not run.folder.exists()
+
+
+def test_finish_states_the_end(run: Run) -> None:
+    run.finish("failed", "out of\nmemory")
+    found = read(run.folder)
+    assert (found["status"], found["error"]) == ("failed", "out of\nmemory")
+    assert found["finished"] >= found["created"]
+    for status in ("running", "finished"):
+        with pytest.raises(ValueError, match="cannot end as"):
+            run.finish(status)
+
+
+def test_metrics_lines(run: Run) -> None:
+    assert last_logged(run.folder) is None
+    run.log({"step": 1, "loss": math.nan})
+    run.log({"step": 2, "split": "sélection"})
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": None}, {"step": 2, "split": "sélection"}]
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"step": 3, "sp')
+    assert last_logged(run.folder) == lines[-1]
+
+
+def test_predictions_have_fixed_types_and_unknown_labels(run: Run) -> None:
+    run.write_predictions("validation", np.array([3, 1], np.int32), [1, None], np.array([0.25, 0.75], np.float32))
+    run.write_predictions("test", [0], None, [1])
+    table = pq.read_table(run.folder / "predictions/validation.parquet")
+    assert [(field.name, str(field.type)) for field in table.schema] == [
+        ("id", "int64"),
+        ("label", "int64"),
+        ("score", "double"),
+    ]
+    assert table.to_pydict() == {"id": [3, 1], "label": [1, None], "score": [0.25, 0.75]}
+    assert pq.read_table(run.folder / "predictions/test.parquet").to_pydict() == {
+        "id": [0],
+        "label": [None],
+        "score": [1.0],
+    }
+    with pytest.raises(ValueError, match="length"):
+        run.write_predictions("test", [0, 1], [0], [1.0])
+
+
+def test_an_evaluation_replaces_the_one_of_its_name(run: Run) -> None:
+    columns = ([1], [0], [0.5])
+    run.write_evaluation("paws qqp", {"metrics": {"test/mcc": math.nan}}, {"test": columns, "validation": columns})
+    path = run.write_evaluation("paws qqp", {"metrics": {"test/mcc": 0.1}}, {"test": columns})
+    assert path == run.folder / "evaluations/paws-qqp.json"
+    assert json.loads(path.read_text()) == {"metrics": {"test/mcc": 0.1}}
+    assert files(run.folder / "evaluations") == {"paws-qqp.json", "paws-qqp/test.parquet"}
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "../../x", "a/b", "a\\b", " ", ".hidden", "é", "x" * 300, "\0"])
+def test_a_name_that_is_a_path_is_refused(run: Run, name: str) -> None:
+    with pytest.raises(UserError, match=r"^name=.*is not a plain name"):
+        run.write_evaluation(name, {})
+    with pytest.raises(UserError):
+        run.write_predictions(name, [], [], [])
+    assert files(run.folder) == {"run.json", ".hydra/config.yaml", ".hydra/overrides.yaml"}
+
+
+@given(st.text() | st.text(string.punctuation + "ab. "))
+def test_a_file_name_is_plain_or_refused(name: str) -> None:
+    try:
+        made = record._file_name(name)
+    except UserError:
+        return
+    assert set(made) <= set(string.ascii_letters + string.digits + "._-")
+    assert made
+    assert not made.startswith(".")
+    assert ".." not in made
+
+
+# -- discarding --
+
+
+def test_discard_removes_empty_folders_inside_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    (here / "outputs/day/run").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    discard(Path("outputs/day/run"))
+    assert here.is_dir()
+    assert not any(here.iterdir())
+    discard(here)
+    discard(Path("."))
+    assert here.is_dir()
+
+
+def test_discard_keeps_what_is_not_empty_and_what_lies_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "away/run").mkdir(parents=True)
+    (tmp_path / "here/outputs/old").mkdir(parents=True)
+    (tmp_path / "here/outputs/new").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    discard(tmp_path / "away/run")
+    assert (tmp_path / "away").is_dir()
+    assert not (tmp_path / "away/run").exists()
+    discard(Path("outputs/new"))
+    assert sorted(os.listdir("outputs")) == ["old"]
+    (tmp_path / "here/outputs/old/file").touch()
+    for folder in ("outputs/old", "outputs/none", "outputs/old/file", "nul\0", ".."):
+        discard(Path(folder))
+    assert (tmp_path / "here/outputs/old/file").exists()
+
+
+# -- reading and finding --
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is empty"),
+        ('{"schema": 1, "sta', "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("[]", "holds no object"),
+        ("{}", "no schema"),
+        ('{"schema": 2}', "schema 2, where this version of lora-bench reads 1"),
+        ('{"schema": 1, "status": "dono"}', "no status among"),
+        ('{"schema": 1, "status": "done", "metrics": []}', "metrics is not an object"),
+        ('{"schema": 1, "status": "done", "error": 3}', "error is not text"),
+        ('{"schema": 1, "status": "done", "overrides": {}}', "overrides is not a list"),
+    ],
+)
+def test_an_unreadable_record_is_named_and_skipped(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=f"run.json: .*{reason}") as caught:
+        read(tmp_path)
+    assert caught.value.file == tmp_path / "run.json"
+    ((folder, why),) = find([tmp_path])[1]
+    assert folder == tmp_path
+    assert reason in why
+
+
+def test_bytes_and_folders_in_place_of_a_record(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="is missing"):
+        read(tmp_path / "none")
+    (tmp_path / "x/run.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="is not a file"):
+        read(tmp_path / "x")
+
+
+def test_reading_fills_absent_keys_and_drops_what_is_not_finite(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(
+        '{"schema": 1, "status": "done", "cost": null, "metrics": {"a": NaN, "b": 1e999}}'
+    )
+    found = read(tmp_path)
+    assert set(found) == set(record.LAYOUT)
+    assert (found["metrics"], found["cost"], found["overrides"]) == ({"a": None, "b": None}, {}, [])
+
+
+def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> None:
+    for name in ("10", "2", "1", "x/3"):
+        claim(tmp_path / "sweep" / name)
+    claim(tmp_path / "sweep/2/checkpoints/inner")
+    (tmp_path / "sweep/9").mkdir()
+    (tmp_path / "sweep/9/run.json").write_text("{")
+    (tmp_path / "sweep/loop").symlink_to(tmp_path)
+    runs, skipped = find([tmp_path / "sweep/10", tmp_path, tmp_path / "sweep"])
+    assert [str(folder.relative_to(tmp_path)) for folder, _ in runs] == [
+        "sweep/1",
+        "sweep/2",
+        "sweep/10",
+        "sweep/x/3",
+    ]
+    assert [folder for folder, _ in skipped] == [tmp_path / "sweep/9"]
+
+
+def test_find_names_paths_that_are_no_folders(tmp_path: Path) -> None:
+    (tmp_path / "table.md").touch()
+    assert find([tmp_path / "table.md"]) == ([], [(tmp_path / "table.md", "cannot be read: Not a directory")])
+    with pytest.raises(UserError, match="there is no such folder"):
+        find([tmp_path, tmp_path / "outptus"])
+
+
+def test_reading_a_run_needs_no_torch() -> None:
+    program = "import sys, lora_bench.record; print(sorted({'torch', 'pyarrow', 'numpy', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout == "[]\n"
