@@ -1,4 +1,4 @@
-"""The commands. Pops the command from the arguments, then runs one `hydra.main` for each command that composes a config.
+"""The commands: pops one from the arguments, then runs a `hydra.main` of its own if it composes a config.
 
 Nothing here imports torch: `--help`, `--cfg job`, a mistyped key and `compare` answer at once.
 Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 130 and 143 interrupted.
@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 130 and 143 interru
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import secrets
 import signal
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a screen without ± and ↑ shows a question mark, not a traceback
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -127,7 +131,8 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
             raise failures[0]
     if failures:
         reason = f"{len(failures)} of {jobs} jobs failed"
-        raise UserError(reason) if all(isinstance(e, UserError) for e in failures) else SweepFailedError(reason)
+        wrong = len(failures) == jobs and all(isinstance(error, UserError) for error in failures)
+        raise UserError(reason) if wrong else SweepFailedError(reason)
 
 
 def _register_with_hydra() -> None:
@@ -169,7 +174,7 @@ def _train(cfg: DictConfig) -> None:
     try:
         from lora_bench.train import train  # torch: late
 
-        train(cfg, folder, **asked, console=console)
+        train(cfg, folder, **asked, console=console, brief=job is not None)
     except UserError as error:
         if job is None:
             discard(folder)
@@ -245,7 +250,7 @@ def _help(command: str) -> str:
         lines += [
             "  lora-bench train [-m] [--cfg job] [group=choice] [key=value] …",
             "",
-            "  -m              sweep: every combination of values given with commas, as adapter.rank=2,4,8 'seed=range(5)'",
+            "  -m              sweep: every combination of the values, as adapter.rank=2,4,8 'seed=range(5)'",
             "  --cfg job       print the composed config and stop: every key with its value",
             "  --config-dir D  look for groups' choices in folder D too",
             "  dry_run=true    build everything, run a few probe steps, print what the run would cost",
@@ -253,8 +258,9 @@ def _help(command: str) -> str:
             "Groups and their choices:",
             *(f"  {group}={'|'.join(choices(group))}" for group in GROUPS),
             "",
-            "Keys: adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, adapter.layers, optimizer.lr,",
-            "  trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size, seed, … (--cfg job lists all)",
+            "Keys: adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, adapter.layers,",
+            "  optimizer.lr, trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size,",
+            "  seed, … (--cfg job lists all)",
         ]
     elif command in ("eval", "predict"):
         lines += [f"  {line}" for line in (conf / f"{command}.yaml").read_text(encoding="utf-8").splitlines()]

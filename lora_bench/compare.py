@@ -1,7 +1,7 @@
 """`lora-bench compare`: the runs below some folders as one table, best first.
 
 Runs whose configs are equal but for the seed are one row: mean, standard deviation and n over the seeds. The first
-columns are what varies between rows, named as in the config, so that a header pasted into the shell is a valid override.
+columns are what varies between rows, named as in the config: a header pasted into the shell is a valid override.
 What only follows from a choice that varies (`model.hub_id` from `model`) is left out. Runs on different data are never
 averaged.
 """
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 GROUPS = ("model", "adapter", "data", "optimizer", "trainer")
 # What may differ between runs of one experiment: they still belong to one row.
 OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric")
+# What the data turned out to be, from the record; the rest are config keys.
+DATA_FOUND = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 # The main metrics always have columns, and so does what the config adds; the other standard ones stay in run.json.
 MAIN_METRICS = ("accuracy", "f1", "mcc")
 OTHER_METRICS = ("precision", "recall", "auroc", "nll", "ece", "brier")
@@ -48,7 +50,7 @@ class _Run:
     folder: Path
     record: dict[str, Any]
     keys: dict[str, Any]
-    """Choices and flat config; `data.fingerprint` of the reported splits and `data.rows.train`."""
+    """Choices, flat config, and `DATA_FOUND` (`data.fingerprint` is that of the reported splits)."""
     tokens: dict[str, str]
     """The same as text in which equal values are equal (16 and 16.0)."""
 
@@ -129,6 +131,8 @@ def _describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> _R
     keys = choices | {key: value for key, value in _flat(record["config"]) if key not in GROUPS}
     fingerprint, rows = record["data"].get("fingerprint"), record["data"].get("rows")
     if isinstance(fingerprint, dict):
+        if "train" in fingerprint:
+            keys["data.fingerprint.train"] = fingerprint["train"]
         fingerprint = " ".join(str(fingerprint[split]) for split in splits if split in fingerprint)
     if fingerprint:
         keys["data.fingerprint"] = fingerprint
@@ -155,13 +159,8 @@ def _level(value: Any) -> Any:
 def _all_keys(runs: Sequence[_Run]) -> list[str]:
     """Choices first, then the config's keys by group, as the records have them."""
     keys = dict.fromkeys(key for run in runs for key in run.keys)
-    groups = [*GROUPS, ""]
-    return sorted(keys, key=lambda key: (key not in GROUPS, _place(groups, key)))
-
-
-def _place(groups: list[str], key: str) -> int:
-    group = key.split(".")[0]
-    return groups.index(group) if group in groups else len(groups)
+    order = {group: i for i, group in enumerate(GROUPS)}
+    return sorted(keys, key=lambda key: (key not in GROUPS, order.get(key.split(".")[0], len(GROUPS))))
 
 
 def _grouped(runs: Sequence[_Run], keys: Sequence[str]) -> list[list[_Run]]:
@@ -183,8 +182,8 @@ def _newest_of_each_seed(runs: Sequence[_Run], keys: Sequence[str]) -> list[_Run
 def _follows(key: str, varying: Sequence[str], runs: Sequence[_Run]) -> bool:
     """Whether a varying key only follows from another that is shown, so that a column of its own would be noise."""
     group = key.split(".")[0]
-    if key in ("data.fingerprint", "data.rows.train"):
-        givers = [k for k in varying if k.split(".")[0] == "data" and k not in ("data.fingerprint", "data.rows.train")]
+    if key in DATA_FOUND:
+        givers = [k for k in varying if k.split(".")[0] == "data" and k not in DATA_FOUND]
         return bool(givers) and _is_function_of(key, givers, runs)
     if key == "optimizer.lr" and "adapter" in varying:
         at_default = all(
@@ -316,7 +315,7 @@ def _unfinished(run: _Run) -> str:
     asked = " ".join(map(str, record["overrides"]))
     line = f"{record['status']}: {run.folder}" + (f" ({asked})" if asked else "")
     if record["status"] == "running":
-        line += f": since {record['created']}"
+        line += f": since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
         logged = last_logged(run.folder) or {}
         metrics = logged.get("metrics")
         mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
@@ -340,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lora-bench compare",
         description="One table of all runs at or below the folders, best first: a row per experiment, mean ± sample "
         "standard deviation over its seeds. Runs that are not done, and folders that cannot be read, are listed below.",
-        epilog="Column headers are config keys: `lora-bench train adapter.rank=8` takes what the column adapter.rank shows.",
+        epilog="Column headers are config keys: what the column adapter.rank shows is given as adapter.rank=8.",
         allow_abbrev=False,
     )
     parser.add_argument(

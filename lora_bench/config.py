@@ -1,12 +1,13 @@
 """Typed settings, and the one function that makes them from a config node.
 
-A key's default lives in its YAML under `conf/`, its type and meaning in the dataclass here (an adapter's in its own file
-under `adapters/`), its range check in `__post_init__`. Below this file and `train.py` nobody knows OmegaConf.
+A key's default lives in its YAML under `conf/`, its type and meaning in the dataclass here (an adapter's in its own
+file under `adapters/`), its range check in `__post_init__`. Below this file and `train.py` nobody knows OmegaConf.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ def need(holds: bool, key: str, value: object, reason: str, remedy: str = "") ->
 
 
 def need_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    need(value in choices, key, value, f"is not one of {', '.join(choices)}", nearest(value, choices))
+    need(value in choices, key, value, f"is not one of {', '.join(choices)}")
 
 
 def need_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
@@ -33,7 +34,7 @@ def need_number(key: str, value: float, low: float, high: float = math.inf, *, o
     inside = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
     if inside:
         return
-    bound = f"greater than {low:g}" if open_low else f"at least {low:g}"
+    bound = f"above {low:g}" if open_low else f"of at least {low:g}"
     upper = f" and at most {high:g}" if math.isfinite(high) else ""
     raise UserError(f"must be a finite number {bound}{upper}", key=key, value=value)
 
@@ -43,7 +44,7 @@ class Model:
     """Which pretrained network is the frozen backbone, and where its weights lie. The first place given is used."""
 
     family: str
-    """`bert` (BERT, RoBERTa, MiniLM), `t5`, or `auto` (any Hugging Face sequence classifier, without the prefix split)."""
+    """`bert` (BERT, RoBERTa, MiniLM), `t5`, or `auto` (any Hugging Face classifier, without the prefix split)."""
     path: str | None
     """A local Hugging Face folder: config.json, weights in safetensors, tokenizer."""
     tokenizer: str | None
@@ -72,7 +73,7 @@ class T5Model(Model):
     """T5 answers in words (encoder and one decoder step), or classifies from its encoder."""
 
     form: str
-    """`text_to_text`: the scores of the two label words are the logits, no head. `encoder`: mean-pooled encoder and a head."""
+    """`text_to_text`: the label words' scores are the logits, no head. `encoder`: mean-pooled encoder and a head."""
     template: str
     """What the encoder reads; {task} and {fields} (`question1: … question2: …`) are filled in."""
     label_words: list[str]
@@ -135,7 +136,7 @@ class HubData(Data):
 @dataclass(frozen=True, kw_only=True)
 class FileData(Data):
     path: str
-    """A folder with train, validation and test files (.tsv, .csv, .jsonl or .parquet), any of them absent, or one file."""
+    """A folder with train, validation and test files (.tsv, .csv, .jsonl or .parquet), or one file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +244,25 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
     except UserError as error:
         raise error.under(key) from None
     except OmegaConfBaseException as error:
-        name = str(error.full_key or "")
-        reason = str(error.msg or error).splitlines()[0].rstrip(".")
-        if "Missing mandatory value" in reason:
-            reason = "is missing"
-        raise UserError(reason, key=f"{key}.{name}" if name else key) from None
+        raise _plain_words(error, key) from None
     assert isinstance(made, cls)
     return made
+
+
+def _plain_words(error: OmegaConfBaseException, key: str) -> UserError:
+    """OmegaConf's complaint about a type or a gap, in ours."""
+    message = str(error).splitlines()[0].rstrip(".")
+    missing = re.search(r"[Mm]issing mandatory value: (\S+)", message)
+    if missing:
+        return UserError("is missing", key=f"{key}.{missing.group(1)}", remedy="Give it a value.")
+    place = f"{key}.{error.full_key!s}" if error.full_key else key
+    wrong = re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
+    if wrong:
+        return UserError(f"is not {_TYPES.get(wrong.group(2), wrong.group(2))}", key=place, value=wrong.group(1))
+    return UserError("must have a value, not null" if "'None'" in message else message, key=place)
+
+
+_TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
 
 
 def build_model(node: DictConfig) -> Model:

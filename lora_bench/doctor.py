@@ -39,7 +39,10 @@ def run_doctor(console: Console) -> None:
         ("LORA_BENCH_BACKBONES", _backbones()),
         ("hub", "switched off by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "asked when needed"),
         ("token cache", str(cache_folder())),
-        ("peft", "installed" if importlib.util.find_spec("peft") else "not installed: needed only to read adapters back"),
+        (
+            "peft",
+            "installed" if importlib.util.find_spec("peft") else "not installed: needed only to read adapters back",
+        ),
     ]
     for name, value in rows:
         table.add_row(Text(name), Text(value))

@@ -8,9 +8,12 @@ The command line prints it and exits with 2; anything else that is raised is a d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 
 class UserError(Exception):

@@ -33,7 +33,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         reason = f"has {len(data.text_columns)} where the run was trained on {len(run.experiment.data.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns)
 
-    found, predictions = {}, {}
+    found: dict[str, float | None] = {}
+    predictions = {}
     for name, split in splits.items():
         assert split.labels is not None
         scores = run.score(split, cached=True)

@@ -1,10 +1,14 @@
-"""Hydra's and OmegaConf's errors in our words: one paragraph that names the key, the nearest known one, and the remedy."""
+"""Hydra's and OmegaConf's errors in our words: a paragraph with the key, the nearest known one, the remedy."""
 
 from __future__ import annotations
 
 import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.errors import UserError, nearest
 
@@ -29,8 +33,6 @@ def refuse_code(arguments: list[str]) -> None:
 def translated(conf: Path, config_name: str, arguments: list[str]) -> Iterator[None]:
     """Raise a `UserError` for whatever Hydra finds wrong with the arguments or a YAML file."""
     import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
         yield
@@ -56,10 +58,11 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: list[str
     found = re.search(r"(?:In '[^']*': )?Could not find '([^']+)'", message)
     if found:
         group, _, option = found.group(1).rpartition("/")
-        options = sorted(set(re.findall(r"^\t(\S+)", message, re.MULTILINE)))
-        hint = nearest(option, options)
-        listed = f"Choices: {', '.join(options)}." if options else ""
-        return UserError("is not one of its choices", key=group, value=option, remedy=f"{hint} {listed}" if "mean" in hint else listed)
+        offered = message.partition("Available options")[2].partition("Config search path")[0]
+        options = sorted(set(re.findall(r"^\t(\S+)", offered, re.MULTILINE)))
+        hint = nearest(option, options) if options else "lora-bench train --help lists the groups."
+        listed = f"Choices: {', '.join(options)}." if hint.startswith("Did") else ""
+        return UserError("is not one of its choices", key=group, value=option, remedy=f"{hint} {listed}")
     found = re.search(r"Ambiguous value for argument '([^']+)'", message)
     if found:
         key, _, value = found.group(1).partition("=")
@@ -69,6 +72,10 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: list[str
     if found:
         key = found.group(1) or found.group(2)
         return UserError("is needed", key=key, remedy=f"Give {key}=VALUE.")
+    if isinstance(error, OverrideParseException):
+        reason = "cannot be read as key=value"
+        remedy = "Put a value with special characters in quotes inside quotes: 'key=\"a,b [c]\"'."
+        return UserError(f"{error.override!r} {reason}", remedy=remedy)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return UserError("; ".join(lines[:2]).rstrip("."))
 
@@ -80,7 +87,6 @@ def _known_keys(conf: Path, config_name: str, arguments: list[str]) -> set[str]:
     """All keys of the config that the same group choices compose, and the groups' names."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
     groups = {path.name for path in conf.iterdir() if path.is_dir() and any(path.glob("*.yaml"))} - {"hydra"}
     chosen = [a for a in arguments if a.split("=")[0] in groups and "," not in a]

@@ -1,4 +1,4 @@
-"""A finished run at work: restored from its folder, labelling new pairs. The command `lora-bench predict` is at the end."""
+"""A finished run at work: restored from its folder, labelling new pairs; and the command `lora-bench predict`."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ class FinishedRun:
         experiment = Experiment.build(OmegaConf.create(found["config"]))
         pack, sha256 = attach(experiment, resolve_device(device), getattr(torch, found["environment"]["precision"]))
         if sha256 != found["environment"]["backbone_sha256"]:
+            recorded = str(found["environment"]["backbone_sha256"])
             raise UserError(
                 "the backbone is not the one that this run was trained on",
                 key="run",
                 value=folder,
-                remedy=f"Its weights have hash {sha256[:12]}…, the record names {found['environment']['backbone_sha256'][:12]}….",
+                remedy=f"Its weights have hash {sha256[:12]}…, the record names {recorded[:12]}….",
             )
         peft_format.load(path / "adapter", pack, 0)
         return cls(path, found, experiment, pack.eval())
@@ -89,15 +90,16 @@ class FinishedRun:
         """P(label 1) of each example, (N,)."""
         data = self.experiment.data  # its column names are part of what T5 reads
         table = tokenize(examples, data.text_columns, self.pack.backbone, data.max_length, cached=cached)
-        (scores,) = predict(self.pack, table, self.experiment.trainer.eval_batch_size)
-        return scores
+        return predict(self.pack, table, self.experiment.trainer.eval_batch_size)[0]  # type: ignore[no-any-return]
 
 
 def run_predict(cfg: DictConfig) -> None:
     """`lora-bench predict run=DIR input=pairs.tsv output=labelled.tsv`."""
     output = str(cfg.output)
     if output != "-" and Path(output).suffix not in OUTPUTS:
-        raise UserError(f"is none of {', '.join(OUTPUTS)}", key="output", value=output, remedy="Or - for standard output.")
+        raise UserError(
+            f"is none of {', '.join(OUTPUTS)}", key="output", value=output, remedy="Or - for standard output."
+        )
     run = FinishedRun.load(cfg.run, device=cfg.device)
     data = run.experiment.data
     columns = list(cfg.text_columns) if cfg.text_columns else list(data.text_columns)

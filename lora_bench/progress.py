@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
+
+    from rich.console import Console
 
 LINES_PER_RUN = 10  # without a terminal: so many lines between start and end
 _SMOOTHING = 0.1
@@ -34,8 +35,14 @@ class Display:
         self.mcc: float | None = None
         self.rate: float | None = None
         self.since = time.perf_counter()
-        columns = [BarColumn(bar_width=None), TextColumn("{task.fields[state]}", markup=False), TimeRemainingColumn(compact=True)]
-        self.progress = Progress(*columns, console=console, expand=True, disable=not console.is_terminal, transient=True)
+        columns = [
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[state]}", markup=False),
+            TimeRemainingColumn(compact=True),
+        ]
+        self.progress = Progress(
+            *columns, console=console, expand=True, disable=not console.is_terminal, transient=True
+        )
         self.task = self.progress.add_task("", total=steps, state="")
 
     def __enter__(self) -> Display:
@@ -86,13 +93,3 @@ def metric_table(metrics: Mapping[str, float | None]) -> Table:
         values = [metrics.get(f"{split}/{name}") for split in splits]
         table.add_row(Text(name), *("" if value is None else f"{value:.4f}" for value in values))
     return table
-
-
-def human(value: float | None, unit: str = "") -> str:
-    """A number with a prefix of the thousands: 1.3 M, 540 MB; blank for None."""
-    if value is None:
-        return ""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}".strip()

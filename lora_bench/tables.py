@@ -145,7 +145,8 @@ def _raw(table: Table) -> Iterator[dict[str, Any]]:
         for column in table.columns:
             if column.kind != "key":
                 stat = row.stats.get(column.name)
-                line[column.name] = stat.mean if stat else None
+                mean = stat.mean if stat else None
+                line[column.name] = int(mean) if mean and column.kind != "metric" and mean.is_integer() else mean
                 if column.kind == "metric":
                     line[f"{column.name}_std"] = stat.std if stat else None
         yield line | {"runs": [str(folder) for folder in row.folders]}
@@ -241,16 +242,19 @@ def _latex(text: str) -> str:
 
 def render(table: Table, console: Console) -> None:
     """Print the table and what stands below it; to a file or a pipe at full width, to a terminal within its columns."""
+    from rich.console import Console
     from rich.text import Text
 
     if table.rows:
         shown, hidden = _fitted(table, console)
-        console.print(shown, crop=False, width=None if console.is_terminal else _width(shown, console))
+        if not console.is_terminal:  # rich takes any file for 80 columns wide
+            console = Console(file=console.file, width=_width(shown, console), highlight=False)
+        console.print(shown)
         if hidden:
-            names = ", ".join(column.header for column in hidden)
-            console.print(Text(f"widen the terminal or use --format md for: {names}", style="dim"))
-    for line in table.below:
-        console.print(Text(clean(line)), soft_wrap=not console.is_terminal)
+            names = ", ".join(clean(column.name) for column in hidden)
+            console.print(Text(f"\nwiden the terminal or use --format md for: {names}", style="dim"))
+    for i, line in enumerate(table.below):
+        console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
 
 
 def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
@@ -276,7 +280,7 @@ def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) ->
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     keys = [column for column in columns if column.kind == "key"]
     rest = [column for column in columns if column not in keys]
     for column in [Column("run", "key")] if stacked else keys:

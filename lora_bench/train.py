@@ -20,11 +20,12 @@ from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.data import sources
 from lora_bench.data.pairs import TokenTable, tokenize
-from lora_bench.errors import DivergedError, UserError
+from lora_bench.errors import DivergedError, UserError, nearest
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
 from lora_bench.evaluation.metrics import check_metrics, score
-from lora_bench.progress import Display, human, metric_table
+from lora_bench.progress import Display, metric_table
 from lora_bench.record import Run
+from lora_bench.tables import human
 from lora_bench.training.loop import Outcome, fit, predict, total_steps
 from lora_bench.training.precision import resolve_device, resolve_precision
 from lora_bench.training.probe import estimate, probe_step
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
+
+
+_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "seed", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Experiment:
     @classmethod
     def build(cls, cfg: DictConfig) -> Experiment:
         """From the composed config; refuses what is out of range, naming the key."""
+        for name in cfg:
+            config.need(name in _KEYS, str(name), None, "is not a known key", nearest(str(name), _KEYS))
         config.need(type(cfg.seed) is int and cfg.seed >= 0, "seed", cfg.seed, "must be a whole number from 0")
         config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
         metrics = {str(name): config.build(config.Metric, node, f"metric.{name}") for name, node in cfg.metric.items()}
@@ -66,8 +72,24 @@ class Experiment:
         )
 
 
-def train(cfg: DictConfig, folder: Path, *, choices: dict[str, str], overrides: list[str], console: Console) -> None:
+def train(
+    cfg: DictConfig,
+    folder: Path,
+    *,
+    choices: dict[str, str],
+    overrides: list[str],
+    console: Console,
+    brief: bool = False,
+) -> None:
     """Run one experiment and leave its record in `folder`; with `dry_run=true` only say what it would cost.
+
+    Args:
+        cfg: the composed config.
+        folder: the run's folder; made once nothing more can be refused.
+        choices: the option chosen of each group, for the record.
+        overrides: what was asked for on the command line, for the record.
+        console: where to tell how it goes.
+        brief: one line for the result instead of a table (a sweep ends with its own).
 
     Raises:
         UserError: the request cannot be met; nothing is left behind.
@@ -126,7 +148,7 @@ def train(cfg: DictConfig, folder: Path, *, choices: dict[str, str], overrides: 
         _evaluate(run, pack, experiment, outcome, tables)
         source = experiment.model.path or experiment.model.hub_id or ""
         peft_format.save(run.adapter_folder, pack, 0, source)
-    _show_result(console, run)
+    _show_result(console, run, brief)
 
 
 def load_splits(data: config.Data) -> tuple[dict[str, sources.Examples], dict[str, Any]]:
@@ -171,7 +193,12 @@ def count_parameters(pack: Pack) -> dict[str, int]:
     """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
     adapter = sum(p.numel() for p in pack.adapter_parameters(0).values())
     head = sum(p.numel() for p in pack.head_parameters(0).values())
-    return {"adapter": adapter, "head": head, "trainable": adapter + head, "total": sum(p.numel() for p in pack.parameters())}
+    return {
+        "adapter": adapter,
+        "head": head,
+        "trainable": adapter + head,
+        "total": sum(p.numel() for p in pack.parameters()),
+    }
 
 
 def _evaluate(run: Run, pack: Pack, experiment: Experiment, outcome: Outcome, tables: dict[str, TokenTable]) -> None:
@@ -247,7 +274,9 @@ def _announce(console: Console, run: Run, experiment: Experiment, tables: dict[s
     notes = list(run.record["data"]["warnings"])
     truncated = sum(table.truncated for table in tables.values())
     if truncated:
-        notes.append(f"{truncated:,} pairs are longer than data.max_length={experiment.data.max_length} and are truncated.")
+        notes.append(
+            f"{truncated:,} pairs are longer than data.max_length={experiment.data.max_length} and are truncated."
+        )
     pattern = getattr(experiment.adapter, "target_modules", "all")
     for alternative in unmatched_alternatives(pattern, list(run.record["targets"])):
         notes.append(f"adapter.target_modules: no linear matches {alternative!r}.")
@@ -255,9 +284,15 @@ def _announce(console: Console, run: Run, experiment: Experiment, tables: dict[s
         console.print(Text(line))
 
 
-def _show_result(console: Console, run: Run) -> None:
-    cost = run.record["cost"]
-    console.print(metric_table(run.record["metrics"]))
+def _show_result(console: Console, run: Run, brief: bool) -> None:
+    cost, metrics = run.record["cost"], run.record["metrics"]
+    if brief:
+        splits = dict.fromkeys(key.split("/")[0] for key in metrics if not key.startswith("selection/"))
+        for split in splits:
+            shown = "  ".join(f"{name} {metrics[f'{split}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
+            console.print(Text(f"{split}  {shown}"))
+    else:
+        console.print(metric_table(metrics))
     rate = f"{cost['pairs_per_second']:.0f} pairs/s" if cost["pairs_per_second"] else ""
     spent = [f"{cost['steps']} steps", f"{cost['train_seconds']:.0f} s", rate, human(cost["train_flops"], "FLOP")]
     spent.append(human(cost["peak_memory_bytes"], "B") + " peak")

@@ -1,7 +1,8 @@
 """Adapter methods, one file each, and what they share.
 
-`base.py` says what a method is and which hooks the training loop calls, `targets.py` chooses the layers, `pack.py` puts K
-members on one backbone, `peft_format.py` writes and reads adapter files. A method is looked up by its module's name.
+`base.py` says what a method is and which hooks the training loop calls, `targets.py` chooses the layers, `pack.py`
+puts K members on one backbone, `peft_format.py` writes and reads adapter files. A method is looked up by its module's
+name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def method_class(name: str) -> type[Adapter]:
     """The dataclass of method `name`: the one subclass of `Adapter` that its module defines."""
     known = method_names()
     if name not in known:
-        raise UserError(f"is not one of {', '.join(known)}", key="adapter.method", value=name, remedy=nearest(name, known))
+        raise UserError(
+            f"is not one of {', '.join(known)}", key="adapter.method", value=name, remedy=nearest(name, known)
+        )
     module = importlib.import_module(f"{__name__}.{name}")
     (found,) = (
         cls

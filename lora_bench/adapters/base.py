@@ -1,8 +1,8 @@
 """What an adapter method is: settings, the update it puts beside a frozen linear, and the hooks that the loop calls.
 
 The training loop calls every hook of every member unconditionally and never asks which method it has. A method whose
-mathematics is LoRA's with another initialisation or scaling needs only a YAML; one with new mathematics needs a file with
-one dataclass derived from `Adapter`.
+mathematics is LoRA's with another initialisation or scaling needs only a YAML; one with new mathematics needs a file
+with one dataclass derived from `Adapter`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     h = W x + (alpha / rank) · B A x        eq. 3, with A: (rank, in), B: (out, rank), W frozen
 
-A starts as in microsoft/LoRA's `loralib/layers.py` (Kaiming-uniform with a = √5), B at zero, so that training starts from the
-backbone's own function.
+A starts as in microsoft/LoRA's `loralib/layers.py` (Kaiming-uniform with a = √5), B at zero, so that training starts
+from the backbone's own function.
 """
 
 from __future__ import annotations
@@ -58,7 +58,13 @@ class LoRA(Adapter):
         return LoRAUpdate(lora_A.to(device), lora_B.to(device), self.alpha / self.rank, self.dropout, dropout)
 
     def peft_settings(self) -> dict[str, Any]:
-        return {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "bias": "none"}
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "bias": "none",
+        }
 
 
 class LoRAUpdate(Update):

@@ -1,12 +1,13 @@
 """A pack: K adapters with their heads on one frozen backbone, computed along a leading dimension K.
 
-A single run is a pack of one. `Pack` replaces two kinds of leaves of the backbone's network, and `detach` puts them back:
+A single run is a pack of one. `Pack` replaces two kinds of leaves of the backbone's network, and `detach` puts them
+back:
 
-    nn.Linear (a target)      ->  AdaptedLinear    the frozen product once over all K·B·T rows, then each member's update
+    nn.Linear (a target)      ->  AdaptedLinear    one frozen product over all K·B·T rows, then each member's update
     a head module             ->  MemberHeads      one copy per member, in fp32
 
-Everything between them works row by row, so the network itself need not know of K. The members are held as a loop, not as one
-stacked tensor: on a CPU the loop is as quick, and a method's mathematics is written for one member.
+Everything between them works row by row, so the network itself need not know of K. The members are held as a loop,
+not as one stacked tensor: on a CPU the loop is as quick, and a method's mathematics is written for one member.
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ class Pack(nn.Module):
         self.members = list(members)
         self.trains_backbone = any(member.adapter.trains_backbone for member in members)
         if self.trains_backbone and len(members) > 1:
-            raise UserError(
-                "trains the backbone, so its packs have one member", key="adapter.method", value="full"
-            )
+            raise UserError("trains the backbone, so its packs have one member", key="adapter.method", value="full")
         try:
             self.targets = [member.adapter.targets(backbone) for member in members]
-            self.updates = [self._make_updates(member, names) for member, names in zip(members, self.targets, strict=True)]
+            self.updates = [
+                self._make_updates(member, names) for member, names in zip(members, self.targets, strict=True)
+            ]
         except UserError as error:
             raise error.under("adapter") from None
         self.depth = self._first_adapted_layer()

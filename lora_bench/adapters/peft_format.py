@@ -1,10 +1,10 @@
 """Adapter files: what peft can express is written as peft writes it, tensors in safetensors only.
 
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight, and the head: base_model.model.<module>.<parameter>
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight, for the head base_model.model.<parameter>
     adapter_config.json          peft's own keys; the head is in `modules_to_save`
 
-A method that peft has no name for (`head_only`) gets the same two files with `peft_type: null`. Full fine-tuning has no adapter: it
-leaves a plain Hugging Face model, config.json and model.safetensors.
+A method that peft has no name for (`head_only`) gets the same two files with `peft_type: null`. Full fine-tuning has
+no adapter: it leaves a plain Hugging Face model, config.json and model.safetensors.
 """
 
 from __future__ import annotations
@@ -79,4 +79,3 @@ def _peft_name(name: str, pack: Pack) -> str:
     """peft keeps lora_A and lora_B as linears, so their tensors end in `.weight`."""
     in_head = name.startswith(tuple(f"{head}." for head in pack.backbone.head_modules))
     return f"{PREFIX}{name}" if in_head else f"{PREFIX}{name}.weight"
-

@@ -15,8 +15,8 @@ def match_targets(backbone: Backbone, target_modules: str, layers: Any) -> list[
     """Full names of the linears that both settings choose, in the order of computation.
 
     Args:
-        target_modules: `all` (every linear of the layers), `qv` (query and value of every attention; the words mean the same
-            for every family), or a regular expression that the full name matches from end to end.
+        target_modules: `all` (every linear of the layers), `qv` (query and value of every attention; the words mean
+            the same for every family), or a regular expression that the full name matches from end to end.
         layers: `all`, `top:n`, or a list of layer numbers from 0.
 
     Raises:
@@ -28,9 +28,7 @@ def match_targets(backbone: Backbone, target_modules: str, layers: Any) -> list[
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(
-            f"is not a regular expression: {error}", key="target_modules", value=target_modules
-        ) from None
+        raise UserError(f"is not a regular expression: {error}", key="target_modules", value=target_modules) from None
     matched = [name for name in names if compiled.fullmatch(name)]
     if not matched:
         near = [name for name in names if compiled.search(name)]

@@ -1,4 +1,4 @@
-"""Any Hugging Face sequence classifier, through its own forward pass: nothing is shared below the first adapted layer."""
+"""Any Hugging Face sequence classifier, through its own forward pass: members share nothing but the weights."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ class Auto(Backbone):
                 value="auto",
                 remedy="Take a model whose transformers class has a base model and a list of layers.",
             )
-        self.layer_paths = [max(lists, key=lambda name: len(list(network.get_submodule(name))))]
+        self.layer_paths = [max(lists, key=lambda name: len(list(network.get_submodule(name).children())))]
         self.head_modules = [
-            name for name, child in network.named_children() if child is not base and any(True for _ in child.parameters())
+            name
+            for name, child in network.named_children()
+            if child is not base and any(True for _ in child.parameters())
         ]
         super().__init__(network, tokenizer, fresh)
 

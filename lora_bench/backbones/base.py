@@ -109,7 +109,7 @@ class Backbone(ABC):
 
 
 def additive_mask(batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """0 where a token may be attended to, the type's lowest number where it is padding: (N, 1, 1, T); None without padding."""
+    """(N, 1, 1, T): 0 for a token, the type's lowest number for padding; None where there is no padding."""
     if batch.full:
         return None
     lowest = torch.finfo(dtype).min

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from lora_bench.backbones.base import Backbone, additive_mask, run_layer
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from lora_bench.data.batching import Batch
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")

@@ -10,18 +10,21 @@ import os
 import warnings
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from lora_bench import hub
 from lora_bench.backbones import tiny
 from lora_bench.backbones.auto import Auto
-from lora_bench.backbones.base import Backbone
 from lora_bench.backbones.bert import MODEL_TYPES, Bert
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
 from lora_bench.config import Model, T5Model
 from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_bench.backbones.base import Backbone
 
 OFFLINE_REMEDY = (
     "Give model.path=DIR, a local Hugging Face folder with config.json, model.safetensors and the tokenizer's files; "
@@ -45,9 +48,9 @@ def load_tokenizer(model: Model) -> Any:
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
         raise UserError(
             f"no tokenizer could be loaded from there ({_first_line(error)})",
-            key="model.tokenizer" if model.tokenizer else "model.path",
+            key="model.tokenizer" if model.tokenizer else "model.path" if model.path else "model.hub_id",
             value=place,
-            remedy="Give model.tokenizer=DIR, a folder with tokenizer.json. " + ("" if model.path else OFFLINE_REMEDY),
+            remedy="Give model.tokenizer=DIR, a folder with tokenizer.json." if model.path else OFFLINE_REMEDY,
         ) from None
     if not tokenizer.is_fast:
         raise UserError(
@@ -122,6 +125,7 @@ def locate(model: Model) -> str:
             )
         return str(Path(root) / model.folder)
     assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
+    hub.ask()
     return model.hub_id
 
 

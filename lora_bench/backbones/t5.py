@@ -1,8 +1,8 @@
 """T5, as it does a sentence-pair task itself (text to text), or as an encoder with a head.
 
-Text to text (Raffel et al. 2020, appendix D): the encoder reads `qqp question1: … question2: …`, the decoder takes one step from
-its start token, and the scores of the first tokens of the two label words are the logits. There is no head. Layers count through
-the encoder, then the decoder.
+Text to text (Raffel et al. 2020, appendix D): the encoder reads `qqp question1: … question2: …`, the decoder takes
+one step from its start token, and the scores of the first tokens of the two label words are the logits. There is no
+head. Layers count through the encoder, then the decoder.
 """
 
 from __future__ import annotations

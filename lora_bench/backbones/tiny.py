@@ -1,4 +1,4 @@
-"""Character-level tokenizers of the three families' kinds, made on the spot: a random backbone for tests needs no file."""
+"""Character tokenizers of the three families' kinds, made on the spot: a random backbone needs no file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """From token tables to batches: which pairs travel together, in which order, padded to which length.
 
-Batch shapes are fixed by the data, the order of pairs by the seed. Pairs are sorted by length into buckets of a few batches; the
-sequence of buckets is the same for every seed, and the seed permutes the pairs within each bucket. So members of a pack that
-differ in their seeds bring their own pairs in batches of equal shape, and a batch is a pure function of (seed, epoch, position).
+Batch shapes are fixed by the data, the order of pairs by the seed. Pairs are sorted by length into buckets of a few
+batches; the sequence of buckets is the same for every seed, and the seed permutes the pairs within each bucket. So
+members of a pack that differ in their seeds bring their own pairs in batches of equal shape, and a batch is a pure
+function of (seed, epoch, position).
 """
 
 from __future__ import annotations

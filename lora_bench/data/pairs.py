@@ -1,7 +1,7 @@
 """Tokenised once: texts to a flat table of tokens, kept as an Arrow file under a key made of its content.
 
-The cache lies in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench) and is memory-mapped, so that resident memory does not grow
-with the data. The key covers the texts, the tokenizer and the length limit: a stale file cannot be met.
+The cache lies in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench) and is memory-mapped, so that resident memory
+does not grow with the data. The key covers the texts, the tokenizer and the length limit: a stale file cannot be met.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def _write(path: Path, batch: pa.RecordBatch) -> None:
         _write_and_rename(path, batch)
     except OSError as error:
         remedy = "Set the environment variable LORA_BENCH_CACHE to a folder with room to write."
-        raise UserError(f"the token cache cannot be written ({error.strerror})", file=path.parent, remedy=remedy) from None
+        raise UserError(
+            f"the token cache cannot be written ({error.strerror})", file=path.parent, remedy=remedy
+        ) from None
 
 
 def _write_and_rename(path: Path, batch: pa.RecordBatch) -> None:

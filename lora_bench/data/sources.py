@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_bench import hub
 from lora_bench.config import Data, FileData, HubData, ToyData
 from lora_bench.errors import UserError
 
@@ -94,11 +95,8 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
 
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # of whichever HTTP client the hub's library uses
-        # Else each request is tried for half a minute. A data set that was loaded before still loads from the cache.
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    if not hub.ask():
+        datasets.config.HF_HUB_OFFLINE = True
     name = data.hub_id if data.hub_config is None else f"{data.hub_id}/{data.hub_config}"
     try:
         splits = datasets.load_dataset(data.hub_id, data.hub_config, revision=data.revision)

@@ -10,14 +10,17 @@ wordings each; the second question always takes another wording, of the same mea
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_bench.data.sources import Examples
 from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Square = tuple[tuple[str, str], tuple[str, str]]
 
@@ -25,13 +28,53 @@ POSITIVES = 0.4
 VALIDATION_SHARE = 4  # one possible pair in so many belongs to validation; train never sees it
 
 # The last quarter of each of these is never seen in train.
-PEOPLE = tuple(
-    "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Karen Leo Maria Noah Olga Paul Rosa Simon "
-    "Tina Victor Wendy Adam Bella Carl".split()
+PEOPLE = (
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ivy",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Simon",
+    "Tina",
+    "Victor",
+    "Wendy",
+    "Adam",
+    "Bella",
+    "Carl",
 )
-CITIES = tuple(
-    "Rome Oslo Paris Madrid Vienna Berlin Dublin Athens Prague Lisbon London Zurich Warsaw Milan Boston "
-    "Chicago Cairo Tokyo Delhi Sydney".split()
+CITIES = (
+    "Rome",
+    "Oslo",
+    "Paris",
+    "Madrid",
+    "Vienna",
+    "Berlin",
+    "Dublin",
+    "Athens",
+    "Prague",
+    "Lisbon",
+    "London",
+    "Zurich",
+    "Warsaw",
+    "Milan",
+    "Boston",
+    "Chicago",
+    "Cairo",
+    "Tokyo",
+    "Delhi",
+    "Sydney",
 )
 TOPICS = (
     "chess", "Spanish", "the guitar", "yoga", "cooking", "the piano", "drawing", "French", "photography",

@@ -1,14 +1,15 @@
 """What training costs: arithmetic from torch's own counter, peak memory of this process.
 
-Matrix products of a network are, for N rows of T tokens, exactly c0 + N (c1 + c2 T + c3 T²): linear layers go with T, attention
-with T², the head with N, products of weights with nothing. Four small probes give the four numbers, for any family and method;
-the rest is a sum over the batches that were run.
+Matrix products of a network are, for N rows of T tokens, exactly c0 + N (c1 + c2 T + c3 T²): linear layers go with T,
+attention with T², the head with N, products of weights with nothing. Four small probes give the four numbers, for any
+family and method; the rest is a sum over the batches that were run.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,10 +52,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident set size of this process
-        except OSError:
-            pass
 
 
 def peak_memory_bytes(device: torch.device) -> int:

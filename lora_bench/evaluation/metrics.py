@@ -1,8 +1,8 @@
 """Binary metrics from scores P(label 1): torchmetrics' where they are right, ours where they are not.
 
-torchmetrics' Matthews correlation of a constant predictor is not 0, its binary calibration error bins P(label 1) instead of the
-confidence in the predicted label, and NaN scores pass through it silently; so the scores are checked first and those two
-are stated here.
+torchmetrics' Matthews correlation of a constant predictor is not 0, its binary calibration error bins P(label 1)
+instead of the confidence in the predicted label, and NaN scores pass through it silently; so the scores are checked
+first and those two are stated here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ _TORCHMETRICS = {
 }
 
 
-def score(scores: NDArray[np.float64], labels: NDArray[np.int64], extra: Mapping[str, Metric]) -> dict[str, float | None]:
+def score(
+    scores: NDArray[np.float64], labels: NDArray[np.int64], extra: Mapping[str, Metric]
+) -> dict[str, float | None]:
     """All metrics of one split.
 
     Args:
@@ -44,8 +46,8 @@ def score(scores: NDArray[np.float64], labels: NDArray[np.int64], extra: Mapping
         extra: metrics of torchmetrics besides the standard ones, by the name to report.
 
     Returns:
-        accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier and the extra ones; a label is predicted 1 from a score of
-        0.5 on; auroc is None where only one label occurs.
+        accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier and the extra ones; a label is predicted 1 from a
+        score of 0.5 on; auroc is None where only one label occurs.
 
     Raises:
         DivergedError: a score is not a finite number.

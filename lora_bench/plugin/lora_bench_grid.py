@@ -1,6 +1,6 @@
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
-# No `from __future__ import annotations`: Hydra loads plugins without entering them in sys.modules, where dataclasses look.
+# No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -37,11 +37,11 @@ class GridSweeper(BasicSweeper):
         super().__init__(max_batch_size, params)
         self.exclude = [dict(part.split("=", 1) for part in rule.split()) for rule in exclude]
 
-    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:  # type: ignore[override]
+    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         batches = BasicSweeper.split_arguments(overrides, max_batch_size)
         return [[job for job in batch if not self._is_excluded(job)] for batch in batches]
 
-    def validate_batch_is_legal(self, overrides: list[list[str]]) -> None:  # type: ignore[override]
+    def validate_batch_is_legal(self, overrides: list[list[str]]) -> None:
         """Compose and check every job, so that a wrong value in the last one is told before the first one runs."""
         from lora_bench.train import Experiment  # torch: late
 
@@ -54,15 +54,17 @@ class GridSweeper(BasicSweeper):
             Experiment.build(composed)
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lora_bench.compare import write_tables
+        from lora_bench.compare import main, write_tables
 
         assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)
         try:
             return super().sweep(arguments)
-        finally:
+        finally:  # also after Ctrl-C: what is finished is worth its table
             if any(folder.glob("*/run.json")):
                 write_tables(folder)
+                print()
+                main([str(folder)])
 
     def _is_excluded(self, job: list[str]) -> bool:
         chosen = dict(part.split("=", 1) for part in job if "=" in part)

@@ -1,7 +1,7 @@
 """The training loop: a pack of K members, trained together, each as it would be alone.
 
-    for every batch:  forward once, one loss per member, backward; then per member clip, hooks, step
-    when due:         score the selection split, keep each member's best state, stop whom it no longer helps
+for every batch:  forward once, one loss per member, backward; then per member clip, hooks, step
+when due:         score the selection split, keep each member's best state, stop whom it no longer helps
 """
 
 from __future__ import annotations
@@ -194,9 +194,9 @@ def _backward(pack: Pack, batch: Batch, trainer: Trainer, live: Sequence[int]) -
         loss = loss * share  # (K,)
         penalties = {k: pack.members[k].adapter.penalty(pack.updates[k]) for k in live}
         extra = [penalty * share for penalty in penalties.values() if penalty is not None]
-        torch.stack([loss[list(live)].sum(), *extra]).sum().backward()
+        torch.stack([loss[list(live)].sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
         losses += loss.detach()
-    return losses.tolist()  # type: ignore[no-any-return]
+    return losses.tolist()
 
 
 def _clip(pack: Pack, member: int, settings: Optimizer) -> float:

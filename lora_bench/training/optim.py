@@ -21,7 +21,9 @@ def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.
         groups.append({"params": [p], "lr": settings.lr, "weight_decay": settings.weight_decay if p.ndim > 1 else 0.0})
     for group in groups:
         group["peak_lr"] = group["lr"]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+    )
 
 
 def set_rate(optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, steps: int) -> None:

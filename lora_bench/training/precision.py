@@ -15,7 +15,10 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "no CUDA device is usable here", key="trainer.device", value=device, remedy="Take trainer.device=auto or cpu."
+            "no CUDA device is usable here",
+            key="trainer.device",
+            value=device,
+            remedy="Take trainer.device=auto or cpu.",
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +34,9 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision == "fp32":
         return torch.float32
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("this GPU has no bf16", key="trainer.precision", value=precision, remedy="Take trainer.precision=fp32.")
+        raise UserError(
+            "this GPU has no bf16", key="trainer.precision", value=precision, remedy="Take trainer.precision=fp32."
+        )
     if precision == "auto" and not has_fast_bf16(device):
         return torch.float32
     return torch.bfloat16
@@ -40,6 +45,6 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products: on a CPU AVX512-BF16 or AMX, on a GPU Ampere or later."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lora_bench.data.batching import Batch, BatchPlan, training_batches
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
-from lora_bench.progress import human
+from lora_bench.tables import human
 from lora_bench.training.loop import total_steps
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ _ROUNDS = 3
 
 
 def probe_step(pack: Pack, rows: int, length: int) -> None:
-    """Forward and backward of one member's batch of made-up tokens; leaves weights, gradients and random streams alone."""
+    """Forward and backward of made-up tokens; leaves weights, gradients and random streams as they were."""
     ids = torch.ones(rows, length, dtype=torch.long, device=pack.backbone.device)
     batch = Batch(ids, torch.ones_like(ids), None, torch.zeros_like(ids[:, 0]), full=True)
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None
-    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(pack.size)).backward()
+    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(pack.size)).backward()  # type: ignore[no-untyped-call]
     for p in pack.parameters():
         p.grad = None
 

@@ -1,0 +1,544 @@
+"""The comparison table: which runs share a row, what the columns are called, and that no form of it can be broken."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from lora_bench.compare import main, summarise, write_tables
+from lora_bench.errors import UserError
+from lora_bench.record import Run
+from lora_bench.tables import (
+    Column,
+    Row,
+    Stat,
+    Table,
+    clean,
+    human,
+    render,
+    to_csv,
+    to_json,
+    to_latex,
+    to_markdown,
+    value_text,
+)
+
+HOSTILE = "<script>|\x1b[31m*[red]x[/red](y)`\n\u202e$\\"
+
+
+def make(
+    folder: Path,
+    mcc: float | None = 0.5,
+    *,
+    choices: dict[str, str] | None = None,
+    config: dict[str, Any] | None = None,
+    overrides: list[str] | None = None,
+    status: str = "done",
+    error: str | None = None,
+    **sections: Any,
+) -> Run:
+    """A run folder; `config` has dotted keys."""
+    nested: dict[str, Any] = {"seed": 0}
+    for key, value in (config or {}).items():
+        *groups, name = key.split(".")
+        node = nested
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value
+    choices = {"model": "bert", "adapter": "lora", "data": "qqp"} | (choices or {})
+    run = Run.claim(folder, choices=choices, config=nested, overrides=overrides or [])
+    run.update(data={"fingerprint": "one", "rows": {"train": 100}}, params={"adapter": 1_300_000, "head": 1538})
+    run.update(cost={"train_seconds": 83.0, "train_flops": 1.2e12, "peak_memory_bytes": 540e6})
+    if mcc is not None:
+        run.update(
+            metrics={"validation/accuracy": 0.9, "validation/f1": 0.8, "validation/mcc": mcc, "selection/mcc": 1}
+        )
+    run.update(**sections)
+    if status != "running":
+        run.finish(status, error)
+    return run
+
+
+def keys(table: Table) -> list[str]:
+    return [column.name for column in table.keys]
+
+
+def values(table: Table) -> list[tuple[Any, ...]]:
+    return [tuple(row.keys.get(key) for key in keys(table)) for row in table.rows]
+
+
+# -- which runs share a row --
+
+
+def test_seeds_share_a_row_with_mean_sample_std_and_n(tmp_path: Path) -> None:
+    for seed, mcc in enumerate([0.5, 0.6, 0.8]):
+        make(tmp_path / str(seed), mcc, config={"seed": seed, "adapter.rank": 8, "resume": f"x{seed}"})
+    table = summarise([tmp_path])
+    (row,) = table.rows
+    assert row.n == 3
+    assert row.stats["mcc"].mean == pytest.approx(statistics.mean([0.5, 0.6, 0.8]))
+    assert row.stats["mcc"].std == pytest.approx(statistics.stdev([0.5, 0.6, 0.8]))
+    assert keys(table) == ["model", "adapter", "data"]
+    assert values(table) == [("bert", "lora", "qqp")]
+    assert table.below == []
+    assert "0.6333 ± 0.1528" in to_markdown(table)
+
+
+def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    table = summarise([tmp_path])
+    assert "| 0.5000 |" in to_markdown(table)
+    assert "| n |" not in to_markdown(table)
+    assert table.below == ["one seed only: no spread"]
+
+
+def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path: Path) -> None:
+    make(tmp_path / "b", 0.7, created="2026-01-02T00:00:00+00:00")
+    make(tmp_path / "a", 0.1, created="2026-01-01T00:00:00+00:00")
+    table = summarise([tmp_path])
+    assert [(row.n, row.stats["mcc"].mean) for row in table.rows] == [(1, 0.7)]
+    assert any("repeat an experiment" in line for line in table.below)
+
+
+def test_equal_numbers_of_other_types_share_a_row(tmp_path: Path) -> None:
+    for seed, alpha in enumerate([16, 16.0]):
+        make(tmp_path / str(seed), config={"adapter.alpha": alpha, "seed": seed})
+    assert [row.n for row in summarise([tmp_path]).rows] == [2]
+
+
+@pytest.mark.parametrize(
+    ("data", "column"),
+    [
+        ({"fingerprint": "two"}, "data.fingerprint"),
+        ({"fingerprint": {"validation": "two", "test": "-"}}, "data.fingerprint"),
+        ({"fingerprint": {"validation": "one", "train": "two"}}, "data.fingerprint.train"),
+        ({"rows": {"train": 50}}, "data.rows.train"),
+    ],
+)
+def test_other_data_is_another_row_though_the_config_is_the_same(tmp_path: Path, data: Any, column: str) -> None:
+    make(tmp_path / "a", 0.6, config={"seed": 0})
+    make(tmp_path / "b", 0.5, config={"seed": 1}, data=data)
+    for table in (summarise([tmp_path]), summarise([tmp_path], by="adapter")):
+        assert [row.n for row in table.rows] == [1, 1]
+        assert column in keys(table)
+    warned = any("not comparable" in line for line in summarise([tmp_path]).below)
+    assert warned == (column == "data.fingerprint")
+
+
+def test_a_fingerprint_that_follows_from_a_data_key_has_no_column(tmp_path: Path) -> None:
+    for size in (10, 20):
+        make(
+            tmp_path / str(size),
+            config={"data.train_size": size},
+            data={"fingerprint": str(size), "rows": {"train": size}},
+        )
+    assert keys(summarise([tmp_path])) == ["data.train_size"]
+
+
+# -- the columns --
+
+
+def test_columns_are_what_varies_named_as_in_the_config(tmp_path: Path) -> None:
+    for rank in (8, 16):
+        for lr in (1e-3, 1e-5):
+            config = {"adapter.rank": rank, "optimizer.lr": lr, "adapter.default_lr": 1e-3, "trainer.epochs": 3}
+            make(tmp_path / f"{rank}-{lr}", config=config)
+    table = summarise([tmp_path])
+    assert keys(table) == ["adapter.rank", "optimizer.lr"]
+    assert sorted(values(table)) == [(8, 1e-5), (8, 1e-3), (16, 1e-5), (16, 1e-3)]
+    assert "| 16 | 1e-05 |" in to_markdown(table)
+
+
+def test_what_follows_from_a_choice_is_left_out(tmp_path: Path) -> None:
+    for model in ("bert", "t5"):
+        for adapter, lr in (("lora", 1e-3), ("full", 5e-5)):
+            make(
+                tmp_path / model / adapter,
+                choices={"model": model, "adapter": adapter},
+                config={"model.hub_id": f"x/{model}", "adapter.default_lr": lr, "optimizer.lr": lr}
+                | ({"adapter.rank": 8} if adapter == "lora" else {}),
+            )
+    assert keys(summarise([tmp_path])) == ["model", "adapter"]
+
+
+def test_a_rate_that_does_not_follow_the_adapter_is_shown(tmp_path: Path) -> None:
+    for i, (adapter, lr) in enumerate([("lora", 1e-3), ("lora", 1e-4), ("full", 5e-5)]):
+        config = {"optimizer.lr": lr, "adapter.default_lr": 5e-5 if adapter == "full" else 1e-3}
+        make(tmp_path / str(i), choices={"adapter": adapter}, config=config)
+    assert keys(summarise([tmp_path])) == ["adapter", "optimizer.lr"]
+    # Tuned, one rate per method: it is a function of the method, yet not the method's default.
+    for i, (adapter, lr) in enumerate([("lora", 3e-3), ("full", 1e-5)]):
+        config = {"optimizer.lr": lr, "adapter.default_lr": 1e-4}
+        make(tmp_path / "tuned" / str(i), choices={"adapter": adapter}, config=config)
+    assert keys(summarise([tmp_path / "tuned"])) == ["adapter", "optimizer.lr"]
+
+
+def test_a_key_of_one_method_only_is_blank_for_the_other(tmp_path: Path) -> None:
+    for rank in (2, 8):
+        make(tmp_path / str(rank), 0.5 + rank / 100, config={"adapter.rank": rank})
+    make(tmp_path / "full", 0.1, choices={"adapter": "full"})
+    table = summarise([tmp_path])
+    assert values(table) == [("lora", 8), ("lora", 2), ("full", None)]
+    assert "| full |  |" in to_markdown(table)
+    assert [line["adapter.rank"] for line in csv.DictReader(io.StringIO(to_csv(table)))] == ["8", "2", ""]
+
+
+def test_a_hyperparameter_set_by_hand_for_one_choice_is_shown(tmp_path: Path) -> None:
+    make(tmp_path / "a", config={"adapter.rank": 4}, overrides=["adapter.rank=4"])
+    make(tmp_path / "b", choices={"adapter": "dora"}, config={"adapter.rank": 8})
+    assert keys(summarise([tmp_path])) == ["adapter", "adapter.rank"]
+
+
+def test_several_reported_splits_and_extra_metrics(tmp_path: Path) -> None:
+    run = make(tmp_path / "a", config={"metric.specificity.direction": "up", "metric.fpr.direction": "down"})
+    run.update(metrics={"validation/specificity": 0.7, "validation/fpr": 0.2, "test/mcc": 0.3})
+    make(tmp_path / "b", 0.4, config={"seed": 1})
+    table = summarise([tmp_path])
+    headers = [column.header for column in table.columns if column.kind == "metric"]
+    assert headers[:5] == [
+        "validation/accuracy ↑",
+        "validation/f1 ↑",
+        "validation/mcc ↑",
+        "validation/fpr ↓",
+        "validation/specificity ↑",
+    ]
+    assert headers[5:] == ["test/accuracy ↑", "test/f1 ↑", "test/mcc ↑"]
+    assert len(table.rows) == 1  # a metric more is no other experiment
+
+
+def test_another_split_than_validation_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "t/a", None, metrics={"test/mcc": 0.3, "train/mcc": 1})
+    assert "metrics of the test split" in summarise([tmp_path / "t"]).below
+    make(tmp_path / "s/a", None, metrics={"selection/mcc": 0.3})
+    assert "selection/mcc" in summarise([tmp_path / "s"]).rows[0].stats
+
+
+# -- order, best, costs --
+
+
+def test_best_first_with_the_best_in_bold(tmp_path: Path) -> None:
+    for rank, mcc in ((1, 0.3), (2, 0.9), (4, None), (8, 0.5)):
+        make(tmp_path / str(rank), mcc, config={"adapter.rank": rank})
+    table = summarise([tmp_path])
+    assert values(table) == [(2,), (8,), (1,), (4,)]
+    assert [row.best for row in table.rows] == [
+        {"mcc", "accuracy", "f1"},
+        {"accuracy", "f1"},
+        {"accuracy", "f1"},
+        frozenset(),
+    ]
+    assert "**0.9000**" in to_markdown(table)
+    assert r"\textbf{0.9000}" in to_latex(table)
+
+
+def test_the_best_is_marked_for_each_data_set(tmp_path: Path) -> None:
+    for data, mccs in (("qqp", (0.9, 0.8)), ("rte", (0.85, 0.1))):
+        for rank, mcc in enumerate(mccs):
+            config = {"adapter.rank": rank}
+            make(tmp_path / data / str(rank), mcc, choices={"data": data}, config=config, data={"fingerprint": data})
+    table = summarise([tmp_path])
+    assert values(table) == [("qqp", 0), ("qqp", 1), ("rte", 0), ("rte", 1)]
+    assert ["mcc" in row.best for row in table.rows] == [True, False, True, False]
+
+
+def test_costs_have_units_for_people_and_are_raw_for_programs(tmp_path: Path) -> None:
+    make(tmp_path / "a", cost={"peak_memory_bytes": None})
+    table = summarise([tmp_path])
+    assert "| 1.3 M | 1.5 k | 83 s | 1.2 TFLOP |\n" in to_markdown(table)  # a column without any value is left out
+    (line,) = json.loads(to_json(table))
+    assert (line["params.adapter"], line["cost.train_seconds"], line["cost.peak_memory_bytes"]) == (1300000, 83, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.9, "1.0 kB"),
+        (9949, "9.9 kB"),
+        (9990, "10 kB"),
+        (540e6, "540 MB"),
+        (2e18, "2000 PB"),
+    ],
+)
+def test_human(value: float, text: str) -> None:
+    assert human(value, "B") == text
+
+
+def test_absurd_numbers_and_wrong_types_are_absent(tmp_path: Path) -> None:
+    for seed in range(2):
+        path = make(tmp_path / str(seed), 1e308, config={"seed": seed}).folder / "run.json"
+        content = json.loads(path.read_text())
+        content["metrics"] |= {"validation/f1": "high", "validation/accuracy": 10**400}
+        content["params"] = {"adapter": True, "head": [1]}
+        path.write_text(json.dumps(content))
+    (row,) = summarise([tmp_path]).rows
+    assert set(row.stats) == {"cost.train_seconds", "cost.train_flops", "cost.peak_memory_bytes"}
+
+
+def test_a_metric_that_some_seeds_lack_tells_its_own_n(tmp_path: Path) -> None:
+    for seed, mcc in enumerate([0.5, 0.7, None]):
+        make(tmp_path / str(seed), mcc, config={"seed": seed})
+    assert "0.6000 ± 0.1414 (n=2)" in to_markdown(summarise([tmp_path]))
+
+
+# -- --by --
+
+
+def test_by_averages_over_all_runs_with_that_value(tmp_path: Path) -> None:
+    for rank, mccs in ((2, (0.1, 0.2)), (8, (0.5, 0.8))):
+        for model, mcc in zip(("bert", "t5"), mccs, strict=True):
+            make(tmp_path / f"{rank}{model}", mcc, choices={"model": model}, config={"adapter.rank": rank})
+    make(tmp_path / "full", 0.0, choices={"adapter": "full"})
+    table = summarise([tmp_path], by="adapter.rank")
+    assert values(table) == [(8,), (2,), (None,)]
+    assert [(row.n, round(row.stats["mcc"].mean, 3)) for row in table.rows] == [(2, 0.65), (2, 0.15), (1, 0.0)]
+    assert values(summarise([tmp_path], by="seed")) == [(0,)]
+
+
+def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    make(tmp_path / "a", config={"adapter.rank": 8})
+    make(tmp_path / "b", config={"adapter.rank": 9})
+    with pytest.raises(UserError, match=r"--by=adapter.rnk: .*Did you mean adapter\.rank\?"):
+        main([str(tmp_path), "--by", "adapter.rnk"])
+    with pytest.raises(UserError, match=r"Varying here: adapter\.rank\."):
+        main([str(tmp_path), "--by", "zzzzzzzz"])
+
+
+# -- what is said below --
+
+
+def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
+    make(tmp_path / "1", status="failed", error="out of\nmemory " + "x" * 400, overrides=["adapter=dora", "seed=1"])
+    make(tmp_path / "2", status="diverged")
+    run = make(tmp_path / "10", None, status="running", created="2026-01-02T03:04:05.678+00:00")
+    run.log({"step": 120, "split": "selection", "metrics": {"mcc": 0.61234}})
+    make(tmp_path / "11", None, status="running", created=None)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/run.json").write_text("{")
+    table = summarise([tmp_path])
+    assert table.rows == []
+    failed, *rest, skipped = table.below[1:]
+    assert table.below[0] == "no finished run yet"
+    assert clean(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
+    assert failed.endswith("x…")
+    assert rest == [
+        f"diverged: {tmp_path}/2: no reason recorded",
+        f"running: {tmp_path}/10: since 2026-01-02 03:04 UTC, step 120, selection mcc 0.6123",
+        f"running: {tmp_path}/11: since ? UTC",
+    ]
+    assert skipped.startswith(f"skipped: {tmp_path}/bad: run.json is damaged")
+    assert (to_csv(table), to_json(table)) == ("", "[]\n")
+    assert to_markdown(table).startswith("- no finished run yet\n")
+    assert main([str(tmp_path)]) == 0
+
+
+def test_dirty_code_is_flagged(tmp_path: Path) -> None:
+    for seed in range(5):
+        make(tmp_path / str(seed), config={"seed": seed}, environment={"dirty": seed > 0})
+    (line,) = summarise([tmp_path]).below
+    assert line.startswith("uncommitted changes in the code of 4 of 5 runs: ")
+    assert line.endswith("/3 and 1 more")
+
+
+def test_no_runs_is_a_wrong_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"no runs here.*lora-bench train"):
+        main([str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^outputs: there is no such folder"):
+        main([])
+    make(tmp_path / "outputs/a")
+    assert main([]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--frmat", "csv"], ["--format", "xml"], ["--by"]])
+def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^compare: "):
+        main(arguments)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "--by KEY" in capsys.readouterr().out
+
+
+# -- forms --
+
+
+def test_each_format_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a")
+    starts = {
+        "csv": "model,adapter,data,n,",
+        "md": "| model |",
+        "latex": r"\begin{tabular}",
+        "json": "[",
+        "table": "model",
+    }
+    for form, start in starts.items():
+        assert main([str(tmp_path), "--format", form]) == 0
+        shown = capsys.readouterr()
+        assert shown.out.startswith(start)
+        assert ("no spread" in shown.err) == (form in ("csv", "json"))
+
+
+def test_a_sweep_leaves_its_tables(tmp_path: Path) -> None:
+    write_tables(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    make(tmp_path / "0")
+    write_tables(tmp_path)
+    assert (tmp_path / "table.md").read_text().startswith("| model | adapter | data | accuracy ↑ |")
+    assert (tmp_path / "table.csv").read_text().startswith("model,adapter,data,n,accuracy,accuracy_std,")
+
+
+def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a", 0.6, choices={"model": HOSTILE}, config={f"adapter.{HOSTILE}": 1})
+    make(tmp_path / "b", choices={"model": "=cmd()"}, config={f"adapter.{HOSTILE}": HOSTILE})
+    make(tmp_path / "c", status="failed", error=HOSTILE)
+    table = summarise([tmp_path])
+    for form in ("csv", "md", "latex", "json", "table"):
+        main([str(tmp_path), "--format", form])
+        shown = capsys.readouterr()
+        assert not set(shown.out + shown.err) & {"\x1b", "\u202e"}
+        assert "[red]" in shown.out or form in ("md", "latex")
+    markdown = to_markdown(table)
+    assert "<script>" not in markdown
+    assert "&lt;script&gt;\\|" in markdown
+    assert "\n\n- " in markdown
+    assert all(re.match(r"[|-] ", line) for line in markdown.splitlines() if line)
+    assert "'=cmd()" in to_csv(table)
+
+
+CELL = st.text(st.characters(categories=None)) | st.sampled_from([HOSTILE, "=1+1", "-", "[4,5]", "1e-3", "", "null"])
+CELLS = (
+    CELL
+    | st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.lists(CELL)
+)
+NUMBER = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Table:
+    names = draw(st.lists(CELL, min_size=1, max_size=3, unique_by=clean))
+    names = [f"key.{name}" for name in names]
+    columns = [*(Column(name, "key") for name in names), Column("mcc", "metric", "↑", 9), Column("cost.x", "bytes")]
+    rows = []
+    for n in draw(st.lists(st.integers(1, 3), max_size=3)):
+        stats = {"mcc": Stat(draw(NUMBER), draw(NUMBER) if n > 1 else None, n)} if draw(st.booleans()) else {}
+        stats |= {"cost.x": Stat(draw(NUMBER), None, n)} if draw(st.booleans()) else {}
+        values = {name: draw(CELLS) for name in names if draw(st.booleans())}
+        rows.append(Row(values, stats, n, [Path("a")], frozenset(stats) & {"mcc"}))
+    return Table(columns, rows, draw(st.lists(CELL, max_size=2)))
+
+
+@given(tables())
+def test_csv_and_json_read_back(table: Table) -> None:
+    lines = list(csv.DictReader(io.StringIO(to_csv(table)), strict=True))
+    objects = json.loads(to_json(table))
+    assert len(lines) == len(objects) == len(table.rows)
+    for line, found, row in zip(lines, objects, table.rows, strict=True):
+        stat = row.stats.get("mcc")
+        assert (found["mcc"], found["mcc_std"], found["n"]) == (
+            (stat.mean, stat.std, row.n) if stat else (None, None, row.n)
+        )
+        assert (float(line["mcc"]) if line["mcc"] else None) == found["mcc"]
+        for column in table.keys:
+            assert found[column.name] == row.keys.get(column.name)
+            cell = value_text(row.keys[column.name]) if column.name in row.keys else ""
+            assert line[clean(column.name)].removeprefix("'") == cell.removeprefix("'")
+        assert not any(cell.startswith(("=", "@")) for cell in line.values())
+
+
+@given(tables())
+def test_markdown_and_latex_keep_their_shape(table: Table) -> None:
+    grid, *_ = to_markdown(table).split("\n\n")
+    bars = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in grid.splitlines() if table.rows}
+    assert len(bars) <= 1
+    assert "<" not in to_markdown(table)
+    latex = to_latex(table)
+    body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip("\n").splitlines()
+    assert len(body) == len(table.rows)
+    assert len({len(re.findall(r"(?<!\\)&", line)) for line in body}) <= 1
+    assert all(line.startswith("% ") for line in latex.split("\\end{tabular}\n")[1].splitlines())
+    (to_markdown(table) + latex).encode()  # a lone surrogate would not be written
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(tables(), st.sampled_from([30, 80, 200]))
+def test_the_terminal_shows_any_table_within_its_width(table: Table, width: int) -> None:
+    shown = printed(table, width)
+    assert "\x1b" not in shown
+    if width >= 80:
+        assert max((cell_len(line) for line in shown.splitlines()), default=0) <= width
+
+
+def printed(table: Table, width: int | None) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=width is not None, width=width, color_system=None, highlight=False)
+    render(table, console)
+    return out.getvalue()
+
+
+def sweep(folder: Path, keys: int = 3) -> Table:
+    for rank in (2, 8):
+        for seed in (0, 1):
+            config = {"adapter.rank": rank, "optimizer.lr": rank / 1000, "adapter.alpha": rank, "seed": seed}
+            config |= {f"trainer.some_long_setting_{i}": rank for i in range(keys - 3)}
+            make(folder / f"{rank}-{seed}", (rank + seed) / 10, config=config)
+    return summarise([folder])
+
+
+def test_a_narrow_terminal_loses_costs_first_and_says_so(tmp_path: Path) -> None:
+    table = sweep(tmp_path)
+    wide, normal, narrow = printed(table, 200), printed(table, 80), printed(table, 60)
+    assert "540 MB" in wide
+    assert "widen the terminal" not in wide
+    head = normal.splitlines()[0].split()
+    assert head == ["adapter.rank", "adapter.alpha", "optimizer.lr", "f1", "↑", "mcc", "↑", "n"]
+    assert "use --format md for: accuracy, params.adapter," in normal
+    assert narrow.splitlines()[0].split()[-3:] == ["mcc", "↑", "n"]
+    assert "0.250 ± 0.071" in narrow
+    assert "…" not in narrow
+
+
+def test_keys_share_a_column_where_they_leave_no_room(tmp_path: Path) -> None:
+    shown = printed(sweep(tmp_path, keys=8), 80)
+    assert "trainer.some_long_setting_4=8" in shown
+    assert "0.850 ± 0.071" in shown
+    assert "…" not in shown
+
+
+def test_a_pipe_gets_all_columns_without_colours(tmp_path: Path) -> None:
+    table = sweep(tmp_path, keys=8)
+    lines = printed(table, None).splitlines()
+    assert len({cell_len(line) for line in lines[:4]}) == 1
+    assert cell_len(lines[0]) > 200
+    assert lines[0].split()[-1] == "cost.peak_memory_bytes"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_comparing_needs_neither_torch_nor_pyarrow() -> None:
+    heavy = {"torch", "pyarrow", "numpy", "pandas", "rich"}
+    program = f"import sys, lora_bench.compare; print(sorted({heavy} & {{*sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout == "[]\n"
