@@ -108,7 +108,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     from lora_bench.hydra_errors import refuse_code, translated
 
     refuse_code(arguments)
-    _register_with_hydra()
+    register_with_hydra()
     import hydra
 
     failures: list[Exception] = []
@@ -135,7 +135,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
         raise UserError(reason) if wrong else SweepFailedError(reason)
 
 
-def _register_with_hydra() -> None:
+def register_with_hydra() -> None:
     """Our sweeper, where Hydra looks for it, and the resolver for a run folder's id."""
     from omegaconf import OmegaConf
 

@@ -236,8 +236,8 @@ DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData
 def build(cls: type[T], node: DictConfig, key: str) -> T:
     """Make the dataclass `cls` from a config node, or refuse, naming the key below `key`."""
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    for name in node:
-        need(name in known, f"{key}.{name}", None, "is not a known key", nearest(str(name), known))
+    for name in map(str, node):
+        need(name in known, f"{key}.{name}", None, "is not a known key", nearest(name, known))
     try:
         values = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))

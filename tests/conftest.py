@@ -1,0 +1,45 @@
+"""What every test stands on: no network, caches in a temporary folder, configs composed as the command line does."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library of theirs is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from tests.helpers import composed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    os.environ["LORA_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["LORA_BENCH_CACHE"]
+
+
+@pytest.fixture
+def backbone() -> Callable[..., Any]:
+    """Makes a random tiny backbone: `backbone("tiny_t5", "model.form=encoder")`."""
+
+    def make(model: str = "tiny_bert", *overrides: str) -> Any:
+        from lora_bench.backbones.load import load, load_tokenizer
+        from lora_bench.config import build_model
+
+        settings = build_model(composed(f"model={model}", *overrides).model)
+        return load(settings, load_tokenizer(settings), task="qqp")
+
+    return make
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

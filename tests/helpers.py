@@ -1,0 +1,27 @@
+"""Shared by the tests: names of the tiny backbones, a small toy data set, and composed configs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from lora_bench.cli import conf_folder, register_with_hydra
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+TINY = ("tiny_bert", "tiny_roberta", "tiny_t5")
+SMALL_TOY = ["data=toy", "data.train_rows=120", "data.validation_rows=40", "trainer.precision=fp32"]
+
+
+def composed(*overrides: str, name: str = "config") -> DictConfig:
+    """The config that these overrides compose, with `tiny_bert` unless they say otherwise."""
+    register_with_hydra()
+    GlobalHydra.instance().clear()
+    chosen = list(overrides)
+    if name == "config" and not any(o.startswith(("model=", "experiment=")) for o in chosen):
+        chosen.insert(0, "model=tiny_bert")
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose(name, chosen)
