@@ -44,6 +44,7 @@ GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "experim
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "lora-bench"
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
-        return _say(f"the run failed: {type(error).__name__}: {first[0]} (the traceback is in its run.log)", 1)
+        return _say(f"{command} failed: {type(error).__name__}: {first[0]} ({_where(error)})", 1)
 
 
 def conf_folder() -> Path:
@@ -94,6 +95,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(_help(command))
         return 0
     if command == "doctor":
+        if rest:
+            raise UserError(f"takes no {rest[0]!r}", key="doctor")
         from lora_bench.doctor import run_doctor
 
         run_doctor(_console())
@@ -105,9 +108,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
-    from lora_bench.hydra_errors import refuse_code, translated
+    from lora_bench.hydra_errors import Arguments, compose, refuse_code, translated
 
-    refuse_code(arguments)
+    parsed = Arguments.read(arguments)
+    if parsed.multirun and command != "train":
+        raise UserError("sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.")
+    for override in parsed.repeated():
+        _tell(f"note: {override} is given again with another value, which counts")
     register_with_hydra()
     import hydra
 
@@ -124,8 +131,9 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
             failures.append(error)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
-    sys.argv = [f"lora-bench {command}", *arguments]
-    with translated(conf_folder(), config_name, arguments):
+    sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
+    with translated(conf_folder(), config_name, parsed):
+        refuse_code(compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir).hydra)
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
         if jobs == 1 and failures:
             raise failures[0]
@@ -162,7 +170,7 @@ def _train(cfg: DictConfig) -> None:
     folder = Path(hydra.runtime.output_dir)
     asked: dict[str, Any] = {
         "choices": {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)},
-        "overrides": list(hydra.overrides.task),
+        "overrides": OmegaConf.to_container(hydra.overrides.task, resolve=False),  # as typed
     }
     for node, key in ((cfg.model, "path"), (cfg.data, "path")):
         if node.get(key):
@@ -184,6 +192,9 @@ def _train(cfg: DictConfig) -> None:
         _tell_job(console, job, error)
         raise
     except Exception as error:
+        discard(folder)  # unless the run has begun: then its record says how it ended
+        if (folder / "run.log").exists():
+            error.add_note(f"the traceback is in {folder / 'run.log'}")
         _tell_job(console, job, error)
         raise
     if cfg.dry_run:
@@ -215,8 +226,22 @@ def _console() -> Console:
 
 
 def _say(message: str, code: int) -> int:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"lora-bench: {message}"))
+    _tell(f"lora-bench: {message}")
     return code
+
+
+def _where(error: Exception) -> str:
+    """Where to look: the run's log, or the line of ours that raised what nobody expected."""
+    from traceback import extract_tb
+
+    if getattr(error, "__notes__", None):
+        return str(error.__notes__[0])
+    ours = [frame for frame in extract_tb(error.__traceback__) if Path(__file__).parent in Path(frame.filename).parents]
+    return f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else "outside lora-bench"
+
+
+def _tell(line: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(line))
 
 
 def _terminate(number: int, frame: object) -> None:

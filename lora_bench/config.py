@@ -7,7 +7,6 @@ file under `adapters/`), its range check in `__post_init__`. Below this file and
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -31,7 +30,8 @@ def need_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def need_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Refuse what is not a finite number in [low, high], or (low, high] with `open_low`."""
-    inside = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    # A whole number of Python's may be larger than any number of a machine's.
+    inside = low <= value <= min(high, 2**63 - 1) and not (open_low and value == low)
     if inside:
         return
     bound = f"above {low:g}" if open_low else f"of at least {low:g}"
@@ -147,6 +147,7 @@ class ToyData(Data):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        need(len(self.text_columns) == 2, "text_columns", self.text_columns, "must name two columns: it makes pairs")
         need_number("train_rows", self.train_rows, 8)
         need_number("validation_rows", self.validation_rows, 8)
         need_number("generator_seed", self.generator_seed, 0)
@@ -235,34 +236,46 @@ DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData
 
 def build(cls: type[T], node: DictConfig, key: str) -> T:
     """Make the dataclass `cls` from a config node, or refuse, naming the key below `key`."""
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    need(isinstance(node, DictConfig), key, node, "is not a group of keys")
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
     for name in map(str, node):
         need(name in known, f"{key}.{name}", None, "is not a known key", nearest(name, known))
     try:
-        values = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0].rstrip("."), key=error.full_key or key) from None
+    assert isinstance(values, dict)
+    settings = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(settings, False)  # frozen once it is made
+    for field, value in values.items():
+        try:
+            settings[field] = value
+        except (OmegaConfBaseException, OverflowError) as error:
+            reason = next((words for sign, words in _TYPES.items() if sign in str(error)), str(error).splitlines()[0])
+            need(value is not None, f"{key}.{field!s}", None, "must have a value, not null")
+            raise UserError(reason, key=f"{key}.{field!s}", value=value) from None
+    try:
+        made = OmegaConf.to_object(settings)
     except UserError as error:
         raise error.under(key) from None
     except OmegaConfBaseException as error:
-        raise _plain_words(error, key) from None
+        raise UserError("is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.") from None
     assert isinstance(made, cls)
     return made
 
 
-def _plain_words(error: OmegaConfBaseException, key: str) -> UserError:
-    """OmegaConf's complaint about a type or a gap, in ours."""
-    message = str(error).splitlines()[0].rstrip(".")
-    missing = re.search(r"[Mm]issing mandatory value: (\S+)", message)
-    if missing:
-        return UserError("is missing", key=f"{key}.{missing.group(1)}", remedy="Give it a value.")
-    place = f"{key}.{error.full_key!s}" if error.full_key else key
-    wrong = re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", message)
-    if wrong:
-        return UserError(f"is not {_TYPES.get(wrong.group(2), wrong.group(2))}", key=place, value=wrong.group(1))
-    return UserError("must have a value, not null" if "'None'" in message else message, key=place)
-
-
-_TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+# OmegaConf's complaints about a type, in our words.
+_TYPES = {
+    "too large": "is too large",
+    "to Integer": "is not a whole number",
+    "to Float": "is not a number",
+    "Union[int, float]": "is not a number",
+    "to String": "is not text",
+    "is not a ListConfig": "is not a list",
+    "subclass of str": "is not a list of texts",
+    "to Dict": "is not a group of keys",
+    "to dict": "is not a group of keys",
+}
 
 
 def build_model(node: DictConfig) -> Model:

@@ -50,4 +50,4 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     name = cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice)
     path = Run(run.folder, run.record).write_evaluation(str(name), {"data": described, "metrics": found}, predictions)
     console.print(metric_table(found))
-    console.print(Text(f"written: {path}"))
+    console.print(Text(f"written: {path}"), soft_wrap=True)  # a path is one word, however long

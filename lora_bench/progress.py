@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-LINES_PER_RUN = 10  # without a terminal: so many lines between start and end
+LINES_PER_RUN = 10  # without a terminal: at most so many lines between start and end
 _SMOOTHING = 0.1
 
 
@@ -31,6 +32,7 @@ class Display:
     def __init__(self, console: Console, steps: int) -> None:
         self.console = console
         self.steps = steps
+        self.line_every = math.ceil(steps / LINES_PER_RUN)
         self.loss: float | None = None
         self.mcc: float | None = None
         self.rate: float | None = None
@@ -62,14 +64,14 @@ class Display:
         self.rate = _smooth(self.rate, rate)
         self.since = now
         self.progress.update(self.task, completed=step, state=self._state(step))
-        if not self.console.is_terminal and step % max(1, self.steps // LINES_PER_RUN) == 0:
+        if not self.console.is_terminal and step % self.line_every == 0:
             self.console.print(Text(f"step {self._state(step)}"))
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         metrics = line["metrics"]
         self.mcc = metrics["mcc"]
-        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "f1", "mcc"))
-        self.console.print(Text(f"epoch {line['epoch']:g}  {line['split']}  {shown}"))
+        shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
+        self.console.print(Text(f"epoch {round(line['epoch'], 2):g}  {line['split']}  {shown}"))  # 60 columns at most
         self.since = time.perf_counter()
 
     def _state(self, step: int) -> str:

@@ -142,6 +142,7 @@ class Pack(nn.Module):
     def train(self, mode: bool = True) -> Pack:
         """Training mode reaches the adapters; a frozen backbone and the heads on it never drop anything out."""
         super().train(mode and self.trains_backbone)
+        self.training = mode  # what `predict` puts back
         for updates in self.updates:
             for update in updates.values():
                 update.train(mode)
@@ -224,10 +225,9 @@ class Pack(nn.Module):
         head = copy.deepcopy(original).float().requires_grad_(True)
         init = stream(member.seed, f"head/{name}")
         for key, p in head.named_parameters():
-            if f"{name}.{key}" in self.backbone.fresh:
-                drawn = torch.zeros(p.shape)
-                if p.ndim > 1:  # as transformers draws a new classifier: normal weights, zero biases
-                    drawn.normal_(0.0, self.backbone.initializer_range, generator=init)
+            # As transformers draws a new classifier: normal weights; zero biases and unit norms stay as they are.
+            if f"{name}.{key}" in self.backbone.fresh and p.ndim > 1:
+                drawn = torch.empty(p.shape).normal_(0.0, self.backbone.initializer_range, generator=init)
                 p.data.copy_(drawn)
         return head
 

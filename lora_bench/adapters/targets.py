@@ -27,7 +27,7 @@ def match_targets(backbone: Backbone, target_modules: str, layers: Any) -> list[
     pattern = {"all": r".*", "qv": backbone.query_value}.get(target_modules, target_modules)
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"is not a regular expression: {error}", key="target_modules", value=target_modules) from None
     matched = [name for name in names if compiled.fullmatch(name)]
     if not matched:
@@ -56,7 +56,11 @@ def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
     if len(alternatives) < 2:
         return []
     rest = (target_modules[: group.start()], target_modules[group.end() :]) if group else ("", "")
-    return [a for a in alternatives if not any(re.fullmatch(f"{rest[0]}(?:{a}){rest[1]}", name) for name in names)]
+    try:
+        compiled = {a: re.compile(f"{rest[0]}(?:{a}){rest[1]}") for a in alternatives}
+    except re.error:  # the bars do not stand where they seem to: `[q|v]`, `(self\.query|value)`
+        return []
+    return [a for a, pattern in compiled.items() if not any(map(pattern.fullmatch, names))]
 
 
 def _match_layers(layers: Any, count: int) -> set[int]:

@@ -44,7 +44,8 @@ def load_tokenizer(model: Model) -> Any:
         return tiny.tokenizer(str(model.random["model_type"]))
     place = model.tokenizer or locate(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        revision = None if model.tokenizer else model.revision
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
         raise UserError(
             f"no tokenizer could be loaded from there ({_first_line(error)})",
@@ -52,10 +53,17 @@ def load_tokenizer(model: Model) -> Any:
             value=place,
             remedy="Give model.tokenizer=DIR, a folder with tokenizer.json." if model.path else OFFLINE_REMEDY,
         ) from None
-    if not tokenizer.is_fast:
-        raise UserError(
-            "is not a fast tokenizer", key="model.tokenizer", value=place, remedy="Give a folder with tokenizer.json."
-        )
+    # Where there are no files, transformers makes a tokenizer up that knows its special tokens and nothing else.
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    faults = {
+        "is not a fast tokenizer": not tokenizer.is_fast,
+        "holds no tokenizer": len(words) < 10,
+        "has no padding token": tokenizer.pad_token_id is None,
+    }
+    for fault, found in faults.items():
+        if found:
+            remedy = "Give model.tokenizer=DIR, a folder with tokenizer.json."
+            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy)
     return tokenizer
 
 
@@ -74,7 +82,8 @@ def load(model: Model, tokenizer: Any, *, task: str) -> Backbone:
     place = None if model.random is not None and not model.path else locate(model)
     config = _config(model, place, tokenizer)
     hf_class = _hf_class(model, config)
-    options = {"attn_implementation": "sdpa" if torch.cuda.is_available() else "eager"}
+    # On a CPU plain products beat torch's fused attention at these lengths; on a GPU transformers knows what a model has.
+    options = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
     if place is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
@@ -83,6 +92,13 @@ def load(model: Model, tokenizer: Any, *, task: str) -> Backbone:
     else:
         network, fresh = _pretrained(hf_class, model, place, config, options)
     network.eval()
+    backbone = _backbone(model, network, tokenizer, fresh, task)
+    if place is not None:
+        _refuse_holes(backbone, place)
+    return backbone
+
+
+def _backbone(model: Model, network: Any, tokenizer: Any, fresh: set[str], task: str) -> Backbone:
     arguments = (network, tokenizer, fresh)
     if isinstance(model, T5Model):
         if model.form == "encoder":
@@ -105,7 +121,10 @@ def locate(model: Model) -> str:
             raise UserError(what, key="model.path", value=model.path, remedy=remedy)
         return str(folder)
     if model.package:
-        spec = importlib.util.find_spec(model.package)
+        try:
+            spec = importlib.util.find_spec(model.package)
+        except (ImportError, ValueError):  # `a.b` where there is no a; `.a`
+            spec = None
         if spec is None or spec.origin is None:
             raise UserError(
                 f"the Python package {model.package}, which holds the weights, is not installed",
@@ -162,14 +181,7 @@ def _hf_class(model: Model, config: Any) -> Any:
 
 def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: dict[str, Any]) -> tuple[Any, set[str]]:
     if model.sha256 and not model.path:
-        with open(Path(place) / "model.safetensors", "rb") as weights:
-            digest = file_digest(weights, "sha256").hexdigest()
-        if digest != model.sha256:
-            raise UserError(
-                f"has sha256 {digest}, not {model.sha256}",
-                file=Path(place) / "model.safetensors",
-                remedy="Reinstall the package that it came with.",
-            )
+        _refuse_other_weights(model, place)
     try:
         with torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
             network, report = hf_class.from_pretrained(
@@ -184,19 +196,32 @@ def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: d
             )
     except Exception as error:
         raise _unreachable(model, place, error) from None
-    _refuse_holes(network, set(report["missing_keys"]), place)
     return network, set(report["missing_keys"])
 
 
-def _refuse_holes(network: Any, missing: set[str], place: str) -> None:
+def _refuse_other_weights(model: Model, place: str) -> None:
+    """The weights' digest must be the one that the settings name."""
+    try:
+        path = transformers.utils.cached_file(place, "model.safetensors", revision=model.revision)
+        with open(path, "rb") as weights:
+            digest = file_digest(weights, "sha256").hexdigest()
+    except Exception as error:
+        raise _unreachable(model, place, error) from None
+    if digest != model.sha256:
+        raise UserError(
+            f"has sha256 {digest}, not {model.sha256}", file=path, remedy="Reinstall the package that it came with."
+        )
+
+
+def _refuse_holes(backbone: Backbone, place: str) -> None:
     """A new head may be missing from a checkpoint, a layer may not: it would silently stay random."""
-    heads = ("classifier.", "pooler.", "score.")
-    holes = sorted(name for name in missing if not any(f".{name}".rfind(f".{head}") >= 0 for head in heads))
+    heads = tuple(f"{head}." for head in backbone.head_modules)
+    holes = sorted(name for name in backbone.fresh if not name.startswith(heads))
     if holes:
         raise UserError(
             f"the checkpoint lacks {len(holes)} of the backbone's tensors, for example {holes[0]}",
             file=place,
-            remedy=f"Its tensors must have the names that transformers' {type(network).__name__} gives them.",
+            remedy=f"Its tensors must have the names that transformers' {type(backbone.network).__name__} gives them.",
         )
 
 

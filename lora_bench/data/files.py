@@ -219,8 +219,10 @@ def _jsonl(source: str, raw: bytes) -> Table:
         try:
             value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
+            # Its own message counts lines from this one.
+            reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
             remedy = "Every line must be one JSON object."
-            raise UserError(f"is not valid JSON: {error}", file=source, row=row, remedy=remedy) from None
+            raise UserError(f"is not valid JSON: {reason}", file=source, row=row, remedy=remedy) from None
         if not isinstance(value, dict):
             raise UserError(f"is not a JSON object but {_shown.repr(value)}", file=source, row=row)
         objects.append(value)
@@ -258,6 +260,8 @@ def _parquet(source: str, raw: bytes) -> Table:
             chunks = file.read(columns=[name]).column(name)
             chunks.validate(full=True)  # strings that are not UTF-8
             values: list[Any] = chunks.to_pylist()
+            if len(values) != count:
+                raise ValueError(f"it has {len(values)} of {count} rows")
         except failures as error:
             reason = f"column {_shown.repr(name)} cannot be read: {_first_line(error)}"
             raise UserError(reason, file=source) from None

@@ -121,11 +121,15 @@ def _write(path: Path, batch: pa.RecordBatch) -> None:
 
 def _write_and_rename(path: Path, batch: pa.RecordBatch) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+        try:
+            with pa.ipc.new_file(file, batch.schema) as writer:
+                writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> str:

@@ -1,10 +1,10 @@
 """English question pairs with structure, made by rule: nothing to download, and no bag of words can tell their labels.
 
-Each family below draws the label first and then writes a pair for it, so that neither a word nor the number of shared
-words gives the label away: what counts is who does what to whom, in which order, and which words mean the same. Two
-devices do it. A *flip* changes the meaning, and two flips cancel: swap the names of "Is Anna taller than Ben?" and
-nothing is left of the question; put "shorter" for "taller" too, and it is back. A *square* is two meanings with two
-wordings each; the second question always takes another wording, of the same meaning or of the other one.
+Each family below is given the label and writes a pair for it. Which words the questions hold, and how many they share,
+says next to nothing about the label: what counts is who does what to whom, and which words mean the same. Two devices
+see to it. *Flips* cancel: "Is Anna taller than Ben?" with the names swapped is another question, and with "shorter" for
+"taller" too it is the same again. A *square* is two meanings with two wordings each: the second question always takes
+another wording, of the same meaning or of the other one.
 """
 
 from __future__ import annotations
@@ -22,84 +22,38 @@ from lora_bench.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Square = tuple[tuple[str, str], tuple[str, str]]
+Meanings = tuple[tuple[str, ...], ...]  # two or more, each with its wordings
 
 POSITIVES = 0.4
-VALIDATION_SHARE = 4  # one possible pair in so many belongs to validation; train never sees it
+SLOT_CHANGES = 0.25  # share of non-duplicates that differ in one name, city, topic or guest: the easiest ones
+INVERTED = 0.1  # share of comparisons whose second question uses the inverse word: the hardest ones
+VALIDATION_SHARE = 4  # one possible pair in so many is validation's; train never holds it
 
-# The last quarter of each of these is never seen in train.
+# The last quarter of these four never occurs in train.
 PEOPLE = (
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Ivy",
-    "Jack",
-    "Karen",
-    "Leo",
-    "Maria",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Simon",
-    "Tina",
-    "Victor",
-    "Wendy",
-    "Adam",
-    "Bella",
-    "Carl",
+    *("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Jack", "Karen", "Leo", "Maria", "Noah"),
+    *("Olga", "Paul", "Rosa", "Simon", "Tina", "Victor", "Wendy", "Adam", "Bella", "Carl", "Ruth"),
 )
 CITIES = (
-    "Rome",
-    "Oslo",
-    "Paris",
-    "Madrid",
-    "Vienna",
-    "Berlin",
-    "Dublin",
-    "Athens",
-    "Prague",
-    "Lisbon",
-    "London",
-    "Zurich",
-    "Warsaw",
-    "Milan",
-    "Boston",
-    "Chicago",
-    "Cairo",
-    "Tokyo",
-    "Delhi",
-    "Sydney",
+    *("Rome", "Oslo", "Paris", "Madrid", "Vienna", "Berlin", "Dublin", "Athens", "Prague", "Lisbon", "London"),
+    *("Zurich", "Warsaw", "Milan", "Boston", "Chicago", "Cairo", "Tokyo", "Delhi", "Sydney"),
 )
 TOPICS = (
-    "chess", "Spanish", "the guitar", "yoga", "cooking", "the piano", "drawing", "French", "photography",
-    "programming", "gardening", "Arabic", "the violin", "pottery", "singing", "sailing",
-)  # fmt: skip
-THINGS = (
-    "old car", "red bicycle", "small boat", "camera", "silver watch", "big tent", "guitar", "blue kayak",
-    "laptop", "winter coat", "telescope", "sewing machine",
-)  # fmt: skip
+    *("chess", "Spanish", "the guitar", "yoga", "cooking", "the piano", "drawing", "French", "photography"),
+    *("programming", "gardening", "Arabic", "the violin", "pottery", "singing", "sailing"),
+)
+GUESTS = (
+    *("large dogs", "small children", "school groups", "street musicians", "noisy parties", "film crews"),
+    *("big suitcases", "late visitors"),
+)
 
-COMPARISONS = (
-    ("taller", "shorter"), ("older", "younger"), ("faster", "slower"), ("richer", "poorer"), ("stronger", "weaker"),
-)  # fmt: skip
+COMPARISONS = (("taller", "shorter"), ("older", "younger"), ("faster", "slower"), ("stronger", "weaker"))
 COMPARING = (
     "Do you know whether {a} is really {word} than {b}?",
     "Would you say that {a} is a little {word} than {b}?",
     "Is it true that {a} is much {word} than {b}?",
 )
-TRANSFERS = ((("lend", "to"), ("borrow", "from")), (("sell", "to"), ("buy", "from")), (("give", "to"), ("get", "from")))
-TRANSFERRING = (
-    "Do you think that {a} will {verb} the {thing} {way} {b}?",
-    "Is it likely that {a} will {verb} the {thing} {way} {b}?",
-    "Will {a} really {verb} the {thing} {way} {b} this summer?",
-)
-BONDS: tuple[Square, ...] = (
+BONDS: tuple[Meanings, ...] = (
     (("married to", "the spouse of"), ("living next door to", "a neighbour of")),
     (("friends with", "on good terms with"), ("angry with", "having a quarrel with")),
     (("in the same class as", "a classmate of"), ("at the same company as", "a colleague of")),
@@ -109,44 +63,27 @@ BONDING = (
     "Can you tell me if {a} is now {bond} {b}?",
     "Is it true that {a} is {bond} {b} at the moment?",
 )
-TRAVELLING = (
-    "What is the cheapest way to travel {route} by {vehicle}?",
-    "How do I get {route} by {vehicle} for the least money?",
-    "How much is the cheapest {vehicle} ticket to go {route}?",
-)
 VEHICLES = ("train", "bus", "plane", "ferry")
+TRAVELLING = (
+    "What is the cheapest way to get from {a} by {vehicle} to {b}?",
+    "If I leave {a} by {vehicle}, what does a ticket to {b} cost?",
+    "How much is the {vehicle} from {a} all the way to {b}?",
+)
+RULES: Meanings = (
+    ("allow", "permit", "do not forbid", "do not ban"),
+    ("forbid", "ban", "do not allow", "do not permit"),
+)
 PLACES = ("hotels", "restaurants", "museums", "parks", "cafés")
-PERMISSIONS = (("allow", "forbid"), ("permit", "prohibit"), ("welcome", "turn away"))
-GUESTS = ("large dogs", "small children", "school groups", "street musicians", "noisy parties")
 ASKING = (
     "Which {places} in {city} {rule} {guests} at the weekend?",
     "Can you name the {places} in {city} that {rule} {guests}?",
-    "I want to know which {places} in {city} {rule} {guests}.",
+    "Where do I find out which {places} in {city} {rule} {guests}?",
 )
-SIZES = (("small", "large"), ("old", "new"), ("light", "heavy"), ("short", "long"))
-COLOURS = ("red", "blue", "green", "black", "white", "yellow")
-GOODS = ("bag", "coat", "table", "lamp", "carpet", "scarf")
-CHOOSING = (
-    "Should I buy the {one} {noun} or the {other} {noun}?",
-    "Which one is nicer, the {one} {noun} or the {other} {noun}?",
-    "Would you rather have the {one} {noun} or the {other} {noun}?",
-)
-INTENTS = (
-    ("How do I get started with {topic} here in {city}?", "What would be a first step into {topic} in {city}?"),
-    ("Why do so many people in {city} take up {topic}?", "What makes {topic} such a popular hobby in {city}?"),
-    ("How much do I pay for {topic} lessons in {city}?", "What does a course in {topic} cost in {city}?"),
-    ("Who is a good teacher of {topic} in {city}?", "Where in {city} do I find somebody to teach me {topic}?"),
-)
-SQUARES: tuple[Square, ...] = (
-    (("cheap", "inexpensive"), ("expensive", "costly")),
-    (("quiet", "peaceful"), ("loud", "noisy")),
-    (("tiny", "very small"), ("huge", "very big")),
-    (("famous", "well-known"), ("unknown", "obscure")),
-)
-SEEKING = (
-    "Where in {city} can I find {kind} {places} for a party?",
-    "What are some {kind} {places} in {city} for a party?",
-    "Could you recommend a few {kind} {places} in {city}?",
+INTENTS: Meanings = (
+    ("How do I get started with {topic} here in {city}?", "How would a beginner first come to {topic} in {city}?"),
+    ("Why do so many people in {city} take up {topic}?", "How did {topic} become such a popular hobby in {city}?"),
+    ("What do I pay for {topic} lessons in {city}?", "How much does a course in {topic} cost in {city}?"),
+    ("What is the name of a good {topic} teacher in {city}?", "Where in {city} do I find somebody to teach me {topic}?"),
 )
 
 
@@ -155,144 +92,111 @@ class Draw:
     """Random words for one split."""
 
     random: Random
-    unseen: bool  # whether words that train never sees may come up
-
-    def words(self, pool: tuple[str, ...], count: int) -> list[str]:
-        return self.random.sample(pool if self.unseen else pool[: len(pool) * 3 // 4], count)
-
-    def word(self, pool: tuple[str, ...]) -> str:
-        return self.words(pool, 1)[0]
-
-    def frames(self, frames: tuple[str, ...]) -> tuple[str, str]:
-        """Two different wordings of one request."""
-        first, second = self.random.sample(frames, 2)
-        return first, second
+    unseen: bool  # whether the words that train never sees may come up
 
     def flip(self) -> bool:
         return self.random.random() < 0.5
 
-    def wordings(self, square: Square, same: bool) -> tuple[str, str]:
-        """Two different wordings: of one meaning of the square, or of both."""
-        one, other = self.random.sample(square, 2)
-        if same:
-            first, second = self.random.sample(one, 2)
-            return first, second
-        return self.random.choice(one), self.random.choice(other)
+    def known(self, pool: tuple[str, ...]) -> tuple[str, ...]:
+        return pool if self.unseen else pool[: len(pool) * 3 // 4]
+
+    def words(self, pool: tuple[str, ...], count: int) -> list[str]:
+        """Different words of the pool."""
+        return self.random.sample(self.known(pool), count)
+
+    def word(self, pool: tuple[str, ...]) -> str:
+        return self.random.choice(self.known(pool))
+
+    def two(self, wordings: tuple[str, ...]) -> tuple[str, str]:
+        """Two different wordings of one thing."""
+        first, second = self.random.sample(wordings, 2)
+        return first, second
+
+    def wordings(self, meanings: Meanings, same: bool) -> tuple[str, str]:
+        """Two different wordings, of one of the meanings or of two."""
+        one, other = self.random.sample(meanings, 2)
+        return self.two(one) if same else (self.random.choice(one), self.random.choice(other))
 
 
 def comparison(draw: Draw, same: bool) -> tuple[str, str]:
-    """Taller or shorter, Anna than Ben or Ben than Anna."""
+    """Anna taller than Ben, Ben taller than Anna, Ben shorter than Anna: two flips cancel."""
     a, b = draw.words(PEOPLE, 2)
-    word, inverse = draw.random.sample(draw.random.choice(COMPARISONS), 2)
-    first, second = draw.frames(COMPARING)
-    swap = draw.flip()
-    c, d = (b, a) if swap else (a, b)
-    return first.format(a=a, b=b, word=word), second.format(a=c, b=d, word=inverse if swap == same else word)
-
-
-def transfer(draw: Draw, same: bool) -> tuple[str, str]:
-    """Lend to or borrow from, Anna or Ben."""
-    a, b = draw.words(PEOPLE, 2)
-    thing = draw.word(THINGS)
-    (verb, way), inverse = draw.random.sample(draw.random.choice(TRANSFERS), 2)
-    first, second = draw.frames(TRANSFERRING)
-    swap = draw.flip()
-    c, d = (b, a) if swap else (a, b)
-    other, back = inverse if swap == same else (verb, way)
-    return (
-        first.format(a=a, b=b, verb=verb, way=way, thing=thing),
-        second.format(a=c, b=d, verb=other, way=back, thing=thing),
-    )
+    word, inverse = draw.two(draw.random.choice(COMPARISONS))
+    first, second = draw.two(COMPARING)
+    inverted = draw.random.random() < INVERTED
+    c, d = (b, a) if inverted == same else (a, b)
+    return first.format(a=a, b=b, word=word), second.format(a=c, b=d, word=inverse if inverted else word)
 
 
 def bond(draw: Draw, same: bool) -> tuple[str, str]:
-    """A relation that holds both ways, so that swapping the names changes nothing; its wording may."""
+    """A relation that holds both ways: to swap the names changes nothing, to name another relation does."""
     a, b = draw.words(PEOPLE, 2)
     one, other = draw.wordings(draw.random.choice(BONDS), same)
-    first, second = draw.frames(BONDING)
+    first, second = draw.two(BONDING)
     c, d = (b, a) if draw.flip() else (a, b)
     return first.format(a=a, b=b, bond=one), second.format(a=c, b=d, bond=other)
 
 
 def route(draw: Draw, same: bool) -> tuple[str, str]:
-    """From Rome to Oslo, or to Rome from Oslo."""
+    """From Rome to Oslo, or from Oslo to Rome."""
     a, b = draw.words(CITIES, 2)
     vehicle = draw.random.choice(VEHICLES)
-    first, second = draw.frames(TRAVELLING)
+    first, second = draw.two(TRAVELLING)
     c, d = (a, b) if same else (b, a)
-    ways = [f"from {x} to {y}" if draw.flip() else f"to {y} from {x}" for x, y in ((a, b), (c, d))]
-    return first.format(route=ways[0], vehicle=vehicle), second.format(route=ways[1], vehicle=vehicle)
+    return first.format(a=a, b=b, vehicle=vehicle), second.format(a=c, b=d, vehicle=vehicle)
 
 
 def permission(draw: Draw, same: bool) -> tuple[str, str]:
-    """Allow or forbid, with or without a "not"."""
-    words = {"places": draw.random.choice(PLACES), "city": draw.word(CITIES), "guests": draw.random.choice(GUESTS)}
-    verb, opposite = draw.random.sample(draw.random.choice(PERMISSIONS), 2)
-    first, second = draw.frames(ASKING)
-    denied, negate = draw.flip(), draw.flip()
-    other = opposite if negate == same else verb
-    return (
-        first.format(rule=f"do not {verb}" if denied else verb, **words),
-        second.format(rule=f"do not {other}" if denied != negate else other, **words),
-    )
-
-
-def choice(draw: Draw, same: bool) -> tuple[str, str]:
-    """The small red bag or the large blue one: the order does not matter, what goes with what does."""
-    sizes = draw.random.sample(draw.random.choice(SIZES), 2)
-    colours = draw.random.sample(COLOURS, 2)
-    noun = draw.random.choice(GOODS)
-    first, second = draw.frames(CHOOSING)
-    bags = [f"{size} {colour}" for size, colour in zip(sizes, colours, strict=True)]
-    again = bags if same else [f"{size} {colour}" for size, colour in zip(sizes, colours[::-1], strict=True)]
-    again = again[::-1] if draw.flip() else again
-    return first.format(one=bags[0], other=bags[1], noun=noun), second.format(one=again[0], other=again[1], noun=noun)
+    """Allow is not forbid, forbid is not allow: a "not" by itself says nothing."""
+    words = {"places": draw.random.choice(PLACES), "city": draw.word(CITIES), "guests": draw.word(GUESTS)}
+    one, other = draw.wordings(RULES, same)
+    first, second = draw.two(ASKING)
+    return first.format(rule=one, **words), second.format(rule=other, **words)
 
 
 def intent(draw: Draw, same: bool) -> tuple[str, str]:
-    """How, why, what it costs, who teaches: the same topic in other words, or another question about it."""
+    """How to begin, why, for how much, with whom."""
     words = {"topic": draw.word(TOPICS), "city": draw.word(CITIES)}
-    one, other = draw.random.sample(INTENTS, 2)
-    first, second = draw.wordings((one, other), same)
+    first, second = draw.wordings(INTENTS, same)
     return first.format(**words), second.format(**words)
 
 
-def description(draw: Draw, same: bool) -> tuple[str, str]:
-    """Cheap or inexpensive, expensive or costly."""
-    words = {"places": draw.random.choice(PLACES), "city": draw.word(CITIES)}
-    one, other = draw.wordings(draw.random.choice(SQUARES), same)
-    first, second = draw.frames(SEEKING)
-    return first.format(kind=one, **words), second.format(kind=other, **words)
+def slot_change(draw: Draw, first: str, second: str) -> tuple[str, str]:
+    """Of a duplicate, one word exchanged for another of its kind."""
+    slots = [(word, pool) for pool in (PEOPLE, CITIES, TOPICS, GUESTS) for word in pool if word in second]
+    word, pool = draw.random.choice(slots)
+    other = draw.random.choice([other for other in draw.known(pool) if other not in second])
+    return first, second.replace(word, other)
 
 
-FAMILIES: tuple[Callable[[Draw, bool], tuple[str, str]], ...] = (
-    comparison, transfer, bond, route, permission, choice, intent, description,
-)  # fmt: skip
+FAMILIES: tuple[Callable[[Draw, bool], tuple[str, str]], ...] = (*(comparison, bond, route, permission, intent),)
 
 
 def generate(rows: int, seed: int, split: str) -> Examples:
-    """`rows` question pairs, the same for the same (rows, seed, split): about 40 % duplicates, no pair twice.
+    """Make `rows` question pairs, about 40 % of them duplicates; no pair comes twice, in either order.
 
-    No pair of `train` is in `validation`, whatever the seeds; a quarter of the names, cities, things and topics of
-    `validation` is never in `train`.
+    The same (rows, seed, split) gives the same pairs. Whatever the seeds, no pair of `train` is in `validation`, a
+    quarter of whose names, cities, topics and guests never occur in train.
 
     Raises:
         UserError: there are fewer different pairs than rows.
     """
     validation = split == "validation"
-    random = Random(f"{seed} {split}")
-    draw = Draw(random, unseen=validation)
-    pairs: dict[tuple[str, str], int] = {}
+    draw = Draw(Random(f"{seed} {split}"), unseen=validation)
+    pairs: dict[tuple[str, str], tuple[str, str, bool]] = {}
     for _ in range(100 * rows):
         if len(pairs) == rows:
             break
-        same = random.random() < POSITIVES
-        one, other = random.choice(FAMILIES)(draw, same)
-        pair = min(one, other), max(one, other)
-        ours = (zlib.crc32("\n".join(pair).encode()) % VALIDATION_SHARE == 0) is validation
-        if ours and one != other and (other, one) not in pairs:
-            pairs.setdefault((one, other), int(same))
-    else:
-        raise UserError("is more than there are pairs to draw", key=f"data.{split}_rows", value=rows)
-    questions = tuple(map(list, zip(*pairs, strict=True)))
-    return Examples(np.arange(rows, dtype=np.int64), questions, np.array(list(pairs.values()), dtype=np.int64))
+        same = draw.random.random() < POSITIVES
+        write = draw.random.choice(FAMILIES)
+        if not same and draw.random.random() < SLOT_CHANGES:
+            first, second = slot_change(draw, *write(draw, True))
+        else:
+            first, second = write(draw, same)
+        pair = min(first, second), max(first, second)
+        if (zlib.crc32("\n".join(pair).encode()) % VALIDATION_SHARE == 0) == validation:
+            pairs.setdefault(pair, (first, second, same))
+    if len(pairs) < rows:
+        raise UserError(f"is more than the {len(pairs)} pairs that were found", key=f"data.{split}_rows", value=rows)
+    questions1, questions2, labels = zip(*pairs.values(), strict=True)
+    return Examples(np.arange(rows), (list(questions1), list(questions2)), np.array(labels, dtype=np.int64))

@@ -2,12 +2,14 @@
 
 torchmetrics' Matthews correlation of a constant predictor is not 0, its binary calibration error bins P(label 1)
 instead of the confidence in the predicted label, and NaN scores pass through it silently; so the scores are checked
-first and those two are stated here.
+first and those two are stated here. It also predicts 1 above its threshold where we predict 1 from 0.5 on: a score of
+exactly 0.5 must not count as 1 in one metric and as 0 in the next.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from lora_bench.config import Metric
 
 CALIBRATION_BINS = 15
+_BELOW_HALF = math.nextafter(0.5, 0.0)
 _SMALLEST = 1e-15  # a score of exactly 0 or 1 costs 34.5 nats, not infinity
 _TORCHMETRICS = {
     "accuracy": "BinaryAccuracy",
@@ -47,7 +50,7 @@ def score(
 
     Returns:
         accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier and the extra ones; a label is predicted 1 from a
-        score of 0.5 on; auroc is None where only one label occurs.
+        score of 0.5 on; auroc, and an extra metric without a value, are None where only one label occurs.
 
     Raises:
         DivergedError: a score is not a finite number.
@@ -56,7 +59,7 @@ def score(
         raise DivergedError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite numbers")
     predicted = scores >= 0.5
     p, y = torch.from_numpy(scores), torch.from_numpy(labels)
-    values: dict[str, float | None] = {name: _compute(kind, p, y) for name, kind in _TORCHMETRICS.items()}
+    values = {name: _compute(kind, p, y) for name, kind in _TORCHMETRICS.items()}
     if labels.min() == labels.max():
         values["auroc"] = None
     values["mcc"] = matthews_correlation(predicted, labels)
@@ -88,7 +91,7 @@ def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.i
 
 
 def check_metrics(extra: Mapping[str, Metric]) -> None:
-    """Refuse a metric that torchmetrics does not have, before anything is trained."""
+    """Refuse a metric that torchmetrics does not have, or that is no single number, before anything is trained."""
     known = [
         name
         for name in dir(torchmetrics.classification)
@@ -99,9 +102,22 @@ def check_metrics(extra: Mapping[str, Metric]) -> None:
             key = f"metric.{name}.torchmetric"
             reason = "is no binary metric of torchmetrics.classification"
             raise UserError(reason, key=key, value=metric.torchmetric, remedy=nearest(metric.torchmetric, known))
+        try:
+            _compute(metric.torchmetric, torch.tensor([0.2, 0.8]), torch.tensor([0, 1]))
+        except (TypeError, ValueError):
+            reason = "needs settings of its own, or is not a single number"
+            remedy = "Take one such as BinarySpecificity or BinaryAveragePrecision."
+            key = f"metric.{name}.torchmetric"
+            raise UserError(reason, key=key, value=metric.torchmetric, remedy=remedy) from None
 
 
-def _compute(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> float:
+def _compute(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """A metric of torchmetrics; None where it is not a finite number."""
     metric: TorchMetric = getattr(torchmetrics.classification, kind)()
-    metric.update(scores, labels)
-    return float(metric.compute())
+    if hasattr(metric, "threshold"):
+        metric.threshold = _BELOW_HALF
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that only one label occurs: the data's own warnings say so
+        metric.update(scores, labels)
+        value = float(metric.compute())
+    return value if math.isfinite(value) else None

@@ -12,6 +12,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from omegaconf import open_dict
 
+from lora_bench.errors import UserError
+from lora_bench.hydra_errors import refuse_code
+
 
 @dataclass
 class GridSweeperConf:
@@ -38,20 +41,29 @@ class GridSweeper(BasicSweeper):
         self.exclude = [dict(part.split("=", 1) for part in rule.split()) for rule in exclude]
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        batches = BasicSweeper.split_arguments(overrides, max_batch_size)
-        return [[job for job in batch if not self._is_excluded(job)] for batch in batches]
+        """The jobs, checked before Hydra makes the sweep's folder: a wrong value in the last one leaves nothing."""
+        (jobs,) = BasicSweeper.split_arguments(overrides, None)
+        jobs = [job for job in jobs if not self._is_excluded(job)]
+        if not jobs:
+            rules = "; ".join(" ".join(f"{key}={value}" for key, value in rule.items()) for rule in self.exclude)
+            raise UserError("leaves no job to run", key="hydra.sweeper.exclude", value=rules)
+        for job in jobs:
+            self._check(job)
+        return [list(batch) for batch in BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size)]
 
     def validate_batch_is_legal(self, overrides: list[list[str]]) -> None:
-        """Compose and check every job, so that a wrong value in the last one is told before the first one runs."""
+        """Nothing is left to do: `split_arguments` has checked all jobs."""
+
+    def _check(self, job: list[str]) -> None:
         from lora_bench.train import Experiment  # torch: late
 
         assert self.hydra_context is not None
         assert self.config is not None
-        for job in overrides:
-            composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
-            with open_dict(composed):
-                del composed["hydra"]
-            Experiment.build(composed)
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
+        refuse_code(composed.hydra)
+        with open_dict(composed):
+            del composed["hydra"]
+        Experiment.build(composed)
 
     def sweep(self, arguments: list[str]) -> Any:
         from lora_bench.compare import main, write_tables

@@ -66,7 +66,8 @@ class Outcome:
 
 def total_steps(trainer: Trainer, pairs: int) -> int:
     """Optimizer updates that the settings ask for, on so many training pairs."""
-    steps = math.ceil(trainer.epochs * math.ceil(pairs / trainer.batch_size))
+    exact = trainer.epochs * math.ceil(pairs / trainer.batch_size)
+    steps = max(1, math.ceil(round(exact, 6)))  # 1.1 epochs of 10 steps are 11, not 11.000000000000002
     return steps if trainer.max_steps is None else min(steps, trainer.max_steps)
 
 
@@ -114,11 +115,11 @@ def fit(
         losses = _backward(pack, batch, trainer, live)
         for k in live:
             if not math.isfinite(losses[k]):
-                _diverge(outcomes[k], step, f"loss {losses[k]}")
+                _diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
                 continue
             norm = _clip(pack, k, optimizers[k])
             if not math.isfinite(norm):
-                _diverge(outcomes[k], step, f"gradient norm {norm}")
+                _diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
                 continue
             adapter, updates = pack.members[k].adapter, pack.updates[k]
             set_rate(adamw[k], optimizers[k], step, steps)
@@ -238,4 +239,4 @@ def _judge(
 
 def _diverge(outcome: Outcome, step: int, what: str) -> None:
     outcome.status = "diverged"
-    outcome.error = f"step {step}: {what} is not finite; the learning rate may be too high (optimizer.lr)"
+    outcome.error = f"step {step}: {what}; the learning rate may be too high (optimizer.lr)"

@@ -1,0 +1,115 @@
+"""Shared by the tests of adapters: settings, packs, toy tables, and the merged model that a member must equal."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_bench.adapters import method_class
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.config import build
+from lora_bench.data import sources
+from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.train import Experiment
+from lora_bench.training.loop import fit
+from tests.backbones.tools import FORMS, make, reference
+from tests.helpers import SMALL_TOY, composed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lora_bench.adapters import Adapter
+    from lora_bench.backbones.base import Backbone
+    from lora_bench.config import Optimizer, Trainer
+    from lora_bench.data.batching import Batch
+    from lora_bench.training.loop import Outcome, Watcher
+
+State = dict[str, "Tensor"]
+
+
+@cache
+def adapter(method: str, *overrides: str) -> Adapter:
+    """`adapter("lora", "rank=4")` is what `adapter=lora adapter.rank=4` gives."""
+    cfg = composed(f"adapter={method}", *(f"adapter.{override}" for override in overrides))
+    return build(method_class(method), cfg.adapter, "adapter")
+
+
+@cache
+def experiment(*overrides: str) -> Experiment:
+    return Experiment.build(composed(*SMALL_TOY, *overrides))
+
+
+def optimizer(lr: float = 1e-2, **changes: Any) -> Optimizer:
+    return replace(experiment().optimizer, lr=lr, **changes)
+
+
+def trainer(steps: int = 12, **changes: Any) -> Trainer:
+    """Settings for so many updates of 8 pairs, looked at only at the end."""
+    settings = {"batch_size": 8, "epochs": 1000.0, "max_steps": steps, "eval_every": 10_000, "eval_batch_size": 32}
+    return replace(experiment().trainer, **{**settings, **changes})
+
+
+def tables(backbone: Backbone) -> tuple[TokenTable, TokenTable]:
+    """Token tables of the toy data: 72 training pairs and 12 to select on."""
+    data = experiment("data.train_size=72", "data.selection_size=12").data
+    train, selection = sources.carve(sources.load(data)["train"], data)
+    encode = [tokenize(split, data.text_columns, backbone, 64) for split in (train, selection)]
+    return encode[0], encode[1]
+
+
+def pack(form: str, *members: tuple[Adapter, int], backbone: Any = None) -> Pack:
+    """A pack of (adapter, seed) on a fresh backbone of a form of `FORMS`."""
+    return Pack(backbone or make(*FORMS[form]), [Member(settings, seed) for settings, seed in members])
+
+
+def train(
+    made: Pack,
+    optimizers: Sequence[Optimizer] | None = None,
+    settings: Trainer | None = None,
+    watcher: Watcher | None = None,
+) -> tuple[list[Outcome], list[State]]:
+    """Fit a pack on the toy data; what became of its members, and the tensors they are left with.
+
+    With the settings above these are the tensors of the last update: `fit` looks at the selection split only then.
+    """
+    optimizers = optimizers or [optimizer()] * made.size
+    outcomes = fit(made, optimizers, settings or trainer(), *tables(made.backbone), watcher=watcher)
+    return outcomes, [made.state(k) for k in range(made.size)]
+
+
+@torch.no_grad()
+def stir(made: Pack, scale: float = 0.3, seed: int = 0) -> Pack:
+    """Move every trained tensor away from its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for k in range(made.size):
+        for p in made.trainable(k).values():
+            p.add_(torch.randn(p.shape, generator=generator) * scale * p.shape[-1] ** -0.5)
+    return made
+
+
+def merged_logits(made: Pack, member: int, batch: Batch) -> Tensor:
+    """What the Hugging Face model says with the member's updates added to its weights and its head put in; detaches."""
+    deltas = {name: update.delta_weight() for name, update in made.updates[member].items()}
+    head = made.head_parameters(member)
+    made.detach()
+    network: Any = copy.deepcopy(made.network)
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            network.get_submodule(name).weight.add_(delta)
+        for name, tensor in head.items():
+            network.get_parameter(name).copy_(tensor)
+        return reference(network, batch, getattr(made.backbone, "label_tokens", None))
+
+
+def assert_close(one: State, other: State, atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(
+            tensor, other[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )

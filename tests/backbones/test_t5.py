@@ -1,0 +1,140 @@
+"""T5 in both forms: cut anywhere, it computes what Hugging Face computes, and it is asked as in its pretraining."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_bench.errors import UserError
+from tests.backbones.tools import cut_logits, make, own_logits, random_batch, spread
+
+FORMS = ("text_to_text", "encoder")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "t5": (),
+    "t5_v1_1": (
+        "+model.random.feed_forward_proj=gated-gelu",
+        "+model.random.tie_word_embeddings=false",
+        "+model.random.scale_decoder_outputs=false",
+    ),
+}
+
+
+def make_t5(form: str = "text_to_text", *overrides: str) -> Any:
+    return make("tiny_t5", f"model.form={form}", *overrides)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_text_to_text_makes_the_scores_of_the_label_words(variant: str, depth: int, padded: bool) -> None:
+    backbone = make_t5("text_to_text", *VARIANTS[variant])
+    batch = random_batch(backbone, padded=padded)
+    expected = own_logits(backbone, batch)
+    assert spread(expected) > 0.01
+    torch.testing.assert_close(cut_logits(backbone, batch, depth), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@torch.no_grad()
+def test_encoder_form_makes_the_mean_of_the_token_logits(depth: int, padded: bool) -> None:
+    backbone = make_t5("encoder")
+    batch = random_batch(backbone, padded=padded)
+    expected = own_logits(backbone, batch)
+    assert spread(expected) > 0.01
+    torch.testing.assert_close(cut_logits(backbone, batch, depth), expected, atol=1e-5, rtol=0)
+
+
+def test_label_words_are_scored_by_their_first_tokens_in_the_order_given() -> None:
+    tokenizer = make_t5().tokenizer
+    assert make_t5().label_tokens == tokenizer.convert_tokens_to_ids(["▁n", "▁d"])  # not_duplicate, duplicate
+    assert make_t5("text_to_text", "model.label_words=[yes,no]").label_tokens == tokenizer.convert_tokens_to_ids(
+        ["▁y", "▁n"]
+    )
+
+
+def test_label_words_that_begin_alike_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^model\.label_words=\['no', 'none'\]: both words begin with the same token"):
+        make_t5("text_to_text", "model.label_words=[no,none]")
+
+
+def test_label_words_of_the_encoder_form_do_not_matter() -> None:
+    make_t5("encoder", "model.label_words=[no,none]")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_template_names_task_and_columns(form: str) -> None:
+    columns = [("question1", ["Why?", "{fields}"]), ("question2", ["How?", "{0} {task} {"])]
+    texts = ["qqp question1: Why? question2: How?", "qqp question1: {fields} question2: {0} {task} {"]
+    assert make_t5(form).render(columns) == (texts, None)
+
+
+def test_the_template_is_the_users_to_change() -> None:
+    backbone = make_t5("text_to_text", "model.template='{task}: {fields} same?'")
+    assert backbone.render([("a", ["x"]), ("b", ["y"])]) == (["qqp: a: x b: y same?"], None)
+    assert backbone.render([("sentence", ["x"])]) == (["qqp: sentence: x same?"], None)
+
+
+BACKBONE = make_t5()
+
+
+@settings(deadline=None)
+@given(st.text(), st.text())
+def test_any_text_stays_as_it_is(one: str, other: str) -> None:
+    rendered, nothing = BACKBONE.render([("question1", [one]), ("question2", [other])])
+    assert (rendered, nothing) == ([f"qqp question1: {one} question2: {other}"], None)
+
+
+ATTENTION = ("q", "k", "v", "o")
+ENCODER = [*(f"layer.0.SelfAttention.{p}" for p in ATTENTION), "layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"]
+DECODER = [
+    *(f"layer.0.SelfAttention.{p}" for p in ATTENTION),
+    *(f"layer.1.EncDecAttention.{p}" for p in ATTENTION),
+    "layer.2.DenseReluDense.wi",
+    "layer.2.DenseReluDense.wo",
+]
+
+
+def test_linears_go_through_the_encoder_then_the_decoder() -> None:
+    encoder = [f"encoder.block.{i}.{name}" for i in range(2) for name in ENCODER]
+    decoder = [f"decoder.block.{i}.{name}" for i in range(2) for name in DECODER]
+    backbone = make_t5("text_to_text")
+    assert list(backbone.linears()) == [*encoder, *decoder]
+    assert [backbone.layer_of(name) for name in (encoder[0], encoder[-1], decoder[0], decoder[-1])] == [0, 1, 2, 3]
+    assert list(make_t5("encoder").linears()) == [f"transformer.{name}" for name in encoder]
+
+
+def test_the_language_model_head_is_neither_adapted_nor_a_head() -> None:
+    backbone = make_t5("text_to_text")
+    assert backbone.network.lm_head is not None
+    assert "lm_head" not in backbone.linears()
+    assert backbone.layer_of("lm_head") is None
+    assert list(backbone.head_modules) == []
+    assert list(make_t5("encoder").head_modules) == ["classifier"]
+
+
+def test_qv_means_query_and_value_of_every_attention() -> None:
+    backbone = make_t5("text_to_text")
+    chosen = [name for name in backbone.linears() if re.fullmatch(backbone.query_value, name)]
+    assert {name.rpartition(".")[2] for name in chosen} == {"q", "v"}
+    assert len(chosen) == 2 * (2 + 2 * 2)  # one attention in each encoder block, two in each decoder block
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hash_is_that_of_the_weights_outside_the_head(form: str) -> None:
+    backbone, again = make_t5(form), make_t5(form)
+    assert backbone.hash() == again.hash()
+    for name, p in backbone.network.named_parameters():
+        before = backbone.hash()
+        p.data.view(-1)[0] += 1.0
+        assert (backbone.hash() == before) == name.startswith("classifier.")
+
+
+def test_hidden_size_is_the_width_of_the_model() -> None:
+    assert make_t5().hidden_size == 32

@@ -1,0 +1,88 @@
+"""Runs the command line inside the test's own process, and puts back whatever it changed there."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from lora_bench.cli import main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TOY_RUN = [
+    "model=tiny_bert",
+    "data=toy",
+    "data.train_rows=40",
+    "data.validation_rows=16",
+    "trainer.precision=fp32",
+    "trainer.device=cpu",
+    "trainer.max_steps=1",
+]
+"""The quickest run there is."""
+
+
+def toy_run(*overrides: str) -> list[str]:
+    """`TOY_RUN` with these overrides, without what they replace."""
+    replaced = {override.partition("=")[0] for override in overrides}
+    return [*(override for override in TOY_RUN if override.partition("=")[0] not in replaced), *overrides]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def lora_bench(*arguments: str) -> Answer:
+    """`lora-bench ARGUMENTS` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with _unchanged_process(), redirect_stdout(out), redirect_stderr(err):
+        code = main(list(arguments))
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def refused(*arguments: str) -> str:
+    """The paragraph that refuses a wrong request: exit code 2, one line, no traceback, nothing left behind."""
+    before = files_below(Path.cwd())
+    answer = lora_bench(*arguments)
+    assert answer.code == 2, answer
+    assert "Traceback" not in answer.out + answer.err, answer
+    assert answer.err.startswith("lora-bench: "), answer
+    assert answer.err.endswith("\n"), answer
+    assert answer.err.count("\n") == 1, answer
+    assert files_below(Path.cwd()) == before
+    return answer.err
+
+
+def files_below(folder: Path) -> dict[str, bytes | None]:
+    """Every file with its content, and every folder, below `folder`."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@contextmanager
+def _unchanged_process() -> Iterator[None]:
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None

@@ -1,0 +1,271 @@
+"""Splits come from hub, files and generator alike; carve and examine keep what their docstrings promise."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_bench.config import Data, FileData, HubData, ToyData
+from lora_bench.data.sources import Examples, carve, examine, load
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMON: dict[str, Any] = {
+    "task": "qqp",
+    "text_columns": ["question1", "question2"],
+    "label_column": "label",
+    "label_names": ["not_duplicate", "duplicate"],
+    "max_length": 128,
+    "train_size": None,
+    "selection_size": 0.1,
+    "split_seed": 0,
+}
+HUB = HubData(source="hub", hub_id="nyu-mll/glue", hub_config="qqp", revision=None, **COMMON)
+HEADER = "question1\tquestion2\tlabel\n"
+
+
+def files(path: Path) -> FileData:
+    return FileData(source="files", path=str(path), **COMMON)
+
+
+def sizes(**settings: Any) -> Data:
+    return ToyData(source="toy", train_rows=8, validation_rows=8, generator_seed=0, **{**COMMON, **settings})
+
+
+def numbered(labels: list[int]) -> Examples:
+    texts = [f"text {row}" for row in range(len(labels))]
+    return Examples(np.arange(len(labels)), (texts, texts), np.array(labels, dtype=np.int64))
+
+
+def pairs(*rows: tuple[str, str, int]) -> Examples:
+    first, second, labels = zip(*rows, strict=True)
+    return Examples(np.arange(len(rows)), (list(first), list(second)), np.array(labels))
+
+
+# --- Examples ---
+
+
+def test_take_keeps_rows_together() -> None:
+    taken = numbered([0, 1, 1]).take(np.array([2, 0]))
+    assert taken.labels is not None
+    assert (taken.ids.tolist(), taken.texts[1], taken.labels.tolist()) == ([2, 0], ["text 2", "text 0"], [1, 0])
+    assert Examples(np.arange(2), (["a", "b"],), None).take(np.array([1])).labels is None
+
+
+def test_fingerprint_tells_contents_apart() -> None:
+    def of(*columns: list[str], labels: list[int] | None = None) -> str:
+        made = None if labels is None else np.array(labels, dtype=np.int64)
+        return Examples(np.arange(len(columns[0])), columns, made).fingerprint()
+
+    contents = [
+        of(["a", "b"]), of(["b", "a"]), of(["ab", ""]), of(["", "ab"]), of(["a"], ["b"]), of(["a", "b"], labels=[0, 1]),
+        of(["a", "b"], labels=[1, 0]), of(["a", "c"]), of(["ab"]), of(["a", "b"], ["", ""]),
+    ]  # fmt: skip
+    assert len(set(contents)) == len(contents)
+    assert of(["ä", "b"], labels=[0, 1]) == of(["ä", "b"], labels=[0, 1])
+    assert len(contents[0]) == 64
+
+
+# --- files ---
+
+
+def test_a_folder_gives_the_splits_it_has(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t1\n")
+    (tmp_path / "validation.csv").write_text("question1,question2,label\nc,d,0\n")
+    (tmp_path / "test.jsonl").write_text('{"question1": "e", "question2": "f"}\n')
+    found = load(files(tmp_path))
+    assert [*found] == ["train", "validation", "test"]
+    assert found["validation"].texts == (["c"], ["d"])
+    assert found["test"].labels is None
+    (tmp_path / "validation.csv").write_text("question1,question2\nc,d\n")
+    with pytest.raises(UserError, match=r"validation\.csv: has no column 'label'"):
+        load(files(tmp_path))
+
+
+def test_one_file_is_the_test_split(tmp_path: Path) -> None:
+    (tmp_path / "any.tsv").write_text(HEADER + "a\tb\t1\n")
+    assert [*load(files(tmp_path / "any.tsv"))] == ["test"]
+
+
+def test_folders_that_leave_doubt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.path=.*absent: does not exist"):
+        load(files(tmp_path / "absent"))
+    with pytest.raises(UserError, match="does not exist"):
+        load(files(tmp_path / ("long" * 100)))
+    (tmp_path / "dev.tsv").write_text(HEADER + "a\tb\t1\n")
+    with pytest.raises(UserError, match=r"no train, validation or test file.*dev.*not guessed"):
+        load(files(tmp_path))
+    for name in ("train.tsv", "train.csv"):
+        (tmp_path / name).write_text(HEADER + "a\tb\t1\n")
+    with pytest.raises(UserError, match=r"both train\.tsv and train\.csv"):
+        load(files(tmp_path))
+
+
+# --- hub ---
+
+
+def hub_holds(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[Any, ...]]:
+    """Let `datasets.load_dataset` return or raise `answer`; the list given back fills with what was asked."""
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*args: Any, **more: Any) -> Any:
+        asked.append((*args, *more.values()))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset, DatasetDict
+
+    def rows(labels: list[int]) -> Dataset:
+        texts = [f"t{label}" for label in labels]
+        return Dataset.from_dict({"question1": texts, "question2": texts[::-1], "label": labels, "idx": labels})
+
+    asked = hub_holds(
+        monkeypatch, DatasetDict(test=rows([-1, -1]), train=rows([0, 1, 1]), validation=rows([1]), other=rows([7]))
+    )
+    found = load(replace(HUB, revision="v1"))
+    assert asked == [("nyu-mll/glue", "qqp", "v1")]
+    assert [*found] == ["train", "validation", "test"]
+    assert found["train"].texts == (["t0", "t1", "t1"], ["t1", "t1", "t0"])
+    assert found["train"].labels is not None
+    assert found["train"].labels.tolist() == [0, 1, 1]
+    assert found["test"].labels is None
+    hub_holds(monkeypatch, DatasetDict(train=rows([0, 2])))
+    with pytest.raises(UserError, match="nyu-mll/glue/qqp train, row 2: label 2 is neither 0 nor 1"):
+        load(HUB)
+    hub_holds(monkeypatch, DatasetDict(other=rows([0])))
+    with pytest.raises(UserError, match="none of the splits"):
+        load(HUB)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_paragraph_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    for trouble in (ConnectionError("no route\nto host"), OfflineModeIsEnabled(""), FileNotFoundError("no such")):
+        hub_holds(monkeypatch, trouble)
+        with pytest.raises(UserError) as caught:
+            load(HUB)
+        assert caught.value.key == "data.hub_id"
+        assert "data=pairs data.path=DIR" in str(caught.value)
+        assert "data=toy" in str(caught.value)
+
+
+def test_offline_the_refusal_comes_at_once() -> None:
+    import datasets  # its import is not what is timed
+
+    assert datasets.config.HF_HUB_OFFLINE, "conftest.py says so"
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="cannot be loaded from the hub"):
+        load(replace(HUB, hub_id="nobody/holds-this"))
+    assert time.perf_counter() - start < 5
+
+
+# --- carve ---
+
+label_lists = st.lists(st.sampled_from([0, 1]), min_size=2, max_size=60)
+
+
+@given(label_lists, st.integers(0, 2**32), st.data())
+@settings(deadline=None)
+def test_carve_is_exact_stratified_and_disjoint(labels: list[int], seed: int, data: st.DataObject) -> None:
+    n = len(labels)
+    size = data.draw(st.integers(2, n - 1) if n > 2 else st.just(0.5))
+    source = numbered(labels)
+    train, selection = carve(source, sizes(selection_size=size, split_seed=seed))
+    wanted = 1 if size == 0.5 else size
+    assert len(selection) == wanted
+    assert sorted([*train.ids, *selection.ids]) == list(range(n))
+    for part in (train, selection):
+        assert part.labels is not None
+        assert part.labels.tolist() == [labels[row] for row in part.ids]
+        assert part.texts[0] == [f"text {row}" for row in part.ids]
+    assert selection.labels is not None
+    assert abs(selection.labels.sum() - wanted * sum(labels) / n) < 1
+
+
+@given(label_lists, st.integers(0, 9), st.data())
+@settings(deadline=None)
+def test_a_smaller_train_is_a_prefix_and_selection_stays(labels: list[int], seed: int, data: st.DataObject) -> None:
+    whole, selection = carve(numbered(labels), sizes(selection_size=0.5, split_seed=seed))
+    size = data.draw(st.integers(1, len(whole)))
+    train, same = carve(numbered(labels), sizes(selection_size=0.5, split_seed=seed, train_size=size))
+    assert train.ids.tolist() == whole.ids[:size].tolist()
+    assert same.ids.tolist() == selection.ids.tolist()
+
+
+def test_the_cut_is_the_same_on_any_machine_and_another_for_another_seed() -> None:
+    source = numbered([0, 1] * 10)
+    train, selection = carve(source, sizes(selection_size=4, train_size=3))
+    assert (train.ids.tolist(), selection.ids.tolist()) == ([13, 15, 1], [11, 3, 2, 18])
+    cuts = {tuple(carve(source, sizes(selection_size=4, split_seed=seed))[1].ids) for seed in range(10)}
+    assert len(cuts) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"selection_size": 10}, "data.selection_size"),
+        ({"selection_size": 0.01}, "data.selection_size"),
+        ({"selection_size": 0.99}, "data.selection_size"),
+        ({"selection_size": 4, "train_size": 7}, "data.train_size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        carve(numbered([0, 1] * 5), sizes(**settings))
+    assert caught.value.key == key
+    assert key == "data.selection_size" or "at most 6" in str(caught.value)
+
+
+def test_train_without_labels_is_refused() -> None:
+    with pytest.raises(UserError, match="no labels"):
+        carve(Examples(np.arange(9), (["a"] * 9,), None), sizes())
+
+
+# --- examine ---
+
+
+def test_examine_counts_what_a_reader_of_the_record_must_know() -> None:
+    found = examine(
+        {
+            "train": pairs(("a", "b", 1), ("b", "a", 1), ("NA", "c", 0), ("", " ", 0), ("x", "y", 0)),
+            "validation": pairs(("y", "x", 0), ("b", "a", 0), ("new", "pair", 0)),
+            "test": Examples(np.arange(1), (["q"], ["r"]), None),
+        }
+    )
+    assert found["rows"] == {"train": 5, "validation": 3, "test": 1}
+    assert found["positives"] == {"train": 2, "validation": 0, "test": None}
+    assert found["empty_texts"] == {"train": 2, "validation": 0, "test": 0}
+    assert found["null_texts"] == {"train": 1, "validation": 0, "test": 0}
+    assert found["repeated"] == {"train": 1, "validation": 0, "test": 0}
+    assert found["shared"] == {"train/validation": 2, "train/test": 0, "validation/test": 0}
+    assert [warning.split(":")[0] for warning in found["warnings"]] == [
+        *("validation", "train", "train", "train", "train/validation")
+    ]
+    assert "label 0" in found["warnings"][0]
+
+
+def test_examine_has_nothing_to_say_of_clean_data() -> None:
+    single = {"train": Examples(np.arange(2), (["a", "b"],), np.array([0, 1]))}
+    assert examine(single)["warnings"] == []
+
+
+def test_toy_is_a_source_too() -> None:
+    found = load(sizes())
+    assert {split: len(examples) for split, examples in found.items()} == {"train": 8, "validation": 8}
+    assert examine(found)["shared"] == {"train/validation": 0}

@@ -1,0 +1,173 @@
+"""The generator's labels are true by an account of our own, and no bag of words finds them."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+import numpy as np
+import pytest
+from scipy import sparse
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import matthews_corrcoef, roc_auc_score
+
+from lora_bench.data import toy
+from lora_bench.data.sources import Examples
+from lora_bench.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, Examples]:
+    return {"train": toy.generate(3000, 0, "train"), "validation": toy.generate(1000, 0, "validation")}
+
+
+def labelled(examples: Examples) -> list[tuple[str, str, int]]:
+    assert examples.labels is not None
+    return list(zip(*examples.texts, examples.labels.tolist(), strict=True))
+
+
+def test_the_same_arguments_give_the_same_pairs() -> None:
+    one = toy.generate(50, 7, "train")
+    assert one.fingerprint() == toy.generate(50, 7, "train").fingerprint()
+    others = [toy.generate(50, 8, "train"), toy.generate(50, 7, "validation"), toy.generate(49, 7, "train")]
+    assert len({one.fingerprint(), *(other.fingerprint() for other in others)}) == 4
+    assert one.ids.tolist() == list(range(50))
+    # The same on any machine: results on this data set are compared across them.
+    assert toy.generate(500, 0, "train").fingerprint().startswith("PREFIX")
+
+
+def test_no_pair_comes_twice_nor_in_both_splits(splits: dict[str, Examples]) -> None:
+    # A seed of one split shares nothing with another seed of the other either.
+    parts = [*splits.values(), toy.generate(1000, 1, "validation")]
+    keys = [[frozenset(pair) for pair in zip(*part.texts, strict=True)] for part in parts]
+    for part, distinct in zip(parts, map(set, keys), strict=True):
+        assert len(distinct) == len(part)
+        assert all(len(pair) == 2 for pair in distinct)
+    assert not set(keys[0]) & set(keys[1])
+    assert not set(keys[0]) & set(keys[2])
+
+
+def test_questions_read_like_questions(splits: dict[str, Examples]) -> None:
+    for part in splits.values():
+        questions = [question for column in part.texts for question in column]
+        assert all(re.fullmatch(r"[A-Z][\w' é,-]+\?", question) for question in questions)
+        lengths = [len(question.split()) for question in questions]
+        assert min(lengths) >= 8
+        assert max(lengths) <= 15
+        assert part.labels is not None
+        assert 0.36 < part.labels.mean() < 0.44
+
+
+def test_validation_has_words_that_train_lacks(splits: dict[str, Examples]) -> None:
+    train, validation = (" ".join(part.texts[0] + part.texts[1]) for part in splits.values())
+    for pool in (toy.PEOPLE, toy.CITIES, toy.TOPICS, toy.GUESTS):
+        held_out = pool[len(pool) * 3 // 4 :]
+        assert not any(re.search(rf"\b{word}\b", train) for word in held_out)
+        assert all(word in validation for word in pool)
+
+
+# --- what the questions mean, read back from their words ---
+
+
+def comparison(question: str) -> tuple[str, str, int] | None:
+    """(more, less, dimension): who has more of what."""
+    found = re.search(
+        r"that (\w+) is (?:\w+ ){1,2}?(\w+er) than (\w+)\?|whether (\w+) is really (\w+) than (\w+)\?", question
+    )
+    if not found:
+        return None
+    a, word, b = (group for group in found.groups() if group)
+    dimension = next(i for i, pair in enumerate(toy.COMPARISONS) if word in pair)
+    return (a, b, dimension) if word == toy.COMPARISONS[dimension][0] else (b, a, dimension)
+
+
+def route(question: str) -> tuple[str, str, str] | None:
+    found = re.search(rf"(?:from|leave) ({'|'.join(toy.CITIES)}).* to ({'|'.join(toy.CITIES)})\b", question)
+    return found and (*found.groups(), re.search("|".join(toy.VEHICLES), question)[0])  # type: ignore[return-value,index]
+
+
+def permission(question: str) -> tuple[bool, ...] | None:
+    found = re.search("allow|permit|forbid|ban", question)
+    if not found:
+        return None
+    allows = (found[0] in ("allow", "permit")) != ("do not" in question)
+    return (allows, *(word in question for word in (*toy.PLACES, *toy.CITIES, *toy.GUESTS)))
+
+
+def bond(question: str) -> tuple[frozenset[str], int] | None:
+    meanings = [words for square in toy.BONDS for words in square]
+    found = [i for i, words in enumerate(meanings) if any(f" {word} " in question for word in words)]
+    return (frozenset(re.findall("|".join(toy.PEOPLE), question)), found[0]) if found else None
+
+
+@pytest.mark.parametrize("meaning", [comparison, route, permission, bond])
+def test_labels_are_true(meaning: object, splits: dict[str, Examples]) -> None:
+    assert callable(meaning)
+    read_back = [
+        (meaning(first) == meaning(second), bool(label))
+        for part in splits.values()
+        for first, second, label in labelled(part)
+        if meaning(first) is not None
+    ]
+    assert len(read_back) > 500
+    assert all(equal == label for equal, label in read_back)
+
+
+@pytest.mark.parametrize(
+    ("write", "first", "second", "label"),
+    [
+        (toy.comparison, r"(\w+) is .*taller than (\w+)\?", r"{1} is .*shorter than {0}\?", 1),
+        (toy.comparison, r"(\w+) is .*taller than (\w+)\?", r"{1} is .*taller than {0}\?", 0),
+        (toy.bond, r"(\w+) is .*the spouse of (\w+)", r"{1} is .*married to {0}", 1),
+        (toy.route, r"from (\w+) .* to (\w+)\?", r"{1} .* to {0}", 0),
+        (toy.permission, r"(\w+) do not forbid (\w+)", r"{0} allow {1}", 1),
+        (toy.permission, r"(\w+) do not forbid (\w+)", r"{0} do not allow {1}", 0),
+    ],
+)
+def test_every_construction_occurs(write: object, first: str, second: str, label: int) -> None:
+    assert callable(write)
+    draw = toy.Draw(Random(0), unseen=False)
+    for _ in range(2000):
+        question, other = write(draw, bool(label))
+        found = re.search(first, question)
+        if found and re.search(second.format(*found.groups()), other):
+            return
+    pytest.fail(f"no {first} with {second} and label {label}")
+
+
+# --- no short cut ---
+
+
+def bag_of_words_mcc(train: Examples, validation: Examples) -> float:
+    """Validation MCC of logistic regression on which words are shared, differ and occur, and how many."""
+    vectorizer = CountVectorizer(token_pattern=r"\w+").fit(train.texts[0] + train.texts[1])
+
+    def features(examples: Examples) -> sparse.csr_matrix:
+        one, other = (vectorizer.transform(column) for column in examples.texts)
+        shared, differ, both = one.minimum(other), abs(one - other), one + other
+        return sparse.csr_matrix(sparse.hstack([shared, differ, both, shared.sum(1), differ.sum(1), both.sum(1)]))
+
+    model = LogisticRegression(max_iter=5000).fit(features(train), train.labels)
+    return float(matthews_corrcoef(validation.labels, model.predict(features(validation))))
+
+
+def test_a_bag_of_words_cannot_solve_it(splits: dict[str, Examples]) -> None:
+    assert bag_of_words_mcc(splits["train"], splits["validation"]) < 0.4
+
+
+@pytest.mark.parametrize("write", toy.FAMILIES, ids=lambda write: write.__name__)
+def test_word_overlap_does_not_give_a_family_away(write: object) -> None:
+    assert callable(write)
+    draw = toy.Draw(Random(0), unseen=True)
+    labels = np.arange(1000) % 2
+    pairs = [[set(re.findall(r"\w+", question)) for question in write(draw, bool(label))] for label in labels]
+    overlap = [len(one & other) / len(one | other) for one, other in pairs]
+    assert 0.3 < roc_auc_score(labels, overlap) < 0.7
+
+
+def test_more_rows_than_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "FAMILIES", (toy.comparison,))
+    monkeypatch.setattr(toy, "PEOPLE", ("Anna", "Ben", "Clara"))
+    with pytest.raises(UserError, match=r"data\.train_rows=1000: is more than"):
+        toy.generate(1000, 0, "train")

@@ -1,0 +1,133 @@
+"""The FLOPs of a training step equal what one counts by hand, and peak memory follows what is held.
+
+By hand, for N rows of T tokens: a linear costs 2·in·out per token forward, as much again for the gradient of its
+input and once more for that of its weight; attention costs 4·T²·D forward and twice that backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_bench.adapters.full import Full
+from lora_bench.adapters.head_only import HeadOnly
+from lora_bench.adapters.lora import LoRA
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
+from lora_bench.training.probe import probe_step
+from tests.helpers import TINY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lora_bench.backbones.base import Backbone
+
+D, F, LAYERS, RANK = 32, 64, 2, 3  # tiny_bert: width, feed-forward width, layers; and the adapter's rank
+LINEARS = [(D, D)] * 4 + [(D, F), (F, D)]  # (in, out) of query, key, value, output, feed-forward
+BASE = sum(a * b for a, b in LINEARS)  # weights of one layer's linears
+HEAD = D * D + 2 * D  # of the pooler and the classifier, which see the first token alone
+
+
+def lora(layers: Any = "all", rank: int = RANK) -> LoRA:
+    return LoRA(method="lora", default_lr=1e-3, rank=rank, alpha=6.0, dropout=0.0, target_modules="all", layers=layers)
+
+
+def measured(pack: Pack) -> FlopModel:
+    return FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+
+
+def forward(rows: int, length: int) -> int:
+    return rows * (LAYERS * (2 * BASE * length + 4 * length**2 * D) + 2 * HEAD)
+
+
+def lora_step(rows: int, length: int, adapted: int) -> int:
+    """Forward and backward with LoRA on every linear of the last `adapted` layers."""
+    low_rank = RANK * sum(a + b for a, b in LINEARS)
+    ahead = forward(rows, length) + rows * adapted * 2 * low_rank * length
+    # The lowest adapted layer's query, key and value need no gradient of their input: nothing below is trained.
+    unneeded = 3 * D * D + 3 * RANK * D
+    inputs = 2 * length * (adapted * (BASE + low_rank) - unneeded) + adapted * 8 * length**2 * D
+    weights = adapted * 2 * low_rank * length
+    return ahead + rows * (inputs + weights + 4 * HEAD)
+
+
+SHAPES = [(1, 8), (5, 33), (32, 128)]  # the last two are none of those that the model was fitted on
+
+
+@pytest.mark.parametrize(("rows", "length"), SHAPES)
+@pytest.mark.parametrize(("layers", "adapted"), [("all", 2), ("top:1", 1)])
+def test_a_step_of_lora(backbone: Callable[..., Backbone], layers: str, adapted: int, rows: int, length: int) -> None:
+    model = measured(Pack(backbone(), [Member(lora(layers), 0)]))
+    assert model(rows, length) == pytest.approx(lora_step(rows, length, adapted), rel=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "length"), SHAPES)
+def test_a_step_of_full_adds_the_weight_gradients(backbone: Callable[..., Backbone], rows: int, length: int) -> None:
+    model = measured(Pack(backbone(), [Member(Full(method="full", default_lr=1e-4), 0)]))
+    assert model(rows, length) == pytest.approx(3 * forward(rows, length), rel=1e-9)
+
+
+def test_lora_saves_about_a_third_of_full(backbone: Callable[..., Backbone]) -> None:
+    full = measured(Pack(backbone(), [Member(Full(method="full", default_lr=1e-4), 0)]))
+    small = measured(Pack(backbone(), [Member(lora(rank=1), 0)]))
+    assert 0.25 < 1 - small(32, 16) / full(32, 16) < 0.42
+
+
+@pytest.mark.parametrize(("rows", "length"), SHAPES)
+def test_a_step_of_the_head_alone_goes_back_through_the_head_only(
+    backbone: Callable[..., Backbone], rows: int, length: int
+) -> None:
+    model = measured(Pack(backbone(), [Member(HeadOnly(method="head_only", default_lr=1e-3), 0)]))
+    head_backward = 2 * HEAD + 2 * 2 * D  # both weights, and the classifier's input
+    assert model(rows, length) == pytest.approx(forward(rows, length) + rows * head_backward, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_model_is_exact_on_unseen_shapes_for_every_family(backbone: Callable[..., Backbone], family: str) -> None:
+    pack = Pack(backbone(family), [Member(lora(), 0)])
+    model = measured(pack)
+    for rows, length in ((3, 21), (2, 50)):
+        with FlopCounterMode(display=False) as counter:
+            probe_step(pack, rows, length)
+        assert model(rows, length) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_a_pack_of_two_costs_two_suffixes(backbone: Callable[..., Backbone]) -> None:
+    one = measured(Pack(backbone(), [Member(lora(), 0)]))
+    two = measured(Pack(backbone(), [Member(lora(), 0), Member(lora(), 1)]))
+    assert two(4, 16) == pytest.approx(2 * one(4, 16), rel=1e-9)
+
+
+def test_a_product_of_weights_does_not_go_with_rows() -> None:
+    a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 6))
+    model = FlopModel.measure(lambda rows, length: torch.randn(rows * length, 4) @ (a @ b))
+    assert model.coefficients == pytest.approx((2 * 4 * 3 * 6, 0, 2 * 4 * 6, 0), abs=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not let us reset the peak")
+def test_peak_memory_follows_what_is_held() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not let us reset the peak")
+    cpu, size = torch.device("cpu"), 200_000_000
+    reset_peak_memory(cpu)
+    before = peak_memory_bytes(cpu)
+    held = np.ones(size, np.uint8)
+    during = peak_memory_bytes(cpu)
+    assert 0.9 * size < during - before < 1.2 * size
+    del held
+    assert peak_memory_bytes(cpu) > before + 0.9 * size  # it is the peak, not what is held now
+    reset_peak_memory(cpu)
+    assert peak_memory_bytes(cpu) < during - 0.8 * size
+
+
+def test_peak_memory_is_of_this_process() -> None:
+    assert 10_000_000 < peak_memory_bytes(torch.device("cpu")) < 1_000_000_000_000

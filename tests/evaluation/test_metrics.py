@@ -1,0 +1,190 @@
+"""Metrics are the field's: scikit-learn's to six digits where it has them, a plain loop where it has not.
+
+And what torchmetrics would get wrong is stated here case by case: constant predictors, one label only, scores that are
+not numbers, a score of exactly one half.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from lora_bench.config import Metric
+from lora_bench.errors import DivergedError, UserError
+from lora_bench.evaluation.metrics import check_metrics, expected_calibration_error, matthews_correlation, score
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+STANDARD = ["accuracy", "auroc", "brier", "ece", "f1", "mcc", "nll", "precision", "recall"]
+
+
+def random_scores(n: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Scores that know a little about their labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, n)
+    return np.clip(0.5 * rng.random(n) + 0.3 * labels + 0.1, 0, 1), labels
+
+
+def plain_ece(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Guo et al. 2017, eq. 3, row by row."""
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for s, y in zip(scores.tolist(), labels.tolist(), strict=True):
+        confidence = max(s, 1 - s)
+        place = next(i for i in range(15) if confidence <= (i + 1) / 15)
+        bins[place].append((confidence, (s >= 0.5) == (y == 1)))
+    total = 0.0
+    for members in bins:
+        if members:
+            accuracy = sum(right for _, right in members) / len(members)
+            confidence = sum(c for c, _ in members) / len(members)
+            total += len(members) / len(scores) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize(("n", "seed"), [(7, 0), (100, 1), (1000, 2), (20_000, 3)])
+def test_standard_metrics_are_scikit_learns(n: int, seed: int) -> None:
+    scores, labels = random_scores(n, seed)
+    predicted = scores >= 0.5
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
+        "f1": sklearn.metrics.f1_score(labels, predicted),
+        "mcc": sklearn.metrics.matthews_corrcoef(labels, predicted),
+        "precision": sklearn.metrics.precision_score(labels, predicted),
+        "recall": sklearn.metrics.recall_score(labels, predicted),
+        "auroc": sklearn.metrics.roc_auc_score(labels, scores),
+        "nll": sklearn.metrics.log_loss(labels, scores),
+        "brier": sklearn.metrics.brier_score_loss(labels, scores),
+        "ece": plain_ece(scores, labels),
+    }
+    values = score(scores, labels, {})
+    assert sorted(values) == STANDARD
+    for name, value in expected.items():
+        assert_allclose(values[name], value, atol=1e-6, err_msg=name)
+    json.dumps(values)  # plain floats, not numpy's
+
+
+def test_ties_in_the_scores_count_half() -> None:
+    scores, labels = random_scores(500, 4)
+    coarse = np.round(scores, 1)
+    assert_allclose(score(coarse, labels, {})["auroc"], sklearn.metrics.roc_auc_score(labels, coarse), atol=1e-6)
+
+
+def test_one_half_is_predicted_one_by_every_metric() -> None:
+    values = score(np.array([0.5, 0.2, 0.7, np.nextafter(0.5, 0)]), np.array([1, 0, 1, 0]), {})
+    for name in ("accuracy", "f1", "precision", "recall", "mcc"):
+        assert values[name] == 1.0, name
+    specificity = {"specificity": Metric(torchmetric="BinarySpecificity", direction="up")}
+    assert score(np.array([0.5, 0.2]), np.array([0, 0]), specificity)["specificity"] == 0.5
+
+
+@pytest.mark.parametrize("constant", [0.1, 0.5, 0.9])
+def test_a_constant_predictor_has_no_correlation(constant: float) -> None:
+    labels = np.array([1, 0, 0, 1, 0, 1, 1, 0, 0, 0])
+    assert score(np.full(10, constant), labels, {})["mcc"] == 0.0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_label_only_has_no_auroc_and_warns_of_nothing(label: int) -> None:
+    extra = {
+        "average_precision": Metric(torchmetric="BinaryAveragePrecision", direction="up"),
+        "kappa": Metric(torchmetric="BinaryCohenKappa", direction="up"),
+    }
+    values = score(np.array([0.1, 0.8, 0.3]), np.full(3, label), extra)
+    assert values["auroc"] is None
+    assert values["mcc"] == 0.0
+    assert_allclose(values["accuracy"], 1 / 3 if label else 2 / 3, atol=1e-6)
+    json.dumps(values, allow_nan=False)
+    constant = score(np.full(3, 0.9 * label), np.full(3, label), extra)
+    assert constant["kappa"] is None  # 0 / 0
+    json.dumps(constant, allow_nan=False)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_no_numbers_are_refused_and_counted(bad: float) -> None:
+    with pytest.raises(DivergedError, match="2 of 4 scores"):
+        score(np.array([0.1, bad, 0.9, bad]), np.array([0, 1, 1, 0]), {})
+
+
+def test_a_sure_and_wrong_score_costs_a_finite_number_of_nats() -> None:
+    values = score(np.array([0.0, 1.0]), np.array([1, 0]), {})
+    assert_allclose(values["nll"], -np.log(1e-15))
+    assert values["brier"] == 1.0
+    assert score(np.array([0.0, 1.0]), np.array([0, 1]), {})["nll"] == 0.0
+
+
+def test_ece_by_hand() -> None:
+    # Four rows at confidence 0.9, three of them right: |0.75 - 0.9|.
+    assert_allclose(expected_calibration_error(np.full(4, 0.9), np.array([1, 1, 1, 0])), 0.15)
+    # The same seen from the other label: what is binned is the confidence in the predicted label.
+    assert_allclose(expected_calibration_error(np.full(4, 0.1), np.array([0, 0, 0, 1])), 0.15)
+    # Two bins of two rows: 0.6 (one right) and 1.0 (both right).
+    assert_allclose(expected_calibration_error(np.array([0.6, 0.6, 1.0, 1.0]), np.array([1, 0, 1, 1])), 0.05)
+    assert expected_calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0.0
+    assert expected_calibration_error(np.array([1.0, 0.0]), np.array([0, 1])) == 1.0
+
+
+def test_extra_metrics_by_their_name_in_torchmetrics() -> None:
+    scores, labels = random_scores(300, 5)
+    extra = {
+        "average_precision": Metric(torchmetric="BinaryAveragePrecision", direction="up"),
+        "kappa": Metric(torchmetric="BinaryCohenKappa", direction="up"),
+        "specificity": Metric(torchmetric="BinarySpecificity", direction="up"),
+    }
+    check_metrics(extra)
+    values = score(scores, labels, extra)
+    assert sorted(values) == sorted([*STANDARD, *extra])
+    predicted = scores >= 0.5
+    assert_allclose(values["average_precision"], sklearn.metrics.average_precision_score(labels, scores), atol=1e-6)
+    assert_allclose(values["kappa"], sklearn.metrics.cohen_kappa_score(labels, predicted), atol=1e-6)
+    assert_allclose(values["specificity"], sklearn.metrics.recall_score(labels, predicted, pos_label=0), atol=1e-6)
+
+
+def test_an_unknown_metric_is_refused_with_a_near_name() -> None:
+    with pytest.raises(UserError) as refused:
+        check_metrics({"specificity": Metric(torchmetric="BinarySpecifity", direction="up")})
+    assert refused.value.key == "metric.specificity.torchmetric"
+    assert "Did you mean BinarySpecificity?" in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["BinaryROC", "BinaryConfusionMatrix", "BinaryFBetaScore", "BinaryFairness"])
+def test_a_metric_that_is_no_single_number_is_refused_before_training(kind: str) -> None:
+    with pytest.raises(UserError, match=r"metric\.mine\.torchmetric"):
+        check_metrics({"mine": Metric(torchmetric=kind, direction="up")})
+
+
+ROWS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(ROWS)
+def test_mcc_is_a_correlation(rows: list[tuple[bool, bool]]) -> None:
+    predicted, positive = map(np.array, zip(*rows, strict=True))
+    labels = positive.astype(np.int64)
+    value = matthews_correlation(predicted, labels)
+    assert -1.0 <= value <= 1.0
+    assert_allclose(matthews_correlation(~predicted, 1 - labels), value, atol=1e-12)  # the other label is as good
+    assert_allclose(matthews_correlation(~predicted, labels), -value, atol=1e-12)
+    assert_allclose(matthews_correlation(positive, predicted.astype(np.int64)), value, atol=1e-12)
+    varied = len(set(predicted.tolist())) == 2 and len(set(positive.tolist())) == 2
+    expected = np.corrcoef(predicted, positive)[0, 1] if varied else 0.0
+    assert_allclose(value, expected, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1, max_size=60))
+def test_every_metric_stays_in_its_range(rows: list[tuple[float, int]]) -> None:
+    scores, labels = map(np.array, zip(*rows, strict=True))
+    values = score(scores.astype(np.float64), labels.astype(np.int64), {})
+    for name, value in values.items():
+        if name not in ("nll", "mcc") and value is not None:
+            assert 0.0 <= value <= 1.0 + 1e-6, name
+    assert 0.0 <= values["nll"] <= 34.6
+    assert -1.0 <= values["mcc"] <= 1.0

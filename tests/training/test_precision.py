@@ -1,0 +1,65 @@
+"""What is asked for is what computes, and what the device cannot do is refused before anything is built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_bench.errors import UserError
+from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def given(
+    monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, bf16: bool = False, cpu: tuple[str, ...] = ()
+) -> None:
+    """A machine with or without these abilities."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True), raising=False)
+
+
+def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, cuda=True)
+    assert resolve_device("auto") == CUDA
+    assert resolve_device("cpu") == CPU
+    given(monkeypatch, cuda=False)
+    assert resolve_device("auto") == CPU
+
+
+def test_absent_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, cuda=False)
+    with pytest.raises(UserError, match=r"trainer\.device=cuda: no CUDA device.*trainer\.device=auto"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_auto_is_bf16_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    given(monkeypatch, bf16=True, cpu=("avx512_bf16",))
+    assert resolve_precision("auto", device) == torch.bfloat16
+    assert resolve_precision("fp32", device) == torch.float32
+    given(monkeypatch, bf16=False, cpu=("avx2", "avx512f"))
+    assert resolve_precision("auto", device) == torch.float32
+    assert not has_fast_bf16(device)
+
+
+def test_bf16_by_name_is_slow_but_possible_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch)
+    assert resolve_precision("bf16", CPU) == torch.bfloat16
+
+
+def test_bf16_by_name_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, cuda=True, bf16=False)
+    with pytest.raises(UserError, match=r"trainer\.precision=bf16.*trainer\.precision=fp32"):
+        resolve_precision("bf16", CUDA)
+
+
+def test_amx_counts_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, cpu=("amx_bf16",))
+    assert has_fast_bf16(CPU)
+
+
+def test_this_machine_answers() -> None:
+    assert isinstance(has_fast_bf16(CPU), bool)
+    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
