@@ -30,8 +30,8 @@ def need_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def need_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Refuse what is not a finite number in [low, high], or (low, high] with `open_low`."""
-    # A whole number of Python's may be larger than any number of a machine's.
-    inside = low <= value <= min(high, 2**63 - 1) and not (open_low and value == low)
+    need(type(value) is not int or value < 2**63, key, value, "is too large")
+    inside = low <= value <= high and abs(value) < math.inf and not (open_low and value == low)
     if inside:
         return
     bound = f"above {low:g}" if open_low else f"of at least {low:g}"
@@ -116,8 +116,9 @@ class Data:
         if self.train_size is not None:
             need_number("train_size", self.train_size, 1)
         size = self.selection_size
+        need_number("selection_size", size, 0, open_low=True)
         need(
-            math.isfinite(size) and (0 < size < 1 or (size >= 2 and size == int(size))),
+            0 < size < 1 or (size >= 2 and size == int(size)),
             "selection_size",
             size,
             "must be a fraction between 0 and 1 or a whole number of rows from 2",

@@ -57,14 +57,14 @@ class Experiment:
         """From the composed config; refuses what is out of range, naming the key."""
         for name in cfg:
             config.need(name in _KEYS, str(name), None, "is not a known key", nearest(str(name), _KEYS))
-        config.need(type(cfg.seed) is int and cfg.seed >= 0, "seed", cfg.seed, "must be a whole number from 0")
+        config.need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
         config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
         metrics = {str(name): config.build(config.Metric, node, f"metric.{name}") for name, node in cfg.metric.items()}
         check_metrics(metrics)
         return cls(
+            data=config.build_data(cfg.data),  # first: T5 takes its label words from it
             model=config.build_model(cfg.model),
             adapter=config.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
-            data=config.build_data(cfg.data),
             optimizer=config.build(config.Optimizer, cfg.optimizer, "optimizer"),
             trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
             metrics=metrics,
@@ -183,7 +183,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, sources.Examples], dict[st
 
 def attach(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Pack, str]:
     """The pack of one on its backbone, and the backbone's hash as it was loaded."""
-    backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task)
+    backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
     backbone_sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
     return Pack(backbone, [Member(experiment.adapter, experiment.seed)]), backbone_sha256
@@ -297,7 +297,7 @@ def _show_result(console: Console, run: Run, brief: bool) -> None:
     spent = [f"{cost['steps']} steps", f"{cost['train_seconds']:.0f} s", rate, human(cost["train_flops"], "FLOP")]
     spent.append(human(cost["peak_memory_bytes"], "B") + " peak")
     console.print(Text(" · ".join(spent)))
-    console.print(Text(f"record: {run.folder}"))
+    console.print(Text(f"record: {run.folder}"), soft_wrap=True)
 
 
 def _seed_everything(seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Every YAML under conf/ composes, resolves and builds; its keys are exactly the fields and each is a valid override."""
+"""Every YAML under conf/ composes, resolves and builds; its keys are its fields, and each is a valid override."""
 
 from __future__ import annotations
 

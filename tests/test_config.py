@@ -128,6 +128,20 @@ def test_any_value_is_typed_or_refused(field: tuple[type[Any], str, dict[str, An
     assert all(map(math.isfinite, numbers))
 
 
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), "9" * 400, "-" + "9" * 400], ids=["high", "low", "text", "-text"]
+)
+@pytest.mark.parametrize("field", FIELDS, ids=[f"{cls.__name__}.{name}" for cls, _, _, name in FIELDS])
+def test_numbers_beyond_any_machine(field: tuple[type[Any], str, dict[str, Any], str], value: int | str) -> None:
+    cls, group, values, name = field
+    node = OmegaConf.create({**values, name: value})
+    hint = typing.get_type_hints(cls, {**vars(config), "Any": Any})[name]
+    if hint in (int, int | None, float, float | None, int | float):
+        with pytest.raises(UserError) as refused:
+            config.build(cls, node, group)
+        assert refused.value.key == f"{group}.{name}"
+
+
 @settings(deadline=None, max_examples=50)
 @given(ANYTHING)
 def test_whatever_stands_in_a_groups_place(node: Any) -> None:

