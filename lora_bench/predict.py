@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from lora_bench import record
 from lora_bench.adapters import peft_format
 from lora_bench.data import files
+from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
-from lora_bench.data.sources import Examples
 from lora_bench.errors import UserError
 from lora_bench.train import Experiment, attach
 from lora_bench.training.loop import predict

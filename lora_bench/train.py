@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lora_bench.data.examples import Examples
+
 
 _KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "seed", "dry_run")
 
@@ -151,7 +153,7 @@ def train(
     _show_result(console, run, brief)
 
 
-def load_splits(data: config.Data) -> tuple[dict[str, sources.Examples], dict[str, Any]]:
+def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
     """Train, selection and every labelled split to report, and what the record says of them.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.data.sources import Examples
+from lora_bench.data.examples import Examples
 from lora_bench.errors import UserError, nearest
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_bench.backbones.base import Backbone
-    from lora_bench.data.sources import Examples
+    from lora_bench.data.examples import Examples
 
 CHUNK = 8192  # pairs handed to the tokenizer at a time
 

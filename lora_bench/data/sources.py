@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,8 @@ import numpy as np
 
 from lora_bench import hub
 from lora_bench.config import Data, FileData, HubData, ToyData
+from lora_bench.data import files, toy
+from lora_bench.data.files import Table
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,37 +19,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from lora_bench.data.examples import Examples
+
 SPLITS = ("train", "validation", "test")
 _NULLS = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none"})
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Texts with their labels: N rows of one split."""
-
-    ids: NDArray[np.int64]  # (N,) row in the source, from 0
-    texts: tuple[list[str], ...]  # one list per text column, each N long
-    labels: NDArray[np.int64] | None  # (N,) 0 or 1; None where the source has none
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, rows: NDArray[np.int64]) -> Examples:
-        """The examples at these positions (not ids), in this order."""
-        places = rows.tolist()
-        texts = tuple([column[place] for place in places] for column in self.texts)
-        return Examples(self.ids[rows], texts, None if self.labels is None else self.labels[rows])
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of texts and labels in their order; lengths go in too, so that no two contents read alike."""
-        digest = hashlib.sha256(f"{len(self)} {len(self.texts)} {self.labels is not None}\n".encode())
-        for column in self.texts:
-            encoded = [text.encode() for text in column]
-            digest.update(np.array([len(text) for text in encoded], dtype="<i8").tobytes())
-            digest.update(b"".join(encoded))
-        if self.labels is not None:
-            digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()
 
 
 def load(data: Data) -> dict[str, Examples]:
@@ -58,8 +31,6 @@ def load(data: Data) -> dict[str, Examples]:
     Raises:
         UserError: the source cannot be reached, is absent, or holds something other than texts and labels 0 and 1.
     """
-    from lora_bench.data import toy  # here, like `files` below: both make this module's Examples
-
     match data:
         case HubData():
             return _from_hub(data)
@@ -72,8 +43,6 @@ def load(data: Data) -> dict[str, Examples]:
 
 
 def _from_files(data: FileData) -> dict[str, Examples]:
-    from lora_bench.data import files
-
     if os.path.isdir(data.path):
         paths = files.split_files(data.path)
     elif os.path.isfile(data.path):
@@ -90,8 +59,6 @@ def _from_files(data: FileData) -> dict[str, Examples]:
 def _from_hub(data: HubData) -> dict[str, Examples]:
     import datasets  # late: seconds
     import huggingface_hub
-
-    from lora_bench.data.files import Table
 
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_bench.data.sources import Examples
+from lora_bench.data.examples import Examples
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:

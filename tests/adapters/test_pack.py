@@ -14,7 +14,7 @@ from lora_bench.adapters.lora import LoRA
 from lora_bench.adapters.pack import MemberHeads, stream
 from lora_bench.errors import UserError
 from lora_bench.training.loop import predict
-from tests.adapters.tools import adapter, assert_close, optimizer, pack, stir, tables, train, trainer
+from tests.adapters.tools import adapter, assert_close, doubled, optimizer, pack, stir, tables, train, trainer
 from tests.backbones.tools import FORMS, make, random_batch, save
 
 if TYPE_CHECKING:
@@ -35,15 +35,6 @@ UNLIKE: Members = [
     (adapter("lora", "rank=8", "alpha=16"), 2),
 ]
 RATES = [optimizer(1e-2), optimizer(3e-3, schedule="cosine", grad_clip_norm=0.5), optimizer(2e-2, weight_decay=0.1)]
-
-
-def doubled(made: Pack) -> Pack:
-    """The pack in double precision, but for its heads, which are fp32 on any backbone."""
-    made.network.double()
-    for module in made.modules():
-        if isinstance(module, MemberHeads):
-            module.copies.float()
-    return made
 
 
 def assert_as_alone(

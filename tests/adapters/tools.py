@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_bench.adapters import method_class
-from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.pack import Member, MemberHeads, Pack
 from lora_bench.config import build
 from lora_bench.data import sources
 from lora_bench.data.pairs import TokenTable, tokenize
@@ -90,6 +90,15 @@ def stir(made: Pack, scale: float = 0.3, seed: int = 0) -> Pack:
     for k in range(made.size):
         for p in made.trainable(k).values():
             p.add_(torch.randn(p.shape, generator=generator) * scale * p.shape[-1] ** -0.5)
+    return made
+
+
+def doubled(made: Pack) -> Pack:
+    """The pack in double precision, but for its heads, which are fp32 on any backbone."""
+    made.network.double()
+    for module in made.modules():
+        if isinstance(module, MemberHeads):
+            module.copies.float()
     return made
 
 

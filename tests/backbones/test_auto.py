@@ -55,7 +55,8 @@ def test_prefix_and_suffix_make_the_logits_of_hugging_face(
     kind: str, depth: int, padded: bool, request: pytest.FixtureRequest
 ) -> None:
     backbone = make("deberta", f"model.path={request.getfixturevalue(kind)}")
-    enliven(backbone.network.classifier)  # a new one is next to constant
+    for head in backbone.head_modules:
+        enliven(backbone.network.get_submodule(head))  # a new one is next to constant
     batch = random_batch(backbone, padded=padded)
     expected = own_logits(backbone, batch)
     assert spread(expected) > 0.01

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from lora_bench.data.examples import Examples
 from lora_bench.data.files import READERS, read
-from lora_bench.data.sources import Examples
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from lora_bench.data import pairs
+from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import TokenTable, tokenize
-from lora_bench.data.sources import Examples
 from lora_bench.errors import UserError
 from tests.helpers import TINY
 
@@ -201,7 +201,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_bench.data.pairs import tokenize
-from lora_bench.data.sources import Examples
+from lora_bench.data.examples import Examples
 
 made = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
 made.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_bench.config import Data, FileData, HubData, ToyData
-from lora_bench.data.sources import Examples, carve, examine, load
+from lora_bench.data.examples import Examples
+from lora_bench.data.sources import carve, examine, load
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:

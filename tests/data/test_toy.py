@@ -17,7 +17,7 @@ from lora_bench.data import toy
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_bench.data.sources import Examples
+    from lora_bench.data.examples import Examples
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from lora_bench.adapters.pack import Member, Pack
 from lora_bench.backbones.base import Backbone
 from lora_bench.config import Optimizer, Trainer, build
 from lora_bench.data.batching import Batch
+from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import TokenTable, tokenize
-from lora_bench.data.sources import Examples
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
 from lora_bench.training import loop

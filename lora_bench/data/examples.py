@@ -1,0 +1,41 @@
+"""Texts with their labels: what every source gives and everything behind it takes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with their labels: N rows of one split."""
+
+    ids: NDArray[np.int64]  # (N,) row in the source, from 0
+    texts: tuple[list[str], ...]  # one list per text column, each N long
+    labels: NDArray[np.int64] | None  # (N,) 0 or 1; None where the source has none
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: NDArray[np.int64]) -> Examples:
+        """The examples at these positions (not ids), in this order."""
+        places = rows.tolist()
+        texts = tuple([column[place] for place in places] for column in self.texts)
+        return Examples(self.ids[rows], texts, None if self.labels is None else self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of texts and labels in their order; lengths go in too, so that no two contents read alike."""
+        digest = hashlib.sha256(f"{len(self)} {len(self.texts)} {self.labels is not None}\n".encode())
+        for column in self.texts:
+            encoded = [text.encode() for text in column]
+            digest.update(np.array([len(text) for text in encoded], dtype="<i8").tobytes())
+            digest.update(b"".join(encoded))
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
