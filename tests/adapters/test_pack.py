@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,7 @@ def test_what_lies_below_the_first_adapted_layer_runs_without_gradient(form: str
 
     def keep(batch: Batch, to: int) -> torch.Tensor:
         assert to == depth
+        assert not torch.is_grad_enabled()
         hidden.append(prefix(batch, to))
         return hidden[-1]
 
@@ -264,12 +266,12 @@ def test_a_pack_of_which_all_have_diverged_stops() -> None:
 
 def novelty() -> Callable[..., dict[str, float]]:
     """A metric that grows whenever a member's scores are new: a few pairs' MCC would rise and fall by chance."""
-    seen: list[bytes] = []
+    seen: list[Any] = []
 
     def score(scores: Any, *_: Any) -> dict[str, float]:
-        if scores.tobytes() not in seen:
-            seen.append(scores.tobytes())
-        return {"mcc": float(seen.index(scores.tobytes()))}
+        known = [np.allclose(scores, other, atol=1e-5, rtol=0) for other in seen]
+        seen.append(scores)
+        return {"mcc": float([*known, True].index(True))}
 
     return score
 
@@ -279,6 +281,7 @@ def test_a_member_that_stops_early_leaves_the_other(monkeypatch: pytest.MonkeyPa
     idle, learns = optimizer(1e-30), optimizer(1e-2)
     monkeypatch.setattr("lora_bench.training.loop.score", novelty())
     outcomes, ends = train(pack("bert", *UNLIKE[:2]), [idle, learns], settings)
+    monkeypatch.setattr("lora_bench.training.loop.score", novelty())
     ((alone,), (expected,)) = train(pack("bert", UNLIKE[1]), [learns], settings)
     assert (outcomes[0].status, outcomes[0].steps) == ("done", 6)  # one look to compare with, two without a gain
     assert outcomes[1].steps == alone.steps == 12
