@@ -100,13 +100,14 @@ def run_predict(cfg: DictConfig) -> None:
         raise UserError(
             f"is none of {', '.join(OUTPUTS)}", key="output", value=output, remedy="Or - for standard output."
         )
+    source = str(cfg.input)
     run = FinishedRun.load(cfg.run, device=cfg.device)
     data = run.experiment.data
     columns = list(cfg.text_columns) if cfg.text_columns else list(data.text_columns)
     if len(columns) != len(data.text_columns):
         reason = f"names {len(columns)} where the run was trained on {len(data.text_columns)}"
         raise UserError(reason, key="text_columns", value=columns)
-    examples = files.read(cfg.input, columns, None)
+    examples = files.read(source, columns, None)
     scores = run.score(examples)
     labels = (scores >= 0.5).astype(int)
     answers = zip(*examples.texts, labels.tolist(), scores.tolist(), strict=True)

@@ -186,6 +186,13 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
 def attach(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Pack, str]:
     """The pack of one on its backbone, and the backbone's hash as it was loaded."""
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
+    longest, asked = backbone.max_tokens, experiment.data.max_length
+    config.need(
+        longest is None or asked <= longest,
+        "data.max_length",
+        asked,
+        f"is more than the {longest} tokens that the model takes",
+    )
     backbone_sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
     return Pack(backbone, [Member(experiment.adapter, experiment.seed)]), backbone_sha256

@@ -36,6 +36,10 @@ class Auto(Backbone):
         ]
         super().__init__(network, tokenizer, fresh)
 
+    @property
+    def max_tokens(self) -> int | None:
+        return getattr(self.network.config, "max_position_embeddings", None)
+
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         return batch.input_ids  # (N, T): the whole network is suffix
 

@@ -78,6 +78,11 @@ class Backbone(ABC):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest input that the network takes; None where positions are relative."""
+        return None
+
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear of the layers by its full name, in the order of computation: what an adapter may change."""
         return {

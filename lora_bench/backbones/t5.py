@@ -7,6 +7,7 @@ head. Layers count through the encoder, then the decoder.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,11 @@ class T5TextToText(_T5):
                 value=label_words,
                 remedy="Give two words that begin differently, for example 'model.label_words=[no,yes]'.",
             )
+
+    def linears(self) -> dict[str, nn.Linear]:
+        # The decoder's one step attends to itself alone: its query and key change nothing and could learn nothing.
+        idle = re.compile(r"decoder\..*\.SelfAttention\.[qk]")
+        return {name: linear for name, linear in super().linears().items() if not idle.fullmatch(name)}
 
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         if depth > len(self.encoder.block):
