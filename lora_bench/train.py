@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,16 +214,18 @@ def count_parameters(pack: Pack) -> dict[str, int]:
 def _evaluate(run: Run, pack: Pack, experiment: Experiment, outcome: Outcome, tables: dict[str, TokenTable]) -> None:
     """Score every reported split, once, with the member's best state."""
     assert outcome.best is not None
+    best = {key: outcome.best[key] for key in ("step", "epoch")}
     metrics = {f"selection/{name}": value for name, value in outcome.best["metrics"].items()}
     for name in [name for name in tables if name not in ("train", "selection")]:
         table = tables[name]
         assert table.labels is not None
+        began = time.perf_counter()
         (scores,) = predict(pack, table, experiment.trainer.eval_batch_size)
+        seconds = round(time.perf_counter() - began, 3)
         values = score(scores, table.labels, experiment.metrics)
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
-        run.log({"step": outcome.best["step"], "epoch": outcome.best["epoch"], "split": name, "metrics": values})
+        run.log({**best, "split": name, "metrics": values, "seconds": seconds})
         run.write_predictions(name, table.ids, table.labels, scores)
-    best = {key: outcome.best[key] for key in ("step", "epoch")}
     run.update(metrics=metrics, selection={**best, "metric": "mcc"})
 
 

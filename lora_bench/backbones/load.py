@@ -45,8 +45,7 @@ def load_tokenizer(model: Model) -> Any:
         return tiny.tokenizer(str(model.random["model_type"]))
     place = model.tokenizer or locate(model)
     try:
-        revision = None if model.tokenizer else model.revision
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **_reading(model, place))
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
         raise UserError(
             f"no tokenizer could be loaded from there ({_first_line(error)})",
@@ -66,6 +65,19 @@ def load_tokenizer(model: Model) -> Any:
             remedy = "Give model.tokenizer=DIR, a folder with tokenizer.json."
             raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy)
     return tokenizer
+
+
+def _reading(model: Model, place: str) -> dict[str, Any]:
+    """How to read the tokenizer: a bare folder (only tokenizer.json, or vocab.json and merges.txt) names no class."""
+    if not model.tokenizer:
+        return {"revision": model.revision}
+    folder = Path(place)
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+        return {}
+    if model.random is not None and not model.path:
+        return {"tokenizer_type": model.random["model_type"]}
+    config = transformers.AutoConfig.from_pretrained(locate(model), revision=model.revision, trust_remote_code=False)
+    return {"tokenizer_type": config.model_type}
 
 
 def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
@@ -230,7 +242,7 @@ def _refuse_holes(backbone: Backbone, place: str) -> None:
     holes = sorted(name for name in backbone.fresh if not name.startswith(heads))
     if holes:
         raise UserError(
-            f"the checkpoint lacks {len(holes)} of the backbone's tensors or has them in another shape: {holes[0]}",
+            f"the checkpoint lacks {len(holes)} of the backbone's tensors in their shape, for example {holes[0]}",
             file=place,
             remedy=f"Its tensors must have the names that transformers' {type(backbone.network).__name__} gives them.",
         )

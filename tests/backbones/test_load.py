@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from lora_bench.backbones import tiny
 from lora_bench.backbones.load import load, load_tokenizer, locate
+from lora_bench.config import build_model
 from lora_bench.errors import UserError
 from tests.backbones.tools import (
     cut_logits,
@@ -27,6 +28,7 @@ from tests.backbones.tools import (
     save,
     spread,
 )
+from tests.helpers import TINY, composed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,8 +144,15 @@ def test_t5_as_an_encoder_has_the_encoder_of_the_checkpoint(folders: dict[str, P
 def test_the_tokenizer_is_the_one_beside_the_weights_or_the_one_given(folders: dict[str, Path]) -> None:
     beside = make("bert", f"model.path={folders['bert']}").tokenizer
     assert beside.get_vocab() == tiny.tokenizer("bert").get_vocab()
-    given = make("bert", f"model.path={folders['bert']}", f"model.tokenizer={folders['roberta']}").tokenizer
-    assert given.get_vocab() == tiny.tokenizer("roberta").get_vocab()
+    given = make("roberta", f"model.path={folders['roberta']}", f"model.tokenizer={folders['bert']}").tokenizer
+    assert given.get_vocab() == tiny.tokenizer("bert").get_vocab()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_backbone_knows(folders: dict[str, Path]) -> None:
+    told = refusal(f"model.path={folders['bert']}", f"model.tokenizer={folders['roberta']}")
+    assert told.startswith(
+        f"model.tokenizer={folders['roberta']}: the tokenizer has 261 tokens, the backbone knows 141."
+    )
 
 
 def test_no_code_of_a_checkpoint_is_run(bert: Path) -> None:
@@ -272,20 +281,32 @@ def test_a_checkpoint_that_lacks_a_tensor_of_the_encoder(lost: str, bert: Path) 
     del tensors[lost]
     save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
     told = refusal(f"model.path={bert}")
-    assert told.startswith(f"{bert}: the checkpoint lacks 1 of the backbone's tensors, for example {lost}.")
+    assert told.startswith(
+        f"{bert}: the checkpoint lacks 1 of the backbone's tensors in their shape, for example {lost}."
+    )
 
 
 def test_a_checkpoint_whose_names_are_of_another_model(bert: Path) -> None:
     tensors = {f"student.{name}": tensor for name, tensor in held(bert / "model.safetensors").items()}
     save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
-    assert "of the backbone's tensors, for example bert.embeddings." in refusal(f"model.path={bert}")
+    assert "of the backbone's tensors in their shape, for example bert.embeddings." in refusal(f"model.path={bert}")
 
 
 def test_a_checkpoint_with_a_misshapen_tensor(bert: Path) -> None:
     tensors = held(bert / "model.safetensors")
     tensors["bert.embeddings.LayerNorm.bias"] = torch.zeros(31)
     save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
-    assert refusal(f"model.path={bert}").startswith(f"{bert}: no model could be loaded from there (")
+    told = refusal(f"model.path={bert}")
+    assert told.startswith(f"{bert}: the checkpoint lacks 1 of the backbone's tensors in their shape, for example bert")
+
+
+def test_a_head_for_other_labels_is_drawn_anew(bert: Path) -> None:
+    tensors = held(bert / "model.safetensors")
+    tensors |= {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
+    save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
+    made = make("bert", f"model.path={bert}")
+    assert made.fresh == {"classifier.weight", "classifier.bias"}
+    assert made.network.classifier.out_features == 2
 
 
 # -- an installed package --
@@ -399,3 +420,14 @@ def test_tokenizer_and_weights_are_asked_for_at_the_same_revision(monkeypatch: p
     with pytest.raises(UserError, match="neither"):
         load(settings, tiny.tokenizer("bert"), task="qqp")
     assert asked == [("some/model", "v7"), ("some/model", "v7")]
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_a_bare_tokenizer_json_is_read_as_the_family_reads_it(model: str, tmp_path: Path) -> None:
+    settings = build_model(composed(f"model={model}").model)
+    own = load_tokenizer(settings)
+    own.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    bare = build_model(composed(f"model={model}", f"model.tokenizer={tmp_path}").model)
+    found = load_tokenizer(bare)
+    assert found.pad_token_id == own.pad_token_id
+    assert found("how are you").input_ids == own("how are you").input_ids
