@@ -7,7 +7,7 @@ with one dataclass derived from `Adapter`.
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +30,12 @@ class Update(nn.Module, ABC):
 
     rank: int
 
+    @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output, from the input x (B, T, in) and the frozen linear's output y (B, T, out)."""
-        raise NotImplementedError
+        """The adapted output, from the input x (B, T, in) and the frozen linear's output y (B, T, out).
 
-    def delta_weight(self) -> Tensor:
-        """The change to the frozen weight, (out, in), in fp32."""
-        raise NotImplementedError
+        Methods that change the weight also say by how much: `delta_weight()`, (out, in), in fp32.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Adapter(ABC):
             init: random stream of the member's initialisation (on the CPU, so that devices agree).
             dropout: random stream of the member's dropout, on the base's device.
         """
-        raise UserWarning(f"{self.method} adapts no linear")  # pragma: no cover - only methods with targets are asked
+        raise TypeError(f"{self.method} names targets and makes no update for them")
 
     def peft_settings(self) -> dict[str, Any]:
         """The method in peft's words (`peft_type`, `r`, …); empty where peft cannot express it."""

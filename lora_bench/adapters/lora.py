@@ -88,6 +88,7 @@ class LoRAUpdate(Update):
         return y + F.linear(low * self.scaling, self.lora_B.to(x.dtype))  # (B, T, out)
 
     def delta_weight(self) -> Tensor:
+        """The change to the frozen weight, (out, in), in fp32."""
         return self.scaling * self.lora_B.detach() @ self.lora_A.detach()  # (out, in)
 
 
