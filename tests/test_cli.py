@@ -71,7 +71,7 @@ def test_every_command_has_help(command: str) -> None:
     [
         (["--help"], 0, "Commands"),
         (["train", "--help"], 0, "adapter=full|head_only|lora"),
-        (["train", "--cfg", "job", "model=tiny_bert"], 0, "default_lr: 0.001"),
+        (["train", "--cfg", "job", "model=tiny_bert"], 0, "default_lr: 0.0005"),
         (["train", "adapter.rnak=8"], 2, "Did you mean adapter.rank?"),
         (["train", "model=robrta"], 2, "Did you mean roberta?"),
         (["compare", "runs"], 0, "no finished run yet"),
@@ -90,7 +90,7 @@ def test_cfg_job_prints_a_config_that_is_a_valid_request(in_tmp: Path) -> None:
     answer = lora_bench("train", *TOY_RUN, "adapter.rank=5", "--cfg", "job", "--resolve")
     assert answer.code == 0
     assert "rank: 5" in answer.out
-    assert "lr: 0.001" in answer.out
+    assert "lr: 0.0005" in answer.out
     assert "hydra" not in answer.out
     assert not any(in_tmp.iterdir())
 

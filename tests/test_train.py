@@ -201,7 +201,7 @@ def test_the_config_is_written_resolved(runs: Callable[..., Trained]) -> None:
     run = runs("adapter.rank=3", "adapter.target_modules=qv", "adapter.layers=top:1")
     config = yaml.safe_load((run.folder / ".hydra" / "config.yaml").read_text())
     assert config == run.record["config"]
-    assert config["optimizer"]["lr"] == config["adapter"]["default_lr"] == 1e-3
+    assert config["optimizer"]["lr"] == config["adapter"]["default_lr"] == 5e-4
     assert yaml.safe_load((run.folder / ".hydra" / "overrides.yaml").read_text()) == run.record["overrides"]
 
 

@@ -70,7 +70,7 @@ def test_the_installed_command_works_from_any_folder(installed: Path, tmp_path: 
     assert found == [str(installed / "lora_bench" / "__init__.py"), str(installed / "lora_bench" / "conf")]
     assert run(command, "--version", cwd=tmp_path, path=installed).stdout == "lora-bench 0.1.0\n"
     shown = run(command, "train", "--cfg", "job", "model=tiny_bert", cwd=tmp_path, path=installed).stdout
-    assert "default_lr: 0.001" in shown
+    assert "default_lr: 0.0005" in shown
 
 
 def test_the_installed_command_sweeps(installed: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_all_means_every_linear_of_the_layers(form: str) -> None:
     [
         ("bert", 4, {"query", "value"}),
         ("roberta", 4, {"query", "value"}),
-        ("t5", 12, {"q", "v"}),
+        ("t5", 10, {"q", "v"}),
         ("t5_encoder", 4, {"q", "v"}),
     ],
 )
