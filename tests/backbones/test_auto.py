@@ -104,9 +104,7 @@ def test_a_pooler_that_would_stay_random_and_frozen_is_refused(tmp_path: Path) -
     )
     folder = save(tmp_path, network, tokenizer)
     assert make("bert", f"model.path={folder}").fresh >= {"bert.pooler.dense.weight"}  # there it is trained
-    with pytest.raises(
-        UserError, match=r"lacks 2 of .* in their shape, for example bert\.pooler\.dense\.bias"
-    ):
+    with pytest.raises(UserError, match=r"lacks 2 of .* in their shape, for example bert\.pooler\.dense\.bias"):
         make("deberta", f"model.path={folder}")
 
 
