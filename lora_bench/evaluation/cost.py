@@ -7,6 +7,8 @@ family and method; the rest is a sum over the batches that were run.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from contextlib import suppress
@@ -52,6 +54,9 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
+        gc.collect()  # an earlier run of this process may have left a backbone behind
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which would count as this run's
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident set size of this process
 
