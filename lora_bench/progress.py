@@ -48,14 +48,16 @@ class Display:
         self.task = self.progress.add_task("", total=steps, state="")
 
     def __enter__(self) -> Display:
-        self.progress.start()
+        if self.console.is_terminal:
+            self.progress.start()
         self.since = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        if self.console.is_terminal:  # elsewhere rich may end with an empty line
+            self.progress.stop()
 
     def stepped(self, step: int, losses: Sequence[float], pairs: int) -> None:
         now = time.perf_counter()
