@@ -10,10 +10,11 @@ from rich.text import Text
 from lora_bench import config
 from lora_bench.data import sources
 from lora_bench.errors import UserError
-from lora_bench.evaluation.metrics import check_metrics, score
+from lora_bench.evaluation.metrics import score
 from lora_bench.predict import FinishedRun
 from lora_bench.progress import metric_table
 from lora_bench.record import Run
+from lora_bench.train import build_metrics
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
 def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Score every labelled split but train, and write `evaluations/<name>.json` with the predictions beside it."""
     data = config.build_data(cfg.data)
-    metrics = {str(name): config.build(config.Metric, node, f"metric.{name}") for name, node in cfg.metric.items()}
-    check_metrics(metrics)
-    splits = {name: split for name, split in sources.load(data).items() if name != "train" and split.labels is not None}
+    metrics = build_metrics(cfg.metric)
+    splits = sources.reported(sources.load(data))
     if not splits:
         raise UserError("there is no labelled validation or test split to score", key="data", value=data_choice)
     run = FinishedRun.load(cfg.run, device=cfg.device)

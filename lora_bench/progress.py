@@ -42,13 +42,11 @@ class Display:
             TextColumn("{task.fields[state]}", markup=False),
             TimeRemainingColumn(compact=True),
         ]
-        self.progress = Progress(
-            *columns, console=console, expand=True, disable=not console.is_terminal, transient=True
-        )
+        self.progress = Progress(*columns, console=console, expand=True, transient=True)
         self.task = self.progress.add_task("", total=steps, state="")
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
+        if self.console.is_terminal:  # elsewhere it is never shown
             self.progress.start()
         self.since = time.perf_counter()
         return self
@@ -56,7 +54,7 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.console.is_terminal:  # elsewhere rich may end with an empty line
+        if self.console.is_terminal:
             self.progress.stop()
 
     def stepped(self, step: int, losses: Sequence[float], pairs: int) -> None:

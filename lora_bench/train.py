@@ -62,15 +62,13 @@ class Experiment:
             config.need(name in _KEYS, str(name), None, "is not a known key", nearest(str(name), _KEYS))
         config.need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
         config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
-        metrics = {str(name): config.build(config.Metric, node, f"metric.{name}") for name, node in cfg.metric.items()}
-        check_metrics(metrics)
         return cls(
             data=config.build_data(cfg.data),  # first: T5 takes its label words from it
             model=config.build_model(cfg.model),
             adapter=config.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
             optimizer=config.build(config.Optimizer, cfg.optimizer, "optimizer"),
             trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
-            metrics=metrics,
+            metrics=build_metrics(cfg.metric),
             seed=cfg.seed,
         )
 
@@ -112,7 +110,7 @@ def train(
         for name, split in splits.items()
     }
     if cfg.dry_run:
-        console.print(estimate(pack, experiment.optimizer, trainer, tables).table())
+        console.print(estimate(pack, trainer, tables["train"]).table())
         return
 
     resolved = OmegaConf.to_container(cfg, resolve=True)
@@ -121,7 +119,7 @@ def train(
     with _recorded_end(run):
         run.update(
             data={**described, "truncated": {name: table.truncated for name, table in tables.items()}},
-            params=count_parameters(pack),
+            params=pack.count_parameters(0),
             targets={name: update.rank for name, update in pack.updates[0].items()},
             environment={
                 **environment.describe(),
@@ -154,6 +152,13 @@ def train(
     _show_result(console, run, brief)
 
 
+def build_metrics(node: DictConfig) -> dict[str, config.Metric]:
+    """The metrics besides the standard ones, by the name to report; refuses what torchmetrics does not have."""
+    metrics = {str(name): config.build(config.Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
+    check_metrics(metrics)
+    return metrics
+
+
 def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
     """Train, selection and every labelled split to report, and what the record says of them.
 
@@ -167,7 +172,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             key="data",
             remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
         )
-    reported = {name: split for name, split in found.items() if name != "train" and split.labels is not None}
+    reported = sources.reported(found)
     if not reported:
         raise UserError(
             "there is no labelled split to report on",
@@ -197,18 +202,6 @@ def attach(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> 
     backbone_sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
     return Pack(backbone, [Member(experiment.adapter, experiment.seed)]), backbone_sha256
-
-
-def count_parameters(pack: Pack) -> dict[str, int]:
-    """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
-    adapter = sum(p.numel() for p in pack.adapter_parameters(0).values())
-    head = sum(p.numel() for p in pack.head_parameters(0).values())
-    return {
-        "adapter": adapter,
-        "head": head,
-        "trainable": adapter + head,
-        "total": sum(p.numel() for p in pack.parameters()),
-    }
 
 
 def _evaluate(run: Run, pack: Pack, experiment: Experiment, outcome: Outcome, tables: dict[str, TokenTable]) -> None:

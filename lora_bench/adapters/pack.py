@@ -170,6 +170,13 @@ class Pack(nn.Module):
         """All that the member trains: adapter and head."""
         return {**self.adapter_parameters(member), **self.head_parameters(member)}
 
+    def count_parameters(self, member: int) -> dict[str, int]:
+        """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
+        adapter = sum(p.numel() for p in self.adapter_parameters(member).values())
+        head = sum(p.numel() for p in self.head_parameters(member).values())
+        total = sum(p.numel() for p in self.parameters())
+        return {"adapter": adapter, "head": head, "trainable": adapter + head, "total": total}
+
     def state(self, member: int) -> dict[str, Tensor]:
         """A copy of the member's trained tensors, on the CPU."""
         return {name: p.detach().cpu().clone() for name, p in self.trainable(member).items()}

@@ -89,6 +89,11 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
     }
 
 
+def reported(splits: dict[str, Examples]) -> dict[str, Examples]:
+    """The splits that figures are reported on: every labelled one but train."""
+    return {name: split for name, split in splits.items() if name != "train" and split.labels is not None}
+
+
 def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
     """Set a stratified selection split aside; then cut train to size.
 

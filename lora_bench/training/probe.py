@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from rich import box
 from rich.table import Table
 
-from lora_bench.data.batching import Batch, BatchPlan, training_batches
+from lora_bench.data.batching import Batch, BatchPlan
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
 from lora_bench.tables import human
 from lora_bench.training.loop import total_steps
 
 if TYPE_CHECKING:
     from lora_bench.adapters.pack import Pack
-    from lora_bench.config import Optimizer, Trainer
+    from lora_bench.config import Trainer
     from lora_bench.data.pairs import TokenTable
 
 _ROUNDS = 3
@@ -58,36 +58,30 @@ class Estimate:
         return table
 
 
-def estimate(pack: Pack, optimizer: Optimizer, trainer: Trainer, tables: dict[str, TokenTable]) -> Estimate:
+def estimate(pack: Pack, trainer: Trainer, train: TokenTable) -> Estimate:
     """Parameters, FLOPs, time and memory of a run, from a few steps on its longest and on a middling batch.
 
     Time is taken to go with FLOPs between the two probed lengths, memory to be that of the longest batch.
     """
-    train = tables["train"]
     plan = BatchPlan(train.lengths, trainer.batch_size)
-    pad_id = pack.backbone.tokenizer.pad_token_id
-    shapes = [
-        (len(batch.input_ids), batch.input_ids.shape[1]) for batch in training_batches(train, plan, [0], 0, pad_id)
-    ]
+    shapes = [(len(rows), length) for (rows,), length in plan.epoch(0, [0])]
     flop_model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
     reset_peak_memory(pack.backbone.device)
-    flops = sorted(flop_model(*shape) for shape in shapes)
-    longest = max(shapes, key=lambda shape: flop_model(*shape))
-    middle = sorted(shapes, key=lambda shape: flop_model(*shape))[len(shapes) // 2]
+    shapes.sort(key=lambda shape: flop_model(*shape))
+    middle, longest = shapes[len(shapes) // 2], shapes[-1]
     _seconds(pack, *longest)  # warms caches up, and shows the peak
     rate = flop_model(*middle) / _seconds(pack, *middle)  # FLOP/s
     steps = total_steps(trainer, len(train))
-    epochs = steps / plan.steps_per_epoch
-    adapter = sum(p.numel() for p in pack.adapter_parameters(0).values())
-    head = sum(p.numel() for p in pack.head_parameters(0).values())
-    moments = 2 * 4 * (adapter + head)  # AdamW's two fp32 moments, not yet made by the probes
+    flops = sum(flop_model(*shape) for shape in shapes) * steps / plan.steps_per_epoch
+    params = pack.count_parameters(0)
+    moments = 2 * 4 * params["trainable"]  # AdamW's two fp32 moments, not yet made by the probes
     return Estimate(
-        adapter=adapter,
-        head=head,
-        total=sum(p.numel() for p in pack.parameters()),
+        adapter=params["adapter"],
+        head=params["head"],
+        total=params["total"],
         steps=steps,
-        train_flops=sum(flops) * epochs,
-        train_seconds=sum(flops) * epochs / rate,
+        train_flops=flops,
+        train_seconds=flops / rate,
         peak_memory_bytes=peak_memory_bytes(pack.backbone.device) + moments,
     )
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.train import Experiment, count_parameters, load_splits
+from lora_bench.train import Experiment, load_splits
 from lora_bench.training.loop import fit
 from lora_bench.training.probe import Estimate, estimate, probe_step
 from tests.helpers import SMALL_TOY, TINY, composed
@@ -57,13 +57,13 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     experiment = experiment_of(f"trainer.epochs={epochs}", "trainer.batch_size=9", "data.train_size=108")
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     tables = tables_of(experiment, pack)
-    expected = estimate(pack, experiment.optimizer, experiment.trainer, tables)
+    expected = estimate(pack, experiment.trainer, tables["train"])
     model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
     train, selection = tables["train"], tables["selection"]
     (outcome,) = fit(pack, [experiment.optimizer], experiment.trainer, train, selection, flop_model=model)
     assert expected.steps == outcome.steps == {"2": 24, "0.5": 6}[epochs]
     assert expected.train_flops == pytest.approx(outcome.flops, rel=1e-6 if epochs == "2" else 0.1)
-    params = count_parameters(pack)
+    params = pack.count_parameters(0)
     assert (expected.adapter, expected.head, expected.total) == (params["adapter"], params["head"], params["total"])
     assert expected.train_seconds > 0
     assert expected.peak_memory_bytes > 1_000_000
@@ -76,7 +76,7 @@ def test_the_estimate_leaves_the_run_as_it_would_have_been(backbone: Callable[..
         pack = Pack(backbone(), [Member(experiment.adapter, 0)])
         tables = tables_of(experiment, pack)
         if probed:
-            estimate(pack, experiment.optimizer, experiment.trainer, tables)
+            estimate(pack, experiment.trainer, tables["train"])
         fit(pack, [experiment.optimizer], experiment.trainer, tables["train"], tables["selection"])
         states.append(pack.state(0))
     assert states[0].keys() == states[1].keys()
