@@ -287,6 +287,11 @@ def build_data(node: DictConfig) -> Data:
     return build(_kind(DATA, node, "source", "data"), node, "data")
 
 
+def build_metrics(node: DictConfig) -> dict[str, Metric]:
+    """The metrics besides the standard ones, by the name to report."""
+    return {str(name): build(Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
+
+
 def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
     name = str(node.get(field))
     need(name in kinds, f"{group}.{field}", name, f"is not one of {', '.join(kinds)}", nearest(name, kinds))

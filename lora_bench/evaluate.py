@@ -10,11 +10,10 @@ from rich.text import Text
 from lora_bench import config
 from lora_bench.data import sources
 from lora_bench.errors import UserError
-from lora_bench.evaluation.metrics import score
+from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.predict import FinishedRun
 from lora_bench.progress import metric_table
 from lora_bench.record import Run
-from lora_bench.train import build_metrics
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Score every labelled split but train, and write `evaluations/<name>.json` with the predictions beside it."""
     data = config.build_data(cfg.data)
-    metrics = build_metrics(cfg.metric)
+    metrics = config.build_metrics(cfg.metric)
+    check_metrics(metrics)
     splits = sources.reported(sources.load(data))
     if not splits:
         raise UserError("there is no labelled validation or test split to score", key="data", value=data_choice)

@@ -62,13 +62,15 @@ class Experiment:
             config.need(name in _KEYS, str(name), None, "is not a known key", nearest(str(name), _KEYS))
         config.need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
         config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
+        metrics = config.build_metrics(cfg.metric)
+        check_metrics(metrics)
         return cls(
             data=config.build_data(cfg.data),  # first: T5 takes its label words from it
             model=config.build_model(cfg.model),
             adapter=config.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
             optimizer=config.build(config.Optimizer, cfg.optimizer, "optimizer"),
             trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
-            metrics=build_metrics(cfg.metric),
+            metrics=metrics,
             seed=cfg.seed,
         )
 
@@ -150,13 +152,6 @@ def train(
         source = experiment.model.path or experiment.model.hub_id or ""
         peft_format.save(run.adapter_folder, pack, 0, source)
     _show_result(console, run, brief)
-
-
-def build_metrics(node: DictConfig) -> dict[str, config.Metric]:
-    """The metrics besides the standard ones, by the name to report; refuses what torchmetrics does not have."""
-    metrics = {str(name): config.build(config.Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
-    check_metrics(metrics)
-    return metrics
 
 
 def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
