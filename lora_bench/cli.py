@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from lora_bench.errors import DivergedError, UserError, nearest
+from lora_bench.errors import DivergedError, RunFailedError, UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from omegaconf import DictConfig
+
+    from lora_bench.hydra_errors import Arguments
 
 COMMANDS = {
     "train": "train, evaluate and record a run; with -m or sweep=NAME, a sweep",
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        return _say(str(error), 2)
+        return _say(str(error), 1 if isinstance(error, RunFailedError) else 2)
     except DivergedError as error:
         return _say(f"the run diverged: {error}", 1)
     except SweepFailedError as error:
@@ -132,16 +134,34 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
             failures.append(error)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
-    sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
     with translated(conf_folder(), config_name, parsed):
-        refuse_code(compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir).hydra)
+        composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
+        refuse_code(composed.hydra)
+        if command == "train" and composed.resume and not parsed.cfg:
+            parsed = _resumed(parsed, str(composed.resume))
+        sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
         if jobs == 1 and failures:
             raise failures[0]
     if failures:
         reason = f"{len(failures)} of {jobs} jobs failed"
-        wrong = len(failures) == jobs and all(isinstance(error, UserError) for error in failures)
-        raise UserError(reason) if wrong else SweepFailedError(reason)
+        requests = [isinstance(error, UserError) and not isinstance(error, RunFailedError) for error in failures]
+        raise UserError(reason) if len(failures) == jobs and all(requests) else SweepFailedError(reason)
+
+
+def _resumed(parsed: Arguments, resume: str) -> Arguments:
+    """The arguments with the folder to go on with found, and with those of its beginning where it is a sweep's."""
+    from lora_bench.resume import arguments_of_sweep, place, quoted
+    from lora_bench.sweep import is_sweep
+
+    folder = place(resume, Path("outputs"))
+    if is_sweep(folder):
+        return arguments_of_sweep(parsed, folder)
+    if parsed.multirun:
+        remedy = "Give the folder of a sweep; a single run goes on without -m."
+        raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy)
+    parsed.overrides.append(f"resume={quoted(folder)}")
+    return parsed
 
 
 def register_with_hydra() -> None:
@@ -176,29 +196,25 @@ def _train(cfg: DictConfig) -> None:
     for node, key in ((cfg.model, "path"), (cfg.data, "path")):
         if node.get(key):
             node[key] = os.path.abspath(node[key])  # so that the record can be used from any folder
-    if cfg.resume:
-        discard(folder)
-        _resume(cfg, asked["overrides"])
-        return
     console = _console()
     job = hydra.job.num if hydra.mode == RunMode.MULTIRUN else None
     if job is not None:
         console.print(Text(f"\njob {job}: {' '.join(asked['overrides'])}", style="bold"))
     try:
+        if cfg.resume:
+            discard(folder)
+            _resume(cfg, asked["overrides"], console, brief=job is not None)
+            return
         from lora_bench.train import train  # torch: late
 
         train(cfg, folder, **asked, console=console, brief=job is not None)
-    except UserError as error:
+    except Exception as error:
         if job is None:
-            discard(folder)
+            discard(folder)  # unless the run has begun: then its record says how it ended
         elif not (folder / "run.json").exists():
             config: Any = OmegaConf.to_container(cfg, resolve=False)
-            Run.claim(folder, **asked, config=config).finish("failed", str(error))
-        _tell_job(console, job, error)
-        raise
-    except Exception as error:
-        discard(folder)  # unless the run has begun: then its record says how it ended
-        if (folder / "run.log").exists():
+            Run.claim(folder, **asked, config=config).fail(error)
+        if (folder / "run.log").exists() and not isinstance(error, UserError):
             error.add_note(f"the traceback is in {folder / 'run.log'}")
         _tell_job(console, job, error)
         raise
@@ -206,35 +222,26 @@ def _train(cfg: DictConfig) -> None:
         discard(folder)
 
 
-def _resume(cfg: DictConfig, overrides: Any) -> None:
-    """Go on with an interrupted run: its config is that of its record, and nothing else may be asked for."""
+def _resume(cfg: DictConfig, overrides: list[str], console: Console, brief: bool) -> None:
+    """Go on with an unfinished run: its config is that of its record, and nothing else may be asked for."""
     from omegaconf import OmegaConf
 
-    from lora_bench.record import find, read
+    from lora_bench.record import Run, read
+    from lora_bench.resume import refuse_difference
 
     folder = Path(cfg.resume)
-    if cfg.resume == "last":
-        runs = [found for found in find([Path("outputs")])[0] if found[1]["status"] != "done"]
-        if not runs:
-            raise UserError("there is no unfinished run below outputs", key="resume", value="last")
-        folder = max(runs, key=lambda found: found[1]["created"])[0]
-    record = read(folder)
-    if record["status"] == "done":
-        print(f"{folder} is done: nothing to go on with")
+    if read(folder)["status"] == "done":
+        console.print(Text(f"{folder} is done: nothing to go on with"))
         return
-    began: Any = OmegaConf.create(record["config"])
-    for override in overrides:
-        key, _, value = str(override).lstrip("+~").partition("=")
-        before, now = OmegaConf.select(began, key), OmegaConf.select(cfg, key)
-        if key not in GROUPS and key != "resume" and before != now:
-            raise UserError(f"the run began with {before}", key=key, value=value, remedy="It goes on as it began.")
-        if key in GROUPS and record["choices"].get(key) != value:
-            reason = f"the run began with {record['choices'].get(key)}"
-            raise UserError(reason, key=key, value=value, remedy="It goes on as it began.")
-    from lora_bench.train import train  # torch: late
+    run = Run.reopen(folder)
+    try:
+        refuse_difference(run.record, cfg, overrides, GROUPS)
+        from lora_bench.train import train  # torch: late
 
-    asked: dict[str, Any] = {"choices": record["choices"], "overrides": record["overrides"]}
-    train(began, folder, **asked, console=_console(), going_on=True)
+        asked: dict[str, Any] = {"choices": run.record["choices"], "overrides": run.record["overrides"]}
+        train(OmegaConf.create(run.record["config"]), folder, **asked, console=console, brief=brief, begun=run)
+    finally:
+        run.release()
 
 
 def _tell_job(console: Console, job: int | None, error: Exception) -> None:

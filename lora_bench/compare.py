@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_bench.errors import UserError, nearest
-from lora_bench.record import find, last_logged
+from lora_bench.record import find, is_killed, last_logged
 from lora_bench.tables import Column, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -313,7 +313,8 @@ def _caveats(rows: Sequence[Row], runs: Sequence[_Run], repeated: int, splits: S
 def _unfinished(run: _Run) -> str:
     record = run.record
     asked = " ".join(map(str, record["overrides"]))
-    line = f"{record['status']}: {run.folder}" + (f" ({asked})" if asked else "")
+    killed = is_killed(run.folder, record)
+    line = f"{'killed' if killed else record['status']}: {run.folder}" + (f" ({asked})" if asked else "")
     if record["status"] == "running":
         line += f": since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
         logged = last_logged(run.folder) or {}
@@ -321,7 +322,7 @@ def _unfinished(run: _Run) -> str:
         mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
         if isinstance(mcc, float):
             line += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-        return line
+        return f"{line}; its process is gone, resume= goes on with it" if killed else line
     reason = record["error"] or "no reason recorded"
     return f"{line}: {reason if len(reason) <= 300 else reason[:299] + '…'}"
 

@@ -63,6 +63,10 @@ class UserError(Exception):
         return self
 
 
+class RunFailedError(UserError):
+    """A run that had begun cannot go on: the disk is full, its folder is gone. Told like a wrong request; exit 1."""
+
+
 class DivergedError(Exception):
     """A loss, gradient or score that is not a finite number: the run stops with status `diverged`."""
 

@@ -4,33 +4,35 @@
     metrics.jsonl                 one line per evaluation
     predictions/<split>.parquet   id, label and score of every example
     evaluations/<name>.json       a later look at the finished run; its predictions: evaluations/<name>/<split>.parquet
-    .hydra/                       config.yaml and overrides.yaml, written once the folder is claimed
+    .hydra/                       config.yaml and overrides.yaml
+    .lock                         locked by the process that trains
 
-A folder belongs to one run: `run.json` is created exclusively, so of two runs that want one folder the second is
-refused. Every other file is written whole beside its place and renamed into it: whoever reads, or comes after a crash,
-sees the old file or the new one. A number that is not finite is written as null, since JSON has no NaN.
+A folder belongs to one run, and to one process at a time: of two that want it the second is refused.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
-from lora_bench.errors import UserError
+from lora_bench import claim
+from lora_bench.disk import dump, plain, why, write, writing
+from lora_bench.errors import DivergedError, RunFailedError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     import numpy as np
+    from filelock import FileLock
 
 SCHEMA = 1
 STATUSES = ("running", "done", "failed", "diverged", "interrupted")
@@ -63,43 +65,70 @@ Predictions: TypeAlias = tuple[Column, Column, Column]
 
 @dataclass
 class Run:
-    """A run folder that is ours to write: just claimed, or `Run(folder, read(folder))` to go on with an older one."""
+    """A run folder to write: claimed, reopened, or `Run(folder, read(folder))` to add to a finished one."""
 
     folder: Path
     record: dict[str, Any]
+    lock: FileLock | None = None
 
     @classmethod
     def claim(cls, folder: Path, *, choices: Mapping[str, str], config: Mapping[str, Any], overrides: list[str]) -> Run:
         """Take `folder` for a new run, or refuse and leave it as it was if it holds a run already."""
         asked = {"choices": choices, "config": config, "overrides": overrides}
-        record = _plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked)
-        path = folder / "run.json"
+        record = plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("x", encoding="utf-8")
+            _refuse_taken(folder)
+            lock = claim.take(folder)
         except (OSError, ValueError) as error:
-            raise _refusal(folder, error, taken=isinstance(error, FileExistsError) and folder.is_dir()) from None
+            raise _unwritable(folder, why(error)) from None
+        if lock is None:
+            raise UserError("another process is writing it", key="hydra.run.dir", value=folder, remedy=_ANOTHER)
         try:
-            with file:
-                file.write(_dump(record))
-            _replace(folder, ".hydra/config.yaml", _yaml(record["config"]))
-            _replace(folder, ".hydra/overrides.yaml", _yaml(record["overrides"]))
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise _refusal(folder, error, taken=False) from None
-        return cls(folder, record)
+            _refuse_taken(folder)
+            write(folder, "run.json", dump(record).encode())
+            write(folder, ".hydra/config.yaml", _yaml(record["config"]))
+            write(folder, ".hydra/overrides.yaml", _yaml(record["overrides"]))
+        except RunFailedError as error:
+            for name in ("run.json", claim.LOCK):
+                (folder / name).unlink(missing_ok=True)
+            lock.release()
+            raise _unwritable(folder, error.reason.removeprefix("cannot be written: ")) from None
+        except UserError:
+            lock.release()
+            raise
+        return cls(folder, record, lock)
 
     @classmethod
-    def reopen(cls, folder: Path, *, step: int) -> Run:
-        """Go on with an interrupted run as it was after update number `step`: later lines of its log are dropped."""
-        run = cls(folder, read(folder))
-        path = folder / "metrics.jsonl"
+    def reopen(cls, folder: Path) -> Run:
+        """Take the folder of a run that has begun, to go on with it.
+
+        Raises:
+            UserError: there is no run, or another process is training it.
+        """
+        read(folder)  # so that a folder without a run is refused untouched
+        try:
+            lock = claim.take(folder)
+        except OSError as error:
+            raise UserError(f"cannot be written: {why(error)}", file=folder) from None
+        if lock is None:
+            remedy = "Wait until it ends, or stop it."
+            raise UserError("another process is training this run", file=folder, remedy=remedy)
+        return cls(folder, read(folder), lock)
+
+    def rewind(self, step: int) -> None:
+        """Set the record back to the end of update number `step`: later lines of its log are dropped."""
+        path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if line["split"] == "selection" and line["step"] <= step]
-            _replace(folder, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
-        run.update(status="running", finished=None, error=None)
-        return run
+            write(self.folder, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.update(status="running", finished=None, error=None)
+
+    def release(self) -> None:
+        """Give up the claim."""
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def adapter_folder(self) -> Path:
@@ -115,19 +144,20 @@ class Run:
         for name, new in sections.items():
             if name not in LAYOUT:
                 raise TypeError(f"run.json has no key {name!r}")
-            old, new = record.get(name), _plain(new)
+            old, new = record.get(name), plain(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
-        _replace(self.folder, "run.json", _dump(record).encode())
+        write(self.folder, "run.json", dump(record).encode())
         self.record = record
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+        path = self.folder / "metrics.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
 
     def write_predictions(self, split: str, ids: Column, labels: Column, scores: Column) -> None:
         """Write `predictions/<split>.parquet`; `labels` is None, or an entry of it, where a label is unknown."""
-        _replace(self.folder, f"predictions/{_file_name(split)}.parquet", _parquet(ids, labels, scores))
+        write(self.folder, f"predictions/{_file_name(split)}.parquet", _parquet(ids, labels, scores))
 
     def write_evaluation(
         self, name: str, content: Mapping[str, Any], predictions: Mapping[str, Predictions] | None = None
@@ -136,17 +166,35 @@ class Run:
         place = f"evaluations/{_file_name(name)}"
         written = {f"{_file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
         for file, columns in written.items():
-            _replace(self.folder, f"{place}/{file}", _parquet(*columns))
+            write(self.folder, f"{place}/{file}", _parquet(*columns))
         for old in (self.folder / place).glob("*.parquet"):
             if old.name not in written:
                 old.unlink()
-        return _replace(self.folder, f"{place}.json", _dump(_plain(content)).encode())
+        return write(self.folder, f"{place}.json", dump(plain(content)).encode())
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Say how the run ended: `done`, `failed`, `diverged` or `interrupted`, and why."""
+        """Say how the run ended (`done`, `failed`, `diverged` or `interrupted`) and why, and give up the claim."""
         if status not in STATUSES[1:]:
             raise ValueError(f"a run cannot end as {status!r}")
-        self.update(status=status, finished=_now(), error=error)
+        try:
+            self.update(status=status, finished=_now(), error=error)
+        finally:
+            self.release()
+
+    def fail(self, error: Exception) -> None:
+        """Record an exception as the run's end; one that is no wrong request leaves its traceback in the log.
+
+        What stopped the run may also be in the way of saying so: then its record stays as it was.
+        """
+        with suppress(RunFailedError):
+            if isinstance(error, DivergedError):
+                self.finish("diverged", str(error))
+            elif isinstance(error, UserError):
+                self.finish("failed", str(error))
+            else:
+                lines = "".join(format_exception(error)).encode(errors="backslashreplace")
+                write(self.folder, self.log_file.name, lines)
+                self.finish("failed", f"{type(error).__name__}: {error}")
 
 
 def discard(folder: Path) -> None:
@@ -175,14 +223,14 @@ def read(folder: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError("is damaged: it is not text in UTF-8", file=path) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {_why(error)}", file=path) from None
+        raise UserError(f"cannot be read: {why(error)}", file=path) from None
     if not text.strip():
         raise UserError("is empty: the run is just starting, or was killed as it started", file=path)
     try:
         # What is not finite (1e999, or a NaN of someone else's writing) is absent.
-        record = _plain(json.loads(text))
+        record = plain(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"is damaged: {_why(error)}", file=path) from None
+        raise UserError(f"is damaged: {why(error)}", file=path) from None
     if not isinstance(record, dict):
         raise UserError("is not a run's record: it holds no object", file=path)
     if record.get("schema") != SCHEMA:
@@ -198,6 +246,11 @@ def read(folder: Path) -> dict[str, Any]:
     return record
 
 
+def is_killed(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the run says that it is running, but no process does it."""
+    return record["status"] == "running" and not claim.is_taken(folder)
+
+
 def last_logged(folder: Path) -> dict[str, Any] | None:
     """The newest whole line of `metrics.jsonl` (a run may be writing one, or was killed in it); None without any."""
     try:
@@ -208,7 +261,7 @@ def last_logged(folder: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         with suppress(ValueError, RecursionError):
-            found = _plain(json.loads(line))
+            found = plain(json.loads(line))
             if isinstance(found, dict):
                 return found
     return None
@@ -245,7 +298,7 @@ def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
             folders.clear()
             yield Path(folder), None
     for trouble in troubles:
-        yield Path(trouble.filename), f"cannot be read: {_why(trouble)}"
+        yield Path(trouble.filename), f"cannot be read: {why(trouble)}"
 
 
 def _natural(path: Path) -> list[list[str | int]]:
@@ -257,44 +310,29 @@ def _empty() -> dict[str, Any]:
     return {key: kind() if kind in (dict, list) else None for key, kind in LAYOUT.items()}
 
 
-def _refusal(folder: Path, error: Exception, *, taken: bool) -> UserError:
-    if taken:
-        reason, remedy = "already holds a run", "Give a folder that is not there yet."
-    else:
-        reason, remedy = f"cannot be written: {_why(error)}", "Give a folder where you may write."
-    return UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
+_ANOTHER = "Give a folder that is not there yet."
+
+
+def _refuse_taken(folder: Path) -> None:
+    """Refuse a folder that holds a run; an empty record is what a process left that was killed as it started."""
+    path = folder / "run.json"
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return
+    reason, remedy = "already holds a run", _ANOTHER
+    with suppress(UserError):
+        if is_killed(folder, read(folder)):
+            reason = "holds a run whose process was killed"
+            remedy = f"Go on with it: lora-bench train resume={folder}. Or give a folder that is not there yet."
+    raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
+
+
+def _unwritable(folder: Path, reason: str) -> UserError:
+    remedy = "Give a folder where you may write."
+    return UserError(f"cannot be written: {reason}", key="hydra.run.dir", value=folder, remedy=remedy)
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _why(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _plain(value: Any) -> Any:
-    """`value` in the types that JSON has; a number that is not finite becomes None."""
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item"):  # a number of numpy's or torch's
-        return _plain(value.item())
-    raise TypeError(f"{type(value).__name__} has no place in a run's record")
-
-
-def _dump(content: dict[str, Any]) -> str:
-    # ASCII: a command line with bytes that are no text (lone surrogates in Python) can still be written and read back.
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def _yaml(content: Any) -> bytes:
@@ -323,21 +361,3 @@ def _file_name(name: str) -> str:
             "is not a plain name", key="name", value=name, remedy="Give a short name without slashes, such as paws."
         )
     return slug
-
-
-def _replace(folder: Path, name: str, content: bytes) -> Path:
-    """Write the whole file `name` of a run's folder beside its place, then rename it there."""
-    path = folder / name
-    for below in reversed(Path(name).parents[:-1]):  # not the folder: a run that was deleted must not bring itself back
-        (folder / below).mkdir(exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return path

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench import config, environment, record
+from lora_bench import config, environment
 from lora_bench.adapters import Adapter, method_class, peft_format
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.load import load, load_tokenizer, public_place
 from lora_bench.data import sources
 from lora_bench.data.pairs import TokenTable, tokenize
-from lora_bench.errors import DivergedError, UserError, nearest
+from lora_bench.errors import DivergedError, RunFailedError, UserError, nearest
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.progress import Display, announce, show_result
@@ -90,7 +89,7 @@ def train(
     overrides: list[str],
     console: Console,
     brief: bool = False,
-    going_on: bool = False,
+    begun: Run | None = None,
 ) -> None:
     """Run one experiment and leave its record in `folder`; with `dry_run=true` only say what it would cost.
 
@@ -101,7 +100,7 @@ def train(
         overrides: what was asked for on the command line, for the record.
         console: where to tell how it goes.
         brief: one line for the result instead of a table (a sweep ends with its own).
-        going_on: `folder` holds a run that was interrupted, with this config: go on from its newest checkpoint.
+        begun: the run in `folder`, reopened, that began with this config: go on from its newest checkpoint.
 
     Raises:
         UserError: the request cannot be met; nothing is left behind.
@@ -124,25 +123,26 @@ def train(
     swapped = swapped_table(experiment, splits["train"], pack)
     _seed_everything(experiment.seed)
     checkpoints = Checkpoints(folder / "checkpoints")
-    begun = checkpoints.newest() if going_on else None
-    if begun is None:
+    newest = checkpoints.newest() if begun else None
+    if newest is None:
         preparation = _prepare(pack, trainer, tables["train"])
     else:
-        preparation = _Preparation(**begun.facts["preparation"])
-        if begun.facts["ranks"][0]:
-            pack.set_ranks(0, begun.facts["ranks"][0])
+        preparation = _Preparation(**newest.facts["preparation"])
+        if newest.facts["ranks"][0]:
+            pack.set_ranks(0, newest.facts["ranks"][0])
     if cfg.dry_run:
         console.print(estimate(pack, trainer, tables["train"]).table())
         return
 
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
-    if going_on:
-        _refuse_another(record.read(folder), described["fingerprint"], backbone_sha256)
-        run = Run.reopen(folder, step=begun.step if begun else 0)
-    else:
-        run = Run.claim(folder, choices=choices, config={str(k): v for k, v in resolved.items()}, overrides=overrides)
-    with _recorded_end(run, console):
+    config = {str(key): value for key, value in resolved.items()}
+    if begun:
+        _refuse_another(begun.record, described["fingerprint"], backbone_sha256)
+    run = begun or Run.claim(folder, choices=choices, config=config, overrides=overrides)
+    with _recorded_end(run, console, brief):
+        if begun:
+            run.rewind(newest.step if newest else 0)
         run.update(
             data={**described, "truncated": {name: table.truncated for name, table in tables.items()}},
             params=pack.count_parameters(0),
@@ -157,8 +157,8 @@ def train(
         )
         damaged = [f"passed over a damaged checkpoint, {trouble}" for trouble in checkpoints.damaged]
         announce(console, run.record, len(pack.updates[0]), [*_notes(experiment, run.record), *damaged])
-        if begun:
-            console.print(Text(f"going on from step {begun.step}"))
+        if newest:
+            console.print(Text(f"going on from step {newest.step}"))
         flop_model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
         steps = total_steps(trainer, len(tables["train"]))
         with Display(console, steps) as display, Interruption() as interruption:
@@ -173,7 +173,7 @@ def train(
                 metrics=experiment.metrics,
                 watcher=_Watcher(run, display),
                 checkpoints=replace(checkpoints, facts={"preparation": asdict(preparation)}),
-                begun=begun,
+                begun=newest,
                 interruption=interruption,
             )
         _record_cost(run, outcome, preparation, device)
@@ -297,22 +297,22 @@ def _record_cost(run: Run, outcome: Outcome, preparation: _Preparation, device: 
 
 
 @contextmanager
-def _recorded_end(run: Run, console: Console) -> Iterator[None]:
+def _recorded_end(run: Run, console: Console, brief: bool) -> Iterator[None]:
     """However the run ends, its record says so; a traceback goes to its log."""
     try:
         yield
-    except DivergedError as error:
-        run.finish("diverged", str(error))
-        raise
+        run.finish("done")
     except Exception as error:
-        run.log_file.write_text(traceback.format_exc(), encoding="utf-8")
-        run.finish("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        if not run.folder.exists():
+            raise RunFailedError("was deleted or moved while the run trained", file=run.folder) from None
+        run.fail(error)
         raise
     except BaseException:  # Ctrl-C, or a signal that became SystemExit
-        run.finish("interrupted", "stopped from outside")
-        console.print(Text(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
+        with suppress(RunFailedError):
+            run.finish("interrupted", "stopped from outside")
+        if not brief:
+            console.print(Text(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
         raise
-    run.finish("done")
 
 
 class _Watcher:

@@ -18,22 +18,27 @@ BASE = {"errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
-    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"},
-    "plugin": {"compare", "errors", "hydra_errors", "train"},
+    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
+    | {"resume", "sweep"},
+    "plugin": {"compare", "errors", "hydra_errors", "resume", "sweep", "train"},
+    "resume": {"errors", "hydra_errors", "record", "sweep"},
+    "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "training"},
     "export": BASE | {"adapters", "backbones", "predict"},
     "predict": BASE | {"adapters", "data", "record", "train", "training"},
     "train": BASE
     | {"environment", "adapters", "backbones", "data", "evaluation", "progress", "record", "tables", "training"},
     "doctor": {"environment", "data", "training"},
-    "training": {"errors", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
+    "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},
     "data": BASE | {"hub"},
     "backbones": BASE | {"hub"},
     "adapters": BASE,
     "progress": {"tables"},
     "compare": {"errors", "record", "tables"},
-    "record": {"errors"},
+    "record": {"", "claim", "disk", "errors"},
+    "disk": {"errors"},
+    "claim": set(),
     "hydra_errors": {"errors"},
     "config": {"errors"},
     "tables": set(),
@@ -41,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hub": set(),
 }
-LIGHT = ("compare", "record", "tables", "environment", "errors", "hydra_errors", "cli", "config")
+LIGHT = ("compare", "record", "resume", "sweep", "tables", "environment", "errors", "hydra_errors", "cli", "config")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "train", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
+OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
 
 
 def module_of(path: Path) -> str:

@@ -21,9 +21,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_bench import record
-from lora_bench.errors import UserError
-from lora_bench.record import Run, discard, find, last_logged, read
+from lora_bench import claim, disk, record
+from lora_bench.errors import RunFailedError, UserError
+from lora_bench.record import Run, discard, find, is_killed, last_logged, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CHOICES = {"model": "tiny_bert", "adapter": "lora", "data": "toy"}
 
 
-def claim(folder: Path, **config: Any) -> Run:
+def take(folder: Path, **config: Any) -> Run:
     return Run.claim(folder, choices=CHOICES, config=config or {"seed": 0}, overrides=["seed=0"])
 
 
@@ -41,14 +41,14 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return claim(tmp_path / "a" / "run")
+    return take(tmp_path / "a" / "run")
 
 
 # -- claiming --
 
 
 def test_a_claim_leaves_a_running_record_and_the_config(run: Run) -> None:
-    assert files(run.folder) == {"run.json", ".hydra/config.yaml", ".hydra/overrides.yaml"}
+    assert files(run.folder) == {"run.json", ".lock", ".hydra/config.yaml", ".hydra/overrides.yaml"}
     found = read(run.folder)
     assert found == run.record
     assert list(found) == list(record.LAYOUT)
@@ -62,7 +62,7 @@ def test_a_claim_leaves_a_running_record_and_the_config(run: Run) -> None:
 def test_a_taken_folder_is_refused_and_untouched(run: Run) -> None:
     before = {name: (run.folder / name).read_bytes() for name in files(run.folder)}
     with pytest.raises(UserError, match=r"^hydra\.run\.dir=.*already holds a run"):
-        claim(run.folder, seed=7)
+        take(run.folder, seed=7)
     assert {name: (run.folder / name).read_bytes() for name in files(run.folder)} == before
 
 
@@ -72,7 +72,7 @@ def test_of_many_threads_one_gets_the_folder(tmp_path: Path) -> None:
     def attempt(seed: int) -> int | None:
         barrier.wait()
         try:
-            claim(tmp_path / "run", seed=seed)
+            take(tmp_path / "run", seed=seed)
         except UserError:
             return None
         return seed
@@ -88,7 +88,7 @@ def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
-from lora_bench.errors import UserError
+from lora_bench.errors import RunFailedError, UserError
 from lora_bench.record import Run
 while not Path(sys.argv[2]).exists():
     time.sleep(0.001)
@@ -110,7 +110,7 @@ except UserError:
 def test_an_impossible_folder_is_a_wrong_request(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"^hydra\.run\.dir=.*cannot be written"):
-        claim(tmp_path / place)
+        take(tmp_path / place)
     assert files(tmp_path) == {"file"}
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -118,7 +118,7 @@ def test_an_impossible_folder_is_a_wrong_request(tmp_path: Path, place: str) -> 
 def test_a_claim_that_cannot_be_completed_gives_the_folder_back(tmp_path: Path, full_disk: Callable[[], None]) -> None:
     full_disk()
     with pytest.raises(UserError, match="No space left"):
-        claim(tmp_path / "run")
+        take(tmp_path / "run")
     assert files(tmp_path) == set()
 
 
@@ -127,7 +127,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    return lambda: monkeypatch.setattr(record.os, "fsync", fail)
+    return lambda: monkeypatch.setattr(disk.os, "fsync", fail)
 
 
 # -- writing --
@@ -184,9 +184,9 @@ def test_a_failing_write_leaves_the_older_record_whole(run: Run, full_disk: Call
     run.update(metrics={"validation/mcc": 0.5})
     before, present = (run.folder / "run.json").read_bytes(), files(run.folder)
     full_disk()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunFailedError, match=r"run\.json: cannot be written: No space left"):
         run.update(metrics={"validation/mcc": 0.9})
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunFailedError, match="No space left"):
         run.write_predictions("validation", [1], [0], [0.5])
     assert (run.folder / "run.json").read_bytes() == before
     assert files(run.folder) == present
@@ -198,7 +198,7 @@ def test_a_deleted_folder_is_not_brought_back(run: Run) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
     run.folder.rmdir()
     for write in (lambda: run.finish("done"), lambda: run.log({}), lambda: run.write_predictions("test", [], [], [])):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(RunFailedError, match="is gone: it was deleted or moved"):
             write()
     assert not run.folder.exists()
 
@@ -211,6 +211,35 @@ def test_finish_states_the_end(run: Run) -> None:
     for status in ("running", "finished"):
         with pytest.raises(ValueError, match="cannot end as"):
             run.finish(status)
+
+
+def test_a_finished_run_has_given_up_its_claim(run: Run) -> None:
+    assert claim.is_taken(run.folder)
+    assert not is_killed(run.folder, run.record)
+    run.finish("done")
+    assert not claim.is_taken(run.folder)
+
+
+def test_a_run_is_reopened_by_one_at_a_time_and_rewound(run: Run) -> None:
+    for step in (5, 10, 15):
+        run.log({"step": step, "split": "selection"})
+    with pytest.raises(UserError, match="another process is training this run"):
+        Run.reopen(run.folder)
+    run.release()  # as the end of the process would
+    assert is_killed(run.folder, run.record)
+    with pytest.raises(UserError, match=r"holds a run whose process was killed.*resume="):
+        take(run.folder)
+    again = Run.reopen(run.folder)
+    again.rewind(10)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10]
+    assert not is_killed(run.folder, again.record)
+
+
+def test_an_empty_record_is_taken_over(tmp_path: Path) -> None:
+    """A process was killed between making the file and writing it."""
+    (tmp_path / "run.json").touch()
+    assert read(take(tmp_path).folder)["status"] == "running"
 
 
 def test_metrics_lines(run: Run) -> None:
@@ -258,7 +287,7 @@ def test_a_name_that_is_a_path_is_refused(run: Run, name: str) -> None:
         run.write_evaluation(name, {})
     with pytest.raises(UserError):
         run.write_predictions(name, [], [], [])
-    assert files(run.folder) == {"run.json", ".hydra/config.yaml", ".hydra/overrides.yaml"}
+    assert files(run.folder) == {"run.json", ".lock", ".hydra/config.yaml", ".hydra/overrides.yaml"}
 
 
 @given(st.text() | st.text(string.punctuation + "ab. "))
@@ -355,8 +384,8 @@ def test_reading_fills_absent_keys_and_drops_what_is_not_finite(tmp_path: Path) 
 
 def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> None:
     for name in ("10", "2", "1", "x/3"):
-        claim(tmp_path / "sweep" / name)
-    claim(tmp_path / "sweep/2/checkpoints/inner")
+        take(tmp_path / "sweep" / name)
+    take(tmp_path / "sweep/2/checkpoints/inner")
     (tmp_path / "sweep/9").mkdir()
     (tmp_path / "sweep/9/run.json").write_text("{")
     (tmp_path / "sweep/loop").symlink_to(tmp_path)

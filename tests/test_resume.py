@@ -159,11 +159,6 @@ def test_another_config_is_refused_with_the_difference() -> None:
     assert lora_bench("train", *ASKED, "resume=run").code == 0  # the same again is no difference
 
 
-def test_a_sweep_is_refused(in_tmp: Path) -> None:
-    said = refused("train", "-m", *ASKED, "resume=run", "seed=0,1")
-    assert "resume=run: goes on with one run, not with a sweep" in said
-
-
 def test_other_data_are_refused(interrupted: Path) -> None:
     found = record(interrupted)
     found["data"]["fingerprint"]["train"] = "0" * 64

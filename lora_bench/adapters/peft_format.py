@@ -42,7 +42,7 @@ def save(folder: Path, pack: Pack, member: int, base_model: str, *, for_peft: bo
         base_model: where the backbone came from, for peft's `base_model_name_or_path`.
         for_peft: leave out what peft has no name for, without which `load` cannot put the member together again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     if pack.trains_backbone:
         pack.network.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         pack.backbone.tokenizer.save_pretrained(folder)

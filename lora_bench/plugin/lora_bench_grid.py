@@ -1,19 +1,23 @@
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from lora_bench.errors import UserError
 from lora_bench.hydra_errors import refuse_code
+from lora_bench.resume import quoted
+
+Batch: TypeAlias = tuple[int, list[list[str]]]
 
 
 @dataclass
@@ -28,7 +32,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweepe
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper, with three things more.
+    """Hydra's basic sweeper for whole evenings: jobs are checked first, and what a sweep lacks can be run later.
 
     Args:
         max_batch_size: jobs handed to the launcher at a time.
@@ -40,21 +44,68 @@ class GridSweeper(BasicSweeper):
         super().__init__(max_batch_size, params)
         self.exclude = [dict(part.split("=", 1) for part in rule.split()) for rule in exclude]
 
-    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """The jobs, checked before Hydra makes the sweep's folder: a wrong value in the last one leaves nothing."""
+    def sweep(self, arguments: list[str]) -> None:
+        """Run every job, or with `resume` those that have not ended; then the table, also after Ctrl-C."""
+        from lora_bench import sweep
+        from lora_bench.compare import main, write_tables
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        hydra, folder = self.config.hydra, Path(self.config.hydra.sweep.dir)
+        grid = [*self._parse_config(), *(text for text in arguments if not text.startswith("resume="))]
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        jobs = self._checked(self._combinations(parser.parse_overrides(grid)))
+        if self.config.resume:
+            if sweep.read(folder).jobs != jobs:
+                remedy = "Its presets have changed since: begin a new sweep."
+                raise UserError(
+                    "the sweep's jobs are not those it began with", key="resume", value=folder, remedy=remedy
+                )
+            lock = sweep.reopen(folder)
+        else:
+            typed: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+            asked = [text for text in [*typed["hydra"], *typed["task"]] if not text.startswith("resume=")]
+            places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+            lock = sweep.begin(folder, asked, places[0] if places else None, jobs)
+        try:
+            for first, batch in self._batches(folder, jobs, sweep.read(folder).lacks(folder)):
+                for done in self.launcher.launch(batch, initial_job_idx=first):
+                    _ = done.return_value  # raises what stopped the job from being run at all
+        finally:
+            lock.release()
+            if any((folder / name / "run.json").exists() for name in jobs):
+                write_tables(folder)
+                print()
+                main([str(folder)])
+            if lacking := len(sweep.read(folder).lacks(folder)):
+                print(f"{lacking} of {len(jobs)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
+
+    def _combinations(self, overrides: list[Override]) -> list[list[str]]:
         (jobs,) = BasicSweeper.split_arguments(overrides, None)
         jobs = [job for job in jobs if not self._is_excluded(job)]
         if not jobs:
             rules = "; ".join(" ".join(f"{key}={value}" for key, value in rule.items()) for rule in self.exclude)
             raise UserError("leaves no job to run", key="hydra.sweeper.exclude", value=rules)
-        for job in jobs:
-            self._check(job)
-        return [list(batch) for batch in BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size)]
+        return jobs
 
-    def validate_batch_is_legal(self, overrides: list[list[str]]) -> None:
-        """Nothing is left to do: `split_arguments` has checked all jobs."""
+    def _is_excluded(self, job: list[str]) -> bool:
+        chosen = dict(part.split("=", 1) for part in job if "=" in part)
+        return any(
+            all(fnmatchcase(chosen.get(key, ""), pattern) for key, pattern in rule.items()) for rule in self.exclude
+        )
 
-    def _check(self, job: list[str]) -> None:
+    def _checked(self, jobs: list[list[str]]) -> dict[str, list[str]]:
+        """The jobs by their folders, before the sweep's is made: a wrong value in the last one leaves nothing."""
+        found: dict[str, list[str]] = {}
+        for number, job in enumerate(jobs):
+            name = self._check(number, job)
+            if name in found:
+                raise UserError("gives two jobs the same folder", key="hydra.sweep.subdir", value=name)
+            found[name] = job
+        return found
+
+    def _check(self, number: int, job: list[str]) -> str:
         from lora_bench.train import Experiment  # torch: late
 
         assert self.hydra_context is not None
@@ -62,26 +113,23 @@ class GridSweeper(BasicSweeper):
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
         refuse_code(composed.hydra)
         with open_dict(composed):
+            composed.hydra.job.num = number
+            name = str(composed.hydra.sweep.subdir)
             del composed["hydra"]
         Experiment.build(composed)
-        if composed.resume:
-            raise UserError("goes on with one run, not with a sweep", key="resume", value=composed.resume)
+        return name
 
-    def sweep(self, arguments: list[str]) -> Any:
-        from lora_bench.compare import main, write_tables
-
-        assert self.config is not None
-        folder = Path(self.config.hydra.sweep.dir)
-        try:
-            return super().sweep(arguments)
-        finally:  # also after Ctrl-C: what is finished is worth its table
-            if any(folder.glob("*/run.json")):
-                write_tables(folder)
-                print()
-                main([str(folder)])
-
-    def _is_excluded(self, job: list[str]) -> bool:
-        chosen = dict(part.split("=", 1) for part in job if "=" in part)
-        return any(
-            all(fnmatchcase(chosen.get(key, ""), pattern) for key, pattern in rule.items()) for rule in self.exclude
-        )
+    def _batches(self, folder: Path, jobs: dict[str, list[str]], lacks: dict[int, bool]) -> Iterator[Batch]:
+        """What the sweep lacks, as the launcher takes it: jobs in a row, and the number of the first of them."""
+        batch: list[list[str]] = []
+        first = 0
+        for number, (name, job) in enumerate(jobs.items()):
+            full = self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size
+            if batch and (full or number not in lacks):
+                yield first, batch
+                batch = []
+            if number in lacks:
+                first = first if batch else number
+                batch.append([*job, f"resume={quoted(folder / name)}"] if lacks[number] else job)
+        if batch:
+            yield first, batch

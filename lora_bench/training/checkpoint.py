@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lora_bench.errors import UserError
+from lora_bench.disk import writing
+from lora_bench.errors import RunFailedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,28 +65,29 @@ class Checkpoints:
         """Write a checkpoint and drop all but the newest few.
 
         Raises:
-            UserError: it cannot be written; the older ones are as they were.
+            RunFailedError: it cannot be written; the older ones are as they were.
         """
         place = self.folder / f"step-{step:08d}"
         part = self.folder / f".{place.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
         try:
+            with writing(place):
+                self.folder.mkdir(exist_ok=True)  # not the run's: one that was deleted must not bring itself back
+                part.mkdir()
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "tensors.safetensors")
+                (part / "state.json").write_text(json.dumps({"step": step, **self.facts, **facts}), encoding="utf-8")
+                manifest = {name: _described(part / name) for name in _FILES}
+                (part / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+                for name in (*_FILES, "manifest.json"):
+                    _flush(part / name)
+                _flush(part)
+                shutil.rmtree(place, ignore_errors=True)  # a damaged one of the same step
+                os.replace(part, place)
+                _flush(self.folder)
+        except SafetensorError as error:
+            raise RunFailedError(f"cannot be written: {error}", file=place) from None
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "tensors.safetensors")
-            (part / "state.json").write_text(json.dumps({"step": step, **self.facts, **facts}), encoding="utf-8")
-            manifest = {name: _described(part / name) for name in _FILES}
-            (part / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-            for name in (*_FILES, "manifest.json"):
-                _flush(part / name)
-            _flush(part)
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one of the same step
-            os.replace(part, place)
-            _flush(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
-            why = getattr(error, "strerror", None) or str(error)
-            remedy = "Older checkpoints are as they were; make room and go on with resume=DIR."
-            raise UserError(f"the checkpoint cannot be written ({why})", file=place, remedy=remedy) from None
         for old in self._places()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 

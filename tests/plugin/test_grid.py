@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import shutil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_bench import record, train
 from lora_bench.errors import DivergedError
 from tests.command_line import lora_bench, refused, toy_run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SWEEP = "hydra.sweep.dir=sweep"
 
@@ -156,16 +154,24 @@ def test_ctrl_c_keeps_what_is_finished(in_tmp: Path, monkeypatch: pytest.MonkeyP
     assert len(table(in_tmp / "sweep")) == 1
 
 
-def test_a_sweeps_folder_that_is_taken_keeps_its_runs(in_tmp: Path) -> None:
+def test_a_sweeps_folder_that_is_taken_is_refused(in_tmp: Path) -> None:
     assert lora_bench("train", "-m", *toy_run(SWEEP), "seed=0,1").code == 0
-    shutil.rmtree(in_tmp / "sweep" / "1")
-    before = (in_tmp / "sweep" / "0" / "run.json").read_bytes()
-    answer = lora_bench("train", "-m", *toy_run(SWEEP), "seed=5,6")
-    assert answer.code == 1
-    assert "job 0 failed: hydra.run.dir=" in answer.out
-    assert "already holds a run" in answer.out
-    assert (in_tmp / "sweep" / "0" / "run.json").read_bytes() == before
-    assert records(in_tmp / "sweep")["1"]["config"]["seed"] == 6
+    said = refused("train", "-m", *toy_run(SWEEP), "seed=5,6")
+    assert "hydra.sweep.dir=sweep: already holds a sweep. Run what it lacks: lora-bench train -m resume=sweep" in said
+
+
+def test_folders_named_by_overrides(in_tmp: Path) -> None:
+    asked = toy_run(SWEEP, "hydra.sweep.subdir=rank-${adapter.rank}/seed-${seed}")
+    assert lora_bench("train", "-m", *asked, "adapter.rank=1,2", "seed=0,1").code == 0
+    found = {str(path.parent.relative_to("sweep")) for path in Path("sweep").rglob("run.json")}
+    assert found == {"rank-1/seed-0", "rank-1/seed-1", "rank-2/seed-0", "rank-2/seed-1"}
+    shutil.rmtree("sweep/rank-1/seed-1")
+    assert lora_bench("train", "-m", "resume=sweep").code == 0
+    assert record.read(Path("sweep/rank-1/seed-1"))["config"]["seed"] == 1
+    said = refused(
+        "train", "-m", *toy_run("hydra.sweep.dir=other", "hydra.sweep.subdir=seed-${seed}"), "adapter.rank=1,2"
+    )
+    assert "hydra.sweep.subdir=seed-0: gives two jobs the same folder" in said
 
 
 def test_jobs_in_batches_are_all_run(in_tmp: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_write_that_fails_leaves_the_older_ones(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"step-00000002: the checkpoint cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"step-00000002: cannot be written: No space left on device"):
         checkpoints.save(2, STATE, {})
     found = checkpoints.newest()
     assert found is not None

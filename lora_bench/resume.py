@@ -1,0 +1,83 @@
+"""What `resume=` means: a run to go on with, or a sweep of which to run what it lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from lora_bench import sweep
+from lora_bench.errors import UserError
+from lora_bench.record import find
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from omegaconf import DictConfig
+
+    from lora_bench.hydra_errors import Arguments
+
+
+def place(resume: str, top: Path) -> Path:
+    """The folder that `resume` names; for `last` that of the newest unfinished run or sweep below `top`."""
+    if resume != "last":
+        return Path(resume)
+    sweeps = list(sweep.unfinished(top))
+    runs = find([top])[0] if top.exists() else []
+    alone = [
+        (record["created"] or "", folder)
+        for folder, record in runs
+        if record["status"] not in sweep.ENDED and not any(sweep.is_sweep(above) for above in folder.parents)
+    ]
+    if not sweeps and not alone:
+        raise UserError(f"there is no unfinished run below {top}", key="resume", value="last")
+    return max([*sweeps, *alone])[1]
+
+
+def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
+    """The arguments that the sweep in `folder` was begun with, to run what it lacks.
+
+    Raises:
+        UserError: more is asked for than to go on.
+    """
+    more = [override for override in arguments.overrides if override.partition("=")[0].lstrip("+~") != "resume"]
+    if more or arguments.config_dir is not None:
+        asked = more[0] if more else "--config-dir"
+        raise UserError(f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder)
+    begun = sweep.read(folder)
+    overrides = [*begun.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
+    again = type(arguments).read([])
+    again.overrides, again.multirun, again.config_dir = overrides, True, begun.config_dir
+    return again
+
+
+def quoted(value: object) -> str:
+    """A value as Hydra's grammar reads it back, whatever is in it."""
+    text = str(value).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def refuse_difference(
+    record: Mapping[str, Any], cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
+) -> None:
+    """A run goes on as it began: refuse overrides that would have made another one.
+
+    Args:
+        record: of the run that began.
+        cfg: what the overrides compose now.
+        overrides: as typed.
+        groups: names of the config's groups.
+    """
+    began = OmegaConf.create(dict(record["config"]))
+    for override in overrides:
+        key, _, value = str(override).lstrip("+~").partition("=")
+        if key == "resume":
+            continue
+        if key in groups:
+            before, differs = record["choices"].get(key), record["choices"].get(key) != value
+        else:
+            before = OmegaConf.select(began, key)
+            differs = before != OmegaConf.select(cfg, key)
+        if differs:
+            raise UserError(f"the run began with {before}", key=key, value=value, remedy="It goes on as it began.")

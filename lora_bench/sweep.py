@@ -1,0 +1,115 @@
+"""A sweep's folder: `sweep.json` says which jobs it has, each job is a run below it, and `table.*` are its result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_bench import claim, record
+from lora_bench.disk import dump, why, write
+from lora_bench.errors import RunFailedError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from filelock import FileLock
+
+FILE = "sweep.json"
+ENDED = ("done", "diverged")
+"""Statuses of jobs that would end the same way again."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep was asked for, as it stands in its folder."""
+
+    created: str
+    overrides: list[str]
+    """As typed."""
+    config_dir: str | None
+    """A folder with further choices of the groups."""
+    jobs: dict[str, list[str]]
+    """Each job's folder below the sweep's, and its overrides."""
+
+    def lacks(self, folder: Path) -> dict[int, bool]:
+        """The numbers of the jobs that have not ended, and whether each has begun."""
+        found = {}
+        for number, name in enumerate(self.jobs):
+            begun = (folder / name / "run.json").exists()
+            if not begun or record.read(folder / name)["status"] not in ENDED:
+                found[number] = begun
+        return found
+
+
+def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> FileLock:
+    """Claim `folder` for a new sweep.
+
+    Raises:
+        UserError: it holds a sweep, or cannot be written.
+    """
+    made = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / FILE).exists():
+            remedy = f"Run what it lacks: lora-bench train -m resume={folder}. Or give a folder that is not there yet."
+            raise UserError("already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy)
+        lock = _take(folder)
+        write(folder, FILE, dump({"schema": record.SCHEMA, **asdict(made)}).encode())
+    except (OSError, RunFailedError) as error:
+        reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
+        remedy = "Give a folder where you may write."
+        raise UserError(reason, key="hydra.sweep.dir", value=folder, remedy=remedy) from None
+    return lock
+
+
+def reopen(folder: Path) -> FileLock:
+    """Claim the folder of a sweep that has begun.
+
+    Raises:
+        UserError: another process is at it, or it cannot be written.
+    """
+    try:
+        return _take(folder)
+    except OSError as error:
+        raise UserError(f"cannot be written: {why(error)}", file=folder) from None
+
+
+def _take(folder: Path) -> FileLock:
+    lock = claim.take(folder)
+    if lock is None:
+        raise UserError("another process is running this sweep", file=folder, remedy="Wait until it ends, or stop it.")
+    return lock
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / FILE).exists()
+
+
+def read(folder: Path) -> Sweep:
+    """What the sweep in `folder` was asked for, or a refusal that names the file."""
+    path = folder / FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("schema") != record.SCHEMA:
+            raise UserError("is of another version of lora-bench", file=path)
+        sweep = Sweep(**found)
+        for name, job in sweep.jobs.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts or not all(isinstance(text, str) for text in job):
+                raise ValueError(f"job {name!r} is not one")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"is damaged: {why(error)}", file=path) from None
+    return sweep
+
+
+def unfinished(top: Path) -> Iterator[tuple[str, Path]]:
+    """When each sweep below `top` was made that has jobs left to run, and its folder."""
+    for path in top.rglob(FILE):
+        try:
+            sweep = read(path.parent)
+            if sweep.lacks(path.parent):
+                yield sweep.created, path.parent
+        except UserError:
+            continue

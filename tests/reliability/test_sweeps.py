@@ -1,0 +1,159 @@
+"""Sweeps: what fails, is killed or interrupted is told, and a resumed sweep runs only what it lacks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_bench import train
+from tests.command_line import lora_bench, refused, toy_run
+
+SWEEP = toy_run("hydra.sweep.dir=sweep")
+
+
+def statuses(folder: str = "sweep") -> dict[str, str]:
+    return {
+        path.parent.name: json.loads(path.read_text())["status"] for path in sorted(Path(folder).glob("*/run.json"))
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that a training really began in."""
+    original, folders = train.train, []
+
+    def noting(cfg: Any, folder: Path, **keywords: Any) -> None:
+        folders.append(folder.name)
+        original(cfg, folder, **keywords)
+
+    monkeypatch.setattr(train, "train", noting)
+    return folders
+
+
+@pytest.mark.reliability(30)
+def test_30_a_killed_sweep_says_which_job_was_killed_and_runs_the_rest(in_tmp: Path) -> None:
+    steps = ["trainer.epochs=300", "trainer.max_steps=300", "trainer.checkpoint_every=5", "seed=0,1,2"]
+    asked = ["train", "-m", *toy_run("hydra.sweep.dir=sweep", *steps)]
+    with subprocess.Popen([sys.executable, "-m", "lora_bench", *asked], stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while not list(Path("sweep/0/checkpoints").glob("step-*")) and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert statuses() == {"0": "running"}
+    assert "killed: sweep/0" in lora_bench("compare", "sweep").out
+    answer = lora_bench("train", "-m", "resume=sweep")
+    assert answer.code == 0, answer
+    assert "going on from step" in answer.out
+    assert statuses() == {"0": "done", "1": "done", "2": "done"}
+
+
+@pytest.mark.reliability(31)
+def test_31_a_resumed_sweep_runs_only_what_is_missing_or_failed(
+    in_tmp: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, calls = train.fit, iter(range(9))
+
+    def sometimes(*arguments: Any, **keywords: Any) -> Any:
+        number = next(calls)
+        if number == 1:
+            raise RuntimeError("a cable")
+        if number == 3:
+            raise KeyboardInterrupt
+        return fit(*arguments, **keywords)
+
+    monkeypatch.setattr(train, "fit", sometimes)
+    answer = lora_bench("train", "-m", *SWEEP, "seed=range(6)")
+    assert answer.code == 130
+    assert "4 of 6 jobs are lacking; run them with: lora-bench train -m resume=sweep" not in answer.err
+    assert "4 of 6 jobs are lacking; run them with: lora-bench train -m resume=sweep" in answer.out
+    assert statuses() == {"0": "done", "1": "failed", "2": "done", "3": "interrupted"}
+    before = {number: Path(f"sweep/{number}/run.json").read_bytes() for number in (0, 2)}
+
+    monkeypatch.setattr(train, "fit", fit)
+    trained.clear()
+    assert lora_bench("train", "-m", "resume=sweep").code == 0
+    assert trained == ["1", "3", "4", "5"]
+    assert set(statuses().values()) == {"done"}
+    assert {number: Path(f"sweep/{number}/run.json").read_bytes() for number in (0, 2)} == before
+    seeds = [json.loads(Path(f"sweep/{number}/run.json").read_text())["config"]["seed"] for number in range(6)]
+    assert seeds == list(range(6))
+
+    trained.clear()
+    assert lora_bench("train", "resume=sweep").code == 0  # -m may be left out; nothing is left to do
+    assert trained == []
+
+
+@pytest.mark.reliability(31)
+def test_31_a_preset_with_further_choices_is_resumed_as_it_began(in_tmp: Path) -> None:
+    Path("mine/adapter").mkdir(parents=True)
+    Path("mine/adapter/small.yaml").write_text("defaults: [lora, _self_]\nrank: 2\n")
+    asked = [*SWEEP, "--config-dir", "mine", "sweep=rank", "adapter=small", "adapter.rank=1,3", "seed=0,1"]
+    assert lora_bench("train", *asked).code == 0
+    Path("sweep/2/run.json").unlink()
+    assert lora_bench("train", "-m", "resume=last").code == 2  # not below outputs
+    assert lora_bench("train", "-m", "resume=sweep").code == 0
+    found = [json.loads(Path(f"sweep/{number}/run.json").read_text()) for number in range(4)]
+    assert [(each["config"]["adapter"]["rank"], each["config"]["seed"]) for each in found] == [
+        (1, 0),
+        (1, 1),
+        (3, 0),
+        (3, 1),
+    ]
+    assert all(each["choices"]["adapter"] == "small" for each in found)
+    Path("mine/adapter/small.yaml").unlink()
+    Path("sweep/2/run.json").unlink()
+    assert "adapter=small: is not one of its choices" in refused("train", "-m", "resume=sweep")
+
+
+@pytest.mark.reliability(31)
+def test_31_the_last_unfinished_sweep_is_found(in_tmp: Path, trained: list[str]) -> None:
+    for sweep in ("one", "two"):
+        asked = toy_run(f"hydra.sweep.dir=outputs/sweeps/{sweep}", "seed=0,1")
+        assert lora_bench("train", "-m", *asked).code == 0
+        Path(f"outputs/sweeps/{sweep}/1/run.json").unlink()
+    trained.clear()
+    assert lora_bench("train", "resume=last").code == 0
+    assert trained == ["1"]
+    assert statuses("outputs/sweeps/two") == {"0": "done", "1": "done"}
+    assert statuses("outputs/sweeps/one") == {"0": "done"}
+
+
+@pytest.mark.reliability(31)
+def test_31_what_a_sweep_cannot_go_on_with_is_refused(in_tmp: Path) -> None:
+    assert lora_bench("train", "-m", *SWEEP, "seed=0,1").code == 0
+    assert "goes on as it began, so 'seed=2,3' cannot be given" in refused("train", "-m", "resume=sweep", "seed=2,3")
+    assert "holds no sweep" in refused("train", "-m", "resume=sweep/0")
+    assert "nowhere/run.json: is missing" in refused("train", "resume=nowhere")
+    content = json.loads(Path("sweep/sweep.json").read_text())
+    for damaged in ("", "[]", '{"schema": 1}', json.dumps({**content, "jobs": {"../x": []}})):
+        Path("sweep/sweep.json").write_text(damaged)
+        assert "sweep/sweep.json: is damaged" in refused("train", "-m", "resume=sweep")
+    content["jobs"]["1"] = ["seed=7"]
+    Path("sweep/sweep.json").write_text(json.dumps(content))
+    assert "the sweep's jobs are not those it began with" in refused("train", "-m", "resume=sweep")
+
+
+@pytest.mark.reliability(32)
+def test_32_ctrl_c_in_mid_sweep_keeps_finished_jobs_and_their_table(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, calls = train.fit, iter(range(9))
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **keywords)
+
+    monkeypatch.setattr(train, "fit", interrupted)
+    answer = lora_bench("train", "-m", *SWEEP, "seed=range(4)")
+    assert answer.code == 130
+    assert statuses() == {"0": "done", "1": "done", "2": "interrupted"}
+    assert "interrupted: sweep/2" in Path("sweep/table.md").read_text()
+    assert "mcc" in answer.out
