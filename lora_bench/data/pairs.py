@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.examples import Examples
+    from lora_bench.data.hidden import HiddenStates
 
 CHUNK = 8192  # pairs handed to the tokenizer at a time
 
@@ -40,6 +41,7 @@ class TokenTable:
     labels: NDArray[np.int64] | None  # (N,)
     ids: NDArray[np.int64]  # (N,) row in the source
     truncated: int  # rows that were longer than the limit
+    hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
 
     def __len__(self) -> int:
         return len(self.lengths)
