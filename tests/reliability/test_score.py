@@ -14,7 +14,9 @@ def marked() -> dict[str, set[int]]:
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                marks = [mark for mark in node.decorator_list if ast.unparse(mark).startswith("pytest.mark.reliability")]
+                marks = [
+                    mark for mark in node.decorator_list if ast.unparse(mark).startswith("pytest.mark.reliability")
+                ]
                 found[node.name] = {ast.literal_eval(mark.args[0]) for mark in marks if isinstance(mark, ast.Call)}
     return found
 
