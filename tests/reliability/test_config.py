@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from lora_bench.cli import conf_folder
 from tests.command_line import lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TARGET = "{_target_: os.mkdir, path: EVIL}"
 LOGGING = "{version: 1, handlers: {x: {class: os.mkdir, path: EVIL}}, root: {handlers: [x]}}"

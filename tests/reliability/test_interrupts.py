@@ -23,7 +23,7 @@ from tests.adapters.tools import assert_close
 from tests.command_line import files_below, lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 ASKED = toy_run("trainer.max_steps=14", "trainer.eval_every=5", "trainer.checkpoint_every=3", "data.train_rows=80")
 
@@ -85,13 +85,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, interrupted after step 7; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         plan(patch, 7, signalled(signal.SIGTERM))
         assert lora_bench("train", *ASKED, f"hydra.run.dir={folder}").code == 143
-    yield folder
+    return folder
 
 
 @pytest.fixture
