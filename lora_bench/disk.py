@@ -17,6 +17,8 @@ from typing import Any
 
 from lora_bench.errors import RunFailedError
 
+MAKE_ROOM = "Make room, and go on with: lora-bench train resume=DIR."
+
 
 def write(folder: Path, name: str, content: bytes) -> Path:
     """Write the whole file `name` below `folder` beside its place, then rename it there.
@@ -49,8 +51,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise RunFailedError("is gone: it was deleted or moved while it was in use", file=path.parent) from None
-        remedy = "Make room, and go on with: lora-bench train resume=DIR."
-        raise RunFailedError(f"cannot be written: {why(error)}", file=path, remedy=remedy) from None
+        raise RunFailedError(f"cannot be written: {why(error)}", file=path, remedy=MAKE_ROOM) from None
 
 
 def why(error: Exception) -> str:

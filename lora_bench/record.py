@@ -120,9 +120,13 @@ class Run:
         """Set the record back to the end of update number `step`: later lines of its log are dropped."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if line["split"] == "selection" and line["step"] <= step]
-            write(self.folder, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # cut off by a kill or a full disk
+                    found = json.loads(line)
+                    if found["split"] == "selection" and found["step"] <= step:
+                        kept.append(line + "\n")
+            write(self.folder, "metrics.jsonl", "".join(kept).encode())
         self.update(status="running", finished=None, error=None)
 
     def release(self) -> None:

@@ -100,6 +100,8 @@ class GridSweeper(BasicSweeper):
         found: dict[str, list[str]] = {}
         for number, job in enumerate(jobs):
             name = self._check(number, job)
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise UserError("leads out of the sweep's folder", key="hydra.sweep.subdir", value=name)
             if name in found:
                 raise UserError("gives two jobs the same folder", key="hydra.sweep.subdir", value=name)
             found[name] = job
