@@ -27,6 +27,7 @@ import yaml
 from lora_bench import claim
 from lora_bench.disk import dump, plain, why, write, writing
 from lora_bench.errors import DivergedError, RunFailedError, UserError
+from lora_bench.secrets import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ class Run:
     @classmethod
     def claim(cls, folder: Path, *, choices: Mapping[str, str], config: Mapping[str, Any], overrides: list[str]) -> Run:
         """Take `folder` for a new run, or refuse and leave it as it was if it holds a run already."""
+        refuse_secret(folder)
         asked = {"choices": choices, "config": config, "overrides": overrides}
         record = plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked)
         try:
@@ -196,8 +198,8 @@ class Run:
             elif isinstance(error, UserError):
                 self.finish("failed", str(error))
             else:
-                lines = "".join(format_exception(error)).encode(errors="backslashreplace")
-                write(self.folder, self.log_file.name, lines)
+                lines = redact("".join(format_exception(error)))
+                write(self.folder, self.log_file.name, lines.encode(errors="backslashreplace"))
                 self.finish("failed", f"{type(error).__name__}: {error}")
 
 
@@ -328,6 +330,12 @@ def _refuse_taken(folder: Path) -> None:
             reason = "holds a run whose process was killed"
             remedy = f"Go on with it: lora-bench train resume={folder}. Or give a folder that is not there yet."
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
+
+
+def refuse_secret(folder: str | Path) -> None:
+    """A folder's name is on the disk and in every report: it may hold no key."""
+    if redact(str(folder)) != str(folder):
+        raise UserError("the folder's name holds a key, or what looks like one", key="hydra.run.dir", value=folder)
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:
