@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import secrets
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -236,6 +237,7 @@ def _resume(cfg: DictConfig, overrides: list[str], console: Console, brief: bool
 
     folder = Path(cfg.resume)
     if read(folder)["status"] == "done":
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill after the run's end may have left them
         console.print(shown(f"{folder} is done: nothing to go on with"))
         return
     run = Run.reopen(folder)

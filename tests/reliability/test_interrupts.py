@@ -72,8 +72,8 @@ def plan(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object
 WATCHER = story._Watcher
 
 
-def signalled(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+def signalled(number: int) -> Callable[..., None]:
+    return lambda *_: os.kill(os.getpid(), number)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +260,20 @@ def test_27_a_finished_run_has_nothing_to_go_on_with(in_tmp: Path, finished: Pat
     assert answer.code == 0
     assert "is done: nothing to go on with" in answer.out
     assert files_below(finished) == before
+
+
+@pytest.mark.reliability(27)
+def test_27_a_run_killed_after_its_end_loses_what_nobody_needs(
+    in_tmp: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(story.Checkpoints, "clear", signalled(signal.SIGINT))
+        assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 130
+    assert record("run")["status"] == "done"
+    assert Path("run/checkpoints").exists()
+    assert "is done: nothing to go on with" in lora_bench("train", "resume=run").out
+    assert not Path("run/checkpoints").exists()
+    assert_same_run("run", finished)
 
 
 @pytest.mark.reliability(28)

@@ -32,3 +32,7 @@ def test_every_test_is_named_by_its_case() -> None:
     for name, numbers in marked().items():
         assert all(name.startswith(f"test_{number:02d}_") for number in numbers), name
         assert len(numbers) == (1 if name[5:7].isdigit() else 0), name
+
+
+def test_every_case_has_a_test() -> None:
+    assert set().union(*marked().values()) == set(CASES)
