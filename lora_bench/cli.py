@@ -199,8 +199,8 @@ def _train(cfg: DictConfig) -> None:
         "overrides": OmegaConf.to_container(hydra.overrides.task, resolve=False),  # as typed
     }
     for node, key in ((cfg.model, "path"), (cfg.data, "path")):
-        if node.get(key):
-            node[key] = os.path.abspath(node[key])  # so that the record can be used from any folder
+        if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
+            node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
     console = _console()
     job = hydra.job.num if hydra.mode == RunMode.MULTIRUN else None
     if job is not None:

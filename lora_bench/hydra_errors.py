@@ -139,6 +139,9 @@ def compose(conf: Path, config_name: str, overrides: list[str], config_dir: str 
             config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
         )
         return composed
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
+        reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
+        raise UserError(reason, remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}") from None
     finally:
         GlobalHydra.instance().clear()
 

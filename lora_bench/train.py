@@ -33,6 +33,7 @@ from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.objective import check_columns, make_objective
 from lora_bench.training.precision import resolve_device, resolve_precision
 from lora_bench.training.probe import estimate, probe_step
+from lora_bench.training.state import refusing_strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,9 +128,10 @@ def train(
     if newest is None:
         preparation = _prepare(pack, trainer, tables["train"])
     else:
-        preparation = _Preparation(**newest.facts["preparation"])
-        if newest.facts["ranks"][0]:
-            pack.set_ranks(0, newest.facts["ranks"][0])
+        with refusing_strangers():
+            preparation = _Preparation(**newest.facts["preparation"])
+            if newest.facts["ranks"][0]:
+                pack.set_ranks(0, newest.facts["ranks"][0])
     if cfg.dry_run:
         console.print(estimate(pack, trainer, tables["train"]).table())
         return

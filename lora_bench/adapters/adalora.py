@@ -254,10 +254,15 @@ class Triplets(Update):
 
     def put_back_running(self, tensors: dict[str, Tensor]) -> None:
         moved = {name: tensor.to(self.lora_A.device) for name, tensor in tensors.items()}
-        self.kept = moved.pop("kept")
+        kept, own = moved.pop("kept"), dict(self.named_parameters())
+        if kept.shape != self.kept.shape or kept.dtype != torch.bool:
+            raise ValueError("kept does not mark the triplets")
+        self.kept = kept
         self.rank = int(self.kept.sum())
         for name, tensor in moved.items():
             kind, _, parameter = name.partition("/")
+            if tensor.shape != own[parameter].shape:
+                raise ValueError(f"{name} has another shape")
             {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}[kind][parameter] = tensor
 
     def saved(self) -> dict[str, Tensor]:

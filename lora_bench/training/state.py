@@ -10,6 +10,8 @@ Batches are a function of seed and step, and rates of the step, so neither is ke
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import torch
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -48,6 +50,10 @@ class Outcome:
     """Arithmetic of its training steps: forward, backward."""
     without_gain: int = 0
     """Evaluations in a row that brought no better selection MCC, those of unsettled weights not counted."""
+
+
+_KINDS: dict[str, Any] = {"status": str, "error": str | None, "best": dict | None, "without_gain": int}
+_KINDS |= {"steps": int, "pairs": int, "seconds": int | float, "flops": int | float}
 
 
 @dataclass
@@ -95,11 +101,17 @@ class TrainingState:
         Raises:
             UserError: the tensors are not those of this training.
         """
+        with refusing_strangers():
+            self._put_back(checkpoint)
+
+    def _put_back(self, checkpoint: Checkpoint) -> None:
         tensors = dict(checkpoint.tensors)
         self.pack.room = dict(checkpoint.facts.get("room", {}))
+        _need(all(type(pairs) is int and pairs >= 1 for pairs in self.pack.room.values()), "room")
         device = self.pack.backbone.device
         for k in range(self.pack.size):
-            _copy(tensors, f"{k}/weights/", dict(self.pack.trainable(k)))
+            parameters = dict(self.pack.trainable(k))
+            _copy(tensors, f"{k}/weights/", parameters)
             for name, update in self.pack.updates[k].items():
                 update.put_back_running(_taken(tensors, f"{k}/running/{name}/"))
             _copy(tensors, f"{k}/buffers/", _buffers(self.pack, k))
@@ -107,17 +119,46 @@ class TrainingState:
             for key, tensor in _taken(tensors, f"{k}/adamw/").items():
                 i, _, name = key.partition("/")
                 moments.setdefault(int(i), {})[name] = tensor
+            optimized = [p for group in self.adamw[k].param_groups for p in group["params"]]
+            for number, found in moments.items():
+                shape = optimized[number].shape
+                shapes = {name: tensor.shape for name, tensor in found.items()}
+                _need(shapes == {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, f"{k}/adamw/{number}")
             self.adamw[k].load_state_dict({**self.adamw[k].state_dict(), "state": moments})
             average, means = self.averages[k], _taken(tensors, f"{k}/mean/")
             average.steps = checkpoint.facts["averaged"][k]
+            _need(len(means) == (len(parameters) if average.steps > 0 else 0), f"{k}/mean")
             average.means = {average.parameters[int(i)]: mean.to(device) for i, mean in means.items()}
-            self.outcomes[k] = Outcome(**checkpoint.facts["outcomes"][k], state=_taken(tensors, f"{k}/best/"))
+            _need(all(m.shape == p.shape and m.dtype == torch.float32 for p, m in average.means.items()), f"{k}/mean")
+            best = _taken(tensors, f"{k}/best/")
+            own = {name: p.shape for name, p in parameters.items()} if best else {}
+            _need({name: tensor.shape for name, tensor in best.items()} == own, f"{k}/best")
+            self.outcomes[k] = outcome = Outcome(**checkpoint.facts["outcomes"][k], state=best)
+            for name, kinds in _KINDS.items():
+                _need(isinstance(getattr(outcome, name), kinds), f"the outcome's {name}")
+            if outcome.best is not None:
+                _need(math.isfinite(outcome.best["metrics"]["mcc"]), "the best evaluation")
             self.pack.dropout[k].set_state(tensors.pop(f"{k}/dropout"))
         torch.set_rng_state(tensors.pop("rng/cpu"))
         if "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors.pop("rng/cuda"), device)
         if tensors:
             raise UserError(f"the checkpoint holds tensors of another training, for example {next(iter(tensors))}")
+
+
+@contextmanager
+def refusing_strangers() -> Iterator[None]:
+    """Refuse a checkpoint in which something is missing or of another kind than this training would have written."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"the checkpoint is of another training ({type(error).__name__}: {first})") from None
+
+
+def _need(holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"the checkpoint is of another training: {what} does not fit")
 
 
 def _torch_streams(pack: Pack) -> dict[str, Tensor]:

@@ -5,25 +5,34 @@ A few examples of each here; `scripts/fuzz` runs the whole bar.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load, save_file
 
 from lora_bench import train
 from lora_bench.adapters import peft_format
+from lora_bench.config import build
 from lora_bench.errors import UserError
+from lora_bench.training import checkpoint
+from lora_bench.training.average import Average
 from lora_bench.training.checkpoint import Checkpoints
+from lora_bench.training.optim import make_optimizer
+from lora_bench.training.state import Outcome, TrainingState
 from tests.command_line import lora_bench
-from tests.training.test_loop import Make, packed, spy
+from tests.reliability.composed_once import compose_files_once
+from tests.training.test_loop import Make, optimizer, packed, spy
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 HEADER = b"question1\tquestion2\tlabel\n"
 KEYS = ["adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.target_modules", "adapter.layers", "adapter.init"]
@@ -51,7 +60,7 @@ strings = st.one_of(
     st.builds(
         "{}{}={}".format,
         st.sampled_from(["", "", "+", "++", "~"]),
-        st.one_of(st.sampled_from(KEYS), words),
+        st.one_of(st.sampled_from(KEYS), st.sampled_from(KEYS), words),
         st.one_of(st.sampled_from(VALUES), words, st.integers().map(str), st.floats().map(str)),
     ),
     words,
@@ -68,18 +77,22 @@ def examples(name: str, few: int) -> Any:
 def done_or_refused(*arguments: str) -> None:
     answer = lora_bench(*arguments)
     assert answer.code in (0, 2), answer
-    assert "Traceback" not in answer.out + answer.err
+    assert "Traceback (most recent" not in answer.out + answer.err
     assert answer.code == 0 or answer.err.count("\nlora-bench: ") + answer.err.startswith("lora-bench: ") == 1, answer
 
 
 def test_random_overrides_are_taken_or_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole command, up to the experiment built; it is not trained."""
     monkeypatch.setattr(train, "train", lambda cfg, folder, **_: train.Experiment.build(cfg))
+    compose_files_once(monkeypatch)
 
-    @given(st.lists(strings, min_size=1, max_size=3))
-    @examples("OVERRIDES", 12)
-    def check(overrides: list[str]) -> None:
-        done_or_refused("train", "model=tiny_bert", "data=toy", *overrides)
+    @given(strings)
+    @example("+=")
+    @example("metric=[['.*=3']]")
+    @example("model.path=-3")
+    @examples("OVERRIDES", 40)
+    def check(override: str) -> None:
+        done_or_refused("train", "model=tiny_bert", "data=toy", override)
 
     check()
 
@@ -152,7 +165,7 @@ def test_mutated_adapters_are_loaded_as_they_are_or_refused(in_tmp: Path, backbo
     original = path.read_bytes()
 
     @given(mutations, st.one_of(st.none(), st.none(), st.floats(0, 1)))
-    @examples("ADAPTERS", 40)
+    @examples("ADAPTERS", 20)
     def check(changes: Any, cut: float | None) -> None:
         path.write_bytes(mutated(original, changes, cut))
         try:
@@ -188,3 +201,94 @@ def test_mutated_checkpoints_are_passed_over(in_tmp: Path) -> None:
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in written.items())
 
     check()
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
+    method: str, in_tmp: Path, backbone: Make
+) -> None:
+    """As somebody would write them on purpose: every hash is right, so only what they hold can tell."""
+    state = trained(backbone, method)
+    Checkpoints(Path("checkpoints")).save(7, *state.gather())
+    folder = Path("checkpoints/step-00000007")
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    state.put_back(checkpoint._read(folder))  # as it is, it fits
+    strange = st.one_of(st.none(), st.integers(-3, 10**30), st.floats(), st.sampled_from(["x", [], {}, [{}], {"0": 1}]))
+
+    @given(st.sampled_from(["bytes", "facts", "tensors"]), mutations, st.data())
+    @examples("MANIFESTS", 20)
+    def check(kind: str, changes: Any, data: st.DataObject) -> None:
+        for each, content in files.items():
+            each.write_bytes(content)
+        tensors, facts = folder / "tensors.safetensors", folder / "state.json"
+        if kind == "bytes":
+            path = data.draw(st.sampled_from([tensors, facts]))
+            path.write_bytes(mutated(files[path], changes, None))
+        elif kind == "facts":
+            known = json.loads(files[facts])
+            node, key = data.draw(st.sampled_from(list(places(known))))
+            if data.draw(st.booleans()):
+                del node[key]
+            else:
+                node[key] = data.draw(strange)
+            facts.write_text(json.dumps(known))
+        else:
+            held = load(files[tensors])
+            name = data.draw(st.sampled_from(sorted(held)))
+            tensor = held.pop(name)
+            name = data.draw(st.sampled_from([name, name, name + "x", "0/adamw/99/exp_avg", "0/mean/x", "rng/cuda"]))
+            shape = data.draw(st.sampled_from([(), (0,), (3,), (2, 2), tuple(tensor.shape)]))
+            if data.draw(st.booleans()):
+                kinds = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool])
+                held[name] = torch.ones(shape, dtype=data.draw(kinds))
+            save_file(held, tensors)
+        manifest = {path.name: checkpoint._described(path) for path in (tensors, facts)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        checkpoints = Checkpoints(Path("checkpoints"))
+        found = checkpoints.newest()
+        if found is None:
+            assert checkpoints.damaged
+            return
+        try:
+            state.put_back(found)
+        except UserError as error:
+            assert "checkpoint" in str(error)  # noqa: PT017
+            return
+        step(state)  # what was taken can be trained on
+        state.gather()
+
+    check()
+
+
+def trained(backbone: Make, method: str) -> TrainingState:
+    """A member after one step, its mean and its best weights kept."""
+    from lora_bench.adapters import method_class
+    from tests.helpers import composed
+
+    adapter = build(method_class(method), composed(f"adapter={method}").adapter, "adapter")
+    pack = packed(backbone(), adapter)
+    state = TrainingState(
+        pack,
+        [Outcome(state=pack.state(0))],
+        [make_optimizer(optimizer(), pack, 0)],
+        [Average(pack.trainable(0).values())],
+    )
+    step(state)
+    state.averages[0].add()
+    return state
+
+
+def step(state: TrainingState) -> None:
+    for p in state.pack.trainable(0).values():
+        p.grad = torch.ones_like(p)
+    state.adamw[0].step()
+    for p, mean in state.averages[0].means.items():
+        mean.lerp_(p.float(), 0.5)
+
+
+def places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a JSON value, as a container and the key in it."""
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        yield node, key
+        if isinstance(value, dict | list):
+            yield from places(value)
