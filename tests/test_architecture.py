@@ -20,14 +20,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
     | {"resume", "sweep"},
-    "plugin": {"compare", "errors", "hydra_errors", "resume", "sweep", "train"},
+    "plugin": {"compare", "errors", "experiment", "hydra_errors", "resume", "sweep", "train"},
     "resume": {"errors", "hydra_errors", "record", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "training"},
     "export": BASE | {"adapters", "backbones", "predict"},
-    "predict": BASE | {"adapters", "data", "record", "train", "training"},
-    "train": BASE
-    | {"environment", "adapters", "backbones", "data", "evaluation", "progress", "record", "tables", "training"},
+    "predict": BASE | {"adapters", "data", "experiment", "record", "training"},
+    "train": {"adapters", "evaluation", "experiment", "progress", "recording", "training"},
+    "recording": {"environment", "errors", "adapters", "backbones", "evaluation", "progress", "record", "training"},
+    "experiment": BASE | {"adapters", "backbones", "data", "evaluation", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},
@@ -48,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LIGHT = ("compare", "record", "resume", "sweep", "tables", "environment", "errors", "hydra_errors", "cli", "config")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
+OPEN_CONFIG = {"config", "resume", "experiment", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
 
 
 def module_of(path: Path) -> str:

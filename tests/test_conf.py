@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
 from lora_bench.cli import GROUPS, conf_folder, register_with_hydra
+from lora_bench.experiment import Experiment
 from lora_bench.hydra_errors import compose
-from lora_bench.train import Experiment
 from tests.helpers import composed
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file
 
-from lora_bench import train as story
+from lora_bench.recording import Recorder
 from tests.adapters.tools import assert_close
 from tests.command_line import lora_bench, refused, toy_run
 
@@ -47,22 +47,15 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """Does something when the display hears of a step."""
 
-    original = story._Watcher
+    told = Recorder.stepped
 
     def plan(step: int, action: Callable[[], None]) -> None:
-        class Watcher(original):
-            def __init__(self, *arguments: Any) -> None:
-                super().__init__(*arguments)
-                told = self.stepped
+        def stepped(self: Recorder, number: int, losses: Any, pairs: int) -> None:
+            told(self, number, losses, pairs)
+            if number == step:
+                action()
 
-                def stepped(number: int, losses: Any, pairs: int) -> None:
-                    told(number, losses, pairs)
-                    if number == step:
-                        action()
-
-                self.stepped = stepped
-
-        monkeypatch.setattr(story, "_Watcher", Watcher)
+        monkeypatch.setattr(Recorder, "stepped", stepped)
 
     return plan
 

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from lora_bench import experiment, recording
 from lora_bench import train as story
 from lora_bench.config import build_data
 from lora_bench.data import sources
@@ -83,7 +84,14 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-ALWAYS = {"run.json", "metrics.jsonl", "predictions/validation.parquet", ".hydra/config.yaml", ".hydra/overrides.yaml"}
+ALWAYS = {
+    "run.json",
+    ".lock",
+    "metrics.jsonl",
+    "predictions/validation.parquet",
+    ".hydra/config.yaml",
+    ".hydra/overrides.yaml",
+}
 ADAPTER = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
 
 
@@ -249,19 +257,17 @@ def test_a_run_in_bf16_says_so(runs: Callable[..., Trained]) -> None:
 
 @pytest.mark.parametrize("family", TINY)
 def test_the_backbone_is_bitwise_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    packs: list[Pack] = []
-    attach = story.attach
+    backbones: list[Any] = []
+    load = experiment.load
 
-    def keep(*arguments: Any) -> tuple[Pack, str]:
-        made = attach(*arguments)
-        packs.append(made[0])
-        return made
+    def keep(*arguments: Any, **more: Any) -> Any:
+        backbones.append(load(*arguments, **more))
+        return backbones[-1]
 
-    monkeypatch.setattr(story, "attach", keep)
+    monkeypatch.setattr(experiment, "load", keep)
     run = trained(tmp_path / "run", *QUICK, f"model={family}", "optimizer.lr=0.1")
-    (pack,) = packs
-    pack.detach()
-    assert pack.backbone.hash() == run.record["environment"]["backbone_sha256"]
+    (backbone,) = backbones
+    assert backbone.hash() == run.record["environment"]["backbone_sha256"]
 
 
 def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,12 +281,15 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
 
     def fitting(*arguments: Any, **more: Any) -> Any:
         assert 40 not in [len(a) for a in arguments if hasattr(a, "lengths")]
-        outcome = fit(*arguments, **more)
-        during.append(40 in asked)
-        return outcome
+
+        def ended(members: Any) -> None:
+            during.append(40 in asked)
+            more["ended"](members)
+
+        return fit(*arguments, **{**more, "ended": ended})
 
     monkeypatch.setattr(loop, "predict", counting)
-    monkeypatch.setattr(story, "predict", counting)
+    monkeypatch.setattr(recording, "predict", counting)
     monkeypatch.setattr(story, "fit", fitting)
     run = trained(tmp_path / "run", *QUICK)
     assert asked == [12, 12, 40]
@@ -343,8 +352,8 @@ def test_however_a_run_ends_its_record_says_so(
     assert record["finished"] is not None
     assert record["params"]["trainable"] > 0
     log = folder / "run.log"
-    assert log.exists() == (status == "failed")
-    if status == "failed":
+    assert log.exists() == (type(error) is RuntimeError)
+    if log.exists():
         assert "Traceback (most recent call last)" in log.read_text()
         assert type(error).__name__ in log.read_text()
 

@@ -106,7 +106,7 @@ class GridSweeper(BasicSweeper):
         return found
 
     def _check(self, number: int, job: list[str]) -> str:
-        from lora_bench.train import Experiment  # torch: late
+        from lora_bench.experiment import Experiment  # torch: late
 
         assert self.hydra_context is not None
         assert self.config is not None
