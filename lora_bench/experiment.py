@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config
 from lora_bench.adapters import Adapter, method_class
@@ -21,13 +20,12 @@ from lora_bench.training.objective import check_columns, make_objective
 from lora_bench.training.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from omegaconf import DictConfig
 
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.examples import Examples
-    from lora_bench.record import Run
 
-_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "seed", "resume", "dry_run")
+_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "seed", "resume", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Experiment:
     data: config.Data
     optimizer: config.Optimizer
     trainer: config.Trainer
+    pack: config.Packing
     metrics: dict[str, config.Metric]
     seed: int
 
@@ -57,34 +56,12 @@ class Experiment:
             adapter=config.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
             optimizer=config.build(config.Optimizer, cfg.optimizer, "optimizer"),
             trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
+            pack=config.build(config.Packing, cfg.pack, "pack"),
             metrics=metrics,
             seed=cfg.seed,
         )
         check_columns(made.trainer, made.data.text_columns)
         return made
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run to make, or to go on with: what was asked for, and where its record goes."""
-
-    cfg: DictConfig
-    folder: Path
-    choices: dict[str, str]
-    """The option chosen of each group."""
-    overrides: list[str]
-    """As typed."""
-    begun: Run | None = None
-    """The run in `folder`, reopened, that began with this config."""
-    title: str = ""
-    """What a sweep calls it."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config resolved, as the record has it."""
-        resolved = OmegaConf.to_container(self.cfg, resolve=True)
-        assert isinstance(resolved, dict)
-        return {str(key): value for key, value in resolved.items()}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.adapters.pack import Pack
-    from lora_bench.experiment import Common, Experiment, Job
+    from lora_bench.experiment import Common, Experiment
+    from lora_bench.job import Job
     from lora_bench.progress import Display
     from lora_bench.training.checkpoint import Checkpoint, Checkpoints
     from lora_bench.training.state import Outcome
@@ -132,7 +133,8 @@ class Recorder:
             with contained(outcome):
                 run.finish("done")
                 self.checkpoints[member].clear()
-                show_result(self.console, run.folder, run.record, title=self.jobs[member].title, brief=self.brief)
+                title = self.jobs[member].title if len(self.jobs) > 1 else ""
+                show_result(self.console, run.folder, run.record, title=title, brief=self.brief)
         if outcome.error is not None:
             if not run.folder.exists():
                 outcome.error = RunFailedError("was deleted or moved while the run trained", file=run.folder)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
-from lora_bench.experiment import Common, Experiment, Job
+from lora_bench.experiment import Common, Experiment
 from lora_bench.progress import Display, announce
 from lora_bench.recording import Preparation, Recorder
 from lora_bench.training.checkpoint import Checkpoints
@@ -29,43 +29,23 @@ from lora_bench.training.state import Outcome, contained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from omegaconf import DictConfig
     from rich.console import Console
 
     from lora_bench import config
     from lora_bench.data.pairs import TokenTable
-    from lora_bench.record import Run
+    from lora_bench.job import Job
     from lora_bench.training.checkpoint import Checkpoint
 
 
-def train(
-    cfg: DictConfig,
-    folder: Path,
-    *,
-    choices: dict[str, str],
-    overrides: list[str],
-    console: Console,
-    brief: bool = False,
-    begun: Run | None = None,
-) -> None:
-    """Run one experiment and leave its record in `folder`; with `dry_run=true` only say what it would cost.
-
-    Args:
-        cfg: the composed config.
-        folder: the run's folder; made once nothing more can be refused.
-        choices: the option chosen of each group, for the record.
-        overrides: what was asked for on the command line, for the record.
-        console: where to tell how it goes.
-        brief: one line for the result instead of a table (a sweep ends with its own).
-        begun: the run in `folder`, reopened, that began with this config: go on from its newest checkpoint.
+def train(job: Job, *, console: Console) -> None:
+    """Run one experiment and leave its record in the job's folder; with `dry_run=true` only say what it would cost.
 
     Raises:
         UserError: the request cannot be met; nothing is left behind.
         DivergedError: loss, gradient or scores ceased to be finite; the record says so.
     """
-    (error,) = train_pack([Job(cfg, folder, choices, overrides, begun)], console=console, brief=brief)
+    (error,) = train_pack([job], console=console)
     if error is not None:
         raise error
 
@@ -99,7 +79,9 @@ def train_pack(
         folders = [Checkpoints(job.folder / "checkpoints") for job in jobs]
         begun = _newest(jobs, folders)
         _seed_everything(experiments[0].seed)
-        prepared = [_prepare(pack, k, trainer, table, outcomes[k], begun and begun[k]) for k in range(pack.size)]
+        prepared = [
+            _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
+        ]
         if jobs[0].cfg.dry_run:
             console.print(estimate(pack, trainer, table).table())
             return [outcome.error for outcome in outcomes]
@@ -110,7 +92,7 @@ def train_pack(
             for k, outcome in enumerate(outcomes):
                 if outcome.status == "running":
                     with contained(outcome):
-                        recorder.begin(k, begun and begun[k])
+                        recorder.begin(k, begun[k] if begun else None)
             live = list(recorder.runs)
             if not live:
                 return [outcome.error for outcome in outcomes]

@@ -18,15 +18,29 @@ BASE = {"errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
-    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
+    "cli": {
+        "",
+        "compare",
+        "doctor",
+        "errors",
+        "evaluate",
+        "export",
+        "hydra_errors",
+        "job",
+        "predict",
+        "record",
+        "train",
+    }
     | {"resume", "sweep"},
-    "plugin": {"compare", "errors", "experiment", "hydra_errors", "resume", "sweep", "train"},
+    "plugin": {"compare", "errors", "experiment", "hydra_errors", "job", "packing", "resume", "sweep"},
+    "packing": {"adapters", "errors", "experiment", "job", "record", "tables", "train", "training"},
+    "job": {"record", "resume"},
     "resume": {"errors", "hydra_errors", "record", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "training"},
     "export": BASE | {"adapters", "backbones", "predict"},
     "predict": BASE | {"adapters", "data", "experiment", "record", "training"},
-    "train": {"adapters", "evaluation", "experiment", "progress", "recording", "training"},
+    "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "training"},
     "recording": {"environment", "errors", "adapters", "backbones", "evaluation", "progress", "record", "training"},
     "experiment": BASE | {"adapters", "backbones", "data", "evaluation", "training"},
     "doctor": {"environment", "data", "training"},
@@ -47,9 +61,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hub": set(),
 }
-LIGHT = ("compare", "record", "resume", "sweep", "tables", "environment", "errors", "hydra_errors", "cli", "config")
+LIGHT = (
+    "compare",
+    "job",
+    "record",
+    "resume",
+    "sweep",
+    "tables",
+    "environment",
+    "errors",
+    "hydra_errors",
+    "cli",
+    "config",
+)
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "resume", "experiment", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
+OPEN_CONFIG = {"config", "job", "resume", "experiment", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
 
 
 def module_of(path: Path) -> str:

@@ -22,6 +22,7 @@ from lora_bench.config import build_data
 from lora_bench.data import sources
 from lora_bench.errors import DivergedError, UserError
 from lora_bench.evaluation.metrics import score
+from lora_bench.job import Job
 from lora_bench.record import LAYOUT
 from lora_bench.training import loop
 from tests.helpers import SMALL_TOY, TINY, composed
@@ -63,7 +64,11 @@ def trained(folder: Path, *overrides: str, brief: bool = False, screen: io.Strin
     chosen = dict(o.split("=", 1) for o in overrides if o.split("=")[0] in ("model", "adapter", "data"))
     choices = {"model": "tiny_bert", "adapter": "lora", "data": "toy", **chosen}
     console = Console(file=shown, width=200)
-    story.train(composed(*overrides), folder, choices=choices, overrides=list(overrides), console=console, brief=brief)
+    (error,) = story.train_pack(
+        [Job(composed(*overrides), folder, choices, list(overrides))], console=console, brief=brief
+    )
+    if error:
+        raise error
     return Trained(folder, shown.getvalue())
 
 

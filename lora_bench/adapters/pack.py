@@ -191,7 +191,7 @@ class Pack(nn.Module):
     def suffix(self, hidden: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits (len(members), B, 2) in fp32 of some live members, from what `prefix` gave for the batch."""
         K, live = len(members), self.live
-        if batch.members > 1 and K < len(live):
+        if batch.members > 1 and len(live) > K:
             places = [live.index(k) for k in members]
             hidden = hidden.view(len(live), -1, *hidden.shape[1:])[places].flatten(0, 1)
             batch = batch.of(places)

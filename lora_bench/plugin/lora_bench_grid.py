@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
-from lora_bench.errors import UserError
+from lora_bench.errors import RunFailedError, SweepFailedError, UserError
 from lora_bench.hydra_errors import refuse_code
 from lora_bench.resume import quoted
 
@@ -68,10 +68,12 @@ class GridSweeper(BasicSweeper):
             asked = [text for text in [*typed["hydra"], *typed["task"]] if not text.startswith("resume=")]
             places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
             lock = sweep.begin(folder, asked, places[0] if places else None, jobs)
+        ran, failures = 0, []
         try:
             for first, batch in self._batches(folder, jobs, sweep.read(folder).lacks(folder)):
-                for done in self.launcher.launch(batch, initial_job_idx=first):
-                    _ = done.return_value  # raises what stopped the job from being run at all
+                ended = [done.return_value for done in self.launcher.launch(batch, initial_job_idx=first)]
+                ran += len(ended)
+                failures += [error for error in ended if error is not None]
         finally:
             lock.release()
             if any((folder / name / "run.json").exists() for name in jobs):
@@ -80,6 +82,10 @@ class GridSweeper(BasicSweeper):
                 main([str(folder)])
             if lacking := len(sweep.read(folder).lacks(folder)):
                 print(f"{lacking} of {len(jobs)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
+        if failures:
+            reason = f"{len(failures)} of {ran} jobs failed"
+            requests = [isinstance(error, UserError) and not isinstance(error, RunFailedError) for error in failures]
+            raise UserError(reason) if len(failures) == ran and all(requests) else SweepFailedError(reason)
 
     def _combinations(self, overrides: list[Override]) -> list[list[str]]:
         (jobs,) = BasicSweeper.split_arguments(overrides, None)

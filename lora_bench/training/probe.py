@@ -37,6 +37,21 @@ def probe_step(pack: Pack, rows: int, length: int) -> None:
         p.grad = None
 
 
+def saved_bytes(pack: Pack, rows: int, length: int) -> int:
+    """Bytes that a step of made-up tokens keeps for its backward pass, besides the weights."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        probe_step(pack, rows, length)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*pack.parameters(), *pack.buffers()]}
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a run is expected to cost."""

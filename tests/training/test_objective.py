@@ -22,6 +22,7 @@ from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.errors import UserError
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.experiment import Experiment
+from lora_bench.job import Job
 from lora_bench.training.loop import fit, predict
 from lora_bench.training.objective import check_columns, cross_entropy, make_objective, order_consistency
 from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, trainer
@@ -364,7 +365,7 @@ def test_single_sentences_are_refused_in_one_sentence() -> None:
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     console, cfg = Console(file=io.StringIO()), composed(*overrides)
-    story.train(cfg, folder, choices={"model": "m", "adapter": "a", "data": "d"}, overrides=[], console=console)
+    story.train(Job(cfg, folder, {"model": "m", "adapter": "a", "data": "d"}, []), console=console)
     return record.read(folder)
 
 
