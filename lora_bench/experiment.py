@@ -41,6 +41,11 @@ class Experiment:
     metrics: dict[str, config.Metric]
     seed: int
 
+    @property
+    def identity(self) -> str:
+        """Equal for runs that would be the same: all that decides what is learned, and not how it is computed."""
+        return repr((self.model, self.adapter, self.data, self.optimizer, self.trainer, self.metrics, self.seed))
+
     @classmethod
     def build(cls, cfg: DictConfig) -> Experiment:
         """From the composed config; refuses what is out of range, naming the key."""

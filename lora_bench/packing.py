@@ -120,8 +120,8 @@ def _sized(group: Group, common: Common, ended: Callable[[Job, Exception | None]
         used, passing = kept, step
         if settings.memory_bytes and used + passing > bound:
             remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
-            error = UserError("is too little for one job", key="pack.memory_bytes", value=int(bound), remedy=remedy)
-            ended(job, error)
+            refusal = UserError("is too little for one job", key="pack.memory_bytes", value=int(bound), remedy=remedy)
+            ended(job, refusal)
             used, passing = math.inf, 0.0  # the next job begins a pack
             continue
         packs.append([job])

@@ -104,14 +104,20 @@ class GridSweeper(BasicSweeper):
     def _checked(self, jobs: list[list[str]]) -> dict[str, list[str]]:
         """The jobs by their folders, before the sweep's is made: a wrong value in the last one leaves nothing."""
         found: dict[str, list[str]] = {}
+        asked: dict[str, list[str]] = {}
         for number, job in enumerate(jobs):
-            name = self._check(number, job)
+            name, identity = self._check(number, job)
+            if identity in asked:
+                reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
+                raise UserError(reason, key="sweep", remedy="Leave one of them out.")
+            asked[identity] = job
             if name in found:
                 raise UserError("gives two jobs the same folder", key="hydra.sweep.subdir", value=name)
             found[name] = job
         return found
 
-    def _check(self, number: int, job: list[str]) -> str:
+    def _check(self, number: int, job: list[str]) -> tuple[str, str]:
+        """The name of the job's folder, and what it would train, names and folders left out."""
         from lora_bench.experiment import Experiment  # torch: late
 
         assert self.hydra_context is not None
@@ -122,8 +128,7 @@ class GridSweeper(BasicSweeper):
             composed.hydra.job.num = number
             name = str(composed.hydra.sweep.subdir)
             del composed["hydra"]
-        Experiment.build(composed)
-        return name
+        return name, Experiment.build(composed).identity
 
     def _batches(self, folder: Path, jobs: dict[str, list[str]], lacks: dict[int, bool]) -> Iterator[Batch]:
         """What the sweep lacks, as the launcher takes it: jobs in a row, and the number of the first of them."""
