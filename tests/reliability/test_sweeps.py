@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lora_bench import train
+from lora_bench import packing, train
 from tests.command_line import lora_bench, refused, toy_run
 
-SWEEP = toy_run("hydra.sweep.dir=sweep")
+SWEEP = toy_run("hydra.sweep.dir=sweep", "pack.size=1")
 
 
 def statuses(folder: str = "sweep") -> dict[str, str]:
@@ -27,13 +27,13 @@ def statuses(folder: str = "sweep") -> dict[str, str]:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that a training really began in."""
-    original, folders = train.train, []
+    original, folders = train.train_pack, []
 
-    def noting(cfg: Any, folder: Path, **keywords: Any) -> None:
-        folders.append(folder.name)
-        original(cfg, folder, **keywords)
+    def noting(jobs: Any, **keywords: Any) -> Any:
+        folders.extend(job.folder.name for job in jobs)
+        return original(jobs, **keywords)
 
-    monkeypatch.setattr(train, "train", noting)
+    monkeypatch.setattr(packing, "train_pack", noting)
     return folders
 
 
@@ -46,7 +46,7 @@ def test_30_a_killed_sweep_says_which_job_was_killed_and_runs_the_rest(in_tmp: P
         while not list(Path("sweep/0/checkpoints").glob("step-*")) and time.monotonic() < until:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-    assert statuses() == {"0": "running"}
+    assert statuses() == {"0": "running", "1": "running", "2": "running"}  # one pack
     assert "killed: sweep/0" in lora_bench("compare", "sweep").out
     answer = lora_bench("train", "-m", "resume=sweep")
     assert answer.code == 0, answer
