@@ -1,24 +1,26 @@
 """What a training step changes: gathered for a checkpoint, and put back so that training goes on bit for bit.
 
-    0/weights/<name>    what member 0 trains           0/adamw/<i>/<key>   its optimizer's moments
-    0/buffers/<name>    what it keeps beside that       0/mean/<i>          its averaged weights
-    0/running/<name>    statistics of its method        0/best/<name>       its best weights so far
-    0/dropout           its stream of dropout           rng/<device>        torch's own stream
+    weights/<name>    what the member trains           adamw/<i>/<key>   its optimizer's moments
+    buffers/<name>    what it keeps beside that        mean/<i>          its averaged weights
+    running/<name>    statistics of its method         best/<name>       its best weights so far
+    dropout           its stream of dropout            rng/<device>      torch's own stream
 
-Batches are a function of seed and step, and rates of the step, so neither is kept.
+Batches are a function of seed and step, and rates of the step, so neither is kept. Each member of a pack has a state of
+its own, so that it can go on alone or in another pack.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_bench.errors import UserError
+from lora_bench.errors import DivergedError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,8 +34,9 @@ class Outcome:
     """What became of one member."""
 
     status: str = "running"
-    """`done`, or `diverged` when its loss, gradient or scores ceased to be finite."""
-    error: str | None = None
+    """`done`, `diverged` when its loss, gradient or scores ceased to be finite, or `failed`."""
+    error: Exception | None = None
+    """Why it diverged or failed."""
     best: dict[str, Any] | None = None
     """The line of its best evaluation: step, epoch, metrics on the selection split."""
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -59,65 +62,78 @@ class TrainingState:
     adamw: Sequence[torch.optim.AdamW]
     averages: Sequence[Average]
 
-    def gather(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of all tensors on the CPU, and what JSON can say."""
-        tensors: dict[str, Tensor] = {f"rng/{name}": state for name, state in _torch_streams(self.pack).items()}
-        for k, (outcome, adamw, average) in enumerate(zip(self.outcomes, self.adamw, self.averages, strict=True)):
-            parts: dict[str, dict[str, Tensor]] = {
-                "weights": dict(self.pack.trainable(k)),
-                "buffers": _buffers(self.pack, k),
-                "running": _running(self.pack, k),
-                "adamw": {
-                    f"{i}/{key}": value
-                    for i, moments in adamw.state_dict()["state"].items()
-                    for key, value in moments.items()
-                },
-                "mean": {str(i): average.means[p] for i, p in enumerate(average.parameters) if p in average.means},
-                "best": outcome.state,
-            }
-            tensors[f"{k}/dropout"] = self.pack.dropout[k].get_state()
-            tensors |= {f"{k}/{part}/{name}": t for part, found in parts.items() for name, t in found.items()}
+    def gather(self, k: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of all tensors of member `k` on the CPU, and what JSON can say."""
+        pack, outcome, adamw, average = self.pack, self.outcomes[k], self.adamw[k], self.averages[k]
+        parts: dict[str, dict[str, Tensor]] = {
+            "rng": _torch_streams(pack),
+            "weights": dict(pack.trainable(k)),
+            "buffers": _buffers(pack, k),
+            "running": _running(pack, k),
+            "adamw": {
+                f"{i}/{key}": value
+                for i, moments in adamw.state_dict()["state"].items()
+                for key, value in moments.items()
+            },
+            "mean": {str(i): average.means[p] for i, p in enumerate(average.parameters) if p in average.means},
+            "best": outcome.state,
+        }
+        tensors = {"dropout": pack.dropout[k].get_state()}
+        tensors |= {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         facts = {
-            "outcomes": [
-                {key: value for key, value in vars(outcome).items() if key != "state"} for outcome in self.outcomes
-            ],
-            "averaged": [average.steps for average in self.averages],
-            "ranks": self.pack.given_ranks,
-            "room": self.pack.room,
+            "outcome": {key: value for key, value in vars(outcome).items() if key not in ("state", "error")},
+            "averaged": average.steps,
+            "ranks": pack.given_ranks[k],
+            "room": pack.room,
         }
         return copies, facts
 
     @torch.no_grad()
-    def put_back(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: the pack has its settings and given ranks, everything else comes from it.
+    def put_back(self, k: int, checkpoint: Checkpoint) -> None:
+        """Let member `k` go on from a checkpoint: it has its settings and given ranks, all else comes from there.
 
         Raises:
             UserError: the tensors are not those of this training.
         """
-        tensors = dict(checkpoint.tensors)
-        self.pack.room = dict(checkpoint.facts.get("room", {}))
-        device = self.pack.backbone.device
-        for k in range(self.pack.size):
-            _copy(tensors, f"{k}/weights/", dict(self.pack.trainable(k)))
-            for name, update in self.pack.updates[k].items():
-                update.put_back_running(_taken(tensors, f"{k}/running/{name}/"))
-            _copy(tensors, f"{k}/buffers/", _buffers(self.pack, k))
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in _taken(tensors, f"{k}/adamw/").items():
-                i, _, name = key.partition("/")
-                moments.setdefault(int(i), {})[name] = tensor
-            self.adamw[k].load_state_dict({**self.adamw[k].state_dict(), "state": moments})
-            average, means = self.averages[k], _taken(tensors, f"{k}/mean/")
-            average.steps = checkpoint.facts["averaged"][k]
-            average.means = {average.parameters[int(i)]: mean.to(device) for i, mean in means.items()}
-            self.outcomes[k] = Outcome(**checkpoint.facts["outcomes"][k], state=_taken(tensors, f"{k}/best/"))
-            self.pack.dropout[k].set_state(tensors.pop(f"{k}/dropout"))
+        pack, tensors = self.pack, dict(checkpoint.tensors)
+        device = pack.backbone.device
+        pack.room |= checkpoint.facts.get("room", {})
+        _copy(tensors, "weights/", dict(pack.trainable(k)))
+        for name, update in pack.updates[k].items():
+            update.put_back_running(_taken(tensors, f"running/{name}/"))
+        _copy(tensors, "buffers/", _buffers(pack, k))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _taken(tensors, "adamw/").items():
+            i, _, name = key.partition("/")
+            moments.setdefault(int(i), {})[name] = tensor
+        self.adamw[k].load_state_dict({**self.adamw[k].state_dict(), "state": moments})
+        average, means = self.averages[k], _taken(tensors, "mean/")
+        average.steps = checkpoint.facts["averaged"]
+        average.means = {average.parameters[int(i)]: mean.to(device) for i, mean in means.items()}
+        self.outcomes[k] = Outcome(**checkpoint.facts["outcome"], state=_taken(tensors, "best/"))
+        pack.dropout[k].set_state(tensors.pop("dropout"))
         torch.set_rng_state(tensors.pop("rng/cpu"))
         if "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors.pop("rng/cuda"), device)
         if tensors:
             raise UserError(f"the checkpoint holds tensors of another training, for example {next(iter(tensors))}")
+
+
+@contextmanager
+def contained(outcome: Outcome) -> Iterator[None]:
+    """What goes wrong within is the end of this member, and of nobody else."""
+    try:
+        yield
+    except Exception as error:
+        outcome.status = "diverged" if isinstance(error, DivergedError) else "failed"
+        outcome.error = error
+
+
+def diverge(outcome: Outcome, step: int, what: str) -> None:
+    """The member's numbers ceased to be finite at this step."""
+    outcome.status = "diverged"
+    outcome.error = DivergedError(f"step {step}: {what}; the learning rate may be too high (optimizer.lr)")
 
 
 def _torch_streams(pack: Pack) -> dict[str, Tensor]:
