@@ -351,9 +351,7 @@ def _t_comparison(
 
     half = _t_quantile((1 + confidence) / 2, degrees) * error
     p = 2 * float(stdtr(degrees, -abs(difference) / error)) if error else float(difference == 0)
-    return Comparison(
-        measure, difference, difference - half, difference + half, p, error, degrees, seeds, examples
-    )
+    return Comparison(measure, difference, difference - half, difference + half, p, error, degrees, seeds, examples)
 
 
 def _t_quantile(probability: float, degrees: float) -> float:
