@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_bench.disk import why, write
+from lora_bench.disk import write
 from lora_bench.errors import RunFailedError, UserError, nearest
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
@@ -70,8 +70,7 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     table = summarise([Path(folder) for folder in options.folders or ["outputs"]], by=options.by)
     if options.html is not None:
-        _write_page(table, options.html)
-        return 0
+        return _write_page(table, options.html)
     if options.format == "table":
         from rich.console import Console
 
@@ -84,19 +83,17 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _write_page(table: Table, file: Path) -> None:
-    from lora_bench.report import page
+def _write_page(table: Table, file: Path) -> int:
+    from lora_bench.report import page  # late: numpy
 
-    if file.is_dir() or not file.name:
-        raise UserError("is a folder", key="--html", value=file, remedy="Give the name of a file, such as report.html.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file.parent, file.name, page(table).encode())
     except (OSError, RunFailedError) as error:
-        remedy = "Give a file in a folder where you may write."
-        reason = error.reason if isinstance(error, RunFailedError) else f"cannot be written: {why(error)}"
-        raise UserError(reason, key="--html", value=file, remedy=remedy) from None
+        remedy = "Give the name of a file, such as report.html, in a folder where you may write."
+        raise UserError(f"cannot be written: {error}", key="--html", value=file, remedy=remedy) from None
     print(f"written: {clean(str(file))}", file=sys.stderr)
+    return 0
 
 
 def write_tables(folder: Path) -> None:
@@ -376,9 +373,6 @@ def _parser() -> argparse.ArgumentParser:
         help="table (default) for people; csv and json with raw numbers; md and latex to paste",
     )
     parser.add_argument(
-        "--html",
-        type=Path,
-        metavar="FILE",
-        help="write a page with verdicts, figures and all tables, which opens offline",
+        "--html", type=Path, metavar="FILE", help="write a page with verdicts, figures and all tables; it opens offline"
     )
     return parser

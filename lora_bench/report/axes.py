@@ -53,7 +53,7 @@ def _round_step(raw: float) -> float:
 
 
 def logarithmic(values: Iterable[float], label: str, show: Callable[[float], str], n: int = 5) -> Axis:
-    """An axis over positive `values`, ticks at 1, 2 and 5 times powers of ten, about `n` at most; zeros have a place."""
+    """An axis over positive `values`, ticks at 1, 2 and 5 times powers of ten, about `n` at most; 0 has a place."""
     numbers = list(values)
     positive = [value for value in numbers if value > 0] or [1.0]
     zero = len(positive) < len(numbers)

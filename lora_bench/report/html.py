@@ -32,7 +32,7 @@ def join(parts: Iterable[Content], between: str = "") -> Markup:
 
 
 def el(tag: str, /, *children: Content, **attributes: str | float | bool | None) -> Markup:
-    """An element. An attribute that is None or False is left out, True stands alone; `class_` is class, `_` is a dash."""
+    """An element. An attribute that is None or False is left out, True stands alone; `class_` is class."""
     written = ""
     for name, value in attributes.items():
         if value is not None and value is not False:

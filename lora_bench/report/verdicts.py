@@ -185,7 +185,7 @@ def _tiles(block: Block, tested: list[Rival]) -> Markup:
 
 def _unseen(tested: list[Rival]) -> str:
     least, most = (f(rival.detectable for rival in tested) for f in (min, max))
-    sizes = points(most) if points(least) == points(most) else f"{points(least)} to {points(most)}, by rival"
+    sizes = points(most) if points(least) == points(most) else f"{points(least)} to {points(most)} (by rival)"
     seeds, examples = min(rival.seeds for rival in tested), tested[0].examples
     return (
         f"What this comparison could not have seen: with {several(seeds, 'paired seed')} and {examples:,} examples a "
