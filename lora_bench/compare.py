@@ -86,12 +86,14 @@ def main(arguments: list[str]) -> int:
 def _write_page(table: Table, file: Path) -> int:
     from lora_bench.report import page  # late: numpy
 
+    remedy = "Give the name of a file, such as report.html, in a folder where you may write."
+    if file.is_dir():
+        raise UserError("is a folder", key="--html", value=file, remedy=remedy)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file.parent, file.name, page(table).encode())
     except (OSError, RunFailedError) as error:
-        remedy = "Give the name of a file, such as report.html, in a folder where you may write."
-        raise UserError(f"cannot be written: {error}", key="--html", value=file, remedy=remedy) from None
+        raise UserError("cannot be written", key="--html", value=file, remedy=remedy) from error
     print(f"written: {clean(str(file))}", file=sys.stderr)
     return 0
 

@@ -159,7 +159,7 @@ def test_the_command_writes_the_page(runs: Path, tmp_path: Path, capsys: pytest.
     assert main([str(runs), "--html", str(tmp_path / "new" / "report.html")]) == 0
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="is a folder"):
         main([str(runs), "--html", str(tmp_path)])
 
 
