@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_bench.errors import UserError, nearest
+from lora_bench.disk import write
+from lora_bench.errors import RunFailedError, UserError, nearest
 from lora_bench.record import find, is_killed, last_logged
-from lora_bench.tables import Column, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
+from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -68,6 +69,8 @@ def main(arguments: list[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     table = summarise([Path(folder) for folder in options.folders or ["outputs"]], by=options.by)
+    if options.html is not None:
+        return _write_page(table, options.html)
     if options.format == "table":
         from rich.console import Console
 
@@ -77,6 +80,21 @@ def main(arguments: list[str]) -> int:
     if options.format in ("csv", "json"):
         for line in table.below:
             print(clean(line), file=sys.stderr)
+    return 0
+
+
+def _write_page(table: Table, file: Path) -> int:
+    from lora_bench.report import page  # late: numpy
+
+    remedy = "Give the name of a file, such as report.html, in a folder where you may write."
+    if file.is_dir():
+        raise UserError("is a folder", key="--html", value=file, remedy=remedy)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file.parent, file.name, page(table).encode())
+    except (OSError, RunFailedError) as error:
+        raise UserError("cannot be written", key="--html", value=file, remedy=remedy) from error
+    print(f"written: {clean(str(file))}", file=sys.stderr)
     return 0
 
 
@@ -115,12 +133,12 @@ def summarise(paths: Sequence[Path], by: str | None = None) -> Table:
         groups = _grouped(runs, shown)
     metrics = _metric_columns(runs, splits)
     costs = {name: Column(name, kind, keep=KEEP.index(name)) for name, kind in COSTS.items()}
-    rows = _ordered([(_row(group, shown, metrics | costs), group[0].data) for group in groups], [*metrics.values()])
-    below = _caveats(rows, runs, len(finished) - len(runs), splits)
-    below += [_unfinished(run) for run in everything if run.record["status"] != "done"]
-    below += [f"skipped: {folder}: {reason}" for folder, reason in skipped]
+    rows = _ordered([_row(group, shown, metrics | costs) for group in groups], [*metrics.values()])
+    missing = [_unfinished(run) for run in everything if run.record["status"] != "done"]
+    missing += [Missing("skipped", folder, reason) for folder, reason in skipped]
     columns = [*(Column(key, "key") for key in shown), *metrics.values(), *costs.values()]
-    return Table(columns, rows, below)
+    notes = _caveats(rows, runs, len(finished) - len(runs), splits)
+    return Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
 
 
 # -- which runs belong together, and what tells them apart --
@@ -244,7 +262,7 @@ def _row(group: Sequence[_Run], shown: Sequence[str], columns: dict[str, Column]
         if stat is not None:
             stats[column.name] = stat
     keys = {key: _short(group[0].keys[key]) for key in shown if key in group[0].keys}
-    return Row(keys, stats, len(group), [run.folder for run in group])
+    return Row(keys, stats, len(group), [run.folder for run in group], data=group[0].data)
 
 
 def _short(value: Any) -> Any:
@@ -262,7 +280,7 @@ def _stat(values: Sequence[Any]) -> Stat | None:
     return Stat(mean, std, n) if std is None or math.isfinite(std) else None
 
 
-def _ordered(rows: Sequence[tuple[Row, str | None]], metrics: Sequence[Column]) -> list[Row]:
+def _ordered(rows: Sequence[Row], metrics: Sequence[Column]) -> list[Row]:
     """Rows on the same data together, best MCC first, with the best of each metric among them marked."""
 
     def mcc(row: Row) -> float:
@@ -271,8 +289,8 @@ def _ordered(rows: Sequence[tuple[Row, str | None]], metrics: Sequence[Column]) 
         )
 
     blocks: dict[str | None, list[Row]] = {}
-    for row, data in sorted(rows, key=lambda item: -mcc(item[0])):
-        blocks.setdefault(data, []).append(row)
+    for row in sorted(rows, key=lambda row: -mcc(row)):
+        blocks.setdefault(row.data, []).append(row)
     ordered = []
     for block in blocks.values():
         tops: dict[str, float] = {}
@@ -310,21 +328,22 @@ def _caveats(rows: Sequence[Row], runs: Sequence[_Run], repeated: int, splits: S
     return lines
 
 
-def _unfinished(run: _Run) -> str:
+def _unfinished(run: _Run) -> Missing:
     record = run.record
-    asked = " ".join(map(str, record["overrides"]))
     killed = is_killed(run.folder, record)
-    line = f"{'killed' if killed else record['status']}: {run.folder}" + (f" ({asked})" if asked else "")
-    if record["status"] == "running":
-        line += f": since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
-        logged = last_logged(run.folder) or {}
-        metrics = logged.get("metrics")
-        mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
-        if isinstance(mcc, float):
-            line += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-        return f"{line}; its process is gone, resume= goes on with it" if killed else line
-    reason = record["error"] or "no reason recorded"
-    return f"{line}: {reason if len(reason) <= 300 else reason[:299] + '…'}"
+    status, asked = "killed" if killed else record["status"], " ".join(map(str, record["overrides"]))
+    if record["status"] != "running":
+        reason = record["error"] or "no reason recorded"
+        return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", asked)
+    reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
+    logged = last_logged(run.folder) or {}
+    metrics = logged.get("metrics")
+    mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
+    if isinstance(mcc, float):
+        reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
+    return Missing(
+        status, run.folder, f"{reason}; its process is gone, resume= goes on with it" if killed else reason, asked
+    )
 
 
 # -- arguments --
@@ -354,5 +373,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=["table", *FORMATS],
         default="table",
         help="table (default) for people; csv and json with raw numbers; md and latex to paste",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with verdicts, figures and all tables; it opens offline"
     )
     return parser

@@ -58,6 +58,24 @@ class Row:
     folders: list[Path]
     best: frozenset[str] = frozenset()
     """Metrics in which no comparable row is better."""
+    data: str | None = None
+    """What is equal for comparable rows."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A run that is not done, or a folder that cannot be read: not in the table, and why."""
+
+    status: str
+    """A status of run.json, `killed` or `skipped`."""
+    folder: Path
+    reason: str
+    asked: str = ""
+    """Its overrides."""
+
+    @property
+    def line(self) -> str:
+        return f"{self.status}: {self.folder}{f' ({self.asked})' * bool(self.asked)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +84,16 @@ class Table:
 
     columns: list[Column]
     rows: list[Row]
-    below: list[str] = field(default_factory=list)
-    """Runs that are not done, folders that were skipped, caveats: one line each."""
+    notes: list[str] = field(default_factory=list)
+    """Caveats."""
+    missing: list[Missing] = field(default_factory=list)
+    records: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    """`run.json` of every run that was found, in the table or missing."""
+
+    @property
+    def below(self) -> list[str]:
+        """What stands below the table, one line each."""
+        return [*self.notes, *(missing.line for missing in self.missing)]
 
     @property
     def keys(self) -> list[Column]:
@@ -109,7 +135,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _cell(row: Row, column: Column, digits: int = 4) -> str:
+def cell(row: Row, column: Column, digits: int = 4) -> str:
+    """A value for eyes: rounded, with its unit."""
     if column.kind == "key":
         return value_text(row.keys[column.name]) if column.name in row.keys else ""
     if column.kind == "n":
@@ -126,7 +153,7 @@ def _cell(row: Row, column: Column, digits: int = 4) -> str:
     return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
 
 
-def _visible(table: Table) -> list[Column]:
+def visible(table: Table) -> list[Column]:
     """The columns with anything to see; `n` stands behind the metrics where a row has more than one run."""
     shown = [c for c in table.columns if c.kind in ("key", "metric") or any(c.name in row.stats for row in table.rows)]
     if any(row.n > 1 for row in table.rows):
@@ -162,7 +189,7 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     lines = [{name: value for name, value in line.items() if name != "runs"} for line in _raw(table)]
     for line, row in zip(lines, table.rows, strict=True):
-        line |= {column.name: _cell(row, column) for column in table.keys}
+        line |= {column.name: cell(row, column) for column in table.keys}
     if lines:
         writer.writerow(_no_formula(clean(name)) for name in lines[0])
         writer.writerows(
@@ -185,13 +212,13 @@ def _no_formula(cell: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    columns = _visible(table)
+    columns = visible(table)
     lines = []
     if table.rows:
         lines.append([_markdown(column.header) for column in columns])
         lines.append(["---" if column.kind == "key" else "---:" for column in columns])
     for row in table.rows:
-        cells = [_markdown(_cell(row, column)) for column in columns]
+        cells = [_markdown(cell(row, column)) for column in columns]
         lines.append([f"**{x}**" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     below = "".join(f"- {_markdown(clean(line))}\n" for line in table.below)
@@ -207,12 +234,12 @@ def _markdown(text: str) -> str:
 
 def to_latex(table: Table) -> str:
     """A `tabular` for the booktabs package; what stands below the table comes as comments."""
-    columns = _visible(table)
+    columns = visible(table)
     align = "".join("l" if column.kind == "key" else "r" for column in columns)
     lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
     lines += [" & ".join(_latex(column.header) for column in columns) + r" \\", r"\midrule"]
     for row in table.rows:
-        cells = [_latex(_cell(row, column)) for column in columns]
+        cells = [_latex(cell(row, column)) for column in columns]
         cells = [rf"\textbf{{{x}}}" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
@@ -259,7 +286,7 @@ def render(table: Table, console: Console) -> None:
 
 def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
     """The widest form that the console holds: costs go first, then a digit, then metrics; keys then share a column."""
-    columns = _visible(table)
+    columns = visible(table)
     shown = _rich(table, columns, 4, stacked=False)
     if not console.is_terminal:
         return shown, []
@@ -288,10 +315,10 @@ def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) ->
     for column in rest:
         made.add_column(Text(column.header), justify="right", no_wrap=True)
     for row in table.rows:
-        cells = [Text(_cell(row, column)) for column in keys]
+        cells = [Text(cell(row, column)) for column in keys]
         if stacked:
-            cells = [Text("\n".join(f"{clean(c.name)}={_cell(row, c)}" for c in keys if c.name in row.keys))]
-        cells += [Text(_cell(row, c, digits), style="bold" if c.name in row.best else "") for c in rest]
+            cells = [Text("\n".join(f"{clean(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys))]
+        cells += [Text(cell(row, c, digits), style="bold" if c.name in row.best else "") for c in rest]
         made.add_row(*cells)
     return made
 
