@@ -1,4 +1,4 @@
-"""Whether a difference is real: intervals, paired tests, corrections, power. Pure functions on arrays; scipy comes late.
+"""Whether a difference is real: intervals, paired tests, corrections, power. Pure functions; scipy comes late.
 
 Two things are chance in a comparison of two methods: the seeds they were trained with and the examples they were
 scored on. A t test over seeds takes the examples for granted, a bootstrap or McNemar's test over examples takes the
@@ -115,12 +115,15 @@ class Interval:
 def interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     """Student's t interval for the mean over seeds."""
     x = np.asarray(values, float)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return Interval(mean, None, None, None, len(x))
-    std = float(x.std(ddof=1))
-    half = _t_quantile((1 + confidence) / 2, len(x) - 1) * std / math.sqrt(len(x))
-    return Interval(mean, std, mean - half, mean + half, len(x))
+    return interval_of(float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else None, len(x), confidence)
+
+
+def interval_of(mean: float, std: float | None, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """The same from the mean, the sample standard deviation and the number of the values."""
+    if std is None:
+        return Interval(mean, None, None, None, n)
+    half = _t_quantile((1 + confidence) / 2, n - 1) * std / math.sqrt(n)
+    return Interval(mean, std, mean - half, mean + half, n)
 
 
 # -- two methods --
@@ -163,11 +166,11 @@ def crossed_test(
 ) -> Comparison:
     """Whether `a` beats `b`, with seeds and examples as two crossed sources of chance.
 
-    Each of S paired seeds scores the same N examples, as readers do in a multi-reader multi-case study. The pseudo-values
-    d[s, i] = difference of seed s + influence of example i on it follow a two-way random layout, whose mean squares give
-    Var(d..) = (MS_seed + max(MS_example - MS_rest, 0)) / (S N), referred to Student's t with Hillis' degrees of freedom
-    (.)² / (MS_seed² / (S - 1)). Dorfman, Berbaum & Metz 1992; Hillis 2007, Statistics in Medicine 26:596. Where seeds
-    differ much it becomes the paired t test over seeds, where they do not the test over examples.
+    Each of S paired seeds scores the same N examples, as readers do in a multi-reader multi-case study. The
+    pseudo-values d[s, i] = difference of seed s + influence of example i on it follow a two-way random layout, whose
+    mean squares give Var(d..) = (MS_seed + max(MS_example - MS_rest, 0)) / (S N), referred to Student's t with Hillis'
+    degrees of freedom (.)² / (MS_seed² / (S - 1)). Dorfman, Berbaum & Metz 1992; Hillis 2007, Statistics in Medicine
+    26:596. Where seeds differ much it becomes the paired t test over seeds, where they do not the test over examples.
 
     Args:
         labels: (N,) 0 or 1.
@@ -295,7 +298,9 @@ def power(comparison: Comparison, difference: float, alpha: float = 0.05) -> flo
         return 1.0 if difference else alpha
     degrees, shift = min(comparison.degrees, 1e6), abs(difference) / comparison.error
     critical = _t_quantile(1 - alpha / 2, degrees)
-    return float(1 - nctdtr(degrees, shift, critical) + nctdtr(degrees, shift, -critical))
+    # Far in a tail scipy has no value: there it is 0.
+    above, below = np.nan_to_num([nctdtr(degrees, shift, critical), nctdtr(degrees, shift, -critical)])
+    return float(1 - above + below)
 
 
 def detectable(comparison: Comparison, chance: float = 0.8, alpha: float = 0.05) -> float:

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": BASE,
     "progress": {"tables"},
     "compare": {"errors", "record", "tables"},
+    "stats": set(),
     "record": {"", "claim", "disk", "errors"},
     "disk": {"errors"},
     "claim": set(),
