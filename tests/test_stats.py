@@ -85,6 +85,7 @@ def test_the_crossed_variance_is_that_of_the_two_way_layout() -> None:
     seed = N * d.mean(1).var(ddof=1)
     example = S * d.mean(0).var(ddof=1)
     rest = ((d - d.mean(1, keepdims=True) - d.mean(0) + d.mean()) ** 2).sum() / ((S - 1) * (N - 1))
+    seed = max(seed, rest)
     total = seed + max(example - rest, 0)
     found = stats.crossed_test(y, a, b, "accuracy")
     assert found.difference == pytest.approx(d.mean())
@@ -160,7 +161,7 @@ def test_under_no_difference_the_crossed_test_keeps_its_size(spread: float) -> N
         hard = rng.beta(0.4, 2.0, 1000)
         a, b = (y ^ (rng.random((3, 1000)) < hard + rng.normal(0, spread, (3, 1))) for _ in range(2))
         rejected += stats.crossed_test(y, a, b).p <= 0.05
-    assert rejected / 500 <= 0.075
+    assert rejected / 500 <= 0.06
 
 
 def test_mcnemar_rejects_as_often_as_it_should_and_finds_what_theory_says() -> None:
