@@ -19,7 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
     "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
-    | {"resume", "sweep"},
+    | {"help", "prompt", "resume", "sweep"},
+    "help": set(),
+    "prompt": BASE | {"data", "environment", "evaluation", "progress", "record", "tables"},
     "plugin": {"compare", "errors", "hydra_errors", "resume", "sweep", "train"},
     "resume": {"errors", "hydra_errors", "record", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
@@ -46,9 +48,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hub": set(),
 }
-LIGHT = ("compare", "record", "resume", "sweep", "tables", "environment", "errors", "hydra_errors", "cli", "config")
+LIGHT = (
+    "compare",
+    "record",
+    "resume",
+    "sweep",
+    "tables",
+    "environment",
+    "errors",
+    "hydra_errors",
+    "cli",
+    "config",
+    "help",
+)
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
+OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "prompt", "evaluate", "plugin"}
 
 
 def module_of(path: Path) -> str:
