@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.text import Text
 
 from lora_bench.errors import DivergedError, RunFailedError, UserError, nearest
 from lora_bench.help import COMMANDS, GROUPS, PROMPT_GROUPS, conf_folder, help_of, overview
+from lora_bench.screen import shown
+from lora_bench.secrets import remember
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a screen without ± and ↑ shows a question mark, not a traceback
+    remember(arguments)
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -58,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            first[0] += " Take a smaller trainer.batch_size, data.max_length or model."
         return _say(f"{command} failed: {type(error).__name__}: {first[0]} ({_where(error)})", 1)
 
 
@@ -182,7 +186,8 @@ def _train(cfg: DictConfig) -> None:
     console = _console()
     job = hydra.job.num if hydra.mode == RunMode.MULTIRUN else None
     if job is not None:
-        console.print(Text(f"\njob {job}: {' '.join(asked['overrides'])}", style="bold"))
+        console.print()
+        console.print(shown(f"job {job}: {' '.join(asked['overrides'])}", style="bold"))
     try:
         if cfg.resume:
             discard(folder)
@@ -210,14 +215,15 @@ def _resume(cfg: DictConfig, overrides: list[str], console: Console, brief: bool
     from omegaconf import OmegaConf
 
     from lora_bench.record import Run, read
-    from lora_bench.resume import refuse_difference
+    from lora_bench.resume import refuse_difference, refuse_hidden
 
     folder = Path(cfg.resume)
     if read(folder)["status"] == "done":
-        console.print(Text(f"{folder} is done: nothing to go on with"))
+        console.print(shown(f"{folder} is done: nothing to go on with"))
         return
     run = Run.reopen(folder)
     try:
+        refuse_hidden(folder, run.record["config"])
         refuse_difference(run.record, cfg, overrides, GROUPS)
         from lora_bench.train import train  # torch: late
 
@@ -230,7 +236,7 @@ def _resume(cfg: DictConfig, overrides: list[str], console: Console, brief: bool
 def _tell_job(console: Console, job: int | None, error: Exception) -> None:
     """In a sweep the others go on, so each failure is told when it happens."""
     if job is not None:
-        console.print(Text(f"job {job} failed: {error}", style="red"))
+        console.print(shown(f"job {job} failed: {error}", style="red"))
 
 
 def _eval(cfg: DictConfig) -> None:
@@ -293,8 +299,8 @@ def _where(error: Exception) -> str:
     return f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else "outside lora-bench"
 
 
-def _tell(line: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(line))
+def _tell(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(shown(text))
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_bench.errors import RunFailedError
+from lora_bench.secrets import redacted
+
+MAKE_ROOM = "Make room, and go on with: lora-bench train resume=DIR."
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:
@@ -49,30 +52,34 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise RunFailedError("is gone: it was deleted or moved while it was in use", file=path.parent) from None
-        remedy = "Make room, and go on with: lora-bench train resume=DIR."
-        raise RunFailedError(f"cannot be written: {why(error)}", file=path, remedy=remedy) from None
+        raise RunFailedError(f"cannot be written: {why(error)}", file=path, remedy=MAKE_ROOM) from None
 
 
 def why(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def plain(value: Any) -> Any:
-    """`value` in the types that JSON has; a number that is not finite becomes None."""
+def plain(value: Any, name: str = "") -> Any:
+    """`value` in the types that JSON has; a number that is not finite becomes None, and secrets are hidden.
+
+    Args:
+        value: what to write.
+        name: the key that holds it.
+    """
     if isinstance(value, Enum):
-        return plain(value.value)
+        return plain(value.value, name)
     if value is None or isinstance(value, bool | int | str):
-        return value
+        return redacted(value, name)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+        return [plain(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, Path):
-        return str(value)
+        return redacted(str(value), name)
     if hasattr(value, "item"):  # a number of numpy's or torch's
-        return plain(value.item())
+        return plain(value.item(), name)
     raise TypeError(f"{type(value).__name__} has no place in a run's record")
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from rich.text import Text
 
 from lora_bench import config
 from lora_bench.adapters import peft_import
@@ -28,6 +27,7 @@ from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.predict import FinishedRun
 from lora_bench.progress import metric_table
 from lora_bench.record import Run, discard
+from lora_bench.screen import shown
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
 
@@ -77,7 +77,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     name = cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice)
     path = _write(place, str(name), {**described, "metrics": found}, predictions)
     console.print(metric_table(found))
-    console.print(Text(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
+    console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 
 
 def _finished(cfg: DictConfig, data: config.Data) -> tuple[Scorer, Run, dict[str, Any]]:

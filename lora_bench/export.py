@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.text import Text
 
 from lora_bench.adapters import peft_format
 from lora_bench.adapters.layer import QuantizedLinear
@@ -17,6 +16,7 @@ from lora_bench.backbones.load import public_place
 from lora_bench.config import need_one_of
 from lora_bench.errors import UserError
 from lora_bench.predict import FinishedRun
+from lora_bench.screen import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             write_merged(folder, run.pack, 0, run.experiment.data.label_names)
         load = f'{auto_class}.from_pretrained("{output}")'
     for line in (f"written: {output}", f"load it: {load}"):
-        console.print(Text(line), soft_wrap=True)
+        console.print(shown(line), soft_wrap=True)
 
 
 @torch.no_grad()

@@ -175,6 +175,9 @@ def translated(conf: Path, config_name: str, arguments: Arguments) -> Iterator[N
         reason = f"cannot be written: {error.strerror}"
         raise UserError(reason, key=key, value=error.filename, remedy="Give a folder where you may write.") from None
     except ValueError as error:
+        if "null byte" in str(error):
+            key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
+            raise UserError("holds a NUL, which no path can", key=key, value="…") from None
         if "Config group override" not in str(error):
             raise
         wrong = (o for o in arguments.overrides if re.fullmatch(r"[+]?[\w/]*=(null|true|false|[\d.+-]*)(,.*)?", o))

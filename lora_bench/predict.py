@@ -19,7 +19,7 @@ from lora_bench.adapters import peft_format
 from lora_bench.data import files
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
-from lora_bench.errors import UserError
+from lora_bench.errors import RunFailedError, UserError
 from lora_bench.train import Experiment, attach
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from lora_bench.adapters.pack import Pack
 
+_NOT_FINITE = "The run may have been trained in a precision that this device computes otherwise; try device=cpu."
 OUTPUTS = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
@@ -96,7 +97,10 @@ class FinishedRun:
         """P(label 1) of each example, (N,)."""
         data = self.experiment.data  # its column names are part of what T5 reads
         table = tokenize(examples, data.text_columns, self.pack.backbone, data.max_length, cached=cached)
-        return predict(self.pack, table, self.experiment.trainer.eval_batch_size)[0]  # type: ignore[no-any-return]
+        (scores,) = predict(self.pack, table, self.experiment.trainer.eval_batch_size)
+        if not np.isfinite(scores).all():  # NaN would be labelled 0
+            raise RunFailedError("some scores are not finite numbers", file=self.folder, remedy=_NOT_FINITE)
+        return scores  # type: ignore[no-any-return]
 
 
 def run_predict(cfg: DictConfig) -> None:

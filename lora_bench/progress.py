@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from lora_bench.screen import shown
 from lora_bench.tables import human
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class Display:
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         metrics = line["metrics"]
         self.mcc = metrics["mcc"]
-        shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
-        self.console.print(Text(f"epoch {round(line['epoch'], 2):g}  {line['split']}  {shown}"))  # 60 columns at most
+        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
+        self.console.print(Text(f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"))  # 60 columns at most
         self.since = time.perf_counter()
 
     def _state(self, step: int) -> str:
@@ -93,7 +94,7 @@ def announce(console: Console, record: Mapping[str, Any], adapted: int, notes: S
         f"{choices['data']}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
     ]
     for line in [*lines, *(f"note: {note}" for note in notes)]:
-        console.print(Text(line))
+        console.print(shown(line))
 
 
 def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, brief: bool) -> None:
@@ -102,15 +103,15 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, br
     if brief:
         splits = dict.fromkeys(key.split("/")[0] for key in metrics if not key.startswith("selection/"))
         for split in splits:
-            shown = "  ".join(f"{name} {metrics[f'{split}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
-            console.print(Text(f"{split}  {shown}"))
+            main = "  ".join(f"{name} {metrics[f'{split}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
+            console.print(Text(f"{split}  {main}"))
     else:
         console.print(metric_table(metrics))
     rate = f"{cost['pairs_per_second']:.0f} pairs/s" if cost["pairs_per_second"] else ""
     spent = [f"{cost['steps']} steps", f"{cost['train_seconds']:.0f} s", rate, human(cost["train_flops"], "FLOP")]
     spent.append(human(cost["peak_memory_bytes"], "B") + " peak")
     console.print(Text(" · ".join(spent)))
-    console.print(Text(f"record: {folder}"), soft_wrap=True)
+    console.print(shown(f"record: {folder}"), soft_wrap=True)
 
 
 def _smooth(old: float | None, new: float) -> float:
@@ -123,8 +124,8 @@ def metric_table(metrics: Mapping[str, float | None]) -> Table:
     names = list(dict.fromkeys(key.split("/", 1)[1] for key in metrics))
     table = Table("metric", box=box.SIMPLE_HEAD, pad_edge=False)
     for split in splits:
-        table.add_column(Text(split), justify="right")
+        table.add_column(shown(split), justify="right")
     for name in names:
         values = [metrics.get(f"{split}/{name}") for split in splits]
-        table.add_row(Text(name), *("" if value is None else f"{value:.4f}" for value in values))
+        table.add_row(shown(name), *("" if value is None else f"{value:.4f}" for value in values))
     return table

@@ -27,6 +27,7 @@ import yaml
 from lora_bench import claim
 from lora_bench.disk import dump, plain, why, write, writing
 from lora_bench.errors import DivergedError, RunFailedError, UserError
+from lora_bench.secrets import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +76,7 @@ class Run:
     @classmethod
     def claim(cls, folder: Path, *, choices: Mapping[str, str], config: Mapping[str, Any], overrides: list[str]) -> Run:
         """Take `folder` for a new run, or refuse and leave it as it was if it holds a run already."""
+        refuse_secret(folder)
         asked = {"choices": choices, "config": config, "overrides": overrides}
         record = plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked)
         try:
@@ -121,9 +123,13 @@ class Run:
         """Set the record back to the end of update number `step`: later lines of its log are dropped."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if line["split"] == "selection" and line["step"] <= step]
-            write(self.folder, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # cut off by a kill or a full disk
+                    found = json.loads(line)
+                    if found["split"] == "selection" and found["step"] <= step:
+                        kept.append(line + "\n")
+            write(self.folder, "metrics.jsonl", "".join(kept).encode())
         self.update(status="running", finished=None, error=None)
 
     def release(self) -> None:
@@ -193,8 +199,8 @@ class Run:
             elif isinstance(error, UserError):
                 self.finish("failed", str(error))
             else:
-                lines = "".join(format_exception(error)).encode(errors="backslashreplace")
-                write(self.folder, self.log_file.name, lines)
+                lines = redact("".join(format_exception(error)))
+                write(self.folder, self.log_file.name, lines.encode(errors="backslashreplace"))
                 self.finish("failed", f"{type(error).__name__}: {error}")
 
 
@@ -325,6 +331,12 @@ def _refuse_taken(folder: Path) -> None:
             reason = "holds a run whose process was killed"
             remedy = f"Go on with it: lora-bench train resume={folder}. Or give a folder that is not there yet."
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
+
+
+def refuse_secret(folder: str | Path) -> None:
+    """A folder's name is on the disk and in every report: it may hold no key."""
+    if redact(str(folder)) != str(folder):
+        raise UserError("the folder's name holds a key, or what looks like one", key="hydra.run.dir", value=folder)
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:

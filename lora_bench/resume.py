@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from lora_bench import sweep
 from lora_bench.errors import UserError
 from lora_bench.record import find
+from lora_bench.secrets import hides_secret
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,10 +49,19 @@ def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
         asked = more[0] if more else "--config-dir"
         raise UserError(f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder)
     begun = sweep.read(folder)
+    refuse_hidden(folder, begun.overrides)
     overrides = [*begun.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
     again = type(arguments).read([])
     again.overrides, again.multirun, again.config_dir = overrides, True, begun.config_dir
     return again
+
+
+def refuse_hidden(folder: Path, asked: Any) -> None:
+    """What a record hides cannot be gone on with."""
+    if hides_secret(asked):
+        remedy = "Begin it anew, with the key in an environment variable: '${oc.env:NAME}'."
+        reason = "was begun with a key, or what looks like one, and keys are not kept"
+        raise UserError(reason, key="resume", value=folder, remedy=remedy)
 
 
 def quoted(value: object) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_bench import claim, record
-from lora_bench.disk import dump, why, write
+from lora_bench.disk import dump, plain, why, write
 from lora_bench.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -51,13 +51,15 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
         UserError: it holds a sweep, or cannot be written.
     """
     made = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs)
+    for name in jobs:
+        record.refuse_secret(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / FILE).exists():
             remedy = f"Run what it lacks: lora-bench train -m resume={folder}. Or give a folder that is not there yet."
             raise UserError("already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy)
         lock = _take(folder)
-        write(folder, FILE, dump({"schema": record.SCHEMA, **asdict(made)}).encode())
+        write(folder, FILE, dump(plain({"schema": record.SCHEMA, **asdict(made)})).encode())
     except (OSError, RunFailedError) as error:
         reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
         remedy = "Give a folder where you may write."

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.text import Text
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench import config, environment
@@ -26,6 +25,7 @@ from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.progress import Display, announce, show_result
 from lora_bench.record import Run
+from lora_bench.screen import shown
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit, predict, prepare, total_steps
@@ -158,7 +158,7 @@ def train(
         damaged = [f"passed over a damaged checkpoint, {trouble}" for trouble in checkpoints.damaged]
         announce(console, run.record, len(pack.updates[0]), [*_notes(experiment, run.record), *damaged])
         if newest:
-            console.print(Text(f"going on from step {newest.step}"))
+            console.print(shown(f"going on from step {newest.step}"))
         flop_model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
         steps = total_steps(trainer, len(tables["train"]))
         with Display(console, steps) as display, Interruption() as interruption:
@@ -181,6 +181,7 @@ def train(
         if outcome.status == "diverged":
             raise DivergedError(outcome.error)
         _evaluate(run, pack, experiment, outcome, tables)
+        _tell_room(run, pack, trainer, console)
         peft_format.save(run.adapter_folder, pack, 0, public_place(experiment.model))
     checkpoints.clear()
     show_result(console, run.folder, run.record, brief=brief)
@@ -296,6 +297,19 @@ def _record_cost(run: Run, outcome: Outcome, preparation: _Preparation, device: 
     )
 
 
+def _tell_room(run: Run, pack: Pack, trainer: config.Trainer, console: Console) -> None:
+    """Record the portions in which pairs went through the network, and tell where memory made them smaller."""
+    found = {"micro_batch_size": trainer.micro_batch_size, "eval_batch_size": trainer.eval_batch_size}
+    if "training" in pack.room:
+        found["micro_batch_size"] = pack.room["training"] * pack.size  # it counts pairs over all members
+    if "evaluation" in pack.room:
+        found["eval_batch_size"] = pack.room["evaluation"]
+    run.update(cost=found)
+    for key, pairs in found.items():
+        if pairs != getattr(trainer, key):
+            console.print(shown(f"note: memory was short, so the run went on with trainer.{key}={pairs}."))
+
+
 @contextmanager
 def _recorded_end(run: Run, console: Console, brief: bool) -> Iterator[None]:
     """However the run ends, its record says so; a traceback goes to its log."""
@@ -311,7 +325,7 @@ def _recorded_end(run: Run, console: Console, brief: bool) -> Iterator[None]:
         with suppress(RunFailedError):
             run.finish("interrupted", "stopped from outside")
         if not brief:
-            console.print(Text(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
+            console.print(shown(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
         raise
 
 

@@ -19,27 +19,41 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
     "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
-    | {"help", "prompt", "resume", "sweep"},
+    | {"help", "prompt", "resume", "screen", "secrets", "sweep"},
     "help": set(),
-    "prompt": BASE | {"data", "environment", "evaluation", "progress", "record", "tables"},
-    "plugin": {"compare", "errors", "hydra_errors", "resume", "sweep", "train"},
-    "resume": {"errors", "hydra_errors", "record", "sweep"},
+    "prompt": BASE | {"data", "environment", "evaluation", "progress", "record", "screen", "tables"},
+    "plugin": {"compare", "disk", "errors", "hydra_errors", "resume", "sweep", "train"},
+    "resume": {"errors", "hydra_errors", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
-    "evaluate": BASE | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "training"},
-    "export": BASE | {"adapters", "backbones", "predict"},
+    "evaluate": BASE
+    | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
+    "export": BASE | {"adapters", "backbones", "predict", "screen"},
     "predict": BASE | {"adapters", "data", "record", "train", "training"},
     "train": BASE
-    | {"environment", "adapters", "backbones", "data", "evaluation", "progress", "record", "tables", "training"},
+    | {
+        "environment",
+        "adapters",
+        "backbones",
+        "data",
+        "evaluation",
+        "progress",
+        "record",
+        "screen",
+        "tables",
+        "training",
+    },
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},
     "data": BASE | {"hub"},
     "backbones": BASE | {"hub"},
     "adapters": BASE,
-    "progress": {"tables"},
+    "progress": {"screen", "tables"},
+    "screen": {"secrets", "tables"},
+    "secrets": set(),
     "compare": {"errors", "record", "tables"},
-    "record": {"", "claim", "disk", "errors"},
-    "disk": {"errors"},
+    "record": {"", "claim", "disk", "errors", "secrets"},
+    "disk": {"errors", "secrets"},
     "claim": set(),
     "hydra_errors": {"errors"},
     "config": {"errors"},
@@ -48,19 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hub": set(),
 }
-LIGHT = (
-    "compare",
-    "record",
-    "resume",
-    "sweep",
-    "tables",
-    "environment",
-    "errors",
-    "hydra_errors",
-    "cli",
-    "config",
-    "help",
-)
+LIGHT = ("compare", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors", "hydra_errors")
+LIGHT += ("cli", "config", "help")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "prompt", "evaluate", "plugin"}
 

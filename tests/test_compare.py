@@ -326,7 +326,8 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
     make(tmp_path / "2", status="diverged")
     run = make(tmp_path / "10", None, status="running", created="2026-01-02T03:04:05.678+00:00")
     run.log({"step": 120, "split": "selection", "metrics": {"mcc": 0.61234}})
-    make(tmp_path / "11", None, status="running", created=None)
+    held = make(tmp_path / "11", None, status="running", created=None)
+    make(tmp_path / "12", None, status="running", created=None).release()  # as the end of its process does
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/run.json").write_text("{")
     table = summarise([tmp_path])
@@ -339,7 +340,9 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
         f"diverged: {tmp_path}/2: no reason recorded",
         f"running: {tmp_path}/10: since 2026-01-02 03:04 UTC, step 120, selection mcc 0.6123",
         f"running: {tmp_path}/11: since ? UTC",
+        f"killed: {tmp_path}/12: since ? UTC; its process is gone, resume= goes on with it",
     ]
+    assert held.lock is not None
     assert skipped.startswith(f"skipped: {tmp_path}/bad: run.json is damaged")
     assert (to_csv(table), to_json(table)) == ("", "[]\n")
     assert to_markdown(table).startswith("- no finished run yet\n")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,9 @@ class Pack(nn.Module):
             raise error.under("adapter") from None
         self.given_ranks = [member.saved_ranks for member in members]
         """Ranks by module that each member's updates were made with, where not its method alone decided them."""
+        self.room: dict[str, int] = {}
+        """Pairs of each member per forward pass that memory has room for in `training` and in `evaluation`: known
+        where fewer fitted than were asked for."""
         self._attach_heads()
         self._attach_updates()
 
@@ -137,14 +140,15 @@ class Pack(nn.Module):
 
         A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
         """
-        learns = torch.is_grad_enabled()
-        with torch.set_grad_enabled(learns and self.trains_backbone), self._autocast():
-            hidden = self.backbone.prefix(batch, self.depth)  # (B or K·B, T, D)
+        if batch.hidden is None:
+            learns = torch.is_grad_enabled() and self.trains_backbone
+            with torch.set_grad_enabled(learns), self._autocast():
+                batch = replace(batch, hidden=self.backbone.prefix(batch, self.depth))
         if batch.members == 1 and self.size > 1:
             batch = batch.repeat(self.size)
-            hidden = hidden.repeat(self.size, *[1] * (hidden.ndim - 1))
+        assert batch.hidden is not None  # (B, T, D), or (K·B, T, D) from here on
         with self._autocast():
-            logits = self.backbone.suffix(hidden, batch, self.depth)  # (K·B, 2)
+            logits = self.backbone.suffix(batch.hidden, batch, self.depth)  # (K·B, 2)
         return logits.float().view(self.size, -1, logits.shape[-1])
 
     def train(self, mode: bool = True) -> Pack:

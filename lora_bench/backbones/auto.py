@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Auto(Backbone):
     """`AutoModelForSequenceClassification`; what lies outside its base model is the head."""
 
+    can_be_cut = False
     query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q|v)"
 
     def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:

@@ -39,6 +39,8 @@ class Backbone(ABC):
     """Regular expression of the linears that `target_modules=qv` means."""
     peft_task = "SEQ_CLS"
     """What peft calls the kind of task."""
+    can_be_cut = True
+    """Whether the prefix computes anything: False where the whole network is suffix."""
     layer_paths: Sequence[str]
     """Names of the lists of layers, in the order of computation."""
 

@@ -109,6 +109,7 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     backbone = _backbone(model, network, tokenizer, fresh, task)
     if place is not None:
         _refuse_holes(backbone, place)
+        _refuse_not_finite(network, place)
     known = network.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise UserError(
@@ -255,6 +256,13 @@ def _refuse_holes(backbone: Backbone, place: str) -> None:
             file=place,
             remedy=f"Its tensors must have the names that transformers' {type(backbone.network).__name__} gives them.",
         )
+
+
+def _refuse_not_finite(network: Any, place: str) -> None:
+    bad = [name for name, tensor in network.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(f"the checkpoint's {', '.join(bad[:3])}{more} hold numbers that are not finite", file=place)
 
 
 def _unreachable(model: Model, place: str, error: Exception) -> UserError:

@@ -8,15 +8,15 @@ function of (seed, epoch, position).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -45,6 +45,7 @@ class Batch:
     full: bool  # no padding anywhere
     members: int = 1
     orders: int = 1
+    hidden: Tensor | None = None  # (N, T, D) what the frozen prefix makes of the rows, where that is kept
 
     @property
     def pairs(self) -> int:
@@ -53,28 +54,18 @@ class Batch:
 
     def repeat(self, members: int) -> Batch:
         """The same rows once per member."""
-        types, labels = self.token_type_ids, self.labels
-        return Batch(
-            self.input_ids.repeat(members, 1),
-            self.attention_mask.repeat(members, 1),
-            None if types is None else types.repeat(members, 1),
-            None if labels is None else labels.repeat(members),
-            self.full,
-            members,
-            self.orders,
-        )
+        return replace(self.map(lambda t: t.repeat(members, *[1] * (t.ndim - 1))), members=members)
 
     def to(self, device: torch.device) -> Batch:
+        """On the device; from pinned memory, so that the copy overlaps with what the device still computes."""
         if device.type == "cpu":
             return self
-        moved = [
-            None if t is None else t.pin_memory().to(device, non_blocking=True)
-            for t in (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)
-        ]
-        ids, mask, types, labels = moved
-        assert ids is not None
-        assert mask is not None
-        return Batch(ids, mask, types, labels, self.full, self.members, self.orders)
+        return self.map(lambda t: t.pin_memory().to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor of it changed in the same way."""
+        changed: dict[str, Any] = {name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -144,16 +135,12 @@ def both_orders(batch: Batch, swapped: Batch) -> Batch:
     """Each member's rows, and behind them the same pairs with their texts exchanged."""
     # (2, members, B) row numbers, read member by member
     places = torch.arange(2 * len(batch.input_ids)).view(2, batch.members, -1).transpose(0, 1).flatten()
-    types, labels = batch.token_type_ids, batch.labels
-    return Batch(
-        torch.cat([batch.input_ids, swapped.input_ids])[places],
-        torch.cat([batch.attention_mask, swapped.attention_mask])[places],
-        None if types is None else torch.cat([types, swapped.token_type_ids])[places],  # type: ignore[list-item]
-        None if labels is None else torch.cat([labels, swapped.labels])[places],  # type: ignore[list-item]
-        batch.full and swapped.full,
-        batch.members,
-        orders=2,
-    )
+    both: dict[str, Any] = {
+        name: torch.cat([value, getattr(swapped, name)])[places]
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(batch, **both, full=batch.full and swapped.full, orders=2)
 
 
 def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
@@ -173,24 +160,12 @@ def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:
     for i in range(0, B, pairs):
         blocks = range(0, len(batch.input_ids), B)  # one per member and order
         pick = torch.cat([torch.arange(start + i, start + min(i + pairs, B)) for start in blocks])
-        types, labels = batch.token_type_ids, batch.labels
-        yield Batch(
-            batch.input_ids[pick],
-            batch.attention_mask[pick],
-            None if types is None else types[pick],
-            None if labels is None else labels[pick],
-            batch.full,
-            batch.members,
-            batch.orders,
-        )
+        yield batch.map(lambda t, pick=pick: t[pick])  # type: ignore[misc]
 
 
 def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: int = 1) -> Batch:
     """Rows of the table as one padded batch, without a Python loop over rows."""
-    lengths = table.lengths[rows]  # (N,)
-    columns = np.arange(length)
-    kept = columns < lengths[:, None]  # (N, T)
-    places = np.minimum(table.offsets[rows][:, None] + columns, len(table.values) - 1)
+    places, kept = places_of(table, rows, length)  # (N, T) each
     ids = np.where(kept, table.values[places], pad_id).astype(np.int64)
     types = None if table.types is None else np.where(kept, table.types[places], 0).astype(np.int64)
     return Batch(
@@ -200,4 +175,12 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
         None if table.labels is None else torch.from_numpy(table.labels[rows]),
         bool(kept.all()),
         members,
+        hidden=None if table.hidden is None else table.hidden.read(places, kept),
     )
+
+
+def places_of(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:
+    """Where the table keeps each token of a padded batch (N, T), and whether there is one (N, T)."""
+    columns = np.arange(length)
+    kept = columns < table.lengths[rows][:, None]
+    return np.minimum(table.offsets[rows][:, None] + columns, len(table.values) - 1), kept

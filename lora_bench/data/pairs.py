@@ -10,6 +10,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.examples import Examples
+    from lora_bench.data.hidden import HiddenStates
 
 CHUNK = 8192  # pairs handed to the tokenizer at a time
 
@@ -40,6 +42,7 @@ class TokenTable:
     labels: NDArray[np.int64] | None  # (N,)
     ids: NDArray[np.int64]  # (N,) row in the source
     truncated: int  # rows that were longer than the limit
+    hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,13 +103,15 @@ def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_leng
     pairs = first if second is None else list(zip(first, second, strict=True))
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.int8]] = []
+    lengths: list[NDArray[np.int64]] = []
     truncated = 0
     for i in range(0, len(pairs), CHUNK):
-        for encoding in backend.encode_batch_fast(pairs[i : i + CHUNK]):
-            ids.append(np.array(encoding.ids, np.int32))
-            types.append(np.array(encoding.type_ids, np.int8))
-            truncated += bool(encoding.overflowing)
-    offsets = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
+        found = backend.encode_batch_fast(pairs[i : i + CHUNK])  # on all cores
+        lengths.append(np.array([len(encoding) for encoding in found]))
+        ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in found), np.int32))
+        types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in found), np.int8))
+        truncated += sum(bool(encoding.overflowing) for encoding in found)
+    offsets = pa.array(np.concatenate([[0], *lengths]).cumsum(), pa.int32())
     columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))}
     flat_types = np.concatenate(types)
     if flat_types.any():

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
+from lora_bench.disk import plain
 from lora_bench.errors import UserError
 from lora_bench.hydra_errors import refuse_code
 from lora_bench.resume import quoted
@@ -57,7 +58,7 @@ class GridSweeper(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs = self._checked(self._combinations(parser.parse_overrides(grid)))
         if self.config.resume:
-            if sweep.read(folder).jobs != jobs:
+            if sweep.read(folder).jobs != plain(jobs):
                 remedy = "Its presets have changed since: begin a new sweep."
                 raise UserError(
                     "the sweep's jobs are not those it began with", key="resume", value=folder, remedy=remedy
@@ -100,6 +101,8 @@ class GridSweeper(BasicSweeper):
         found: dict[str, list[str]] = {}
         for number, job in enumerate(jobs):
             name = self._check(number, job)
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise UserError("leads out of the sweep's folder", key="hydra.sweep.subdir", value=name)
             if name in found:
                 raise UserError("gives two jobs the same folder", key="hydra.sweep.subdir", value=name)
             found[name] = job

@@ -6,10 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.text import Text
 
 from lora_bench.progress import LINES_PER_RUN
-from lora_bench.tables import clean, human
+from lora_bench.screen import shown
+from lora_bench.tables import human
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Display:
         """So many questions have their answers now."""
         self.progress.update(self.task, completed=answers)
         if not self.console.is_terminal and answers % self.line_every == 0:
-            self.console.print(Text(f"answers {answers:,}/{self.questions:,}"))
+            self.console.print(shown(f"answers {answers:,}/{self.questions:,}"))
 
 
 def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int) -> None:
@@ -58,12 +58,12 @@ def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int)
     asked = {name: rows for name, rows in record["data"]["rows"].items() if name not in ("train", "selection")}
     sizes = ", ".join(f"{name} {rows:,}" for name, rows in asked.items())
     lines = [
-        f"{clean(str(llm.model))} at {llm.base_url}: {choices.get('prompt', 'prompt')}, {prompt['shots']} examples",
+        f"{llm.model} at {llm.base_url}: {choices.get('prompt', 'prompt')}, {prompt['shots']} examples",
         f"{choices.get('data', 'data')}: {sizes}; {cached:,} answers are in the cache",
         *(f"note: {note}" for note in record["data"]["warnings"]),
     ]
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(shown(line), soft_wrap=True)
 
 
 def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
         parts = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache", tokens]
         if cost["money"] is not None:
             parts.append(f"money {cost['money']:.4g}, now {cost['money_spent']:.4g}")
-        console.print(Text(" · ".join([*parts, f"{cost['seconds']:.0f} s"])))
+        console.print(shown(" · ".join([*parts, f"{cost['seconds']:.0f} s"])))
 
 
 def show_request(
@@ -81,11 +81,13 @@ def show_request(
 ) -> None:
     """The first prompt as it would be sent, how many requests there would be, and the most that they could cost."""
     for message in next(iter(questions.values())):
-        console.print(Text(f"[{message['role']}]", style="bold"))
-        console.print(Text(message["content"]), soft_wrap=True)
+        console.print(shown(f"[{message['role']}]", style="bold"))
+        for line in message["content"].split("\n"):
+            console.print(shown(line), soft_wrap=True)
     missing = [messages for key, messages in questions.items() if key not in known]
     line = f"{len(missing):,} requests to {client.llm.base_url}; {len(known):,} answers are in the cache"
-    console.print(Text(f"\n{line}"), soft_wrap=True)
+    console.print()
+    console.print(shown(line), soft_wrap=True)
     if client.llm.money(0, 0) is not None and client.llm.max_tokens is not None:
         most = sum(client.budget.most(messages) for messages in missing)
-        console.print(Text(f"at most {most:.4g} in money, a byte counted as a token: expect a quarter"))
+        console.print(shown(f"at most {most:.4g} in money, a byte counted as a token: expect a quarter"))

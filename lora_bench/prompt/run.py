@@ -10,7 +10,6 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.text import Text
 
 from lora_bench import config, environment
 from lora_bench.data import sources
@@ -26,6 +25,7 @@ from lora_bench.prompt.elsewhere import read_predictions, wrong_where_absent
 from lora_bench.prompt.settings import LLM, Prompt
 from lora_bench.prompt.template import Messages, Template
 from lora_bench.record import Run
+from lora_bench.screen import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,7 +196,7 @@ def _ask(
                 run.update(environment={"llm": answers.models()})
                 _score(run, request, splits, scores, counts)
                 for note in answers.notes(keys, read):
-                    console.print(Text(f"note: {note}"))
+                    console.print(shown(f"note: {note}"))
         finally:
             runner.run(client.close())
     return run
@@ -239,8 +239,8 @@ class _Answers:
         kinds = [(key, kind) for name in keys for key, (_, kind) in zip(keys[name], read[name], strict=True)]
         texts = [self.found[key].text or "" for key, kind in kinds if kind == "unparsable"]
         if texts:
-            shown = ", ".join(repr(text[:40]) for text in dict.fromkeys(texts[:3]))
-            yield f"{len(texts)} answers are neither label and count as wrong, such as {shown}"
+            such = ", ".join(repr(text[:40]) for text in dict.fromkeys(texts[:3]))
+            yield f"{len(texts)} answers are neither label and count as wrong, such as {such}"
         refused = sum(kind == "refused" for _, kind in kinds)
         if refused:
             yield f"{refused} answers were refused and count as wrong"
@@ -314,4 +314,4 @@ def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
 def _show(console: Console, run: Run) -> None:
     console.print(metric_table(run.record["metrics"]))
     show_cost(console, run.record["cost"])
-    console.print(Text(f"record: {run.folder}"), soft_wrap=True)
+    console.print(shown(f"record: {run.folder}"), soft_wrap=True)

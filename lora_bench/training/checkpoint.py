@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lora_bench.disk import writing
+from lora_bench.disk import MAKE_ROOM, writing
 from lora_bench.errors import RunFailedError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Checkpoints:
                 os.replace(part, place)
                 _flush(self.folder)
         except SafetensorError as error:
-            raise RunFailedError(f"cannot be written: {error}", file=place) from None
+            raise RunFailedError(f"cannot be written: {error}", file=place, remedy=MAKE_ROOM) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
         for old in self._places()[KEPT:]:

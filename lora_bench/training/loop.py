@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,12 +21,14 @@ from lora_bench.evaluation.metrics import score
 from lora_bench.training.average import Average, averaged, averaging_starts
 from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer, set_rate
+from lora_bench.training.portions import in_portions
 from lora_bench.training.state import Outcome, TrainingState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from lora_bench.adapters.pack import Pack
     from lora_bench.config import Metric, Optimizer, Trainer
@@ -107,6 +110,7 @@ def fit(
     state = TrainingState(pack, outcomes, adamw, averages)
     if begun:
         state.put_back(begun)
+    micro = None if trainer.micro_batch_size is None else max(1, trainer.micro_batch_size // pack.size)
     first = begun.step + 1 if begun else 1
     batches = islice(_endless_batches(pack, train, plan, swapped), first - 1, None)
     pack.train()
@@ -117,7 +121,8 @@ def fit(
         began = time.perf_counter()
         batch = next(batches)
         live = [k for k in members if outcomes[k].status == "running"]
-        losses = _backward(pack, batch, objective, trainer.micro_batch_size, live)
+        backward = partial(_backward, pack, batch, objective, live=live)
+        losses = in_portions(pack, batch, micro, backward)
         for k in live:
             if not math.isfinite(losses[k]):
                 _diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
@@ -178,10 +183,15 @@ def predict(pack: Pack, table: TokenTable, batch_size: int) -> NDArray[np.float6
     mode = pack.training
     pack.eval()
     for rows, batch in evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id):
-        logits = pack(batch.to(pack.backbone.device)).double()  # (K, B, 2)
+        logits = in_portions(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
         scores[:, rows] = torch.sigmoid(logits[..., 1] - logits[..., 0]).cpu().numpy()
     pack.train(mode)
     return scores
+
+
+def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
+    """(K, B, 2), `pairs` of the B pairs at a time."""
+    return torch.cat([pack(micro.to(pack.backbone.device)) for micro in micro_batches(batch, pairs)], dim=1)
 
 
 def _endless_batches(
@@ -194,11 +204,8 @@ def _endless_batches(
         epoch += 1
 
 
-def _backward(
-    pack: Pack, batch: Batch, objective: Objective, micro_batch_size: int | None, live: Sequence[int]
-) -> list[float]:
+def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int, live: Sequence[int]) -> list[float]:
     """Each member's mean loss over the batch, and its gradients. Members are independent, so their losses add up."""
-    pairs = max(1, micro_batch_size // pack.size) if micro_batch_size else batch.pairs
     losses = torch.zeros(pack.size, device=pack.backbone.device)
     for micro in micro_batches(batch, pairs):
         on_device = micro.to(pack.backbone.device)

@@ -84,6 +84,7 @@ class TrainingState:
             ],
             "averaged": [average.steps for average in self.averages],
             "ranks": self.pack.given_ranks,
+            "room": self.pack.room,
         }
         return copies, facts
 
@@ -95,6 +96,7 @@ class TrainingState:
             UserError: the tensors are not those of this training.
         """
         tensors = dict(checkpoint.tensors)
+        self.pack.room = dict(checkpoint.facts.get("room", {}))
         device = self.pack.backbone.device
         for k in range(self.pack.size):
             _copy(tensors, f"{k}/weights/", dict(self.pack.trainable(k)))

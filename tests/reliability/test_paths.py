@@ -3,23 +3,190 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lora_bench import train
-from lora_bench.record import Run
+from lora_bench.errors import UserError
+from lora_bench.record import Run, read
 from tests.command_line import lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+EPOCH = toy_run("trainer.max_steps=4", "trainer.eval_every=2", "trainer.checkpoint_every=1")
 
 
 def status(folder: str) -> str:
     return str(json.loads((Path(folder) / "run.json").read_text())["status"])
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: what a full disk is to those who write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.reliability(12)
+def test_12_runs_of_the_same_second_have_folders_of_their_own(in_tmp: Path) -> None:
+    asked = ["train", "--cfg", "hydra", "-p", "hydra.run", "--resolve"]
+    folders = [line for _ in range(4) for line in lora_bench(*asked).out.splitlines() if line.startswith("dir: ")]
+    assert len(set(folders)) == len(folders) == 4
+    assert all(re.search(r"/\d\d-\d\d-\d\d-\d{6}-[0-9a-f]{6}$", folder) for folder in folders)
+
+
+@pytest.mark.reliability(13)
+def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, answers = train.fit, []
+
+    def second(*arguments: Any, **keywords: Any) -> Any:
+        before = Path("run/run.json").read_bytes()
+        other = [sys.executable, "-m", "lora_bench", "train", *toy_run("hydra.run.dir=run")]
+        answers.append(subprocess.run(other, capture_output=True, text=True))
+        answers.append(subprocess.run([*other[:4], "resume=run"], capture_output=True, text=True))
+        assert Path("run/run.json").read_bytes() == before
+        return fit(*arguments, **keywords)
+
+    monkeypatch.setattr(train, "fit", second)
+    assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
+    assert [answer.returncode for answer in answers] == [2, 2]
+    assert "hydra.run.dir=" in answers[0].stderr
+    assert "already holds a run" in answers[0].stderr
+    assert "another process is training this run" in answers[1].stderr
+    assert status("run") == "done"
+
+
+@pytest.mark.reliability(14)
+def test_14_a_name_that_leads_out_of_its_folder_is_refused(in_tmp: Path) -> None:
+    assert lora_bench("train", *toy_run("hydra.run.dir=runs/a/run")).code == 0
+    told = refused("train", "-m", *toy_run("hydra.sweep.subdir='../../x${hydra.job.num}'", "seed=0,1"))
+    assert "hydra.sweep.subdir=../../x0: leads out of the sweep's folder" in told
+    with pytest.raises(UserError, match=r"name=../../x: is not a plain name"):
+        Run(Path("runs/a/run"), read(Path("runs/a/run"))).write_evaluation("../../x", {})
+
+
+@pytest.mark.reliability(15)
+@pytest.mark.parametrize("name", ["with spaces and ünï→😀", "a/b/c", "-dash", "x" * 255])
+def test_15_unusual_names_are_used_as_they_are(in_tmp: Path, name: str) -> None:
+    assert lora_bench("train", *toy_run(f"hydra.run.dir='runs/{name}'")).code == 0
+    assert status(f"runs/{name}") == "done"
+    assert lora_bench("train", f"resume='runs/{name}'").code == 0
+    assert "minilm" not in lora_bench("compare", "runs").out
+
+
+@pytest.mark.reliability(15)
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0", "run/run.json/y"])
+def test_15_names_that_cannot_be_are_refused(in_tmp: Path, name: str) -> None:
+    Path("run").mkdir()
+    Path("run/run.json").write_text("")
+    assert "hydra.run.dir=" in refused("train", *toy_run(f"hydra.run.dir='{name}'"))
+    assert "hydra.sweep.dir=" in refused("train", "-m", *toy_run(f"hydra.sweep.dir='{name}'"), "seed=0,1")
+
+
+@pytest.mark.reliability(16)
+@pytest.mark.parametrize("mode", [["hydra.run.dir=ROOT/run"], ["-m", "hydra.sweep.dir=ROOT/sweep", "seed=0,1"]])
+def test_16_an_unwritable_root_is_told_before_training(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str]
+) -> None:
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("it trained"))
+    Path("a_file").write_text("")
+    locked = Path("locked")
+    locked.mkdir(mode=0o500)
+    roots = ["a_file", "/proc"] + ["locked"] * (not os.access(locked, os.W_OK))
+    for root in roots:
+        told = refused("train", *toy_run(*(part.replace("ROOT", root) for part in mode)))
+        assert f"={root}/" in told
+        assert "cannot be written" in told
+
+
+@pytest.mark.reliability(17)
+def test_17_no_room_for_the_config(in_tmp: Path) -> None:
+    with full_disk(100):
+        told = refused("train", *toy_run("hydra.run.dir=run"))
+    assert "hydra.run.dir=" in told
+    assert "cannot be written: File too large" in told
+
+
+@pytest.mark.reliability(17)
+@pytest.mark.parametrize(("what", "limit"), [("log", 300), ("checkpoint", 20_000)])
+def test_17_no_room_for_the_log_or_a_checkpoint(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, what: str, limit: int
+) -> None:
+    assert lora_bench("train", *EPOCH, "hydra.run.dir=whole").code == 0
+    owner, name = {"log": (Run, "log"), "checkpoint": (train.Checkpoints, "save")}[what]
+    original, calls = getattr(owner, name), iter(range(99))
+
+    def filling(*arguments: Any) -> Any:
+        with full_disk(limit) if next(calls) == 1 else nullcontext():
+            return original(*arguments)
+
+    monkeypatch.setattr(owner, name, filling)
+    answer = lora_bench("train", *EPOCH, "hydra.run.dir=run")
+    assert answer.code == 1
+    assert answer.err.count("\n") == 1
+    assert "cannot be written: " in answer.err
+    assert "Make room, and go on with: lora-bench train resume=DIR." in answer.err
+    assert status("run") == "failed"
+    older = train.Checkpoints(Path("run/checkpoints"))
+    assert older.newest() is not None
+    assert older.damaged == []
+    answer = lora_bench("train", "resume=run")
+    assert answer.code == 0, answer
+    assert "going on from step" in answer.out
+    for file in ("adapter/adapter_model.safetensors", "predictions/validation.parquet"):
+        assert Path("run", file).read_bytes() == Path("whole", file).read_bytes()
+
+
+@pytest.mark.reliability(17)
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a small file system")
+def test_17_a_disk_that_is_really_full(in_tmp: Path) -> None:
+    Path("small").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", "small"]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        answer = lora_bench("train", *EPOCH, "hydra.run.dir=small/run")
+        assert answer.code == 1
+        assert "cannot be written: " in answer.err
+        assert "No space left on device" in answer.err
+        assert train.Checkpoints(Path("small/run/checkpoints")).newest() is not None
+        subprocess.run(["mount", "-o", "remount,size=9m", "small"], check=True)
+        assert lora_bench("train", "resume=small/run").code == 0
+        assert status("small/run") == "done"
+    finally:
+        subprocess.run(["umount", "small"], check=True)
+
+
+@pytest.mark.reliability(19)
+def test_19_a_moved_or_renamed_run_still_compares(in_tmp: Path) -> None:
+    assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
+    before = lora_bench("compare", "run", "--format", "csv").out
+    Path("elsewhere/deep").mkdir(parents=True)
+    shutil.move("run", "elsewhere/deep/another name")
+    answer = lora_bench("compare", "elsewhere", "--format", "csv")
+    assert answer.code == 0
+    assert "lora" in before
+    assert answer.out.replace("elsewhere/deep/another name", "run") == before
+    assert lora_bench("train", "resume='elsewhere/deep/another name'").code == 0
 
 
 @pytest.mark.reliability(18)

@@ -37,6 +37,28 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return folders
 
 
+@pytest.mark.reliability(29)
+def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = train.attach
+
+    def sometimes(experiment: Any, *arguments: Any) -> Any:
+        if experiment.seed in (1, 3):
+            raise RuntimeError(f"cable {experiment.seed}")
+        return attach(experiment, *arguments)
+
+    monkeypatch.setattr(train, "attach", sometimes)
+    answer = lora_bench("train", "-m", *SWEEP, "seed=range(5)")
+    assert answer.code == 1
+    assert answer.err == "lora-bench: 2 of 5 jobs failed\n"
+    assert statuses() == {"0": "done", "1": "failed", "2": "done", "3": "failed", "4": "done"}
+    for number in (1, 3):
+        log = Path(f"sweep/{number}/run.log").read_text()
+        assert "Traceback" in log
+        assert f"RuntimeError: cable {number}" in log
+        assert f"failed: sweep/{number}" in Path("sweep/table.md").read_text()
+        assert f"cable {number}" in answer.out
+
+
 @pytest.mark.reliability(30)
 def test_30_a_killed_sweep_says_which_job_was_killed_and_runs_the_rest(in_tmp: Path) -> None:
     steps = ["trainer.epochs=300", "trainer.max_steps=300", "trainer.checkpoint_every=5", "seed=0,1,2"]
@@ -157,3 +179,47 @@ def test_32_ctrl_c_in_mid_sweep_keeps_finished_jobs_and_their_table(
     assert statuses() == {"0": "done", "1": "done", "2": "interrupted"}
     assert "interrupted: sweep/2" in Path("sweep/table.md").read_text()
     assert "mcc" in answer.out
+
+
+@pytest.mark.reliability(33)
+def test_33_what_cannot_be_compared_is_skipped_with_the_reason(in_tmp: Path) -> None:
+    assert lora_bench("train", *toy_run("hydra.run.dir=runs/good")).code == 0
+    content = json.loads(Path("runs/good/run.json").read_text())
+    bad = {
+        "unfinished": json.dumps({**content, "status": "interrupted", "error": "stopped from outside"}),
+        "cut": json.dumps(content)[:-20],
+        "empty": "",
+        "older": json.dumps({**content, "schema": 0}),
+        "other": "[]",
+        "misshapen": json.dumps({**content, "metrics": [1]}),
+    }
+    for name, text in bad.items():
+        Path("runs", name).mkdir()
+        Path("runs", name, "run.json").write_text(text)
+    answer = lora_bench("compare", "runs")
+    assert (answer.code, answer.err) == (0, "")
+    for said in (
+        "interrupted: runs/unfinished",
+        "skipped: runs/cut: run.json is damaged",
+        "skipped: runs/empty: run.json is empty",
+        "skipped: runs/older: run.json has schema 0, where this version of lora-bench reads 1",
+        "skipped: runs/other: run.json is not a run's record",
+        "skipped: runs/misshapen: run.json is damaged: metrics is not an object",
+    ):
+        assert said in answer.out
+    assert "runs/good" not in answer.out.partition("interrupted:")[2]
+
+
+@pytest.mark.reliability(33)
+def test_33_a_diverging_member_does_not_disturb_the_others(in_tmp: Path) -> None:
+    asked = toy_run("trainer.max_steps=8", "hydra.sweep.dir=sweep", "optimizer.warmup=0")
+    assert lora_bench("train", "-m", *asked, "optimizer.lr=1e-3,1e30,2e-3").code == 1
+    assert statuses() == {"0": "done", "1": "diverged", "2": "done"}
+    found = json.loads(Path("sweep/1/run.json").read_text())
+    assert "not finite" in found["error"]
+    assert not any(key.startswith("validation/") for key in found["metrics"])
+    for number, lr in ((0, "1e-3"), (2, "2e-3")):
+        alone = [override for override in asked if not override.startswith("hydra.")]
+        assert lora_bench("train", *alone, f"optimizer.lr={lr}", f"hydra.run.dir=alone{number}").code == 0
+        records = [json.loads(Path(folder, "run.json").read_text()) for folder in (f"sweep/{number}", f"alone{number}")]
+        assert records[0]["metrics"] == pytest.approx(records[1]["metrics"], abs=1e-4)

@@ -1,0 +1,13 @@
+"""Lines for the screen: names and values in them may come from anywhere, so no terminal escape and no secret passes."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from lora_bench.secrets import redact
+from lora_bench.tables import clean
+
+
+def shown(text: object, style: str = "") -> Text:
+    """One line as it may be shown; what a terminal would act upon is spelt out."""
+    return Text(redact(clean(str(text))), style=style)

@@ -1,0 +1,190 @@
+"""Random overrides, data files and adapter files: done or refused, and never a traceback.
+
+A few examples of each here; `scripts/fuzz` runs the whole bar.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from lora_bench import train
+from lora_bench.adapters import peft_format
+from lora_bench.errors import UserError
+from lora_bench.training.checkpoint import Checkpoints
+from tests.command_line import lora_bench
+from tests.training.test_loop import Make, packed, spy
+
+if TYPE_CHECKING:
+    import pytest
+
+HEADER = b"question1\tquestion2\tlabel\n"
+KEYS = ["adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.target_modules", "adapter.layers", "adapter.init"]
+KEYS += ["adapter", "model", "data", "trainer", "metric", "optimizer", "sweep", "seed", "dry_run", "optimizer.lr"]
+KEYS += ["data.text_columns", "data.max_length", "data.selection_size", "trainer.epochs", "trainer.batch_size"]
+KEYS += ["trainer.precision", "model.random", "model.path", "hydra.job.name", "hydra.callbacks", "adapter.allocation"]
+VALUES = [
+    "0",
+    "-3",
+    "2.5",
+    "nan",
+    "inf",
+    "1e400",
+    "null",
+    "true",
+    "''",
+    "lora",
+    "[1,2]",
+    "{a:1}",
+    "{_target_:os.abort}",
+]
+VALUES += ["${seed}", "${adapter.rank}", "${nothing}", "${oc.env:HOME}", "${now:%Y}", "9" * 40, "[['.*=3']]", "???"]
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
+strings = st.one_of(
+    st.builds(
+        "{}{}={}".format,
+        st.sampled_from(["", "", "+", "++", "~"]),
+        st.one_of(st.sampled_from(KEYS), words),
+        st.one_of(st.sampled_from(VALUES), words, st.integers().map(str), st.floats().map(str)),
+    ),
+    words,
+).filter(lambda text: not text.startswith("-"))
+
+
+def examples(name: str, few: int) -> Any:
+    """Settings for so many examples, or for as many as the environment's LORA_BENCH_FUZZ_<NAME> says."""
+    number = int(os.environ.get(f"LORA_BENCH_FUZZ_{name}", few))
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=number, deadline=None, suppress_health_check=checks, database=None)
+
+
+def done_or_refused(*arguments: str) -> None:
+    answer = lora_bench(*arguments)
+    assert answer.code in (0, 2), answer
+    assert "Traceback" not in answer.out + answer.err
+    assert answer.code == 0 or answer.err.count("\nlora-bench: ") + answer.err.startswith("lora-bench: ") == 1, answer
+
+
+def test_random_overrides_are_taken_or_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole command, up to the experiment built; it is not trained."""
+    monkeypatch.setattr(train, "train", lambda cfg, folder, **_: train.Experiment.build(cfg))
+
+    @given(st.lists(strings, min_size=1, max_size=3))
+    @examples("OVERRIDES", 12)
+    def check(overrides: list[str]) -> None:
+        done_or_refused("train", "model=tiny_bert", "data=toy", *overrides)
+
+    check()
+
+
+rows = st.lists(st.tuples(words, words, st.sampled_from(["0", "1", "2", "", "x"])), max_size=12)
+damage = st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3)), max_size=3)
+
+
+def test_random_data_files_are_read_or_refused(in_tmp: Path) -> None:
+    """The readers and the cut into splits, with what the command would catch and nothing else."""
+    from lora_bench.config import build_data
+    from tests.helpers import composed
+
+    Path("validation.tsv").write_bytes(HEADER + b"a\tb\t0\nc\td\t1\n")
+    asked = {
+        size: build_data(composed("data=pairs", "data.path=.", f"data.selection_size={size}").data) for size in (0.2, 2)
+    }
+
+    @given(st.sampled_from([".tsv", ".csv", ".jsonl", ".parquet"]), rows, damage, st.sampled_from([0.2, 2]))
+    @examples("DATA", 60)
+    def check(ending: str, found: list[tuple[str, str, str]], bytes_at: Any, size: float) -> None:
+        separator = "," if ending == ".csv" else "\t"
+        content = bytearray(HEADER.replace(b"\t", separator.encode()))
+        content += "".join(separator.join(row) + "\n" for row in found).encode()
+        content = content if ending not in (".jsonl", ".parquet") else bytearray(valid(ending))
+        for place, put in bytes_at:
+            content[place : place + len(put)] = put
+        for old in Path().glob("train.*"):
+            old.unlink()
+        Path("train" + ending).write_bytes(content)
+        try:
+            splits, described = train.load_splits(asked[size])
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            return
+        assert described["rows"]["train"] == len(splits["train"]) >= 1
+
+    check()
+
+
+def valid(ending: str) -> bytes:
+    import io
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"question1": ["a", "b", "c"] * 4, "question2": ["d", "e", "f"] * 4, "label": [0, 1, 1] * 4}
+    if ending == ".parquet":
+        sink = io.BytesIO()
+        parquet.write_table(pa.table(columns), sink)
+        return sink.getvalue()
+    return b'{"question1": "a", "question2": "b", "label": 1}\n' * 6
+
+
+mutations = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+def mutated(original: bytes, changes: Any, cut: float | None) -> bytes:
+    content = bytearray(original)
+    for place, value in changes:
+        # half of the places lie in the header, where a change does more than to a weight
+        content[int(place * (len(content) - 1)) if value % 2 else int(place * min(999, len(content) - 1))] = value
+    return bytes(content if cut is None else content[: int(cut * len(content))])
+
+
+def test_mutated_adapters_are_loaded_as_they_are_or_refused(in_tmp: Path, backbone: Make) -> None:
+    pack = packed(backbone(), spy())
+    peft_format.save(Path("adapter"), pack, 0, "")
+    path = Path("adapter") / peft_format.TENSORS
+    original = path.read_bytes()
+
+    @given(mutations, st.one_of(st.none(), st.none(), st.floats(0, 1)))
+    @examples("ADAPTERS", 40)
+    def check(changes: Any, cut: float | None) -> None:
+        path.write_bytes(mutated(original, changes, cut))
+        try:
+            peft_format.load(Path("adapter"), pack, 0)
+        except UserError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            return
+        with safe_open(path, "numpy") as file:  # another reader's opinion
+            for name, tensor in peft_format._saved(pack, 0).items():
+                np.testing.assert_array_equal(tensor.detach().numpy(), file.get_tensor(name))
+                assert torch.isfinite(tensor).all()
+
+    check()
+
+
+def test_mutated_checkpoints_are_passed_over(in_tmp: Path) -> None:
+    written = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.uint8)}
+    Checkpoints(Path("checkpoints")).save(7, written, {"fact": [1, None]})
+    files = {path: path.read_bytes() for path in Path("checkpoints/step-00000007").iterdir()}
+
+    @given(st.sampled_from(sorted(files)), mutations, st.one_of(st.none(), st.floats(0, 1)))
+    @examples("CHECKPOINTS", 40)
+    def check(path: Path, changes: Any, cut: float | None) -> None:
+        for each, content in files.items():
+            each.write_bytes(content)
+        path.write_bytes(mutated(files[path], changes, cut))
+        checkpoints = Checkpoints(Path("checkpoints"))
+        found = checkpoints.newest()
+        if found is None:
+            assert checkpoints.damaged
+            return
+        assert (found.step, found.facts) == (7, {"fact": [1, None]})
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in written.items())
+
+    check()

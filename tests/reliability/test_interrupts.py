@@ -1,0 +1,316 @@
+"""A run that was interrupted goes on and ends as if nothing had happened; what would change it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_bench import train as story
+from lora_bench.training import loop
+from tests.adapters.tools import assert_close
+from tests.command_line import files_below, lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ASKED = toy_run("trainer.max_steps=14", "trainer.eval_every=5", "trainer.checkpoint_every=3", "data.train_rows=80")
+
+
+def record(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / "run.json").read_text())  # type: ignore[no-any-return]
+
+
+def lines(folder: str | Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{**line, "seconds": 0} for line in found]
+
+
+def assert_same_run(one: str | Path, other: str | Path) -> None:
+    assert lines(one) == lines(other)
+    for key in ("status", "metrics", "selection", "params", "targets", "data"):
+        assert record(one)[key] == record(other)[key], key
+    for cost in ("steps", "train_flops", "pack_size"):
+        assert record(one)["cost"][cost] == record(other)["cost"][cost], cost
+    found, expected = (load_file(*Path(folder, "adapter").glob("*model.safetensors")) for folder in (one, other))
+    assert_close(found, expected, atol=0)
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Does something when the display hears of a step."""
+    return lambda step, action: plan(monkeypatch, step, action)
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    class Watcher(WATCHER):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            told = self.stepped
+
+            def stepped(number: int, losses: Any, pairs: int) -> None:
+                told(number, losses, pairs)
+                if number == step:
+                    action()
+
+            self.stepped = stepped
+
+    monkeypatch.setattr(story, "_Watcher", Watcher)
+
+
+WATCHER = story._Watcher
+
+
+def signalled(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert lora_bench("train", *ASKED, f"hydra.run.dir={folder}").code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, interrupted after step 7; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        plan(patch, 7, signalled(signal.SIGTERM))
+        assert lora_bench("train", *ASKED, f"hydra.run.dir={folder}").code == 143
+    return folder
+
+
+@pytest.fixture
+def interrupted(in_tmp: Path, stopped: Path) -> Path:
+    """A copy of it to go on with."""
+    return Path(shutil.copytree(stopped, in_tmp / "run"))
+
+
+def stopped_and_gone_on(at_step: Any, method: str, number: int) -> int:
+    """The exit code of a run that got a signal in step 7 and then went on as if nothing had happened."""
+    asked = [*ASKED, f"adapter={method}", *([] if method == "full" else ["adapter.dropout=0.2"])]
+    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    at_step(7, signalled(number))
+    answer = lora_bench("train", *asked, "hydra.run.dir=run")
+    assert record("run")["status"] == "interrupted"
+    assert "lora-bench train resume=" in answer.out
+    assert [p.name for p in Path("run/checkpoints").iterdir() if p.name == "step-00000007"]
+    at_step(0, lambda: None)
+    gone_on = lora_bench("train", "resume=run")
+    assert gone_on.code == 0, gone_on.err
+    assert "going on from step 7" in gone_on.out
+    assert_same_run("run", "whole")
+    assert not Path("run/checkpoints").exists()
+    assert not Path("outputs").exists()
+    return answer.code
+
+
+@pytest.mark.reliability(21)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_21_sigterm_stops_at_the_steps_end_and_the_run_goes_on(method: str, in_tmp: Path, at_step: Any) -> None:
+    assert stopped_and_gone_on(at_step, method, signal.SIGTERM) == 143
+
+
+@pytest.mark.reliability(22)
+@pytest.mark.parametrize("method", ["adalora", "enhanced"])
+def test_22_ctrl_c_stops_at_the_steps_end_and_the_run_goes_on(method: str, in_tmp: Path, at_step: Any) -> None:
+    assert stopped_and_gone_on(at_step, method, signal.SIGINT) == 130
+
+
+@pytest.mark.reliability(22)
+def test_22_a_second_ctrl_c_ends_at_once(in_tmp: Path, at_step: Any) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(7, twice)
+    assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 130
+    assert record("run")["status"] == "interrupted"
+    assert not Path("run/checkpoints/step-00000007").exists()
+    assert Path("run/checkpoints/step-00000006").exists()
+
+
+@pytest.mark.reliability(23)
+def test_23_a_run_killed_at_a_random_step_ends_as_the_undisturbed_one(in_tmp: Path) -> None:
+    asked = [*ASKED, "trainer.max_steps=300", "adapter.dropout=0.1"]
+    command = [sys.executable, "-m", "lora_bench", "train", *asked, "hydra.run.dir=run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(Path("run").glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.random() / 4)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert record("run")["status"] == "running"
+    assert lora_bench("train", "resume=run").code == 0
+    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    assert_same_run("run", "whole")
+
+
+WRITER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from lora_bench.training.checkpoint import Checkpoints
+tensors = {str(i): torch.randn(64, 64) for i in range(8)}
+for number in range(20):
+    folder = Path(sys.argv[1], str(number))
+    folder.mkdir()
+    reading, writing = os.pipe()
+    writer = os.fork()
+    if not writer:
+        for step in range(1, 100_000):
+            Checkpoints(folder / "checkpoints").save(step, tensors, {})
+            os.write(writing, b".")
+    os.read(reading, 1)
+    time.sleep(random.random() * 0.03)
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    os.close(writing)
+    written = 1 + len(os.read(reading, 65536) if os.set_blocking(reading, False) is None else b"")
+    print(written)
+"""
+
+
+@pytest.mark.reliability(24)
+def test_24_a_kill_inside_a_checkpoints_writing_leaves_the_one_before(in_tmp: Path) -> None:
+    """A process that does nothing but write checkpoints, killed at 20 random moments."""
+    done = subprocess.run([sys.executable, "-c", WRITER, in_tmp], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = [int(line) for line in done.stdout.splitlines()]
+    assert len(written) == 20
+    half_written = 0
+    for number, steps in enumerate(written):
+        checkpoints = story.Checkpoints(in_tmp / str(number) / "checkpoints")
+        found = checkpoints.newest()
+        assert found is not None
+        assert checkpoints.damaged == []
+        assert found.step in (steps, steps + 1)  # renamed into its place, and killed before it could say so
+        half_written += any(checkpoints.folder.glob(".*.part"))
+    assert half_written
+
+
+@pytest.mark.reliability(24)
+def test_24_the_run_goes_on_beside_a_half_written_checkpoint(interrupted: Path, finished: Path) -> None:
+    part = interrupted / "checkpoints" / ".step-00000009.part"
+    part.mkdir()
+    (part / "tensors.safetensors").write_bytes(b"half")
+    answer = lora_bench("train", f"resume={interrupted}")
+    assert answer.code == 0, answer
+    assert "going on from step 7" in answer.out
+    assert_same_run(interrupted, finished)
+
+
+@pytest.mark.reliability(25)
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
+def test_25_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
+    interrupted: Path, finished: Path, damage: str
+) -> None:
+    newest = interrupted / "checkpoints" / "step-00000007" / "tensors.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({"empty": b"", "truncated": content[:-1], "flipped": content}[damage])
+    answer = lora_bench("train", f"resume={interrupted}")
+    assert answer.code == 0, answer
+    assert "passed over a damaged checkpoint, step-00000007" in answer.out
+    assert "going on from step 6" in answer.out
+    assert_same_run(interrupted, finished)
+
+
+@pytest.mark.reliability(26)
+@pytest.mark.usefixtures("interrupted")
+def test_26_another_config_is_refused_with_the_difference() -> None:
+    assert "trainer.max_steps=20: the run began with 14" in refused("train", "resume=run", "trainer.max_steps=20")
+    assert "adapter=dora: the run began with lora" in refused("train", "resume=run", "adapter=dora")
+    assert "nowhere/run.json: is missing" in refused("train", "resume=nowhere")
+    assert lora_bench("train", *ASKED, "resume=run").code == 0  # the same again is no difference
+
+
+@pytest.mark.reliability(26)
+@pytest.mark.parametrize("changed", ["data", "backbone"])
+def test_26_other_data_or_another_backbone_are_refused(interrupted: Path, changed: str) -> None:
+    found = record(interrupted)
+    if changed == "data":
+        found["data"]["fingerprint"]["train"] = "0" * 64
+    else:
+        found["environment"]["backbone_sha256"] = "0" * 64
+    (interrupted / "run.json").write_text(json.dumps(found))
+    named = "the train split" if changed == "data" else "the backbone"
+    assert f"resume: {named} is not the one that the run began with" in refused("train", f"resume={interrupted}")
+
+
+@pytest.mark.reliability(27)
+def test_27_a_finished_run_has_nothing_to_go_on_with(in_tmp: Path, finished: Path) -> None:
+    before = files_below(finished)
+    answer = lora_bench("train", f"resume={finished}")
+    assert answer.code == 0
+    assert "is done: nothing to go on with" in answer.out
+    assert files_below(finished) == before
+
+
+@pytest.mark.reliability(28)
+@pytest.mark.parametrize("step", [6, 7], ids=["at an epoch's end", "in mid-epoch"])
+def test_28_the_same_batches_follow(in_tmp: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Three steps are an epoch here; pairs are shuffled and dropout draws."""
+    seen: list[str] = []
+    backward = loop._backward
+
+    def noting(pack: Any, batch: Any, *more: Any, **options: Any) -> Any:
+        seen.append(sha256(batch.input_ids.numpy().tobytes()).hexdigest())
+        return backward(pack, batch, *more, **options)
+
+    monkeypatch.setattr(loop, "_backward", noting)
+    asked = [*ASKED, "adapter.dropout=0.5"]
+    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    whole = seen.copy()
+    assert lines("whole")[0]["epoch"] == pytest.approx(5 / 3, abs=1e-4)
+    assert len(set(whole[:6])) == 6  # the second epoch brings other batches
+    seen.clear()
+    at_step(step, signalled(signal.SIGTERM))
+    assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
+    assert seen == whole[:step]
+    at_step(0, lambda: None)
+    assert lora_bench("train", "resume=run").code == 0
+    assert seen == whole
+    assert_same_run("run", "whole")
+
+
+def test_the_last_unfinished_run_is_found(in_tmp: Path, at_step: Any) -> None:
+    at_step(4, signalled(signal.SIGTERM))
+    assert lora_bench("train", *ASKED).code == 143
+    at_step(0, lambda: None)
+    assert lora_bench("train", "resume=last").code == 0
+    (folder,) = (path.parent for path in Path("outputs").rglob("run.json"))
+    assert record(folder)["status"] == "done"
+    assert "no unfinished run" in refused("train", "resume=last")
+
+
+def test_without_a_checkpoint_it_begins_anew(in_tmp: Path, at_step: Any, finished: Path) -> None:
+    at_step(2, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 130
+    at_step(0, lambda: None)
+    assert not Path("run/checkpoints").exists()
+    assert lora_bench("train", "resume=run").code == 0
+    assert_same_run("run", finished)
+
+
+def test_a_line_of_the_log_that_a_full_disk_cut_off_is_dropped(interrupted: Path, finished: Path) -> None:
+    log = interrupted / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + whole[: whole.index("}") + 1])  # ends in a brace, and is no line
+    assert lora_bench("train", f"resume={interrupted}").code == 0
+    assert_same_run(interrupted, finished)

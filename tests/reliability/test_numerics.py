@@ -1,0 +1,195 @@
+"""Numbers that are none, too little memory, and the same seed twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+
+from lora_bench import predict as predicting
+from lora_bench import train as training
+from lora_bench.adapters.pack import Pack
+from lora_bench.errors import DivergedError
+from lora_bench.evaluation.metrics import score
+from lora_bench.training import loop
+from tests.command_line import lora_bench, refused, toy_run
+
+RUN = toy_run("hydra.run.dir=run")
+
+
+def record(folder: str = "run") -> dict[str, Any]:
+    return json.loads((Path(folder) / "run.json").read_text())  # type: ignore[no-any-return]
+
+
+def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Let the loss, the gradient or the scores of the first step be NaN."""
+    backward = loop._backward
+
+    def spoiling(pack: Any, *arguments: Any, **keywords: Any) -> list[float]:
+        losses = backward(pack, *arguments, **keywords)
+        if what == "gradient":
+            next(iter(pack.trainable(0).values())).grad.fill_(torch.inf)
+        return [torch.nan] if what == "loss" else losses
+
+    if what == "scores":
+        monkeypatch.setattr(loop, "predict", lambda pack, table, size: np.full((1, len(table)), np.nan))
+    else:
+        monkeypatch.setattr(loop, "_backward", spoiling)
+
+
+@pytest.mark.reliability(42)
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("loss", "step 1: loss nan is not finite"),
+        ("gradient", "step 1: gradient norm inf is not finite"),
+        ("scores", "step 1: 22 of 22 scores are not finite"),
+    ],
+)
+def test_42_what_is_not_finite_stops_the_run(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
+) -> None:
+    spoilt(monkeypatch, what)
+    answer = lora_bench("train", *toy_run("hydra.run.dir=run", "data.selection_size=22"))
+    assert answer.code == 1
+    assert answer.err.startswith(f"lora-bench: the run diverged: {said}")
+    assert "optimizer.lr" in answer.err
+    assert "loss 0.0" not in answer.out
+    found = record()
+    assert (found["status"], found["metrics"]) == ("diverged", {})
+    assert found["error"].startswith(said)
+    assert not Path("run/metrics.jsonl").exists()
+    assert not Path("run/adapter").exists()
+
+
+@pytest.mark.reliability(42)
+def test_42_a_learning_rate_that_is_far_too_high(in_tmp: Path) -> None:
+    answer = lora_bench("train", *toy_run("optimizer.lr=1e30", "trainer.max_steps=6", "hydra.run.dir=run"))
+    assert answer.code == 1
+    assert record()["status"] == "diverged"
+    assert "diverged: run" in lora_bench("compare", "run").out
+
+
+@pytest.mark.reliability(43)
+def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.array([0, 1, 1])
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(DivergedError, match="1 of 3 scores are not finite"):
+            score(np.array([0.1, bad, 0.9]), labels, {})
+    assert lora_bench("train", *RUN).code == 0
+    nan = lambda pack, table, size: np.full((1, len(table)), np.nan)  # noqa: E731
+    monkeypatch.setattr(predicting, "predict", nan)
+    Path("pairs.tsv").write_text("question1\tquestion2\na\tb\n")
+    for command in (["predict", "input=pairs.tsv", "output=out.tsv"], ["eval", "data=toy", "data.validation_rows=16"]):
+        answer = lora_bench(command[0], "run=run", *command[1:])
+        assert (answer.code, answer.err.count("\n")) == (1, 1), answer
+        assert "scores are not finite numbers" in answer.err
+    assert not Path("out.tsv").exists()
+    assert not Path("run/evaluations").exists()
+    monkeypatch.setattr(training, "predict", nan)  # at the very end of a training
+    answer = lora_bench("train", *toy_run("hydra.run.dir=other"))
+    assert (answer.code, record("other")["status"], record("other")["metrics"]) == (1, "diverged", {})
+
+
+@pytest.mark.reliability(43)
+@pytest.mark.parametrize("constant", [0.0, 0.3, 0.5, 1.0])
+def test_43_a_constant_predictor_has_mcc_0(constant: float) -> None:
+    labels = np.array([0, 1] * 5)
+    values = score(np.full(10, constant), labels, {})
+    assert values["mcc"] == 0
+    assert all(value is None or np.isfinite(value) for value in values.values())
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Memory for so many rows in a forward pass."""
+    forward = Pack.forward
+
+    def call(pack: Pack, batch: Any) -> Any:
+        if len(batch.input_ids) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(pack, batch)
+
+    monkeypatch.setattr(Pack, "forward", call)
+    monkeypatch.setattr(training.FlopModel, "measure", lambda step: training.FlopModel((1.0, 1.0, 0.0, 0.0)))
+
+
+@pytest.mark.reliability(44)
+def test_44_out_of_memory_halves_portions_and_keeps_the_batch(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["trainer.batch_size=8", "trainer.max_steps=3", "trainer.eval_batch_size=16", "adapter.dropout=0.3"]
+    assert lora_bench("train", *toy_run(*asked, "trainer.micro_batch_size=4", "hydra.run.dir=asked")).code == 0
+    with monkeypatch.context() as patch:
+        limited(patch, 5)
+        answer = lora_bench("train", *toy_run(*asked, "hydra.run.dir=run"))
+        Path("pairs.tsv").write_text("question1\tquestion2\n" + "a\tb\n" * 9)
+        assert lora_bench("predict", "run=run", "input=pairs.tsv", "output=out.tsv").code == 0
+        assert len(Path("out.tsv").read_text().splitlines()) == 10
+    assert answer.code == 0, answer
+    assert "note: memory was short, so the run went on with trainer.micro_batch_size=4." in answer.out
+    assert "note: memory was short, so the run went on with trainer.eval_batch_size=4." in answer.out
+    halved, whole = record(), record("asked")
+    assert (halved["cost"]["micro_batch_size"], halved["cost"]["eval_batch_size"]) == (4, 4)
+    assert (whole["cost"]["micro_batch_size"], whole["cost"]["eval_batch_size"]) == (4, 16)
+    assert halved["config"]["trainer"]["batch_size"] == 8
+    assert halved["cost"]["steps"] == whole["cost"]["steps"] == 3
+    # The same updates of the same batches: the very adapter of a run that asked for portions of 4.
+    one, other = (Path(folder, "adapter/adapter_model.safetensors").read_bytes() for folder in ("run", "asked"))
+    assert one == other
+
+
+@pytest.mark.reliability(44)
+def test_44_a_checkpoint_remembers_the_smaller_portions(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited(monkeypatch, 5)
+    act, calls = training.Interruption.act, iter(range(9))
+
+    def interrupting(interruption: Any) -> None:
+        interruption.asked = 2 if next(calls) == 1 else None
+        act(interruption)
+
+    monkeypatch.setattr(training.Interruption, "act", interrupting)
+    asked = toy_run("trainer.batch_size=8", "trainer.max_steps=3", "trainer.checkpoint_every=1", "hydra.run.dir=run")
+    assert lora_bench("train", *asked).code == 130
+    (newest, _) = sorted(Path("run/checkpoints").iterdir(), reverse=True)
+    assert json.loads((newest / "state.json").read_text())["room"] == {"training": 4}
+    assert lora_bench("train", "resume=run").code == 0
+    assert record()["cost"]["micro_batch_size"] == 4
+
+
+@pytest.mark.reliability(44)
+def test_44_not_even_one_pair_fits(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited(monkeypatch, 0)
+    answer = lora_bench("train", *RUN)
+    assert (answer.code, answer.err.count("\n")) == (1, 1), answer
+    assert "memory does not suffice for the training of a single pair. Take " in answer.err
+    assert record()["status"] == "failed"
+
+
+@pytest.mark.reliability(44)
+def test_44_an_unsupported_precision(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refused("train", *toy_run("trainer.precision=fp8"))
+    assert "trainer.precision=fp8: is not one of auto, fp32, bf16" in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused("train", *toy_run("trainer.device=cuda"))
+    assert "no CUDA device is usable here. Take trainer.device=auto or cpu." in said
+
+
+@pytest.mark.reliability(45)
+def test_45_the_same_seed_twice(in_tmp: Path) -> None:
+    for folder in ("one", "two"):
+        asked = ["adapter.dropout=0.1", "trainer.max_steps=4", "trainer.eval_every=2", f"hydra.run.dir={folder}"]
+        assert lora_bench("train", *toy_run(*asked)).code == 0
+    logs = []
+    for folder in ("one", "two"):
+        lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        assert len(lines) == 3
+        logs.append([{key: value for key, value in line.items() if key != "seconds"} for line in lines])
+    assert logs[0] == logs[1]
+    assert record("one")["metrics"] == record("two")["metrics"]
+    tables = [parquet.read_table(f"{folder}/predictions/validation.parquet") for folder in ("one", "two")]
+    assert tables[0].equals(tables[1])
+    one, other = (Path(folder, "adapter/adapter_model.safetensors").read_bytes() for folder in ("one", "two"))
+    assert one == other

@@ -1,0 +1,280 @@
+"""Files, strings and keys from anywhere: nothing of them is run, nothing of them is let through."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import shutil
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.command_line import files_below, lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RUN = toy_run("hydra.run.dir=run")
+TENSORS = "adapter_model.safetensors"
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path("exploded").touch, ())
+
+
+@pytest.fixture
+def finished(in_tmp: Path) -> Path:
+    """A finished run's adapter."""
+    assert lora_bench("train", *RUN).code == 0
+    Path("pairs.tsv").write_text("question1\tquestion2\na\tb\n")
+    return Path("run/adapter") / TENSORS
+
+
+def predicted() -> str:
+    """Why the run's adapter is refused."""
+    return refused("predict", "run=run", "input=pairs.tsv", "output=-")
+
+
+@pytest.mark.reliability(46)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors"])
+def test_46_a_pickled_checkpoint_is_never_opened(in_tmp: Path, name: str) -> None:
+    Path("model").mkdir()
+    config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Path("model/config.json").write_text(json.dumps(config))
+    Path("model", name).write_bytes(pickle.dumps(Bomb()))
+    # RUN takes a tokenizer of its own, so that only the weights are wrong
+    said = refused("train", *toy_run("model.path=model", "model.tokenizer=tokenizer", "hydra.run.dir=run"))
+    assert "model" in said
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.reliability(46)
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_46_a_pickled_adapter_is_not_looked_at(finished: Path, name: str) -> None:
+    finished.with_name(name).write_bytes(pickle.dumps(Bomb()))
+    finished.unlink()
+    assert f"{TENSORS}: is absent or damaged" in predicted()
+    finished.write_bytes(pickle.dumps(Bomb()))
+    assert f"{TENSORS}: is absent or damaged" in predicted()
+    assert not Path("exploded").exists()
+
+
+def huge_header(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+
+
+def without(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor for name, tensor in tensors.items() if name != min(tensors)}, path)
+
+
+def extra(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors | {"more": torch.ones(1)}, path)
+
+
+def misshapen(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors | {min(tensors): torch.ones(3, 3)}, path)
+
+
+def not_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors | {min(tensors): torch.full_like(tensors[min(tensors)], torch.nan)}, path)
+
+
+@pytest.mark.reliability(46)
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (huge_header, "is absent or damaged"),
+        (without, "{first} are missing"),
+        (extra, "more do not belong to this adapter"),
+        (misshapen, "{first} (3, 3) for "),
+        (not_finite, "{first} hold numbers that are not finite"),
+    ],
+)
+def test_46_an_adapter_that_does_not_fit_is_refused_by_name(
+    finished: Path, damage: Callable[[dict[str, torch.Tensor], Path], None], said: str
+) -> None:
+    tensors = load_file(finished)
+    damage(tensors, finished)
+    assert said.format(first=min(tensors)) in predicted()
+
+
+@pytest.mark.reliability(46)
+@pytest.mark.parametrize("damage", ["nan", "missing"])
+def test_46_a_backbone_that_is_not_whole_is_refused_by_name(in_tmp: Path, damage: str) -> None:
+    assert lora_bench("train", *toy_run("adapter=full", "hydra.run.dir=whole")).code == 0
+    assert lora_bench("export", "run=whole", "format=merged", "output=model").code == 0
+    path = Path("model/model.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("attention.self.query.weight"))
+    if damage == "nan":
+        tensors[name][0, 0] = torch.nan
+    else:
+        del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert name.removeprefix("bert.") in refused("train", *toy_run("model.path=model", "hydra.run.dir=run"))
+
+
+@pytest.mark.reliability(46)
+def test_46_code_beside_a_checkpoint_is_not_run(in_tmp: Path) -> None:
+    Path("model").mkdir()
+    code = {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.C", "AutoTokenizer": ["evil.C", None]}
+    Path("model/config.json").write_text(json.dumps({"model_type": "evil", "auto_map": code}))
+    Path("model/tokenizer_config.json").write_text(json.dumps({"auto_map": code}))
+    Path("model/evil.py").write_text("from pathlib import Path\nPath('exploded').touch()\n")
+    for model in ("tiny_bert", "deberta"):
+        refused("train", *toy_run(f"model={model}", "model.path=model", "hydra.run.dir=run"))
+    assert not Path("exploded").exists()
+
+
+KEYS = ["sk-abcdefgh12345678", "hf_abcdefghijklmnopqrstuv", "ghp_abcdefgh12345678abcd", "AKIAIOSFODNN7EXAMPLE"]
+
+
+def nowhere(key: str, *texts: str) -> None:
+    """The key is in no file below this folder, in no file's name, and in none of the texts."""
+    for name, content in files_below(Path.cwd()).items():
+        assert key not in name
+        assert key.encode() not in (content or b""), name
+    assert not [text for text in texts if key in text]
+
+
+@pytest.mark.reliability(47)
+@pytest.mark.parametrize("key", KEYS)
+def test_47_keys_given_as_values_reach_no_file_and_no_screen(in_tmp: Path, key: str) -> None:
+    given = [f"data.label_names=[no,'{key}']", f"data.label_column={key}"]
+    answer = lora_bench("train", *RUN, *given)
+    assert answer.code == 0, answer
+    sweep = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep"), *given, "adapter.rank=2,99999")
+    assert sweep.code != 0
+    sweep = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep"), *given, "adapter.rank=2,4")
+    tables = [lora_bench("compare", ".", "--format", form).out for form in ("table", "csv", "md", "latex", "json")]
+    nowhere(key, answer.out, answer.err, sweep.out, sweep.err, *tables)
+    assert "***" in Path("run/run.json").read_text()
+    assert "***" in Path("sweep/sweep.json").read_text()
+    assert "keys are not kept" in refused("train", "-m", "resume=sweep")
+
+
+@pytest.mark.reliability(47)
+def test_47_the_process_works_with_the_true_value(in_tmp: Path) -> None:
+    key = KEYS[0]
+    Path("pairs").mkdir()
+    content = f"question1\tquestion2\t{key}\n" + "".join(f"a {i}\tb\t{i % 2}\n" for i in range(16))
+    for split in ("train", "validation"):
+        Path(f"pairs/{split}.tsv").write_text(content)
+    asked = toy_run("data=pairs", "data.path=pairs", f"data.label_column={key}", "hydra.run.dir=run")
+    asked = [each for each in asked if "_rows" not in each]
+    answer = lora_bench("train", *asked, "data.selection_size=4")
+    assert answer.code == 0, answer
+    shutil.rmtree("pairs")
+    nowhere(key, answer.out, answer.err)
+
+
+@pytest.mark.reliability(47)
+def test_47_keys_in_errors_and_tracebacks(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_bench import train
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("401: Incorrect API key: open.sesame.9, sent as Authorization: Bearer abcdefgh.ijkl")
+
+    monkeypatch.setenv("LLM_API_KEY", "open.sesame.9")
+    monkeypatch.setattr(train, "fit", failing)
+    answer = lora_bench("train", *RUN)
+    assert answer.code == 1
+    assert "Incorrect API key: ***" in Path("run/run.log").read_text()
+    nowhere("open.sesame.9", answer.out, answer.err, lora_bench("compare", "run").out)
+    nowhere("abcdefgh.ijkl", answer.out, answer.err)
+    said = refused("train", *toy_run("hydra.run.dir=other"), "llm.api_key=tell no one")
+    assert "llm.api_key" in said
+    assert "tell no one" not in said
+
+
+@pytest.mark.reliability(47)
+def test_47_keys_in_names_of_folders(in_tmp: Path) -> None:
+    assert "holds a key" in refused("train", *toy_run(f"hydra.run.dir=outputs/{KEYS[0]}"))
+    asked = toy_run("hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.override_dirname}")
+    answer = lora_bench("train", "-m", *asked, f"data.label_column={KEYS[0]}", "seed=0,1")
+    assert answer.code == 2
+    nowhere(KEYS[0], answer.out, answer.err)
+
+
+HOSTILE = "<script>alert(1)</script>|**x**\x1b[31m=1+1"
+FORMULA = "=HYPERLINK(1)"
+
+
+@pytest.mark.reliability(48)
+def test_48_hostile_strings_are_escaped_in_every_report(in_tmp: Path) -> None:
+    for i, word in enumerate((HOSTILE, FORMULA)):
+        assert lora_bench("train", *toy_run(f"hydra.run.dir=runs/{i}")).code == 0
+        path = Path(f"runs/{i}/run.json")
+        record = json.loads(path.read_text())
+        record["config"]["data"]["source"] = word  # as someone else may have written it
+        record["config"]["adapter"][word] = word
+        path.write_text(json.dumps(record))
+    record["status"], record["error"] = "failed", HOSTILE
+    shutil.copytree("runs/1", "runs/\x1b[31mred")
+    Path("runs/\x1b[31mred/run.json").write_text(json.dumps(record))
+    shown = {form: lora_bench("compare", "runs", "--format", form) for form in ("table", "csv", "md", "latex", "json")}
+    for answer in shown.values():
+        assert answer.code == 0, answer
+        assert "\x1b" not in answer.out + answer.err
+    assert "<script>" not in shown["md"].out
+    assert "**x**" not in shown["md"].out.replace("\\*", "")
+    cells = [cell for line in csv.reader(io.StringIO(shown["csv"].out)) for cell in line]
+    assert any(FORMULA in cell for cell in cells)
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@"))]
+    assert json.loads(shown["json"].out)
+
+
+@pytest.mark.reliability(48)
+def test_48_nothing_of_the_data_or_of_a_name_drives_the_terminal(in_tmp: Path) -> None:
+    answer = lora_bench("train", *toy_run("hydra.run.dir='\x1b[31mrun'"))
+    assert answer.code == 0, answer
+    assert "\x1b" not in answer.out + answer.err
+    assert "/\\x1b[31mrun" in answer.out
+    Path("pairs").mkdir()
+    Path("pairs/train.tsv").write_text("question1\tquestion2\tlabel\na\tb\t\x1b]0;title\x07\n")
+    asked = [each for each in toy_run("data=pairs", "data.path=pairs") if "_rows" not in each]
+    answer = lora_bench("train", *asked)
+    assert (answer.code, "\x1b" in answer.err, "\x07" in answer.err) == (2, False, False)
+    assert "train.tsv, row 2: label '\\x1b]0;title\\x07' is neither 0 nor 1" in answer.err
+    answer = lora_bench("train", *toy_run("adapter='\x1b[2J'"))
+    assert (answer.code, "\x1b" in answer.err) == (2, False)
+
+
+@pytest.mark.reliability(48)
+def test_48_offline_nothing_touches_the_network(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[Any] = []
+
+    def refusing(*arguments: Any, **_: Any) -> None:
+        touched.append(arguments)
+        raise OSError("no network in this test")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refusing)
+    for name in ("create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refusing)
+    assert lora_bench("train", *RUN).code == 0  # HF_HUB_OFFLINE is set for all tests
+    for override in ("model=bert", "model=roberta", "data=qqp"):
+        asked = [each for each in toy_run(override) if not (override == "data=qqp" and "_rows" in each)]
+        said = refused("train", *asked)
+        assert "model.path=DIR" in said or "Without network" in said
+    assert touched == []
+
+
+@pytest.mark.reliability(46)
+def test_46_scores_of_a_good_adapter_are_those_of_its_training(finished: Path) -> None:
+    """What is refused above is refused for its damage: untouched, the same run predicts."""
+    answer = lora_bench("predict", "run=run", "input=pairs.tsv", "output=out.tsv")
+    assert answer.code == 0
+    (line,) = Path("out.tsv").read_text().splitlines()[1:]
+    assert np.isfinite(float(line.split("\t")[-1]))

@@ -1,0 +1,121 @@
+"""Out of memory: a step is done again in smaller portions, and ends where a run with that micro-batch would."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_bench.errors import RunFailedError
+from lora_bench.training.loop import predict
+from lora_bench.training.portions import is_out_of_memory
+from tests.training.test_loop import Make, assert_close, packed, run, spy, task, trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("not enough memory: you …"))
+
+
+def short_of_memory(pack: Any, pairs: int, error: Exception, *, halfway: bool = False) -> Callable[[], int]:
+    """Let every forward pass of more pairs (of all members) fail, at its end; returns how many did."""
+    forward, failed = pack.forward, 0
+
+    def limited(batch: Any) -> torch.Tensor:
+        nonlocal failed
+        logits = forward(batch)  # dropout has been drawn
+        if len(batch.input_ids) > pairs:
+            failed += 1
+            raise error
+        return logits  # type: ignore[no-any-return]
+
+    pack.forward = limited
+    return lambda: failed
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_step_short_of_memory_is_done_again_from_where_it_began(backbone: Make, error: Exception) -> None:
+    asked = packed(backbone(), spy(dropout=0.5))
+    run(asked, chosen=trainer(micro_batch_size=2, epochs=2))
+    halved = packed(backbone(), spy(dropout=0.5))
+    failures = short_of_memory(halved, 2, error)
+    (outcome,) = run(halved, chosen=trainer(micro_batch_size=None, epochs=2, eval_batch_size=2))
+    assert failures() == 2  # 8, 4, and then 2 for good
+    assert halved.room == {"training": 2}
+    assert outcome.steps == 6
+    assert_close(halved.state(0), asked.state(0), 0.0)
+
+
+def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:
+    """The first portions of the step fit and leave gradients, a later one does not."""
+    asked = packed(backbone(), spy(dropout=0.5))
+    run(asked, chosen=trainer(micro_batch_size=2, max_steps=1))
+    halved = packed(backbone(), spy(dropout=0.5))
+    forward, calls = halved.forward, iter(range(99))
+
+    def limited(batch: Any) -> torch.Tensor:
+        if next(calls) == 1:
+            raise OUT_OF_MEMORY[0]
+        return forward(batch)  # type: ignore[no-any-return]
+
+    halved.forward = limited  # type: ignore[method-assign]
+    run(halved, chosen=trainer(micro_batch_size=4, max_steps=1))
+    assert halved.room == {"training": 2}
+    assert_close(halved.state(0), asked.state(0), 0.0)
+
+
+def test_full_fine_tuning_draws_its_dropout_again(backbone: Make) -> None:
+    from lora_bench.adapters.full import Full
+
+    states = []
+    for micro, limit in ((2, 99), (None, 2)):
+        pack = packed(
+            backbone("tiny_bert", "+model.random.hidden_dropout_prob=0.5"), Full(method="full", default_lr=1e-4)
+        )
+        short_of_memory(pack, limit, OUT_OF_MEMORY[0])
+        torch.manual_seed(0)
+        run(pack, chosen=trainer(micro_batch_size=micro, max_steps=2, eval_batch_size=2))
+        states.append(pack.state(0))
+    assert_close(*states, 0.0)
+
+
+def test_members_share_the_room(backbone: Make) -> None:
+    pack = packed(backbone(), spy(), spy())
+    short_of_memory(pack, 4, OUT_OF_MEMORY[0])
+    run(pack, chosen=trainer(max_steps=2))
+    assert pack.room == {"training": 2, "evaluation": 3}  # of each member, who share the rows that are scored
+
+
+def test_at_one_pair_it_gives_up_and_says_what_to_do(backbone: Make) -> None:
+    pack = packed(backbone(), spy())
+    short_of_memory(pack, 0, OUT_OF_MEMORY[0])
+    with pytest.raises(RunFailedError, match=r"the training of a single pair\. Take .*data\.max_length"):
+        run(pack)
+
+
+def test_scores_are_the_same_from_smaller_portions(backbone: Make) -> None:
+    pack = packed(backbone(), spy())
+    table = task(pack.backbone)
+    whole = predict(pack, table, 24)
+    failures = short_of_memory(pack, 5, OUT_OF_MEMORY[0])
+    np.testing.assert_allclose(predict(pack, table, 24), whole, atol=1e-6)
+    assert pack.room == {"evaluation": 3}
+    assert failures() == 3  # 24, 12, 6
+    predict(pack, table, 24)
+    assert failures() == 3  # it is remembered
+
+
+def test_other_errors_pass(backbone: Make) -> None:
+    pack = packed(backbone(), spy())
+    short_of_memory(pack, 0, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(pack)
+
+
+def test_torchs_own_refusal_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(ValueError("not enough memory"))

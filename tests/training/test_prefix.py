@@ -1,0 +1,158 @@
+"""The kept prefix: the same training with it as without, the same bits cold and warm, and a store that stays small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_bench.data.batching import both_orders, collate, micro_batches
+from lora_bench.training import prefix
+from lora_bench.training.loop import fit, predict
+from lora_bench.training.prefix import PrefixCache
+from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
+from tests.backbones.tools import FORMS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_bench.adapters.pack import Pack
+    from lora_bench.data.pairs import TokenTable
+
+TOP = adapter("lora", "layers=top:1", "rank=3")
+LIMIT = 1e9
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/prefix"
+
+
+def served(made: Pack, limit: float = LIMIT) -> tuple[dict[str, TokenTable], PrefixCache]:
+    train, selection = tables(made.backbone)
+    cache = PrefixCache("the tiny backbone", limit)
+    return cache.serve(made, {"train": train, "selection": selection}), cache
+
+
+def trained(made: Pack, train: TokenTable, selection: TokenTable, **changes: Any) -> list[dict[str, torch.Tensor]]:
+    fit(made, [optimizer()] * made.size, trainer(**changes), train, selection)
+    return [made.state(k) for k in range(made.size)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_with_it_equals_training_without(form: str) -> None:
+    members = ((TOP, 0), (adapter("lora", "layers=top:1", "rank=2"), 1))
+    plain = pack(form, *members)
+    expected = trained(plain, *tables(plain.backbone))
+    made = pack(form, *members)
+    found, _ = served(made)
+    assert all(table.hidden is not None for table in found.values())
+    states = trained(made, found["train"], found["selection"])
+    for state, reference in zip(states, expected, strict=True):
+        assert_close(state, reference, atol=1e-4)
+    np.testing.assert_allclose(
+        predict(made, found["selection"], 5), predict(plain, tables(plain.backbone)[1], 5), atol=1e-5
+    )
+
+
+def test_a_step_no_longer_runs_the_layers_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pack("bert", (TOP, 0))
+    found, cache = served(made)
+    assert cache.flops > 0
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("the prefix was computed again")
+
+    monkeypatch.setattr(type(made.backbone), "prefix", never)
+    trained(made, found["train"], found["selection"], micro_batch_size=3)
+
+
+def test_a_warm_run_gets_the_bits_of_the_cold_one_and_pays_nothing(store: Path) -> None:
+    first, cold = served(pack("bert", (TOP, 0)))
+    written = {path.name: path.read_bytes() for path in store.iterdir()}
+    assert len(written) == 2
+    second, warm = served(pack("bert", (adapter("dora", "layers=top:1"), 5)))
+    assert (warm.flops, warm.used_bytes) == (0, cold.used_bytes)
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == written
+    rows = np.array([5, 0, 3])
+    one, two = (collate(found["train"], rows, 40, 0).hidden for found in (first, second))
+    assert one is not None
+    assert two is not None
+    assert torch.equal(one, two)
+
+
+def test_stored_states_are_the_prefix_of_each_row_whatever_it_travels_with() -> None:
+    made = pack("bert", (TOP, 0))
+    found, _ = served(made)
+    table = found["train"]
+    rows = np.array([7, 1, 20])
+    batch = collate(table, rows, int(table.lengths[rows].max()) + 2, 0)
+    assert batch.hidden is not None
+    expected = made.backbone.prefix(replace(batch, hidden=None), made.depth)
+    kept = batch.attention_mask.bool()
+    torch.testing.assert_close(batch.hidden[kept], expected[kept], atol=1e-5, rtol=0)
+    assert not batch.hidden[~kept].any()
+    picked = list(micro_batches(both_orders(batch, batch), 2))
+    assert picked[0].hidden is not None
+    assert torch.equal(picked[0].hidden, batch.hidden[[0, 1, 0, 1]])
+
+
+def test_another_depth_backbone_precision_or_text_has_files_of_its_own(store: Path) -> None:
+    served(pack("bert", (TOP, 0)))
+    made = pack("bert", (adapter("head_only"), 0))
+    served(made)
+    assert len(list(store.iterdir())) == 4
+    made.network.bfloat16()
+    made.backbone.compute_dtype = torch.bfloat16
+    found, _ = served(made)
+    assert len(list(store.iterdir())) == 6
+    batch = collate(found["train"], np.array([0]), 40, 0)
+    assert batch.hidden is not None
+    assert batch.hidden.dtype == torch.bfloat16
+    train, _ = tables(made.backbone)
+    PrefixCache("another backbone", LIMIT).serve(made, {"train": train})
+    assert len(list(store.iterdir())) == 7
+    PrefixCache("another backbone", LIMIT).serve(made, {"train": replace(train, values=train.values + 1)})
+    assert len(list(store.iterdir())) == 8
+
+
+@pytest.mark.parametrize("settings", [adapter("lora"), adapter("full")])
+def test_nothing_is_kept_where_the_first_layer_is_trained(settings: Any, store: Path) -> None:
+    found, cache = served(pack("bert", (settings, 0)))
+    assert all(table.hidden is None for table in found.values())
+    assert not cache.used_bytes
+    assert not store.exists()
+
+
+def test_what_exceeds_the_limit_is_computed_as_before_and_old_files_make_room(store: Path) -> None:
+    made = pack("bert", (TOP, 0))
+    found, cache = served(made)
+    train, selection = (int(len(t.values) * made.backbone.hidden_size * 4) for t in found.values())
+    assert cache.used_bytes == train + selection
+    assert served(made, 0)[0]["train"].hidden is None
+    found, _ = served(made, selection)
+    assert (found["train"].hidden, found["selection"].hidden is None) == (None, False)
+    other = pack("bert", (adapter("head_only"), 0))
+    old = collate(found["selection"], np.array([0]), 40, 0).hidden
+    served(other, train + selection)
+    assert sum(path.stat().st_size for path in store.iterdir()) <= train + selection
+    again = collate(found["selection"], np.array([0]), 40, 0).hidden
+    assert old is not None
+    assert again is not None
+    assert torch.equal(old, again)  # who reads a file that made room goes on reading it
+
+
+def test_without_room_on_the_disk_nothing_is_kept_and_nothing_left(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefix, "HiddenStatesWriter", full)
+    found, _ = served(pack("bert", (TOP, 0)))
+    assert all(table.hidden is None for table in found.values())
+    assert not list(store.iterdir())
