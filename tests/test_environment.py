@@ -28,8 +28,8 @@ def test_versions_of_every_package_that_results_depend_on() -> None:
     assert found == {name: version(name) for name in environment.PACKAGES}
     named = [re.split("[<>=!~; ]", line)[0] for line in requires("lora-bench") or [] if "extra" not in line]
     required = {name for name in named if name}
-    screen_and_yaml = {"rich", "pyyaml", "sentencepiece"}  # no figure depends on them
-    assert required - screen_and_yaml <= set(environment.PACKAGES)
+    no_figure_depends_on = {"rich", "pyyaml", "sentencepiece", "filelock"}  # screen, files and locks
+    assert required - no_figure_depends_on <= set(environment.PACKAGES)
 
 
 def test_a_package_that_is_not_there_is_null(monkeypatch: pytest.MonkeyPatch) -> None:

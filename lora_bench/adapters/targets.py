@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from lora_bench.backbones.base import Backbone
 
+_LAYERS_REMEDY = "For example adapter.layers=top:2 or 'adapter.layers=[0,1]'."
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnLinears(Adapter):
@@ -26,6 +28,13 @@ class OnLinears(Adapter):
     """`all`, `qv`, or a regular expression that a linear's full name must match from end to end."""
     layers: Any
     """`all`, `top:n`, or a list of layer numbers, counted from 0 in the order of computation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Which layers there are, the backbone says later; a sweep's last job is refused for its kind of value now.
+        listed = isinstance(self.layers, list | tuple) and all(type(i) is int for i in self.layers)
+        reason = "is neither all, nor top:n, nor a list of layer numbers"
+        need(isinstance(self.layers, str) or listed, "layers", self.layers, reason, _LAYERS_REMEDY)
 
     def targets(self, backbone: Backbone) -> list[str]:
         return match_targets(backbone, self.target_modules, self.layers)
@@ -109,7 +118,7 @@ def _match_layers(layers: Any, count: int) -> set[int]:
         f"is neither all, nor top:n with n from 1 to {count}, nor a list of layers from 0 to {count - 1}",
         key="layers",
         value=layers,
-        remedy="For example adapter.layers=top:2 or 'adapter.layers=[0,1]'.",
+        remedy=_LAYERS_REMEDY,
     )
 
 

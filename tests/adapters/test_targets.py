@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_bench.adapters import method_class
 from lora_bench.adapters.targets import match_targets, unmatched_alternatives
+from lora_bench.config import build
 from lora_bench.errors import UserError
 from tests.adapters.tools import adapter
 from tests.backbones.tools import FORMS, make
+from tests.helpers import composed
 
 BACKBONES = {form: make(*names) for form, names in FORMS.items()}
 BERT = BACKBONES["bert"]
@@ -155,3 +159,11 @@ def test_layers_are_written_in_the_shell_as_they_are_meant() -> None:
 )
 def test_an_alternative_that_matches_nothing_is_named(expression: str, left: list[str]) -> None:
     assert unmatched_alternatives(expression, match_targets(BERT, expression, "all")) == left
+
+
+@pytest.mark.parametrize("layers", [2, math.inf, None, True, [0.5], [True], {"a": 1}], ids=repr)
+def test_layers_of_another_kind_are_refused_before_there_is_a_backbone(layers: object) -> None:
+    node = composed("adapter=vera").adapter
+    node.layers = layers
+    with pytest.raises(UserError, match=r"adapter\.layers.*is neither all, nor top:n, nor a list of layer numbers"):
+        build(method_class("vera"), node, "adapter")
