@@ -42,7 +42,7 @@ class Arguments(argparse.Namespace):
         for override in parsed.overrides:
             if re.search(r"(^|[.{,])api_?key[=:]", _plain_key(override), re.IGNORECASE):  # its value is not repeated
                 remedy = "Put it into the environment variable that llm.api_key_env names."
-                raise UserError("a key is given in no config and on no command line", key="llm.api_key", remedy=remedy)
+                raise UserError("a key is given in no config and on no command line", key="llm", remedy=remedy)
             if "_target_" in override or _LOADS_CODE.match(override):
                 raise _names_code(override.split("=")[0])
         if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
