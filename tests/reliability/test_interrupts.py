@@ -146,7 +146,7 @@ def test_22_a_second_ctrl_c_ends_at_once(in_tmp: Path, at_step: Any) -> None:
 
 @pytest.mark.reliability(23)
 def test_23_a_run_killed_at_a_random_step_ends_as_the_undisturbed_one(in_tmp: Path) -> None:
-    asked = [*ASKED, "trainer.max_steps=300", "adapter.dropout=0.1"]
+    asked = [*ASKED, "trainer.max_steps=150", "adapter.dropout=0.1"]
     command = [sys.executable, "-m", "lora_bench", "train", *asked, "hydra.run.dir=run"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -52,6 +52,12 @@ def test_12_runs_of_the_same_second_have_folders_of_their_own(in_tmp: Path) -> N
     assert all(re.search(r"/\d\d-\d\d-\d\d-\d{6}-[0-9a-f]{6}$", folder) for folder in folders)
 
 
+OTHER = f"""
+from lora_bench.cli import main
+print(main(["train", *{toy_run("hydra.run.dir=run")}]), main(["train", "resume=run"]))
+"""
+
+
 @pytest.mark.reliability(13)
 def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,18 +66,18 @@ def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
 
     def second(*arguments: Any, **keywords: Any) -> Any:
         before = Path("run/run.json").read_bytes()
-        other = [sys.executable, "-m", "lora_bench", "train", *toy_run("hydra.run.dir=run")]
-        answers.append(subprocess.run(other, capture_output=True, text=True))
-        answers.append(subprocess.run([*other[:4], "resume=run"], capture_output=True, text=True))
+        other = subprocess.run([sys.executable, "-c", OTHER], capture_output=True, text=True)
+        answers.extend(other.stderr.splitlines())
+        assert other.stdout.split()[-2:] == ["2", "2"]
         assert Path("run/run.json").read_bytes() == before
         return fit(*arguments, **keywords)
 
     monkeypatch.setattr(train, "fit", second)
     assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
-    assert [answer.returncode for answer in answers] == [2, 2]
-    assert "hydra.run.dir=" in answers[0].stderr
-    assert "already holds a run" in answers[0].stderr
-    assert "another process is training this run" in answers[1].stderr
+    (new, resumed) = answers
+    assert "hydra.run.dir=" in new
+    assert "already holds a run" in new
+    assert "another process is training this run" in resumed
     assert status("run") == "done"
 
 
@@ -120,6 +126,7 @@ def test_16_an_unwritable_root_is_told_before_training(
 
 @pytest.mark.reliability(17)
 def test_17_no_room_for_the_config(in_tmp: Path) -> None:
+    assert lora_bench("train", *toy_run("hydra.run.dir=before")).code == 0  # what is kept of the data has its place
     with full_disk(100):
         told = refused("train", *toy_run("hydra.run.dir=run"))
     assert "hydra.run.dir=" in told
