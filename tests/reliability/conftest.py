@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 _PASSED = pytest.StashKey[dict[int, list[bool]]]()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Every run collects garbage once; what was imported before need not be walked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
