@@ -86,6 +86,11 @@ def _take(folder: Path) -> FileLock:
     return lock
 
 
+def leads_out(name: str) -> bool:
+    """Whether a job of this name would lie elsewhere than below the sweep's folder, or nowhere."""
+    return Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
+
+
 def is_sweep(folder: Path) -> bool:
     return (folder / FILE).exists()
 
@@ -99,7 +104,7 @@ def read(folder: Path) -> Sweep:
             raise UserError("is of another version of lora-bench", file=path)
         sweep = Sweep(**found)
         for name, job in sweep.jobs.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts or not all(isinstance(text, str) for text in job):
+            if leads_out(name) or not all(isinstance(text, str) for text in job):
                 raise ValueError(f"job {name!r} is not one")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"is damaged: {why(error)}", file=path) from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config
@@ -101,14 +102,12 @@ def test_every_preset_builds(group: str, option: str) -> None:
 def jobs(*overrides: str) -> list[list[str]]:
     """The overrides of each job of a sweep, as the sweeper splits them; none is checked or run."""
     register_with_hydra()
-    from lora_bench.plugin.lora_bench_grid import GridSweeper
-
     sweeper_config = compose(CONF, "config", list(overrides)).hydra.sweeper
-    sweeper: Any = GridSweeper.__new__(GridSweeper)  # Hydra may have loaded its base class anew since
-    sweeper.max_batch_size, sweeper.params = None, dict(sweeper_config.params or {})
-    sweeper.exclude = [dict(part.split("=", 1) for part in rule.split()) for rule in sweeper_config.exclude]
+    # As Hydra loaded it: it loads its own plugins anew, so a class imported before has another base.
+    grid_sweeper: Any = Plugins.instance().class_name_to_class["hydra_plugins.lora_bench_grid.GridSweeper"]
+    sweeper = grid_sweeper(None, dict(sweeper_config.params or {}), list(sweeper_config.exclude))
     asked = OverridesParser.create().parse_overrides([*sweeper._parse_config(), *overrides[1:]])
-    return [list(job) for batch in [sweeper._combinations(asked)] for job in batch]
+    return sweeper._combinations(asked)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "sweep"])

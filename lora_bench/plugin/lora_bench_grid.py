@@ -98,10 +98,12 @@ class GridSweeper(BasicSweeper):
 
     def _checked(self, jobs: list[list[str]]) -> dict[str, list[str]]:
         """The jobs by their folders, before the sweep's is made: a wrong value in the last one leaves nothing."""
+        from lora_bench import sweep
+
         found: dict[str, list[str]] = {}
         for number, job in enumerate(jobs):
             name = self._check(number, job)
-            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            if sweep.leads_out(name):
                 raise UserError("leads out of the sweep's folder", key="hydra.sweep.subdir", value=name)
             if name in found:
                 raise UserError("gives two jobs the same folder", key="hydra.sweep.subdir", value=name)

@@ -196,7 +196,6 @@ def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _copy(tensors: dict[str, Tensor], prefix: str, own: Mapping[str, Tensor]) -> None:
     found = _taken(tensors, prefix)
     wrong = sorted(found.keys() ^ own.keys()) or [n for n, p in own.items() if found[n].shape != p.shape]
-    if wrong:
-        raise UserError(f"the checkpoint is of another training: {wrong[0]} does not fit")
+    _need(not wrong, ", ".join(wrong[:1]))
     for name, p in own.items():
         p.copy_(found[name])
