@@ -18,28 +18,22 @@ BASE = {"errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
-    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
-    | {"resume", "screen", "secrets", "sweep"},
-    "plugin": {"compare", "disk", "errors", "hydra_errors", "resume", "sweep", "train"},
+    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "job", "predict", "record"}
+    | {"resume", "screen", "secrets", "sweep", "train"},
+    "plugin": {"compare", "disk", "errors", "experiment", "hydra_errors", "job", "packing", "resume"}
+    | {"screen", "sweep"},
+    "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
+    "job": {"record", "resume"},
     "resume": {"errors", "hydra_errors", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
     | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "record", "train", "training"},
-    "train": BASE
-    | {
-        "environment",
-        "adapters",
-        "backbones",
-        "data",
-        "evaluation",
-        "progress",
-        "record",
-        "screen",
-        "tables",
-        "training",
-    },
+    "predict": BASE | {"adapters", "data", "experiment", "record", "training"},
+    "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
+    "recording": {"environment", "errors", "adapters", "backbones", "evaluation", "progress", "record", "screen"}
+    | {"training"},
+    "experiment": BASE | {"adapters", "backbones", "data", "evaluation", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},
@@ -60,10 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hub": set(),
 }
-LIGHT = ("compare", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors", "hydra_errors")
-LIGHT += ("cli", "config")
+LIGHT = ("compare", "job", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors")
+LIGHT += ("hydra_errors", "cli", "config")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
+OPEN_CONFIG = {"config", "job", "resume", "experiment", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
 
 
 def module_of(path: Path) -> str:

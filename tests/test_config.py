@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
 from lora_bench.errors import UserError
-from lora_bench.train import Experiment
+from lora_bench.experiment import Experiment
 from tests.helpers import composed
 
 

@@ -21,6 +21,7 @@ from lora_bench.config import build_data
 from lora_bench.data import sources
 from lora_bench.errors import UserError
 from lora_bench.evaluate import run_eval
+from lora_bench.job import Job
 from lora_bench.train import train
 from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
 from tests.command_line import files_below, lora_bench, refused, toy_run
@@ -36,7 +37,7 @@ QUICK = [*SMALL_TOY, "data.max_length=48", "trainer.max_steps=3", "optimizer.lr=
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval") / "run"
     choices = {"model": "tiny_bert", "adapter": "lora", "data": "toy"}
-    train(composed(*QUICK), folder, choices=choices, overrides=[], console=Console(file=io.StringIO()))
+    train(Job(composed(*QUICK), folder, choices, []), console=Console(file=io.StringIO()))
     return folder
 
 

@@ -52,6 +52,25 @@ class Batch:
         """B, the pairs of each member."""
         return len(self.input_ids) // (self.members * self.orders)
 
+    def of(self, members: Sequence[int]) -> Batch:
+        """The rows of these members alone, where each has rows of its own."""
+        if self.members == 1 or len(members) == self.members:
+            return self
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.view(self.members, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
+
+        types, labels = self.token_type_ids, self.labels
+        return Batch(
+            pick(self.input_ids),
+            pick(self.attention_mask),
+            None if types is None else pick(types),
+            None if labels is None else pick(labels),
+            self.full,
+            len(members),
+            self.orders,
+        )
+
     def repeat(self, members: int) -> Batch:
         """The same rows once per member."""
         return replace(self.map(lambda t: t.repeat(members, *[1] * (t.ndim - 1))), members=members)

@@ -21,7 +21,8 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.errors import UserError
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.train import Experiment
+from lora_bench.experiment import Experiment
+from lora_bench.job import Job
 from lora_bench.training.loop import fit, predict
 from lora_bench.training.objective import check_columns, cross_entropy, make_objective, order_consistency
 from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, trainer
@@ -60,7 +61,7 @@ class Losses:
         self.pairs: list[int] = []
 
     def stepped(self, step: int, losses: Any, pairs: int) -> None:
-        self.seen.append(list(losses))
+        self.seen.append(list(losses.values()))
         self.pairs.append(pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
@@ -90,7 +91,16 @@ def learn(
     watcher = Losses()
     one_a_step_ten_a_row = FlopModel((1.0, 10.0, 0.0, 0.0))
     rates = rates or [optimizer(eps=1e-3)] * made.size
-    outcomes = fit(made, rates, settings, train, as_is, swapped=other, flop_model=one_a_step_ten_a_row, watcher=watcher)
+    outcomes = fit(
+        made,
+        rates,
+        settings,
+        train,
+        as_is,
+        swapped=other,
+        flop_models=[one_a_step_ten_a_row] * made.size,
+        watcher=watcher,
+    )
     return outcomes, watcher
 
 
@@ -355,7 +365,7 @@ def test_single_sentences_are_refused_in_one_sentence() -> None:
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     console, cfg = Console(file=io.StringIO()), composed(*overrides)
-    story.train(cfg, folder, choices={"model": "m", "adapter": "a", "data": "d"}, overrides=[], console=console)
+    story.train(Job(cfg, folder, {"model": "m", "adapter": "a", "data": "d"}, []), console=console)
     return record.read(folder)
 
 
