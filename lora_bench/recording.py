@@ -205,7 +205,7 @@ class Recorder:
         trainer, room = self.experiments[member].trainer, self.pack.room
         found = {"micro_batch_size": trainer.micro_batch_size, "eval_batch_size": trainer.eval_batch_size}
         if "training" in room:
-            found["micro_batch_size"] = room["training"] * self.pack_sizes[member]  # it counts pairs over all members
+            found["micro_batch_size"] = room["training"]
         if "evaluation" in room:
             found["eval_batch_size"] = room["evaluation"]
         self.runs[member].update(cost=found)

@@ -210,7 +210,7 @@ def test_the_adapter_of_a_run_gets_the_figures_of_the_run(made: dict[str, Path],
         place = f"model.path={made[form]}"
         chosen = dict.fromkeys(("model", "adapter", "data"), "chosen")
         asked = composed(*QUICK, *(model or ("model=bert",)), place, "data.max_length=128", "adapter=pissa")
-        train(asked, Path(form), choices=chosen, overrides=[], console=Console(file=io.StringIO()))
+        train(Job(asked, Path(form), chosen, []), console=Console(file=io.StringIO()))
         own = read(Path(form, "run.json"))["metrics"]
         found = evaluated_peft(Path(form, "adapter"), *model, *([place] if model else []))["metrics"]
         assert found == pytest.approx({key: own[key] for key in found}, abs=1e-5)

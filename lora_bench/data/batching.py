@@ -60,16 +60,7 @@ class Batch:
         def pick(tensor: Tensor) -> Tensor:
             return tensor.view(self.members, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
 
-        types, labels = self.token_type_ids, self.labels
-        return Batch(
-            pick(self.input_ids),
-            pick(self.attention_mask),
-            None if types is None else pick(types),
-            None if labels is None else pick(labels),
-            self.full,
-            len(members),
-            self.orders,
-        )
+        return replace(self.map(pick), members=len(members))
 
     def repeat(self, members: int) -> Batch:
         """The same rows once per member."""

@@ -138,8 +138,7 @@ def fit(
             break
         began = time.perf_counter()
         batch = next(batches).of(live)
-        micro = None if trainer.micro_batch_size is None else max(1, trainer.micro_batch_size // len(live))
-        losses = in_portions(pack, batch, micro, partial(_backward, pack, batch, objective))
+        losses = in_portions(pack, batch, trainer.micro_batch_size, partial(_backward, pack, batch, objective))
         for k in live:
             with contained(outcomes[k]):
                 if not math.isfinite(losses[k]):

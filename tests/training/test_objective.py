@@ -322,8 +322,8 @@ def test_the_shorter_order_is_padded_to_the_longer(monkeypatch: pytest.MonkeyPat
     made = pack("bert", (adapter("lora"), 0))
     as_is, swapped = simple_table([4] * 8, 5), simple_table([4] * 7 + [9], 5)
     shapes = []
-    forward = made.forward
-    monkeypatch.setattr(made, "forward", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or forward(batch))
+    prefix = made.prefix
+    monkeypatch.setattr(made, "prefix", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or prefix(batch))
     fit(made, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, swapped=swapped)
     assert shapes[:2] == [(8, 9), (8, 9)]  # one bucket, and the longest row is in it
 
