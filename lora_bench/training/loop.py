@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -130,7 +131,8 @@ def fit(
             if outcomes[k].state:
                 pack.load_state(k, outcomes[k].state)
         if left and ended:
-            ended(left)
+            with interruption.lifted() if interruption else nullcontext():
+                ended(left)
 
     for step in range(first, steps + 1):
         live = pack.live = running()
@@ -185,9 +187,9 @@ def fit(
             for k in running():
                 with contained(outcomes[k]):
                     checkpoints[k].save(step, *state.gather(k))
-        end([k for k in live if outcomes[k].status != "running"])
         if interruption:
             interruption.act()
+        end([k for k in live if outcomes[k].status != "running"])
 
     last = running()
     for k in last:
