@@ -169,8 +169,8 @@ def fit(
         if watcher:
             watcher.stepped(step, losses, B)
 
-        if step % eval_every == 0 or step == steps:
-            pack.live = running()
+        pack.live = running()
+        if pack.live and (step % eval_every == 0 or step == steps):
             with averaged(averages[k] for k in pack.live):
                 began = time.perf_counter()
                 scores = predict(pack, selection, trainer.eval_batch_size)  # (K, N)

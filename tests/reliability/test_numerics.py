@@ -12,6 +12,7 @@ import torch
 from pyarrow import parquet
 
 from lora_bench import predict as predicting
+from lora_bench import recording
 from lora_bench import train as training
 from lora_bench.adapters.pack import Pack
 from lora_bench.errors import DivergedError
@@ -30,11 +31,11 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Let the loss, the gradient or the scores of the first step be NaN."""
     backward = loop._backward
 
-    def spoiling(pack: Any, *arguments: Any, **keywords: Any) -> list[float]:
+    def spoiling(pack: Any, *arguments: Any, **keywords: Any) -> dict[int, float]:
         losses = backward(pack, *arguments, **keywords)
         if what == "gradient":
             next(iter(pack.trainable(0).values())).grad.fill_(torch.inf)
-        return [torch.nan] if what == "loss" else losses
+        return dict.fromkeys(losses, torch.nan) if what == "loss" else losses
 
     if what == "scores":
         monkeypatch.setattr(loop, "predict", lambda pack, table, size: np.full((1, len(table)), np.nan))
@@ -91,7 +92,7 @@ def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.Mon
         assert "scores are not finite numbers" in answer.err
     assert not Path("out.tsv").exists()
     assert not Path("run/evaluations").exists()
-    monkeypatch.setattr(training, "predict", nan)  # at the very end of a training
+    monkeypatch.setattr(recording, "predict", nan)  # at the very end of a training
     answer = lora_bench("train", *toy_run("hydra.run.dir=other"))
     assert (answer.code, record("other")["status"], record("other")["metrics"]) == (1, "diverged", {})
 
@@ -106,16 +107,16 @@ def test_43_a_constant_predictor_has_mcc_0(constant: float) -> None:
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Memory for so many rows in a forward pass; it is short at its end, when dropout has been drawn."""
-    forward = Pack.forward
+    """Memory for so many pairs in a pass through the adapted layers; short at its end, when dropout has been drawn."""
+    suffix = Pack.suffix
 
-    def call(pack: Pack, batch: Any) -> Any:
-        logits = forward(pack, batch)
-        if len(batch.input_ids) > rows:
+    def call(pack: Pack, hidden: Any, batch: Any, members: list[int]) -> Any:
+        logits = suffix(pack, hidden, batch, members)
+        if batch.pairs > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits
 
-    monkeypatch.setattr(Pack, "forward", call)
+    monkeypatch.setattr(Pack, "suffix", call)
     monkeypatch.setattr(training.FlopModel, "measure", lambda step: training.FlopModel((1.0, 1.0, 0.0, 0.0)))
 
 
