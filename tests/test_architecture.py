@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "screen": {"secrets", "tables"},
     "secrets": set(),
     "compare": {"errors", "record", "tables"},
+    "stats": set(),
     "record": {"", "claim", "disk", "errors", "secrets"},
     "disk": {"errors", "secrets"},
     "claim": set(),
