@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MEASURES = ("accuracy", "f1", "mcc")
 CONFIDENCE = 0.95
-VERDICTS = ("better", "worse", "indistinguishable", "unresolved")
+VERDICTS = ("better", "worse", "indistinguishable", "undecided")
 
 
 # -- measures of counts --
@@ -78,26 +78,6 @@ def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
     return np.divide(above, below, out=np.zeros(above.shape), where=below > 0)
 
 
-def best_threshold(labels: ArrayLike, scores: ArrayLike, measure: str = "mcc") -> float:
-    """The threshold with the best measure on these scores, the nearest to 0.5 of equal ones.
-
-    To be chosen on the selection split: on the reported one it would flatter.
-    """
-    y, s = np.asarray(labels, bool), np.asarray(scores, float)
-    order = np.argsort(-s, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(s[order]) != 0, True))  # the last row of each distinct score
-    tp, said = np.cumsum(y[order])[last], last + 1.0
-    counts = np.stack([tp, said - tp, y.sum() - tp, len(y) - said - (y.sum() - tp)], -1)
-    values = np.append(measure_of(counts, measure), measure_of([0, 0, y.sum(), (~y).sum()], measure))
-    distinct = s[order][last]
-    # Between a score that is still taken for 1 and the next that is not; beyond the smallest, everything is 1.
-    cuts = np.concatenate([(distinct[:-1] + distinct[1:]) / 2, [min(0.0, distinct[-1])], [1 + abs(distinct[0])]])
-    best = values >= values.max() - 1e-12
-    if best[np.searchsorted(-distinct, -0.5, side="right") - 1]:  # what 0.5 itself does is among the best
-        return 0.5
-    return float(cuts[best][np.argmin(np.abs(cuts[best] - 0.5))])
-
-
 # -- one method --
 
 
@@ -122,7 +102,7 @@ def interval_of(mean: float, std: float | None, n: int, confidence: float = CONF
     """The same from the mean, the sample standard deviation and the number of the values."""
     if std is None:
         return Interval(mean, None, None, None, n)
-    half = _t_quantile((1 + confidence) / 2, n - 1) * std / math.sqrt(n)
+    half = _t_quantile((1 - confidence) / 2, n - 1) * std / math.sqrt(n)
     return Interval(mean, std, mean - half, mean + half, n)
 
 
@@ -131,58 +111,119 @@ def interval_of(mean: float, std: float | None, n: int, confidence: float = CONF
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference `a - b`, how sure it is, and what it was found from."""
+    """A difference `a - b` and the two parts of its variance: what the seeds add and what the examples add."""
 
     measure: str
     difference: float
-    low: float
-    high: float
-    p: float
-    """Two-sided, of no difference."""
-    error: float
-    """Standard error of the difference."""
-    degrees: float
-    """Degrees of freedom of Student's t that it is referred to; inf is the normal distribution."""
+    by_seeds: float
+    """Variance of the difference as it shows between seeds; 0 for one seed, which cannot show any."""
+    by_examples: float
+    """What that leaves out: some examples favour `a` whatever the seed."""
     seeds: int
-    """1: the examples are the only source of chance that was counted."""
     examples: int
+    """0: taken for granted."""
+
+    @property
+    def error(self) -> float:
+        """Standard error of the difference."""
+        return math.sqrt(self.by_seeds + self.by_examples)
+
+    @property
+    def p(self) -> float:
+        """Two-sided p value of no difference."""
+        return self._p(abs(self.difference))
+
+    def half_width(self, alpha: float = 1 - CONFIDENCE) -> float:
+        """Half of the interval that holds the true difference with probability 1 - alpha or more.
+
+        The half-widths over seeds and over examples, in quadrature: Banerjee (1960) proved that such an interval never
+        covers less than it says, whatever the two variances are.
+        """
+        return math.sqrt(float(self._squared(self.by_seeds, alpha)))
+
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        half = self.half_width(1 - confidence)
+        return self.difference - half, self.difference + half
+
+    def p_beyond(self, margin: float) -> float:
+        """One-sided p value of a true difference of `margin` or more in size (Schuirmann 1987: two one-sided tests)."""
+        nearer = margin - abs(self.difference)
+        half = self._p(abs(nearer)) / 2
+        return half if nearer > 0 else 1 - half
+
+    def power(self, difference: float, alpha: float = 0.05) -> float:
+        """The chance that such a comparison finds a true `difference`, taking the two variances for the true ones."""
+        from scipy.special import chdtri, ndtr
+
+        if not self.error:
+            return 1.0 if difference else alpha
+        estimated = np.array([self.by_seeds])
+        if self.seeds > 1:  # the variance over seeds comes out as it happens: over its chi-squared distribution
+            ranks = (np.arange(1000) + 0.5) / 1000
+            estimated = self.by_seeds * chdtri(self.seeds - 1, ranks) / (self.seeds - 1)
+        critical, shift = np.sqrt(self._squared(estimated, alpha)), abs(difference)
+        found = ndtr((shift - critical) / self.error) + ndtr((-shift - critical) / self.error)
+        return float(found.mean())
+
+    def detectable(self, chance: float = 0.8, alpha: float = 0.05) -> float:
+        """The smallest true difference that such a comparison finds with that chance."""
+        if not self.error:
+            return 0.0
+        high = self.error
+        while self.power(high, alpha) < chance:
+            high *= 2
+        return _bisect(lambda difference: self.power(difference, alpha) - chance, 0.0, high)
+
+    def _squared(self, by_seeds: ArrayLike, alpha: float) -> Floats:
+        over_seeds = _t_quantile(alpha / 2, self.seeds - 1) if self.seeds > 1 else 0.0
+        over_examples = _t_quantile(alpha / 2, self.examples - 1) if self.examples > 1 else 0.0
+        return np.asarray(over_seeds**2 * np.asarray(by_seeds) + over_examples**2 * self.by_examples)
+
+    def _p(self, distance: float) -> float:
+        """The level at which the interval is as wide as `distance`."""
+        if not self.error:
+            return float(distance == 0)
+        smallest = -300.0  # of log p: what is beyond is 0
+        if distance == 0 or self.half_width(math.exp(smallest)) <= distance:
+            return float(distance == 0)
+        return math.exp(_bisect(lambda log_p: distance - self.half_width(math.exp(log_p)), smallest, 0.0))
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Of the examples that one of two predictors got right alone: how many each, and the mid-p value."""
+    """Of the examples that one of two predictions got right alone: how many each, and the mid-p value."""
 
     only_a: int
     only_b: int
     p: float
 
 
-def crossed_test(
-    labels: ArrayLike,
-    predicted_a: ArrayLike,
-    predicted_b: ArrayLike,
-    measure: str = "mcc",
-    confidence: float = CONFIDENCE,
-) -> Comparison:
+@dataclass(frozen=True)
+class Bootstrap:
+    """A difference `a - b` with its percentile interval, standard error and two-sided p value over resamples."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    error: float
+
+
+def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLike, measure: str = "mcc") -> Comparison:
     """Whether `a` beats `b`, with seeds and examples as two crossed sources of chance.
 
     Each of S paired seeds scores the same N examples, as readers do in a multi-reader multi-case study. The
     pseudo-values d[s, i] = difference of seed s + influence of example i on it follow a two-way random layout, whose
-    mean squares give Var(d..) = (MS_seed + max(MS_example - MS_rest, 0)) / (S N), referred to Student's t with Hillis'
-    degrees of freedom (.)² / (MS_seed² / (S - 1)). Dorfman, Berbaum & Metz 1992; Hillis 2007, Statistics in Medicine
-    26:596. Where seeds differ much it becomes the paired t test over seeds.
-
-    As published it rejects too often with few seeds (scripts/simulate_tests: 7 % with three, 12 % with two), since
-    MS_seed may come out small by chance. So it is taken to be at least MS_rest, below which its expectation never lies.
-    With two or three seeds that hardly differ this makes the test conservative, and costs power.
+    mean squares give Var(d..) = (MS_seed + max(MS_example - MS_rest, 0)) / (S N) (Dorfman, Berbaum & Metz 1992). Their
+    one t with Satterthwaite's degrees of freedom rejects up to 7 % of equal methods with three seeds and 13 % with two;
+    so each part has a t of its own here, see `Comparison.half_width`. Where seeds differ much it is the paired t test
+    over seeds, and with one seed (`seeds` is 1) only the examples are counted.
 
     Args:
         labels: (N,) 0 or 1.
         predicted_a: (S, N), or (N,) for one seed: what each seed's model says, row s of both from the same seed.
         predicted_b: the same of the rival.
         measure: accuracy, f1 or mcc.
-
-    With one seed the variance over seeds cannot be known: then only the examples are counted (`seeds` is 1).
     """
     y = np.asarray(labels, bool)
     a, b = np.atleast_2d(np.asarray(predicted_a, bool)), np.atleast_2d(np.asarray(predicted_b, bool))
@@ -191,16 +232,12 @@ def crossed_test(
     by_seed, by_example, mean = pseudo.mean(1), pseudo.mean(0), float(pseudo.mean())
     squares = float(((by_example - mean) ** 2).sum())
     if S == 1:
-        error, degrees = math.sqrt(squares / (N - 1) / N), float(N - 1)
-        return _t_comparison(measure, mean, error, degrees, confidence, S, N)
+        return Comparison(measure, mean, 0.0, squares / max(N - 1, 1) / N, S, N)
     ms_seed = N * float(((by_seed - mean) ** 2).sum()) / (S - 1)
-    ms_example = S * squares / (N - 1)
-    whole = float(((pseudo - mean) ** 2).sum())
-    ms_rest = max(0.0, whole - (S - 1) * ms_seed - (N - 1) * ms_example) / ((S - 1) * (N - 1))
-    ms_seed = max(ms_seed, ms_rest)  # what it estimates is never less
-    total = ms_seed + max(ms_example - ms_rest, 0.0)
-    degrees = (S - 1) * (total / ms_seed) ** 2 if ms_seed else math.inf
-    return _t_comparison(measure, mean, math.sqrt(total / (S * N)), degrees, confidence, S, N)
+    ms_example = S * squares / max(N - 1, 1)
+    rest = float(((pseudo - mean) ** 2).sum()) - (S - 1) * ms_seed - S * squares
+    ms_rest = max(0.0, rest) / ((S - 1) * max(N - 1, 1))
+    return Comparison(measure, mean, ms_seed / (S * N), max(0.0, ms_example - ms_rest) / (S * N), S, N)
 
 
 def _pseudo_values(y: NDArray[np.bool_], predicted: NDArray[np.bool_], measure: str) -> Floats:
@@ -210,11 +247,10 @@ def _pseudo_values(y: NDArray[np.bool_], predicted: NDArray[np.bool_], measure: 
     return measure_of(counts, measure)[:, None] + added
 
 
-def seeds_test(values_a: ArrayLike, values_b: ArrayLike, confidence: float = CONFIDENCE) -> Comparison:
+def seeds_test(values_a: ArrayLike, values_b: ArrayLike) -> Comparison:
     """Paired t test over seeds (at least two); the examples are taken for granted."""
     d = np.asarray(values_a, float) - np.asarray(values_b, float)
-    error = float(d.std(ddof=1)) / math.sqrt(len(d))
-    return _t_comparison("seeds", float(d.mean()), error, len(d) - 1, confidence, len(d), 0)
+    return Comparison("seeds", float(d.mean()), float(d.var(ddof=1)) / len(d), 0.0, len(d), 0)
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
@@ -232,7 +268,7 @@ def paired_bootstrap(
     confidence: float = CONFIDENCE,
     resamples: int = 10_000,
     seed: int = 0,
-) -> Comparison:
+) -> Bootstrap:
     """Percentile bootstrap over the examples of one pair of models (predictions (N,)).
 
     A resample only matters through how often each (label, a, b) occurs, so it is one draw of eight counts.
@@ -251,13 +287,16 @@ def paired_bootstrap(
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     beyond = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (resamples + 1))
-    return Comparison(measure, found, float(low), float(high), p, float(resampled.std(ddof=1)), math.inf, 1, len(y))
+    return Bootstrap(found, float(low), float(high), p, float(resampled.std(ddof=1)))
 
 
 def effect_size(differences: ArrayLike) -> float | None:
-    """Standardised mean of paired differences over seeds: Cohen's d_z with Hedges' correction; None for one seed."""
+    """Standardised mean of paired differences over seeds: Cohen's d_z with Hedges' correction.
+
+    None for fewer than three seeds, where the correction leaves nothing, and where all differences are equal.
+    """
     d = np.asarray(differences, float)
-    if len(d) < 2 or not d.std(ddof=1):
+    if len(d) < 3 or not d.std(ddof=1):
         return None
     return float(d.mean() / d.std(ddof=1) * (1 - 3 / (4 * (len(d) - 1) - 1)))
 
@@ -275,49 +314,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(comparison: Comparison, margin: float, p: float | None = None, alpha: float = 0.05) -> str:
-    """What a comparison says, in one word of `VERDICTS`.
+def verdict(difference: float, p: float, p_beyond: float, alpha: float = 0.05) -> str:
+    """What a comparison says, in one word of `VERDICTS`, from its p values, adjusted if there were several rivals.
 
-    Args:
-        margin: a difference up to this is of no account.
-        p: the p value to go by, if it was adjusted for many comparisons.
-
-    Returns:
-        `indistinguishable` where two one-sided tests (Schuirmann 1987) show the difference to lie within the margin,
-        also if it is surely not 0; else `better` or `worse` where p is at most alpha; else `unresolved`: the
-        comparison was too small to tell.
+    `better` or `worse` where the difference is surely not 0; else `indistinguishable` where it surely lies within the
+    margin that `p_beyond` was asked for; else `undecided`: the comparison was too small to tell.
     """
-    half = _t_quantile(1 - alpha, comparison.degrees) * comparison.error
-    if -margin < comparison.difference - half and comparison.difference + half < margin:
-        return "indistinguishable"
-    if (comparison.p if p is None else p) <= alpha:
-        return "better" if comparison.difference > 0 else "worse"
-    return "unresolved"
-
-
-def power(comparison: Comparison, difference: float, alpha: float = 0.05) -> float:
-    """The chance that a comparison with this standard error finds a true `difference` (noncentral t)."""
-    from scipy.special import nctdtr
-
-    if not comparison.error:
-        return 1.0 if difference else alpha
-    degrees, shift = min(comparison.degrees, 1e6), abs(difference) / comparison.error
-    critical = _t_quantile(1 - alpha / 2, degrees)
-    # Far in a tail scipy has no value: there it is 0.
-    above, below = np.nan_to_num([nctdtr(degrees, shift, critical), nctdtr(degrees, shift, -critical)])
-    return float(1 - above + below)
-
-
-def detectable(comparison: Comparison, chance: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true difference that a comparison with this standard error finds with that chance."""
-    from scipy.optimize import brentq
-
-    if not comparison.error:
-        return 0.0
-    high = comparison.error
-    while power(comparison, high, alpha) < chance:
-        high *= 2
-    return float(brentq(lambda difference: power(comparison, difference, alpha) - chance, 0.0, high))
+    if p <= alpha:
+        return "better" if difference > 0 else "worse"
+    return "indistinguishable" if p_beyond <= alpha else "undecided"
 
 
 def mcnemar_power(examples: int, only_a: float, only_b: float, alpha: float = 0.05) -> float:
@@ -354,17 +359,16 @@ def _mid_p(only_a: NDArray[Any], only_b: NDArray[Any]) -> Floats:
     return np.asarray(np.minimum(1.0, up_to + below))  # 2 P(X < fewer) + P(X = fewer)
 
 
-def _t_comparison(
-    measure: str, difference: float, error: float, degrees: float, confidence: float, seeds: int, examples: int
-) -> Comparison:
-    from scipy.special import stdtr
-
-    half = _t_quantile((1 + confidence) / 2, degrees) * error
-    p = 2 * float(stdtr(degrees, -abs(difference) / error)) if error else float(difference == 0)
-    return Comparison(measure, difference, difference - half, difference + half, p, error, degrees, seeds, examples)
-
-
-def _t_quantile(probability: float, degrees: float) -> float:
+def _t_quantile(tail: float, degrees: float) -> float:
+    """What Student's t exceeds with probability `tail`."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(degrees, probability))
+    return -float(stdtrit(degrees, tail))
+
+
+def _bisect(rises: Callable[[float], float], low: float, high: float) -> float:
+    """Where a rising function crosses 0 between `low` and `high`."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rises(middle) < 0 else (low, middle)
+    return (low + high) / 2
