@@ -67,15 +67,16 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
     root = np.sqrt(said1 * said0 * are1 * are0)
 
     def gradient(product: Floats, said: Floats, are: Floats) -> Floats:
-        return n * (_ratio(product, root) - mcc / 2 * (_ratio(1.0, said) + _ratio(1.0, are)))
+        slope: Floats = n * (_ratio(product, root) - mcc / 2 * (_ratio(1.0, said) + _ratio(1.0, are)))
+        return slope
 
     kinds = [(tn, said1, are1), (-fn, said1, are0), (-fp, said0, are1), (tp, said0, are0)]
-    return np.where(root[..., None] > 0, np.stack([gradient(*kind) for kind in kinds], -1), 0.0)
+    return np.asarray(np.where(root[..., None] > 0, np.stack([gradient(*kind) for kind in kinds], -1), 0.0))
 
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
     above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
-    return np.divide(above, below, out=np.zeros(above.shape), where=below > 0)
+    return np.asarray(np.divide(above, below, out=np.zeros(above.shape), where=below > 0))
 
 
 # -- one method --
