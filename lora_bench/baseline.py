@@ -131,8 +131,15 @@ def _notes(name: str, why: str, tests: Sequence[Finding], split: str, margin: fl
         lines.append(f"a true difference of {margin:g} would be found with a chance of {weakest:.0%} or more")
     else:
         lines.append(f"{told}: none could be given")
-    reasons = dict.fromkeys(test.why for test in tests if test.why)
-    lines += [f"{sum(test.why == why for test in tests)} of {len(tests)} rows: {why}" for why in reasons]
+    reasons: dict[str, list[str]] = {}
+    for test in tests:
+        if test.why:
+            reason, _, where = test.why.partition(": ")
+            reasons.setdefault(reason, []).append(where)
+    for reason, places in reasons.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        where = f": {places[0]}{more}" if places[0] else ""
+        lines.append(f"{len(places)} of {len(tests)} rows: {reason}{where}")
     return lines
 
 
@@ -168,7 +175,7 @@ def _texts(finding: Finding) -> dict[str, str]:
     found = {"verdict": finding.verdict}
     if finding.difference is not None:
         found["mcc difference"] = f"{finding.difference:+.4f}"
-        found["95 % interval"] = f"[{finding.difference_low:+.4f}, {finding.difference_high:+.4f}]"
+        found["95 % interval"] = f"{finding.difference_low:+.4f} to {finding.difference_high:+.4f}"
         found["seeds"] = str(finding.paired_seeds)
     if finding.p_holm is not None:
         found["p (Holm)"] = "<0.001" if finding.p_holm < 0.001 else f"{finding.p_holm:.3f}"

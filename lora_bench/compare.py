@@ -114,7 +114,9 @@ def summarise(
     rows = _ordered([_row(group, shown, metrics | costs) for group in groups], [*metrics.values()])
     missing = [_unfinished(run) for run in everything if run.record["status"] != "done"]
     missing += [Missing("skipped", folder, reason) for folder, reason in skipped]
-    columns = [*(Column(key, "key") for key in shown), *metrics.values(), *costs.values()]
+    mcc = metrics[f"{splits[0]}/mcc"].name
+    interval = Column(f"{mcc} 95 %", "interval", of=mcc)
+    columns = [*(Column(key, "key") for key in shown), *metrics.values(), interval, *costs.values()]
     notes = _caveats(rows, runs, len(finished) - len(runs), splits)
     table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
     return judged(table, splits[0], baseline, margin)

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.experiments import experiment_of
-from lora_bench.tables import value_text
+from lora_bench.tables import clean, value_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -114,7 +114,7 @@ def against(table: Table, baseline: Row, rivals: Sequence[Row], split: str, marg
 
 def label(table: Table, row: Row) -> str:
     """A row's name: what its key columns hold, as typed in an override."""
-    return ", ".join(f"{c.name}={value_text(row.keys[c.name])}" for c in table.keys if c.name in row.keys)
+    return ", ".join(f"{clean(c.name)}={value_text(row.keys[c.name])}" for c in table.keys if c.name in row.keys)
 
 
 # -- which runs are paired --
@@ -194,9 +194,9 @@ def _paired(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
         for folder in (ours[seed], theirs[seed]):
             found = read(folder)
             if found is None:
-                why = f"{folder} has no usable predictions of the {read.split} split"
+                why = f"no usable predictions of the {read.split} split: {folder}"
             elif not _agrees(table.records[folder], read.split, found):
-                why = f"{folder}: its predictions and its run.json disagree about MCC"
+                why = f"predictions and run.json disagree about MCC: {folder}"
             else:
                 pair.append(found)
         if len(pair) == 2:
@@ -204,7 +204,7 @@ def _paired(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
             if all(first.same_examples(each) for each in pair):
                 whole.append((pair[0], pair[1]))
             else:
-                why = f"{ours[seed]} has predictions of other examples than the baseline"
+                why = f"predictions of other examples than the baseline: {ours[seed]}"
     return _Pair([a for a, _ in whole], [b for _, b in whole], all(fixed), why)
 
 

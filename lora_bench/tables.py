@@ -33,6 +33,14 @@ class Stat:
     std: float | None
     n: int
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the mean (Student's t over seeds); None for one value."""
+        from lora_bench.stats import interval_of  # late: scipy
+
+        found = interval_of(self.mean, self.std, self.n)
+        return None if found.low is None or found.high is None else (found.low, found.high)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -44,6 +52,8 @@ class Column:
     """Of a metric: ↑ where more is better, ↓ where less is."""
     keep: int = 0
     """In a narrow terminal the column with the smallest number goes first; keys stay."""
+    of: str = ""
+    """Of an interval: the metric."""
 
     @property
     def header(self) -> str:
@@ -147,9 +157,11 @@ def cell(row: Row, column: Column, digits: int = 4) -> str:
         return value_text(row.keys[column.name]) if column.name in row.keys else ""
     if column.kind == "n":
         return str(row.n)
-    stat = row.stats.get(column.name)
+    stat = row.stats.get(column.of or column.name)
     if stat is None:
         return ""
+    if column.kind == "interval":
+        return "{:.{d}f} to {:.{d}f}".format(*stat.interval, d=digits) if stat.interval else ""
     if column.kind == "metric":
         spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
         fewer = "" if stat.n == row.n else f" (n={stat.n})"
@@ -161,11 +173,8 @@ def cell(row: Row, column: Column, digits: int = 4) -> str:
 
 def visible(table: Table) -> list[Column]:
     """The columns with anything to see; `n` stands behind the metrics where a row has more than one run."""
-    shown = [
-        c
-        for c in table.columns
-        if c.kind in ("key", "metric") or any(c.name in row.stats or c.name in row.keys for row in table.rows)
-    ]
+    always = ("key", "metric")
+    shown = [c for c in table.columns if c.kind in always or any(cell(row, c) for row in table.rows)]
     if any(row.n > 1 for row in table.rows):
         last = max((i for i, c in enumerate(shown) if c.kind == "metric"), default=len(shown) - 1)
         shown.insert(last + 1, Column("n", "n", keep=9))
@@ -181,12 +190,14 @@ def _raw(table: Table) -> Iterator[dict[str, Any]]:
         line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
         line["n"] = row.n
         for column in table.columns:
-            if column.kind != "key":
+            if column.kind not in ("key", "interval"):
                 stat = row.stats.get(column.name)
                 mean = stat.mean if stat else None
                 line[column.name] = int(mean) if mean and column.kind != "metric" and mean.is_integer() else mean
                 if column.kind == "metric":
+                    low, high = (stat.interval if stat else None) or (None, None)
                     line[f"{column.name}_std"] = stat.std if stat else None
+                    line |= {f"{column.name}_low": low, f"{column.name}_high": high}
         if found:
             line |= asdict(row.finding) if row.finding else dict.fromkeys(found)
         yield line | {"runs": [str(folder) for folder in row.folders]}
@@ -212,7 +223,7 @@ def to_csv(table: Table) -> str:
 
 
 def _flat(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return clean(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _no_formula(cell: str) -> str:
@@ -293,9 +304,11 @@ def render(table: Table, console: Console) -> None:
     """Print the table and what stands below it; to a file or a pipe at full width, to a terminal within its columns."""
     from rich.text import Text
 
-    for part in [table, *([table.tests] if table.tests else [])]:
-        if part.rows:
-            _render_grid(part, console)
+    if table.rows:
+        _render_grid(table, console)
+    if table.tests:
+        console.print()
+        _render_grid(table.tests, console)
     for i, line in enumerate(table.below):
         console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
 
