@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_bench.baseline import judged
 from lora_bench.comparison import MARGIN
+from lora_bench.costs import with_costs
 from lora_bench.errors import UserError
 from lora_bench.experiments import (
     OUTSIDE_THE_EXPERIMENT,
@@ -42,12 +43,20 @@ OTHER_METRICS = ("precision", "recall", "auroc", "nll", "ece", "brier")
 COSTS = {
     "params.adapter": "count",
     "params.head": "count",
+    "params.total": "count",
     "cost.train_seconds": "seconds",
     "cost.train_flops": "flops",
     "cost.peak_memory_bytes": "bytes",
 }
 # A narrow terminal loses the first of these first.
-KEEP = ("cost.peak_memory_bytes", "cost.train_flops", "params.head", "cost.train_seconds", "params.adapter")
+KEEP = (
+    "params.total",
+    "cost.peak_memory_bytes",
+    "cost.train_flops",
+    "params.head",
+    "cost.train_seconds",
+    "params.adapter",
+)
 FORMATS = {"csv": to_csv, "md": to_markdown, "latex": to_latex, "json": to_json}
 
 
@@ -59,7 +68,7 @@ def main(arguments: list[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     folders = [Path(folder) for folder in options.folders or ["outputs"]]
-    table = summarise(folders, by=options.by, baseline=options.baseline, margin=options.margin)
+    table = summarise(folders, by=options.by, baseline=options.baseline, margin=options.margin, target=options.target)
     if options.format == "table":
         from rich.console import Console
 
@@ -81,11 +90,15 @@ def write_tables(folder: Path) -> None:
 
 
 def summarise(
-    paths: Sequence[Path], by: str | None = None, baseline: str | None = None, margin: float = MARGIN
+    paths: Sequence[Path],
+    by: str | None = None,
+    baseline: str | None = None,
+    margin: float = MARGIN,
+    target: float | None = None,
 ) -> Table:
     """The runs at or below `paths` as a table: a row per experiment, or per value of the config key `by`.
 
-    Rows are tested against `baseline`, see `judged`.
+    Rows are tested against `baseline` (`judged`), and their costs are counted up to `target` (`with_costs`).
 
     Raises:
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
@@ -119,7 +132,7 @@ def summarise(
     columns = [*(Column(key, "key") for key in shown), *metrics.values(), interval, *costs.values()]
     notes = _caveats(rows, runs, len(finished) - len(runs), splits)
     table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
-    return judged(table, splits[0], baseline, margin)
+    return judged(with_costs(table, target), splits[0], baseline, margin)
 
 
 # -- numbers --
@@ -278,16 +291,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--margin",
-        type=_margin,
+        type=_fraction,
         default=MARGIN,
         metavar="MCC",
         help=f"a difference of MCC up to this is indistinguishable (default: {MARGIN:g}, one point)",
     )
+    parser.add_argument(
+        "--target",
+        type=_fraction,
+        metavar="MCC",
+        help="count steps and FLOPs up to this selection MCC (default: what full fine-tuning ends with)",
+    )
     return parser
 
 
-def _margin(text: str) -> float:
-    margin = float(text)
-    if not 0 < margin < 1:
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
         raise ValueError
-    return margin
+    return value

@@ -74,6 +74,8 @@ class Row:
     """What is equal for comparable rows."""
     finding: Finding | None = None
     """Whether it differs from the baseline."""
+    saved: dict[str, float] | None = None
+    """Shares of full fine-tuning's FLOPs, by cause."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,13 @@ class Table:
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)
     """`run.json` of every run that was found, in the table or missing."""
     tests: Table | None = None
-    """The findings, as a table of their own for people."""
+    savings: Table | None = None
+    """Findings and savings of the rows, as tables of their own for people."""
+
+    @property
+    def beside(self) -> list[Table]:
+        """The tables that come after this one, for people."""
+        return [each for each in (self.tests, self.savings) if each is not None]
 
     @property
     def below(self) -> list[str]:
@@ -186,6 +194,7 @@ def visible(table: Table) -> list[Column]:
 
 def _raw(table: Table) -> Iterator[dict[str, Any]]:
     found = next((asdict(row.finding) for row in table.rows if row.finding), {})
+    saved = next((row.saved for row in table.rows if row.saved), {})
     for row in table.rows:
         line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
         line["n"] = row.n
@@ -198,8 +207,8 @@ def _raw(table: Table) -> Iterator[dict[str, Any]]:
                     low, high = (stat.interval if stat else None) or (None, None)
                     line[f"{column.name}_std"] = stat.std if stat else None
                     line |= {f"{column.name}_low": low, f"{column.name}_high": high}
-        if found:
-            line |= asdict(row.finding) if row.finding else dict.fromkeys(found)
+        line |= {name: (row.saved or {}).get(name) for name in saved}
+        line |= asdict(row.finding) if row.finding else dict.fromkeys(found)
         yield line | {"runs": [str(folder) for folder in row.folders]}
 
 
@@ -240,9 +249,8 @@ def _no_formula(cell: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    tests = to_markdown(table.tests) if table.tests else ""
     below = "".join(f"- {_markdown(clean(line))}\n" for line in table.below)
-    return "\n".join(part for part in (_markdown_grid(table), tests, below) if part)
+    return "\n".join(part for part in (*map(_markdown_grid, (table, *table.beside)), below) if part)
 
 
 def _markdown_grid(table: Table) -> str:
@@ -275,8 +283,8 @@ def to_latex(table: Table) -> str:
         cells = [rf"\textbf{{{x}}}" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    tests = [to_latex(table.tests).rstrip("\n")] if table.tests else []
-    return "\n".join([*lines, *tests, *(f"% {clean(line)}" for line in table.below)]) + "\n"
+    beside = [to_latex(each).rstrip("\n") for each in table.beside]
+    return "\n".join([*lines, *beside, *(f"% {clean(line)}" for line in table.below)]) + "\n"
 
 
 _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {
@@ -306,9 +314,9 @@ def render(table: Table, console: Console) -> None:
 
     if table.rows:
         _render_grid(table, console)
-    if table.tests:
+    for each in table.beside:
         console.print()
-        _render_grid(table.tests, console)
+        _render_grid(each, console)
     for i, line in enumerate(table.below):
         console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
 
