@@ -69,6 +69,13 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     folders = [Path(folder) for folder in options.folders or ["outputs"]]
     table = summarise(folders, by=options.by, baseline=options.baseline, margin=options.margin, target=options.target)
+    if options.anchors:
+        from lora_bench.anchors import with_anchors
+
+        if options.format in ("csv", "json"):
+            remedy = "csv and json hold the runs alone; take --format table, md or latex."
+            raise UserError("are shown for people only", key="--anchors", remedy=remedy)
+        table = with_anchors(table)
     if options.format == "table":
         from rich.console import Console
 
@@ -301,6 +308,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_fraction,
         metavar="MCC",
         help="count steps and FLOPs up to this selection MCC (default: what full fine-tuning ends with)",
+    )
+    parser.add_argument(
+        "--anchors", action="store_true", help="show published figures beside runs on GLUE's QQP dev set"
     )
     return parser
 

@@ -107,12 +107,13 @@ class Table:
     """`run.json` of every run that was found, in the table or missing."""
     tests: Table | None = None
     savings: Table | None = None
-    """Findings and savings of the rows, as tables of their own for people."""
+    anchors: Table | None = None
+    """Findings and savings of the rows, and published figures, as tables of their own for people."""
 
     @property
     def beside(self) -> list[Table]:
         """The tables that come after this one, for people."""
-        return [each for each in (self.tests, self.savings) if each is not None]
+        return [each for each in (self.tests, self.savings, self.anchors) if each is not None]
 
     @property
     def below(self) -> list[str]:

@@ -49,11 +49,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
-    "compare": {"baseline", "comparison", "costs", "errors", "experiments", "record", "tables"},
+    "compare": {"anchors", "baseline", "comparison", "costs", "errors", "experiments", "record", "tables"},
     "baseline": {"comparison", "errors", "tables"},
     "comparison": {"experiments", "predictions", "stats", "tables"},
     "experiments": {"errors"},
     "costs": {"tables"},
+    "anchors": {"tables"},
     "predictions": {"stats"},
     "stats": set(),
     "record": {"", "claim", "disk", "errors", "secrets"},
@@ -67,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": set(),
 }
 LIGHT = ("compare", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors", "hydra_errors")
-LIGHT += ("cli", "config", "baseline", "comparison", "costs", "experiments")
+LIGHT += ("cli", "config", "anchors", "baseline", "comparison", "costs", "experiments")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
 
