@@ -135,8 +135,9 @@ def summarise(
     missing = [_unfinished(run) for run in everything if run.record["status"] != "done"]
     missing += [Missing("skipped", folder, reason) for folder, reason in skipped]
     mcc = metrics[f"{splits[0]}/mcc"].name
-    interval = Column(f"{mcc} 95 %", "interval", of=mcc)
-    columns = [*(Column(key, "key") for key in shown), *metrics.values(), interval, *costs.values()]
+    # A row of several experiments, by a key, has no interval over seeds.
+    interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
+    columns = [*(Column(key, "key") for key in shown), *metrics.values(), *interval, *costs.values()]
     notes = _caveats(rows, runs, len(finished) - len(runs), splits)
     table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
     return judged(with_costs(table, target), splits[0], baseline, margin)

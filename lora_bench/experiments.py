@@ -53,9 +53,14 @@ def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Rec
         keys["data.fingerprint"] = fingerprint
     if isinstance(rows, dict) and "train" in rows:
         keys["data.rows.train"] = rows["train"]
-    return Recorded(
-        folder, record, keys, {key: json.dumps(_level(value), sort_keys=True) for key, value in keys.items()}
-    )
+    return Recorded(folder, record, keys, {key: _token(value) for key, value in keys.items()})
+
+
+def _token(value: Any) -> str:
+    """Text that is equal for equal values; most are plain texts and whole numbers, which need no encoder."""
+    if type(value) is str:
+        return f'"{value}"'
+    return str(value) if type(value) is int else json.dumps(_level(value), sort_keys=True)
 
 
 def experiment_of(record: dict[str, Any]) -> str:

@@ -105,14 +105,13 @@ class Table:
     missing: list[Missing] = field(default_factory=list)
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)
     """`run.json` of every run that was found, in the table or missing."""
-    tests: Table | None = None
+    tests: Table | None = None  # findings and savings of the rows, and published figures, for people
     savings: Table | None = None
     anchors: Table | None = None
-    """Findings and savings of the rows, and published figures, as tables of their own for people."""
 
     @property
     def beside(self) -> list[Table]:
-        """The tables that come after this one, for people."""
+        """The tables that come after this one."""
         return [each for each in (self.tests, self.savings, self.anchors) if each is not None]
 
     @property
@@ -195,6 +194,7 @@ def visible(table: Table) -> list[Column]:
 
 def _raw(table: Table) -> Iterator[dict[str, Any]]:
     found = next((asdict(row.finding) for row in table.rows if row.finding), {})
+    over_seeds = any(column.kind == "interval" for column in table.columns)
     saved = next((row.saved for row in table.rows if row.saved), {})
     for row in table.rows:
         line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
@@ -205,7 +205,7 @@ def _raw(table: Table) -> Iterator[dict[str, Any]]:
                 mean = stat.mean if stat else None
                 line[column.name] = int(mean) if mean and column.kind != "metric" and mean.is_integer() else mean
                 if column.kind == "metric":
-                    low, high = (stat.interval if stat else None) or (None, None)
+                    low, high = (stat.interval if stat and over_seeds else None) or (None, None)
                     line[f"{column.name}_std"] = stat.std if stat else None
                     line |= {f"{column.name}_low": low, f"{column.name}_high": high}
         line |= {name: (row.saved or {}).get(name) for name in saved}

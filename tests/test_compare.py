@@ -313,6 +313,8 @@ def test_by_averages_over_all_runs_with_that_value(tmp_path: Path) -> None:
     assert values(table) == [(8,), (2,), (None,)]
     assert [(row.n, round(row.stats["mcc"].mean, 3)) for row in table.rows] == [(2, 0.65), (2, 0.15), (1, 0.0)]
     assert values(summarise([tmp_path], by="seed")) == [(0,)]
+    assert "95 %" not in to_markdown(table)  # not over seeds
+    assert {line["mcc_low"] for line in json.loads(to_json(table))} == {None}
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
