@@ -104,8 +104,9 @@ def _candidates(table: Table, block: Sequence[int], meant: set[int] | None) -> t
         found = [i for i in block if _record(table, table.rows[i])["choices"].get("adapter") == adapter]
         if found:
             return found, f"{why}, unless --baseline names another"
-    if any(selection_mcc(table, table.rows[i].folders) > -math.inf for i in block):
-        return list(block), "unless --baseline names another"
+    best = max(block, key=lambda i: selection_mcc(table, table.rows[i].folders))
+    if selection_mcc(table, table.rows[best].folders) > -math.inf:
+        return [best], "best on selection, unless --baseline names another"
     return [block[0]], "best on these same scores, which flatters it, unless --baseline names another"
 
 

@@ -317,7 +317,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError("must be above 0 and below 1")
     return value

@@ -89,7 +89,7 @@ def against(table: Table, baseline: Row, rivals: Sequence[Row], split: str, marg
         finding = Finding(
             baseline=name,
             verdict=NO_VERDICT,
-            why="one seed: chance over seeds is not known",
+            why="one seed, so chance over seeds is not known",
             difference=test.difference,
             difference_low=low,
             difference_high=high,

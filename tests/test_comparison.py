@@ -135,7 +135,7 @@ def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"--baseline=dorra: is no row of this table. Did you mean dora\?"):
         main([str(tmp_path), "--baseline", "dorra"])
     for margin in ("0", "-1", "x", "nan", "1e9"):
-        with pytest.raises(UserError, match="--margin"):
+        with pytest.raises(UserError, match=r"--margin: must be above 0 and below 1"):
             main([str(tmp_path), f"--margin={margin}"])
 
 
@@ -159,7 +159,7 @@ def test_one_seed_has_numbers_of_the_examples_but_no_verdict(tmp_path: Path) -> 
     assert found.p < 0.001
     assert found.p_seeds is None
     assert "none could be given" in table.notes[0]
-    assert "1 of 1 rows: one seed: chance over seeds is not known" in table.notes
+    assert "1 of 1 rows: one seed, so chance over seeds is not known" in table.notes
 
 
 def test_seeds_that_both_have_are_paired(tmp_path: Path) -> None:
