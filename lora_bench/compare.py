@@ -9,55 +9,55 @@ averaged.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_bench.errors import UserError, nearest
+from lora_bench.baseline import judged
+from lora_bench.comparison import MARGIN
+from lora_bench.costs import with_costs
+from lora_bench.errors import UserError
+from lora_bench.experiments import (
+    OUTSIDE_THE_EXPERIMENT,
+    Recorded,
+    all_keys,
+    check_key,
+    describe,
+    follows,
+    grouped,
+    newest_of_each_seed,
+)
 from lora_bench.record import find, is_killed, last_logged
-from lora_bench.tables import Column, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
+from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
-GROUPS = ("model", "adapter", "data", "optimizer", "trainer")
-# What may differ between runs of one experiment: they still belong to one row.
-OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "pack")
-# What the data turned out to be, from the record; the rest are config keys.
-DATA_FOUND = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 # The main metrics always have columns, and so does what the config adds; the other standard ones stay in run.json.
 MAIN_METRICS = ("accuracy", "f1", "mcc")
 OTHER_METRICS = ("precision", "recall", "auroc", "nll", "ece", "brier")
 COSTS = {
     "params.adapter": "count",
     "params.head": "count",
+    "params.total": "count",
     "cost.train_seconds": "seconds",
     "cost.train_flops": "flops",
     "cost.peak_memory_bytes": "bytes",
 }
 # A narrow terminal loses the first of these first.
-KEEP = ("cost.peak_memory_bytes", "cost.train_flops", "params.head", "cost.train_seconds", "params.adapter")
+KEEP = (
+    "params.total",
+    "cost.peak_memory_bytes",
+    "cost.train_flops",
+    "params.head",
+    "cost.train_seconds",
+    "params.adapter",
+)
 FORMATS = {"csv": to_csv, "md": to_markdown, "latex": to_latex, "json": to_json}
-
-
-@dataclass(frozen=True)
-class _Run:
-    folder: Path
-    record: dict[str, Any]
-    keys: dict[str, Any]
-    """Choices, flat config, and `DATA_FOUND` (`data.fingerprint` is that of the reported splits)."""
-    tokens: dict[str, str]
-    """The same as text in which equal values are equal (16 and 16.0)."""
-
-    @property
-    def data(self) -> str | None:
-        """What must be equal for two scores to be comparable."""
-        return self.tokens.get("data.fingerprint", self.tokens.get("data"))
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +67,15 @@ def main(arguments: list[str]) -> int:
         UserError: an unknown argument, folder or key, or no runs.
     """
     options = _parser().parse_args(arguments)
-    table = summarise([Path(folder) for folder in options.folders or ["outputs"]], by=options.by)
+    folders = [Path(folder) for folder in options.folders or ["outputs"]]
+    table = summarise(folders, by=options.by, baseline=options.baseline, margin=options.margin, target=options.target)
+    if options.anchors:
+        from lora_bench.anchors import with_anchors
+
+        if options.format in ("csv", "json"):
+            remedy = "csv and json hold the runs alone; take --format table, md or latex."
+            raise UserError("are shown for people only", key="--anchors", remedy=remedy)
+        table = with_anchors(table)
     if options.format == "table":
         from rich.console import Console
 
@@ -88,11 +96,19 @@ def write_tables(folder: Path) -> None:
         (folder / "table.csv").write_text(to_csv(table), encoding="utf-8")
 
 
-def summarise(paths: Sequence[Path], by: str | None = None) -> Table:
+def summarise(
+    paths: Sequence[Path],
+    by: str | None = None,
+    baseline: str | None = None,
+    margin: float = MARGIN,
+    target: float | None = None,
+) -> Table:
     """The runs at or below `paths` as a table: a row per experiment, or per value of the config key `by`.
 
+    Rows are tested against `baseline` (`judged`), and their costs are counted up to `target` (`with_costs`).
+
     Raises:
-        UserError: a path that is not there, no runs, or an unknown key.
+        UserError: a path that is not there, no runs, an unknown key, or no such baseline.
     """
     found, skipped = find(paths)
     if not found:
@@ -100,112 +116,31 @@ def summarise(paths: Sequence[Path], by: str | None = None) -> Table:
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
         raise UserError(f"no runs here{why}", file=", ".join(map(str, paths)), remedy=remedy)
     splits = _reported_splits(record for _, record in found if record["status"] == "done")
-    everything = [_describe(folder, record, splits) for folder, record in found]
+    everything = [describe(folder, record, splits) for folder, record in found]
     finished = [run for run in everything if run.record["status"] == "done"]
-    keys = [key for key in _all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
-    runs = _newest_of_each_seed(finished, keys)
+    keys = [key for key in all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
+    runs = newest_of_each_seed(finished, keys)
     varying = [key for key in keys if len({run.tokens.get(key) for run in runs}) > 1]
-    shown = [key for key in varying if not _follows(key, varying, runs)]
+    shown = [key for key in varying if not follows(key, varying, runs)]
     if by is None:
-        groups, shown = _grouped(runs, keys), shown or [key for key in ("model", "adapter", "data") if key in keys]
+        groups, shown = grouped(runs, keys), shown or [key for key in ("model", "adapter", "data") if key in keys]
     else:
-        _check_key(by, _all_keys(everything), shown)
+        check_key(by, all_keys(everything), shown)
         # Whatever the key, runs on different data are different rows.
         shown = [by, *(key for key in shown if key != by and key.split(".")[0] == "data")]
-        groups = _grouped(runs, shown)
+        groups = grouped(runs, shown)
     metrics = _metric_columns(runs, splits)
     costs = {name: Column(name, kind, keep=KEEP.index(name)) for name, kind in COSTS.items()}
-    rows = _ordered([(_row(group, shown, metrics | costs), group[0].data) for group in groups], [*metrics.values()])
-    below = _caveats(rows, runs, len(finished) - len(runs), splits)
-    below += [_unfinished(run) for run in everything if run.record["status"] != "done"]
-    below += [f"skipped: {folder}: {reason}" for folder, reason in skipped]
-    columns = [*(Column(key, "key") for key in shown), *metrics.values(), *costs.values()]
-    return Table(columns, rows, below)
-
-
-# -- which runs belong together, and what tells them apart --
-
-
-def _describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> _Run:
-    choices = {group: record["choices"][group] for group in GROUPS if record["choices"].get(group) is not None}
-    keys = choices | {key: value for key, value in _flat(record["config"]) if key not in GROUPS}
-    fingerprint, rows = record["data"].get("fingerprint"), record["data"].get("rows")
-    if isinstance(fingerprint, dict):
-        if "train" in fingerprint:
-            keys["data.fingerprint.train"] = fingerprint["train"]
-        fingerprint = " ".join(str(fingerprint[split]) for split in splits if split in fingerprint)
-    if fingerprint:
-        keys["data.fingerprint"] = fingerprint
-    if isinstance(rows, dict) and "train" in rows:
-        keys["data.rows.train"] = rows["train"]
-    return _Run(folder, record, keys, {key: json.dumps(_level(value), sort_keys=True) for key, value in keys.items()})
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _level(value: Any) -> Any:
-    """`value` with 16.0 as 16, since `adapter.alpha=16` is what the YAML calls 16.0."""
-    if isinstance(value, list):
-        return [_level(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _all_keys(runs: Sequence[_Run]) -> list[str]:
-    """Choices first, then the config's keys by group, as the records have them."""
-    keys = dict.fromkeys(key for run in runs for key in run.keys)
-    order = {group: i for i, group in enumerate(GROUPS)}
-    return sorted(keys, key=lambda key: (key not in GROUPS, order.get(key.split(".")[0], len(GROUPS))))
-
-
-def _grouped(runs: Sequence[_Run], keys: Sequence[str]) -> list[list[_Run]]:
-    groups: dict[tuple[str | None, ...], list[_Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run.tokens.get(key) for key in keys), []).append(run)
-    return list(groups.values())
-
-
-def _newest_of_each_seed(runs: Sequence[_Run], keys: Sequence[str]) -> list[_Run]:
-    """Of runs that repeat a seed, the newest: a repetition tells nothing about the spread over seeds."""
-    newest = []
-    for group in _grouped(runs, [*keys, "seed"]):
-        repeats = group if "seed" in group[0].keys else []
-        newest += [max(repeats, key=lambda run: run.record["created"] or "")] if repeats else group
-    return newest
-
-
-def _follows(key: str, varying: Sequence[str], runs: Sequence[_Run]) -> bool:
-    """Whether a varying key only follows from another that is shown, so that a column of its own would be noise."""
-    group = key.split(".")[0]
-    if key in DATA_FOUND:
-        givers = [k for k in varying if k.split(".")[0] == "data" and k not in DATA_FOUND]
-        return bool(givers) and _is_function_of(key, givers, runs)
-    if key == "optimizer.lr" and "adapter" in varying:
-        at_default = all(
-            run.tokens.get(key) == run.tokens.get("adapter.default_lr", run.tokens.get(key)) for run in runs
-        )
-        return at_default and _is_function_of(key, ["adapter"], runs)
-    if key in GROUPS or group not in varying or not _is_function_of(key, [group], runs):
-        return False
-    # A hyperparameter that somebody set by hand for one choice is a difference of its own.
-    by_hand = {str(text).lstrip("+~").split("=")[0] for run in runs for text in run.record["overrides"]}
-    return group in ("model", "data") or key not in by_hand
-
-
-def _is_function_of(key: str, givers: Sequence[str], runs: Sequence[_Run]) -> bool:
-    return all(len({run.tokens.get(key) for run in group}) == 1 for group in _grouped(runs, givers))
-
-
-def _check_key(by: str, known: Sequence[str], shown: Sequence[str]) -> None:
-    if by not in known:
-        hint = nearest(by, known)
-        hint = hint if hint.startswith("Did") else f"Varying here: {', '.join(shown) or 'nothing but seeds'}."
-        raise UserError("is not a config key of these runs", key="--by", value=by, remedy=hint)
+    rows = _ordered([_row(group, shown, metrics | costs) for group in groups], [*metrics.values()])
+    missing = [_unfinished(run) for run in everything if run.record["status"] != "done"]
+    missing += [Missing("skipped", folder, reason) for folder, reason in skipped]
+    mcc = metrics[f"{splits[0]}/mcc"].name
+    # A row of several experiments, by a key, has no interval over seeds.
+    interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
+    columns = [*(Column(key, "key") for key in shown), *metrics.values(), *interval, *costs.values()]
+    notes = _caveats(rows, runs, len(finished) - len(runs), splits)
+    table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
+    return judged(with_costs(table, target), splits[0], baseline, margin)
 
 
 # -- numbers --
@@ -219,7 +154,7 @@ def _reported_splits(records: Iterable[dict[str, Any]]) -> list[str]:
     return reported or [split for split in ("selection",) if split in splits] or ["validation"]
 
 
-def _metric_columns(runs: Sequence[_Run], splits: Sequence[str]) -> dict[str, Column]:
+def _metric_columns(runs: Sequence[Recorded], splits: Sequence[str]) -> dict[str, Column]:
     """A column for each `split/metric` of run.json; the split is in its header where there is any doubt."""
     columns = {}
     found = sorted({key for run in runs for key in run.record["metrics"]})
@@ -235,7 +170,7 @@ def _metric_columns(runs: Sequence[_Run], splits: Sequence[str]) -> dict[str, Co
     return columns
 
 
-def _row(group: Sequence[_Run], shown: Sequence[str], columns: dict[str, Column]) -> Row:
+def _row(group: Sequence[Recorded], shown: Sequence[str], columns: dict[str, Column]) -> Row:
     stats = {}
     for source, column in columns.items():
         section, _, name = source.partition(".")
@@ -244,7 +179,7 @@ def _row(group: Sequence[_Run], shown: Sequence[str], columns: dict[str, Column]
         if stat is not None:
             stats[column.name] = stat
     keys = {key: _short(group[0].keys[key]) for key in shown if key in group[0].keys}
-    return Row(keys, stats, len(group), [run.folder for run in group])
+    return Row(keys, stats, len(group), [run.folder for run in group], data=group[0].data)
 
 
 def _short(value: Any) -> Any:
@@ -262,7 +197,7 @@ def _stat(values: Sequence[Any]) -> Stat | None:
     return Stat(mean, std, n) if std is None or math.isfinite(std) else None
 
 
-def _ordered(rows: Sequence[tuple[Row, str | None]], metrics: Sequence[Column]) -> list[Row]:
+def _ordered(rows: Sequence[Row], metrics: Sequence[Column]) -> list[Row]:
     """Rows on the same data together, best MCC first, with the best of each metric among them marked."""
 
     def mcc(row: Row) -> float:
@@ -271,8 +206,8 @@ def _ordered(rows: Sequence[tuple[Row, str | None]], metrics: Sequence[Column]) 
         )
 
     blocks: dict[str | None, list[Row]] = {}
-    for row, data in sorted(rows, key=lambda item: -mcc(item[0])):
-        blocks.setdefault(data, []).append(row)
+    for row in sorted(rows, key=lambda row: -mcc(row)):
+        blocks.setdefault(row.data, []).append(row)
     ordered = []
     for block in blocks.values():
         tops: dict[str, float] = {}
@@ -289,7 +224,7 @@ def _ordered(rows: Sequence[tuple[Row, str | None]], metrics: Sequence[Column]) 
 # -- what has to be said below --
 
 
-def _caveats(rows: Sequence[Row], runs: Sequence[_Run], repeated: int, splits: Sequence[str]) -> list[str]:
+def _caveats(rows: Sequence[Row], runs: Sequence[Recorded], repeated: int, splits: Sequence[str]) -> list[str]:
     lines = []
     if not rows:
         lines.append("no finished run yet")
@@ -310,21 +245,22 @@ def _caveats(rows: Sequence[Row], runs: Sequence[_Run], repeated: int, splits: S
     return lines
 
 
-def _unfinished(run: _Run) -> str:
+def _unfinished(run: Recorded) -> Missing:
     record = run.record
-    asked = " ".join(map(str, record["overrides"]))
     killed = is_killed(run.folder, record)
-    line = f"{'killed' if killed else record['status']}: {run.folder}" + (f" ({asked})" if asked else "")
-    if record["status"] == "running":
-        line += f": since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
-        logged = last_logged(run.folder) or {}
-        metrics = logged.get("metrics")
-        mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
-        if isinstance(mcc, float):
-            line += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-        return f"{line}; its process is gone, resume= goes on with it" if killed else line
-    reason = record["error"] or "no reason recorded"
-    return f"{line}: {reason if len(reason) <= 300 else reason[:299] + '…'}"
+    status, asked = "killed" if killed else record["status"], " ".join(map(str, record["overrides"]))
+    if record["status"] != "running":
+        reason = record["error"] or "no reason recorded"
+        return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", asked)
+    reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
+    logged = last_logged(run.folder) or {}
+    metrics = logged.get("metrics")
+    mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
+    if isinstance(mcc, float):
+        reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
+    return Missing(
+        status, run.folder, f"{reason}; its process is gone, resume= goes on with it" if killed else reason, asked
+    )
 
 
 # -- arguments --
@@ -355,4 +291,36 @@ def _parser() -> argparse.ArgumentParser:
         default="table",
         help="table (default) for people; csv and json with raw numbers; md and latex to paste",
     )
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="what the other rows are tested against: full, adapter=lora,adapter.rank=8, or a run's folder (default: "
+        "full fine-tuning, else plain LoRA, else the row best on selection)",
+    )
+    parser.add_argument(
+        "--margin",
+        type=_fraction,
+        default=MARGIN,
+        metavar="MCC",
+        help=f"a difference of MCC up to this is indistinguishable (default: {MARGIN:g}, one point)",
+    )
+    parser.add_argument(
+        "--target",
+        type=_fraction,
+        metavar="MCC",
+        help="count steps and FLOPs up to this selection MCC (default: what full fine-tuning ends with)",
+    )
+    parser.add_argument(
+        "--anchors", action="store_true", help="show published figures beside runs on GLUE's QQP dev set"
+    )
     return parser
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError("must be above 0 and below 1")
+    return value

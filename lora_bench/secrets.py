@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ def remember(arguments: Iterable[str]) -> None:
         if _is_secret(name.lstrip("+~"), value) and not os.path.exists(value)
         for part in (value, *value.split(","))
     }
+    redact.cache_clear()
     _remembered.clear()
     _remembered.extend(sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True))
 
 
+@lru_cache(maxsize=10_000)  # the records of a thousand runs say much the same
 def redact(text: str) -> str:
     """`text` with every secret in it hidden."""
     for value in _remembered:
@@ -90,7 +93,14 @@ def hides_secret(value: Any) -> bool:
 def _is_secret(name: str, value: str) -> bool:
     """A number below the bare name `key` is the rank of an attention's linear; null, an interpolation and the word in
     `key=value` are none."""
-    last = re.split(r"[./]", name)[-1]
-    if not _IS_NAME.fullmatch(last) or value.lower() in ("", "null", "none", "value", HIDDEN) or value.startswith("${"):
+    last = _secret_name(name)
+    if last is None or value.lower() in ("", "null", "none", "value", HIDDEN) or value.startswith("${"):
         return False
     return last != "key" or not re.match(r"[\d.]+(?!\w)", value)
+
+
+@lru_cache(maxsize=10_000)
+def _secret_name(name: str) -> str | None:
+    """The last part of a name that is one of a secret."""
+    last = re.split(r"[./]", name)[-1]
+    return last if _IS_NAME.fullmatch(last) else None

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
     from rich.table import Table as RichTable
+
+    from lora_bench.comparison import Finding
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,27 @@ class Stat:
     std: float | None
     n: int
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the mean (Student's t over seeds); None for one value."""
+        from lora_bench.stats import interval_of  # late: scipy
+
+        found = interval_of(self.mean, self.std, self.n)
+        return None if found.low is None or found.high is None else (found.low, found.high)
+
 
 @dataclass(frozen=True)
 class Column:
     name: str
     """A config key, a metric, or a key of run.json: the header."""
     kind: str
-    """`key`, `metric`, `count`, `seconds`, `flops` or `bytes`: how its cells are shown."""
+    """`key`, `text`, `metric`, `interval`, `count`, `seconds`, `flops` or `bytes`: how its cells are shown."""
     arrow: str = ""
     """Of a metric: ↑ where more is better, ↓ where less is."""
     keep: int = 0
     """In a narrow terminal the column with the smallest number goes first; keys stay."""
+    of: str = ""
+    """Of an interval: the metric."""
 
     @property
     def header(self) -> str:
@@ -58,6 +70,28 @@ class Row:
     folders: list[Path]
     best: frozenset[str] = frozenset()
     """Metrics in which no comparable row is better."""
+    data: str | None = None
+    """What is equal for comparable rows."""
+    finding: Finding | None = None
+    """Whether it differs from the baseline."""
+    saved: dict[str, float] | None = None
+    """Shares of full fine-tuning's FLOPs, by cause."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A run that is not done, or a folder that cannot be read: not in the table, and why."""
+
+    status: str
+    """A status of run.json, `killed` or `skipped`."""
+    folder: Path
+    reason: str
+    asked: str = ""
+    """Its overrides."""
+
+    @property
+    def line(self) -> str:
+        return f"{self.status}: {self.folder}{f' ({self.asked})' * bool(self.asked)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +100,24 @@ class Table:
 
     columns: list[Column]
     rows: list[Row]
-    below: list[str] = field(default_factory=list)
-    """Runs that are not done, folders that were skipped, caveats: one line each."""
+    notes: list[str] = field(default_factory=list)
+    """Caveats."""
+    missing: list[Missing] = field(default_factory=list)
+    records: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    """`run.json` of every run that was found, in the table or missing."""
+    tests: Table | None = None  # findings and savings of the rows, and published figures, for people
+    savings: Table | None = None
+    anchors: Table | None = None
+
+    @property
+    def beside(self) -> list[Table]:
+        """The tables that come after this one."""
+        return [each for each in (self.tests, self.savings, self.anchors) if each is not None]
+
+    @property
+    def below(self) -> list[str]:
+        """What stands below the table, one line each."""
+        return [*self.notes, *(missing.line for missing in self.missing)]
 
     @property
     def keys(self) -> list[Column]:
@@ -109,14 +159,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _cell(row: Row, column: Column, digits: int = 4) -> str:
-    if column.kind == "key":
+def cell(row: Row, column: Column, digits: int = 4) -> str:
+    """A value for eyes: rounded, with its unit."""
+    if column.kind in ("key", "text"):
         return value_text(row.keys[column.name]) if column.name in row.keys else ""
     if column.kind == "n":
         return str(row.n)
-    stat = row.stats.get(column.name)
+    stat = row.stats.get(column.of or column.name)
     if stat is None:
         return ""
+    if column.kind == "interval":
+        return "{:.{d}f} to {:.{d}f}".format(*stat.interval, d=digits) if stat.interval else ""
     if column.kind == "metric":
         spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
         fewer = "" if stat.n == row.n else f" (n={stat.n})"
@@ -126,9 +179,10 @@ def _cell(row: Row, column: Column, digits: int = 4) -> str:
     return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
 
 
-def _visible(table: Table) -> list[Column]:
+def visible(table: Table) -> list[Column]:
     """The columns with anything to see; `n` stands behind the metrics where a row has more than one run."""
-    shown = [c for c in table.columns if c.kind in ("key", "metric") or any(c.name in row.stats for row in table.rows)]
+    always = ("key", "metric")
+    shown = [c for c in table.columns if c.kind in always or any(cell(row, c) for row in table.rows)]
     if any(row.n > 1 for row in table.rows):
         last = max((i for i, c in enumerate(shown) if c.kind == "metric"), default=len(shown) - 1)
         shown.insert(last + 1, Column("n", "n", keep=9))
@@ -139,16 +193,23 @@ def _visible(table: Table) -> list[Column]:
 
 
 def _raw(table: Table) -> Iterator[dict[str, Any]]:
+    found = next((asdict(row.finding) for row in table.rows if row.finding), {})
+    over_seeds = any(column.kind == "interval" for column in table.columns)
+    saved = next((row.saved for row in table.rows if row.saved), {})
     for row in table.rows:
         line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
         line["n"] = row.n
         for column in table.columns:
-            if column.kind != "key":
+            if column.kind not in ("key", "interval"):
                 stat = row.stats.get(column.name)
                 mean = stat.mean if stat else None
                 line[column.name] = int(mean) if mean and column.kind != "metric" and mean.is_integer() else mean
                 if column.kind == "metric":
+                    low, high = (stat.interval if stat and over_seeds else None) or (None, None)
                     line[f"{column.name}_std"] = stat.std if stat else None
+                    line |= {f"{column.name}_low": low, f"{column.name}_high": high}
+        line |= {name: (row.saved or {}).get(name) for name in saved}
+        line |= asdict(row.finding) if row.finding else dict.fromkeys(found)
         yield line | {"runs": [str(folder) for folder in row.folders]}
 
 
@@ -162,13 +223,17 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     lines = [{name: value for name, value in line.items() if name != "runs"} for line in _raw(table)]
     for line, row in zip(lines, table.rows, strict=True):
-        line |= {column.name: _cell(row, column) for column in table.keys}
+        line |= {column.name: cell(row, column) for column in table.keys}
     if lines:
         writer.writerow(_no_formula(clean(name)) for name in lines[0])
         writer.writerows(
-            [_no_formula("" if value is None else str(value)) for value in line.values()] for line in lines
+            [_no_formula("" if value is None else _flat(value)) for value in line.values()] for line in lines
         )
     return out.getvalue()
+
+
+def _flat(value: Any) -> str:
+    return clean(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _no_formula(cell: str) -> str:
@@ -185,17 +250,20 @@ def _no_formula(cell: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    columns = _visible(table)
+    below = "".join(f"- {_markdown(clean(line))}\n" for line in table.below)
+    return "\n".join(part for part in (*map(_markdown_grid, (table, *table.beside)), below) if part)
+
+
+def _markdown_grid(table: Table) -> str:
+    columns = visible(table)
     lines = []
     if table.rows:
         lines.append([_markdown(column.header) for column in columns])
         lines.append(["---" if column.kind == "key" else "---:" for column in columns])
     for row in table.rows:
-        cells = [_markdown(_cell(row, column)) for column in columns]
+        cells = [_markdown(cell(row, column)) for column in columns]
         lines.append([f"**{x}**" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    below = "".join(f"- {_markdown(clean(line))}\n" for line in table.below)
-    return "\n".join(part for part in (text, below) if part)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _markdown(text: str) -> str:
@@ -207,16 +275,17 @@ def _markdown(text: str) -> str:
 
 def to_latex(table: Table) -> str:
     """A `tabular` for the booktabs package; what stands below the table comes as comments."""
-    columns = _visible(table)
+    columns = visible(table)
     align = "".join("l" if column.kind == "key" else "r" for column in columns)
     lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
     lines += [" & ".join(_latex(column.header) for column in columns) + r" \\", r"\midrule"]
     for row in table.rows:
-        cells = [_latex(_cell(row, column)) for column in columns]
+        cells = [_latex(cell(row, column)) for column in columns]
         cells = [rf"\textbf{{{x}}}" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    return "\n".join(lines + [f"% {clean(line)}" for line in table.below]) + "\n"
+    beside = [to_latex(each).rstrip("\n") for each in table.beside]
+    return "\n".join([*lines, *beside, *(f"% {clean(line)}" for line in table.below)]) + "\n"
 
 
 _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {
@@ -242,24 +311,33 @@ def _latex(text: str) -> str:
 
 def render(table: Table, console: Console) -> None:
     """Print the table and what stands below it; to a file or a pipe at full width, to a terminal within its columns."""
-    from rich.console import Console
     from rich.text import Text
 
     if table.rows:
-        shown, hidden = _fitted(table, console)
-        if not console.is_terminal:  # rich takes any file for 80 columns wide
-            console = Console(file=console.file, width=_width(shown, console), highlight=False)
-        console.print(shown)
-        if hidden:
-            names = ", ".join(clean(column.name) for column in hidden)
-            console.print(Text(f"\nwiden the terminal or use --format md for: {names}", style="dim"))
+        _render_grid(table, console)
+    for each in table.beside:
+        console.print()
+        _render_grid(each, console)
     for i, line in enumerate(table.below):
         console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
 
 
+def _render_grid(table: Table, console: Console) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    shown, hidden = _fitted(table, console)
+    if not console.is_terminal:  # rich takes any file for 80 columns wide
+        console = Console(file=console.file, width=_width(shown, console), highlight=False)
+    console.print(shown)
+    if hidden:
+        names = ", ".join(clean(column.name) for column in hidden)
+        console.print(Text(f"\nwiden the terminal or use --format md for: {names}", style="dim"))
+
+
 def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
     """The widest form that the console holds: costs go first, then a digit, then metrics; keys then share a column."""
-    columns = _visible(table)
+    columns = visible(table)
     shown = _rich(table, columns, 4, stacked=False)
     if not console.is_terminal:
         return shown, []
@@ -288,10 +366,10 @@ def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) ->
     for column in rest:
         made.add_column(Text(column.header), justify="right", no_wrap=True)
     for row in table.rows:
-        cells = [Text(_cell(row, column)) for column in keys]
+        cells = [Text(cell(row, column)) for column in keys]
         if stacked:
-            cells = [Text("\n".join(f"{clean(c.name)}={_cell(row, c)}" for c in keys if c.name in row.keys))]
-        cells += [Text(_cell(row, c, digits), style="bold" if c.name in row.best else "") for c in rest]
+            cells = [Text("\n".join(f"{clean(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys))]
+        cells += [Text(cell(row, c, digits), style="bold" if c.name in row.best else "") for c in rest]
         made.add_row(*cells)
     return made
 

@@ -95,6 +95,10 @@ def test_seeds_share_a_row_with_mean_sample_std_and_n(tmp_path: Path) -> None:
     assert values(table) == [("bert", "lora", "qqp")]
     assert table.below == []
     assert "0.6333 ± 0.1528" in to_markdown(table)
+    # Student's t with two degrees of freedom: 4.3027 · 0.1528 / √3
+    low, high = row.stats["mcc"].interval or (0, 0)
+    assert (low, high) == pytest.approx((0.6333 - 0.3795, 0.6333 + 0.3795), abs=1e-4)
+    assert "| 0.2539 to 1.0128 |" in to_markdown(table)
 
 
 def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:
@@ -102,6 +106,8 @@ def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:
     table = summarise([tmp_path])
     assert "| 0.5000 |" in to_markdown(table)
     assert "| n |" not in to_markdown(table)
+    assert "95 %" not in to_markdown(table)
+    assert json.loads(to_json(table))[0]["mcc_low"] is None
     assert table.below == ["one seed only: no spread"]
 
 
@@ -307,6 +313,8 @@ def test_by_averages_over_all_runs_with_that_value(tmp_path: Path) -> None:
     assert values(table) == [(8,), (2,), (None,)]
     assert [(row.n, round(row.stats["mcc"].mean, 3)) for row in table.rows] == [(2, 0.65), (2, 0.15), (1, 0.0)]
     assert values(summarise([tmp_path], by="seed")) == [(0,)]
+    assert "95 %" not in to_markdown(table)  # not over seeds
+    assert {line["mcc_low"] for line in json.loads(to_json(table))} == {None}
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -405,7 +413,7 @@ def test_a_sweep_leaves_its_tables(tmp_path: Path) -> None:
     make(tmp_path / "0")
     write_tables(tmp_path)
     assert (tmp_path / "table.md").read_text().startswith("| model | adapter | data | accuracy ↑ |")
-    assert (tmp_path / "table.csv").read_text().startswith("model,adapter,data,n,accuracy,accuracy_std,")
+    assert (tmp_path / "table.csv").read_text().startswith("model,adapter,data,n,accuracy,accuracy_std,accuracy_low,")
 
 
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -511,12 +519,12 @@ def sweep(folder: Path, keys: int = 3) -> Table:
 
 def test_a_narrow_terminal_loses_costs_first_and_says_so(tmp_path: Path) -> None:
     table = sweep(tmp_path)
-    wide, normal, narrow = printed(table, 200), printed(table, 80), printed(table, 60)
+    wide, normal, narrow = printed(table, 230), printed(table, 80), printed(table, 60)
     assert "540 MB" in wide
     assert "widen the terminal" not in wide
     head = normal.splitlines()[0].split()
     assert head == ["adapter.rank", "adapter.alpha", "optimizer.lr", "f1", "↑", "mcc", "↑", "n"]
-    assert "use --format md for: accuracy, params.adapter," in normal
+    assert "use --format md for: accuracy, mcc 95 %, params.adapter," in normal
     assert narrow.splitlines()[0].split()[-3:] == ["mcc", "↑", "n"]
     assert "0.250 ± 0.071" in narrow
     assert "…" not in narrow

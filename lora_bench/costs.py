@@ -1,0 +1,181 @@
+"""What a row takes on disk, what it cost to reach what full fine-tuning reaches, and which cause saved how much of it.
+
+The target is the selection MCC that full fine-tuning of the same model on the same data ends with, in its worst seed,
+or one that is given. FLOPs to target are those of the whole training, by its share of the steps.
+
+A step of full fine-tuning is a third forward, a third gradients of inputs, a third gradients of weights. An adapter
+saves the last third; one that leaves the lowest m of L layers alone saves m / L of the second. What is left over is
+what the adapter computes itself, less a cached prefix. Batches, and so padding, are the same for every method.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.tables import Column, Stat, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lora_bench.tables import Row
+
+STEPS, FLOPS = "steps_to_target", "flops_to_target"
+BYTES = "adapter_bytes"
+COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"))
+SAVED = "FLOPs saved"
+CAUSES = ("fewer steps", "no weight gradients", "fewer layers", "the adapter itself")
+
+
+def with_costs(table: Table, target: float | None = None) -> Table:
+    """The table with bytes on disk, steps and FLOPs to target, and what was saved against full fine-tuning.
+
+    Args:
+        table: rows, and the records of their runs.
+        target: a selection MCC; None takes what full fine-tuning ends with, where the table has it.
+    """
+    rows = [_on_disk(row) for row in table.rows]
+    full: dict[Any, int] = {}
+    for i, row in enumerate(rows):
+        if _choice(table, row, "adapter") == "full":
+            full.setdefault(_kind(table, row), i)  # of several the best, which comes first
+    targets = {kind: target or _end(rows[i]) for kind, i in full.items()}
+    for i, row in enumerate(rows):
+        wanted = target or targets.get(_kind(table, row))
+        rows[i] = row if wanted is None else _to_target(table, row, wanted)
+    for i, row in enumerate(rows):
+        baseline = full.get(_kind(table, row), i)
+        if baseline != i and _choice(table, row, "adapter") != "full":
+            rows[i] = replace(row, saved=savings(table, row, rows[baseline]))
+    found = replace(table, rows=rows, columns=[*table.columns, *COLUMNS])
+    ends = sorted({end for end in targets.values() if end is not None}) if target is None else [target]
+    notes = [_note(rows, ends, target)] if ends else []
+    return replace(found, savings=_for_people(found), notes=table.notes + notes)
+
+
+def _on_disk(row: Row) -> Row:
+    """The row with the mean size of what its runs would be loaded from."""
+    sizes = []
+    for folder in row.folders:
+        try:
+            with os.scandir(folder / "adapter") as files:
+                sizes.append(float(sum(file.stat().st_size for file in files)))
+        except OSError:
+            return row
+    return replace(row, stats=row.stats | {BYTES: Stat(fmean(sizes), None, row.n)})
+
+
+def _end(row: Row) -> float | None:
+    """The selection MCC that its worst seed ends with."""
+    looks = [_looks(folder) for folder in row.folders]
+    return min(each[-1][1] for each in looks) if all(looks) else None
+
+
+def _choice(table: Table, row: Row, group: str) -> Any:
+    return table.records[row.folders[0]]["choices"].get(group)
+
+
+def _kind(table: Table, row: Row) -> tuple[Any, ...]:
+    """What must be equal for the costs of two rows to be compared."""
+    record = table.records[row.folders[0]]
+    fingerprint = record["data"].get("fingerprint")
+    selection = fingerprint.get("selection") if isinstance(fingerprint, dict) else None
+    return row.data, record["choices"].get("model"), str(selection)
+
+
+def _looks(folder: Path) -> list[tuple[int, float]]:
+    """Step and MCC of each look at the selection split."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            look = json.loads(line)
+            if look["split"] == "selection":
+                found.append((int(look["step"]), float(look["metrics"]["mcc"])))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # cut off, or somebody else's
+            continue
+    return sorted(found)
+
+
+def _to_target(table: Table, row: Row, target: float) -> Row:
+    """The row with steps and FLOPs to target, where every seed reached it."""
+    steps, flops = [], []
+    for folder in row.folders:
+        reached = next((step for step, mcc in _looks(folder) if mcc >= target), None)
+        cost = table.records[folder]["cost"]
+        if reached is None or not _positive(cost.get("steps")) or not _positive(cost.get("train_flops")):
+            return row
+        steps.append(float(reached))
+        flops.append(cost["train_flops"] * reached / cost["steps"])
+    stats = {STEPS: Stat(fmean(steps), None, row.n), FLOPS: Stat(fmean(flops), None, row.n)}
+    return replace(row, stats=row.stats | stats)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _note(rows: Sequence[Row], ends: Sequence[float], given: float | None) -> str:
+    what = f"{ends[0]:.4f}" if ends[0] == ends[-1] else f"{ends[0]:.4f} to {ends[-1]:.4f}, by model and data"
+    whose = "what full fine-tuning ends with in its worst seed" if given is None else "as asked"
+    missed = sum(STEPS not in row.stats for row in rows)
+    late = f"; {missed} of {len(rows)} rows did not reach it with every seed" if missed else ""
+    return f"target: selection MCC {what} ({whose}){late}"
+
+
+# -- what was saved, by cause --
+
+
+def savings(table: Table, row: Row, full: Row) -> dict[str, float] | None:
+    """Shares of full fine-tuning's FLOPs that each of `CAUSES` saved, and `FLOPs saved`, their sum; negative: added.
+
+    Both up to the target where both reach it, else both whole runs.
+    """
+    mine, theirs = (_per_step(table, each) for each in (row, full))
+    if mine is None or theirs is None:
+        return None
+    (flops, steps), (full_flops, full_steps) = mine, theirs
+    if STEPS in row.stats and STEPS in full.stats:
+        steps, full_steps = row.stats[STEPS].mean, full.stats[STEPS].mean
+    length = steps / full_steps
+    shares = {
+        "fewer steps": 1 - length,
+        "no weight gradients": length / 3,
+        "fewer layers": length / 3 * _idle_layers(table, row),
+    }
+    saved = 1 - length * flops / full_flops
+    return shares | {"the adapter itself": saved - sum(shares.values()), SAVED: saved}
+
+
+def _per_step(table: Table, row: Row) -> tuple[float, float] | None:
+    """FLOPs per step, and steps."""
+    costs = [table.records[folder]["cost"] for folder in row.folders]
+    if not all(_positive(cost.get("steps")) and _positive(cost.get("train_flops")) for cost in costs):
+        return None
+    return fmean(cost["train_flops"] / cost["steps"] for cost in costs), fmean(cost["steps"] for cost in costs)
+
+
+def _idle_layers(table: Table, row: Row) -> float:
+    """The share of the layers below the first adapted one; the highest layer is taken to be adapted."""
+    numbers = [
+        int(found[1]) for name in table.records[row.folders[0]]["targets"] if (found := re.search(r"\.(\d+)\.", name))
+    ]
+    return min(numbers) / (max(numbers) + 1) if numbers else 1.0
+
+
+def _for_people(table: Table) -> Table | None:
+    rows = [
+        replace(row, keys=row.keys | {name: f"{share:+.0%}" for name, share in row.saved.items()}, n=1)
+        for row in table.rows
+        if row.saved
+    ]
+    columns = [*table.keys, *(Column(name, "text", keep=i) for i, name in enumerate((*CAUSES, SAVED)))]
+    return Table(columns, rows) if rows else None

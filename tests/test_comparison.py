@@ -1,0 +1,247 @@
+"""Verdicts about the rows of a table: which runs are paired, what is tested, and what is said where nothing can be."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from lora_bench import stats
+from lora_bench.baseline import judged
+from lora_bench.compare import main, summarise
+from lora_bench.errors import UserError
+from lora_bench.record import Run
+from lora_bench.tables import Table, to_csv, to_json, to_latex, to_markdown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+N = 1500
+LABELS = (np.random.default_rng(0).random(N) < 0.4).astype(int)
+EASE = np.random.default_rng(1).normal(3.0, 2.3, N)
+
+
+def predicted(quality: float, seed: int) -> np.ndarray:
+    """Which examples a model labels 1: more of them right with a higher quality; the hard ones are hard for all."""
+    right = EASE + quality + 0.5 * np.random.default_rng(100 + seed).normal(size=N) > 0
+    return np.where(right, LABELS == 1, LABELS == 0)
+
+
+def make(folder: Path, adapter: str, seed: int | None, said: np.ndarray, **sections: Any) -> Path:
+    """A finished run with these predictions; `seed` None has no such key, as what was not trained."""
+    config = {"adapter": {"method": adapter, "rank": 8}} | ({} if seed is None else {"seed": seed})
+    config |= sections.pop("config", {})
+    choices = {"model": "bert", "adapter": adapter, "data": "qqp"}
+    run = Run.claim(folder, choices=choices, config=config, overrides=[f"adapter={adapter}", f"seed={seed}"])
+    mcc = float(stats.measure_of(stats.confusion(LABELS, said)))
+    run.write_predictions("validation", np.arange(N), LABELS, np.where(said, 0.8, 0.3))
+    run.update(metrics={"validation/mcc": mcc, "selection/mcc": mcc}, data={"fingerprint": "one"})
+    run.update(**sections)
+    run.finish("done")
+    return folder
+
+
+def sweep(folder: Path, qualities: dict[str, float], seeds: int = 3) -> Path:
+    for i, (adapter, quality) in enumerate(qualities.items()):
+        for seed in range(seeds):
+            make(folder / f"{adapter}-{seed}", adapter, seed, predicted(quality, 10 * i + seed))
+    return folder
+
+
+def verdicts(table: Table) -> dict[str, str]:
+    return {row.keys["adapter"]: row.finding.verdict for row in table.rows if row.finding}
+
+
+def finding(table: Table, adapter: str) -> Any:
+    return next(row.finding for row in table.rows if row.keys["adapter"] == adapter)
+
+
+# -- what is tested --
+
+
+def test_a_row_is_better_worse_or_undecided_against_full_fine_tuning(tmp_path: Path) -> None:
+    table = summarise([sweep(tmp_path, {"full": 0.0, "dora": 2.0, "vera": -2.0, "lora": 0.02})])
+    assert verdicts(table) == {"full": "baseline", "dora": "better", "vera": "worse", "lora": "undecided"}
+    assert "against adapter=full (full fine-tuning, unless --baseline names another)" in table.notes[0]
+    assert "3 paired seeds and 1,500 examples" in table.notes[0]
+    assert "Holm over 3 rivals" in table.notes[0]
+
+
+def test_the_numbers_are_those_of_the_crossed_test_and_holm(tmp_path: Path) -> None:
+    table = summarise([sweep(tmp_path, {"full": 0.0, "dora": 0.5, "lora": 0.3})])
+    tests = {}
+    for i, (adapter, quality) in enumerate({"dora": 0.5, "lora": 0.3}.items()):
+        ours = np.stack([predicted(quality, 10 * (i + 1) + seed) for seed in range(3)])
+        tests[adapter] = stats.crossed_test(LABELS, ours, np.stack([predicted(0.0, seed) for seed in range(3)]))
+    adjusted = dict(zip(tests, stats.holm([test.p for test in tests.values()]), strict=True))
+    for adapter, test in tests.items():
+        found = finding(table, adapter)
+        assert found.difference == pytest.approx(test.difference)
+        assert (found.difference_low, found.difference_high) == pytest.approx(test.interval())
+        assert (found.p, found.p_holm) == pytest.approx((test.p, adjusted[adapter]))
+        assert found.power == pytest.approx(test.power(0.01, 0.025))
+        means = {row.keys["adapter"]: row.stats["mcc"].mean for row in table.rows}
+        assert found.difference == pytest.approx(means[adapter] - means["full"])
+        assert len(found.p_mcnemar) == len(found.p_bootstrap) == 3
+
+
+def test_a_wide_margin_makes_rows_indistinguishable(tmp_path: Path) -> None:
+    sweep(tmp_path, {"full": 0.0, "lora": 0.02})
+    assert verdicts(summarise([tmp_path], margin=0.2))["lora"] == "indistinguishable"
+
+
+def test_equal_predictions_are_indistinguishable(tmp_path: Path) -> None:
+    for adapter in ("full", "lora"):
+        for seed in range(2):
+            make(tmp_path / f"{adapter}{seed}", adapter, seed, predicted(0.0, seed))
+    assert verdicts(summarise([tmp_path]))["lora"] == "indistinguishable"
+
+
+# -- which row is the baseline --
+
+
+@pytest.mark.parametrize("name", ["dora", "adapter=dora", "FOLDER/dora-1"])
+def test_a_baseline_is_named_by_value_key_or_folder(tmp_path: Path, name: str) -> None:
+    sweep(tmp_path, {"full": 0.0, "dora": 2.0})
+    table = summarise([tmp_path], baseline=name.replace("FOLDER", str(tmp_path)))
+    assert verdicts(table) == {"full": "worse", "dora": "baseline"}
+    assert "against adapter=dora (as asked)" in table.notes[0]
+
+
+def test_without_full_the_baseline_is_plain_lora_then_the_best_on_selection(tmp_path: Path) -> None:
+    assert verdicts(summarise([sweep(tmp_path / "a", {"lora": 0.0, "dora": 2.0})]))["lora"] == "baseline"
+    assert verdicts(summarise([sweep(tmp_path / "b", {"vera": 0.0, "dora": 2.0})]))["dora"] == "baseline"
+
+
+def test_of_several_rows_that_fit_the_best_on_selection_is_the_baseline(tmp_path: Path) -> None:
+    for rank, quality in ((2, 0.0), (4, 2.0)):
+        for seed in range(3):
+            said = predicted(quality, seed)
+            make(tmp_path / f"{rank}{seed}", "lora", seed, said, config={"adapter": {"method": "lora", "rank": rank}})
+    table = summarise([tmp_path], baseline="lora")
+    assert {row.keys["adapter.rank"]: row.finding.verdict for row in table.rows if row.finding} == {
+        2: "worse",
+        4: "baseline",
+    }
+    assert "(as asked, the best on selection)" in table.notes[0]
+
+
+def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    sweep(tmp_path, {"full": 0.0, "dora": 2.0}, seeds=2)
+    with pytest.raises(UserError, match=r"--baseline=dorra: is no row of this table. Did you mean dora\?"):
+        main([str(tmp_path), "--baseline", "dorra"])
+    for margin in ("0", "-1", "x", "nan", "1e9"):
+        with pytest.raises(UserError, match=r"--margin: must be above 0 and below 1"):
+            main([str(tmp_path), f"--margin={margin}"])
+
+
+def test_by_a_key_the_experiment_that_is_best_on_selection_is_tested(tmp_path: Path) -> None:
+    for adapter, rank, quality in (("full", 0, 0.0), ("lora", 2, -2.0), ("lora", 4, 2.0)):
+        for seed in range(3):
+            config = {"adapter": {"method": adapter, "rank": rank}}
+            make(tmp_path / f"{adapter}{rank}{seed}", adapter, seed, predicted(quality, seed), config=config)
+    table = summarise([tmp_path], by="adapter")
+    assert verdicts(table)["lora"] == "better"
+    assert any("tested is what is best on selection of its experiments" in line for line in table.notes)
+
+
+# -- what cannot be tested says so --
+
+
+def test_one_seed_has_numbers_of_the_examples_but_no_verdict(tmp_path: Path) -> None:
+    table = summarise([sweep(tmp_path, {"full": 0.0, "lora": 2.0}, seeds=1)])
+    found = finding(table, "lora")
+    assert (found.verdict, found.p_holm, found.power) == ("no verdict", None, None)
+    assert found.p < 0.001
+    assert found.p_seeds is None
+    assert "none could be given" in table.notes[0]
+    assert "1 of 1 rows: one seed, so chance over seeds is not known" in table.notes
+
+
+def test_seeds_that_both_have_are_paired(tmp_path: Path) -> None:
+    sweep(tmp_path, {"full": 0.0, "lora": 1.0})
+    make(tmp_path / "more", "lora", 7, predicted(-9.0, 7))
+    assert finding(summarise([tmp_path]), "lora").paired_seeds == 3
+    make(tmp_path / "x", "dora", 8, predicted(0.0, 8))
+    assert finding(summarise([tmp_path]), "dora").why == "no seed in common"
+
+
+def test_what_was_not_trained_stands_beside_every_seed(tmp_path: Path) -> None:
+    sweep(tmp_path, {"lora": 2.0})
+    make(tmp_path / "gpt", "none", 0, predicted(0.0, 50), config={"llm": {"model": "x"}, "adapter": {}})
+    table = summarise([tmp_path], baseline=str(tmp_path / "gpt"))
+    assert (finding(table, "lora").verdict, finding(table, "lora").paired_seeds) == ("better", 3)
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        ("missing", "no usable predictions of the validation split: "),
+        ("damaged", "no usable predictions of the validation split: "),
+        ("other", "predictions of other examples than the baseline: "),
+        ("altered", "predictions and run.json disagree about MCC: "),
+    ],
+)
+def test_predictions_that_cannot_be_used_are_told_and_left_out(tmp_path: Path, harm: str, why: str) -> None:
+    sweep(tmp_path, {"full": 0.0, "lora": 2.0})
+    for seed in (1, 2):
+        folder = tmp_path / f"lora-{seed}"
+        run = Run(folder, json.loads((folder / "run.json").read_text()))
+        file = folder / "predictions/validation.parquet"
+        said = predicted(2.0, 10 + seed)
+        if harm == "missing":
+            file.unlink()
+        elif harm == "damaged":
+            file.write_bytes(file.read_bytes()[:-100])
+        elif harm == "other":
+            run.write_predictions("validation", np.arange(N) + 1, LABELS, np.where(said, 0.8, 0.3))
+        else:
+            run.write_predictions("validation", np.arange(N), LABELS, np.where(said, 0.3, 0.8))
+        table = summarise([tmp_path])
+        found = finding(table, "lora")
+        assert found.paired_seeds == 3 - seed
+        assert any(f"1 of 1 rows: {why if seed == 1 else ''}" in line for line in table.notes)
+    assert found.verdict == "no verdict"
+
+
+def test_rows_on_other_data_are_not_tested_together(tmp_path: Path) -> None:
+    sweep(tmp_path, {"full": 0.0, "lora": 2.0})
+    for seed in range(3):
+        make(tmp_path / f"other{seed}", "dora", seed, predicted(0.0, seed), data={"fingerprint": "two"})
+    table = summarise([tmp_path])
+    assert verdicts(table) == {"full": "baseline", "lora": "better", "dora": "not tested"}
+    assert finding(table, "dora").why == "on other data than any baseline"
+
+
+def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_bench.baseline.FEW_RUNS", 5)
+    sweep(tmp_path, {"full": 0.0, "lora": 2.0})
+    table = summarise([tmp_path])
+    assert table.tests is None
+    assert "no tests of 6 runs unless a row to compare with is named: --baseline NAME" in table.below
+    assert verdicts(summarise([tmp_path], baseline="full"))["lora"] == "better"
+    assert judged(table, "validation", always=True).tests is not None
+
+
+# -- the forms --
+
+
+def test_every_form_has_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = summarise([sweep(tmp_path, {"full": 0.0, "lora": 2.0})])
+    found = finding(table, "lora")
+    lines = {line["adapter"]: line for line in csv.DictReader(io.StringIO(to_csv(table)))}
+    objects = {each["adapter"]: each for each in json.loads(to_json(table))}
+    assert float(lines["lora"]["difference"]) == objects["lora"]["difference"] == found.difference
+    assert float(lines["lora"]["p_holm"]) == objects["lora"]["p_holm"] == found.p_holm
+    assert [float(p) for p in lines["lora"]["p_mcnemar"].split()] == objects["lora"]["p_mcnemar"]
+    assert (lines["full"]["verdict"], objects["full"]["p"]) == ("baseline", None)
+    shown = f"{found.difference:+.4f}"
+    assert f"| lora | {shown} |" in to_markdown(table)
+    assert rf"lora & {shown} & " in to_latex(table)
+    assert to_latex(table).count(r"\begin{tabular}") == 2
+    assert main([str(tmp_path)]) == 0
+    assert shown in capsys.readouterr().out

@@ -1,0 +1,117 @@
+"""Costs to target and what was saved: closed forms on made-up records, and silence where nothing can be said."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lora_bench.compare import main, summarise
+from lora_bench.errors import UserError
+from lora_bench.record import Run
+from lora_bench.tables import Table, to_csv, to_json, to_markdown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYERS = 6
+
+
+def make(
+    folder: Path, adapter: str, seed: int, looks: list[float], flops: float, first: int = 0, **sections: Any
+) -> Run:
+    """A finished run of 100 steps for each look at the selection split, adapted from layer `first` on."""
+    choices = {"model": "bert", "adapter": adapter, "data": "qqp"}
+    run = Run.claim(folder, choices=choices, config={"seed": seed}, overrides=[])
+    steps = 100 * len(looks)
+    for i, mcc in enumerate(looks):
+        run.log({"step": 100 * (i + 1), "split": "selection", "metrics": {"mcc": mcc}})
+    run.log({"step": steps, "split": "validation", "metrics": {"mcc": 0.99}})
+    targets = {f"bert.encoder.layer.{i}.attention.self.query": 8 for i in range(first, LAYERS)}
+    run.update(metrics={"validation/mcc": looks[-1], "selection/mcc": max(looks)}, targets=targets)
+    run.update(cost={"steps": steps, "train_flops": flops * steps}, data={"fingerprint": {"validation": "v"}})
+    run.update(**sections)
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_model.safetensors").write_bytes(bytes(1000 + seed))
+    run.finish("done")
+    return run
+
+
+def row(table: Table, adapter: str) -> Any:
+    return next(each for each in table.rows if each.keys["adapter"] == adapter)
+
+
+def test_steps_and_flops_to_what_full_fine_tuning_ends_with_in_its_worst_seed(tmp_path: Path) -> None:
+    make(tmp_path / "f0", "full", 0, [0.4, 0.6, 0.58], 3e9)
+    make(tmp_path / "f1", "full", 1, [0.3, 0.5, 0.62], 3e9)
+    make(tmp_path / "l0", "lora", 0, [0.5, 0.58, 0.7], 2.1e9)
+    make(tmp_path / "l1", "lora", 1, [0.6, 0.6, 0.6], 2.1e9)
+    table = summarise([tmp_path])
+    stats = row(table, "lora").stats
+    assert stats["steps_to_target"].mean == 150  # 200 and 100
+    assert stats["flops_to_target"].mean == pytest.approx(150 * 2.1e9)
+    assert row(table, "full").stats["steps_to_target"].mean == 250
+    assert "target: selection MCC 0.5800 (what full fine-tuning ends with in its worst seed)" in table.below
+    assert row(table, "lora").stats["adapter_bytes"].mean == 1000.5
+
+
+def test_a_target_that_is_asked_for_and_rows_that_do_not_reach_it(tmp_path: Path) -> None:
+    make(tmp_path / "l0", "lora", 0, [0.5, 0.7], 2e9)
+    make(tmp_path / "l1", "lora", 1, [0.5, 0.65], 2e9)
+    make(tmp_path / "d0", "dora", 0, [0.7, 0.7], 2e9)
+    table = summarise([tmp_path], target=0.68)
+    assert "steps_to_target" not in row(table, "lora").stats
+    assert row(table, "dora").stats["steps_to_target"].mean == 100
+    assert "target: selection MCC 0.6800 (as asked); 1 of 2 rows did not reach it with every seed" in table.below
+    assert "steps_to_target" in to_markdown(table)
+    assert "steps_to_target" not in to_markdown(summarise([tmp_path]))
+    with pytest.raises(UserError, match="--target"):
+        main([str(tmp_path), "--target", "70"])
+
+
+def test_what_was_saved_by_cause_adds_up(tmp_path: Path) -> None:
+    make(tmp_path / "f", "full", 0, [0.4, 0.5, 0.6, 0.6], 3e9)
+    make(tmp_path / "l", "lora", 0, [0.4, 0.6], 2.1e9)
+    make(tmp_path / "t", "dora", 0, [0.4, 0.5, 0.6, 0.6], 1.6e9, first=3)
+    make(tmp_path / "h", "head_only", 0, [0.1, 0.1, 0.1, 0.1], 1e9, first=LAYERS)
+    table = summarise([tmp_path])
+    half = row(table, "lora").saved  # 200 of 300 steps, each 0.7 of a full one
+    assert half["fewer steps"] == pytest.approx(1 / 3)
+    assert half["no weight gradients"] == pytest.approx(2 / 3 / 3)
+    assert half["fewer layers"] == 0
+    assert half["FLOPs saved"] == pytest.approx(1 - 2 / 3 * 0.7)
+    assert half["the adapter itself"] == pytest.approx(-2 / 3 * (0.7 - 2 / 3))
+    top = row(table, "dora").saved  # the upper half of the layers
+    assert (top["fewer steps"], top["fewer layers"]) == pytest.approx((0, 1 / 6))
+    head = row(table, "head_only").saved  # never at the target: whole runs are compared
+    assert (head["fewer steps"], head["fewer layers"]) == pytest.approx((0, 1 / 3))
+    assert head["FLOPs saved"] == pytest.approx(2 / 3)
+    assert row(table, "full").saved is None
+    for each in (half, top, head):
+        assert sum(each.values()) == pytest.approx(2 * each["FLOPs saved"])
+    assert "| lora | +33% | +22% | +0% | -2% | +53% |" in to_markdown(table)
+    saved = {line["adapter"]: line["FLOPs saved"] for line in json.loads(to_json(table))}
+    told = {line["adapter"]: line["FLOPs saved"] for line in csv.DictReader(io.StringIO(to_csv(table)))}
+    assert saved["lora"] == float(told["lora"]) == half["FLOPs saved"]
+    assert (saved["full"], told["full"]) == (None, "")
+
+
+def test_another_model_or_selection_has_a_target_of_its_own_or_none(tmp_path: Path) -> None:
+    make(tmp_path / "f", "full", 0, [0.4, 0.6], 3e9)
+    other = {"fingerprint": {"validation": "v", "selection": "another"}}
+    make(tmp_path / "l", "lora", 0, [0.6, 0.7], 2e9, data=other)
+    table = summarise([tmp_path])
+    assert row(table, "lora").saved is None
+    assert "steps_to_target" not in row(table, "lora").stats
+
+
+def test_damaged_logs_and_absurd_costs_are_silent(tmp_path: Path) -> None:
+    make(tmp_path / "f", "full", 0, [0.4, 0.6], 3e9)
+    run = make(tmp_path / "l", "lora", 0, [0.6, 0.7], 2e9, cost={"steps": "many", "train_flops": -1})
+    (run.folder / "metrics.jsonl").write_text('{"step": 1}\n[]\nnull\n{"split": "selection", "step"')
+    table = summarise([tmp_path])
+    assert row(table, "lora").saved is None
+    assert main([str(tmp_path)]) == 0
