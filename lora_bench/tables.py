@@ -328,7 +328,7 @@ def _render_grid(table: Table, console: Console) -> None:
 
     shown, hidden = _fitted(table, console)
     if not console.is_terminal:  # rich takes any file for 80 columns wide
-        console = Console(file=console.file, width=_width(shown, console), highlight=False)
+        console = Console(file=console.file, width=100_000, highlight=False)
     console.print(shown)
     if hidden:
         names = ", ".join(clean(column.name) for column in hidden)
