@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
     from rich.table import Table as RichTable
 
     from lora_bench.comparison import Finding
@@ -355,22 +355,26 @@ def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
 
 def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) -> RichTable:
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table as RichTable
     from rich.text import Text
 
     made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     keys = [column for column in columns if column.kind == "key"]
     rest = [column for column in columns if column not in keys]
-    for column in [Column("run", "key")] if stacked else keys:
-        made.add_column(Text(column.header), overflow="fold", no_wrap=not stacked)
-    for column in rest:
-        made.add_column(Text(column.header), justify="right", no_wrap=True)
-    for row in table.rows:
-        cells = [Text(cell(row, column)) for column in keys]
-        if stacked:
-            cells = [Text("\n".join(f"{clean(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys))]
-        cells += [Text(cell(row, c, digits), style="bold" if c.name in row.best else "") for c in rest]
-        made.add_row(*cells)
+    beside = rest if stacked else [*keys, *rest]
+    lines = [[cell(row, column, digits) for column in beside] for row in table.rows]
+    if stacked:
+        made.add_column("run", overflow="fold")
+    for column, *shown in zip(beside, *lines, strict=True):
+        # Measured here once: rich measures every cell again for each form that is tried.
+        width = max(cell_len(text) for text in (column.header, *shown))
+        justify: JustifyMethod = "left" if column in keys else "right"
+        made.add_column(Text(column.header), justify=justify, overflow="fold", no_wrap=True, width=width)
+    for row, shown in zip(table.rows, lines, strict=True):
+        named = "\n".join(f"{clean(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys)
+        cells = [Text(text, "bold" if c.name in row.best else "") for c, text in zip(beside, shown, strict=True)]
+        made.add_row(*([Text(named)] if stacked else []), *cells)
     return made
 
 

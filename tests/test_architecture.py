@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "secrets": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "record", "report"}
     | {"tables"},
-    "report": {"comparison", "disk", "predictions", "tables"},
+    "report": {"comparison", "disk", "experiments", "predictions", "tables"},
     "baseline": {"comparison", "errors", "tables"},
     "comparison": {"experiments", "predictions", "stats", "tables"},
     "experiments": {"errors"},

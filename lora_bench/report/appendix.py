@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lora_bench.experiments import flat
 from lora_bench.report.html import Content, Markup, el, join, several, table
 from lora_bench.tables import cell, value_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from lora_bench.tables import Table
 
@@ -25,11 +26,11 @@ def differences(table_: Table) -> Markup | None:
     runs = [table_.records[folder] for row in table_.rows for folder in row.folders]
     if not runs:
         return None
-    flat = [dict(_flat({**record["config"], **record["choices"]})) for record in runs]
-    keys = list(dict.fromkeys(key for config in flat for key in config))
-    counts = {key: Counter(value_text(config[key]) for config in flat if key in config) for key in keys}
-    differ = [key for key in keys if len(counts[key]) > 1 or sum(counts[key].values()) < len(flat)]
-    rows: list[list[Content]] = [[key, _values(counts[key], len(flat))] for key in differ]
+    configs = [dict(flat({**record["config"], **record["choices"]})) for record in runs]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    counts = {key: Counter(value_text(config[key]) for config in configs if key in config) for key in keys}
+    differ = [key for key in keys if len(counts[key]) > 1 or sum(counts[key].values()) < len(configs)]
+    rows: list[list[Content]] = [[key, _values(counts[key], len(configs))] for key in differ]
     made = (
         table("Keys that differ between runs", ["key", "values (runs)"], rows) if rows else el("p", "No key differs.")
     )
@@ -47,14 +48,6 @@ def _values(counts: Counter[str], runs: int) -> Markup:
     return join([*parts, *([f"absent ({absent})"] if absent else [])], ", ")
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def environment(table_: Table) -> Markup | None:
     """Commit, device, versions and data of the finished runs; where they differ, how many runs have which."""
     runs = [table_.records[folder] for row in table_.rows for folder in row.folders]
@@ -63,7 +56,7 @@ def environment(table_: Table) -> Markup | None:
     counts: dict[str, Counter[str]] = {}
     for record in runs:
         data = {key: record["data"].get(key) for key in ("source", "fingerprint", "rows")}
-        for key, value in _flat({**record["environment"], "data": data}):
+        for key, value in flat({**record["environment"], "data": data}):
             counts.setdefault(key, Counter())[value_text(value)] += 1
     rows: list[list[Content]] = [[key, _values(found, len(runs))] for key, found in counts.items()]
     made = table("Environment and data", ["key", "value (runs)"], rows)
