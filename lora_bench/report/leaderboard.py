@@ -18,7 +18,7 @@ def leaderboard(table: Table) -> Markup | None:
         return None
     columns = visible(table)
     if any(row.finding for row in table.rows):
-        last = max((i for i, column in enumerate(columns) if column.kind in ("metric", "n")), default=0)
+        last = max((i for i, column in enumerate(columns) if column.kind in ("metric", "n", "interval")), default=0)
         columns.insert(last + 1, VERDICT)
     head = el("tr", *(_header(column) for column in columns))
     rows = [el("tr", *(_cell(row, column) for column in columns), data_row=n) for n, row in enumerate(table.rows)]

@@ -195,7 +195,7 @@ def _heat_map(entry: Entry, ranks: dict[str, float]) -> Markup | None:
     total = sum(cells.values())
     high = max(cells, key=lambda place: cells[place])
     said = (
-        f"Ranks from {min(cells.values()):g} to {most:g}, {total / len(cells):.3g} on average; "
+        f"Ranks from {min(cells.values()):.3g} to {most:.3g}, {total / len(cells):.3g} on average; "
         f"the highest at layer {high[0]}, {clean(high[1])}."
     )
     if len(entry.runs) > 1:

@@ -34,7 +34,7 @@ def headline(block: Block) -> str:
         return f"{base} is better than all its rivals"
     if verdicts == {"indistinguishable"}:
         return f"Nothing is distinguishable from {base}"
-    return f"Nothing is better than {base} beyond chance"
+    return f"Nothing is surely better than {base}"
 
 
 def summary(block: Block, margin: float) -> Markup:
@@ -81,7 +81,7 @@ def _sure(finding: Finding, margin: float) -> str:
         return f", a difference larger than chance explains ({p})"
     if finding.verdict == "indistinguishable":
         return f", a difference that surely lies within {points(margin)}: indistinguishable"
-    return f", a difference within what chance produces ({p})"
+    return f", a difference that chance alone may explain ({p})"
 
 
 def _small(p: float) -> str:
@@ -184,6 +184,7 @@ def _mark(entry: Entry, finding: Finding) -> Mark | None:
 def _tests(title: str, rivals: list[Entry]) -> Markup:
     rows: list[list[Content]] = []
     usual: list[list[Content]] = []
+    noted = any(_finding(entry).why for entry in rivals)
     for entry in rivals[: 4 * DRAWN]:
         finding = _finding(entry)
         verdict = el("span", finding.verdict, class_=f"verdict {finding.verdict}")
@@ -192,16 +193,16 @@ def _tests(title: str, rivals: list[Entry]) -> Markup:
             _signed(finding.difference),
             between if finding.difference_low is not None else "",
             _p(finding.p_holm),
-            _signed(finding.effect_size),
+            _signed(finding.effect_size, 2),
             "" if finding.detectable is None else f"{finding.detectable:.4f}",
             finding.paired_seeds,
         ]
-        rows.append([entry.name, verdict, *numbers, finding.why])
+        rows.append([entry.name, verdict, *numbers, *([finding.why] if noted else [])])
         if finding.difference is not None:
             by_seed = [" ".join(map(_p, values or [])) for values in (finding.p_bootstrap, finding.p_mcnemar)]
             usual.append([entry.name, _p(finding.p), _p(finding.p_seeds), *by_seed])
     names = ["experiment", "verdict", "difference", "95 % interval", "p (Holm)", "effect size", "found at 80 %"]
-    made = table(title, [*names, "seeds", "note"], rows)
+    made = table(title, [*names, "seeds", *(["note"] if noted else [])], rows)
     if not usual:
         return made
     titles = ["experiment", "p, not adjusted", "t test over seeds", "bootstrap, by seed", "McNemar mid-p, by seed"]
@@ -209,8 +210,8 @@ def _tests(title: str, rivals: list[Entry]) -> Markup:
     return join([made, el("details", el("summary", "What the usual tests say"), folded)])
 
 
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.4f}".replace("-", "−")
+def _signed(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _p(p: float | None) -> str:
