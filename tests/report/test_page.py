@@ -131,6 +131,19 @@ def test_scores_fall_from_those_of_the_same_data(tmp_path: Path) -> None:
         assert f'<td>{place}</td><td class="number">1</td>{numbers}<td>{change}</td>' in html
 
 
+def test_every_key_that_differs_is_told(runs: Path) -> None:
+    html = page(summarise([runs]))
+    told = html[html.index('<section id="configuration"') : html.index('<section id="environment"')]
+    differ = re.findall(r'<th scope="row">([^<]*)</th><td>(.*?)</td>', told.partition("<details>")[0])
+    found = {key: re.findall(r"<code>([^<]*)</code> \((\d+)\)", values) for key, values in differ}
+    assert found == {
+        "adapter": [("dora", "4"), ("lora", "4")],
+        "seed": [("0", "4"), ("1", "4")],
+        "adapter.rank": [("8", "4"), ("2", "4")],
+        "optimizer.lr": [("0.008", "4"), ("0.002", "4")],
+    }
+
+
 def test_the_command_writes_the_page(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(runs), "--html", str(tmp_path / "new" / "report.html")]) == 0
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
