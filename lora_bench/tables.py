@@ -337,6 +337,8 @@ def _render_grid(table: Table, console: Console) -> None:
 
 def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
     """The widest form that the console holds: costs go first, then a digit, then metrics; keys then share a column."""
+    from rich.measure import Measurement
+
     columns = visible(table)
     shown = _rich(table, columns, 4, stacked=False)
     if not console.is_terminal:
@@ -344,11 +346,12 @@ def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
     optional = sorted((c for c in columns if c.kind not in ("key", "n")), key=lambda column: column.keep)[:-1]
     costs = sum(column.kind != "metric" for column in optional)
     steps = [(i, 4) for i in range(costs + 1)] + [(i, 3) for i in range(costs, len(optional) + 1)]
+    wide = console.options.update(max_width=100_000)
     for stacked in (False, True):
         for dropped, digits in steps:
             hidden = optional[:dropped]
             shown = _rich(table, [column for column in columns if column not in hidden], digits, stacked=stacked)
-            if _width(shown, console) <= console.width:
+            if Measurement.get(console, wide, shown).maximum <= console.width:
                 return shown, [column for column in columns if column in hidden]
     return shown, [column for column in columns if column in optional]
 
@@ -367,8 +370,7 @@ def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) ->
     if stacked:
         made.add_column("run", overflow="fold")
     for column, *shown in zip(beside, *lines, strict=True):
-        # Measured here once: rich measures every cell again for each form that is tried.
-        width = max(cell_len(text) for text in (column.header, *shown))
+        width = max(map(cell_len, (column.header, *shown)))  # or rich would measure every cell several times
         justify: JustifyMethod = "left" if column in keys else "right"
         made.add_column(Text(column.header), justify=justify, overflow="fold", no_wrap=True, width=width)
     for row, shown in zip(table.rows, lines, strict=True):
@@ -376,9 +378,3 @@ def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) ->
         cells = [Text(text, "bold" if c.name in row.best else "") for c, text in zip(beside, shown, strict=True)]
         made.add_row(*([Text(named)] if stacked else []), *cells)
     return made
-
-
-def _width(table: RichTable, console: Console) -> int:
-    from rich.measure import Measurement
-
-    return Measurement.get(console, console.options.update(max_width=100_000), table).maximum

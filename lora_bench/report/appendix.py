@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.experiments import flat
 from lora_bench.report.html import Content, Markup, el, join, several, table
-from lora_bench.tables import cell, value_text
+from lora_bench.tables import cell, value_text, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -82,6 +82,15 @@ def missing(table_: Table) -> Markup | None:
         parts.append(el("p", f"Not in the table: {counted}.{more}"))
         parts.append(table("Not in the table", ["folder", "status", "asked for", "why"], rows))
     return join(parts) if parts else None
+
+
+def beside(other: Table | None, caption: str) -> Markup | None:
+    """A table that `compare` prints below its own, as it is."""
+    if other is None or not other.rows:
+        return None
+    columns = visible(other)
+    rows: list[list[Content]] = [[cell(row, column) for column in columns] for row in other.rows]
+    return table(caption, [column.header for column in columns], rows)
 
 
 def folders(table_: Table) -> Markup | None:
