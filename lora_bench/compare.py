@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lora_bench.baseline import judged
 from lora_bench.comparison import MARGIN
 from lora_bench.costs import with_costs
-from lora_bench.errors import UserError
+from lora_bench.disk import why, write
+from lora_bench.errors import RunFailedError, UserError
 from lora_bench.experiments import (
     OUTSIDE_THE_EXPERIMENT,
     Recorded,
@@ -72,10 +73,12 @@ def main(arguments: list[str]) -> int:
     if options.anchors:
         from lora_bench.anchors import with_anchors
 
-        if options.format in ("csv", "json"):
+        if options.format in ("csv", "json") and options.html is None:
             remedy = "csv and json hold the runs alone; take --format table, md or latex."
             raise UserError("are shown for people only", key="--anchors", remedy=remedy)
         table = with_anchors(table)
+    if options.html is not None:
+        return _write_page(table, options.html, options.margin)
     if options.format == "table":
         from rich.console import Console
 
@@ -85,6 +88,23 @@ def main(arguments: list[str]) -> int:
     if options.format in ("csv", "json"):
         for line in table.below:
             print(clean(line), file=sys.stderr)
+    return 0
+
+
+def _write_page(table: Table, file: Path, margin: float) -> int:
+    from lora_bench.report import page  # late: numpy
+
+    remedy = "Give the name of a file, such as report.html, in a folder where you may write."
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise UserError("is a folder", key="--html", value=file, remedy=remedy)
+        write(file.parent, file.name, page(table, margin).encode())
+    except RunFailedError as error:
+        raise UserError(error.reason, key="--html", value=file, remedy=remedy) from None
+    except OSError as error:
+        raise UserError(f"cannot be written: {why(error)}", key="--html", value=file, remedy=remedy) from None
+    print(f"written: {clean(str(file))}", file=sys.stderr)
     return 0
 
 
@@ -290,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["table", *FORMATS],
         default="table",
         help="table (default) for people; csv and json with raw numbers; md and latex to paste",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with verdicts, figures and all tables; it opens offline"
     )
     parser.add_argument(
         "--baseline",

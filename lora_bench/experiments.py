@@ -43,7 +43,7 @@ class Recorded:
 def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Recorded:
     """A run for comparison with others; `splits` are the reported ones, by which data are told apart."""
     choices = {group: record["choices"][group] for group in GROUPS if record["choices"].get(group) is not None}
-    keys = choices | {key: value for key, value in _flat(record["config"]) if key not in GROUPS}
+    keys = choices | {key: value for key, value in flat(record["config"]) if key not in GROUPS}
     fingerprint, rows = record["data"].get("fingerprint"), record["data"].get("rows")
     if isinstance(fingerprint, dict):
         if "train" in fingerprint:
@@ -53,29 +53,26 @@ def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Rec
         keys["data.fingerprint"] = fingerprint
     if isinstance(rows, dict) and "train" in rows:
         keys["data.rows.train"] = rows["train"]
-    return Recorded(folder, record, keys, {key: _token(value) for key, value in keys.items()})
-
-
-def _token(value: Any) -> str:
-    """Text that is equal for equal values; most are plain texts and whole numbers, which need no encoder."""
-    if type(value) is str:
-        return f'"{value}"'
-    return str(value) if type(value) is int else json.dumps(_level(value), sort_keys=True)
+    return Recorded(folder, record, keys, {key: _text(_level(value)) for key, value in keys.items()})
 
 
 def experiment_of(record: dict[str, Any]) -> str:
     """What is equal for the runs of one experiment, by what was asked for: their seeds may differ."""
-    asked = {key: _level(value) for key, value in _flat(record["config"])}
+    asked = {key: _level(value) for key, value in flat(record["config"])}
     asked = {key: value for key, value in asked.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
     return json.dumps([record["choices"], asked], sort_keys=True)
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and what they hold."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+_text = json.JSONEncoder(sort_keys=True).encode
 
 
 def _level(value: Any) -> Any:

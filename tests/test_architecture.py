@@ -43,7 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
-    "compare": {"anchors", "baseline", "comparison", "costs", "errors", "experiments", "record", "tables"},
+    "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "record", "report"}
+    | {"tables"},
+    "report": {"comparison", "disk", "experiments", "predictions", "tables"},
     "baseline": {"comparison", "errors", "tables"},
     "comparison": {"experiments", "predictions", "stats", "tables"},
     "experiments": {"errors"},
@@ -152,8 +154,14 @@ def test_light_modules_never_load_heavy_ones(name: str) -> None:
         found = imports(ROOT / f"{current}.py", late=late)
         assert not {each.split(".")[0] for each in found} & heavy, f"{name} reaches them through {current}"
         parts = own(found) - {""}
-        assert not {part for part in parts if (ROOT / part).is_dir()}, current
-        queue += parts
+        assert not {part for part in parts if (ROOT / part).is_dir()} - {"report"}, current
+        queue += parts - {"report"}
+
+
+@pytest.mark.parametrize("path", REPORT := sorted((ROOT / "report").glob("*.py")), ids=ids(REPORT))
+def test_the_report_page_needs_no_torch(path: Path) -> None:
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert not tops & HEAVY
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))

@@ -1,0 +1,120 @@
+"""The page: its sections in order, those without data left out, and a policy that lets nothing leave it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from lora_bench.comparison import MARGIN
+from lora_bench.report import appendix, examples, robustness, tradeoffs, training, verdicts
+from lora_bench.report.cast import blocks
+from lora_bench.report.charts import symbols
+from lora_bench.report.html import Markup, el, join
+from lora_bench.report.leaderboard import leaderboard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lora_bench.report.cast import Block
+    from lora_bench.tables import Table
+
+DATA_SETS = 4
+"""Data sets with figures of their own; the leaderboard has all."""
+
+
+def page(table: Table, margin: float = MARGIN) -> str:
+    """`table` as one HTML page that needs nothing else; numbers are those that the other formats show."""
+    shown = blocks(table)[:DATA_SETS]
+    title = verdicts.headline(shown[0]) if shown else "No finished run yet"
+    if len(shown) > 1:
+        title = "Runs on different data"
+
+    def each(make: Callable[[Block], Markup | None]) -> Markup | None:
+        made = [(block, part) for block in shown if (part := make(block)) is not None]
+        parts = [join([el("h3", block.name) if block.name else "", part]) for block, part in made]
+        return join(parts) if parts else None
+
+    def summary(block: Block) -> Markup:
+        heading = el("p", el("strong", verdicts.headline(block)), class_="lead")
+        return join([heading if len(shown) > 1 else "", verdicts.summary(block, margin)])
+
+    sections = [
+        ("summary", "Summary", each(summary)),
+        ("leaderboard", "Leaderboard", leaderboard(table)),
+        ("cost", "Quality against cost", each(tradeoffs.costs)),
+        ("savings", "Saved against full fine-tuning", appendix.beside(table.savings, "Shares of its FLOPs, by cause")),
+        ("rank", "Rank", each(tradeoffs.by_rank)),
+        ("rate", "Learning rate", each(tradeoffs.by_rate)),
+        ("curves", "Learning curves", each(training.curves)),
+        ("calibration", "Calibration", each(lambda block: training.reliability(block, _split(block)))),
+        ("allocation", "Where the ranks went", each(training.allocation)),
+        ("robustness", "Robustness", each(robustness.robustness)),
+        ("disagreements", "Disagreements", each(lambda block: examples.disagreements(block, _split(block)))),
+        ("published", "Published figures", appendix.beside(table.anchors, "Of GLUE's QQP dev set")),
+        ("configuration", "Configuration", appendix.differences(table)),
+        ("environment", "Environment", appendix.environment(table)),
+        ("missing", "Caveats and missing runs", appendix.missing(table)),
+        ("folders", "Folders", appendix.folders(table)),
+    ]
+    filled = [(name, heading, content) for name, heading, content in sections if content is not None]
+    return _document(title, appendix.description(table), filled)
+
+
+def _split(block: Block) -> str:
+    """The reported split that the block's main metric is of."""
+    metrics = block.entries[0].runs[0][1]["metrics"]
+    if "/" in block.main.name:
+        return block.main.name.split("/")[0]
+    return next((split for split in ("validation", "test") if f"{split}/{block.main.name}" in metrics), "validation")
+
+
+def _document(title: str, description: str, sections: Sequence[tuple[str, str, Markup]]) -> str:
+    style, script = (
+        Markup(files(__package__).joinpath(name).read_text("utf-8")) for name in ("style.css", "script.js")
+    )
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=policy),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("meta", name="referrer", content="no-referrer"),
+        el("link", rel="icon", href="data:,"),
+        el("title", f"{title} · lora-bench"),
+        el("style", style),
+    )
+    links = [el("li", el("a", heading, href=f"#{name}")) for name, heading, _ in sections]
+    body = [
+        el("section", el("h2", heading, id=f"h-{name}"), content, id=name, aria_labelledby=f"h-{name}")
+        for name, heading, content in sections
+    ]
+    top = el("div", el("p", "lora-bench compare", class_="eyebrow"), _switch(), class_="top")
+    header = el("header", top, el("h1", title), el("p", description))
+    content = el(
+        "body",
+        el("a", "Skip to the content", href="#content", class_="skip"),
+        symbols(),
+        header,
+        el("nav", el("ul", *links), aria_label="Sections"),
+        el("main", *body, id="content", tabindex="-1"),
+        el("div", id="tip", role="presentation", hidden=True),
+        el("script", script),
+    )
+    return f"<!DOCTYPE html>\n{el('html', head, content, lang='en')}\n"
+
+
+def _switch() -> Markup:
+    """Light or dark, where the reader wants another than the system's."""
+    choices = [el("option", theme or "as the system", value=theme) for theme in ("", "light", "dark")]
+    select = el("select", *choices, id="theme", autocomplete="off")
+    return el("p", el("label", "Colours ", select), class_="script theme")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
