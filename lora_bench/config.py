@@ -107,6 +107,18 @@ class Data:
     """Rows (2 or more), or the fraction (below 1), of train set aside for choosing: stratified, fixed by split_seed."""
     split_seed: int
     """Fixes the selection split and the permutation that train_size cuts; not the run's seed."""
+    perturb: Any
+    """Transforms under which reported splits are scored once more: a name, a level, `all`, or a list; null: none."""
+    perturb_seeds: int
+    """How many times each split is perturbed, with the seeds 0, 1, …"""
+    augment: Any
+    """Transforms of training pairs, drawn anew in each epoch, named as in `perturb`; null: none."""
+    augment_share: float
+    """Share of the training pairs that are perturbed in each epoch."""
+    intensity: float
+    """Share, rounded up, of the places where a transform can act (a row's words, or its questions) at which it does."""
+    unseen: bool
+    """Whether reported splits are also scored on those rows alone none of whose texts was seen in training."""
 
     def __post_init__(self) -> None:
         need_one_of("source", self.source, tuple(DATA))
@@ -124,6 +136,14 @@ class Data:
             "must be a fraction between 0 and 1 or a whole number of rows from 2",
         )
         need_number("split_seed", self.split_seed, 0)
+        need_number("perturb_seeds", self.perturb_seeds, 1, 1000)
+        need_number("augment_share", self.augment_share, 0, 1, open_low=True)
+        need_number("intensity", self.intensity, 0, 1, open_low=True)
+        for name in ("perturb", "augment"):
+            asked = getattr(self, name)
+            texts = [asked] if isinstance(asked, str) else asked
+            listed = texts is None or (isinstance(texts, list) and all(isinstance(each, str) for each in texts))
+            need(listed, name, asked, "is not a name or a list of names")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resume": {"errors", "hydra_errors", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
-    | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
+    | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
+    "besides": BASE | {"data", "evaluation"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
     "predict": BASE | {"adapters", "data", "experiment", "record", "training"},
     "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
