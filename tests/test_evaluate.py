@@ -128,7 +128,7 @@ def test_perturbed_and_unseen_figures_stand_beside_the_clean_ones(run: Path) -> 
     assert found["metrics"]["validation/order/changed"] == 1
     consistency = found["metrics"]["validation/perturbed/order_consistency"]
     assert consistency == pytest.approx(1 - found["metrics"]["validation/order/flip_rate"])
-    for words in ("perturbed ", "entity ", "attacked", "validation/unseen", "typo: 40 of 40 rows perturbed"):
+    for words in ("perturbed ", "entity ", "drop", "validation/unseen", "typo: 40 of 40 rows perturbed"):
         assert words in shown
     again = evaluated(run, *TOY, "data.perturb=[typo,order,entity]", "data.perturb_seeds=2", "data.unseen=true")
     assert again == shown
