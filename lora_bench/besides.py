@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     Scorer = Callable[[Examples], NDArray[np.float64]]
 
 
-def check_transforms(data: Data) -> None:
-    """Refuse transforms that there are not, or that do not suit the data, before anything is trained or scored."""
-    for key, asked in (("data.perturb", data.perturb), ("data.augment", data.augment)):
-        if asked is not None:
-            choose(asked, data.task, len(data.text_columns), key)
+def perturbations(data: Data) -> list[Transform]:
+    """What `data.perturb` names; refuses transforms that there are not, or that do not suit the data."""
+    if data.perturb is None:
+        return []
+    return choose(data.perturb, data.task, len(data.text_columns), "data.perturb")
 
 
 def score_besides(
@@ -62,8 +62,7 @@ def score_besides(
         if rows.any():
             found = score(scores[rows], split.labels[rows], metrics)
             values |= {f"unseen/{name}": value for name, value in found.items()}
-    if data.perturb is not None:
-        transforms = choose(data.perturb, data.task, len(data.text_columns), "data.perturb")
+    if transforms := perturbations(data):
         values |= robustness(scores, split.labels, list(_trials(data, split, transforms, scored, tell)))
     return values
 
@@ -73,8 +72,7 @@ def describe(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples
     said: dict[str, object] = {}
     if data.unseen:
         said["unseen"] = {name: int(sources.unseen(split, *seen).sum()) for name, split in splits.items()}
-    if data.perturb is not None:
-        transforms = choose(data.perturb, data.task, len(data.text_columns), "data.perturb")
+    if transforms := perturbations(data):
         said["perturb"] = {
             "transforms": [transform.name for transform in transforms],
             "seeds": data.perturb_seeds,

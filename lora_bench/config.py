@@ -222,7 +222,8 @@ class Trainer:
     early_stopping_patience: int | None
     """Stop after so many evaluations in a row without a better selection MCC; null: never."""
     objective: str
-    """`cross_entropy`, or `order_consistency`: it, on both orders of each pair, and how far the two answers differ."""
+    """`cross_entropy`; or it, on both orders of each pair, and how far the two answers differ (`order_consistency`); or
+    the same on each pair as it is and perturbed (`perturb_consistency`)."""
     consistency_weight: float
     """What that difference counts beside the cross-entropy; a symmetric Kullback-Leibler divergence, in nats."""
     average: float
@@ -250,7 +251,7 @@ class Trainer:
         ):
             if getattr(self, name) is not None:
                 need_number(name, getattr(self, name), 1)
-        need_one_of("objective", self.objective, ("cross_entropy", "order_consistency"))
+        need_one_of("objective", self.objective, ("cross_entropy", "order_consistency", "perturb_consistency"))
         need_number("consistency_weight", self.consistency_weight, 0)
         need_number("average", self.average, 0, 1)
         need_one_of("precision", self.precision, ("auto", "fp32", "bf16"))

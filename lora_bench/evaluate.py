@@ -20,7 +20,7 @@ from lora_bench.adapters import peft_import
 from lora_bench.adapters.peft_config import PeftConfig
 from lora_bench.backbones.bert import MODEL_TYPES
 from lora_bench.backbones.load import load, load_tokenizer, locate
-from lora_bench.besides import check_transforms, describe, score_besides
+from lora_bench.besides import describe, perturbations, score_besides
 from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import UserError
@@ -55,7 +55,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     data = config.build_data(cfg.data)
     metrics = config.build_metrics(cfg.metric)
     check_metrics(metrics)
-    check_transforms(data)
+    perturbations(data)
     config.need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train")
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(

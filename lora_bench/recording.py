@@ -13,6 +13,8 @@ from lora_bench import environment
 from lora_bench.adapters import peft_format
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.load import public_place
+from lora_bench.besides import score_besides
+from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.evaluation.metrics import score
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.adapters.pack import Pack
+    from lora_bench.data.examples import Examples
     from lora_bench.experiment import Common, Experiment
     from lora_bench.job import Job
     from lora_bench.progress import Display
@@ -175,10 +178,28 @@ class Recorder:
             table = self.common.tables[name]
             assert table.labels is not None
             values = score(scores, table.labels, self.experiments[member].metrics)
-            metrics |= {f"{name}/{key}": value for key, value in values.items()}
+            besides = self._besides(member, name, scores) if self.common.splits else {}
+            metrics |= {f"{name}/{key}": value for key, value in (values | besides).items()}
             run.log({**best, "split": name, "metrics": values, "seconds": seconds})
             run.write_predictions(name, table.ids, table.labels, scores)
         run.update(metrics=metrics, selection={**best, "metric": "mcc"})
+
+    def _besides(self, member: int, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
+        """A reported split on its unseen rows and perturbed, as far as the settings ask for it."""
+        data, splits, backbone = self.experiments[member].data, self.common.splits, self.common.backbone
+
+        def scored(examples: Examples) -> NDArray[Any]:
+            table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=False)
+            with self.pack.only([member]):
+                (found,) = predict(self.pack, table, self.experiments[member].trainer.eval_batch_size)
+            return found  # type: ignore[no-any-return]
+
+        seen, metrics = (splits["train"], splits["selection"]), self.experiments[member].metrics
+        return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self._tell)
+
+    def _tell(self, line: str) -> None:
+        if not self.brief:
+            self.console.print(shown(line))
 
     def _record_cost(self, member: int) -> None:
         """Seconds and FLOPs of training hold those of preparation: a start that looks at data is not free.

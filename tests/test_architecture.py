@@ -32,9 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
     "predict": BASE | {"adapters", "data", "experiment", "record", "training"},
     "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
-    "recording": {"environment", "errors", "adapters", "backbones", "evaluation", "progress", "record", "screen"}
-    | {"training"},
-    "experiment": BASE | {"adapters", "backbones", "data", "evaluation", "training"},
+    "recording": {"environment", "errors", "adapters", "backbones", "besides", "data", "evaluation", "progress"}
+    | {"record", "screen", "training"},
+    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},

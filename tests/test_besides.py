@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lora_bench.besides import check_transforms, describe, score_besides
+from lora_bench.besides import describe, perturbations, score_besides
 from lora_bench.config import build_data
 from lora_bench.data.examples import Examples
 from lora_bench.errors import UserError
@@ -95,9 +95,9 @@ def test_the_record_names_the_transforms() -> None:
     assert said == {"perturb": {"transforms": ["order", *words], "seeds": 2, "intensity": 0.2}}
 
 
-@pytest.mark.parametrize("key", ["perturb", "augment"])
-def test_unknown_and_unsuited_transforms_are_refused(key: str) -> None:
-    with pytest.raises(UserError, match=rf"data\.{key}=tipo: is not a transform\. Did you mean typo\?"):
-        check_transforms(settings(f"data.{key}=tipo"))
-    with pytest.raises(UserError, match=rf"data\.{key}=entity: has no label rule in the task rte"):
-        check_transforms(replace(settings(f"data.{key}=[entity]"), task="rte"))
+def test_unknown_and_unsuited_transforms_are_refused() -> None:
+    assert perturbations(settings()) == []
+    with pytest.raises(UserError, match=r"data\.perturb=tipo: is not a transform\. Did you mean typo\?"):
+        perturbations(settings("data.perturb=tipo"))
+    with pytest.raises(UserError, match=r"data\.perturb=entity: has no label rule in the task rte"):
+        perturbations(replace(settings("data.perturb=[entity]"), task="rte"))

@@ -205,7 +205,7 @@ RANGES = [
     ("data", "train_size", [None, 1], [0, -1]),
     ("data", "selection_size", [0.5, 2, 100.0], [0, 1, 1.5, -0.1, math.nan, math.inf, None]),
     ("data", "split_seed", [0, 7], [-1, None]),
-    ("data", "perturb", [None, "all", ["typo", "word"]], [7, True, ["typo", 3], {}]),
+    ("data", "perturb", [None, "all", ["typo", "word"]], ["tipo", [], 7, True, ["typo", 3], {}]),
     ("data", "perturb_seeds", [1, 1000], [0, 1001]),
     ("data", "augment", [None, "order", ["typo", "number"]], [7, ["typo", None]]),
     ("data", "augment_share", [0.1, 1], [0, 1.1, math.nan]),

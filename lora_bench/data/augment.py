@@ -8,17 +8,22 @@ keep the rows that they would have without.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import Perturbed, perturb_row
+from lora_bench.data.pairs import tokenize
+from lora_bench.data.perturb import Perturbed, choose, perturb_row
+from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lora_bench.backbones.base import Backbone
+    from lora_bench.config import Data
     from lora_bench.data.pairs import TokenTable
     from lora_bench.data.perturb.transform import Transform
 
@@ -88,3 +93,37 @@ class Augmentation:
             hidden=None,
             augmentation=None,
         )
+
+
+def augmentations(data: Data, objective: str) -> list[Transform]:
+    """What `data.augment` names; refuses what there is not, and what suits neither the data nor the objective."""
+    compared = objective == "perturb_consistency"
+    if data.augment is None:
+        if compared:
+            remedy = "Give data.augment=all, a level, or a list of transforms."
+            raise UserError("needs perturbed pairs", key="trainer.objective", value=objective, remedy=remedy)
+        return []
+    return choose(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=compared)
+
+
+def training_tables(
+    data: Data, train: Examples, backbone: Backbone, objective: str
+) -> tuple[TokenTable, TokenTable | None]:
+    """The training pairs as tokens, and each once more where the objective asks for it: exchanged, or perturbed."""
+    plain, exchanged = (
+        partial(tokenize, columns=data.text_columns, backbone=backbone, max_length=data.max_length, swapped=swapped)
+        for swapped in (False, True)
+    )
+    table = plain(train)
+    chosen = augmentations(data, objective)
+    if not chosen:
+        return table, exchanged(train) if objective == "order_consistency" else None
+
+    def augmented(view: Callable[..., TokenTable]) -> TokenTable:
+        once = partial(view, cached=False)
+        how = Augmentation(train, chosen, data.augment_share, data.intensity, data.split_seed, once)
+        return replace(view(train), augmentation=how)
+
+    if objective == "perturb_consistency":
+        return table, augmented(plain)
+    return augmented(plain), augmented(exchanged) if objective == "order_consistency" else None

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from lora_bench.config import build_data
 from lora_bench.data import toy
-from lora_bench.data.augment import Augmentation
+from lora_bench.data.augment import Augmentation, training_tables
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.data.perturb import choose
+from lora_bench.errors import UserError
+from lora_bench.experiment import Experiment
 from lora_bench.training.prefix import PrefixCache
+from tests.helpers import SMALL_TOY, composed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,6 +123,56 @@ def test_both_orders_are_of_one_perturbed_pair(encode: Callable[..., TokenTable]
     for one, other in zip(*batch.input_ids.chunk(2), strict=True):
         assert sorted(one.tolist()) == sorted(other.tolist())
         assert one.tolist() != other.tolist()
+
+
+def test_each_objective_has_its_views(backbone: Callable[..., Any]) -> None:
+    made = backbone("tiny_bert")
+
+    def views(objective: str, *overrides: str) -> tuple[TokenTable, TokenTable | None]:
+        data = build_data(composed(*SMALL_TOY, *overrides).data)
+        return training_tables(data, EXAMPLES, made, objective)
+
+    table, other = views("cross_entropy")
+    assert (table.augmentation, other) == (None, None)
+    table, other = views("cross_entropy", "data.augment=typo")
+    assert table.augmentation is not None
+    assert other is None
+    table, other = views("order_consistency")
+    assert other is not None
+    assert table.augmentation is other.augmentation is None
+    table, other = views("order_consistency", "data.augment=all", "data.augment_share=0.25")
+    assert other is not None
+    assert table.augmentation is not None
+    assert other.augmentation is not None
+    assert (
+        table.augmentation.perturbed(1).examples.fingerprint() == other.augmentation.perturbed(1).examples.fingerprint()
+    )
+    assert row(table.in_epoch(1), 0) != row(other.in_epoch(1), 0)
+    assert len(table.augmentation.perturbed(1).rows) <= 15
+    table, other = views("perturb_consistency", "data.augment=word")
+    assert table.augmentation is None
+    assert other is not None
+    assert other.augmentation is not None
+    assert all(transform.keeps_label for transform in other.augmentation.transforms)
+    assert other.in_epoch(0).labels is not None
+    assert other.in_epoch(0).labels.tolist() == table.labels.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.augment=typ"], r"data\.augment=typ: is not a transform\. Did you mean typo"),
+        (["data.augment=number", "data.task=rte"], r"data\.augment=number: has no label rule in the task rte"),
+        (["trainer.objective=perturb_consistency"], "needs perturbed pairs. Give data.augment=all"),
+        (
+            ["trainer.objective=perturb_consistency", "data.augment=[typo,number]"],
+            r"data\.augment=number: changes labels where the answer is to stay the same",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Experiment.build(composed(*SMALL_TOY, *overrides))
 
 
 def test_a_prefix_is_not_kept_of_what_changes(encode: Callable[..., TokenTable], tmp_path: Any) -> None:

@@ -62,7 +62,7 @@ def perturb_row(
     return None if changed == texts else (changed, new_label)
 
 
-def choose(asked: str | Sequence[str], task: str, texts: int, key: str) -> list[Transform]:
+def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_label: bool = False) -> list[Transform]:
     """The transforms that `asked` names.
 
     Args:
@@ -70,6 +70,7 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str) -> list[
         task: the data's; label rules hold for some.
         texts: how many texts a row of the data has.
         key: the config key to blame.
+        keep_label: whether the label must stay.
 
     Raises:
         UserError: a name is not known, or what it names does not suit the data.
@@ -78,13 +79,14 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str) -> list[
     for name in [asked] if isinstance(asked, str) else asked:
         if name in TRANSFORMS:
             chosen[name] = TRANSFORMS[name]
-            _refuse_unsuited(TRANSFORMS[name], task, texts, key)
+            _refuse_unsuited(TRANSFORMS[name], task, texts, key, keep_label)
             continue
         if name not in (*LEVELS, "all"):
             hint = nearest(name, [*TRANSFORMS, *LEVELS, "all"])
             raise UserError("is not a transform", key=key, value=name, remedy=hint)
         of_level = [each for each in TRANSFORMS.values() if name in (each.level, "all")]
         suited = [each for each in of_level if each.has_rule(task) and each.texts <= texts]
+        suited = [each for each in suited if each.keeps_label or not keep_label]
         if not suited:
             raise UserError(f"has no transform whose label rule holds for the task {task}", key=key, value=name)
         chosen |= {each.name: each for each in suited}
@@ -93,7 +95,9 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str) -> list[
     return list(chosen.values())
 
 
-def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str) -> None:
+def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep_label: bool) -> None:
+    if keep_label and not transform.keeps_label:
+        raise UserError("changes labels where the answer is to stay the same", key=key, value=transform.name)
     if transform.texts > texts:
         raise UserError("needs pairs, and the data has single texts", key=key, value=transform.name)
     if transform.has_rule(task):
