@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from lora_bench.besides import describe, perturbations, score_besides
 from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import UserError
+from lora_bench.evaluation.calibration import score_calibrated
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.predict import FinishedRun
 from lora_bench.progress import print_metrics
@@ -43,8 +44,21 @@ if TYPE_CHECKING:
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
 """P(label 1) of each example, (N,); the flag says whether its tokens are worth keeping."""
 
-_Subject = tuple[Scorer, Run, dict[str, Any], Sequence["Examples"]]
-"""What is scored, where its figures go, what they say of it, and what it was trained on if that is asked for."""
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is scored."""
+
+    scored: Scorer
+    place: Run
+    """Where its figures go."""
+    described: dict[str, Any]
+    """What they say of it."""
+    seen: Sequence[Examples] = ()
+    """What it was trained and chosen on, where that is asked for."""
+    temperature: float | None = None
+    """Of its calibrated scores, where it has one."""
+
 
 BATCH_SIZE = 128
 """Pairs per forward pass of an adapter made by PEFT; a run has its own."""
@@ -64,35 +78,38 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     splits = sources.reported(sources.load(data))
     if not splits:
         raise UserError("there is no labelled validation or test split to score", key="data", value=data_choice)
-    scored, place, described, seen = _finished(cfg, data) if cfg.run else _made_by_peft(cfg, data)
+    subject = _finished(cfg, data) if cfg.run else _made_by_peft(cfg, data)
 
     found: dict[str, float | None] = {}
     predictions = {}
     for name, split in splits.items():
         assert split.labels is not None
-        scores = scored(split, True)
+        scores = subject.scored(split, True)
         values = score(scores, split.labels, metrics)
+        if subject.temperature is not None:
+            values |= score_calibrated(scores, split.labels, subject.temperature)
         values |= score_besides(
             data,
             split,
             scores,
-            lambda examples: scored(examples, False),
-            seen=seen,
+            lambda examples: subject.scored(examples, False),
+            seen=subject.seen,
             metrics=metrics,
             tell=lambda line: console.print(shown(line)),
         )
         found |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
-    described["data"] = {
+    described = {
         "source": data.source,
         "path": getattr(data, "path", None),
         "choice": data_choice,
         "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
         **sources.examine(splits),
-        **describe(data, splits, seen),
+        **describe(data, splits, subject.seen),
     }
     name = cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice)
-    path = _write(place, str(name), {**described, "metrics": found}, predictions)
+    content = {**subject.described, "data": described, "metrics": found}
+    path = _write(subject.place, str(name), content, predictions)
     print_metrics(console, found)
     console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 
@@ -107,7 +124,13 @@ def _finished(cfg: DictConfig, data: config.Data) -> _Subject:
         raise UserError(reason, key="data.text_columns", value=data.text_columns)
     own = run.experiment.data
     seen = sources.carve(sources.load(own)["train"], own) if data.unseen else ()
-    return lambda examples, cached: run.score(examples, cached=cached), Run(run.folder, run.record), {}, seen
+    return _Subject(
+        lambda examples, cached: run.score(examples, cached=cached),
+        Run(run.folder, run.record),
+        described={},
+        seen=seen,
+        temperature=run.temperature,
+    )
 
 
 def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
@@ -126,7 +149,7 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
         return predict(pack, table, BATCH_SIZE)[0]  # type: ignore[no-any-return]
 
     described = {"folder": os.path.abspath(adapter.folder), "peft_type": adapter.kind, "backbone": locate(model)}
-    return scored, Run(output, {}), {"peft": described}, ()
+    return _Subject(scored, Run(output, {}), {"peft": described})
 
 
 def _output(asked: str | None, adapter: Path) -> Path:

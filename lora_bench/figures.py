@@ -20,8 +20,6 @@ BESIDES = {
     "perturbed/flip_rate": "↓",
     "perturbed/attack_success": "↓",
     "perturbed/order_consistency": "↑",
-    "calibrated/nll": "↓",
-    "calibrated/ece": "↓",
 }
 """Of a split's figures besides its own, those that have columns, and which direction is better."""
 

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "besides": BASE | {"data", "evaluation"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "experiment", "record", "training"},
+    "predict": BASE | {"adapters", "data", "evaluation", "experiment", "record", "training"},
     "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
     "recording": {"environment", "errors", "adapters", "backbones", "besides", "data", "evaluation", "progress"}
     | {"record", "screen", "training"},
