@@ -140,7 +140,7 @@ def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None
 
 
 def metric_table(metrics: Mapping[str, float | None]) -> Table:
-    """A record's flat `split/metric` values, not the perturbed and calibrated ones: a row per metric, a column per split."""
+    """A record's flat `split/metric` values, but for perturbed and calibrated ones: a row per metric."""
     places = [place for place in _places(metrics) if f"{place}/changed" not in metrics]
     places = [place for place in places if not place.endswith("/calibrated")]
     names = dict.fromkeys(key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] in places)

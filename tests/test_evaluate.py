@@ -27,6 +27,7 @@ from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import SMALL_TOY, composed
 
+BESIDES = ("calibrated", "unseen", "typo", "order", "entity", "perturbed")
 TOY = [override for override in SMALL_TOY if override.startswith("data")]
 # peft asks transformers for a property that is going away.
 of_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -121,7 +122,7 @@ def test_perturbed_and_unseen_figures_stand_beside_the_clean_ones(run: Path) -> 
     assert {key: found["metrics"][key] for key in clean["metrics"]} == clean["metrics"]
     assert (run / "evaluations" / "toy" / "validation.parquet").read_bytes() == predictions
     places = {key.rpartition("/")[0] for key in found["metrics"]}
-    assert places == {"validation", *(f"validation/{x}" for x in ("unseen", "typo", "order", "entity", "perturbed"))}
+    assert places == {"validation", *(f"validation/{x}" for x in BESIDES)}
     assert found["data"]["perturb"] == {"transforms": ["typo", "order", "entity"], "seeds": 2, "intensity": 0.2}
     assert found["data"]["unseen"]["validation"] == 40  # the generator never shows a question twice
     assert found["metrics"]["validation/unseen/mcc"] == found["metrics"]["validation/mcc"]

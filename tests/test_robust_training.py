@@ -75,9 +75,7 @@ def test_an_interrupted_run_goes_on_with_the_pairs_of_its_epochs(in_tmp: Path, m
 def test_both_consistencies_take_perturbed_pairs(in_tmp: Path) -> None:
     asked = ("data.augment=[character]", "trainer.max_steps=2")
     found = [
-        trained(objective, f"trainer.objective={objective}", "data.augment=[character]", "trainer.max_steps=2")[
-            "metrics"
-        ]
+        trained(objective, f"trainer.objective={objective}", *asked)["metrics"]
         for objective in ("order_consistency", "perturb_consistency")
     ]
     assert found[0] != found[1]
