@@ -32,6 +32,7 @@ from lora_bench.experiments import (
     grouped,
     newest_of_each_seed,
 )
+from lora_bench.figures import BESIDES, has_column, with_evaluations
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
 
@@ -131,6 +132,7 @@ def summarise(
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
     """
     found, skipped = find(paths)
+    found = [(folder, with_evaluations(folder, record)) for folder, record in found]
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
@@ -180,12 +182,12 @@ def _metric_columns(runs: Sequence[Recorded], splits: Sequence[str]) -> dict[str
     found = sorted({key for run in runs for key in run.record["metrics"]})
     for i, split in enumerate(splits):
         extra = [key.removeprefix(f"{split}/") for key in found if key.startswith(f"{split}/")]
-        extra = [name for name in extra if name not in MAIN_METRICS + OTHER_METRICS]
+        extra = [name for name in extra if name not in MAIN_METRICS + OTHER_METRICS and has_column(name)]
         for name in [*MAIN_METRICS, *extra]:
             header = f"{split}/{name}" if len(splits) > 1 or split == "selection" else name
             rank = MAIN_METRICS.index(name) if name in MAIN_METRICS else -1
             directions = {run.keys.get(f"metric.{name}.direction") for run in runs}
-            arrow = "↑" if rank >= 0 or "up" in directions else "↓" if "down" in directions else ""
+            arrow = "↑" if rank >= 0 or "up" in directions else "↓" if "down" in directions else BESIDES.get(name, "")
             columns[f"{split}/{name}"] = Column(header, "metric", arrow, keep=len(KEEP) + 9 * (len(splits) - i) + rank)
     return columns
 

@@ -107,6 +107,18 @@ class Data:
     """Rows (2 or more), or the fraction (below 1), of train set aside for choosing: stratified, fixed by split_seed."""
     split_seed: int
     """Fixes the selection split and the permutation that train_size cuts; not the run's seed."""
+    perturb: Any
+    """Transforms under which reported splits are scored once more: a name, a level, `all`, or a list; null: none."""
+    perturb_seeds: int
+    """How many times each split is perturbed, with the seeds 0, 1, …"""
+    augment: Any
+    """Transforms of training pairs, drawn anew in each epoch, named as in `perturb`; null: none."""
+    augment_share: float
+    """Share of the training pairs that are perturbed in each epoch."""
+    intensity: float
+    """Share, rounded up, of the places where a transform can act (a row's words, or its questions) at which it does."""
+    unseen: bool
+    """Whether reported splits are also scored on those rows alone none of whose texts was seen in training."""
 
     def __post_init__(self) -> None:
         need_one_of("source", self.source, tuple(DATA))
@@ -124,6 +136,14 @@ class Data:
             "must be a fraction between 0 and 1 or a whole number of rows from 2",
         )
         need_number("split_seed", self.split_seed, 0)
+        need_number("perturb_seeds", self.perturb_seeds, 1, 1000)
+        need_number("augment_share", self.augment_share, 0, 1, open_low=True)
+        need_number("intensity", self.intensity, 0, 1, open_low=True)
+        for name in ("perturb", "augment"):
+            asked = getattr(self, name)
+            texts = [asked] if isinstance(asked, str) else asked
+            listed = texts is None or (isinstance(texts, list) and all(isinstance(each, str) for each in texts))
+            need(listed, name, asked, "is not a name or a list of names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +222,8 @@ class Trainer:
     early_stopping_patience: int | None
     """Stop after so many evaluations in a row without a better selection MCC; null: never."""
     objective: str
-    """`cross_entropy`, or `order_consistency`: it, on both orders of each pair, and how far the two answers differ."""
+    """`cross_entropy`; or it, on both orders of each pair, and how far the two answers differ (`order_consistency`); or
+    the same on each pair as it is and perturbed (`perturb_consistency`)."""
     consistency_weight: float
     """What that difference counts beside the cross-entropy; a symmetric Kullback-Leibler divergence, in nats."""
     average: float
@@ -230,7 +251,7 @@ class Trainer:
         ):
             if getattr(self, name) is not None:
                 need_number(name, getattr(self, name), 1)
-        need_one_of("objective", self.objective, ("cross_entropy", "order_consistency"))
+        need_one_of("objective", self.objective, ("cross_entropy", "order_consistency", "perturb_consistency"))
         need_number("consistency_weight", self.consistency_weight, 0)
         need_number("average", self.average, 0, 1)
         need_one_of("precision", self.precision, ("auto", "fp32", "bf16"))

@@ -6,8 +6,8 @@ A run's figures go into its own folder; those of an adapter into a folder of the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ from lora_bench.adapters import peft_import
 from lora_bench.adapters.peft_config import PeftConfig
 from lora_bench.backbones.bert import MODEL_TYPES
 from lora_bench.backbones.load import load, load_tokenizer, locate
+from lora_bench.besides import describe, perturbations, score_besides
 from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import UserError
+from lora_bench.evaluation.calibration import score_calibrated
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.predict import FinishedRun
-from lora_bench.progress import metric_table
+from lora_bench.progress import print_metrics
 from lora_bench.record import Run, discard
 from lora_bench.screen import shown
 from lora_bench.training.loop import predict
@@ -39,8 +41,24 @@ if TYPE_CHECKING:
 
     from lora_bench.data.examples import Examples
 
-Scorer = Callable[["Examples"], "NDArray[np.float64]"]
-"""P(label 1) of each example, (N,)."""
+Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
+"""P(label 1) of each example, (N,); the flag says whether its tokens are worth keeping."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is scored."""
+
+    scored: Scorer
+    place: Run
+    """Where its figures go."""
+    described: dict[str, Any]
+    """What they say of it."""
+    seen: Sequence[Examples] = ()
+    """What it was trained and chosen on, where that is asked for."""
+    temperature: float | None = None
+    """Of its calibrated scores, where it has one."""
+
 
 BATCH_SIZE = 128
 """Pairs per forward pass of an adapter made by PEFT; a run has its own."""
@@ -51,6 +69,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     data = config.build_data(cfg.data)
     metrics = config.build_metrics(cfg.metric)
     check_metrics(metrics)
+    perturbations(data)
+    config.need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train")
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(
             "takes a finished run or an adapter made by PEFT", key="eval", remedy="Give run=DIR or peft=DIR."
@@ -58,29 +78,43 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     splits = sources.reported(sources.load(data))
     if not splits:
         raise UserError("there is no labelled validation or test split to score", key="data", value=data_choice)
-    scored, place, described = _finished(cfg, data) if cfg.run else _made_by_peft(cfg, data)
+    subject = _finished(cfg, data) if cfg.run else _made_by_peft(cfg, data)
 
     found: dict[str, float | None] = {}
     predictions = {}
     for name, split in splits.items():
         assert split.labels is not None
-        scores = scored(split)
-        found |= {f"{name}/{key}": value for key, value in score(scores, split.labels, metrics).items()}
+        scores = subject.scored(split, True)
+        values = score(scores, split.labels, metrics)
+        if subject.temperature is not None:
+            values |= score_calibrated(scores, split.labels, subject.temperature)
+        values |= score_besides(
+            data,
+            split,
+            scores,
+            lambda examples: subject.scored(examples, False),
+            seen=subject.seen,
+            metrics=metrics,
+            tell=lambda line: console.print(shown(line)),
+        )
+        found |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
-    described["data"] = {
+    described = {
         "source": data.source,
         "path": getattr(data, "path", None),
         "choice": data_choice,
         "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
         **sources.examine(splits),
+        **describe(data, splits, subject.seen),
     }
     name = cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice)
-    path = _write(place, str(name), {**described, "metrics": found}, predictions)
-    console.print(metric_table(found))
+    content = {**subject.described, "data": described, "metrics": found}
+    path = _write(subject.place, str(name), content, predictions)
+    print_metrics(console, found)
     console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 
 
-def _finished(cfg: DictConfig, data: config.Data) -> tuple[Scorer, Run, dict[str, Any]]:
+def _finished(cfg: DictConfig, data: config.Data) -> _Subject:
     for key, given in (("model", cfg.model.get("family") or cfg.model.path), ("output", cfg.output)):
         if given:
             raise UserError("goes with peft=, not with run=: a run has its own", key=key, value=given)
@@ -88,10 +122,19 @@ def _finished(cfg: DictConfig, data: config.Data) -> tuple[Scorer, Run, dict[str
     if len(data.text_columns) != len(run.experiment.data.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(run.experiment.data.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns)
-    return lambda examples: run.score(examples, cached=True), Run(run.folder, run.record), {}
+    own = run.experiment.data
+    seen = sources.carve(sources.load(own)["train"], own) if data.unseen else ()
+    return _Subject(
+        lambda examples, cached: run.score(examples, cached=cached),
+        Run(run.folder, run.record),
+        described={},
+        seen=seen,
+        temperature=run.temperature,
+    )
 
 
-def _made_by_peft(cfg: DictConfig, data: config.Data) -> tuple[Scorer, Run, dict[str, Any]]:
+def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
+    config.need(not data.unseen, "data.unseen", data.unseen, "needs run=: what PEFT trained on is not known")
     adapter = PeftConfig.read(cfg.peft)
     output = _output(cfg.output, adapter.folder)
     model = _model(cfg.model, adapter)
@@ -101,12 +144,12 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> tuple[Scorer, Run, dict
     backbone.to(device, torch.float32, trained=False)
     pack = peft_import.attach(adapter, backbone).eval()
 
-    def scored(examples: Examples) -> NDArray[np.float64]:
-        table = tokenize(examples, data.text_columns, backbone, data.max_length)
+    def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
+        table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
         return predict(pack, table, BATCH_SIZE)[0]  # type: ignore[no-any-return]
 
     described = {"folder": os.path.abspath(adapter.folder), "peft_type": adapter.kind, "backbone": locate(model)}
-    return scored, Run(output, {}), {"peft": described}
+    return _Subject(scored, Run(output, {}), {"peft": described})
 
 
 def _output(asked: str | None, adapter: Path) -> Path:

@@ -11,12 +11,14 @@ from lora_bench import config
 from lora_bench.adapters import Adapter, method_class
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.besides import describe, perturbations
 from lora_bench.data import sources
+from lora_bench.data.augment import augmentations, training_tables
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.errors import UserError, nearest
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.training.memory import keep_freed_memory
-from lora_bench.training.objective import check_columns, make_objective
+from lora_bench.training.objective import check_columns
 from lora_bench.training.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Experiment:
             seed=cfg.seed,
         )
         check_columns(made.trainer, made.data.text_columns)
+        perturbations(made.data)
+        augmentations(made.data, made.trainer.objective)
         return made
 
 
@@ -79,9 +83,11 @@ class Common:
     tables: dict[str, TokenTable]
     """`train`, `selection`, and every split to report."""
     swapped: TokenTable | None
-    """The training pairs with their texts exchanged, where the objective asks for both orders."""
+    """The training pairs once more, exchanged or perturbed, where the objective asks for it."""
     described: dict[str, Any]
     """What records say of the data."""
+    splits: dict[str, Examples]
+    """The texts, where reported splits are scored on more than themselves; otherwise empty."""
 
     @property
     def reported(self) -> list[str]:
@@ -102,9 +108,14 @@ class Common:
         splits, described = load_splits(data)
         device = resolve_device(trainer.device)
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
-        tables = {name: tokenize(split, data.text_columns, backbone, data.max_length) for name, split in splits.items()}
+        train, swapped = training_tables(data, splits["train"], backbone, trainer.objective)
+        others = {name: split for name, split in splits.items() if name != "train"}
+        tables = {"train": train} | {
+            name: tokenize(split, data.text_columns, backbone, data.max_length) for name, split in others.items()
+        }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
-        return cls(backbone, sha256, tables, swapped_table(experiment, splits["train"], backbone), described)
+        asked = data.unseen or data.perturb is not None
+        return cls(backbone, sha256, tables, swapped, described, splits if asked else {})
 
 
 def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
@@ -133,6 +144,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
         "source": data.source,
         "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
         **sources.examine(splits),
+        **describe(data, reported, [train, selection]),
     }
     return splits, described
 
@@ -156,11 +168,3 @@ def attach(
     """
     backbone, sha256 = load_backbone(experiment, device, dtype)
     return Pack(backbone, [Member(experiment.adapter, experiment.seed, saved_ranks)]), sha256
-
-
-def swapped_table(experiment: Experiment, train: Examples, backbone: Backbone) -> TokenTable | None:
-    """The training pairs with their texts exchanged, where the objective asks for both orders."""
-    data = experiment.data
-    if make_objective(experiment.trainer).orders == 1:
-        return None
-    return tokenize(train, data.text_columns, backbone, data.max_length, swapped=True)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lora_bench import record
+from lora_bench import config, record
 from lora_bench.adapters import peft_format
 from lora_bench.data import files
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
+from lora_bench.evaluation.calibration import calibrated
 from lora_bench.experiment import Experiment, attach
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
@@ -74,6 +75,12 @@ class FinishedRun:
         peft_format.load(path / "adapter", pack, 0)
         return cls(path, found, experiment, pack.eval())
 
+    @property
+    def temperature(self) -> float | None:
+        """What divides the logits of calibrated scores, fitted on selection; None where an older run has none."""
+        found = self.record["selection"].get("temperature")
+        return found if isinstance(found, float) else None
+
     def predict(self, pairs: Sequence[tuple[str, ...] | str]) -> NDArray[np.float64]:
         """P(label 1) of each pair, (N,).
 
@@ -110,6 +117,7 @@ def run_predict(cfg: DictConfig) -> None:
         raise UserError(
             f"is none of {', '.join(OUTPUTS)}", key="output", value=output, remedy="Or - for standard output."
         )
+    config.need(type(cfg.calibrated) is bool, "calibrated", cfg.calibrated, "must be true or false")
     source = str(cfg.input)
     run = FinishedRun.load(cfg.run, device=cfg.device)
     data = run.experiment.data
@@ -119,6 +127,10 @@ def run_predict(cfg: DictConfig) -> None:
         raise UserError(reason, key="text_columns", value=columns)
     examples = files.read(source, columns, None)
     scores = run.score(examples)
+    if cfg.calibrated:
+        if run.temperature is None:
+            raise UserError("needs a temperature, and the run's record has none", key="calibrated", value="true")
+        scores = calibrated(scores, run.temperature)
     labels = (scores >= 0.5).astype(int)
     answers = zip(*examples.texts, labels.tolist(), scores.tolist(), strict=True)
     _write(output, [dict(zip([*columns, "label", "score"], answer, strict=True)) for answer in answers])

@@ -117,7 +117,7 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, ti
             main = "  ".join(f"{name} {metrics[f'{split}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
             console.print(Text(f"{split}  {main}"))
     else:
-        console.print(metric_table(metrics))
+        print_metrics(console, metrics)
     spent = [f"{cost['steps']} steps"]
     spent += [f"{cost['train_seconds']:.0f} s"] if cost["train_seconds"] is not None else []
     spent += [f"{cost['pairs_per_second']:.0f} pairs/s"] if cost["pairs_per_second"] else []
@@ -131,14 +131,59 @@ def _smooth(old: float | None, new: float) -> float:
     return new if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * new
 
 
+def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None:
+    """All that was scored, in one table or two."""
+    console.print(metric_table(metrics))
+    perturbed = robustness_table(metrics)
+    if perturbed is not None:
+        console.print(perturbed)
+
+
 def metric_table(metrics: Mapping[str, float | None]) -> Table:
-    """A record's flat `split/metric` values: one row per metric, one column per split."""
-    splits = list(dict.fromkeys(key.split("/")[0] for key in metrics))
-    names = list(dict.fromkeys(key.split("/", 1)[1] for key in metrics))
+    """A record's flat `split/metric` values, but for perturbed and calibrated ones: a row per metric."""
+    places = [place for place in _places(metrics) if f"{place}/changed" not in metrics]
+    places = [place for place in places if not place.endswith("/calibrated")]
+    names = dict.fromkeys(key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] in places)
     table = Table("metric", box=box.SIMPLE_HEAD, pad_edge=False)
-    for split in splits:
-        table.add_column(shown(split), justify="right")
+    for place in places:
+        table.add_column(shown(place), justify="right")
     for name in names:
-        values = [metrics.get(f"{split}/{name}") for split in splits]
-        table.add_row(shown(name), *("" if value is None else f"{value:.4f}" for value in values))
+        table.add_row(shown(name), *(_number(metrics.get(f"{place}/{name}")) for place in places))
     return table
+
+
+def robustness_table(metrics: Mapping[str, float | None]) -> Table | None:
+    """What was scored perturbed: one row per split and transform; None if nothing was."""
+    places = [place for place in _places(metrics) if f"{place}/changed" in metrics]
+    if not places:
+        return None
+    splits = {place.split("/")[0] for place in places}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("perturbed", no_wrap=True)
+    for header in _ROBUST.values():
+        table.add_column(header, justify="right")
+    for place in places:
+        name = place if len(splits) > 1 else place.partition("/")[2]
+        table.add_row(shown(name), *(_number(metrics.get(f"{place}/{key}"), 3) for key in _ROBUST))
+    return table
+
+
+_ROBUST = {
+    "changed": "changed",
+    "accuracy": "acc.",
+    "f1": "f1",
+    "f1_worst": "worst",
+    "f1_drop": "drop",
+    "flip_rate": "flips",
+    "attack_success": "attacked",
+}
+"""Of each transform, with what stands above the column; worst and drop are those of f1."""
+
+
+def _places(metrics: Mapping[str, float | None]) -> list[str]:
+    """`validation`, `validation/unseen`, `validation/typo`: what stands before the metrics' names."""
+    return list(dict.fromkeys(key.rpartition("/")[0] for key in metrics))
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

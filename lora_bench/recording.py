@@ -13,7 +13,10 @@ from lora_bench import environment
 from lora_bench.adapters import peft_format
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.load import public_place
+from lora_bench.besides import score_besides
+from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
+from lora_bench.evaluation.calibration import fit_temperature, score_calibrated
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.evaluation.metrics import score
 from lora_bench.progress import show_result
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.adapters.pack import Pack
+    from lora_bench.data.examples import Examples
     from lora_bench.experiment import Common, Experiment
     from lora_bench.job import Job
     from lora_bench.progress import Display
@@ -156,10 +160,10 @@ class Recorder:
                 self.console.print(shown(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
 
     def _predict(self, members: Sequence[int]) -> list[tuple[str, NDArray[Any], float]]:
-        """Every reported split, its scores (K, N) with the members' best states, and the seconds it took."""
+        """Selection and each reported split, its scores (K, N) at the members' best states, and the seconds taken."""
         found = []
         with self.pack.only(members):
-            for name in self.common.reported:
+            for name in ("selection", *self.common.reported):
                 began = time.perf_counter()
                 scores = predict(self.pack, self.common.tables[name], self.experiments[0].trainer.eval_batch_size)
                 found.append((name, scores, round(time.perf_counter() - began, 3)))
@@ -171,14 +175,37 @@ class Recorder:
         assert outcome.best is not None
         best = {key: outcome.best[key] for key in ("step", "epoch")}
         metrics = {f"selection/{name}": value for name, value in outcome.best["metrics"].items()}
-        for name, (scores, seconds) in predicted.items():
+        selection = self.common.tables["selection"].labels
+        assert selection is not None
+        temperature = fit_temperature(predicted["selection"][0], selection)
+        for name in self.common.reported:
+            scores, seconds = predicted[name]
             table = self.common.tables[name]
             assert table.labels is not None
             values = score(scores, table.labels, self.experiments[member].metrics)
-            metrics |= {f"{name}/{key}": value for key, value in values.items()}
+            more = score_calibrated(scores, table.labels, temperature)
+            more |= self._besides(member, name, scores) if self.common.splits else {}
+            metrics |= {f"{name}/{key}": value for key, value in (values | more).items()}
             run.log({**best, "split": name, "metrics": values, "seconds": seconds})
             run.write_predictions(name, table.ids, table.labels, scores)
-        run.update(metrics=metrics, selection={**best, "metric": "mcc"})
+        run.update(metrics=metrics, selection={**best, "metric": "mcc", "temperature": temperature})
+
+    def _besides(self, member: int, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
+        """A reported split on its unseen rows and perturbed, as far as the settings ask for it."""
+        data, splits, backbone = self.experiments[member].data, self.common.splits, self.common.backbone
+
+        def scored(examples: Examples) -> NDArray[Any]:
+            table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=False)
+            with self.pack.only([member]):
+                (found,) = predict(self.pack, table, self.experiments[member].trainer.eval_batch_size)
+            return found  # type: ignore[no-any-return]
+
+        seen, metrics = (splits["train"], splits["selection"]), self.experiments[member].metrics
+        return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self._tell)
+
+    def _tell(self, line: str) -> None:
+        if not self.brief:
+            self.console.print(shown(line))
 
     def _record_cost(self, member: int) -> None:
         """Seconds and FLOPs of training hold those of preparation: a start that looks at data is not free.

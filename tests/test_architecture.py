@@ -27,13 +27,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resume": {"errors", "hydra_errors", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
-    | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
+    | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
+    "besides": BASE | {"data", "evaluation"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "experiment", "record", "training"},
+    "predict": BASE | {"adapters", "data", "evaluation", "experiment", "record", "training"},
     "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
-    "recording": {"environment", "errors", "adapters", "backbones", "evaluation", "progress", "record", "screen"}
-    | {"training"},
-    "experiment": BASE | {"adapters", "backbones", "data", "evaluation", "training"},
+    "recording": {"environment", "errors", "adapters", "backbones", "besides", "data", "evaluation", "progress"}
+    | {"record", "screen", "training"},
+    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},
@@ -43,8 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
-    "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "record", "report"}
-    | {"tables"},
+    "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "record"}
+    | {"report", "tables"},
     "report": {"comparison", "disk", "experiments", "predictions", "tables"},
     "baseline": {"comparison", "errors", "tables"},
     "comparison": {"experiments", "predictions", "stats", "tables"},
@@ -53,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "anchors": {"tables"},
     "predictions": {"stats"},
     "stats": set(),
+    "figures": {"disk"},
     "record": {"", "claim", "disk", "errors", "secrets"},
     "disk": {"errors", "secrets"},
     "claim": set(),
@@ -64,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": set(),
 }
 LIGHT = ("compare", "job", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors")
-LIGHT += ("hydra_errors", "cli", "config", "anchors", "baseline", "comparison", "costs", "experiments")
+LIGHT += ("hydra_errors", "cli", "config", "anchors", "baseline", "comparison", "costs", "experiments", "figures")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {"config", "job", "resume", "experiment", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
 
@@ -143,7 +145,7 @@ def test_adapters_need_only_torch(path: Path) -> None:
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_modules_never_load_heavy_ones(name: str) -> None:
     """Neither directly nor through what they import as they load; and `compare` and `record` not even late."""
-    late = name in ("compare", "record", "tables", "environment")
+    late = name in ("compare", "figures", "record", "tables", "environment")
     heavy = HEAVY - {"scipy"} if late else HEAVY  # statistics import scipy where they need it
     seen, queue = set(), [name]
     while queue:

@@ -101,6 +101,29 @@ def test_seeds_share_a_row_with_mean_sample_std_and_n(tmp_path: Path) -> None:
     assert "| 0.2539 to 1.0128 |" in to_markdown(table)
 
 
+def test_later_evaluations_and_perturbed_figures_have_columns_only_where_there_are_some(tmp_path: Path) -> None:
+    data = {"fingerprint": {"validation": "own"}, "rows": {"train": 100}}
+    run, plain = make(tmp_path / "a", data=data), make(tmp_path / "b", 0.4, config={"adapter.rank": 2}, data=data)
+    assert not any("perturbed" in column.name for column in summarise([plain.folder]).columns)
+    perturbed = {"perturbed/f1": 0.7, "perturbed/f1_drop": 0.1, "typo/f1": 0.6, "perturbed/mcc": 0.3, "unseen/mcc": 0.2}
+    found = {"validation/mcc": 0.123} | {f"validation/{name}": value for name, value in perturbed.items()}
+    run.write_evaluation("anything", {"metrics": found, "data": {"fingerprint": {"validation": "own"}}})
+    run.write_evaluation("paws", {"metrics": {"test/mcc": 0.05}, "data": {"fingerprint": {"test": "other"}}})
+    (run.folder / "evaluations" / "bad.json").write_text("{")
+    (run.folder / "evaluations" / "odd.json").write_text('{"metrics": 3}')
+    table = summarise([tmp_path])
+    names = [column.name for column in table.columns if column.kind == "metric"]
+    of_split = [f"validation/{name}" for name in ("accuracy", "f1", "mcc", "perturbed/f1", "perturbed/f1_drop")]
+    assert names == [*of_split, "validation/unseen/mcc", *(f"paws:test/{name}" for name in ("accuracy", "f1", "mcc"))]
+    stats = table.rows[0].stats
+    assert stats["validation/mcc"].mean == 0.5  # the run's own, scored once
+    assert stats["validation/perturbed/f1"].mean == 0.7
+    assert stats["paws:test/mcc"].mean == 0.05
+    assert "validation/perturbed/f1" not in table.rows[1].stats
+    arrows = {column.name: column.arrow for column in table.columns}
+    assert (arrows["validation/perturbed/f1"], arrows["validation/perturbed/f1_drop"]) == ("↑", "↓")
+
+
 def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:
     make(tmp_path / "a")
     table = summarise([tmp_path])

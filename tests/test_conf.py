@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 AT_LEAST = {
-    ".": 4, "adapter": 21, "data": 8, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "pack": 1,
+    ".": 4, "adapter": 21, "data": 10, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "pack": 1,
     "sweep": 2, "trainer": 1,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
@@ -34,7 +34,7 @@ PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experime
 
 def chosen(group: str, option: str) -> list[str]:
     """The overrides that choose an option, with what it leaves open."""
-    return [f"{group}={option}", *(["data.path=pairs"] if option == "pairs" else [])]
+    return [f"{group}={option}", *(["data.path=pairs"] if option in ("pairs", "paws_qqp") else [])]
 
 
 def container(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import SMALL_TOY, composed
 
+BESIDES = ("calibrated", "unseen", "typo", "order", "entity", "perturbed")
 TOY = [override for override in SMALL_TOY if override.startswith("data")]
 # peft asks transformers for a property that is going away.
 of_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -112,6 +113,29 @@ def test_one_file_is_a_test_split(run: Path, tmp_path: Path) -> None:
     )
 
 
+def test_perturbed_and_unseen_figures_stand_beside_the_clean_ones(run: Path) -> None:
+    evaluated(run, *TOY)
+    clean = read(run / "evaluations" / "toy.json")
+    predictions = (run / "evaluations" / "toy" / "validation.parquet").read_bytes()
+    shown = evaluated(run, *TOY, "data.perturb=[typo,order,entity]", "data.perturb_seeds=2", "data.unseen=true")
+    found = read(run / "evaluations" / "toy.json")
+    assert {key: found["metrics"][key] for key in clean["metrics"]} == clean["metrics"]
+    assert (run / "evaluations" / "toy" / "validation.parquet").read_bytes() == predictions
+    places = {key.rpartition("/")[0] for key in found["metrics"]}
+    assert places == {"validation", *(f"validation/{x}" for x in BESIDES)}
+    assert found["data"]["perturb"] == {"transforms": ["typo", "order", "entity"], "seeds": 2, "intensity": 0.2}
+    assert found["data"]["unseen"]["validation"] == 40  # the generator never shows a question twice
+    assert found["metrics"]["validation/unseen/mcc"] == found["metrics"]["validation/mcc"]
+    assert found["metrics"]["validation/order/changed"] == 1
+    consistency = found["metrics"]["validation/perturbed/order_consistency"]
+    assert consistency == pytest.approx(1 - found["metrics"]["validation/order/flip_rate"])
+    for words in ("perturbed ", "entity ", "drop", "validation/unseen", "typo: 40 of 40 rows perturbed"):
+        assert words in shown
+    again = evaluated(run, *TOY, "data.perturb=[typo,order,entity]", "data.perturb_seeds=2", "data.unseen=true")
+    assert again == shown
+    assert read(run / "evaluations" / "toy.json") == found
+
+
 def test_extra_metrics(run: Path) -> None:
     evaluated(run, *TOY, "metric=[specificity]")
     assert "validation/specificity" in read(run / "evaluations" / "toy.json")["metrics"]
@@ -128,6 +152,9 @@ def test_a_second_evaluation_of_a_name_replaces_the_first(run: Path) -> None:
     ("overrides", "words"),
     [
         (["name=../x"], "name=../x: is not a plain name"),
+        (["data.perturb=[typo,numbr]"], r"data.perturb=numbr: is not a transform. Did you mean number\?"),
+        (["data.perturb=number", "data.task=rte"], "data.perturb=number: has no label rule in the task rte"),
+        (["data.augment=typo"], "data.augment=typo: goes with lora-bench train"),
         (["data.text_columns=[question1]"], "where the run was trained on 2"),
         (["+metric.mine={torchmetric: BinaryRecal, direction: up}"], "Did you mean BinaryRecall"),
     ],
@@ -263,6 +290,7 @@ def test_a_wrong_request_for_an_adapter_leaves_nothing(made: dict[str, Path], ru
         "data.max_length=600: is more than the 514 tokens": [f"peft={adapter}", "data.max_length=600"],
         "model=bert: goes with peft=": [f"run={run}", "model=bert"],
         "model=other: goes with peft=": [f"run={run}", "model.path=other"],
+        "data.unseen=True: needs run=": [f"peft={adapter}", "data.unseen=true"],
         "output=x: goes with peft=": [f"run={run}", "output=x"],
         "file/figures: cannot be written: Not a directory": [f"peft={adapter}", f"output={run}/run.json/file/figures"],
     }

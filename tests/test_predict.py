@@ -99,6 +99,22 @@ def test_predicting_leaves_no_trace_in_the_cache(runs: Run, tmp_path: Path, monk
     assert not (tmp_path / "cache").exists()
 
 
+def test_calibrated_scores_keep_their_labels(runs: Run, tmp_path: Path) -> None:
+    folder = runs("model=tiny_bert")
+    temperature = json.loads((folder / "run.json").read_text())["selection"]["temperature"]
+    (tmp_path / "in.tsv").write_text("question1\tquestion2\n" + "".join("\t".join(pair) + "\n" for pair in PAIRS))
+    found = {}
+    for name, choice in (("plain", "false"), ("calibrated", "true")):
+        output = tmp_path / f"{name}.parquet"
+        ask(run=folder, input=tmp_path / "in.tsv", output=output, calibrated=choice)
+        found[name] = pq.read_table(output)
+    plain, scaled = (np.array(found[name].column("score")) for name in ("plain", "calibrated"))
+    np.testing.assert_allclose(np.log(scaled / (1 - scaled)), np.log(plain / (1 - plain)) / temperature, rtol=1e-6)
+    assert found["plain"].column("label") == found["calibrated"].column("label")
+    with pytest.raises(UserError, match="calibrated=maybe: must be true or false"):
+        ask(run=folder, input=tmp_path / "in.tsv", output=tmp_path / "x.tsv", calibrated="maybe")
+
+
 def test_odd_texts_are_texts(runs: Run) -> None:
     run = lora_bench.load(runs("model=tiny_bert"))
     scores = run.predict([("", ""), ("東京 🦊", "NA"), ("x" * 5000, "y" * 5000), ["a", "list"]])

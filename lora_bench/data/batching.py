@@ -131,14 +131,17 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch for members of these seeds; rows are shared where all seeds are equal.
 
-    With `swapped`, the same pairs with their texts exchanged, each batch holds its pairs in both orders.
+    With `swapped`, the same pairs with their texts exchanged, each batch holds its pairs in both orders. Where pairs
+    are perturbed, a batch is as long as its longest pair has become.
     """
+    views = [each.in_epoch(epoch) for each in (table, swapped) if each is not None]
     distinct = list(dict.fromkeys(seeds))
     for rows, length in plan.epoch(epoch, distinct):
         members = 1 if len(distinct) == 1 else len(seeds)
         own = np.concatenate([rows[distinct.index(seed)] for seed in seeds[:members]])
-        batch = collate(table, own, length, pad_id, members)
-        yield batch if swapped is None else both_orders(batch, collate(swapped, own, length, pad_id, members))
+        longest = max(length, *(int(view.lengths[own].max()) for view in views))
+        batch, *other = [collate(view, own, longest, pad_id, members) for view in views]
+        yield both_orders(batch, *other) if other else batch
 
 
 def both_orders(batch: Batch, swapped: Batch) -> Batch:

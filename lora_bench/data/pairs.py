@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_bench.backbones.base import Backbone
+    from lora_bench.data.augment import Augmentation
     from lora_bench.data.examples import Examples
     from lora_bench.data.hidden import HiddenStates
 
@@ -43,9 +44,14 @@ class TokenTable:
     ids: NDArray[np.int64]  # (N,) row in the source
     truncated: int  # rows that were longer than the limit
     hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
+    augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def in_epoch(self, epoch: int) -> TokenTable:
+        """The table that an epoch trains on: itself, unless its pairs are perturbed."""
+        return self if self.augmentation is None else self.augmentation.table(self, epoch)
 
 
 def tokenize(

@@ -185,6 +185,13 @@ def examine(splits: dict[str, Examples]) -> dict[str, Any]:
     return {**found, "warnings": warnings}
 
 
+def unseen(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:
+    """(N,) whether none of a row's texts stands in any column of the examples that were seen."""
+    known = {text for each in seen for column in each.texts for text in column}
+    rows = [not known.intersection(texts) for texts in zip(*examples.texts, strict=True)]
+    return np.array(rows, dtype=np.bool_)
+
+
 def _unordered(texts: tuple[list[str], ...]) -> list[int]:
     """A hash for each row that does not depend on the order of its texts."""
     if len(texts) == 1:

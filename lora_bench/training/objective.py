@@ -1,7 +1,7 @@
 """What a step minimises: from the logits and labels of a batch to one loss per member.
 
 The label of a pair does not depend on which of its texts comes first. `order_consistency` shows a member each pair in
-both orders and asks for the same answer.
+both orders and asks for the same answer; `perturb_consistency` does so with each pair as it is and perturbed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Objective:
     loss: Callable[[Tensor, Tensor], Tensor]
     """Each member's mean over the pairs, (K,), from logits (K, orders · B, 2) and labels (K, orders · B)."""
     orders: int
-    """2 where each member's B rows are followed by the same pairs with their texts exchanged; otherwise 1."""
+    """2 where each member's B rows are followed by the same pairs exchanged, or perturbed; otherwise 1."""
 
 
 def make_objective(trainer: Trainer) -> Objective:
@@ -38,13 +38,14 @@ def make_objective(trainer: Trainer) -> Objective:
     objectives = {
         "cross_entropy": Objective(cross_entropy, orders=1),
         "order_consistency": Objective(consistency, orders=2),
+        "perturb_consistency": Objective(consistency, orders=2),
     }
     return objectives[trainer.objective]
 
 
 def check_columns(trainer: Trainer, text_columns: Sequence[str]) -> None:
     """Refuse an objective that asks for both orders of texts that come alone."""
-    if make_objective(trainer).orders > len(text_columns):
+    if trainer.objective == "order_consistency" and len(text_columns) < 2:
         raise UserError(
             f"needs pairs, and the data has the single text column {text_columns[0]!r}",
             key="trainer.objective",

@@ -62,6 +62,9 @@ class PrefixCache:
         began = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
             for name, table in tables.items():
+                if table.augmentation is not None:  # other pairs in each epoch
+                    served[name] = table
+                    continue
                 size = len(table.values) * pack.backbone.hidden_size * pack.backbone.compute_dtype.itemsize
                 path = self._folder / f"{self._key(pack, table)}.hidden"
                 served[name] = table

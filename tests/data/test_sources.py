@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lora_bench.config import Data, FileData, HubData, ToyData
 from lora_bench.data.examples import Examples
-from lora_bench.data.sources import carve, examine, load
+from lora_bench.data.sources import carve, examine, load, unseen
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,12 @@ COMMON: dict[str, Any] = {
     "train_size": None,
     "selection_size": 0.1,
     "split_seed": 0,
+    "perturb": None,
+    "perturb_seeds": 3,
+    "augment": None,
+    "augment_share": 0.5,
+    "intensity": 0.2,
+    "unseen": False,
 }
 HUB = HubData(source="hub", hub_id="nyu-mll/glue", hub_config="qqp", revision=None, **COMMON)
 HEADER = "question1\tquestion2\tlabel\n"
@@ -270,3 +276,12 @@ def test_toy_is_a_source_too() -> None:
     found = load(sizes())
     assert {split: len(examples) for split, examples in found.items()} == {"train": 8, "validation": 8}
     assert examine(found)["shared"] == {"train/validation": 0}
+
+
+def test_unseen_rows_share_no_text_with_what_was_seen() -> None:
+    def pairs(first: list[str], second: list[str]) -> Examples:
+        return Examples(np.arange(len(first)), (first, second), None)
+
+    split = pairs(["a", "b", "c", "d"], ["x", "y", "a", "e"])
+    assert unseen(split).tolist() == [True] * 4
+    assert unseen(split, pairs(["y"], ["q"]), pairs(["q"], ["a"])).tolist() == [False, False, False, True]

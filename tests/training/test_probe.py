@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 from lora_bench.adapters.pack import Member, Pack
+from lora_bench.data.augment import training_tables
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.experiment import Experiment, load_splits, swapped_table
+from lora_bench.experiment import Experiment, load_splits
 from lora_bench.training import probe
 from lora_bench.training.loop import fit
 from lora_bench.training.probe import Estimate, estimate, probe_step
@@ -60,7 +61,8 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     experiment = experiment_of(*chosen, "trainer.batch_size=9", "data.train_size=108")
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     tables = tables_of(experiment, pack)
-    swapped = swapped_table(experiment, load_splits(experiment.data)[0]["train"], pack.backbone)
+    split = load_splits(experiment.data)[0]["train"]
+    _, swapped = training_tables(experiment.data, split, pack.backbone, experiment.trainer.objective)
     assert (swapped is None) == (objective == "cross_entropy")
     expected = estimate(pack, experiment.trainer, tables["train"])
     model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
