@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from lora_bench.data.batching import Batch
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those that train together; by default it is alone, and nothing is exchanged."""
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     @property
     def leads(self) -> bool:
