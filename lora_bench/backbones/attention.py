@@ -32,7 +32,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads
     """
     if query.device.type == "cpu" and not dropout:
         return _Attention.apply(query, key, value, mask, heads)  # type: ignore[no-any-return, no-untyped-call]
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))  # (N, heads, ·, d)
+    q, k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (query, key, value))  # (N, heads, ·, d)
     if query.device.type == "cpu":
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
         probabilities = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
@@ -77,9 +77,9 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 def _split(x: Tensor, heads: int) -> Tensor:
     """(N, T, D) to (N·heads, T, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2).flatten(0, 1)
 
 
 def _join(x: Tensor, heads: int) -> Tensor:
     """(N·heads, T, d) to (N, T, D)."""
-    return x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+    return x.view(-1, heads, *x.shape[1:]).transpose(1, 2).flatten(2)

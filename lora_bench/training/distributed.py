@@ -57,10 +57,10 @@ class Processes:
         told = torch.tensor(losses, dtype=torch.float32, device=self.device)
         flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), told])
         dist.all_reduce(flat)
-        summed = flat.split([*(gradient.numel() for gradient in gradients), len(losses)])
+        summed = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(losses)])
         for p, gradient in zip(trained, summed[:-1], strict=True):
             p.grad = gradient.view_as(p).to(p.dtype)
-        return summed[-1].tolist()
+        return [float(loss) for loss in summed[-1]]
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Take the leader's values."""
