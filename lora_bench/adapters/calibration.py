@@ -98,6 +98,7 @@ def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
     handles = []
     try:
         pack.eval()
+        pack.backbone.all_positions = True
         for name in pack.updates[member]:
             handles.append(pack.network.get_submodule(name).register_forward_hook(_hook(name, observe)))
         with pack.only([member]):
@@ -105,6 +106,7 @@ def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        pack.backbone.all_positions = False
         pack.train(mode)
 
 

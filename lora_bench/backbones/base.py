@@ -41,6 +41,8 @@ class Backbone(ABC):
     """What peft calls the kind of task."""
     can_be_cut = True
     """Whether the prefix computes anything: False where the whole network is suffix."""
+    all_positions = False
+    """Whether the last layer makes every position, also where the head looks at one: for those who look at it."""
     layer_paths: Sequence[str]
     """Names of the lists of layers, in the order of computation."""
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.backbones.base import Backbone, additive_mask, run_layer
+from lora_bench.backbones.attention import attend
+from lora_bench.backbones.base import Backbone, additive_mask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,17 +40,28 @@ class Bert(Backbone):
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
-        return self._run(hidden, batch, 0, depth)  # (N, T, D)
+        mask = additive_mask(batch, hidden.dtype)
+        for _, layer in self.layers[:depth]:
+            hidden = _run(layer, hidden, hidden, mask)
+        return hidden  # (N, T, D)
 
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        hidden = self._run(hidden, batch, depth, len(self.layers))  # (N, T, D)
+        mask = additive_mask(batch, hidden.dtype)
+        for _, layer in self.layers[depth:-1]:
+            hidden = _run(layer, hidden, hidden, mask)
+        if depth < len(self.layers):  # the head looks at the first token alone: so its last layer makes no other
+            asking = hidden if self.all_positions else hidden[:, :1]
+            hidden = _run(self.layers[-1][1], asking, hidden, mask)  # (N, T, D) or (N, 1, D)
         network: Any = self.network
         if len(self.head_modules) == 1:  # RoBERTa's classifier picks the first token itself
             return network.classifier(hidden)  # type: ignore[no-any-return]
         return network.classifier(network.dropout(self.encoder.pooler(hidden)))  # type: ignore[no-any-return]
 
-    def _run(self, hidden: Tensor, batch: Batch, start: int, end: int) -> Tensor:
-        mask = additive_mask(batch, hidden.dtype)
-        for _, layer in self.layers[start:end]:
-            hidden = run_layer(layer, hidden, mask)
-        return hidden
+
+def _run(layer: Any, asking: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """What a layer makes of some of its positions, (N, S, D), that look at all of them, (N, T, D)."""
+    own = layer.attention.self
+    dropout = own.dropout.p if own.training else 0.0
+    query, key, value = own.query(asking), own.key(hidden), own.value(hidden)
+    attended = layer.attention.output(attend(query, key, value, mask, own.num_attention_heads, dropout), asking)
+    return layer.output(layer.intermediate(attended), attended)  # type: ignore[no-any-return]

@@ -171,9 +171,14 @@ def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:
         yield batch
         return
     for i in range(0, B, pairs):
-        blocks = range(0, len(batch.input_ids), B)  # one per member and order
-        pick = torch.cat([torch.arange(start + i, start + min(i + pairs, B)) for start in blocks])
-        yield batch.map(lambda t, pick=pick: t[pick])  # type: ignore[misc]
+        yield pick(batch, i, min(i + pairs, B))
+
+
+def pick(batch: Batch, start: int, end: int) -> Batch:
+    """Pairs `start` to `end` of each member, in all their orders."""
+    blocks = range(0, len(batch.input_ids), batch.pairs)  # one per member and order
+    rows = torch.cat([torch.arange(block + start, block + end) for block in blocks])
+    return batch.map(lambda t: t[rows])
 
 
 def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: int = 1) -> Batch:

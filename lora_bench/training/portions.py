@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+QUICK_TOKENS = 2048
+"""So many tokens a CPU takes at a time where nothing else is asked for: what a layer makes of them stays in its cache,
+and long pairs need no more memory than short ones."""
+
 _SHORT = ("not enough memory", "can't allocate memory")
 """What torch's allocator for the CPU says, on Windows and elsewhere."""
 
@@ -31,13 +35,16 @@ def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int
     Args:
         pack: remembers, in `room`, how many pairs fit where fewer did than were asked for.
         batch: what is worked on.
-        asked: pairs of each member per forward pass; None: the whole batch.
+        asked: pairs of each member per forward pass; None: as many as are quick.
         work: goes through the batch in portions of so many pairs per member.
 
     Raises:
         RunFailedError: not even one pair fits.
     """
     kind = "training" if torch.is_grad_enabled() else "evaluation"
+    if asked is None and pack.backbone.device.type == "cpu":
+        rows_of_a_pair = pack.size * batch.orders
+        asked = max(1, QUICK_TOKENS // (rows_of_a_pair * batch.input_ids.shape[1]))
     began = [(stream, stream.get_state()) for stream in _streams(pack)]
     while True:
         pairs = min(limit for limit in (batch.pairs, asked, pack.room.get(kind)) if limit is not None)

@@ -106,7 +106,7 @@ def test_two_seeds_in_a_pack_learn_what_they_learn_alone() -> None:
     alone = [train(pack("bert", (settings, seed)), settings=trainer(4))[1][0] for seed in (0, 1)]
     _, together = train(pack("bert", (settings, 0), (settings, 1)), settings=trainer(4))
     for lone, member in zip(alone, together, strict=True):
-        assert_close(lone, member, atol=1e-5)
+        assert_close(lone, member, atol=1e-4)
 
 
 def test_dropout_falls_on_the_updates_input_alone_and_only_in_training() -> None:

@@ -1,7 +1,8 @@
 """The FLOPs of a training step equal what one counts by hand, and peak memory follows what is held.
 
 By hand, for N rows of T tokens: a linear costs 2·in·out per token forward, as much again for the gradient of its
-input and once more for that of its weight; attention costs 4·T²·D forward and twice that backward.
+input and once more for that of its weight; attention costs 4·S·T·D forward, for S positions that ask, and twice that
+backward. In the last layer only the first token asks, and only keys and values are made of all.
 """
 
 from __future__ import annotations
@@ -44,19 +45,34 @@ def measured(pack: Pack) -> FlopModel:
     return FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
 
 
-def forward(rows: int, length: int) -> int:
-    return rows * (LAYERS * (2 * BASE * length + 4 * length**2 * D) + 2 * HEAD)
+def tokens(length: int, *, last: bool) -> list[int]:
+    """Of how many tokens a layer's linears make something."""
+    return [1, length, length, 1, 1, 1] if last else [length] * 6
+
+
+def forward(rows: int, length: int, *, every: bool = False) -> int:
+    """With `every`, the last layer makes every position: a prefix does."""
+    total = 2 * HEAD
+    for i in range(LAYERS):
+        seen = tokens(length, last=i == LAYERS - 1 and not every)
+        total += sum(2 * n * a * b for n, (a, b) in zip(seen, LINEARS, strict=True)) + 4 * seen[0] * length * D
+    return rows * total
 
 
 def lora_step(rows: int, length: int, adapted: int) -> int:
     """Forward and backward with LoRA on every linear of the last `adapted` layers."""
-    low_rank = RANK * sum(a + b for a, b in LINEARS)
-    ahead = forward(rows, length) + rows * adapted * 2 * low_rank * length
-    # The lowest adapted layer's query, key and value need no gradient of their input: nothing below is trained.
-    unneeded = 3 * D * D + 3 * RANK * D
-    inputs = 2 * length * (adapted * (BASE + low_rank) - unneeded) + adapted * 8 * length**2 * D
-    weights = adapted * 2 * low_rank * length
-    return ahead + rows * (inputs + weights + 4 * HEAD)
+    total = 4 * HEAD
+    for i in range(LAYERS - adapted, LAYERS):
+        seen = tokens(length, last=i == LAYERS - 1)
+        for place, (n, (a, b)) in enumerate(zip(seen, LINEARS, strict=True)):
+            low_rank = RANK * (a + b)
+            total += 2 * n * low_rank  # forward
+            total += 2 * n * low_rank  # the gradients of A and B
+            # The lowest adapted layer's query, key and value need no gradient of their input: nothing below is trained.
+            unneeded = i == LAYERS - adapted and place < 3
+            total += 2 * n * (RANK * b if unneeded else a * b + low_rank)
+        total += 8 * seen[0] * length * D
+    return forward(rows, length) + rows * total
 
 
 SHAPES = [(1, 8), (5, 33), (32, 128)]  # the last two are none of those that the model was fitted on
@@ -87,7 +103,7 @@ def test_a_step_of_the_head_alone_goes_back_through_the_head_only(
 ) -> None:
     model = measured(Pack(backbone(), [Member(HeadOnly(method="head_only", default_lr=1e-3), 0)]))
     head_backward = 2 * HEAD + 2 * 2 * D  # both weights, and the classifier's input
-    assert model(rows, length) == pytest.approx(forward(rows, length) + rows * head_backward, rel=1e-9)
+    assert model(rows, length) == pytest.approx(forward(rows, length, every=True) + rows * head_backward, rel=1e-9)
 
 
 @pytest.mark.parametrize("family", TINY)
