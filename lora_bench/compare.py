@@ -25,9 +25,16 @@ from lora_bench.tables import Column, Row, Stat, Table, clean, render, to_csv, t
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-GROUPS = ("model", "adapter", "data", "optimizer", "trainer")
+GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
 # What may differ between runs of one experiment: they still belong to one row.
 OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric")
+OUTSIDE_PROMPTING = tuple(
+    f"llm.{name}"
+    for name in (
+        *("api_key_env", "concurrency", "requests_per_minute", "timeout", "retries"),
+        *("max_requests", "max_cost", "input_price", "output_price"),
+    )
+)
 # What the data turned out to be, from the record; the rest are config keys.
 DATA_FOUND = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 # The main metrics always have columns, and so does what the config adds; the other standard ones stay in run.json.
@@ -102,7 +109,7 @@ def summarise(paths: Sequence[Path], by: str | None = None) -> Table:
     splits = _reported_splits(record for _, record in found if record["status"] == "done")
     everything = [_describe(folder, record, splits) for folder, record in found]
     finished = [run for run in everything if run.record["status"] == "done"]
-    keys = [key for key in _all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
+    keys = [key for key in _all_keys(everything) if _in_experiment(key)]
     runs = _newest_of_each_seed(finished, keys)
     varying = [key for key in keys if len({run.tokens.get(key) for run in runs}) > 1]
     shown = [key for key in varying if not _follows(key, varying, runs)]
@@ -154,6 +161,10 @@ def _level(value: Any) -> Any:
     if isinstance(value, list):
         return [_level(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _in_experiment(key: str) -> bool:
+    return key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT and key not in OUTSIDE_PROMPTING
 
 
 def _all_keys(runs: Sequence[_Run]) -> list[str]:
@@ -322,7 +333,14 @@ def _unfinished(run: _Run) -> str:
         mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
         if isinstance(mcc, float):
             line += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-        return f"{line}; its process is gone, resume= goes on with it" if killed else line
+        if killed:
+            goes_on = (
+                "the same command again asks only for the rest"
+                if "llm" in record["config"]
+                else "resume= goes on with it"
+            )
+            return f"{line}; its process is gone, {goes_on}"
+        return line
     reason = record["error"] or "no reason recorded"
     return f"{line}: {reason if len(reason) <= 300 else reason[:299] + '…'}"
 

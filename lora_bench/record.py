@@ -55,6 +55,7 @@ LAYOUT: dict[str, type] = {
     "params": dict,
     "cost": dict,
     "targets": dict,
+    "answers": dict,
     "environment": dict,
     "error": str,
 }

@@ -29,7 +29,9 @@ def place(resume: str, top: Path) -> Path:
     alone = [
         (record["created"] or "", folder)
         for folder, record in runs
-        if record["status"] not in sweep.ENDED and not any(sweep.is_sweep(above) for above in folder.parents)
+        if record["status"] not in sweep.ENDED
+        and "llm" not in record["config"]
+        and not any(sweep.is_sweep(above) for above in folder.parents)
     ]
     if not sweeps and not alone:
         raise UserError(f"there is no unfinished run below {top}", key="resume", value="last")

@@ -19,7 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
     "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
-    | {"resume", "screen", "secrets", "sweep"},
+    | {"help", "prompt", "resume", "screen", "secrets", "sweep"},
+    "help": set(),
+    "prompt": BASE | {"data", "environment", "evaluation", "progress", "record", "screen", "tables"},
     "plugin": {"compare", "disk", "errors", "hydra_errors", "resume", "sweep", "train"},
     "resume": {"errors", "hydra_errors", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
@@ -61,9 +63,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": set(),
 }
 LIGHT = ("compare", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors", "hydra_errors")
-LIGHT += ("cli", "config")
+LIGHT += ("cli", "config", "help")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
+OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "prompt", "evaluate", "plugin"}
 
 
 def module_of(path: Path) -> str:
