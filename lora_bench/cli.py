@@ -216,10 +216,12 @@ def _resume(cfg: DictConfig, overrides: list[str], console: Console, brief: bool
     from omegaconf import OmegaConf
 
     from lora_bench.record import Run, read
-    from lora_bench.resume import refuse_difference, refuse_hidden
+    from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
 
     folder = Path(cfg.resume)
-    if read(folder)["status"] == "done":
+    found = read(folder)
+    refuse_prompted(folder, found)
+    if found["status"] == "done":
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill after the run's end may have left them
         console.print(shown(f"{folder} is done: nothing to go on with"))
         return
@@ -274,8 +276,8 @@ def _prompt(cfg: DictConfig) -> None:
     choices = {group: chosen[group] for group in PROMPT_GROUPS if isinstance(chosen.get(group), str)}
     overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     for node, key in ((cfg.data, "path"), (cfg, "predictions")):
-        if node.get(key):
-            node[key] = os.path.abspath(node[key])
+        if node.get(key) and isinstance(node[key], str | int | float):
+            node[key] = os.path.abspath(str(node[key]))
     try:
         run_prompt(cfg, folder, choices=choices, overrides=overrides, console=_console())
     finally:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lora_bench import prompted
 from lora_bench.errors import UserError, nearest
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.tables import Column, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
@@ -28,13 +29,6 @@ if TYPE_CHECKING:
 GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
 # What may differ between runs of one experiment: they still belong to one row.
 OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric")
-OUTSIDE_PROMPTING = tuple(
-    f"llm.{name}"
-    for name in (
-        *("api_key_env", "concurrency", "requests_per_minute", "timeout", "retries"),
-        *("max_requests", "max_cost", "input_price", "output_price"),
-    )
-)
 # What the data turned out to be, from the record; the rest are config keys.
 DATA_FOUND = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 # The main metrics always have columns, and so does what the config adds; the other standard ones stay in run.json.
@@ -109,9 +103,11 @@ def summarise(paths: Sequence[Path], by: str | None = None) -> Table:
     splits = _reported_splits(record for _, record in found if record["status"] == "done")
     everything = [_describe(folder, record, splits) for folder, record in found]
     finished = [run for run in everything if run.record["status"] == "done"]
-    keys = [key for key in _all_keys(everything) if _in_experiment(key)]
+    keys = [key for key in _all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
+    keys = [key for key in keys if key not in prompted.OUTSIDE_THE_EXPERIMENT]
     runs = _newest_of_each_seed(finished, keys)
-    varying = [key for key in keys if len({run.tokens.get(key) for run in runs}) > 1]
+    described = [(run.record, run.tokens) for run in runs]
+    varying = [key for key in keys if prompted.differs(key, described)]
     shown = [key for key in varying if not _follows(key, varying, runs)]
     if by is None:
         groups, shown = _grouped(runs, keys), shown or [key for key in ("model", "adapter", "data") if key in keys]
@@ -161,10 +157,6 @@ def _level(value: Any) -> Any:
     if isinstance(value, list):
         return [_level(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _in_experiment(key: str) -> bool:
-    return key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT and key not in OUTSIDE_PROMPTING
 
 
 def _all_keys(runs: Sequence[_Run]) -> list[str]:
@@ -333,14 +325,9 @@ def _unfinished(run: _Run) -> str:
         mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
         if isinstance(mcc, float):
             line += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-        if killed:
-            goes_on = (
-                "the same command again asks only for the rest"
-                if "llm" in record["config"]
-                else "resume= goes on with it"
-            )
-            return f"{line}; its process is gone, {goes_on}"
-        return line
+        again = "the same command again asks only for the rest"
+        goes_on = again if prompted.is_prompted(record) else "resume= goes on with it"
+        return f"{line}; its process is gone, {goes_on}" if killed else line
     reason = record["error"] or "no reason recorded"
     return f"{line}: {reason if len(reason) <= 300 else reason[:299] + '…'}"
 

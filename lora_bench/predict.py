@@ -20,6 +20,7 @@ from lora_bench.data import files
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
+from lora_bench.prompted import is_prompted
 from lora_bench.train import Experiment, attach
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
@@ -58,6 +59,8 @@ class FinishedRun:
         """
         path = Path(folder)
         found = record.read(path)
+        if is_prompted(found):
+            raise UserError("is a run of lora-bench prompt, which leaves no model", key="run", value=folder)
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key="run", value=folder)
         experiment = Experiment.build(OmegaConf.create(found["config"]))

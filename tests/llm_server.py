@@ -17,7 +17,10 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 def completion(text: str | None = "yes", *, logprobs: dict[str, float] | None = None, **message: Any) -> Reply:
-    """A chat completion; `logprobs` are those of its first token."""
+    """A chat completion; `logprobs` are those of its first token.
+
+    Of the replies' headers `X-Slow` makes one come byte by byte, and `X-Cut` ends one in the middle.
+    """
     choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text, **message}}
     choice["finish_reason"] = "stop"
     if logprobs is not None:
@@ -58,7 +61,10 @@ class Server:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    if headers.get("X-Slow"):
+                    if headers.get("X-Cut"):
+                        self.wfile.write(content[: len(content) // 2])
+                        self.close_connection = True
+                    elif headers.get("X-Slow"):
                         for i in range(len(content)):
                             self.wfile.write(content[i : i + 1])
                             self.wfile.flush()
@@ -80,10 +86,10 @@ class Server:
         return f"http://127.0.0.1:{self.server.server_port}/v1"
 
     @property
-    def repeated(self) -> int:
-        """Requests whose content came before."""
+    def repeated(self) -> list[str]:
+        """What was asked more than once: the requests' bodies."""
         counts = Counter(json.dumps(body, sort_keys=True) for body in self.asked)
-        return sum(count - 1 for count in counts.values())
+        return [body for body, count in counts.items() if count > 1]
 
     def __enter__(self) -> Server:
         self.thread.start()

@@ -21,14 +21,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
     | {"help", "prompt", "resume", "screen", "secrets", "sweep"},
     "help": set(),
-    "prompt": BASE | {"data", "environment", "evaluation", "progress", "record", "screen", "tables"},
+    "prompt": BASE
+    | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "training"},
+    "prompted": set(),
     "plugin": {"compare", "disk", "errors", "hydra_errors", "resume", "sweep", "train"},
-    "resume": {"errors", "hydra_errors", "record", "secrets", "sweep"},
+    "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
     | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "record", "train", "training"},
+    "predict": BASE | {"adapters", "data", "prompted", "record", "train", "training"},
     "train": BASE
     | {
         "environment",
@@ -51,8 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
-    "compare": {"errors", "record", "tables"},
-    "record": {"", "claim", "disk", "errors", "secrets"},
+    "compare": {"", "errors", "prompted", "record", "tables"},
+    "record": {"", "claim", "disk", "errors", "prompted", "secrets"},
     "disk": {"errors", "secrets"},
     "claim": set(),
     "hydra_errors": {"errors"},
@@ -63,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": set(),
 }
 LIGHT = ("compare", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors", "hydra_errors")
-LIGHT += ("cli", "config", "help")
+LIGHT += ("cli", "config", "help", "prompted")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "prompt", "evaluate", "plugin"}
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lora_bench.prompt.settings import LLM
+
 KINDS = ("probabilities", "text", "refused", "unparsable")
 """How a label was read: from log-probabilities, from the text, or not at all."""
 _AROUND = re.compile(r"^[\W_]+|[\W_]+$")
@@ -25,10 +27,17 @@ class Answer:
     """The model, or a filter before it, declined."""
     tokens: list[list[tuple[str, float]]]
     """For each of its first tokens the likeliest ones and their log-probabilities; empty where the server has none."""
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    """None where the server does not say."""
     model: str | None
     """What the server calls the model that answered."""
+
+    def money(self, llm: LLM, most: float) -> float:
+        """What it cost; `most` where the server does not say how long it was."""
+        if self.prompt_tokens is None or self.completion_tokens is None:
+            return most
+        return llm.money(self.prompt_tokens, self.completion_tokens) or 0.0
 
 
 class BrokenAnswerError(ValueError):
@@ -50,8 +59,8 @@ def read_reply(reply: Any) -> Answer:
             text=text,
             refused=bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter",
             tokens=_tokens(choice.get("logprobs")),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
+            prompt_tokens=_count(usage.get("prompt_tokens")),
+            completion_tokens=_count(usage.get("completion_tokens")),
             model=str(reply["model"]) if reply.get("model") else None,
         )
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
@@ -59,6 +68,10 @@ def read_reply(reply: Any) -> Answer:
     if not isinstance(text, str | None):
         raise BrokenAnswerError("the reply holds no text")
     return answer
+
+
+def _count(tokens: Any) -> int | None:
+    return None if tokens is None else max(0, int(tokens))
 
 
 def _tokens(logprobs: Any) -> list[list[tuple[str, float]]]:

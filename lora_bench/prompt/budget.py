@@ -38,7 +38,7 @@ class Budget:
     def most(self, messages: Messages) -> float:
         """The most that one request can cost; a token is at least a byte."""
         tokens = sum(len(message["content"].encode()) + _PER_MESSAGE for message in messages)
-        return self.llm.money(tokens, self.llm.max_tokens or 0) or 0.0
+        return self.llm.money(tokens, self.llm.longest_answer or 0) or 0.0
 
     async def reserve(self, messages: Messages) -> float:
         """Wait until a request may be sent, and count it.

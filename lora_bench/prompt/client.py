@@ -6,15 +6,19 @@ import asyncio
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from email.utils import parsedate_to_datetime
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
+from lora_bench.disk import plain
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.prompt import cache
 from lora_bench.prompt.answer import Answer, BrokenAnswerError, read_reply
 from lora_bench.prompt.budget import Budget, Pace
+from lora_bench.secrets import hide
+from lora_bench.training.interrupt import Interruption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,6 +32,8 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 60.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 """A server that wants to be left alone for longer ends the run: its answers are kept."""
+_LOOK_SECONDS = 0.1
+"""How soon Ctrl-C is noticed."""
 _AGAIN = (408, 409, 425, 429)  # and 5xx
 
 
@@ -53,6 +59,10 @@ class Client:
         self.key = os.environ.get(llm.api_key_env, "").strip()
         if not self.key.isascii() or not self.key.isprintable():
             raise UserError(f"the API key in {llm.api_key_env} has characters that no key has", key="llm.api_key_env")
+        hide(self.key)
+        self.stopped = False
+        """Nothing more is asked; what is under way is waited for."""
+        self.under_way: set[asyncio.Task[Any] | None] = set()
         self._random = Random()
         self._heard = False  # anything from the server
 
@@ -81,7 +91,9 @@ class Client:
     def cached(self, key: str) -> Answer | None:
         """The answer of an earlier time."""
         found = self.cache.get(key)
-        return None if found is None else Answer(**found)
+        with suppress(TypeError):  # kept by another version: it is asked for again
+            return None if found is None else Answer(**found)
+        return None
 
     async def ask(self, messages: Messages) -> Answer:
         """The server's answer, which is then in the cache.
@@ -92,14 +104,15 @@ class Client:
             RunFailedError: it does not answer, however often it is asked.
         """
         repetition = 0
-        while True:
+        while not self.stopped:
             await self.pace.wait()
             reserved = await self.budget.reserve(messages)
             cost, wait, logprobs = reserved, None, self.logprobs
+            self.under_way.add(asyncio.current_task())
             try:
                 answer = await self._send(messages, logprobs)
-                cost = self.llm.money(answer.prompt_tokens, answer.completion_tokens) or 0.0
-                self.cache.put(self.cache_key(messages), asdict(answer))
+                self.cache.put(self.cache_key(messages), asdict(answer))  # before anything else: it is paid for
+                cost = answer.money(self.llm, reserved)
                 return answer
             except self._openai.APIStatusError as error:
                 cost = 0.0  # a refused request is not billed
@@ -110,21 +123,23 @@ class Client:
             except (TimeoutError, self._openai.APITimeoutError):
                 reason = f"no whole answer within llm.timeout={self.llm.timeout:g} seconds"
             except self._openai.APIConnectionError as error:
-                reason = f"the connection failed: {self._clean(error.__cause__ or error)}"
-                if not self._heard:
+                reason = f"the connection failed: {_short(error.__cause__ or error)}"
+                if not self._heard and "Connect" in type(error.__cause__).__name__:  # nobody is there
                     raise UserError(reason, key="llm.base_url", value=self.llm.base_url, remedy=_URL) from None
             except BrokenAnswerError as error:
                 reason = str(error)
             finally:
                 await self.budget.settle(reserved, cost)
+                self.under_way.discard(asyncio.current_task())
             if repetition == self.llm.retries:
                 remedy = f"It was asked {repetition + 1} times. {_AGAIN_LATER if self._heard else _URL}"
                 raise RunFailedError(reason, key="llm.base_url", value=self.llm.base_url, remedy=remedy)
             if wait is not None:
                 self.pace.hold(wait)
-            else:
+            elif not self.stopped:
                 await asyncio.sleep(self._back_off(repetition))
             repetition += 1
+        raise asyncio.CancelledError
 
     async def _send(self, messages: Messages, logprobs: bool) -> Answer:
         fields = self._fields()
@@ -136,9 +151,9 @@ class Client:
                 messages=cast("Any", messages), extra_body=extra, **fields
             )
         try:
-            answer = read_reply(json.loads(raw.text))
+            answer = Answer(**plain(asdict(read_reply(json.loads(raw.text)))))  # a key that came back is hidden
         except (BrokenAnswerError, ValueError, RecursionError):
-            shown = self._clean(raw.text[:60])
+            shown = _short(raw.text[:60])
             raise BrokenAnswerError(f"the reply is no chat completion: {shown!r}") from None
         self._heard = True
         return answer
@@ -152,12 +167,13 @@ class Client:
     def cache_key(self, messages: Messages) -> str:
         """What an answer is kept under; the API key is no part of it."""
         wanted = self.llm.top_logprobs if self.llm.logprobs else None
-        asked = {"messages": messages, "logprobs": wanted, "seed": self.seed, "base_url": self.llm.base_url}
+        server = str(self.llm.base_url).rstrip("/")
+        asked = {"messages": messages, "logprobs": wanted, "seed": self.seed, "base_url": server}
         return cache.key(self._fields() | asked)
 
     def _refused(self, error: Any) -> tuple[str, float | None]:
         """Why, and how many seconds the server wants to wait; raises what no repetition can change."""
-        status, reason = error.status_code, self._clean(error)
+        status, reason = error.status_code, _short(error)
         code = error.body.get("code") if isinstance(error.body, dict) else None
         self._heard = self._heard or status < 500
         if status in (401, 403):
@@ -176,12 +192,6 @@ class Client:
             raise RunFailedError(reason, key="llm.base_url", value=self.llm.base_url, remedy=_AGAIN_LATER)
         return reason, wait
 
-    def _clean(self, error: object) -> str:
-        """A foreign message in one short line, without the API key."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        text = text.replace(self.key, "[API key]") if self.key else text
-        return "".join(char if char.isprintable() else "?" for char in text)[:300].rstrip(".")
-
     def _back_off(self, repetition: int) -> float:
         wait: float = min(FIRST_WAIT_SECONDS * 2**repetition, LONGEST_WAIT_SECONDS)
         return wait * self._random.uniform(0.75, 1.25)
@@ -189,6 +199,12 @@ class Client:
 
 _URL = "Does the server run there? The address often ends in /v1."
 _AGAIN_LATER = "Answers so far are kept: run the same command again, which asks only for the rest."
+
+
+def _short(error: object) -> str:
+    """A foreign message in one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(char if char.isprintable() else "?" for char in text)[:300].rstrip(".")
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -213,22 +229,33 @@ async def ask_all(
 ) -> None:
     """Ask all questions, `concurrency` at a time, and tell each answer as it comes, with its question's key.
 
-    The first error, or the end of the budget, ends it: nothing new is asked, what is under way is waited for.
+    The first error, the end of the budget, Ctrl-C or SIGTERM ends it: nothing new is asked, and what is under way is
+    waited for, since it is paid for. A second Ctrl-C ends it at once.
     """
     left = iter(questions.items())
-    stopped: list[Exception] = []
+    errors: list[Exception] = []
 
     async def work() -> None:
         for key, messages in left:
-            if stopped:
+            if client.stopped:
                 return
             try:
                 answered(key, await client.ask(messages))
             except Exception as error:
-                stopped.append(error)
+                errors.append(error)
+                stop()
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(questions))):
-            group.create_task(work())
-    if stopped:
-        raise stopped[0]
+    def stop() -> None:
+        client.stopped = True
+        for worker in workers:
+            if worker not in client.under_way and worker is not asyncio.current_task():
+                worker.cancel()  # it only waits for its turn
+
+    with Interruption() as interruption:
+        workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(questions)))]
+        while workers and (await asyncio.wait(workers, timeout=_LOOK_SECONDS))[1]:
+            if interruption.asked is not None and not client.stopped:
+                stop()
+        interruption.act()
+    if errors:
+        raise errors[0]

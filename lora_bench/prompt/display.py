@@ -69,10 +69,13 @@ def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int)
 def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
     """What the answers cost, all of them and those of this run; nothing where they came from elsewhere."""
     if cost:
-        tokens = f"{human(cost['prompt_tokens'])} tokens read, {human(cost['completion_tokens'])} written"
-        parts = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache", tokens]
+        parts = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache"]
+        if cost["prompt_tokens"] is not None:
+            parts.append(f"{human(cost['prompt_tokens'])} tokens read, {human(cost['completion_tokens'])} written")
         if cost["money"] is not None:
-            parts.append(f"money {cost['money']:.4g}, now {cost['money_spent']:.4g}")
+            parts.append(f"money {cost['money']:.4g}")
+        if cost["money_spent"] is not None:
+            parts.append(f"{cost['money_spent']:.4g} of it now" if cost["money"] else f"now {cost['money_spent']:.4g}")
         console.print(shown(" · ".join([*parts, f"{cost['seconds']:.0f} s"])))
 
 
@@ -88,6 +91,6 @@ def show_request(
     line = f"{len(missing):,} requests to {client.llm.base_url}; {len(known):,} answers are in the cache"
     console.print()
     console.print(shown(line), soft_wrap=True)
-    if client.llm.money(0, 0) is not None and client.llm.max_tokens is not None:
+    if client.llm.money(0, 0) is not None and client.llm.longest_answer is not None:
         most = sum(client.budget.most(messages) for messages in missing)
         console.print(shown(f"at most {most:.4g} in money, a byte counted as a token: expect a quarter"))

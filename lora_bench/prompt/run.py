@@ -24,11 +24,11 @@ from lora_bench.prompt.display import Display, announce, show_cost, show_request
 from lora_bench.prompt.elsewhere import read_predictions, wrong_where_absent
 from lora_bench.prompt.settings import LLM, Prompt
 from lora_bench.prompt.template import Messages, Template
-from lora_bench.record import Run
+from lora_bench.record import Run, refuse_taken
 from lora_bench.screen import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from rich.console import Console
@@ -70,6 +70,10 @@ class Request:
             remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with answers."
             config.need(bool(made.llm.model), "llm.model", None, "is needed", remedy)
             config.need(bool(made.llm.base_url), "llm.base_url", None, "is needed", remedy)
+        if made.metrics:
+            from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
+
+            check_metrics(made.metrics)
         return made
 
 
@@ -92,11 +96,12 @@ def run_prompt(
     request = Request.build(cfg)
     splits, described = _load(request)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    resolved = {key: value for key, value in resolved.items() if key != "predictions" or value is not None}
     begin = _Begin(folder, choices, resolved, overrides, described)
     if request.predictions is None:
         run = _ask(request, splits, begin, console, dry_run=cfg.dry_run)
     else:
-        run = _read(request, request.predictions, splits, begin)
+        run = _read(request, request.predictions, splits, begin, console, dry_run=cfg.dry_run)
     if run is not None:
         _show(console, run)
 
@@ -146,17 +151,23 @@ def _reported(splits: dict[str, Examples]) -> dict[str, Examples]:
     return {name: split for name, split in splits.items() if name not in ("train", "selection")}
 
 
-def _read(request: Request, path: str, splits: dict[str, Examples], begin: _Begin) -> Run:
-    """Score answers that somebody else obtained."""
+def _read(
+    request: Request, path: str, splits: dict[str, Examples], begin: _Begin, console: Console, *, dry_run: bool
+) -> Run | None:
+    """Score answers that somebody else obtained; None after a dry run."""
     ((name, split),) = _reported(splits).items()
     scores = read_predictions(path, split)
+    absent = scores.count(None)
+    console.print(shown(f"{path}: {len(scores) - absent:,} answers for {name}, {absent:,} absent"), soft_wrap=True)
+    if dry_run:
+        return None
     used = {key: value for key, value in begin.config.items() if key != "prompt"} | {
         "llm": {"model": request.llm.model}
     }
     choices = {group: choice for group, choice in begin.choices.items() if group != "prompt"}
     run = replace(begin, config=used, choices=choices).claim()
     with _recorded_end(run):
-        counts = {"given": len(scores) - scores.count(None), "absent": scores.count(None)}
+        counts = {"given": len(scores) - absent, "absent": absent}
         _score(run, request, splits, {name: scores}, {name: counts})
     return run
 
@@ -175,11 +186,12 @@ def _ask(
         keys = {name: [client.cache_key(messages) for messages in each] for name, each in asked.items()}
         questions = dict(zip(chain(*keys.values()), chain(*asked.values()), strict=True))
         known = {key: answer for key in questions if (answer := client.cached(key)) is not None}
-        answers = _Answers(client, questions, known)
         if dry_run:
             show_request(console, client, questions, known)
             return None
+        refuse_taken(begin.folder)  # before anything is paid for
         runner.run(client.open())
+        answers = _Answers(client, questions, known)
         try:
             if first := answers.missing(1):
                 runner.run(_ask_first(client, first, answers))
@@ -220,9 +232,11 @@ class _Answers:
         self.cached = len(known)
         self.display: Display | None = None
         self.began = time.perf_counter()
+        self.seconds = 0.0
 
     def take(self, key: str, answer: Answer) -> None:
         self.found[key] = answer
+        self.seconds = time.perf_counter() - self.began
         if self.display is not None:
             self.display.answered(len(self.found))
 
@@ -248,19 +262,27 @@ class _Answers:
             yield "no log-probabilities for some answers: their text was read, so that a score is 0 or 1"
 
     def cost(self) -> dict[str, float | None]:
-        """Tokens and money of all answers, also of those from the cache; `spent` and the rest of this run alone."""
-        read = sum(answer.prompt_tokens for answer in self.found.values())
-        written = sum(answer.completion_tokens for answer in self.found.values())
+        """Tokens and money of all answers, also of those from the cache; `spent` and the rest of this run alone.
+
+        None where the server does not say how long some answers were; then the most counts as spent.
+        """
+        read = _total(answer.prompt_tokens for answer in self.found.values())
+        written = _total(answer.completion_tokens for answer in self.found.values())
         priced = self.client.llm.money(0, 0) is not None
         return {
             "requests": self.client.budget.requests,
             "cached": self.cached,
             "prompt_tokens": read,
             "completion_tokens": written,
-            "money": self.client.llm.money(read, written),
+            "money": None if read is None or written is None else self.client.llm.money(read, written),
             "money_spent": self.client.budget.spent if priced else None,
-            "seconds": time.perf_counter() - self.began,
+            "seconds": self.seconds,
         }
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    listed = list(counts)
+    return None if None in listed else sum(filter(None, listed))
 
 
 def _score(
@@ -279,7 +301,7 @@ def _score(
         filled = wrong_where_absent(scores[name], split.labels)
         values = score(filled, split.labels, request.metrics)
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
-        run.log({"split": name, "metrics": values})
+        run.log({"step": None, "epoch": None, "split": name, "metrics": values})
         run.write_predictions(name, split.ids, split.labels, filled)
     run.update(metrics=metrics, answers=counts)
 
@@ -296,7 +318,7 @@ def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
         run.update(cost=answers.cost())
         reason = f"the budget is spent: {len(answers.found):,} of {len(answers.questions):,} questions are answered"
         run.finish("interrupted", f"{error.key}={error.value:g}: {reason}")
-        remedy = f"Run the same command again with a larger {error.key}, which asks only for the rest."
+        remedy = f"Run the same command again: it asks only for the rest, with {error.key} counted anew."
         raise RunFailedError(reason, key=error.key, value=f"{error.value:g}", remedy=remedy) from None
     except Exception as error:
         if answers:

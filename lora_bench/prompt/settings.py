@@ -79,12 +79,18 @@ class LLM:
             "Give llm.input_price and llm.output_price, per million tokens.",
         )
         need(
-            self.max_cost is None or self.max_tokens is not None,
+            self.max_cost is None or self.longest_answer is not None,
             "max_cost",
             self.max_cost,
             "needs a bound on the length of an answer",
-            "Give llm.max_tokens.",
+            "Give llm.max_tokens, or +llm.extra.max_completion_tokens.",
         )
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens that an answer may have, whichever way the server is told; None without a bound."""
+        further = self.extra.get("max_completion_tokens")
+        return further if self.max_tokens is None and isinstance(further, int) else self.max_tokens
 
     def money(self, prompt_tokens: float, completion_tokens: float) -> float | None:
         """What so many tokens cost; None without prices."""
