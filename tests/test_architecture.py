@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prompt": BASE
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "training"},
     "prompted": set(),
+    "tracking": BASE | {"record", "screen"},
     "plugin": {"compare", "disk", "errors", "hydra_errors", "resume", "sweep", "train"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},

@@ -72,11 +72,9 @@ class TrackedRun(Run):
 
     def finish(self, status: str, error: str | None = None) -> None:
         super().finish(status, error)
-        sections = {section: self.record[section] for section in ("params", "cost")}
-        values = _finite(
-            {f"{section}.{key}": value for section in sections for key, value in sections[section].items()}
-        )
-        self._tell(lambda each: each.finish(status, values))
+        sections = {name: self.record[name] for name in ("params", "cost")}
+        values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+        self._tell(lambda each: each.finish(status, _finite(values)))
 
     def _tell(self, what: Callable[[Following], None]) -> None:
         for name, each in list(self.trackers.items()):

@@ -1,4 +1,4 @@
-"""`lora-bench prompt` against a real OpenAI-compatible server: `transformers serve` with a tiny random language model."""
+"""`lora-bench prompt` against a real OpenAI-compatible server: `transformers serve` with a tiny language model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 def make_language_model(folder: Path) -> tuple[int, int]:
-    """A random Llama that reads bytes, saved with its tokenizer and a chat template; the ids of its words no and yes."""
+    """A random Llama that reads bytes, saved with tokenizer and chat template; the ids of its words no and yes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
