@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"help", "prompt", "resume", "screen", "secrets", "sweep"},
     "help": set(),
     "prompt": BASE
-    | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "training"},
+    | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
+    | {"training"},
     "prompted": set(),
     "tracking": BASE | {"record", "screen"},
     "plugin": {"compare", "disk", "errors", "hydra_errors", "resume", "sweep", "train"},

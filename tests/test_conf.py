@@ -27,7 +27,7 @@ CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 AT_LEAST = {
     ".": 5, "adapter": 21, "data": 8, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "sweep": 2,
-    "trainer": 1, "prompt": 3,
+    "trainer": 1, "prompt": 3, "tracking": 2,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
 PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experiment", "sweep")]

@@ -26,6 +26,8 @@ from lora_bench.prompt.settings import LLM, Prompt
 from lora_bench.prompt.template import Messages, Template
 from lora_bench.record import Run, refuse_taken
 from lora_bench.screen import shown
+from lora_bench.tracking.base import follow
+from lora_bench.tracking.choices import build_trackers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.data.examples import Examples
+    from lora_bench.tracking.base import Tracker
 
-_KEYS = ("llm", "prompt", "data", "metric", "predictions", "split", "seed", "dry_run")
+_KEYS = ("llm", "prompt", "data", "metric", "tracking", "predictions", "split", "seed", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Request:
     prompt: Prompt
     data: config.Data
     metrics: dict[str, config.Metric]
+    trackers: dict[str, Tracker]
     predictions: str | None
     split: str | None
     seed: int
@@ -62,6 +66,7 @@ class Request:
             prompt=config.build(Prompt, cfg.prompt, "prompt"),
             data=config.build_data(cfg.data),
             metrics=config.build_metrics(cfg.metric),
+            trackers=build_trackers(cfg.tracking),
             predictions=None if cfg.predictions is None else str(cfg.predictions),
             split=None if cfg.split is None else str(cfg.split),
             seed=cfg.seed,
@@ -74,6 +79,8 @@ class Request:
             from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
 
             check_metrics(made.metrics)
+        for tracker in made.trackers.values():
+            tracker.check()
         return made
 
 
@@ -97,7 +104,7 @@ def run_prompt(
     splits, described = _load(request)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     resolved = {key: value for key, value in resolved.items() if key != "predictions" or value is not None}
-    begin = _Begin(folder, choices, resolved, overrides, described)
+    begin = _Begin(folder, choices, resolved, overrides, described, request.trackers, console)
     if request.predictions is None:
         run = _ask(request, splits, begin, console, dry_run=cfg.dry_run)
     else:
@@ -115,12 +122,14 @@ class _Begin:
     config: dict[str, Any]
     overrides: list[str]
     data: dict[str, Any]
+    trackers: dict[str, Tracker]
+    console: Console
 
     def claim(self) -> Run:
         run = Run.claim(self.folder, choices=self.choices, config=self.config, overrides=self.overrides)
         nothing = dict.fromkeys(("adapter", "head", "trainable", "total"))
         run.update(data=self.data, params=nothing, environment=environment.describe())
-        return run
+        return follow(run, self.trackers, self.console)
 
 
 def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
