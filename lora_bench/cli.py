@@ -10,7 +10,6 @@ import importlib
 import io
 import os
 import secrets
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lora_bench.errors import DivergedError, RunFailedError, UserError, nearest
-from lora_bench.help import COMMANDS, GROUPS, PROMPT_GROUPS, conf_folder, help_of, overview
+from lora_bench.errors import DivergedError, RunFailedError, SweepFailedError, UserError, nearest
+from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
 from lora_bench.screen import shown
 from lora_bench.secrets import remember
 
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.hydra_errors import Arguments
-
-
-class SweepFailedError(Exception):
-    """Some jobs of a sweep failed; each was told when it happened."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,12 +105,9 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     import hydra
 
     failures: list[Exception] = []
-    jobs = 0
 
     def job(cfg: DictConfig) -> None:
-        """Keeps errors from Hydra, which would print them its own way and stop at the first of a sweep."""
-        nonlocal jobs
-        jobs += 1
+        """Keeps errors from Hydra, which would print them its own way."""
         try:
             task(cfg)
         except Exception as error:
@@ -129,12 +121,8 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
             parsed = _resumed(parsed, str(composed.resume))
         sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
-        if jobs == 1 and failures:
+        if failures:
             raise failures[0]
-    if failures:
-        reason = f"{len(failures)} of {jobs} jobs failed"
-        requests = [isinstance(error, UserError) and not isinstance(error, RunFailedError) for error in failures]
-        raise UserError(reason) if len(failures) == jobs and all(requests) else SweepFailedError(reason)
 
 
 def _resumed(parsed: Arguments, resume: str) -> Arguments:
@@ -153,7 +141,7 @@ def _resumed(parsed: Arguments, resume: str) -> Arguments:
 
 
 def register_with_hydra() -> None:
-    """Our sweeper, where Hydra looks for it, and the resolver for a run folder's id."""
+    """Our sweeper and launcher, where Hydra looks for them, and the resolver for a run folder's id."""
     from omegaconf import OmegaConf
 
     try:
@@ -170,77 +158,34 @@ def register_with_hydra() -> None:
 
 def _train(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
-    from lora_bench.record import Run, discard
+    from lora_bench.job import Job, is_done
+    from lora_bench.record import discard
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    asked: dict[str, Any] = {
-        "choices": {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)},
-        "overrides": OmegaConf.to_container(hydra.overrides.task, resolve=False),  # as typed
-    }
-    for node, key in ((cfg.model, "path"), (cfg.data, "path")):
-        if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
-            node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
     console = _console()
-    job = hydra.job.num if hydra.mode == RunMode.MULTIRUN else None
-    if job is not None:
-        console.print()
-        console.print(shown(f"job {job}: {' '.join(asked['overrides'])}", style="bold"))
+    if cfg.resume:
+        discard(folder)
+    if is_done(cfg):
+        console.print(shown(f"{cfg.resume} is done: nothing to go on with"))
+        return
+    job = None
     try:
-        if cfg.resume:
-            discard(folder)
-            _resume(cfg, asked["overrides"], console, brief=job is not None)
-            return
+        job = Job.composed(cfg, hydra, folder)
         from lora_bench.train import train  # torch: late
 
-        train(cfg, folder, **asked, console=console, brief=job is not None)
+        train(job, console=console)
     except Exception as error:
-        if job is None:
-            discard(folder)  # unless the run has begun: then its record says how it ended
-        elif not (folder / "run.json").exists():
-            config: Any = OmegaConf.to_container(cfg, resolve=False)
-            Run.claim(folder, **asked, config=config).fail(error)
+        discard(folder)  # unless the run has begun: then its record says how it ended
         if (folder / "run.log").exists() and not isinstance(error, UserError):
             error.add_note(f"the traceback is in {folder / 'run.log'}")
-        _tell_job(console, job, error)
         raise
+    finally:
+        if job is not None and job.begun:
+            job.begun.release()
     if cfg.dry_run:
         discard(folder)
-
-
-def _resume(cfg: DictConfig, overrides: list[str], console: Console, brief: bool) -> None:
-    """Go on with an unfinished run: its config is that of its record, and nothing else may be asked for."""
-    from omegaconf import OmegaConf
-
-    from lora_bench.record import Run, read
-    from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
-
-    folder = Path(cfg.resume)
-    found = read(folder)
-    refuse_prompted(folder, found)
-    if found["status"] == "done":
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill after the run's end may have left them
-        console.print(shown(f"{folder} is done: nothing to go on with"))
-        return
-    run = Run.reopen(folder)
-    try:
-        refuse_hidden(folder, run.record["config"])
-        refuse_difference(run.record, cfg, overrides, GROUPS)
-        from lora_bench.train import train  # torch: late
-
-        asked: dict[str, Any] = {"choices": run.record["choices"], "overrides": run.record["overrides"]}
-        train(OmegaConf.create(run.record["config"]), folder, **asked, console=console, brief=brief, begun=run)
-    finally:
-        run.release()
-
-
-def _tell_job(console: Console, job: int | None, error: Exception) -> None:
-    """In a sweep the others go on, so each failure is told when it happens."""
-    if job is not None:
-        console.print(shown(f"job {job} failed: {error}", style="red"))
 
 
 def _eval(cfg: DictConfig) -> None:

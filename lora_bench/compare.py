@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
 # What may differ between runs of one experiment: they still belong to one row.
-OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "tracking")
+OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "pack", "tracking")
 # What the data turned out to be, from the record; the rest are config keys.
 DATA_FOUND = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 # The main metrics always have columns, and so does what the config adds; the other standard ones stay in run.json.

@@ -238,6 +238,21 @@ class Trainer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How jobs of a sweep share one backbone; nothing here changes what a job learns."""
+
+    size: int | None
+    """Jobs trained together; null: as many as memory takes, 1: one after another."""
+    memory_bytes: int | None
+    """What a pack may take; null: a share of what is free when it starts."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "memory_bytes"):
+            if getattr(self, name) is not None:
+                need_number(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """A binary metric of torchmetrics, looked up by name: `BinarySpecificity` of `torchmetrics.classification`."""
 

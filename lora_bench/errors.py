@@ -71,6 +71,10 @@ class DivergedError(Exception):
     """A loss, gradient or score that is not a finite number: the run stops with status `diverged`."""
 
 
+class SweepFailedError(Exception):
+    """Some jobs of a sweep failed; each was told when it happened."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names what `word` was likely meant to be: `Did you mean …?`, or the choices there are."""
     names = sorted(set(known))

@@ -20,8 +20,8 @@ from lora_bench.data import files
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
+from lora_bench.experiment import Experiment, attach
 from lora_bench.prompted import is_prompted
-from lora_bench.train import Experiment, attach
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
 

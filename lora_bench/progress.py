@@ -31,11 +31,13 @@ class Display:
     Args:
         console: where to.
         steps: optimizer updates to come.
+        titles: what the members of a pack are called; of a single run its name is not told.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, titles: Sequence[str] = ("",)) -> None:
         self.console = console
         self.steps = steps
+        self.titles = titles
         self.line_every = math.ceil(steps / LINES_PER_RUN)
         self.loss: float | None = None
         self.mcc: float | None = None
@@ -61,9 +63,9 @@ class Display:
         if self.console.is_terminal:
             self.progress.stop()
 
-    def stepped(self, step: int, losses: Sequence[float], pairs: int) -> None:
+    def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
         now = time.perf_counter()
-        loss, rate = sum(losses) / len(losses), pairs / max(now - self.since, 1e-9)
+        loss, rate = sum(losses.values()) / len(losses), pairs / max(now - self.since, 1e-9)
         self.loss = _smooth(self.loss, loss)
         self.rate = _smooth(self.rate, rate)
         self.since = now
@@ -84,22 +86,31 @@ class Display:
         return "  ".join([*parts, f"{self.rate:.0f} pairs/s"])
 
 
-def announce(console: Console, record: Mapping[str, Any], adapted: int, notes: Sequence[str]) -> None:
-    """What is about to run, from its record, and what the user should know about it."""
+def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> None:
+    """What is about to run, from the records of a pack's members, and what the user should know about it."""
+    record = records[0]
     choices, params, where = record["choices"], record["params"], record["environment"]
     sizes = ", ".join(f"{name} {rows:,}" for name, rows in record["data"]["rows"].items())
-    lines = [
+    first = (
         f"{choices['adapter']} on {choices['model']}: {adapted} adapted linears, "
-        f"{human(params['adapter'])} adapter + {human(params['head'])} head of {human(params['total'])} parameters",
+        f"{human(params['adapter'])} adapter + {human(params['head'])} head of {human(params['total'])} parameters"
+    )
+    if len(records) > 1:
+        adapters = sum(each["params"]["adapter"] for each in records)
+        first = f"{len(records)} jobs on one {choices['model']}: {human(adapters)} adapter parameters in all"
+    lines = [
+        first,
         f"{choices['data']}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
     ]
     for line in [*lines, *(f"note: {note}" for note in notes)]:
         console.print(shown(line))
 
 
-def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, brief: bool) -> None:
+def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, title: str = "", brief: bool) -> None:
     """How a run ended: its metrics, or one line of them with `brief`, what it cost, and where its record is."""
     cost, metrics = record["cost"], record["metrics"]
+    if title:
+        console.print(shown(title, style="bold"))
     if brief:
         splits = dict.fromkeys(key.split("/")[0] for key in metrics if not key.startswith("selection/"))
         for split in splits:
@@ -107,9 +118,11 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, br
             console.print(Text(f"{split}  {main}"))
     else:
         console.print(metric_table(metrics))
-    rate = f"{cost['pairs_per_second']:.0f} pairs/s" if cost["pairs_per_second"] else ""
-    spent = [f"{cost['steps']} steps", f"{cost['train_seconds']:.0f} s", rate, human(cost["train_flops"], "FLOP")]
-    spent.append(human(cost["peak_memory_bytes"], "B") + " peak")
+    spent = [f"{cost['steps']} steps"]
+    spent += [f"{cost['train_seconds']:.0f} s"] if cost["train_seconds"] is not None else []
+    spent += [f"{cost['pairs_per_second']:.0f} pairs/s"] if cost["pairs_per_second"] else []
+    spent += [human(cost["train_flops"], "FLOP")]
+    spent += [human(cost["peak_memory_bytes"], "B") + " peak"] if cost["peak_memory_bytes"] else []
     console.print(Text(" · ".join(spent)))
     console.print(shown(f"record: {folder}"), soft_wrap=True)
 

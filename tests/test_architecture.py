@@ -18,34 +18,28 @@ BASE = {"errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
-    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "predict", "record", "train"}
-    | {"help", "prompt", "resume", "screen", "secrets", "sweep"},
+    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "help", "hydra_errors", "job", "predict", "record"}
+    | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
     "help": set(),
     "prompt": BASE
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
     | {"training"},
     "prompted": set(),
     "tracking": BASE | {"record", "screen"},
-    "plugin": {"compare", "disk", "errors", "hydra_errors", "resume", "sweep", "train"},
+    "plugin": {"compare", "disk", "errors", "experiment", "hydra_errors", "job", "packing", "resume"}
+    | {"screen", "sweep"},
+    "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
+    "job": {"help", "record", "resume"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
     | {"adapters", "backbones", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "prompted", "record", "train", "training"},
-    "train": BASE
-    | {
-        "environment",
-        "adapters",
-        "backbones",
-        "data",
-        "evaluation",
-        "progress",
-        "record",
-        "screen",
-        "tables",
-        "training",
-    },
+    "predict": BASE | {"adapters", "data", "experiment", "prompted", "record", "training"},
+    "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
+    "recording": {"environment", "errors", "adapters", "backbones", "evaluation", "progress", "record", "screen"}
+    | {"tracking", "training"},
+    "experiment": BASE | {"adapters", "backbones", "data", "evaluation", "tracking", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},
@@ -66,10 +60,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hub": set(),
 }
-LIGHT = ("compare", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors", "hydra_errors")
-LIGHT += ("cli", "config", "help", "prompted")
+LIGHT = ("compare", "job", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors")
+LIGHT += ("hydra_errors", "cli", "config", "help", "prompted")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "resume", "train", "cli", "hydra_errors", "predict", "prompt", "evaluate", "plugin"}
+OPEN_CONFIG = {
+    "config",
+    "job",
+    "resume",
+    "experiment",
+    "cli",
+    "hydra_errors",
+    "predict",
+    "prompt",
+    "evaluate",
+    "plugin",
+}
 
 
 def module_of(path: Path) -> str:

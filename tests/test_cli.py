@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_bench import cli, record, train
+from lora_bench import cli, experiment, record, train
 from lora_bench.cli import COMMANDS, GROUPS, PROMPT_GROUPS, conf_folder
 from lora_bench.help import choices
 from tests.command_line import TOY_RUN, lora_bench, refused
@@ -175,11 +175,11 @@ def test_a_defect_before_the_run_exits_1_and_names_the_line(in_tmp: Path, monkey
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(train, "load_splits", broken)
+    monkeypatch.setattr(experiment, "load_splits", broken)
     answer = lora_bench("train", *TOY_RUN)
     assert answer.code == 1
     assert answer.err.count("\n") == 1
-    assert f"train failed: ZeroDivisionError: oh ({Path(train.__file__)}, line " in answer.err
+    assert f"train failed: ZeroDivisionError: oh ({Path(experiment.__file__)}, line " in answer.err
     assert not any(in_tmp.iterdir())
 
 

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
 from lora_bench.cli import GROUPS, PROMPT_GROUPS, conf_folder, register_with_hydra
+from lora_bench.experiment import Experiment
 from lora_bench.hydra_errors import compose
 from lora_bench.prompt.run import Request
-from lora_bench.train import Experiment
 from tests.helpers import composed
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 AT_LEAST = {
-    ".": 5, "adapter": 21, "data": 8, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "sweep": 2,
-    "trainer": 1, "prompt": 3, "tracking": 2,
+    ".": 5, "adapter": 21, "data": 8, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "pack": 1,
+    "prompt": 3, "sweep": 2, "tracking": 2, "trainer": 1,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
 PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experiment", "sweep")]

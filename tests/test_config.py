@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
 from lora_bench.errors import UserError
-from lora_bench.train import Experiment
+from lora_bench.experiment import Experiment
 from tests.helpers import composed
 
 
@@ -43,6 +43,7 @@ def every_dataclass() -> list[tuple[type[Any], str, dict[str, Any]]]:
     found.append((config.Model, "model", files["model"]))  # type: ignore[index, call-overload]
     found.append((config.Metric, "metric.specificity", files["metric"]["specificity"]))  # type: ignore[index, call-overload]
     found.append((config.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
+    found.append((config.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
     found.append((config.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
     for name in method_names():
         values = OmegaConf.to_container(composed(f"adapter={name}").adapter)
@@ -186,6 +187,8 @@ RANGES = [
     ("trainer", "max_steps", [None, 1], [0, -5]),
     ("trainer", "batch_size", [1], [0, None]),
     ("trainer", "micro_batch_size", [None, 1], [0]),
+    ("pack", "size", [None, 1], [0]),
+    ("pack", "memory_bytes", [None, 1], [0, 0.5]),
     ("trainer", "eval_batch_size", [1], [0, None]),
     ("trainer", "eval_every", [None, 1], [0]),
     ("trainer", "early_stopping_patience", [None, 1], [0]),

@@ -21,6 +21,7 @@ from lora_bench.config import build_data
 from lora_bench.data import sources
 from lora_bench.errors import UserError
 from lora_bench.evaluate import run_eval
+from lora_bench.job import Job
 from lora_bench.train import train
 from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
 from tests.command_line import files_below, lora_bench, refused, toy_run
@@ -36,7 +37,7 @@ QUICK = [*SMALL_TOY, "data.max_length=48", "trainer.max_steps=3", "optimizer.lr=
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval") / "run"
     choices = {"model": "tiny_bert", "adapter": "lora", "data": "toy"}
-    train(composed(*QUICK), folder, choices=choices, overrides=[], console=Console(file=io.StringIO()))
+    train(Job(composed(*QUICK), folder, choices, []), console=Console(file=io.StringIO()))
     return folder
 
 
@@ -209,7 +210,7 @@ def test_the_adapter_of_a_run_gets_the_figures_of_the_run(made: dict[str, Path],
         place = f"model.path={made[form]}"
         chosen = dict.fromkeys(("model", "adapter", "data"), "chosen")
         asked = composed(*QUICK, *(model or ("model=bert",)), place, "data.max_length=128", "adapter=pissa")
-        train(asked, Path(form), choices=chosen, overrides=[], console=Console(file=io.StringIO()))
+        train(Job(asked, Path(form), chosen, []), console=Console(file=io.StringIO()))
         own = read(Path(form, "run.json"))["metrics"]
         found = evaluated_peft(Path(form, "adapter"), *model, *([place] if model else []))["metrics"]
         assert found == pytest.approx({key: own[key] for key in found}, abs=1e-5)

@@ -20,6 +20,7 @@ from lora_bench.adapters.pack import Member, Pack
 from lora_bench.adapters.peft_config import PeftConfig
 from lora_bench.cli import choices
 from lora_bench.data.toy import generate
+from lora_bench.job import Job
 from lora_bench.predict import FinishedRun
 from lora_bench.train import train
 from lora_bench.training.loop import prepare
@@ -102,7 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> 
             model = [f"model={form.partition('_')[0]}", f"model.path={folders[form]}", *FORMS[form][1:]]
             asked = composed(*SMALL_TOY, *model, "data.max_length=48", "trainer.max_steps=3", *overrides)
             chosen = dict.fromkeys(("model", "adapter", "data"), "chosen")
-            train(asked, folder, choices=chosen, overrides=[], console=Console(file=io.StringIO()))
+            train(Job(asked, folder, chosen, []), console=Console(file=io.StringIO()))
             made[(form, *overrides)] = folder
         return made[(form, *overrides)]
 

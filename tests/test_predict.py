@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import lora_bench
 from lora_bench.data.toy import generate
 from lora_bench.errors import UserError
+from lora_bench.job import Job
 from lora_bench.predict import run_predict
 from lora_bench.train import train
 from tests.helpers import SMALL_TOY, TINY, composed
@@ -37,9 +38,7 @@ Run = Callable[..., Path]
 
 def trained(folder: Path, *overrides: str) -> Path:
     console = Console(file=io.StringIO())
-    train(
-        composed(*overrides), folder, choices={"model": "m", "adapter": "a", "data": "d"}, overrides=[], console=console
-    )
+    train(Job(composed(*overrides), folder, {"model": "m", "adapter": "a", "data": "d"}, []), console=console)
     return folder
 
 

@@ -28,7 +28,7 @@ def told(console: Console, steps: int, looks: int, start: int = 0) -> None:
     """A training of so many steps, with so many looks at the selection split."""
     with Display(console, start + steps) as display:
         for step in range(start + 1, start + steps + 1):
-            display.stepped(step, [0.7 - step / (2 * (start + steps))], 32)
+            display.stepped(step, {0: 0.7 - step / (2 * (start + steps))}, 32)
             if (step - start) % (steps // looks) == 0:
                 display.evaluated(0, line(12.3333))
 
@@ -66,8 +66,8 @@ def test_a_line_says_step_loss_and_rate_and_the_best_known_mcc() -> None:
 def test_the_loss_is_smoothed_and_the_mean_over_members() -> None:
     file = io.StringIO()
     display = Display(Console(file=file), 2)
-    display.stepped(1, [0.5, 1.5], 8)
-    display.stepped(2, [2.0, 2.0], 8)
+    display.stepped(1, {0: 0.5, 1: 1.5}, 8)
+    display.stepped(2, {0: 2.0, 1: 2.0}, 8)
     assert [re.search(r"loss (\S+)", one).group(1) for one in file.getvalue().splitlines()] == ["1.000", "1.100"]
 
 
@@ -95,7 +95,7 @@ def test_an_interrupt_leaves_the_cursor_as_it_was() -> None:
 
     def stopped() -> None:
         with Display(console, 5) as display:
-            display.stepped(1, [0.7], 32)
+            display.stepped(1, {0: 0.7}, 32)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -16,11 +16,13 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from lora_bench import experiment, recording
 from lora_bench import train as story
 from lora_bench.config import build_data
 from lora_bench.data import sources
 from lora_bench.errors import DivergedError, UserError
 from lora_bench.evaluation.metrics import score
+from lora_bench.job import Job
 from lora_bench.record import LAYOUT
 from lora_bench.training import loop
 from tests.helpers import SMALL_TOY, TINY, composed
@@ -62,7 +64,11 @@ def trained(folder: Path, *overrides: str, brief: bool = False, screen: io.Strin
     chosen = dict(o.split("=", 1) for o in overrides if o.split("=")[0] in ("model", "adapter", "data"))
     choices = {"model": "tiny_bert", "adapter": "lora", "data": "toy", **chosen}
     console = Console(file=shown, width=200)
-    story.train(composed(*overrides), folder, choices=choices, overrides=list(overrides), console=console, brief=brief)
+    (error,) = story.train_pack(
+        [Job(composed(*overrides), folder, choices, list(overrides))], console=console, brief=brief
+    )
+    if error:
+        raise error
     return Trained(folder, shown.getvalue())
 
 
@@ -252,19 +258,17 @@ def test_a_run_in_bf16_says_so(runs: Callable[..., Trained]) -> None:
 
 @pytest.mark.parametrize("family", TINY)
 def test_the_backbone_is_bitwise_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    packs: list[Pack] = []
-    attach = story.attach
+    backbones: list[Any] = []
+    load = experiment.load
 
-    def keep(*arguments: Any) -> tuple[Pack, str]:
-        made = attach(*arguments)
-        packs.append(made[0])
-        return made
+    def keep(*arguments: Any, **more: Any) -> Any:
+        backbones.append(load(*arguments, **more))
+        return backbones[-1]
 
-    monkeypatch.setattr(story, "attach", keep)
+    monkeypatch.setattr(experiment, "load", keep)
     run = trained(tmp_path / "run", *QUICK, f"model={family}", "optimizer.lr=0.1")
-    (pack,) = packs
-    pack.detach()
-    assert pack.backbone.hash() == run.record["environment"]["backbone_sha256"]
+    (backbone,) = backbones
+    assert backbone.hash() == run.record["environment"]["backbone_sha256"]
 
 
 def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,12 +282,15 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
 
     def fitting(*arguments: Any, **more: Any) -> Any:
         assert 40 not in [len(a) for a in arguments if hasattr(a, "lengths")]
-        outcome = fit(*arguments, **more)
-        during.append(40 in asked)
-        return outcome
+
+        def ended(members: Any) -> None:
+            during.append(40 in asked)
+            more["ended"](members)
+
+        return fit(*arguments, **{**more, "ended": ended})
 
     monkeypatch.setattr(loop, "predict", counting)
-    monkeypatch.setattr(story, "predict", counting)
+    monkeypatch.setattr(recording, "predict", counting)
     monkeypatch.setattr(story, "fit", fitting)
     run = trained(tmp_path / "run", *QUICK)
     assert asked == [12, 12, 40]
@@ -346,7 +353,7 @@ def test_however_a_run_ends_its_record_says_so(
     assert record["finished"] is not None
     assert record["params"]["trainable"] > 0
     log = folder / "run.log"
-    assert log.exists() == isinstance(error, RuntimeError)  # a paragraph says all there is to a refusal
+    assert log.exists() == (type(error) is RuntimeError)  # a paragraph says all there is to a refusal
     if log.exists():
         assert "Traceback (most recent call last)" in log.read_text()
         assert type(error).__name__ in log.read_text()

@@ -40,8 +40,7 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
     def observe(name: str, x: Tensor, y: Tensor) -> None:
         nonlocal seen, product, count
         if x is not seen:  # query, key and value see one tensor
-            rows = x.chunk(pack.size)[member]
-            rows = rows[mask] if rows.shape[:-1] == mask.shape else rows.flatten(0, -2)  # (tokens, in)
+            rows = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
             rows = rows.float()
             seen, product, count = x, rows.T @ rows, len(rows)
         moments[name] += product
@@ -49,8 +48,8 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
 
     with _observed(pack, member, observe):
         for batch in batches:
-            on_device = batch.to(pack.backbone.device)
-            mask = _rows(on_device.attention_mask, batch.members, member).bool()  # (B, T)
+            on_device = batch.of([member]).to(pack.backbone.device)
+            mask = on_device.attention_mask.bool()  # (B, T)
             pack(on_device)
     return {name: moment / max(1, counts[name]) for name, moment in moments.items()}
 
@@ -71,10 +70,10 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
     zero = torch.zeros((), device=pack.backbone.device, requires_grad=True)
 
     def observe(name: str, x: Tensor, y: Tensor) -> Tensor:
-        own = x.detach().chunk(pack.size)[member].flatten(0, -2)  # (B·T, in)
+        own = x.detach().flatten(0, -2)  # (B·T, in)
 
         def add(dy: Tensor) -> None:
-            gradients[name] += dy.chunk(pack.size)[member].flatten(0, -2).float().T @ own.float()
+            gradients[name] += dy.flatten(0, -2).float().T @ own.float()
 
         y = y + zero  # so that there is a gradient to pass by, even where nothing below is trained
         y.register_hook(add)  # type: ignore[no-untyped-call]
@@ -83,10 +82,9 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
     count = 0
     with _observed(pack, member, observe):
         for batch in batches:
-            on_device = batch.to(pack.backbone.device)
+            on_device = batch.of([member]).to(pack.backbone.device)
             assert on_device.labels is not None
-            labels = _rows(on_device.labels, batch.members, member)  # (B,)
-            loss = F.cross_entropy(pack(on_device)[member], labels)
+            loss = F.cross_entropy(pack(on_device)[0], on_device.labels)
             torch.autograd.grad(loss, zero)
             count += 1
     return {name: gradient / max(1, count) for name, gradient in gradients.items()}
@@ -94,14 +92,16 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
 
 @contextmanager
 def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
-    """Call `observe` with name, input and output of each linear that the member adapts; nothing is dropped out."""
+    """Call `observe` with name, input and output of each linear that the member adapts; it alone is computed,
+    and nothing is dropped out."""
     mode = pack.training
     handles = []
     try:
         pack.eval()
         for name in pack.updates[member]:
             handles.append(pack.network.get_submodule(name).register_forward_hook(_hook(name, observe)))
-        yield
+        with pack.only([member]):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -119,8 +119,3 @@ def _weights(pack: Pack, member: int) -> Iterator[tuple[str, Tensor]]:
     """Name and frozen weight, (out, in), of each linear that the member adapts."""
     for name in pack.updates[member]:
         yield name, pack.network.get_submodule(name).weight.detach()  # type: ignore[operator]
-
-
-def _rows(values: Tensor, members: int, member: int) -> Tensor:
-    """The member's rows of what a batch holds."""
-    return values.chunk(members)[member if members > 1 else 0]

@@ -14,7 +14,7 @@ mathematics is written for one member.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lora_bench.adapters.base import Adapter, Update
     from lora_bench.backbones.base import Backbone
@@ -48,6 +48,13 @@ def stream(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+@dataclass
+class Live:
+    """The members that a forward pass computes, told to every module that has rows of each."""
+
+    members: list[int]
+
+
 class Unchanged(nn.Module):
     """What stands beside a linear for a member that does not adapt it."""
 
@@ -60,9 +67,10 @@ class Unchanged(nn.Module):
 class Adapted(nn.Module):
     """A frozen module with each member's update beside it."""
 
-    def __init__(self, base: nn.Module, updates: Sequence[Update | None]) -> None:
+    def __init__(self, base: nn.Module, updates: Sequence[Update | None], live: Live) -> None:
         super().__init__()
         self.base = base
+        self.live = live
         self.updates = nn.ModuleList([update if update is not None else Unchanged() for update in updates])
 
     @property
@@ -75,26 +83,27 @@ class Adapted(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        K = len(self.updates)
+        K = len(self.live.members)
         rows = [x] if K == 1 else x.chunk(K)  # no chunks of one: autograd would copy them
-        adapted = [
-            update(xk, self.base(xk) if update.takes_output else xk)
-            for update, xk in zip(self.updates, rows, strict=True)
-        ]
+        adapted = []
+        for k, xk in zip(self.live.members, rows, strict=True):
+            update = self.updates[k]
+            adapted.append(update(xk, self.base(xk) if update.takes_output else xk))
         return adapted[0] if K == 1 else torch.cat(adapted)
 
 
 class MemberHeads(nn.Module):
     """One copy of a head module per member; each sees its own rows, in fp32."""
 
-    def __init__(self, original: nn.Module, copies: Sequence[nn.Module]) -> None:
+    def __init__(self, original: nn.Module, copies: Sequence[nn.Module], live: Live) -> None:
         super().__init__()
+        self.live = live
         self.original = [original]  # in a list: not a submodule, never trained
         self.copies = nn.ModuleList(copies)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.float().chunk(len(self.copies))
-        return torch.cat([head(part) for head, part in zip(self.copies, rows, strict=True)])
+        rows = x.float().chunk(len(self.live.members))
+        return torch.cat([self.copies[k](part) for k, part in zip(self.live.members, rows, strict=True)])
 
 
 class Pack(nn.Module):
@@ -103,16 +112,20 @@ class Pack(nn.Module):
     Args:
         backbone: stays frozen and bitwise unchanged, unless the one member trains it (`full`).
         members: the K members.
+        batched: whether a pass through the adapted layers takes all members' rows at once (None: where the device is
+            no CPU) or the rows of one member after the other.
 
     Raises:
         UserError: a member's targets or rank do not fit the backbone, or `full` is packed with others.
     """
 
-    def __init__(self, backbone: Backbone, members: Sequence[Member]) -> None:
+    def __init__(self, backbone: Backbone, members: Sequence[Member], *, batched: bool | None = None) -> None:
         super().__init__()
+        self.batched = backbone.device.type != "cpu" if batched is None else batched
         self.backbone = backbone
         self.network = backbone.network
         self.members = list(members)
+        self._live = Live(list(range(len(members))))
         self.trains_backbone = any(member.adapter.trains_backbone for member in members)
         if self.trains_backbone and len(members) > 1:
             raise UserError("trains the backbone, so its packs have one member", key="adapter.method", value="full")
@@ -135,21 +148,69 @@ class Pack(nn.Module):
         """K, the number of members."""
         return len(self.members)
 
+    @property
+    def live(self) -> list[int]:
+        """The members that are computed: all, but for those that training is over for."""
+        return self._live.members
+
+    @live.setter
+    def live(self, members: Sequence[int]) -> None:
+        if members != self.live:
+            self._live.members = list(members)
+            self.depth = self._first_adapted_layer()
+
+    @contextmanager
+    def only(self, members: Sequence[int]) -> Iterator[None]:
+        """Within, these members alone are computed."""
+        before = self.live
+        self.live = list(members)
+        try:
+            yield
+        finally:
+            self.live = before
+
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (K, B, 2) in fp32.
+        """Logits (K, B, 2) in fp32 of the K live members.
 
         A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
         """
-        if batch.hidden is None:
-            learns = torch.is_grad_enabled() and self.trains_backbone
-            with torch.set_grad_enabled(learns), self._autocast():
-                batch = replace(batch, hidden=self.backbone.prefix(batch, self.depth))
-        if batch.members == 1 and self.size > 1:
-            batch = batch.repeat(self.size)
-        assert batch.hidden is not None  # (B, T, D), or (K·B, T, D) from here on
-        with self._autocast():
-            logits = self.backbone.suffix(batch.hidden, batch, self.depth)  # (K·B, 2)
-        return logits.float().view(self.size, -1, logits.shape[-1])
+        hidden = self.prefix(batch)
+        logits = [self.suffix(hidden, batch, part) for part in self.portions()]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def portions(self) -> list[list[int]]:
+        """The live members by those that one pass through the adapted layers takes.
+
+        A CPU's products are at their peak for one member already; there one after the other needs least memory.
+        """
+        return [self.live] if self.batched else [[k] for k in self.live]
+
+    def prefix(self, batch: Batch) -> Tensor:
+        """Hidden states below the first adapted layer, (B or K·B, T, D), once for all live members."""
+        if batch.hidden is not None:
+            return batch.hidden
+        learns = torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns and self.trains_backbone), self._autocast():
+            return self.backbone.prefix(batch, self.depth)
+
+    def suffix(self, hidden: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        """Logits (len(members), B, 2) in fp32 of some live members, from what `prefix` gave for the batch."""
+        K, live = len(members), self.live
+        batch = replace(batch, hidden=None)
+        if batch.members > 1 and len(live) > K:
+            places = [live.index(k) for k in members]
+            hidden = hidden.view(len(live), -1, *hidden.shape[1:])[places].flatten(0, 1)
+            batch = batch.of(places)
+        elif batch.members == 1 and K > 1:
+            batch = batch.repeat(K)
+            hidden = hidden.repeat(K, *[1] * (hidden.ndim - 1))
+        self._live.members = members
+        try:
+            with self._autocast():
+                logits = self.backbone.suffix(hidden, batch, self.depth)  # (K·B, 2)
+        finally:
+            self._live.members = live
+        return logits.float().view(K, -1, logits.shape[-1])
 
     def train(self, mode: bool = True) -> Pack:
         """Training mode reaches the adapters; a frozen backbone and the heads on it never drop anything out."""
@@ -186,7 +247,8 @@ class Pack(nn.Module):
         """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
         adapter = sum(p.numel() for p in self.adapter_parameters(member).values())
         head = sum(p.numel() for p in self.head_parameters(member).values())
-        total = sum(p.numel() for p in self.parameters())
+        others = sum(p.numel() for k in range(self.size) if k != member for p in self.trainable(k).values())
+        total = sum(p.numel() for p in self.parameters()) - others
         return {"adapter": adapter, "head": head, "trainable": adapter + head, "total": total}
 
     def state(self, member: int) -> dict[str, Tensor]:
@@ -245,23 +307,24 @@ class Pack(nn.Module):
         return adapter.updates(self.backbone, init, self.dropout[member], ranks)
 
     def _first_adapted_layer(self) -> int:
-        """How many layers run once for all members; with `full` none, not even the embeddings, is frozen."""
+        """How many layers run once for all live members; with `full` none, not even the embeddings, is frozen."""
         if self.trains_backbone:
             return 0
-        layers = [self.backbone.layer_of(name) for updates in self.updates for name in updates]
+        layers = [self.backbone.layer_of(name) for k in self.live for name in self.updates[k]]
         return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
 
     def _attach_updates(self) -> None:
         for name in dict.fromkeys(name for updates in self.updates for name in updates):
             base = self.network.get_submodule(name)
-            _replace(self.network, name, Adapted(base, [updates.get(name) for updates in self.updates]))
+            _replace(self.network, name, Adapted(base, [updates.get(name) for updates in self.updates], self._live))
         self.depth = self._first_adapted_layer()
 
     def _attach_heads(self) -> None:
         self.network.requires_grad_(self.trains_backbone)
         for name in self.backbone.head_modules:
             original = self.network.get_submodule(name)
-            _replace(self.network, name, MemberHeads(original, [self._head(name, original, m) for m in self.members]))
+            heads = [self._head(name, original, member) for member in self.members]
+            _replace(self.network, name, MemberHeads(original, heads, self._live))
 
     def _head(self, name: str, original: nn.Module, member: Member) -> nn.Module:
         """A trainable fp32 copy of a head module; what the checkpoint did not hold is drawn from the member's seed."""

@@ -52,6 +52,16 @@ class Batch:
         """B, the pairs of each member."""
         return len(self.input_ids) // (self.members * self.orders)
 
+    def of(self, members: Sequence[int]) -> Batch:
+        """The rows of these members alone, where each has rows of its own."""
+        if self.members == 1 or len(members) == self.members:
+            return self
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.view(self.members, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
+
+        return replace(self.map(pick), members=len(members))
+
     def repeat(self, members: int) -> Batch:
         """The same rows once per member."""
         return replace(self.map(lambda t: t.repeat(members, *[1] * (t.ndim - 1))), members=members)

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
 from lora_bench.disk import plain
-from lora_bench.errors import UserError
+from lora_bench.errors import RunFailedError, SweepFailedError, UserError
 from lora_bench.hydra_errors import refuse_code
 from lora_bench.resume import quoted
 
@@ -69,10 +69,12 @@ class GridSweeper(BasicSweeper):
             asked = [text for text in [*typed["hydra"], *typed["task"]] if not text.startswith("resume=")]
             places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
             lock = sweep.begin(folder, asked, places[0] if places else None, jobs)
+        ran, failures = 0, []
         try:
             for first, batch in self._batches(folder, jobs, sweep.read(folder).lacks(folder)):
-                for done in self.launcher.launch(batch, initial_job_idx=first):
-                    _ = done.return_value  # raises what stopped the job from being run at all
+                ended = [done.return_value for done in self.launcher.launch(batch, initial_job_idx=first)]
+                ran += len(ended)
+                failures += [error for error in ended if error is not None]
         finally:
             lock.release()
             if any((folder / name / "run.json").exists() for name in jobs):
@@ -81,6 +83,10 @@ class GridSweeper(BasicSweeper):
                 main([str(folder)])
             if lacking := len(sweep.read(folder).lacks(folder)):
                 print(f"{lacking} of {len(jobs)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
+        if failures:
+            reason = f"{len(failures)} of {ran} jobs failed"
+            requests = [isinstance(error, UserError) and not isinstance(error, RunFailedError) for error in failures]
+            raise UserError(reason) if len(failures) == ran and all(requests) else SweepFailedError(reason)
 
     def _combinations(self, overrides: list[Override]) -> list[list[str]]:
         (jobs,) = BasicSweeper.split_arguments(overrides, None)
@@ -101,17 +107,23 @@ class GridSweeper(BasicSweeper):
         from lora_bench import sweep
 
         found: dict[str, list[str]] = {}
+        asked: dict[str, list[str]] = {}
         for number, job in enumerate(jobs):
-            name = self._check(number, job)
+            name, identity = self._check(number, job)
             if sweep.leads_out(name):
                 raise UserError("leads out of the sweep's folder", key="hydra.sweep.subdir", value=name)
+            if identity in asked:
+                reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
+                raise UserError(reason, key="sweep", remedy="Leave one of them out.")
+            asked[identity] = job
             if name in found:
                 raise UserError("gives two jobs the same folder", key="hydra.sweep.subdir", value=name)
             found[name] = job
         return found
 
-    def _check(self, number: int, job: list[str]) -> str:
-        from lora_bench.train import Experiment  # torch: late
+    def _check(self, number: int, job: list[str]) -> tuple[str, str]:
+        """The name of the job's folder, and what it would train, names and folders left out."""
+        from lora_bench.experiment import Experiment  # torch: late
 
         assert self.hydra_context is not None
         assert self.config is not None
@@ -121,8 +133,7 @@ class GridSweeper(BasicSweeper):
             composed.hydra.job.num = number
             name = str(composed.hydra.sweep.subdir)
             del composed["hydra"]
-        Experiment.build(composed)
-        return name
+        return name, Experiment.build(composed).identity
 
     def _batches(self, folder: Path, jobs: dict[str, list[str]], lacks: dict[int, bool]) -> Iterator[Batch]:
         """What the sweep lacks, as the launcher takes it: jobs in a row, and the number of the first of them."""

@@ -64,10 +64,19 @@ class TrackedRun(Run):
     trackers: dict[str, Following] = field(default_factory=dict)
     """By the name of the choice; one that failed is taken out."""
     console: Console | None = None
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last evaluation."""
+
+    def stepped(self, loss: float) -> None:
+        """An update was made; its loss goes into the mean `train/loss` that is told with the next evaluation."""
+        self.losses.append(loss)
 
     def log(self, line: Mapping[str, Any]) -> None:
         super().log(line)
         values = {f"{line['split']}/{name}": value for name, value in line["metrics"].items()}
+        if self.losses:
+            values["train/loss"] = sum(self.losses) / len(self.losses)
+            self.losses.clear()
         self._tell(lambda each: each.log(line["step"] or 0, _finite(values)))
 
     def finish(self, status: str, error: str | None = None) -> None:

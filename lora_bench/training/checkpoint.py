@@ -91,9 +91,11 @@ class Checkpoints:
         for old in self._places()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None without any. `damaged` says what was passed over."""
+    def newest(self, step: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint (up to `step`) that is whole; None without any. `damaged` says what was passed over."""
         for place in self._places():
+            if step is not None and int(place.name[5:]) > step:
+                continue
             try:
                 return _read(place)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -2,12 +2,15 @@
 
 for every batch:  forward once, one loss per member, backward; then per member clip, hooks, step
 when due:         score the selection split, keep each member's best state, stop whom it no longer helps; checkpoint
+
+What goes wrong with one member is its own end, and nobody else's; who has ended is computed no more.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,10 +25,10 @@ from lora_bench.training.average import Average, averaged, averaging_starts
 from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer, set_rate
 from lora_bench.training.portions import in_portions
-from lora_bench.training.state import Outcome, TrainingState
+from lora_bench.training.state import Outcome, TrainingState, contained, diverge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 class Watcher(Protocol):
     """Who is told how training goes: the progress display and the record."""
 
-    def stepped(self, step: int, losses: Sequence[float], pairs: int) -> None: ...
+    def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None: ...
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
 
@@ -55,11 +58,12 @@ def total_steps(trainer: Trainer, pairs: int) -> int:
     return steps if trainer.max_steps is None else min(steps, trainer.max_steps)
 
 
-def prepare(pack: Pack, trainer: Trainer, train: TokenTable) -> None:
-    """Let every member's method look at training batches before the first step: initialisation and rank allocation."""
+def prepare(pack: Pack, trainer: Trainer, train: TokenTable, members: Sequence[int] | None = None) -> None:
+    """Let the methods of members (null: of all) look at training batches before the first step: starts and ranks."""
     plan = BatchPlan(train.lengths, trainer.batch_size)
-    for k, member in enumerate(pack.members):
-        member.adapter.prepare(pack, k, _endless_batches(pack, train, plan))
+    for k in range(pack.size) if members is None else members:
+        with pack.only([k]):
+            pack.members[k].adapter.prepare(pack, k, _endless_batches(pack, train, plan))
 
 
 def fit(
@@ -69,12 +73,14 @@ def fit(
     train: TokenTable,
     selection: TokenTable,
     *,
+    outcomes: list[Outcome] | None = None,
     swapped: TokenTable | None = None,
-    flop_model: FlopModel | None = None,
+    flop_models: Sequence[FlopModel] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     watcher: Watcher | None = None,
-    checkpoints: Checkpoints | None = None,
-    begun: Checkpoint | None = None,
+    ended: Callable[[Sequence[int]], None] | None = None,
+    checkpoints: Sequence[Checkpoints] | None = None,
+    begun: Sequence[Checkpoint] | None = None,
     interruption: Interruption | None = None,
 ) -> list[Outcome]:
     """Train every member of the pack and leave it at its best selection MCC.
@@ -85,16 +91,18 @@ def fit(
         trainer: durations, portions and objective; shared by all members.
         train: what is learned from.
         selection: what every choice is made on; never the reported split.
+        outcomes: what has become of the members so far; only those that are running are trained.
         swapped: `train` with the texts of each pair exchanged, where the objective asks for both orders.
-        flop_model: FLOPs of one training step of one member, if they are to be counted.
+        flop_models: FLOPs of one training step of each member, if they are to be counted.
         metrics: extra metrics to log.
         watcher: who is told.
-        checkpoints: where to leave the state, as often as the settings say.
-        begun: the state to go on from; the pack has its ranks.
+        ended: called with members that have just ended; those that did not fail are at their best state.
+        checkpoints: where to leave each member's state, as often as the settings say.
+        begun: the states of one step to go on from, one per member; the pack has its ranks.
         interruption: whether someone asked to stop: the step is ended, the state left, and then it acts.
 
     Returns:
-        One outcome per member; diverged ones are among them, and do not disturb the others.
+        One outcome per member; those that diverged or failed are among them, and do not disturb the others.
     """
     objective = make_objective(trainer)
     assert objective.orders == (1 if swapped is None else 2)
@@ -103,42 +111,53 @@ def fit(
     steps = total_steps(trainer, len(train))
     eval_every = trainer.eval_every or plan.steps_per_epoch
     members = range(pack.size)
-    outcomes = [Outcome() for _ in members]
+    outcomes = outcomes or [Outcome() for _ in members]
     adamw = [make_optimizer(settings, pack, k) for k, settings in enumerate(optimizers)]
     averages = [Average(pack.trainable(k).values()) for k in members]
     averaging_from = averaging_starts(trainer.average, steps)
     state = TrainingState(pack, outcomes, adamw, averages)
-    if begun:
-        state.put_back(begun)
-    micro = None if trainer.micro_batch_size is None else max(1, trainer.micro_batch_size // pack.size)
-    first = begun.step + 1 if begun else 1
+    for k, checkpoint in enumerate(begun or ()):
+        if outcomes[k].status == "running":
+            state.put_back(k, checkpoint)
+    first = begun[0].step + 1 if begun else 1
     batches = islice(_endless_batches(pack, train, plan, swapped), first - 1, None)
     pack.train()
 
+    def running() -> list[int]:
+        return [k for k in members if outcomes[k].status == "running"]
+
+    def end(left: Sequence[int]) -> None:
+        for k in left:
+            if outcomes[k].state:
+                pack.load_state(k, outcomes[k].state)
+        if left and ended:
+            with interruption.lifted() if interruption else nullcontext():
+                ended(left)
+
     for step in range(first, steps + 1):
-        if all(outcome.status != "running" for outcome in outcomes):
+        live = pack.live = running()
+        if not live:
             break
         began = time.perf_counter()
-        batch = next(batches)
-        live = [k for k in members if outcomes[k].status == "running"]
-        backward = partial(_backward, pack, batch, objective, live=live)
-        losses = in_portions(pack, batch, micro, backward)
+        batch = next(batches).of(live)
+        losses = in_portions(pack, batch, trainer.micro_batch_size, partial(_backward, pack, batch, objective))
         for k in live:
-            if not math.isfinite(losses[k]):
-                _diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
-                continue
-            norm = _clip(pack, k, optimizers[k])
-            if not math.isfinite(norm):
-                _diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
-                continue
-            adapter, updates = pack.members[k].adapter, pack.updates[k]
-            set_rate(adamw[k], optimizers[k], step, steps)
-            adapter.before_step(updates, step, steps)
-            adamw[k].step()
-            adapter.after_step(updates, step, steps)
-            adamw[k].zero_grad(set_to_none=True)
-            if step >= averaging_from and adapter.settled(step, steps):
-                averages[k].add()
+            with contained(outcomes[k]):
+                if not math.isfinite(losses[k]):
+                    diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
+                    continue
+                norm = _clip(pack, k, optimizers[k])
+                if not math.isfinite(norm):
+                    diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
+                    continue
+                adapter, updates = pack.members[k].adapter, pack.updates[k]
+                set_rate(adamw[k], optimizers[k], step, steps)
+                adapter.before_step(updates, step, steps)
+                adamw[k].step()
+                adapter.after_step(updates, step, steps)
+                adamw[k].zero_grad(set_to_none=True)
+                if step >= averaging_from and adapter.settled(step, steps):
+                    averages[k].add()
 
         seconds = time.perf_counter() - began
         B, T = batch.pairs, batch.input_ids.shape[1]
@@ -146,40 +165,44 @@ def fit(
             outcomes[k].steps = step
             outcomes[k].seconds += seconds
             outcomes[k].pairs += B
-            outcomes[k].flops += flop_model(batch.orders * B, T) if flop_model else 0.0
+            outcomes[k].flops += flop_models[k](batch.orders * B, T) if flop_models else 0.0
         if watcher:
             watcher.stepped(step, losses, B)
 
         if step % eval_every == 0 or step == steps:
-            with averaged(averages):
+            pack.live = running()
+            with averaged(averages[k] for k in pack.live):
                 began = time.perf_counter()
                 scores = predict(pack, selection, trainer.eval_batch_size)  # (K, N)
                 seconds = time.perf_counter() - began
-                for k in [k for k in live if outcomes[k].status == "running"]:
-                    settled = pack.members[k].adapter.settled(step, steps)
-                    _judge(pack, k, outcomes[k], scores[k], selection, step, plan, seconds, settled, metrics, watcher)
-                    patience = trainer.early_stopping_patience
-                    if patience is not None and outcomes[k].without_gain >= patience:
-                        outcomes[k].status = "done"
+                for k, own in zip(pack.live, scores, strict=True):
+                    with contained(outcomes[k]):
+                        settled = pack.members[k].adapter.settled(step, steps)
+                        _judge(pack, k, outcomes[k], own, selection, step, plan, seconds, settled, metrics, watcher)
+                        patience = trainer.early_stopping_patience
+                        if patience is not None and outcomes[k].without_gain >= patience:
+                            outcomes[k].status = "done"
         asked = interruption is not None and interruption.asked is not None
         if checkpoints and (asked or step % (trainer.checkpoint_every or eval_every) == 0):
-            checkpoints.save(step, *state.gather())
+            for k in running():
+                with contained(outcomes[k]):
+                    checkpoints[k].save(step, *state.gather(k))
         if interruption:
             interruption.act()
+        end([k for k in live if outcomes[k].status != "running"])
 
-    for k in members:
-        if outcomes[k].state:
-            pack.load_state(k, outcomes[k].state)
-        if outcomes[k].status == "running":
-            outcomes[k].status = "done"
+    last = running()
+    for k in last:
+        outcomes[k].status = "done"
+    end(last)
     pack.eval()
     return outcomes
 
 
 @torch.no_grad()
 def predict(pack: Pack, table: TokenTable, batch_size: int) -> NDArray[np.float64]:
-    """P(label 1) of every row for every member: (K, N), in the table's order. Leaves the pack's mode as it was."""
-    scores = np.empty((pack.size, len(table)))
+    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was."""
+    scores = np.empty((len(pack.live), len(table)))
     mode = pack.training
     pack.eval()
     for rows, batch in evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id):
@@ -197,28 +220,32 @@ def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
 def _endless_batches(
     pack: Pack, train: TokenTable, plan: BatchPlan, swapped: TokenTable | None = None
 ) -> Iterator[Batch]:
-    seeds = [member.seed for member in pack.members]
+    seeds = [pack.members[k].seed for k in pack.live]
     epoch = 0
     while True:
         yield from training_batches(train, plan, seeds, epoch, pack.backbone.tokenizer.pad_token_id, swapped)
         epoch += 1
 
 
-def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int, live: Sequence[int]) -> list[float]:
-    """Each member's mean loss over the batch, and its gradients. Members are independent, so their losses add up."""
-    losses = torch.zeros(pack.size, device=pack.backbone.device)
+def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int) -> dict[int, float]:
+    """Each live member's mean loss over the batch, and its gradients. Members are independent: their losses add up."""
+    K = len(pack.live)
+    losses = torch.zeros(K, device=pack.backbone.device)
     for micro in micro_batches(batch, pairs):
         on_device = micro.to(pack.backbone.device)
-        logits = pack(on_device)  # (K, orders · B', 2)
         assert on_device.labels is not None
-        labels = on_device.labels.view(micro.members, -1).expand(pack.size, -1)  # (K, orders · B')
+        labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
         share = micro.pairs / batch.pairs
-        loss = objective.loss(logits, labels) * share  # (K,)
-        penalties = {k: pack.members[k].adapter.penalty(pack.updates[k]) for k in live}
-        extra = [penalty * share for penalty in penalties.values() if penalty is not None]
-        torch.stack([loss[list(live)].sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
-        losses += loss.detach()
-    return losses.tolist()
+        hidden = pack.prefix(on_device)
+        for part in pack.portions():
+            places = [pack.live.index(k) for k in part]
+            logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
+            loss = objective.loss(logits, labels[places]) * share
+            penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
+            extra = [penalty * share for penalty in penalties if penalty is not None]
+            torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
+            losses[places] += loss.detach()
+    return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
 def _clip(pack: Pack, member: int, settings: Optimizer) -> float:
@@ -245,7 +272,7 @@ def _judge(
     try:
         values = score(scores, selection.labels, metrics or {})
     except DivergedError as error:
-        _diverge(outcome, step, str(error))
+        diverge(outcome, step, str(error))
         return
     epoch = round(step / plan.steps_per_epoch, 4)
     line = {"step": step, "epoch": epoch, "split": "selection", "metrics": values, "seconds": round(seconds, 3)}
@@ -257,8 +284,3 @@ def _judge(
         outcome.without_gain += 1
     if watcher:
         watcher.evaluated(member, line)
-
-
-def _diverge(outcome: Outcome, step: int, what: str) -> None:
-    outcome.status = "diverged"
-    outcome.error = f"step {step}: {what}; the learning rate may be too high (optimizer.lr)"

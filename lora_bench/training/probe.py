@@ -32,9 +32,24 @@ def probe_step(pack: Pack, rows: int, length: int) -> None:
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None
-    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(pack.size)).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(len(pack.live))).backward()  # type: ignore[no-untyped-call]
     for p in pack.parameters():
         p.grad = None
+
+
+def saved_bytes(pack: Pack, rows: int, length: int) -> int:
+    """Bytes that a step of made-up tokens keeps for its backward pass, besides the weights."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        probe_step(pack, rows, length)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*pack.parameters(), *pack.buffers()]}
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What a training step changes: gathered for a checkpoint, and put back so that training goes on bit for bit.
 
-    0/weights/<name>    what member 0 trains           0/adamw/<i>/<key>   its optimizer's moments
-    0/buffers/<name>    what it keeps beside that       0/mean/<i>          its averaged weights
-    0/running/<name>    statistics of its method        0/best/<name>       its best weights so far
-    0/dropout           its stream of dropout           rng/<device>        torch's own stream
+    weights/<name>    what the member trains           adamw/<i>/<key>   its optimizer's moments
+    buffers/<name>    what it keeps beside that        mean/<i>          its averaged weights
+    running/<name>    statistics of its method         best/<name>       its best weights so far
+    dropout           its stream of dropout            rng/<device>      torch's own stream
 
-Batches are a function of seed and step, and rates of the step, so neither is kept.
+Batches are a function of seed and step, and rates of the step, so neither is kept. Each member of a pack has a state of
+its own, so that it can go on alone or in another pack.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_bench.errors import UserError
+from lora_bench.errors import DivergedError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +35,9 @@ class Outcome:
     """What became of one member."""
 
     status: str = "running"
-    """`done`, or `diverged` when its loss, gradient or scores ceased to be finite."""
-    error: str | None = None
+    """`done`, `diverged` when its loss, gradient or scores ceased to be finite, or `failed`."""
+    error: Exception | None = None
+    """Why it diverged or failed."""
     best: dict[str, Any] | None = None
     """The line of its best evaluation: step, epoch, metrics on the selection split."""
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -65,80 +67,78 @@ class TrainingState:
     adamw: Sequence[torch.optim.AdamW]
     averages: Sequence[Average]
 
-    def gather(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of all tensors on the CPU, and what JSON can say."""
-        tensors: dict[str, Tensor] = {f"rng/{name}": state for name, state in _torch_streams(self.pack).items()}
-        for k, (outcome, adamw, average) in enumerate(zip(self.outcomes, self.adamw, self.averages, strict=True)):
-            parts: dict[str, dict[str, Tensor]] = {
-                "weights": dict(self.pack.trainable(k)),
-                "buffers": _buffers(self.pack, k),
-                "running": _running(self.pack, k),
-                "adamw": {
-                    f"{i}/{key}": value
-                    for i, moments in adamw.state_dict()["state"].items()
-                    for key, value in moments.items()
-                },
-                "mean": {str(i): average.means[p] for i, p in enumerate(average.parameters) if p in average.means},
-                "best": outcome.state,
-            }
-            tensors[f"{k}/dropout"] = self.pack.dropout[k].get_state()
-            tensors |= {f"{k}/{part}/{name}": t for part, found in parts.items() for name, t in found.items()}
+    def gather(self, k: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of all tensors of member `k` on the CPU, and what JSON can say."""
+        pack, outcome, adamw, average = self.pack, self.outcomes[k], self.adamw[k], self.averages[k]
+        parts: dict[str, dict[str, Tensor]] = {
+            "rng": _torch_streams(pack),
+            "weights": dict(pack.trainable(k)),
+            "buffers": _buffers(pack, k),
+            "running": _running(pack, k),
+            "adamw": {
+                f"{i}/{key}": value
+                for i, moments in adamw.state_dict()["state"].items()
+                for key, value in moments.items()
+            },
+            "mean": {str(i): average.means[p] for i, p in enumerate(average.parameters) if p in average.means},
+            "best": outcome.state,
+        }
+        tensors = {"dropout": pack.dropout[k].get_state()}
+        tensors |= {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         facts = {
-            "outcomes": [
-                {key: value for key, value in vars(outcome).items() if key != "state"} for outcome in self.outcomes
-            ],
-            "averaged": [average.steps for average in self.averages],
-            "ranks": self.pack.given_ranks,
-            "room": self.pack.room,
+            "outcome": {key: value for key, value in vars(outcome).items() if key not in ("state", "error")},
+            "averaged": average.steps,
+            "ranks": pack.given_ranks[k],
+            "room": pack.room,
         }
         return copies, facts
 
     @torch.no_grad()
-    def put_back(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: the pack has its settings and given ranks, everything else comes from it.
+    def put_back(self, k: int, checkpoint: Checkpoint) -> None:
+        """Let member `k` go on from a checkpoint: it has its settings and given ranks, all else comes from there.
 
         Raises:
             UserError: the tensors are not those of this training.
         """
         with refusing_strangers():
-            self._put_back(checkpoint)
+            self._put_back(k, checkpoint)
 
-    def _put_back(self, checkpoint: Checkpoint) -> None:
-        tensors = dict(checkpoint.tensors)
-        self.pack.room = dict(checkpoint.facts.get("room", {}))
-        _need(all(type(pairs) is int and pairs >= 1 for pairs in self.pack.room.values()), "room")
-        device = self.pack.backbone.device
-        for k in range(self.pack.size):
-            parameters = dict(self.pack.trainable(k))
-            _copy(tensors, f"{k}/weights/", parameters)
-            for name, update in self.pack.updates[k].items():
-                update.put_back_running(_taken(tensors, f"{k}/running/{name}/"))
-            _copy(tensors, f"{k}/buffers/", _buffers(self.pack, k))
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in _taken(tensors, f"{k}/adamw/").items():
-                i, _, name = key.partition("/")
-                moments.setdefault(int(i), {})[name] = tensor
-            optimized = [p for group in self.adamw[k].param_groups for p in group["params"]]
-            for number, found in moments.items():
-                shape = optimized[number].shape
-                shapes = {name: tensor.shape for name, tensor in found.items()}
-                _need(shapes == {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, f"{k}/adamw/{number}")
-            self.adamw[k].load_state_dict({**self.adamw[k].state_dict(), "state": moments})
-            average, means = self.averages[k], _taken(tensors, f"{k}/mean/")
-            average.steps = checkpoint.facts["averaged"][k]
-            _need(len(means) == (len(parameters) if average.steps > 0 else 0), f"{k}/mean")
-            average.means = {average.parameters[int(i)]: mean.to(device) for i, mean in means.items()}
-            _need(all(m.shape == p.shape and m.dtype == torch.float32 for p, m in average.means.items()), f"{k}/mean")
-            best = _taken(tensors, f"{k}/best/")
-            own = {name: p.shape for name, p in parameters.items()} if best else {}
-            _need({name: tensor.shape for name, tensor in best.items()} == own, f"{k}/best")
-            self.outcomes[k] = outcome = Outcome(**checkpoint.facts["outcomes"][k], state=best)
-            for name, kinds in _KINDS.items():
-                _need(isinstance(getattr(outcome, name), kinds), f"the outcome's {name}")
-            if outcome.best is not None:
-                _need(math.isfinite(outcome.best["metrics"]["mcc"]), "the best evaluation")
-            self.pack.dropout[k].set_state(tensors.pop(f"{k}/dropout"))
+    def _put_back(self, k: int, checkpoint: Checkpoint) -> None:
+        pack, tensors = self.pack, dict(checkpoint.tensors)
+        device = pack.backbone.device
+        room = dict(checkpoint.facts.get("room", {}))
+        _need(all(type(pairs) is int and pairs >= 1 for pairs in room.values()), "room")
+        pack.room |= room
+        parameters = dict(pack.trainable(k))
+        _copy(tensors, "weights/", parameters)
+        for name, update in pack.updates[k].items():
+            update.put_back_running(_taken(tensors, f"running/{name}/"))
+        _copy(tensors, "buffers/", _buffers(pack, k))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _taken(tensors, "adamw/").items():
+            i, _, name = key.partition("/")
+            moments.setdefault(int(i), {})[name] = tensor
+        optimized = [p for group in self.adamw[k].param_groups for p in group["params"]]
+        for number, found in moments.items():
+            shape = optimized[number].shape
+            shapes = {name: tensor.shape for name, tensor in found.items()}
+            _need(shapes == {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, f"adamw/{number}")
+        self.adamw[k].load_state_dict({**self.adamw[k].state_dict(), "state": moments})
+        average, means = self.averages[k], _taken(tensors, "mean/")
+        average.steps = checkpoint.facts["averaged"]
+        _need(len(means) == (len(parameters) if average.steps > 0 else 0), "mean")
+        average.means = {average.parameters[int(i)]: mean.to(device) for i, mean in means.items()}
+        _need(all(m.shape == p.shape and m.dtype == torch.float32 for p, m in average.means.items()), "mean")
+        best = _taken(tensors, "best/")
+        own = {name: p.shape for name, p in parameters.items()} if best else {}
+        _need({name: tensor.shape for name, tensor in best.items()} == own, "best")
+        self.outcomes[k] = outcome = Outcome(**checkpoint.facts["outcome"], state=best)
+        for name, kinds in _KINDS.items():
+            _need(isinstance(getattr(outcome, name), kinds), f"the outcome's {name}")
+        if outcome.best is not None:
+            _need(math.isfinite(outcome.best["metrics"]["mcc"]), "the best evaluation")
+        pack.dropout[k].set_state(tensors.pop("dropout"))
         torch.set_rng_state(tensors.pop("rng/cpu"))
         if "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors.pop("rng/cuda"), device)
@@ -159,6 +159,22 @@ def refusing_strangers() -> Iterator[None]:
 def _need(holds: bool, what: str) -> None:
     if not holds:
         raise UserError(f"the checkpoint is of another training: {what} does not fit")
+
+
+@contextmanager
+def contained(outcome: Outcome) -> Iterator[None]:
+    """What goes wrong within is the end of this member, and of nobody else."""
+    try:
+        yield
+    except Exception as error:
+        outcome.status = "diverged" if isinstance(error, DivergedError) else "failed"
+        outcome.error = error
+
+
+def diverge(outcome: Outcome, step: int, what: str) -> None:
+    """The member's numbers ceased to be finite at this step."""
+    outcome.status = "diverged"
+    outcome.error = DivergedError(f"step {step}: {what}; the learning rate may be too high (optimizer.lr)")
 
 
 def _torch_streams(pack: Pack) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from lora_bench.adapters.pack import Member, MemberHeads, Pack
 from lora_bench.config import build
 from lora_bench.data import sources
 from lora_bench.data.pairs import TokenTable, tokenize
-from lora_bench.train import Experiment
+from lora_bench.experiment import Experiment
 from lora_bench.training.loop import fit, prepare
 from tests.backbones.tools import FORMS, make, reference
 from tests.helpers import SMALL_TOY, composed

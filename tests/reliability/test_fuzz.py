@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
-from lora_bench import train
+from lora_bench import experiment, train
 from lora_bench.adapters import peft_format
 from lora_bench.config import build
 from lora_bench.errors import UserError
@@ -83,7 +83,7 @@ def done_or_refused(*arguments: str) -> None:
 
 def test_random_overrides_are_taken_or_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole command, up to the experiment built; it is not trained."""
-    monkeypatch.setattr(train, "train", lambda cfg, folder, **_: train.Experiment.build(cfg))
+    monkeypatch.setattr(train, "train", lambda job, **_: experiment.Experiment.build(job.cfg))
     compose_files_once(monkeypatch)
 
     @given(strings)
@@ -124,7 +124,7 @@ def test_random_data_files_are_read_or_refused(in_tmp: Path) -> None:
             old.unlink()
         Path("train" + ending).write_bytes(content)
         try:
-            splits, described = train.load_splits(asked[size])
+            splits, described = experiment.load_splits(asked[size])
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017
             return

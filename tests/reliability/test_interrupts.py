@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_bench import train as story
+from lora_bench.recording import Recorder
 from lora_bench.training import loop
 from tests.adapters.tools import assert_close
 from tests.command_line import files_below, lora_bench, refused, toy_run
@@ -54,22 +55,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    class Watcher(WATCHER):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            told = self.stepped
+    def stepped(recorder: Recorder, number: int, losses: Any, pairs: int) -> None:
+        STEPPED(recorder, number, losses, pairs)
+        if number == step:
+            action()
 
-            def stepped(number: int, losses: Any, pairs: int) -> None:
-                told(number, losses, pairs)
-                if number == step:
-                    action()
-
-            self.stepped = stepped
-
-    monkeypatch.setattr(story, "_Watcher", Watcher)
+    monkeypatch.setattr(Recorder, "stepped", stepped)
 
 
-WATCHER = story._Watcher
+STEPPED = Recorder.stepped
 
 
 def signalled(number: int) -> Callable[..., None]:

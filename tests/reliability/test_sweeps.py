@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from lora_bench import train
+from lora_bench import packing, train
 from tests.command_line import lora_bench, refused, toy_run
 
-SWEEP = toy_run("hydra.sweep.dir=sweep")
+PACKED = toy_run("hydra.sweep.dir=sweep")
+SWEEP = [*PACKED, "pack.size=1"]
 
 
 def statuses(folder: str = "sweep") -> dict[str, str]:
@@ -26,27 +27,29 @@ def statuses(folder: str = "sweep") -> dict[str, str]:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that a training really began in."""
-    original, folders = train.train, []
+    original, folders = train.train_pack, []
 
-    def noting(cfg: Any, folder: Path, **keywords: Any) -> None:
-        folders.append(folder.name)
-        original(cfg, folder, **keywords)
+    def noting(jobs: Any, **keywords: Any) -> Any:
+        folders.extend(job.folder.name for job in jobs)
+        return original(jobs, **keywords)
 
-    monkeypatch.setattr(train, "train", noting)
+    monkeypatch.setattr(packing, "train_pack", noting)
     return folders
 
 
 @pytest.mark.reliability(29)
-def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attach = train.attach
+@pytest.mark.parametrize("size", ["null", "1"])
+def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    prepare = train.prepare
 
-    def sometimes(experiment: Any, *arguments: Any) -> Any:
-        if experiment.seed in (1, 3):
-            raise RuntimeError(f"cable {experiment.seed}")
-        return attach(experiment, *arguments)
+    def sometimes(pack: Any, trainer: Any, table: Any, members: list[int]) -> None:
+        seed = pack.members[members[0]].seed
+        if seed in (1, 3):
+            raise RuntimeError(f"cable {seed}")
+        prepare(pack, trainer, table, members)
 
-    monkeypatch.setattr(train, "attach", sometimes)
-    answer = lora_bench("train", "-m", *SWEEP, "seed=range(5)")
+    monkeypatch.setattr(train, "prepare", sometimes)
+    answer = lora_bench("train", "-m", *PACKED, f"pack.size={size}", "seed=range(5)")
     assert answer.code == 1
     assert answer.err == "lora-bench: 2 of 5 jobs failed\n"
     assert statuses() == {"0": "done", "1": "failed", "2": "done", "3": "failed", "4": "done"}
@@ -70,11 +73,14 @@ main(sys.argv[1:])
 
 
 @pytest.mark.reliability(30)
-def test_30_a_killed_sweep_says_which_job_was_killed_and_runs_the_rest(in_tmp: Path) -> None:
+@pytest.mark.parametrize("size", ["null", "1"])
+def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp: Path, size: str) -> None:
     asked = toy_run("hydra.sweep.dir=sweep", "trainer.max_steps=4", "trainer.checkpoint_every=2", "seed=0,1,2")
+    asked += [f"pack.size={size}"]
     killed = subprocess.run([sys.executable, "-c", KILLED, "train", "-m", *asked], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert statuses() == {"0": "running"}
+    begun = ["0"] if size == "1" else ["0", "1", "2"]
+    assert statuses() == dict.fromkeys(begun, "running")
     assert "killed: sweep/0" in lora_bench("compare", "sweep").out
     answer = lora_bench("train", "-m", "resume=sweep")
     assert answer.code == 0, answer

@@ -148,16 +148,16 @@ def test_training_goes_on_bit_for_bit(case: str, killed: int, average: float, tm
         return outcomes, [made.state(k) for k in range(made.size)]
 
     expected, weights = run(make())
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints = [Checkpoints(tmp_path / str(k)) for k in range(len(CASES[case]))]
     with pytest.raises(KilledError):
         run(make(), checkpoints=checkpoints, watcher=Killer(killed))
-    begun = checkpoints.newest()
-    assert begun is not None
-    assert begun.step == (killed - 1) // 2 * 2
+    begun = [each.newest() for each in checkpoints]
     again = make()
-    for k, ranks in enumerate(begun.facts["ranks"]):
-        if ranks:
-            again.set_ranks(k, ranks)
+    for k, checkpoint in enumerate(begun):
+        assert checkpoint is not None
+        assert checkpoint.step == (killed - 1) // 2 * 2
+        if checkpoint.facts["ranks"]:
+            again.set_ranks(k, checkpoint.facts["ranks"])
     outcomes, found = run(again, begun=begun)
     for one, other in zip(weights, found, strict=True):
         assert_close(one, other, atol=0)
@@ -178,12 +178,12 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         fit(made, [optimizer()], trainer(4, checkpoint_every=2), *tables(made.backbone), **options)
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    run(("lora", "rank=2"), checkpoints=checkpoints)
+    run(("lora", "rank=2"), checkpoints=[checkpoints])
     begun = checkpoints.newest()
     assert begun is not None
     for other in (("lora", "rank=3"), ("lora", "rank=2", "target_modules=qv"), ("adalora", "rank=2")):
         with pytest.raises(UserError, match="the checkpoint"):
-            run(other, begun=begun)
+            run(other, begun=[begun])
 
 
 def test_state_is_json_and_safetensors_alone(tmp_path: Path) -> None:

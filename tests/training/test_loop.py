@@ -75,7 +75,7 @@ class Recorder:
 
     def stepped(self, step: int, losses: Any, pairs: int) -> None:
         assert step == len(self.losses) + 1
-        self.losses.append(list(losses))
+        self.losses.append(list(losses.values()))
         self.pairs.append(pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ def test_it_looks_once_an_epoch_unless_told_otherwise(backbone: Make) -> None:
 
 def test_flops_are_summed_over_the_batches_that_were_run(backbone: Make) -> None:
     model = FlopModel((1.0, 10.0, 0.0, 0.0))  # one a step and ten a pair
-    (outcome,) = run(packed(backbone(), spy()), chosen=trainer(epochs=2), rows=20, flop_model=model)
+    (outcome,) = run(packed(backbone(), spy()), chosen=trainer(epochs=2), rows=20, flop_models=[model])
     assert outcome.flops == 6 + 10 * 40
 
 
@@ -454,8 +454,8 @@ def test_what_is_not_finite_stops_that_member_alone(
     pack = packed(backbone(), spy(), adapter())
     fine, broken = run(pack, chosen=chosen)
     assert (broken.status, broken.steps) == ("diverged", steps)
-    assert broken.error.startswith(words)
-    assert "optimizer.lr" in broken.error
+    assert str(broken.error).startswith(words)
+    assert "optimizer.lr" in str(broken.error)
     assert (fine.status, fine.steps, fine.error) == ("done", 6, None)
     assert_close(pack.state(0), alone.state(0), 1e-4)
     assert all(torch.isfinite(tensor).all() for tensor in pack.state(0).values())

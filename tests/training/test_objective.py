@@ -21,7 +21,8 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.errors import UserError
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.train import Experiment
+from lora_bench.experiment import Experiment
+from lora_bench.job import Job
 from lora_bench.training.loop import fit, predict
 from lora_bench.training.objective import check_columns, cross_entropy, make_objective, order_consistency
 from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, trainer
@@ -60,7 +61,7 @@ class Losses:
         self.pairs: list[int] = []
 
     def stepped(self, step: int, losses: Any, pairs: int) -> None:
-        self.seen.append(list(losses))
+        self.seen.append(list(losses.values()))
         self.pairs.append(pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
@@ -90,7 +91,16 @@ def learn(
     watcher = Losses()
     one_a_step_ten_a_row = FlopModel((1.0, 10.0, 0.0, 0.0))
     rates = rates or [optimizer(eps=1e-3)] * made.size
-    outcomes = fit(made, rates, settings, train, as_is, swapped=other, flop_model=one_a_step_ten_a_row, watcher=watcher)
+    outcomes = fit(
+        made,
+        rates,
+        settings,
+        train,
+        as_is,
+        swapped=other,
+        flop_models=[one_a_step_ten_a_row] * made.size,
+        watcher=watcher,
+    )
     return outcomes, watcher
 
 
@@ -312,8 +322,8 @@ def test_the_shorter_order_is_padded_to_the_longer(monkeypatch: pytest.MonkeyPat
     made = pack("bert", (adapter("lora"), 0))
     as_is, swapped = simple_table([4] * 8, 5), simple_table([4] * 7 + [9], 5)
     shapes = []
-    forward = made.forward
-    monkeypatch.setattr(made, "forward", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or forward(batch))
+    prefix = made.prefix
+    monkeypatch.setattr(made, "prefix", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or prefix(batch))
     fit(made, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, swapped=swapped)
     assert shapes[:2] == [(8, 9), (8, 9)]  # one bucket, and the longest row is in it
 
@@ -355,7 +365,7 @@ def test_single_sentences_are_refused_in_one_sentence() -> None:
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     console, cfg = Console(file=io.StringIO()), composed(*overrides)
-    story.train(cfg, folder, choices={"model": "m", "adapter": "a", "data": "d"}, overrides=[], console=console)
+    story.train(Job(cfg, folder, {"model": "m", "adapter": "a", "data": "d"}, []), console=console)
     return record.read(folder)
 
 

@@ -20,18 +20,18 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), R
 
 
 def short_of_memory(pack: Any, pairs: int, error: Exception, *, halfway: bool = False) -> Callable[[], int]:
-    """Let every forward pass of more pairs (of all members) fail, at its end; returns how many did."""
-    forward, failed = pack.forward, 0
+    """Let every pass of more pairs of a member through the adapted layers fail, at its end; returns how many did."""
+    suffix, failed = pack.suffix, 0
 
-    def limited(batch: Any) -> torch.Tensor:
+    def limited(hidden: Any, batch: Any, members: list[int]) -> torch.Tensor:
         nonlocal failed
-        logits = forward(batch)  # dropout has been drawn
-        if len(batch.input_ids) > pairs:
+        logits = suffix(hidden, batch, members)  # dropout has been drawn
+        if batch.pairs > pairs:
             failed += 1
             raise error
         return logits  # type: ignore[no-any-return]
 
-    pack.forward = limited
+    pack.suffix = limited
     return lambda: failed
 
 
@@ -53,14 +53,14 @@ def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:
     asked = packed(backbone(), spy(dropout=0.5))
     run(asked, chosen=trainer(micro_batch_size=2, max_steps=1))
     halved = packed(backbone(), spy(dropout=0.5))
-    forward, calls = halved.forward, iter(range(99))
+    suffix, calls = halved.suffix, iter(range(99))
 
-    def limited(batch: Any) -> torch.Tensor:
+    def limited(hidden: Any, batch: Any, members: list[int]) -> torch.Tensor:
         if next(calls) == 1:
             raise OUT_OF_MEMORY[0]
-        return forward(batch)  # type: ignore[no-any-return]
+        return suffix(hidden, batch, members)  # type: ignore[no-any-return]
 
-    halved.forward = limited  # type: ignore[method-assign]
+    halved.suffix = limited  # type: ignore[method-assign]
     run(halved, chosen=trainer(micro_batch_size=4, max_steps=1))
     assert halved.room == {"training": 2}
     assert_close(halved.state(0), asked.state(0), 0.0)
@@ -81,11 +81,12 @@ def test_full_fine_tuning_draws_its_dropout_again(backbone: Make) -> None:
     assert_close(*states, 0.0)
 
 
-def test_members_share_the_room(backbone: Make) -> None:
+def test_members_have_the_room_of_one(backbone: Make) -> None:
+    """On a CPU they pass the adapted layers one after another."""
     pack = packed(backbone(), spy(), spy())
     short_of_memory(pack, 4, OUT_OF_MEMORY[0])
     run(pack, chosen=trainer(max_steps=2))
-    assert pack.room == {"training": 2, "evaluation": 3}  # of each member, who share the rows that are scored
+    assert pack.room == {"training": 4, "evaluation": 3}
 
 
 def test_at_one_pair_it_gives_up_and_says_what_to_do(backbone: Make) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.train import Experiment, load_splits, swapped_table
+from lora_bench.experiment import Experiment, load_splits, swapped_table
 from lora_bench.training import probe
 from lora_bench.training.loop import fit
 from lora_bench.training.probe import Estimate, estimate, probe_step
@@ -60,13 +60,13 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     experiment = experiment_of(*chosen, "trainer.batch_size=9", "data.train_size=108")
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     tables = tables_of(experiment, pack)
-    swapped = swapped_table(experiment, load_splits(experiment.data)[0]["train"], pack)
+    swapped = swapped_table(experiment, load_splits(experiment.data)[0]["train"], pack.backbone)
     assert (swapped is None) == (objective == "cross_entropy")
     expected = estimate(pack, experiment.trainer, tables["train"])
     model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
     train, selection = tables["train"], tables["selection"]
     given = (pack, [experiment.optimizer], experiment.trainer, train, selection)
-    (outcome,) = fit(*given, swapped=swapped, flop_model=model)
+    (outcome,) = fit(*given, swapped=swapped, flop_models=[model])
     assert expected.steps == outcome.steps == {"2": 24, "0.5": 6}[epochs]
     assert expected.train_flops == pytest.approx(outcome.flops, rel=1e-6 if epochs == "2" else 0.1)
     params = pack.count_parameters(0)

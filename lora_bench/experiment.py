@@ -1,0 +1,170 @@
+"""The settings of a run, typed and checked, and what runs have in common that train on one backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_bench import config
+from lora_bench.adapters import Adapter, method_class
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.data import sources
+from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.errors import UserError, nearest
+from lora_bench.evaluation.metrics import check_metrics
+from lora_bench.tracking.choices import build_trackers
+from lora_bench.training.memory import keep_freed_memory
+from lora_bench.training.objective import check_columns, make_objective
+from lora_bench.training.precision import resolve_device, resolve_precision
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lora_bench.backbones.base import Backbone
+    from lora_bench.data.examples import Examples
+    from lora_bench.tracking.base import Tracker
+
+_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "tracking", "seed", "resume", "dry_run")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All settings of one run, typed and checked."""
+
+    model: config.Model
+    adapter: Adapter
+    data: config.Data
+    optimizer: config.Optimizer
+    trainer: config.Trainer
+    pack: config.Packing
+    metrics: dict[str, config.Metric]
+    trackers: dict[str, Tracker]
+    seed: int
+
+    @property
+    def identity(self) -> str:
+        """Equal for runs that would be the same: all that decides what is learned, and not how it is computed."""
+        return repr((self.model, self.adapter, self.data, self.optimizer, self.trainer, self.metrics, self.seed))
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> Experiment:
+        """From the composed config; refuses what is out of range, naming the key."""
+        for name in cfg:
+            config.need(name in _KEYS, str(name), None, "is not a known key", nearest(str(name), _KEYS))
+        config.need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
+        config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
+        metrics = config.build_metrics(cfg.metric)
+        check_metrics(metrics)
+        made = cls(
+            data=config.build_data(cfg.data),  # first: T5 takes its label words from it
+            model=config.build_model(cfg.model),
+            adapter=config.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
+            optimizer=config.build(config.Optimizer, cfg.optimizer, "optimizer"),
+            trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
+            pack=config.build(config.Packing, cfg.pack, "pack"),
+            metrics=metrics,
+            trackers=build_trackers(cfg.get("tracking")),
+            seed=cfg.seed,
+        )
+        check_columns(made.trainer, made.data.text_columns)
+        return made
+
+
+@dataclass(frozen=True)
+class Common:
+    """What runs have in common that may be packed: the backbone, and the pairs as its tokens."""
+
+    backbone: Backbone
+    backbone_sha256: str
+    """Of its weights as they were loaded."""
+    tables: dict[str, TokenTable]
+    """`train`, `selection`, and every split to report."""
+    swapped: TokenTable | None
+    """The training pairs with their texts exchanged, where the objective asks for both orders."""
+    described: dict[str, Any]
+    """What records say of the data."""
+
+    @property
+    def reported(self) -> list[str]:
+        """The splits that are scored once, at the end."""
+        return [name for name in self.tables if name not in ("train", "selection")]
+
+    @classmethod
+    def load(cls, experiment: Experiment) -> Common:
+        """What the experiment shares with others.
+
+        Raises:
+            UserError: data or backbone cannot be had, or do not fit one another.
+        """
+        data, trainer = experiment.data, experiment.trainer
+        keep_freed_memory()
+        if trainer.threads:
+            torch.set_num_threads(trainer.threads)
+        splits, described = load_splits(data)
+        device = resolve_device(trainer.device)
+        backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
+        tables = {name: tokenize(split, data.text_columns, backbone, data.max_length) for name, split in splits.items()}
+        described["truncated"] = {name: table.truncated for name, table in tables.items()}
+        return cls(backbone, sha256, tables, swapped_table(experiment, splits["train"], backbone), described)
+
+
+def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
+    """Train, selection and every labelled split to report, and what the record says of them.
+
+    Raises:
+        UserError: the source has no train split, or no labelled split to report.
+    """
+    found = sources.load(data)
+    if "train" not in found:
+        raise UserError(
+            "there is no train split",
+            key="data",
+            remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
+        )
+    reported = sources.reported(found)
+    if not reported:
+        raise UserError(
+            "there is no labelled split to report on",
+            key="data",
+            remedy="Add a validation file: scores on the training pairs say nothing.",
+        )
+    train, selection = sources.carve(found["train"], data)
+    splits = {"train": train, "selection": selection, **reported}
+    described = {
+        "source": data.source,
+        "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
+        **sources.examine(splits),
+    }
+    return splits, described
+
+
+def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
+    """The frozen backbone on its device, and its hash as it was loaded."""
+    backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
+    backbone.need_room(experiment.data.max_length)
+    sha256 = backbone.hash()
+    backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
+    return backbone, sha256
+
+
+def attach(
+    experiment: Experiment, device: torch.device, dtype: torch.dtype, saved_ranks: dict[str, int] | None = None
+) -> tuple[Pack, str]:
+    """The pack of one on its backbone, and the backbone's hash as it was loaded.
+
+    Args:
+        saved_ranks: rank by module where a saved adapter's tensors are about to be put in.
+    """
+    backbone, sha256 = load_backbone(experiment, device, dtype)
+    return Pack(backbone, [Member(experiment.adapter, experiment.seed, saved_ranks)]), sha256
+
+
+def swapped_table(experiment: Experiment, train: Examples, backbone: Backbone) -> TokenTable | None:
+    """The training pairs with their texts exchanged, where the objective asks for both orders."""
+    data = experiment.data
+    if make_objective(experiment.trainer).orders == 1:
+        return None
+    return tokenize(train, data.text_columns, backbone, data.max_length, swapped=True)

@@ -1,0 +1,177 @@
+"""A sweep's jobs in packs: which may share a backbone, how many at a time, and what runs alone and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.errors import UserError
+from lora_bench.experiment import Common, Experiment
+from lora_bench.record import Run
+from lora_bench.screen import shown
+from lora_bench.tables import human
+from lora_bench.train import train_pack
+from lora_bench.training.checkpoint import Checkpoints
+from lora_bench.training.memory import free_bytes
+from lora_bench.training.probe import saved_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Console
+
+    from lora_bench.job import Job
+
+SHARE_OF_FREE = 0.75
+"""What a pack may take of the memory that is free when it starts."""
+KEPT_PER_PARAMETER = 6 * 4
+"""Bytes of a trained number: itself, its gradient, AdamW's two moments, its best value and its mean, in fp32."""
+TRANSIENT = 1.5
+"""What a step holds at its peak over what it keeps for its backward pass."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs that may share a backbone."""
+
+    jobs: list[Job]
+    alone: str = ""
+    """Why this one job runs alone, where it does."""
+
+
+def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+    """Train the jobs, packed where they may share a backbone.
+
+    Args:
+        jobs: of one sweep, checked.
+        console: where to tell how it goes.
+        ended: called with each job when it has ended, and what ended it before its time.
+    """
+    for group in grouped(jobs):
+        if group.alone:
+            console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}"))
+        try:
+            experiment = Experiment.build(group.jobs[0].cfg)
+            common = Common.load(experiment)
+            packs = _sized(group, common, ended)
+        except Exception as error:
+            for job in group.jobs:
+                ended(job, error)
+            continue
+        for pack in packs:
+            _train(pack, common, console, ended)
+
+
+def grouped(jobs: Sequence[Job]) -> list[Group]:
+    """The jobs by what they must have in common: model, data, trainer, metrics, and the step they go on from."""
+    groups: dict[str, Group] = {}
+    for job in jobs:
+        experiment = Experiment.build(job.cfg)
+        shared = (experiment.model, experiment.data, experiment.trainer, experiment.metrics, experiment.pack)
+        step = 0
+        if job.begun:
+            newest = Checkpoints(job.folder / "checkpoints").newest()
+            step = newest.step if newest else 0
+        alone = ""
+        if experiment.adapter.trains_backbone:
+            alone = f"{experiment.adapter.method} trains the backbone itself"
+        elif experiment.pack.size == 1:
+            alone = "pack.size=1"
+        elif job.cfg.dry_run:
+            alone = "a dry run measures one job"
+        key = repr((shared, step, job.title if alone else ""))
+        groups.setdefault(key, Group([], alone)).jobs.append(job)
+    found = list(groups.values())
+    lonely = "no other job has its model, data and trainer"
+    if len(found) > 1:
+        found = [replace(g, alone=lonely) if len(g.jobs) == 1 and not g.alone else g for g in found]
+    return found
+
+
+def _sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
+    """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here."""
+    settings = Experiment.build(group.jobs[0].cfg).pack
+    fitting, needs, measured = [], [], {}
+    for job in group.jobs:
+        experiment = Experiment.build(job.cfg)
+        kind = repr(experiment.adapter)
+        try:
+            if kind not in measured:
+                measured[kind] = member_bytes(common, experiment)
+        except Exception as error:
+            ended(job, error)
+            continue
+        fitting.append(job)
+        needs.append(measured[kind])
+    bound = settings.memory_bytes or SHARE_OF_FREE * free_bytes(common.backbone.device)
+    packs: list[list[Job]] = []
+    used = 0.0
+    passing = 0.0
+    for job, (kept, step) in zip(fitting, needs, strict=True):
+        # On a CPU members pass the adapted layers one after another.
+        passing = max(passing, step) if common.backbone.device.type == "cpu" else passing + step
+        used += kept
+        if packs and len(packs[-1]) != settings.size and used + passing <= bound:
+            packs[-1].append(job)
+            continue
+        used, passing = kept, step
+        if settings.memory_bytes and used + passing > bound:
+            remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
+            refusal = UserError("is too little for one job", key="pack.memory_bytes", value=int(bound), remedy=remedy)
+            ended(job, refusal)
+            used, passing = math.inf, 0.0  # the next job begins a pack
+            continue
+        packs.append([job])
+    return packs
+
+
+def member_bytes(common: Common, experiment: Experiment) -> tuple[float, float]:
+    """Bytes that one member keeps from step to step, and that a step of it takes besides.
+
+    Raises:
+        UserError: the adapter does not fit the backbone.
+    """
+    try:
+        targets = experiment.adapter.targets(common.backbone)
+    except UserError as error:
+        raise error.under("adapter") from None
+    known = dict.fromkeys(targets, getattr(experiment.adapter, "rank", 0))  # without its start, which may be costly
+    pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed, known)])
+    try:
+        trainer = experiment.trainer
+        pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
+        orders = 1 if common.swapped is None else 2
+        row = saved_bytes(pack, 1, int(common.tables["train"].lengths.max()))
+        kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
+        return kept, TRANSIENT * orders * pairs * row
+    finally:
+        pack.detach()
+
+
+def _train(jobs: list[Job], common: Common, console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+    """One pack; where what its members share fails, its two halves, so that one job's fault is not another's."""
+    if len(jobs) == 1 and jobs[0].title:
+        console.print()
+        console.print(shown(jobs[0].title, style="bold"))
+    try:
+        errors = train_pack(jobs, console=console, common=common, brief=True)
+    except Exception as error:
+        if len(jobs) == 1:
+            ended(jobs[0], error)
+            return
+        console.print(shown(f"{len(jobs)} jobs together failed ({error}); they run in two packs", style="red"))
+        again = [_reopened(job) for job in jobs]
+        middle = len(again) // 2
+        for half in (again[:middle], again[middle:]):
+            _train(half, common, console, ended)
+        return
+    for job, ended_by in zip(jobs, errors, strict=True):
+        ended(job, ended_by)
+
+
+def _reopened(job: Job) -> Job:
+    if job.begun:
+        job.begun.release()
+    return replace(job, begun=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job

@@ -1,0 +1,69 @@
+"""The packed launcher: a sweep's jobs that may share a backbone are trained together, in this process."""
+
+# No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import open_dict
+from rich.console import Console
+
+from lora_bench.job import Job, is_done, titled
+from lora_bench.screen import shown
+
+
+@dataclass
+class PackedLauncherConf:
+    _target_: str = "hydra_plugins.lora_bench_packed.PackedLauncher"
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_bench")
+
+
+class PackedLauncher(BasicLauncher):
+    """Composes all jobs and hands them to `packing`; each return value is what ended the job before its time."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lora_bench import packing  # torch: late
+
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        ended: dict[str, Exception | None] = {}
+
+        def end(job: Job, error: Exception | None) -> None:
+            ended[job.title] = error
+            if error is not None:
+                job.fail(error)
+                console.print(shown(f"{job.title.partition(':')[0]} failed: {error}", style="red"))
+
+        titles, jobs = [], []
+        try:
+            for number, overrides in enumerate(job_overrides, initial_job_idx):
+                titles.append(titled(number, [text for text in overrides if not text.startswith("resume=")]))
+                try:
+                    jobs += self._composed(number, list(overrides), titles[-1])
+                except Exception as error:
+                    ended[titles[-1]] = error
+                    console.print(shown(f"job {number} failed: {error}", style="red"))
+            packing.run(jobs, console, end)
+        finally:
+            for job in jobs:
+                if job.begun:
+                    job.begun.release()
+        return [JobReturn(_return_value=ended.get(title), status=JobStatus.COMPLETED) for title in titles]
+
+    def _composed(self, number: int, overrides: list[str], title: str) -> list[Job]:
+        """The job; none where its run is done."""
+        assert self.hydra_context is not None
+        assert self.config is not None
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(composed):
+            composed.hydra.job.id = composed.hydra.job.num = number
+            HydraConfig.instance().set_config(composed)
+            folder = Path(composed.hydra.sweep.dir, str(composed.hydra.sweep.subdir)).absolute()
+            hydra = composed.pop("hydra")
+        return [] if is_done(composed) else [Job.composed(composed, hydra, folder, title)]

@@ -1,0 +1,98 @@
+"""A sweep's jobs in packs: each as it would be alone, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from lora_bench.adapters.lora import LoRA
+from tests.command_line import lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from lora_bench.adapters.base import Update
+
+ASKED = toy_run("trainer.max_steps=6", "trainer.eval_every=3", "data.train_rows=80")
+RATE, SWEEP = "optimizer.lr=1e-2", "hydra.sweep.dir=sweep"
+
+
+def record(folder: str) -> dict[str, Any]:
+    return json.loads(Path(folder, "run.json").read_text())  # type: ignore[no-any-return]
+
+
+def scores(folder: str) -> list[float]:
+    return pq.read_table(f"{folder}/predictions/validation.parquet")["score"].to_pylist()  # type: ignore[no-any-return]
+
+
+def assert_same(one: str, other: str, tolerance: float) -> None:
+    assert scores(one) == pytest.approx(scores(other), abs=tolerance)
+    assert record(one)["metrics"] == pytest.approx(record(other)["metrics"], abs=tolerance)
+    assert record(one)["selection"] == record(other)["selection"]
+    assert record(one)["params"] == record(other)["params"]
+    assert record(one)["cost"]["train_flops"] == record(other)["cost"]["train_flops"]
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_members_of_unlike_method_rate_and_seed_are_what_they_would_be_alone() -> None:
+    answer = lora_bench("train", "-m", *ASKED, SWEEP, "adapter=lora,dora,pissa", "seed=0,1", "optimizer.lr=1e-3,1e-2")
+    assert answer.code == 0, answer
+    assert "12 jobs on one tiny_bert" in answer.out
+    for number, method, seed, rate in ((0, "lora", 0, "1e-3"), (7, "dora", 1, "1e-2"), (10, "pissa", 1, "1e-3")):
+        chosen = [f"adapter={method}", f"seed={seed}", f"optimizer.lr={rate}"]
+        assert lora_bench("train", *ASKED, *chosen, f"hydra.run.dir=lone{number}").code == 0
+        assert record(f"sweep/{number}")["config"] == record(f"lone{number}")["config"]
+        assert_same(f"sweep/{number}", f"lone{number}", 1e-4)
+        cost = record(f"sweep/{number}")["cost"]
+        assert (cost["pack_size"], cost["train_seconds"], cost["peak_memory_bytes"]) == (12, None, None)
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_one_that_raises_and_one_that_diverges_change_nothing_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lora_bench("train", "-m", *ASKED, RATE, "hydra.sweep.dir=whole", "adapter.rank=2,3,4,5").code == 0
+
+    def break_some(self: LoRA, updates: dict[str, Update], step: int, steps: int) -> None:
+        if self.rank == 3 and step == 2:
+            raise RuntimeError("a cable")
+        if self.rank == 4 and step == 2:
+            next(iter(updates.values())).lora_B.data.fill_(math.nan)
+
+    monkeypatch.setattr(LoRA, "after_step", break_some)
+    answer = lora_bench("train", "-m", *ASKED, RATE, SWEEP, "adapter.rank=2,3,4,5")
+    assert (answer.code, answer.err) == (1, "lora-bench: 2 of 4 jobs failed\n")
+    assert [record(f"sweep/{k}")["status"] for k in range(4)] == ["done", "failed", "diverged", "done"]
+    assert "a cable" in record("sweep/1")["error"]
+    assert "a cable" in Path("sweep/1/run.log").read_text()
+    assert "job 1 failed: a cable" in answer.out
+    assert "job 2 failed: step 3: loss nan is not finite" in answer.out
+    for k in (0, 3):
+        assert_same(f"sweep/{k}", f"whole/{k}", 1e-5)
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_what_cannot_be_packed_runs_alone_and_says_why() -> None:
+    answer = lora_bench("train", "-m", *ASKED, SWEEP, "adapter=lora,full,head_only")
+    assert answer.code == 0, answer
+    assert "job 1 runs alone: full trains the backbone itself" in answer.out
+    assert [record(f"sweep/{k}")["cost"]["pack_size"] for k in range(3)] == [2, 1, 2]
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_packs_are_as_large_as_asked_for() -> None:
+    assert lora_bench("train", "-m", *ASKED, SWEEP, "seed=0,1,2", "pack.size=2").code == 0
+    assert [record(f"sweep/{k}")["cost"]["pack_size"] for k in range(3)] == [2, 2, 1]
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_bound_too_small_for_one_job_is_refused() -> None:
+    answer = lora_bench("train", "-m", *ASKED, SWEEP, "seed=0,1", "pack.memory_bytes=1000")
+    assert answer.code == 2
+    assert "pack.memory_bytes=1000: is too little for one job. It takes about" in answer.out
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_jobs_that_are_the_same_run_are_refused() -> None:
+    assert "two jobs are the same run" in refused("train", "-m", *ASKED, SWEEP, "adapter.rank=2,2")
