@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_bench import cli, experiment, record, train
-from lora_bench.cli import COMMANDS, GROUPS, PROMPT_GROUPS, conf_folder
-from lora_bench.help import choices
+from lora_bench.help import COMMANDS, GROUPS, PROMPT_GROUPS, choices, conf_folder
 from tests.command_line import TOY_RUN, lora_bench, refused
 
 HEAVY = ("torch", "transformers", "scipy", "datasets", "torchmetrics", "pyarrow")
