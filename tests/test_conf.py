@@ -88,6 +88,9 @@ def test_every_option_builds(group: str, option: str) -> None:
         assert option in made.metrics
         assert dataclasses.asdict(made.metrics[option]) == values["metric"][option]
         return
+    if group == "tracking":
+        assert dataclasses.asdict(made.trackers[option]) == values["tracking"][option]
+        return
     part = getattr(made, group)
     assert dataclasses.asdict(part) == values[group]
     assert set(values[group]) == {field.name for field in dataclasses.fields(part)}
