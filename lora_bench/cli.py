@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lora_bench.errors import DivergedError, RunFailedError, SweepFailedError, UserError, nearest
-from lora_bench.job import GROUPS
+from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
 from lora_bench.screen import shown
 from lora_bench.secrets import remember
 
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.hydra_errors import Arguments
-
-COMMANDS = {
-    "train": "train, evaluate and record a run; with -m or sweep=NAME, a sweep",
-    "eval": "score a finished run, or an adapter made by PEFT, on another data set",
-    "predict": "label new pairs with a finished run",
-    "export": "write a finished run as an adapter for PEFT or as a plain Hugging Face model",
-    "compare": "tables over finished runs: what varies, how good, at what cost",
-    "doctor": "versions, devices, precisions, and what is missing here",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,15 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _say(f"{command} failed: {type(error).__name__}: {first[0]} ({_where(error)})", 1)
 
 
-def conf_folder() -> Path:
-    """The configuration groups: beside the package in a clone, inside it in an installed wheel."""
-    found = Path(__file__).parent / "conf"
-    return found if found.is_dir() else Path(__file__).parent.parent / "conf"
-
-
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print(overview())
         return 0
     command, *rest = arguments
     if command == "--version":
@@ -93,7 +78,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         return compare(rest)
     if "-h" in rest or "--help" in rest:
-        print(_help(command))
+        print(help_of(command))
         return 0
     if command == "doctor":
         if rest:
@@ -102,7 +87,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         run_doctor(_console())
         return 0
-    tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export}
+    tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "prompt": _prompt}
     _run_hydra(command, "config" if command == "train" else command, tasks[command], rest)
     return 0
 
@@ -223,6 +208,27 @@ def _export(cfg: DictConfig) -> None:
     run_export(cfg, console=_console())
 
 
+def _prompt(cfg: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from lora_bench.prompt.run import run_prompt
+    from lora_bench.record import discard
+
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    chosen = hydra.runtime.choices
+    choices = {group: chosen[group] for group in PROMPT_GROUPS if isinstance(chosen.get(group), str)}
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    for node, key in ((cfg.data, "path"), (cfg, "predictions")):
+        if node.get(key) and isinstance(node[key], str | int | float):
+            node[key] = os.path.abspath(str(node[key]))
+    try:
+        run_prompt(cfg, folder, choices=choices, overrides=overrides, console=_console())
+    finally:
+        discard(folder)  # unless the run has begun
+
+
 def _console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
@@ -248,52 +254,3 @@ def _tell(text: str) -> None:
 
 def _terminate(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
-
-
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        [
-            "lora-bench: which low-rank adapter is best for a text encoder, at what cost, and is the difference real?",
-            "",
-            "  lora-bench train experiment=quickstart",
-            "  lora-bench train model=roberta adapter.rank=8",
-            "  lora-bench train -m adapter=lora,full 'seed=range(5)'",
-            "  lora-bench compare outputs/",
-            "",
-            "Commands (lora-bench COMMAND --help tells more):",
-            *lines,
-            "",
-            "  --version",
-        ]
-    )
-
-
-def _help(command: str) -> str:
-    conf = conf_folder()
-    lines = [f"lora-bench {command}: {COMMANDS[command]}", ""]
-    if command == "train":
-        lines += [
-            "  lora-bench train [-m] [--cfg job] [group=choice] [key=value] …",
-            "",
-            "  -m              sweep: every combination of the values, as adapter.rank=2,4,8 'seed=range(5)'",
-            "  --cfg job       print the composed config and stop: every key with its value",
-            "  --config-dir D  look for groups' choices in folder D too",
-            "  dry_run=true    build everything, run a few probe steps, print what the run would cost",
-            "",
-            "Groups and their choices:",
-            *(f"  {group}={'|'.join(choices(group))}" for group in GROUPS),
-            "",
-            "Keys: adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, adapter.layers,",
-            "  optimizer.lr, trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size,",
-            "  seed, … (--cfg job lists all)",
-        ]
-    elif command in ("eval", "predict", "export"):
-        lines += [f"  {line}" for line in (conf / f"{command}.yaml").read_text(encoding="utf-8").splitlines()]
-    return "\n".join(lines)
-
-
-def choices(group: str) -> list[str]:
-    """The options of a config group that ship with the package."""
-    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))

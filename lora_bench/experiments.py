@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-GROUPS = ("model", "adapter", "data", "optimizer", "trainer")
+GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
 # What may differ between runs of one experiment: they still belong to one row.
-OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "pack")
+OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "pack", "tracking")
 # What the data turned out to be, from the record; the rest are config keys.
 DATA_FOUND = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 

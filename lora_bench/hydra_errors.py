@@ -40,6 +40,9 @@ class Arguments(argparse.Namespace):
         """Parse the arguments, and refuse what would make Hydra import or call something that one of them names."""
         parsed = _parser().parse_intermixed_args(arguments, cls())
         for override in parsed.overrides:
+            if re.search(r"(^|[.{,])api_?key[=:]", _plain_key(override), re.IGNORECASE):  # its value is not repeated
+                remedy = "Put it into the environment variable that llm.api_key_env names."
+                raise UserError("a key is given in no config and on no command line", key="llm", remedy=remedy)
             if "_target_" in override or _LOADS_CODE.match(override):
                 raise _names_code(override.split("=")[0])
         if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
@@ -60,6 +63,10 @@ class Arguments(argparse.Namespace):
         """Overrides that a later one with another value cancels."""
         last = {_key(override): override for override in self.overrides}
         return [override for override in self.overrides if last[_key(override)] != override]
+
+
+def _plain_key(override: str) -> str:
+    return re.sub(r"[\s'\"]", "", override).lstrip("+~")
 
 
 def _key(override: str) -> str:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_bench.help import GROUPS
 from lora_bench.record import Run, read
-from lora_bench.resume import refuse_difference, refuse_hidden
+from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "experiment", "sweep")
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,14 @@ class Job:
 
 def is_done(cfg: DictConfig) -> bool:
     """Whether nothing is left of the run to go on with; then what a kill after its end left of its checkpoints goes."""
-    done = bool(cfg.resume) and read(Path(cfg.resume))["status"] == "done"
-    if done:
-        shutil.rmtree(Path(cfg.resume) / "checkpoints", ignore_errors=True)
-    return done
+    if not cfg.resume:
+        return False
+    folder = Path(cfg.resume)
+    record = read(folder)
+    refuse_prompted(folder, record)
+    if record["status"] == "done":
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return bool(record["status"] == "done")
 
 
 def titled(number: int, overrides: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.calibration import calibrated
 from lora_bench.experiment import Experiment, attach
+from lora_bench.prompted import is_prompted
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
 
@@ -59,6 +60,8 @@ class FinishedRun:
         """
         path = Path(folder)
         found = record.read(path)
+        if is_prompted(found):
+            raise UserError("is a run of lora-bench prompt, which leaves no model", key="run", value=folder)
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key="run", value=folder)
         experiment = Experiment.build(OmegaConf.create(found["config"]))

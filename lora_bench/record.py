@@ -27,6 +27,7 @@ import yaml
 from lora_bench import claim
 from lora_bench.disk import dump, plain, why, write, writing
 from lora_bench.errors import DivergedError, RunFailedError, UserError
+from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.secrets import redact
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ LAYOUT: dict[str, type] = {
     "params": dict,
     "cost": dict,
     "targets": dict,
+    "answers": dict,
     "environment": dict,
     "error": str,
 }
@@ -80,14 +82,14 @@ class Run:
         record = plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _refuse_taken(folder)
+            refuse_taken(folder)
             lock = claim.take(folder)
         except (OSError, ValueError) as error:
             raise _unwritable(folder, why(error)) from None
         if lock is None:
             raise UserError("another process is writing it", key="hydra.run.dir", value=folder, remedy=_ANOTHER)
         try:
-            _refuse_taken(folder)
+            refuse_taken(folder)
             write(folder, "run.json", dump(record).encode())
             write(folder, ".hydra/config.yaml", _yaml(record["config"]))
             write(folder, ".hydra/overrides.yaml", _yaml(record["overrides"]))
@@ -319,16 +321,17 @@ def _empty() -> dict[str, Any]:
 _ANOTHER = "Give a folder that is not there yet."
 
 
-def _refuse_taken(folder: Path) -> None:
+def refuse_taken(folder: Path) -> None:
     """Refuse a folder that holds a run; an empty record is what a process left that was killed as it started."""
     path = folder / "run.json"
     if not path.exists() or (path.is_file() and path.stat().st_size == 0):
         return
     reason, remedy = "already holds a run", _ANOTHER
     with suppress(UserError):
-        if is_killed(folder, read(folder)):
+        if is_killed(folder, found := read(folder)):
             reason = "holds a run whose process was killed"
             remedy = f"Go on with it: lora-bench train resume={folder}. Or give a folder that is not there yet."
+            remedy = f"{_ANOTHER} {ASKS_THE_REST}" if is_prompted(found) else remedy
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
 
 

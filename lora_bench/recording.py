@@ -22,6 +22,7 @@ from lora_bench.evaluation.metrics import score
 from lora_bench.progress import show_result
 from lora_bench.record import Run
 from lora_bench.screen import shown
+from lora_bench.tracking.base import TrackedRun, follow
 from lora_bench.training.loop import predict
 from lora_bench.training.state import contained
 
@@ -95,6 +96,7 @@ class Recorder:
                 "backbone_sha256": common.backbone_sha256,
             },
         )
+        self.runs[member] = follow(run, self.experiments[member].trackers, self.console)
 
     def notes(self) -> list[str]:
         """What the user should know before the members train."""
@@ -107,6 +109,9 @@ class Recorder:
     # -- while they train --
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
+        for member, loss in losses.items():
+            if isinstance(run := self.runs.get(member), TrackedRun):
+                run.stepped(loss)
         if self.display:
             self.display.stepped(step, losses, pairs)
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from lora_bench import sweep
 from lora_bench.errors import UserError
+from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record import find
 from lora_bench.secrets import hides_secret
 
@@ -29,7 +30,9 @@ def place(resume: str, top: Path) -> Path:
     alone = [
         (record["created"] or "", folder)
         for folder, record in runs
-        if record["status"] not in sweep.ENDED and not any(sweep.is_sweep(above) for above in folder.parents)
+        if record["status"] not in sweep.ENDED
+        and not is_prompted(record)
+        and not any(sweep.is_sweep(above) for above in folder.parents)
     ]
     if not sweeps and not alone:
         raise UserError(f"there is no unfinished run below {top}", key="resume", value="last")
@@ -52,6 +55,12 @@ def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
     again = type(arguments).read([])
     again.overrides, again.multirun, again.config_dir = overrides, True, begun.config_dir
     return again
+
+
+def refuse_prompted(folder: Path, record: Mapping[str, Any]) -> None:
+    """A prompted run trains nothing that could be gone on with."""
+    if is_prompted(record):
+        raise UserError("is a run of lora-bench prompt", key="resume", value=folder, remedy=ASKS_THE_REST)
 
 
 def refuse_hidden(folder: Path, asked: Any) -> None:

@@ -65,6 +65,14 @@ def remember(arguments: Iterable[str]) -> None:
     _remembered.extend(sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True))
 
 
+def hide(value: str) -> None:
+    """Note one more value to hide anywhere: a key that was found where no name gives it away."""
+    if len(value) >= _SHORTEST and value not in _remembered:
+        _remembered.append(value)
+        _remembered.sort(key=len, reverse=True)
+        redact.cache_clear()
+
+
 @lru_cache(maxsize=10_000)  # the records of a thousand runs say much the same
 def redact(text: str) -> str:
     """`text` with every secret in it hidden."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,6 +70,8 @@ def train_pack(
         Exception: what ended all of them at once, in what they share.
     """
     experiments = [Experiment.build(job.cfg) for job in jobs]
+    for tracker in chain.from_iterable(experiment.trackers.values() for experiment in experiments):
+        tracker.check()
     trainer = experiments[0].trainer
     common = common or Common.load(experiments[0])
     device, table = common.backbone.device, common.tables["train"]

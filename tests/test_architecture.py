@@ -18,23 +18,29 @@ BASE = {"errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
-    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "hydra_errors", "job", "predict", "record"}
-    | {"resume", "screen", "secrets", "sweep", "train"},
+    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "help", "hydra_errors", "job", "predict", "record"}
+    | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
+    "help": set(),
+    "prompt": BASE
+    | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
+    | {"training"},
+    "prompted": set(),
+    "tracking": BASE | {"record", "screen"},
     "plugin": {"compare", "disk", "errors", "experiment", "hydra_errors", "job", "packing", "resume"}
     | {"screen", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
-    "job": {"record", "resume"},
-    "resume": {"errors", "hydra_errors", "record", "secrets", "sweep"},
+    "job": {"help", "record", "resume"},
+    "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
     | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "besides": BASE | {"data", "evaluation"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "evaluation", "experiment", "record", "training"},
+    "predict": BASE | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "training"},
     "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
     "recording": {"environment", "errors", "adapters", "backbones", "besides", "data", "evaluation", "progress"}
-    | {"record", "screen", "training"},
-    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "training"},
+    | {"record", "screen", "tracking", "training"},
+    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors"},
@@ -44,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
-    "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "record"}
-    | {"report", "tables"},
+    "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "prompted"}
+    | {"", "record", "report", "tables"},
     "report": {"comparison", "disk", "experiments", "predictions", "tables"},
     "baseline": {"comparison", "errors", "tables"},
     "comparison": {"experiments", "predictions", "stats", "tables"},
@@ -55,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "predictions": {"stats"},
     "stats": set(),
     "figures": {"disk"},
-    "record": {"", "claim", "disk", "errors", "secrets"},
+    "record": {"", "claim", "disk", "errors", "prompted", "secrets"},
     "disk": {"errors", "secrets"},
     "claim": set(),
     "hydra_errors": {"errors"},
@@ -67,8 +73,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LIGHT = ("compare", "job", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors")
 LIGHT += ("hydra_errors", "cli", "config", "anchors", "baseline", "comparison", "costs", "experiments", "figures")
+LIGHT += ("help", "prompted")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-OPEN_CONFIG = {"config", "job", "resume", "experiment", "cli", "hydra_errors", "predict", "evaluate", "plugin"}
+OPEN_CONFIG = {
+    "config",
+    "job",
+    "resume",
+    "experiment",
+    "cli",
+    "hydra_errors",
+    "predict",
+    "prompt",
+    "evaluate",
+    "plugin",
+}
 
 
 def module_of(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_bench import cli, experiment, record, train
-from lora_bench.cli import COMMANDS, GROUPS, choices, conf_folder
+from lora_bench.help import COMMANDS, GROUPS, PROMPT_GROUPS, choices, conf_folder
 from tests.command_line import TOY_RUN, lora_bench, refused
 
 HEAVY = ("torch", "transformers", "scipy", "datasets", "torchmetrics", "pyarrow")
@@ -51,7 +51,7 @@ def test_unknown_command_far_from_all_lists_them(in_tmp: Path) -> None:
 def test_train_help_lists_every_choice_of_every_group() -> None:
     shown = lora_bench("train", "--help").out
     folders = {path.name for path in conf_folder().iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
-    assert folders - {"hydra"} == set(GROUPS)
+    assert folders - {"hydra"} == {*GROUPS, *PROMPT_GROUPS}
     for group in GROUPS:
         options = {path.stem for path in (conf_folder() / group).glob("*.yaml")}
         assert options == set(choices(group))
@@ -59,7 +59,7 @@ def test_train_help_lists_every_choice_of_every_group() -> None:
         assert set(line.strip().removeprefix(f"{group}=").split("|")) == options
 
 
-@pytest.mark.parametrize("command", ["eval", "predict", "export", "compare", "doctor"])
+@pytest.mark.parametrize("command", ["eval", "predict", "export", "prompt", "compare", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     answer = lora_bench(command, "--help")
     assert answer.code == 0

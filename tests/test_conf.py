@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
-from lora_bench.cli import GROUPS, conf_folder, register_with_hydra
+from lora_bench.cli import register_with_hydra
 from lora_bench.experiment import Experiment
+from lora_bench.help import GROUPS, PROMPT_GROUPS, conf_folder
 from lora_bench.hydra_errors import compose
+from lora_bench.prompt.run import Request
 from tests.helpers import composed
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 AT_LEAST = {
-    ".": 4, "adapter": 21, "data": 10, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "pack": 1,
-    "sweep": 2, "trainer": 1,
+    ".": 5, "adapter": 21, "data": 10, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "pack": 1,
+    "prompt": 3, "sweep": 2, "tracking": 2, "trainer": 1,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
 PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experiment", "sweep")]
@@ -61,7 +63,7 @@ def written(value: Any) -> str:
 def test_none_is_overlooked() -> None:
     found = Counter(str(file.parent) for file in FILES)
     assert {group: count for group, count in AT_LEAST.items() if found[group] < count} == {}
-    assert set(found) == {".", "hydra", *GROUPS}
+    assert set(found) == {".", "hydra", *GROUPS, *PROMPT_GROUPS}
     others = {path.name for path in CONF.rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")}
     assert others == {"__init__.py"}
 
@@ -85,6 +87,9 @@ def test_every_option_builds(group: str, option: str) -> None:
     if group == "metric":
         assert option in made.metrics
         assert dataclasses.asdict(made.metrics[option]) == values["metric"][option]
+        return
+    if group == "tracking":
+        assert dataclasses.asdict(made.trackers[option]) == values["tracking"][option]
         return
     part = getattr(made, group)
     assert dataclasses.asdict(part) == values[group]
@@ -123,6 +128,13 @@ def test_sweep_of_baselines_leaves_out_what_cannot_be() -> None:
     expanded = jobs("sweep=baselines", "model=tiny_bert,tiny_t5")
     assert ["adapter=head_only", "model=tiny_t5"] not in [sorted(job) for job in expanded]
     assert len(expanded) == 5
+
+
+@pytest.mark.parametrize("option", [path.stem for path in sorted((CONF / "prompt").glob("*.yaml"))])
+def test_every_prompt_builds(option: str) -> None:
+    made = Request.build(composed(f"prompt={option}", "llm.model=x", "llm.base_url=http://x", name="prompt"))
+    assert made.data.task == "qqp"
+    assert "{" in made.prompt.template
 
 
 @pytest.mark.parametrize("name", ["eval", "predict", "export"])

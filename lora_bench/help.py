@@ -1,0 +1,73 @@
+"""What `--help` prints: the commands, the config groups and their choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+COMMANDS = {
+    "train": "train, evaluate and record a run; with -m or sweep=NAME, a sweep",
+    "eval": "score a finished run, or an adapter made by PEFT, on another data set",
+    "predict": "label new pairs with a finished run",
+    "export": "write a finished run as an adapter for PEFT or as a plain Hugging Face model",
+    "prompt": "a language model behind an OpenAI-compatible server as a baseline; or answers in a file",
+    "compare": "tables over finished runs: what varies, how good, at what cost",
+    "doctor": "versions, devices, precisions, and what is missing here",
+}
+GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "tracking", "experiment", "sweep")
+"""Of `train`, in the order in which they are told."""
+PROMPT_GROUPS = ("data", "prompt", "metric", "tracking")
+
+
+def conf_folder() -> Path:
+    """The configuration groups: beside the package in a clone, inside it in an installed wheel."""
+    found = Path(__file__).parent / "conf"
+    return found if found.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "lora-bench: which low-rank adapter is best for a text encoder, at what cost, and is the difference real?",
+            "",
+            "  lora-bench train experiment=quickstart",
+            "  lora-bench train model=roberta adapter.rank=8",
+            "  lora-bench train -m adapter=lora,full 'seed=range(5)'",
+            "  lora-bench compare outputs/",
+            "",
+            "Commands (lora-bench COMMAND --help tells more):",
+            *lines,
+            "",
+            "  --version",
+        ]
+    )
+
+
+def help_of(command: str) -> str:
+    conf = conf_folder()
+    lines = [f"lora-bench {command}: {COMMANDS[command]}", ""]
+    if command == "train":
+        lines += [
+            "  lora-bench train [-m] [--cfg job] [group=choice] [key=value] …",
+            "",
+            "  -m              sweep: every combination of the values, as adapter.rank=2,4,8 'seed=range(5)'",
+            "  --cfg job       print the composed config and stop: every key with its value",
+            "  --config-dir D  look for groups' choices in folder D too",
+            "  dry_run=true    build everything, run a few probe steps, print what the run would cost",
+            "",
+            "Groups and their choices:",
+            *(f"  {group}={'|'.join(choices(group))}" for group in GROUPS),
+            "",
+            "Keys: adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, adapter.layers,",
+            "  optimizer.lr, trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size,",
+            "  seed, … (--cfg job lists all)",
+        ]
+    elif command in ("eval", "predict", "export", "prompt"):
+        lines += [f"  {line}" for line in (conf / f"{command}.yaml").read_text(encoding="utf-8").splitlines()]
+    return "\n".join(lines)
+
+
+def choices(group: str) -> list[str]:
+    """The options of a config group that ship with the package."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))

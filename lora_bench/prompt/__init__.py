@@ -1,0 +1,1 @@
+"""A prompted language model as a baseline: any OpenAI-compatible server, zero- or few-shot."""

@@ -1,0 +1,49 @@
+"""TensorBoard: event files in the run's own folder, so that `tensorboard --logdir outputs` shows every run there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lora_bench.tracking.base import Following, Tracker, flat
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    from lora_bench.record import Run
+
+FOLDER = "tensorboard"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorBoard(Tracker):
+    """It has nothing to set."""
+
+    package: ClassVar[str] = "tensorboard"
+    extra: ClassVar[str] = "tensorboard"
+
+    def begin(self, run: Run) -> Following:
+        from torch.utils.tensorboard import SummaryWriter  # late: it imports torch and tensorboard
+
+        return _Events(SummaryWriter(run.folder / FOLDER), run)
+
+
+class _Events(Following):
+    def __init__(self, writer: SummaryWriter, run: Run) -> None:
+        self.writer = writer
+        self.run = run
+        self.newest: dict[str, float] = {}
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+        self.newest.update(values)
+
+    def finish(self, status: str, values: Mapping[str, float]) -> None:
+        config = dict(flat(self.run.record["config"]))
+        self.writer.add_hparams(config, {**self.newest, **values}, run_name=".")
+        self.writer.add_text("status", status)
+        self.writer.close()

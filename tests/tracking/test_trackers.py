@@ -1,0 +1,249 @@
+"""Each tracker is told what the record is told, and read back with its own tools."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lora_bench import record
+from lora_bench.errors import UserError
+from lora_bench.record import Run
+from lora_bench.tracking import base
+from lora_bench.tracking.base import Following, Tracker, follow
+from lora_bench.tracking.choices import build_trackers
+from lora_bench.tracking.mlflow import MLflow
+from lora_bench.tracking.tensorboard import TensorBoard
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+CONFIG: dict[str, Any] = {
+    "adapter": {"rank": 8, "dropout": 0.1, "freeze_A": False, "target_modules": ["query", "value"], "alpha": None},
+    "data": {"path": "https://me:horse-battery@host/pairs"},
+    "seed": 3,
+    "metric": {},
+}
+FLAT = {
+    "adapter.rank": 8,
+    "adapter.dropout": 0.1,
+    "adapter.freeze_A": False,
+    "adapter.target_modules": '["query", "value"]',
+    "adapter.alpha": "null",
+    "data.path": "https://***@host/pairs",
+    "seed": 3,
+    "metric": "{}",
+}
+LINES = [
+    {"step": 5, "epoch": 1.0, "split": "selection", "metrics": {"mcc": 0.25, "nll": None}, "seconds": 1.0},
+    {"step": 10, "epoch": 2.0, "split": "selection", "metrics": {"mcc": 0.5, "nll": 0.625}, "seconds": 1.0},
+    {"step": 10, "epoch": 2.0, "split": "validation", "metrics": {"mcc": 0.375}, "seconds": 1.0},
+]
+
+
+def begin(folder: Path, trackers: Mapping[str, Tracker]) -> Run:
+    run = Run.claim(folder, choices={"adapter": "lora"}, config=CONFIG, overrides=[])
+    return follow(run, trackers, Console(highlight=False, soft_wrap=True))
+
+
+def end(run: Run, lines: list[dict[str, Any]] = LINES, status: str = "done") -> None:
+    for line in lines:
+        run.log(line)
+    run.update(cost={"train_seconds": 1.5, "pairs_per_second": None}, params={"adapter": 64})
+    run.finish(status)
+
+
+def test_without_trackers_a_run_is_a_plain_one(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", {})
+    assert type(run) is Run
+    end(run)
+
+
+def test_tensorboard_events(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    end(begin(tmp_path / "run", {"tensorboard": TensorBoard()}))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    scalars = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars["selection/mcc"][:2] == [(5, 0.25), (10, 0.5)]
+    assert scalars["selection/nll"][:1] == [(10, 0.625)]
+    assert scalars["validation/mcc"][:1] == [(10, 0.375)]
+    assert scalars["cost.train_seconds"] == [(0, 1.5)]
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    start = HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info
+    assert {name: value.number_value or value.string_value for name, value in start.hparams.items()} == {
+        **FLAT,
+        "adapter.freeze_A": "",
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return (tmp_path / "store").as_uri()
+
+
+def found_at(store: str) -> list[Any]:
+    import mlflow
+
+    client = mlflow.MlflowClient(store)
+    experiment = client.get_experiment_by_name("mine")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+@pytest.mark.parametrize(
+    ("status", "theirs"),
+    [("done", "FINISHED"), ("failed", "FAILED"), ("diverged", "FAILED"), ("interrupted", "KILLED")],
+)
+def test_mlflow_run(tmp_path: Path, store: str, status: str, theirs: str) -> None:
+    import mlflow
+
+    end(begin(tmp_path / "run", {"mlflow": MLflow(uri=store, experiment="mine")}), status=status)
+    (found,) = found_at(store)
+    assert found.info.status == theirs
+    assert found.info.run_name.endswith("/run")
+    assert found.data.params == {name: str(value) for name, value in FLAT.items()}
+    expected = {"selection/mcc": 0.5, "selection/nll": 0.625, "validation/mcc": 0.375}
+    assert found.data.metrics == expected | {"cost.train_seconds": 1.5, "params.adapter": 64}
+    history = mlflow.MlflowClient(store).get_metric_history(found.info.run_id, "selection/mcc")
+    assert [(each.step, each.value) for each in history] == [(5, 0.25), (10, 0.5)]
+
+
+def test_mlflow_goes_on_with_a_run_that_was_interrupted(tmp_path: Path, store: str) -> None:
+    trackers = {"mlflow": MLflow(uri=store, experiment="mine")}
+    end(begin(tmp_path / "run", trackers), LINES[:1], "interrupted")
+    again = follow(Run.reopen(tmp_path / "run"), trackers, Console())
+    again.rewind(5)
+    end(again, LINES[1:])
+    (found,) = found_at(store)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["validation/mcc"] == 0.375
+
+
+def test_a_server_that_is_away_costs_a_note_and_no_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with socket.socket() as silent:  # takes connections and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        uri = f"http://me:horse-battery@127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        end(begin(tmp_path / "run", {"mlflow": MLflow(uri=uri, experiment="mine")}))
+        assert time.monotonic() - began < 30
+    out = capsys.readouterr().out
+    assert out.startswith("note: tracking=mlflow has stopped: ")
+    assert out.count("\n") == 1
+    assert "horse-battery" not in out
+    assert record.read(tmp_path / "run")["status"] == "done"
+
+
+class Failing(Tracker):
+    """Fails at the moment that it is made for."""
+
+    def __init__(self, moment: str, told: list[str]) -> None:
+        self.moment, self.told = moment, told
+
+    def begin(self, run: Run) -> Following:
+        self._at("begin")
+        return _FailingFollowing(self)
+
+    def _at(self, moment: str) -> None:
+        self.told.append(moment)
+        if moment == self.moment:
+            raise ConnectionError("no\nanswer from sk-abcdefgh12345678")
+
+
+class _FailingFollowing(Following):
+    def __init__(self, owner: Failing) -> None:
+        self.owner = owner
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.owner._at("log")
+
+    def finish(self, status: str, values: Mapping[str, float]) -> None:
+        self.owner._at("finish")
+
+
+@pytest.mark.parametrize(
+    ("moment", "told"),
+    [("begin", ["begin"]), ("log", ["begin", "log"]), ("finish", ["begin", "log", "log", "log", "finish"])],
+)
+def test_a_failure_is_noted_once_and_stops_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], moment: str, told: list[str]
+) -> None:
+    failing: list[str] = []
+    sound: list[str] = []
+    end(begin(tmp_path / "run", {"a": Failing(moment, failing), "b": Failing("never", sound)}))
+    assert failing == told
+    assert sound == ["begin", "log", "log", "log", "finish"]
+    out = capsys.readouterr().out
+    assert out == "note: tracking=a has stopped: no answer from ***. The run goes on; its record is whole.\n"
+    assert record.read(tmp_path / "run")["status"] == "done"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_line_without_a_step_counts_as_the_first(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Steps(_FailingFollowing):
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            steps.append(step)
+
+    run = begin(tmp_path / "run", {})
+    followed = base.TrackedRun(run.folder, run.record, run.lock, {"a": Steps(Failing("never", []))}, None)
+    followed.log({"step": None, "epoch": None, "split": "validation", "metrics": {"mcc": 1.0}})
+    assert steps == [0]
+
+
+# -- what is asked for --
+
+
+def test_choices() -> None:
+    assert build_trackers(None) == {}
+    assert build_trackers(OmegaConf.create({})) == {}
+    node = OmegaConf.create({"mlflow": {"uri": None, "experiment": "mine"}, "tensorboard": {}})
+    assert build_trackers(node) == {"mlflow": MLflow(uri=None, experiment="mine"), "tensorboard": TensorBoard()}
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"mlfow": {}}, "tracking.mlfow: is no tracker. Did you mean mlflow?"),
+        ({"mlflow": {"uri": None, "experiment": "x", "url": "y"}}, "tracking.mlflow.url: is not a known key"),
+        ({"tensorboard": {"folder": "x"}}, "tracking.tensorboard.folder: is not a known key"),
+    ],
+)
+def test_wrong_choices(node: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        build_trackers(OmegaConf.create(node))
+    assert said in str(refusal.value)
+
+
+def test_what_is_missing_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    for tracker in (TensorBoard(), MLflow(uri="http://x", experiment="x")):
+        with pytest.raises(UserError, match=r"pip install 'lora-bench\[(tensorboard|mlflow)\]'"):
+            tracker.check()
+    monkeypatch.setattr(base, "find_spec", importlib.util.find_spec)
+    if importlib.util.find_spec("mlflow"):
+        with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+            MLflow(uri=None, experiment="x").check()
+        MLflow(uri="http://x", experiment="x").check()
