@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_bench.adapters.layer import LowRank
 from lora_bench.adapters.lora_xs import Between
-from lora_bench.cli import choices
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.help import choices
 from lora_bench.training.loop import prepare
 from lora_bench.training.probe import probe_step
 from tests.adapters.tools import adapter, make, pack, tables, trainer
