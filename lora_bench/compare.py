@@ -183,11 +183,13 @@ def _metric_columns(runs: Sequence[Recorded], splits: Sequence[str]) -> dict[str
     """A column for each `split/metric` of run.json; the split is in its header where there is any doubt."""
     columns = {}
     found = sorted({key for run in runs for key in run.record["metrics"]})
+    own = [split for split in splits if ":" not in split]  # the others are of later evaluations on other data
     for i, split in enumerate(splits):
         extra = [key.removeprefix(f"{split}/") for key in found if key.startswith(f"{split}/")]
         extra = [name for name in extra if name not in MAIN_METRICS + OTHER_METRICS and has_column(name)]
-        for name in [*MAIN_METRICS, *extra]:
-            header = f"{split}/{name}" if len(splits) > 1 or split == "selection" else name
+        main = [name for name in MAIN_METRICS if split in own or f"{split}/{name}" in found]
+        for name in [*main, *extra]:
+            header = name if own == [split] and split != "selection" else f"{split}/{name}"
             rank = MAIN_METRICS.index(name) if name in MAIN_METRICS else -1
             directions = {run.keys.get(f"metric.{name}.direction") for run in runs}
             arrow = "↑" if rank >= 0 or "up" in directions else "↓" if "down" in directions else BESIDES.get(name, "")

@@ -21,6 +21,7 @@ PACKAGES = (
     "omegaconf",
     "numpy",
     "pyarrow",
+    "scipy",
     "safetensors",
 )
 

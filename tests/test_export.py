@@ -18,8 +18,8 @@ from lora_bench import export
 from lora_bench.adapters import peft_format, peft_import
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.adapters.peft_config import PeftConfig
-from lora_bench.cli import choices
 from lora_bench.data.toy import generate
+from lora_bench.help import choices
 from lora_bench.job import Job
 from lora_bench.predict import FinishedRun
 from lora_bench.train import train

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from lora_bench.adapters.pack import Pack
 
+CALIBRATED = ("ece", "nll", "brier")
 NAMES = ("accuracy", "f1", "mcc", "precision", "recall", "auroc", "ece", "nll", "brier")
 QUICK = [*SMALL_TOY, "data.max_length=48", "trainer.epochs=2"]
 
@@ -107,7 +108,8 @@ def test_the_folder_is_what_the_design_says(runs: Callable[..., Trained], family
     assert record["choices"] == {"model": family, "adapter": "lora", "data": "toy"}
     assert record["overrides"] == [*QUICK, f"model={family}"]
     assert record["selection"]["metric"] == "mcc"
-    assert set(record["metrics"]) == {f"{split}/{name}" for split in ("selection", "validation") for name in NAMES}
+    named = {f"{split}/{name}" for split in ("selection", "validation") for name in NAMES}
+    assert set(record["metrics"]) == named | {f"validation/calibrated/{name}" for name in CALIBRATED}
 
     params = record["params"]
     assert set(params) == {"adapter", "head", "trainable", "total"}
@@ -150,8 +152,12 @@ def test_the_written_predictions_give_the_written_metrics(runs: Callable[..., Tr
     assert predictions["label"].tolist() == source.labels.tolist()
     values = score(predictions["score"], predictions["label"], {})
     assert {f"validation/{name}": value for name, value in values.items()} == {
-        key: value for key, value in run.record["metrics"].items() if key.startswith("validation/")
+        key: value for key, value in run.record["metrics"].items() if key.startswith("validation/") and "/cal" not in key
     }
+    logits = np.log(predictions["score"] / (1 - predictions["score"])) / run.record["selection"]["temperature"]
+    calibrated = score(1 / (1 + np.exp(-logits)), predictions["label"], {})
+    for name in CALIBRATED:
+        assert run.record["metrics"][f"validation/calibrated/{name}"] == pytest.approx(calibrated[name], abs=1e-6)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -164,7 +170,8 @@ def test_there_is_a_line_per_evaluation(runs: Callable[..., Trained], family: st
     best = max(run.lines[:-1], key=lambda line: line["metrics"]["mcc"])
     last = run.lines[-1]
     assert (last["split"], last["step"], last["epoch"]) == ("validation", best["step"], best["epoch"])
-    assert run.record["selection"] == {"metric": "mcc", "step": best["step"], "epoch": best["epoch"]}
+    chosen = {key: value for key, value in run.record["selection"].items() if key != "temperature"}
+    assert chosen == {"metric": "mcc", "step": best["step"], "epoch": best["epoch"]}
     for line in (best, last):
         for name, value in line["metrics"].items():
             assert run.record["metrics"][f"{line['split']}/{name}"] == value
@@ -293,7 +300,7 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
     monkeypatch.setattr(recording, "predict", counting)
     monkeypatch.setattr(story, "fit", fitting)
     run = trained(tmp_path / "run", *QUICK)
-    assert asked == [12, 12, 40]
+    assert asked == [12, 12, 12, 40]  # the selection split once more, for its temperature
     assert during == [False]
     assert [line["split"] for line in run.lines] == ["selection", "selection", "validation"]
 

@@ -191,8 +191,8 @@ class Losses:
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
 
-    def stepped(self, step: int, losses: list[float], pairs: int) -> None:
-        self.seen.append(list(losses))
+    def stepped(self, step: int, losses: dict[int, float], pairs: int) -> None:
+        self.seen.append(list(losses.values()))
 
     def evaluated(self, member: int, line: dict[str, object]) -> None:
         pass

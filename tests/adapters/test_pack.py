@@ -128,9 +128,9 @@ def seen_rows(made: Any, monkeypatch: pytest.MonkeyPatch, settings: Trainer) -> 
 
 @pytest.mark.parametrize(
     ("seeds", "micro_batch_size", "expected"),
-    [((4, 4), None, [8, 8]), ((4, 5), None, [16, 16]), ((4, 5), 8, [8, 8, 8, 8]), ((4, 4), 6, [3, 3, 2, 3, 3, 2])],
+    [((4, 4), None, [8, 8]), ((4, 5), None, [16, 16]), ((4, 5), 4, [8, 8, 8, 8]), ((4, 4), 3, [3, 3, 2, 3, 3, 2])],
 )
-def test_members_with_one_seed_share_rows_and_a_micro_batch_counts_all_members(
+def test_members_with_one_seed_share_rows_and_a_micro_batch_counts_each_members(
     seeds: tuple[int, int], micro_batch_size: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = pack("bert", *[(adapter("lora"), seed) for seed in seeds])

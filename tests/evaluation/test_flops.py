@@ -2,7 +2,8 @@
 
 By hand, for N rows of T tokens. A linear (in a, out b) costs 2ab per token that goes through it: forward, once more for
 the gradient of its input where something below is trained, and once more where its weight is trained. Attention over T
-tokens costs 4T²D forward and twice that backward. An adapter of rank r adds 2r(a + b) per token forward, as much for
+tokens costs 4T²D forward and twice that backward. BERT's last layer, unless it belongs to the frozen prefix, asks with
+the first token alone: there only keys and values are made of all. An adapter of rank r adds 2r(a + b) per token forward, as much for
 gradients of what it trains and for its input; what is formed of weights alone does not go with tokens.
 """
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from lora_bench.adapters.layer import LowRank
 from lora_bench.adapters.lora_xs import Between
+from lora_bench.backbones.bert import Bert
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.help import choices
 from lora_bench.training.loop import prepare
@@ -60,18 +62,27 @@ def linears(made: Pack, method: Adapter) -> list[Linear]:
                 continue
             full = f"{path}.{name}"
             cross = "EncDecAttention" in full and full.endswith((".k", ".v"))
+            seen = T if cross or not path.startswith("decoder") else 1
+            seen = 1 if asks_once(made, path) and not name.endswith((".key", ".value")) else seen
             reads = name.endswith((".query", ".key", ".value", ".q", ".k", ".v")) and "EncDec" not in name
-            found.append(Linear(full, base, T if cross or not path.startswith("decoder") else 1, not (first and reads)))
+            found.append(Linear(full, base, seen, not (first and reads)))
     if method.trains_backbone:  # the embeddings too
         return [Linear(each.name, each.module, each.tokens, True) for each in found]
     return found
+
+
+def asks_once(made: Pack, path: str) -> bool:
+    """Whether the head sees one position of this layer, and the others are not made."""
+    layers = made.backbone.layers
+    return isinstance(made.backbone, Bert) and path == layers[-1][0] and made.depth < len(layers)
 
 
 def attention(made: Pack) -> int:
     """Scores and sums of values of one row, forward."""
     total = 0
     for path, _ in made.backbone.layers:
-        total += 4 * INNER * (1 + T) if path.startswith("decoder") else 4 * T * T * INNER
+        seen = 1 if asks_once(made, path) else T
+        total += 4 * INNER * (1 + T) if path.startswith("decoder") else 4 * seen * T * INNER
     return total
 
 

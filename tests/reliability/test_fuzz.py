@@ -209,10 +209,10 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
 ) -> None:
     """As somebody would write them on purpose: every hash is right, so only what they hold can tell."""
     state = trained(backbone, method)
-    Checkpoints(Path("checkpoints")).save(7, *state.gather())
+    Checkpoints(Path("checkpoints")).save(7, *state.gather(0))
     folder = Path("checkpoints/step-00000007")
     files = {path: path.read_bytes() for path in folder.iterdir()}
-    state.put_back(checkpoint._read(folder))  # as it is, it fits
+    state.put_back(0, checkpoint._read(folder))  # as it is, it fits
     strange = st.one_of(st.none(), st.integers(-3, 10**30), st.floats(), st.sampled_from(["x", [], {}, [{}], {"0": 1}]))
 
     @given(st.sampled_from(["bytes", "facts", "tensors"]), mutations, st.data())
@@ -250,12 +250,12 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
             assert checkpoints.damaged
             return
         try:
-            state.put_back(found)
+            state.put_back(0, found)
         except UserError as error:
             assert "checkpoint" in str(error)  # noqa: PT017
             return
         step(state)  # what was taken can be trained on
-        state.gather()
+        state.gather(0)
 
     check()
 

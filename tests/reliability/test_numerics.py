@@ -94,7 +94,7 @@ def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.Mon
     assert not Path("run/evaluations").exists()
     monkeypatch.setattr(recording, "predict", nan)  # at the very end of a training
     answer = lora_bench("train", *toy_run("hydra.run.dir=other"))
-    assert (answer.code, record("other")["status"], record("other")["metrics"]) == (1, "diverged", {})
+    assert (answer.code, record("other")["status"], record("other")["metrics"]) == (1, "diverged", {}), answer
 
 
 @pytest.mark.reliability(43)

@@ -210,4 +210,4 @@ def test_one_seed_has_no_verdict(tmp_path: Path) -> None:
     make(tmp_path / "b", "dora", 0, 0.6)
     html = page(summarise([tmp_path]))
     assert "dora leads; whether by chance is not known" in html
-    assert "one seed: chance over seeds is not known" in html
+    assert "one seed, so chance over seeds is not known" in html

@@ -187,7 +187,7 @@ def pull(updates: dict[str, Update]) -> Tensor:
     return torch.stack([update.lora_A.sum() for update in updates.values()]).sum()
 
 
-def test_micro_batches_count_pairs_over_all_members(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_count_the_pairs_of_each_member(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     ask = loop.micro_batches
 
@@ -200,7 +200,7 @@ def test_micro_batches_count_pairs_over_all_members(backbone: Make, monkeypatch:
     pack = packed(backbone(), spy(), spy())
     run(pack, chosen=trainer(micro_batch_size=6, max_steps=1))
     run(pack, chosen=trainer(micro_batch_size=1, max_steps=1))
-    assert sizes == [3, 1]
+    assert sizes == [6, 1]
 
 
 def test_durations() -> None:
