@@ -152,7 +152,9 @@ def test_the_written_predictions_give_the_written_metrics(runs: Callable[..., Tr
     assert predictions["label"].tolist() == source.labels.tolist()
     values = score(predictions["score"], predictions["label"], {})
     assert {f"validation/{name}": value for name, value in values.items()} == {
-        key: value for key, value in run.record["metrics"].items() if key.startswith("validation/") and "/cal" not in key
+        key: value
+        for key, value in run.record["metrics"].items()
+        if key.startswith("validation/") and "/cal" not in key
     }
     logits = np.log(predictions["score"] / (1 - predictions["score"])) / run.record["selection"]["temperature"]
     calibrated = score(1 / (1 + np.exp(-logits)), predictions["label"], {})

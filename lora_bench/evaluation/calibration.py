@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_bench.evaluation.metrics import score
+from lora_bench.evaluation.metrics import need_finite, score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,7 +28,11 @@ def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> f
     Args:
         scores: (N,) P(label 1).
         labels: (N,) 0 or 1.
+
+    Raises:
+        DivergedError: a score is not a finite number.
     """
+    need_finite(scores)
     margins = np.where(labels == 1, 1.0, -1.0) * _logits(scores)  # (N,) above 0 where the answer is right
     low, high = 1 / HOTTEST, 1 / COLDEST
     for _ in range(60):

@@ -55,8 +55,7 @@ def score(
     Raises:
         DivergedError: a score is not a finite number.
     """
-    if not np.isfinite(scores).all():
-        raise DivergedError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite numbers")
+    need_finite(scores)
     predicted = scores >= 0.5
     p, y = torch.from_numpy(scores), torch.from_numpy(labels)
     values = {name: _compute(kind, p, y) for name, kind in _TORCHMETRICS.items()}
@@ -70,6 +69,12 @@ def score(
     for name, metric in extra.items():
         values[name] = _compute(metric.torchmetric, p, y)
     return values
+
+
+def need_finite(scores: NDArray[np.float64]) -> None:
+    """Refuse scores of which one is not a finite number."""
+    if not np.isfinite(scores).all():
+        raise DivergedError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite numbers")
 
 
 def matthews_correlation(predicted: NDArray[np.bool_], labels: NDArray[np.int64]) -> float:
