@@ -214,7 +214,7 @@ class Trainer:
     batch_size: int
     """Pairs per optimizer update."""
     micro_batch_size: int | None
-    """Pairs of each member (in all their orders) per forward pass; gradients add up. null: all, on a CPU what is quick."""
+    """Pairs of each member (in all their orders) per forward pass; gradients add up. null: what is quick."""
     eval_batch_size: int
     """Pairs per forward pass without gradients."""
     eval_every: int | None

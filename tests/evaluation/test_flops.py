@@ -3,8 +3,9 @@
 By hand, for N rows of T tokens. A linear (in a, out b) costs 2ab per token that goes through it: forward, once more for
 the gradient of its input where something below is trained, and once more where its weight is trained. Attention over T
 tokens costs 4T²D forward and twice that backward. BERT's last layer, unless it belongs to the frozen prefix, asks with
-the first token alone: there only keys and values are made of all. An adapter of rank r adds 2r(a + b) per token forward, as much for
-gradients of what it trains and for its input; what is formed of weights alone does not go with tokens.
+the first token alone: there only keys and values are made of all. An adapter of rank r adds 2r(a + b) per token
+forward, as much for gradients of what it trains and for its input; what is formed of weights alone does not go with
+tokens.
 """
 
 from __future__ import annotations
