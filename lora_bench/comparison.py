@@ -75,14 +75,15 @@ def against(table: Table, baseline: Row, rivals: Sequence[Row], split: str, marg
 
     read = _Reader(split)
     pairs = [_paired(table, read, rival, baseline) for rival in rivals]
-    tests = {i: pair.test() for i, pair in enumerate(pairs) if pair.ours}
+    tests = {i: pair.test() for i, pair in enumerate(pairs) if pair.ours and not pair.says_nothing}
     counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
     p_holm = dict(zip(counted, stats.holm([test.p for test in counted.values()]), strict=True))
     p_margin = dict(zip(counted, stats.holm([test.p_beyond(margin) for test in counted.values()]), strict=True))
     level, name, found = ALPHA / max(1, len(counted)), label(table, baseline), []
     for i, pair in enumerate(pairs):
         if i not in tests:
-            found.append(Finding(name, NOT_TESTED, pair.why))
+            alike = "the answers of one side are all alike, in every seed"
+            found.append(Finding(name, NOT_TESTED, alike if pair.ours else pair.why))
             continue
         test = tests[i]
         low, high = test.interval()
@@ -137,6 +138,11 @@ class _Pair:
     """Neither was trained, so there is no chance over seeds to miss."""
     why: str | None = None
     """Why there are none, or fewer than there are seeds."""
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether a side never tells two examples apart: its MCC is 0 by convention, and no spread shows."""
+        return any(all(len(set(each.predicted.tolist())) == 1 for each in side) for side in (self.ours, self.theirs))
 
     def test(self) -> Comparison:
         import numpy as np

@@ -104,6 +104,15 @@ def test_equal_predictions_are_indistinguishable(tmp_path: Path) -> None:
 # -- which row is the baseline --
 
 
+def test_a_row_that_gives_every_example_the_same_answer_has_no_verdict(tmp_path: Path) -> None:
+    sweep(tmp_path, {"full": 0.8})
+    for seed in range(3):
+        make(tmp_path / f"mute{seed}", "lora", seed, np.zeros_like(predicted(0.8, seed)))
+    table = summarise([tmp_path])
+    assert verdicts(table) == {"full": "baseline", "lora": "not tested"}
+    assert "all alike" in finding(table, "lora").why
+
+
 @pytest.mark.parametrize("name", ["dora", "adapter=dora", "FOLDER/dora-1"])
 def test_a_baseline_is_named_by_value_key_or_folder(tmp_path: Path, name: str) -> None:
     sweep(tmp_path, {"full": 0.0, "dora": 2.0})
