@@ -75,15 +75,14 @@ def against(table: Table, baseline: Row, rivals: Sequence[Row], split: str, marg
 
     read = _Reader(split)
     pairs = [_paired(table, read, rival, baseline) for rival in rivals]
-    tests = {i: pair.test() for i, pair in enumerate(pairs) if pair.ours and not pair.says_nothing}
+    tests = {i: pair.test() for i, pair in enumerate(pairs) if pair.ours}
     counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
     p_holm = dict(zip(counted, stats.holm([test.p for test in counted.values()]), strict=True))
     p_margin = dict(zip(counted, stats.holm([test.p_beyond(margin) for test in counted.values()]), strict=True))
     level, name, found = ALPHA / max(1, len(counted)), label(table, baseline), []
     for i, pair in enumerate(pairs):
         if i not in tests:
-            alike = "the answers of one side are all alike, in every seed"
-            found.append(Finding(name, NOT_TESTED, alike if pair.ours else pair.why))
+            found.append(Finding(name, NOT_TESTED, pair.why))
             continue
         test = tests[i]
         low, high = test.interval()
@@ -138,11 +137,6 @@ class _Pair:
     """Neither was trained, so there is no chance over seeds to miss."""
     why: str | None = None
     """Why there are none, or fewer than there are seeds."""
-
-    @property
-    def says_nothing(self) -> bool:
-        """Whether a side never tells two examples apart: its MCC is 0 by convention, and no spread shows."""
-        return any(all(len(set(each.predicted.tolist())) == 1 for each in side) for side in (self.ours, self.theirs))
 
     def test(self) -> Comparison:
         import numpy as np
@@ -211,6 +205,9 @@ def _paired(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
                 whole.append((pair[0], pair[1]))
             else:
                 why = f"predictions of other examples than the baseline: {ours[seed]}"
+    # A side that never tells two examples apart has MCC 0 by convention, and no spread shows.
+    if whole and any(all(each.is_constant for each in side) for side in zip(*whole, strict=True)):
+        return _Pair([], [], all(fixed), "the answers of one side are all alike, in every seed")
     return _Pair([a for a, _ in whole], [b for _, b in whole], all(fixed), why)
 
 

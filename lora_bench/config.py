@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 T = TypeVar("T")
 
@@ -287,6 +290,14 @@ class Metric:
 
 MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
 DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}
+
+
+def check_top(cfg: DictConfig, known: Sequence[str]) -> None:
+    """Refuse keys that a run's config has not, and what is no seed or no dry run."""
+    for name in map(str, cfg):
+        need(name in known, name, None, "is not a known key", nearest(name, known))
+    need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
+    need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 
 
 def build(cls: type[T], node: DictConfig, key: str) -> T:

@@ -100,11 +100,9 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         found |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
     described = {
-        "source": data.source,
         "path": getattr(data, "path", None),
         "choice": data_choice,
-        "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
-        **sources.examine(splits),
+        **sources.describe(data, splits),
         **describe(data, splits, subject.seen),
     }
     name = cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice)

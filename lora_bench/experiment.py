@@ -15,7 +15,7 @@ from lora_bench.besides import describe, perturbations
 from lora_bench.data import sources
 from lora_bench.data.augment import augmentations, training_tables
 from lora_bench.data.pairs import TokenTable, tokenize
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.memory import keep_freed_memory
@@ -54,10 +54,7 @@ class Experiment:
     @classmethod
     def build(cls, cfg: DictConfig) -> Experiment:
         """From the composed config; refuses what is out of range, naming the key."""
-        for name in cfg:
-            config.need(name in _KEYS, str(name), None, "is not a known key", nearest(str(name), _KEYS))
-        config.need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
-        config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
+        config.check_top(cfg, _KEYS)
         metrics = config.build_metrics(cfg.metric)
         check_metrics(metrics)
         made = cls(
@@ -144,13 +141,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
         )
     train, selection = sources.carve(found["train"], data)
     splits = {"train": train, "selection": selection, **reported}
-    described = {
-        "source": data.source,
-        "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
-        **sources.examine(splits),
-        **describe(data, reported, [train, selection]),
-    }
-    return splits, described
+    return splits, {**sources.describe(data, splits), **describe(data, reported, [train, selection])}
 
 
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.disk import plain
@@ -29,6 +30,27 @@ def has_column(name: str) -> bool:
     return "/" not in name or name in BESIDES
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A later look at a finished run (`lora-bench eval`), as it was written."""
+
+    metrics: dict[str, Any]
+    fingerprints: dict[str, Any]
+    """Of each split of its data."""
+
+
+def evaluations(folder: Path) -> dict[str, Evaluation]:
+    """Those of a run by name; what is damaged or of another shape is left out."""
+    found = {}
+    for path in sorted((folder / "evaluations").glob("*.json")):
+        content = None
+        with suppress(OSError, ValueError, RecursionError):
+            content = plain(json.loads(path.read_text(encoding="utf-8")))
+        if isinstance(content, dict) and isinstance(content.get("metrics"), dict):
+            found[path.stem] = Evaluation(content["metrics"], _fingerprints(content))
+    return found
+
+
 def with_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The record with the figures of `lora-bench eval` among its metrics.
 
@@ -37,19 +59,14 @@ def with_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """
     metrics: dict[str, Any] = dict(record["metrics"])
     own = _fingerprints(record)
-    for path in sorted((folder / "evaluations").glob("*.json")):
-        content = None
-        with suppress(OSError, ValueError, RecursionError):
-            content = plain(json.loads(path.read_text(encoding="utf-8")))
-        if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
-            continue
-        theirs = _fingerprints(content)
-        for key, value in content["metrics"].items():
+    for title, evaluation in evaluations(folder).items():
+        theirs = evaluation.fingerprints
+        for key, value in evaluation.metrics.items():
             split, _, name = key.partition("/")
             if split in theirs and theirs[split] == own.get(split):
                 metrics.setdefault(key, value)
             else:
-                metrics[f"{path.stem}:{split}/{name}"] = value
+                metrics[f"{title}:{split}/{name}"] = value
     return {**record, "metrics": metrics}
 
 

@@ -37,6 +37,8 @@ class Group:
     """Jobs that may share a backbone."""
 
     jobs: list[Job]
+    experiments: list[Experiment]
+    """One per job."""
     alone: str = ""
     """Why this one job runs alone, where it does."""
 
@@ -53,8 +55,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         if group.alone:
             console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}"))
         try:
-            experiment = Experiment.build(group.jobs[0].cfg)
-            common = Common.load(experiment)
+            common = Common.load(group.experiments[0])
             packs = _sized(group, common, ended)
         except Exception as error:
             for job in group.jobs:
@@ -82,7 +83,9 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
         elif job.cfg.dry_run:
             alone = "a dry run measures one job"
         key = repr((shared, step, job.title if alone else ""))
-        groups.setdefault(key, Group([], alone)).jobs.append(job)
+        group = groups.setdefault(key, Group([], [], alone))
+        group.jobs.append(job)
+        group.experiments.append(experiment)
     found = list(groups.values())
     lonely = "no other job has its model, data and trainer"
     if len(found) > 1:
@@ -92,10 +95,9 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
 
 def _sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
     """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here."""
-    settings = Experiment.build(group.jobs[0].cfg).pack
+    settings = group.experiments[0].pack
     fitting, needs, measured = [], [], {}
-    for job in group.jobs:
-        experiment = Experiment.build(job.cfg)
+    for job, experiment in zip(group.jobs, group.experiments, strict=True):
         kind = repr(experiment.adapter)
         try:
             if kind not in measured:

@@ -33,6 +33,11 @@ class Predictions:
         return predicted
 
     @property
+    def is_constant(self) -> bool:
+        """Whether all examples are labelled alike."""
+        return bool(self.predicted.all() or not self.predicted.any())
+
+    @property
     def right(self) -> NDArray[np.bool_]:
         """Which labels were predicted."""
         right: NDArray[np.bool_] = np.equal(self.predicted, self.labels == 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,41 +20,28 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from rich.console import Console
+    from rich.progress import ProgressColumn
 
 LINES_PER_RUN = 10  # without a terminal: at most so many lines between start and end
 _SMOOTHING = 0.1
 
 
-class Display:
-    """Tells of one run's training; a context manager that a traceback or Ctrl-C leaves with a clean screen.
+class Live:
+    """A live bar in a terminal; elsewhere it is never shown, and `due` says when a line is to be printed instead.
 
-    Args:
-        console: where to.
-        steps: optimizer updates to come.
-        titles: what the members of a pack are called; of a single run its name is not told.
+    A context manager that a traceback or Ctrl-C leaves with a clean screen.
     """
 
-    def __init__(self, console: Console, steps: int, titles: Sequence[str] = ("",)) -> None:
+    def __init__(self, console: Console, total: int, *columns: ProgressColumn, **fields: Any) -> None:
         self.console = console
-        self.steps = steps
-        self.titles = titles
-        self.line_every = math.ceil(steps / LINES_PER_RUN)
-        self.loss: float | None = None
-        self.mcc: float | None = None
-        self.rate: float | None = None
-        self.since = time.perf_counter()
-        columns = [
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[state]}", markup=False),
-            TimeRemainingColumn(compact=True),
-        ]
-        self.progress = Progress(*columns, console=console, expand=True, transient=True)
-        self.task = self.progress.add_task("", total=steps, state="")
+        self.total = total
+        shown = [BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)]
+        self.progress = Progress(*shown, console=console, expand=True, transient=True)
+        self.task = self.progress.add_task("", total=total, **fields)
 
-    def __enter__(self) -> Display:
-        if self.console.is_terminal:  # elsewhere it is never shown
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
             self.progress.start()
-        self.since = time.perf_counter()
         return self
 
     def __exit__(
@@ -63,6 +50,24 @@ class Display:
         if self.console.is_terminal:
             self.progress.stop()
 
+    def due(self, done: int) -> bool:
+        return not self.console.is_terminal and done % math.ceil(self.total / LINES_PER_RUN) == 0
+
+
+class Display(Live):
+    """Tells of a training of so many steps."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        super().__init__(console, steps, TextColumn("{task.fields[state]}", markup=False), state="")
+        self.loss: float | None = None
+        self.mcc: float | None = None
+        self.rate: float | None = None
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self.since = time.perf_counter()
+        return super().__enter__()
+
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
         now = time.perf_counter()
         loss, rate = sum(losses.values()) / len(losses), pairs / max(now - self.since, 1e-9)
@@ -70,7 +75,7 @@ class Display:
         self.rate = _smooth(self.rate, rate)
         self.since = now
         self.progress.update(self.task, completed=step, state=self._state(step))
-        if not self.console.is_terminal and step % self.line_every == 0:
+        if self.due(step):
             self.console.print(Text(f"step {self._state(step)}"))
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
@@ -81,7 +86,7 @@ class Display:
         self.since = time.perf_counter()
 
     def _state(self, step: int) -> str:
-        parts = [f"{step}/{self.steps}", f"loss {self.loss:.3f}"]
+        parts = [f"{step}/{self.total}", f"loss {self.loss:.3f}"]
         parts += [] if self.mcc is None else [f"mcc {self.mcc:.3f}"]
         return "  ".join([*parts, f"{self.rate:.0f} pairs/s"])
 

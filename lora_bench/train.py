@@ -102,8 +102,7 @@ def train_pack(
             announce(console, [recorder.runs[k].record for k in live], len(pack.updates[live[0]]), recorder.notes())
             if begun:
                 console.print(shown(f"going on from step {begun[0].step}"))
-            titles = [job.title for job in jobs]
-            with Display(console, total_steps(trainer, len(table)), titles) as display, Interruption() as interruption:
+            with Display(console, total_steps(trainer, len(table))) as display, Interruption() as interruption:
                 recorder.display = display
                 fit(
                     pack,
@@ -141,7 +140,7 @@ def _newest(jobs: Sequence[Job], folders: Sequence[Checkpoints]) -> list[Checkpo
     if None in found:
         return None
     step = min(checkpoint.step for checkpoint in found if checkpoint)
-    found = [folder.newest(step) for folder in folders]
+    found = [c if c and c.step == step else folder.newest(step) for c, folder in zip(found, folders, strict=True)]
     together = [checkpoint for checkpoint in found if checkpoint and checkpoint.step == step]
     return together if len(together) == len(jobs) else None
 

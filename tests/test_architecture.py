@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
     | {"training"},
     "prompted": set(),
-    "tracking": BASE | {"record", "screen"},
+    "tracking": BASE | {"experiments", "record", "screen"},
     "plugin": {"compare", "disk", "errors", "experiment", "hydra_errors", "job", "packing", "resume"}
     | {"screen", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "secrets": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "prompted"}
     | {"", "record", "report", "tables"},
-    "report": {"comparison", "disk", "experiments", "predictions", "tables"},
+    "report": {"comparison", "disk", "experiments", "figures", "predictions", "tables"},
     "baseline": {"comparison", "errors", "tables"},
     "comparison": {"experiments", "predictions", "stats", "tables"},
     "experiments": {"errors"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -16,13 +16,11 @@ from lora_bench import config
 from lora_bench.adapters import method_class, method_names
 from lora_bench.cli import register_with_hydra
 from lora_bench.experiment import Experiment
+from lora_bench.experiments import flat
 from lora_bench.help import GROUPS, PROMPT_GROUPS, conf_folder
 from lora_bench.hydra_errors import compose
 from lora_bench.prompt.run import Request
 from tests.helpers import composed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
@@ -41,14 +39,6 @@ def chosen(group: str, option: str) -> list[str]:
 
 def container(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=resolve))
-
-
-def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def written(value: Any) -> str:

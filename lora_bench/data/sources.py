@@ -185,6 +185,12 @@ def examine(splits: dict[str, Examples]) -> dict[str, Any]:
     return {**found, "warnings": warnings}
 
 
+def describe(data: Data, splits: dict[str, Examples]) -> dict[str, Any]:
+    """What every record says of its data: where they are from, what they are, and what is notable of them."""
+    fingerprint = {name: split.fingerprint() for name, split in splits.items()}
+    return {"source": data.source, "fingerprint": fingerprint, **examine(splits)}
+
+
 def unseen(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:
     """(N,) whether none of a row's texts stands in any column of the examples that were seen."""
     known = {text for each in seen for column in each.texts for text in column}

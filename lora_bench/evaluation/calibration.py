@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_bench.evaluation.metrics import need_finite, score
+from lora_bench.evaluation.metrics import SMALLEST, need_finite, score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COLDEST, HOTTEST = 0.05, 20.0
 _MEASURES = ("nll", "ece", "brier")
-_SMALLEST = 1e-15
 
 
 def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
@@ -56,7 +55,7 @@ def score_calibrated(
 
 
 def _logits(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    p = np.clip(scores, _SMALLEST, 1 - _SMALLEST)
+    p = np.clip(scores, SMALLEST, 1 - SMALLEST)
     return np.log(p) - np.log1p(-p)
 
 

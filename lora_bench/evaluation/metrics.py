@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_BINS = 15
 _BELOW_HALF = math.nextafter(0.5, 0.0)
-_SMALLEST = 1e-15  # a score of exactly 0 or 1 costs 34.5 nats, not infinity
+SMALLEST = 1e-15  # a score of exactly 0 or 1 costs 34.5 nats, not infinity
 _TORCHMETRICS = {
     "accuracy": "BinaryAccuracy",
     "f1": "BinaryF1Score",
@@ -63,7 +63,7 @@ def score(
         values["auroc"] = None
     values["mcc"] = matthews_correlation(predicted, labels)
     likelihood = np.where(labels == 1, scores, 1 - scores)
-    values["nll"] = float(-np.log(np.clip(likelihood, _SMALLEST, 1.0)).mean())
+    values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
     values["brier"] = float(((scores - labels) ** 2).mean())
     values["ece"] = expected_calibration_error(scores, labels)
     for name, metric in extra.items():

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
-from lora_bench.progress import LINES_PER_RUN
+from lora_bench.progress import Live
 from lora_bench.screen import shown
 from lora_bench.tables import human
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
     from rich.console import Console
 
@@ -23,33 +21,17 @@ if TYPE_CHECKING:
     from lora_bench.prompt.template import Messages
 
 
-class Display:
-    """How many answers there are: a live bar in a terminal, a few lines elsewhere; a context manager."""
+class Display(Live):
+    """How many answers there are: a live bar in a terminal, a few lines elsewhere."""
 
     def __init__(self, console: Console, questions: int) -> None:
-        self.console = console
-        self.questions = questions
-        self.line_every = math.ceil(questions / LINES_PER_RUN)
-        columns = [BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
-        self.progress = Progress(*columns, console=console, expand=True, transient=True)
-        self.task = self.progress.add_task("", total=questions)
-
-    def __enter__(self) -> Display:
-        if self.console.is_terminal:
-            self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.progress.stop()
+        super().__init__(console, questions, MofNCompleteColumn())
 
     def answered(self, answers: int) -> None:
         """So many questions have their answers now."""
         self.progress.update(self.task, completed=answers)
-        if not self.console.is_terminal and answers % self.line_every == 0:
-            self.console.print(shown(f"answers {answers:,}/{self.questions:,}"))
+        if self.due(answers):
+            self.console.print(shown(f"answers {answers:,}/{self.total:,}"))
 
 
 def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int) -> None:

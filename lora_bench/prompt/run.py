@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_bench import config, environment
 from lora_bench.data import sources
 from lora_bench.data.pairs import cache_folder
-from lora_bench.errors import RunFailedError, UserError, nearest
+from lora_bench.errors import RunFailedError, UserError
 from lora_bench.progress import metric_table
 from lora_bench.prompt.answer import KINDS, Answer, read_label
 from lora_bench.prompt.budget import BudgetReachedError
@@ -57,10 +57,7 @@ class Request:
     @classmethod
     def build(cls, cfg: DictConfig) -> Request:
         """From the composed config; refuses what is out of range, naming the key."""
-        for name in cfg:
-            config.need(name in _KEYS, str(name), None, "is not a known key", nearest(str(name), _KEYS))
-        config.need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
-        config.need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
+        config.check_top(cfg, _KEYS)
         made = cls(
             llm=config.build(LLM, cfg.llm, "llm"),
             prompt=config.build(Prompt, cfg.prompt, "prompt"),
@@ -152,8 +149,7 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     if "train" in found:
         train, selection = sources.carve(found["train"], request.data)
         splits = {"train": train, "selection": selection, **reported}
-    fingerprint = {name: split.fingerprint() for name, split in splits.items()}
-    return splits, {"source": request.data.source, "fingerprint": fingerprint, **sources.examine(splits)}
+    return splits, sources.describe(request.data, splits)
 
 
 def _reported(splits: dict[str, Examples]) -> dict[str, Examples]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lora_bench import figures
 from lora_bench.disk import plain
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from lora_bench.figures import Evaluation
 
 
 def curve(folder: Path, metric: str) -> list[tuple[float, float]]:
@@ -24,26 +27,12 @@ def curve(folder: Path, metric: str) -> list[tuple[float, float]]:
     return sorted(points.items())
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A later look at a finished run (`lora-bench eval`)."""
-
-    metrics: dict[str, float]
-    fingerprints: dict[str, str]
-    """Of each split of its data."""
-
-
 def evaluations(folder: Path) -> dict[str, Evaluation]:
-    """By name."""
-    found = {}
-    for path in sorted((folder / "evaluations").glob("*.json")):
-        content = next(iter(_parsed([_text(path)])), {})
-        metrics, data = content.get("metrics"), content.get("data")
-        fingerprints = data.get("fingerprint") if isinstance(data, dict) else None
-        if isinstance(metrics, dict):
-            numbers = {name: float(value) for name, value in metrics.items() if _number(value)}
-            found[path.stem] = Evaluation(numbers, fingerprints if isinstance(fingerprints, dict) else {})
-    return found
+    """The later looks at a run by name, with those of their figures that are numbers."""
+    return {
+        name: replace(each, metrics={key: float(value) for key, value in each.metrics.items() if _number(value)})
+        for name, each in figures.evaluations(folder).items()
+    }
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

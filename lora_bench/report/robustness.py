@@ -13,8 +13,8 @@ from lora_bench.report.tradeoffs import header
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from lora_bench.figures import Evaluation
     from lora_bench.report.cast import Block, Entry
-    from lora_bench.report.folders import Evaluation
 
 TABLE_ROWS = 60
 LANES = 16

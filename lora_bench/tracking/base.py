@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_bench.errors import UserError
+from lora_bench.experiments import flat
 from lora_bench.record import Run
 from lora_bench.screen import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
     from rich.console import Console
 
 
@@ -114,13 +116,10 @@ def note_failure(console: Console | None, name: str, error: Exception) -> None:
         console.print(shown(f"note: tracking={name} has stopped: {reason}. The run goes on; its record is whole."))
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
     """A config's keys as the shell spells them, with values that a table of hyperparameters can hold."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    for key, value in flat(config):
+        yield key, value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

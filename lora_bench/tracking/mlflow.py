@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_bench.errors import UserError
-from lora_bench.tracking.base import Following, Tracker, flat
+from lora_bench.tracking.base import Following, Tracker, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,10 @@ class MLflow(Tracker):
         name = "/".join(run.folder.resolve().parts[-2:])
         tags = {_TAG: identity, "lora_bench.folder": str(run.folder.resolve())}
         identifier = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        params = [mlflow.entities.Param(key, str(value)[:_LONGEST_PARAM]) for key, value in flat(run.record["config"])]
+        params = [
+            mlflow.entities.Param(key, str(value)[:_LONGEST_PARAM])
+            for key, value in hyperparameters(run.record["config"])
+        ]
         for first in range(0, len(params), _PARAMS_PER_REQUEST):
             client.log_batch(identifier, params=params[first : first + _PARAMS_PER_REQUEST])
         return _Remote(client, identifier)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_bench.tracking.base import Following, Tracker, flat
+from lora_bench.tracking.base import Following, Tracker, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +43,7 @@ class _Events(Following):
         self.newest.update(values)
 
     def finish(self, status: str, values: Mapping[str, float]) -> None:
-        config = dict(flat(self.run.record["config"]))
+        config = dict(hyperparameters(self.run.record["config"]))
         self.writer.add_hparams(config, {**self.newest, **values}, run_name=".")
         self.writer.add_text("status", status)
         self.writer.close()
