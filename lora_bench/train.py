@@ -96,6 +96,8 @@ def train_pack(
                 if outcome.status == "running":
                     with contained(outcome):
                         recorder.begin(k, begun[k] if begun else None)
+                    if outcome.error is not None and k in recorder.runs:
+                        recorder.close(k)
             live = list(recorder.runs)
             if not live:
                 return [outcome.error for outcome in outcomes]

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_bench.adapters.lora import LoRA
+from lora_bench.record import Run
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
@@ -70,6 +71,21 @@ def test_one_that_raises_and_one_that_diverges_change_nothing_for_the_others(mon
     assert "job 2 failed: step 3: loss nan is not finite" in answer.out
     for k in (0, 3):
         assert_same(f"sweep/{k}", f"whole/{k}", 1e-5)
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_one_whose_record_cannot_be_begun_has_failed_and_the_others_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Run.update
+
+    def unwritable(run: Run, **sections: Any) -> None:
+        if run.record["config"]["seed"] == 1 and "environment" in sections:
+            raise RuntimeError("a cable")
+        update(run, **sections)
+
+    monkeypatch.setattr(Run, "update", unwritable)
+    assert lora_bench("train", "-m", *ASKED, SWEEP, "seed=0,1,2").code == 1
+    assert [record(f"sweep/{k}")["status"] for k in range(3)] == ["done", "failed", "done"]
+    assert "a cable" in record("sweep/1")["error"]
 
 
 @pytest.mark.usefixtures("in_tmp")
