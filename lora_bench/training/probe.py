@@ -28,7 +28,11 @@ _ROUNDS = 3
 def probe_step(pack: Pack, rows: int, length: int) -> None:
     """Forward and backward of made-up tokens; leaves weights, gradients and random streams as they were."""
     ids = torch.ones(rows, length, dtype=torch.long, device=pack.backbone.device)
-    batch = Batch(ids, torch.ones_like(ids), None, torch.zeros_like(ids[:, 0]), full=True)
+    backbone = pack.backbone
+    hidden = None  # what is kept is read, at no arithmetic
+    if pack.cut is not None:
+        hidden = torch.zeros(rows, length, backbone.hidden_size, dtype=backbone.compute_dtype, device=backbone.device)
+    batch = Batch(ids, torch.ones_like(ids), None, torch.zeros_like(ids[:, 0]), full=True, hidden=hidden)
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None
@@ -74,10 +78,11 @@ class Estimate:
         return table
 
 
-def estimate(pack: Pack, trainer: Trainer, train: TokenTable) -> Estimate:
+def estimate(pack: Pack, trainer: Trainer, train: TokenTable, *, filling: float = 0) -> Estimate:
     """Parameters, FLOPs, time and memory of a run, from a few steps on its longest and on a middling batch.
 
-    Time is taken to go with FLOPs between the two probed lengths, memory to be that of the longest batch.
+    Time is taken to go with FLOPs between the two probed lengths, memory to be that of the longest batch. `filling` is
+    the arithmetic of a prefix that is made once, before the first step.
     """
     plan = BatchPlan(train.lengths, trainer.batch_size)
     orders = make_objective(trainer).orders
@@ -89,7 +94,7 @@ def estimate(pack: Pack, trainer: Trainer, train: TokenTable) -> Estimate:
     _seconds(pack, *longest)  # warms caches up, and shows the peak
     rate = flop_model(*middle) / _seconds(pack, *middle)  # FLOP/s
     steps = total_steps(trainer, len(train))
-    flops = sum(flop_model(*shape) for shape in shapes) * steps / plan.steps_per_epoch
+    flops = sum(flop_model(*shape) for shape in shapes) * steps / plan.steps_per_epoch + filling
     params = pack.count_parameters(0)
     # AdamW's two moments and the mean of the weights, in fp32: not yet made by the probes
     kept = (3 if trainer.average else 2) * 4 * params["trainable"]
