@@ -35,7 +35,7 @@ class Stat:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean (Student's t over seeds); None for one value."""
+        """95 % interval of the mean (Student's t over seeds); None where no spread shows."""
         from lora_bench.stats import interval_of  # late: scipy
 
         found = interval_of(self.mean, self.std, self.n)
