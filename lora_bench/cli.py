@@ -173,9 +173,14 @@ def _train(cfg: DictConfig) -> None:
     job = None
     try:
         job = Job.composed(cfg, hydra, folder)
-        from lora_bench.train import train  # torch: late
+        if cfg.dry_run:
+            from lora_bench import expected
 
-        train(job, console=console)
+            expected.show(job, console)
+        else:
+            from lora_bench.train import train  # torch: late
+
+            train(job, console=console)
     except Exception as error:
         discard(folder)  # unless the run has begun: then its record says how it ended
         if (folder / "run.log").exists() and not isinstance(error, UserError):

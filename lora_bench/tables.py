@@ -151,7 +151,7 @@ def human(value: float, unit: str = "") -> str:
     return f"{scaled:.{1 if prefix and abs(scaled) < 9.95 else 0}f} {prefix}{unit}".strip()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 600:
@@ -175,7 +175,7 @@ def cell(row: Row, column: Column, digits: int = 4) -> str:
         fewer = "" if stat.n == row.n else f" (n={stat.n})"
         return f"{stat.mean:.{digits}f}{spread}{fewer}"
     if column.kind == "seconds":
-        return _duration(stat.mean)
+        return duration(stat.mean)
     return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
 
 

@@ -25,7 +25,7 @@ from lora_bench.screen import shown
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit, prepare, total_steps
-from lora_bench.training.probe import estimate, probe_step
+from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, contained, refusing_strangers
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def train(job: Job, *, console: Console) -> None:
-    """Run one experiment and leave its record in the job's folder; with `dry_run=true` only say what it would cost.
+    """Run one experiment and leave its record in the job's folder.
 
     Raises:
         UserError: the request cannot be met; nothing is left behind.
@@ -85,10 +85,6 @@ def train_pack(
         prepared = [
             _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
         ]
-        if jobs[0].cfg.dry_run:
-            console.print(estimate(pack, trainer, table).table())
-            return [outcome.error for outcome in outcomes]
-
         sizes = [max(pack.size, checkpoint.facts["pack_size"]) for checkpoint in begun or ()] or [pack.size] * pack.size
         recorder = Recorder(pack, common, jobs, experiments, outcomes, prepared, folders, sizes, console, brief)
         try:

@@ -18,7 +18,20 @@ BASE = {"errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
-    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "help", "hydra_errors", "job", "predict", "record"}
+    "cli": {
+        "",
+        "compare",
+        "doctor",
+        "errors",
+        "evaluate",
+        "expected",
+        "export",
+        "help",
+        "hydra_errors",
+        "job",
+        "predict",
+        "record",
+    }
     | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
     "help": set(),
     "prompt": BASE
@@ -26,9 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"training"},
     "prompted": set(),
     "tracking": BASE | {"experiments", "record", "screen"},
-    "plugin": {"compare", "disk", "errors", "experiment", "hydra_errors", "job", "packing", "resume"}
+    "plugin": {"compare", "disk", "errors", "expected", "experiment", "hydra_errors", "job", "packing", "resume"}
     | {"screen", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
+    "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "training"},
     "job": {"help", "record", "resume"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},

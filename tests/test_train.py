@@ -463,13 +463,6 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(runs: Callable[..., Train
     assert {name: (run.folder / name).read_bytes() for name in files(run.folder)} == before
 
 
-def test_a_dry_run_says_what_to_expect_and_leaves_nothing(in_tmp: Path) -> None:
-    run = trained(in_tmp / "run", *QUICK, "dry_run=true")
-    for words in ("parameters", "steps", "8", "computation", "FLOP", "training time", "peak memory"):
-        assert words in run.output
-    assert list(in_tmp.iterdir()) == []
-
-
 def test_a_test_split_with_labels_is_reported_too_and_hidden_labels_are_not(tmp_path: Path) -> None:
     good(tmp_path / "data")
     write(tmp_path / "data", "test", GOOD[4:9])

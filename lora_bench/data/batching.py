@@ -158,10 +158,14 @@ def both_orders(batch: Batch, swapped: Batch) -> Batch:
 
 def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
     """Every row once, longest first, with the row numbers of each batch."""
-    order = np.argsort(-table.lengths, kind="stable")
-    for i in range(0, len(order), batch_size):
-        rows = order[i : i + batch_size]
+    for rows in evaluation_rows(table, batch_size):
         yield rows, collate(table, rows, int(table.lengths[rows].max()), pad_id)
+
+
+def evaluation_rows(table: TokenTable, batch_size: int) -> list[Rows]:
+    """The row numbers of each batch of an evaluation; none is longer than its first row."""
+    order = np.argsort(-table.lengths, kind="stable")
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:

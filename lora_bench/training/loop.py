@@ -140,13 +140,13 @@ def fit(
             break
         began = time.perf_counter()
         batch = next(batches).of(live)
-        losses = in_portions(pack, batch, trainer.micro_batch_size, partial(_backward, pack, batch, objective))
+        losses = in_portions(pack, batch, trainer.micro_batch_size, partial(backward, pack, batch, objective))
         for k in live:
             with contained(outcomes[k]):
                 if not math.isfinite(losses[k]):
                     diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
                     continue
-                norm = _clip(pack, k, optimizers[k])
+                norm = clip(pack, k, optimizers[k])
                 if not math.isfinite(norm):
                     diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
                     continue
@@ -227,8 +227,11 @@ def _endless_batches(
         epoch += 1
 
 
-def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int) -> dict[int, float]:
-    """Each live member's mean loss over the batch, and its gradients. Members are independent: their losses add up."""
+def backward(pack: Pack, batch: Batch, objective: Objective, pairs: int) -> dict[int, float]:
+    """Each live member's mean loss over the batch, and its gradients, `pairs` of its pairs at a time.
+
+    Members are independent: their losses add up.
+    """
     K = len(pack.live)
     losses = torch.zeros(K, device=pack.backbone.device)
     for micro in micro_batches(batch, pairs):
@@ -248,7 +251,7 @@ def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int) -> dic
     return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
-def _clip(pack: Pack, member: int, settings: Optimizer) -> float:
+def clip(pack: Pack, member: int, settings: Optimizer) -> float:
     """The member's gradient norm before clipping."""
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
     return float(torch.nn.utils.clip_grad_norm_(list(pack.trainable(member).values()), limit))

@@ -29,7 +29,7 @@ def record(folder: str = "run") -> dict[str, Any]:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Let the loss, the gradient or the scores of the first step be NaN."""
-    backward = loop._backward
+    backward = loop.backward
 
     def spoiling(pack: Any, *arguments: Any, **keywords: Any) -> dict[int, float]:
         losses = backward(pack, *arguments, **keywords)
@@ -40,7 +40,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     if what == "scores":
         monkeypatch.setattr(loop, "predict", lambda pack, table, size: np.full((1, len(table)), np.nan))
     else:
-        monkeypatch.setattr(loop, "_backward", spoiling)
+        monkeypatch.setattr(loop, "backward", spoiling)
 
 
 @pytest.mark.reliability(42)
