@@ -1,8 +1,8 @@
 """`dry_run=true`: what a run, or each pack of a sweep and the whole of it, would cost. Nothing is written.
 
 A job of each kind (its method with its settings, on its data) is rehearsed alone. A pack takes what its members take
-one after another, less what they share: the layers below the first adapted one, where all have one seed. It holds what
-the largest of them holds, and what the others keep from step to step.
+one after another, less what they share: the layers below the first adapted one, where all have one seed or where their
+output is kept. It holds what the largest of them holds, and what the others keep from step to step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.experiment import Common, Experiment
-from lora_bench.packing import grouped, known_ranks, member_bytes, sized
+from lora_bench.packing import grouped, known_ranks, needs, sized
 from lora_bench.screen import shown
 from lora_bench.tables import duration, human
+from lora_bench.train import prefix_of
 from lora_bench.training.estimate import Estimate, estimate
 from lora_bench.training.loop import prepare
 from lora_bench.training.probe import probe_step
@@ -41,17 +42,21 @@ class Expected:
     members: Sequence[Estimate]
     """Each as it would be alone."""
     shared: float
-    """The share of the members' training that one of them does for all."""
+    """The share of the members' steps that one of them does for all."""
+    fills: bool
+    """Whether it makes the kept prefix, which later packs of the sweep read."""
     peak_memory_bytes: float
 
     @property
     def train_flops(self) -> float:
-        return (1 - self.shared) * sum(member.train_flops for member in self.members)
+        steps = sum(member.train_flops - member.filling_flops for member in self.members)
+        return (1 - self.shared) * steps + self.fills * self.members[0].filling_flops
 
     @property
     def seconds(self) -> float:
-        training = sum(member.train_seconds for member in self.members)
-        return (1 - self.shared) * training + sum(member.evaluation_seconds for member in self.members)
+        steps = sum(member.train_seconds - member.filling_seconds for member in self.members)
+        evaluations = sum(member.evaluation_seconds for member in self.members)
+        return (1 - self.shared) * steps + self.fills * self.members[0].filling_seconds + evaluations
 
 
 def show(job: Job, console: Console) -> None:
@@ -81,7 +86,10 @@ def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
         with FlopCounterMode(display=False) as counter:
             prepare(pack, experiment.trainer, common.tables["train"])
         seconds = time.perf_counter() - began
-        found = estimate(pack, experiment.optimizer, experiment.trainer, common.tables, common.swapped)
+        prefix, shown_often = prefix_of(common, experiment.trainer)
+        pack.cut = pack.depth if prefix.keeps(pack, shown_often) else None
+        settings = (experiment.optimizer, experiment.trainer, common.tables, common.swapped)
+        found = estimate(pack, *settings, filling=prefix.flops)
     finally:
         pack.detach()
     return replace(
@@ -105,8 +113,10 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             common = Common.load(group.experiments[0])
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
             kinds: dict[str, Estimate] = {}
+            depths: set[int] = set()
             for together in sized(group, common, ended):
-                packs.append(_together(together, [members[job.title] for job in together], common, kinds, console))
+                experiments = [members[job.title] for job in together]
+                packs.append(_together(together, experiments, common, kinds, depths, console))
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -119,20 +129,25 @@ def _together(
     experiments: Sequence[Experiment],
     common: Common,
     kinds: dict[str, Estimate],
+    depths: set[int],
     console: Console,
 ) -> Expected:
+    """What the jobs would cost as a pack; `kinds` and `depths` remember what was measured and kept before."""
     for job, experiment in zip(jobs, experiments, strict=True):
         kind = repr(experiment.adapter)
         if kind not in kinds:
             console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
             kinds[kind] = expect(experiment, common)
     members = [kinds[repr(experiment.adapter)] for experiment in experiments]
-    needs = [member_bytes(common, experiment) for experiment in experiments]
+    needed = [needs(common, experiment) for experiment in experiments]
     largest = max(range(len(jobs)), key=lambda k: members[k].peak_memory_bytes)
-    others = [need for k, need in enumerate(needs) if k != largest]
+    others = [need for k, need in enumerate(needed) if k != largest]
     # On a CPU members pass the adapted layers one after another.
-    beside = sum(kept + (0.0 if common.backbone.device.type == "cpu" else step) for kept, step in others)
-    return Expected(jobs, members, _shared(experiments, common), members[largest].peak_memory_bytes + beside)
+    beside = sum(need.kept + (0.0 if common.backbone.device.type == "cpu" else need.step) for need in others)
+    fills = needed[0].depth not in depths
+    depths.add(needed[0].depth)
+    shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
+    return Expected(jobs, members, shared, fills, members[largest].peak_memory_bytes + beside)
 
 
 def _shared(experiments: Sequence[Experiment], common: Common) -> float:

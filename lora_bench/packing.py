@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.adapters import Adapter
+    from lora_bench.config import Packing
     from lora_bench.job import Job
 
 SHARE_OF_FREE = 0.75
@@ -92,32 +93,56 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     return found
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a member needs of what a pack shares."""
+
+    kept: float
+    """Bytes from step to step."""
+    step: float
+    """Bytes that a step takes besides."""
+    depth: int
+    """Layers below the first that it adapts."""
+
+
 def sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
-    """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here."""
-    settings = group.experiments[0].pack
-    fitting, needs, measured = [], [], {}
+    """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here.
+
+    Members of a pack begin at the same layer: below it each computes nothing, or reads what is kept.
+    """
+    fitting: dict[int, list[tuple[Job, Need]]] = {}
+    measured: dict[str, Need] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
         kind = repr(experiment.adapter)
         try:
             if kind not in measured:
-                measured[kind] = member_bytes(common, experiment)
+                measured[kind] = needs(common, experiment)
         except Exception as error:
             ended(job, error)
             continue
-        fitting.append(job)
-        needs.append(measured[kind])
+        fitting.setdefault(measured[kind].depth, []).append((job, measured[kind]))
+    settings = group.experiments[0].pack
+    return [pack for alike in fitting.values() for pack in _within_memory(alike, settings, common, ended)]
+
+
+def _within_memory(
+    jobs: Sequence[tuple[Job, Need]],
+    settings: Packing,
+    common: Common,
+    ended: Callable[[Job, Exception | None], None],
+) -> list[list[Job]]:
     bound = settings.memory_bytes or SHARE_OF_FREE * free_bytes(common.backbone.device)
     packs: list[list[Job]] = []
     used = 0.0
     passing = 0.0
-    for job, (kept, step) in zip(fitting, needs, strict=True):
+    for job, need in jobs:
         # On a CPU members pass the adapted layers one after another.
-        passing = max(passing, step) if common.backbone.device.type == "cpu" else passing + step
-        used += kept
+        passing = max(passing, need.step) if common.backbone.device.type == "cpu" else passing + need.step
+        used += need.kept
         if packs and len(packs[-1]) != settings.size and used + passing <= bound:
             packs[-1].append(job)
             continue
-        used, passing = kept, step
+        used, passing = need.kept, need.step
         if settings.memory_bytes and used + passing > bound:
             remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
             refusal = UserError("is too little for one job", key="pack.memory_bytes", value=int(bound), remedy=remedy)
@@ -140,8 +165,8 @@ def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
         raise error.under("adapter") from None
 
 
-def member_bytes(common: Common, experiment: Experiment) -> tuple[float, float]:
-    """Bytes that one member keeps from step to step, and that a step of it takes besides.
+def needs(common: Common, experiment: Experiment) -> Need:
+    """What one member needs.
 
     Raises:
         UserError: the adapter does not fit the backbone.
@@ -154,7 +179,7 @@ def member_bytes(common: Common, experiment: Experiment) -> tuple[float, float]:
         orders = 1 if common.swapped is None else 2
         row = saved_bytes(pack, 1, int(common.tables["train"].lengths.max()))
         kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
-        return kept, TRANSIENT * orders * pairs * row
+        return Need(kept, TRANSIENT * orders * pairs * row, pack.depth)
     finally:
         pack.detach()
 

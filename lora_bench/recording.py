@@ -43,10 +43,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What looking at data before the first step cost."""
+    """What came before the first step and cost something."""
 
     seconds: float
+    """Of looking at data: starts and ranks."""
     flops: float
+    prefix_seconds: float | None = None
+    """Of making what the frozen prefix makes of the pairs; None where that is not kept."""
+    prefix_flops: float | None = None
+
+    @property
+    def all_seconds(self) -> float:
+        return self.seconds + (self.prefix_seconds or 0)
 
 
 @dataclass
@@ -213,7 +221,8 @@ class Recorder:
             self.console.print(shown(line))
 
     def _record_cost(self, member: int) -> None:
-        """Seconds and FLOPs of training hold those of preparation: a start that looks at data is not free.
+        """Seconds and FLOPs of training hold those of preparation (a start that looks at data is not free) and of the
+        kept prefix.
 
         Seconds and memory of a pack are no member's own, so there they are null.
         """
@@ -221,9 +230,11 @@ class Recorder:
         rate = outcome.pairs / outcome.seconds if outcome.seconds else None
         self.runs[member].update(
             cost={
-                "train_seconds": preparation.seconds + outcome.seconds if alone else None,
-                "train_flops": preparation.flops + outcome.flops,
+                "train_seconds": preparation.all_seconds + outcome.seconds if alone else None,
+                "train_flops": preparation.flops + (preparation.prefix_flops or 0) + outcome.flops,
                 "prepare_seconds": preparation.seconds if alone else None,
+                "prefix_fill_seconds": preparation.prefix_seconds if alone else None,
+                "prefix_fill_flops": preparation.prefix_flops,
                 "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,
                 "pairs_per_second": rate if alone else None,
                 "steps": outcome.steps,

@@ -25,6 +25,7 @@ from lora_bench.screen import shown
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit, prepare, total_steps
+from lora_bench.training.prefix import PrefixCache
 from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, contained, refusing_strangers
 
@@ -85,6 +86,11 @@ def train_pack(
         prepared = [
             _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
         ]
+        prefix, shown_often = prefix_of(common, trainer)
+        common = common.with_tables(prefix.serve(pack, shown_often))
+        if pack.cut is not None and not begun:
+            prepared = [replace(cost, prefix_seconds=prefix.seconds, prefix_flops=prefix.flops) for cost in prepared]
+
         sizes = [max(pack.size, checkpoint.facts["pack_size"]) for checkpoint in begun or ()] or [pack.size] * pack.size
         recorder = Recorder(pack, common, jobs, experiments, outcomes, prepared, folders, sizes, console, brief)
         try:
@@ -106,7 +112,7 @@ def train_pack(
                     pack,
                     [experiment.optimizer for experiment in experiments],
                     trainer,
-                    table,
+                    common.tables["train"],
                     common.tables["selection"],
                     outcomes=outcomes,
                     swapped=common.swapped,
@@ -156,6 +162,17 @@ def _prepare(
     with contained(outcome), FlopCounterMode(display=False) as counter:
         prepare(pack, trainer, train, [member])
     return Preparation(time.perf_counter() - began, counter.get_total_flops())
+
+
+def prefix_of(common: Common, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
+    """The store of what the frozen layers below the pack make, and the tables that training looks at again and again.
+
+    Where no pair of the training split comes twice, keeping it is no gain.
+    """
+    tables = {"train": common.tables["train"], "swapped": common.swapped, "selection": common.tables["selection"]}
+    again = total_steps(trainer, len(common.tables["train"])) * trainer.batch_size > len(common.tables["train"])
+    store = PrefixCache(common.backbone_sha256, trainer.prefix_cache_bytes if again else 0)
+    return store, {name: table for name, table in tables.items() if table is not None}
 
 
 def _flop_models(pack: Pack) -> list[FlopModel]:

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugin": {"compare", "disk", "errors", "expected", "experiment", "hydra_errors", "job", "packing", "resume"}
     | {"screen", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
-    "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "training"},
+    "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"},
     "job": {"help", "record", "recorded", "resume"},
     "recorded": {"help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},

@@ -10,6 +10,7 @@ import pytest
 
 from lora_bench import expected, packing
 from lora_bench.experiment import Common, Experiment
+from lora_bench.packing import Need
 from lora_bench.training.estimate import Estimate
 from tests.command_line import lora_bench, refused, toy_run
 from tests.helpers import composed
@@ -50,7 +51,7 @@ def rows(out: str) -> list[list[str]]:
 
 
 def test_a_row_for_each_pack_and_their_sum(in_tmp: Path, rehearsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expected, "member_bytes", lambda common, experiment: (1e8, 1e9))
+    monkeypatch.setattr(expected, "needs", lambda common, experiment: Need(kept=1e8, step=1e9, depth=0))
     asked = toy_run("adapter=lora", "adapter.rank=1,2", "seed=0,1", "dry_run=true")
     answer = lora_bench("train", "-m", *asked)
     assert (answer.code, answer.err) == (0, ""), answer
@@ -66,9 +67,9 @@ def test_a_row_for_each_pack_and_their_sum(in_tmp: Path, rehearsed: list[str], m
 
 @pytest.mark.usefixtures("in_tmp")
 def test_what_runs_alone_has_a_row_of_its_own(rehearsed: list[str]) -> None:
-    answer = lora_bench("train", "-m", *toy_run("adapter=lora,full,head_only", "dry_run=true"))
+    answer = lora_bench("train", "-m", *toy_run("adapter=lora,full,rslora", "dry_run=true"))
     assert answer.code == 0, answer
-    assert rehearsed == ["lora 8", "head_only 1", "full 1"]
+    assert rehearsed == ["lora 8", "lora 8", "full 1"]
     (first, second, whole) = rows(answer.out)
     assert (first[0], second[0]) == ("0, 2", "1")
     assert whole[1] == "3 jobs in 2 packs"
@@ -86,6 +87,17 @@ def test_the_frozen_layers_are_counted_once_where_all_have_one_seed() -> None:
     assert two == pytest.approx(1.5 * one)
     assert expected._shared(experiments(0, 1), common) == 0
     assert expected._shared(experiments(0), common) == 0
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = replace(ALONE, filling_flops=5e8, filling_seconds=2.0)  # of 2 GFLOP and 8 s
+    monkeypatch.setattr(expected, "expect", lambda experiment, common: alone)
+    asked = toy_run("adapter.layers=top:1", "adapter.rank=1,2,3,4", "pack.size=2", "dry_run=true")
+    first, second, whole = rows(lora_bench("train", "-m", *asked).out)
+    assert first[-3:-1] == ["3.5 GFLOP", "16 s"]  # 2 x 1.5 + 0.5; 2 x 6 + 2, and 2 evaluations of 1 s
+    assert second[-3:-1] == ["3.0 GFLOP", "14 s"]
+    assert whole[-3:-1] == ["6.5 GFLOP", "30 s"]
 
 
 def test_a_sweep_as_it_is(in_tmp: Path) -> None:

@@ -120,8 +120,8 @@ def test_the_folder_is_what_the_design_says(runs: Callable[..., Trained], family
 
     cost = record["cost"]
     assert set(cost) == {
-        *("train_seconds", "train_flops", "prepare_seconds", "peak_memory_bytes"),
-        *("pairs_per_second", "steps", "pack_size", "micro_batch_size", "eval_batch_size"),
+        *("train_seconds", "train_flops", "prepare_seconds", "prefix_fill_seconds", "prefix_fill_flops"),
+        *("peak_memory_bytes", "pairs_per_second", "steps", "pack_size", "micro_batch_size", "eval_batch_size"),
     }
     assert (cost["steps"], cost["pack_size"]) == (8, 1)
     assert cost["pairs_per_second"] == pytest.approx(2 * 108 / (cost["train_seconds"] - cost["prepare_seconds"]))

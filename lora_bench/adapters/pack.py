@@ -140,6 +140,8 @@ class Pack(nn.Module):
         self.room: dict[str, int] = {}
         """Pairs of each member per forward pass that memory has room for in `training` and in `evaluation`: known
         where fewer fitted than were asked for."""
+        self.cut: int | None = None
+        """Where the network is cut, whoever is live, once what lies below is read and not computed."""
         self._attach_heads()
         self._attach_updates()
 
@@ -308,6 +310,8 @@ class Pack(nn.Module):
 
     def _first_adapted_layer(self) -> int:
         """How many layers run once for all live members; with `full` none, not even the embeddings, is frozen."""
+        if self.cut is not None:
+            return self.cut
         if self.trains_backbone:
             return 0
         layers = [self.backbone.layer_of(name) for k in self.live for name in self.updates[k]]

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.data.batching import Batch, BatchPlan, evaluation_rows, training_batches
+from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_rows, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.average import Average
 from lora_bench.training.loop import backward, clip, predict, total_steps
 from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.portions import in_portions
+from lora_bench.training.prefix import ROWS
 from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, TrainingState
 
@@ -58,6 +60,9 @@ class Estimate:
     evaluation_seconds: float
     """All looks at the selection split, and the reported splits."""
     peak_memory_bytes: float
+    filling_flops: float = 0.0
+    """Of those for training, what making the kept prefix takes; runs of a sweep can share it."""
+    filling_seconds: float = 0.0
 
 
 def estimate(
@@ -66,6 +71,7 @@ def estimate(
     trainer: Trainer,
     tables: Mapping[str, TokenTable],
     swapped: TokenTable | None = None,
+    filling: float = 0.0,
 ) -> Estimate:
     """Parameters, FLOPs, time and memory of training a pack of one, what was before counted in its memory.
 
@@ -75,6 +81,7 @@ def estimate(
         pack: prepared.
         tables: `train`, `selection`, and every split to report.
         swapped: as in `fit`.
+        filling: FLOPs of making the prefix that the pack is cut above, where it is kept.
     """
     train, device, steps = tables["train"], pack.backbone.device, total_steps(trainer, len(tables["train"]))
     plan = BatchPlan(
@@ -98,6 +105,7 @@ def estimate(
     seconds = sum(n * float(np.interp(flops[shape], of_chosen[::-1], again[::-1])) for shape, n in shapes.items())
     grown = _for_all(held, len(shapes))
     looks = -(-steps // (trainer.eval_every or plan.steps_per_epoch))
+    filling_seconds = filling * _seconds_per_flop(pack, train) if filling else 0.0
     scored, grown_scoring = _scoring(pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks)
     params = pack.count_parameters(0)
     return Estimate(
@@ -105,10 +113,12 @@ def estimate(
         head=params["head"],
         total=params["total"],
         steps=steps,
-        train_flops=sum(n * flops[shape] for shape, n in shapes.items()),
-        train_seconds=seconds + warming,
+        train_flops=sum(n * flops[shape] for shape, n in shapes.items()) + filling,
+        train_seconds=seconds + warming + filling_seconds,
         evaluation_seconds=scored,
         peak_memory_bytes=grown + max(peak_memory_bytes(device), held_memory_bytes(device) + grown_scoring),
+        filling_flops=filling,
+        filling_seconds=filling_seconds,
     )
 
 
@@ -163,10 +173,29 @@ def _batches(
     made = training_batches(train, plan, [seed], 0, pad_id, swapped)
     for ((rows,), length), batch in zip(plan.epoch(0, [seed]), made, strict=True):
         if (len(rows), length) in chosen:
-            found.setdefault((len(rows), length), batch)
+            found.setdefault((len(rows), length), batch if pack.cut is None else _above_prefix(pack, batch))
         if len(found) == len(chosen):
             break
     return [found[shape] for shape in chosen]
+
+
+def _above_prefix(pack: Pack, batch: Batch) -> Batch:
+    """The batch as if what the prefix makes of it had been read."""
+    shape, backbone = (*batch.input_ids.shape, pack.backbone.hidden_size), pack.backbone
+    return replace(batch, hidden=torch.zeros(shape, dtype=backbone.compute_dtype))
+
+
+@torch.no_grad()
+def _seconds_per_flop(pack: Pack, table: TokenTable) -> float:
+    """Of the prefix, on a middling batch."""
+    batches = evaluation_rows(table, ROWS)
+    rows = batches[len(batches) // 2]
+    pad_id = pack.backbone.tokenizer.pad_token_id
+    batch = collate(table, rows, int(table.lengths[rows[0]]), pad_id).to(pack.backbone.device)
+    with FlopCounterMode(display=False) as counter:
+        pack.backbone.prefix(batch, pack.depth)
+    took = min(_seconds(partial(pack.backbone.prefix, batch, pack.depth)) for _ in range(ROUNDS))
+    return took / max(1.0, float(counter.get_total_flops()))
 
 
 def _scoring(pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, looks: int) -> tuple[float, float]:

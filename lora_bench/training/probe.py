@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 def probe_step(pack: Pack, rows: int, length: int) -> None:
     """Forward and backward of made-up tokens; leaves weights, gradients and random streams as they were."""
     ids = torch.ones(rows, length, dtype=torch.long, device=pack.backbone.device)
-    batch = Batch(ids, torch.ones_like(ids), None, torch.zeros_like(ids[:, 0]), full=True)
+    backbone = pack.backbone
+    hidden = None  # what is kept is read, at no arithmetic
+    if pack.cut is not None:
+        hidden = torch.zeros(rows, length, backbone.hidden_size, dtype=backbone.compute_dtype, device=backbone.device)
+    batch = Batch(ids, torch.ones_like(ids), None, torch.zeros_like(ids[:, 0]), full=True, hidden=hidden)
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None

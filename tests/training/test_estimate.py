@@ -14,11 +14,13 @@ from lora_bench.adapters.pack import Member, Pack
 from lora_bench.data.augment import training_tables
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.expected import expect
 from lora_bench.experiment import Experiment, load_splits
 from lora_bench.training import estimate as module
 from lora_bench.training.estimate import Estimate, estimate
 from lora_bench.training.loop import fit
 from lora_bench.training.probe import probe_step
+from tests.command_line import lora_bench
 from tests.helpers import SMALL_TOY, composed
 
 if TYPE_CHECKING:
@@ -65,6 +67,20 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     assert expected.train_seconds > 0
     assert expected.evaluation_seconds > 0
     assert expected.peak_memory_bytes > 1_000_000
+
+
+def test_a_kept_prefix_is_made_once_and_computed_in_no_step(in_tmp: Path) -> None:
+    found = []
+    for kept in ("1e9", "0"):
+        asked = ("adapter.layers=top:1", f"trainer.prefix_cache_bytes={kept}", "trainer.epochs=3")
+        found.append(expect(experiment_of(*asked)))
+        command = ["model=tiny_bert", *SMALL_TOY, "data.max_length=48", *asked, f"hydra.run.dir=run-{kept}"]
+        assert lora_bench("train", *command).code == 0
+        cost = json.loads((in_tmp / f"run-{kept}" / "run.json").read_text())["cost"]
+        assert found[-1].train_flops == pytest.approx(cost["train_flops"], rel=1e-9)
+        assert found[-1].filling_flops == (cost["prefix_fill_flops"] or 0)
+    assert found[0].filling_seconds > 0
+    assert found[0].train_flops < found[1].train_flops
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full", "adalora", "lora_fa"])
@@ -146,6 +162,7 @@ from lora_bench.expected import expect
 from lora_bench.experiment import Experiment
 from lora_bench.job import Job
 from lora_bench.train import train
+from tests.command_line import lora_bench
 from tests.helpers import composed
 
 what, folder, *overrides = sys.argv[1:]
