@@ -72,6 +72,12 @@ class Batch:
             return self
         return self.map(lambda t: t.pin_memory().to(device, non_blocking=True))
 
+    def padding(self, members: int) -> list[int]:
+        """Tokens that only fill up the rows of each member, where so many see the batch."""
+        rows = self.attention_mask.view(self.members, -1)  # one per member, or one for all
+        missing: list[int] = (rows.shape[1] - rows.sum(1)).tolist()
+        return missing * (members // self.members)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor of it changed in the same way."""
         changed: dict[str, Any] = {name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)}

@@ -161,10 +161,12 @@ def fit(
 
         seconds = time.perf_counter() - began
         B, T = batch.pairs, batch.input_ids.shape[1]
-        for k in live:
+        for k, padding in zip(live, batch.padding(len(live)), strict=True):
             outcomes[k].steps = step
             outcomes[k].seconds += seconds
             outcomes[k].pairs += B
+            outcomes[k].tokens += batch.orders * B * T
+            outcomes[k].padding += padding
             outcomes[k].flops += flop_models[k](batch.orders * B, T) if flop_models else 0.0
         if watcher:
             watcher.stepped(step, losses, B)
