@@ -23,6 +23,7 @@ from lora_bench.progress import show_result
 from lora_bench.record import Run
 from lora_bench.screen import shown
 from lora_bench.tracking.base import TrackedRun, follow
+from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.loop import predict
 from lora_bench.training.state import contained
 
@@ -78,6 +79,8 @@ class Recorder:
     pack_sizes: Sequence[int]
     """Members that each trained with, at most."""
     console: Console
+    processes: Processes = ALONE
+    """Those that predict together."""
     brief: bool = False
     runs: dict[int, Run] = field(default_factory=dict)
     """Those that have begun and not ended."""
@@ -101,10 +104,11 @@ class Recorder:
                 "device": str(common.backbone.device),
                 "precision": str(common.backbone.compute_dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(),
+                "processes": self.processes.size,
                 "backbone_sha256": common.backbone_sha256,
             },
         )
-        self.runs[member] = follow(run, self.experiments[member].trackers, self.console)
+        self.runs[member] = follow(run, self.experiments[member].trackers if self.processes.leads else {}, self.console)
 
     def notes(self) -> list[str]:
         """What the user should know before the members train."""
@@ -178,7 +182,8 @@ class Recorder:
         with self.pack.only(members):
             for name in ("selection", *self.common.reported):
                 began = time.perf_counter()
-                scores = predict(self.pack, self.common.tables[name], self.experiments[0].trainer.eval_batch_size)
+                table, size = self.common.tables[name], self.experiments[0].trainer.eval_batch_size
+                scores = predict(self.pack, table, size, self.processes)
                 found.append((name, scores, round(time.perf_counter() - began, 3)))
         return found
 
@@ -210,7 +215,8 @@ class Recorder:
         def scored(examples: Examples) -> NDArray[Any]:
             table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=False)
             with self.pack.only([member]):
-                (found,) = predict(self.pack, table, self.experiments[member].trainer.eval_batch_size)
+                size = self.experiments[member].trainer.eval_batch_size
+                (found,) = predict(self.pack, table, size, self.processes)
             return found  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiments[member].metrics

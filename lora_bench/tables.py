@@ -195,7 +195,7 @@ def visible(table: Table) -> list[Column]:
 def _raw(table: Table) -> Iterator[dict[str, Any]]:
     found = next((asdict(row.finding) for row in table.rows if row.finding), {})
     over_seeds = any(column.kind == "interval" for column in table.columns)
-    saved = next((row.saved for row in table.rows if row.saved), {})
+    saved = dict.fromkeys(name for row in table.rows for name in row.saved or ())
     for row in table.rows:
         line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
         line["n"] = row.n

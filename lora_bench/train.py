@@ -23,6 +23,7 @@ from lora_bench.progress import Display, announce
 from lora_bench.recording import Preparation, Recorder
 from lora_bench.screen import shown
 from lora_bench.training.checkpoint import Checkpoints
+from lora_bench.training.distributed import ALONE, Processes, together
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit, prepare, total_steps
 from lora_bench.training.prefix import PrefixCache
@@ -47,13 +48,19 @@ def train(job: Job, *, console: Console) -> None:
         UserError: the request cannot be met; nothing is left behind.
         DivergedError: loss, gradient or scores ceased to be finite; the record says so.
     """
-    (error,) = train_pack([job], console=console)
+    with together() as processes:
+        (error,) = train_pack([job], console=console, processes=processes)
     if error is not None:
         raise error
 
 
 def train_pack(
-    jobs: Sequence[Job], *, console: Console, common: Common | None = None, brief: bool = False
+    jobs: Sequence[Job],
+    *,
+    console: Console,
+    common: Common | None = None,
+    brief: bool = False,
+    processes: Processes = ALONE,
 ) -> list[Exception | None]:
     """Train jobs that share data, backbone and trainer as one pack; each leaves a record as if it had run alone.
 
@@ -62,6 +69,7 @@ def train_pack(
         console: where to tell how it goes.
         common: what they share, if it is loaded already; its backbone is given back as it was.
         brief: one line for each result instead of a table.
+        processes: those that train it together; each keeps a record, and the leader's is the run's.
 
     Returns:
         What ended each job before its time; None where it is done.
@@ -86,13 +94,16 @@ def train_pack(
         prepared = [
             _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
         ]
+        processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
         prefix, shown_often = prefix_of(common, trainer)
         common = common.with_tables(prefix.serve(pack, shown_often))
         if pack.cut is not None and not begun:
             prepared = [replace(cost, prefix_seconds=prefix.seconds, prefix_flops=prefix.flops) for cost in prepared]
 
         sizes = [max(pack.size, checkpoint.facts["pack_size"]) for checkpoint in begun or ()] or [pack.size] * pack.size
-        recorder = Recorder(pack, common, jobs, experiments, outcomes, prepared, folders, sizes, console, brief)
+        recorder = Recorder(
+            pack, common, jobs, experiments, outcomes, prepared, folders, sizes, console, processes, brief
+        )
         try:
             for k, outcome in enumerate(outcomes):
                 if outcome.status == "running":
@@ -126,6 +137,7 @@ def train_pack(
                     ],
                     begun=begun,
                     interruption=interruption,
+                    processes=processes,
                 )
         except Exception as error:
             recorder.fail(error)

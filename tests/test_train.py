@@ -121,11 +121,13 @@ def test_the_folder_is_what_the_design_says(runs: Callable[..., Trained], family
     cost = record["cost"]
     assert set(cost) == {
         *("train_seconds", "train_flops", "prepare_seconds", "prefix_fill_seconds", "prefix_fill_flops"),
+        *("train_tokens", "train_padding_tokens"),
         *("peak_memory_bytes", "pairs_per_second", "steps", "pack_size", "micro_batch_size", "eval_batch_size"),
     }
     assert (cost["steps"], cost["pack_size"]) == (8, 1)
     assert cost["pairs_per_second"] == pytest.approx(2 * 108 / (cost["train_seconds"] - cost["prepare_seconds"]))
     assert cost["train_flops"] > 1e7
+    assert 0 <= cost["train_padding_tokens"] < cost["train_tokens"] / 2
     assert cost["peak_memory_bytes"] > 1e7
 
     assert record["data"]["source"] == "toy"
@@ -285,9 +287,9 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
     during: list[bool] = []
     ask, fit = loop.predict, story.fit
 
-    def counting(pack: Pack, table: Any, batch_size: int) -> Any:
+    def counting(pack: Pack, table: Any, *more: Any) -> Any:
         asked.append(len(table))
-        return ask(pack, table, batch_size)
+        return ask(pack, table, *more)
 
     def fitting(*arguments: Any, **more: Any) -> Any:
         assert 40 not in [len(a) for a in arguments if hasattr(a, "lengths")]

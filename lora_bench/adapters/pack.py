@@ -245,6 +245,11 @@ class Pack(nn.Module):
         """All that the member trains: adapter and head."""
         return {**self.adapter_parameters(member), **self.head_parameters(member)}
 
+    def tensors(self, member: int) -> list[Tensor]:
+        """All that makes the member what it is: what it trains, and what its method keeps beside that."""
+        kept = [buffer for update in self.updates[member].values() for buffer in update.buffers()]
+        return [*self.trainable(member).values(), *kept]
+
     def count_parameters(self, member: int) -> dict[str, int]:
         """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
         adapter = sum(p.numel() for p in self.adapter_parameters(member).values())

@@ -139,7 +139,7 @@ class _Rehearsal:
         """Seconds of one step."""
         pack, adapter = self.pack, self.pack.members[0].adapter
         began = time.perf_counter()
-        work = partial(backward, pack, batch, self.objective)
+        work = partial(backward, pack, batch, self.objective, batch.pairs)
         in_portions(pack, batch, self.trainer.micro_batch_size, work)
         clip(pack, 0, self.optimizer)
         adapter.before_step(pack.updates[0], 1, 1000)

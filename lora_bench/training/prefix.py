@@ -48,7 +48,7 @@ class PrefixCache:
     seconds: float = 0.0
     """Spent here: next to nothing where an earlier run left the files."""
     flops: float = 0.0
-    """Of making what is kept, by this run or an earlier one: what a run costs does not hang on the cache."""
+    """Of making what is kept, whether this run made it or an earlier one: a run's cost does not hang on the store."""
     used_bytes: int = 0
     """Of the files that this run reads."""
 

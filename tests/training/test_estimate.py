@@ -104,7 +104,7 @@ def test_seconds_are_those_of_each_shape_and_of_the_first_step_of_each(
     """With a clock that a step of n tokens moves on by n, and by 100 more where the shape is new."""
     seen, clock = set(), [0.0]
 
-    def backward(pack: Pack, batch: Any, objective: object, pairs: int) -> dict[int, float]:
+    def backward(pack: Pack, batch: Any, objective: object, of_pairs: int, pairs: int) -> dict[int, float]:
         clock[0] += batch.input_ids.numel() + 100 * (batch.input_ids.shape not in seen)
         seen.add(batch.input_ids.shape)
         return {0: 0.0}
