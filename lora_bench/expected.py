@@ -108,11 +108,11 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         ended: called with each job, and what is wrong with it.
     """
     packs: list[Expected] = []
+    kinds: dict[str, Estimate] = {}
     for group in grouped(jobs):
         try:
             common = Common.load(group.experiments[0])
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
-            kinds: dict[str, Estimate] = {}
             depths: set[int] = set()
             for together in sized(group, common, ended):
                 experiments = [members[job.title] for job in together]
@@ -134,11 +134,11 @@ def _together(
 ) -> Expected:
     """What the jobs would cost as a pack; `kinds` and `depths` remember what was measured and kept before."""
     for job, experiment in zip(jobs, experiments, strict=True):
-        kind = repr(experiment.adapter)
+        kind = _kind(experiment)
         if kind not in kinds:
             console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
             kinds[kind] = expect(experiment, common)
-    members = [kinds[repr(experiment.adapter)] for experiment in experiments]
+    members = [kinds[_kind(experiment)] for experiment in experiments]
     needed = [needs(common, experiment) for experiment in experiments]
     largest = max(range(len(jobs)), key=lambda k: members[k].peak_memory_bytes)
     others = [need for k, need in enumerate(needed) if k != largest]
@@ -148,6 +148,11 @@ def _together(
     depths.add(needed[0].depth)
     shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
     return Expected(jobs, members, shared, fills, members[largest].peak_memory_bytes + beside)
+
+
+def _kind(experiment: Experiment) -> str:
+    """Equal for runs that cost the same."""
+    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
 
 
 def _shared(experiments: Sequence[Experiment], common: Common) -> float:
