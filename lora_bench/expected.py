@@ -87,9 +87,10 @@ def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
             prepare(pack, experiment.trainer, common.tables["train"])
         seconds = time.perf_counter() - began
         prefix, shown_often = prefix_of(common, experiment.trainer)
-        pack.cut = pack.depth if prefix.keeps(pack, shown_often) else None
+        kept = prefix.keeps(pack, shown_often)
+        pack.cut = pack.depth if kept else None
         settings = (experiment.optimizer, experiment.trainer, common.tables, common.swapped)
-        found = estimate(pack, *settings, filling=prefix.flops)
+        found = estimate(pack, *settings, kept=kept, filling=prefix.flops)
     finally:
         pack.detach()
     return replace(

@@ -71,6 +71,7 @@ def estimate(
     trainer: Trainer,
     tables: Mapping[str, TokenTable],
     swapped: TokenTable | None = None,
+    kept: Sequence[str] = (),
     filling: float = 0.0,
 ) -> Estimate:
     """Parameters, FLOPs, time and memory of training a pack of one, what was before counted in its memory.
@@ -81,7 +82,8 @@ def estimate(
         pack: prepared.
         tables: `train`, `selection`, and every split to report.
         swapped: as in `fit`.
-        filling: FLOPs of making the prefix that the pack is cut above, where it is kept.
+        kept: names of tables of which the prefix below the pack's cut is read and not computed.
+        filling: FLOPs of making it.
     """
     train, device, steps = tables["train"], pack.backbone.device, total_steps(trainer, len(tables["train"]))
     plan = BatchPlan(
@@ -105,8 +107,8 @@ def estimate(
     seconds = sum(n * float(np.interp(flops[shape], of_chosen[::-1], again[::-1])) for shape, n in shapes.items())
     grown = _for_all(held, len(shapes))
     looks = -(-steps // (trainer.eval_every or plan.steps_per_epoch))
-    filling_seconds = filling * _seconds_per_flop(pack, train) if filling else 0.0
-    scored, grown_scoring = _scoring(pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks)
+    filling_seconds = filling * _of_prefix(pack, train).seconds_per_flop if filling else 0.0
+    scored, grown_scoring = _scoring(pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, kept)
     params = pack.count_parameters(0)
     return Estimate(
         adapter=params["adapter"],
@@ -185,20 +187,30 @@ def _above_prefix(pack: Pack, batch: Batch) -> Batch:
     return replace(batch, hidden=torch.zeros(shape, dtype=backbone.compute_dtype))
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    seconds_per_flop: float
+    share: float
+    """Of the seconds of a forward pass."""
+
+
 @torch.no_grad()
-def _seconds_per_flop(pack: Pack, table: TokenTable) -> float:
-    """Of the prefix, on a middling batch."""
+def _of_prefix(pack: Pack, table: TokenTable) -> _Prefix:
+    """What the prefix takes, on a middling batch."""
     batches = evaluation_rows(table, ROWS)
     rows = batches[len(batches) // 2]
     pad_id = pack.backbone.tokenizer.pad_token_id
     batch = collate(table, rows, int(table.lengths[rows[0]]), pad_id).to(pack.backbone.device)
     with FlopCounterMode(display=False) as counter:
         pack.backbone.prefix(batch, pack.depth)
-    took = min(_seconds(partial(pack.backbone.prefix, batch, pack.depth)) for _ in range(ROUNDS))
-    return took / max(1.0, float(counter.get_total_flops()))
+    calls = (partial(pack.backbone.prefix, batch, pack.depth), partial(pack, batch))
+    below, whole = (min(_seconds(call) for _ in range(ROUNDS)) for call in calls)
+    return _Prefix(below / max(1.0, float(counter.get_total_flops())), min(1.0, below / whole))
 
 
-def _scoring(pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, looks: int) -> tuple[float, float]:
+def _scoring(
+    pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, looks: int, kept: Sequence[str]
+) -> tuple[float, float]:
     """Seconds of all evaluations, and bytes that shapes of theirs add which are not rehearsed."""
     batches = [
         (name, rows) for name, table in tables.items() for rows in evaluation_rows(table, trainer.eval_batch_size)
@@ -213,10 +225,11 @@ def _scoring(pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, loo
         held.append(held_memory_bytes(pack.backbone.device))
     tokens = [pairs * length for pairs, length in chosen]
     total = 0.0
+    computed = {name: 1 - _of_prefix(pack, tables[name]).share if name in kept else 1.0 for name in tables}
     for name, rows in batches:
         times = looks + 1 if name == "selection" else 1  # once more at its best weights, with the reported splits
         size = len(rows) * int(tables[name].lengths[rows[0]])
-        total += times * float(np.interp(size, tokens[::-1], seconds[::-1]))
+        total += computed[name] * times * float(np.interp(size, tokens[::-1], seconds[::-1]))
     return total, _for_all(held[1:], len(by_shape))
 
 
