@@ -179,9 +179,14 @@ def _train(cfg: DictConfig) -> None:
     with following(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)
-            from lora_bench.train import train  # torch: late
+            if cfg.dry_run:
+                from lora_bench import expected  # torch: late
 
-            train(job, console=Console(quiet=True) if beside else console)
+                expected.show(job, Console(quiet=True) if beside else console)
+            else:
+                from lora_bench.train import train
+
+                train(job, console=Console(quiet=True) if beside else console)
         except Exception as error:
             discard(own)  # unless the run has begun: then its record says how it ended
             if (own / "run.log").exists() and not isinstance(error, UserError):

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.help import GROUPS
 from lora_bench.record import Run, discard, read
+from lora_bench.recorded import filled
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ class Job:
         run = Run.reopen(Path(cfg.resume))
         try:
             refuse_hidden(run.folder, run.record["config"])
-            refuse_difference(run.record, cfg, overrides, GROUPS)
+            begun: Any = OmegaConf.create(filled(run.record))
+            refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
         except BaseException:
             run.release()
             raise
-        begun: Any = OmegaConf.create(run.record["config"])
         return cls(begun, run.folder, run.record["choices"], run.record["overrides"], run, title)
 
     @property

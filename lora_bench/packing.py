@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lora_bench.adapters import Adapter
     from lora_bench.config import Packing
     from lora_bench.job import Job
 
@@ -57,7 +58,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}"))
         try:
             common = Common.load(group.experiments[0])
-            packs = _sized(group, common, ended)
+            packs = sized(group, common, ended)
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -81,8 +82,6 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
             alone = f"{experiment.adapter.method} trains the backbone itself"
         elif experiment.pack.size == 1:
             alone = "pack.size=1"
-        elif job.cfg.dry_run:
-            alone = "a dry run measures one job"
         key = repr((shared, step, job.title if alone else ""))
         group = groups.setdefault(key, Group([], [], alone))
         group.jobs.append(job)
@@ -106,7 +105,7 @@ class Need:
     """Layers below the first that it adapts."""
 
 
-def _sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
+def sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
     """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here.
 
     Members of a pack begin at the same layer: below it each computes nothing, or reads what is kept.
@@ -154,17 +153,25 @@ def _within_memory(
     return packs
 
 
+def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
+    """Ranks that let a pack measure the adapter without its start, which may be costly.
+
+    Raises:
+        UserError: the adapter does not fit the backbone.
+    """
+    try:
+        return dict.fromkeys(adapter.targets(common.backbone), getattr(adapter, "rank", 0))
+    except UserError as error:
+        raise error.under("adapter") from None
+
+
 def needs(common: Common, experiment: Experiment) -> Need:
     """What one member needs.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
-    try:
-        targets = experiment.adapter.targets(common.backbone)
-    except UserError as error:
-        raise error.under("adapter") from None
-    known = dict.fromkeys(targets, getattr(experiment.adapter, "rank", 0))  # without its start, which may be costly
+    known = known_ranks(experiment.adapter, common)
     pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed, known)])
     try:
         trainer = experiment.trainer

@@ -244,6 +244,8 @@ class Recorder:
                 "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,
                 "pairs_per_second": rate if alone else None,
                 "steps": outcome.steps,
+                "train_tokens": outcome.tokens,
+                "train_padding_tokens": outcome.padding,
                 "pack_size": self.pack_sizes[member],
             },
             targets=self.pack.ranks(member),  # a method may have pruned

@@ -27,7 +27,7 @@ from lora_bench.training.distributed import ALONE, Processes, together
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit, prepare, total_steps
 from lora_bench.training.prefix import PrefixCache
-from lora_bench.training.probe import estimate, probe_step
+from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, contained, refusing_strangers
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def train(job: Job, *, console: Console) -> None:
-    """Run one experiment and leave its record in the job's folder; with `dry_run=true` only say what it would cost.
+    """Run one experiment and leave its record in the job's folder.
 
     Raises:
         UserError: the request cannot be met; nothing is left behind.
@@ -95,11 +95,7 @@ def train_pack(
             _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
         ]
         processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
-        prefix, shown_often = _prefix_of(common, trainer)
-        if jobs[0].cfg.dry_run:
-            pack.cut = pack.depth if prefix.keeps(pack, shown_often) else None
-            console.print(estimate(pack, trainer, table, filling=prefix.flops).table())
-            return [outcome.error for outcome in outcomes]
+        prefix, shown_often = prefix_of(common, trainer)
         common = common.with_tables(prefix.serve(pack, shown_often))
         if pack.cut is not None and not begun:
             prepared = [replace(cost, prefix_seconds=prefix.seconds, prefix_flops=prefix.flops) for cost in prepared]
@@ -180,7 +176,7 @@ def _prepare(
     return Preparation(time.perf_counter() - began, counter.get_total_flops())
 
 
-def _prefix_of(common: Common, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
+def prefix_of(common: Common, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
     """The store of what the frozen layers below the pack make, and the tables that training looks at again and again.
 
     Where no pair of the training split comes twice, keeping it is no gain.

@@ -145,7 +145,7 @@ def fit(
         batch = next(batches).of(live)
         losses = dict.fromkeys(live, 0.0)
         if (own := processes.share(batch)) is not None:
-            work = partial(_backward, pack, own, objective, batch.pairs)
+            work = partial(backward, pack, own, objective, batch.pairs)
             losses = in_portions(pack, own, trainer.micro_batch_size, work)
         losses = processes.add_up([p for k in live for p in pack.trainable(k).values()], losses)
         for k in live:
@@ -153,7 +153,7 @@ def fit(
                 if not math.isfinite(losses[k]):
                     diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
                     continue
-                norm = _clip(pack, k, optimizers[k])
+                norm = clip(pack, k, optimizers[k])
                 if not math.isfinite(norm):
                     diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
                     continue
@@ -168,10 +168,12 @@ def fit(
 
         seconds = time.perf_counter() - began
         B, T = batch.pairs, batch.input_ids.shape[1]
-        for k in live:
+        for k, padding in zip(live, batch.padding(len(live)), strict=True):
             outcomes[k].steps = step
             outcomes[k].seconds += seconds
             outcomes[k].pairs += B
+            outcomes[k].tokens += batch.orders * B * T
+            outcomes[k].padding += padding
             outcomes[k].flops += flop_models[k](batch.orders * B, T) if flop_models else 0.0
         if watcher:
             watcher.stepped(step, losses, B)
@@ -237,7 +239,7 @@ def _endless_batches(
         epoch += 1
 
 
-def _backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pairs: int) -> dict[int, float]:
+def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pairs: int) -> dict[int, float]:
     """What the batch adds to each live member's mean loss over `of_pairs` pairs, and its gradients, `pairs` at a time.
 
     Members are independent: their losses add up.
@@ -261,7 +263,7 @@ def _backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pai
     return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
-def _clip(pack: Pack, member: int, settings: Optimizer) -> float:
+def clip(pack: Pack, member: int, settings: Optimizer) -> float:
     """The member's gradient norm before clipping."""
     parameters, limit = list(pack.trainable(member).values()), settings.grad_clip_norm
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

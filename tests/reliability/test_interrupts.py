@@ -275,13 +275,13 @@ def test_27_a_run_killed_after_its_end_loses_what_nobody_needs(
 def test_28_the_same_batches_follow(in_tmp: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Three steps are an epoch here; pairs are shuffled and dropout draws."""
     seen: list[str] = []
-    backward = loop._backward
+    backward = loop.backward
 
     def noting(pack: Any, batch: Any, *more: Any, **options: Any) -> Any:
         seen.append(sha256(batch.input_ids.numpy().tobytes()).hexdigest())
         return backward(pack, batch, *more, **options)
 
-    monkeypatch.setattr(loop, "_backward", noting)
+    monkeypatch.setattr(loop, "backward", noting)
     asked = [*ASKED, "adapter.dropout=0.5"]
     assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
     whole = seen.copy()
