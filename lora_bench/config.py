@@ -122,6 +122,8 @@ class Data:
     """Share, rounded up, of the places where a transform can act (a row's words, or its questions) at which it does."""
     unseen: bool
     """Whether reported splits are also scored on those rows alone none of whose texts was seen in training."""
+    report: bool
+    """Whether reported splits are scored at all; while something is chosen on the selection split, they are not."""
 
     def __post_init__(self) -> None:
         need_one_of("source", self.source, tuple(DATA))

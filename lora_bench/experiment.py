@@ -140,8 +140,8 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             key="data",
             remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
         )
-    reported = sources.reported(found)
-    if not reported:
+    reported = sources.reported(found) if data.report else {}
+    if data.report and not reported:
         raise UserError(
             "there is no labelled split to report on",
             key="data",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +65,13 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
         remedy = "Give a folder where you may write."
         raise UserError(reason, key="hydra.sweep.dir", value=folder, remedy=remedy) from None
     return lock
+
+
+def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
+    """Add jobs that follow from how those before ended; whoever calls has the sweep's claim."""
+    begun = read(folder)
+    found = replace(begun, jobs=begun.jobs | jobs)
+    write(folder, FILE, dump(plain({"schema": record.SCHEMA, **asdict(found)})).encode())
 
 
 def reopen(folder: Path) -> FileLock:

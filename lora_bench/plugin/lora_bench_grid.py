@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,14 +12,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
 from lora_bench.disk import plain
 from lora_bench.errors import RunFailedError, SweepFailedError, UserError
 from lora_bench.hydra_errors import refuse_code
 from lora_bench.resume import quoted
+from lora_bench.sweep import Sweep
 
-Batch: TypeAlias = tuple[int, list[list[str]]]
+Batch: TypeAlias = dict[int, list[str]]
 
 
 @dataclass
@@ -56,13 +59,17 @@ class GridSweeper(BasicSweeper):
         hydra, folder = self.config.hydra, Path(self.config.hydra.sweep.dir)
         grid = [*self._parse_config(), *(text for text in arguments if not text.startswith("resume="))]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        jobs = self._checked(self._combinations(parser.parse_overrides(grid)))
+        combinations = self._combinations(parser.parse_overrides(grid))
+        jobs = self._checked(self._first(combinations))
+        later = self._checked(self._later(combinations), len(jobs))
         if self.config.dry_run:
+            jobs |= later
             ended = [done.return_value for done in self.launcher.launch(list(jobs.values()), initial_job_idx=0)]
             _raise_failures([error for error in ended if error is not None], len(ended))
             return
         if self.config.resume:
-            if sweep.read(folder).jobs != plain(jobs):
+            begun = sweep.read(folder).jobs
+            if dict(islice(begun.items(), len(jobs))) != plain(jobs):
                 remedy = "Its presets have changed since: begin a new sweep."
                 raise UserError(
                     "the sweep's jobs are not those it began with", key="resume", value=folder, remedy=remedy
@@ -75,19 +82,42 @@ class GridSweeper(BasicSweeper):
             lock = sweep.begin(folder, asked, places[0] if places else None, jobs)
         ran, failures = 0, []
         try:
-            for first, batch in self._batches(folder, jobs, sweep.read(folder).lacks(folder)):
-                ended = [done.return_value for done in self.launcher.launch(batch, initial_job_idx=first)]
-                ran += len(ended)
-                failures += [error for error in ended if error is not None]
+            more = jobs
+            while more:
+                for batch in self._batches(folder, sweep.read(folder)):
+                    ended = [done.return_value for done in self._launch(batch)]
+                    ran += len(ended)
+                    failures += [error for error in ended if error is not None and not self._expected(error)]
+                more = self._next(folder, sweep.read(folder).jobs)
+                sweep.extend(folder, self._checked(more, len(sweep.read(folder).jobs)))
         finally:
             lock.release()
-            if any((folder / name / "run.json").exists() for name in jobs):
+            begun = sweep.read(folder).jobs
+            if any((folder / name / "run.json").exists() for name in begun):
                 write_tables(folder)
                 print()
                 main([str(folder)])
             if lacking := len(sweep.read(folder).lacks(folder)):
-                print(f"{lacking} of {len(jobs)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
+                print(f"{lacking} of {len(begun)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
         _raise_failures(failures, ran)
+
+    # -- what a sweeper of more than one stage does otherwise --
+
+    def _first(self, jobs: list[list[str]]) -> list[list[str]]:
+        """The jobs to begin with, of all combinations."""
+        return jobs
+
+    def _later(self, jobs: list[list[str]]) -> list[list[str]]:
+        """What jobs may follow, as far as it is known beforehand: they are checked and estimated with the first."""
+        return []
+
+    def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
+        """The jobs that follow from how those before ended."""
+        return []
+
+    def _expected(self, error: Exception) -> bool:
+        """Whether that a job ends so is a result like another."""
+        return False
 
     def _combinations(self, overrides: list[Override]) -> list[list[str]]:
         (jobs,) = BasicSweeper.split_arguments(overrides, None)
@@ -103,13 +133,18 @@ class GridSweeper(BasicSweeper):
             all(fnmatchcase(chosen.get(key, ""), pattern) for key, pattern in rule.items()) for rule in self.exclude
         )
 
-    def _checked(self, jobs: list[list[str]]) -> dict[str, list[str]]:
-        """The jobs by their folders, before the sweep's is made: a wrong value in the last one leaves nothing."""
+    def _checked(self, jobs: list[list[str]], first: int = 0) -> dict[str, list[str]]:
+        """The jobs by their folders, before the sweep's is made: a wrong value in the last one leaves nothing.
+
+        Args:
+            jobs: their overrides.
+            first: the number of the first of them.
+        """
         from lora_bench import sweep
 
         found: dict[str, list[str]] = {}
         asked: dict[str, list[str]] = {}
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
             if sweep.leads_out(name):
                 raise UserError("leads out of the sweep's folder", key="hydra.sweep.subdir", value=name)
@@ -136,20 +171,28 @@ class GridSweeper(BasicSweeper):
             del composed["hydra"]
         return name, Experiment.build(composed).identity
 
-    def _batches(self, folder: Path, jobs: dict[str, list[str]], lacks: dict[int, bool]) -> Iterator[Batch]:
-        """What the sweep lacks, as the launcher takes it: jobs in a row, and the number of the first of them."""
-        batch: list[list[str]] = []
-        first = 0
-        for number, (name, job) in enumerate(jobs.items()):
-            full = self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size
-            if batch and (full or number not in lacks):
-                yield first, batch
-                batch = []
-            if number in lacks:
-                first = first if batch else number
-                batch.append([*job, f"resume={quoted(folder / name)}"] if lacks[number] else job)
+    def _batches(self, folder: Path, begun: Sweep) -> Iterator[Batch]:
+        """What the sweep lacks, by number, as many at a time as the launcher may be given."""
+        batch: Batch = {}
+        for number, is_begun in begun.lacks(folder).items():
+            if self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size:
+                yield batch
+                batch = {}
+            name = list(begun.jobs)[number]
+            batch[number] = begun.jobs[name] + ([f"resume={quoted(folder / name)}"] if is_begun else [])
         if batch:
-            yield first, batch
+            yield batch
+
+    def _launch(self, batch: Batch) -> Iterator[JobReturn]:
+        """What became of the jobs; Hydra's launchers take only jobs in a row."""
+        assert self.launcher is not None
+        numbered = getattr(self.launcher, "launch_numbered", None)
+        if numbered is not None:
+            yield from numbered(batch)
+            return
+        for _, row in groupby(enumerate(batch), lambda placed: placed[1] - placed[0]):
+            numbers = [number for _, number in row]
+            yield from self.launcher.launch([batch[number] for number in numbers], initial_job_idx=numbers[0])
 
 
 def _raise_failures(failures: Sequence[Exception], ran: int) -> None:

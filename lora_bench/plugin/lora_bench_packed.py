@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,10 @@ class PackedLauncher(BasicLauncher):
     """Composes all jobs and hands them to `packing`; each return value is what ended the job before its time."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        return self.launch_numbered(dict(enumerate(job_overrides, initial_job_idx)))
+
+    def launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]]) -> Sequence[JobReturn]:
+        """The same for jobs that are not in a row: what a sweep lacks is packed whatever lies between."""
         from lora_bench import expected, packing  # torch: late
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -43,8 +47,10 @@ class PackedLauncher(BasicLauncher):
 
         titles, jobs = [], []
         try:
-            for number, overrides in enumerate(job_overrides, initial_job_idx):
-                titles.append(titled(number, [text for text in overrides if not text.startswith("resume=")]))
+            alike = set.intersection(*map(set, jobs_by_number.values())) if len(jobs_by_number) > 1 else set()
+            for number, overrides in jobs_by_number.items():
+                told = [text for text in overrides if not text.startswith(("resume=", "hydra.")) and text not in alike]
+                titles.append(titled(number, told))
                 try:
                     jobs += self._composed(number, list(overrides), titles[-1])
                 except Exception as error:

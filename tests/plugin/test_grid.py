@@ -61,21 +61,21 @@ def test_rank_preset_as_it_is(in_tmp: Path) -> None:
     assert ranks == [1, 2, 4, 8, 16, 32]
 
 
-def test_baselines_are_eight_runs(in_tmp: Path) -> None:
-    """Three families by three methods, without T5's head alone: it has none."""
+def test_baselines_are_eleven_runs(in_tmp: Path) -> None:
+    """Three families by four methods, without T5's head alone: it has none."""
     answer = lora_bench("train", *toy_run(SWEEP, "model=tiny_bert,tiny_roberta,tiny_t5"), "sweep=baselines")
     assert (answer.code, answer.err) == (0, "")
     found = records(in_tmp / "sweep")
     assert {(each["choices"]["model"], each["choices"]["adapter"]) for each in found.values()} == {
         (model, adapter)
         for model in ("tiny_bert", "tiny_roberta", "tiny_t5")
-        for adapter in ("full", "head_only", "lora")
+        for adapter in ("full", "head_only", "lora", "enhanced")
         if (model, adapter) != ("tiny_t5", "head_only")
     }
     assert {each["status"] for each in found.values()} == {"done"}
-    assert len(found) == len(table(in_tmp / "sweep")) == 8
+    assert len(found) == len(table(in_tmp / "sweep")) == 11
     rates = {each["choices"]["adapter"]: each["config"]["optimizer"]["lr"] for each in found.values()}
-    assert rates == {"full": 5e-5, "head_only": 1e-3, "lora": 5e-4}
+    assert rates == {"full": 5e-5, "head_only": 1e-3, "lora": 5e-4, "enhanced": 2e-4}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""The sweeper of the fair comparison: each method's rate is chosen first, on the selection split, from the same values.
+
+tune/     each combination, but for seeds, with few pairs and one seed, and no look at the reported split
+report/   each of them at its best rate, with all seeds
+"""
+
+# No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra_plugins.lora_bench_grid import GridSweeper, GridSweeperConf
+from omegaconf import DictConfig, OmegaConf
+
+from lora_bench.errors import DivergedError, UserError
+from lora_bench.experiments import flat
+
+CHOSEN, REPEATED = "optimizer.lr", "seed"
+
+
+@dataclass
+class TunedSweeperConf(GridSweeperConf):
+    _target_: str = "hydra_plugins.lora_bench_tuned.TunedSweeper"
+    tune: dict[str, Any] = field(default_factory=dict)
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="tuned", node=TunedSweeperConf, provider="lora_bench")
+
+
+class TunedSweeper(GridSweeper):
+    """The grid in two stages.
+
+    Args:
+        tune: what is otherwise in the jobs that choose, nested as in the config.
+    """
+
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, str] | None, exclude: Sequence[str], tune: dict[str, Any]
+    ) -> None:
+        super().__init__(max_batch_size, params, exclude)
+        asked: Any = OmegaConf.to_container(tune) if isinstance(tune, DictConfig) else tune
+        self.tune = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
+        self.replaced = {_key(override) for override in self.tune}
+        self.combinations: list[list[str]] = []
+
+    def _first(self, jobs: list[list[str]]) -> list[list[str]]:
+        self.combinations = jobs
+        if len({_value(job, CHOSEN) for job in jobs}) < 2:
+            remedy = f"Give {CHOSEN} several values, or take a sweep without choosing."
+            raise UserError("has one value, so there is nothing to choose", key=CHOSEN, remedy=remedy)
+        left_out = self.replaced | {REPEATED}
+        tuning = [[text for text in job if _key(text) not in left_out] + self.tune for job in jobs]
+        distinct = list({tuple(job): job for job in tuning}.values())
+        return [[*job, f"hydra.sweep.subdir=tune/{number}"] for number, job in enumerate(distinct)]
+
+    def _later(self, jobs: list[list[str]]) -> list[list[str]]:
+        """The combinations at any one rate."""
+        any_rate = _value(jobs[0], CHOSEN)
+        return _reporting([job for job in jobs if _value(job, CHOSEN) == any_rate])
+
+    def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
+        """Each combination, with all seeds, at the rate whose run has the best selection MCC."""
+        from lora_bench import record
+
+        if any(name.startswith("report/") for name in jobs):
+            return []
+        scores: dict[str, dict[str, float | None]] = {}
+        for name, job in jobs.items():
+            found = record.read(folder / name) if (folder / name / "run.json").exists() else None
+            mcc = found["metrics"].get("selection/mcc") if found and found["status"] == "done" else None
+            scores.setdefault(self._kind(job), {})[_value(job, CHOSEN)] = mcc
+        best = {kind: self._choose(kind, of_kind) for kind, of_kind in scores.items()}
+        kept = [job for job in self.combinations if _value(job, CHOSEN) == best[self._kind(job)]]
+        return _reporting(kept)
+
+    def _expected(self, error: Exception) -> bool:
+        return isinstance(error, DivergedError)  # a rate that is too high is told by its absence from the choice
+
+    def _kind(self, job: Sequence[str]) -> str:
+        """What tells a job from others, but for what is chosen, repeated or only of one stage."""
+        varying = {_key(text) for text in job if len({_value(other, _key(text)) for other in self.combinations}) > 1}
+        return " ".join(text for text in job if _key(text) in varying - self.replaced - {CHOSEN, REPEATED})
+
+    def _choose(self, kind: str, scores: dict[str, float | None]) -> str | None:
+        told = ", ".join(f"{rate}: {'no result' if mcc is None else f'{mcc:.4f}'}" for rate, mcc in scores.items())
+        worked = {rate: mcc for rate, mcc in scores.items() if mcc is not None}
+        name = kind or "all"
+        if not worked:
+            print(f"{name}: none of the rates gave a result, so it is not reported ({told})")
+            return None
+        best = max(worked, key=worked.__getitem__)
+        rates = sorted(scores, key=float)
+        edge = " It is at the edge of the grid: another beyond may be better." if best in (rates[0], rates[-1]) else ""
+        print(f"{name}: {CHOSEN}={best} is best on the selection split ({told}).{edge}")
+        return best
+
+
+def _reporting(jobs: list[list[str]]) -> list[list[str]]:
+    return [[*job, f"hydra.sweep.subdir=report/{number}"] for number, job in enumerate(jobs)]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _value(job: Sequence[str], key: str) -> str:
+    return next((text.partition("=")[2] for text in reversed(job) if _key(text) == key), "")

@@ -1,0 +1,119 @@
+"""The sweep of two stages: rates chosen out of sight of the reported split, then each method reported at its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_bench.training import loop
+from tests.command_line import lora_bench, refused, toy_run
+
+FEW = ["hydra.sweeper.tune.data.train_size=20", "hydra.sweeper.tune.trainer.epochs=1"]
+ASKED = toy_run("sweep=methods", "adapter=lora,head_only", "optimizer.lr=1e-3,1e-2", "seed=0,1", *FEW)
+ASKED += ["hydra.sweep.dir=sweep"]
+
+
+def records(stage: str) -> list[dict[str, Any]]:
+    paths = sorted(Path("sweep", stage).glob("*/run.json"), key=lambda path: int(path.parent.name))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def table() -> list[dict[str, str]]:
+    with Path("sweep/table.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[bool, float], float]:
+    """The selection MCC of a run by whether it has an adapter and its rate, in the place of what it would have."""
+    wanted: dict[tuple[bool, float], float] = {}
+    judge = loop._judge
+
+    def judged(pack: Any, member: int, outcome: Any, *arguments: Any) -> None:
+        judge(pack, member, outcome, *arguments)
+        outcome.best["metrics"]["mcc"] = wanted[bool(pack.adapter_parameters(member)), pack.rates[member]]
+
+    monkeypatch.setattr(loop, "_judge", judged)
+    make = loop.make_optimizer
+
+    def noted(settings: Any, pack: Any, member: int) -> Any:
+        pack.rates = {**getattr(pack, "rates", {}), member: settings.lr}
+        return make(settings, pack, member)
+
+    monkeypatch.setattr(loop, "make_optimizer", noted)
+    return wanted
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_each_method_is_reported_at_the_rate_that_is_best_on_selection(
+    scored: dict[tuple[bool, float], float],
+) -> None:
+    scored |= {(True, 1e-3): 0.5, (True, 1e-2): 0.4, (False, 1e-3): 0.1, (False, 1e-2): 0.2}
+    answer = lora_bench("train", *ASKED)
+    assert (answer.code, answer.err) == (0, "")
+    assert "adapter=lora: optimizer.lr=0.001 is best on the selection split (0.001: 0.5000, 0.01: 0.4000)" in answer.out
+    assert "adapter=head_only: optimizer.lr=0.01 is best" in answer.out
+    tuning, reported = records("tune"), records("report")
+    assert [record["config"]["data"]["train_size"] for record in tuning] == [20] * 4
+    assert all(not any(key.startswith("validation/") for key in record["metrics"]) for record in tuning)
+    assert not list(Path("sweep/tune").glob("*/predictions/validation.parquet"))
+    found = [
+        (each["choices"]["adapter"], each["config"]["optimizer"]["lr"], each["config"]["seed"]) for each in reported
+    ]
+    assert found == [("lora", 1e-3, 0), ("lora", 1e-3, 1), ("head_only", 1e-2, 0), ("head_only", 1e-2, 1)]
+    assert all("validation/mcc" in record["metrics"] for record in reported)
+    assert {(row["adapter"], row["n"]) for row in table()} == {("lora", "2"), ("head_only", "2")}
+    assert "4 runs that only chose a rate" in answer.out
+    assert "nothing to" in lora_bench("train", "-m", "resume=sweep").out or len(records("report")) == 4
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_sweep_stopped_in_either_stage_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lora_bench("train", *ASKED).code == 0
+    whole = Path("sweep").rename("whole")
+    predict, calls = loop.predict, 0
+
+    def stopping(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 5):
+            raise KeyboardInterrupt
+        return predict(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "predict", stopping)
+    codes = [lora_bench("train", *ASKED).code]
+    while codes[-1] == 130:
+        codes.append(lora_bench("train", "-m", "resume=sweep").code)
+    assert codes[0] == 130
+    assert codes[-1] == 0
+    for stage in ("tune", "report"):
+        for record in records(stage):
+            assert record["status"] == "done"
+    kept = {"adapter", "optimizer.lr", "mcc"}
+    with (whole / "table.csv").open(newline="", encoding="utf-8") as file:
+        expected = [{key: row[key] for key in kept & row.keys()} for row in csv.DictReader(file)]
+    assert [{key: row[key] for key in kept & row.keys()} for row in table()] == expected
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_method_for_which_no_rate_works_is_said_and_the_others_are_reported() -> None:
+    wild = [text.replace("optimizer.lr=1e-3,1e-2", "optimizer.lr=1e-3,1e38") for text in ASKED]
+    answer = lora_bench("train", *wild, "optimizer.grad_clip_norm=null")
+    assert answer.code == 0, answer
+    assert "1e+38: no result" in answer.out
+    assert {record["config"]["optimizer"]["lr"] for record in records("report")} == {1e-3}
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_one_rate_is_nothing_to_choose_from() -> None:
+    one = [text.replace("optimizer.lr=1e-3,1e-2", "optimizer.lr=1e-3") for text in ASKED]
+    assert "optimizer.lr: has one value, so there is nothing to choose" in refused("train", *one)
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_wrong_value_of_the_second_stage_is_refused_before_the_first() -> None:
+    assert "seed=-1" in refused("train", *[text.replace("seed=0,1", "seed=0,-1") for text in ASKED])
