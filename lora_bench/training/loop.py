@@ -265,8 +265,11 @@ def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pair
 
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:
     """The member's gradient norm before clipping."""
-    limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
-    return float(torch.nn.utils.clip_grad_norm_(list(pack.trainable(member).values()), limit))
+    parameters, limit = list(pack.trainable(member).values()), settings.grad_clip_norm
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None and norm + 1e-6 > limit:  # below, torch's own `clip_grad_norm_` would multiply all by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
 
 
 def _judge(

@@ -1,4 +1,4 @@
-"""A hundred steps of our loop leave what the plain implementation leaves: transformers' own model, peft's own layers."""
+"""A hundred steps of our loop leave what plain code leaves: transformers' own model, peft's own layers."""
 
 from __future__ import annotations
 
