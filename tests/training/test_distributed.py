@@ -77,7 +77,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
     for state in found:
         torch.testing.assert_close(state.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=0)
-        assert_close(alone, state, atol=1e-5)
+        assert_close(alone, state, atol=5e-5)  # AdamW makes steps of what rounding leaves of a gradient
     assert_close(found[0], found[1], atol=0.0)
 
 
