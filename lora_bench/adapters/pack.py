@@ -6,9 +6,9 @@ back:
     a target (a linear)       ->  Adapted          each member's frozen product and its update
     a head module             ->  MemberHeads      one copy per member, in fp32
 
-Everything between them works row by row, so the network itself need not know of K. The members are held as a loop,
-not as one stacked tensor: on a CPU the loop is as quick (products run at one rate from 960 rows on), and a method's
-mathematics is written for one member.
+Everything between them works row by row, so the network itself need not know of K. A method's mathematics is written
+for one member. On a CPU members pass one after another, which is as quick (products run at one rate from 960 rows on);
+on a GPU, where a small encoder waits for launches, all pass at once, LoRA's kin computed together (see together.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from lora_bench.adapters.together import Copies, Together, kind
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lora_bench.adapters.base import Adapter, Update
+    from lora_bench.adapters.together import Stack
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.batching import Batch
 
@@ -82,14 +86,31 @@ class Adapted(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias  # type: ignore[return-value]
 
+    def join(self, members: Sequence[int]) -> list[Stack]:
+        """Prepare for rows of these members in this order; what has to be filled before each pass."""
+        runs = [list(run) for _, run in groupby(members, key=lambda k: kind(self.updates[k]))]
+        self.runs = [
+            (run, Together([self.updates[k] for k in run]) if len(run) > 1 and kind(self.updates[run[0]]) else None)
+            for run in runs
+        ]
+        return [stack for _, together in self.runs if together for stack in together.stacks]
+
     def forward(self, x: Tensor) -> Tensor:
         K = len(self.live.members)
-        rows = [x] if K == 1 else x.chunk(K)  # no chunks of one: autograd would copy them
+        if K == 1:
+            return self._alone(self.live.members[0], x)
+        parts = x.split([len(x) // K * len(run) for run, _ in self.runs]) if len(self.runs) > 1 else [x]
         adapted = []
-        for k, xk in zip(self.live.members, rows, strict=True):
-            update = self.updates[k]
-            adapted.append(update(xk, self.base(xk) if update.takes_output else xk))
-        return adapted[0] if K == 1 else torch.cat(adapted)
+        for (run, together), part in zip(self.runs, parts, strict=True):
+            if together:
+                adapted.append(together(part))
+            else:
+                adapted += [self._alone(k, xk) for k, xk in zip(run, part.chunk(len(run)), strict=True)]
+        return adapted[0] if len(adapted) == 1 else torch.cat(adapted)
+
+    def _alone(self, member: int, x: Tensor) -> Tensor:
+        update = self.updates[member]
+        return update(x, self.base(x) if update.takes_output else x)  # type: ignore[no-any-return]
 
 
 class MemberHeads(nn.Module):
@@ -102,8 +123,14 @@ class MemberHeads(nn.Module):
         self.copies = nn.ModuleList(copies)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.float().chunk(len(self.live.members))
-        return torch.cat([self.copies[k](part) for k, part in zip(self.live.members, rows, strict=True)])
+        heads = [self.copies[k] for k in self.live.members]
+        if len(heads) == 1:
+            return heads[0](x.float())  # type: ignore[no-any-return]
+        rows = x.float().unflatten(0, (len(heads), -1))
+        own = zip(*(head.named_parameters() for head in heads), strict=True)
+        stacks = {named[0][0]: torch.stack([p for _, p in named]) for named in own}
+        together = torch.vmap(lambda stacks, x: functional_call(heads[0], stacks, (x,)))
+        return together(stacks, rows).flatten(0, 1)  # type: ignore[no-any-return]
 
 
 class Pack(nn.Module):
@@ -175,15 +202,38 @@ class Pack(nn.Module):
         A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
         """
         hidden = self.prefix(batch)
-        logits = [self.suffix(hidden, batch, part) for part in self.portions()]
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+        portions = self.portions()
+        logits = torch.cat([self.suffix(hidden, batch, part) for part in portions])
+        order = [k for part in portions for k in part]
+        return logits if order == self.live else logits[[order.index(k) for k in self.live]]
 
     def portions(self) -> list[list[int]]:
-        """The live members by those that one pass through the adapted layers takes.
+        """The live members by those that one pass through the adapted layers takes; those that are alike in a row.
 
         A CPU's products are at their peak for one member already; there one after the other needs least memory.
         """
-        return [self.live] if self.batched else [[k] for k in self.live]
+        return [sorted(self.live, key=self._likeness)] if self.batched else [[k] for k in self.live]
+
+    def _likeness(self, member: int) -> tuple[str, int]:
+        first = next(iter(self.updates[member].values()), None)
+        return str(first and kind(first)), first.rank if first else 0
+
+    @contextmanager
+    def gathering_gradients(self) -> Iterator[None]:
+        """Backward passes within it gather gradients; when it ends the members' parameters have them."""
+        copies = [self._copies(part) for part in self.portions() if len(part) > 1]
+        for each in copies:
+            each.clear()
+        yield
+        for each in copies:
+            each.give()
+
+    def _copies(self, members: list[int]) -> Copies:
+        """What holds copies of these members' tensors while they are computed together."""
+        if self._joined is None or self._joined[0] != members:
+            adapted = [module for module in self.network.modules() if isinstance(module, Adapted)]
+            self._joined = members, Copies([stack for module in adapted for stack in module.join(members)])
+        return self._joined[1]
 
     def prefix(self, batch: Batch) -> Tensor:
         """Hidden states below the first adapted layer, (B or K·B, T, D), once for all live members."""
@@ -197,13 +247,15 @@ class Pack(nn.Module):
         """Logits (len(members), B, 2) in fp32 of some live members, from what `prefix` gave for the batch."""
         K, live = len(members), self.live
         batch = replace(batch, hidden=None)
-        if batch.members > 1 and len(live) > K:
+        if batch.members > 1 and live != members:
             places = [live.index(k) for k in members]
             hidden = hidden.view(len(live), -1, *hidden.shape[1:])[places].flatten(0, 1)
             batch = batch.of(places)
         elif batch.members == 1 and K > 1:
             batch = batch.repeat(K)
             hidden = hidden.repeat(K, *[1] * (hidden.ndim - 1))
+        if K > 1:
+            self._copies(members).take()
         self._live.members = members
         try:
             with self._autocast():
@@ -318,6 +370,7 @@ class Pack(nn.Module):
             base = self.network.get_submodule(name)
             _replace(self.network, name, Adapted(base, [updates.get(name) for updates in self.updates], self._live))
         self.depth = self._first_adapted_layer()
+        self._joined: tuple[list[int], Copies] | None = None
 
     def _attach_heads(self) -> None:
         self.network.requires_grad_(self.trains_backbone)
