@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,9 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
         raise UserError("sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.")
+    if parsed.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        remedy = "torchrun trains one run on several devices; start the sweep without it."
+        raise UserError("makes runs one after another in a process of its own", key="-m", remedy=remedy)
     for override in parsed.repeated():
         _tell(f"note: {override} is given again with another value, which counts")
     register_with_hydra()
@@ -159,7 +163,7 @@ def register_with_hydra() -> None:
 def _train(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from lora_bench.job import Job, is_done
+    from lora_bench.job import Job, following, is_done
     from lora_bench.record import discard
 
     hydra = HydraConfig.get()
@@ -171,19 +175,26 @@ def _train(cfg: DictConfig) -> None:
         console.print(shown(f"{cfg.resume} is done: nothing to go on with"))
         return
     job = None
-    try:
-        job = Job.composed(cfg, hydra, folder)
-        from lora_bench.train import train  # torch: late
+    beside = int(os.environ.get("RANK", "0")) > 0  # torchrun: the leading process alone writes and prints
+    with following(cfg, folder) if beside else nullcontext(folder) as own:
+        try:
+            job = Job.composed(cfg, hydra, own)
+            if cfg.dry_run:
+                from lora_bench import expected  # torch: late
 
-        train(job, console=console)
-    except Exception as error:
-        discard(folder)  # unless the run has begun: then its record says how it ended
-        if (folder / "run.log").exists() and not isinstance(error, UserError):
-            error.add_note(f"the traceback is in {folder / 'run.log'}")
-        raise
-    finally:
-        if job is not None and job.begun:
-            job.begun.release()
+                expected.show(job, Console(quiet=True) if beside else console)
+            else:
+                from lora_bench.train import train
+
+                train(job, console=Console(quiet=True) if beside else console)
+        except Exception as error:
+            discard(own)  # unless the run has begun: then its record says how it ended
+            if (own / "run.log").exists() and not isinstance(error, UserError):
+                error.add_note(f"the traceback is in {own / 'run.log'}")
+            raise
+        finally:
+            if job is not None and job.begun:
+                job.begun.release()
     if cfg.dry_run:
         discard(folder)
 

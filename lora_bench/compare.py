@@ -35,6 +35,7 @@ from lora_bench.experiments import (
 )
 from lora_bench.figures import BESIDES, has_column, with_evaluations
 from lora_bench.record import find, is_killed, last_logged
+from lora_bench.recorded import with_equal_keys
 from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def summarise(
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
     """
     found, skipped = find(paths)
-    found = [(folder, with_evaluations(folder, record)) for folder, record in found]
+    found = [(folder, with_evaluations(folder, record)) for folder, record in with_equal_keys(found)]
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."

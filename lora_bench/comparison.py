@@ -55,7 +55,7 @@ class Finding:
     paired_seeds: int | None = None
     examples: int | None = None
     p_seeds: float | None = None
-    """Paired t test over seeds; the examples are taken for granted."""
+    """Paired t test over seeds; the examples are taken for granted. None where no spread shows."""
     p_bootstrap: list[float] | None = None
     p_mcnemar: list[float] | None = None
     """Of each seed's pair of models; the models are taken for granted. The bootstrap asks about MCC, McNemar's mid-p
@@ -151,11 +151,12 @@ class _Pair:
         from lora_bench import stats
 
         labels = self.ours[0].labels
-        ours, theirs = ([each.mcc for each in side] for side in (self.ours, self.theirs))
         both = list(zip(self.ours, self.theirs, strict=True))
+        ours, theirs = ([each.mcc for each in side] for side in (self.ours, self.theirs))
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         return {
-            "effect_size": stats.effect_size([a - b for a, b in zip(ours, theirs, strict=True)]),
-            "p_seeds": stats.seeds_test(ours, theirs).p if len(both) > 1 else None,
+            "effect_size": stats.effect_size(differences),
+            "p_seeds": None if stats.alike(differences) else stats.seeds_test(ours, theirs).p,
             "p_bootstrap": [stats.paired_bootstrap(labels, a.predicted, b.predicted).p for a, b in both],
             "p_mcnemar": [stats.mcnemar(a.right, b.right).p for a, b in both],
         }

@@ -233,6 +233,9 @@ class Trainer:
     """Share of the last steps over which weights are averaged; from then on the mean is scored and kept. 0: off."""
     checkpoint_every: int | None
     """Steps between checkpoints; null: one at each look at the selection split."""
+    prefix_cache_bytes: float
+    """Most bytes on disk for what frozen layers below the first adapted one make of the pairs: computed once, read by
+    every later epoch and run. 0: computed anew at every step."""
     precision: str
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
@@ -257,6 +260,7 @@ class Trainer:
         need_one_of("objective", self.objective, ("cross_entropy", "order_consistency", "perturb_consistency"))
         need_number("consistency_weight", self.consistency_weight, 0)
         need_number("average", self.average, 0, 1)
+        need_number("prefix_cache_bytes", self.prefix_cache_bytes, 0)
         need_one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         need_one_of("device", self.device, ("auto", "cpu", "cuda"))
 

@@ -4,8 +4,12 @@ The target is the selection MCC that full fine-tuning of the same model on the s
 or one that is given. FLOPs to target are those of the whole training, by its share of the steps.
 
 A step of full fine-tuning is a third forward, a third gradients of inputs, a third gradients of weights. An adapter
-saves the last third; one that leaves the lowest m of L layers alone saves m / L of the second. What is left over is
-what the adapter computes itself, less a cached prefix. Batches, and so padding, are the same for every method.
+saves the last third; one that leaves the lowest m of L layers alone saves m / L of the second, and where what they make
+is kept, m / L of the first, less what making it once takes. What batches pad less goes by their tokens. What is left
+over is what the adapter computes itself.
+
+Seconds are FLOPs by a rate: what of the time was saved beyond the FLOPs is the precision's, where the two differ in it,
+or else the rate's: of the machine, and of small products.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ STEPS, FLOPS = "steps_to_target", "flops_to_target"
 BYTES = "adapter_bytes"
 COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"))
 SAVED = "FLOPs saved"
-CAUSES = ("fewer steps", "no weight gradients", "fewer layers", "the adapter itself")
+CAUSES = ("fewer steps", "no weight gradients", "fewer layers", "cached prefix", "less padding", "the adapter itself")
+TIME_SAVED = "time saved"
+TIME_CAUSES = ("precision", "rate")
 
 
 def with_costs(table: Table, target: float | None = None) -> Table:
@@ -137,30 +143,61 @@ def _note(rows: Sequence[Row], ends: Sequence[float], given: float | None) -> st
 def savings(table: Table, row: Row, full: Row) -> dict[str, float] | None:
     """Shares of full fine-tuning's FLOPs that each of `CAUSES` saved, and `FLOPs saved`, their sum; negative: added.
 
+    And where the seconds of both are known, what `TIME_CAUSES` saved of its time, and `time saved`, all of it together.
     Both up to the target where both reach it, else both whole runs.
     """
-    mine, theirs = (_per_step(table, each) for each in (row, full))
-    if mine is None or theirs is None:
+    flops, full_flops = (_per_step(table, each, "train_flops") for each in (row, full))
+    steps, full_steps = (_mean_cost(table, each, "steps") for each in (row, full))
+    if not (flops and full_flops and steps and full_steps):
         return None
-    (flops, steps), (full_flops, full_steps) = mine, theirs
     if STEPS in row.stats and STEPS in full.stats:
         steps, full_steps = row.stats[STEPS].mean, full.stats[STEPS].mean
-    length = steps / full_steps
+    length, idle = steps / full_steps, _idle_layers(table, row)
+    filled = _per_step(table, row, "prefix_fill_flops")
+    used, full_used = _token_share(table, row), _token_share(table, full)
+    more_padding = used / full_used if used and full_used else 1.0  # of mine, had I padded as it did
     shares = {
         "fewer steps": 1 - length,
         "no weight gradients": length / 3,
-        "fewer layers": length / 3 * _idle_layers(table, row),
+        "fewer layers": length / 3 * idle,
+        "cached prefix": length * (idle / 3 - filled / full_flops) if filled else 0.0,
+        "less padding": length * flops / full_flops * (more_padding - 1),
     }
     saved = 1 - length * flops / full_flops
-    return shares | {"the adapter itself": saved - sum(shares.values()), SAVED: saved}
+    shares |= {"the adapter itself": saved - sum(shares.values()), SAVED: saved}
+    seconds, full_seconds = (_per_step(table, each, "train_seconds") for each in (row, full))
+    if seconds and full_seconds:
+        time_saved = 1 - length * seconds / full_seconds
+        differ = _precision(table, row) != _precision(table, full)
+        shares |= dict.fromkeys(TIME_CAUSES, 0.0) | {TIME_CAUSES[not differ]: time_saved - saved}
+        shares[TIME_SAVED] = time_saved
+    return shares
 
 
-def _per_step(table: Table, row: Row) -> tuple[float, float] | None:
-    """FLOPs per step, and steps."""
+def _mean_cost(table: Table, row: Row, key: str) -> float | None:
+    """The mean over a row's runs; None where one of them has none."""
+    costs = [table.records[folder]["cost"].get(key) for folder in row.folders]
+    return fmean(costs) if all(map(_positive, costs)) else None
+
+
+def _per_step(table: Table, row: Row, key: str) -> float | None:
+    """The mean of a cost by the steps of its run; None where one of the runs has none."""
     costs = [table.records[folder]["cost"] for folder in row.folders]
-    if not all(_positive(cost.get("steps")) and _positive(cost.get("train_flops")) for cost in costs):
+    if not all(_positive(cost.get("steps")) and _positive(cost.get(key)) for cost in costs):
         return None
-    return fmean(cost["train_flops"] / cost["steps"] for cost in costs), fmean(cost["steps"] for cost in costs)
+    return fmean(cost[key] / cost["steps"] for cost in costs)
+
+
+def _token_share(table: Table, row: Row) -> float | None:
+    """The share of the tokens that were no padding; None where a run does not tell, as older ones."""
+    tokens, padding = (_mean_cost(table, row, key) for key in ("train_tokens", "train_padding_tokens"))
+    if tokens is None:
+        return None
+    return 1 - (padding or 0.0) / tokens
+
+
+def _precision(table: Table, row: Row) -> set[str]:
+    return {str(table.records[folder]["environment"].get("precision")) for folder in row.folders}
 
 
 def _idle_layers(table: Table, row: Row) -> float:
@@ -177,5 +214,7 @@ def _for_people(table: Table) -> Table | None:
         for row in table.rows
         if row.saved
     ]
-    columns = [*table.keys, *(Column(name, "text", keep=i) for i, name in enumerate((*CAUSES, SAVED)))]
+    told = {name for row in rows if row.saved for name, share in row.saved.items() if share}
+    names = [name for name in (*CAUSES, SAVED, *TIME_CAUSES, TIME_SAVED) if name in told or name == SAVED]
+    columns = [*table.keys, *(Column(name, "text", keep=i) for i, name in enumerate(names))]
     return Table(columns, rows) if rows else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ from lora_bench.training.objective import check_columns
 from lora_bench.training.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from omegaconf import DictConfig
 
     from lora_bench.backbones.base import Backbone
@@ -94,6 +96,12 @@ class Common:
     def reported(self) -> list[str]:
         """The splits that are scored once, at the end."""
         return [name for name in self.tables if name not in ("train", "selection")]
+
+    def with_tables(self, tables: Mapping[str, TokenTable]) -> Common:
+        """The same with other tables for some: the same pairs, with more known of them."""
+        swapped = tables.get("swapped", self.swapped)
+        others = {name: table for name, table in tables.items() if name != "swapped"}
+        return replace(self, tables=self.tables | others, swapped=swapped)
 
     @classmethod
     def load(cls, experiment: Experiment) -> Common:

@@ -126,7 +126,7 @@ def _names_code(key: str) -> UserError:
     )
 
 
-def compose(conf: Path, config_name: str, overrides: list[str], config_dir: str | None = None) -> DictConfig:
+def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
     """The config, `hydra` node included, as Hydra composes it before a sweep is split; nothing of it is carried out."""
     from hydra import version
     from hydra._internal.hydra import Hydra
@@ -140,6 +140,7 @@ def compose(conf: Path, config_name: str, overrides: list[str], config_dir: str 
     if config_dir is not None:
         folder = f"file://{os.path.abspath(config_dir)}"
         places.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
+    outer = GlobalHydra.instance().hydra  # of a command that is under way
     GlobalHydra.instance().clear()
     try:
         composed: DictConfig = Hydra.create_main_hydra2("lora-bench", places).compose_config(
@@ -150,7 +151,7 @@ def compose(conf: Path, config_name: str, overrides: list[str], config_dir: str 
         reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
         raise UserError(reason, remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}") from None
     finally:
-        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = outer
 
 
 @contextmanager

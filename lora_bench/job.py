@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.help import GROUPS
-from lora_bench.record import Run, read
+from lora_bench.record import Run, discard, read
+from lora_bench.recorded import filled
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ class Job:
         run = Run.reopen(Path(cfg.resume))
         try:
             refuse_hidden(run.folder, run.record["config"])
-            refuse_difference(run.record, cfg, overrides, GROUPS)
+            begun: Any = OmegaConf.create(filled(run.record))
+            refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
         except BaseException:
             run.release()
             raise
-        begun: Any = OmegaConf.create(run.record["config"])
         return cls(begun, run.folder, run.record["choices"], run.record["overrides"], run, title)
 
     @property
@@ -73,6 +76,21 @@ class Job:
         if not (self.folder / "run.json").exists():
             config: Any = OmegaConf.to_container(self.cfg, resolve=False)
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
+
+
+@contextmanager
+def following(cfg: DictConfig, folder: Path) -> Iterator[Path]:
+    """Where a process writes its record that `torchrun` started beside the leading one: away from the run's folder.
+
+    A run to go on with is copied, so that all begin at the same step; the leader alone goes on in its folder.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        own = Path(place, "run")
+        if cfg.resume:
+            shutil.copytree(cfg.resume, own, ignore=shutil.ignore_patterns(".lock"))
+            cfg.resume = str(own)
+        yield own
+    discard(folder)
 
 
 def is_done(cfg: DictConfig) -> bool:

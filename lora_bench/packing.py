@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lora_bench.adapters import Adapter
+    from lora_bench.config import Packing
     from lora_bench.job import Job
 
 SHARE_OF_FREE = 0.75
@@ -56,7 +58,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}"))
         try:
             common = Common.load(group.experiments[0])
-            packs = _sized(group, common, ended)
+            packs = sized(group, common, ended)
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -80,8 +82,6 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
             alone = f"{experiment.adapter.method} trains the backbone itself"
         elif experiment.pack.size == 1:
             alone = "pack.size=1"
-        elif job.cfg.dry_run:
-            alone = "a dry run measures one job"
         key = repr((shared, step, job.title if alone else ""))
         group = groups.setdefault(key, Group([], [], alone))
         group.jobs.append(job)
@@ -93,32 +93,56 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     return found
 
 
-def _sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
-    """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here."""
-    settings = group.experiments[0].pack
-    fitting, needs, measured = [], [], {}
+@dataclass(frozen=True)
+class Need:
+    """What a member needs of what a pack shares."""
+
+    kept: float
+    """Bytes from step to step."""
+    step: float
+    """Bytes that a step takes besides."""
+    depth: int
+    """Layers below the first that it adapts."""
+
+
+def sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
+    """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here.
+
+    Members of a pack begin at the same layer: below it each computes nothing, or reads what is kept.
+    """
+    fitting: dict[int, list[tuple[Job, Need]]] = {}
+    measured: dict[str, Need] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
         kind = repr(experiment.adapter)
         try:
             if kind not in measured:
-                measured[kind] = member_bytes(common, experiment)
+                measured[kind] = needs(common, experiment)
         except Exception as error:
             ended(job, error)
             continue
-        fitting.append(job)
-        needs.append(measured[kind])
+        fitting.setdefault(measured[kind].depth, []).append((job, measured[kind]))
+    settings = group.experiments[0].pack
+    return [pack for alike in fitting.values() for pack in _within_memory(alike, settings, common, ended)]
+
+
+def _within_memory(
+    jobs: Sequence[tuple[Job, Need]],
+    settings: Packing,
+    common: Common,
+    ended: Callable[[Job, Exception | None], None],
+) -> list[list[Job]]:
     bound = settings.memory_bytes or SHARE_OF_FREE * free_bytes(common.backbone.device)
     packs: list[list[Job]] = []
     used = 0.0
     passing = 0.0
-    for job, (kept, step) in zip(fitting, needs, strict=True):
+    for job, need in jobs:
         # On a CPU members pass the adapted layers one after another.
-        passing = max(passing, step) if common.backbone.device.type == "cpu" else passing + step
-        used += kept
+        passing = max(passing, need.step) if common.backbone.device.type == "cpu" else passing + need.step
+        used += need.kept
         if packs and len(packs[-1]) != settings.size and used + passing <= bound:
             packs[-1].append(job)
             continue
-        used, passing = kept, step
+        used, passing = need.kept, need.step
         if settings.memory_bytes and used + passing > bound:
             remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
             refusal = UserError("is too little for one job", key="pack.memory_bytes", value=int(bound), remedy=remedy)
@@ -129,17 +153,25 @@ def _sized(group: Group, common: Common, ended: Callable[[Job, Exception | None]
     return packs
 
 
-def member_bytes(common: Common, experiment: Experiment) -> tuple[float, float]:
-    """Bytes that one member keeps from step to step, and that a step of it takes besides.
+def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
+    """Ranks that let a pack measure the adapter without its start, which may be costly.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
     try:
-        targets = experiment.adapter.targets(common.backbone)
+        return dict.fromkeys(adapter.targets(common.backbone), getattr(adapter, "rank", 0))
     except UserError as error:
         raise error.under("adapter") from None
-    known = dict.fromkeys(targets, getattr(experiment.adapter, "rank", 0))  # without its start, which may be costly
+
+
+def needs(common: Common, experiment: Experiment) -> Need:
+    """What one member needs.
+
+    Raises:
+        UserError: the adapter does not fit the backbone.
+    """
+    known = known_ranks(experiment.adapter, common)
     pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed, known)])
     try:
         trainer = experiment.trainer
@@ -147,7 +179,7 @@ def member_bytes(common: Common, experiment: Experiment) -> tuple[float, float]:
         orders = 1 if common.swapped is None else 2
         row = saved_bytes(pack, 1, int(common.tables["train"].lengths.max()))
         kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
-        return kept, TRANSIENT * orders * pairs * row
+        return Need(kept, TRANSIENT * orders * pairs * row, pack.depth)
     finally:
         pack.detach()
 

@@ -23,6 +23,7 @@ from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.calibration import calibrated
 from lora_bench.experiment import Experiment, attach
 from lora_bench.prompted import is_prompted
+from lora_bench.recorded import filled
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
 
@@ -64,7 +65,7 @@ class FinishedRun:
             raise UserError("is a run of lora-bench prompt, which leaves no model", key="run", value=folder)
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key="run", value=folder)
-        experiment = Experiment.build(OmegaConf.create(found["config"]))
+        experiment = Experiment.build(OmegaConf.create(filled(found)))
         dtype = dtype or getattr(torch, found["environment"]["precision"])
         pack, sha256 = attach(experiment, resolve_device(device), dtype, found["targets"])
         if sha256 != found["environment"]["backbone_sha256"]:

@@ -23,6 +23,7 @@ from lora_bench.progress import show_result
 from lora_bench.record import Run
 from lora_bench.screen import shown
 from lora_bench.tracking.base import TrackedRun, follow
+from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.loop import predict
 from lora_bench.training.state import contained
 
@@ -43,10 +44,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What looking at data before the first step cost."""
+    """What came before the first step and cost something."""
 
     seconds: float
+    """Of looking at data: starts and ranks."""
     flops: float
+    prefix_seconds: float | None = None
+    """Of making what the frozen prefix makes of the pairs; None where that is not kept."""
+    prefix_flops: float | None = None
+
+    @property
+    def all_seconds(self) -> float:
+        return self.seconds + (self.prefix_seconds or 0)
 
 
 @dataclass
@@ -70,6 +79,8 @@ class Recorder:
     pack_sizes: Sequence[int]
     """Members that each trained with, at most."""
     console: Console
+    processes: Processes = ALONE
+    """Those that predict together."""
     brief: bool = False
     runs: dict[int, Run] = field(default_factory=dict)
     """Those that have begun and not ended."""
@@ -93,10 +104,11 @@ class Recorder:
                 "device": str(common.backbone.device),
                 "precision": str(common.backbone.compute_dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(),
+                "processes": self.processes.size,
                 "backbone_sha256": common.backbone_sha256,
             },
         )
-        self.runs[member] = follow(run, self.experiments[member].trackers, self.console)
+        self.runs[member] = follow(run, self.experiments[member].trackers if self.processes.leads else {}, self.console)
 
     def notes(self) -> list[str]:
         """What the user should know before the members train."""
@@ -170,7 +182,8 @@ class Recorder:
         with self.pack.only(members):
             for name in ("selection", *self.common.reported):
                 began = time.perf_counter()
-                scores = predict(self.pack, self.common.tables[name], self.experiments[0].trainer.eval_batch_size)
+                table, size = self.common.tables[name], self.experiments[0].trainer.eval_batch_size
+                scores = predict(self.pack, table, size, self.processes)
                 found.append((name, scores, round(time.perf_counter() - began, 3)))
         return found
 
@@ -202,7 +215,8 @@ class Recorder:
         def scored(examples: Examples) -> NDArray[Any]:
             table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=False)
             with self.pack.only([member]):
-                (found,) = predict(self.pack, table, self.experiments[member].trainer.eval_batch_size)
+                size = self.experiments[member].trainer.eval_batch_size
+                (found,) = predict(self.pack, table, size, self.processes)
             return found  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiments[member].metrics
@@ -213,7 +227,8 @@ class Recorder:
             self.console.print(shown(line))
 
     def _record_cost(self, member: int) -> None:
-        """Seconds and FLOPs of training hold those of preparation: a start that looks at data is not free.
+        """Seconds and FLOPs of training hold those of preparation (a start that looks at data is not free) and of the
+        kept prefix.
 
         Seconds and memory of a pack are no member's own, so there they are null.
         """
@@ -221,12 +236,16 @@ class Recorder:
         rate = outcome.pairs / outcome.seconds if outcome.seconds else None
         self.runs[member].update(
             cost={
-                "train_seconds": preparation.seconds + outcome.seconds if alone else None,
-                "train_flops": preparation.flops + outcome.flops,
+                "train_seconds": preparation.all_seconds + outcome.seconds if alone else None,
+                "train_flops": preparation.flops + (preparation.prefix_flops or 0) + outcome.flops,
                 "prepare_seconds": preparation.seconds if alone else None,
+                "prefix_fill_seconds": preparation.prefix_seconds if alone else None,
+                "prefix_fill_flops": preparation.prefix_flops,
                 "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,
                 "pairs_per_second": rate if alone else None,
                 "steps": outcome.steps,
+                "train_tokens": outcome.tokens,
+                "train_padding_tokens": outcome.padding,
                 "pack_size": self.pack_sizes[member],
             },
             targets=self.pack.ranks(member),  # a method may have pruned

@@ -78,23 +78,23 @@ def quoted(value: object) -> str:
 
 
 def refuse_difference(
-    record: Mapping[str, Any], cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
+    choices: Mapping[str, Any], began: DictConfig, cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
 ) -> None:
     """A run goes on as it began: refuse overrides that would have made another one.
 
     Args:
-        record: of the run that began.
+        choices: of the run that began, by group.
+        began: its config.
         cfg: what the overrides compose now.
         overrides: as typed.
         groups: names of the config's groups.
     """
-    began = OmegaConf.create(dict(record["config"]))
     for override in overrides:
         key, _, value = str(override).lstrip("+~").partition("=")
         if key == "resume":
             continue
         if key in groups:
-            before, differs = record["choices"].get(key), record["choices"].get(key) != value
+            before, differs = choices.get(key), choices.get(key) != value
         else:
             before = OmegaConf.select(began, key)
             differs = before != OmegaConf.select(cfg, key)

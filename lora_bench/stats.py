@@ -84,7 +84,7 @@ def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of `n` values, sample standard deviation, bounds of the mean; what one value cannot tell is None."""
+    """Mean of `n` values, sample standard deviation, bounds of the mean; None: what no spread can tell."""
 
     mean: float
     std: float | None
@@ -101,10 +101,15 @@ def interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
 
 def interval_of(mean: float, std: float | None, n: int, confidence: float = CONFIDENCE) -> Interval:
     """The same from the mean, the sample standard deviation and the number of the values."""
-    if std is None:
-        return Interval(mean, None, None, None, n)
+    if not std:
+        return Interval(mean, std, None, None, n)
     half = _t_quantile((1 - confidence) / 2, n - 1) * std / math.sqrt(n)
     return Interval(mean, std, mean - half, mean + half, n)
+
+
+def alike(values: ArrayLike) -> bool:
+    """Whether values over seeds show no spread: they are equal but for rounding."""
+    return float(np.ptp(np.asarray(values, float))) < 1e-10
 
 
 # -- two methods --
@@ -220,24 +225,26 @@ def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLi
     so each part has a t of its own here, see `Comparison.half_width`. Where seeds differ much it is the paired t test
     over seeds, and with one seed (`seeds` is 1) only the examples are counted.
 
+    Differences that are equal in all seeds prove no lack of spread: counts are whole numbers. Then MS_rest stands in
+    for MS_seed, as if seeds were alike and only examples spread.
+
     Args:
         labels: (N,) 0 or 1.
         predicted_a: (S, N), or (N,) for one seed: what each seed's model says, row s of both from the same seed.
         predicted_b: the same of the rival.
         measure: accuracy, f1 or mcc.
     """
-    y = np.asarray(labels, bool)
-    a, b = np.atleast_2d(np.asarray(predicted_a, bool)), np.atleast_2d(np.asarray(predicted_b, bool))
+    y, a, b = np.asarray(labels, bool), *(np.atleast_2d(np.asarray(x, bool)) for x in (predicted_a, predicted_b))
     pseudo = _pseudo_values(y, a, measure) - _pseudo_values(y, b, measure)  # (S, N)
     S, N = pseudo.shape
     by_seed, by_example, mean = pseudo.mean(1), pseudo.mean(0), float(pseudo.mean())
     squares = float(((by_example - mean) ** 2).sum())
     if S == 1:
         return Comparison(measure, mean, 0.0, squares / max(N - 1, 1) / N, S, N)
-    ms_seed = N * float(((by_seed - mean) ** 2).sum()) / (S - 1)
+    of_seeds = N * float(((by_seed - mean) ** 2).sum())
     ms_example = S * squares / max(N - 1, 1)
-    rest = float(((pseudo - mean) ** 2).sum()) - (S - 1) * ms_seed - S * squares
-    ms_rest = max(0.0, rest) / ((S - 1) * max(N - 1, 1))
+    ms_rest = max(0.0, float(((pseudo - mean) ** 2).sum()) - of_seeds - S * squares) / ((S - 1) * max(N - 1, 1))
+    ms_seed = ms_rest if alike(by_seed) else of_seeds / (S - 1)
     return Comparison(measure, mean, ms_seed / (S * N), max(0.0, ms_example - ms_rest) / (S * N), S, N)
 
 
@@ -297,9 +304,7 @@ def effect_size(differences: ArrayLike) -> float | None:
     None for fewer than three seeds, where the correction leaves nothing, and where all differences are equal.
     """
     d = np.asarray(differences, float)
-    if len(d) < 3 or not d.std(ddof=1):
-        return None
-    return float(d.mean() / d.std(ddof=1) * (1 - 3 / (4 * (len(d) - 1) - 1)))
+    return None if len(d) < 3 or alike(d) else float(d.mean() / d.std(ddof=1) * (1 - 3 / (4 * (len(d) - 1) - 1)))
 
 
 # -- many comparisons, verdicts, power --

@@ -35,7 +35,7 @@ class Stat:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean (Student's t over seeds); None for one value."""
+        """95 % interval of the mean (Student's t over seeds); None where no spread shows."""
         from lora_bench.stats import interval_of  # late: scipy
 
         found = interval_of(self.mean, self.std, self.n)
@@ -151,7 +151,7 @@ def human(value: float, unit: str = "") -> str:
     return f"{scaled:.{1 if prefix and abs(scaled) < 9.95 else 0}f} {prefix}{unit}".strip()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 600:
@@ -175,7 +175,7 @@ def cell(row: Row, column: Column, digits: int = 4) -> str:
         fewer = "" if stat.n == row.n else f" (n={stat.n})"
         return f"{stat.mean:.{digits}f}{spread}{fewer}"
     if column.kind == "seconds":
-        return _duration(stat.mean)
+        return duration(stat.mean)
     return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
 
 
@@ -195,7 +195,7 @@ def visible(table: Table) -> list[Column]:
 def _raw(table: Table) -> Iterator[dict[str, Any]]:
     found = next((asdict(row.finding) for row in table.rows if row.finding), {})
     over_seeds = any(column.kind == "interval" for column in table.columns)
-    saved = next((row.saved for row in table.rows if row.saved), {})
+    saved = dict.fromkeys(name for row in table.rows for name in row.saved or ())
     for row in table.rows:
         line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
         line["n"] = row.n

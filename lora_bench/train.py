@@ -23,9 +23,11 @@ from lora_bench.progress import Display, announce
 from lora_bench.recording import Preparation, Recorder
 from lora_bench.screen import shown
 from lora_bench.training.checkpoint import Checkpoints
+from lora_bench.training.distributed import ALONE, Processes, together
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit, prepare, total_steps
-from lora_bench.training.probe import estimate, probe_step
+from lora_bench.training.prefix import PrefixCache
+from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, contained, refusing_strangers
 
 if TYPE_CHECKING:
@@ -40,19 +42,25 @@ if TYPE_CHECKING:
 
 
 def train(job: Job, *, console: Console) -> None:
-    """Run one experiment and leave its record in the job's folder; with `dry_run=true` only say what it would cost.
+    """Run one experiment and leave its record in the job's folder.
 
     Raises:
         UserError: the request cannot be met; nothing is left behind.
         DivergedError: loss, gradient or scores ceased to be finite; the record says so.
     """
-    (error,) = train_pack([job], console=console)
+    with together() as processes:
+        (error,) = train_pack([job], console=console, processes=processes)
     if error is not None:
         raise error
 
 
 def train_pack(
-    jobs: Sequence[Job], *, console: Console, common: Common | None = None, brief: bool = False
+    jobs: Sequence[Job],
+    *,
+    console: Console,
+    common: Common | None = None,
+    brief: bool = False,
+    processes: Processes = ALONE,
 ) -> list[Exception | None]:
     """Train jobs that share data, backbone and trainer as one pack; each leaves a record as if it had run alone.
 
@@ -61,6 +69,7 @@ def train_pack(
         console: where to tell how it goes.
         common: what they share, if it is loaded already; its backbone is given back as it was.
         brief: one line for each result instead of a table.
+        processes: those that train it together; each keeps a record, and the leader's is the run's.
 
     Returns:
         What ended each job before its time; None where it is done.
@@ -85,12 +94,16 @@ def train_pack(
         prepared = [
             _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
         ]
-        if jobs[0].cfg.dry_run:
-            console.print(estimate(pack, trainer, table).table())
-            return [outcome.error for outcome in outcomes]
+        processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
+        prefix, shown_often = prefix_of(common, trainer)
+        common = common.with_tables(prefix.serve(pack, shown_often))
+        if pack.cut is not None and not begun:
+            prepared = [replace(cost, prefix_seconds=prefix.seconds, prefix_flops=prefix.flops) for cost in prepared]
 
         sizes = [max(pack.size, checkpoint.facts["pack_size"]) for checkpoint in begun or ()] or [pack.size] * pack.size
-        recorder = Recorder(pack, common, jobs, experiments, outcomes, prepared, folders, sizes, console, brief)
+        recorder = Recorder(
+            pack, common, jobs, experiments, outcomes, prepared, folders, sizes, console, processes, brief
+        )
         try:
             for k, outcome in enumerate(outcomes):
                 if outcome.status == "running":
@@ -110,7 +123,7 @@ def train_pack(
                     pack,
                     [experiment.optimizer for experiment in experiments],
                     trainer,
-                    table,
+                    common.tables["train"],
                     common.tables["selection"],
                     outcomes=outcomes,
                     swapped=common.swapped,
@@ -124,6 +137,7 @@ def train_pack(
                     ],
                     begun=begun,
                     interruption=interruption,
+                    processes=processes,
                 )
         except Exception as error:
             recorder.fail(error)
@@ -160,6 +174,17 @@ def _prepare(
     with contained(outcome), FlopCounterMode(display=False) as counter:
         prepare(pack, trainer, train, [member])
     return Preparation(time.perf_counter() - began, counter.get_total_flops())
+
+
+def prefix_of(common: Common, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
+    """The store of what the frozen layers below the pack make, and the tables that training looks at again and again.
+
+    Where no pair of the training split comes twice, keeping it is no gain.
+    """
+    tables = {"train": common.tables["train"], "swapped": common.swapped, "selection": common.tables["selection"]}
+    again = total_steps(trainer, len(common.tables["train"])) * trainer.batch_size > len(common.tables["train"])
+    store = PrefixCache(common.backbone_sha256, trainer.prefix_cache_bytes if again else 0)
+    return store, {name: table for name, table in tables.items() if table is not None}
 
 
 def _flop_models(pack: Pack) -> list[FlopModel]:

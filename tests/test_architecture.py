@@ -18,7 +18,20 @@ BASE = {"errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
-    "cli": {"", "compare", "doctor", "errors", "evaluate", "export", "help", "hydra_errors", "job", "predict", "record"}
+    "cli": {
+        "",
+        "compare",
+        "doctor",
+        "errors",
+        "evaluate",
+        "expected",
+        "export",
+        "help",
+        "hydra_errors",
+        "job",
+        "predict",
+        "record",
+    }
     | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
     "help": set(),
     "prompt": BASE
@@ -26,17 +39,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"training"},
     "prompted": set(),
     "tracking": BASE | {"experiments", "record", "screen"},
-    "plugin": {"compare", "disk", "errors", "experiment", "hydra_errors", "job", "packing", "resume"}
+    "plugin": {"compare", "disk", "errors", "expected", "experiment", "hydra_errors", "job", "packing", "resume"}
     | {"screen", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
-    "job": {"help", "record", "resume"},
+    "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"},
+    "job": {"help", "record", "recorded", "resume"},
+    "recorded": {"help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
     | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "besides": BASE | {"data", "evaluation"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "training"},
+    "predict": BASE | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "recorded", "training"},
     "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
     "recording": {"environment", "errors", "adapters", "backbones", "besides", "data", "evaluation", "progress"}
     | {"record", "screen", "tracking", "training"},
@@ -51,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "screen": {"secrets", "tables"},
     "secrets": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "prompted"}
-    | {"", "record", "report", "tables"},
+    | {"", "record", "recorded", "report", "tables"},
     "report": {"comparison", "disk", "experiments", "figures", "predictions", "tables"},
     "baseline": {"comparison", "errors", "tables"},
     "comparison": {"experiments", "predictions", "stats", "tables"},
@@ -73,7 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LIGHT = ("compare", "job", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors")
 LIGHT += ("hydra_errors", "cli", "config", "anchors", "baseline", "comparison", "costs", "experiments", "figures")
-LIGHT += ("help", "prompted")
+LIGHT += ("help", "prompted", "recorded")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
@@ -84,6 +99,7 @@ OPEN_CONFIG = {
     "hydra_errors",
     "predict",
     "prompt",
+    "recorded",
     "evaluate",
     "plugin",
 }

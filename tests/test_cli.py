@@ -133,10 +133,11 @@ def test_named_folder_is_used_and_never_taken_twice(in_tmp: Path) -> None:
     assert "already holds a run" in refused("train", *TOY_RUN, "hydra.run.dir=runs/first")
 
 
-def test_dry_run_leaves_nothing(in_tmp: Path) -> None:
+def test_dry_run_says_what_to_expect_and_leaves_nothing(in_tmp: Path) -> None:
     answer = lora_bench("train", *TOY_RUN, "dry_run=true")
     assert answer.code == 0
-    assert "training time" in answer.out
+    for words in ("parameters", "steps", "computation", "FLOP", "training time", "evaluation time", "peak memory"):
+        assert words in answer.out
     assert not any(in_tmp.iterdir())
 
 

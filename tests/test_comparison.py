@@ -101,6 +101,19 @@ def test_equal_predictions_are_indistinguishable(tmp_path: Path) -> None:
     assert verdicts(summarise([tmp_path]))["lora"] == "indistinguishable"
 
 
+def test_differences_that_are_equal_in_all_seeds_give_no_verdict_from_their_spread(tmp_path: Path) -> None:
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(N)
+        for adapter, wrong in (("full", 30), ("lora", 25)):  # of each label, and others in every seed
+            flipped = np.isin(np.arange(N), [i for y in (0, 1) for i in order[LABELS[order] == y][:wrong]])
+            make(tmp_path / f"{adapter}{seed}", adapter, seed, np.where(flipped, 1 - LABELS, LABELS) == 1)
+            order = order[::-1]
+    found = finding(summarise([tmp_path]), "lora")
+    assert (found.verdict, found.p_seeds, found.effect_size) == ("undecided", None, None)
+    assert found.difference_low < 0 < found.difference < found.difference_high
+    assert found.power < 0.5
+
+
 # -- which row is the baseline --
 
 

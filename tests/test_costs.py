@@ -92,11 +92,63 @@ def test_what_was_saved_by_cause_adds_up(tmp_path: Path) -> None:
     assert row(table, "full").saved is None
     for each in (half, top, head):
         assert sum(each.values()) == pytest.approx(2 * each["FLOPs saved"])
-    assert "| lora | +33% | +22% | +0% | -2% | +53% |" in to_markdown(table)
+        assert each["cached prefix"] == each["less padding"] == 0  # of which these runs tell nothing
+        assert "time saved" not in each
+    text = to_markdown(table)
+    assert "| adapter | fewer steps | no weight gradients | fewer layers | the adapter itself | FLOPs saved |" in text
+    assert "| lora | +33% | +22% | +0% | -2% | +53% |" in text
     saved = {line["adapter"]: line["FLOPs saved"] for line in json.loads(to_json(table))}
     told = {line["adapter"]: line["FLOPs saved"] for line in csv.DictReader(io.StringIO(to_csv(table)))}
     assert saved["lora"] == float(told["lora"]) == half["FLOPs saved"]
     assert (saved["full"], told["full"]) == (None, "")
+
+
+def test_a_cached_prefix_less_padding_and_precision_are_causes_of_their_own(tmp_path: Path) -> None:
+    """100 steps each; full: 3 GFLOP and 2 s a step, of 1,000 tokens 200 padding, in fp32."""
+    told = {"train_tokens": 1000, "train_padding_tokens": 200, "train_seconds": 200.0, "prefix_fill_flops": None}
+    full = {"cost": told, "environment": {"precision": "float32"}}
+    make(tmp_path / "f", "full", 0, [0.6], 3e9, **full)
+    cached = told | {"prefix_fill_flops": 2e10, "train_seconds": 50.0}
+    half = {"cost": cached, "environment": {"precision": "float32"}}
+    make(tmp_path / "l", "lora", 0, [0.6], 1.1e9, first=3, **half)  # 0.5 for the upper half and 0.4 for its gradients
+    dense = {
+        "cost": told | {"train_padding_tokens": 0, "train_seconds": 60.0},
+        "environment": {"precision": "bfloat16"},
+    }
+    make(tmp_path / "d", "dora", 0, [0.6], 1.6e9, **dense)
+    table = summarise([tmp_path])
+    found = row(table, "lora").saved
+    assert found["fewer layers"] == pytest.approx(1 / 6)
+    assert found["cached prefix"] == pytest.approx(1 / 6 - 0.2 / 3)  # half of the forward third, less its making
+    assert found["less padding"] == 0
+    assert found["FLOPs saved"] == pytest.approx(1 - 1.1 / 3)
+    assert found["the adapter itself"] == pytest.approx(1 - 1.1 / 3 - (1 / 3 + 1 / 6 + 1 / 6 - 0.2 / 3))
+    assert found["time saved"] == pytest.approx(0.75)
+    assert (found["precision"], found["rate"]) == pytest.approx((0, 0.75 - found["FLOPs saved"]))
+    found = row(table, "dora").saved
+    # With as much padding it would have had 1.25 times its tokens: 2 GFLOP a step, what lacks gradients of weights.
+    assert found["less padding"] == pytest.approx(0.4 / 3)
+    assert found["the adapter itself"] == pytest.approx(0, abs=1e-12)
+    assert found["time saved"] == pytest.approx(0.7)
+    assert (found["precision"], found["rate"]) == pytest.approx((0.7 - found["FLOPs saved"], 0))
+    for each in (row(table, "lora").saved, found):
+        causes = sum(share for name, share in each.items() if name not in ("FLOPs saved", "time saved"))
+        assert causes == pytest.approx(each["time saved"])
+    lines = {line["adapter"]: line for line in csv.DictReader(io.StringIO(to_csv(table)))}
+    assert float(lines["lora"]["cached prefix"]) == row(table, "lora").saved["cached prefix"]
+    assert "| cached prefix | less padding | the adapter itself | FLOPs saved | precision | rate |" in to_markdown(
+        table
+    )
+
+
+def test_packed_runs_whose_seconds_are_no_run_s_own_tell_of_flops_alone(tmp_path: Path) -> None:
+    make(tmp_path / "f", "full", 0, [0.6], 3e9, cost={"train_seconds": 200.0})
+    make(tmp_path / "l", "lora", 0, [0.6], 2e9, cost={"train_seconds": None})
+    make(tmp_path / "d", "dora", 0, [0.6], 2e9, cost={"train_seconds": 100.0})
+    table = summarise([tmp_path])
+    assert "time saved" not in row(table, "lora").saved
+    told = {line["adapter"]: line["time saved"] for line in json.loads(to_json(table))}
+    assert told == {"full": None, "lora": None, "dora": 0.5}
 
 
 def test_another_model_or_selection_has_a_target_of_its_own_or_none(tmp_path: Path) -> None:

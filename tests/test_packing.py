@@ -12,6 +12,7 @@ import pytest
 
 from lora_bench.adapters.lora import LoRA
 from lora_bench.record import Run
+from lora_bench.training import prefix
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
@@ -90,10 +91,26 @@ def test_one_whose_record_cannot_be_begun_has_failed_and_the_others_train(monkey
 
 @pytest.mark.usefixtures("in_tmp")
 def test_what_cannot_be_packed_runs_alone_and_says_why() -> None:
-    answer = lora_bench("train", "-m", *ASKED, SWEEP, "adapter=lora,full,head_only")
+    answer = lora_bench("train", "-m", *ASKED, SWEEP, "adapter=lora,full,rslora,head_only")
     assert answer.code == 0, answer
     assert "job 1 runs alone: full trains the backbone itself" in answer.out
-    assert [record(f"sweep/{k}")["cost"]["pack_size"] for k in range(3)] == [2, 1, 2]
+    assert [record(f"sweep/{k}")["cost"]["pack_size"] for k in range(4)] == [2, 1, 2, 1]
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_what_lies_below_the_adapted_layers_is_made_once_for_the_whole_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    fill = prefix._fill
+    monkeypatch.setattr(prefix, "_fill", lambda *arguments: made.append(fill(*arguments)))
+    top, never = "adapter.layers=top:1", "trainer.prefix_cache_bytes=0"
+    answer = lora_bench("train", "-m", *ASKED, SWEEP, RATE, top, "adapter.rank=2,3", "pack.size=1")
+    assert (answer.code, len(made)) == (0, 2)  # training and selection split
+    assert lora_bench("train", *ASKED, RATE, top, never, "adapter.rank=3", "hydra.run.dir=lone").code == 0
+    cost, without = record("sweep/1")["cost"], record("lone")["cost"]
+    assert scores("sweep/1") == pytest.approx(scores("lone"), abs=1e-4)
+    assert (without["prefix_fill_flops"], without["prefix_fill_seconds"]) == (None, None)
+    assert cost["prefix_fill_flops"] == record("sweep/0")["cost"]["prefix_fill_flops"]
+    assert 0 < cost["prefix_fill_flops"] < cost["train_flops"] < without["train_flops"]
 
 
 @pytest.mark.usefixtures("in_tmp")

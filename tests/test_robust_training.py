@@ -56,7 +56,7 @@ def test_an_interrupted_run_goes_on_with_the_pairs_of_its_epochs(in_tmp: Path, m
     trained("whole", *asked)
     from lora_bench.training import loop
 
-    kept, steps = loop._clip, []
+    kept, steps = loop.clip, []
 
     def clip(*args: Any) -> float:
         steps.append(1)
@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on_with_the_pairs_of_its_epochs(in_tmp: Path, m
         return kept(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_clip", clip)
+        patch.setattr(loop, "clip", clip)
         assert lora_bench("train", *QUICK, *asked, "hydra.run.dir=cut").code == 130
     answer = lora_bench("train", "resume=cut")
     assert answer.code == 0, answer.err

@@ -47,6 +47,7 @@ def test_the_interval_is_scipys_and_one_value_has_none() -> None:
     low, high = scipy.stats.t.interval(0.95, 3, np.mean(x), scipy.stats.sem(x))
     assert (found.low, found.high) == pytest.approx((low, high))
     assert stats.interval([0.5]) == stats.Interval(0.5, None, None, None, 1)
+    assert stats.interval([0.5, 0.5]) == stats.Interval(0.5, 0.0, None, None, 2)
 
 
 def test_the_seeds_test_is_scipys_paired_t_test() -> None:
@@ -116,6 +117,34 @@ def test_equal_predictions_differ_by_nothing() -> None:
     found = stats.crossed_test(y, a, a)
     assert (found.difference, *found.interval(), found.p) == (0, 0, 0, 1)
     assert (found.p_beyond(0.005), found.power(0.005)) == (0, 1)
+
+
+def ahead_by_ten(same: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three seeds of 1,000 examples: `a` has 90 wrong and `b` 100, the same examples in each seed or always others."""
+    rng = np.random.default_rng(0)
+    y = np.arange(1000) % 2 == 0
+    wrong = {"a": np.zeros((3, 1000), bool), "b": np.zeros((3, 1000), bool)}
+    for s in range(3):
+        for name, count in (("a", 45), ("b", 50)):  # of each label
+            draw = np.random.default_rng([0, *name.encode()]) if same else rng
+            for label in (True, False):
+                wrong[name][s, draw.permutation(np.flatnonzero(y == label))[:count]] = True
+    return y, y ^ wrong["a"], y ^ wrong["b"]
+
+
+def test_differences_that_are_equal_in_all_seeds_are_not_certain() -> None:
+    y, a, b = ahead_by_ten(same=False)
+    values = [stats.measure_of(stats.confusion(y, x)) for x in (a, b)]
+    assert stats.alike(values[0] - values[1])
+    found = stats.crossed_test(y, a, b)
+    # What one seed's 190 answers that differ would spread by, by hand: MCC is 1 - 2 · wrong / N in this layout.
+    assert math.sqrt(found.by_seeds * 3) == pytest.approx(2 * math.sqrt(190) / 1000, rel=0.1)
+    assert found.p > 0.2
+    assert stats.verdict(found.difference, found.p, found.p_beyond(0.01)) == "undecided"
+    same = stats.crossed_test(*ahead_by_ten(same=True))  # the seed changed no answer: the examples still count
+    assert same.by_seeds == pytest.approx(0, abs=1e-15)
+    assert same.error == pytest.approx(stats.crossed_test(y, *(x[0] for x in ahead_by_ten(same=True)[1:])).error)
+    assert same.p > 0.2
 
 
 def test_the_bootstrap_spreads_as_the_influences_say() -> None:

@@ -120,12 +120,14 @@ def test_the_folder_is_what_the_design_says(runs: Callable[..., Trained], family
 
     cost = record["cost"]
     assert set(cost) == {
-        *("train_seconds", "train_flops", "prepare_seconds", "peak_memory_bytes"),
-        *("pairs_per_second", "steps", "pack_size", "micro_batch_size", "eval_batch_size"),
+        *("train_seconds", "train_flops", "prepare_seconds", "prefix_fill_seconds", "prefix_fill_flops"),
+        *("train_tokens", "train_padding_tokens"),
+        *("peak_memory_bytes", "pairs_per_second", "steps", "pack_size", "micro_batch_size", "eval_batch_size"),
     }
     assert (cost["steps"], cost["pack_size"]) == (8, 1)
     assert cost["pairs_per_second"] == pytest.approx(2 * 108 / (cost["train_seconds"] - cost["prepare_seconds"]))
     assert cost["train_flops"] > 1e7
+    assert 0 <= cost["train_padding_tokens"] < cost["train_tokens"] / 2
     assert cost["peak_memory_bytes"] > 1e7
 
     assert record["data"]["source"] == "toy"
@@ -285,9 +287,9 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
     during: list[bool] = []
     ask, fit = loop.predict, story.fit
 
-    def counting(pack: Pack, table: Any, batch_size: int) -> Any:
+    def counting(pack: Pack, table: Any, *more: Any) -> Any:
         asked.append(len(table))
-        return ask(pack, table, batch_size)
+        return ask(pack, table, *more)
 
     def fitting(*arguments: Any, **more: Any) -> Any:
         assert 40 not in [len(a) for a in arguments if hasattr(a, "lengths")]
@@ -461,13 +463,6 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(runs: Callable[..., Train
     with pytest.raises(UserError, match="already holds a run"):
         trained(run.folder, *QUICK, "seed=9")
     assert {name: (run.folder / name).read_bytes() for name in files(run.folder)} == before
-
-
-def test_a_dry_run_says_what_to_expect_and_leaves_nothing(in_tmp: Path) -> None:
-    run = trained(in_tmp / "run", *QUICK, "dry_run=true")
-    for words in ("parameters", "steps", "8", "computation", "FLOP", "training time", "peak memory"):
-        assert words in run.output
-    assert list(in_tmp.iterdir()) == []
 
 
 def test_a_test_split_with_labels_is_reported_too_and_hidden_labels_are_not(tmp_path: Path) -> None:

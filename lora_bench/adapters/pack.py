@@ -75,6 +75,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = base
         self.live = live
+        self.runs: list[tuple[list[int], Together | None]] = []
         self.updates = nn.ModuleList([update if update is not None else Unchanged() for update in updates])
 
     @property
@@ -88,9 +89,10 @@ class Adapted(nn.Module):
 
     def join(self, members: Sequence[int]) -> list[Stack]:
         """Prepare for rows of these members in this order; what has to be filled before each pass."""
-        runs = [list(run) for _, run in groupby(members, key=lambda k: kind(self.updates[k]))]
+        updates: Any = self.updates
+        runs = [list(run) for _, run in groupby(members, key=lambda k: kind(updates[k]))]
         self.runs = [
-            (run, Together([self.updates[k] for k in run]) if len(run) > 1 and kind(self.updates[run[0]]) else None)
+            (run, Together([updates[k] for k in run]) if len(run) > 1 and kind(updates[run[0]]) else None)
             for run in runs
         ]
         return [stack for _, together in self.runs if together for stack in together.stacks]
@@ -99,7 +101,7 @@ class Adapted(nn.Module):
         K = len(self.live.members)
         if K == 1:
             return self._alone(self.live.members[0], x)
-        parts = x.split([len(x) // K * len(run) for run, _ in self.runs]) if len(self.runs) > 1 else [x]
+        parts = torch.split(x, [len(x) // K * len(run) for run, _ in self.runs]) if len(self.runs) > 1 else (x,)
         adapted = []
         for (run, together), part in zip(self.runs, parts, strict=True):
             if together:
@@ -126,7 +128,7 @@ class MemberHeads(nn.Module):
         heads = [self.copies[k] for k in self.live.members]
         if len(heads) == 1:
             return heads[0](x.float())  # type: ignore[no-any-return]
-        rows = x.float().unflatten(0, (len(heads), -1))
+        rows = x.float().view(len(heads), -1, *x.shape[1:])
         own = zip(*(head.named_parameters() for head in heads), strict=True)
         stacks = {named[0][0]: torch.stack([p for _, p in named]) for named in own}
         together = torch.vmap(lambda stacks, x: functional_call(heads[0], stacks, (x,)))
@@ -167,6 +169,9 @@ class Pack(nn.Module):
         self.room: dict[str, int] = {}
         """Pairs of each member per forward pass that memory has room for in `training` and in `evaluation`: known
         where fewer fitted than were asked for."""
+        self.cut: int | None = None
+        """Where the network is cut, whoever is live, once what lies below is read and not computed."""
+        self._joined: tuple[list[int], Copies] | None = None
         self._attach_heads()
         self._attach_updates()
 
@@ -295,6 +300,11 @@ class Pack(nn.Module):
         """All that the member trains: adapter and head."""
         return {**self.adapter_parameters(member), **self.head_parameters(member)}
 
+    def tensors(self, member: int) -> list[Tensor]:
+        """All that makes the member what it is: what it trains, and what its method keeps beside that."""
+        kept = [buffer for update in self.updates[member].values() for buffer in update.buffers()]
+        return [*self.trainable(member).values(), *kept]
+
     def count_parameters(self, member: int) -> dict[str, int]:
         """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
         adapter = sum(p.numel() for p in self.adapter_parameters(member).values())
@@ -360,6 +370,8 @@ class Pack(nn.Module):
 
     def _first_adapted_layer(self) -> int:
         """How many layers run once for all live members; with `full` none, not even the embeddings, is frozen."""
+        if self.cut is not None:
+            return self.cut
         if self.trains_backbone:
             return 0
         layers = [self.backbone.layer_of(name) for k in self.live for name in self.updates[k]]
@@ -370,7 +382,7 @@ class Pack(nn.Module):
             base = self.network.get_submodule(name)
             _replace(self.network, name, Adapted(base, [updates.get(name) for updates in self.updates], self._live))
         self.depth = self._first_adapted_layer()
-        self._joined: tuple[list[int], Copies] | None = None
+        self._joined = None
 
     def _attach_heads(self) -> None:
         self.network.requires_grad_(self.trains_backbone)

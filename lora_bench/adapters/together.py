@@ -118,7 +118,7 @@ class Copies:
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
         self.places = _by_layout([pair for stack in stacks for pair in stack.places])
-        self.gathered = [leaf.grad for stack in stacks for leaf in stack.leaves]
+        self.gathered = [leaf.grad for stack in stacks for leaf in stack.leaves if leaf.grad is not None]
         self.given = [(p, torch.empty_like(p)) for stack in stacks for _, p in stack.gradients]
         sources = [place for stack in stacks for place, _ in stack.gradients]
         self.returns = _by_layout(list(zip((own for _, own in self.given), sources, strict=True)))
@@ -138,8 +138,8 @@ class Copies:
     @torch.no_grad()
     def give(self) -> None:
         """Give the members' parameters the gradients that have gathered."""
-        for own, sources in self.returns:
-            torch._foreach_copy_(own, sources)
+        for gradients, sources in self.returns:
+            torch._foreach_copy_(gradients, sources)
         for p, own in self.given:
             p.grad = own
 
@@ -178,7 +178,9 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         y = F.linear(x, weight, bias)  # (K, N, out)
         lows = []
-        for rest, out, A, B in zip(dropped.split(sizes), y.split(sizes), factors[::2], factors[1::2], strict=True):
+        for rest, out, A, B in zip(
+            torch.split(dropped, sizes), torch.split(y, sizes), factors[::2], factors[1::2], strict=True
+        ):
             lows.append(torch.bmm(rest, A.transpose(1, 2)))  # (k, N, R)
             torch.baddbmm(out, lows[-1], B.transpose(1, 2), out=out)
         ctx.save_for_backward(dropped, weight, *lows, *factors)
@@ -195,9 +197,11 @@ class _Products(torch.autograd.Function):
             x_grad = into = grad @ weight  # (K, N, in)
             if not ctx.alone:
                 into = dropped_grad = torch.zeros_like(x_grad)
-        parts = [None] * len(sizes) if into is None else into.split(sizes)
+        parts = [None] * len(sizes) if into is None else torch.split(into, sizes)
         found: list[Tensor | None] = []
-        for k, (own, rows, part) in enumerate(zip(dropped.split(sizes), grad.split(sizes), parts, strict=True)):
+        for k, (own, rows, part) in enumerate(
+            zip(torch.split(dropped, sizes), torch.split(grad, sizes), parts, strict=True)
+        ):
             A, B = factors[2 * k], factors[2 * k + 1]
             low_grad = torch.bmm(rows, B)  # (k, N, R)
             if part is not None:

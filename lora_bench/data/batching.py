@@ -72,6 +72,12 @@ class Batch:
             return self
         return self.map(lambda t: t.pin_memory().to(device, non_blocking=True))
 
+    def padding(self, members: int) -> list[int]:
+        """Tokens that only fill up the rows of each member, where so many see the batch."""
+        rows = self.attention_mask.view(self.members, -1)  # one per member, or one for all
+        missing: list[int] = (rows.shape[1] - rows.sum(1)).tolist()
+        return missing * (members // self.members)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor of it changed in the same way."""
         changed: dict[str, Any] = {name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -158,10 +164,14 @@ def both_orders(batch: Batch, swapped: Batch) -> Batch:
 
 def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
     """Every row once, longest first, with the row numbers of each batch."""
-    order = np.argsort(-table.lengths, kind="stable")
-    for i in range(0, len(order), batch_size):
-        rows = order[i : i + batch_size]
+    for rows in evaluation_rows(table, batch_size):
         yield rows, collate(table, rows, int(table.lengths[rows].max()), pad_id)
+
+
+def evaluation_rows(table: TokenTable, batch_size: int) -> list[Rows]:
+    """The row numbers of each batch of an evaluation; none is longer than its first row."""
+    order = np.argsort(-table.lengths, kind="stable")
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:

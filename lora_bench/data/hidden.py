@@ -65,13 +65,16 @@ class HiddenStatesWriter:
         with path.open("wb") as file:
             # A full disk is told here and not by a signal in the midst of writing.
             os.posix_fallocate(file.fileno(), 0, tokens * width * kind.itemsize)
-        self._stored: np.memmap[Any, Any] = np.memmap(path, kind, "r+", shape=(tokens, width))
+        self._path, self._kind, self._shape = path, kind, (tokens, width)
 
     def write(self, places: NDArray[np.int64], kept: NDArray[np.bool_], hidden: torch.Tensor) -> None:
         """Put (N, T, D) at `places` (N, T), but for those tokens that `kept` calls padding."""
         bits = hidden.contiguous().view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden
-        self._stored[places[kept]] = bits.numpy()[kept]
+        # Mapped for each batch: pages of a map that stays would count as this process's memory, and become gigabytes.
+        stored: np.memmap[Any, Any] = np.memmap(self._path, self._kind, "r+", shape=self._shape)
+        stored[places[kept]] = bits.numpy()[kept]
 
     def flush(self) -> None:
-        """Hand what was written to the system."""
-        self._stored.flush()
+        """See to it that what was written is on the disk."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -48,6 +48,17 @@ class TokenTable:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def take(self, rows: NDArray[np.int64]) -> TokenTable:
+        """The table of these rows alone, as they are."""
+        return replace(
+            self,
+            offsets=self.offsets[rows],
+            lengths=self.lengths[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            ids=self.ids[rows],
+            augmentation=None,
+        )
 
     def in_epoch(self, epoch: int) -> TokenTable:
         """The table that an epoch trains on: itself, unless its pairs are perturbed."""

@@ -65,9 +65,25 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held since the reset: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    told = _told_by_linux("VmHWM")
+    if told is not None:
+        return told
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def held_memory_bytes(device: torch.device) -> int:
+    """Memory held now, as `peak_memory_bytes` counts it; the peak where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    told = _told_by_linux("VmRSS")
+    return peak_memory_bytes(device) if told is None else told
+
+
+def _told_by_linux(name: str) -> int | None:
+    """A size of this process, in bytes; None where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None

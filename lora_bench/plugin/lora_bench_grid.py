@@ -57,6 +57,10 @@ class GridSweeper(BasicSweeper):
         grid = [*self._parse_config(), *(text for text in arguments if not text.startswith("resume="))]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs = self._checked(self._combinations(parser.parse_overrides(grid)))
+        if self.config.dry_run:
+            ended = [done.return_value for done in self.launcher.launch(list(jobs.values()), initial_job_idx=0)]
+            _raise_failures([error for error in ended if error is not None], len(ended))
+            return
         if self.config.resume:
             if sweep.read(folder).jobs != plain(jobs):
                 remedy = "Its presets have changed since: begin a new sweep."
@@ -83,10 +87,7 @@ class GridSweeper(BasicSweeper):
                 main([str(folder)])
             if lacking := len(sweep.read(folder).lacks(folder)):
                 print(f"{lacking} of {len(jobs)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
-        if failures:
-            reason = f"{len(failures)} of {ran} jobs failed"
-            requests = [isinstance(error, UserError) and not isinstance(error, RunFailedError) for error in failures]
-            raise UserError(reason) if len(failures) == ran and all(requests) else SweepFailedError(reason)
+        _raise_failures(failures, ran)
 
     def _combinations(self, overrides: list[Override]) -> list[list[str]]:
         (jobs,) = BasicSweeper.split_arguments(overrides, None)
@@ -149,3 +150,11 @@ class GridSweeper(BasicSweeper):
                 batch.append([*job, f"resume={quoted(folder / name)}"] if lacks[number] else job)
         if batch:
             yield first, batch
+
+
+def _raise_failures(failures: Sequence[Exception], ran: int) -> None:
+    """Say how many of the jobs that ran have failed, if any."""
+    if failures:
+        reason = f"{len(failures)} of {ran} jobs failed"
+        requests = [isinstance(error, UserError) and not isinstance(error, RunFailedError) for error in failures]
+        raise UserError(reason) if len(failures) == ran and all(requests) else SweepFailedError(reason)

@@ -29,7 +29,7 @@ class PackedLauncher(BasicLauncher):
     """Composes all jobs and hands them to `packing`; each return value is what ended the job before its time."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lora_bench import packing  # torch: late
+        from lora_bench import expected, packing  # torch: late
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         ended: dict[str, Exception | None] = {}
@@ -37,7 +37,8 @@ class PackedLauncher(BasicLauncher):
         def end(job: Job, error: Exception | None) -> None:
             ended[job.title] = error
             if error is not None:
-                job.fail(error)
+                if not job.cfg.dry_run:
+                    job.fail(error)
                 console.print(shown(f"{job.title.partition(':')[0]} failed: {error}", style="red"))
 
         titles, jobs = [], []
@@ -49,7 +50,8 @@ class PackedLauncher(BasicLauncher):
                 except Exception as error:
                     ended[titles[-1]] = error
                     console.print(shown(f"job {number} failed: {error}", style="red"))
-            packing.run(jobs, console, end)
+            assert self.config is not None
+            (expected.run if self.config.dry_run else packing.run)(jobs, console, end)
         finally:
             for job in jobs:
                 if job.begun:

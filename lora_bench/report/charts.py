@@ -161,7 +161,7 @@ def lanes(x: Axis, rows: Sequence[Lane], description: Content) -> Markup:
     """Named lanes one below the other, all with the same axis, on which 0 is marked."""
     width, step, top, right = 560.0, 30.0, 12.0, 14.0
     names = [lane.name if len(lane.name) <= _LONGEST else lane.name[: _LONGEST - 1] + "…" for lane in rows]
-    left, bottom = 24 + 8 * max(map(len, names)), top + step * len(rows)
+    left, bottom = 24 + 9.4 * max(map(len, names)), top + step * len(rows)
 
     def px(value: float) -> float:
         return left + x.at(value) * (width - left - right)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lora_bench.report import axes, folders
 from lora_bench.report.charts import Lane, Mark, lanes, legend
 from lora_bench.report.html import Content, Markup, el, figure, join, table
-from lora_bench.report.tradeoffs import header
+from lora_bench.report.tradeoffs import spelt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ def robustness(block: Block) -> Markup | None:
         before, after = fmean(a for a, _ in pairs), fmean(b for _, b in pairs)
         change = f"{after - before:+.4f}".replace("-", "−")
         rows.append([entry.name, place, len(pairs), before, after, change])
-    title = f"Change of {header(block.main)} where the texts are perturbed or the data is another"
+    title = f"Change of {spelt(block.main)} where the texts are perturbed or the data is another"
     left_out = f" The first {TABLE_ROWS} of {len(found)} rows are shown." if len(found) > TABLE_ROWS else ""
     names = ["experiment", "place", "runs", "reported split", "there", "change"]
     numbers = join([el("p", left_out, class_="note") if left_out else "", table(title, names, rows)])

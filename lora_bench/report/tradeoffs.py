@@ -21,15 +21,19 @@ _COSTS = {
     "cost.train_seconds": "training time",
     "cost.train_flops": "training FLOPs",
     "cost.peak_memory_bytes": "peak memory",
+    "params.total": "all parameters",
+    "adapter_bytes": "bytes on disk",
+    "steps_to_target": "steps to the target",
+    "flops_to_target": "FLOPs to the target",
 }
 
 
 def costs(block: Block) -> Markup | None:
-    """A chart for each cost that differs between rows, with the front of rows that nothing beats in both."""
+    """A chart for each cost that rows visibly differ in, with the front of rows that nothing beats in both."""
     figures = []
     for column in block.costs:
         points = [(entry, stat.mean) for entry in block.entries if (stat := entry.stat(column))]
-        if len({cost for _, cost in points}) > 1 and column.name != "params.head":
+        if len({shown_as(column)(cost) for _, cost in points}) > 1 and column.name != "params.head":
             figures.append(_cost(block, column, points))
     if not figures:
         return None
@@ -67,7 +71,7 @@ def _cost(block: Block, column: Column, points: list[tuple[Entry, float]]) -> Ma
         chart.name(cost, values[entry.number], entry.name)
     members = [points[i] for i in front]
     rows: list[list[Content]] = [[entry.name, values[entry.number], show(cost)] for entry, cost in members]
-    title = f"{header(block.main)} against {what}"
+    title = f"{spelt(block.main)} against {what}"
     names = ", ".join(entry.name for entry, _ in members[:6]) + (" and more" if len(members) > 6 else "")
     said = f"On the front: {names}."
     numbers = table(f"The front: {title}", ["experiment", block.main.name, column.name], rows)
@@ -127,7 +131,7 @@ def _by_key(block: Block, key: str, what: str, show: Callable[[float], str]) -> 
             tip = f"{name}, {what} {show(value)}: {block.main.name} {stat.mean:.4f}"
             chart.dot(value, stat.mean, series, tip)
     chart.shift = 0
-    title = f"{header(block.main)} by {what}"
+    title = f"{spelt(block.main)} by {what}"
     best = {name: max(line, key=lambda point: point[1].mean)[0] for name, line in stats.items()}
     said = f"Highest at {what} " + ", ".join(f"{show(value)} ({name})" for name, value in best.items()) + "."
     if any(stat.n > 1 for line in stats.values() for _, stat in line):
@@ -151,11 +155,15 @@ def mean_of(entry: Entry, column: Column) -> float:
     return entry.row.stats[column.name].mean
 
 
-def header(column: Column) -> str:
+def spelt(column: Column) -> str:
     """A metric's name as papers spell it."""
     tail = column.name.rsplit("/", 1)[-1]
-    spelt = {"mcc": "MCC", "f1": "F1"}.get(tail, tail)
-    return f"{column.name.removesuffix(tail)}{spelt} {column.arrow}".strip()
+    return column.name.removesuffix(tail) + {"mcc": "MCC", "f1": "F1"}.get(tail, tail)
+
+
+def header(column: Column) -> str:
+    """The same with the arrow that says which way is better."""
+    return f"{spelt(column)} {column.arrow}".strip()
 
 
 def shown_as(column: Column) -> Callable[[float], str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lora_bench.report import axes
 from lora_bench.report.charts import Lane, Mark, lanes
 from lora_bench.report.html import Content, Markup, el, figure, join, several, table
-from lora_bench.report.tradeoffs import bounds, header, mean_of, shown_as
+from lora_bench.report.tradeoffs import bounds, mean_of, shown_as, spelt
 
 if TYPE_CHECKING:
     from lora_bench.comparison import Finding
@@ -54,7 +54,7 @@ def _paragraph(block: Block, margin: float) -> Markup:
     leader = block.entries[0]
     stat = leader.row.stats[block.main.name]
     low, high = bounds(stat)
-    sentences: list[Content] = [el("strong", leader.name), f" has the highest {header(block.main)}: {stat.mean:.4f}"]
+    sentences: list[Content] = [el("strong", leader.name), f" has the highest {spelt(block.main)}: {stat.mean:.4f}"]
     if high > low:
         sentences.append(f" (95 % interval over {stat.n} seeds {low:.4f} to {high:.4f})")
     elif stat.n == 1:
@@ -118,7 +118,7 @@ def _tiles(block: Block) -> Markup:
     stat = leader.row.stats[block.main.name]
     low, high = bounds(stat)
     spread = f"{low:.4f} to {high:.4f}" if high > low else several(stat.n, "seed")
-    tiles = [(f"highest {header(block.main)}", f"{stat.mean:.4f}", spread)]
+    tiles = [(f"highest {spelt(block.main)}", f"{stat.mean:.4f}", spread)]
     other = block.baseline if block.baseline not in (None, leader) else next(iter(block.entries[1:]), None)
     if other is not None:
         lead = 100 * (stat.mean - mean_of(other, block.main))
@@ -165,8 +165,12 @@ def _forest(block: Block, baseline: Entry) -> Markup:
     values = [value for lane in drawn for mark in lane.marks for value in (mark.value, *(mark.interval or ()), 0.0)]
     x = axes.linear(values, "points above the baseline →")
     said = (
-        f"Difference of {header(block.main)} with its 95 % interval, not adjusted for the number of rivals; one that "
-        "crosses 0 leaves open who is ahead. Seeds and examples are both counted as chance."
+        f"Difference of {spelt(block.main)} with its 95 % interval, not adjusted for the number of rivals; one that "
+        "crosses 0 leaves open who is ahead. "
+    )
+    several_seeds = any((_finding(entry).paired_seeds or 0) > 1 for entry in rivals)
+    said += (
+        f"{'Seeds and examples are both' if several_seeds else 'Of one seed, examples alone are'} counted as chance."
     )
     if len(drawn) < len(rivals):
         said += f" {len(drawn)} of {len(rivals)} are drawn."

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,15 @@ import torch.distributed as dist
 from lora_bench.data.batching import pick
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from lora_bench.data.batching import Batch
 
-
-_CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,6 @@ class Processes:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = _CPU
 
     @property
     def leads(self) -> bool:
@@ -48,19 +49,19 @@ class Processes:
             return batch
         return pick(batch, start, end) if start < end else None
 
-    def add_up(self, parameters: Iterable[nn.Parameter], losses: Sequence[float]) -> list[float]:
+    def add_up(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
         """Sum gradients over the processes, in place, and losses: each process's are shares of the global mean."""
         if self.size == 1:
-            return list(losses)
+            return losses
         trained = [p for p in parameters if p.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        told = torch.tensor(losses, dtype=torch.float32, device=self.device)
+        told = torch.tensor(list(losses.values()), dtype=torch.float32, device=trained[0].device)
         flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), told])
         dist.all_reduce(flat)
         summed = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(losses)])
         for p, gradient in zip(trained, summed[:-1], strict=True):
             p.grad = gradient.view_as(p).to(p.dtype)
-        return [float(loss) for loss in summed[-1]]
+        return dict(zip(losses, summed[-1].tolist(), strict=True))
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Take the leader's values."""
@@ -69,28 +70,40 @@ class Processes:
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
+    def shared_rows(self, batches: Iterable[T]) -> Iterator[T]:
+        """Every so-manyth batch of an evaluation, beginning with its own."""
+        return islice(batches, self.rank, None, self.size)
+
+    def gather(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scores of all processes, each of which left those that are not its own at zero."""
+        if self.size > 1:
+            dist.all_reduce(torch.from_numpy(scores))
+        return scores
+
     def any_asked(self, signal: int | None) -> int | None:
         """The signal that any process got, so that all stop after the same step."""
         if self.size == 1:
             return signal
-        asked = torch.tensor(signal or 0, device=self.device)
+        asked = torch.tensor(signal or 0)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return int(asked) or None
 
 
+ALONE = Processes()
+
+
 @contextmanager
-def together(device: torch.device) -> Iterator[Processes]:
+def together() -> Iterator[Processes]:
     """The processes that `torchrun` started; alone where it did not start this one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Processes()
+        yield ALONE
         return
-    rank = int(os.environ["RANK"])
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
+    gpus = torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     try:
-        yield Processes(rank, size, device)
+        yield Processes(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()

@@ -22,6 +22,7 @@ from lora_bench.data.batching import BatchPlan, evaluation_batches, micro_batche
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import score
 from lora_bench.training.average import Average, averaged, averaging_starts
+from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer, set_rate
 from lora_bench.training.portions import in_portions
@@ -82,6 +83,7 @@ def fit(
     checkpoints: Sequence[Checkpoints] | None = None,
     begun: Sequence[Checkpoint] | None = None,
     interruption: Interruption | None = None,
+    processes: Processes = ALONE,
 ) -> list[Outcome]:
     """Train every member of the pack and leave it at its best selection MCC.
 
@@ -100,6 +102,7 @@ def fit(
         checkpoints: where to leave each member's state, as often as the settings say.
         begun: the states of one step to go on from, one per member; the pack has its ranks.
         interruption: whether someone asked to stop: the step is ended, the state left, and then it acts.
+        processes: those that share each batch; all go through the same steps.
 
     Returns:
         One outcome per member; those that diverged or failed are among them, and do not disturb the others.
@@ -140,13 +143,17 @@ def fit(
             break
         began = time.perf_counter()
         batch = next(batches).of(live)
-        losses = in_portions(pack, batch, trainer.micro_batch_size, partial(_backward, pack, batch, objective))
+        losses = dict.fromkeys(live, 0.0)
+        if (own := processes.share(batch)) is not None:
+            work = partial(backward, pack, own, objective, batch.pairs)
+            losses = in_portions(pack, own, trainer.micro_batch_size, work)
+        losses = processes.add_up([p for k in live for p in pack.trainable(k).values()], losses)
         for k in live:
             with contained(outcomes[k]):
                 if not math.isfinite(losses[k]):
                     diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
                     continue
-                norm = _clip(pack, k, optimizers[k])
+                norm = clip(pack, k, optimizers[k])
                 if not math.isfinite(norm):
                     diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
                     continue
@@ -161,10 +168,12 @@ def fit(
 
         seconds = time.perf_counter() - began
         B, T = batch.pairs, batch.input_ids.shape[1]
-        for k in live:
+        for k, padding in zip(live, batch.padding(len(live)), strict=True):
             outcomes[k].steps = step
             outcomes[k].seconds += seconds
             outcomes[k].pairs += B
+            outcomes[k].tokens += batch.orders * B * T
+            outcomes[k].padding += padding
             outcomes[k].flops += flop_models[k](batch.orders * B, T) if flop_models else 0.0
         if watcher:
             watcher.stepped(step, losses, B)
@@ -173,7 +182,7 @@ def fit(
         if pack.live and (step % eval_every == 0 or step == steps):
             with averaged(averages[k] for k in pack.live):
                 began = time.perf_counter()
-                scores = predict(pack, selection, trainer.eval_batch_size)  # (K, N)
+                scores = predict(pack, selection, trainer.eval_batch_size, processes)  # (K, N)
                 seconds = time.perf_counter() - began
                 for k, own in zip(pack.live, scores, strict=True):
                     with contained(outcomes[k]):
@@ -182,6 +191,8 @@ def fit(
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
+        if interruption:
+            interruption.asked = processes.any_asked(interruption.asked)
         asked = interruption is not None and interruption.asked is not None
         if checkpoints and (asked or step % (trainer.checkpoint_every or eval_every) == 0):
             for k in running():
@@ -200,16 +211,17 @@ def fit(
 
 
 @torch.no_grad()
-def predict(pack: Pack, table: TokenTable, batch_size: int) -> NDArray[np.float64]:
+def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
     """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was."""
-    scores = np.empty((len(pack.live), len(table)))
+    scores = np.zeros((len(pack.live), len(table)))
     mode = pack.training
     pack.eval()
-    for rows, batch in evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id):
+    batches = evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id)
+    for rows, batch in processes.shared_rows(batches):
         logits = in_portions(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
         scores[:, rows] = torch.sigmoid(logits[..., 1] - logits[..., 0]).cpu().numpy()
     pack.train(mode)
-    return scores
+    return processes.gather(scores)
 
 
 def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
@@ -227,8 +239,11 @@ def _endless_batches(
         epoch += 1
 
 
-def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int) -> dict[int, float]:
-    """Each live member's mean loss over the batch, and its gradients. Members are independent: their losses add up."""
+def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pairs: int) -> dict[int, float]:
+    """What the batch adds to each live member's mean loss over `of_pairs` pairs, and its gradients, `pairs` at a time.
+
+    Members are independent: their losses add up.
+    """
     K = len(pack.live)
     losses = torch.zeros(K, device=pack.backbone.device)
     with pack.gathering_gradients():
@@ -236,7 +251,7 @@ def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int) -> dic
             on_device = micro.to(pack.backbone.device)
             assert on_device.labels is not None
             labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
-            share = micro.pairs / batch.pairs
+            share = micro.pairs / of_pairs
             hidden = pack.prefix(on_device)
             for part in pack.portions():
                 places = [pack.live.index(k) for k in part]
@@ -249,7 +264,7 @@ def _backward(pack: Pack, batch: Batch, objective: Objective, pairs: int) -> dic
     return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
-def _clip(pack: Pack, member: int, settings: Optimizer) -> float:
+def clip(pack: Pack, member: int, settings: Optimizer) -> float:
     """The member's gradient norm before clipping; torch's own `clip_grad_norm_` calls an operator per parameter."""
     gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))

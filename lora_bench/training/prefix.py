@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.data.batching import evaluation_batches, places_of
+from lora_bench.data.batching import Batch, evaluation_batches, places_of
 from lora_bench.data.hidden import HiddenStates, HiddenStatesWriter
 from lora_bench.data.pairs import cache_folder
+from lora_bench.evaluation.cost import FlopModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,36 +46,56 @@ class PrefixCache:
     backbone_sha256: str
     limit_bytes: float
     seconds: float = 0.0
+    """Spent here: next to nothing where an earlier run left the files."""
     flops: float = 0.0
+    """Of making what is kept, whether this run made it or an earlier one: a run's cost does not hang on the store."""
     used_bytes: int = 0
     """Of the files that this run reads."""
 
-    def serve(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
-        """The tables with their hidden states beside the tokens, as far as the limit allows, in the order given.
+    def keeps(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
+        """The names of those tables whose hidden states are kept, as far as the limit allows, in the order given.
 
-        Nothing is stored for a pack that adapts the first layer, or whose backbone cannot be cut.
+        The first and what travels in its batches (`swapped`) are kept together, and others only beside them. Nothing
+        is for a pack that adapts the first layer, or whose backbone cannot be cut.
         """
         if not (self.limit_bytes and pack.depth and pack.backbone.can_be_cut):
-            return tables
-        served: dict[str, TokenTable] = {}
-        files: dict[Path, int] = {}
+            return []
+        kept: list[str] = []
+        used = 0
+        first, *others = tables
+        together = [first, *(name for name in others if name == "swapped")]
+        for names in (together, *([name] for name in others if name not in together)):
+            used += sum(self._size(pack, tables[name]) for name in names)
+            # What is augmented holds other pairs in each epoch.
+            if used > self.limit_bytes or any(tables[name].augmentation is not None for name in names):
+                break
+            kept += names
+        self.flops = _flops(pack, [tables[name] for name in kept]) if kept else 0.0
+        return kept
+
+    def serve(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
+        """The tables with their hidden states beside the tokens where they are kept; the pack is then cut there."""
         began = time.perf_counter()
-        with FlopCounterMode(display=False) as counter:
-            for name, table in tables.items():
-                if table.augmentation is not None:  # other pairs in each epoch
-                    served[name] = table
-                    continue
-                size = len(table.values) * pack.backbone.hidden_size * pack.backbone.compute_dtype.itemsize
-                path = self._folder / f"{self._key(pack, table)}.hidden"
-                served[name] = table
-                if sum(files.values()) + size <= self.limit_bytes and self._make(pack, table, path, size, files):
-                    files[path] = size
-                    hidden = HiddenStates(path, pack.backbone.hidden_size, pack.backbone.compute_dtype)
-                    served[name] = replace(table, hidden=hidden)
-        self.used_bytes += sum(files.values())
-        self.flops += counter.get_total_flops()
-        self.seconds += time.perf_counter() - began
+        files: dict[Path, str] = {}
+        for name in self.keeps(pack, tables):
+            path = self._folder / f"{self._key(pack, tables[name])}.hidden"
+            if not self._make(pack, tables[name], path, files):
+                self.flops = 0.0
+                return tables
+            files[path] = name
+        served = dict(tables)
+        for path, name in files.items():
+            hidden = HiddenStates(path, pack.backbone.hidden_size, pack.backbone.compute_dtype)
+            served[name] = replace(tables[name], hidden=hidden)
+            self.used_bytes += self._size(pack, tables[name])
+        if files:
+            pack.cut = pack.depth
+        self.seconds = time.perf_counter() - began
         return served
+
+    @staticmethod
+    def _size(pack: Pack, table: TokenTable) -> int:
+        return len(table.values) * pack.backbone.hidden_size * pack.backbone.compute_dtype.itemsize
 
     @property
     def _folder(self) -> Path:
@@ -89,7 +109,7 @@ class PrefixCache:
             digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()[:40]
 
-    def _make(self, pack: Pack, table: TokenTable, path: Path, size: int, others: Iterable[Path]) -> bool:
+    def _make(self, pack: Pack, table: TokenTable, path: Path, others: Iterable[Path]) -> bool:
         """See to it that the file is there; False where there is no room to write it."""
         with suppress(FileNotFoundError):
             os.utime(path)
@@ -97,7 +117,7 @@ class PrefixCache:
         part: Path | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room(size, set(others))
+            self._make_room(self._size(pack, table), set(others))
             descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
             os.close(descriptor)
             part = Path(name)
@@ -133,3 +153,19 @@ def _fill(pack: Pack, table: TokenTable, path: Path) -> None:
         writer.write(*places_of(table, rows, batch.input_ids.shape[1]), hidden.cpu())
     pack.train(mode)
     writer.flush()
+
+
+@torch.no_grad()
+def _flops(pack: Pack, tables: Iterable[TokenTable]) -> float:
+    """Of the canonical pass over the tables."""
+
+    def prefix(rows: int, length: int) -> None:
+        ids = torch.ones(rows, length, dtype=torch.long, device=pack.backbone.device)
+        pack.backbone.prefix(Batch(ids, torch.ones_like(ids), None, None, full=True), pack.depth)
+
+    model = FlopModel.measure(prefix)
+    total = 0.0
+    for table in tables:
+        lengths = np.sort(table.lengths)[::-1]
+        total += sum(model(len(part), int(part[0])) for part in np.split(lengths, range(ROWS, len(lengths), ROWS)))
+    return total

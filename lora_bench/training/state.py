@@ -48,6 +48,10 @@ class Outcome:
     """Wall time of its training steps, evaluations not counted."""
     pairs: int = 0
     """Training pairs it saw; one that a step shows in both orders counts once."""
+    tokens: int = 0
+    """Tokens that its steps went through, in all orders."""
+    padding: int = 0
+    """Those of them that only fill up a batch."""
     flops: float = 0.0
     """Arithmetic of its training steps: forward, backward."""
     without_gain: int = 0
@@ -55,7 +59,7 @@ class Outcome:
 
 
 _KINDS: dict[str, Any] = {"status": str, "error": str | None, "best": dict | None, "without_gain": int}
-_KINDS |= {"steps": int, "pairs": int, "seconds": int | float, "flops": int | float}
+_KINDS |= {"steps": int, "pairs": int, "tokens": int, "padding": int, "seconds": int | float, "flops": int | float}
 
 
 @dataclass

@@ -202,3 +202,14 @@ def test_repeat_gives_each_member_the_same_rows() -> None:
     assert batch.labels is not None
     assert batch.labels.tolist() == [1, 0] * 3
     assert batch.to(torch.device("cpu")) is batch
+
+
+@given(LENGTHS, BATCH_SIZES)
+@quick
+def test_padding_is_what_the_rows_of_each_member_leave_of_its_batches(lengths: list[int], batch_size: int) -> None:
+    table = table_of(lengths)
+    for seeds, copies in (([0], 1), ([3, 3], 2), ([0, 1, 2], 3)):
+        batches = list(training_batches(table, BatchPlan(table.lengths, batch_size), seeds, 0, PAD, table))
+        padding = [sum(each) for each in zip(*(batch.padding(copies) for batch in batches), strict=True)]
+        tokens = sum(batch.orders * batch.pairs * batch.input_ids.shape[1] for batch in batches)
+        assert padding == [tokens - 2 * sum(lengths)] * copies  # each row once, in both orders

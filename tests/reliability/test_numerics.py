@@ -29,7 +29,7 @@ def record(folder: str = "run") -> dict[str, Any]:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Let the loss, the gradient or the scores of the first step be NaN."""
-    backward = loop._backward
+    backward = loop.backward
 
     def spoiling(pack: Any, *arguments: Any, **keywords: Any) -> dict[int, float]:
         losses = backward(pack, *arguments, **keywords)
@@ -38,9 +38,9 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
         return dict.fromkeys(losses, torch.nan) if what == "loss" else losses
 
     if what == "scores":
-        monkeypatch.setattr(loop, "predict", lambda pack, table, size: np.full((1, len(table)), np.nan))
+        monkeypatch.setattr(loop, "predict", lambda pack, table, *more: np.full((1, len(table)), np.nan))
     else:
-        monkeypatch.setattr(loop, "_backward", spoiling)
+        monkeypatch.setattr(loop, "backward", spoiling)
 
 
 @pytest.mark.reliability(42)
@@ -83,7 +83,7 @@ def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.Mon
         with pytest.raises(DivergedError, match="1 of 3 scores are not finite"):
             score(np.array([0.1, bad, 0.9]), labels, {})
     assert lora_bench("train", *RUN).code == 0
-    nan = lambda pack, table, size: np.full((1, len(table)), np.nan)  # noqa: E731
+    nan = lambda pack, table, *more: np.full((1, len(table)), np.nan)  # noqa: E731
     monkeypatch.setattr(predicting, "predict", nan)
     Path("pairs.tsv").write_text("question1\tquestion2\na\tb\n")
     for command in (["predict", "input=pairs.tsv", "output=out.tsv"], ["eval", "data=toy", "data.validation_rows=16"]):

@@ -157,6 +157,14 @@ def test_pareto_front() -> None:
     assert pareto([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9)]) == [1, 3, 0]
 
 
+def test_a_cost_that_rows_visibly_share_has_no_chart(tmp_path: Path) -> None:
+    for name, totals in (("alike", (22_700_000, 22_710_000)), ("unlike", (22_700_000, 30_300_000))):
+        for adapter, mcc, total in (("lora", 0.6, totals[0]), ("dora", 0.5, totals[1])):
+            make(folder := tmp_path / name / adapter, adapter, 0, mcc)
+            Run(folder, json.loads((folder / "run.json").read_text())).update(params={"total": total})
+        assert ("MCC against all parameters" in page(summarise([tmp_path / name]))) == (name == "unlike")
+
+
 def test_axes() -> None:
     axis = linear([0.52, 0.58], "MCC")
     assert [words for _, words in axis.ticks] == ["0.52", "0.54", "0.56", "0.58"]

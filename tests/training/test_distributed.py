@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.training.distributed import Processes, together
 from lora_bench.training.objective import cross_entropy
 from lora_bench.training.optim import make_optimizer
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables
+from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 STEPS = 10
-CPU = torch.device("cpu")
 
 
 def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -42,7 +48,7 @@ def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
             shared = cross_entropy(made(own), own.labels[None])[0] * own.pairs / batch.pairs
             shared.backward()
             loss = float(shared.detach())
-        losses += processes.add_up(made.trainable(0).values(), [loss])
+        losses.append(processes.add_up(made.trainable(0).values(), {0: loss})[0])
         adamw.step()
         adamw.zero_grad()
     return made.state(0), losses
@@ -52,7 +58,7 @@ def work(rank: int, port: int, folder: str) -> None:
     """One of two processes, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with together(CPU) as processes:
+    with together() as processes:
         assert (processes.rank, processes.size, processes.leads) == (rank, 2, rank == 0)
         assert processes.any_asked(15 if rank == 1 else None) == 15
         assert processes.any_asked(None) is None
@@ -63,8 +69,6 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     alone, losses = learn(Processes())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,7 +96,58 @@ def test_every_pair_is_in_one_share(size: int) -> None:
 
 def test_alone_there_is_nothing_to_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with together(CPU) as processes:
+    with together() as processes:
         assert processes == Processes()
         assert processes.any_asked(2) == 2
-        assert processes.add_up([], [0.5]) == [0.5]
+        assert processes.add_up([], {0: 0.5}) == {0: 0.5}
+
+
+RUN = toy_run("trainer.max_steps=9", "trainer.eval_every=4", "data.train_rows=80", "trainer.precision=fp32")
+
+
+def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`lora-bench train` in two processes, as a user starts it."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lora_bench", "train"]
+    command = [sys.executable, *launch, *overrides]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.mark.parametrize("asked", [["adapter=lora", "adapter.dropout=0.0"], ["adapter=adalora", "trainer.average=0.5"]])
+def test_torchrun_makes_the_run_that_one_process_makes(asked: list[str], in_tmp: Path) -> None:
+    assert lora_bench("train", *RUN, *asked, "hydra.run.dir=one").code == 0
+    answer = torchrun(in_tmp, *RUN, *asked, "hydra.run.dir=two")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("record: ") == 1  # one of the two tells
+    one, two = (json.loads((in_tmp / name / "run.json").read_text()) for name in ("one", "two"))
+    assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
+    assert two["cost"]["train_flops"] == one["cost"]["train_flops"]
+    states = [load_file(in_tmp / name / "adapter/adapter_model.safetensors") for name in ("one", "two")]
+    assert_close(*states, atol=1e-4)
+    assert {path.name for path in in_tmp.iterdir()} == {"one", "two"}
+
+
+def test_a_run_of_two_processes_is_interrupted_and_gone_on_with(in_tmp: Path) -> None:
+    endless = [*RUN, "trainer.epochs=1000", "trainer.max_steps=null", "trainer.checkpoint_every=1"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lora_bench", "train"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, *launch, *endless, "hydra.run.dir=run"], cwd=in_tmp, **quiet) as process:  # type: ignore[call-overload]
+        deadline = time.monotonic() + 120
+        while not list(in_tmp.glob("run/checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+    record = json.loads((in_tmp / "run/run.json").read_text())
+    assert record["status"] == "interrupted"
+    reached = max(int(path.name[-8:]) for path in (in_tmp / "run/checkpoints").glob("step-*"))
+    record["config"]["trainer"]["max_steps"] = reached + 2  # so that it ends
+    (in_tmp / "run/run.json").write_text(json.dumps(record))
+    answer = torchrun(in_tmp, "resume=run")
+    assert answer.returncode == 0, answer.stderr
+    assert f"going on from step {reached}" in answer.stdout
+    assert json.loads((in_tmp / "run/run.json").read_text())["status"] == "done"
+
+
+def test_a_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "-m: makes runs one after another" in refused("train", "-m", *RUN, "seed=0,1")
+    assert not list(in_tmp.iterdir())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.data.batching import both_orders, collate, micro_batches
 from lora_bench.training import prefix
@@ -64,19 +65,32 @@ def test_a_step_no_longer_runs_the_layers_below(monkeypatch: pytest.MonkeyPatch)
     found, cache = served(made)
     assert cache.flops > 0
 
-    def never(*arguments: Any) -> None:
-        raise AssertionError("the prefix was computed again")
-
     monkeypatch.setattr(type(made.backbone), "prefix", never)
     trained(made, found["train"], found["selection"], micro_batch_size=3)
 
 
-def test_a_warm_run_gets_the_bits_of_the_cold_one_and_pays_nothing(store: Path) -> None:
+def never(*arguments: Any) -> None:
+    raise AssertionError("the prefix was computed again")
+
+
+def test_the_arithmetic_of_filling_is_counted() -> None:
+    made = pack("bert", (TOP, 0))
+    train, _ = tables(made.backbone)
+    cache = PrefixCache("the tiny backbone", LIMIT)
+    with FlopCounterMode(display=False) as counter:
+        cache.serve(made, {"train": train})
+    with FlopCounterMode(display=False) as probes:
+        PrefixCache("the tiny backbone", LIMIT).keeps(made, {"train": train})
+    assert cache.flops == pytest.approx(counter.get_total_flops() - probes.get_total_flops())
+
+
+def test_a_warm_run_gets_the_bits_of_the_cold_one(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, cold = served(pack("bert", (TOP, 0)))
     written = {path.name: path.read_bytes() for path in store.iterdir()}
     assert len(written) == 2
+    monkeypatch.setattr(prefix, "_fill", never)
     second, warm = served(pack("bert", (adapter("dora", "layers=top:1"), 5)))
-    assert (warm.flops, warm.used_bytes) == (0, cold.used_bytes)
+    assert (warm.flops, warm.used_bytes) == (cold.flops, cold.used_bytes)  # what a run costs does not hang on the cache
     assert {path.name: path.read_bytes() for path in store.iterdir()} == written
     rows = np.array([5, 0, 3])
     one, two = (collate(found["train"], rows, 40, 0).hidden for found in (first, second))
@@ -134,8 +148,11 @@ def test_what_exceeds_the_limit_is_computed_as_before_and_old_files_make_room(st
     train, selection = (int(len(t.values) * made.backbone.hidden_size * 4) for t in found.values())
     assert cache.used_bytes == train + selection
     assert served(made, 0)[0]["train"].hidden is None
+    found, _ = served(made, train)  # what training looks at comes first, and nothing is kept without it
+    assert (found["train"].hidden is None, found["selection"].hidden) == (False, None)
     found, _ = served(made, selection)
-    assert (found["train"].hidden, found["selection"].hidden is None) == (None, False)
+    assert all(table.hidden is None for table in found.values())
+    found, _ = served(made)
     other = pack("bert", (adapter("head_only"), 0))
     old = collate(found["selection"], np.array([0]), 40, 0).hidden
     served(other, train + selection)
@@ -144,6 +161,29 @@ def test_what_exceeds_the_limit_is_computed_as_before_and_old_files_make_room(st
     assert old is not None
     assert again is not None
     assert torch.equal(old, again)  # who reads a file that made room goes on reading it
+
+
+def test_both_orders_of_a_pair_are_kept_or_neither(store: Path) -> None:
+    made = pack("bert", (TOP, 0))
+    train, selection = tables(made.backbone)
+    asked = {"train": train, "swapped": train, "selection": selection}
+    one = len(train.values) * made.backbone.hidden_size * 4
+    assert PrefixCache("the tiny backbone", 1.5 * one).keeps(made, asked) == []
+    assert PrefixCache("the tiny backbone", 2 * one).keeps(made, asked) == ["train", "swapped"]
+    augmented = {**asked, "swapped": replace(train, augmentation=object())}  # type: ignore[arg-type]
+    assert PrefixCache("the tiny backbone", LIMIT).keeps(made, augmented) == []
+
+
+def test_a_pack_stays_cut_where_its_members_began_when_one_of_them_ends() -> None:
+    made = pack("bert", (TOP, 0), (adapter("head_only"), 0))
+    found, _ = served(made)
+    depth = made.depth
+    made.live = [1]
+    assert made.depth == depth
+    expected = pack("bert", (adapter("head_only"), 0))
+    np.testing.assert_allclose(
+        predict(made, found["selection"], 5), predict(expected, tables(expected.backbone)[1], 5), atol=1e-5
+    )
 
 
 def test_without_room_on_the_disk_nothing_is_kept_and_nothing_left(

@@ -1,0 +1,215 @@
+"""`dry_run=true`: what a run, or each pack of a sweep and the whole of it, would cost. Nothing is written.
+
+A job of each kind (its method with its settings, on its data) is rehearsed alone. A pack takes what its members take
+one after another, less what they share: the layers below the first adapted one, where all have one seed or where their
+output is kept. It holds what the largest of them holds, and what the others keep from step to step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.evaluation.cost import reset_peak_memory
+from lora_bench.experiment import Common, Experiment
+from lora_bench.packing import grouped, known_ranks, needs, sized
+from lora_bench.screen import shown
+from lora_bench.tables import duration, human
+from lora_bench.train import prefix_of
+from lora_bench.training.estimate import Estimate, estimate
+from lora_bench.training.loop import prepare
+from lora_bench.training.probe import probe_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Console
+
+    from lora_bench.job import Job
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a pack of a sweep would cost."""
+
+    jobs: Sequence[Job]
+    members: Sequence[Estimate]
+    """Each as it would be alone."""
+    shared: float
+    """The share of the members' steps that one of them does for all."""
+    fills: bool
+    """Whether it makes the kept prefix, which later packs of the sweep read."""
+    peak_memory_bytes: float
+
+    @property
+    def train_flops(self) -> float:
+        steps = sum(member.train_flops - member.filling_flops for member in self.members)
+        return (1 - self.shared) * steps + self.fills * self.members[0].filling_flops
+
+    @property
+    def seconds(self) -> float:
+        steps = sum(member.train_seconds - member.filling_seconds for member in self.members)
+        evaluations = sum(member.evaluation_seconds for member in self.members)
+        return (1 - self.shared) * steps + self.fills * self.members[0].filling_seconds + evaluations
+
+
+def show(job: Job, console: Console) -> None:
+    """Print what the job's run would cost.
+
+    Raises:
+        UserError: the request cannot be met.
+    """
+    found = expect(Experiment.build(job.cfg))
+    table = Table("to expect", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_row("parameters", f"{human(found.adapter)} adapter + {human(found.head)} head of {human(found.total)}")
+    table.add_row("steps", f"{found.steps:,}")
+    table.add_row("computation", human(found.train_flops, "FLOP"))
+    table.add_row("training time", duration(found.train_seconds))
+    table.add_row("evaluation time", duration(found.evaluation_seconds))
+    table.add_row("peak memory", human(found.peak_memory_bytes, "B"))
+    console.print(table)
+
+
+def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
+    """What the experiment's run would cost if it ran alone, preparation with training."""
+    common = common or Common.load(experiment)
+    reset_peak_memory(common.backbone.device)
+    pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed)])
+    try:
+        began = time.perf_counter()
+        with FlopCounterMode(display=False) as counter:
+            prepare(pack, experiment.trainer, common.tables["train"])
+        seconds = time.perf_counter() - began
+        prefix, shown_often = prefix_of(common, experiment.trainer)
+        kept = prefix.keeps(pack, shown_often)
+        pack.cut = pack.depth if kept else None
+        settings = (experiment.optimizer, experiment.trainer, common.tables, common.swapped)
+        found = estimate(pack, *settings, kept=kept, filling=prefix.flops)
+    finally:
+        pack.detach()
+    return replace(
+        found,
+        train_seconds=found.train_seconds + seconds,
+        train_flops=found.train_flops + counter.get_total_flops(),
+    )
+
+
+def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+    """Print what each pack of these jobs would cost, and all of them.
+
+    Args:
+        jobs: of one sweep, checked.
+        console: where to.
+        ended: called with each job, and what is wrong with it.
+    """
+    packs: list[Expected] = []
+    kinds: dict[str, Estimate] = {}
+    for group in grouped(jobs):
+        try:
+            common = Common.load(group.experiments[0])
+            members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
+            depths: set[int] = set()
+            for together in sized(group, common, ended):
+                experiments = [members[job.title] for job in together]
+                packs.append(_together(together, experiments, common, kinds, depths, console))
+        except Exception as error:
+            for job in group.jobs:
+                ended(job, error)
+    if packs:
+        console.print(_table(packs))
+
+
+def _together(
+    jobs: Sequence[Job],
+    experiments: Sequence[Experiment],
+    common: Common,
+    kinds: dict[str, Estimate],
+    depths: set[int],
+    console: Console,
+) -> Expected:
+    """What the jobs would cost as a pack; `kinds` and `depths` remember what was measured and kept before."""
+    for job, experiment in zip(jobs, experiments, strict=True):
+        kind = _kind(experiment)
+        if kind not in kinds:
+            console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
+            kinds[kind] = expect(experiment, common)
+    members = [kinds[_kind(experiment)] for experiment in experiments]
+    needed = [needs(common, experiment) for experiment in experiments]
+    largest = max(range(len(jobs)), key=lambda k: members[k].peak_memory_bytes)
+    others = [need for k, need in enumerate(needed) if k != largest]
+    # On a CPU members pass the adapted layers one after another.
+    beside = sum(need.kept + (0.0 if common.backbone.device.type == "cpu" else need.step) for need in others)
+    fills = needed[0].depth not in depths
+    depths.add(needed[0].depth)
+    shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
+    return Expected(jobs, members, shared, fills, members[largest].peak_memory_bytes + beside)
+
+
+def _kind(experiment: Experiment) -> str:
+    """Equal for runs that cost the same."""
+    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
+
+
+def _shared(experiments: Sequence[Experiment], common: Common) -> float:
+    """The share of the members' arithmetic that they do once for all."""
+    if len(experiments) == 1 or len({experiment.seed for experiment in experiments}) > 1:
+        return 0.0
+    members = [Member(each.adapter, each.seed, known_ranks(each.adapter, common)) for each in experiments]
+    pack = Pack(common.backbone, members)
+    try:
+        together = _flops(pack)
+        alone = 0
+        for k in range(pack.size):
+            with pack.only([k]):
+                alone += _flops(pack)
+    finally:
+        pack.detach()
+    return 1 - together / alone
+
+
+def _flops(pack: Pack) -> int:
+    with FlopCounterMode(display=False) as counter:
+        probe_step(pack, 1, 32)
+    return int(counter.get_total_flops())
+
+
+def _table(packs: Sequence[Expected]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("job", "overrides"):
+        table.add_column(name, overflow="fold")
+    for name in ("adapter", "computation", "time", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    everywhere = set.intersection(*(set(job.overrides) for pack in packs for job in pack.jobs))
+    for pack in packs:
+        numbers = [job.title.removeprefix("job ").partition(":")[0] for job in pack.jobs]
+        asked = [" ".join(text for text in job.overrides if text not in everywhere) for job in pack.jobs]
+        table.add_row(
+            shown(f"{numbers[0]} to {numbers[-1]}" if _in_a_row(numbers) else ", ".join(numbers)),
+            shown(asked[0] + (f" … {asked[-1]}" if len(asked) > 1 else "")),
+            *_cells([pack]),
+        )
+    jobs = sum(len(pack.jobs) for pack in packs)
+    table.add_section()
+    table.add_row("all", f"{jobs} jobs in {len(packs)} pack{'s' * (len(packs) > 1)}", *_cells(packs))
+    return table
+
+
+def _cells(packs: Sequence[Expected]) -> list[str]:
+    """Sums over the packs, and the most memory that one of them takes."""
+    return [
+        human(sum(member.adapter for pack in packs for member in pack.members)),
+        human(sum(pack.train_flops for pack in packs), "FLOP"),
+        duration(sum(pack.seconds for pack in packs)),
+        human(max(pack.peak_memory_bytes for pack in packs), "B"),
+    ]
+
+
+def _in_a_row(numbers: Sequence[str]) -> bool:
+    first = int(numbers[0])
+    return len(numbers) > 1 and list(numbers) == [str(first + i) for i in range(len(numbers))]
