@@ -246,30 +246,31 @@ def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pair
     """
     K = len(pack.live)
     losses = torch.zeros(K, device=pack.backbone.device)
-    for micro in micro_batches(batch, pairs):
-        on_device = micro.to(pack.backbone.device)
-        assert on_device.labels is not None
-        labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
-        share = micro.pairs / of_pairs
-        hidden = pack.prefix(on_device)
-        for part in pack.portions():
-            places = [pack.live.index(k) for k in part]
-            logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
-            loss = objective.loss(logits, labels[places]) * share
-            penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
-            extra = [penalty * share for penalty in penalties if penalty is not None]
-            torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
-            losses[places] += loss.detach()
+    with pack.gathering_gradients():
+        for micro in micro_batches(batch, pairs):
+            on_device = micro.to(pack.backbone.device)
+            assert on_device.labels is not None
+            labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
+            share = micro.pairs / of_pairs
+            hidden = pack.prefix(on_device)
+            for part in pack.portions():
+                places = [pack.live.index(k) for k in part]
+                logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
+                loss = objective.loss(logits, labels[places]) * share
+                penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
+                extra = [penalty * share for penalty in penalties if penalty is not None]
+                torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
+                losses[places] += loss.detach()
     return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:
-    """The member's gradient norm before clipping."""
-    parameters, limit = list(pack.trainable(member).values()), settings.grad_clip_norm
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit is not None and norm + 1e-6 > limit:  # below, torch's own `clip_grad_norm_` would multiply all by 1
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    """The member's gradient norm before clipping; torch's own `clip_grad_norm_` calls an operator per parameter."""
+    gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    if settings.grad_clip_norm is not None and norm > settings.grad_clip_norm:
+        torch._foreach_mul_(gradients, settings.grad_clip_norm / (norm + 1e-6))
+    return norm
 
 
 def _judge(
