@@ -151,6 +151,10 @@ class Recorder:
     def close(self, member: int) -> None:
         """Say in the member's record how it ended; a traceback goes to its log."""
         run, outcome = self.runs.pop(member), self.outcomes[member]
+        if outcome.status == "stopped":
+            with contained(outcome):
+                self._close_stopped(run, self.jobs[member], outcome)
+                return
         if outcome.error is None:
             with contained(outcome):
                 run.finish("done")
@@ -161,6 +165,14 @@ class Recorder:
             if not run.folder.exists():
                 outcome.error = RunFailedError("was deleted or moved while the run trained", file=run.folder)
             run.fail(outcome.error)
+
+    def _close_stopped(self, run: Run, job: Job, outcome: Outcome) -> None:
+        """Halving stopped it: not done, and nothing is reported, but it can be gone on with."""
+        reason = f"stopped by pack.halving at step {outcome.steps}: others had a better selection MCC"
+        run.update(selection={"stopped_at_step": outcome.steps})
+        run.finish("interrupted", reason)
+        name = job.title.partition(":")[0]
+        self.console.print(shown(f"{name}: {reason}; go on with it: lora-bench train resume={run.folder}"))
 
     def fail(self, error: Exception) -> None:
         """What all members share has failed: close the runs that have not ended."""

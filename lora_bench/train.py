@@ -138,6 +138,7 @@ def train_pack(
                     begun=begun,
                     interruption=interruption,
                     processes=processes,
+                    halving=experiments[0].pack.halving,
                 )
         except Exception as error:
             recorder.fail(error)
