@@ -117,7 +117,8 @@ def train_pack(
             announce(console, [recorder.runs[k].record for k in live], len(pack.updates[live[0]]), recorder.notes())
             if begun:
                 console.print(shown(f"going on from step {begun[0].step}"))
-            with Display(console, total_steps(trainer, len(table))) as display, Interruption() as interruption:
+            steps, names = total_steps(trainer, len(table)), [job.title for job in jobs]
+            with Display(console, steps, names) as display, Interruption() as interruption:
                 recorder.display = display
                 fit(
                     pack,
