@@ -275,6 +275,8 @@ class Packing:
     """Jobs trained together; null: as many as memory takes, 1: one after another."""
     memory_bytes: int | None
     """What a pack may take; null: a share of what is free when it starts."""
+    halving: bool
+    """Stop the worse half of a pack's jobs, by selection MCC, after an eighth, a quarter and the half of the steps."""
 
     def __post_init__(self) -> None:
         for name in ("size", "memory_bytes"):

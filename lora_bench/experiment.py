@@ -96,20 +96,23 @@ class Experiment:
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
         )
-        _check_ensemble(made.ensemble, made.adapter)
+        _check_ensemble(made.ensemble, made.adapter, made.pack)
         check_columns(made.trainer, made.data.text_columns)
         perturbations(made.data)
         augmentations(made.data, made.trainer.objective)
         return made
 
 
-def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter) -> None:
+def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config.Packing) -> None:
     """Refuse one whose members would all be the same, or have no backbone to share."""
     if ensemble.members is None:
         return
     if adapter.trains_backbone:
         reason = f"{adapter.method} trains the backbone itself, which the members of an ensemble share"
         raise UserError(reason, key="ensemble.members", value=ensemble.members, remedy="Take an adapter such as lora.")
+    if packing.halving:
+        reason = "stops jobs by their selection MCC, which the members of an ensemble do not have in common"
+        raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out with ensemble.members.")
     if ensemble.vary == ["dropout"] and not getattr(adapter, "dropout", 0):
         remedy = "Give adapter.dropout a value above 0, or let init or order vary too."
         reason = "without dropout the members would all be the same"

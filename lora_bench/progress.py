@@ -15,7 +15,7 @@ from lora_bench.screen import shown
 from lora_bench.tables import human
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -55,10 +55,24 @@ class Live:
 
 
 class Display(Live):
-    """Tells of a training of so many steps."""
+    """Tells of a training of so many steps: one run, or the members of a pack with a row for each.
 
-    def __init__(self, console: Console, steps: int) -> None:
+    Args:
+        console: where.
+        steps: optimizer updates.
+        names: what a sweep calls the members of a pack; none for a run by itself.
+    """
+
+    def __init__(self, console: Console, steps: int, names: Sequence[str] = ()) -> None:
         super().__init__(console, steps, TextColumn("{task.fields[state]}", markup=False), state="")
+        self.names = names if len(names) > 1 else ()
+        self.losses: dict[int, float] = {}
+        self.looks: dict[int, float] = {}
+        """The last selection MCC of each member."""
+        self.live: Collection[int] = range(len(names))
+        if self.names:
+            bar = self.progress.get_renderables
+            self.progress.get_renderables = lambda: (*bar(), self._members())  # type: ignore[method-assign]
         self.loss: float | None = None
         self.mcc: float | None = None
         self.rate: float | None = None
@@ -72,6 +86,8 @@ class Display(Live):
         now = time.perf_counter()
         loss, rate = sum(losses.values()) / len(losses), pairs / max(now - self.since, 1e-9)
         self.loss = _smooth(self.loss, loss)
+        self.live = losses.keys()
+        self.losses |= {member: _smooth(self.losses.get(member), own) for member, own in losses.items()}
         self.rate = _smooth(self.rate, rate)
         self.since = now
         self.progress.update(self.task, completed=step, state=self._state(step))
@@ -81,14 +97,33 @@ class Display(Live):
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         metrics = line["metrics"]
         self.mcc = metrics["mcc"]
-        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
-        self.console.print(Text(f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"))  # 60 columns at most
+        self.looks[member] = metrics["mcc"]
         self.since = time.perf_counter()
+        if self.names and self.console.is_terminal:  # its row says it
+            return
+        whose = f"{self.names[member].partition(':')[0]}  " if self.names else ""
+        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
+        text = f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"  # 60 columns at most
+        self.console.print(Text(f"{whose}{text}"))
 
     def _state(self, step: int) -> str:
         parts = [f"{step}/{self.total}", f"loss {self.loss:.3f}"]
-        parts += [] if self.mcc is None else [f"mcc {self.mcc:.3f}"]
+        parts += [] if self.mcc is None or self.names else [f"mcc {self.mcc:.3f}"]
         return "  ".join([*parts, f"{self.rate:.0f} pairs/s"])
+
+    def _members(self) -> Table:
+        """A row per member; a name that is too long for the terminal is cut, the numbers never."""
+        table = Table(box=None, pad_edge=False, expand=True)
+        table.add_column("job", no_wrap=True, overflow="ellipsis", ratio=1)
+        for header in ("loss", "mcc", ""):
+            table.add_column(header, justify="right", no_wrap=True)
+        for member, name in enumerate(self.names):
+            numbers = (_number(found.get(member), 3) for found in (self.losses, self.looks))
+            style = "" if member in self.live else "dim"
+            table.add_row(
+                shown(name.removeprefix("job ")), *numbers, "" if member in self.live else "ended", style=style
+            )
+        return table
 
 
 def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> None:

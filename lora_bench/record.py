@@ -131,7 +131,7 @@ class Run:
                     if found["split"].partition("/")[0] == "selection" and found["step"] <= step:
                         kept.append(line + "\n")
             write(self.folder, "metrics.jsonl", "".join(kept).encode())
-        self.update(status="running", finished=None, error=None)
+        self.update(status="running", finished=None, error=None, selection=None)
 
     def release(self) -> None:
         """Give up the claim."""

@@ -153,9 +153,8 @@ class Recorder:
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         job = self._job_of(member)
         part = self.parts[job]
-        if len(part) > 1:
-            line = line | {"split": f"{line['split']}/member_{part.index(member)}"}
-        self.runs[job].log(line)
+        whose = f"/member_{part.index(member)}" if len(part) > 1 else ""
+        self.runs[job].log(line | {"split": line["split"] + whose})
         if self.display:
             self.display.evaluated(member, line)
 
@@ -167,7 +166,7 @@ class Recorder:
         for job in jobs:
             self.end_together(job)
         over = [job for job in jobs if all(self.outcomes[k].status != "running" for k in self.parts[job])]
-        done = [job for job in over if self.outcome(job).error is None]
+        done = [job for job in over if all(self.outcomes[k].status == "done" for k in self.parts[job])]
         predicted = self._predict(done) if done else {}
         for job in over:
             with contained(self.outcome(job)):
@@ -181,6 +180,10 @@ class Recorder:
     def close(self, job: int) -> None:
         """Say in the job's record how it ended; a traceback goes to its log."""
         run, outcome = self.runs.pop(job), self.outcome(job)
+        if outcome.status == "stopped":
+            with contained(outcome):
+                self._close_stopped(run, self.jobs[job], outcome)
+                return
         if outcome.error is None:
             with contained(outcome):
                 run.finish("done")
@@ -192,6 +195,14 @@ class Recorder:
             if not run.folder.exists():
                 outcome.error = RunFailedError("was deleted or moved while the run trained", file=run.folder)
             run.fail(outcome.error)
+
+    def _close_stopped(self, run: Run, job: Job, outcome: Outcome) -> None:
+        """Halving stopped it: not done, and nothing is reported, but it can be gone on with."""
+        reason = f"stopped by pack.halving at step {outcome.steps}: others had a better selection MCC"
+        run.update(selection={"stopped_at_step": outcome.steps})
+        run.finish("interrupted", reason)
+        name = job.title.partition(":")[0]
+        self.console.print(shown(f"{name}: {reason}; go on with it: lora-bench train resume={run.folder}"))
 
     def fail(self, error: Exception) -> None:
         """What all members share has failed: close the runs that have not ended."""

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_bench import claim, record
 from lora_bench.disk import dump, plain, why, write
@@ -39,9 +39,15 @@ class Sweep:
         found = {}
         for number, name in enumerate(self.jobs):
             begun = (folder / name / "run.json").exists()
-            if not begun or record.read(folder / name)["status"] not in ENDED:
+            if not begun or not has_ended(record.read(folder / name)):
                 found[number] = begun
         return found
+
+
+def has_ended(run: dict[str, Any]) -> bool:
+    """Whether nothing is left to do for the job of this record; one that halving stopped has ended for its sweep."""
+    stopped = run["status"] == "interrupted" and "stopped_at_step" in (run["selection"] or {})
+    return run["status"] in ENDED or stopped
 
 
 def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> FileLock:

@@ -125,7 +125,8 @@ def train_pack(
             announce(console, [recorder.runs[job].record for job in live], adapted, recorder.notes())
             if begun:
                 console.print(shown(f"going on from step {begun[0].step}"))
-            with Display(console, total_steps(trainer, len(table))) as display, Interruption() as interruption:
+            steps, names = total_steps(trainer, len(table)), _names(jobs, parts)
+            with Display(console, steps, names) as display, Interruption() as interruption:
                 recorder.display = display
                 fit(
                     pack,
@@ -146,6 +147,7 @@ def train_pack(
                     begun=begun,
                     interruption=interruption,
                     processes=processes,
+                    halving=experiments[0].pack.halving,
                 )
         except Exception as error:
             recorder.fail(error)
@@ -162,6 +164,16 @@ def _parts(experiments: Sequence[Experiment]) -> list[range]:
     """The numbers that each job's members have in the pack."""
     ends = list(accumulate(experiment.ensemble.size for experiment in experiments))
     return [range(end - experiment.ensemble.size, end) for end, experiment in zip(ends, experiments, strict=True)]
+
+
+def _names(jobs: Sequence[Job], parts: Sequence[range]) -> list[str]:
+    """What the members are called on the screen."""
+    names = []
+    for job, part in zip(jobs, parts, strict=True):
+        title, colon, told = job.title.partition(":")
+        members = [f" member {i}" for i in range(len(part))] if len(part) > 1 else [""]
+        names += [f"{title}{member}{colon}{told}".lstrip() for member in members]
+    return names
 
 
 def _newest(jobs: Sequence[Job], folders: Sequence[Checkpoints]) -> list[Checkpoint] | None:

@@ -77,7 +77,7 @@ def test_its_members_are_what_runs_of_their_seeds_learn(runs: Path) -> None:
 def test_its_record_has_its_own_figures_and_its_members(runs: Path) -> None:
     found = record(runs / "ensemble")
     metrics, labels = found["metrics"], pq.read_table(runs / "ensemble/predictions/validation.parquet")["label"]
-    for name, value in score(scores(runs / "ensemble").copy(), np.array(labels), {}).items():
+    for name, value in score(scores(runs / "ensemble").copy(), labels.to_numpy().copy(), {}).items():
         assert metrics[f"validation/{name}"] == value
     for i in range(3):
         own = record(runs / str(i))
@@ -233,5 +233,6 @@ def test_what_is_no_ensemble_is_refused() -> None:
     assert "is not one of init, order, dropout" in refused("train", *ASKED, THREE, "ensemble.vary=[luck]")
     said = refused("train", *ASKED, THREE, "ensemble.vary=[dropout]")
     assert "without dropout the members would all be the same" in said
+    assert "pack.halving=true: stops jobs" in refused("train", "-m", *ASKED, THREE, "seed=0,1", "pack.halving=true")
     said = refused("train", *ASKED, THREE, "adapter=full")
     assert "full trains the backbone itself, which the members of an ensemble share" in said

@@ -114,6 +114,31 @@ def test_what_lies_below_the_adapted_layers_is_made_once_for_the_whole_sweep(mon
 
 
 @pytest.mark.usefixtures("in_tmp")
+def test_halving_leaves_one_and_who_was_stopped_can_be_gone_on_with() -> None:
+    asked = toy_run("trainer.max_steps=8", "trainer.eval_every=2", "data.train_rows=80")
+    ranks = ["adapter.rank=1,2,3,4"]
+    answer = lora_bench("train", "-m", *asked, SWEEP, RATE, *ranks, "pack.halving=true")
+    assert (answer.code, answer.err) == (0, "")
+    assert "are lacking" not in answer.out
+    found = [record(f"sweep/{k}") for k in range(4)]
+    assert sorted((each["status"], each["cost"]["steps"]) for each in found) == [
+        ("done", 8),
+        ("interrupted", 2),
+        ("interrupted", 2),
+        ("interrupted", 4),
+    ]
+    winner, loser = ([each["status"] for each in found].index(status) for status in ("done", "interrupted"))
+    assert not found[loser]["metrics"]
+    assert f"job {loser}: stopped by pack.halving at step" in answer.out
+    assert lora_bench("train", "-m", "resume=sweep").code == 0  # nothing is lacking
+    assert record(f"sweep/{loser}")["status"] == "interrupted"
+    assert lora_bench("train", f"resume=sweep/{loser}").code == 0
+    assert lora_bench("train", "-m", *asked, "hydra.sweep.dir=whole", RATE, *ranks).code == 0
+    for k in (winner, loser):
+        assert_same(f"sweep/{k}", f"whole/{k}", 1e-4)
+
+
+@pytest.mark.usefixtures("in_tmp")
 def test_packs_are_as_large_as_asked_for() -> None:
     assert lora_bench("train", "-m", *ASKED, SWEEP, "seed=0,1,2", "pack.size=2").code == 0
     assert [record(f"sweep/{k}")["cost"]["pack_size"] for k in range(3)] == [2, 2, 1]

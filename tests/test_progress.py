@@ -111,3 +111,40 @@ def test_the_table_has_a_row_per_metric_and_a_column_per_split() -> None:
     rows = [one.split() for one in file.getvalue().splitlines() if one.strip()]
     assert rows[0] == ["metric", "selection", "validation"]
     assert rows[2:] == [["mcc", "0.5000", "-0.2500"], ["auroc"], ["[bold]", "1.0000"]]
+
+
+NAMES = [
+    f"job {k}: adapter=lora adapter.rank={2**k} optimizer.lr=0.001 seed={k} data.path=/a/long/way/down"
+    for k in range(3)
+]
+
+
+def told_of_a_pack(console: Console) -> None:
+    with Display(console, 4, NAMES) as display:
+        for step in range(1, 5):
+            display.stepped(step, {k: 0.6 + k / 10 for k in range(3) if k != 1 or step < 3}, 32)
+            if step == 2:
+                for k in range(3):
+                    display.evaluated(k, line(1.0, mcc=k / 10))
+        display.progress.refresh()
+
+
+def test_lines_of_a_pack_say_whose_they_are() -> None:
+    file = io.StringIO()
+    told_of_a_pack(Console(file=file))
+    looks = [one for one in file.getvalue().splitlines() if "selection" in one]
+    assert [one.split("  ")[0] for one in looks] == ["job 0", "job 1", "job 2"]
+    assert looks[2].endswith("mcc 0.200")
+
+
+@pytest.mark.usefixtures("a_terminal")
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_terminal_shows_a_row_per_member_that_fits(width: int) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, height=24)
+    told_of_a_pack(console)
+    drawn = [one for one in ESCAPE.sub("", file.getvalue()).replace("\r", "\n").splitlines() if one.strip()]
+    assert max(map(len, drawn)) <= width
+    rows = [next(one for one in reversed(drawn) if one.startswith(f"{k}: adapter")) for k in range(3)]
+    assert [row.split()[-2:] for row in rows] == [["0.600", "0.000"], ["0.100", "ended"], ["0.800", "0.200"]]
+    assert not any("selection" in one for one in drawn)

@@ -6,9 +6,9 @@ back:
     a target (a linear)       ->  Adapted          each member's frozen product and its update
     a head module             ->  MemberHeads      one copy per member, in fp32
 
-Everything between them works row by row, so the network itself need not know of K. The members are held as a loop,
-not as one stacked tensor: on a CPU the loop is as quick (products run at one rate from 960 rows on), and a method's
-mathematics is written for one member.
+Everything between them works row by row, so the network itself need not know of K. A method's mathematics is written
+for one member. On a CPU members pass one after another, which is as quick (products run at one rate from 960 rows on);
+on a GPU, where a small encoder waits for launches, all pass at once, LoRA's kin computed together (see together.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_bench.adapters.leaves import Adapted, Live, MemberHeads
+from lora_bench.adapters.together import Copies, kind
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,64 +54,6 @@ def stream(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch
     """An independent random stream for one purpose (`adapter`, `head`, `dropout`) of one seed."""
     digest = sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-@dataclass
-class Live:
-    """The members that a forward pass computes, told to every module that has rows of each."""
-
-    members: list[int]
-
-
-class Unchanged(nn.Module):
-    """What stands beside a linear for a member that does not adapt it."""
-
-    takes_output = True
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y
-
-
-class Adapted(nn.Module):
-    """A frozen module with each member's update beside it."""
-
-    def __init__(self, base: nn.Module, updates: Sequence[Update | None], live: Live) -> None:
-        super().__init__()
-        self.base = base
-        self.live = live
-        self.updates = nn.ModuleList([update if update is not None else Unchanged() for update in updates])
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight: T5's feed-forward asks for its type."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        K = len(self.live.members)
-        rows = [x] if K == 1 else x.chunk(K)  # no chunks of one: autograd would copy them
-        adapted = []
-        for k, xk in zip(self.live.members, rows, strict=True):
-            update = self.updates[k]
-            adapted.append(update(xk, self.base(xk) if update.takes_output else xk))
-        return adapted[0] if K == 1 else torch.cat(adapted)
-
-
-class MemberHeads(nn.Module):
-    """One copy of a head module per member; each sees its own rows, in fp32."""
-
-    def __init__(self, original: nn.Module, copies: Sequence[nn.Module], live: Live) -> None:
-        super().__init__()
-        self.live = live
-        self.original = [original]  # in a list: not a submodule, never trained
-        self.copies = nn.ModuleList(copies)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.float().chunk(len(self.live.members))
-        return torch.cat([self.copies[k](part) for k, part in zip(self.live.members, rows, strict=True)])
 
 
 class Pack(nn.Module):
@@ -148,6 +92,7 @@ class Pack(nn.Module):
         where fewer fitted than were asked for."""
         self.cut: int | None = None
         """Where the network is cut, whoever is live, once what lies below is read and not computed."""
+        self._joined: tuple[list[int], Copies] | None = None
         self._attach_heads()
         self._attach_updates()
 
@@ -183,15 +128,38 @@ class Pack(nn.Module):
         A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
         """
         hidden = self.prefix(batch)
-        logits = [self.suffix(hidden, batch, part) for part in self.portions()]
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+        portions = self.portions()
+        logits = torch.cat([self.suffix(hidden, batch, part) for part in portions])
+        order = [k for part in portions for k in part]
+        return logits if order == self.live else logits[[order.index(k) for k in self.live]]
 
     def portions(self) -> list[list[int]]:
-        """The live members by those that one pass through the adapted layers takes.
+        """The live members by those that one pass through the adapted layers takes; those that are alike in a row.
 
         A CPU's products are at their peak for one member already; there one after the other needs least memory.
         """
-        return [self.live] if self.batched else [[k] for k in self.live]
+        return [sorted(self.live, key=self._likeness)] if self.batched else [[k] for k in self.live]
+
+    def _likeness(self, member: int) -> tuple[str, int]:
+        first = next(iter(self.updates[member].values()), None)
+        return str(first and kind(first)), first.rank if first else 0
+
+    @contextmanager
+    def gathering_gradients(self) -> Iterator[None]:
+        """Backward passes within it gather gradients; when it ends the members' parameters have them."""
+        copies = [self._copies(part) for part in self.portions() if len(part) > 1]
+        for each in copies:
+            each.clear()
+        yield
+        for each in copies:
+            each.give()
+
+    def _copies(self, members: list[int]) -> Copies:
+        """What holds copies of these members' tensors while they are computed together."""
+        if self._joined is None or self._joined[0] != members:
+            adapted = [module for module in self.network.modules() if isinstance(module, Adapted)]
+            self._joined = members, Copies([stack for module in adapted for stack in module.join(members)])
+        return self._joined[1]
 
     def prefix(self, batch: Batch) -> Tensor:
         """Hidden states below the first adapted layer, (B or K·B, T, D), once for all live members."""
@@ -205,13 +173,15 @@ class Pack(nn.Module):
         """Logits (len(members), B, 2) in fp32 of some live members, from what `prefix` gave for the batch."""
         K, live = len(members), self.live
         batch = replace(batch, hidden=None)
-        if batch.members > 1 and len(live) > K:
+        if batch.members > 1 and live != members:
             places = [live.index(k) for k in members]
             hidden = hidden.view(len(live), -1, *hidden.shape[1:])[places].flatten(0, 1)
             batch = batch.of(places)
         elif batch.members == 1 and K > 1:
             batch = batch.repeat(K)
             hidden = hidden.repeat(K, *[1] * (hidden.ndim - 1))
+        if K > 1:
+            self._copies(members).take()
         self._live.members = members
         try:
             with self._autocast():
@@ -333,6 +303,7 @@ class Pack(nn.Module):
             base = self.network.get_submodule(name)
             _replace(self.network, name, Adapted(base, [updates.get(name) for updates in self.updates], self._live))
         self.depth = self._first_adapted_layer()
+        self._joined = None
 
     def _attach_heads(self) -> None:
         self.network.requires_grad_(self.trains_backbone)

@@ -23,6 +23,7 @@ from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import score
 from lora_bench.training.average import Average, averaged, averaging_starts
 from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.halving import losers, places
 from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer, set_rate
 from lora_bench.training.portions import in_portions
@@ -84,6 +85,7 @@ def fit(
     begun: Sequence[Checkpoint] | None = None,
     interruption: Interruption | None = None,
     processes: Processes = ALONE,
+    halving: bool = False,
 ) -> list[Outcome]:
     """Train every member of the pack and leave it at its best selection MCC.
 
@@ -103,6 +105,7 @@ def fit(
         begun: the states of one step to go on from, one per member; the pack has its ranks.
         interruption: whether someone asked to stop: the step is ended, the state left, and then it acts.
         processes: those that share each batch; all go through the same steps.
+        halving: stop the worse half of the members at an eighth, a quarter and the half of the steps (halving.py).
 
     Returns:
         One outcome per member; those that diverged or failed are among them, and do not disturb the others.
@@ -179,7 +182,10 @@ def fit(
             watcher.stepped(step, losses, B)
 
         pack.live = running()
-        if pack.live and (step % eval_every == 0 or step == steps):
+        left = places(step, steps) if halving else None
+        stopping = left is not None and left < len(pack.live)
+        if pack.live and (step % eval_every == 0 or step == steps or stopping):
+            found: dict[int, float] = {}
             with averaged(averages[k] for k in pack.live):
                 began = time.perf_counter()
                 scores = predict(pack, selection, trainer.eval_batch_size, processes)  # (K, N)
@@ -187,10 +193,19 @@ def fit(
                 for k, own in zip(pack.live, scores, strict=True):
                     with contained(outcomes[k]):
                         settled = pack.members[k].adapter.settled(step, steps)
-                        _judge(pack, k, outcomes[k], own, selection, step, plan, seconds, settled, metrics, watcher)
+                        mcc = _judge(
+                            pack, k, outcomes[k], own, selection, step, plan, seconds, settled, metrics, watcher
+                        )
+                        if mcc is not None:
+                            found[k] = mcc
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
+            for k in losers({k: found[k] for k in running()}, left) if stopping and left is not None else ():
+                with contained(outcomes[k]):
+                    if checkpoints:  # who wants to know can go on with it
+                        checkpoints[k].save(step, *state.gather(k))
+                    outcomes[k].status = "stopped"
         if interruption:
             interruption.asked = processes.any_asked(interruption.asked)
         asked = interruption is not None and interruption.asked is not None
@@ -246,30 +261,31 @@ def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pair
     """
     K = len(pack.live)
     losses = torch.zeros(K, device=pack.backbone.device)
-    for micro in micro_batches(batch, pairs):
-        on_device = micro.to(pack.backbone.device)
-        assert on_device.labels is not None
-        labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
-        share = micro.pairs / of_pairs
-        hidden = pack.prefix(on_device)
-        for part in pack.portions():
-            places = [pack.live.index(k) for k in part]
-            logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
-            loss = objective.loss(logits, labels[places]) * share
-            penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
-            extra = [penalty * share for penalty in penalties if penalty is not None]
-            torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
-            losses[places] += loss.detach()
+    with pack.gathering_gradients():
+        for micro in micro_batches(batch, pairs):
+            on_device = micro.to(pack.backbone.device)
+            assert on_device.labels is not None
+            labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
+            share = micro.pairs / of_pairs
+            hidden = pack.prefix(on_device)
+            for part in pack.portions():
+                places = [pack.live.index(k) for k in part]
+                logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
+                loss = objective.loss(logits, labels[places]) * share
+                penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
+                extra = [penalty * share for penalty in penalties if penalty is not None]
+                torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
+                losses[places] += loss.detach()
     return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:
-    """The member's gradient norm before clipping."""
-    parameters, limit = list(pack.trainable(member).values()), settings.grad_clip_norm
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit is not None and norm + 1e-6 > limit:  # below, torch's own `clip_grad_norm_` would multiply all by 1
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    """The member's gradient norm before clipping; torch's own `clip_grad_norm_` calls an operator per parameter."""
+    gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    if settings.grad_clip_norm is not None and norm > settings.grad_clip_norm:
+        torch._foreach_mul_(gradients, settings.grad_clip_norm / (norm + 1e-6))
+    return norm
 
 
 def _judge(
@@ -284,14 +300,18 @@ def _judge(
     settled: bool,
     metrics: Mapping[str, Metric] | None,
     watcher: Watcher | None,
-) -> None:
-    """Score one member on the selection split; remember its state where it is settled and the best so far."""
+) -> float | None:
+    """Score one member on the selection split; remember its state where it is settled and the best so far.
+
+    Returns:
+        Its MCC; None where it has diverged.
+    """
     assert selection.labels is not None
     try:
         values = score(scores, selection.labels, metrics or {})
     except DivergedError as error:
         diverge(outcome, step, str(error))
-        return
+        return None
     epoch = round(step / plan.steps_per_epoch, 4)
     line = {"step": step, "epoch": epoch, "split": "selection", "metrics": values, "seconds": round(seconds, 3)}
     best = outcome.best["metrics"]["mcc"] if outcome.best else -math.inf
@@ -302,3 +322,4 @@ def _judge(
         outcome.without_gain += 1
     if watcher:
         watcher.evaluated(member, line)
+    return float(values["mcc"])

@@ -35,7 +35,7 @@ class Outcome:
     """What became of one member."""
 
     status: str = "running"
-    """`done`, `diverged` when its loss, gradient or scores ceased to be finite, or `failed`."""
+    """`done`, `diverged` when its loss, gradient or scores ceased to be finite, `failed`, or `stopped` by halving."""
     error: Exception | None = None
     """Why it diverged or failed."""
     best: dict[str, Any] | None = None

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_bench.adapters.leaves import MemberHeads
 from lora_bench.adapters.lora import LoRA
-from lora_bench.adapters.pack import MemberHeads, stream
+from lora_bench.adapters.pack import stream
 from lora_bench.errors import UserError
 from lora_bench.training.loop import predict
 from tests.adapters.tools import adapter, assert_close, doubled, optimizer, pack, stir, tables, train, trainer

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_bench.adapters import method_class
-from lora_bench.adapters.pack import Member, MemberHeads, Pack
+from lora_bench.adapters.leaves import MemberHeads
+from lora_bench.adapters.pack import Member, Pack
 from lora_bench.config import build
 from lora_bench.data import sources
 from lora_bench.data.pairs import TokenTable, tokenize

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,31 @@ def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp:
     assert answer.code == 0, answer
     assert "going on from step 2" in answer.out
     assert statuses() == {"0": "done", "1": "done", "2": "done"}
+
+
+@pytest.mark.reliability(30)
+def test_30_a_sweep_of_24_jobs_killed_at_a_random_moment_ends_as_an_undisturbed_one(in_tmp: Path) -> None:
+    asked = toy_run("trainer.max_steps=8", "trainer.epochs=20", "trainer.eval_every=4", "data.train_rows=80")
+    asked += ["adapter.rank=1,2,4,8", "optimizer.lr=1e-3,3e-3,1e-2", "seed=0,1"]
+    assert lora_bench("train", "-m", *asked, "hydra.sweep.dir=whole").code == 0
+    command = [sys.executable, "-m", "lora_bench", "train", "-m", *asked, "hydra.sweep.dir=sweep"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(statuses()) < 24 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(random.random())
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert lora_bench("train", "-m", "resume=sweep").code == 0
+    assert statuses() == dict.fromkeys(map(str, sorted(range(24), key=str)), "done")
+    for number in range(24):
+        one, other = (json.loads(Path(folder, str(number), "run.json").read_text()) for folder in ("sweep", "whole"))
+        for key in ("config", "overrides", "data", "params", "targets"):
+            assert one[key] == other[key], key
+        for key in ("metrics", "selection"):
+            assert one[key] == pytest.approx(other[key], abs=1e-5), key
+        assert one["cost"]["train_flops"] == other["cost"]["train_flops"]
+    assert (in_tmp / "sweep/table.csv").read_text().count("\n") == (in_tmp / "whole/table.csv").read_text().count("\n")
 
 
 @pytest.mark.reliability(31)

@@ -1,0 +1,27 @@
+"""Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): the better half of a pack goes on.
+
+After 1/2^j of the steps at most 2^(j−1) members go on: of eight, four after an eighth of them, two after a quarter, one
+after the half. Eight so take 2.5 times the computation of one, in the place of 8 times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def places(step: int, steps: int) -> int | None:
+    """How many members may go on after update `step` of `steps`; None where nobody is stopped."""
+    share = 2
+    while steps // share >= 1:
+        if step == steps // share:
+            return share // 2
+        share *= 2
+    return None
+
+
+def losers(scores: Mapping[int, float], left: int) -> list[int]:
+    """Which members stop: all but the `left` best by score; of equals the first go on."""
+    return sorted(sorted(scores, key=lambda member: -scores[member])[left:])
