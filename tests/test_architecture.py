@@ -39,8 +39,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"training"},
     "prompted": set(),
     "tracking": BASE | {"experiments", "record", "screen"},
-    "plugin": {"compare", "disk", "errors", "expected", "experiment", "hydra_errors", "job", "packing", "resume"}
-    | {"screen", "sweep"},
+    "plugin": {
+        "compare",
+        "disk",
+        "errors",
+        "expected",
+        "experiment",
+        "experiments",
+        "hydra_errors",
+        "job",
+        "packing",
+        "resume",
+    }
+    | {"record", "screen", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
     "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"},
     "job": {"help", "record", "recorded", "resume"},

@@ -82,14 +82,16 @@ class GridSweeper(BasicSweeper):
             lock = sweep.begin(folder, asked, places[0] if places else None, jobs)
         ran, failures = 0, []
         try:
-            more = jobs
-            while more:
+            while True:
                 for batch in self._batches(folder, sweep.read(folder)):
                     ended = [done.return_value for done in self._launch(batch)]
                     ran += len(ended)
                     failures += [error for error in ended if error is not None and not self._expected(error)]
-                more = self._next(folder, sweep.read(folder).jobs)
-                sweep.extend(folder, self._checked(more, len(sweep.read(folder).jobs)))
+                begun = sweep.read(folder).jobs
+                more = self._next(folder, begun)
+                if not more:
+                    break
+                sweep.extend(folder, self._checked(more, len(begun)))
         finally:
             lock.release()
             begun = sweep.read(folder).jobs

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra_plugins.lora_bench_grid import GridSweeper, GridSweeperConf
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lora_bench.errors import DivergedError, UserError
 from lora_bench.experiments import flat
+from lora_bench.plugin.lora_bench_grid import GridSweeper, GridSweeperConf
 
 CHOSEN, REPEATED = "optimizer.lr", "seed"
 
@@ -40,7 +40,7 @@ class TunedSweeper(GridSweeper):
         self, max_batch_size: int | None, params: dict[str, str] | None, exclude: Sequence[str], tune: dict[str, Any]
     ) -> None:
         super().__init__(max_batch_size, params, exclude)
-        asked: Any = OmegaConf.to_container(tune) if isinstance(tune, DictConfig) else tune
+        asked: Any = OmegaConf.to_container(OmegaConf.create(tune))
         self.tune = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
         self.replaced = {_key(override) for override in self.tune}
         self.combinations: list[list[str]] = []

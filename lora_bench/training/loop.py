@@ -282,7 +282,7 @@ def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pair
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:
     """The member's gradient norm before clipping; torch's own `clip_grad_norm_` calls an operator per parameter."""
     gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) if gradients else 0.0
     if settings.grad_clip_norm is not None and norm > settings.grad_clip_norm:
         torch._foreach_mul_(gradients, settings.grad_clip_norm / (norm + 1e-6))
     return norm
