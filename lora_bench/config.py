@@ -100,6 +100,8 @@ class Data:
     text_columns: list[str]
     """One column (single sentences) or two (pairs)."""
     label_column: str
+    label_threshold: float | None
+    """Labels are numbers in the source, and become 1 from this one on; null: they are 0 and 1 there."""
     label_names: list[str]
     """What label 0 and label 1 are called; the words that T5 answers with."""
     max_length: int
@@ -128,6 +130,8 @@ class Data:
     def __post_init__(self) -> None:
         need_one_of("source", self.source, tuple(DATA))
         need(len(self.text_columns) in (1, 2), "text_columns", self.text_columns, "must name one or two columns")
+        if self.label_threshold is not None:
+            need(math.isfinite(self.label_threshold), "label_threshold", self.label_threshold, "is not a finite number")
         need(len(self.label_names) == 2, "label_names", self.label_names, "must be two names, of label 0 and label 1")
         need_number("max_length", self.max_length, 8)
         if self.train_size is not None:

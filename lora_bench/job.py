@@ -49,7 +49,7 @@ class Job:
         """
         choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)}
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # as typed
-        for node, key in ((cfg.model, "path"), (cfg.data, "path")):
+        for node, key in ((cfg.model, "path"), (cfg.data, "path"), (cfg.adapter, "init_from")):
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
                 node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
         if not cfg.resume:

@@ -33,7 +33,10 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
         own, kind = config.get(group, {}), KINDS.get(group)
         if isinstance(own, dict) and (kind is None or own.get(kind) == defaults[kind]):
             config[group] = own | {key: value for key, value in defaults.items() if key not in own}
-    return {key: value for key, value in top.items() if key not in config} | config
+    for key, value in top.items():
+        own = config.get(key, value)
+        config[key] = value | own if isinstance(value, dict) and isinstance(own, dict) else own
+    return config
 
 
 def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_bench.adapters.pack import Pack
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.experiment import Common, Experiment
+from lora_bench.initial import Source
 from lora_bench.progress import Display, announce
 from lora_bench.recording import Preparation, Recorder
 from lora_bench.screen import shown
@@ -89,15 +90,25 @@ def train_pack(
     reset_peak_memory(device)
     parts = _parts(experiments)
     owners = [job for job, part in enumerate(parts) for _ in part]
-    pack = Pack(common.backbone, [member for experiment in experiments for member in experiment.members()])
+    places = [job.folder / "checkpoints" for job in jobs]
+    folders = [c for p, part in zip(places, parts, strict=True) for c in Checkpoints.of_members(p, len(part))]
+    begun = _newest([jobs[job] for job in owners], folders)
+    sources = [None if begun else Source.of(experiment, common.backbone_sha256) for experiment in experiments]
+    members = [
+        member
+        for experiment, source in zip(experiments, sources, strict=True)
+        for member in experiment.members(source and source.ranks)
+    ]
+    pack = Pack(common.backbone, members)
     try:
         outcomes = [Outcome() for _ in owners]
-        places = [job.folder / "checkpoints" for job in jobs]
-        folders = [c for p, part in zip(places, parts, strict=True) for c in Checkpoints.of_members(p, len(part))]
-        begun = _newest([jobs[job] for job in owners], folders)
+        for part, source in zip(parts, sources, strict=True):
+            if source:
+                source.put_into(pack, part)
         _seed_everything(experiments[0].seed)
         prepared = [
-            _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
+            _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None, bool(sources[owners[k]]))
+            for k in range(pack.size)
         ]
         processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
         prefix, shown_often = prefix_of(common, trainer)
@@ -122,7 +133,8 @@ def train_pack(
             if not live:
                 return [recorder.outcome(job).error for job in range(len(jobs))]
             adapted = len(pack.updates[parts[live[0]][0]])
-            announce(console, [recorder.runs[job].record for job in live], adapted, recorder.notes())
+            notes = recorder.notes() + [source.told() for source in sources if source]
+            announce(console, [recorder.runs[job].record for job in live], adapted, notes)
             if begun:
                 console.print(shown(f"going on from step {begun[0].step}"))
             steps, names = total_steps(trainer, len(table)), _names(jobs, parts)
@@ -188,14 +200,23 @@ def _newest(jobs: Sequence[Job], folders: Sequence[Checkpoints]) -> list[Checkpo
 
 
 def _prepare(
-    pack: Pack, member: int, trainer: config.Trainer, train: TokenTable, outcome: Outcome, begun: Checkpoint | None
+    pack: Pack,
+    member: int,
+    trainer: config.Trainer,
+    train: TokenTable,
+    outcome: Outcome,
+    begun: Checkpoint | None,
+    has_start: bool,
 ) -> Preparation:
-    """Let the member's method look at data, or give it what it made of them before; and what that cost."""
+    """Let the member's method look at data unless it has a start, or give it what it made of them before; and what that
+    cost."""
     if begun:
         with refusing_strangers():
             if begun.facts["ranks"]:
                 pack.set_ranks(member, begun.facts["ranks"])
             return Preparation(**begun.facts["preparation"])
+    if has_start:
+        return Preparation(0.0, 0.0)
     began = time.perf_counter()
     with contained(outcome), FlopCounterMode(display=False) as counter:
         prepare(pack, trainer, train, [member])

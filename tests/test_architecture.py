@@ -63,7 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "besides": BASE | {"data", "evaluation"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
     "predict": BASE | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "recorded", "training"},
-    "train": {"adapters", "evaluation", "experiment", "job", "progress", "recording", "screen", "training"},
+    "initial": {"adapters", "errors", "experiment", "prompted", "record", "recorded"},
+    "train": {"adapters", "evaluation", "experiment", "initial", "job", "progress", "recording", "screen", "training"},
     "recording": {"environment", "errors", "adapters", "backbones", "besides", "data", "evaluation", "progress"}
     | {"record", "screen", "tracking", "training"},
     "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
@@ -106,6 +107,7 @@ OPEN_CONFIG = {
     "job",
     "resume",
     "experiment",
+    "initial",
     "cli",
     "hydra_errors",
     "predict",

@@ -165,6 +165,7 @@ RANGES = [
     ("adapter", "calibration_batches", [1], [0]),
     ("adapter", "magnitude", [True, False], ["maybe", None]),
     ("adapter", "lr_ratio", [0.5, 16], [0, -1, math.inf]),
+    ("adapter", "weight_decay_B", [None, 0, 1e3], [-1, math.inf]),
     ("adapter", "freeze_A", [True, False], ["maybe", None]),
     ("adapter", "quantize", [None, "nf4", "int2"], ["int3", "fp4"]),
     ("adapter=adalora", "init_rank", [None, 8, 12], [7, 0, -1]),
@@ -187,6 +188,8 @@ RANGES = [
     ("trainer", "max_steps", [None, 1], [0, -5]),
     ("trainer", "batch_size", [1], [0, None]),
     ("trainer", "micro_batch_size", [None, 1], [0]),
+    ("ensemble", "members", [None, 2], [1, 0, -3, 101]),
+    ("ensemble", "vary", [["init"], ["order", "init"]], [[], ["luck"], None]),
     ("pack", "size", [None, 1], [0]),
     ("pack", "memory_bytes", [None, 1], [0, 0.5]),
     ("trainer", "eval_batch_size", [1], [0, None]),
@@ -201,6 +204,7 @@ RANGES = [
     ("trainer", "threads", [None, 1], [0, -1]),
     ("data", "text_columns", [["a", "b"]], [[], ["a"], ["a", "b", "c"], None]),
     ("data", "label_names", [["no", "yes"]], [[], ["no"], ["a", "b", "c"]]),
+    ("data", "label_threshold", [None, 4, -0.5], [math.nan, math.inf]),
     ("data", "max_length", [8], [7, 0]),
     ("data", "train_size", [None, 1], [0, -1]),
     ("data", "selection_size", [0.5, 2, 100.0], [0, 1, 1.5, -0.1, math.nan, math.inf, None]),
@@ -255,7 +259,7 @@ def test_ranges(group: str, name: str, inside: list[Any], outside: list[Any]) ->
 def test_every_range_that_is_checked_is_tried() -> None:
     """A number without a range is a mistake: each numeric or worded field is in `RANGES`."""
     free_text = {"method", "target_modules", "layers", "task", "label_column", "path", "tokenizer", "package", "sha256"}
-    free_text |= {"folder", "hub_id", "hub_config", "revision", "random", "torchmetric", "direction"}
+    free_text |= {"folder", "hub_id", "hub_config", "revision", "random", "torchmetric", "direction", "init_from"}
     assert {name for _, _, _, name in FIELDS} - free_text == {name for _, name, _, _ in RANGES}
 
 

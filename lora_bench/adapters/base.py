@@ -71,7 +71,11 @@ class Adapter(ABC):
     """The name of the module in `lora_bench/adapters/` that defines the method."""
     default_lr: float
     """The learning rate to start from where none is given."""
+    init_from: str | None
+    """The folder of a finished run whose adapter this one begins as, of the same backbone, method and ranks."""
 
+    only_learning = ("default_lr", "init_from", "dropout")
+    """Settings that say how it learns, and not what its tensors mean."""
     trains_backbone = False
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
 

@@ -12,6 +12,7 @@ import json
 import os
 import reprlib
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,22 @@ class Table:
     column: Callable[[str], Sequence[Any]]
     rows: Sequence[int]  # (N,) where each record begins, for error messages
 
-    def examples(self, text_columns: Sequence[str], label_column: str | None, *, labels_may_hide: bool) -> Examples:
-        """Checked examples; see `read` for the arguments."""
+    def examples(
+        self,
+        text_columns: Sequence[str],
+        label_column: str | None,
+        *,
+        labels_may_hide: bool,
+        threshold: float | None = None,
+    ) -> Examples:
+        """Checked examples; see `read` for the arguments.
+
+        Labels become 1 from `threshold` on, where it is given; a column that is -1 throughout stays hidden.
+        """
         if not self.rows:
             raise UserError("has a header but no rows", file=self.source, remedy="Give at least one labelled row.")
         texts = tuple(self._texts(name) for name in text_columns)
-        labels = None if label_column is None else self._labels(label_column, labels_may_hide)
+        labels = None if label_column is None else self._labels(label_column, labels_may_hide, threshold)
         return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
 
     def _texts(self, name: str) -> list[str]:
@@ -63,11 +74,14 @@ class Table:
             raise self._error(f"{_shown.repr(name)} holds half of a surrogate pair", self.rows[bad]) from None
         return values
 
-    def _labels(self, name: str, may_hide: bool) -> NDArray[np.int64] | None:
+    def _labels(self, name: str, may_hide: bool, threshold: float | None) -> NDArray[np.int64] | None:
         if may_hide and name not in self.names:
             return None
         self._need_column(name, "data.label_column")
         values = self.column(name)
+        if threshold is not None:
+            numbers = self._numbers(name, values)
+            return None if may_hide and (numbers == -1).all() else (numbers >= threshold).astype(np.int64)
         # Only str and int are looked up: True and 1.0 would find the 1 of a dict.
         labels = [_LABELS.get(value) if type(value) in (str, int) else None for value in values]
         if None not in labels:
@@ -81,6 +95,22 @@ class Table:
             self.rows[bad],
             f"The column that data.label_column={name} names must hold {allowed}.",
         )
+
+    def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
+        """(N,) the column's values, finite numbers all."""
+        found = np.full(len(values), np.nan)
+        for i, value in enumerate(values):
+            if type(value) in (str, int, float):
+                with suppress(ValueError, OverflowError):
+                    found[i] = float(value)
+        bad = np.flatnonzero(~np.isfinite(found))
+        if len(bad):
+            raise self._error(
+                f"label {_shown.repr(values[bad[0]])} is not a number",
+                self.rows[bad[0]],
+                f"data.label_threshold makes labels of numbers, which {name} must hold in every row.",
+            )
+        return found
 
     def _need_column(self, name: str, key: str) -> None:
         if name not in self.names:

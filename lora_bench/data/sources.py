@@ -51,7 +51,9 @@ def _from_files(data: FileData) -> dict[str, Examples]:
         remedy = "Give a folder with train, validation and test files, or one file."
         raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy)
     return {
-        split: files.read(path, data.text_columns, data.label_column, labels_may_hide=split == "test")
+        split: files.read_table(path).examples(
+            data.text_columns, data.label_column, labels_may_hide=split == "test", threshold=data.label_threshold
+        )
         for split, path in paths.items()
     }
 
@@ -84,7 +86,7 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
             names=rows.column_names,
             column=lambda column, rows=rows: rows[column][:],  # type: ignore[misc]
             rows=range(1, len(rows) + 1),
-        ).examples(data.text_columns, data.label_column, labels_may_hide=True)
+        ).examples(data.text_columns, data.label_column, labels_may_hide=True, threshold=data.label_threshold)
         for split, rows in found.items()
     }
 

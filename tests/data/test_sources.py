@@ -97,6 +97,20 @@ def test_a_folder_gives_the_splits_it_has(tmp_path: Path) -> None:
         load(files(tmp_path))
 
 
+def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\t4\ne\tf\t5.0\n")
+    (tmp_path / "validation.jsonl").write_text('{"question1": "e", "question2": "f", "label": 4.5}\n')
+    (tmp_path / "test.tsv").write_text(HEADER + "a\tb\t-1.0\n")
+    found = load(replace(files(tmp_path), label_threshold=4.0))
+    assert found["train"].labels is not None
+    assert found["validation"].labels is not None
+    assert (found["train"].labels.tolist(), found["validation"].labels.tolist()) == ([0, 1, 1], [1])
+    assert found["test"].labels is None
+    (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\thigh\n")
+    with pytest.raises(UserError, match=r"train\.tsv, row 3: label 'high' is not a number"):
+        load(replace(files(tmp_path), label_threshold=4.0))
+
+
 def test_one_file_is_the_test_split(tmp_path: Path) -> None:
     (tmp_path / "any.tsv").write_text(HEADER + "a\tb\t1\n")
     assert [*load(files(tmp_path / "any.tsv"))] == ["test"]

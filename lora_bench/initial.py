@@ -1,0 +1,98 @@
+"""`adapter.init_from=RUN`: the adapter begins as that of a finished run, and the head where labels are the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from lora_bench import record
+from lora_bench.adapters import peft_format
+from lora_bench.errors import UserError
+from lora_bench.experiment import Experiment
+from lora_bench.prompted import is_prompted
+from lora_bench.recorded import filled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.adapters.pack import Pack
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run that another begins from."""
+
+    folder: Path
+    ranks: dict[str, int | list[int]]
+    """By module; of each member where an ensemble's differ."""
+    label_names: list[str]
+    with_head: bool
+    """Whether its head answers with the labels of the run that begins."""
+
+    @classmethod
+    def of(cls, experiment: Experiment, backbone_sha256: str) -> Source | None:
+        """What the experiment asks to begin from; None where it begins anew.
+
+        Raises:
+            UserError: there is no such run, it is not done, or its backbone, method, ranks or members are others.
+        """
+        asked = experiment.adapter.init_from
+        if asked is None:
+            return None
+        found = record.read(Path(asked))
+
+        def need(holds: bool, reason: str, remedy: str = "") -> None:
+            if not holds:
+                raise UserError(reason, key="adapter.init_from", value=asked, remedy=remedy)
+
+        need(not is_prompted(found), "is a run of lora-bench prompt, which leaves no adapter")
+        need(found["status"] == "done", f"the run is {found['status']}, not done")
+        theirs = Experiment.build(OmegaConf.create(filled(found)))
+        for name, own, other in _settings(experiment, theirs):
+            need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
+        sha256 = str(found["environment"].get("backbone_sha256"))
+        need(
+            sha256 == backbone_sha256,
+            "was trained on another backbone",
+            f"The weights here have hash {backbone_sha256[:12]}…, its record names {sha256[:12]}….",
+        )
+        fits = theirs.data.label_names == experiment.data.label_names
+        return cls(Path(asked), found["targets"], theirs.data.label_names, fits)
+
+    def put_into(self, pack: Pack, members: Sequence[int]) -> None:
+        """Give these members, made with the source's ranks, its tensors; a head that does not fit stays as drawn.
+
+        Raises:
+            UserError: a file is damaged, or tensors do not fit.
+        """
+        for k, folder in zip(members, record.adapter_folders(self.folder, len(members)), strict=True):
+            heads = pack.head_parameters(k)
+            drawn = {name: p.detach().clone() for name, p in heads.items()}
+            peft_format.load(folder, pack, k)
+            if not self.with_head:
+                for name, p in heads.items():
+                    p.data.copy_(drawn[name])
+
+    def told(self) -> str:
+        """What the user should know of it."""
+        if self.with_head:
+            return f"adapter and head begin as those of {self.folder}."
+        names = " and ".join(self.label_names)
+        return f"the adapter begins as that of {self.folder}, whose head answers {names}: the head begins anew."
+
+
+def _settings(mine: Experiment, theirs: Experiment) -> list[tuple[str, Any, Any]]:
+    """What must be equal, with its values here and there: all that the saved tensors mean something by."""
+    found = [
+        (f"model.{name}", getattr(mine.model, name, None), getattr(theirs.model, name, None)) for name in _OF_MODEL
+    ]
+    found.append(("adapter.method", mine.adapter.method, theirs.adapter.method))
+    kept = [each.name for each in fields(mine.adapter) if each.name not in mine.adapter.only_learning]
+    found += [(f"adapter.{name}", getattr(mine.adapter, name), getattr(theirs.adapter, name, None)) for name in kept]
+    return [*found, ("ensemble.members", mine.ensemble.members, theirs.ensemble.members)]
+
+
+_OF_MODEL = ("family", "form")

@@ -1,0 +1,137 @@
+"""A run that begins from another: with what tensors, what it makes of them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from lora_bench.recording import Recorder
+from tests.command_line import lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ASKED = toy_run("trainer.max_steps=4", "data.train_rows=80", "optimizer.lr=1e-2")
+STILL = ["optimizer.lr=1e-30", "trainer.max_steps=1"]
+"""Training that changes nothing."""
+
+
+def train(folder: Path | str, *overrides: str) -> Path:
+    asked = [each for each in ASKED if each.partition("=")[0] not in {more.partition("=")[0] for more in overrides}]
+    answer = lora_bench("train", *asked, *overrides, f"hydra.run.dir={folder}")
+    assert answer.code == 0, answer
+    return Path(folder)
+
+
+def tensors(folder: Path | str) -> dict[str, Tensor]:
+    return load_file(Path(folder, "adapter/adapter_model.safetensors"))
+
+
+def scores(folder: Path | str) -> list[float]:
+    return pq.read_table(Path(folder, "predictions/validation.parquet"))["score"].to_pylist()  # type: ignore[no-any-return]
+
+
+def record(folder: Path | str) -> dict[str, Any]:
+    return json.loads(Path(folder, "run.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("source") / "run")
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "adalora", "vera", "head_only", "full", "lora_one"])
+def test_it_begins_where_the_other_ended(method: str, in_tmp: Path) -> None:
+    train("first", f"adapter={method}")
+    train("second", f"adapter={method}", "adapter.init_from=first", "seed=5", *STILL)
+    assert scores("second") == pytest.approx(scores("first"), abs=1e-6)
+    assert record("second")["targets"] == record("first")["targets"]
+    assert record("second")["cost"]["prepare_seconds"] == 0  # a start that looks at data is not made in vain
+
+
+def test_ranks_that_the_other_was_given_are_taken(in_tmp: Path) -> None:
+    more = ["adapter=sensitivity", "adapter.rank=3"]
+    train("first", *more)
+    train("second", *more, "adapter.init_from=first", "data.generator_seed=3")
+    assert len(set(record("first")["targets"].values())) > 1
+    assert record("second")["targets"] == record("first")["targets"]
+
+
+def test_a_head_for_other_labels_begins_anew(source: Path, in_tmp: Path) -> None:
+    more = [f"adapter.init_from={source}", "data.label_names=[no,yes]", "seed=5", *STILL]
+    answer = lora_bench("train", *[each for each in ASKED if "lr" not in each], *more, "hydra.run.dir=other")
+    assert answer.code == 0, answer
+    assert "whose head answers not_duplicate and duplicate: the head begins anew" in answer.out
+    train("fresh", "seed=5", *STILL)
+    begun, of_source, fresh = tensors("other"), tensors(source), tensors("fresh")
+    for name, tensor in begun.items():
+        expected = fresh if "classifier" in name or "pooler" in name else of_source
+        assert (tensor - expected[name]).abs().max() < 1e-6, name
+
+
+def test_it_learns_on_and_can_be_gone_on_with_when_the_other_is_gone(
+    source: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Path(shutil.copytree(source, "first"))
+    train("whole", "adapter.init_from=first")
+    assert scores("whole") != scores(first)
+    assert record("whole")["config"]["adapter"]["init_from"] == str(first.absolute())  # whatever folder it is read from
+    stepped = Recorder.stepped
+
+    def stop(recorder: Recorder, step: int, losses: Any, pairs: int) -> None:
+        stepped(recorder, step, losses, pairs)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "stepped", stop)
+        assert lora_bench("train", *ASKED, "adapter.init_from=first", "hydra.run.dir=run").code == 143
+    shutil.rmtree(first)
+    answer = lora_bench("train", "resume=run")
+    assert answer.code == 0, answer
+    assert scores("run") == scores("whole")
+
+
+def test_members_of_an_ensemble_begin_from_those_of_another(in_tmp: Path) -> None:
+    train("first", "ensemble.members=2")
+    train("second", "ensemble.members=2", "adapter.init_from=first", "seed=9", *STILL)
+    assert scores("second") == pytest.approx(scores("first"), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["model=tiny_roberta"], "was trained on another backbone"),
+        (["adapter=rslora"], "has adapter.scaling=standard where this run has rank_stable"),
+        (["adapter=vera"], "has adapter.method=lora where this run has vera"),
+        (["adapter.rank=4"], "has adapter.rank=8 where this run has 4. Give adapter.rank=8."),
+        (["adapter.target_modules=qv"], "has adapter.target_modules=all where this run has qv"),
+        (["ensemble.members=2"], "has ensemble.members=None where this run has 2"),
+    ],
+)
+def test_what_is_not_the_same_is_refused_with_the_reason(
+    asked: list[str], said: str, source: Path, in_tmp: Path
+) -> None:
+    replaced = {each.partition("=")[0] for each in asked}
+    rest = [each for each in ASKED if each.partition("=")[0] not in replaced]
+    told = refused("train", *rest, *asked, f"adapter.init_from={source}")
+    assert told.startswith(f"lora-bench: adapter.init_from={source}: "), told
+    assert said in told
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_run_that_is_not_there_or_not_done_is_refused(source: Path) -> None:
+    assert "nowhere/run.json: is missing, so this is not a run's folder" in refused(
+        "train", *ASKED, "adapter.init_from=nowhere"
+    )
+    unfinished = Path(shutil.copytree(source, "unfinished"))
+    (unfinished / "run.json").write_text(json.dumps({**record(source), "status": "interrupted"}))
+    assert "the run is interrupted, not done" in refused("train", *ASKED, "adapter.init_from=unfinished")
