@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "packing",
         "resume",
     }
-    | {"record", "screen", "sweep"},
+    | {"evaluate", "help", "record", "screen", "sweep", "transfer"},
+    "transfer": {"disk", "figures", "record", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
     "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"},
     "job": {"help", "record", "recorded", "resume"},
@@ -100,7 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LIGHT = ("compare", "job", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors")
 LIGHT += ("hydra_errors", "cli", "config", "anchors", "baseline", "comparison", "costs", "experiments", "figures")
-LIGHT += ("help", "prompted", "recorded")
+LIGHT += ("help", "prompted", "recorded", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",

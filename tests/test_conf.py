@@ -108,7 +108,7 @@ def jobs(*overrides: str) -> list[list[str]]:
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "sweep"])
 def test_every_job_of_every_sweep_builds(group: str, option: str) -> None:
     expanded = jobs(f"{group}={option}")
-    assert len(expanded) == {"baselines": 11, "rank": 6, "lr": 6, "seeds": 5, "methods": 204}[option] > 1
+    assert len(expanded) == {"baselines": 11, "rank": 6, "lr": 6, "seeds": 5, "methods": 204, "transfer": 6}[option] > 1
     assert len({tuple(job) for job in expanded}) == len(expanded)
     for job in expanded[:: 12 if option == "methods" else 1]:  # each method once, of its rates and seeds
         Experiment.build(composed(f"sweep={option}", *(part.lstrip("+") for part in job)))

@@ -51,7 +51,7 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run every job, or with `resume` those that have not ended; then the table, also after Ctrl-C."""
         from lora_bench import sweep
-        from lora_bench.compare import main, write_tables
+        from lora_bench.compare import write_tables
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -97,8 +97,7 @@ class GridSweeper(BasicSweeper):
             begun = sweep.read(folder).jobs
             if any((folder / name / "run.json").exists() for name in begun):
                 write_tables(folder)
-                print()
-                main([str(folder)])
+                self._conclude(folder)
             if lacking := len(sweep.read(folder).lacks(folder)):
                 print(f"{lacking} of {len(begun)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
         _raise_failures(failures, ran)
@@ -120,6 +119,13 @@ class GridSweeper(BasicSweeper):
     def _expected(self, error: Exception) -> bool:
         """Whether that a job ends so is a result like another."""
         return False
+
+    def _conclude(self, folder: Path) -> None:
+        """Print what came out."""
+        from lora_bench.compare import main
+
+        print()
+        main([str(folder)])
 
     def _combinations(self, overrides: list[Override]) -> list[list[str]]:
         (jobs,) = BasicSweeper.split_arguments(overrides, None)

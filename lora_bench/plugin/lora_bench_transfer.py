@@ -1,0 +1,133 @@
+"""The sweeper of the transfer matrix: what is learned of one task, how well does it serve another?
+
+train/    each task by itself; then every run is scored on the other tasks as it is
+few/      each task from few examples, from every other task's adapter and from none
+"""
+
+# No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra_plugins.lora_bench_grid import GridSweeper, GridSweeperConf
+from omegaconf import DictConfig, OmegaConf
+
+from lora_bench import transfer
+from lora_bench.errors import DivergedError, UserError
+from lora_bench.experiments import flat
+from lora_bench.resume import quoted
+from lora_bench.transfer import key_of, task_of, told_of
+
+
+@dataclass
+class TransferSweeperConf(GridSweeperConf):
+    _target_: str = "hydra_plugins.lora_bench_transfer.TransferSweeper"
+    shots: list[int] = field(default_factory=list)
+    few: dict[str, Any] = field(default_factory=dict)
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="transfer", node=TransferSweeperConf, provider="lora_bench")
+
+
+class TransferSweeper(GridSweeper):
+    """The grid, whose combinations differ in their data, in two stages.
+
+    Args:
+        shots: examples of the second task that are trained on, each in runs of its own.
+        few: what is otherwise in those runs, nested as in the config.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None,
+        params: dict[str, str] | None,
+        exclude: Sequence[str],
+        shots: Sequence[int],
+        few: dict[str, Any],
+    ) -> None:
+        super().__init__(max_batch_size, params, exclude)
+        asked: Any = OmegaConf.to_container(few) if isinstance(few, DictConfig) else few  # type: ignore[unreachable]
+        self.shots = list(shots)
+        self.few = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
+        self.combinations: list[list[str]] = []
+
+    def _first(self, jobs: list[list[str]]) -> list[list[str]]:
+        self.combinations = jobs
+        tasks = {task_of(job): told_of(job) for job in jobs}
+        for job in jobs:
+            if told_of(job) != tasks[task_of(job)]:
+                raise UserError("two tasks have one name", key="data", value=task_of(job), remedy="Rename one.")
+        if len(tasks) < 2:
+            remedy = "Give data several values."
+            raise UserError("there is one task, so nothing to transfer to", key="data", remedy=remedy)
+        return [[*job, f"hydra.sweep.subdir=train/{number}"] for number, job in enumerate(jobs)]
+
+    def _later(self, jobs: list[list[str]]) -> list[list[str]]:
+        folder = Path(self.config.hydra.sweep.dir) if self.config else Path()
+        return list(self._from_few(folder, range(len(jobs))))
+
+    def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
+        """What was trained is scored on the other tasks; then each task from few examples."""
+        if any(name.startswith("few/") for name in jobs):
+            return []
+        from lora_bench import record
+
+        done = []
+        for number in range(len(self.combinations)):
+            place = folder / f"train/{number}"
+            if (place / "run.json").exists() and record.read(place)["status"] == "done":
+                done.append(number)
+                self._score_elsewhere(place, self.combinations[number])
+        return list(self._from_few(folder, done))
+
+    def _from_few(self, folder: Path, sources: Sequence[int]) -> Iterator[list[str]]:
+        """The jobs of the second stage: of each task and number of examples, from none and from each source."""
+        replaced = {key_of(text) for text in self.few} | {"data.train_size"}
+        number = 0
+        for job in self.combinations:
+            own = [text for text in job if key_of(text) not in replaced]
+            others = [k for k in sources if _fits(self.combinations[k], job)]
+            starts = [f"adapter.init_from={quoted((folder / f'train/{k}').absolute())}" for k in others]
+            for shots in self.shots:
+                for start in ([], *([start] for start in starts)):
+                    yield [*own, *self.few, f"data.train_size={shots}", *start, f"hydra.sweep.subdir=few/{number}"]
+                    number += 1
+
+    def _score_elsewhere(self, place: Path, job: list[str]) -> None:
+        """Score the run on each other task of the sweep, where that has not been done."""
+        from rich.console import Console
+
+        from lora_bench.evaluate import run_eval  # torch: late
+        from lora_bench.help import conf_folder
+        from lora_bench.hydra_errors import compose
+        from lora_bench.sweep import read
+
+        for other in self.combinations:
+            name = task_of(other)
+            if not _fits(job, other) or (place / f"evaluations/{name}.json").exists():
+                continue
+            asked = [text for text in other if key_of(text).split(".")[0] == "data" and "augment" not in key_of(text)]
+            cfg = compose(conf_folder(), "eval", asked, read(place.parent.parent).config_dir)
+            cfg.run, cfg.name = str(place), name
+            try:
+                run_eval(cfg, data_choice=name, console=Console(quiet=True))
+            except UserError as error:
+                print(f"{task_of(job)} is not scored on {name}: {error}")
+
+    def _expected(self, error: Exception) -> bool:
+        return isinstance(error, DivergedError)  # an empty place in the matrix
+
+    def _conclude(self, folder: Path) -> None:
+        print()
+        print(transfer.write(folder))
+
+
+def _fits(source: Sequence[str], target: Sequence[str]) -> bool:
+    """Whether two combinations differ in their task and in nothing else."""
+
+    def rest(job: Sequence[str]) -> list[str]:
+        return [text for text in job if key_of(text).split(".")[0] != "data"]
+
+    return rest(source) == rest(target) and told_of(source) != told_of(target)

@@ -1,0 +1,122 @@
+"""The transfer matrix: each task by itself, scored on the others as it is, then each from few examples of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_bench.data.toy import generate
+from lora_bench.training import loop
+from tests.command_line import lora_bench, refused, toy_run
+
+FEW = ["hydra.sweeper.shots=[4,8]", "hydra.sweeper.few.trainer.max_steps=2", "hydra.sweeper.few.data.selection_size=4"]
+ASKED = [each for each in toy_run("sweep=transfer", "data=pairs") if not each.startswith("data.")]
+ASKED += [*FEW, "data.path=one,two", "hydra.sweep.dir=sweep"]
+
+
+@pytest.fixture
+def tasks(in_tmp: Path) -> None:
+    """Two tasks in folders of their own."""
+    for seed, task in enumerate(("one", "two")):
+        Path(task).mkdir()
+        for split, rows in (("train", 40), ("validation", 16)):
+            found = generate(rows, seed, split)
+            assert found.labels is not None
+            lines = ["\t".join(map(str, row)) for row in zip(*found.texts, found.labels.tolist(), strict=True)]
+            Path(task, f"{split}.tsv").write_text("question1\tquestion2\tlabel\n" + "\n".join(lines) + "\n")
+
+
+def record(name: str) -> dict[str, Any]:
+    return json.loads(Path("sweep", name, "run.json").read_text())  # type: ignore[no-any-return]
+
+
+def matrix() -> list[dict[str, str]]:
+    with Path("sweep/transfer.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.usefixtures("tasks")
+def test_the_matrix_of_two_tasks_in_one_command_and_its_rest_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, calls = loop.predict, 0
+
+    def stopping(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 7):
+            raise KeyboardInterrupt
+        return predict(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "predict", stopping)
+    codes = [lora_bench("train", *ASKED).code]
+    while codes[-1] == 130:
+        answer = lora_bench("train", "-m", "resume=sweep")
+        codes.append(answer.code)
+    assert (codes[0], codes[-1]) == (130, 0), answer
+
+    found = {(row["trained_on"], row["tested_on"], row["examples"]): row for row in matrix()}
+    other = {"one": "two", "two": "one"}
+    expected = {(task, task, "all") for task in other} | {(task, other[task], "0") for task in other}
+    expected |= {(start, task, n) for task in other for start in (other[task], "nothing") for n in ("4", "8")}
+    assert found.keys() == expected
+    for number, task in enumerate(other):
+        run = record(f"train/{number}")
+        assert float(found[task, task, "all"]["mcc"]) == run["metrics"]["validation/mcc"]
+        scored = json.loads(Path(f"sweep/train/{number}/evaluations/{other[task]}.json").read_text())
+        assert float(found[task, other[task], "0"]["accuracy"]) == scored["metrics"]["validation/accuracy"]
+    jobs = [record(path.parent.relative_to("sweep").as_posix()) for path in Path("sweep/few").glob("*/run.json")]
+    assert len(jobs) == 8
+    for job in jobs:
+        start, data = job["config"]["adapter"]["init_from"], job["config"]["data"]
+        assert (data["train_size"], data["selection_size"]) in ((4, 4), (8, 4))
+        if start is not None:
+            assert Path(start).parts[-2:] == ("train", str(["two", "one"].index(Path(data["path"]).name)))
+    text = Path("sweep/transfer.md").read_text()
+    assert "| mcc, as it is: trained on | one | two |" in text
+    assert "| mcc, after 8 examples of it: trained on | one | two |" in text
+    assert text in answer.out
+
+
+@pytest.mark.usefixtures("tasks")
+def test_tasks_that_do_not_fit_leave_their_cells_empty() -> None:
+    Path("single").mkdir()
+    for split in ("train", "validation"):
+        text = Path("two", f"{split}.tsv").read_text().splitlines()
+        rows = [line.split("\t") for line in text]
+        Path("single", f"{split}.tsv").write_text("\n".join(f"{row[0]}\t{row[2]}" for row in rows) + "\n")
+    Path("conf/data").mkdir(parents=True)
+    for task, columns in (("one", "[question1, question2]"), ("single", "[question1]")):
+        Path(f"conf/data/{task}_task.yaml").write_text(
+            f"defaults: [pairs, _self_]\npath: {Path(task).absolute()}\ntext_columns: {columns}\n"
+        )
+    asked = [each for each in ASKED if not each.startswith(("data", "hydra.sweeper.shots"))]
+    tasks = ["--config-dir", "conf", "data=one_task,single_task", "hydra.sweeper.shots=[4]"]
+    answer = lora_bench("train", *tasks, *asked)
+    assert answer.code == 0, answer
+    assert "one_task is not scored on single_task: data.text_columns" in answer.out
+    found = {(row["trained_on"], row["tested_on"], row["examples"]) for row in matrix()}
+    assert ("one_task", "single_task", "0") not in found
+    assert {("one_task", "single_task", "4"), ("single_task", "one_task", "4")} <= found
+
+
+@pytest.mark.usefixtures("tasks")
+def test_what_is_no_matrix_is_refused() -> None:
+    one = [each.replace("data.path=one,two", "data.path=one") for each in ASKED]
+    assert "there is one task, so nothing to transfer to" in refused("train", *one)
+    shutil.copytree("two", "deeper/one")
+    alike = [each.replace("data.path=one,two", "data.path=one,deeper/one") for each in ASKED]
+    assert "two tasks have one name" in refused("train", *alike)
+    said = refused("train", *ASKED, "hydra.sweeper.few.trainer.max_steps=0")
+    assert "trainer.max_steps=0" in said  # of the second stage, before the first begins
+
+
+@pytest.mark.usefixtures("tasks")
+def test_what_it_would_cost_is_told_and_nothing_is_left() -> None:
+    answer = lora_bench("train", *ASKED, "dry_run=true", "hydra.sweeper.shots=[4]")
+    assert answer.code == 0, answer
+    assert "6 jobs in" in answer.out
+    assert not Path("sweep").exists()
