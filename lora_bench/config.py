@@ -285,6 +285,34 @@ class Packing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Members that one run trains together, and whose probabilities are averaged (Wang, Aitchison and Rudolph 2023)."""
+
+    members: int | None
+    """How many; null: no ensemble."""
+    vary: list[str]
+    """In what they differ: `init` (random starts of adapter and head), `order` (of the pairs), `dropout`."""
+
+    def __post_init__(self) -> None:
+        if self.members is not None:
+            remedy = "null trains one adapter as usual."
+            need(self.members >= 2, "members", self.members, "is no ensemble: it takes at least 2 members", remedy)
+            need_number("members", self.members, 2, 100)
+        need(bool(self.vary), "vary", self.vary, "is empty: the members would all be the same")
+        for each in self.vary:
+            need_one_of("vary", each, VARIED)
+
+    @property
+    def size(self) -> int:
+        """Members of the run; 1 without an ensemble."""
+        return self.members or 1
+
+
+VARIED = ("init", "order", "dropout")
+"""In what the members of an ensemble can differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """A binary metric of torchmetrics, looked up by name: `BinarySpecificity` of `torchmetrics.classification`."""
 

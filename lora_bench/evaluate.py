@@ -25,6 +25,7 @@ from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import UserError
 from lora_bench.evaluation.calibration import score_calibrated
+from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.predict import FinishedRun
 from lora_bench.progress import print_metrics
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from lora_bench.data.examples import Examples
 
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
-"""P(label 1) of each example, (N,); the flag says whether its tokens are worth keeping."""
+"""P(label 1) of each example from each member, (M, N); the flag says whether its tokens are worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class _Subject:
     """What it was trained and chosen on, where that is asked for."""
     temperature: float | None = None
     """Of its calibrated scores, where it has one."""
+    member_temperatures: Sequence[float] = ()
+    """Of each member's, where it is an ensemble."""
 
 
 BATCH_SIZE = 128
@@ -84,15 +87,18 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     predictions = {}
     for name, split in splits.items():
         assert split.labels is not None
-        scores = subject.scored(split, True)
+        of_members = subject.scored(split, True)
+        scores = of_members.mean(axis=0)
         values = score(scores, split.labels, metrics)
         if subject.temperature is not None:
             values |= score_calibrated(scores, split.labels, subject.temperature)
+        if subject.member_temperatures:
+            values |= score_members(of_members, split.labels, metrics, subject.member_temperatures)
         values |= score_besides(
             data,
             split,
             scores,
-            lambda examples: subject.scored(examples, False),
+            lambda examples: subject.scored(examples, False).mean(axis=0),
             seen=subject.seen,
             metrics=metrics,
             tell=lambda line: console.print(shown(line)),
@@ -123,11 +129,12 @@ def _finished(cfg: DictConfig, data: config.Data) -> _Subject:
     own = run.experiment.data
     seen = sources.carve(sources.load(own)["train"], own) if data.unseen else ()
     return _Subject(
-        lambda examples, cached: run.score(examples, cached=cached),
+        lambda examples, cached: run.member_scores(examples, cached=cached),
         Run(run.folder, run.record),
         described={},
         seen=seen,
         temperature=run.temperature,
+        member_temperatures=run.member_temperatures,
     )
 
 
@@ -144,7 +151,7 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
 
     def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
         table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
-        return predict(pack, table, BATCH_SIZE)[0]  # type: ignore[no-any-return]
+        return predict(pack, table, BATCH_SIZE)
 
     described = {"folder": os.path.abspath(adapter.folder), "peft_type": adapter.kind, "backbone": locate(model)}
     return _Subject(scored, Run(output, {}), {"peft": described})

@@ -65,19 +65,26 @@ def show(job: Job, console: Console) -> None:
     Raises:
         UserError: the request cannot be met.
     """
-    found = expect(Experiment.build(job.cfg))
+    experiment = Experiment.build(job.cfg)
+    common = Common.load(experiment)
+    found = expect(experiment, common)
+    members = experiment.ensemble.size
+    whole = _together([job], [experiment], common, {_kind(experiment): found}, set(), console)
+    adapter, head = members * found.adapter, members * found.head
+    total = found.total + adapter + head - found.adapter - found.head
+    evaluation = members * found.evaluation_seconds
     table = Table("to expect", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_row("parameters", f"{human(found.adapter)} adapter + {human(found.head)} head of {human(found.total)}")
+    table.add_row("parameters", f"{human(adapter)} adapter + {human(head)} head of {human(total)}")
     table.add_row("steps", f"{found.steps:,}")
-    table.add_row("computation", human(found.train_flops, "FLOP"))
-    table.add_row("training time", duration(found.train_seconds))
-    table.add_row("evaluation time", duration(found.evaluation_seconds))
-    table.add_row("peak memory", human(found.peak_memory_bytes, "B"))
+    table.add_row("computation", human(whole.train_flops, "FLOP"))
+    table.add_row("training time", duration(whole.seconds - evaluation))
+    table.add_row("evaluation time", duration(evaluation))
+    table.add_row("peak memory", human(whole.peak_memory_bytes, "B"))
     console.print(table)
 
 
 def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
-    """What the experiment's run would cost if it ran alone, preparation with training."""
+    """What the experiment's run, or one member of its ensemble, would cost alone, preparation with training."""
     common = common or Common.load(experiment)
     reset_peak_memory(common.backbone.device)
     pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed)])
@@ -139,16 +146,21 @@ def _together(
         if kind not in kinds:
             console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
             kinds[kind] = expect(experiment, common)
-    members = [kinds[_kind(experiment)] for experiment in experiments]
+    each = [kinds[_kind(experiment)] for experiment in experiments]
+    members = [
+        kind for kind, experiment in zip(each, experiments, strict=True) for _ in range(experiment.ensemble.size)
+    ]
     needed = [needs(common, experiment) for experiment in experiments]
-    largest = max(range(len(jobs)), key=lambda k: members[k].peak_memory_bytes)
-    others = [need for k, need in enumerate(needed) if k != largest]
+    largest = max(range(len(jobs)), key=lambda j: each[j].peak_memory_bytes)
+    size = experiments[largest].ensemble.size
+    inside = replace(needed[largest], kept=(size - 1) / size * needed[largest].kept, step=0.0)
+    others = [need if j != largest else inside for j, need in enumerate(needed)]
     # On a CPU members pass the adapted layers one after another.
     beside = sum(need.kept + (0.0 if common.backbone.device.type == "cpu" else need.step) for need in others)
     fills = needed[0].depth not in depths
     depths.add(needed[0].depth)
     shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
-    return Expected(jobs, members, shared, fills, members[largest].peak_memory_bytes + beside)
+    return Expected(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside)
 
 
 def _kind(experiment: Experiment) -> str:
@@ -158,9 +170,10 @@ def _kind(experiment: Experiment) -> str:
 
 def _shared(experiments: Sequence[Experiment], common: Common) -> float:
     """The share of the members' arithmetic that they do once for all."""
-    if len(experiments) == 1 or len({experiment.seed for experiment in experiments}) > 1:
+    found = [(member, each.adapter) for each in experiments for member in each.members()]
+    if len(found) == 1 or len({member.seed_of("order") for member, _ in found}) > 1:
         return 0.0
-    members = [Member(each.adapter, each.seed, known_ranks(each.adapter, common)) for each in experiments]
+    members = [replace(member, saved_ranks=known_ranks(adapter, common)) for member, adapter in found]
     pack = Pack(common.backbone, members)
     try:
         together = _flops(pack)

@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from lora_bench.data.examples import Examples
     from lora_bench.tracking.base import Tracker
 
-_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "tracking", "seed", "resume", "dry_run")
+_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
+_KEYS += ("seed", "resume", "dry_run")
+
+
+SEEDS_APART = 1_000_000
+"""Between the seeds of an ensemble's members: ensembles of neighbouring seeds have no member in common."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Experiment:
     optimizer: config.Optimizer
     trainer: config.Trainer
     pack: config.Packing
+    ensemble: config.Ensemble
     metrics: dict[str, config.Metric]
     trackers: dict[str, Tracker]
     seed: int
@@ -51,7 +57,26 @@ class Experiment:
     @property
     def identity(self) -> str:
         """Equal for runs that would be the same: all that decides what is learned, and not how it is computed."""
-        return repr((self.model, self.adapter, self.data, self.optimizer, self.trainer, self.metrics, self.seed))
+        learned = (self.model, self.adapter, self.data, self.optimizer, self.trainer, self.ensemble)
+        return repr((*learned, self.metrics, self.seed))
+
+    def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
+        """What the run trains: one adapter, or those of its ensemble.
+
+        The first is what the run would train without an ensemble, the others what it would train with the seeds
+        `seed` + 1,000,000, `seed` + 2,000,000, … in whatever they differ.
+
+        Args:
+            saved_ranks: by module, where saved tensors are about to be put in; a list has one for each member.
+        """
+        found = []
+        for i in range(self.ensemble.size):
+            seeds = dict.fromkeys(self.ensemble.vary, self.seed + i * SEEDS_APART)
+            ranks = None
+            if saved_ranks is not None:
+                ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
+            found.append(Member(self.adapter, self.seed, ranks, seeds))
+        return found
 
     @classmethod
     def build(cls, cfg: DictConfig) -> Experiment:
@@ -66,14 +91,32 @@ class Experiment:
             optimizer=config.build(config.Optimizer, cfg.optimizer, "optimizer"),
             trainer=config.build(config.Trainer, cfg.trainer, "trainer"),
             pack=config.build(config.Packing, cfg.pack, "pack"),
+            ensemble=config.build(config.Ensemble, cfg.ensemble, "ensemble"),
             metrics=metrics,
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
         )
+        _check_ensemble(made.ensemble, made.adapter, made.pack)
         check_columns(made.trainer, made.data.text_columns)
         perturbations(made.data)
         augmentations(made.data, made.trainer.objective)
         return made
+
+
+def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config.Packing) -> None:
+    """Refuse one whose members would all be the same, or have no backbone to share."""
+    if ensemble.members is None:
+        return
+    if adapter.trains_backbone:
+        reason = f"{adapter.method} trains the backbone itself, which the members of an ensemble share"
+        raise UserError(reason, key="ensemble.members", value=ensemble.members, remedy="Take an adapter such as lora.")
+    if packing.halving:
+        reason = "stops jobs by their selection MCC, which the members of an ensemble do not have in common"
+        raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out with ensemble.members.")
+    if ensemble.vary == ["dropout"] and not getattr(adapter, "dropout", 0):
+        remedy = "Give adapter.dropout a value above 0, or let init or order vary too."
+        reason = "without dropout the members would all be the same"
+        raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -162,12 +205,15 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
 
 
 def attach(
-    experiment: Experiment, device: torch.device, dtype: torch.dtype, saved_ranks: dict[str, int] | None = None
+    experiment: Experiment,
+    device: torch.device,
+    dtype: torch.dtype,
+    saved_ranks: Mapping[str, int | list[int]] | None = None,
 ) -> tuple[Pack, str]:
-    """The pack of one on its backbone, and the backbone's hash as it was loaded.
+    """What the run trains on its backbone, and the backbone's hash as it was loaded.
 
     Args:
-        saved_ranks: rank by module where a saved adapter's tensors are about to be put in.
+        saved_ranks: rank by module (of each member) where a saved adapter's tensors are about to be put in.
     """
     backbone, sha256 = load_backbone(experiment, device, dtype)
-    return Pack(backbone, [Member(experiment.adapter, experiment.seed, saved_ranks)]), sha256
+    return Pack(backbone, experiment.members(saved_ranks)), sha256

@@ -43,19 +43,33 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32)
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
+    one = output if run.pack.size == 1 else output / "member_0"
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
         base = public_place(run.experiment.model)
         with _new_folder(output) as folder:
-            peft_format.save(folder, run.pack, 0, base, for_peft=True)
-            backbone.tokenizer.save_pretrained(folder)
-        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{base or "BASE"}"), "{output}")'
+            for k, own in enumerate(_of_members(folder, run.pack.size)):
+                peft_format.save(own, run.pack, k, base, for_peft=True)
+                backbone.tokenizer.save_pretrained(own)
+        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{base or "BASE"}"), "{one}")'
     else:
         with _new_folder(output) as folder:
-            write_merged(folder, run.pack, 0, run.experiment.data.label_names)
-        load = f'{auto_class}.from_pretrained("{output}")'
+            for k, own in enumerate(_of_members(folder, run.pack.size)):
+                if k > 0:  # writing the one before has taken the pack apart
+                    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32)
+                write_merged(own, run.pack, k, run.experiment.data.label_names)
+        load = f'{auto_class}.from_pretrained("{one}")'
     for line in (f"written: {output}", f"load it: {load}"):
         console.print(shown(line), soft_wrap=True)
+    if run.pack.size > 1:
+        console.print(
+            shown(f"It is an ensemble of {run.pack.size}, member_0, member_1, …: average their probabilities.")
+        )
+
+
+def _of_members(folder: Path, members: int) -> list[Path]:
+    """Where each member's files go: into `folder` itself where there is one, else below it."""
+    return [folder] if members == 1 else [folder / f"member_{k}" for k in range(members)]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ BESIDES = {
     "perturbed/flip_rate": "↓",
     "perturbed/attack_success": "↓",
     "perturbed/order_consistency": "↑",
+    "members/mcc": "↑",
 }
 """Of a split's figures besides its own, those that have columns, and which direction is better."""
 

@@ -13,7 +13,19 @@ COMMANDS = {
     "compare": "tables over finished runs: what varies, how good, at what cost",
     "doctor": "versions, devices, precisions, and what is missing here",
 }
-GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "tracking", "experiment", "sweep")
+GROUPS = (
+    "model",
+    "adapter",
+    "data",
+    "optimizer",
+    "trainer",
+    "metric",
+    "pack",
+    "ensemble",
+    "tracking",
+    "experiment",
+    "sweep",
+)
 """Of `train`, in the order in which they are told."""
 PROMPT_GROUPS = ("data", "prompt", "metric", "tracking")
 

@@ -75,7 +75,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
         shared = (experiment.model, experiment.data, experiment.trainer, experiment.metrics, experiment.pack)
         step = 0
         if job.begun:
-            newest = Checkpoints(job.folder / "checkpoints").newest()
+            newest = Checkpoints.of_members(job.folder / "checkpoints", experiment.ensemble.size)[0].newest()
             step = newest.step if newest else 0
         alone = ""
         if experiment.adapter.trains_backbone:
@@ -95,7 +95,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Need:
-    """What a member needs of what a pack shares."""
+    """What a job needs of what a pack shares."""
 
     kept: float
     """Bytes from step to step."""
@@ -113,7 +113,7 @@ def sized(group: Group, common: Common, ended: Callable[[Job, Exception | None],
     fitting: dict[int, list[tuple[Job, Need]]] = {}
     measured: dict[str, Need] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        kind = repr(experiment.adapter)
+        kind = repr((experiment.adapter, experiment.ensemble.size))
         try:
             if kind not in measured:
                 measured[kind] = needs(common, experiment)
@@ -166,7 +166,7 @@ def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
 
 
 def needs(common: Common, experiment: Experiment) -> Need:
-    """What one member needs.
+    """What the job's one member needs, or those of its ensemble.
 
     Raises:
         UserError: the adapter does not fit the backbone.
@@ -179,7 +179,9 @@ def needs(common: Common, experiment: Experiment) -> Need:
         orders = 1 if common.swapped is None else 2
         row = saved_bytes(pack, 1, int(common.tables["train"].lengths.max()))
         kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
-        return Need(kept, TRANSIENT * orders * pairs * row, pack.depth)
+        size = experiment.ensemble.size
+        at_once = 1 if common.backbone.device.type == "cpu" else size
+        return Need(size * kept, at_once * TRANSIENT * orders * pairs * row, pack.depth)
     finally:
         pack.detach()
 

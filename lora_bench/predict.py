@@ -21,6 +21,7 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.calibration import calibrated
+from lora_bench.evaluation.ensemble import spread
 from lora_bench.experiment import Experiment, attach
 from lora_bench.prompted import is_prompted
 from lora_bench.recorded import filled
@@ -40,7 +41,7 @@ OUTPUTS = (".tsv", ".csv", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run restored from its folder: the backbone with its adapter and head."""
+    """A run restored from its folder: the backbone with its adapter and head, or with those of its ensemble."""
 
     folder: Path
     record: dict[str, Any]
@@ -76,7 +77,8 @@ class FinishedRun:
                 value=folder,
                 remedy=f"Its weights have hash {sha256[:12]}…, the record names {recorded[:12]}….",
             )
-        peft_format.load(path / "adapter", pack, 0)
+        for k, adapter in enumerate(record.adapter_folders(path, pack.size)):
+            peft_format.load(adapter, pack, k)
         return cls(path, found, experiment, pack.eval())
 
     @property
@@ -104,14 +106,23 @@ class FinishedRun:
         texts = tuple([row[c] for row in rows] for c in range(columns))
         return self.score(Examples(np.arange(len(rows)), texts, None))
 
+    @property
+    def member_temperatures(self) -> list[float]:
+        """Of each member of an ensemble, fitted for it alone; empty for another run."""
+        return [float(member["temperature"]) for member in self.record["selection"].get("members", [])]
+
     def score(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
-        """P(label 1) of each example, (N,)."""
+        """P(label 1) of each example, (N,): an ensemble's is the mean over its members."""
+        return self.member_scores(examples, cached=cached).mean(axis=0)  # type: ignore[no-any-return]
+
+    def member_scores(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
+        """P(label 1) of each example from each member, (M, N); M is 1 but for an ensemble."""
         data = self.experiment.data  # its column names are part of what T5 reads
         table = tokenize(examples, data.text_columns, self.pack.backbone, data.max_length, cached=cached)
-        (scores,) = predict(self.pack, table, self.experiment.trainer.eval_batch_size)
+        scores = predict(self.pack, table, self.experiment.trainer.eval_batch_size)
         if not np.isfinite(scores).all():  # NaN would be labelled 0
             raise RunFailedError("some scores are not finite numbers", file=self.folder, remedy=_NOT_FINITE)
-        return scores  # type: ignore[no-any-return]
+        return scores
 
 
 def run_predict(cfg: DictConfig) -> None:
@@ -121,7 +132,8 @@ def run_predict(cfg: DictConfig) -> None:
         raise UserError(
             f"is none of {', '.join(OUTPUTS)}", key="output", value=output, remedy="Or - for standard output."
         )
-    config.need(type(cfg.calibrated) is bool, "calibrated", cfg.calibrated, "must be true or false")
+    for key in ("calibrated", "uncertainty"):
+        config.need(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
     source = str(cfg.input)
     run = FinishedRun.load(cfg.run, device=cfg.device)
     data = run.experiment.data
@@ -130,14 +142,20 @@ def run_predict(cfg: DictConfig) -> None:
         reason = f"names {len(columns)} where the run was trained on {len(data.text_columns)}"
         raise UserError(reason, key="text_columns", value=columns)
     examples = files.read(source, columns, None)
-    scores = run.score(examples)
-    if cfg.calibrated:
+    of_members = run.member_scores(examples)
+    scores = of_members.mean(axis=0)
+    honest = scores
+    if cfg.calibrated or cfg.uncertainty:
         if run.temperature is None:
-            raise UserError("needs a temperature, and the run's record has none", key="calibrated", value="true")
-        scores = calibrated(scores, run.temperature)
-    labels = (scores >= 0.5).astype(int)
-    answers = zip(*examples.texts, labels.tolist(), scores.tolist(), strict=True)
-    _write(output, [dict(zip([*columns, "label", "score"], answer, strict=True)) for answer in answers])
+            key = "calibrated" if cfg.calibrated else "uncertainty"
+            raise UserError("needs a temperature, and the run's record has none", key=key, value="true")
+        honest = calibrated(scores, run.temperature)
+    found = dict(zip(columns, examples.texts, strict=True))
+    found |= {"label": (scores >= 0.5).astype(int).tolist(), "score": (honest if cfg.calibrated else scores).tolist()}
+    if cfg.uncertainty:
+        found["calibrated"] = honest.tolist()
+        found |= {"spread": spread(of_members).tolist()} if len(of_members) > 1 else {}
+    _write(output, [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)])
 
 
 def _write(output: str, rows: list[dict[str, Any]]) -> None:

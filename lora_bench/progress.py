@@ -130,14 +130,16 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
     """What is about to run, from the records of a pack's members, and what the user should know about it."""
     record = records[0]
     choices, params, where = record["choices"], record["params"], record["environment"]
+    members = record["config"].get("ensemble", {}).get("members")
+    adapters = f"{members} times {choices['adapter']}" if members else choices["adapter"]
     sizes = ", ".join(f"{name} {rows:,}" for name, rows in record["data"]["rows"].items())
     first = (
-        f"{choices['adapter']} on {choices['model']}: {adapted} adapted linears, "
+        f"{adapters} on {choices['model']}: {adapted} adapted linears, "
         f"{human(params['adapter'])} adapter + {human(params['head'])} head of {human(params['total'])} parameters"
     )
     if len(records) > 1:
-        adapters = sum(each["params"]["adapter"] for each in records)
-        first = f"{len(records)} jobs on one {choices['model']}: {human(adapters)} adapter parameters in all"
+        total = sum(each["params"]["adapter"] for each in records)
+        first = f"{len(records)} jobs on one {choices['model']}: {human(total)} adapter parameters in all"
     lines = [
         first,
         f"{choices['data']}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
@@ -180,9 +182,9 @@ def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None
 
 
 def metric_table(metrics: Mapping[str, float | None]) -> Table:
-    """A record's flat `split/metric` values, but for perturbed and calibrated ones: a row per metric."""
+    """A record's flat `split/metric` values, a row per metric; not perturbed, calibrated or single members' ones."""
     places = [place for place in _places(metrics) if f"{place}/changed" not in metrics]
-    places = [place for place in places if not place.endswith("/calibrated")]
+    places = [place for place in places if not place.endswith("/calibrated") and "/member_" not in place]
     names = dict.fromkeys(key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] in places)
     table = Table("metric", box=box.SIMPLE_HEAD, pad_edge=False)
     for place in places:

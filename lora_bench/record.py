@@ -128,7 +128,7 @@ class Run:
             for line in path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # cut off by a kill or a full disk
                     found = json.loads(line)
-                    if found["split"] == "selection" and found["step"] <= step:
+                    if found["split"].partition("/")[0] == "selection" and found["step"] <= step:
                         kept.append(line + "\n")
             write(self.folder, "metrics.jsonl", "".join(kept).encode())
         self.update(status="running", finished=None, error=None, selection=None)
@@ -137,10 +137,6 @@ class Run:
         """Give up the claim."""
         if self.lock is not None:
             self.lock.release()
-
-    @property
-    def adapter_folder(self) -> Path:
-        return self.folder / "adapter"
 
     @property
     def log_file(self) -> Path:
@@ -203,6 +199,12 @@ class Run:
                 lines = redact("".join(format_exception(error)))
                 write(self.folder, self.log_file.name, lines.encode(errors="backslashreplace"))
                 self.finish("failed", f"{type(error).__name__}: {error}")
+
+
+def adapter_folders(folder: Path, members: int) -> list[Path]:
+    """Where a run keeps its adapter, or those of its ensemble's members."""
+    place = folder / "adapter"
+    return [place] if members == 1 else [place / f"member_{i}" for i in range(members)]
 
 
 def discard(folder: Path) -> None:

@@ -1,11 +1,14 @@
-"""The records of a pack's members, each written as if it had trained alone: begun, logged, scored and ended apart."""
+"""The records of a pack's runs, each written as if it had trained alone: begun, logged, scored and ended apart.
+
+A run has one member of the pack, or those of its ensemble: they begin and end together.
+"""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -18,9 +21,10 @@ from lora_bench.data.pairs import tokenize
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.calibration import fit_temperature, score_calibrated
 from lora_bench.evaluation.cost import peak_memory_bytes
+from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import score
 from lora_bench.progress import show_result
-from lora_bench.record import Run
+from lora_bench.record import Run, adapter_folders
 from lora_bench.screen import shown
 from lora_bench.tracking.base import TrackedRun, follow
 from lora_bench.training.distributed import ALONE, Processes
@@ -42,6 +46,10 @@ if TYPE_CHECKING:
     from lora_bench.training.state import Outcome
 
 
+_Predicted: TypeAlias = "dict[str, tuple[NDArray[Any], float]]"
+"""By split: scores (M, N) of a run's members, and the seconds taken."""
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What came before the first step and cost something."""
@@ -53,18 +61,16 @@ class Preparation:
     """Of making what the frozen prefix makes of the pairs; None where that is not kept."""
     prefix_flops: float | None = None
 
-    @property
-    def all_seconds(self) -> float:
-        return self.seconds + (self.prefix_seconds or 0)
-
 
 @dataclass
 class Recorder:
-    """Keeps the run folders of a pack's members; what one of them cannot be given ends that member alone.
+    """Keeps the run folders of a pack; what one run cannot be given ends that run alone.
 
     Args:
         pack, common: what trains, on what.
-        jobs, experiments, outcomes, preparations, checkpoints, pack_sizes: one per member.
+        jobs, experiments: one per run.
+        parts: the pack's members of each run.
+        outcomes, preparations, checkpoints, pack_sizes: one per member.
         console: where to tell how runs end.
         brief: one line for a result instead of a table.
     """
@@ -73,6 +79,7 @@ class Recorder:
     common: Common
     jobs: Sequence[Job]
     experiments: Sequence[Experiment]
+    parts: Sequence[Sequence[int]]
     outcomes: Sequence[Outcome]
     preparations: Sequence[Preparation]
     checkpoints: Sequence[Checkpoints]
@@ -83,22 +90,36 @@ class Recorder:
     """Those that predict together."""
     brief: bool = False
     runs: dict[int, Run] = field(default_factory=dict)
-    """Those that have begun and not ended."""
+    """Those that have begun and not ended, by job."""
     display: Display | None = None
 
-    def begin(self, member: int, newest: Checkpoint | None) -> None:
-        """Claim the member's folder, or set its record back to the checkpoint that it goes on from."""
-        job, common = self.jobs[member], self.common
-        if job.begun:
-            _refuse_another(job.begun.record, common)
-        run = job.begun or Run.claim(job.folder, choices=job.choices, config=job.config, overrides=job.overrides)
-        self.runs[member] = run
-        if job.begun:
+    def outcome(self, job: int) -> Outcome:
+        """What became of a job: of the member that ended it before its time, else of its first."""
+        of_members = [self.outcomes[k] for k in self.parts[job]]
+        return next((outcome for outcome in of_members if outcome.error is not None), of_members[0])
+
+    def end_together(self, job: int) -> None:
+        """What ends one member of a job before its time ends the others too."""
+        ended = self.outcome(job)
+        for k in self.parts[job]:
+            if ended.error is not None and self.outcomes[k].status == "running":
+                self.outcomes[k].status, self.outcomes[k].error = ended.status, ended.error
+
+    def begin(self, job: int, newest: Checkpoint | None) -> None:
+        """Claim the job's folder, or set its record back to the checkpoint that it goes on from."""
+        asked, common = self.jobs[job], self.common
+        if asked.begun:
+            _refuse_another(asked.begun.record, common)
+        run = asked.begun or Run.claim(
+            asked.folder, choices=asked.choices, config=asked.config, overrides=asked.overrides
+        )
+        self.runs[job] = run
+        if asked.begun:
             run.rewind(newest.step if newest else 0)
         run.update(
             data=common.described,
-            params=self.pack.count_parameters(member),
-            targets=self.pack.ranks(member),
+            params=self._params(job),
+            targets=self._ranks(job),
             environment={
                 **environment.describe(),
                 "device": str(common.backbone.device),
@@ -108,58 +129,67 @@ class Recorder:
                 "backbone_sha256": common.backbone_sha256,
             },
         )
-        self.runs[member] = follow(run, self.experiments[member].trackers if self.processes.leads else {}, self.console)
+        self.runs[job] = follow(run, self.experiments[job].trackers if self.processes.leads else {}, self.console)
 
     def notes(self) -> list[str]:
         """What the user should know before the members train."""
         found = []
-        for member, run in self.runs.items():
-            found += _notes(self.experiments[member], run.record)
-            found += [f"passed over a damaged checkpoint, {what}" for what in self.checkpoints[member].damaged]
+        for job, run in self.runs.items():
+            found += _notes(self.experiments[job], run.record)
+            damaged = [what for k in self.parts[job] for what in self.checkpoints[k].damaged]
+            found += [f"passed over a damaged checkpoint, {what}" for what in damaged]
         return list(dict.fromkeys(found))
 
     # -- while they train --
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-        for member, loss in losses.items():
-            if isinstance(run := self.runs.get(member), TrackedRun):
-                run.stepped(loss)
+        for job, run in self.runs.items():
+            own = [losses[k] for k in self.parts[job] if k in losses]
+            if own and isinstance(run, TrackedRun):
+                run.stepped(sum(own) / len(own))
         if self.display:
             self.display.stepped(step, losses, pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
-        self.runs[member].log(line)
+        job = self._job_of(member)
+        part = self.parts[job]
+        whose = f"/member_{part.index(member)}" if len(part) > 1 else ""
+        self.runs[job].log(line | {"split": line["split"] + whose})
         if self.display:
             self.display.evaluated(member, line)
 
     # -- when they end --
 
     def ended(self, members: Sequence[int]) -> None:
-        """Score, save and close the runs of members that training is over for."""
-        done = [k for k in members if self.outcomes[k].status == "done"]
-        predicted = self._predict(done) if done else []
-        for k in members:
-            with contained(self.outcomes[k]):
-                self._record_cost(k)
-                self._tell_room(k)
-                if k in done:
-                    self._evaluate(k, {name: (scores[done.index(k)], spent) for name, scores, spent in predicted})
-                    place = public_place(self.experiments[k].model)
-                    peft_format.save(self.runs[k].adapter_folder, self.pack, k, place)
-            self.close(k)
+        """Score, save and close the runs that training is over for, now that these members have ended."""
+        jobs = list(dict.fromkeys(self._job_of(k) for k in members))
+        for job in jobs:
+            self.end_together(job)
+        over = [job for job in jobs if all(self.outcomes[k].status != "running" for k in self.parts[job])]
+        done = [job for job in over if all(self.outcomes[k].status == "done" for k in self.parts[job])]
+        predicted = self._predict(done) if done else {}
+        for job in over:
+            with contained(self.outcome(job)):
+                self._record_cost(job)
+                self._tell_room(job)
+                if job in done:
+                    self._evaluate(job, predicted[job])
+                    self._save(job)
+            self.close(job)
 
-    def close(self, member: int) -> None:
-        """Say in the member's record how it ended; a traceback goes to its log."""
-        run, outcome = self.runs.pop(member), self.outcomes[member]
+    def close(self, job: int) -> None:
+        """Say in the job's record how it ended; a traceback goes to its log."""
+        run, outcome = self.runs.pop(job), self.outcome(job)
         if outcome.status == "stopped":
             with contained(outcome):
-                self._close_stopped(run, self.jobs[member], outcome)
+                self._close_stopped(run, self.jobs[job], outcome)
                 return
         if outcome.error is None:
             with contained(outcome):
                 run.finish("done")
-                self.checkpoints[member].clear()
-                title = self.jobs[member].title if len(self.jobs) > 1 else ""
+                for k in self.parts[job]:
+                    self.checkpoints[k].clear()
+                title = self.jobs[job].title if len(self.jobs) > 1 else ""
                 show_result(self.console, run.folder, run.record, title=title, brief=self.brief)
         if outcome.error is not None:
             if not run.folder.exists():
@@ -176,9 +206,9 @@ class Recorder:
 
     def fail(self, error: Exception) -> None:
         """What all members share has failed: close the runs that have not ended."""
-        for member in list(self.runs):
-            self.outcomes[member].error = error
-            self.close(member)
+        for job in list(self.runs):
+            self.outcome(job).error = error
+            self.close(job)
 
     def interrupt(self) -> None:
         """Someone stopped the process: the runs that have not ended can be gone on with."""
@@ -188,90 +218,140 @@ class Recorder:
             if not self.brief:
                 self.console.print(shown(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
 
-    def _predict(self, members: Sequence[int]) -> list[tuple[str, NDArray[Any], float]]:
-        """Selection and each reported split, its scores (K, N) at the members' best states, and the seconds taken."""
-        found = []
+    def _job_of(self, member: int) -> int:
+        return next(job for job, part in enumerate(self.parts) if member in part)
+
+    def _predict(self, jobs: Sequence[int]) -> dict[int, _Predicted]:
+        """Selection and each reported split of these jobs: scores (M, N) of each one's members, and the seconds taken.
+
+        All members are at their best states.
+        """
+        members = [k for job in jobs for k in self.parts[job]]
+        found: dict[int, _Predicted] = {job: {} for job in jobs}
         with self.pack.only(members):
             for name in ("selection", *self.common.reported):
                 began = time.perf_counter()
                 table, size = self.common.tables[name], self.experiments[0].trainer.eval_batch_size
                 scores = predict(self.pack, table, size, self.processes)
-                found.append((name, scores, round(time.perf_counter() - began, 3)))
+                seconds = round(time.perf_counter() - began, 3)
+                for job in jobs:
+                    found[job][name] = scores[[members.index(k) for k in self.parts[job]]], seconds
         return found
 
-    def _evaluate(self, member: int, predicted: Mapping[str, tuple[NDArray[Any], float]]) -> None:
-        """Every reported split is scored once, with the member's best state."""
-        run, outcome = self.runs[member], self.outcomes[member]
-        assert outcome.best is not None
-        best = {key: outcome.best[key] for key in ("step", "epoch")}
-        metrics = {f"selection/{name}": value for name, value in outcome.best["metrics"].items()}
-        selection = self.common.tables["selection"].labels
-        assert selection is not None
-        temperature = fit_temperature(predicted["selection"][0], selection)
+    def _evaluate(self, job: int, predicted: _Predicted) -> None:
+        """Every reported split is scored once, with the best state; an ensemble's by its members' mean probability."""
+        run, extra = self.runs[job], self.experiments[job].metrics
+        bests = [self.outcomes[k].best for k in self.parts[job]]
+        looks = [{key: best[key] for key in ("step", "epoch")} for best in bests if best is not None]
+        best = max(looks, key=lambda look: look["step"])
+        selected, _ = predicted["selection"]  # (M, N)
+        labels = self.common.tables["selection"].labels
+        assert labels is not None
+        temperature = fit_temperature(selected.mean(axis=0), labels)
+        chosen: dict[str, Any] = {**best, "metric": "mcc", "temperature": temperature}
+        of_each: list[float] = []
+        if len(looks) > 1:
+            values = score(selected.mean(axis=0), labels, extra)
+            of_each = [fit_temperature(own, labels) for own in selected]
+            own = [look | {"temperature": fitted} for look, fitted in zip(looks, of_each, strict=True)]
+            chosen["members"] = own
+        else:
+            assert bests[0] is not None
+            values = bests[0]["metrics"]
+        metrics = {f"selection/{name}": value for name, value in values.items()}
         for name in self.common.reported:
             scores, seconds = predicted[name]
-            table = self.common.tables[name]
+            pooled, table = scores.mean(axis=0), self.common.tables[name]
             assert table.labels is not None
-            values = score(scores, table.labels, self.experiments[member].metrics)
-            more = score_calibrated(scores, table.labels, temperature)
-            more |= self._besides(member, name, scores) if self.common.splits else {}
+            values = score(pooled, table.labels, extra)
+            more = score_calibrated(pooled, table.labels, temperature)
+            if of_each:
+                more |= score_members(scores, table.labels, extra, of_each)
+            more |= self._besides(job, name, pooled) if self.common.splits else {}
             metrics |= {f"{name}/{key}": value for key, value in (values | more).items()}
             run.log({**best, "split": name, "metrics": values, "seconds": seconds})
-            run.write_predictions(name, table.ids, table.labels, scores)
-        run.update(metrics=metrics, selection={**best, "metric": "mcc", "temperature": temperature})
+            run.write_predictions(name, table.ids, table.labels, pooled)
+        run.update(metrics=metrics, selection=chosen)
 
-    def _besides(self, member: int, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
+    def _besides(self, job: int, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
         """A reported split on its unseen rows and perturbed, as far as the settings ask for it."""
-        data, splits, backbone = self.experiments[member].data, self.common.splits, self.common.backbone
+        data, splits, backbone = self.experiments[job].data, self.common.splits, self.common.backbone
 
         def scored(examples: Examples) -> NDArray[Any]:
             table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=False)
-            with self.pack.only([member]):
-                size = self.experiments[member].trainer.eval_batch_size
-                (found,) = predict(self.pack, table, size, self.processes)
-            return found  # type: ignore[no-any-return]
+            with self.pack.only(self.parts[job]):
+                size = self.experiments[job].trainer.eval_batch_size
+                found = predict(self.pack, table, size, self.processes)
+            return found.mean(axis=0)  # type: ignore[no-any-return]
 
-        seen, metrics = (splits["train"], splits["selection"]), self.experiments[member].metrics
+        seen, metrics = (splits["train"], splits["selection"]), self.experiments[job].metrics
         return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self._tell)
+
+    def _save(self, job: int) -> None:
+        """Each member's adapter and head."""
+        part, run = self.parts[job], self.runs[job]
+        folders = adapter_folders(run.folder, len(part))
+        if len(part) > 1:
+            folders[0].parent.mkdir(exist_ok=True)
+        for k, folder in zip(part, folders, strict=True):
+            peft_format.save(folder, self.pack, k, public_place(self.experiments[job].model))
 
     def _tell(self, line: str) -> None:
         if not self.brief:
             self.console.print(shown(line))
 
-    def _record_cost(self, member: int) -> None:
+    def _params(self, job: int) -> dict[str, int]:
+        """Numbers of parameters; an ensemble's members have the backbone in common."""
+        counts = [self.pack.count_parameters(k) for k in self.parts[job]]
+        found = {name: sum(count[name] for count in counts) for name in ("adapter", "head", "trainable")}
+        return found | {"total": counts[0]["total"] + found["trainable"] - counts[0]["trainable"]}
+
+    def _ranks(self, job: int) -> dict[str, int | list[int]]:
+        """The rank of each target; where members of an ensemble differ in it, each one's."""
+        of_each = [self.pack.ranks(k) for k in self.parts[job]]
+        ranks = {name: [own[name] for own in of_each] for name in of_each[0]}
+        return {name: own[0] if len(set(own)) == 1 else own for name, own in ranks.items()}
+
+    def _record_cost(self, job: int) -> None:
         """Seconds and FLOPs of training hold those of preparation (a start that looks at data is not free) and of the
         kept prefix.
 
-        Seconds and memory of a pack are no member's own, so there they are null.
+        Seconds and memory of a pack are no run's own where it trains with others, so there they are null.
         """
-        outcome, preparation, alone = self.outcomes[member], self.preparations[member], self.pack_sizes[member] == 1
-        rate = outcome.pairs / outcome.seconds if outcome.seconds else None
-        self.runs[member].update(
+        part = self.parts[job]
+        outcomes, preparations = [self.outcomes[k] for k in part], [self.preparations[k] for k in part]
+        alone = self.pack_sizes[part[0]] == len(part)
+        seconds = max(outcome.seconds for outcome in outcomes)
+        prepared = sum(preparation.seconds for preparation in preparations)
+        filled, filling = preparations[0].prefix_seconds, preparations[0].prefix_flops  # once for all
+        rate = max(outcome.pairs for outcome in outcomes) / seconds if seconds else None
+        flops = sum(outcome.flops for outcome in outcomes) + sum(preparation.flops for preparation in preparations)
+        self.runs[job].update(
             cost={
-                "train_seconds": preparation.all_seconds + outcome.seconds if alone else None,
-                "train_flops": preparation.flops + (preparation.prefix_flops or 0) + outcome.flops,
-                "prepare_seconds": preparation.seconds if alone else None,
-                "prefix_fill_seconds": preparation.prefix_seconds if alone else None,
-                "prefix_fill_flops": preparation.prefix_flops,
+                "train_seconds": prepared + (filled or 0) + seconds if alone else None,
+                "train_flops": flops + (filling or 0),
+                "prepare_seconds": prepared if alone else None,
+                "prefix_fill_seconds": filled if alone else None,
+                "prefix_fill_flops": filling,
                 "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,
                 "pairs_per_second": rate if alone else None,
-                "steps": outcome.steps,
-                "train_tokens": outcome.tokens,
-                "train_padding_tokens": outcome.padding,
-                "pack_size": self.pack_sizes[member],
+                "steps": max(outcome.steps for outcome in outcomes),
+                "train_tokens": sum(outcome.tokens for outcome in outcomes),
+                "train_padding_tokens": sum(outcome.padding for outcome in outcomes),
+                "pack_size": self.pack_sizes[part[0]],
             },
-            targets=self.pack.ranks(member),  # a method may have pruned
+            targets=self._ranks(job),  # a method may have pruned
         )
 
-    def _tell_room(self, member: int) -> None:
+    def _tell_room(self, job: int) -> None:
         """Record the portions in which pairs went through the network, and tell where memory made them smaller."""
-        trainer, room = self.experiments[member].trainer, self.pack.room
+        trainer, room = self.experiments[job].trainer, self.pack.room
         found = {"micro_batch_size": trainer.micro_batch_size, "eval_batch_size": trainer.eval_batch_size}
         if "training" in room:
             found["micro_batch_size"] = room["training"]
         if "evaluation" in room:
             found["eval_batch_size"] = room["evaluation"]
-        self.runs[member].update(cost=found)
+        self.runs[job].update(cost=found)
         for key, pairs in found.items():
             if pairs != getattr(trainer, key):
                 self.console.print(shown(f"note: memory was short, so the run went on with trainer.{key}={pairs}."))

@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.pack import Pack
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.experiment import Common, Experiment
 from lora_bench.progress import Display, announce
@@ -64,8 +64,10 @@ def train_pack(
 ) -> list[Exception | None]:
     """Train jobs that share data, backbone and trainer as one pack; each leaves a record as if it had run alone.
 
+    A job brings one member, or those of its ensemble.
+
     Args:
-        jobs: the pack's members.
+        jobs: what the pack is made of.
         console: where to tell how it goes.
         common: what they share, if it is loaded already; its backbone is given back as it was.
         brief: one line for each result instead of a table.
@@ -85,11 +87,14 @@ def train_pack(
     common = common or Common.load(experiments[0])
     device, table = common.backbone.device, common.tables["train"]
     reset_peak_memory(device)
-    pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed) for experiment in experiments])
+    parts = _parts(experiments)
+    owners = [job for job, part in enumerate(parts) for _ in part]
+    pack = Pack(common.backbone, [member for experiment in experiments for member in experiment.members()])
     try:
-        outcomes = [Outcome() for _ in jobs]
-        folders = [Checkpoints(job.folder / "checkpoints") for job in jobs]
-        begun = _newest(jobs, folders)
+        outcomes = [Outcome() for _ in owners]
+        places = [job.folder / "checkpoints" for job in jobs]
+        folders = [c for p, part in zip(places, parts, strict=True) for c in Checkpoints.of_members(p, len(part))]
+        begun = _newest([jobs[job] for job in owners], folders)
         _seed_everything(experiments[0].seed)
         prepared = [
             _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None) for k in range(pack.size)
@@ -102,27 +107,30 @@ def train_pack(
 
         sizes = [max(pack.size, checkpoint.facts["pack_size"]) for checkpoint in begun or ()] or [pack.size] * pack.size
         recorder = Recorder(
-            pack, common, jobs, experiments, outcomes, prepared, folders, sizes, console, processes, brief
+            pack, common, jobs, experiments, parts, outcomes, prepared, folders, sizes, console, processes, brief
         )
         try:
-            for k, outcome in enumerate(outcomes):
-                if outcome.status == "running":
-                    with contained(outcome):
-                        recorder.begin(k, begun[k] if begun else None)
-                    if outcome.error is not None and k in recorder.runs:
-                        recorder.close(k)
+            for job, part in enumerate(parts):
+                recorder.end_together(job)
+                if recorder.outcome(job).error is None:
+                    with contained(recorder.outcome(job)):
+                        recorder.begin(job, begun[part[0]] if begun else None)
+                    recorder.end_together(job)
+                    if recorder.outcome(job).error is not None and job in recorder.runs:
+                        recorder.close(job)
             live = list(recorder.runs)
             if not live:
-                return [outcome.error for outcome in outcomes]
-            announce(console, [recorder.runs[k].record for k in live], len(pack.updates[live[0]]), recorder.notes())
+                return [recorder.outcome(job).error for job in range(len(jobs))]
+            adapted = len(pack.updates[parts[live[0]][0]])
+            announce(console, [recorder.runs[job].record for job in live], adapted, recorder.notes())
             if begun:
                 console.print(shown(f"going on from step {begun[0].step}"))
-            steps, names = total_steps(trainer, len(table)), [job.title for job in jobs]
+            steps, names = total_steps(trainer, len(table)), _names(jobs, parts)
             with Display(console, steps, names) as display, Interruption() as interruption:
                 recorder.display = display
                 fit(
                     pack,
-                    [experiment.optimizer for experiment in experiments],
+                    [experiments[job].optimizer for job in owners],
                     trainer,
                     common.tables["train"],
                     common.tables["selection"],
@@ -147,13 +155,29 @@ def train_pack(
         except BaseException:  # Ctrl-C, or a signal that became SystemExit
             recorder.interrupt()
             raise
-        return [outcome.error for outcome in outcomes]
+        return [recorder.outcome(job).error for job in range(len(jobs))]
     finally:
         pack.detach()
 
 
+def _parts(experiments: Sequence[Experiment]) -> list[range]:
+    """The numbers that each job's members have in the pack."""
+    ends = list(accumulate(experiment.ensemble.size for experiment in experiments))
+    return [range(end - experiment.ensemble.size, end) for end, experiment in zip(ends, experiments, strict=True)]
+
+
+def _names(jobs: Sequence[Job], parts: Sequence[range]) -> list[str]:
+    """What the members are called on the screen."""
+    names = []
+    for job, part in zip(jobs, parts, strict=True):
+        title, colon, told = job.title.partition(":")
+        members = [f" member {i}" for i in range(len(part))] if len(part) > 1 else [""]
+        names += [f"{title}{member}{colon}{told}".lstrip() for member in members]
+    return names
+
+
 def _newest(jobs: Sequence[Job], folders: Sequence[Checkpoints]) -> list[Checkpoint] | None:
-    """What the jobs go on from: their newest checkpoints of one step; None where they begin."""
+    """What members of these jobs go on from: their newest checkpoints of one step; None where they begin."""
     found = [folder.newest() if job.begun else None for job, folder in zip(jobs, folders, strict=True)]
     if None in found:
         return None

@@ -24,12 +24,14 @@ _SHARED = {
     "calibration",
     "init",
     "layer",
+    "leaves",
     "pack",
     "peft_config",
     "peft_format",
     "peft_import",
     "quantize",
     "targets",
+    "together",
 }
 
 

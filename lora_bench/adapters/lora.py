@@ -60,6 +60,9 @@ class LoRA(OnLinears):
     """Train the norms of the output rows apart from their directions (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
     lr_ratio: float
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354)."""
+    weight_decay_B: float | None
+    """Weight decay of B, which then does without `optimizer.weight_decay`: strong, it keeps the members of an ensemble
+    near the backbone (Wang et al. 2023, arXiv 2310.00035); null: as of all else."""
     freeze_A: bool
     """Train B alone, its gradient corrected by (A Aᵀ)⁻¹ (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
     quantize: str | None
@@ -75,6 +78,8 @@ class LoRA(OnLinears):
         need_one_of("init", self.init, starts.NAMES)
         need_number("calibration_batches", self.calibration_batches, 1)
         need_number("lr_ratio", self.lr_ratio, 0, open_low=True)
+        if self.weight_decay_B is not None:
+            need_number("weight_decay_B", self.weight_decay_B, 0)
         if self.quantize is not None:
             need_one_of("quantize", self.quantize, KINDS)
         if self.init_gamma is not None:
@@ -226,12 +231,12 @@ class LoRA(OnLinears):
     # -- in training --
 
     def param_groups(self, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> list[ParamGroup]:
-        if self.lr_ratio == 1:
+        if self.lr_ratio == 1 and self.weight_decay_B is None:
             return super().param_groups(parameters, lr, weight_decay)
-        quick = {name: p for name, p in parameters.items() if name.endswith(".lora_B")}
-        rest = {name: p for name, p in parameters.items() if name not in quick}
-        groups = super().param_groups(quick, lr * self.lr_ratio, weight_decay)
-        return groups + super().param_groups(rest, lr, weight_decay)
+        of_B = {name: p for name, p in parameters.items() if name.endswith(".lora_B")}
+        rest = {name: p for name, p in parameters.items() if name not in of_B}
+        decay = weight_decay if self.weight_decay_B is None else self.weight_decay_B
+        return super().param_groups(of_B, lr * self.lr_ratio, decay) + super().param_groups(rest, lr, weight_decay)
 
     def before_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
         """With A frozen, the gradient of B that moves B A as full fine-tuning would: (1/s²) ∂L/∂B (A Aᵀ)⁻¹."""

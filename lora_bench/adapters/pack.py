@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from lora_bench.adapters.together import Copies, kind
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lora_bench.adapters.base import Adapter, Update
     from lora_bench.backbones.base import Backbone
@@ -42,6 +42,12 @@ class Member:
     seed: int
     saved_ranks: dict[str, int] | None = None
     """Rank by module of a saved adapter whose tensors are about to be put in; None: a member that is to be trained."""
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    """Of `init`, `order` and `dropout`, those that have seeds of their own."""
+
+    def seed_of(self, purpose: str) -> int:
+        """The seed of `init`, `order` (of the pairs) or `dropout`."""
+        return self.seeds.get(purpose, self.seed)
 
 
 def stream(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -74,7 +80,7 @@ class Pack(nn.Module):
         if self.trains_backbone and len(members) > 1:
             raise UserError("trains the backbone, so its packs have one member", key="adapter.method", value="full")
         try:
-            self.dropout = [stream(member.seed, "dropout", backbone.device) for member in members]
+            self.dropout = [stream(member.seed_of("dropout"), "dropout", backbone.device) for member in members]
             self.targets = [member.adapter.targets(backbone) for member in members]
             self.updates = [self._make_updates(k, member.saved_ranks) for k, member in enumerate(members)]
         except UserError as error:
@@ -279,9 +285,9 @@ class Pack(nn.Module):
                 _replace(self.network, name, module.base if isinstance(module, Adapted) else module.original[0])
 
     def _make_updates(self, member: int, ranks: dict[str, int] | None) -> dict[str, Update]:
-        adapter, seed, saved = self.members[member].adapter, self.members[member].seed, self.members[member].saved_ranks
-        init = None if saved else stream(seed, "adapter")
-        return adapter.updates(self.backbone, init, self.dropout[member], ranks)
+        own = self.members[member]
+        init = None if own.saved_ranks else stream(own.seed_of("init"), "adapter")
+        return own.adapter.updates(self.backbone, init, self.dropout[member], ranks)
 
     def _first_adapted_layer(self) -> int:
         """How many layers run once for all live members; with `full` none, not even the embeddings, is frozen."""
@@ -309,7 +315,7 @@ class Pack(nn.Module):
     def _head(self, name: str, original: nn.Module, member: Member) -> nn.Module:
         """A trainable fp32 copy of a head module; what the checkpoint did not hold is drawn from the member's seed."""
         head = copy.deepcopy(original).float().requires_grad_(True)
-        init = stream(member.seed, f"head/{name}")
+        init = stream(member.seed_of("init"), f"head/{name}")
         for key, p in head.named_parameters():
             # As transformers draws a new classifier: normal weights; zero biases and unit norms stay as they are.
             if f"{name}.{key}" in self.backbone.fresh and p.ndim > 1:

@@ -33,7 +33,6 @@ KEPT = 2
 """Checkpoints that a run keeps: the newest, and the one before in case the newest is damaged."""
 
 _FILES = ("tensors.safetensors", "state.json")
-_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,24 @@ class Checkpoint:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, or of one member of its ensemble.
 
     Args:
         folder: the run's `checkpoints/`; made with the first one.
+        stem: what their names begin with.
     """
 
     folder: Path
+    stem: str = "step"
     facts: dict[str, Any] = field(default_factory=dict)
     """What every checkpoint says besides the training's own state."""
     damaged: list[str] = field(default_factory=list)
     """What `newest` passed over, and why."""
+
+    @classmethod
+    def of_members(cls, folder: Path, members: int) -> list[Checkpoints]:
+        """Those of each member of a run, in its `checkpoints/`."""
+        return [cls(folder, f"member_{i}-step" if members > 1 else "step") for i in range(members)]
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a checkpoint and drop all but the newest few.
@@ -67,7 +73,7 @@ class Checkpoints:
         Raises:
             RunFailedError: it cannot be written; the older ones are as they were.
         """
-        place = self.folder / f"step-{step:08d}"
+        place = self.folder / f"{self.stem}-{step:08d}"
         part = self.folder / f".{place.name}.part"
         shutil.rmtree(part, ignore_errors=True)
         try:
@@ -94,7 +100,7 @@ class Checkpoints:
     def newest(self, step: int | None = None) -> Checkpoint | None:
         """The newest checkpoint (up to `step`) that is whole; None without any. `damaged` says what was passed over."""
         for place in self._places():
-            if step is not None and int(place.name[5:]) > step:
+            if step is not None and self._step(place) > step:
                 continue
             try:
                 return _read(place)
@@ -110,8 +116,12 @@ class Checkpoints:
         """The folders of finished checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
-        found = {place: _NAME.fullmatch(place.name) for place in self.folder.iterdir()}
-        return sorted((p for p, match in found.items() if match), key=lambda p: int(p.name[5:]), reverse=True)
+        name = re.compile(rf"{self.stem}-\d+")
+        found = [place for place in self.folder.iterdir() if name.fullmatch(place.name)]
+        return sorted(found, key=self._step, reverse=True)
+
+    def _step(self, place: Path) -> int:
+        return int(place.name.removeprefix(f"{self.stem}-"))
 
 
 def _read(place: Path) -> Checkpoint:

@@ -247,7 +247,7 @@ def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
 def _endless_batches(
     pack: Pack, train: TokenTable, plan: BatchPlan, swapped: TokenTable | None = None
 ) -> Iterator[Batch]:
-    seeds = [pack.members[k].seed for k in pack.live]
+    seeds = [pack.members[k].seed_of("order") for k in pack.live]
     epoch = 0
     while True:
         yield from training_batches(train, plan, seeds, epoch, pack.backbone.tokenizer.pad_token_id, swapped)

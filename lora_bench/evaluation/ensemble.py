@@ -1,0 +1,64 @@
+"""Figures of an ensemble: of its members, beside those of their averaged probabilities, and how far they differ.
+
+member_<i>/<name>    each member's own, `calibrated/…` at a temperature of its own among them
+members/<name>       their mean over the members
+disagreement         over pairs of members and rows, the share that the two label differently
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_bench.evaluation.calibration import score_calibrated
+from lora_bench.evaluation.metrics import score
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from lora_bench.config import Metric
+
+
+def score_members(
+    scores: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    metrics: Mapping[str, Metric],
+    temperatures: Sequence[float],
+) -> dict[str, float | None]:
+    """The figures of an ensemble's members on one split.
+
+    Args:
+        scores: (M, N) P(label 1), M of at least 2.
+        labels: (N,) 0 or 1.
+        metrics: extra metrics.
+        temperatures: M, each fitted for one member.
+
+    Raises:
+        DivergedError: a score is not a finite number.
+    """
+    of_each = [
+        score(own, labels, metrics) | score_calibrated(own, labels, temperature)
+        for own, temperature in zip(scores, temperatures, strict=True)
+    ]
+    found: dict[str, float | None] = {"disagreement": disagreement(scores)}
+    for name in of_each[0]:
+        values = [each[name] for each in of_each]
+        numbers = [value for value in values if value is not None]
+        found[f"members/{name}"] = float(np.mean(numbers)) if len(numbers) == len(values) else None
+        found |= {f"member_{i}/{name}": value for i, value in enumerate(values)}
+    return found
+
+
+def disagreement(scores: NDArray[np.float64]) -> float:
+    """The share of rows that two members label differently, over all pairs of the M members: (M, N) scores."""
+    M = len(scores)
+    ones = (scores >= 0.5).sum(axis=0)  # (N,) members that say 1
+    return float((2 * ones * (M - ones) / (M * (M - 1))).mean())
+
+
+def spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) how far the members' probabilities of a row lie apart: their standard deviation, from (M, N) scores."""
+    return scores.std(axis=0)

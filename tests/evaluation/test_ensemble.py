@@ -1,0 +1,59 @@
+"""An ensemble's figures against their definitions, worked out pair by pair."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from lora_bench.errors import DivergedError
+from lora_bench.evaluation.calibration import score_calibrated
+from lora_bench.evaluation.ensemble import disagreement, score_members, spread
+from lora_bench.evaluation.metrics import score
+
+SCORES = np.array([[0.9, 0.2, 0.6, 0.5], [0.8, 0.7, 0.4, 0.1], [0.3, 0.1, 0.7, 0.49]])
+LABELS = np.array([1, 0, 1, 0])
+
+
+def test_disagreement_is_the_share_of_rows_over_all_pairs_of_members() -> None:
+    said = SCORES >= 0.5
+    by_hand = np.mean([(one != other).mean() for one, other in combinations(said, 2)])
+    assert disagreement(SCORES) == pytest.approx(by_hand)
+    assert disagreement(SCORES[[0, 0]]) == 0
+    assert disagreement(np.array([[0.9, 0.1], [0.1, 0.9]])) == 1
+
+
+def test_spread_is_the_standard_deviation_over_members() -> None:
+    assert spread(np.array([[0.2, 0.5], [0.4, 0.5]])) == pytest.approx([0.1, 0.0])
+
+
+def test_each_member_has_its_figures_and_their_mean_stands_beside() -> None:
+    temperatures = [0.5, 1.0, 2.0]
+    found = score_members(SCORES, LABELS, {}, temperatures)
+    for i, own in enumerate(SCORES):
+        for name, value in (score(own, LABELS, {}) | score_calibrated(own, LABELS, temperatures[i])).items():
+            assert found[f"member_{i}/{name}"] == value
+    for name in ("mcc", "nll", "calibrated/ece"):
+        assert found[f"members/{name}"] == pytest.approx(np.mean([found[f"member_{i}/{name}"] for i in range(3)]))
+    assert found["disagreement"] == disagreement(SCORES)
+
+
+def test_the_mean_of_what_one_member_has_no_value_for_is_none() -> None:
+    found = score_members(SCORES, np.ones(4, int), {}, [1.0] * 3)
+    assert found["member_0/auroc"] is None
+    assert found["members/auroc"] is None
+
+
+def test_the_mean_probability_is_never_less_likely_than_the_members_on_average() -> None:
+    """−log is convex (Jensen): what makes ensembles worth their cost."""
+    random = np.random.default_rng(0)
+    scores, labels = random.uniform(size=(5, 50)), random.integers(0, 2, 50)
+    pooled, members = score(scores.mean(axis=0), labels, {}), score_members(scores, labels, {}, [1.0] * 5)
+    for name in ("nll", "brier"):
+        assert pooled[name] < members[f"members/{name}"]
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(DivergedError):
+        score_members(np.array([[0.5, np.nan], [0.5, 0.5]]), np.array([0, 1]), {}, [1.0, 1.0])
