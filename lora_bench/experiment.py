@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from lora_bench.data.examples import Examples
     from lora_bench.tracking.base import Tracker
 
-_KEYS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
-_KEYS += ("seed", "resume", "dry_run")
-
+_GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
+_KEYS = (*_GROUPS, "seed", "resume", "dry_run")
 
 SEEDS_APART = 1_000_000
 """Between the seeds of an ensemble's members: ensembles of neighbouring seeds have no member in common."""
