@@ -44,6 +44,7 @@ def every_dataclass() -> list[tuple[type[Any], str, dict[str, Any]]]:
     found.append((config.Metric, "metric.specificity", files["metric"]["specificity"]))  # type: ignore[index, call-overload]
     found.append((config.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
     found.append((config.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
+    found.append((config.Ensemble, "ensemble", toy["ensemble"]))  # type: ignore[index, call-overload]
     found.append((config.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
     for name in method_names():
         values = OmegaConf.to_container(composed(f"adapter={name}").adapter)
