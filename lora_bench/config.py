@@ -278,8 +278,7 @@ class Ensemble:
             need(self.members >= 2, "members", self.members, "is no ensemble: it takes at least 2 members", remedy)
             need_number("members", self.members, 2, 100)
         need(bool(self.vary), "vary", self.vary, "is empty: the members would all be the same")
-        for each in self.vary:
-            need_one_of("vary", each, VARIED)
+        need(set(self.vary) <= set(VARIED), "vary", self.vary, f"holds something else than {', '.join(VARIED)}")
 
     @property
     def size(self) -> int:
