@@ -6,40 +6,19 @@ file under `adapters/`), its range check in `__post_init__`. Below this file and
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_bench.checks import need, need_number, need_one_of
 from lora_bench.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 T = TypeVar("T")
-
-
-def need(holds: bool, key: str, value: object, reason: str, remedy: str = "") -> None:
-    """Refuse `value` for `key` unless the condition holds."""
-    if not holds:
-        raise UserError(reason, key=key, value=value, remedy=remedy)
-
-
-def need_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    need(value in choices, key, value, f"is not one of {', '.join(choices)}")
-
-
-def need_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Refuse what is not a finite number in [low, high], or (low, high] with `open_low`."""
-    need(type(value) is not int or value < 2**63, key, value, "is too large")
-    inside = low <= value <= high and abs(value) < math.inf and not (open_low and value == low)
-    if inside:
-        return
-    bound = f"above {low:g}" if open_low else f"of at least {low:g}"
-    upper = f" and at most {high:g}" if math.isfinite(high) else ""
-    raise UserError(f"must be a finite number {bound}{upper}", key=key, value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +282,7 @@ class Ensemble:
             need(self.members >= 2, "members", self.members, "is no ensemble: it takes at least 2 members", remedy)
             need_number("members", self.members, 2, 100)
         need(bool(self.vary), "vary", self.vary, "is empty: the members would all be the same")
-        for each in self.vary:
-            need_one_of("vary", each, VARIED)
+        need(set(self.vary) <= set(VARIED), "vary", self.vary, f"holds something else than {', '.join(VARIED)}")
 
     @property
     def size(self) -> int:

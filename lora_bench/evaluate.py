@@ -21,6 +21,7 @@ from lora_bench.adapters.peft_config import PeftConfig
 from lora_bench.backbones.bert import MODEL_TYPES
 from lora_bench.backbones.load import load, load_tokenizer, locate
 from lora_bench.besides import describe, perturbations, score_besides
+from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import UserError
@@ -73,7 +74,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     metrics = config.build_metrics(cfg.metric)
     check_metrics(metrics)
     perturbations(data)
-    config.need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train")
+    need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train")
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(
             "takes a finished run or an adapter made by PEFT", key="eval", remedy="Give run=DIR or peft=DIR."
@@ -139,7 +140,7 @@ def _finished(cfg: DictConfig, data: config.Data) -> _Subject:
 
 
 def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
-    config.need(not data.unseen, "data.unseen", data.unseen, "needs run=: what PEFT trained on is not known")
+    need(not data.unseen, "data.unseen", data.unseen, "needs run=: what PEFT trained on is not known")
     adapter = PeftConfig.read(cfg.peft)
     output = _output(cfg.output, adapter.folder)
     model = _model(cfg.model, adapter)

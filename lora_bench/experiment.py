@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
 _KEYS = (*_GROUPS, "seed", "resume", "dry_run")
 
-
 SEEDS_APART = 1_000_000
 """Between the seeds of an ensemble's members: ensembles of neighbouring seeds have no member in common."""
 

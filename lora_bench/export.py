@@ -13,7 +13,7 @@ import torch
 from lora_bench.adapters import peft_format
 from lora_bench.adapters.layer import QuantizedLinear
 from lora_bench.backbones.load import public_place
-from lora_bench.config import need_one_of
+from lora_bench.checks import need_one_of
 from lora_bench.errors import UserError
 from lora_bench.predict import FinishedRun
 from lora_bench.screen import shown

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lora_bench import config, record
+from lora_bench import record
 from lora_bench.adapters import peft_format
+from lora_bench.checks import need
 from lora_bench.data import files
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
@@ -133,7 +134,7 @@ def run_predict(cfg: DictConfig) -> None:
             f"is none of {', '.join(OUTPUTS)}", key="output", value=output, remedy="Or - for standard output."
         )
     for key in ("calibrated", "uncertainty"):
-        config.need(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
+        need(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
     source = str(cfg.input)
     run = FinishedRun.load(cfg.run, device=cfg.device)
     data = run.experiment.data

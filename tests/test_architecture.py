@@ -14,7 +14,7 @@ ROOT = Path(lora_bench.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 # Who may import whom inside the package, at run time and late imports included.
-BASE = {"errors", "config"}
+BASE = {"checks", "errors", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"predict"},
     "__main__": {"cli"},
@@ -93,14 +93,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "disk": {"errors", "secrets"},
     "claim": set(),
     "hydra_errors": {"errors"},
-    "config": {"errors"},
+    "checks": {"errors"},
+    "config": {"checks", "errors"},
     "tables": {"stats"},
     "environment": set(),
     "errors": set(),
     "hub": set(),
 }
 LIGHT = ("compare", "job", "record", "resume", "sweep", "screen", "secrets", "tables", "environment", "errors")
-LIGHT += ("hydra_errors", "cli", "config", "anchors", "baseline", "comparison", "costs", "experiments", "figures")
+LIGHT += (
+    "checks",
+    "hydra_errors",
+    "cli",
+    "config",
+    "anchors",
+    "baseline",
+    "comparison",
+    "costs",
+    "experiments",
+    "figures",
+)
 LIGHT += ("help", "prompted", "recorded", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {

@@ -44,6 +44,7 @@ def every_dataclass() -> list[tuple[type[Any], str, dict[str, Any]]]:
     found.append((config.Metric, "metric.specificity", files["metric"]["specificity"]))  # type: ignore[index, call-overload]
     found.append((config.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
     found.append((config.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
+    found.append((config.Ensemble, "ensemble", toy["ensemble"]))  # type: ignore[index, call-overload]
     found.append((config.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
     for name in method_names():
         values = OmegaConf.to_container(composed(f"adapter={name}").adapter)
@@ -210,6 +211,12 @@ RANGES = [
     ("data", "selection_size", [0.5, 2, 100.0], [0, 1, 1.5, -0.1, math.nan, math.inf, None]),
     ("data", "split_seed", [0, 7], [-1, None]),
     ("data", "perturb", [None, "all", ["typo", "word"]], ["tipo", [], 7, True, ["typo", 3], {}]),
+    ("data", "report", [True, False], [None, "yes please"]),
+    ("pack", "halving", [True, False], [None, "yes please"]),
+    ("trainer", "prefix_cache_bytes", [0.0, 4e9], [-1.0, math.inf]),
+    ("adapter", "weight_decay_B", [None, 0, 100.0], [-1, math.inf]),
+    ("ensemble", "members", [None, 2, 5], [1, 0, 101]),
+    ("ensemble", "vary", [["init"], ["order", "dropout"]], [[], ["luck"]]),
     ("data", "perturb_seeds", [1, 1000], [0, 1001]),
     ("data", "augment", [None, "order", ["typo", "number"]], [7, ["typo", None]]),
     ("data", "augment_share", [0.1, 1], [0, 1.1, math.nan]),

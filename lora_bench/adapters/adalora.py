@@ -25,7 +25,7 @@ from lora_bench.adapters.allocation import cubic_budget, keep_top
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.layer import keep_mask
 from lora_bench.adapters.targets import OnLinears, need_rank
-from lora_bench.config import need, need_number
+from lora_bench.checks import need, need_number
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone

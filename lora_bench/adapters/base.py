@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.config import need_number
+from lora_bench.checks import need_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

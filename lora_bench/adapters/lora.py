@@ -23,7 +23,7 @@ from lora_bench.adapters import init as starts
 from lora_bench.adapters.layer import LowRank
 from lora_bench.adapters.quantize import KINDS, loftq, quantize
 from lora_bench.adapters.targets import OnLinears, largest_rank, need_rank
-from lora_bench.config import need, need_number, need_one_of
+from lora_bench.checks import need, need_number, need_one_of
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:

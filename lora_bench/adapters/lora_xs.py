@@ -23,7 +23,7 @@ from lora_bench.adapters.base import Update
 from lora_bench.adapters.init import singular_triplets
 from lora_bench.adapters.layer import keep_mask
 from lora_bench.adapters.targets import OnLinears, need_rank
-from lora_bench.config import need, need_number
+from lora_bench.checks import need, need_number
 
 SIGMA = 1e-5
 """Standard deviation that R begins with, as in the paper."""

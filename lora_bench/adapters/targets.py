@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.base import Adapter
-from lora_bench.config import need
+from lora_bench.checks import need
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:

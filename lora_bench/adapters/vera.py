@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.layer import keep_mask
 from lora_bench.adapters.targets import OnLinears
-from lora_bench.config import need, need_number
+from lora_bench.checks import need, need_number
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.config import need
+from lora_bench.checks import need
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -61,5 +61,4 @@ def disagreement(scores: NDArray[np.float64]) -> float:
 
 def spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N,) how far the members' probabilities of a row lie apart: their standard deviation, from (M, N) scores."""
-    apart: NDArray[np.float64] = scores.std(axis=0)
-    return apart
+    return np.asarray(scores.std(axis=0))

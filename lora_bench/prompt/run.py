@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config, environment
+from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.pairs import cache_folder
 from lora_bench.errors import RunFailedError, UserError
@@ -70,8 +71,8 @@ class Request:
         )
         if made.predictions is None:
             remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with answers."
-            config.need(bool(made.llm.model), "llm.model", None, "is needed", remedy)
-            config.need(bool(made.llm.base_url), "llm.base_url", None, "is needed", remedy)
+            need(bool(made.llm.model), "llm.model", None, "is needed", remedy)
+            need(bool(made.llm.base_url), "llm.base_url", None, "is needed", remedy)
         if made.metrics:
             from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
 
@@ -136,9 +137,7 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     reported = sources.reported(found)
     if request.split is not None:
         known = ", ".join(reported) or "none"
-        config.need(
-            request.split in reported, "split", request.split, f"is no labelled split to report; there is {known}"
-        )
+        need(request.split in reported, "split", request.split, f"is no labelled split to report; there is {known}")
         reported = {request.split: reported[request.split]}
     if not reported:
         raise UserError("there is no labelled split to report on", key="data", remedy="Add a validation file.")

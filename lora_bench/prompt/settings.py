@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from lora_bench.config import need, need_number
+from lora_bench.checks import need, need_number
 from lora_bench.errors import UserError
 
 

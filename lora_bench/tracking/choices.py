@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_bench.config import build, need
+from lora_bench.checks import need
+from lora_bench.config import build
 from lora_bench.errors import nearest
 from lora_bench.tracking.mlflow import MLflow
 from lora_bench.tracking.tensorboard import TensorBoard

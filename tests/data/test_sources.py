@@ -34,6 +34,7 @@ COMMON: dict[str, Any] = {
     "augment_share": 0.5,
     "intensity": 0.2,
     "unseen": False,
+    "report": True,
 }
 HUB = HubData(source="hub", hub_id="nyu-mll/glue", hub_config="qqp", revision=None, **COMMON)
 HEADER = "question1\tquestion2\tlabel\n"
