@@ -6,6 +6,7 @@ file under `adapters/`), its range check in `__post_init__`. Below this file and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 

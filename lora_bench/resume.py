@@ -45,7 +45,7 @@ def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
     Raises:
         UserError: more is asked for than to go on.
     """
-    more = [override for override in arguments.overrides if override.partition("=")[0].lstrip("+~") != "resume"]
+    more = [override for override in arguments.overrides if sweep.key_of(override) != "resume"]
     if more or arguments.config_dir is not None:
         asked = more[0] if more else "--config-dir"
         raise UserError(f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder)

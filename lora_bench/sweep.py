@@ -99,6 +99,11 @@ def _take(folder: Path) -> FileLock:
     return lock
 
 
+def key_of(override: str) -> str:
+    """The key that an override sets."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def leads_out(name: str) -> bool:
     """Whether a job of this name would lie elsewhere than below the sweep's folder, or nowhere."""
     return Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name

@@ -97,7 +97,7 @@ def train_pack(
     members = [
         member
         for experiment, source in zip(experiments, sources, strict=True)
-        for member in experiment.members(source and source.ranks)
+        for member in experiment.members(source.ranks if source else None)
     ]
     pack = Pack(common.backbone, members)
     try:

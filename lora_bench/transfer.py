@@ -36,13 +36,9 @@ class Found:
     values: dict[str, float]
 
 
-def key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def told_of(job: Sequence[str]) -> dict[str, str]:
     """What says which data a job is of: its choice, and its path where it has one."""
-    return {key_of(text): text.partition("=")[2] for text in job if key_of(text) in ("data", "data.path")}
+    return {sweep.key_of(text): text.partition("=")[2] for text in job if sweep.key_of(text) in ("data", "data.path")}
 
 
 def task_of(job: Sequence[str]) -> str:

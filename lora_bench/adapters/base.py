@@ -74,7 +74,7 @@ class Adapter(ABC):
     init_from: str | None
     """The folder of a finished run whose adapter this one begins as, of the same backbone, method and ranks."""
 
-    only_learning = ("default_lr", "init_from", "dropout")
+    only_learning = frozenset({"default_lr", "init_from", "dropout"})
     """Settings that say how it learns, and not what its tensors mean."""
     trains_backbone = False
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""

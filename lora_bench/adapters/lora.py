@@ -69,7 +69,7 @@ class LoRA(OnLinears):
     """Take the frozen weights quantised: `nf4`, `int8`, `int4`, `int2` (QLoRA, Dettmers et al. 2023, arXiv 2305.14314);
     null: as they are."""
 
-    only_learning = (*OnLinears.only_learning, "lr_ratio", "weight_decay_B", "calibration_batches")
+    only_learning = OnLinears.only_learning | {"lr_ratio", "weight_decay_B", "calibration_batches"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

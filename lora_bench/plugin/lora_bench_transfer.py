@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra_plugins.lora_bench_grid import GridSweeper, GridSweeperConf
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lora_bench import transfer
 from lora_bench.errors import DivergedError, UserError
 from lora_bench.experiments import flat
+from lora_bench.plugin.lora_bench_grid import GridSweeper, GridSweeperConf
 from lora_bench.resume import quoted
-from lora_bench.transfer import key_of, task_of, told_of
+from lora_bench.sweep import key_of, read
+from lora_bench.transfer import task_of, told_of
 
 
 @dataclass
@@ -48,7 +49,7 @@ class TransferSweeper(GridSweeper):
         few: dict[str, Any],
     ) -> None:
         super().__init__(max_batch_size, params, exclude)
-        asked: Any = OmegaConf.to_container(few) if isinstance(few, DictConfig) else few  # type: ignore[unreachable]
+        asked: Any = OmegaConf.to_container(OmegaConf.create(few))
         self.shots = list(shots)
         self.few = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
         self.combinations: list[list[str]] = []
@@ -102,7 +103,6 @@ class TransferSweeper(GridSweeper):
         from lora_bench.evaluate import run_eval  # torch: late
         from lora_bench.help import conf_folder
         from lora_bench.hydra_errors import compose
-        from lora_bench.sweep import read
 
         for other in self.combinations:
             name = task_of(other)

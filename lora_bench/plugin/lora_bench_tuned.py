@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from lora_bench.errors import DivergedError, UserError
 from lora_bench.experiments import flat
 from lora_bench.plugin.lora_bench_grid import GridSweeper, GridSweeperConf
+from lora_bench.sweep import key_of
 
 CHOSEN, REPEATED = "optimizer.lr", "seed"
 
@@ -42,7 +43,7 @@ class TunedSweeper(GridSweeper):
         super().__init__(max_batch_size, params, exclude)
         asked: Any = OmegaConf.to_container(OmegaConf.create(tune))
         self.tune = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
-        self.replaced = {_key(override) for override in self.tune}
+        self.replaced = {key_of(override) for override in self.tune}
         self.combinations: list[list[str]] = []
 
     def _first(self, jobs: list[list[str]]) -> list[list[str]]:
@@ -51,7 +52,7 @@ class TunedSweeper(GridSweeper):
             remedy = f"Give {CHOSEN} several values, or take a sweep without choosing."
             raise UserError("has one value, so there is nothing to choose", key=CHOSEN, remedy=remedy)
         left_out = self.replaced | {REPEATED}
-        tuning = [[text for text in job if _key(text) not in left_out] + self.tune for job in jobs]
+        tuning = [[text for text in job if key_of(text) not in left_out] + self.tune for job in jobs]
         distinct = list({tuple(job): job for job in tuning}.values())
         return [[*job, f"hydra.sweep.subdir=tune/{number}"] for number, job in enumerate(distinct)]
 
@@ -80,8 +81,10 @@ class TunedSweeper(GridSweeper):
 
     def _kind(self, job: Sequence[str]) -> str:
         """What tells a job from others, but for what is chosen, repeated or only of one stage."""
-        varying = {_key(text) for text in job if len({_value(other, _key(text)) for other in self.combinations}) > 1}
-        return " ".join(text for text in job if _key(text) in varying - self.replaced - {CHOSEN, REPEATED})
+        varying = {
+            key_of(text) for text in job if len({_value(other, key_of(text)) for other in self.combinations}) > 1
+        }
+        return " ".join(text for text in job if key_of(text) in varying - self.replaced - {CHOSEN, REPEATED})
 
     def _choose(self, kind: str, scores: dict[str, float | None]) -> str | None:
         told = ", ".join(f"{rate}: {'no result' if mcc is None else f'{mcc:.4f}'}" for rate, mcc in scores.items())
@@ -101,9 +104,5 @@ def _reporting(jobs: list[list[str]]) -> list[list[str]]:
     return [[*job, f"hydra.sweep.subdir=report/{number}"] for number, job in enumerate(jobs)]
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def _value(job: Sequence[str], key: str) -> str:
-    return next((text.partition("=")[2] for text in reversed(job) if _key(text) == key), "")
+    return next((text.partition("=")[2] for text in reversed(job) if key_of(text) == key), "")

@@ -23,6 +23,7 @@ COMMON: dict[str, Any] = {
     "task": "qqp",
     "text_columns": ["question1", "question2"],
     "label_column": "label",
+    "label_threshold": None,
     "label_names": ["not_duplicate", "duplicate"],
     "max_length": 128,
     "train_size": None,
