@@ -230,7 +230,7 @@ def test_what_is_no_ensemble_is_refused() -> None:
     said = refused("train", *ASKED, "ensemble.members=1")
     assert "ensemble.members=1: is no ensemble: it takes at least 2 members" in said
     assert "ensemble.vary=[]: is empty" in refused("train", *ASKED, THREE, "ensemble.vary=[]")
-    assert "is not one of init, order, dropout" in refused("train", *ASKED, THREE, "ensemble.vary=[luck]")
+    assert "holds something else than init, order, dropout" in refused("train", *ASKED, THREE, "ensemble.vary=[luck]")
     said = refused("train", *ASKED, THREE, "ensemble.vary=[dropout]")
     assert "without dropout the members would all be the same" in said
     assert "pack.halving=true: stops jobs" in refused("train", "-m", *ASKED, THREE, "seed=0,1", "pack.halving=true")

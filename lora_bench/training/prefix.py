@@ -65,9 +65,10 @@ class PrefixCache:
         first, *others = tables
         together = [first, *(name for name in others if name == "swapped")]
         for names in (together, *([name] for name in others if name not in together)):
+            if any(tables[name].augmentation is not None for name in names):  # other pairs in each epoch
+                break
             used += sum(self._size(pack, tables[name]) for name in names)
-            # What is augmented holds other pairs in each epoch.
-            if used > self.limit_bytes or any(tables[name].augmentation is not None for name in names):
+            if used > self.limit_bytes:
                 break
             kept += names
         self.flops = _flops(pack, [tables[name] for name in kept]) if kept else 0.0
