@@ -253,7 +253,7 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How jobs of a sweep share one backbone; nothing here changes what a job learns."""
+    """How jobs of a sweep share one backbone; what a job learns it learns in any pack."""
 
     size: int | None
     """Jobs trained together; null: as many as memory takes, 1: one after another."""
@@ -263,9 +263,9 @@ class Packing:
     """Stop the worse half of a pack's jobs, by selection MCC, after an eighth, a quarter and the half of the steps."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "memory_bytes"):
-            if getattr(self, name) is not None:
-                need_number(name, getattr(self, name), 1)
+        for name in (name for name in ("size", "memory_bytes") if getattr(self, name) is not None):
+            need_number(name, getattr(self, name), 1)
+        need(self.size != 1 or not self.halving, "halving", "true", "compares jobs of a pack; pack.size=1 makes it one")
 
 
 @dataclass(frozen=True, kw_only=True)

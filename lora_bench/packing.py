@@ -54,8 +54,10 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         ended: called with each job when it has ended, and what ended it before its time.
     """
     for group in grouped(jobs):
+        halving = group.experiments[0].pack.halving
         if group.alone:
-            console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}"))
+            so = ", so pack.halving does not stop it" if halving else ""
+            console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
         try:
             common = Common.load(group.experiments[0])
             packs = sized(group, common, ended)
@@ -63,6 +65,8 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             for job in group.jobs:
                 ended(job, error)
             continue
+        if halving and len(packs) > 1:
+            console.print(f"note: pack.halving leaves one job of each pack, and there are {len(packs)}")
         for pack in packs:
             _train(pack, common, console, ended)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,31 @@ def test_halving_leaves_one_and_who_was_stopped_can_be_gone_on_with() -> None:
     assert lora_bench("train", "-m", *asked, "hydra.sweep.dir=whole", RATE, *ranks).code == 0
     for k in (winner, loser):
         assert_same(f"sweep/{k}", f"whole/{k}", 1e-4)
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_halving_says_what_it_does_not_stop() -> None:
+    halving = "pack.halving=true"
+    answer = lora_bench("train", "-m", *ASKED, SWEEP, halving, "pack.size=2", "adapter=lora,full", "seed=0,1,2")
+    assert answer.code == 0, answer
+    assert "job 3 runs alone: full trains the backbone itself, so pack.halving does not stop it" in answer.out
+    assert "note: pack.halving leaves one job of each pack, and there are 2" in answer.out
+    statuses = [record(f"sweep/{k}")["status"] for k in range(6)]
+    assert sorted(statuses[:2]) == ["done", "interrupted"]
+    assert statuses[2:] == ["done"] * 4
+    said = refused("train", "-m", *ASKED, SWEEP, halving, "pack.size=1", "seed=0,1")
+    assert "pack.halving=true: compares jobs of a pack; pack.size=1 makes it one" in said
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_what_a_sweep_lacks_is_one_pack_whatever_lies_between() -> None:
+    assert lora_bench("train", "-m", *ASKED, SWEEP, "seed=range(5)").code == 0
+    for k in (0, 2, 4):
+        shutil.rmtree(f"sweep/{k}")
+    assert lora_bench("train", "-m", "resume=sweep").code == 0
+    found = [record(f"sweep/{k}") for k in range(5)]
+    assert [each["cost"]["pack_size"] for each in found] == [3, 5, 3, 5, 3]
+    assert [each["config"]["seed"] for each in found] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("in_tmp")

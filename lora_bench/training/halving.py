@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def places(step: int, steps: int) -> int | None:
-    """How many members may go on after update `step` of `steps`; None where nobody is stopped."""
+def places(step: int, steps: int) -> int:
+    """How many members may go on from update `step` of `steps`.
+
+    It holds after every update, so that whoever should have been stopped before a kill is stopped soon after.
+    """
     share = 2
-    while steps // share >= 1:
-        if step == steps // share:
-            return share // 2
+    while steps // share > step:
         share *= 2
-    return None
+    return share // 2
 
 
 def losers(scores: Mapping[int, float], left: int) -> list[int]:

@@ -182,9 +182,10 @@ def fit(
             watcher.stepped(step, losses, B)
 
         pack.live = running()
-        left = places(step, steps) if halving else None
-        stopping = left is not None and left < len(pack.live)
-        if pack.live and (step % eval_every == 0 or step == steps or stopping):
+        due = step % eval_every == 0 or step == steps
+        crowded = halving and step < steps and len(pack.live) > places(step, steps)
+        losing: list[int] = []
+        if pack.live and (due or crowded):
             found: dict[int, float] = {}
             with averaged(averages[k] for k in pack.live):
                 began = time.perf_counter()
@@ -192,7 +193,8 @@ def fit(
                 seconds = time.perf_counter() - began
                 for k, own in zip(pack.live, scores, strict=True):
                     with contained(outcomes[k]):
-                        settled = pack.members[k].adapter.settled(step, steps)
+                        # A look that only halving asks for chooses no state: without it there would have been none.
+                        settled = due and pack.members[k].adapter.settled(step, steps)
                         mcc = _judge(
                             pack, k, outcomes[k], own, selection, step, plan, seconds, settled, metrics, watcher
                         )
@@ -201,21 +203,22 @@ def fit(
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
-            for k in losers({k: found[k] for k in running()}, left) if stopping and left is not None else ():
-                with contained(outcomes[k]):
-                    if checkpoints:  # who wants to know can go on with it
-                        checkpoints[k].save(step, *state.gather(k))
-                    outcomes[k].status = "stopped"
+            if crowded:
+                losing = losers({k: found[k] for k in running()}, places(step, steps))
         if interruption:
             interruption.asked = processes.any_asked(interruption.asked)
         asked = interruption is not None and interruption.asked is not None
-        if checkpoints and (asked or step % (trainer.checkpoint_every or eval_every) == 0):
-            for k in running():
+        if checkpoints and (asked or losing or step % (trainer.checkpoint_every or eval_every) == 0):
+            for k in running():  # who loses too: it can be gone on with
                 with contained(outcomes[k]):
                     checkpoints[k].save(step, *state.gather(k))
+        for k in losing:
+            if outcomes[k].status == "running":
+                outcomes[k].status = "stopped"
+        end([k for k in losing if outcomes[k].status == "stopped"])
         if interruption:
             interruption.act()
-        end([k for k in live if outcomes[k].status != "running"])
+        end([k for k in live if outcomes[k].status not in ("running", "stopped")])
 
     last = running()
     for k in last:

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_bench.training import loop
 from lora_bench.training.halving import losers, places
+from lora_bench.training.interrupt import Interruption
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Mapping
 
     from lora_bench.adapters.pack import Pack
 
 
 def test_of_eight_four_two_and_one_go_on() -> None:
-    assert {step: left for step in range(1, 801) if (left := places(step, 800)) and left <= 4} == {
-        100: 4,
-        200: 2,
-        400: 1,
-    }
+    changes = {step: places(step, 800) for step in range(2, 801) if places(step, 800) != places(step - 1, 800)}
+    assert {step: left for step, left in changes.items() if left <= 4} == {100: 4, 200: 2, 400: 1}
 
 
 @given(st.integers(1, 10_000))
 def test_fewer_and_fewer_go_on_and_one_is_left(steps: int) -> None:
-    found = [left for step in range(1, steps + 1) if (left := places(step, steps)) is not None]
+    found = [places(step, steps) for step in range(1, steps + 1)]
     assert found == sorted(found, reverse=True)
-    assert steps == 1 or found[-1] == 1
+    assert found[-1] == 1
 
 
 @given(st.dictionaries(st.integers(0, 50), st.floats(-1, 1), min_size=1), st.integers(1, 60))
@@ -41,24 +41,36 @@ def test_the_best_go_on(scores: dict[int, float], left: int) -> None:
     assert all(scores[k] >= scores[other] for k in kept for other in stopped)
 
 
-def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made() -> Pack:
-        return pack("bert", *((adapter("lora", "rank=2"), seed) for seed in range(4)))
+MCCS = (0.1, 0.4, 0.3, 0.2)
 
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halving is told these, whatever the members score."""
     judge = loop._judge
 
     def judged(pack: Pack, member: int, *arguments: Any) -> float:
         judge(pack, member, *arguments)
-        return (0.1, 0.4, 0.3, 0.2)[member]
+        return MCCS[member]
 
     monkeypatch.setattr(loop, "_judge", judged)
-    halved, whole = made(), made()
+
+
+def four() -> Pack:
+    return pack("bert", *((adapter("lora", "rank=2"), seed) for seed in range(4)))
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("eval_every", [4, 5])
+def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(eval_every: int) -> None:
+    """Also where halving looks at the selection split in between, which then chooses nothing and tries no patience."""
+    halved, whole = four(), four()
     train, selection = tables(halved.backbone)
-    settings, stopped = trainer(16, eval_every=4), []
+    settings, stopped = trainer(16, eval_every=eval_every), []
     outcomes = loop.fit(
         halved, [optimizer()] * 4, settings, train, selection, halving=True, ended=lambda who: stopped.append([*who])
     )
-    loop.fit(whole, [optimizer()] * 4, settings, train, selection)
+    undisturbed = loop.fit(whole, [optimizer()] * 4, settings, train, selection)[1]
     assert stopped == [[0, 3], [2], [1]]
     assert [(outcome.status, outcome.steps) for outcome in outcomes] == [
         ("stopped", 4),
@@ -66,6 +78,36 @@ def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(monke
         ("stopped", 8),
         ("stopped", 4),
     ]
+    assert outcomes[1].without_gain == undisturbed.without_gain
+    assert outcomes[1].best is not None
+    assert undisturbed.best is not None
+    assert outcomes[1].best["step"] == undisturbed.best["step"]
     halved.live = whole.live = [1]
     np.testing.assert_allclose(loop.predict(halved, selection, 8), loop.predict(whole, selection, 8), atol=1e-6)
     assert_close(halved.state(1), whole.state(1), atol=1e-6)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_ctrl_c_in_the_step_that_stops_some_leaves_them_stopped() -> None:
+    halved, interruption, stopped = four(), Interruption(), []
+    train, selection = tables(halved.backbone)
+
+    class Impatient:
+        def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
+            interruption.asked = signal.SIGINT if step == 4 else None
+
+        def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(
+            halved,
+            [optimizer()] * 4,
+            trainer(16, eval_every=4),
+            train,
+            selection,
+            halving=True,
+            watcher=Impatient(),
+            ended=lambda who: stopped.append([*who]),
+            interruption=interruption,
+        )
+    assert stopped == [[0, 3]]
