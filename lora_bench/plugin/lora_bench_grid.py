@@ -1,7 +1,7 @@
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
@@ -80,13 +80,15 @@ class GridSweeper(BasicSweeper):
             asked = [text for text in [*typed["hydra"], *typed["task"]] if not text.startswith("resume=")]
             places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
             lock = sweep.begin(folder, asked, places[0] if places else None, jobs)
-        ran, failures = 0, []
+        tried: set[int] = set()
+        failures: list[Exception] = []
         try:
             while True:
-                for batch in self._batches(folder, sweep.read(folder)):
+                for batch in self._batches(folder, sweep.read(folder), tried):
                     ended = [done.return_value for done in self._launch(batch)]
-                    ran += len(ended)
-                    failures += [error for error in ended if error is not None and not self._expected(error)]
+                    tried |= batch.keys()
+                    for job, error in zip(batch.values(), ended, strict=True):
+                        failures += [] if error is None or self._expected(job, error) else [error]
                 begun = sweep.read(folder).jobs
                 more = self._next(folder, begun)
                 if not more:
@@ -100,7 +102,7 @@ class GridSweeper(BasicSweeper):
                 self._conclude(folder)
             if lacking := len(sweep.read(folder).lacks(folder)):
                 print(f"{lacking} of {len(begun)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
-        _raise_failures(failures, ran)
+        _raise_failures(failures, len(tried))
 
     # -- what a sweeper of more than one stage does otherwise --
 
@@ -116,8 +118,8 @@ class GridSweeper(BasicSweeper):
         """The jobs that follow from how those before ended."""
         return []
 
-    def _expected(self, error: Exception) -> bool:
-        """Whether that a job ends so is a result like another."""
+    def _expected(self, job: Sequence[str], error: Exception) -> bool:
+        """Whether that this job ends so is a result like another."""
         return False
 
     def _conclude(self, folder: Path) -> None:
@@ -126,6 +128,13 @@ class GridSweeper(BasicSweeper):
 
         print()
         main([str(folder)])
+
+    def _refuse_halving(self) -> None:
+        """For sweeps whose jobs are no rivals."""
+        assert self.config is not None
+        if self.config.pack.halving:
+            reason = "would stop jobs of this sweep against one another that it needs all of"
+            raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.")
 
     def _combinations(self, overrides: list[Override]) -> list[list[str]]:
         (jobs,) = BasicSweeper.split_arguments(overrides, None)
@@ -179,10 +188,12 @@ class GridSweeper(BasicSweeper):
             del composed["hydra"]
         return name, Experiment.build(composed).identity
 
-    def _batches(self, folder: Path, begun: Sweep) -> Iterator[Batch]:
-        """What the sweep lacks, by number, as many at a time as the launcher may be given."""
+    def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:
+        """What the sweep lacks and was not tried yet, by number, as many at a time as the launcher may be given."""
         batch: Batch = {}
         for number, is_begun in begun.lacks(folder).items():
+            if number in tried:
+                continue
             if self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size:
                 yield batch
                 batch = {}

@@ -56,6 +56,7 @@ class TransferSweeper(GridSweeper):
 
     def _first(self, jobs: list[list[str]]) -> list[list[str]]:
         self.combinations = jobs
+        self._refuse_halving()
         tasks = {task_of(job): told_of(job) for job in jobs}
         for job in jobs:
             if told_of(job) != tasks[task_of(job)]:
@@ -116,7 +117,7 @@ class TransferSweeper(GridSweeper):
             except UserError as error:
                 print(f"{task_of(job)} is not scored on {name}: {error}")
 
-    def _expected(self, error: Exception) -> bool:
+    def _expected(self, job: Sequence[str], error: Exception) -> bool:
         return isinstance(error, DivergedError)  # an empty place in the matrix
 
     def _conclude(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ report/   each of them at its best rate, with all seeds
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lora_bench.experiments import flat
 from lora_bench.plugin.lora_bench_grid import GridSweeper, GridSweeperConf
 from lora_bench.sweep import key_of
 
-CHOSEN, REPEATED = "optimizer.lr", "seed"
+CHOSEN, REPEATED, PLACE = "optimizer.lr", "seed", "hydra.sweep.subdir"
 
 
 @dataclass
@@ -45,16 +46,25 @@ class TunedSweeper(GridSweeper):
         self.tune = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
         self.replaced = {key_of(override) for override in self.tune}
         self.combinations: list[list[str]] = []
+        self.told: set[str] = set()
+        """What has been said of these is not said again."""
 
     def _first(self, jobs: list[list[str]]) -> list[list[str]]:
         self.combinations = jobs
-        if len({_value(job, CHOSEN) for job in jobs}) < 2:
+        self._refuse_halving()
+        rates = {_value(job, CHOSEN) for job in jobs}
+        for rate in rates:
+            with suppress(ValueError):
+                float(rate)
+                continue
+            raise UserError("is not a number", key=CHOSEN, value=rate, remedy="All methods get the same values.")
+        if len(rates) < 2:
             remedy = f"Give {CHOSEN} several values, or take a sweep without choosing."
             raise UserError("has one value, so there is nothing to choose", key=CHOSEN, remedy=remedy)
         left_out = self.replaced | {REPEATED}
         tuning = [[text for text in job if key_of(text) not in left_out] + self.tune for job in jobs]
         distinct = list({tuple(job): job for job in tuning}.values())
-        return [[*job, f"hydra.sweep.subdir=tune/{number}"] for number, job in enumerate(distinct)]
+        return [[*job, f"{PLACE}=tune/{number}"] for number, job in enumerate(distinct)]
 
     def _later(self, jobs: list[list[str]]) -> list[list[str]]:
         """The combinations at any one rate."""
@@ -62,22 +72,39 @@ class TunedSweeper(GridSweeper):
         return _reporting([job for job in jobs if _value(job, CHOSEN) == any_rate])
 
     def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
-        """Each combination, with all seeds, at the rate whose run has the best selection MCC."""
-        from lora_bench import record
+        """Each combination, with all seeds, at the rate whose run has the best selection MCC.
 
-        if any(name.startswith("report/") for name in jobs):
-            return []
+        One of whose rates some have yet to be tried, because their runs failed, is left for when the sweep is resumed.
+        """
+        from lora_bench import record, sweep
+
+        reported = [job for name, job in jobs.items() if name.startswith("report/")]
         scores: dict[str, dict[str, float | None]] = {}
+        lacking: set[str] = set()
         for name, job in jobs.items():
-            found = record.read(folder / name) if (folder / name / "run.json").exists() else None
-            mcc = found["metrics"].get("selection/mcc") if found and found["status"] == "done" else None
-            scores.setdefault(self._kind(job), {})[_value(job, CHOSEN)] = mcc
-        best = {kind: self._choose(kind, of_kind) for kind, of_kind in scores.items()}
-        kept = [job for job in self.combinations if _value(job, CHOSEN) == best[self._kind(job)]]
-        return _reporting(kept)
+            if name.startswith("tune/"):
+                kind = self._kind(job)
+                found = record.read(folder / name) if (folder / name / "run.json").exists() else None
+                if found is None or found["status"] not in sweep.ENDED:
+                    lacking.add(kind)
+                mcc = found["metrics"].get("selection/mcc") if found and found["status"] == "done" else None
+                scores.setdefault(kind, {})[_value(job, CHOSEN)] = mcc
+        best: dict[str, str | None] = {}
+        self.told |= {self._kind(job) for job in reported}
+        for kind, of_kind in scores.items():
+            if kind in self.told:
+                continue
+            self.told.add(kind)
+            if kind in lacking:
+                print(f"{kind or 'all'}: {CHOSEN} is not chosen yet, as runs that try it failed")
+            else:
+                best[kind] = self._choose(kind, of_kind)
+        kept = [job for job in self.combinations if best.get(self._kind(job)) == _value(job, CHOSEN)]
+        return _reporting(kept, len(reported))
 
-    def _expected(self, error: Exception) -> bool:
-        return isinstance(error, DivergedError)  # a rate that is too high is told by its absence from the choice
+    def _expected(self, job: Sequence[str], error: Exception) -> bool:
+        """A rate that is too high for choosing is told by its absence from the choice."""
+        return isinstance(error, DivergedError) and any(text.startswith(f"{PLACE}=tune/") for text in job)
 
     def _kind(self, job: Sequence[str]) -> str:
         """What tells a job from others, but for what is chosen, repeated or only of one stage."""
@@ -100,8 +127,8 @@ class TunedSweeper(GridSweeper):
         return best
 
 
-def _reporting(jobs: list[list[str]]) -> list[list[str]]:
-    return [[*job, f"hydra.sweep.subdir=report/{number}"] for number, job in enumerate(jobs)]
+def _reporting(jobs: list[list[str]], first: int = 0) -> list[list[str]]:
+    return [[*job, f"{PLACE}=report/{number}"] for number, job in enumerate(jobs, first)]
 
 
 def _value(job: Sequence[str], key: str) -> str:

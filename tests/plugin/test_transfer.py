@@ -107,6 +107,7 @@ def test_tasks_that_do_not_fit_leave_their_cells_empty() -> None:
 def test_what_is_no_matrix_is_refused() -> None:
     one = [each.replace("data.path=one,two", "data.path=one") for each in ASKED]
     assert "there is one task, so nothing to transfer to" in refused("train", *one)
+    assert "pack.halving=true: would stop jobs of this sweep" in refused("train", *ASKED, "pack.halving=true")
     shutil.copytree("two", "deeper/one")
     alike = [each.replace("data.path=one,two", "data.path=one,deeper/one") for each in ASKED]
     assert "two tasks have one name" in refused("train", *alike)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lora_bench import train
+from lora_bench.adapters.lora import LoRA
+from lora_bench.errors import DivergedError
 from lora_bench.training import loop
 from tests.command_line import lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from lora_bench.adapters.base import Update
 
 FEW = ["hydra.sweeper.tune.data.train_size=20", "hydra.sweeper.tune.trainer.epochs=1"]
 ASKED = toy_run("sweep=methods", "adapter=lora,head_only", "optimizer.lr=1e-3,1e-2", "seed=0,1", *FEW)
@@ -106,6 +112,65 @@ def test_a_method_for_which_no_rate_works_is_said_and_the_others_are_reported() 
     assert answer.code == 0, answer
     assert "1e+38: no result" in answer.out
     assert {record["config"]["optimizer"]["lr"] for record in records("report")} == {1e-3}
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_method_whose_rates_were_not_all_tried_is_reported_once_they_are(
+    scored: dict[tuple[bool, float], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here LoRA's better rate fails at first, by no fault of its own."""
+    scored |= {(True, 1e-3): 0.5, (True, 1e-2): 0.6, (False, 1e-3): 0.1, (False, 1e-2): 0.2}
+
+    def broken(self: LoRA, updates: dict[str, Update], step: int, steps: int) -> None:
+        raise RuntimeError("a cable")
+
+    make = train.fit
+
+    def sometimes(pack: Any, optimizers: Any, *arguments: Any, **keywords: Any) -> Any:
+        with monkeypatch.context() as patch:
+            if isinstance(pack.members[0].adapter, LoRA) and optimizers[0].lr == 1e-2:
+                patch.setattr(LoRA, "after_step", broken)
+            return make(pack, optimizers, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", sometimes)
+        answer = lora_bench("train", *ASKED, "pack.size=1")
+    assert (answer.code, answer.err) == (1, "lora-bench: 1 of 6 jobs failed\n")
+    assert answer.out.count("adapter=lora: optimizer.lr is not chosen yet, as runs that try it failed") == 1
+    assert [each["choices"]["adapter"] for each in records("report")] == ["head_only"] * 2
+    answer = lora_bench("train", "-m", "resume=sweep")
+    assert (answer.code, answer.err) == (0, "")
+    found = [(each["choices"]["adapter"], each["config"]["optimizer"]["lr"]) for each in records("report")]
+    assert found == [("head_only", 1e-2)] * 2 + [("lora", 1e-2)] * 2
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_chosen_rate_that_diverges_with_more_pairs_has_failed(
+    scored: dict[tuple[bool, float], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored |= {(True, 1e-3): 0.5, (True, 1e-2): 0.4, (False, 1e-3): 0.1, (False, 1e-2): 0.2}
+    judge = loop._judge
+
+    def judged(pack: Any, member: int, outcome: Any, scores: Any, selection: Any, *arguments: Any) -> None:
+        if pack.members[member].seed == 1:  # only what is reported has such a seed
+            raise DivergedError("the loss is nan")
+        judge(pack, member, outcome, scores, selection, *arguments)
+
+    monkeypatch.setattr(loop, "_judge", judged)
+    answer = lora_bench("train", *ASKED)
+    assert (answer.code, answer.err) == (1, "lora-bench: 2 of 8 jobs failed\n")
+    assert [each["status"] for each in records("report")] == ["done", "diverged"] * 2
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_methods_are_not_stopped_against_one_another() -> None:
+    assert "pack.halving=true: would stop jobs of this sweep" in refused("train", *ASKED, "pack.halving=true")
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_rates_are_the_same_for_all_methods() -> None:
+    own = [text.replace("optimizer.lr=1e-3,1e-2", "optimizer.lr=1e-3,${adapter.default_lr}") for text in ASKED]
+    assert "is not a number. All methods get the same values." in refused("train", *own)
 
 
 @pytest.mark.usefixtures("in_tmp")
