@@ -23,6 +23,12 @@ def places(step: int, steps: int) -> int:
     return share // 2
 
 
-def losers(scores: Mapping[int, float], left: int) -> list[int]:
-    """Which members stop: all but the `left` best by score; of equals the first go on."""
-    return sorted(sorted(scores, key=lambda member: -scores[member])[left:])
+def losers(scores: Mapping[int, tuple[float, float]], left: int) -> list[int]:
+    """Which members stop: all but the `left` best.
+
+    Args:
+        scores: of each its MCC and AUROC; the second decides among equals, such as those that answer all alike so far,
+            whose MCC is 0.
+        left: how many go on.
+    """
+    return sorted(sorted(scores, key=lambda member: scores[member], reverse=True)[left:])

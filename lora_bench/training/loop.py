@@ -186,7 +186,7 @@ def fit(
         crowded = halving and step < steps and len(pack.live) > places(step, steps)
         losing: list[int] = []
         if pack.live and (due or crowded):
-            found: dict[int, float] = {}
+            found: dict[int, tuple[float, float]] = {}
             with averaged(averages[k] for k in pack.live):
                 began = time.perf_counter()
                 scores = predict(pack, selection, trainer.eval_batch_size, processes)  # (K, N)
@@ -195,11 +195,11 @@ def fit(
                     with contained(outcomes[k]):
                         # A look that only halving asks for chooses no state: without it there would have been none.
                         settled = due and pack.members[k].adapter.settled(step, steps)
-                        mcc = _judge(
+                        values = _judge(
                             pack, k, outcomes[k], own, selection, step, plan, seconds, settled, metrics, watcher
                         )
-                        if mcc is not None:
-                            found[k] = mcc
+                        if values is not None:
+                            found[k] = values
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
@@ -303,11 +303,11 @@ def _judge(
     settled: bool,
     metrics: Mapping[str, Metric] | None,
     watcher: Watcher | None,
-) -> float | None:
+) -> tuple[float, float] | None:
     """Score one member on the selection split; remember its state where it is settled and the best so far.
 
     Returns:
-        Its MCC; None where it has diverged.
+        Its MCC and AUROC; None where it has diverged.
     """
     assert selection.labels is not None
     try:
@@ -325,4 +325,4 @@ def _judge(
         outcome.without_gain += 1
     if watcher:
         watcher.evaluated(member, line)
-    return float(values["mcc"])
+    return float(values["mcc"]), float(values["auroc"] or 0.0)

@@ -33,15 +33,22 @@ def test_fewer_and_fewer_go_on_and_one_is_left(steps: int) -> None:
     assert found[-1] == 1
 
 
-@given(st.dictionaries(st.integers(0, 50), st.floats(-1, 1), min_size=1), st.integers(1, 60))
-def test_the_best_go_on(scores: dict[int, float], left: int) -> None:
+SCORE = st.tuples(st.sampled_from([0.0, 0.1]) | st.floats(-1, 1), st.floats(0, 1))
+
+
+@given(st.dictionaries(st.integers(0, 50), SCORE, min_size=1), st.integers(1, 60))
+def test_the_best_go_on(scores: dict[int, tuple[float, float]], left: int) -> None:
     stopped = losers(scores, left)
     kept = scores.keys() - set(stopped)
     assert len(kept) == min(left, len(scores))
     assert all(scores[k] >= scores[other] for k in kept for other in stopped)
 
 
-MCCS = (0.1, 0.4, 0.3, 0.2)
+def test_of_those_that_still_answer_all_alike_the_better_ranking_goes_on() -> None:
+    assert losers({0: (0.0, 0.4), 1: (0.0, 0.7), 2: (-0.1, 0.9), 3: (0.0, 0.6)}, 2) == [0, 2]
+
+
+SCORES = ((0.1, 0.9), (0.4, 0.5), (0.3, 0.6), (0.2, 0.5))
 
 
 @pytest.fixture
@@ -49,9 +56,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halving is told these, whatever the members score."""
     judge = loop._judge
 
-    def judged(pack: Pack, member: int, *arguments: Any) -> float:
+    def judged(pack: Pack, member: int, *arguments: Any) -> tuple[float, float]:
         judge(pack, member, *arguments)
-        return MCCS[member]
+        return SCORES[member]
 
     monkeypatch.setattr(loop, "_judge", judged)
 
