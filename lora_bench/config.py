@@ -287,12 +287,10 @@ class Ensemble:
 
     @property
     def size(self) -> int:
-        """Members of the run; 1 without an ensemble."""
-        return self.members or 1
+        return self.members or 1  # without an ensemble, one
 
 
-VARIED = ("init", "order", "dropout")
-"""In what the members of an ensemble can differ."""
+VARIED = ("init", "order", "dropout")  # in what the members of an ensemble can differ
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,8 @@ def test_what_is_no_matrix_is_refused() -> None:
     shutil.copytree("two", "deeper/one")
     alike = [each.replace("data.path=one,two", "data.path=one,deeper/one") for each in ASKED]
     assert "two tasks have one name" in refused("train", *alike)
-    said = refused("train", *ASKED, "hydra.sweeper.few.trainer.max_steps=0")
+    few = "hydra.sweeper.few.trainer.max_steps="
+    said = refused("train", *(text for text in ASKED if not text.startswith(few)), f"{few}0")
     assert "trainer.max_steps=0" in said  # of the second stage, before the first begins
 
 
