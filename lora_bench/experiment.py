@@ -12,6 +12,7 @@ from lora_bench.adapters import Adapter, method_class
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.besides import describe, perturbations
+from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.augment import augmentations, training_tables
 from lora_bench.data.pairs import TokenTable, tokenize
@@ -81,6 +82,7 @@ class Experiment:
     def build(cls, cfg: DictConfig) -> Experiment:
         """From the composed config; refuses what is out of range, naming the key."""
         config.check_top(cfg, _KEYS)
+        need("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.")
         metrics = config.build_metrics(cfg.metric)
         check_metrics(metrics)
         made = cls(
