@@ -69,11 +69,16 @@ def _on_disk(row: Row) -> Row:
     sizes = []
     for folder in row.folders:
         try:
-            with os.scandir(folder / "adapter") as files:
-                sizes.append(float(sum(file.stat().st_size for file in files)))
+            sizes.append(_bytes(folder / "adapter"))
         except OSError:
             return row
     return replace(row, stats=row.stats | {BYTES: Stat(fmean(sizes), None, row.n)})
+
+
+def _bytes(folder: Path | os.DirEntry[str]) -> float:
+    """Of all files in it; an ensemble has a folder for each member."""
+    with os.scandir(folder) as found:
+        return float(sum(_bytes(each) if each.is_dir() else each.stat().st_size for each in found))
 
 
 def _end(row: Row) -> float | None:

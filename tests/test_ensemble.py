@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import lora_bench
 from lora_bench.adapters.lora import LoRA
+from lora_bench.compare import summarise
 from lora_bench.data.toy import generate
 from lora_bench.evaluation.ensemble import disagreement
 from lora_bench.evaluation.metrics import score
@@ -236,3 +237,10 @@ def test_what_is_no_ensemble_is_refused() -> None:
     assert "pack.halving=true: stops jobs" in refused("train", "-m", *ASKED, THREE, "seed=0,1", "pack.halving=true")
     said = refused("train", *ASKED, THREE, "adapter=full")
     assert "full trains the backbone itself, which the members of an ensemble share" in said
+
+
+def test_compare_counts_the_bytes_of_all_members(runs: Path) -> None:
+    (row,) = summarise([runs / "ensemble"]).rows
+    files = [path.stat().st_size for path in (runs / "ensemble/adapter").rglob("*.*")]
+    assert row.stats["adapter_bytes"].mean == sum(files) > 3 * max(files)
+    assert "members/mcc" in row.stats

@@ -68,7 +68,10 @@ WRONG = [
     ("metric=nonsense", "metric=nonsense: is not one of its choices. Known: average_precision, cohen_kappa"),
     ("metric=[nonsense]", "metric=nonsense: is not one of its choices. Known: average_precision, cohen_kappa"),
     ("experiment=nonsense", "experiment=nonsense: is not one of its choices. Known: enhanced, quickstart"),
-    ("sweep=nonsense", "sweep=nonsense: is not one of its choices. Known: baselines, lr, methods, rank, seeds"),
+    (
+        "sweep=nonsense",
+        "sweep=nonsense: is not one of its choices. Known: baselines, lr, methods, rank, seeds, transfer",
+    ),
     ("adapter=null", "'adapter=null' does not name one of the group's choices"),
     ("adapter=3", "'adapter=3' does not name one of the group's choices"),
     # methods are looked up among ours, never imported by a name
