@@ -273,7 +273,7 @@ def novelty() -> Callable[..., dict[str, float]]:
     def score(scores: Any, *_: Any) -> dict[str, float]:
         known = [np.allclose(scores, other, atol=1e-5, rtol=0) for other in seen]
         seen.append(scores)
-        return {"mcc": float([*known, True].index(True))}
+        return {"mcc": float([*known, True].index(True)), "auroc": 0.5}
 
     return score
 
