@@ -143,12 +143,11 @@ def summarise(
     everything = [describe(folder, record, splits) for folder, record in found]
     finished = [run for run in everything if run.record["status"] == "done"]
     # What was trained to choose a rate is no rival of what was trained with it.
-    choosing = [run for run in finished if run.keys.get("data.report") is False]
-    if len(choosing) < len(finished):
-        everything = [run for run in everything if run not in choosing]
-        finished = [run for run in finished if run not in choosing]
-    else:
-        choosing = []
+    reporting = [run for run in finished if run.keys.get("data.report") is not False]
+    choosing = len(finished) - len(reporting) if reporting else 0
+    if choosing:
+        gone = {run.folder for run in finished} - {run.folder for run in reporting}
+        everything, finished = [run for run in everything if run.folder not in gone], reporting
     keys = [key for key in all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
     keys = [key for key in keys if key not in prompted.OUTSIDE_THE_EXPERIMENT]
     runs = newest_of_each_seed(finished, keys)
@@ -173,7 +172,7 @@ def summarise(
     columns = [*(Column(key, "key") for key in shown), *metrics.values(), *interval, *costs.values()]
     notes = _caveats(rows, runs, len(finished) - len(runs), splits)
     if choosing:
-        notes.append(f"{len(choosing)} runs that only chose a rate (data.report=false) are not shown")
+        notes.append(f"{choosing} runs that only chose a rate (data.report=false) are not shown")
     table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
     return judged(with_costs(table, target), splits[0], baseline, margin)
 

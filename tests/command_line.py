@@ -9,15 +9,19 @@ import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from lora_bench.cli import main
+from lora_bench.recording import Recorder
+from lora_bench.training import loop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    import pytest
 
 TOY_RUN = [
     "model=tiny_bert",
@@ -35,6 +39,46 @@ def toy_run(*overrides: str) -> list[str]:
     """`TOY_RUN` with these overrides, without what they replace."""
     replaced = {override.partition("=")[0] for override in overrides}
     return [*(override for override in TOY_RUN if override.partition("=")[0] not in replaced), *overrides]
+
+
+def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Do something when the record hears of a step."""
+
+    def stepped(recorder: Recorder, number: int, losses: Any, pairs: int) -> None:
+        STEPPED(recorder, number, losses, pairs)
+        if number == step:
+            action()
+
+    patch.setattr(Recorder, "stepped", stepped)
+
+
+STEPPED = Recorder.stepped
+
+
+def signalled(number: int) -> Callable[..., None]:
+    """Sends this process a signal."""
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+def stopped_and_gone_on_with(
+    patch: pytest.MonkeyPatch, sweep: Sequence[str], predictions: Sequence[int]
+) -> list[Answer]:
+    """A sweep in the folder `sweep` that Ctrl-C stops in these predictions, counted from 1, resumed until it ends."""
+    predict, calls = loop.predict, 0
+
+    def stopping(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in predictions:
+            raise KeyboardInterrupt
+        return predict(*arguments, **keywords)
+
+    patch.setattr(loop, "predict", stopping)
+    answers = [lora_bench("train", *sweep)]
+    while answers[-1].code == 130:
+        answers.append(lora_bench("train", "-m", "resume=sweep"))
+    assert answers[0].code == 130
+    return answers
 
 
 @dataclass(frozen=True)

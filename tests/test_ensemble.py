@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -23,9 +22,8 @@ from lora_bench.data.toy import generate
 from lora_bench.evaluation.ensemble import disagreement
 from lora_bench.evaluation.metrics import score
 from lora_bench.experiment import Experiment
-from lora_bench.recording import Recorder
+from tests.command_line import at_step, refused, signalled, toy_run
 from tests.command_line import lora_bench as command
-from tests.command_line import refused, toy_run
 from tests.helpers import composed
 
 if TYPE_CHECKING:
@@ -169,15 +167,8 @@ def test_export_writes_every_member(runs: Path, in_tmp: Path, form: str) -> None
 
 
 def test_it_goes_on_where_it_was_stopped(runs: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stepped = Recorder.stepped
-
-    def stop(recorder: Recorder, step: int, losses: Any, pairs: int) -> None:
-        stepped(recorder, step, losses, pairs)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "stepped", stop)
+        at_step(patch, 4, signalled(signal.SIGTERM))
         answer = command("train", *ASKED, THREE, "adapter.dropout=0.1", "hydra.run.dir=run")
     assert answer.code == 143
     assert record("run")["status"] == "interrupted"

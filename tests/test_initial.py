@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -13,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from lora_bench.recording import Recorder
-from tests.command_line import lora_bench, refused, toy_run
+from tests.command_line import at_step, lora_bench, refused, signalled, toy_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,15 +82,8 @@ def test_it_learns_on_and_can_be_gone_on_with_when_the_other_is_gone(
     train("whole", "adapter.init_from=first")
     assert scores("whole") != scores(first)
     assert record("whole")["config"]["adapter"]["init_from"] == str(first.absolute())  # whatever folder it is read from
-    stepped = Recorder.stepped
-
-    def stop(recorder: Recorder, step: int, losses: Any, pairs: int) -> None:
-        stepped(recorder, step, losses, pairs)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "stepped", stop)
+        at_step(patch, 2, signalled(signal.SIGTERM))
         assert lora_bench("train", *ASKED, "adapter.init_from=first", "hydra.run.dir=run").code == 143
     shutil.rmtree(first)
     answer = lora_bench("train", "resume=run")

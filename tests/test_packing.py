@@ -100,6 +100,7 @@ def test_what_cannot_be_packed_runs_alone_and_says_why() -> None:
 
 @pytest.mark.usefixtures("in_tmp")
 def test_what_lies_below_the_adapted_layers_is_made_once_for_the_whole_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BENCH_CACHE", "cache")  # of its own: other tests leave the same prefix in the common one
     made = []
     fill = prefix._fill
     monkeypatch.setattr(prefix, "_fill", lambda *arguments: made.append(fill(*arguments)))

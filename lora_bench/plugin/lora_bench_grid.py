@@ -1,7 +1,7 @@
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
@@ -17,9 +17,13 @@ from omegaconf import OmegaConf, open_dict
 
 from lora_bench.disk import plain
 from lora_bench.errors import RunFailedError, SweepFailedError, UserError
+from lora_bench.experiments import flat
 from lora_bench.hydra_errors import refuse_code
 from lora_bench.resume import quoted
 from lora_bench.sweep import Sweep
+
+PLACE = "hydra.sweep.subdir"
+"""The key of a job's folder below the sweep's."""
 
 Batch: TypeAlias = dict[int, list[str]]
 
@@ -61,7 +65,7 @@ class GridSweeper(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         combinations = self._combinations(parser.parse_overrides(grid))
         jobs = self._checked(self._first(combinations))
-        later = self._checked(self._later(combinations), len(jobs))
+        later = {} if self.config.resume else self._checked(self._later(combinations), len(jobs))
         if self.config.dry_run:
             jobs |= later
             ended = [done.return_value for done in self.launcher.launch(list(jobs.values()), initial_job_idx=0)]
@@ -164,13 +168,13 @@ class GridSweeper(BasicSweeper):
         for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
             if sweep.leads_out(name):
-                raise UserError("leads out of the sweep's folder", key="hydra.sweep.subdir", value=name)
+                raise UserError("leads out of the sweep's folder", key=PLACE, value=name)
             if identity in asked:
                 reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
                 raise UserError(reason, key="sweep", remedy="Leave one of them out.")
             asked[identity] = job
             if name in found:
-                raise UserError("gives two jobs the same folder", key="hydra.sweep.subdir", value=name)
+                raise UserError("gives two jobs the same folder", key=PLACE, value=name)
             found[name] = job
         return found
 
@@ -212,6 +216,17 @@ class GridSweeper(BasicSweeper):
         for _, row in groupby(enumerate(batch), lambda placed: placed[1] - placed[0]):
             numbers = [number for _, number in row]
             yield from self.launcher.launch([batch[number] for number in numbers], initial_job_idx=numbers[0])
+
+
+def overrides_of(nested: Any) -> list[str]:
+    """What is set in a config node, as overrides: `trainer: {epochs: 3}` as `trainer.epochs=3`."""
+    asked: Any = OmegaConf.to_container(OmegaConf.create(nested))
+    return [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
+
+
+def placed(jobs: Iterable[list[str]], stage: str, first: int = 0) -> list[list[str]]:
+    """The jobs, each in a numbered folder below that of its stage."""
+    return [[*job, f"{PLACE}={stage}/{number}"] for number, job in enumerate(jobs, first)]
 
 
 def _raise_failures(failures: Sequence[Exception], ran: int) -> None:

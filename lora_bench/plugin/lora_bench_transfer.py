@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from lora_bench import transfer
 from lora_bench.errors import DivergedError, UserError
-from lora_bench.experiments import flat
-from lora_bench.plugin.lora_bench_grid import GridSweeper, GridSweeperConf
+from lora_bench.plugin.lora_bench_grid import GridSweeper, GridSweeperConf, overrides_of, placed
 from lora_bench.resume import quoted
 from lora_bench.sweep import key_of, read
 from lora_bench.transfer import task_of, told_of
@@ -49,9 +47,8 @@ class TransferSweeper(GridSweeper):
         few: dict[str, Any],
     ) -> None:
         super().__init__(max_batch_size, params, exclude)
-        asked: Any = OmegaConf.to_container(OmegaConf.create(few))
         self.shots = list(shots)
-        self.few = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
+        self.few = overrides_of(few)
         self.combinations: list[list[str]] = []
 
     def _first(self, jobs: list[list[str]]) -> list[list[str]]:
@@ -64,11 +61,11 @@ class TransferSweeper(GridSweeper):
         if len(tasks) < 2:
             remedy = "Give data several values."
             raise UserError("there is one task, so nothing to transfer to", key="data", remedy=remedy)
-        return [[*job, f"hydra.sweep.subdir=train/{number}"] for number, job in enumerate(jobs)]
+        return placed(jobs, "train")
 
     def _later(self, jobs: list[list[str]]) -> list[list[str]]:
         folder = Path(self.config.hydra.sweep.dir) if self.config else Path()
-        return list(self._from_few(folder, range(len(jobs))))
+        return placed(self._from_few(folder, range(len(jobs))), "few")
 
     def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
         """What was trained is scored on the other tasks; then each task from few examples."""
@@ -82,20 +79,18 @@ class TransferSweeper(GridSweeper):
             if (place / "run.json").exists() and record.read(place)["status"] == "done":
                 done.append(number)
                 self._score_elsewhere(place, self.combinations[number])
-        return list(self._from_few(folder, done))
+        return placed(self._from_few(folder, done), "few")
 
     def _from_few(self, folder: Path, sources: Sequence[int]) -> Iterator[list[str]]:
         """The jobs of the second stage: of each task and number of examples, from none and from each source."""
         replaced = {key_of(text) for text in self.few} | {"data.train_size"}
-        number = 0
         for job in self.combinations:
             own = [text for text in job if key_of(text) not in replaced]
             others = [k for k in sources if _fits(self.combinations[k], job)]
             starts = [f"adapter.init_from={quoted((folder / f'train/{k}').absolute())}" for k in others]
             for shots in self.shots:
                 for start in ([], *([start] for start in starts)):
-                    yield [*own, *self.few, f"data.train_size={shots}", *start, f"hydra.sweep.subdir=few/{number}"]
-                    number += 1
+                    yield [*own, *self.few, f"data.train_size={shots}", *start]
 
     def _score_elsewhere(self, place: Path, job: list[str]) -> None:
         """Score the run on each other task of the sweep, where that has not been done."""

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from lora_bench.errors import DivergedError, UserError
-from lora_bench.experiments import flat
-from lora_bench.plugin.lora_bench_grid import GridSweeper, GridSweeperConf
+from lora_bench.plugin.lora_bench_grid import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
 from lora_bench.sweep import key_of
 
-CHOSEN, REPEATED, PLACE = "optimizer.lr", "seed", "hydra.sweep.subdir"
+CHOSEN, REPEATED = "optimizer.lr", "seed"
 
 
 @dataclass
@@ -42,15 +40,18 @@ class TunedSweeper(GridSweeper):
         self, max_batch_size: int | None, params: dict[str, str] | None, exclude: Sequence[str], tune: dict[str, Any]
     ) -> None:
         super().__init__(max_batch_size, params, exclude)
-        asked: Any = OmegaConf.to_container(OmegaConf.create(tune))
-        self.tune = [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
+        self.tune = overrides_of(tune)
         self.replaced = {key_of(override) for override in self.tune}
         self.combinations: list[list[str]] = []
+        self.telling: set[str] = set()
+        """Keys that tell a combination from others, but for what is chosen, repeated or only of one stage."""
         self.told: set[str] = set()
         """What has been said of these is not said again."""
 
     def _first(self, jobs: list[list[str]]) -> list[list[str]]:
         self.combinations = jobs
+        varying = {key for key in map(key_of, jobs[0]) if len({_value(job, key) for job in jobs}) > 1}
+        self.telling = varying - self.replaced - {CHOSEN, REPEATED}
         self._refuse_halving()
         rates = {_value(job, CHOSEN) for job in jobs}
         for rate in rates:
@@ -64,12 +65,12 @@ class TunedSweeper(GridSweeper):
         left_out = self.replaced | {REPEATED}
         tuning = [[text for text in job if key_of(text) not in left_out] + self.tune for job in jobs]
         distinct = list({tuple(job): job for job in tuning}.values())
-        return [[*job, f"{PLACE}=tune/{number}"] for number, job in enumerate(distinct)]
+        return placed(distinct, "tune")
 
     def _later(self, jobs: list[list[str]]) -> list[list[str]]:
         """The combinations at any one rate."""
         any_rate = _value(jobs[0], CHOSEN)
-        return _reporting([job for job in jobs if _value(job, CHOSEN) == any_rate])
+        return placed((job for job in jobs if _value(job, CHOSEN) == any_rate), "report")
 
     def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
         """Each combination, with all seeds, at the rate whose run has the best selection MCC.
@@ -100,18 +101,15 @@ class TunedSweeper(GridSweeper):
             else:
                 best[kind] = self._choose(kind, of_kind)
         kept = [job for job in self.combinations if best.get(self._kind(job)) == _value(job, CHOSEN)]
-        return _reporting(kept, len(reported))
+        return placed(kept, "report", len(reported))
 
     def _expected(self, job: Sequence[str], error: Exception) -> bool:
         """A rate that is too high for choosing is told by its absence from the choice."""
         return isinstance(error, DivergedError) and any(text.startswith(f"{PLACE}=tune/") for text in job)
 
     def _kind(self, job: Sequence[str]) -> str:
-        """What tells a job from others, but for what is chosen, repeated or only of one stage."""
-        varying = {
-            key_of(text) for text in job if len({_value(other, key_of(text)) for other in self.combinations}) > 1
-        }
-        return " ".join(text for text in job if key_of(text) in varying - self.replaced - {CHOSEN, REPEATED})
+        """What tells a job from others."""
+        return " ".join(text for text in job if key_of(text) in self.telling)
 
     def _choose(self, kind: str, scores: dict[str, float | None]) -> str | None:
         told = ", ".join(f"{rate}: {'no result' if mcc is None else f'{mcc:.4f}'}" for rate, mcc in scores.items())
@@ -125,10 +123,6 @@ class TunedSweeper(GridSweeper):
         edge = " It is at the edge of the grid: another beyond may be better." if best in (rates[0], rates[-1]) else ""
         print(f"{name}: {CHOSEN}={best} is best on the selection split ({told}).{edge}")
         return best
-
-
-def _reporting(jobs: list[list[str]], first: int = 0) -> list[list[str]]:
-    return [[*job, f"{PLACE}=report/{number}"] for number, job in enumerate(jobs, first)]
 
 
 def _value(job: Sequence[str], key: str) -> str:

@@ -150,7 +150,7 @@ def fit(
         if (own := processes.share(batch)) is not None:
             work = partial(backward, pack, own, objective, batch.pairs)
             losses = in_portions(pack, own, trainer.micro_batch_size, work)
-        losses = processes.add_up([p for k in live for p in pack.trainable(k).values()], losses)
+        losses = processes.add_up((p for k in live for p in pack.trainable(k).values()), losses)
         for k in live:
             with contained(outcomes[k]):
                 if not math.isfinite(losses[k]):

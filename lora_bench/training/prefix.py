@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_bench.data.batching import Batch, evaluation_batches, places_of
+from lora_bench.data.batching import Batch, evaluation_batches, evaluation_rows, places_of
 from lora_bench.data.hidden import HiddenStates, HiddenStatesWriter
 from lora_bench.data.pairs import cache_folder
 from lora_bench.evaluation.cost import FlopModel
@@ -165,8 +165,6 @@ def _flops(pack: Pack, tables: Iterable[TokenTable]) -> float:
         pack.backbone.prefix(Batch(ids, torch.ones_like(ids), None, None, full=True), pack.depth)
 
     model = FlopModel.measure(prefix)
-    total = 0.0
-    for table in tables:
-        lengths = np.sort(table.lengths)[::-1]
-        total += sum(model(len(part), int(part[0])) for part in np.split(lengths, range(ROWS, len(lengths), ROWS)))
-    return total
+    return sum(
+        model(len(rows), int(table.lengths[rows[0]])) for table in tables for rows in evaluation_rows(table, ROWS)
+    )

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from lora_bench.data.toy import generate
-from lora_bench.training import loop
-from tests.command_line import lora_bench, refused, toy_run
+from tests.command_line import lora_bench, refused, stopped_and_gone_on_with, toy_run
 
 FEW = ["hydra.sweeper.shots=[4,8]", "hydra.sweeper.few.trainer.max_steps=2", "hydra.sweeper.few.data.selection_size=4"]
 ASKED = [each for each in toy_run("sweep=transfer", "data=pairs") if not each.startswith("data.")]
@@ -42,21 +41,8 @@ def matrix() -> list[dict[str, str]]:
 
 @pytest.mark.usefixtures("tasks")
 def test_the_matrix_of_two_tasks_in_one_command_and_its_rest_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    predict, calls = loop.predict, 0
-
-    def stopping(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls in (2, 7):
-            raise KeyboardInterrupt
-        return predict(*arguments, **keywords)
-
-    monkeypatch.setattr(loop, "predict", stopping)
-    codes = [lora_bench("train", *ASKED).code]
-    while codes[-1] == 130:
-        answer = lora_bench("train", "-m", "resume=sweep")
-        codes.append(answer.code)
-    assert (codes[0], codes[-1]) == (130, 0), answer
+    answer = stopped_and_gone_on_with(monkeypatch, ASKED, (2, 7))[-1]
+    assert answer.code == 0, answer
 
     found = {(row["trained_on"], row["tested_on"], row["examples"]): row for row in matrix()}
     other = {"one": "two", "two": "one"}

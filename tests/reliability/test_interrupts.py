@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,10 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_bench import train as story
-from lora_bench.recording import Recorder
 from lora_bench.training import loop
+from tests import command_line
 from tests.adapters.tools import assert_close
-from tests.command_line import files_below, lora_bench, refused, toy_run
+from tests.command_line import files_below, lora_bench, refused, signalled, toy_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,24 +51,8 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Does something when the display hears of a step."""
-    return lambda step, action: plan(monkeypatch, step, action)
-
-
-def plan(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    def stepped(recorder: Recorder, number: int, losses: Any, pairs: int) -> None:
-        STEPPED(recorder, number, losses, pairs)
-        if number == step:
-            action()
-
-    monkeypatch.setattr(Recorder, "stepped", stepped)
-
-
-STEPPED = Recorder.stepped
-
-
-def signalled(number: int) -> Callable[..., None]:
-    return lambda *_: os.kill(os.getpid(), number)
+    """Does something when the record hears of a step."""
+    return partial(command_line.at_step, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +68,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, interrupted after step 7; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        plan(patch, 7, signalled(signal.SIGTERM))
+        command_line.at_step(patch, 7, signalled(signal.SIGTERM))
         assert lora_bench("train", *ASKED, f"hydra.run.dir={folder}").code == 143
     return folder
 
