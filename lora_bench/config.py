@@ -226,6 +226,8 @@ class Trainer:
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
     """`cpu`, `cuda`, or `auto`."""
+    cuda_graphs: bool
+    """On a GPU, record forward and backward pass once per shape of batch and replay them."""
     threads: int | None
     """CPU threads; null: what torch chooses."""
 

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_rows, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.average import Average
-from lora_bench.training.loop import backward, clip, predict, total_steps
+from lora_bench.training.backward import Backward
+from lora_bench.training.loop import clip, predict, total_steps
 from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.portions import in_portions
@@ -86,16 +87,17 @@ def estimate(
         filling: FLOPs of making it.
     """
     train, device, steps = tables["train"], pack.backbone.device, total_steps(trainer, len(tables["train"]))
-    plan = BatchPlan(
-        train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths), trainer.batch_size
-    )
+    objective = make_objective(trainer)
+    backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
+    lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
+    plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)
     shapes = _shapes(plan, steps, pack.members[0].seed)
     flop_model = FlopModel.measure(partial(probe_step, pack))
-    orders = make_objective(trainer).orders
+    orders = objective.orders
     flops = {(pairs, length): flop_model(orders * pairs, length) for pairs, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak
     batches = _batches(pack, plan, train, swapped, chosen)
-    rehearsal = _Rehearsal(pack, optimizer, trainer)
+    rehearsal = _Rehearsal(pack, optimizer, trainer, backward)
     first, held = [], []
     for batch in batches:
         first.append(rehearsal.step(batch))
@@ -127,9 +129,9 @@ def estimate(
 class _Rehearsal:
     """Steps of the loop that change no weight, and what is held between them."""
 
-    def __init__(self, pack: Pack, optimizer: Optimizer, trainer: Trainer) -> None:
+    def __init__(self, pack: Pack, optimizer: Optimizer, trainer: Trainer, backward: Backward) -> None:
         self.pack, self.optimizer, self.trainer = pack, optimizer, trainer
-        self.objective = make_objective(trainer)
+        self.backward = backward
         self.adamw = make_optimizer(optimizer, pack, 0)
         for group in self.adamw.param_groups:
             group["lr"] = 0.0
@@ -141,7 +143,7 @@ class _Rehearsal:
         """Seconds of one step."""
         pack, adapter = self.pack, self.pack.members[0].adapter
         began = time.perf_counter()
-        work = partial(backward, pack, batch, self.objective, batch.pairs)
+        work = partial(self.backward, batch, batch.pairs)
         in_portions(pack, batch, self.trainer.micro_batch_size, work)
         clip(pack, 0, self.optimizer)
         adapter.before_step(pack.updates[0], 1, 1000)

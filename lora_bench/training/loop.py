@@ -22,6 +22,7 @@ from lora_bench.data.batching import BatchPlan, evaluation_batches, micro_batche
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import score
 from lora_bench.training.average import Average, averaged, averaging_starts
+from lora_bench.training.backward import Backward
 from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.halving import losers, places
 from lora_bench.training.objective import make_objective
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.checkpoint import Checkpoint, Checkpoints
     from lora_bench.training.interrupt import Interruption
-    from lora_bench.training.objective import Objective
 
 
 class Watcher(Protocol):
@@ -113,7 +113,8 @@ def fit(
     objective = make_objective(trainer)
     assert objective.orders == (1 if swapped is None else 2)
     lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
-    plan = BatchPlan(lengths, trainer.batch_size)
+    backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
+    plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)
     steps = total_steps(trainer, len(train))
     eval_every = trainer.eval_every or plan.steps_per_epoch
     members = range(pack.size)
@@ -148,7 +149,7 @@ def fit(
         batch = next(batches).of(live)
         losses = dict.fromkeys(live, 0.0)
         if (own := processes.share(batch)) is not None:
-            work = partial(backward, pack, own, objective, batch.pairs)
+            work = partial(backward, own, batch.pairs)
             losses = in_portions(pack, own, trainer.micro_batch_size, work)
         losses = processes.add_up((p for k in live for p in pack.trainable(k).values()), losses)
         for k in live:
@@ -255,31 +256,6 @@ def _endless_batches(
     while True:
         yield from training_batches(train, plan, seeds, epoch, pack.backbone.tokenizer.pad_token_id, swapped)
         epoch += 1
-
-
-def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pairs: int) -> dict[int, float]:
-    """What the batch adds to each live member's mean loss over `of_pairs` pairs, and its gradients, `pairs` at a time.
-
-    Members are independent: their losses add up.
-    """
-    K = len(pack.live)
-    losses = torch.zeros(K, device=pack.backbone.device)
-    with pack.gathering_gradients():
-        for micro in micro_batches(batch, pairs):
-            on_device = micro.to(pack.backbone.device)
-            assert on_device.labels is not None
-            labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
-            share = micro.pairs / of_pairs
-            hidden = pack.prefix(on_device)
-            for part in pack.portions():
-                places = [pack.live.index(k) for k in part]
-                logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
-                loss = objective.loss(logits, labels[places]) * share
-                penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
-                extra = [penalty * share for penalty in penalties if penalty is not None]
-                torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
-                losses[places] += loss.detach()
-    return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:

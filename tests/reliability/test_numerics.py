@@ -18,6 +18,7 @@ from lora_bench.adapters.pack import Pack
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import score
 from lora_bench.training import loop
+from lora_bench.training.backward import Backward
 from tests.command_line import lora_bench, refused, toy_run
 
 RUN = toy_run("hydra.run.dir=run")
@@ -29,18 +30,18 @@ def record(folder: str = "run") -> dict[str, Any]:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Let the loss, the gradient or the scores of the first step be NaN."""
-    backward = loop.backward
+    backward = Backward.__call__
 
-    def spoiling(pack: Any, *arguments: Any, **keywords: Any) -> dict[int, float]:
-        losses = backward(pack, *arguments, **keywords)
+    def spoiling(self: Backward, *arguments: Any, **keywords: Any) -> dict[int, float]:
+        losses = backward(self, *arguments, **keywords)
         if what == "gradient":
-            next(iter(pack.trainable(0).values())).grad.fill_(torch.inf)
+            next(iter(self.pack.trainable(0).values())).grad.fill_(torch.inf)
         return dict.fromkeys(losses, torch.nan) if what == "loss" else losses
 
     if what == "scores":
         monkeypatch.setattr(loop, "predict", lambda pack, table, *more: np.full((1, len(table)), np.nan))
     else:
-        monkeypatch.setattr(loop, "backward", spoiling)
+        monkeypatch.setattr(Backward, "__call__", spoiling)
 
 
 @pytest.mark.reliability(42)

@@ -22,7 +22,7 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
-from lora_bench.training import loop
+from lora_bench.training import backward, loop
 from lora_bench.training.loop import fit, predict, prepare, total_steps
 from tests.helpers import composed
 
@@ -189,14 +189,14 @@ def pull(updates: dict[str, Update]) -> Tensor:
 
 def test_micro_batches_count_the_pairs_of_each_member(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    ask = loop.micro_batches
+    ask = backward.micro_batches
 
     def noting(batch: Batch, rows: int) -> Any:
         if torch.is_grad_enabled():  # not those of the evaluation
             sizes.append(rows)
         return ask(batch, rows)
 
-    monkeypatch.setattr(loop, "micro_batches", noting)
+    monkeypatch.setattr(backward, "micro_batches", noting)
     pack = packed(backbone(), spy(), spy())
     run(pack, chosen=trainer(micro_batch_size=6, max_steps=1))
     run(pack, chosen=trainer(micro_batch_size=1, max_steps=1))
