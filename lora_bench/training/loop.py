@@ -206,10 +206,9 @@ def fit(
                             outcomes[k].status = "done"
             if crowded:
                 losing = losers({k: found[k] for k in running()}, places(step, steps))
-        if interruption:
-            interruption.asked = processes.any_asked(interruption.asked)
-        asked = interruption is not None and interruption.asked is not None
-        if checkpoints and (asked or losing or step % (trainer.checkpoint_every or eval_every) == 0):
+        # What all have heard of: a signal that comes from here on is acted on after the next step, by all of them.
+        asked = processes.any_asked(interruption.asked) if interruption else None
+        if checkpoints and (asked is not None or losing or step % (trainer.checkpoint_every or eval_every) == 0):
             for k in running():  # who loses too: it can be gone on with
                 with contained(outcomes[k]):
                     checkpoints[k].save(step, *state.gather(k))
@@ -217,8 +216,8 @@ def fit(
             if outcomes[k].status == "running":
                 outcomes[k].status = "stopped"
         end([k for k in losing if outcomes[k].status == "stopped"])
-        if interruption:
-            interruption.act()
+        if interruption and asked is not None:
+            interruption.act(asked)
         end([k for k in live if outcomes[k].status not in ("running", "stopped")])
 
     last = running()

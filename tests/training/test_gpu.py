@@ -69,21 +69,30 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+def launch_all(patch: pytest.MonkeyPatch) -> None:
+    """Record nothing. Batches are padded alike, so dropout draws the same."""
+    patch.setattr(Graphs, "_record", lambda *_: None)
+
+
 @pytest.mark.parametrize("method", choices("adapter"))
-def test_a_recorded_pass_learns_what_a_launched_one_learns(method: str, recorded: list[bool]) -> None:
+def test_a_recorded_pass_learns_what_a_launched_one_learns(
+    method: str, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = train("graphs", *asked(method))
     assert recorded
     assert all(recorded)
-    assert_alike(found, train("launched", *asked(method, "trainer.cuda_graphs=false")), 1e-5)
+    launch_all(monkeypatch)
+    assert_alike(found, train("launched", *asked(method)), 1e-5)
 
 
 @pytest.mark.parametrize("model", ["tiny_roberta", "tiny_t5", "tiny_t5 model.form=encoder"])
-def test_of_every_family(model: str, recorded: list[bool]) -> None:
+def test_of_every_family(model: str, recorded: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     family = [f"model={model.split()[0]}", *model.split()[1:]]
     overrides = [o for o in asked("lora") if not o.startswith("model=")]
     found = train("graphs", *overrides, *family)
     assert all(recorded)
-    assert_alike(found, train("launched", *overrides, *family, "trainer.cuda_graphs=false"), 1e-5)
+    launch_all(monkeypatch)
+    assert_alike(found, train("launched", *overrides, *family), 1e-5)
 
 
 def test_a_cpu_learns_the_same() -> None:
@@ -123,8 +132,9 @@ def test_what_lies_below_the_adapted_layers_is_kept() -> None:
     assert_alike(found, train("computed", *top, "trainer.prefix_cache_bytes=0"), 1e-4)
 
 
-def test_full_fine_tuning_in_bf16(recorded: list[bool]) -> None:
+def test_full_fine_tuning_in_bf16(recorded: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     bf16 = [o for o in asked("full") if "precision" not in o]
     found = train("graphs", *bf16, "trainer.precision=bf16")
     assert all(recorded)
-    assert_alike(found, train("launched", *bf16, "trainer.precision=bf16", "trainer.cuda_graphs=false"), 1e-5)
+    launch_all(monkeypatch)
+    assert_alike(found, train("launched", *bf16, "trainer.precision=bf16"), 1e-5)
