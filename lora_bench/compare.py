@@ -34,9 +34,10 @@ from lora_bench.experiments import (
     newest_of_each_seed,
 )
 from lora_bench.figures import BESIDES, has_column, with_evaluations
+from lora_bench.grid import render
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.recorded import with_equal_keys
-from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
+from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, to_csv, to_json, to_latex, to_markdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -14,11 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
-from lora_bench.cli import register_with_hydra
 from lora_bench.experiment import Experiment
 from lora_bench.experiments import flat
 from lora_bench.help import GROUPS, PROMPT_GROUPS, conf_folder
-from lora_bench.hydra_errors import compose
+from lora_bench.hydra_errors import compose, register_with_hydra
 from lora_bench.prompt.run import Request
 from tests.helpers import composed
 
