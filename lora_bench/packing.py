@@ -84,20 +84,21 @@ def run(
 
 def grouped(jobs: Sequence[Job]) -> list[Group]:
     """The jobs by what they must have in common: model, data, trainer, metrics, and the step they go on from."""
+    experiments = [Experiment.build(job.cfg) for job in jobs]
+    shared = [repr((each.model, each.data, each.trainer, each.metrics, each.pack)) for each in experiments]
+    held = [_held(job, each) for job, each in zip(jobs, experiments, strict=True)]
+    newest: dict[str, set[int]] = {}
+    for kind, steps in zip(shared, held, strict=True):
+        newest.setdefault(kind, set()).add(steps[0])
     groups: dict[str, Group] = {}
-    for job in jobs:
-        experiment = Experiment.build(job.cfg)
-        shared = (experiment.model, experiment.data, experiment.trainer, experiment.metrics, experiment.pack)
-        step = 0
-        if job.begun:
-            newest = Checkpoints.of_members(job.folder / "checkpoints", experiment.ensemble.size)[0].newest()
-            step = newest.step if newest else 0
+    for job, experiment, kind, steps in zip(jobs, experiments, shared, held, strict=True):
+        step = min(newest[kind] & set(steps))  # where a kill came between their checkpoints, the one before
         alone = ""
         if experiment.adapter.trains_backbone:
             alone = f"{experiment.adapter.method} trains the backbone itself"
         elif experiment.pack.size == 1:
             alone = "pack.size=1"
-        key = repr((shared, step, job.title if alone else ""))
+        key = repr((kind, step, job.title if alone else ""))
         group = groups.setdefault(key, Group([], [], alone))
         group.jobs.append(job)
         group.experiments.append(experiment)
@@ -106,6 +107,18 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     if len(found) > 1:
         found = [replace(g, alone=lonely) if len(g.jobs) == 1 and not g.alone else g for g in found]
     return found
+
+
+def _held(job: Job, experiment: Experiment) -> list[int]:
+    """The steps that a job can go on from, the newest first; 0 where it begins."""
+    if not job.begun:
+        return [0]
+    checkpoints = Checkpoints.of_members(job.folder / "checkpoints", experiment.ensemble.size)[0]
+    newest = checkpoints.newest()
+    if newest is None:
+        return [0]
+    before = checkpoints.newest(newest.step - 1)
+    return [newest.step] + ([before.step] if before else [])
 
 
 @dataclass(frozen=True)

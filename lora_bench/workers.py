@@ -16,6 +16,7 @@ import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from lora_bench.job import Job
+    from lora_bench.packing import Group
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Workers:
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Workers:
         """Those that the settings of a sweep's jobs ask for, or one for each GPU."""
+        if not jobs:
+            return cls(1, [])
         experiment = Experiment.build(jobs[0].cfg)
         found = 0 if experiment.trainer.device == "cpu" else torch.cuda.device_count()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -61,6 +65,11 @@ class Workers:
         """How many of them are on one device."""
         return math.ceil(self.count / max(1, len(self.gpus)))
 
+    @property
+    def devices(self) -> int:
+        """How many compute at the same time; the processes on a CPU share its cores."""
+        return min(self.count, max(1, len(self.gpus)))
+
     def gpu_of(self, worker: int) -> str | None:
         return self.gpus[worker % len(self.gpus)] if self.gpus else None
 
@@ -68,17 +77,21 @@ class Workers:
         return f"worker {worker}" if self.sharing > 1 else f"gpu {self.gpu_of(worker)}"
 
 
-def parts(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
-    """The jobs, cut so that all workers have some: those of a part may share a backbone. The largest part comes first.
+def cut(group: Group, most: int) -> list[Group]:
+    """The group in even parts of at most so many jobs; jobs that halving compares stay together."""
+    size = len(group.jobs)
+    count = 1 if group.experiments[0].pack.halving else math.ceil(size / most)
+    ends = [size * i // count for i in range(count + 1)]
+    return [
+        replace(group, jobs=group.jobs[start:end], experiments=group.experiments[start:end])
+        for start, end in pairwise(ends)
+    ]
 
-    Jobs that halving compares stay together.
-    """
+
+def parts(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    """The jobs, cut so that all workers have some, the largest part first; those of a part may share a backbone."""
     most = math.ceil(len(jobs) / workers)
-    found = []
-    for group in packing.grouped(jobs):
-        size = len(group.jobs)
-        count = 1 if group.experiments[0].pack.halving else math.ceil(size / most)
-        found += [group.jobs[size * i // count : size * (i + 1) // count] for i in range(count)]
+    found = [part.jobs for group in packing.grouped(jobs) for part in cut(group, most)]
     return sorted(found, key=len, reverse=True)
 
 
@@ -90,7 +103,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         console: where to tell how it goes.
         ended: called with each job when it has ended, and what ended it before its time.
     """
-    workers = Workers.of(jobs) if jobs else Workers(1, [])
+    workers = Workers.of(jobs)
     waiting = parts(jobs, workers.count)
     if workers.count == 1 or len(waiting) < 2:
         packing.run(jobs, console, ended)
