@@ -235,14 +235,8 @@ class Trainer:
         need_number("epochs", self.epochs, 0, open_low=True)
         for name in ("batch_size", "eval_batch_size"):
             need_number(name, getattr(self, name), 1)
-        for name in (
-            "max_steps",
-            "micro_batch_size",
-            "eval_every",
-            "early_stopping_patience",
-            "checkpoint_every",
-            "threads",
-        ):
+        every = ("eval_every", "checkpoint_every", "early_stopping_patience")
+        for name in ("max_steps", "micro_batch_size", "threads", *every):
             if getattr(self, name) is not None:
                 need_number(name, getattr(self, name), 1)
         need_one_of("objective", self.objective, ("cross_entropy", "order_consistency", "perturb_consistency"))
@@ -261,11 +255,13 @@ class Packing:
     """Jobs trained together; null: as many as memory takes, 1: one after another."""
     memory_bytes: int | None
     """What a pack may take; null: a share of what is free when it starts."""
+    workers: int | None
+    """Processes that a sweep's packs are spread over; null: one for each GPU, and without any one in all."""
     halving: bool
     """Stop the worse half of a pack's jobs, by selection MCC, after an eighth, a quarter and the half of the steps."""
 
     def __post_init__(self) -> None:
-        for name in (name for name in ("size", "memory_bytes") if getattr(self, name) is not None):
+        for name in (name for name in ("size", "memory_bytes", "workers") if getattr(self, name) is not None):
             need_number(name, getattr(self, name), 1)
         need(self.size != 1 or not self.halving, "halving", "true", "compares jobs of a pack; pack.size=1 makes it one")
 

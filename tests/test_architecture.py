@@ -48,13 +48,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "experiments",
         "hydra_errors",
         "job",
-        "packing",
         "resume",
     }
-    | {"evaluate", "help", "record", "screen", "sweep", "transfer"},
+    | {"evaluate", "help", "record", "screen", "sweep", "transfer", "workers"},
     "transfer": {"disk", "figures", "record", "sweep"},
-    "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
-    "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"},
+    "packing": {"adapters", "errors", "experiment", "job", "progress", "record", "screen", "tables", "train"}
+    | {"training"},
+    "workers": {"errors", "experiment", "job", "packing", "progress", "record", "screen", "secrets"},
+    "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"}
+    | {"workers"},
     "job": {"help", "record", "recorded", "resume"},
     "recorded": {"help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},

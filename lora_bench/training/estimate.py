@@ -61,6 +61,10 @@ class Estimate:
     evaluation_seconds: float
     """All looks at the selection split, and the reported splits."""
     peak_memory_bytes: float
+    looks: int = 1
+    """At the selection split, while it trains; at its end there is another."""
+    look_seconds: float = 0.0
+    """Of one of them."""
     filling_flops: float = 0.0
     """Of those for training, what making the kept prefix takes; runs of a sweep can share it."""
     filling_seconds: float = 0.0
@@ -110,7 +114,9 @@ def estimate(
     grown = _for_all(held, len(shapes))
     looks = -(-steps // (trainer.eval_every or plan.steps_per_epoch))
     filling_seconds = filling * _of_prefix(pack, train).seconds_per_flop if filling else 0.0
-    scored, grown_scoring = _scoring(pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, kept)
+    scored, look, grown_scoring = _scoring(
+        pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, kept
+    )
     params = pack.count_parameters(0)
     return Estimate(
         adapter=params["adapter"],
@@ -121,6 +127,8 @@ def estimate(
         train_seconds=seconds + warming + filling_seconds,
         evaluation_seconds=scored,
         peak_memory_bytes=grown + max(peak_memory_bytes(device), held_memory_bytes(device) + grown_scoring),
+        looks=looks,
+        look_seconds=look,
         filling_flops=filling,
         filling_seconds=filling_seconds,
     )
@@ -212,8 +220,8 @@ def _of_prefix(pack: Pack, table: TokenTable) -> _Prefix:
 
 def _scoring(
     pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, looks: int, kept: Sequence[str]
-) -> tuple[float, float]:
-    """Seconds of all evaluations, and bytes that shapes of theirs add which are not rehearsed."""
+) -> tuple[float, float, float]:
+    """Seconds of all evaluations and of one look, and bytes that shapes of theirs add which are not rehearsed."""
     batches = [
         (name, rows) for name, table in tables.items() for rows in evaluation_rows(table, trainer.eval_batch_size)
     ]
@@ -226,13 +234,14 @@ def _scoring(
         seconds.append(min(_seconds(partial(predict, pack, part, trainer.eval_batch_size)) for _ in range(ROUNDS)))
         held.append(held_memory_bytes(pack.backbone.device))
     tokens = [pairs * length for pairs, length in chosen]
-    total = 0.0
+    once = dict.fromkeys(tables, 0.0)
     computed = {name: 1 - _of_prefix(pack, tables[name]).share if name in kept else 1.0 for name in tables}
     for name, rows in batches:
-        times = looks + 1 if name == "selection" else 1  # once more at its best weights, with the reported splits
         size = len(rows) * int(tables[name].lengths[rows[0]])
-        total += computed[name] * times * float(np.interp(size, tokens[::-1], seconds[::-1]))
-    return total, _for_all(held[1:], len(by_shape))
+        once[name] += computed[name] * float(np.interp(size, tokens[::-1], seconds[::-1]))
+    look = once["selection"]
+    total = looks * look + sum(once.values())  # once more at its best weights, with the reported splits
+    return total, look, _for_all(held[1:], len(by_shape))
 
 
 def _seconds(call: Callable[[], object]) -> float:
