@@ -91,7 +91,7 @@ def estimate(
     )
     shapes = _shapes(plan, steps, pack.members[0].seed)
     flop_model = FlopModel.measure(partial(probe_step, pack))
-    orders = make_objective(trainer).orders
+    orders = make_objective(trainer, train.labels).orders
     flops = {(pairs, length): flop_model(orders * pairs, length) for pairs, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak
     batches = _batches(pack, plan, train, swapped, chosen)
@@ -129,7 +129,7 @@ class _Rehearsal:
 
     def __init__(self, pack: Pack, optimizer: Optimizer, trainer: Trainer) -> None:
         self.pack, self.optimizer, self.trainer = pack, optimizer, trainer
-        self.objective = make_objective(trainer)
+        self.objective = make_objective(trainer, None)
         self.adamw = make_optimizer(optimizer, pack, 0)
         for group in self.adamw.param_groups:
             group["lr"] = 0.0
