@@ -230,7 +230,7 @@ class Trainer:
     margin: float
     """By how much the label's logit must be ahead of the other."""
     logit_adjustment: float
-    """τ log π is added to the logits while training, with π the labels' shares: 1 makes rare labels count as frequent."""
+    """τ: with τ log π added to the logits while training, π the labels' shares; 1 makes both count as frequent."""
     average: float
     """Share of the last steps over which weights are averaged; from then on the mean is scored and kept. 0: off."""
     checkpoint_every: int | None

@@ -427,11 +427,6 @@ def test_it_builds_and_what_is_out_of_range_does_not() -> None:
     assert (made.trainer.objective, made.trainer.consistency_weight) == ("order_consistency", 0.5)
     assert Experiment.build(composed()).trainer.objective == "cross_entropy"
     for wrong, words in {
-        "trainer.label_smoothing=1.5": r"^trainer\.label_smoothing=1\.5: must be a finite number of at least 0 and at most 1",
-        "trainer.focal_gamma=-1": r"^trainer\.focal_gamma=-1\S*: must be a finite number of at least 0",
-        "trainer.margin=-1": r"^trainer\.margin=-1\S*: must be a finite number of at least 0",
-        "trainer.logit_adjustment=-1": r"^trainer\.logit_adjustment=-1\S*: must be a finite number of at least 0",
-        "trainer.stop_at=0": r"^trainer\.stop_at=0\S*: must be a finite number above 0 and at most 1",
         "trainer.objective=margin": r"^trainer\.objective=margin: is not one of cross_entropy, order_consistency",
         "trainer.consistency_weight=-1": r"^trainer\.consistency_weight=-1\S*: must be a finite number of at least 0",
     }.items():
