@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import lora_bench
-from lora_bench.experiment import load_splits
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import scoring_table, tokenize
+from lora_bench.experiment import load_splits
 from lora_bench.predictions import read
 from lora_bench.training.loop import predict
 from tests import command_line
