@@ -35,8 +35,10 @@ STEPS, FLOPS, SECONDS = "steps_to_target", "flops_to_target", "seconds_to_target
 BYTES = "adapter_bytes"
 COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"), Column(SECONDS, "seconds"))
 SAVED = "FLOPs saved"
-CAUSES = ("fewer steps", "pairs a step", "no weight gradients", "fewer layers", "cached prefix", "less padding")
-CAUSES += ("the adapter itself",)
+CAUSES = (
+    *("fewer steps", "pairs a step", "no weight gradients", "fewer layers", "cached prefix", "less padding"),
+    "the adapter itself",
+)
 TIME_SAVED = "time saved"
 TIME_CAUSES = ("precision", "rate")
 

@@ -109,7 +109,7 @@ def augmentations(data: Data, objective: str) -> list[Transform]:
 def training_tables(
     data: Data, train: Examples, backbone: Backbone, objective: str
 ) -> tuple[TokenTable, TokenTable | None]:
-    """The training pairs as tokens, and where the objective asks for it each once more: exchanged, perturbed or as is."""
+    """The training pairs as tokens, and each again if the objective asks for it: exchanged, perturbed, or as it is."""
     plain, exchanged = (
         partial(tokenize, columns=data.text_columns, backbone=backbone, max_length=data.max_length, swapped=swapped)
         for swapped in (False, True)

@@ -97,7 +97,7 @@ def fit(
         train: what is learned from.
         selection: what every choice is made on; never the reported split.
         outcomes: what has become of the members so far; only those that are running are trained.
-        swapped: the second look at each pair of `train`, where the objective asks for it: exchanged, perturbed or itself.
+        swapped: the second looks at pairs of `train` (exchanged, perturbed or themselves), if the objective has any.
         flop_models: FLOPs of one training step of each member, if they are to be counted.
         metrics: extra metrics to log.
         watcher: who is told.

@@ -95,7 +95,7 @@ def likelihood(
         label_smoothing: ε, the share of the label that is spread evenly over both (Szegedy et al. 2016).
         focal_gamma: γ; rows that are answered surely and rightly count less (Lin et al. 2017, eq. 4).
         margin: by how much the label's logit must be ahead (Cao et al. 2019, eq. 12, with one margin for both labels).
-        shift: added to the logit of label 1 while training: with τ log(π₁ / π₀) and τ = 1 the plain logits, which scores
+        shift: added to the logit of label 1 while training: τ log(π₁ / π₀); with τ = 1 the plain logits, which scores
             are made of, come to be those of two equally frequent labels (Menon et al. 2021, eq. 10).
     """
     signs = 2.0 * labels - 1.0
