@@ -230,8 +230,10 @@ def prefix_of(common: Common, trainer: config.Trainer) -> tuple[PrefixCache, dic
 
     Where no pair of the training split comes twice, keeping it is no gain.
     """
-    tables = {"train": common.tables["train"], "swapped": common.swapped, "selection": common.tables["selection"]}
-    again = total_steps(trainer, len(common.tables["train"])) * trainer.batch_size > len(common.tables["train"])
+    train, selection = common.tables["train"], common.tables["selection"]
+    swapped = None if common.swapped is train else common.swapped
+    tables = {"train": train, "swapped": swapped, "selection": selection, "exchanged": selection.exchanged}
+    again = total_steps(trainer, len(train)) * trainer.batch_size > len(train)
     store = PrefixCache(common.backbone_sha256, trainer.prefix_cache_bytes if again else 0)
     return store, {name: table for name, table in tables.items() if table is not None}
 

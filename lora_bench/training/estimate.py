@@ -91,7 +91,7 @@ def estimate(
         filling: FLOPs of making it.
     """
     train, device, steps = tables["train"], pack.backbone.device, total_steps(trainer, len(tables["train"]))
-    objective = make_objective(trainer)
+    objective = make_objective(trainer, train.labels)
     backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
     lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
     plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -96,7 +97,7 @@ def fit(
         train: what is learned from.
         selection: what every choice is made on; never the reported split.
         outcomes: what has become of the members so far; only those that are running are trained.
-        swapped: `train` with the texts of each pair exchanged, where the objective asks for both orders.
+        swapped: the second looks at pairs of `train` (exchanged, perturbed or themselves), if the objective has any.
         flop_models: FLOPs of one training step of each member, if they are to be counted.
         metrics: extra metrics to log.
         watcher: who is told.
@@ -110,7 +111,7 @@ def fit(
     Returns:
         One outcome per member; those that diverged or failed are among them, and do not disturb the others.
     """
-    objective = make_objective(trainer)
+    objective = make_objective(trainer, train.labels)
     assert objective.orders == (1 if swapped is None else 2)
     lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
     backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
@@ -204,6 +205,9 @@ def fit(
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
+                        best = outcomes[k].best
+                        if trainer.stop_at is not None and best and best["metrics"]["mcc"] >= trainer.stop_at:
+                            outcomes[k].status = "done"
             if crowded:
                 losing = losers({k: found[k] for k in running()}, places(step, steps))
         # What all have heard of: a signal that comes from here on is acted on after the next step, by all of them.
@@ -230,7 +234,13 @@ def fit(
 
 @torch.no_grad()
 def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
-    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was."""
+    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was.
+
+    Of a table with its pairs exchanged, the mean of both orders.
+    """
+    if table.exchanged is not None:
+        one, other = replace(table, exchanged=None), table.exchanged
+        return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
     scores = np.zeros((len(pack.live), len(table)))
     mode = pack.training
     pack.eval()
