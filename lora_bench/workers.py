@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -246,7 +246,7 @@ def _work(
     def ended(job: Job, error: Exception | None) -> None:
         send("end", job.title, error)
 
-    console = Console(file=_Lines(send), highlight=False, soft_wrap=True)
+    console = Console(file=cast("IO[str]", _Lines(send)), highlight=False, soft_wrap=True)
     train(jobs, console, ended, display=partial(_Told, send) if live else Display, sharing=sharing)
 
 
