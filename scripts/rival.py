@@ -41,8 +41,9 @@ def asked_of_both(data: str, pairs: int) -> list[str]:
 def experiment_on(data: str, pairs: int, *overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
 
-    from lora_bench.cli import conf_folder, register_with_hydra
     from lora_bench.experiment import Experiment
+    from lora_bench.help import conf_folder
+    from lora_bench.hydra_errors import register_with_hydra
 
     register_with_hydra()
     asked = [*asked_of_both(data, pairs), "trainer.epochs=1", "optimizer.lr=1e-4"]

@@ -218,6 +218,7 @@ RANGES = [
     ("data", "split_seed", [0, 7], [-1, None]),
     ("data", "perturb", [None, "all", ["typo", "word"]], ["tipo", [], 7, True, ["typo", 3], {}]),
     ("data", "report", [True, False], [None, "yes please"]),
+    ("pack", "workers", [None, 1, 8], [0, -1]),
     ("pack", "halving", [True, False], [None, "yes please"]),
     ("trainer", "prefix_cache_bytes", [0.0, 4e9], [-1.0, math.inf]),
     ("trainer", "cuda_graphs", [True, False], [None, "yes please"]),
