@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.pack import Pack
 from lora_bench.errors import UserError
 from lora_bench.experiment import Common, Experiment
 from lora_bench.record import Run
@@ -76,10 +76,11 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     groups: dict[str, Group] = {}
     for job in jobs:
         experiment = Experiment.build(job.cfg)
-        shared = (experiment.model, experiment.data, experiment.trainer, experiment.metrics, experiment.pack)
+        data = (experiment.data, experiment.tasks)
+        shared = (experiment.model, data, experiment.trainer, experiment.metrics, experiment.pack)
         step = 0
         if job.begun:
-            newest = Checkpoints.of_members(job.folder / "checkpoints", experiment.ensemble.size)[0].newest()
+            newest = Checkpoints.of_members(job.folder / "checkpoints", experiment.size)[0].newest()
             step = newest.step if newest else 0
         alone = ""
         if experiment.adapter.trains_backbone:
@@ -117,7 +118,7 @@ def sized(group: Group, common: Common, ended: Callable[[Job, Exception | None],
     fitting: dict[int, list[tuple[Job, Need]]] = {}
     measured: dict[str, Need] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        kind = repr((experiment.adapter, experiment.ensemble.size))
+        kind = repr((experiment.adapter, experiment.size))
         try:
             if kind not in measured:
                 measured[kind] = needs(common, experiment)
@@ -170,20 +171,20 @@ def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
 
 
 def needs(common: Common, experiment: Experiment) -> Need:
-    """What the job's one member needs, or those of its ensemble.
+    """What the job's members need.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
     known = known_ranks(experiment.adapter, common)
-    pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed, known)])
+    pack = Pack(common.backbone, experiment.members(known)[:1])
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = 1 if common.swapped is None else 2
-        row = saved_bytes(pack, 1, int(common.tables["train"].lengths.max()))
+        orders = max(1 if task.swapped is None else 2 for task in common.tasks.values())
+        row = saved_bytes(pack, 1, common.longest)
         kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
-        size = experiment.ensemble.size
+        size = experiment.size
         at_once = 1 if common.backbone.device.type == "cpu" else size
         return Need(size * kept, at_once * TRANSIENT * orders * pairs * row, pack.depth)
     finally:

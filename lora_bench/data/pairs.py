@@ -45,6 +45,7 @@ class TokenTable:
     truncated: int  # rows that were longer than the limit
     hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
     augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
+    head: int = 0  # which of a member's heads answers it, where that has several
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -73,6 +74,7 @@ def tokenize(
     *,
     swapped: bool = False,
     cached: bool = True,
+    head: int = 0,
 ) -> TokenTable:
     """The token table of one split.
 
@@ -83,6 +85,7 @@ def tokenize(
         max_length: tokens per pair; longer pairs lose tokens from their longer text.
         swapped: exchange the two texts; the names of the columns stay where they are.
         cached: look for it in the cache, and leave it there.
+        head: which of a member's heads answers it.
     """
     texts = examples.texts[::-1] if swapped else examples.texts
     first, second = backbone.render(list(zip(columns, texts, strict=True)))
@@ -104,6 +107,7 @@ def tokenize(
         labels=examples.labels,
         ids=examples.ids,
         truncated=int(batch.schema.metadata[b"truncated"]),
+        head=head,
     )
 
 

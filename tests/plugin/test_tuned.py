@@ -111,7 +111,7 @@ def test_a_method_whose_rates_were_not_all_tried_is_reported_once_they_are(
     def broken(self: LoRA, updates: dict[str, Update], step: int, steps: int) -> None:
         raise RuntimeError("a cable")
 
-    make = train.fit
+    make = train.fit_courses
 
     def sometimes(pack: Any, optimizers: Any, *arguments: Any, **keywords: Any) -> Any:
         with monkeypatch.context() as patch:
@@ -120,7 +120,7 @@ def test_a_method_whose_rates_were_not_all_tried_is_reported_once_they_are(
             return make(pack, optimizers, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", sometimes)
+        patch.setattr(train, "fit_courses", sometimes)
         answer = lora_bench("train", *ASKED, "pack.size=1")
     assert (answer.code, answer.err) == (1, "lora-bench: 1 of 6 jobs failed\n")
     assert answer.out.count("adapter=lora: optimizer.lr is not chosen yet, as runs that try it failed") == 1

@@ -23,6 +23,7 @@ from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
 from lora_bench.training import loop
+from lora_bench.training.course import Course, Pairs
 from lora_bench.training.loop import fit, predict, prepare, total_steps
 from tests.helpers import composed
 
@@ -156,7 +157,7 @@ def test_the_reported_loss_is_the_mean_over_the_batch(backbone: Make) -> None:
     table = task(pack.backbone)
     with torch.no_grad():
         pack.eval()
-        for batch in loop._endless_batches(pack, table, loop.BatchPlan(table.lengths, 8)):
+        for batch in Course([0], {"": Pairs(table, table)}).batches(pack, 8):
             seen.append(float(torch.nn.functional.cross_entropy(pack(batch)[0], batch.labels)))
             if len(seen) == 3:
                 break
