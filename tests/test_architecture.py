@@ -51,8 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "packing",
         "resume",
     }
-    | {"evaluate", "help", "record", "screen", "sweep", "transfer"},
-    "transfer": {"disk", "figures", "record", "sweep"},
+    | {"evaluate", "help", "record", "screen", "sweep", "tasks", "transfer"},
+    "transfer": {"disk", "figures", "record", "sweep", "tasks"},
     "packing": {"adapters", "errors", "experiment", "job", "record", "screen", "tables", "train", "training"},
     "expected": {
         "adapters",
