@@ -6,10 +6,8 @@ Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 130 and 143 interru
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
-import secrets
 import signal
 import sys
 from contextlib import nullcontext
@@ -105,7 +103,6 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
         raise UserError("makes runs one after another in a process of its own", key="-m", remedy=remedy)
     for override in parsed.repeated():
         _tell(f"note: {override} is given again with another value, which counts")
-    register_with_hydra()
     import hydra
 
     failures: list[Exception] = []
@@ -142,22 +139,6 @@ def _resumed(parsed: Arguments, resume: str) -> Arguments:
         raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy)
     parsed.overrides.append(f"resume={quoted(folder)}")
     return parsed
-
-
-def register_with_hydra() -> None:
-    """Our sweeper and launcher, where Hydra looks for them, and the resolver for a run folder's id."""
-    from omegaconf import OmegaConf
-
-    try:
-        plugins: Any = importlib.import_module("hydra_plugins")
-    except ModuleNotFoundError:
-        plugins = type(sys)("hydra_plugins")
-        plugins.__path__ = []
-        sys.modules["hydra_plugins"] = plugins
-    folder = str(Path(__file__).parent / "plugin")
-    if folder not in plugins.__path__:
-        plugins.__path__.append(folder)
-    OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 
 
 def _train(cfg: DictConfig) -> None:

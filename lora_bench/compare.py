@@ -34,9 +34,10 @@ from lora_bench.experiments import (
     newest_of_each_seed,
 )
 from lora_bench.figures import BESIDES, has_column, with_evaluations
+from lora_bench.grid import render
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.recorded import with_equal_keys
-from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, render, to_csv, to_json, to_latex, to_markdown
+from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, to_csv, to_json, to_latex, to_markdown
 from lora_bench.tasks import by_task
 
 if TYPE_CHECKING:
@@ -112,10 +113,10 @@ def _write_page(table: Table, file: Path, margin: float) -> int:
     return 0
 
 
-def write_tables(folder: Path) -> None:
+def write_tables(folder: Path, baseline: str | None = None) -> None:
     """Leave `table.md` and `table.csv` of the runs below `folder`, a finished sweep, in it; nothing if it has none."""
     if find([folder])[0]:
-        table = summarise([folder])
+        table = summarise([folder], baseline=baseline)
         (folder / "table.md").write_text(to_markdown(table), encoding="utf-8")
         (folder / "table.csv").write_text(to_csv(table), encoding="utf-8")
 

@@ -68,7 +68,7 @@ def plain(value: Any, name: str = "") -> Any:
     """
     if isinstance(value, Enum):
         return plain(value.value, name)
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, (bool, int, str)):
         return redacted(value, name)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None

@@ -15,13 +15,13 @@ from lora_bench.besides import describe, perturbations
 from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.augment import augmentations, training_tables
-from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.data.pairs import TokenTable, scoring_table
 from lora_bench.errors import UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.course import Course, Pairs
 from lora_bench.training.memory import keep_freed_memory
-from lora_bench.training.objective import check_columns
+from lora_bench.training.objective import check_objective
 from lora_bench.training.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
@@ -120,8 +120,9 @@ class Experiment:
         )
         _check_ensemble(made.ensemble, made.adapter, made.pack)
         _check_tasks(made)
+        drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
         for each in made.each.values():
-            check_columns(each.trainer, each.data.text_columns)
+            check_objective(each.trainer, each.data.text_columns, drops_out)
             perturbations(each.data)
             augmentations(each.data, each.trainer.objective)
         return made
@@ -173,7 +174,7 @@ class Task:
     tables: dict[str, TokenTable]
     """`train`, `selection`, and every split to report."""
     swapped: TokenTable | None
-    """The training pairs once more, exchanged or perturbed, where the objective asks for it."""
+    """The training pairs once more, exchanged, perturbed or as they are, where the objective asks for it."""
     described: dict[str, Any]
     """What records say of the data."""
     splits: dict[str, Examples]
@@ -191,9 +192,13 @@ class Task:
 
     def with_tables(self, tables: Mapping[str, TokenTable]) -> Task:
         """The same with other tables for some: the same pairs, with more known of them."""
-        swapped = tables.get("swapped", self.swapped)
-        others = {name: table for name, table in tables.items() if name != "swapped"}
-        return replace(self, tables=self.tables | others, swapped=swapped)
+        found = self.tables | dict(tables)
+        if self.swapped is self.tables["train"]:
+            found["swapped"] = found["train"]
+        if "exchanged" in found:
+            found["selection"] = replace(found["selection"], exchanged=found.pop("exchanged"))
+        swapped = found.pop("swapped", self.swapped)
+        return replace(self, tables=found, swapped=swapped)
 
     @classmethod
     def read(
@@ -202,20 +207,19 @@ class Task:
         splits: dict[str, Examples],
         described: dict[str, Any],
         backbone: Backbone,
-        objective: str,
+        trainer: config.Trainer,
         head: int,
     ) -> Task:
         """What `load_splits` gave, as tokens that one of a member's heads answers."""
         reader = backbone.for_task(data.task)
-        train, swapped = training_tables(data, splits["train"], reader, objective)
+        train, swapped = training_tables(data, splits["train"], reader, trainer.objective, head)
         others = {name: split for name, split in splits.items() if name != "train"}
         tables = {"train": train} | {
-            name: tokenize(split, data.text_columns, reader, data.max_length) for name, split in others.items()
+            name: scoring_table(split, data, reader, both_orders=trainer.score_both_orders, head=head)
+            for name, split in others.items()
         }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
         asked = data.unseen or data.perturb is not None
-        tables = {name: replace(table, head=head) for name, table in tables.items()}
-        swapped = None if swapped is None else replace(swapped, head=head)
         return cls(data, tables, swapped, described, splits if asked else {})
 
 
@@ -279,7 +283,7 @@ class Common:
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
         _refuse_unlike_labels(experiment, backbone)
         tasks = {
-            name: Task.read(each.data, *loaded[name], backbone, trainer.objective, 0 if experiment.own_adapters else i)
+            name: Task.read(each.data, *loaded[name], backbone, trainer, 0 if experiment.own_adapters else i)
             for i, (name, each) in enumerate(experiment.each.items())
         }
         return cls(backbone, sha256, tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 COMMANDS = {
@@ -80,6 +81,7 @@ def help_of(command: str) -> str:
     return "\n".join(lines)
 
 
-def choices(group: str) -> list[str]:
+@cache
+def choices(group: str) -> tuple[str, ...]:
     """The options of a config group that ship with the package."""
-    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    return tuple(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))

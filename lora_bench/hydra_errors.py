@@ -7,9 +7,13 @@ config, packages on its search path. None of that is needed here, so all of it i
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
+import secrets
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.errors import HydraException, OverrideParseException
@@ -20,7 +24,6 @@ from lora_bench.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _LOADS_CODE = re.compile(r"^[+~]*hydra[./](callbacks|job_logging|hydra_logging|searchpath|job\.env_set)\b")
 
@@ -126,6 +129,20 @@ def _names_code(key: str) -> UserError:
     )
 
 
+def register_with_hydra() -> None:
+    """Our sweepers and launcher, where Hydra looks for them once a process, and the resolver for a run folder's id."""
+    try:
+        plugins: Any = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        plugins = type(sys)("hydra_plugins")
+        plugins.__path__ = []
+        sys.modules["hydra_plugins"] = plugins
+    folder = str(Path(__file__).parent / "plugin")
+    if folder not in plugins.__path__:
+        plugins.__path__.append(folder)
+    OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+
+
 def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
     """The config, `hydra` node included, as Hydra composes it before a sweep is split; nothing of it is carried out."""
     from hydra import version
@@ -135,6 +152,7 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
+    register_with_hydra()
     version.setbase("1.3")
     places = create_config_search_path(str(conf.absolute()))
     if config_dir is not None:

@@ -301,11 +301,12 @@ class Recorder:
         prepared = sum(preparation.seconds for preparation in preparations)
         filled, filling = preparations[0].prefix_seconds, preparations[0].prefix_flops  # once for all
         rate = over(outcome.pairs for outcome in outcomes) / seconds if seconds else None
-        flops = sum(outcome.flops for outcome in outcomes) + sum(preparation.flops for preparation in preparations)
+        looking = sum(preparation.flops for preparation in preparations)
         return {
             "train_seconds": prepared + (filled or 0) + seconds if alone else None,
-            "train_flops": flops + (filling or 0),
+            "train_flops": sum(outcome.flops for outcome in outcomes) + looking + (filling or 0),
             "prepare_seconds": prepared if alone else None,
+            "prepare_flops": looking,
             "prefix_fill_seconds": filled if alone else None,
             "prefix_fill_flops": filling,
             "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,

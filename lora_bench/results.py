@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lora_bench.adapters import peft_format
 from lora_bench.backbones.load import public_place
 from lora_bench.besides import score_besides
-from lora_bench.data.pairs import tokenize
+from lora_bench.data.pairs import scoring_table
 from lora_bench.evaluation.calibration import fit_temperature, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import mean_metrics, score
@@ -83,13 +83,15 @@ class Learned:
 
     def _besides(self, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
         """A reported split on its unseen rows and perturbed, as far as the settings ask for it."""
-        data, splits, size = self.task.data, self.task.splits, self.experiment.trainer.eval_batch_size
+        data, splits, trainer = self.task.data, self.task.splits, self.experiment.trainer
         reader = self.pack.backbone.for_task(data.task)
 
         def scored(examples: Examples) -> NDArray[Any]:
-            table = tokenize(examples, data.text_columns, reader, data.max_length, cached=False, head=self.head)
+            both = trainer.score_both_orders
+            table = scoring_table(examples, data, reader, both_orders=both, cached=False, head=self.head)
             with self.pack.only(self.members):
-                return predict(self.pack, table, size, self.processes).mean(axis=0)  # type: ignore[no-any-return]
+                found = predict(self.pack, table, trainer.eval_batch_size, self.processes)
+            return found.mean(axis=0)  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiment.metrics
         return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self.tell)

@@ -84,7 +84,7 @@ def redact(text: str) -> str:
 
 def redacted(value: Any, name: str) -> Any:
     """A text, a number, true, false or None as it may be written; `name` is the key that holds it."""
-    if value is not None and not isinstance(value, bool) and _is_secret(name, str(value)):
+    if _secret_name(name) and value is not None and not isinstance(value, bool) and _is_secret(name, str(value)):
         return HIDDEN
     return redact(value) if isinstance(value, str) else value
 

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from rich.console import Console, JustifyMethod
-    from rich.table import Table as RichTable
-
     from lora_bench.comparison import Finding
 
 
@@ -304,77 +301,3 @@ _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(char, char) for char in text)
-
-
-# -- terminal --
-
-
-def render(table: Table, console: Console) -> None:
-    """Print the table and what stands below it; to a file or a pipe at full width, to a terminal within its columns."""
-    from rich.text import Text
-
-    if table.rows:
-        _render_grid(table, console)
-    for each in table.beside:
-        console.print()
-        _render_grid(each, console)
-    for i, line in enumerate(table.below):
-        console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
-
-
-def _render_grid(table: Table, console: Console) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    shown, hidden = _fitted(table, console)
-    if not console.is_terminal:  # rich takes any file for 80 columns wide
-        console = Console(file=console.file, width=100_000, highlight=False)
-    console.print(shown)
-    if hidden:
-        names = ", ".join(clean(column.name) for column in hidden)
-        console.print(Text(f"\nwiden the terminal or use --format md for: {names}", style="dim"))
-
-
-def _fitted(table: Table, console: Console) -> tuple[RichTable, list[Column]]:
-    """The widest form that the console holds: costs go first, then a digit, then metrics; keys then share a column."""
-    from rich.measure import Measurement
-
-    columns = visible(table)
-    shown = _rich(table, columns, 4, stacked=False)
-    if not console.is_terminal:
-        return shown, []
-    optional = sorted((c for c in columns if c.kind not in ("key", "n")), key=lambda column: column.keep)[:-1]
-    costs = sum(column.kind != "metric" for column in optional)
-    steps = [(i, 4) for i in range(costs + 1)] + [(i, 3) for i in range(costs, len(optional) + 1)]
-    wide = console.options.update(max_width=100_000)
-    for stacked in (False, True):
-        for dropped, digits in steps:
-            hidden = optional[:dropped]
-            shown = _rich(table, [column for column in columns if column not in hidden], digits, stacked=stacked)
-            if Measurement.get(console, wide, shown).maximum <= console.width:
-                return shown, [column for column in columns if column in hidden]
-    return shown, [column for column in columns if column in optional]
-
-
-def _rich(table: Table, columns: list[Column], digits: int, *, stacked: bool) -> RichTable:
-    from rich import box
-    from rich.cells import cell_len
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    keys = [column for column in columns if column.kind == "key"]
-    rest = [column for column in columns if column not in keys]
-    beside = rest if stacked else [*keys, *rest]
-    lines = [[cell(row, column, digits) for column in beside] for row in table.rows]
-    if stacked:
-        made.add_column("run", overflow="fold")
-    for column, *shown in zip(beside, *lines, strict=True):
-        width = max(map(cell_len, (column.header, *shown)))  # or rich would measure every cell several times
-        justify: JustifyMethod = "left" if column in keys else "right"
-        made.add_column(Text(column.header), justify=justify, overflow="fold", no_wrap=True, width=width)
-    for row, shown in zip(table.rows, lines, strict=True):
-        named = "\n".join(f"{clean(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys)
-        cells = [Text(text, "bold" if c.name in row.best else "") for c, text in zip(beside, shown, strict=True)]
-        made.add_row(*([Text(named)] if stacked else []), *cells)
-    return made

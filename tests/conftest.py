@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library of theirs is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: torch's threads would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
 from tests.helpers import composed
+from tests.reliability.score import Score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Score(), "reliability")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from lora_bench.compare import main, summarise, write_tables
 from lora_bench.errors import UserError
+from lora_bench.grid import render
 from lora_bench.record import Run
 from lora_bench.tables import (
     Column,
@@ -28,7 +29,6 @@ from lora_bench.tables import (
     Table,
     clean,
     human,
-    render,
     to_csv,
     to_json,
     to_latex,

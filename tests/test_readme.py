@@ -127,7 +127,7 @@ def test_every_method_is_in_the_readme() -> None:
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    command = 'pip install -e ".[dev]" && pytest'
+    command = 'pip install -e ".[dev]" && pytest -n logical'
     assert f"```bash\n{command}\n```" in README
     assert f"{command} " in (ROOT / "scripts" / "test").read_text(encoding="utf-8")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()

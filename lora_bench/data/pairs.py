@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_bench.backbones.base import Backbone
+    from lora_bench.config import Data
     from lora_bench.data.augment import Augmentation
     from lora_bench.data.examples import Examples
     from lora_bench.data.hidden import HiddenStates
@@ -46,6 +47,7 @@ class TokenTable:
     hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
     augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
     head: int = 0  # which of a member's heads answers it, where that has several
+    exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are scored
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -59,6 +61,7 @@ class TokenTable:
             labels=None if self.labels is None else self.labels[rows],
             ids=self.ids[rows],
             augmentation=None,
+            exchanged=None if self.exchanged is None else self.exchanged.take(rows),
         )
 
     def in_epoch(self, epoch: int) -> TokenTable:
@@ -109,6 +112,17 @@ def tokenize(
         truncated=int(batch.schema.metadata[b"truncated"]),
         head=head,
     )
+
+
+def scoring_table(
+    examples: Examples, data: Data, backbone: Backbone, *, both_orders: bool, cached: bool = True, head: int = 0
+) -> TokenTable:
+    """The token table of a split that is scored, with its exchanged pairs where both orders are."""
+    one, *other = [
+        tokenize(examples, data.text_columns, backbone, data.max_length, swapped=swapped, cached=cached, head=head)
+        for swapped in ((False, True) if both_orders else (False,))
+    ]
+    return replace(one, exchanged=other[0]) if other else one
 
 
 def cache_folder() -> Path:

@@ -41,16 +41,8 @@ class TransferSweeper(GridSweeper):
         together: whether all tasks are also learned together.
     """
 
-    def __init__(
-        self,
-        max_batch_size: int | None,
-        params: dict[str, str] | None,
-        exclude: Sequence[str],
-        shots: Sequence[int],
-        few: dict[str, Any],
-        together: bool,
-    ) -> None:
-        super().__init__(max_batch_size, params, exclude)
+    def __init__(self, shots: Sequence[int], few: dict[str, Any], together: bool, **grid: Any) -> None:
+        super().__init__(**grid)
         self.shots = list(shots)
         self.few = overrides_of(few)
         self.together = together

@@ -9,13 +9,15 @@ depends on nothing else: members of other seeds have steps of the same tasks and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_bench.data.batching import BatchPlan, training_batches
+from lora_bench.training.backward import Backward
+from lora_bench.training.objective import make_objective
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,12 +39,14 @@ class Pairs:
     selection: TokenTable
     """What every choice is made on; never the reported split."""
     swapped: TokenTable | None = None
-    """`train` with the texts of each pair exchanged, or perturbed, where the objective asks for both."""
+    """The second looks at pairs of `train` (exchanged, perturbed or themselves), if the objective has any."""
 
-    def plan(self, batch_size: int) -> BatchPlan:
-        """Which rows each batch holds."""
+    def plan(self, batch_size: int, multiple: int = 1) -> BatchPlan:
+        """Which rows each batch holds, and how long it is: see `BatchPlan`."""
         lengths = self.train.lengths
-        return BatchPlan(lengths if self.swapped is None else np.maximum(lengths, self.swapped.lengths), batch_size)
+        if self.swapped is not None:
+            lengths = np.maximum(lengths, self.swapped.lengths)
+        return BatchPlan(lengths, batch_size, multiple)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Course:
     tasks: Mapping[str, Pairs]
     temperature: float = 1.0
 
+    def before(self, member: int) -> Course:
+        """What one of its members looks at before the first step: each pair once."""
+        return replace(self, members=[member], tasks={n: replace(p, swapped=None) for n, p in self.tasks.items()})
+
     def steps_per_epoch(self, batch_size: int) -> int:
         return sum(pairs.plan(batch_size).steps_per_epoch for pairs in self.tasks.values())
 
@@ -66,11 +74,19 @@ class Course:
         """Optimizer updates that the settings ask for."""
         return steps_asked(trainer, self.steps_per_epoch(trainer.batch_size))
 
-    def batches(self, pack: Pack, batch_size: int, members: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Without end; for these of its members alone where they are given."""
-        seeds = [pack.members[k].seed_of("order") for k in (self.members if members is None else members)]
+    def backward(self, pack: Pack, trainer: Trainer) -> Backward:
+        """What the batches add to gradients, by the objective that the settings name."""
+        objectives = {}
+        for pairs in self.tasks.values():
+            objectives[pairs.train.head] = objective = make_objective(trainer, pairs.train.labels)
+            assert objective.orders == (1 if pairs.swapped is None else 2)
+        return Backward(pack, objectives, graphs=trainer.cuda_graphs)
+
+    def batches(self, pack: Pack, batch_size: int, multiple: int = 1) -> Iterator[Batch]:
+        """Those of its members, without end; a batch's length is a multiple of so many tokens, see `BatchPlan`."""
+        seeds = [pack.members[k].seed_of("order") for k in self.members]
         pad_id = pack.backbone.tokenizer.pad_token_id
-        plans = [pairs.plan(batch_size) for pairs in self.tasks.values()]
+        plans = [pairs.plan(batch_size, multiple) for pairs in self.tasks.values()]
         streams = [_endless(pairs, plan, seeds, pad_id) for pairs, plan in zip(self.tasks.values(), plans, strict=True)]
         shares = allotted([plan.steps_per_epoch for plan in plans], self.temperature)
         for epoch in count():

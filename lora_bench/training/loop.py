@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +26,6 @@ from lora_bench.training.course import Course, Pairs, steps_asked
 from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.halving import losers, places
 from lora_bench.training.look import Look, judge
-from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer, set_rate
 from lora_bench.training.portions import in_portions
 from lora_bench.training.state import Outcome, TrainingState, contained, diverge
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.checkpoint import Checkpoint, Checkpoints
     from lora_bench.training.interrupt import Interruption
-    from lora_bench.training.objective import Objective
 
 
 class Watcher(Protocol):
@@ -72,7 +71,7 @@ def prepare_courses(
         for k in course.members:
             if members is None or k in members:
                 with pack.only([k]):
-                    batches = course.batches(pack, trainer.batch_size, [k])
+                    batches = course.before(k).batches(pack, trainer.batch_size)
                     pack.members[k].adapter.prepare(pack, k, batches)
 
 
@@ -133,8 +132,6 @@ def fit_courses(
     Returns:
         One outcome per member; those that diverged or failed are among them, and do not disturb the others.
     """
-    objective = make_objective(trainer)
-    assert all(objective.orders == (1 if p.swapped is None else 2) for c in courses for p in c.tasks.values())
     members = range(pack.size)
     course_of = {k: course for course in courses for k in course.members}
     per_epoch = [course_of[k].steps_per_epoch(trainer.batch_size) for k in members]
@@ -153,7 +150,11 @@ def fit_courses(
             if outcomes[k].status == "done":  # before others of its run
                 pack.load_state(k, outcomes[k].state)
     first = begun[0].step + 1 if begun else 1
-    batches = [islice(course.batches(pack, trainer.batch_size), first - 1, None) for course in courses]
+    passes = [course.backward(pack, trainer) for course in courses]
+    batches = [
+        islice(course.batches(pack, trainer.batch_size, backward.multiple), first - 1, None)
+        for course, backward in zip(courses, passes, strict=True)
+    ]
     pack.train()
 
     def running() -> list[int]:
@@ -173,7 +174,7 @@ def fit_courses(
             break
         told: dict[int, float] = {}
         pairs = 0
-        for course, stream in zip(courses, batches, strict=True):
+        for course, backward, stream in zip(courses, passes, batches, strict=True):
             learning = [k for k in course.members if k in live]
             if not learning:
                 continue
@@ -182,7 +183,7 @@ def fit_courses(
                 batch = next(stream).of([course.members.index(k) for k in learning])
                 losses = dict.fromkeys(learning, 0.0)
                 if (own := processes.share(batch)) is not None:
-                    work = partial(backward, pack, own, objective, batch.pairs)
+                    work = partial(backward, own, batch.pairs)
                     losses = in_portions(pack, own, trainer.micro_batch_size, work)
                 learned = (p for k in learning for p in pack.trainable(k, batch.head).values())
                 losses = processes.add_up(learned, losses)
@@ -238,15 +239,17 @@ def fit_courses(
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
+                        best = outcomes[k].best
+                        if trainer.stop_at is not None and best and best["metrics"]["mcc"] >= trainer.stop_at:
+                            outcomes[k].status = "done"
             if crowded:
                 losing = losers({k: found[k] for k in running()}, places(step, steps))
         for k in running():
             if step == last_step[k] < steps:  # others have more to learn
                 outcomes[k].status = "done"
-        if interruption:
-            interruption.asked = processes.any_asked(interruption.asked)
-        asked = interruption is not None and interruption.asked is not None
-        if checkpoints and (asked or losing or step % (trainer.checkpoint_every or max(look_every)) == 0):
+        # What all have heard of: a signal that comes from here on is acted on after the next step, by all of them.
+        asked = processes.any_asked(interruption.asked) if interruption else None
+        if checkpoints and (asked is not None or losing or step % (trainer.checkpoint_every or max(look_every)) == 0):
             going_on = set(running())  # who loses too: it can be gone on with
             for k in (k for run in runs if not going_on.isdisjoint(run) for k in run):
                 with contained(outcomes[k]):
@@ -255,8 +258,8 @@ def fit_courses(
             if outcomes[k].status == "running":
                 outcomes[k].status = "stopped"
         end([k for k in losing if outcomes[k].status == "stopped"])
-        if interruption:
-            interruption.act()
+        if interruption and asked is not None:
+            interruption.act(asked)
         end([k for k in live if outcomes[k].status not in ("running", "stopped")])
 
     last = running()
@@ -269,7 +272,13 @@ def fit_courses(
 
 @torch.no_grad()
 def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
-    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was."""
+    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was.
+
+    Of a table with its pairs exchanged, the mean of both orders.
+    """
+    if table.exchanged is not None:
+        one, other = replace(table, exchanged=None), table.exchanged
+        return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
     scores = np.zeros((len(pack.live), len(table)))
     mode = pack.training
     pack.eval()
@@ -284,31 +293,6 @@ def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes
 def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
     """(K, B, 2), `pairs` of the B pairs at a time."""
     return torch.cat([pack(micro.to(pack.backbone.device)) for micro in micro_batches(batch, pairs)], dim=1)
-
-
-def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pairs: int) -> dict[int, float]:
-    """What the batch adds to each live member's mean loss over `of_pairs` pairs, and its gradients, `pairs` at a time.
-
-    Members are independent: their losses add up.
-    """
-    K = len(pack.live)
-    losses = torch.zeros(K, device=pack.backbone.device)
-    with pack.gathering_gradients():
-        for micro in micro_batches(batch, pairs):
-            on_device = micro.to(pack.backbone.device)
-            assert on_device.labels is not None
-            labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
-            share = micro.pairs / of_pairs
-            hidden = pack.prefix(on_device)
-            for part in pack.portions():
-                places = [pack.live.index(k) for k in part]
-                logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
-                loss = objective.loss(logits, labels[places]) * share
-                penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
-                extra = [penalty * share for penalty in penalties if penalty is not None]
-                torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
-                losses[places] += loss.detach()
-    return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:

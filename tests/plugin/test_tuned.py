@@ -37,13 +37,14 @@ def table() -> list[dict[str, str]]:
 def scored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[bool, float], float]:
     """The selection MCC of a run by whether it has an adapter and its rate, in the place of what it would have."""
     wanted: dict[tuple[bool, float], float] = {}
-    judge = loop._judge
+    judge = loop.judge
 
-    def judged(pack: Any, member: int, outcome: Any, *arguments: Any) -> None:
-        judge(pack, member, outcome, *arguments)
+    def judged(pack: Any, member: int, outcome: Any, *arguments: Any) -> Any:
+        line = judge(pack, member, outcome, *arguments)
         outcome.best["metrics"]["mcc"] = wanted[bool(pack.adapter_parameters(member)), pack.rates[member]]
+        return line
 
-    monkeypatch.setattr(loop, "_judge", judged)
+    monkeypatch.setattr(loop, "judge", judged)
     make = loop.make_optimizer
 
     def noted(settings: Any, pack: Any, member: int) -> Any:
@@ -136,14 +137,14 @@ def test_a_chosen_rate_that_diverges_with_more_pairs_has_failed(
     scored: dict[tuple[bool, float], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored |= {(True, 1e-3): 0.5, (True, 1e-2): 0.4, (False, 1e-3): 0.1, (False, 1e-2): 0.2}
-    judge = loop._judge
+    judge = loop.judge
 
-    def judged(pack: Any, member: int, outcome: Any, scores: Any, selection: Any, *arguments: Any) -> None:
+    def judged(pack: Any, member: int, *arguments: Any) -> Any:
         if pack.members[member].seed == 1:  # only what is reported has such a seed
             raise DivergedError("the loss is nan")
-        judge(pack, member, outcome, scores, selection, *arguments)
+        return judge(pack, member, *arguments)
 
-    monkeypatch.setattr(loop, "_judge", judged)
+    monkeypatch.setattr(loop, "judge", judged)
     answer = lora_bench("train", *ASKED)
     assert (answer.code, answer.err) == (1, "lora-bench: 2 of 8 jobs failed\n")
     assert [each["status"] for each in records("report")] == ["done", "diverged"] * 2
@@ -169,3 +170,24 @@ def test_one_rate_is_nothing_to_choose_from() -> None:
 @pytest.mark.usefixtures("in_tmp")
 def test_a_wrong_value_of_the_second_stage_is_refused_before_the_first() -> None:
     assert "seed=-1" in refused("train", *[text.replace("seed=0,1", "seed=0,-1") for text in ASKED])
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_an_ablation_chooses_each_variants_rate_and_compares_with_the_whole() -> None:
+    """The preset itself on the toy task, with three of its variants."""
+    variants = "hydra.sweeper.variants=['','adapter.lr_ratio=1','adapter=lora']"
+    asked = toy_run("sweep=ablation", "optimizer.lr=1e-3,1e-2", "seed=0,1", *FEW, variants, "hydra.sweep.dir=sweep")
+    answer = lora_bench("train", *asked)
+    assert (answer.code, answer.err) == (0, "")
+    for kind in ("all", "adapter.lr_ratio=1", "adapter=lora"):
+        assert f"{kind}: optimizer.lr=" in answer.out
+    assert len(records("tune")) == 6
+    reported = [each["config"] for each in records("report")]
+    assert [(each["adapter"]["allocation"], each["adapter"]["lr_ratio"]) for each in reported[::2]] == [
+        ("gradient", 4.0),
+        ("gradient", 1.0),
+        ("uniform", 1.0),
+    ]
+    assert {each["trainer"]["objective"] for each in reported} == {"order_consistency"}
+    baseline = next(row for row in table() if row["verdict"] == "baseline")
+    assert (baseline["adapter"], baseline["adapter.lr_ratio"]) == ("enhanced", "4.0")

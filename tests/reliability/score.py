@@ -1,13 +1,41 @@
-"""The score: how many of the 48 cases pass."""
+"""Keeps the score of the suite: how many of the 48 cases pass, a case counting when all tests with its number did."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
 CASES = range(1, 49)
+
+
+class Score:
+    """Hooks of pytest: tests run in one process or in several, and the first counts what their reports say."""
+
+    def __init__(self) -> None:
+        self.passed: dict[int, list[bool]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: object
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        marker = item.get_closest_marker("reliability")
+        if marker is not None:
+            report.user_properties = [*report.user_properties, ("reliability", marker.args[0])]
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        number = dict(report.user_properties).get("reliability")
+        if isinstance(number, int) and (report.failed or (report.passed and report.when == "call")):
+            self.passed.setdefault(number, []).append(report.passed)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.passed:
+            terminalreporter.write_line(tell(self.passed))
 
 
 def tell(passed: Mapping[int, Sequence[bool]]) -> str:
