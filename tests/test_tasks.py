@@ -235,6 +235,36 @@ def test_a_sweep_of_runs_of_several_tasks_is_packed(runs: Path, in_tmp: Path) ->
             assert packed == pytest.approx(scores(runs / share / "tasks" / task), abs=1e-4)
 
 
+def test_both_orders_and_objectives_are_of_each_task(runs: Path, in_tmp: Path) -> None:
+    """The kept prefix, exchanged pairs and the likelihood's shift are of the task, and not of the first one."""
+    asked = [
+        "trainer.max_steps=4",
+        "adapter.layers=top:1",
+        "trainer.score_both_orders=true",
+        "trainer.logit_adjustment=1",
+    ]
+    asked += ["trainer.objective=order_consistency", "data.perturb=[order]", "data.perturb_seeds=1"]
+    own = train(runs, f"{in_tmp}/own", "data.tasks=[small,large]", "data.share=backbone", *asked)
+    for task in ("small", "large"):
+        alone = train(runs, f"{in_tmp}/{task}", f"data={task}", *asked)
+        assert scores(own / "tasks" / task) == pytest.approx(scores(alone), abs=1e-4)
+        found = record(own / "tasks" / task)["metrics"]
+        assert found == pytest.approx(record(alone)["metrics"], abs=1e-3)
+        assert found["validation/perturbed/order_consistency"] == 1
+    shared = train(runs, f"{in_tmp}/shared", "data.tasks=[small,large]", *asked, "trainer.objective=cross_entropy")
+    for task in ("small", "large"):
+        again = lora_bench.load(shared / "tasks" / task).score(generate(16, list(ROWS).index(task), "validation"))
+        assert again == pytest.approx(scores(shared / "tasks" / task), abs=1e-6)
+
+
+def test_dropout_consistency_and_a_target_with_a_shared_adapter(runs: Path, in_tmp: Path) -> None:
+    asked = [THREE, "trainer.objective=dropout_consistency", "adapter.dropout=0.1", "trainer.stop_at=0.05"]
+    found = record(train(runs, f"{in_tmp}/run", *asked))
+    means = {line["step"]: line["metrics"]["mcc"] for line in lines("run") if line["split"] == "selection"}
+    reached = [step for step, mean in means.items() if mean >= 0.05]
+    assert found["cost"]["steps"] == (reached[0] if reached else 18)
+
+
 def test_t5_reads_each_task_under_its_name_and_answers_with_one_head_only_the_same_labels(
     runs: Path, in_tmp: Path
 ) -> None:
