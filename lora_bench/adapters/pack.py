@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.adapters.leaves import Adapted, Live, MemberHeads
+from lora_bench.adapters.matching import Matching, pair_features
 from lora_bench.adapters.together import Copies, kind
 from lora_bench.errors import UserError
 
@@ -95,6 +96,12 @@ class Pack(nn.Module):
         self.cut: int | None = None
         """Where the network is cut, whoever is live, once what lies below is read and not computed."""
         self._joined: tuple[list[int], Copies] | None = None
+        size, device = backbone.hidden_size, backbone.device
+        matching = [k for k, member in enumerate(members) if member.adapter.matching]
+        if matching and not backbone.tells_texts_apart:
+            reason = "needs to know where the second text begins, and this model reads both as one"
+            raise UserError(reason, key="adapter.matching", value="true", remedy="Take adapter.matching=false.")
+        self.matchings = nn.ModuleDict({str(k): Matching(size, device) for k in matching})
         self._attach_heads()
         self._attach_updates()
 
@@ -191,12 +198,24 @@ class Pack(nn.Module):
         if K > 1:
             self._copies(members).take()
         self._live.members, self._live.head = members, batch.head
+        everywhere, matching = self.backbone.all_positions, any(str(k) in self.matchings for k in members)
         try:
             with self._autocast():
-                logits = self.backbone.suffix(hidden, batch, self.depth)  # (K·B, 2)
+                self.backbone.all_positions = everywhere or matching
+                encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
+                logits = self.backbone.answer(encoded, batch)  # (K·B, 2)
         finally:
             self._live.members = live
-        return logits.float().view(K, -1, logits.shape[-1])
+            self.backbone.all_positions = everywhere
+        logits = logits.float().view(K, -1, logits.shape[-1])
+        if not matching:
+            return logits
+        features = pair_features(encoded, *self.backbone.texts(batch)).view(K, logits.shape[1], -1)
+        own = [
+            own + self.matchings[str(k)](rows) if str(k) in self.matchings else own
+            for k, own, rows in zip(members, logits, features, strict=True)
+        ]
+        return torch.stack(own)
 
     def train(self, mode: bool = True) -> Pack:
         """Training mode reaches the adapters; a frozen backbone and the heads on it never drop anything out."""
@@ -222,13 +241,15 @@ class Pack(nn.Module):
             head: which; None: all, each after the first below `head_<i>.`.
         """
         packed = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
-        return {
-            f"{f'head_{i}.' if i and head is None else ''}{name}.{key}": p
+        own = {
+            f"{f'head_{i}.' if i and head is None else ''}{name}": heads.of(member, i)
             for i in (range(self.members[member].heads) if head is None else [head])
             for name, heads in packed.items()
             if isinstance(heads, MemberHeads)
-            for key, p in heads.of(member, i).named_parameters()
         }
+        if str(member) in self.matchings:
+            own["matching"] = self.matchings[str(member)]
+        return {f"{name}.{key}": p for name, module in own.items() for key, p in module.named_parameters()}
 
     def trainable(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
         """All that the member trains: adapter and heads, or one of them."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from lora_bench.adapters import matching
 from lora_bench.data.batching import evaluation_batches, micro_batches
 from lora_bench.training.average import Average, averaged, averaging_starts
 from lora_bench.training.course import Course, Pairs, steps_asked
@@ -71,8 +72,9 @@ def prepare_courses(
         for k in course.members:
             if members is None or k in members:
                 with pack.only([k]):
-                    batches = course.before(k).batches(pack, trainer.batch_size)
-                    pack.members[k].adapter.prepare(pack, k, batches)
+                    own = course.before(k)
+                    pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size))
+                    matching.begin(pack, k, own.batches(pack, trainer.batch_size))
 
 
 def fit(
