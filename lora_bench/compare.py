@@ -38,6 +38,7 @@ from lora_bench.grid import render
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.recorded import with_equal_keys
 from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, to_csv, to_json, to_latex, to_markdown
+from lora_bench.tasks import by_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -135,6 +136,7 @@ def summarise(
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
     """
     found, skipped = find(paths)
+    found = [each for folder, record in found for each in by_task(folder, record)]
     found = [(folder, with_evaluations(folder, record)) for folder, record in with_equal_keys(found)]
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
@@ -269,6 +271,8 @@ def _caveats(rows: Sequence[Row], runs: Sequence[Recorded], repeated: int, split
         lines.append("one seed only: no spread")
     if rows and splits not in (["validation"], ["selection"]) and len(splits) == 1:
         lines.append(f"metrics of the {splits[0]} split")
+    if any(run.keys.get("data.tasks") for run in runs):
+        lines.append("a run of several tasks has a row for each; what they share (adapter, time, FLOPs) counts in all")
     if len({run.data for run in runs}) > 1:
         lines.append("runs on different data are not comparable: the best values are marked for each data set")
     if repeated:

@@ -108,6 +108,12 @@ class Data:
     """Whether reported splits are also scored on those rows alone none of whose texts was seen in training."""
     report: bool
     """Whether reported splits are scored at all; while something is chosen on the selection split, they are not."""
+    tasks: list[str] | None
+    """Choices of this group that one run learns, each as `data=NAME` alone would; null: the one that `data` names."""
+    share: str
+    """What they share: `adapter`, with a head for each; or `backbone`, each with an adapter and a head of its own."""
+    temperature: float
+    """How often each has its turn in a shared adapter: as its size to the power 1 / temperature, which is 1 or more."""
 
     def __post_init__(self) -> None:
         need_one_of("source", self.source, tuple(DATA))
@@ -120,16 +126,14 @@ class Data:
             need_number("train_size", self.train_size, 1)
         size = self.selection_size
         need_number("selection_size", size, 0, open_low=True)
-        need(
-            0 < size < 1 or (size >= 2 and size == int(size)),
-            "selection_size",
-            size,
-            "must be a fraction between 0 and 1 or a whole number of rows from 2",
-        )
+        is_size = 0 < size < 1 or (size >= 2 and size == int(size))
+        need(is_size, "selection_size", size, "must be a fraction between 0 and 1 or a whole number of rows from 2")
         need_number("split_seed", self.split_seed, 0)
         need_number("perturb_seeds", self.perturb_seeds, 1, 1000)
         need_number("augment_share", self.augment_share, 0, 1, open_low=True)
         need_number("intensity", self.intensity, 0, 1, open_low=True)
+        need_one_of("share", self.share, ("adapter", "backbone"))
+        need_number("temperature", self.temperature, 1)
         for name in ("perturb", "augment"):
             asked = getattr(self, name)
             texts = [asked] if isinstance(asked, str) else asked

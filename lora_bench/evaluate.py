@@ -75,6 +75,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     check_metrics(metrics)
     perturbations(data)
     need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train")
+    reason = "goes with lora-bench train: a run is scored on one data set at a time"
+    need(data.tasks is None, "data.tasks", data.tasks, reason)
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(
             "takes a finished run or an adapter made by PEFT", key="eval", remedy="Give run=DIR or peft=DIR."

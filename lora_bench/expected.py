@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack import Member, Pack
+from lora_bench.errors import UserError
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.experiment import Common, Experiment
 from lora_bench.packing import grouped, known_ranks, needs, sized
@@ -112,18 +113,22 @@ def show(job: Job, console: Console) -> None:
 
 def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
     """What the experiment's run, or one member of its ensemble, would cost alone, preparation with training."""
+    if experiment.tasks:
+        remedy = "Estimate each by itself: data=NAME dry_run=true."
+        raise UserError("is known of one task at a time", key="dry_run", value="true", remedy=remedy)
     common = common or Common.load(experiment)
+    (task,) = common.tasks.values()
     reset_peak_memory(common.backbone.device)
     pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed)])
     try:
         began = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
-            prepare(pack, experiment.trainer, common.tables["train"])
+            prepare(pack, experiment.trainer, task.tables["train"])
         seconds = time.perf_counter() - began
-        prefix, shown_often = prefix_of(common, experiment.trainer)
+        prefix, shown_often = prefix_of(common, task, experiment.trainer)
         kept = prefix.keeps(pack, shown_often)
         pack.cut = pack.depth if kept else None
-        settings = (experiment.optimizer, experiment.trainer, common.tables, common.swapped)
+        settings = (experiment.optimizer, experiment.trainer, task.tables, task.swapped)
         found = estimate(pack, *settings, kept=kept, filling=prefix.flops)
     finally:
         pack.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,13 @@ from lora_bench.data.pairs import TokenTable, scoring_table
 from lora_bench.errors import UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.tracking.choices import build_trackers
+from lora_bench.training.course import Course, Pairs
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.objective import check_objective
 from lora_bench.training.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from omegaconf import DictConfig
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lora_bench.tracking.base import Tracker
 
 _GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
-_KEYS = (*_GROUPS, "seed", "resume", "dry_run")
+_KEYS = (*_GROUPS, "tasks", "seed", "resume", "dry_run")
 
 SEEDS_APART = 1_000_000
 """Between the seeds of an ensemble's members: ensembles of neighbouring seeds have no member in common."""
@@ -53,29 +54,48 @@ class Experiment:
     metrics: dict[str, config.Metric]
     trackers: dict[str, Tracker]
     seed: int
+    tasks: dict[str, config.Data] = field(default_factory=dict)
+    """By name, where the run learns several; `data` is then the first's."""
+
+    @property
+    def own_adapters(self) -> bool:
+        """Whether each of several tasks has an adapter of its own."""
+        return bool(self.tasks) and self.data.share == "backbone"
+
+    @property
+    def size(self) -> int:
+        """Members that the run trains: one, one for each task, or those of its ensemble."""
+        return len(self.tasks) if self.own_adapters else self.ensemble.size
+
+    @property
+    def each(self) -> dict[str, Experiment]:
+        """By task, with its data; by an empty name itself, where there is one task."""
+        return {name: replace(self, data=data, tasks={}) for name, data in self.tasks.items()} or {"": self}
 
     @property
     def identity(self) -> str:
         """Equal for runs that would be the same: all that decides what is learned, and not how it is computed."""
         learned = (self.model, self.adapter, self.data, self.optimizer, self.trainer, self.ensemble)
-        return repr((*learned, self.metrics, self.seed))
+        return repr((*learned, self.tasks, self.metrics, self.seed))
 
     def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
-        """What the run trains: one adapter, or those of its ensemble.
+        """What the run trains: one adapter, one for each task, or those of its ensemble.
 
-        The first is what the run would train without an ensemble, the others what it would train with the seeds
+        Of an ensemble the first is what the run would train without one, the others what it would train with the seeds
         `seed` + 1,000,000, `seed` + 2,000,000, … in whatever they differ.
 
         Args:
             saved_ranks: by module, where saved tensors are about to be put in; a list has one for each member.
         """
         found = []
-        for i in range(self.ensemble.size):
-            seeds = dict.fromkeys(self.ensemble.vary, self.seed + i * SEEDS_APART)
+        heads = 1 if self.own_adapters else max(1, len(self.tasks))
+        for i in range(self.size):
+            apart = 0 if self.own_adapters else i * SEEDS_APART
+            seeds = dict.fromkeys(self.ensemble.vary, self.seed + apart)
             ranks = None
             if saved_ranks is not None:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
-            found.append(Member(self.adapter, self.seed, ranks, seeds))
+            found.append(Member(self.adapter, self.seed, ranks, seeds, heads))
         return found
 
     @classmethod
@@ -96,12 +116,15 @@ class Experiment:
             metrics=metrics,
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
+            tasks={str(name): config.build_data(node) for name, node in (cfg.get("tasks") or {}).items()},
         )
         _check_ensemble(made.ensemble, made.adapter, made.pack)
+        _check_tasks(made)
         drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
-        check_objective(made.trainer, made.data.text_columns, drops_out, made.adapter.matching is True)
-        perturbations(made.data)
-        augmentations(made.data, made.trainer.objective)
+        for each in made.each.values():
+            check_objective(each.trainer, each.data.text_columns, drops_out, each.adapter.matching is True)
+            perturbations(each.data)
+            augmentations(each.data, each.trainer.objective)
         return made
 
 
@@ -121,13 +144,36 @@ def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config
         raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy)
 
 
-@dataclass(frozen=True)
-class Common:
-    """What runs have in common that may be packed: the backbone, and the pairs as its tokens."""
+def _check_tasks(made: Experiment) -> None:
+    """Refuse tasks that cannot be learned together as asked."""
+    data, names = made.data, list(made.tasks)
+    if not names:
+        said = data.tasks is not None  # of one task of a finished run
+        need(said or data.share == "adapter", "data.share", data.share, "needs data.tasks: there is nothing to share")
+        reason = "says how often each of several tasks has its turn, and there is one"
+        need(said or data.temperature == 1, "data.temperature", data.temperature, reason, "Give data.tasks.")
+        return
+    reason = "has members that learn one task, so it cannot be one of the runs of several"
+    remedy = "Leave out ensemble.members or data.tasks."
+    need(made.ensemble.members is None, "ensemble.members", made.ensemble.members, reason, remedy)
+    reason = "compares the texts beside one head, and a shared adapter has a head for each task"
+    remedy = "Take data.share=backbone, or leave it out."
+    need(made.own_adapters or not made.adapter.matching, "adapter.matching", "true", reason, remedy)
+    if made.own_adapters:
+        reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
+        need(not made.adapter.trains_backbone, "data.share", data.share, reason, "Take data.share=adapter.")
+        reason = "stops jobs by their selection MCC, which a run with an adapter for each task has not one of"
+        need(not made.pack.halving, "pack.halving", "true", reason, "Leave it out.")
+        reason = "says how often each task has its turn in a shared adapter"
+        remedy = "With data.share=backbone each is trained as it would be alone."
+        need(data.temperature == 1, "data.temperature", data.temperature, reason, remedy)
 
-    backbone: Backbone
-    backbone_sha256: str
-    """Of its weights as they were loaded."""
+
+@dataclass(frozen=True)
+class Task:
+    """The pairs of one task as the backbone's tokens."""
+
+    data: config.Data
     tables: dict[str, TokenTable]
     """`train`, `selection`, and every split to report."""
     swapped: TokenTable | None
@@ -142,7 +188,12 @@ class Common:
         """The splits that are scored once, at the end."""
         return [name for name in self.tables if name not in ("train", "selection")]
 
-    def with_tables(self, tables: Mapping[str, TokenTable]) -> Common:
+    @property
+    def pairs(self) -> Pairs:
+        """What training looks at."""
+        return Pairs(self.tables["train"], self.tables["selection"], self.swapped)
+
+    def with_tables(self, tables: Mapping[str, TokenTable]) -> Task:
         """The same with other tables for some: the same pairs, with more known of them."""
         found = self.tables | dict(tables)
         if self.swapped is self.tables["train"]:
@@ -153,28 +204,103 @@ class Common:
         return replace(self, tables=found, swapped=swapped)
 
     @classmethod
+    def read(
+        cls,
+        data: config.Data,
+        splits: dict[str, Examples],
+        described: dict[str, Any],
+        backbone: Backbone,
+        trainer: config.Trainer,
+        head: int,
+    ) -> Task:
+        """What `load_splits` gave, as tokens that one of a member's heads answers."""
+        reader = backbone.for_task(data.task)
+        train, swapped = training_tables(data, splits["train"], reader, trainer.objective, head)
+        others = {name: split for name, split in splits.items() if name != "train"}
+        tables = {"train": train} | {
+            name: scoring_table(split, data, reader, both_orders=trainer.score_both_orders, head=head)
+            for name, split in others.items()
+        }
+        described["truncated"] = {name: table.truncated for name, table in tables.items()}
+        asked = data.unseen or data.perturb is not None
+        return cls(data, tables, swapped, described, splits if asked else {})
+
+
+@dataclass(frozen=True)
+class Common:
+    """What runs have in common that may be packed: the backbone, and the pairs as its tokens."""
+
+    backbone: Backbone
+    backbone_sha256: str
+    """Of its weights as they were loaded."""
+    tasks: dict[str, Task]
+    """By name; one with an empty name where runs learn one task."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What records say of the data; of several tasks, splits and warnings by task."""
+        if list(self.tasks) == [""]:
+            return self.tasks[""].described
+        found: dict[str, Any] = {}
+        for name, task in self.tasks.items():
+            for key, value in task.described.items():
+                if isinstance(value, dict):
+                    found.setdefault(key, {}).update({f"{name}/{split}": each for split, each in value.items()})
+                elif isinstance(value, list):
+                    found.setdefault(key, []).extend(f"{name}: {each}" for each in value)
+                else:
+                    found.setdefault(key, value)
+        return found
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training pair."""
+        return max(int(task.tables["train"].lengths.max()) for task in self.tasks.values())
+
+    def courses(self, experiments: Sequence[Experiment], parts: Sequence[Sequence[int]]) -> list[Course]:
+        """What the members of these runs learn: all the same, or each a task of its own.
+
+        Args:
+            experiments: one per run, alike in their tasks.
+            parts: the pack's members of each.
+        """
+        pairs = {name: task.pairs for name, task in self.tasks.items()}
+        first = experiments[0]
+        if first.own_adapters:
+            return [Course([part[i] for part in parts], {name: pairs[name]}) for i, name in enumerate(pairs)]
+        return [Course([k for part in parts for k in part], pairs, first.data.temperature)]
+
+    @classmethod
     def load(cls, experiment: Experiment) -> Common:
         """What the experiment shares with others.
 
         Raises:
             UserError: data or backbone cannot be had, or do not fit one another.
         """
-        data, trainer = experiment.data, experiment.trainer
+        trainer = experiment.trainer
         keep_freed_memory()
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
-        splits, described = load_splits(data)
+        loaded = {name: load_splits(each.data) for name, each in experiment.each.items()}
         device = resolve_device(trainer.device)
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
-        train, swapped = training_tables(data, splits["train"], backbone, trainer.objective)
-        others = {name: split for name, split in splits.items() if name != "train"}
-        tables = {"train": train} | {
-            name: scoring_table(split, data, backbone, both_orders=trainer.score_both_orders)
-            for name, split in others.items()
+        _refuse_unlike_labels(experiment, backbone)
+        tasks = {
+            name: Task.read(each.data, *loaded[name], backbone, trainer, 0 if experiment.own_adapters else i)
+            for i, (name, each) in enumerate(experiment.each.items())
         }
-        described["truncated"] = {name: table.truncated for name, table in tables.items()}
-        asked = data.unseen or data.perturb is not None
-        return cls(backbone, sha256, tables, swapped, described, splits if asked else {})
+        return cls(backbone, sha256, tasks)
+
+
+def _refuse_unlike_labels(experiment: Experiment, backbone: Backbone) -> None:
+    """Tasks share what answers them where a backbone has no head: then their labels must be the same."""
+    names = {name: data.label_names for name, data in experiment.tasks.items()}
+    if backbone.head_modules or len(set(map(tuple, names.values()))) < 2:
+        return
+    told = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in names.items())
+    reason = f"have different labels ({told}), and this model answers all of them in the same two words"
+    remedy = "Take model.form=encoder, which has a head for each."
+    raise UserError(reason, key="data.tasks", value=list(names), remedy=remedy)
 
 
 def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
@@ -205,7 +331,8 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
     """The frozen backbone on its device, and its hash as it was loaded."""
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
-    backbone.need_room(experiment.data.max_length)
+    for each in experiment.each.values():
+        backbone.need_room(each.data.max_length)
     sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
     return backbone, sha256

@@ -14,6 +14,7 @@ from lora_bench.errors import UserError
 from lora_bench.experiment import Experiment
 from lora_bench.prompted import is_prompted
 from lora_bench.recorded import filled
+from lora_bench.tasks import refuse_several
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +51,7 @@ class Source:
 
         need(not is_prompted(found), "is a run of lora-bench prompt, which leaves no adapter")
         need(found["status"] == "done", f"the run is {found['status']}, not done")
+        refuse_several(asked, found["config"], "adapter.init_from")
         theirs = Experiment.build(OmegaConf.create(filled(found)))
         for name, own, other in _settings(experiment, theirs):
             need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
@@ -59,7 +61,7 @@ class Source:
             "was trained on another backbone",
             f"The weights here have hash {backbone_sha256[:12]}…, its record names {sha256[:12]}….",
         )
-        fits = theirs.data.label_names == experiment.data.label_names
+        fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
         return cls(Path(asked), found["targets"], theirs.data.label_names, fits)
 
     def put_into(self, pack: Pack, members: Sequence[int]) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from lora_bench.help import GROUPS
+from lora_bench.checks import need
+from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
 from lora_bench.recorded import filled
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
+from lora_bench.sweep import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,6 +53,7 @@ class Job:
         """
         choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)}
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # as typed
+        compose_tasks(cfg, overrides, hydra.runtime.config_sources)
         for node, key in ((cfg.model, "path"), (cfg.data, "path"), (cfg.adapter, "init_from")):
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
                 node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
@@ -76,6 +81,57 @@ class Job:
         if not (self.folder / "run.json").exists():
             config: Any = OmegaConf.to_container(self.cfg, resolve=False)
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
+
+
+def compose_tasks(cfg: DictConfig, overrides: Sequence[str], sources: Sequence[Any]) -> None:
+    """Put the data of each task that `data.tasks` names into the config; nothing where it names none.
+
+    Each is what the same overrides with `data=NAME` in the place of `data.tasks` would have: `tasks.<name>` is its
+    data, and `data` the first's.
+
+    Args:
+        cfg: composed of these overrides, without its `hydra` node.
+        overrides: as typed.
+        sources: where Hydra looked for choices.
+
+    Raises:
+        UserError: there is one task, or one twice.
+        HydraException: a name is no choice of `data`, or an override suits one task and not another.
+    """
+    names = cfg.data.get("tasks")
+    if not isinstance(names, ListConfig):  # none, or what `config.build` refuses
+        return
+    names = [str(name) for name in names]
+    alone = "data=NAME trains on one by itself."
+    need(len(names) > 1, "data.tasks", names, "names one task, where several are learned together", alone)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    need(twice is None, "data.tasks", names, f"names {twice} twice")
+    odd = next((name for name in names if not re.fullmatch(r"\w[\w.-]*", name)), None)
+    need(odd is None, "data.tasks", names, f"{odd!r} is not the plain name of a choice")
+    places = [source.path for source in sources if source.provider == "command-line"]
+    asked = tuple(text for text in overrides if _tells_of_data(key_of(text)))
+    found: dict[str, Any] = {}
+    for name in names:
+        found[name] = _data_of(name, asked, places[0] if places else None) | {"tasks": names}
+        if found[name].get("path"):
+            found[name]["path"] = os.path.abspath(str(found[name]["path"]))
+    with open_dict(cfg):
+        cfg.tasks = found
+        cfg.data = found[names[0]]
+
+
+def _tells_of_data(key: str) -> bool:
+    """Whether an override of this key says something of every task's data."""
+    return key in ("experiment", "sweep") or (key.startswith("data.") and key != "data.tasks")
+
+
+@cache  # jobs of a sweep mostly have the same tasks
+def _data_of(task: str, overrides: tuple[str, ...], config_dir: str | None) -> dict[str, Any]:
+    from lora_bench.hydra_errors import compose
+
+    composed = compose(conf_folder(), "config", [*overrides, f"data={task}"], config_dir)
+    found: Any = OmegaConf.to_container(composed.data, resolve=True)
+    return dict(found)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.pack import Pack
 from lora_bench.errors import UserError
 from lora_bench.experiment import Common, Experiment
 from lora_bench.progress import Display
@@ -85,7 +85,7 @@ def run(
 def grouped(jobs: Sequence[Job]) -> list[Group]:
     """The jobs by what they must have in common: model, data, trainer, metrics, and the step they go on from."""
     experiments = [Experiment.build(job.cfg) for job in jobs]
-    shared = [repr((each.model, each.data, each.trainer, each.metrics, each.pack)) for each in experiments]
+    shared = [repr((each.model, each.data, each.tasks, each.trainer, each.metrics, each.pack)) for each in experiments]
     held = [_held(job, each) for job, each in zip(jobs, experiments, strict=True)]
     newest: dict[str, set[int]] = {}
     for kind, steps in zip(shared, held, strict=True):
@@ -113,7 +113,7 @@ def _held(job: Job, experiment: Experiment) -> list[int]:
     """The steps that a job can go on from, the newest first; 0 where it begins."""
     if not job.begun:
         return [0]
-    checkpoints = Checkpoints.of_members(job.folder / "checkpoints", experiment.ensemble.size)[0]
+    checkpoints = Checkpoints.of_members(job.folder / "checkpoints", experiment.size)[0]
     newest = checkpoints.newest()
     if newest is None:
         return [0]
@@ -144,7 +144,7 @@ def sized(
     fitting: dict[int, list[tuple[Job, Need]]] = {}
     measured: dict[str, Need] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        kind = repr((experiment.adapter, experiment.ensemble.size))
+        kind = repr((experiment.adapter, experiment.size))
         try:
             if kind not in measured:
                 measured[kind] = needs(common, experiment)
@@ -199,20 +199,20 @@ def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
 
 
 def needs(common: Common, experiment: Experiment) -> Need:
-    """What the job's one member needs, or those of its ensemble.
+    """What the job's members need.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
     known = known_ranks(experiment.adapter, common)
-    pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed, known)])
+    pack = Pack(common.backbone, experiment.members(known)[:1])
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = 1 if common.swapped is None else 2
-        row = saved_bytes(pack, 1, int(common.tables["train"].lengths.max()))
+        orders = max(1 if task.swapped is None else 2 for task in common.tasks.values())
+        row = saved_bytes(pack, 1, common.longest)
         kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
-        size = experiment.ensemble.size
+        size = experiment.size
         at_once = 1 if common.backbone.device.type == "cpu" else size
         return Need(size * kept, at_once * TRANSIENT * orders * pairs * row, pack.depth)
     finally:

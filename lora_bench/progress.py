@@ -184,9 +184,10 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
     if len(records) > 1:
         total = sum(each["params"]["adapter"] for each in records)
         first = f"{len(records)} jobs on one {choices['model']}: {human(total)} adapter parameters in all"
+    data = ", ".join(record["config"].get("tasks", [choices["data"]]))
     lines = [
         first,
-        f"{choices['data']}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
+        f"{data}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
     ]
     for line in [*lines, *(f"note: {note}" for note in notes)]:
         console.print(shown(line))
@@ -197,11 +198,13 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, ti
     cost, metrics = record["cost"], record["metrics"]
     if title:
         console.print(shown(title, style="bold"))
-    if brief:
-        splits = dict.fromkeys(key.split("/")[0] for key in metrics if not key.startswith("selection/"))
-        for split in splits:
-            main = "  ".join(f"{name} {metrics[f'{split}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
-            console.print(Text(f"{split}  {main}"))
+    tasks = record["config"].get("tasks", {})
+    if brief or tasks:
+        for place in _places(metrics):
+            split, _, task = place.partition("/")
+            if split != "selection" and (not task or task in tasks):
+                main = "  ".join(f"{name} {metrics[f'{place}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
+                console.print(Text(f"{place}  {main}"))
     else:
         print_metrics(console, metrics)
     spent = [f"{cost['steps']} steps"]

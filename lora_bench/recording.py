@@ -8,23 +8,17 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_bench import environment
-from lora_bench.adapters import peft_format
 from lora_bench.adapters.targets import unmatched_alternatives
-from lora_bench.backbones.load import public_place
-from lora_bench.besides import score_besides
-from lora_bench.data.pairs import scoring_table
 from lora_bench.errors import RunFailedError, UserError
-from lora_bench.evaluation.calibration import fit_temperature, score_calibrated
 from lora_bench.evaluation.cost import peak_memory_bytes
-from lora_bench.evaluation.ensemble import score_members
-from lora_bench.evaluation.metrics import score
 from lora_bench.progress import show_result
-from lora_bench.record import Run, adapter_folders
+from lora_bench.record import Run
+from lora_bench.results import Learned, report_tasks
 from lora_bench.screen import shown
 from lora_bench.tracking.base import TrackedRun, follow
 from lora_bench.training.distributed import ALONE, Processes
@@ -34,20 +28,15 @@ from lora_bench.training.state import contained
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
     from rich.console import Console
 
     from lora_bench.adapters.pack import Pack
-    from lora_bench.data.examples import Examples
     from lora_bench.experiment import Common, Experiment
     from lora_bench.job import Job
     from lora_bench.progress import Display
+    from lora_bench.results import Predicted
     from lora_bench.training.checkpoint import Checkpoint, Checkpoints
     from lora_bench.training.state import Outcome
-
-
-_Predicted: TypeAlias = "dict[str, tuple[NDArray[Any], float]]"
-"""By split: scores (M, N) of a run's members, and the seconds taken."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +107,8 @@ class Recorder:
             run.rewind(newest.step if newest else 0)
         run.update(
             data=common.described,
-            params=self._params(job),
-            targets=self._ranks(job),
+            params=self._params(self.parts[job]),
+            targets=self._ranks(self.parts[job]),
             environment={
                 **environment.describe(),
                 "device": str(common.backbone.device),
@@ -152,9 +141,15 @@ class Recorder:
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         job = self._job_of(member)
-        part = self.parts[job]
-        whose = f"/member_{part.index(member)}" if len(part) > 1 else ""
+        experiment, number = self.experiments[job], self.parts[job].index(member)
+        whose = f"/member_{number}" if len(self.parts[job]) > 1 else ""
+        if experiment.own_adapters:
+            whose = f"/{list(experiment.tasks)[number]}"
+        line = dict(line)
+        of_tasks = line.pop("tasks", {})
         self.runs[job].log(line | {"split": line["split"] + whose})
+        for name, metrics in of_tasks.items():
+            self.runs[job].log(line | {"split": f"{line['split']}/{name}", "metrics": metrics})
         if self.display:
             self.display.evaluated(member, line)
 
@@ -167,14 +162,13 @@ class Recorder:
             self.end_together(job)
         over = [job for job in jobs if all(self.outcomes[k].status != "running" for k in self.parts[job])]
         done = [job for job in over if all(self.outcomes[k].status == "done" for k in self.parts[job])]
-        predicted = self._predict(done) if done else {}
+        learned = self._learned(done) if done else {}
         for job in over:
             with contained(self.outcome(job)):
                 self._record_cost(job)
                 self._tell_room(job)
                 if job in done:
-                    self._evaluate(job, predicted[job])
-                    self._save(job)
+                    self._report(job, learned[job])
             self.close(job)
 
     def close(self, job: int) -> None:
@@ -221,128 +215,107 @@ class Recorder:
     def _job_of(self, member: int) -> int:
         return next(job for job, part in enumerate(self.parts) if member in part)
 
-    def _predict(self, jobs: Sequence[int]) -> dict[int, _Predicted]:
-        """Selection and each reported split of these jobs: scores (M, N) of each one's members, and the seconds taken.
-
-        All members are at their best states.
-        """
-        members = [k for job in jobs for k in self.parts[job]]
-        found: dict[int, _Predicted] = {job: {} for job in jobs}
-        with self.pack.only(members):
-            for name in ("selection", *self.common.reported):
-                began = time.perf_counter()
-                table, size = self.common.tables[name], self.experiments[0].trainer.eval_batch_size
-                scores = predict(self.pack, table, size, self.processes)
-                seconds = round(time.perf_counter() - began, 3)
-                for job in jobs:
-                    found[job][name] = scores[[members.index(k) for k in self.parts[job]]], seconds
+    def _learned(self, jobs: Sequence[int]) -> dict[int, dict[str, Learned]]:
+        """What the members of these jobs say of selection and each reported split, by task; all are at their best."""
+        found: dict[int, dict[str, Learned]] = {job: {} for job in jobs}
+        size = self.experiments[0].trainer.eval_batch_size
+        for number, (name, task) in enumerate(self.common.tasks.items()):
+            own = {job: self._learners(job, number) for job in jobs}
+            members = [k for part in own.values() for k in part]
+            predicted: dict[int, Predicted] = {job: {} for job in jobs}
+            with self.pack.only(members):
+                for split in ("selection", *task.reported):
+                    began = time.perf_counter()
+                    scores = predict(self.pack, task.tables[split], size, self.processes)
+                    seconds = round(time.perf_counter() - began, 3)
+                    for job, part in own.items():
+                        predicted[job][split] = scores[[members.index(k) for k in part]], seconds
+            for job, part in own.items():
+                found[job][name] = Learned(
+                    self.pack,
+                    self.experiments[job].each[name],
+                    task,
+                    part,
+                    [best for k in part if (best := self.outcomes[k].best) is not None],
+                    predicted[job],
+                    self.processes,
+                    self._tell,
+                    head=task.tables["selection"].head,
+                )
         return found
 
-    def _evaluate(self, job: int, predicted: _Predicted) -> None:
-        """Every reported split is scored once, with the best state; an ensemble's by its members' mean probability."""
-        run, extra = self.runs[job], self.experiments[job].metrics
-        bests = [self.outcomes[k].best for k in self.parts[job]]
-        looks = [{key: best[key] for key in ("step", "epoch")} for best in bests if best is not None]
-        best = max(looks, key=lambda look: look["step"])
-        selected, _ = predicted["selection"]  # (M, N)
-        labels = self.common.tables["selection"].labels
-        assert labels is not None
-        temperature = fit_temperature(selected.mean(axis=0), labels)
-        chosen: dict[str, Any] = {**best, "metric": "mcc", "temperature": temperature}
-        of_each: list[float] = []
-        if len(looks) > 1:
-            values = score(selected.mean(axis=0), labels, extra)
-            of_each = [fit_temperature(own, labels) for own in selected]
-            own = [look | {"temperature": fitted} for look, fitted in zip(looks, of_each, strict=True)]
-            chosen["members"] = own
-        else:
-            assert bests[0] is not None
-            values = bests[0]["metrics"]
-        metrics = {f"selection/{name}": value for name, value in values.items()}
-        for name in self.common.reported:
-            scores, seconds = predicted[name]
-            pooled, table = scores.mean(axis=0), self.common.tables[name]
-            assert table.labels is not None
-            values = score(pooled, table.labels, extra)
-            more = score_calibrated(pooled, table.labels, temperature)
-            if of_each:
-                more |= score_members(scores, table.labels, extra, of_each)
-            more |= self._besides(job, name, pooled) if self.common.splits else {}
-            metrics |= {f"{name}/{key}": value for key, value in (values | more).items()}
-            run.log({**best, "split": name, "metrics": values, "seconds": seconds})
-            run.write_predictions(name, table.ids, table.labels, pooled)
-        run.update(metrics=metrics, selection=chosen)
+    def _learners(self, job: int, task: int) -> Sequence[int]:
+        """The members of a job that learned its task of this number."""
+        part = self.parts[job]
+        return [part[task]] if self.experiments[job].own_adapters else part
 
-    def _besides(self, job: int, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
-        """A reported split on its unseen rows and perturbed, as far as the settings ask for it."""
-        data, trainer, splits = self.experiments[job].data, self.experiments[job].trainer, self.common.splits
-        both = trainer.score_both_orders
-
-        def scored(examples: Examples) -> NDArray[Any]:
-            table = scoring_table(examples, data, self.common.backbone, both_orders=both, cached=False)
-            with self.pack.only(self.parts[job]):
-                found = predict(self.pack, table, trainer.eval_batch_size, self.processes)
-            return found.mean(axis=0)  # type: ignore[no-any-return]
-
-        seen, metrics = (splits["train"], splits["selection"]), self.experiments[job].metrics
-        return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self._tell)
-
-    def _save(self, job: int) -> None:
-        """Each member's adapter and head."""
-        part, run = self.parts[job], self.runs[job]
-        folders = adapter_folders(run.folder, len(part))
-        if len(part) > 1:
-            folders[0].parent.mkdir(exist_ok=True)
-        for k, folder in zip(part, folders, strict=True):
-            peft_format.save(folder, self.pack, k, public_place(self.experiments[job].model))
+    def _report(self, job: int, learned: Mapping[str, Learned]) -> None:
+        """Figures, predictions and adapters; of several tasks in a folder each."""
+        run, experiment = self.runs[job], self.experiments[job]
+        if not experiment.tasks:
+            learned[""].report(run)
+            learned[""].save(run)
+            return
+        sections = {}
+        for name, each in learned.items():
+            own = experiment.own_adapters
+            sections[name] = {
+                "data": each.task.described,
+                "params": self._params(each.members, one_head=True),
+                "targets": self._ranks(each.members),
+                "environment": run.record["environment"],
+                "cost": run.record["cost"] | (self._cost(each.members, alone=False) if own else {}),
+            }
+        report_tasks(run, learned, sections)
 
     def _tell(self, line: str) -> None:
         if not self.brief:
             self.console.print(shown(line))
 
-    def _params(self, job: int) -> dict[str, int]:
-        """Numbers of parameters; an ensemble's members have the backbone in common."""
-        counts = [self.pack.count_parameters(k) for k in self.parts[job]]
+    def _params(self, part: Sequence[int], *, one_head: bool = False) -> dict[str, int]:
+        """Numbers of parameters of a run's members, which have the backbone in common; with one of each one's heads."""
+        counts = [self.pack.count_parameters(k, head=0 if one_head else None) for k in part]
         found = {name: sum(count[name] for count in counts) for name in ("adapter", "head", "trainable")}
         return found | {"total": counts[0]["total"] + found["trainable"] - counts[0]["trainable"]}
 
-    def _ranks(self, job: int) -> dict[str, int | list[int]]:
-        """The rank of each target; where members of an ensemble differ in it, each one's."""
-        of_each = [self.pack.ranks(k) for k in self.parts[job]]
+    def _ranks(self, part: Sequence[int]) -> dict[str, int | list[int]]:
+        """The rank of each target; where members of a run differ in it, each one's."""
+        of_each = [self.pack.ranks(k) for k in part]
         ranks = {name: [own[name] for own in of_each] for name in of_each[0]}
         return {name: own[0] if len(set(own)) == 1 else own for name, own in ranks.items()}
 
     def _record_cost(self, job: int) -> None:
+        part = self.parts[job]
+        cost = self._cost(part, alone=self.pack_sizes[part[0]] == len(part))
+        self.runs[job].update(cost=cost, targets=self._ranks(part))  # a method may have pruned
+
+    def _cost(self, part: Sequence[int], *, alone: bool) -> dict[str, Any]:
         """Seconds and FLOPs of training hold those of preparation (a start that looks at data is not free) and of the
         kept prefix.
 
         Seconds and memory of a pack are no run's own where it trains with others, so there they are null.
         """
-        part = self.parts[job]
         outcomes, preparations = [self.outcomes[k] for k in part], [self.preparations[k] for k in part]
-        alone = self.pack_sizes[part[0]] == len(part)
-        seconds = max(outcome.seconds for outcome in outcomes)
+        over = sum if self.experiments[0].own_adapters else max  # members of an ensemble share batches
+        seconds = over(outcome.seconds for outcome in outcomes)
         prepared = sum(preparation.seconds for preparation in preparations)
         filled, filling = preparations[0].prefix_seconds, preparations[0].prefix_flops  # once for all
-        rate = max(outcome.pairs for outcome in outcomes) / seconds if seconds else None
+        rate = over(outcome.pairs for outcome in outcomes) / seconds if seconds else None
         looking = sum(preparation.flops for preparation in preparations)
-        self.runs[job].update(
-            cost={
-                "train_seconds": prepared + (filled or 0) + seconds if alone else None,
-                "train_flops": sum(outcome.flops for outcome in outcomes) + looking + (filling or 0),
-                "prepare_seconds": prepared if alone else None,
-                "prepare_flops": looking,
-                "prefix_fill_seconds": filled if alone else None,
-                "prefix_fill_flops": filling,
-                "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,
-                "pairs_per_second": rate if alone else None,
-                "steps": max(outcome.steps for outcome in outcomes),
-                "train_tokens": sum(outcome.tokens for outcome in outcomes),
-                "train_padding_tokens": sum(outcome.padding for outcome in outcomes),
-                "pack_size": self.pack_sizes[part[0]],
-            },
-            targets=self._ranks(job),  # a method may have pruned
-        )
+        return {
+            "train_seconds": prepared + (filled or 0) + seconds if alone else None,
+            "train_flops": sum(outcome.flops for outcome in outcomes) + looking + (filling or 0),
+            "prepare_seconds": prepared if alone else None,
+            "prepare_flops": looking,
+            "prefix_fill_seconds": filled if alone else None,
+            "prefix_fill_flops": filling,
+            "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,
+            "pairs_per_second": rate if alone else None,
+            "steps": max(outcome.steps for outcome in outcomes),
+            "train_tokens": sum(outcome.tokens for outcome in outcomes),
+            "train_padding_tokens": sum(outcome.padding for outcome in outcomes),
+            "pack_size": self.pack_sizes[part[0]],
+        }
 
     def _tell_room(self, job: int) -> None:
         """Record the portions in which pairs went through the network, and tell where memory made them smaller."""

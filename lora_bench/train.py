@@ -26,7 +26,7 @@ from lora_bench.screen import shown
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.distributed import ALONE, Processes, together
 from lora_bench.training.interrupt import Interruption
-from lora_bench.training.loop import fit, prepare, total_steps
+from lora_bench.training.loop import fit_courses, prepare_courses, total_steps
 from lora_bench.training.prefix import PrefixCache
 from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, contained, refusing_strangers
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
 
     from lora_bench import config
     from lora_bench.data.pairs import TokenTable
+    from lora_bench.experiment import Task
     from lora_bench.job import Job
     from lora_bench.progress import Shows
     from lora_bench.training.checkpoint import Checkpoint
+    from lora_bench.training.course import Course
 
 
 def train(job: Job, *, console: Console) -> None:
@@ -89,7 +91,7 @@ def train_pack(
         tracker.check()
     trainer = experiments[0].trainer
     common = common or Common.load(experiments[0])
-    device, table = common.backbone.device, common.tables["train"]
+    device = common.backbone.device
     reset_peak_memory(device)
     parts = _parts(experiments)
     owners = [job for job, part in enumerate(parts) for _ in part]
@@ -109,15 +111,16 @@ def train_pack(
             if source:
                 source.put_into(pack, part)
         _seed_everything(experiments[0].seed)
+        courses = common.courses(experiments, parts)
         prepared = [
-            _prepare(pack, k, trainer, table, outcomes[k], begun[k] if begun else None, bool(sources[owners[k]]))
+            _prepare(pack, k, trainer, courses, outcomes[k], begun[k] if begun else None, bool(sources[owners[k]]))
             for k in range(pack.size)
         ]
         processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
-        prefix, shown_often = prefix_of(common, trainer)
-        common = common.with_tables(prefix.serve(pack, shown_often))
+        common, filled = _with_prefixes(common, pack, trainer)
+        courses = common.courses(experiments, parts)
         if pack.cut is not None and not begun:
-            prepared = [replace(cost, prefix_seconds=prefix.seconds, prefix_flops=prefix.flops) for cost in prepared]
+            prepared = [replace(cost, **filled) for cost in prepared]
 
         sizes = [max(pack.size, checkpoint.facts["pack_size"]) for checkpoint in begun or ()] or [pack.size] * pack.size
         recorder = Recorder(
@@ -140,16 +143,15 @@ def train_pack(
             announce(console, [recorder.runs[job].record for job in live], adapted, notes)
             if begun:
                 console.print(shown(f"going on from step {begun[0].step}"))
-            steps, names = total_steps(trainer, len(table)), _names(jobs, parts)
+            steps, names = max(course.steps(trainer) for course in courses), _names(jobs, experiments, parts)
             with display(console, steps, names) as recorder.display, Interruption() as interruption:
-                fit(
+                fit_courses(
                     pack,
                     [experiments[job].optimizer for job in owners],
                     trainer,
-                    common.tables["train"],
-                    common.tables["selection"],
+                    courses,
                     outcomes=outcomes,
-                    swapped=common.swapped,
+                    runs=parts,
                     flop_models=_flop_models(pack),
                     metrics=experiments[0].metrics,
                     watcher=recorder,
@@ -176,16 +178,18 @@ def train_pack(
 
 def _parts(experiments: Sequence[Experiment]) -> list[range]:
     """The numbers that each job's members have in the pack."""
-    ends = list(accumulate(experiment.ensemble.size for experiment in experiments))
-    return [range(end - experiment.ensemble.size, end) for end, experiment in zip(ends, experiments, strict=True)]
+    ends = list(accumulate(experiment.size for experiment in experiments))
+    return [range(end - experiment.size, end) for end, experiment in zip(ends, experiments, strict=True)]
 
 
-def _names(jobs: Sequence[Job], parts: Sequence[range]) -> list[str]:
+def _names(jobs: Sequence[Job], experiments: Sequence[Experiment], parts: Sequence[range]) -> list[str]:
     """What the members are called on the screen."""
     names = []
-    for job, part in zip(jobs, parts, strict=True):
+    for job, experiment, part in zip(jobs, experiments, parts, strict=True):
         title, colon, told = job.title.partition(":")
         members = [f" member {i}" for i in range(len(part))] if len(part) > 1 else [""]
+        if experiment.own_adapters:
+            members = [f" {task}" for task in experiment.tasks]
         names += [f"{title}{member}{colon}{told}".lstrip() for member in members]
     return names
 
@@ -205,7 +209,7 @@ def _prepare(
     pack: Pack,
     member: int,
     trainer: config.Trainer,
-    train: TokenTable,
+    courses: Sequence[Course],
     outcome: Outcome,
     begun: Checkpoint | None,
     has_start: bool,
@@ -221,21 +225,31 @@ def _prepare(
         return Preparation(0.0, 0.0)
     began = time.perf_counter()
     with contained(outcome), FlopCounterMode(display=False) as counter:
-        prepare(pack, trainer, train, [member])
+        prepare_courses(pack, trainer, courses, [member])
     return Preparation(time.perf_counter() - began, counter.get_total_flops())
 
 
-def prefix_of(common: Common, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
+def prefix_of(common: Common, task: Task, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
     """The store of what the frozen layers below the pack make, and the tables that training looks at again and again.
 
     Where no pair of the training split comes twice, keeping it is no gain.
     """
-    train, selection = common.tables["train"], common.tables["selection"]
-    swapped = None if common.swapped is train else common.swapped
+    train, selection = task.tables["train"], task.tables["selection"]
+    swapped = None if task.swapped is train else task.swapped
     tables = {"train": train, "swapped": swapped, "selection": selection, "exchanged": selection.exchanged}
     again = total_steps(trainer, len(train)) * trainer.batch_size > len(train)
     store = PrefixCache(common.backbone_sha256, trainer.prefix_cache_bytes if again else 0)
     return store, {name: table for name, table in tables.items() if table is not None}
+
+
+def _with_prefixes(common: Common, pack: Pack, trainer: config.Trainer) -> tuple[Common, dict[str, float]]:
+    """The tasks with what the frozen prefix makes of their pairs, where that is kept, and what making it cost."""
+    tasks, seconds, flops = {}, 0.0, 0.0
+    for name, task in common.tasks.items():
+        store, shown_often = prefix_of(common, task, trainer)
+        tasks[name] = task.with_tables(store.serve(pack, shown_often))
+        seconds, flops = seconds + store.seconds, flops + store.flops
+    return replace(common, tasks=tasks), {"prefix_seconds": seconds, "prefix_flops": flops}
 
 
 def _flop_models(pack: Pack) -> list[FlopModel]:

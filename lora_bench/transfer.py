@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from lora_bench import record, sweep
 from lora_bench.disk import write as write_file
 from lora_bench.figures import evaluations
+from lora_bench.tasks import folder_of, names_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 NOTHING = "nothing"
 """What was trained on before, where a task began from none."""
+EVERYTHING = "all tasks"
+"""What was trained on where one run learned all tasks."""
 METRICS = ("mcc", "accuracy", "f1")
 
 
@@ -42,7 +45,9 @@ def told_of(job: Sequence[str]) -> dict[str, str]:
 
 
 def task_of(job: Sequence[str]) -> str:
-    """The name of a job's task: of its folder where it has one, else of its data."""
+    """The name of a job's task: of its folder where it has one, else of its data; where it learns all, `EVERYTHING`."""
+    if any(sweep.key_of(text) == "data.tasks" for text in job):
+        return EVERYTHING
     told = told_of(job)
     path = told.get("data.path", "").strip("'\"")
     return Path(path).stem if path else told.get("data", "")
@@ -64,15 +69,25 @@ def _found(folder: Path) -> Iterator[Found]:
         if not (folder / name / "run.json").exists() or (run := record.read(folder / name))["status"] != "done":
             continue
         own = _values(run["metrics"])
-        if name.startswith("train/"):
+        if learned := names_of(run["config"]):
+            for task in learned:
+                of_task = record.read(folder_of(folder / name, task))
+                yield Found(EVERYTHING, task, 0, _values(of_task["metrics"]))
+        elif name.startswith("train/"):
             yield Found(tasks[name], tasks[name], None, own)
             for title, evaluation in evaluations(folder / name).items():
                 if title in tasks.values():
                     yield Found(tasks[name], title, 0, _values(evaluation.metrics))
         else:
             start = run["config"]["adapter"]["init_from"]
-            before = tasks["/".join(Path(start).parts[-2:])] if start else NOTHING
+            before = tasks[source_of(start).as_posix()] if start else NOTHING
             yield Found(before, tasks[name], run["config"]["data"]["train_size"], own)
+
+
+def source_of(start: str | Path) -> Path:
+    """The folder, below the sweep's, of the run that `start` is of: a run's own folder, or that of one of its tasks."""
+    parts = Path(start).parts
+    return Path(*(parts[-4:-2] if parts[-2] == "tasks" else parts[-2:]))
 
 
 def _values(metrics: dict[str, Any]) -> dict[str, float]:
@@ -112,15 +127,18 @@ def _markdown(found: Sequence[Found]) -> str:
     parts = []
     for level in levels:
         told = f"after {level:,} examples of it" if level else "as it is"
-        rows = [*targets, *([NOTHING] if level else [])]
+        together = any(each.trained_on == EVERYTHING for each in found)
+        rows = [*targets, *([EVERYTHING] if together else []), *([NOTHING] if level else [])]
         header = f"| mcc, {told}: trained on | {' | '.join(targets)} |"
         lines = [header, f"| --- |{' ---: |' * len(targets)}"]
         for source in rows:
             shown = [_shown(cells.get((source, target, None if source == target else level), [])) for target in targets]
             lines.append(f"| {source} | {' | '.join(shown)} |")
         parts.append("\n".join(lines))
-    note = "Columns: the task tested on. Diagonal: trained on the task itself, with all its examples."
-    return "\n\n".join([*parts, note]) + "\n"
+    notes = ["Columns: the task tested on. Diagonal: trained on the task itself, with all its examples."]
+    if any(each.trained_on == EVERYTHING for each in found):
+        notes.append(f"{EVERYTHING}: one adapter trained on all of them, the task tested on among them, with its head.")
+    return "\n\n".join([*parts, " ".join(notes)]) + "\n"
 
 
 def _shown(cells: Sequence[Found]) -> str:

@@ -50,14 +50,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "job",
         "resume",
     }
-    | {"evaluate", "help", "record", "screen", "sweep", "transfer", "workers"},
-    "transfer": {"disk", "figures", "record", "sweep"},
+    | {"evaluate", "help", "record", "screen", "sweep", "tasks", "transfer", "workers"},
+    "transfer": {"disk", "figures", "record", "sweep", "tasks"},
     "packing": {"adapters", "errors", "experiment", "job", "progress", "record", "screen", "tables", "train"}
     | {"training"},
     "workers": {"errors", "experiment", "job", "packing", "progress", "record", "screen", "secrets"},
-    "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"}
-    | {"workers"},
-    "job": {"help", "record", "recorded", "resume"},
+    "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
+    | {"training", "workers"},
+    "job": {"checks", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
     "recorded": {"help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
@@ -65,11 +65,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "besides": BASE | {"data", "evaluation"},
     "export": BASE | {"adapters", "backbones", "predict", "screen"},
-    "predict": BASE | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "recorded", "training"},
-    "initial": {"adapters", "errors", "experiment", "prompted", "record", "recorded"},
+    "predict": BASE
+    | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "recorded", "tasks", "training"},
+    "initial": {"adapters", "errors", "experiment", "prompted", "record", "recorded", "tasks"},
     "train": {"adapters", "evaluation", "experiment", "initial", "job", "progress", "recording", "screen", "training"},
-    "recording": {"environment", "errors", "adapters", "backbones", "besides", "data", "evaluation", "progress"}
-    | {"record", "screen", "tracking", "training"},
+    "recording": {"environment", "errors", "adapters", "evaluation", "progress", "record", "results", "screen"}
+    | {"tracking", "training"},
+    "results": {"adapters", "backbones", "besides", "data", "evaluation", "record", "tasks", "training"},
+    "tasks": {"errors", "record"},
     "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
@@ -81,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "screen": {"secrets", "tables"},
     "secrets": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "grid"}
-    | {"", "prompted", "record", "recorded", "report", "tables"},
+    | {"", "prompted", "record", "recorded", "report", "tables", "tasks"},
     "grid": {"tables"},
     "report": {"comparison", "disk", "experiments", "figures", "predictions", "tables"},
     "baseline": {"comparison", "errors", "tables"},
@@ -118,7 +121,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("help", "prompted", "recorded", "transfer")
+LIGHT += ("help", "prompted", "recorded", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",

@@ -292,14 +292,16 @@ def test_the_backbone_is_bitwise_what_it_was(tmp_path: Path, monkeypatch: pytest
 def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     during: list[bool] = []
-    ask, fit = loop.predict, story.fit
+    ask, fit = loop.predict, story.fit_courses
 
     def counting(pack: Pack, table: Any, *more: Any) -> Any:
         asked.append(len(table))
         return ask(pack, table, *more)
 
     def fitting(*arguments: Any, **more: Any) -> Any:
-        assert 40 not in [len(a) for a in arguments if hasattr(a, "lengths")]
+        (course,) = arguments[3]
+        assert {len(pairs.train) for pairs in course.tasks.values()} != {40}
+        assert {len(pairs.selection) for pairs in course.tasks.values()} == {12}
 
         def ended(members: Any) -> None:
             during.append(40 in asked)
@@ -309,7 +311,7 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
 
     monkeypatch.setattr(loop, "predict", counting)
     monkeypatch.setattr(recording, "predict", counting)
-    monkeypatch.setattr(story, "fit", fitting)
+    monkeypatch.setattr(story, "fit_courses", fitting)
     run = trained(tmp_path / "run", *QUICK)
     assert asked == [12, 12, 12, 40]  # the selection split once more, for its temperature
     assert during == [False]
@@ -361,7 +363,7 @@ def fails(error: BaseException) -> Callable[..., Any]:
 def test_however_a_run_ends_its_record_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str, words: str
 ) -> None:
-    monkeypatch.setattr(story, "fit", fails(error))
+    monkeypatch.setattr(story, "fit_courses", fails(error))
     folder = tmp_path / "run"
     with pytest.raises(type(error)):
         trained(folder, *QUICK)
@@ -508,13 +510,13 @@ def test_extra_metrics_are_recorded_beside_the_standard_ones(runs: Callable[...,
 
 def test_micro_batches_and_threads_reach_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    fit = story.fit
+    fit = story.fit_courses
 
     def fitting(pack: Any, optimizers: Any, trainer: Any, *rest: Any, **more: Any) -> Any:
         seen["trainer"] = trainer
         return fit(pack, optimizers, replace(trainer, max_steps=1), *rest, **more)
 
-    monkeypatch.setattr(story, "fit", fitting)
+    monkeypatch.setattr(story, "fit_courses", fitting)
     threads = torch.get_num_threads()
     run = trained(tmp_path / "run", *QUICK, "trainer.micro_batch_size=5", f"trainer.threads={threads}")
     assert seen["trainer"].micro_batch_size == 5

@@ -24,6 +24,8 @@ class Live:
     """The members that a forward pass computes, told to every module that has rows of each."""
 
     members: list[int]
+    head: int = 0
+    """Which of each member's heads answers."""
 
 
 class Unchanged(nn.Module):
@@ -83,16 +85,21 @@ class Adapted(nn.Module):
 
 
 class MemberHeads(nn.Module):
-    """One copy of a head module per member; each sees its own rows, in fp32."""
+    """Copies of a head module, one for each member and each task that it answers; each sees its own rows, in fp32."""
 
-    def __init__(self, original: nn.Module, copies: Sequence[nn.Module], live: Live) -> None:
+    def __init__(self, original: nn.Module, copies: Sequence[Sequence[nn.Module]], live: Live) -> None:
         super().__init__()
         self.live = live
         self.original = [original]  # in a list: not a submodule, never trained
-        self.copies = nn.ModuleList(copies)
+        self.copies = nn.ModuleList(nn.ModuleList(own) for own in copies)
+
+    def of(self, member: int, head: int) -> nn.Module:
+        """A member's copy for one task."""
+        own: Any = self.copies[member]
+        return own[head]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = [self.copies[k] for k in self.live.members]
+        heads = [self.of(k, self.live.head) for k in self.live.members]
         if len(heads) == 1:
             return heads[0](x.float())  # type: ignore[no-any-return]
         rows = x.float().view(len(heads), -1, *x.shape[1:])

@@ -45,6 +45,8 @@ class Member:
     """Rank by module of a saved adapter whose tensors are about to be put in; None: a member that is to be trained."""
     seeds: Mapping[str, int] = field(default_factory=dict)
     """Of `init`, `order` and `dropout`, those that have seeds of their own."""
+    heads: int = 1
+    """One for each task that it learns; a batch says which of them answers it."""
 
     def seed_of(self, purpose: str) -> int:
         """The seed of `init`, `order` (of the pairs) or `dropout`."""
@@ -96,7 +98,8 @@ class Pack(nn.Module):
         self._joined: tuple[list[int], Copies] | None = None
         size, device = backbone.hidden_size, backbone.device
         apart = backbone.tells_texts_apart
-        matching = [k for k, m in enumerate(members) if m.adapter.matching or (m.adapter.matching is None and apart)]
+        asked = [apart and m.heads == 1 if m.adapter.matching is None else m.adapter.matching for m in members]
+        matching = [k for k, asks in enumerate(asked) if asks]
         if matching and not apart:
             reason = "needs to know where the second text begins, and this model reads both as one"
             raise UserError(reason, key="adapter.matching", value="true", remedy="Take adapter.matching=false.")
@@ -196,7 +199,7 @@ class Pack(nn.Module):
             hidden = hidden.repeat(K, *[1] * (hidden.ndim - 1))
         if K > 1:
             self._copies(members).take()
-        self._live.members = members
+        self._live.members, self._live.head = members, batch.head
         everywhere, matching = self.backbone.all_positions, any(str(k) in self.matchings for k in members)
         try:
             with self._autocast():
@@ -233,34 +236,43 @@ class Pack(nn.Module):
             f"{name}.{key}": p for name, update in self.updates[member].items() for key, p in update.named_parameters()
         }
 
-    def head_parameters(self, member: int) -> dict[str, nn.Parameter]:
-        """The member's head parameters by the names that they have in the Hugging Face model."""
-        heads = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
-        own = {name: packed.copies[member] for name, packed in heads.items() if isinstance(packed, MemberHeads)}
+    def head_parameters(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
+        """The parameters of one of the member's heads by the names that they have in the Hugging Face model.
+
+        Args:
+            head: which; None: all, each after the first below `head_<i>.`.
+        """
+        packed = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
+        own = {
+            f"{f'head_{i}.' if i and head is None else ''}{name}": heads.of(member, i)
+            for i in (range(self.members[member].heads) if head is None else [head])
+            for name, heads in packed.items()
+            if isinstance(heads, MemberHeads)
+        }
         if str(member) in self.matchings:
             own["matching"] = self.matchings[str(member)]
-        return {f"{name}.{key}": p for name, head in own.items() for key, p in head.named_parameters()}
+        return {f"{name}.{key}": p for name, module in own.items() for key, p in module.named_parameters()}
 
-    def trainable(self, member: int) -> dict[str, nn.Parameter]:
-        """All that the member trains: adapter and head."""
-        return {**self.adapter_parameters(member), **self.head_parameters(member)}
+    def trainable(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
+        """All that the member trains: adapter and heads, or one of them."""
+        return {**self.adapter_parameters(member), **self.head_parameters(member, head)}
 
     def tensors(self, member: int) -> list[Tensor]:
         """All that makes the member what it is: what it trains, and what its method keeps beside that."""
         kept = [buffer for update in self.updates[member].values() for buffer in update.buffers()]
         return [*self.trainable(member).values(), *kept]
 
-    def count_parameters(self, member: int) -> dict[str, int]:
-        """Numbers of parameters: the adapter's, the head's, both together, and all that a forward pass uses."""
+    def count_parameters(self, member: int, head: int | None = None) -> dict[str, int]:
+        """Numbers of parameters: the adapter's, its heads' (or of one), both together, and with the frozen ones."""
         adapter = sum(p.numel() for p in self.adapter_parameters(member).values())
-        head = sum(p.numel() for p in self.head_parameters(member).values())
-        others = sum(p.numel() for k in range(self.size) if k != member for p in self.trainable(k).values())
-        total = sum(p.numel() for p in self.parameters()) - others
-        return {"adapter": adapter, "head": head, "trainable": adapter + head, "total": total}
+        heads = sum(p.numel() for p in self.head_parameters(member, head).values())
+        trained = sum(p.numel() for k in range(self.size) for p in self.trainable(k).values())
+        frozen = sum(p.numel() for p in self.parameters()) - trained
+        return {"adapter": adapter, "head": heads, "trainable": adapter + heads, "total": frozen + adapter + heads}
 
-    def state(self, member: int) -> dict[str, Tensor]:
-        """A copy of the member's trained tensors, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.trainable(member).items()}
+    def state(self, member: int, head: int | None = None) -> dict[str, Tensor]:
+        """A copy of the member's trained tensors, with all heads or one, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trainable(member, head).items()}
 
     def load_state(self, member: int, state: dict[str, Tensor]) -> None:
         """Put back what `state` gave.
@@ -333,7 +345,8 @@ class Pack(nn.Module):
         self.network.requires_grad_(self.trains_backbone)
         for name in self.backbone.head_modules:
             original = self.network.get_submodule(name)
-            heads = [self._head(name, original, member) for member in self.members]
+            # All heads of a member begin alike, as that of a member which learns one of the tasks alone.
+            heads = [[self._head(name, original, member) for _ in range(member.heads)] for member in self.members]
             _replace(self.network, name, MemberHeads(original, heads, self._live))
 
     def _head(self, name: str, original: nn.Module, member: Member) -> nn.Module:

@@ -32,7 +32,7 @@ TENSORS = "adapter_model.safetensors"
 _OF_PEFT = re.compile(r".*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
 
 
-def save(folder: Path, pack: Pack, member: int, base_model: str, *, for_peft: bool = False) -> None:
+def save(folder: Path, pack: Pack, member: int, base_model: str, *, head: int = 0, for_peft: bool = False) -> None:
     """Write a member's trained tensors below `folder`.
 
     Args:
@@ -40,19 +40,20 @@ def save(folder: Path, pack: Pack, member: int, base_model: str, *, for_peft: bo
         pack: still attached.
         member: which of its members.
         base_model: where the backbone came from, for peft's `base_model_name_or_path`.
+        head: which of its heads goes along.
         for_peft: leave out what peft has no name for, without which `load` cannot put the member together again.
     """
     folder.mkdir(exist_ok=True)
     if pack.trains_backbone:
         pack.network.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         pack.backbone.tokenizer.save_pretrained(folder)
-        state = {name: tensor.contiguous() for name, tensor in pack.state(member).items()}
+        state = {name: tensor.contiguous() for name, tensor in pack.state(member, head).items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in _saved(pack, member).items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in _saved(pack, member, head).items()}
     if for_peft:
-        head = {f"{PREFIX}model.{name}" for name in pack.head_parameters(member)}
-        tensors = {name: tensor for name, tensor in tensors.items() if name in head or _OF_PEFT.fullmatch(name)}
+        of_head = {f"{PREFIX}model.{name}" for name in pack.head_parameters(member, head)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in of_head or _OF_PEFT.fullmatch(name)}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     updates = pack.updates[member]
     config = {
@@ -68,7 +69,7 @@ def save(folder: Path, pack: Pack, member: int, base_model: str, *, for_peft: bo
 
 
 def load(folder: Path, pack: Pack, member: int) -> None:
-    """Put the tensors that `save` wrote into a pack of the same backbone, adapter settings and ranks.
+    """Put the tensors that `save` wrote into a pack of the same backbone, adapter settings and ranks, and first head.
 
     Raises:
         UserError: the file is absent or damaged, or tensors are missing, left over, misshapen or not finite.
@@ -83,18 +84,18 @@ def load(folder: Path, pack: Pack, member: int) -> None:
         return
     refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in _saved(pack, member).items()})
     own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    heads = {f"model.{name}": p for name, p in pack.head_parameters(member).items()}
+    heads = {f"model.{name}": p for name, p in pack.head_parameters(member, 0).items()}
     with torch.no_grad():
         for name, p in heads.items():
             p.copy_(own.pop(name))
     pack.members[member].adapter.restore(pack.updates[member], own)
 
 
-def _saved(pack: Pack, member: int) -> dict[str, Tensor]:
-    """The member's adapter and head by the names they have in the file."""
+def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
+    """The member's adapter and one of its heads by the names they have in the file."""
     adapter = pack.members[member].adapter.saved(pack.updates[member])
-    head = {f"model.{name}": p.detach() for name, p in pack.head_parameters(member).items()}
-    return {f"{PREFIX}{name}": tensor for name, tensor in {**adapter, **head}.items()}
+    own = {f"model.{name}": p.detach() for name, p in pack.head_parameters(member, head).items()}
+    return {f"{PREFIX}{name}": tensor for name, tensor in {**adapter, **own}.items()}
 
 
 def read(path: Path) -> dict[str, Tensor]:

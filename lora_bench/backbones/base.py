@@ -87,6 +87,10 @@ class Backbone(ABC):
         texts = [text for _, text in columns]
         return texts[0], texts[1] if len(texts) > 1 else None
 
+    def for_task(self, task: str) -> Backbone:
+        """The same network with this task's name in what it reads."""
+        return self
+
     @property
     def hidden_size(self) -> int:
         """D, the width of the layers."""

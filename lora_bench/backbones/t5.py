@@ -7,6 +7,7 @@ head. Layers count through the encoder, then the decoder.
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,11 @@ class _T5(Backbone):
         named = zip(*[[f"{name}: {text}" for text in texts] for name, texts in columns], strict=True)
         before, after = self.template.replace("{task}", self.task).split("{fields}", 1)
         return [before + " ".join(fields) + after for fields in named], None
+
+    def for_task(self, task: str) -> _T5:
+        found = copy.copy(self)
+        found.task = task
+        return found
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))

@@ -107,11 +107,18 @@ def augmentations(data: Data, objective: str) -> list[Transform]:
 
 
 def training_tables(
-    data: Data, train: Examples, backbone: Backbone, objective: str
+    data: Data, train: Examples, backbone: Backbone, objective: str, head: int = 0
 ) -> tuple[TokenTable, TokenTable | None]:
     """The training pairs as tokens, and each again if the objective asks for it: exchanged, perturbed, or as it is."""
     plain, exchanged = (
-        partial(tokenize, columns=data.text_columns, backbone=backbone, max_length=data.max_length, swapped=swapped)
+        partial(
+            tokenize,
+            columns=data.text_columns,
+            backbone=backbone,
+            max_length=data.max_length,
+            swapped=swapped,
+            head=head,
+        )
         for swapped in (False, True)
     )
     chosen = augmentations(data, objective)

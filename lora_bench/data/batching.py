@@ -46,6 +46,7 @@ class Batch:
     members: int = 1
     orders: int = 1
     hidden: Tensor | None = None  # (N, T, D) what the frozen prefix makes of the rows, where that is kept
+    head: int = 0  # which of its members' heads answers the rows, where they have one for each of several tasks
 
     @property
     def pairs(self) -> int:
@@ -211,6 +212,7 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
         bool(kept.all()),
         members,
         hidden=None if table.hidden is None else table.hidden.read(places, kept),
+        head=table.head,
     )
 
 

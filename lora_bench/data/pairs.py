@@ -46,6 +46,7 @@ class TokenTable:
     truncated: int  # rows that were longer than the limit
     hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
     augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
+    head: int = 0  # which of a member's heads answers it, where that has several
     exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are scored
 
     def __len__(self) -> int:
@@ -76,6 +77,7 @@ def tokenize(
     *,
     swapped: bool = False,
     cached: bool = True,
+    head: int = 0,
 ) -> TokenTable:
     """The token table of one split.
 
@@ -86,6 +88,7 @@ def tokenize(
         max_length: tokens per pair; longer pairs lose tokens from their longer text.
         swapped: exchange the two texts; the names of the columns stay where they are.
         cached: look for it in the cache, and leave it there.
+        head: which of a member's heads answers it.
     """
     texts = examples.texts[::-1] if swapped else examples.texts
     first, second = backbone.render(list(zip(columns, texts, strict=True)))
@@ -107,15 +110,16 @@ def tokenize(
         labels=examples.labels,
         ids=examples.ids,
         truncated=int(batch.schema.metadata[b"truncated"]),
+        head=head,
     )
 
 
 def scoring_table(
-    examples: Examples, data: Data, backbone: Backbone, *, both_orders: bool, cached: bool = True
+    examples: Examples, data: Data, backbone: Backbone, *, both_orders: bool, cached: bool = True, head: int = 0
 ) -> TokenTable:
     """The token table of a split that is scored, with its exchanged pairs where both orders are."""
     one, *other = [
-        tokenize(examples, data.text_columns, backbone, data.max_length, swapped=swapped, cached=cached)
+        tokenize(examples, data.text_columns, backbone, data.max_length, swapped=swapped, cached=cached, head=head)
         for swapped in ((False, True) if both_orders else (False,))
     ]
     return replace(one, exchanged=other[0]) if other else one

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.evaluation.calibration import score_calibrated
-from lora_bench.evaluation.metrics import score
+from lora_bench.evaluation.metrics import mean_metrics, score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,11 +44,9 @@ def score_members(
         for own, temperature in zip(scores, temperatures, strict=True)
     ]
     found: dict[str, float | None] = {"disagreement": disagreement(scores)}
-    for name in of_each[0]:
-        values = [each[name] for each in of_each]
-        numbers = [value for value in values if value is not None]
-        found[f"members/{name}"] = float(np.mean(numbers)) if len(numbers) == len(values) else None
-        found |= {f"member_{i}/{name}": value for i, value in enumerate(values)}
+    found |= {f"members/{name}": value for name, value in mean_metrics(of_each).items()}
+    for i, each in enumerate(of_each):
+        found |= {f"member_{i}/{name}": value for name, value in each.items()}
     return found
 
 

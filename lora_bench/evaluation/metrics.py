@@ -20,7 +20,7 @@ from torchmetrics import Metric as TorchMetric
 from lora_bench.errors import DivergedError, UserError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -69,6 +69,16 @@ def score(
     for name, metric in extra.items():
         values[name] = _compute(metric.torchmetric, p, y)
     return values
+
+
+def mean_metrics(of_each: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The mean of each metric over several tasks, splits or members; None where one of them has none."""
+    found: dict[str, float | None] = {}
+    for name in of_each[0]:
+        values = [each[name] for each in of_each]
+        numbers = [value for value in values if value is not None]
+        found[name] = float(np.mean(numbers)) if len(numbers) == len(values) else None
+    return found
 
 
 def need_finite(scores: NDArray[np.float64]) -> None:

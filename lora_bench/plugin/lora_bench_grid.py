@@ -19,6 +19,7 @@ from lora_bench.disk import plain
 from lora_bench.errors import RunFailedError, SweepFailedError, UserError
 from lora_bench.experiments import flat
 from lora_bench.hydra_errors import refuse_code
+from lora_bench.job import compose_tasks
 from lora_bench.resume import quoted
 from lora_bench.sweep import Sweep
 
@@ -219,7 +220,8 @@ class GridSweeper(BasicSweeper):
         with open_dict(composed):
             composed.hydra.job.num = number
             name = str(composed.hydra.sweep.subdir)
-            del composed["hydra"]
+            hydra = composed.pop("hydra")
+        compose_tasks(composed, job, hydra.runtime.config_sources)
         return name, Experiment.build(composed).identity
 
     def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:

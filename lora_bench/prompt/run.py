@@ -69,6 +69,8 @@ class Request:
             split=None if cfg.split is None else str(cfg.split),
             seed=cfg.seed,
         )
+        reason = "goes with lora-bench train: a model is asked about one data set at a time"
+        need(made.data.tasks is None, "data.tasks", made.data.tasks, reason)
         if made.predictions is None:
             remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with answers."
             need(bool(made.llm.model), "llm.model", None, "is needed", remedy)

@@ -17,7 +17,7 @@ from lora_bench.data.batching import micro_batches
 from lora_bench.training.portions import is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from torch import nn
 
@@ -36,13 +36,13 @@ class Backward:
 
     Args:
         pack: the members.
-        objective: what is minimised.
+        objectives: what is minimised, by the head that answers.
         graphs: whether a GPU may replay what it has done before.
     """
 
-    def __init__(self, pack: Pack, objective: Objective, *, graphs: bool) -> None:
+    def __init__(self, pack: Pack, objectives: Mapping[int, Objective], *, graphs: bool) -> None:
         self.pack = pack
-        self.objective = objective
+        self.objectives = objectives
         graphs = graphs and pack.backbone.device.type == "cuda"
         self._pass = Graphs(pack, self._add) if graphs else self._add_anew
         self.multiple = MULTIPLE if graphs else 1
@@ -72,7 +72,7 @@ class Backward:
         for part in pack.portions():
             logits = pack.suffix(hidden, batch, part)  # (len(part), orders · B, 2)
             own = torch.stack([labels[pack.live.index(k)] for k in part])
-            loss = self.objective.loss(logits, own) * share
+            loss = self.objectives[batch.head].loss(logits, own) * share
             penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
             extra = [penalty * share for penalty in penalties if penalty is not None]
             torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
@@ -120,7 +120,7 @@ class Graphs:
         pack, device = self.pack, self.pack.backbone.device
         batch = replace(batch, full=False)
         shape = (batch.members, batch.orders, *batch.input_ids.shape, batch.hidden is None)
-        key = (*pack.live, pack.joined, share, shape)
+        key = (*pack.live, pack.joined, batch.head, share, shape)
         if key not in self.learning:
             losses = self.work(batch.to(device), share)
             trainable = (p for k in pack.live for p in pack.trainable(k).values())

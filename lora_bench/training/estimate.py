@@ -92,7 +92,7 @@ def estimate(
     """
     train, device, steps = tables["train"], pack.backbone.device, total_steps(trainer, len(tables["train"]))
     objective = make_objective(trainer, train.labels)
-    backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
+    backward = Backward(pack, {train.head: objective}, graphs=trainer.cuda_graphs)
     lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
     plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)
     shapes = _shapes(plan, steps, pack.members[0].seed)

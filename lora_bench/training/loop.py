@@ -1,6 +1,7 @@
 """The training loop: a pack of K members, trained together, each as it would be alone.
 
 for every batch:  forward once, one loss per member, backward; then per member clip, hooks, step
+                  (members that learn tasks of their own have batches of their own, one after the other in each step)
 when due:         score the selection split, keep each member's best state, stop whom it no longer helps; checkpoint
 
 What goes wrong with one member is its own end, and nobody else's; who has ended is computed no more.
@@ -20,20 +21,18 @@ import numpy as np
 import torch
 
 from lora_bench.adapters import matching
-from lora_bench.data.batching import BatchPlan, evaluation_batches, micro_batches, training_batches
-from lora_bench.errors import DivergedError
-from lora_bench.evaluation.metrics import score
+from lora_bench.data.batching import evaluation_batches, micro_batches
 from lora_bench.training.average import Average, averaged, averaging_starts
-from lora_bench.training.backward import Backward
+from lora_bench.training.course import Course, Pairs, steps_asked
 from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.halving import losers, places
-from lora_bench.training.objective import make_objective
+from lora_bench.training.look import Look, judge
 from lora_bench.training.optim import make_optimizer, set_rate
 from lora_bench.training.portions import in_portions
 from lora_bench.training.state import Outcome, TrainingState, contained, diverge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -56,19 +55,26 @@ class Watcher(Protocol):
 
 
 def total_steps(trainer: Trainer, pairs: int) -> int:
-    """Optimizer updates that the settings ask for, on so many training pairs."""
-    exact = trainer.epochs * math.ceil(pairs / trainer.batch_size)
-    steps = max(1, math.ceil(round(exact, 6)))  # 1.1 epochs of 10 steps are 11, not 11.000000000000002
-    return steps if trainer.max_steps is None else min(steps, trainer.max_steps)
+    """Optimizer updates that the settings ask for, on so many training pairs of one task."""
+    return steps_asked(trainer, math.ceil(pairs / trainer.batch_size))
 
 
 def prepare(pack: Pack, trainer: Trainer, train: TokenTable, members: Sequence[int] | None = None) -> None:
     """Let the methods of members (null: of all) look at training batches before the first step: starts and ranks."""
-    plan = BatchPlan(train.lengths, trainer.batch_size)
-    for k in range(pack.size) if members is None else members:
-        with pack.only([k]):
-            pack.members[k].adapter.prepare(pack, k, _endless_batches(pack, train, plan))
-            matching.begin(pack, k, _endless_batches(pack, train, plan))
+    prepare_courses(pack, trainer, [Course(range(pack.size), {"": Pairs(train, train)})], members)
+
+
+def prepare_courses(
+    pack: Pack, trainer: Trainer, courses: Sequence[Course], members: Sequence[int] | None = None
+) -> None:
+    """The same where members learn tasks of their own, or several."""
+    for course in courses:
+        for k in course.members:
+            if members is None or k in members:
+                with pack.only([k]):
+                    own = course.before(k)
+                    pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size))
+                    matching.begin(pack, k, own.batches(pack, trainer.batch_size))
 
 
 def fit(
@@ -78,8 +84,23 @@ def fit(
     train: TokenTable,
     selection: TokenTable,
     *,
-    outcomes: list[Outcome] | None = None,
     swapped: TokenTable | None = None,
+    **more: Any,
+) -> list[Outcome]:
+    """`fit_courses` where all members learn one task: its pairs, what choices are made on, and pairs exchanged."""
+    return fit_courses(
+        pack, optimizers, trainer, [Course(range(pack.size), {"": Pairs(train, selection, swapped)})], **more
+    )
+
+
+def fit_courses(
+    pack: Pack,
+    optimizers: Sequence[Optimizer],
+    trainer: Trainer,
+    courses: Sequence[Course],
+    *,
+    outcomes: list[Outcome] | None = None,
+    runs: Sequence[Sequence[int]] | None = None,
     flop_models: Sequence[FlopModel] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     watcher: Watcher | None = None,
@@ -90,16 +111,16 @@ def fit(
     processes: Processes = ALONE,
     halving: bool = False,
 ) -> list[Outcome]:
-    """Train every member of the pack and leave it at its best selection MCC.
+    """Train every member of the pack and leave it at its best selection MCC, of several tasks at the best mean.
 
     Args:
         pack: K members on one backbone, prepared.
         optimizers: one setting per member.
         trainer: durations, portions and objective; shared by all members.
-        train: what is learned from.
-        selection: what every choice is made on; never the reported split.
+        courses: what they learn, each member in one of them.
         outcomes: what has become of the members so far; only those that are running are trained.
-        swapped: the second looks at pairs of `train` (exchanged, perturbed or themselves), if the objective has any.
+        runs: members that make one run together; checkpoints are left for all while one of them trains. None: each
+            member is a run.
         flop_models: FLOPs of one training step of each member, if they are to be counted.
         metrics: extra metrics to log.
         watcher: who is told.
@@ -113,24 +134,29 @@ def fit(
     Returns:
         One outcome per member; those that diverged or failed are among them, and do not disturb the others.
     """
-    objective = make_objective(trainer, train.labels)
-    assert objective.orders == (1 if swapped is None else 2)
-    lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
-    backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
-    plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)
-    steps = total_steps(trainer, len(train))
-    eval_every = trainer.eval_every or plan.steps_per_epoch
     members = range(pack.size)
+    course_of = {k: course for course in courses for k in course.members}
+    per_epoch = [course_of[k].steps_per_epoch(trainer.batch_size) for k in members]
+    last_step = [course_of[k].steps(trainer) for k in members]
+    look_every = [trainer.eval_every or of_epoch for of_epoch in per_epoch]
+    steps = max(last_step)
     outcomes = outcomes or [Outcome() for _ in members]
+    runs = runs or [[k] for k in members]
     adamw = [make_optimizer(settings, pack, k) for k, settings in enumerate(optimizers)]
     averages = [Average(pack.trainable(k).values()) for k in members]
-    averaging_from = averaging_starts(trainer.average, steps)
+    averaging_from = [averaging_starts(trainer.average, last) for last in last_step]
     state = TrainingState(pack, outcomes, adamw, averages)
     for k, checkpoint in enumerate(begun or ()):
         if outcomes[k].status == "running":
             state.put_back(k, checkpoint)
+            if outcomes[k].status == "done":  # before others of its run
+                pack.load_state(k, outcomes[k].state)
     first = begun[0].step + 1 if begun else 1
-    batches = islice(_endless_batches(pack, train, plan, swapped), first - 1, None)
+    passes = [course.backward(pack, trainer) for course in courses]
+    batches = [
+        islice(course.batches(pack, trainer.batch_size, backward.multiple), first - 1, None)
+        for course, backward in zip(courses, passes, strict=True)
+    ]
     pack.train()
 
     def running() -> list[int]:
@@ -148,62 +174,70 @@ def fit(
         live = pack.live = running()
         if not live:
             break
-        began = time.perf_counter()
-        batch = next(batches).of(live)
-        losses = dict.fromkeys(live, 0.0)
-        if (own := processes.share(batch)) is not None:
-            work = partial(backward, own, batch.pairs)
-            losses = in_portions(pack, own, trainer.micro_batch_size, work)
-        losses = processes.add_up((p for k in live for p in pack.trainable(k).values()), losses)
-        for k in live:
-            with contained(outcomes[k]):
-                if not math.isfinite(losses[k]):
-                    diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
-                    continue
-                norm = clip(pack, k, optimizers[k])
-                if not math.isfinite(norm):
-                    diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
-                    continue
-                adapter, updates = pack.members[k].adapter, pack.updates[k]
-                set_rate(adamw[k], optimizers[k], step, steps)
-                adapter.before_step(updates, step, steps)
-                adamw[k].step()
-                adapter.after_step(updates, step, steps)
-                adamw[k].zero_grad(set_to_none=True)
-                if step >= averaging_from and adapter.settled(step, steps):
-                    averages[k].add()
-
-        seconds = time.perf_counter() - began
-        B, T = batch.pairs, batch.input_ids.shape[1]
-        for k, padding in zip(live, batch.padding(len(live)), strict=True):
-            outcomes[k].steps = step
-            outcomes[k].seconds += seconds
-            outcomes[k].pairs += B
-            outcomes[k].tokens += batch.orders * B * T
-            outcomes[k].padding += padding
-            outcomes[k].flops += flop_models[k](batch.orders * B, T) if flop_models else 0.0
+        told: dict[int, float] = {}
+        pairs = 0
+        for course, backward, stream in zip(courses, passes, batches, strict=True):
+            learning = [k for k in course.members if k in live]
+            if not learning:
+                continue
+            with pack.only(learning):
+                began = time.perf_counter()
+                batch = next(stream).of([course.members.index(k) for k in learning])
+                losses = dict.fromkeys(learning, 0.0)
+                if (own := processes.share(batch)) is not None:
+                    work = partial(backward, own, batch.pairs)
+                    losses = in_portions(pack, own, trainer.micro_batch_size, work)
+                learned = (p for k in learning for p in pack.trainable(k, batch.head).values())
+                losses = processes.add_up(learned, losses)
+            for k in learning:
+                with contained(outcomes[k]):
+                    if not math.isfinite(losses[k]):
+                        diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
+                        continue
+                    norm = clip(pack, k, optimizers[k])
+                    if not math.isfinite(norm):
+                        diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
+                        continue
+                    adapter, updates = pack.members[k].adapter, pack.updates[k]
+                    set_rate(adamw[k], optimizers[k], step, last_step[k])
+                    adapter.before_step(updates, step, last_step[k])
+                    adamw[k].step()
+                    adapter.after_step(updates, step, last_step[k])
+                    adamw[k].zero_grad(set_to_none=True)
+                    if step >= averaging_from[k] and adapter.settled(step, last_step[k]):
+                        averages[k].add()
+            seconds = time.perf_counter() - began
+            B, T = batch.pairs, batch.input_ids.shape[1]
+            for k, padding in zip(learning, batch.padding(len(learning)), strict=True):
+                outcomes[k].steps = step
+                outcomes[k].seconds += seconds
+                outcomes[k].pairs += B
+                outcomes[k].tokens += batch.orders * B * T
+                outcomes[k].padding += padding
+                outcomes[k].flops += flop_models[k](batch.orders * B, T) if flop_models else 0.0
+            told |= losses
+            pairs += B
         if watcher:
-            watcher.stepped(step, losses, B)
+            watcher.stepped(step, told, pairs)
 
         pack.live = running()
-        due = step % eval_every == 0 or step == steps
+        due = [k for k in pack.live if step % look_every[k] == 0 or step == last_step[k]]
         crowded = halving and step < steps and len(pack.live) > places(step, steps)
         losing: list[int] = []
-        if pack.live and (due or crowded):
+        looking = pack.live if crowded else due
+        if looking:
             found: dict[int, tuple[float, float]] = {}
-            with averaged(averages[k] for k in pack.live):
-                began = time.perf_counter()
-                scores = predict(pack, selection, trainer.eval_batch_size, processes)  # (K, N)
-                seconds = time.perf_counter() - began
-                for k, own in zip(pack.live, scores, strict=True):
+            with averaged(averages[k] for k in looking):
+                for k, look in _look(pack, courses, looking, trainer.eval_batch_size, processes).items():
                     with contained(outcomes[k]):
                         # A look that only halving asks for chooses no state: without it there would have been none.
-                        settled = due and pack.members[k].adapter.settled(step, steps)
-                        values = _judge(
-                            pack, k, outcomes[k], own, selection, step, plan, seconds, settled, metrics, watcher
-                        )
-                        if values is not None:
-                            found[k] = values
+                        settled = k in due and pack.members[k].adapter.settled(step, last_step[k])
+                        at = {"step": step, "epoch": round(step / per_epoch[k], 4)}
+                        line = judge(pack, k, outcomes[k], look, at, settled, metrics or {})
+                        if line is not None:
+                            found[k] = line["metrics"]["mcc"], line["metrics"]["auroc"] or 0.0
+                            if watcher:
+                                watcher.evaluated(k, line)
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
@@ -212,10 +246,14 @@ def fit(
                             outcomes[k].status = "done"
             if crowded:
                 losing = losers({k: found[k] for k in running()}, places(step, steps))
+        for k in running():
+            if step == last_step[k] < steps:  # others have more to learn
+                outcomes[k].status = "done"
         # What all have heard of: a signal that comes from here on is acted on after the next step, by all of them.
         asked = processes.any_asked(interruption.asked) if interruption else None
-        if checkpoints and (asked is not None or losing or step % (trainer.checkpoint_every or eval_every) == 0):
-            for k in running():  # who loses too: it can be gone on with
+        if checkpoints and (asked is not None or losing or step % (trainer.checkpoint_every or max(look_every)) == 0):
+            going_on = set(running())  # who loses too: it can be gone on with
+            for k in (k for run in runs if not going_on.isdisjoint(run) for k in run):
                 with contained(outcomes[k]):
                     checkpoints[k].save(step, *state.gather(k))
         for k in losing:
@@ -259,16 +297,6 @@ def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
     return torch.cat([pack(micro.to(pack.backbone.device)) for micro in micro_batches(batch, pairs)], dim=1)
 
 
-def _endless_batches(
-    pack: Pack, train: TokenTable, plan: BatchPlan, swapped: TokenTable | None = None
-) -> Iterator[Batch]:
-    seeds = [pack.members[k].seed_of("order") for k in pack.live]
-    epoch = 0
-    while True:
-        yield from training_batches(train, plan, seeds, epoch, pack.backbone.tokenizer.pad_token_id, swapped)
-        epoch += 1
-
-
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:
     """The member's gradient norm before clipping; torch's own `clip_grad_norm_` calls an operator per parameter."""
     gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
@@ -278,38 +306,21 @@ def clip(pack: Pack, member: int, settings: Optimizer) -> float:
     return norm
 
 
-def _judge(
-    pack: Pack,
-    member: int,
-    outcome: Outcome,
-    scores: NDArray[np.float64],
-    selection: TokenTable,
-    step: int,
-    plan: BatchPlan,
-    seconds: float,
-    settled: bool,
-    metrics: Mapping[str, Metric] | None,
-    watcher: Watcher | None,
-) -> tuple[float, float] | None:
-    """Score one member on the selection split; remember its state where it is settled and the best so far.
-
-    Returns:
-        Its MCC and AUROC; None where it has diverged.
-    """
-    assert selection.labels is not None
-    try:
-        values = score(scores, selection.labels, metrics or {})
-    except DivergedError as error:
-        diverge(outcome, step, str(error))
-        return None
-    epoch = round(step / plan.steps_per_epoch, 4)
-    line = {"step": step, "epoch": epoch, "split": "selection", "metrics": values, "seconds": round(seconds, 3)}
-    best = outcome.best["metrics"]["mcc"] if outcome.best else -math.inf
-    assert values["mcc"] is not None
-    if settled and values["mcc"] > best:
-        outcome.best, outcome.state, outcome.without_gain = line, pack.state(member), 0
-    elif settled:
-        outcome.without_gain += 1
-    if watcher:
-        watcher.evaluated(member, line)
-    return float(values["mcc"]), float(values["auroc"] or 0.0)
+def _look(
+    pack: Pack, courses: Sequence[Course], members: Sequence[int], batch_size: int, processes: Processes
+) -> dict[int, Look]:
+    found = {}
+    for course in courses:
+        looking = [k for k in course.members if k in members]
+        if not looking:
+            continue
+        began = time.perf_counter()
+        with pack.only(looking):
+            scores = {
+                name: predict(pack, pairs.selection, batch_size, processes) for name, pairs in course.tasks.items()
+            }
+        seconds = time.perf_counter() - began
+        labels = {name: p.selection.labels for name, p in course.tasks.items() if p.selection.labels is not None}
+        for i, k in enumerate(looking):
+            found[k] = Look({name: of_all[i] for name, of_all in scores.items()}, labels, seconds)
+    return {k: found[k] for k in members}

@@ -281,9 +281,9 @@ def novelty() -> Callable[..., dict[str, float]]:
 def test_a_member_that_stops_early_leaves_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = trainer(12, eval_every=2, early_stopping_patience=2)
     idle, learns = optimizer(1e-30), optimizer(1e-2)
-    monkeypatch.setattr("lora_bench.training.loop.score", novelty())
+    monkeypatch.setattr("lora_bench.training.look.score", novelty())
     outcomes, ends = train(pack("bert", *UNLIKE[:2]), [idle, learns], settings)
-    monkeypatch.setattr("lora_bench.training.loop.score", novelty())
+    monkeypatch.setattr("lora_bench.training.look.score", novelty())
     ((alone,), (expected,)) = train(pack("bert", UNLIKE[1]), [learns], settings)
     assert (outcomes[0].status, outcomes[0].steps) == ("done", 6)  # one look to compare with, two without a gain
     assert outcomes[1].steps == alone.steps == 12

@@ -120,7 +120,7 @@ def test_all_jobs_wrong_is_a_wrong_request(in_tmp: Path) -> None:
 
 
 def test_every_kind_of_failure_is_recorded_and_told(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, failures = train.fit, iter([RuntimeError("a cable"), DivergedError("the loss is nan"), None])
+    fit, failures = train.fit_courses, iter([RuntimeError("a cable"), DivergedError("the loss is nan"), None])
 
     def sometimes(*arguments: Any, **keywords: Any) -> Any:
         failure = next(failures)
@@ -128,7 +128,7 @@ def test_every_kind_of_failure_is_recorded_and_told(in_tmp: Path, monkeypatch: p
             raise failure
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit", sometimes)
+    monkeypatch.setattr(train, "fit_courses", sometimes)
     answer = lora_bench("train", "-m", *toy_run(SWEEP), "seed=0,1,2", "pack.size=1")
     assert (answer.code, answer.err) == (1, "lora-bench: 2 of 3 jobs failed\n")
     assert "job 0 failed: a cable" in answer.out
@@ -140,14 +140,14 @@ def test_every_kind_of_failure_is_recorded_and_told(in_tmp: Path, monkeypatch: p
 
 
 def test_ctrl_c_keeps_what_is_finished(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, calls = train.fit, iter(range(9))
+    fit, calls = train.fit_courses, iter(range(9))
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit", interrupted)
+    monkeypatch.setattr(train, "fit_courses", interrupted)
     answer = lora_bench("train", "-m", *toy_run(SWEEP), "seed=0,1,2", "pack.size=1")
     assert (answer.code, answer.err) == (130, "lora-bench: interrupted\n")
     assert [each["status"] for each in records(in_tmp / "sweep").values()] == ["done", "interrupted"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lora_bench import train
 from lora_bench.data.toy import generate
 from tests.command_line import lora_bench, refused, stopped_and_gone_on_with, toy_run
 
@@ -89,11 +90,67 @@ def test_tasks_that_do_not_fit_leave_their_cells_empty() -> None:
     assert {("one_task", "single_task", "4"), ("single_task", "one_task", "4")} <= found
 
 
+def as_choices(*names: str) -> list[str]:
+    """The tasks as choices of `data`, and the sweep over them."""
+    Path("conf/data").mkdir(parents=True)
+    for name in names:
+        settings = f"defaults: [pairs, _self_]\npath: {Path(name).absolute()}\n"
+        Path(f"conf/data/{name}_task.yaml").write_text(settings)
+    asked = [each for each in ASKED if not each.startswith(("data", "hydra.sweeper.shots"))]
+    data = f"data={','.join(f'{name}_task' for name in names)}"
+    return ["--config-dir", "conf", data, *asked, "hydra.sweeper.shots=[4]"]
+
+
+@pytest.mark.usefixtures("tasks")
+def test_one_adapter_for_all_tasks_stands_beside_those_of_each() -> None:
+    answer = lora_bench("train", *as_choices("one", "two"), "hydra.sweeper.together=true")
+    assert answer.code == 0, answer
+    found = {(row["trained_on"], row["tested_on"], row["examples"]): row for row in matrix()}
+    run = record("train/2")
+    assert run["config"]["data"]["tasks"] == ["one_task", "two_task"]
+    for task in ("one_task", "two_task"):
+        assert float(found["all tasks", task, "0"]["mcc"]) == run["metrics"][f"validation/{task}/mcc"]
+        assert ("all tasks", task, "4") in found
+    starts = [record(f"few/{n}")["config"]["adapter"]["init_from"] for n in range(6)]
+    assert [str(Path(start).relative_to(Path("sweep/train").absolute())) for start in starts if start] == [
+        "1",
+        "2/tasks/one_task",
+        "0",
+        "2/tasks/two_task",
+    ]
+    text = Path("sweep/transfer.md").read_text()
+    assert text.count("| all tasks |") == 2
+    assert "the task tested on among them" in text
+
+
+@pytest.mark.usefixtures("tasks")
+def test_a_source_that_failed_is_gone_on_from_once_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, calls = train.fit_courses, iter(range(99))
+
+    def sometimes(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == 1:
+            raise RuntimeError("a cable")
+        return fit(*arguments, **keywords)
+
+    monkeypatch.setattr(train, "fit_courses", sometimes)
+    assert lora_bench("train", *as_choices("one", "two")).code == 1
+    assert ("two_task", "one_task", "4") not in {(r["trained_on"], r["tested_on"], r["examples"]) for r in matrix()}
+    begun = sorted(path.parent.name for path in Path("sweep/few").glob("*/run.json"))
+    assert begun == ["0", "1", "2"]  # each task from nothing, and one from the other
+    answer = lora_bench("train", "-m", "resume=sweep")
+    assert answer.code == 0, answer
+    assert record("few/3")["config"]["adapter"]["init_from"].endswith("train/1")
+    found = {(row["trained_on"], row["tested_on"], row["examples"]) for row in matrix()}
+    assert {("two_task", "one_task", "4"), ("two_task", "one_task", "0")} <= found
+    assert len(list(Path("sweep/few").iterdir())) == 4
+
+
 @pytest.mark.usefixtures("tasks")
 def test_what_is_no_matrix_is_refused() -> None:
     one = [each.replace("data.path=one,two", "data.path=one") for each in ASKED]
     assert "there is one task, so nothing to transfer to" in refused("train", *one)
     assert "pack.halving=true: would stop jobs of this sweep" in refused("train", *ASKED, "pack.halving=true")
+    assert "tasks that are choices of data, not folders" in refused("train", *ASKED, "hydra.sweeper.together=true")
     shutil.copytree("two", "deeper/one")
     alike = [each.replace("data.path=one,two", "data.path=one,deeper/one") for each in ASKED]
     assert "two tasks have one name" in refused("train", *alike)

@@ -37,13 +37,14 @@ def table() -> list[dict[str, str]]:
 def scored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[bool, float], float]:
     """The selection MCC of a run by whether it has an adapter and its rate, in the place of what it would have."""
     wanted: dict[tuple[bool, float], float] = {}
-    judge = loop._judge
+    judge = loop.judge
 
-    def judged(pack: Any, member: int, outcome: Any, *arguments: Any) -> None:
-        judge(pack, member, outcome, *arguments)
+    def judged(pack: Any, member: int, outcome: Any, *arguments: Any) -> Any:
+        line = judge(pack, member, outcome, *arguments)
         outcome.best["metrics"]["mcc"] = wanted[bool(pack.adapter_parameters(member)), pack.rates[member]]
+        return line
 
-    monkeypatch.setattr(loop, "_judge", judged)
+    monkeypatch.setattr(loop, "judge", judged)
     make = loop.make_optimizer
 
     def noted(settings: Any, pack: Any, member: int) -> Any:
@@ -111,7 +112,7 @@ def test_a_method_whose_rates_were_not_all_tried_is_reported_once_they_are(
     def broken(self: LoRA, updates: dict[str, Update], step: int, steps: int) -> None:
         raise RuntimeError("a cable")
 
-    make = train.fit
+    make = train.fit_courses
 
     def sometimes(pack: Any, optimizers: Any, *arguments: Any, **keywords: Any) -> Any:
         with monkeypatch.context() as patch:
@@ -120,7 +121,7 @@ def test_a_method_whose_rates_were_not_all_tried_is_reported_once_they_are(
             return make(pack, optimizers, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", sometimes)
+        patch.setattr(train, "fit_courses", sometimes)
         answer = lora_bench("train", *ASKED, "pack.size=1")
     assert (answer.code, answer.err) == (1, "lora-bench: 1 of 6 jobs failed\n")
     assert answer.out.count("adapter=lora: optimizer.lr is not chosen yet, as runs that try it failed") == 1
@@ -136,14 +137,14 @@ def test_a_chosen_rate_that_diverges_with_more_pairs_has_failed(
     scored: dict[tuple[bool, float], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored |= {(True, 1e-3): 0.5, (True, 1e-2): 0.4, (False, 1e-3): 0.1, (False, 1e-2): 0.2}
-    judge = loop._judge
+    judge = loop.judge
 
-    def judged(pack: Any, member: int, outcome: Any, scores: Any, selection: Any, *arguments: Any) -> None:
+    def judged(pack: Any, member: int, *arguments: Any) -> Any:
         if pack.members[member].seed == 1:  # only what is reported has such a seed
             raise DivergedError("the loss is nan")
-        judge(pack, member, outcome, scores, selection, *arguments)
+        return judge(pack, member, *arguments)
 
-    monkeypatch.setattr(loop, "_judge", judged)
+    monkeypatch.setattr(loop, "judge", judged)
     answer = lora_bench("train", *ASKED)
     assert (answer.code, answer.err) == (1, "lora-bench: 2 of 8 jobs failed\n")
     assert [each["status"] for each in records("report")] == ["done", "diverged"] * 2

@@ -62,7 +62,7 @@ print(main(["train", *{toy_run("hydra.run.dir=run")}]), main(["train", "resume=r
 def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, answers = train.fit, []
+    fit, answers = train.fit_courses, []
 
     def second(*arguments: Any, **keywords: Any) -> Any:
         before = Path("run/run.json").read_bytes()
@@ -72,7 +72,7 @@ def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
         assert Path("run/run.json").read_bytes() == before
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit", second)
+    monkeypatch.setattr(train, "fit_courses", second)
     assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
     (new, resumed) = answers
     assert "hydra.run.dir=" in new
@@ -113,7 +113,7 @@ def test_15_names_that_cannot_be_are_refused(in_tmp: Path, name: str) -> None:
 def test_16_an_unwritable_root_is_told_before_training(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str]
 ) -> None:
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(train, "fit_courses", lambda *_, **__: pytest.fail("it trained"))
     Path("a_file").write_text("")
     locked = Path("locked")
     locked.mkdir(mode=0o500)

@@ -60,13 +60,14 @@ SCORES = ((0.1, 0.9), (0.4, 0.5), (0.3, 0.6), (0.2, 0.5))
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halving is told these, whatever the members score."""
-    judge = loop._judge
+    judge = loop.judge
 
-    def judged(pack: Pack, member: int, *arguments: Any) -> tuple[float, float]:
-        judge(pack, member, *arguments)
-        return SCORES[member]
+    def judged(pack: Pack, member: int, *arguments: Any) -> dict[str, Any]:
+        line = judge(pack, member, *arguments)
+        assert line is not None
+        return line | {"metrics": dict(zip(("mcc", "auroc"), SCORES[member], strict=True))}
 
-    monkeypatch.setattr(loop, "_judge", judged)
+    monkeypatch.setattr(loop, "judge", judged)
 
 
 def four() -> Pack:

@@ -22,7 +22,8 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
-from lora_bench.training import backward, loop
+from lora_bench.training import backward, look, loop
+from lora_bench.training.course import Course, Pairs
 from lora_bench.training.loop import fit, predict, prepare, total_steps
 from tests.helpers import composed
 
@@ -156,7 +157,7 @@ def test_the_reported_loss_is_the_mean_over_the_batch(backbone: Make) -> None:
     table = task(pack.backbone)
     with torch.no_grad():
         pack.eval()
-        for batch in loop._endless_batches(pack, table, loop.BatchPlan(table.lengths, 8)):
+        for batch in Course([0], {"": Pairs(table, table)}).batches(pack, 8):
             seen.append(float(torch.nn.functional.cross_entropy(pack(batch)[0], batch.labels)))
             if len(seen) == 3:
                 break
@@ -279,10 +280,10 @@ def test_a_better_look_before_it_is_settled_does_not_count(backbone: Make) -> No
 def test_a_member_stops_at_the_target_and_the_other_goes_on(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """MCC at the looks of steps 2, 4, …: the first reaches 0.6 at step 6, the second only while it is not settled."""
     looks = {0: iter([0.1, 0.59, 0.6, 0.9]), 1: iter([0.8, 0.5, 0.5, 0.5])}
-    judge, scored = loop._judge, loop.score
+    judge, scored = loop.judge, look.score
     judged: list[int] = []
-    monkeypatch.setattr(loop, "_judge", lambda pack, member, *rest: judged.append(member) or judge(pack, member, *rest))
-    monkeypatch.setattr(loop, "score", lambda *given: {**scored(*given), "mcc": next(looks[judged[-1]])})
+    monkeypatch.setattr(loop, "judge", lambda pack, member, *rest: judged.append(member) or judge(pack, member, *rest))
+    monkeypatch.setattr(look, "score", lambda *given: {**scored(*given), "mcc": next(looks[judged[-1]])})
     chosen = trainer(epochs=20, max_steps=8, eval_every=2, stop_at=0.6)
     first, second = run(packed(backbone(), spy(), spy(unsettled=3)), chosen=chosen, learn=optimizer(lr=1e-12))
     assert (first.status, first.steps, first.best["step"]) == ("done", 6, 6)

@@ -1,0 +1,42 @@
+"""Runs of several tasks (`data.tasks`): what their records say of it, and the folder that each task has.
+
+tasks/<name>/    run.json, metrics.jsonl, predictions/ and adapter/, like those of a run of that task alone
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.errors import UserError
+from lora_bench.record import read
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+def names_of(config: Mapping[str, Any]) -> list[str]:
+    """The tasks that the run of this config learned together; none for a run of one, or for one task's folder."""
+    tasks = config.get("tasks")
+    return list(tasks) if isinstance(tasks, dict) else []
+
+
+def folder_of(run: Path, task: str) -> Path:
+    """Where a finished run keeps what it has of a task."""
+    return run / "tasks" / task
+
+
+def refuse_several(run: str | Path, config: Mapping[str, Any], key: str) -> None:
+    """Refuse the folder of a run of several tasks where that of one is needed: its head must be chosen."""
+    if names := names_of(config):
+        places = ", ".join(str(folder_of(Path(run), name)) for name in names)
+        raise UserError("learned several tasks", key=key, value=run, remedy=f"Choose one: {places}.")
+
+
+def by_task(run: Path, record: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders and records of a finished run's tasks, where it learned several; else its own."""
+    names = names_of(record["config"]) if record["status"] == "done" else []
+    if not names:
+        yield run, record
+    for name in names:
+        yield folder_of(run, name), read(folder_of(run, name))
