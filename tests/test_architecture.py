@@ -50,11 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "job",
         "resume",
     }
-    | {"evaluate", "help", "record", "screen", "sweep", "transfer", "workers"},
+    | {"config", "evaluate", "help", "record", "screen", "slurm", "sweep", "transfer", "workers"},
     "transfer": {"disk", "figures", "record", "sweep"},
     "packing": {"adapters", "errors", "experiment", "job", "progress", "record", "screen", "tables", "train"}
     | {"training"},
     "workers": {"errors", "experiment", "job", "packing", "progress", "record", "screen", "secrets"},
+    "slurm": {"checks", "errors", "experiment", "job", "record", "screen", "workers"},
     "expected": {"adapters", "evaluation", "experiment", "job", "packing", "screen", "tables", "train", "training"}
     | {"workers"},
     "job": {"help", "record", "recorded", "resume"},
@@ -118,7 +119,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("help", "prompted", "recorded", "transfer")
+LIGHT += ("help", "prompted", "recorded", "slurm", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
