@@ -1,4 +1,4 @@
-"""Packs as Slurm jobs, tried with submitit's local executor: a process for each, which loads torch, and takes seconds."""
+"""Packs as Slurm jobs, tried with submitit's local executor: each loads torch, and takes seconds."""
 
 from __future__ import annotations
 
