@@ -115,7 +115,8 @@ def run(
     from lora_bench.experiment import Experiment
     from lora_bench.workers import handed_over, parts
 
-    folder.mkdir(mode=0o700, exist_ok=True)  # what is handed over lies there as typed, keys included, until it is done
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)  # what is handed over lies there as typed, keys included, until it is done
     cut = parts(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
     begun = time.strftime("%Y-%m-%d-%H-%M-%S")
     logs = [folder / f"{begun}-{number}.log" for number in range(len(cut))]

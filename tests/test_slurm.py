@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 ON = ["hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.gpus=0", "hydra.sweep.dir=sweep"]
 SWEEP = toy_run("trainer.max_steps=4", "trainer.checkpoint_every=2", *ON)
 LONG = toy_run(
-    "trainer.max_steps=200", "trainer.epochs=200", "trainer.checkpoint_every=10", "trainer.eval_every=200", *ON
+    "trainer.max_steps=100", "trainer.epochs=100", "trainer.checkpoint_every=5", "trainer.eval_every=100", *ON
 )
-"""It tells of every twentieth step."""
+"""It tells of every tenth step."""
 
 
 @pytest.fixture(autouse=True)
