@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from omegaconf import OmegaConf
 from submitit.core.core import Job as SubmititJob
 from submitit.local.local import LocalJob
 
@@ -24,6 +25,7 @@ from tests.test_workers import record, statuses
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+ASKED = toy_run("hydra/launcher=slurm", "hydra.sweep.dir=sweep", "seed=0,1")
 ON = ["hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.gpus=0", "hydra.sweep.dir=sweep"]
 SWEEP = toy_run("trainer.max_steps=4", "trainer.checkpoint_every=2", *ON)
 LONG = toy_run(
@@ -124,10 +126,8 @@ def test_what_slurm_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (commands / name).write_text(f"#!/bin/sh\n{text}\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    asked = ["hydra.launcher.partition=gpu", "hydra.launcher.timeout_minutes=30", "hydra.launcher.memory_gb=null"]
-    asked += ["hydra.launcher.cluster=slurm", "hydra.launcher.gpus=1", "'hydra.launcher.setup=[module load cuda]'"]
-    asked[-1] = asked[-1].strip("'")
-    answer = lora_bench("train", "-m", *SWEEP, *asked, "seed=0,1")
+    asked = ["partition=gpu", "timeout_minutes=30", "memory_gb=null", "setup=[module load cuda]"]
+    answer = lora_bench("train", "-m", *ASKED, *(f"hydra.launcher.{setting}" for setting in asked))
     assert answer.code == 2, answer
     assert answer.err.startswith("lora-bench: hydra.launcher: Slurm refuses the jobs: ")
     assert "no such partition" in answer.err
@@ -148,16 +148,16 @@ def test_refusals_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cpus=many", "hydra.launcher.cpus"),
         ("nodes=2", "hydra.launcher.nodes"),
     ):
-        assert told in refused("train", "-m", *SWEEP, f"hydra.launcher.{setting}", "seed=0,1")
+        assert told in refused("train", "-m", *ASKED, f"hydra.launcher.{setting}")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    told = refused("train", "-m", *SWEEP, "hydra.launcher.cluster=slurm", "seed=0,1")
+    told = refused("train", "-m", *ASKED)
     assert "hydra/launcher=slurm: needs Slurm's commands srun and sbatch. " in told
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'lora-bench[slurm]'" in refused("train", "-m", *SWEEP, "seed=0,1")
+    assert "pip install 'lora-bench[slurm]'" in refused("train", "-m", *ASKED)
 
 
 def test_the_yaml_has_every_setting() -> None:
     register_with_hydra()
     node = compose(CONF, "config", ["hydra/launcher=slurm"]).hydra.launcher
-    del node["_target_"]
-    assert build(Slurm, node, "hydra.launcher").cluster == "slurm"
+    settings = OmegaConf.masked_copy(node, [key for key in node if key != "_target_"])
+    assert build(Slurm, settings, "hydra.launcher").cluster == "slurm"

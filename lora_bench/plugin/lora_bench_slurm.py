@@ -25,10 +25,11 @@ class SlurmLauncher(PackedLauncher):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.slurm = build(Slurm, OmegaConf.create(settings), "hydra.launcher")
+        self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.slurm = build(Slurm, OmegaConf.create(self.settings), "hydra.launcher")  # Hydra would wrap a refusal above
         self.slurm.check()
 
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
