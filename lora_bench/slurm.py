@@ -121,9 +121,12 @@ def run(
     begun = time.strftime("%Y-%m-%d-%H-%M-%S")
     logs = [folder / f"{begun}-{number}.log" for number in range(len(cut))]
     executor = asked.executor(folder)
+    before = set(folder.glob("*.pkl"))
     try:
         given = executor.map_array(work, map(handed_over, cut), logs, [os.getcwd()] * len(cut))
     except Exception as error:
+        for path in set(folder.glob("*.pkl")) - before:
+            path.unlink()
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"Slurm refuses the jobs: {said[-1]}", key="hydra.launcher") from None
     running = [_Submitted(job, part, log, console) for job, part, log in zip(given, cut, logs, strict=True)]
