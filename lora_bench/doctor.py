@@ -22,6 +22,7 @@ EXTRAS = {
     "lora-bench prompt": ("openai", "llm"),
     "tracking=tensorboard": ("tensorboard", "tensorboard"),
     "tracking=mlflow": ("mlflow", "mlflow"),
+    "hydra/launcher=slurm": ("submitit", "slurm"),
 }
 """What needs a package that is not always there: the package, and the extra that installs it."""
 

@@ -127,6 +127,14 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             raise
 
 
+def handed_over(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs for another process to train, which takes their folders itself: this one gives up those that it has."""
+    for job in jobs:
+        if job.begun:
+            job.begun.release()
+    return [replace(job, begun=job.begun and Run(job.begun.folder, job.begun.record)) for job in jobs]
+
+
 class _Worker:
     """A process as this one sees it, from its start on."""
 
@@ -145,10 +153,7 @@ class _Worker:
         """Jobs of which it has not said that they ended."""
         self.screen = screen
         self.ended = ended
-        for job in jobs:
-            if job.begun:
-                job.begun.release()  # the process takes the folder itself
-        sent = [replace(job, begun=job.begun and Run(job.begun.folder, job.begun.record)) for job in jobs]
+        sent = handed_over(jobs)
         context = multiprocessing.get_context("spawn")
         self.connection, its_end = context.Pipe(duplex=False)
         settings = (os.getcwd(), workers.gpu_of(number), threads, workers.sharing, screen.console.is_terminal)

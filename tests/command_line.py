@@ -93,7 +93,7 @@ class Answer:
 def lora_bench(*arguments: str) -> Answer:
     """`lora-bench ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with _unchanged_process(), redirect_stdout(out), redirect_stderr(err):
+    with unchanged_process(), redirect_stdout(out), redirect_stderr(err):
         code = main(list(arguments))
     return Answer(code, out.getvalue(), err.getvalue())
 
@@ -117,7 +117,7 @@ def files_below(folder: Path) -> dict[str, bytes | None]:
 
 
 @contextmanager
-def _unchanged_process() -> Iterator[None]:
+def unchanged_process() -> Iterator[None]:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     handler = signal.getsignal(signal.SIGTERM)
     try:

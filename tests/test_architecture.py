@@ -50,11 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "job",
         "resume",
     }
-    | {"evaluate", "help", "record", "screen", "sweep", "tasks", "transfer", "workers"},
+    | {"config", "evaluate", "help", "record", "screen", "slurm", "sweep", "tasks", "transfer", "workers"},
     "transfer": {"disk", "figures", "record", "sweep", "tasks"},
     "packing": {"adapters", "errors", "experiment", "job", "progress", "record", "screen", "tables", "train"}
     | {"training"},
     "workers": {"errors", "experiment", "job", "packing", "progress", "record", "screen", "secrets"},
+    "slurm": {"checks", "errors", "experiment", "job", "record", "screen", "workers"},
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
@@ -121,7 +122,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("help", "prompted", "recorded", "tasks", "transfer")
+LIGHT += ("help", "prompted", "recorded", "slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",

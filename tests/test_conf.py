@@ -53,7 +53,7 @@ def written(value: Any) -> str:
 def test_none_is_overlooked() -> None:
     found = Counter(str(file.parent) for file in FILES)
     assert {group: count for group, count in AT_LEAST.items() if found[group] < count} == {}
-    assert set(found) == {".", "hydra", *GROUPS, *PROMPT_GROUPS}
+    assert set(found) == {".", "hydra", "hydra/launcher", *GROUPS, *PROMPT_GROUPS}
     others = {path.name for path in CONF.rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")}
     assert others == {"__init__.py"}
 

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +26,14 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 
 
 class PackedLauncher(BasicLauncher):
-    """Composes all jobs and hands them to `workers`; each return value is what ended the job before its time."""
+    """Composes all jobs and has them trained; each return value is what ended the job before its time."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         return self.launch_numbered(dict(enumerate(job_overrides, initial_job_idx)))
 
     def launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]]) -> Sequence[JobReturn]:
         """The same for jobs that are not in a row: what a sweep lacks is packed whatever lies between."""
-        from lora_bench import expected, workers  # torch: late
+        from lora_bench import expected  # torch: late
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         ended: dict[str, Exception | None] = {}
@@ -57,12 +57,17 @@ class PackedLauncher(BasicLauncher):
                     ended[titles[-1]] = error
                     console.print(shown(f"job {number} failed: {error}", style="red"))
             assert self.config is not None
-            (expected.run if self.config.dry_run else workers.run)(jobs, console, end)
+            (expected.run if self.config.dry_run else self._train)(jobs, console, end)
         finally:
             for job in jobs:
                 if job.begun:
                     job.begun.release()
         return [JobReturn(_return_value=ended.get(title), status=JobStatus.COMPLETED) for title in titles]
+
+    def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+        from lora_bench import workers  # torch: late
+
+        workers.run(jobs, console, ended)
 
     def _composed(self, number: int, overrides: list[str], title: str) -> list[Job]:
         """The job; none where its run is done."""
