@@ -97,8 +97,9 @@ class Pack(nn.Module):
         """Where the network is cut, whoever is live, once what lies below is read and not computed."""
         self._joined: tuple[list[int], Copies] | None = None
         size, device = backbone.hidden_size, backbone.device
-        matching = [k for k, member in enumerate(members) if member.adapter.matching]
-        if matching and not backbone.tells_texts_apart:
+        apart = backbone.tells_texts_apart
+        matching = [k for k, m in enumerate(members) if m.adapter.matching or (m.adapter.matching is None and apart)]
+        if matching and not apart:
             reason = "needs to know where the second text begins, and this model reads both as one"
             raise UserError(reason, key="adapter.matching", value="true", remedy="Take adapter.matching=false.")
         self.matchings = nn.ModuleDict({str(k): Matching(size, device) for k in matching})
