@@ -157,8 +157,9 @@ def _check_tasks(made: Experiment) -> None:
     remedy = "Leave out ensemble.members or data.tasks."
     need(made.ensemble.members is None, "ensemble.members", made.ensemble.members, reason, remedy)
     reason = "compares the texts beside one head, and a shared adapter has a head for each task"
-    remedy = "Take data.share=backbone, or leave it out."
-    need(made.own_adapters or not made.adapter.matching, "adapter.matching", "true", reason, remedy)
+    remedy = "Take adapter.matching=false or data.share=backbone."
+    asked = made.adapter.matching
+    need(made.own_adapters or asked is False, "adapter.matching", "null" if asked is None else "true", reason, remedy)
     if made.own_adapters:
         reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
         need(not made.adapter.trains_backbone, "data.share", data.share, reason, "Take data.share=adapter.")

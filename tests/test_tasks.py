@@ -286,6 +286,7 @@ def test_t5_reads_each_task_under_its_name_and_answers_with_one_head_only_the_sa
         (["data.tasks=small"], "data.tasks=small: is not a list"),
         (["data.tasks=[small,'../x']"], "is not the plain name of a choice"),
         ([THREE, "adapter.matching=true"], "adapter.matching=true: compares the texts beside one head"),
+        ([THREE, "adapter.matching=null"], "adapter.matching=null: compares the texts beside one head"),
         ([THREE, "ensemble.members=3"], "ensemble.members=3: has members that learn one task"),
         (
             [THREE, "data.share=backbone", "adapter=full"],
