@@ -99,7 +99,7 @@ class Experiment:
         )
         _check_ensemble(made.ensemble, made.adapter, made.pack)
         drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
-        check_objective(made.trainer, made.data.text_columns, drops_out)
+        check_objective(made.trainer, made.data.text_columns, drops_out, made.adapter.matching is True)
         perturbations(made.data)
         augmentations(made.data, made.trainer.objective)
         return made

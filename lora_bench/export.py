@@ -43,6 +43,9 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32)
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
+    if run.pack.matchings:
+        reason = "compares the two texts beside the head, for which neither PEFT nor a plain classifier has a place"
+        raise UserError(reason, key="adapter.matching", value="true", remedy="Train with adapter.matching=false.")
     one = output if run.pack.size == 1 else output / "member_0"
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))

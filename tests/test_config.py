@@ -222,6 +222,7 @@ RANGES = [
     ("pack", "halving", [True, False], [None, "yes please"]),
     ("trainer", "prefix_cache_bytes", [0.0, 4e9], [-1.0, math.inf]),
     ("trainer", "cuda_graphs", [True, False], [None, "yes please"]),
+    ("adapter=lora", "matching", [True, False, None], ["yes please"]),
     ("adapter", "weight_decay_B", [None, 0, 100.0], [-1, math.inf]),
     ("ensemble", "members", [None, 2, 5], [1, 0, 101]),
     ("ensemble", "vary", [["init"], ["order", "dropout"]], [[], ["luck"]]),

@@ -25,6 +25,7 @@ _SHARED = {
     "init",
     "layer",
     "leaves",
+    "matching",
     "pack",
     "peft_config",
     "peft_format",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.adapters.leaves import Adapted, Live, MemberHeads
+from lora_bench.adapters.matching import Matching, pair_features
 from lora_bench.adapters.together import Copies, kind
 from lora_bench.errors import UserError
 
@@ -93,6 +94,13 @@ class Pack(nn.Module):
         self.cut: int | None = None
         """Where the network is cut, whoever is live, once what lies below is read and not computed."""
         self._joined: tuple[list[int], Copies] | None = None
+        size, device = backbone.hidden_size, backbone.device
+        apart = backbone.tells_texts_apart
+        matching = [k for k, m in enumerate(members) if m.adapter.matching or (m.adapter.matching is None and apart)]
+        if matching and not apart:
+            reason = "needs to know where the second text begins, and this model reads both as one"
+            raise UserError(reason, key="adapter.matching", value="true", remedy="Take adapter.matching=false.")
+        self.matchings = nn.ModuleDict({str(k): Matching(size, device) for k in matching})
         self._attach_heads()
         self._attach_updates()
 
@@ -189,12 +197,24 @@ class Pack(nn.Module):
         if K > 1:
             self._copies(members).take()
         self._live.members = members
+        everywhere, matching = self.backbone.all_positions, any(str(k) in self.matchings for k in members)
         try:
             with self._autocast():
-                logits = self.backbone.suffix(hidden, batch, self.depth)  # (K·B, 2)
+                self.backbone.all_positions = everywhere or matching
+                encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
+                logits = self.backbone.answer(encoded, batch)  # (K·B, 2)
         finally:
             self._live.members = live
-        return logits.float().view(K, -1, logits.shape[-1])
+            self.backbone.all_positions = everywhere
+        logits = logits.float().view(K, -1, logits.shape[-1])
+        if not matching:
+            return logits
+        features = pair_features(encoded, *self.backbone.texts(batch)).view(K, logits.shape[1], -1)
+        own = [
+            own + self.matchings[str(k)](rows) if str(k) in self.matchings else own
+            for k, own, rows in zip(members, logits, features, strict=True)
+        ]
+        return torch.stack(own)
 
     def train(self, mode: bool = True) -> Pack:
         """Training mode reaches the adapters; a frozen backbone and the heads on it never drop anything out."""
@@ -216,12 +236,10 @@ class Pack(nn.Module):
     def head_parameters(self, member: int) -> dict[str, nn.Parameter]:
         """The member's head parameters by the names that they have in the Hugging Face model."""
         heads = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
-        return {
-            f"{name}.{key}": p
-            for name, packed in heads.items()
-            if isinstance(packed, MemberHeads)
-            for key, p in packed.copies[member].named_parameters()
-        }
+        own = {name: packed.copies[member] for name, packed in heads.items() if isinstance(packed, MemberHeads)}
+        if str(member) in self.matchings:
+            own["matching"] = self.matchings[str(member)]
+        return {f"{name}.{key}": p for name, head in own.items() for key, p in head.named_parameters()}
 
     def trainable(self, member: int) -> dict[str, nn.Parameter]:
         """All that the member trains: adapter and head."""

@@ -44,8 +44,11 @@ class Auto(Backbone):
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         return batch.input_ids  # (N, T): the whole network is suffix
 
-    def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        inputs = {"input_ids": hidden, "attention_mask": batch.attention_mask}
+    def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        return hidden  # (N, T)
+
+    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+        inputs = {"input_ids": encoded, "attention_mask": batch.attention_mask}
         if "token_type_ids" in self.tokenizer.model_input_names and batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
         return self.network(**inputs).logits  # type: ignore[no-any-return]

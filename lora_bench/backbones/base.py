@@ -1,7 +1,7 @@
 """What a backbone is: a pretrained network seen as a row of layers, with a cut anywhere between two of them.
 
     prefix(batch, depth)          -> hidden   the layers below `depth`, once for all members
-    suffix(hidden, batch, depth)  -> logits   the rest, for every member's rows, and the head
+    suffix(hidden, batch, depth)  -> logits   the rest, for every member's rows, and the head: encode, then answer
 
 The prefix is frozen, so its output may be shared. One file per family implements the two; their composition equals the
 Hugging Face model's own output.
@@ -62,8 +62,25 @@ class Backbone(ABC):
         """Embeddings and the first `depth` layers: (N, T, D) for N rows."""
 
     @abstractmethod
+    def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        """The layers from `depth` on: (N, T, D), or (N, 1, D) where the head looks at one position."""
+
+    @abstractmethod
+    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+        """The head: logits (N, 2) from what `encode` gave."""
+
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """The layers from `depth` on and the head: logits (N, 2)."""
+        return self.answer(self.encode(hidden, batch, depth), batch)
+
+    @property
+    def tells_texts_apart(self) -> bool:
+        """Whether `texts` can say which token belongs to which of a pair's texts."""
+        return False
+
+    def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which tokens make up the first and the second text, (N, T) each."""
+        raise NotImplementedError
 
     def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], list[str] | None]:
         """What the tokenizer gets for named text columns: the first text and, for pairs, the second."""

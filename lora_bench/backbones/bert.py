@@ -45,17 +45,34 @@ class Bert(Backbone):
             hidden = _run(layer, hidden, hidden, mask)
         return hidden  # (N, T, D)
 
-    def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+    def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         mask = additive_mask(batch, hidden.dtype)
         for _, layer in self.layers[depth:-1]:
             hidden = _run(layer, hidden, hidden, mask)
         if depth < len(self.layers):  # the head looks at the first token alone: so its last layer makes no other
             asking = hidden if self.all_positions else hidden[:, :1]
-            hidden = _run(self.layers[-1][1], asking, hidden, mask)  # (N, T, D) or (N, 1, D)
+            hidden = _run(self.layers[-1][1], asking, hidden, mask)
+        return hidden  # (N, T, D) or (N, 1, D)
+
+    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
         network: Any = self.network
         if len(self.head_modules) == 1:  # RoBERTa's classifier picks the first token itself
-            return network.classifier(hidden)  # type: ignore[no-any-return]
-        return network.classifier(network.dropout(self.encoder.pooler(hidden)))  # type: ignore[no-any-return]
+            return network.classifier(encoded)  # type: ignore[no-any-return]
+        return network.classifier(network.dropout(self.encoder.pooler(encoded)))  # type: ignore[no-any-return]
+
+    @property
+    def tells_texts_apart(self) -> bool:
+        return self.tokenizer.sep_token_id is not None
+
+    def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A separator ends each text, and RoBERTa's second one begins behind two: they lie before the first separator,
+        without the classification token, and before the last."""
+        separators = batch.input_ids == self.tokenizer.sep_token_id  # (N, T)
+        before = separators.long().cumsum(1)
+        word = (batch.attention_mask == 1) & ~separators
+        first = word & (before == 0)
+        first[:, 0] = False
+        return first, word & (before == before[:, -1:] - 1) & (before > 0)
 
 
 def _run(layer: Any, asking: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:

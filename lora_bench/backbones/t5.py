@@ -90,10 +90,11 @@ class T5TextToText(_T5):
         idle = re.compile(r"decoder\..*\.SelfAttention\.[qk]")
         return {name: linear for name, linear in super().linears().items() if not idle.fullmatch(name)}
 
-    def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        if depth > len(self.encoder.block):
-            depth = len(self.encoder.block)  # the decoder is run whole: its one step costs little
-        encoded = self._encoded(hidden, batch, depth)  # (N, T, D)
+    def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        # The decoder is run whole, by `answer`: its one step costs little.
+        return self._encoded(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
+
+    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
         network: Any = self.network
         start = torch.full((len(encoded), 1), network.config.decoder_start_token_id, device=encoded.device)
         decoded = network.decoder(
@@ -119,8 +120,10 @@ class T5Encoder(_T5):
         super().__init__(network, tokenizer, fresh, template, task)
         self.encoder = network.transformer.encoder  # type: ignore[union-attr]
 
-    def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        encoded = self._encoded(hidden, batch, depth)  # (N, T, D)
+    def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        return self._encoded(hidden, batch, depth)  # (N, T, D)
+
+    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
         kept = batch.attention_mask[:, :, None].to(encoded.dtype)  # (N, T, 1)
         pooled = (encoded * kept).sum(1) / kept.sum(1)  # (N, D); the head is linear, so this equals the mean of logits
         return self.network.classifier(pooled)  # type: ignore[no-any-return, operator]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from lora_bench.adapters import matching
 from lora_bench.data.batching import BatchPlan, evaluation_batches, micro_batches, training_batches
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import score
@@ -67,6 +68,7 @@ def prepare(pack: Pack, trainer: Trainer, train: TokenTable, members: Sequence[i
     for k in range(pack.size) if members is None else members:
         with pack.only([k]):
             pack.members[k].adapter.prepare(pack, k, _endless_batches(pack, train, plan))
+            matching.begin(pack, k, _endless_batches(pack, train, plan))
 
 
 def fit(

@@ -56,17 +56,18 @@ def make_objective(trainer: Trainer, labels: NDArray[np.int64] | None) -> Object
     return Objective(partial(consistency, weight=trainer.consistency_weight, of_rows=of_rows), orders=2)
 
 
-def check_objective(trainer: Trainer, text_columns: Sequence[str], drops_out: bool) -> None:
-    """Refuse to ask for both orders of texts that come alone, or for two dropout masks where nothing drops out."""
-    for key, asked in (
-        ("objective", trainer.objective == "order_consistency"),
-        ("score_both_orders", trainer.score_both_orders),
+def check_objective(trainer: Trainer, text_columns: Sequence[str], drops_out: bool, matching: bool) -> None:
+    """Refuse to ask for two texts where they come alone, or for two dropout masks where nothing drops out."""
+    for key, value, asked in (
+        ("trainer.objective", trainer.objective, trainer.objective == "order_consistency"),
+        ("trainer.score_both_orders", "true", trainer.score_both_orders),
+        ("adapter.matching", "true", matching),
     ):
         if asked and len(text_columns) < 2:
             raise UserError(
                 f"needs pairs, and the data has the single text column {text_columns[0]!r}",
-                key=f"trainer.{key}",
-                value=str(getattr(trainer, key)).lower(),
+                key=key,
+                value=value,
             )
     if trainer.objective == "dropout_consistency" and not drops_out:
         raise UserError(

@@ -436,14 +436,14 @@ def test_it_builds_and_what_is_out_of_range_does_not() -> None:
 
 def test_single_sentences_are_refused_in_one_sentence() -> None:
     with pytest.raises(UserError) as refused:
-        check_objective(both(), ["sentence"], False)
+        check_objective(both(), ["sentence"], False, False)
     assert str(refused.value) == (
         "trainer.objective=order_consistency: needs pairs, and the data has the single text column 'sentence'."
     )
     with pytest.raises(UserError, match=r"^trainer\.score_both_orders=true: needs pairs, and the data has the single"):
-        check_objective(trainer(score_both_orders=True), ["sentence"], False)
-    check_objective(both(score_both_orders=True), COLUMNS, False)
-    check_objective(trainer(), ["sentence"], False)
+        check_objective(trainer(score_both_orders=True), ["sentence"], False, False)
+    check_objective(both(score_both_orders=True), COLUMNS, False, False)
+    check_objective(trainer(), ["sentence"], False, False)
 
 
 def test_two_masks_are_refused_where_nothing_drops_out() -> None:
