@@ -119,10 +119,13 @@ def test_ctrl_c_cancels_and_lets_each_leave_a_checkpoint(monkeypatch: pytest.Mon
 
 
 def test_what_slurm_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm's commands are stand-ins: the second refuses whatever it is given."""
+    """Slurm's commands are stand-ins: the second keeps what it is given, and refuses it."""
     commands = Path("bin").absolute()
     commands.mkdir()
-    for name, text in (("srun", ""), ("sbatch", "echo 'sbatch: error: no such partition' >&2; exit 1")):
+    for name, text in (
+        ("srun", ""),
+        ("sbatch", 'cat "$@" > "$0.given"; echo "sbatch: error: no such partition" >&2; exit 1'),
+    ):
         (commands / name).write_text(f"#!/bin/sh\n{text}\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
@@ -130,8 +133,7 @@ def test_what_slurm_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = lora_bench("train", "-m", *ASKED, *(f"hydra.launcher.{setting}" for setting in asked))
     assert answer.code == 2, answer
     assert "lora-bench: hydra.launcher: Slurm refuses the jobs: sbatch: error: no such partition" in answer.err
-    (file,) = Path("sweep/.slurm").glob("submission_file_*.sh")
-    lines = file.read_text().splitlines()
+    lines = (commands / "sbatch.given").read_text().splitlines()
     wanted = ["partition=gpu", "time=30", "gpus-per-node=1", "cpus-per-task=4", "no-requeue"]
     assert [line for line in wanted if f"#SBATCH --{line}" not in lines] == []
     assert "module load cuda" in lines
