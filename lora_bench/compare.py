@@ -112,10 +112,10 @@ def _write_page(table: Table, file: Path, margin: float) -> int:
     return 0
 
 
-def write_tables(folder: Path) -> None:
+def write_tables(folder: Path, baseline: str | None = None) -> None:
     """Leave `table.md` and `table.csv` of the runs below `folder`, a finished sweep, in it; nothing if it has none."""
     if find([folder])[0]:
-        table = summarise([folder])
+        table = summarise([folder], baseline=baseline)
         (folder / "table.md").write_text(to_markdown(table), encoding="utf-8")
         (folder / "table.csv").write_text(to_csv(table), encoding="utf-8")
 

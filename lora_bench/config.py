@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.checks import need, need_number, need_one_of
 from lora_bench.errors import UserError, nearest
+from lora_bench.sharing import Ensemble as Ensemble
+from lora_bench.sharing import Packing as Packing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,11 +212,25 @@ class Trainer:
     """Score the selection split every so many steps; null: at the end of each epoch. The last step is always scored."""
     early_stopping_patience: int | None
     """Stop after so many evaluations in a row without a better selection MCC; null: never."""
+    stop_at: float | None
+    """Stop at the first evaluation whose selection MCC is this or more; null: never. What it took is the run's cost."""
+    score_both_orders: bool
+    """Score each pair in both orders of its texts and take the mean probability, which depends on neither; a score
+    costs twice as much."""
     objective: str
     """`cross_entropy`; or it, on both orders of each pair, and how far the two answers differ (`order_consistency`); or
-    the same on each pair as it is and perturbed (`perturb_consistency`)."""
+    the same on each pair as it is and perturbed (`perturb_consistency`), or under two dropout masks
+    (`dropout_consistency`: R-Drop)."""
     consistency_weight: float
     """What that difference counts beside the cross-entropy; a symmetric Kullback-Leibler divergence, in nats."""
+    label_smoothing: float
+    """Share of the label that is spread evenly over both."""
+    focal_gamma: float
+    """How much less those pairs count whose label is likely already: (1 − p(label))^γ."""
+    margin: float
+    """By how much the label's logit must be ahead of the other."""
+    logit_adjustment: float
+    """τ: with τ log π added to the logits while training, π the labels' shares; 1 makes both count as frequent."""
     average: float
     """Share of the last steps over which weights are averaged; from then on the mean is scored and kept. 0: off."""
     checkpoint_every: int | None
@@ -226,6 +242,8 @@ class Trainer:
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
     """`cpu`, `cuda`, or `auto`."""
+    cuda_graphs: bool
+    """On a GPU, record forward and backward pass once per shape of batch and replay them."""
     threads: int | None
     """CPU threads; null: what torch chooses."""
 
@@ -233,64 +251,23 @@ class Trainer:
         need_number("epochs", self.epochs, 0, open_low=True)
         for name in ("batch_size", "eval_batch_size"):
             need_number(name, getattr(self, name), 1)
-        for name in (
-            "max_steps",
-            "micro_batch_size",
-            "eval_every",
-            "early_stopping_patience",
-            "checkpoint_every",
-            "threads",
-        ):
+        every = ("eval_every", "checkpoint_every", "early_stopping_patience")
+        for name in ("max_steps", "micro_batch_size", "threads", *every):
             if getattr(self, name) is not None:
                 need_number(name, getattr(self, name), 1)
-        need_one_of("objective", self.objective, ("cross_entropy", "order_consistency", "perturb_consistency"))
-        need_number("consistency_weight", self.consistency_weight, 0)
+        need_one_of("objective", self.objective, OBJECTIVES)
+        for name in ("consistency_weight", "focal_gamma", "margin", "logit_adjustment"):
+            need_number(name, getattr(self, name), 0)
+        need_number("label_smoothing", self.label_smoothing, 0, 1)
+        if self.stop_at is not None:
+            need_number("stop_at", self.stop_at, 0, 1, open_low=True)
         need_number("average", self.average, 0, 1)
         need_number("prefix_cache_bytes", self.prefix_cache_bytes, 0)
         need_one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         need_one_of("device", self.device, ("auto", "cpu", "cuda"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packing:
-    """How jobs of a sweep share one backbone; what a job learns it learns in any pack."""
-
-    size: int | None
-    """Jobs trained together; null: as many as memory takes, 1: one after another."""
-    memory_bytes: int | None
-    """What a pack may take; null: a share of what is free when it starts."""
-    halving: bool
-    """Stop the worse half of a pack's jobs, by selection MCC, after an eighth, a quarter and the half of the steps."""
-
-    def __post_init__(self) -> None:
-        for name in (name for name in ("size", "memory_bytes") if getattr(self, name) is not None):
-            need_number(name, getattr(self, name), 1)
-        need(self.size != 1 or not self.halving, "halving", "true", "compares jobs of a pack; pack.size=1 makes it one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ensemble:
-    """Members that one run trains together, and whose probabilities are averaged (Wang, Aitchison and Rudolph 2023)."""
-
-    members: int | None
-    """How many; null: no ensemble."""
-    vary: list[str]
-    """In what they differ: `init` (random starts of adapter and head), `order` (of the pairs), `dropout`."""
-
-    def __post_init__(self) -> None:
-        if self.members is not None:
-            remedy = "null trains one adapter as usual."
-            need(self.members >= 2, "members", self.members, "is no ensemble: it takes at least 2 members", remedy)
-            need_number("members", self.members, 2, 100)
-        need(bool(self.vary), "vary", self.vary, "is empty: the members would all be the same")
-        need(set(self.vary) <= set(VARIED), "vary", self.vary, f"holds something else than {', '.join(VARIED)}")
-
-    @property
-    def size(self) -> int:
-        return self.members or 1  # without an ensemble, one
-
-
-VARIED = ("init", "order", "dropout")  # in what the members of an ensemble can differ
+OBJECTIVES = ("cross_entropy", "order_consistency", "perturb_consistency", "dropout_consistency")
 
 
 @dataclass(frozen=True, kw_only=True)

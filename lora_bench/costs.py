@@ -1,12 +1,14 @@
 """What a row takes on disk, what it cost to reach what full fine-tuning reaches, and which cause saved how much of it.
 
 The target is the selection MCC that full fine-tuning of the same model on the same data ends with, in its worst seed,
-or one that is given. FLOPs to target are those of the whole training, by its share of the steps.
+or one that is given. FLOPs and seconds to target are those of the steps up to it, and all that came before the first
+step. With `trainer.stop_at` that is the whole run.
 
 A step of full fine-tuning is a third forward, a third gradients of inputs, a third gradients of weights. An adapter
 saves the last third; one that leaves the lowest m of L layers alone saves m / L of the second, and where what they make
-is kept, m / L of the first, less what making it once takes. What batches pad less goes by their tokens. What is left
-over is what the adapter computes itself.
+is kept, m / L of the first, less what making it once takes. What batches pad less goes by their tokens, what a
+step takes in beyond full fine-tuning's by its pairs: an objective that looks at each pair twice has twice as many. What
+is left over is what the adapter computes itself, its start with it.
 
 Seconds are FLOPs by a rate: what of the time was saved beyond the FLOPs is the precision's, where the two differ in it,
 or else the rate's: of the machine, and of small products.
@@ -29,11 +31,14 @@ if TYPE_CHECKING:
 
     from lora_bench.tables import Row
 
-STEPS, FLOPS = "steps_to_target", "flops_to_target"
+STEPS, FLOPS, SECONDS = "steps_to_target", "flops_to_target", "seconds_to_target"
 BYTES = "adapter_bytes"
-COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"))
+COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"), Column(SECONDS, "seconds"))
 SAVED = "FLOPs saved"
-CAUSES = ("fewer steps", "no weight gradients", "fewer layers", "cached prefix", "less padding", "the adapter itself")
+CAUSES = (
+    *("fewer steps", "pairs a step", "no weight gradients", "fewer layers", "cached prefix", "less padding"),
+    "the adapter itself",
+)
 TIME_SAVED = "time saved"
 TIME_CAUSES = ("precision", "rate")
 
@@ -117,17 +122,25 @@ def _looks(folder: Path) -> list[tuple[int, float]]:
 
 
 def _to_target(table: Table, row: Row, target: float) -> Row:
-    """The row with steps and FLOPs to target, where every seed reached it."""
-    steps, flops = [], []
+    """The row with steps, FLOPs and seconds to target, where every seed reached it and as far as its runs tell."""
+    found: dict[str, list[float]] = {STEPS: [], FLOPS: [], SECONDS: []}
     for folder in row.folders:
         reached = next((step for step, mcc in _looks(folder) if mcc >= target), None)
         cost = table.records[folder]["cost"]
         if reached is None or not _positive(cost.get("steps")) or not _positive(cost.get("train_flops")):
             return row
-        steps.append(float(reached))
-        flops.append(cost["train_flops"] * reached / cost["steps"])
-    stats = {STEPS: Stat(fmean(steps), None, row.n), FLOPS: Stat(fmean(flops), None, row.n)}
+        found[STEPS].append(float(reached))
+        for name, unit in ((FLOPS, "flops"), (SECONDS, "seconds")):
+            if _positive(cost.get(f"train_{unit}")):
+                found[name].append(_up_to(cost, unit, reached))
+    stats = {name: Stat(fmean(each), None, row.n) for name, each in found.items() if len(each) == len(row.folders)}
     return replace(row, stats=row.stats | stats)
+
+
+def _up_to(cost: dict[str, Any], unit: str, step: int) -> float:
+    """What the steps up to this one took, and what came before the first: looking at data, filling the prefix."""
+    before = sum(cost.get(f"{what}_{unit}") or 0.0 for what in ("prepare", "prefix_fill"))
+    return float(before + (cost[f"train_{unit}"] - before) * step / cost["steps"])
 
 
 def _positive(value: Any) -> bool:
@@ -151,28 +164,29 @@ def savings(table: Table, row: Row, full: Row) -> dict[str, float] | None:
     And where the seconds of both are known, what `TIME_CAUSES` saved of its time, and `time saved`, all of it together.
     Both up to the target where both reach it, else both whole runs.
     """
-    flops, full_flops = (_per_step(table, each, "train_flops") for each in (row, full))
-    steps, full_steps = (_mean_cost(table, each, "steps") for each in (row, full))
+    to_target = STEPS in row.stats and STEPS in full.stats
+    steps, full_steps = (_cost(table, each, "steps", to_target) for each in (row, full))
+    flops, full_flops = (_cost(table, each, "train_flops", to_target) for each in (row, full))
     if not (flops and full_flops and steps and full_steps):
         return None
-    if STEPS in row.stats and STEPS in full.stats:
-        steps, full_steps = row.stats[STEPS].mean, full.stats[STEPS].mean
     length, idle = steps / full_steps, _idle_layers(table, row)
-    filled = _per_step(table, row, "prefix_fill_flops")
+    work = length * _pairs_a_step(table, row) / _pairs_a_step(table, full)
+    filled = _mean_cost(table, row, "prefix_fill_flops")
     used, full_used = _token_share(table, row), _token_share(table, full)
     more_padding = used / full_used if used and full_used else 1.0  # of mine, had I padded as it did
     shares = {
         "fewer steps": 1 - length,
-        "no weight gradients": length / 3,
-        "fewer layers": length / 3 * idle,
-        "cached prefix": length * (idle / 3 - filled / full_flops) if filled else 0.0,
-        "less padding": length * flops / full_flops * (more_padding - 1),
+        "pairs a step": length - work,
+        "no weight gradients": work / 3,
+        "fewer layers": work / 3 * idle,
+        "cached prefix": work * idle / 3 - filled / full_flops if filled else 0.0,
+        "less padding": flops / full_flops * (more_padding - 1),
     }
-    saved = 1 - length * flops / full_flops
+    saved = 1 - flops / full_flops
     shares |= {"the adapter itself": saved - sum(shares.values()), SAVED: saved}
-    seconds, full_seconds = (_per_step(table, each, "train_seconds") for each in (row, full))
+    seconds, full_seconds = (_cost(table, each, "train_seconds", to_target) for each in (row, full))
     if seconds and full_seconds:
-        time_saved = 1 - length * seconds / full_seconds
+        time_saved = 1 - seconds / full_seconds
         differ = _precision(table, row) != _precision(table, full)
         shares |= dict.fromkeys(TIME_CAUSES, 0.0) | {TIME_CAUSES[not differ]: time_saved - saved}
         shares[TIME_SAVED] = time_saved
@@ -185,12 +199,17 @@ def _mean_cost(table: Table, row: Row, key: str) -> float | None:
     return fmean(costs) if all(map(_positive, costs)) else None
 
 
-def _per_step(table: Table, row: Row, key: str) -> float | None:
-    """The mean of a cost by the steps of its run; None where one of the runs has none."""
-    costs = [table.records[folder]["cost"] for folder in row.folders]
-    if not all(_positive(cost.get("steps")) and _positive(cost.get(key)) for cost in costs):
-        return None
-    return fmean(cost[key] / cost["steps"] for cost in costs)
+def _cost(table: Table, row: Row, key: str, to_target: bool) -> float | None:
+    """The mean of a cost, of the whole runs or up to the target; None where one of the runs has none."""
+    stat = row.stats.get({"steps": STEPS, "train_flops": FLOPS, "train_seconds": SECONDS}[key])
+    return (stat.mean if stat else None) if to_target else _mean_cost(table, row, key)
+
+
+def _pairs_a_step(table: Table, row: Row) -> float:
+    """Those that a step goes through, a pair that it looks at twice counted twice."""
+    trainer = table.records[row.folders[0]]["config"].get("trainer", {})
+    looks = 1 if trainer.get("objective", "cross_entropy") == "cross_entropy" else 2
+    return float(looks * trainer.get("batch_size", 1))
 
 
 def _token_share(table: Table, row: Row) -> float | None:

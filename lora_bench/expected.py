@@ -7,6 +7,7 @@ output is kept. It holds what the largest of them holds, and what the others kee
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,8 +24,10 @@ from lora_bench.screen import shown
 from lora_bench.tables import duration, human
 from lora_bench.train import prefix_of
 from lora_bench.training.estimate import Estimate, estimate
+from lora_bench.training.halving import live
 from lora_bench.training.loop import prepare
 from lora_bench.training.probe import probe_step
+from lora_bench.workers import Workers, cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,17 +49,41 @@ class Expected:
     fills: bool
     """Whether it makes the kept prefix, which later packs of the sweep read."""
     peak_memory_bytes: float
+    halving: bool = False
+    """Whether members are stopped on the way."""
 
     @property
     def train_flops(self) -> float:
         steps = sum(member.train_flops - member.filling_flops for member in self.members)
-        return (1 - self.shared) * steps + self.fills * self.members[0].filling_flops
+        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_flops
 
     @property
     def seconds(self) -> float:
         steps = sum(member.train_seconds - member.filling_seconds for member in self.members)
-        evaluations = sum(member.evaluation_seconds for member in self.members)
-        return (1 - self.shared) * steps + self.fills * self.members[0].filling_seconds + evaluations
+        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_seconds
+        return training + sum(map(self._evaluation, self.members))
+
+    @property
+    def _live(self) -> list[int]:
+        """Members that compute each step."""
+        steps, count = self.members[0].steps, len(self.members)
+        return live(count, steps) if self.halving else [count] * steps
+
+    @property
+    def _trained(self) -> float:
+        """The share of the members' steps that halving leaves, whoever it stops."""
+        return sum(self._live) / (len(self.members) * len(self._live))
+
+    def _evaluation(self, member: Estimate) -> float:
+        """Seconds of looking at the selection split and at the reported ones, as a mean over who is stopped when."""
+        if not self.halving:
+            return member.evaluation_seconds
+        counts, steps, looks = self._live, member.steps, member.looks
+        due = {math.ceil(steps * (i + 1) / looks) for i in range(looks)}
+        crowded = {step for step in range(1, steps) if counts[step] < counts[step - 1]}
+        looked = sum(counts[step - 1] for step in due | crowded) * member.look_seconds
+        reported = member.evaluation_seconds - looks * member.look_seconds
+        return (looked + counts[-1] * reported) / len(self.members)
 
 
 def show(job: Job, console: Console) -> None:
@@ -116,20 +143,23 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         ended: called with each job, and what is wrong with it.
     """
     packs: list[Expected] = []
+    workers = Workers.of(jobs)
+    most = math.ceil(len(jobs) / workers.count)
     kinds: dict[str, Estimate] = {}
     for group in grouped(jobs):
         try:
             common = Common.load(group.experiments[0])
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
             depths: set[int] = set()
-            for together in sized(group, common, ended):
-                experiments = [members[job.title] for job in together]
-                packs.append(_together(together, experiments, common, kinds, depths, console))
+            for part in cut(group, most):
+                for together in sized(part, common, ended, workers.sharing):
+                    experiments = [members[job.title] for job in together]
+                    packs.append(_together(together, experiments, common, kinds, depths, console))
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
     if packs:
-        console.print(_table(packs))
+        console.print(_table(packs, workers.devices))
 
 
 def _together(
@@ -160,7 +190,8 @@ def _together(
     fills = needed[0].depth not in depths
     depths.add(needed[0].depth)
     shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
-    return Expected(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside)
+    halving = experiments[0].pack.halving and len(jobs) > 1
+    return Expected(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside, halving)
 
 
 def _kind(experiment: Experiment) -> str:
@@ -192,7 +223,7 @@ def _flops(pack: Pack) -> int:
     return int(counter.get_total_flops())
 
 
-def _table(packs: Sequence[Expected]) -> Table:
+def _table(packs: Sequence[Expected], devices: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("job", "overrides"):
         table.add_column(name, overflow="fold")
@@ -209,16 +240,19 @@ def _table(packs: Sequence[Expected]) -> Table:
         )
     jobs = sum(len(pack.jobs) for pack in packs)
     table.add_section()
-    table.add_row("all", f"{jobs} jobs in {len(packs)} pack{'s' * (len(packs) > 1)}", *_cells(packs))
+    table.add_row("all", f"{jobs} jobs in {len(packs)} pack{'s' * (len(packs) > 1)}", *_cells(packs, devices))
     return table
 
 
-def _cells(packs: Sequence[Expected]) -> list[str]:
-    """Sums over the packs, and the most memory that one of them takes."""
+def _cells(packs: Sequence[Expected], devices: int = 1) -> list[str]:
+    """Sums over the packs, the time where each device takes the next as soon as it is free, and the most memory."""
+    busy = [0.0] * devices
+    for pack in packs:
+        busy[busy.index(min(busy))] += pack.seconds
     return [
         human(sum(member.adapter for pack in packs for member in pack.members)),
         human(sum(pack.train_flops for pack in packs), "FLOP"),
-        duration(sum(pack.seconds for pack in packs)),
+        duration(max(busy)),
         human(max(pack.peak_memory_bytes for pack in packs), "B"),
     ]
 

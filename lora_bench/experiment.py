@@ -15,12 +15,12 @@ from lora_bench.besides import describe, perturbations
 from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.augment import augmentations, training_tables
-from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.data.pairs import TokenTable, scoring_table
 from lora_bench.errors import UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.memory import keep_freed_memory
-from lora_bench.training.objective import check_columns
+from lora_bench.training.objective import check_objective
 from lora_bench.training.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Experiment:
             seed=cfg.seed,
         )
         _check_ensemble(made.ensemble, made.adapter, made.pack)
-        check_columns(made.trainer, made.data.text_columns)
+        drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
+        check_objective(made.trainer, made.data.text_columns, drops_out)
         perturbations(made.data)
         augmentations(made.data, made.trainer.objective)
         return made
@@ -130,7 +131,7 @@ class Common:
     tables: dict[str, TokenTable]
     """`train`, `selection`, and every split to report."""
     swapped: TokenTable | None
-    """The training pairs once more, exchanged or perturbed, where the objective asks for it."""
+    """The training pairs once more, exchanged, perturbed or as they are, where the objective asks for it."""
     described: dict[str, Any]
     """What records say of the data."""
     splits: dict[str, Examples]
@@ -143,9 +144,13 @@ class Common:
 
     def with_tables(self, tables: Mapping[str, TokenTable]) -> Common:
         """The same with other tables for some: the same pairs, with more known of them."""
-        swapped = tables.get("swapped", self.swapped)
-        others = {name: table for name, table in tables.items() if name != "swapped"}
-        return replace(self, tables=self.tables | others, swapped=swapped)
+        found = self.tables | dict(tables)
+        if self.swapped is self.tables["train"]:
+            found["swapped"] = found["train"]
+        if "exchanged" in found:
+            found["selection"] = replace(found["selection"], exchanged=found.pop("exchanged"))
+        swapped = found.pop("swapped", self.swapped)
+        return replace(self, tables=found, swapped=swapped)
 
     @classmethod
     def load(cls, experiment: Experiment) -> Common:
@@ -164,7 +169,8 @@ class Common:
         train, swapped = training_tables(data, splits["train"], backbone, trainer.objective)
         others = {name: split for name, split in splits.items() if name != "train"}
         tables = {"train": train} | {
-            name: tokenize(split, data.text_columns, backbone, data.max_length) for name, split in others.items()
+            name: scoring_table(split, data, backbone, both_orders=trainer.score_both_orders)
+            for name, split in others.items()
         }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
         asked = data.unseen or data.perturb is not None

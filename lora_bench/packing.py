@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.errors import UserError
 from lora_bench.experiment import Common, Experiment
+from lora_bench.progress import Display
 from lora_bench.record import Run
 from lora_bench.screen import shown
 from lora_bench.tables import human
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lora_bench.adapters import Adapter
     from lora_bench.config import Packing
     from lora_bench.job import Job
+    from lora_bench.progress import Shows
 
 SHARE_OF_FREE = 0.75
 """What a pack may take of the memory that is free when it starts."""
@@ -45,13 +47,22 @@ class Group:
     """Why this one job runs alone, where it does."""
 
 
-def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+def run(
+    jobs: Sequence[Job],
+    console: Console,
+    ended: Callable[[Job, Exception | None], None],
+    *,
+    display: Shows = Display,
+    sharing: int = 1,
+) -> None:
     """Train the jobs, packed where they may share a backbone.
 
     Args:
         jobs: of one sweep, checked.
         console: where to tell how it goes.
         ended: called with each job when it has ended, and what ended it before its time.
+        display: makes what shows a pack's training.
+        sharing: processes that do so on one device at the same time.
     """
     for group in grouped(jobs):
         halving = group.experiments[0].pack.halving
@@ -60,7 +71,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
         try:
             common = Common.load(group.experiments[0])
-            packs = sized(group, common, ended)
+            packs = sized(group, common, ended, sharing)
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -68,25 +79,26 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         if halving and len(packs) > 1:
             console.print(f"note: pack.halving leaves one job of each pack, and there are {len(packs)}")
         for pack in packs:
-            _train(pack, common, console, ended)
+            _train(pack, common, console, ended, display)
 
 
 def grouped(jobs: Sequence[Job]) -> list[Group]:
     """The jobs by what they must have in common: model, data, trainer, metrics, and the step they go on from."""
+    experiments = [Experiment.build(job.cfg) for job in jobs]
+    shared = [repr((each.model, each.data, each.trainer, each.metrics, each.pack)) for each in experiments]
+    held = [_held(job, each) for job, each in zip(jobs, experiments, strict=True)]
+    newest: dict[str, set[int]] = {}
+    for kind, steps in zip(shared, held, strict=True):
+        newest.setdefault(kind, set()).add(steps[0])
     groups: dict[str, Group] = {}
-    for job in jobs:
-        experiment = Experiment.build(job.cfg)
-        shared = (experiment.model, experiment.data, experiment.trainer, experiment.metrics, experiment.pack)
-        step = 0
-        if job.begun:
-            newest = Checkpoints.of_members(job.folder / "checkpoints", experiment.ensemble.size)[0].newest()
-            step = newest.step if newest else 0
+    for job, experiment, kind, steps in zip(jobs, experiments, shared, held, strict=True):
+        step = min(newest[kind] & set(steps))  # where a kill came between their checkpoints, the one before
         alone = ""
         if experiment.adapter.trains_backbone:
             alone = f"{experiment.adapter.method} trains the backbone itself"
         elif experiment.pack.size == 1:
             alone = "pack.size=1"
-        key = repr((shared, step, job.title if alone else ""))
+        key = repr((kind, step, job.title if alone else ""))
         group = groups.setdefault(key, Group([], [], alone))
         group.jobs.append(job)
         group.experiments.append(experiment)
@@ -95,6 +107,18 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
     if len(found) > 1:
         found = [replace(g, alone=lonely) if len(g.jobs) == 1 and not g.alone else g for g in found]
     return found
+
+
+def _held(job: Job, experiment: Experiment) -> list[int]:
+    """The steps that a job can go on from, the newest first; 0 where it begins."""
+    if not job.begun:
+        return [0]
+    checkpoints = Checkpoints.of_members(job.folder / "checkpoints", experiment.ensemble.size)[0]
+    newest = checkpoints.newest()
+    if newest is None:
+        return [0]
+    before = checkpoints.newest(newest.step - 1)
+    return [newest.step] + ([before.step] if before else [])
 
 
 @dataclass(frozen=True)
@@ -109,8 +133,11 @@ class Need:
     """Layers below the first that it adapts."""
 
 
-def sized(group: Group, common: Common, ended: Callable[[Job, Exception | None], None]) -> list[list[Job]]:
-    """The group's jobs in packs that the memory takes; jobs that do not fit the backbone end here.
+def sized(
+    group: Group, common: Common, ended: Callable[[Job, Exception | None], None], sharing: int = 1
+) -> list[list[Job]]:
+    """The group's jobs in packs that this process's share of the memory takes; jobs that do not fit the backbone end
+    here.
 
     Members of a pack begin at the same layer: below it each computes nothing, or reads what is kept.
     """
@@ -126,16 +153,18 @@ def sized(group: Group, common: Common, ended: Callable[[Job, Exception | None],
             continue
         fitting.setdefault(measured[kind].depth, []).append((job, measured[kind]))
     settings = group.experiments[0].pack
-    return [pack for alike in fitting.values() for pack in _within_memory(alike, settings, common, ended)]
+    free = SHARE_OF_FREE * free_bytes(common.backbone.device) / sharing
+    return [pack for alike in fitting.values() for pack in _within_memory(alike, settings, free, common, ended)]
 
 
 def _within_memory(
     jobs: Sequence[tuple[Job, Need]],
     settings: Packing,
+    free: float,
     common: Common,
     ended: Callable[[Job, Exception | None], None],
 ) -> list[list[Job]]:
-    bound = settings.memory_bytes or SHARE_OF_FREE * free_bytes(common.backbone.device)
+    bound = settings.memory_bytes or free
     packs: list[list[Job]] = []
     used = 0.0
     passing = 0.0
@@ -190,13 +219,19 @@ def needs(common: Common, experiment: Experiment) -> Need:
         pack.detach()
 
 
-def _train(jobs: list[Job], common: Common, console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+def _train(
+    jobs: list[Job],
+    common: Common,
+    console: Console,
+    ended: Callable[[Job, Exception | None], None],
+    display: Shows,
+) -> None:
     """One pack; where what its members share fails, its two halves, so that one job's fault is not another's."""
     if len(jobs) == 1 and jobs[0].title:
         console.print()
         console.print(shown(jobs[0].title, style="bold"))
     try:
-        errors = train_pack(jobs, console=console, common=common, brief=True)
+        errors = train_pack(jobs, console=console, common=common, brief=True, display=display)
     except Exception as error:
         if len(jobs) == 1:
             ended(jobs[0], error)
@@ -205,7 +240,7 @@ def _train(jobs: list[Job], common: Common, console: Console, ended: Callable[[J
         again = [_reopened(job) for job in jobs]
         middle = len(again) // 2
         for half in (again[:middle], again[middle:]):
-            _train(half, common, console, ended)
+            _train(half, common, console, ended, display)
         return
     for job, ended_by in zip(jobs, errors, strict=True):
         ended(job, ended_by)

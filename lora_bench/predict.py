@@ -19,7 +19,7 @@ from lora_bench.adapters import peft_format
 from lora_bench.checks import need
 from lora_bench.data import files
 from lora_bench.data.examples import Examples
-from lora_bench.data.pairs import tokenize
+from lora_bench.data.pairs import scoring_table
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.calibration import calibrated
 from lora_bench.evaluation.ensemble import spread
@@ -118,9 +118,10 @@ class FinishedRun:
 
     def member_scores(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
         """P(label 1) of each example from each member, (M, N); M is 1 but for an ensemble."""
-        data = self.experiment.data  # its column names are part of what T5 reads
-        table = tokenize(examples, data.text_columns, self.pack.backbone, data.max_length, cached=cached)
-        scores = predict(self.pack, table, self.experiment.trainer.eval_batch_size)
+        data, trainer = self.experiment.data, self.experiment.trainer  # column names are part of what T5 reads
+        both = trainer.score_both_orders
+        table = scoring_table(examples, data, self.pack.backbone, both_orders=both, cached=cached)
+        scores = predict(self.pack, table, trainer.eval_batch_size)
         if not np.isfinite(scores).all():  # NaN would be labelled 0
             raise RunFailedError("some scores are not finite numbers", file=self.folder, remedy=_NOT_FINITE)
         return scores

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rich import box
+from rich.console import Group
+from rich.live import Live as Refreshed
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -63,9 +65,12 @@ class Display(Live):
         names: what a sweep calls the members of a pack; none for a run by itself.
     """
 
+    rows_from = 2
+    """Names from which on each has a row."""
+
     def __init__(self, console: Console, steps: int, names: Sequence[str] = ()) -> None:
         super().__init__(console, steps, TextColumn("{task.fields[state]}", markup=False), state="")
-        self.names = names if len(names) > 1 else ()
+        self.names = names if len(names) >= self.rows_from else ()
         self.losses: dict[int, float] = {}
         self.looks: dict[int, float] = {}
         """The last selection MCC of each member."""
@@ -124,6 +129,45 @@ class Display(Live):
                 shown(name.removeprefix("job ")), *numbers, "" if member in self.live else "ended", style=style
             )
         return table
+
+
+class Shows(Protocol):
+    """What makes a display of so many steps of the members with these names."""
+
+    def __call__(self, console: Console, steps: int, names: Sequence[str]) -> Display: ...
+
+
+class Rows(Display):
+    """One of several displays on a screen: every name has its row."""
+
+    rows_from = 1
+
+
+class Screen:
+    """One live table of several trainings at a time, each with its bar and its rows; shown in a terminal only.
+
+    A context manager like `Live`.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.displays: dict[int, Display] = {}
+        self.refreshed = Refreshed(console=console, get_renderable=self._all, transient=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.refreshed.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.refreshed.stop()
+
+    def _all(self) -> Group:
+        displays = list(self.displays.values())
+        return Group(*(renderable for display in displays for renderable in display.progress.get_renderables()))
 
 
 def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from lora_bench.adapters import peft_format
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.load import public_place
 from lora_bench.besides import score_besides
-from lora_bench.data.pairs import tokenize
+from lora_bench.data.pairs import scoring_table
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.calibration import fit_temperature, score_calibrated
 from lora_bench.evaluation.cost import peak_memory_bytes
@@ -275,13 +275,13 @@ class Recorder:
 
     def _besides(self, job: int, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
         """A reported split on its unseen rows and perturbed, as far as the settings ask for it."""
-        data, splits, backbone = self.experiments[job].data, self.common.splits, self.common.backbone
+        data, trainer, splits = self.experiments[job].data, self.experiments[job].trainer, self.common.splits
+        both = trainer.score_both_orders
 
         def scored(examples: Examples) -> NDArray[Any]:
-            table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=False)
+            table = scoring_table(examples, data, self.common.backbone, both_orders=both, cached=False)
             with self.pack.only(self.parts[job]):
-                size = self.experiments[job].trainer.eval_batch_size
-                found = predict(self.pack, table, size, self.processes)
+                found = predict(self.pack, table, trainer.eval_batch_size, self.processes)
             return found.mean(axis=0)  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiments[job].metrics
@@ -325,12 +325,13 @@ class Recorder:
         prepared = sum(preparation.seconds for preparation in preparations)
         filled, filling = preparations[0].prefix_seconds, preparations[0].prefix_flops  # once for all
         rate = max(outcome.pairs for outcome in outcomes) / seconds if seconds else None
-        flops = sum(outcome.flops for outcome in outcomes) + sum(preparation.flops for preparation in preparations)
+        looking = sum(preparation.flops for preparation in preparations)
         self.runs[job].update(
             cost={
                 "train_seconds": prepared + (filled or 0) + seconds if alone else None,
-                "train_flops": flops + (filling or 0),
+                "train_flops": sum(outcome.flops for outcome in outcomes) + looking + (filling or 0),
                 "prepare_seconds": prepared if alone else None,
+                "prepare_flops": looking,
                 "prefix_fill_seconds": filled if alone else None,
                 "prefix_fill_flops": filling,
                 "peak_memory_bytes": peak_memory_bytes(self.common.backbone.device) if alone else None,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lora_bench import config
     from lora_bench.data.pairs import TokenTable
     from lora_bench.job import Job
+    from lora_bench.progress import Shows
     from lora_bench.training.checkpoint import Checkpoint
 
 
@@ -61,6 +62,7 @@ def train_pack(
     console: Console,
     common: Common | None = None,
     brief: bool = False,
+    display: Shows = Display,
     processes: Processes = ALONE,
 ) -> list[Exception | None]:
     """Train jobs that share data, backbone and trainer as one pack; each leaves a record as if it had run alone.
@@ -72,6 +74,7 @@ def train_pack(
         console: where to tell how it goes.
         common: what they share, if it is loaded already; its backbone is given back as it was.
         brief: one line for each result instead of a table.
+        display: makes what shows the training.
         processes: those that train it together; each keeps a record, and the leader's is the run's.
 
     Returns:
@@ -138,8 +141,7 @@ def train_pack(
             if begun:
                 console.print(shown(f"going on from step {begun[0].step}"))
             steps, names = total_steps(trainer, len(table)), _names(jobs, parts)
-            with Display(console, steps, names) as display, Interruption() as interruption:
-                recorder.display = display
+            with display(console, steps, names) as recorder.display, Interruption() as interruption:
                 fit(
                     pack,
                     [experiments[job].optimizer for job in owners],
@@ -228,8 +230,10 @@ def prefix_of(common: Common, trainer: config.Trainer) -> tuple[PrefixCache, dic
 
     Where no pair of the training split comes twice, keeping it is no gain.
     """
-    tables = {"train": common.tables["train"], "swapped": common.swapped, "selection": common.tables["selection"]}
-    again = total_steps(trainer, len(common.tables["train"])) * trainer.batch_size > len(common.tables["train"])
+    train, selection = common.tables["train"], common.tables["selection"]
+    swapped = None if common.swapped is train else common.swapped
+    tables = {"train": train, "swapped": swapped, "selection": selection, "exchanged": selection.exchanged}
+    again = total_steps(trainer, len(train)) * trainer.batch_size > len(train)
     store = PrefixCache(common.backbone_sha256, trainer.prefix_cache_bytes if again else 0)
     return store, {name: table for name, table in tables.items() if table is not None}
 

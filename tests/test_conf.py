@@ -28,6 +28,7 @@ AT_LEAST = {
     "prompt": 3, "sweep": 2, "tracking": 2, "trainer": 1,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
+SWEEPS = {"ablation": 200, "baselines": 11, "lr": 6, "methods": 204, "rank": 6, "seeds": 5, "transfer": 6}
 PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experiment", "sweep")]
 
 
@@ -99,18 +100,38 @@ def jobs(*overrides: str) -> list[list[str]]:
     sweeper_config = compose(CONF, "config", list(overrides)).hydra.sweeper
     # As Hydra loaded it: it loads its own plugins anew, so a class imported before has another base.
     grid_sweeper: Any = Plugins.instance().class_name_to_class["hydra_plugins.lora_bench_grid.GridSweeper"]
-    sweeper = grid_sweeper(None, dict(sweeper_config.params or {}), list(sweeper_config.exclude))
-    asked = OverridesParser.create().parse_overrides([*sweeper._parse_config(), *overrides[1:]])
+    variants = list(sweeper_config.variants)
+    sweeper = grid_sweeper(None, dict(sweeper_config.params or {}), list(sweeper_config.exclude), variants)
+    parser, grid = OverridesParser.create(), [*sweeper._parse_config(), *overrides[1:]]
+    asked = [parser.parse_overrides([*grid, *variant]) for variant in sweeper.variants]
     return sweeper._combinations(asked)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "sweep"])
 def test_every_job_of_every_sweep_builds(group: str, option: str) -> None:
     expanded = jobs(f"{group}={option}")
-    assert len(expanded) == {"baselines": 11, "rank": 6, "lr": 6, "seeds": 5, "methods": 204, "transfer": 6}[option] > 1
+    assert len(expanded) == SWEEPS[option] > 1
     assert len({tuple(job) for job in expanded}) == len(expanded)
-    for job in expanded[:: 12 if option == "methods" else 1]:  # each method once, of its rates and seeds
+    step = {"methods": 12, "ablation": 20}.get(option, 1)  # each once, of its rates and seeds
+    for job in expanded[::step]:
         Experiment.build(composed(f"sweep={option}", *(part.lstrip("+") for part in job)))
+
+
+def test_the_ablation_leaves_out_every_part_one_by_one() -> None:
+    """Each variant changes what it names, and no switch of the recipe or the module is missing."""
+    whole, *others = jobs("sweep=ablation", "seed=0", "optimizer.lr=1e-3")
+    made = container(composed("sweep=ablation", *whole), resolve=False)
+    values = dict(flat(made))
+    changed = []
+    for job in others:
+        found = dict(flat(container(composed("sweep=ablation", *job), resolve=False)))
+        changed.append({key for key in values if found.get(key) != values[key]})
+        assert {part.split("=")[0] for part in job} - {"seed", "adapter", "optimizer.lr"} <= changed[-1]
+    for preset in ("experiment/recipe", "adapter/enhanced"):
+        own = yaml.safe_load((CONF / f"{preset}.yaml").read_text(encoding="utf-8"))
+        group, parts = ("trainer", own["trainer"]) if "trainer" in own else ("adapter", own)
+        for part in parts.keys() - {"defaults", "default_lr"}:
+            assert any(f"{group}.{part}" in keys for keys in changed), part
 
 
 def test_sweep_of_baselines_leaves_out_what_cannot_be() -> None:

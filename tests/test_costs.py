@@ -141,6 +141,25 @@ def test_a_cached_prefix_less_padding_and_precision_are_causes_of_their_own(tmp_
     )
 
 
+def test_what_came_before_the_first_step_counts_whole_and_a_second_look_is_a_cause_of_its_own(tmp_path: Path) -> None:
+    """Full: 200 steps of 3 GFLOP, 2 s; the other reaches its 0.6 after 100 of 400 steps of twice 2 GFLOP, 1 s each."""
+    make(tmp_path / "f", "full", 0, [0.5, 0.6], 3e9, cost={"train_seconds": 400.0})
+    before = {"prepare_flops": 3e10, "prefix_fill_flops": 1e10, "prepare_seconds": 8.0, "prefix_fill_seconds": 2.0}
+    run = make(tmp_path / "l", "lora", 0, [0.6, 0.6, 0.6, 0.6], 0.0, cost=before)
+    run.update(cost={"train_flops": 400 * 4e9 + 4e10, "train_seconds": 400.0 + 10})
+    run.update(config={"seed": 0, "trainer": {"objective": "order_consistency", "batch_size": 1}})
+    stats, found = row(summarise([tmp_path]), "lora").stats, row(summarise([tmp_path]), "lora").saved
+    assert stats["steps_to_target"].mean == 100
+    assert stats["flops_to_target"].mean == pytest.approx(100 * 4e9 + 4e10)
+    assert stats["seconds_to_target"].mean == pytest.approx(100 + 10)
+    assert found["FLOPs saved"] == pytest.approx(1 - 4.4e11 / 6e11)
+    assert found["time saved"] == pytest.approx(1 - 110 / 400)
+    assert (found["fewer steps"], found["pairs a step"]) == pytest.approx((0.5, -0.5))
+    assert found["no weight gradients"] == pytest.approx(1 / 3)
+    assert found["cached prefix"] == pytest.approx(-1 / 60)  # filled, and of no use: all layers are adapted
+    assert found["the adapter itself"] == pytest.approx(1 - 4.4 / 6 - 1 / 3 + 1 / 60)
+
+
 def test_packed_runs_whose_seconds_are_no_run_s_own_tell_of_flops_alone(tmp_path: Path) -> None:
     make(tmp_path / "f", "full", 0, [0.6], 3e9, cost={"train_seconds": 200.0})
     make(tmp_path / "l", "lora", 0, [0.6], 2e9, cost={"train_seconds": None})

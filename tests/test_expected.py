@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lora_bench import expected, packing
+from lora_bench import expected, packing, workers
 from lora_bench.experiment import Common, Experiment
 from lora_bench.packing import Need
 from lora_bench.training.estimate import Estimate
@@ -98,6 +98,29 @@ def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPa
     assert first[-3:-1] == ["3.5 GFLOP", "16 s"]  # 2 x 1.5 + 0.5; 2 x 6 + 2, and 2 evaluations of 1 s
     assert second[-3:-1] == ["3.0 GFLOP", "14 s"]
     assert whole[-3:-1] == ["6.5 GFLOP", "30 s"]
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_what_halving_stops_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = replace(ALONE, steps=80, looks=2, look_seconds=0.1)  # of 2 GFLOP, 8 s and 1 s of evaluation
+    monkeypatch.setattr(expected, "expect", lambda experiment, common: alone)
+    asked = toy_run("adapter.rank=1,2,3,4,5,6,7,8", "pack.halving=true", "dry_run=true")
+    pack, _ = rows(lora_bench("train", "-m", *asked).out)
+    # As much as 2.5 of 8 train: 5 GFLOP, 20 s. Looks of 0.1 s: 8, 4 and 2 members where some are stopped (the half is
+    # due besides), 1 at the end; and 0.8 s for the last look and the reported splits of who is left.
+    assert pack[-3:-1] == ["5.0 GFLOP", "22 s"]
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_packs_are_those_of_the_workers_and_gpus_work_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, rehearsed: list[str]
+) -> None:
+    asked = toy_run("adapter.rank=1", "seed=0,1,2,3", "dry_run=true")
+    (*_, whole) = rows(lora_bench("train", "-m", *asked, "pack.workers=2").out)
+    assert (whole[1], whole[-2]) == ("4 jobs in 2 packs", "36 s")  # on one CPU
+    monkeypatch.setattr(workers.Workers, "of", lambda jobs: workers.Workers(2, ["0", "1"]))
+    (*_, whole) = rows(lora_bench("train", "-m", *asked).out)
+    assert (whole[1], whole[-2]) == ("4 jobs in 2 packs", "18 s")
 
 
 def test_a_sweep_as_it_is(in_tmp: Path) -> None:

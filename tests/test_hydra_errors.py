@@ -70,7 +70,7 @@ WRONG = [
     ("experiment=nonsense", "experiment=nonsense: is not one of its choices. Known: enhanced, quickstart"),
     (
         "sweep=nonsense",
-        "sweep=nonsense: is not one of its choices. Known: baselines, lr, methods, rank, seeds, transfer",
+        "sweep=nonsense: is not one of its choices. Known: ablation, baselines, lr, methods, rank, seeds, transfer",
     ),
     ("adapter=null", "'adapter=null' does not name one of the group's choices"),
     ("adapter=3", "'adapter=3' does not name one of the group's choices"),

@@ -14,6 +14,7 @@ import pytest
 from lora_bench.adapters.lora import LoRA
 from lora_bench.record import Run
 from lora_bench.training import prefix
+from lora_bench.training.checkpoint import Checkpoints
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
@@ -163,6 +164,28 @@ def test_what_a_sweep_lacks_is_one_pack_whatever_lies_between() -> None:
     found = [record(f"sweep/{k}") for k in range(5)]
     assert [each["cost"]["pack_size"] for each in found] == [3, 5, 3, 5, 3]
     assert [each["config"]["seed"] for each in found] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_a_kill_between_two_checkpoints_leaves_one_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = Checkpoints.save, iter(range(9))
+
+    def killed(*arguments: Any) -> None:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", killed)
+    asked = toy_run("trainer.max_steps=6", "trainer.checkpoint_every=2", "data.train_rows=80")
+    assert lora_bench("train", "-m", *asked, SWEEP, "seed=0,1,2").code == 130
+    monkeypatch.setattr(Checkpoints, "save", save)
+    steps = [max(path.name[-1] for path in Path(f"sweep/{k}/checkpoints").iterdir()) for k in range(3)]
+    assert steps == ["4", "2", "2"]
+    answer = lora_bench("train", "-m", "resume=sweep")
+    assert answer.code == 0, answer
+    assert "3 jobs on one tiny_bert" in answer.out
+    assert "going on from step 2\n" in answer.out
+    assert [record(f"sweep/{k}")["cost"]["steps"] for k in range(3)] == [6, 6, 6]
 
 
 @pytest.mark.usefixtures("in_tmp")

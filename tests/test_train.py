@@ -120,7 +120,14 @@ def test_the_folder_is_what_the_design_says(runs: Callable[..., Trained], family
 
     cost = record["cost"]
     assert set(cost) == {
-        *("train_seconds", "train_flops", "prepare_seconds", "prefix_fill_seconds", "prefix_fill_flops"),
+        *(
+            "train_seconds",
+            "train_flops",
+            "prepare_seconds",
+            "prepare_flops",
+            "prefix_fill_seconds",
+            "prefix_fill_flops",
+        ),
         *("train_tokens", "train_padding_tokens"),
         *("peak_memory_bytes", "pairs_per_second", "steps", "pack_size", "micro_batch_size", "eval_batch_size"),
     }

@@ -154,6 +154,11 @@ class Pack(nn.Module):
         for each in copies:
             each.give()
 
+    @property
+    def joined(self) -> Copies | None:
+        """What holds copies of members' tensors at present: passes that it is not part of are other passes."""
+        return self._joined and self._joined[1]
+
     def _copies(self, members: list[int]) -> Copies:
         """What holds copies of these members' tensors while they are computed together."""
         if self._joined is None or self._joined[0] != members:
@@ -175,7 +180,8 @@ class Pack(nn.Module):
         batch = replace(batch, hidden=None)
         if batch.members > 1 and live != members:
             places = [live.index(k) for k in members]
-            hidden = hidden.view(len(live), -1, *hidden.shape[1:])[places].flatten(0, 1)
+            rows = hidden.view(len(live), -1, *hidden.shape[1:])
+            hidden = torch.cat([rows[k] for k in places])
             batch = batch.of(places)
         elif batch.members == 1 and K > 1:
             batch = batch.repeat(K)

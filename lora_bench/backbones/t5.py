@@ -104,7 +104,8 @@ class T5TextToText(_T5):
         ).last_hidden_state[:, 0]  # (N, D)
         if network.config.scale_decoder_outputs:
             decoded = decoded * network.config.d_model**-0.5
-        return decoded @ network.lm_head.weight[self.label_tokens].T  # type: ignore[no-any-return]  # (N, 2)
+        words = torch.stack([network.lm_head.weight[token] for token in self.label_tokens])  # (2, D)
+        return decoded @ words.T  # type: ignore[no-any-return]  # (N, 2)
 
 
 class T5Encoder(_T5):

@@ -109,21 +109,23 @@ def augmentations(data: Data, objective: str) -> list[Transform]:
 def training_tables(
     data: Data, train: Examples, backbone: Backbone, objective: str
 ) -> tuple[TokenTable, TokenTable | None]:
-    """The training pairs as tokens, and each once more where the objective asks for it: exchanged, or perturbed."""
+    """The training pairs as tokens, and each again if the objective asks for it: exchanged, perturbed, or as it is."""
     plain, exchanged = (
         partial(tokenize, columns=data.text_columns, backbone=backbone, max_length=data.max_length, swapped=swapped)
         for swapped in (False, True)
     )
-    table = plain(train)
     chosen = augmentations(data, objective)
-    if not chosen:
-        return table, exchanged(train) if objective == "order_consistency" else None
 
-    def augmented(view: Callable[..., TokenTable]) -> TokenTable:
+    def looked_at(view: Callable[..., TokenTable]) -> TokenTable:
+        if not chosen:
+            return view(train)
         once = partial(view, cached=False)
         how = Augmentation(train, chosen, data.augment_share, data.intensity, data.split_seed, once)
         return replace(view(train), augmentation=how)
 
     if objective == "perturb_consistency":
-        return table, augmented(plain)
-    return augmented(plain), augmented(exchanged) if objective == "order_consistency" else None
+        return plain(train), looked_at(plain)
+    table = looked_at(plain)
+    if objective == "order_consistency":
+        return table, looked_at(exchanged)
+    return table, table if objective == "dropout_consistency" else None

@@ -58,7 +58,8 @@ class Batch:
             return self
 
         def pick(tensor: Tensor) -> Tensor:
-            return tensor.view(self.members, -1, *tensor.shape[1:])[list(members)].flatten(0, 1)
+            rows = tensor.view(self.members, -1, *tensor.shape[1:])
+            return torch.cat([rows[k] for k in members])
 
         return replace(self.map(pick), members=len(members))
 
@@ -91,10 +92,12 @@ class BatchPlan:
     Args:
         lengths: (N,) tokens of each pair.
         batch_size: pairs per optimizer update.
+        multiple: tokens that a batch's length is a multiple of, as far as there are pairs so long.
     """
 
     lengths: Rows
     batch_size: int
+    multiple: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,10 +116,14 @@ class BatchPlan:
             start = end
         return buckets
 
+    def padded(self, length: int) -> int:
+        """The length of a batch whose longest pair has `length` tokens."""
+        return max(length, min(-(-length // self.multiple) * self.multiple, int(self.lengths.max())))
+
     def epoch(self, epoch: int, seeds: Sequence[int]) -> Iterator[tuple[list[Rows], int]]:
         """The batches of one epoch in order: for each distinct seed its rows, and the length T to pad to."""
         buckets = self.buckets()
-        tops = [int(self.lengths[bucket].max()) for bucket in buckets]
+        tops = [self.padded(int(self.lengths[bucket].max())) for bucket in buckets]
         shuffled = [
             [np.random.default_rng((seed, epoch, i)).permutation(bucket) for i, bucket in enumerate(buckets)]
             for seed in seeds
@@ -145,7 +152,7 @@ def training_batches(
     for rows, length in plan.epoch(epoch, distinct):
         members = 1 if len(distinct) == 1 else len(seeds)
         own = np.concatenate([rows[distinct.index(seed)] for seed in seeds[:members]])
-        longest = max(length, *(int(view.lengths[own].max()) for view in views))
+        longest = max(length, *(plan.padded(int(view.lengths[own].max())) for view in views))
         batch, *other = [collate(view, own, longest, pad_id, members) for view in views]
         yield both_orders(batch, *other) if other else batch
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_bench.backbones.base import Backbone
+    from lora_bench.config import Data
     from lora_bench.data.augment import Augmentation
     from lora_bench.data.examples import Examples
     from lora_bench.data.hidden import HiddenStates
@@ -45,6 +46,7 @@ class TokenTable:
     truncated: int  # rows that were longer than the limit
     hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
     augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
+    exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are scored
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,6 +60,7 @@ class TokenTable:
             labels=None if self.labels is None else self.labels[rows],
             ids=self.ids[rows],
             augmentation=None,
+            exchanged=None if self.exchanged is None else self.exchanged.take(rows),
         )
 
     def in_epoch(self, epoch: int) -> TokenTable:
@@ -105,6 +108,17 @@ def tokenize(
         ids=examples.ids,
         truncated=int(batch.schema.metadata[b"truncated"]),
     )
+
+
+def scoring_table(
+    examples: Examples, data: Data, backbone: Backbone, *, both_orders: bool, cached: bool = True
+) -> TokenTable:
+    """The token table of a split that is scored, with its exchanged pairs where both orders are."""
+    one, *other = [
+        tokenize(examples, data.text_columns, backbone, data.max_length, swapped=swapped, cached=cached)
+        for swapped in ((False, True) if both_orders else (False,))
+    ]
+    return replace(one, exchanged=other[0]) if other else one
 
 
 def cache_folder() -> Path:

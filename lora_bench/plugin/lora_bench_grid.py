@@ -1,7 +1,7 @@
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
@@ -34,6 +34,7 @@ class GridSweeperConf:
     max_batch_size: int | None = None
     params: dict[str, str] | None = None
     exclude: list[str] = field(default_factory=list)
+    variants: list[str] = field(default_factory=list)
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="lora_bench")
@@ -46,11 +47,22 @@ class GridSweeper(BasicSweeper):
         max_batch_size: jobs handed to the launcher at a time.
         params: the grid, as `key: "1,2,3"`; the command line replaces it key by key.
         exclude: combinations to leave out, as `key=pattern key=pattern` with shell wildcards.
+        variants: overrides that go together, as `key=value key=value`: the grid is run with each. The first is what the
+            others are compared with in the end.
     """
 
-    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None, exclude: Sequence[str]) -> None:
+    def __init__(
+        self,
+        max_batch_size: int | None,
+        params: dict[str, str] | None,
+        exclude: Sequence[str],
+        variants: Sequence[str],
+    ) -> None:
         super().__init__(max_batch_size, params)
         self.exclude = [dict(part.split("=", 1) for part in rule.split()) for rule in exclude]
+        self.variants = [variant.split() for variant in variants] or [[]]
+        self.whole: list[list[str]] = []
+        """The jobs of the first of several variants."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run every job, or with `resume` those that have not ended; then the table, also after Ctrl-C."""
@@ -63,7 +75,7 @@ class GridSweeper(BasicSweeper):
         hydra, folder = self.config.hydra, Path(self.config.hydra.sweep.dir)
         grid = [*self._parse_config(), *(text for text in arguments if not text.startswith("resume="))]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        combinations = self._combinations(parser.parse_overrides(grid))
+        combinations = self._combinations([parser.parse_overrides([*grid, *variant]) for variant in self.variants])
         jobs = self._checked(self._first(combinations))
         later = {} if self.config.resume else self._checked(self._later(combinations), len(jobs))
         if self.config.dry_run:
@@ -102,7 +114,7 @@ class GridSweeper(BasicSweeper):
             lock.release()
             begun = sweep.read(folder).jobs
             if any((folder / name / "run.json").exists() for name in begun):
-                write_tables(folder)
+                write_tables(folder, self._baseline(folder, begun))
                 self._conclude(folder)
             if lacking := len(sweep.read(folder).lacks(folder)):
                 print(f"{lacking} of {len(begun)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
@@ -128,10 +140,23 @@ class GridSweeper(BasicSweeper):
 
     def _conclude(self, folder: Path) -> None:
         """Print what came out."""
+        from lora_bench import sweep
         from lora_bench.compare import main
 
+        baseline = self._baseline(folder, sweep.read(folder).jobs)
         print()
-        main([str(folder)])
+        main([str(folder), *(["--baseline", baseline] if baseline else [])])
+
+    def _baseline(self, folder: Path, begun: Mapping[str, Sequence[str]]) -> str | None:
+        """A finished run of the first variant, where there are several: its row is what others are compared with."""
+        from lora_bench import record
+
+        for name, job in begun.items():
+            if [text for text in job if not text.startswith(f"{PLACE}=")] in self.whole:
+                place = folder / name
+                if (place / "run.json").exists() and record.read(place)["status"] == "done":
+                    return str(place)
+        return None
 
     def _refuse_halving(self) -> None:
         """For sweeps whose jobs are no rivals."""
@@ -140,9 +165,14 @@ class GridSweeper(BasicSweeper):
             reason = "would stop jobs of this sweep against one another that it needs all of"
             raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.")
 
-    def _combinations(self, overrides: list[Override]) -> list[list[str]]:
-        (jobs,) = BasicSweeper.split_arguments(overrides, None)
-        jobs = [job for job in jobs if not self._is_excluded(job)]
+    def _combinations(self, variants: Sequence[list[Override]]) -> list[list[str]]:
+        """The jobs of each variant, one after the other."""
+        of_each: list[list[list[str]]] = []
+        for overrides in variants:
+            (combined,) = BasicSweeper.split_arguments(overrides, None)
+            of_each.append([job for job in combined if not self._is_excluded(job)])
+        self.whole = of_each[0] if len(of_each) > 1 else []
+        jobs = [job for own in of_each for job in own]
         if not jobs:
             rules = "; ".join(" ".join(f"{key}={value}" for key, value in rule.items()) for rule in self.exclude)
             raise UserError("leaves no job to run", key="hydra.sweeper.exclude", value=rules)

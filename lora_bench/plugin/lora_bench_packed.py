@@ -26,14 +26,14 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 
 
 class PackedLauncher(BasicLauncher):
-    """Composes all jobs and hands them to `packing`; each return value is what ended the job before its time."""
+    """Composes all jobs and hands them to `workers`; each return value is what ended the job before its time."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         return self.launch_numbered(dict(enumerate(job_overrides, initial_job_idx)))
 
     def launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]]) -> Sequence[JobReturn]:
         """The same for jobs that are not in a row: what a sweep lacks is packed whatever lies between."""
-        from lora_bench import expected, packing  # torch: late
+        from lora_bench import expected, workers  # torch: late
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         ended: dict[str, Exception | None] = {}
@@ -57,7 +57,7 @@ class PackedLauncher(BasicLauncher):
                     ended[titles[-1]] = error
                     console.print(shown(f"job {number} failed: {error}", style="red"))
             assert self.config is not None
-            (expected.run if self.config.dry_run else packing.run)(jobs, console, end)
+            (expected.run if self.config.dry_run else workers.run)(jobs, console, end)
         finally:
             for job in jobs:
                 if job.begun:

@@ -38,15 +38,8 @@ class TransferSweeper(GridSweeper):
         few: what is otherwise in those runs, nested as in the config.
     """
 
-    def __init__(
-        self,
-        max_batch_size: int | None,
-        params: dict[str, str] | None,
-        exclude: Sequence[str],
-        shots: Sequence[int],
-        few: dict[str, Any],
-    ) -> None:
-        super().__init__(max_batch_size, params, exclude)
+    def __init__(self, shots: Sequence[int], few: dict[str, Any], **grid: Any) -> None:
+        super().__init__(**grid)
         self.shots = list(shots)
         self.few = overrides_of(few)
         self.combinations: list[list[str]] = []

@@ -36,10 +36,8 @@ class TunedSweeper(GridSweeper):
         tune: what is otherwise in the jobs that choose, nested as in the config.
     """
 
-    def __init__(
-        self, max_batch_size: int | None, params: dict[str, str] | None, exclude: Sequence[str], tune: dict[str, Any]
-    ) -> None:
-        super().__init__(max_batch_size, params, exclude)
+    def __init__(self, tune: dict[str, Any], **grid: Any) -> None:
+        super().__init__(**grid)
         self.tune = overrides_of(tune)
         self.replaced = {key_of(override) for override in self.tune}
         self.combinations: list[list[str]] = []
@@ -50,7 +48,8 @@ class TunedSweeper(GridSweeper):
 
     def _first(self, jobs: list[list[str]]) -> list[list[str]]:
         self.combinations = jobs
-        varying = {key for key in map(key_of, jobs[0]) if len({_value(job, key) for job in jobs}) > 1}
+        keys = {key_of(text) for job in jobs for text in job}
+        varying = {key for key in keys if len({_value(job, key) for job in jobs}) > 1}
         self.telling = varying - self.replaced - {CHOSEN, REPEATED}
         self._refuse_halving()
         rates = {_value(job, CHOSEN) for job in jobs}

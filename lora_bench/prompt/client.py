@@ -256,6 +256,7 @@ async def ask_all(
         while workers and (await asyncio.wait(workers, timeout=_LOOK_SECONDS))[1]:
             if interruption.asked is not None and not client.stopped:
                 stop()
-        interruption.act()
+        if interruption.asked is not None:
+            interruption.act(interruption.asked)
     if errors:
         raise errors[0]

@@ -25,6 +25,7 @@ _COSTS = {
     "adapter_bytes": "bytes on disk",
     "steps_to_target": "steps to the target",
     "flops_to_target": "FLOPs to the target",
+    "seconds_to_target": "seconds to the target",
 }
 
 

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_rows, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.average import Average
-from lora_bench.training.loop import backward, clip, predict, total_steps
+from lora_bench.training.backward import Backward
+from lora_bench.training.loop import clip, predict, total_steps
 from lora_bench.training.objective import make_objective
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.portions import in_portions
@@ -60,6 +61,10 @@ class Estimate:
     evaluation_seconds: float
     """All looks at the selection split, and the reported splits."""
     peak_memory_bytes: float
+    looks: int = 1
+    """At the selection split, while it trains; at its end there is another."""
+    look_seconds: float = 0.0
+    """Of one of them."""
     filling_flops: float = 0.0
     """Of those for training, what making the kept prefix takes; runs of a sweep can share it."""
     filling_seconds: float = 0.0
@@ -86,16 +91,17 @@ def estimate(
         filling: FLOPs of making it.
     """
     train, device, steps = tables["train"], pack.backbone.device, total_steps(trainer, len(tables["train"]))
-    plan = BatchPlan(
-        train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths), trainer.batch_size
-    )
+    objective = make_objective(trainer, train.labels)
+    backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
+    lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
+    plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)
     shapes = _shapes(plan, steps, pack.members[0].seed)
     flop_model = FlopModel.measure(partial(probe_step, pack))
-    orders = make_objective(trainer).orders
+    orders = objective.orders
     flops = {(pairs, length): flop_model(orders * pairs, length) for pairs, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak
     batches = _batches(pack, plan, train, swapped, chosen)
-    rehearsal = _Rehearsal(pack, optimizer, trainer)
+    rehearsal = _Rehearsal(pack, optimizer, trainer, backward)
     first, held = [], []
     for batch in batches:
         first.append(rehearsal.step(batch))
@@ -108,7 +114,9 @@ def estimate(
     grown = _for_all(held, len(shapes))
     looks = -(-steps // (trainer.eval_every or plan.steps_per_epoch))
     filling_seconds = filling * _of_prefix(pack, train).seconds_per_flop if filling else 0.0
-    scored, grown_scoring = _scoring(pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, kept)
+    scored, look, grown_scoring = _scoring(
+        pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, kept
+    )
     params = pack.count_parameters(0)
     return Estimate(
         adapter=params["adapter"],
@@ -119,6 +127,8 @@ def estimate(
         train_seconds=seconds + warming + filling_seconds,
         evaluation_seconds=scored,
         peak_memory_bytes=grown + max(peak_memory_bytes(device), held_memory_bytes(device) + grown_scoring),
+        looks=looks,
+        look_seconds=look,
         filling_flops=filling,
         filling_seconds=filling_seconds,
     )
@@ -127,9 +137,9 @@ def estimate(
 class _Rehearsal:
     """Steps of the loop that change no weight, and what is held between them."""
 
-    def __init__(self, pack: Pack, optimizer: Optimizer, trainer: Trainer) -> None:
+    def __init__(self, pack: Pack, optimizer: Optimizer, trainer: Trainer, backward: Backward) -> None:
         self.pack, self.optimizer, self.trainer = pack, optimizer, trainer
-        self.objective = make_objective(trainer)
+        self.backward = backward
         self.adamw = make_optimizer(optimizer, pack, 0)
         for group in self.adamw.param_groups:
             group["lr"] = 0.0
@@ -141,7 +151,7 @@ class _Rehearsal:
         """Seconds of one step."""
         pack, adapter = self.pack, self.pack.members[0].adapter
         began = time.perf_counter()
-        work = partial(backward, pack, batch, self.objective, batch.pairs)
+        work = partial(self.backward, batch, batch.pairs)
         in_portions(pack, batch, self.trainer.micro_batch_size, work)
         clip(pack, 0, self.optimizer)
         adapter.before_step(pack.updates[0], 1, 1000)
@@ -210,8 +220,8 @@ def _of_prefix(pack: Pack, table: TokenTable) -> _Prefix:
 
 def _scoring(
     pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, looks: int, kept: Sequence[str]
-) -> tuple[float, float]:
-    """Seconds of all evaluations, and bytes that shapes of theirs add which are not rehearsed."""
+) -> tuple[float, float, float]:
+    """Seconds of all evaluations and of one look, and bytes that shapes of theirs add which are not rehearsed."""
     batches = [
         (name, rows) for name, table in tables.items() for rows in evaluation_rows(table, trainer.eval_batch_size)
     ]
@@ -224,13 +234,14 @@ def _scoring(
         seconds.append(min(_seconds(partial(predict, pack, part, trainer.eval_batch_size)) for _ in range(ROUNDS)))
         held.append(held_memory_bytes(pack.backbone.device))
     tokens = [pairs * length for pairs, length in chosen]
-    total = 0.0
+    once = dict.fromkeys(tables, 0.0)
     computed = {name: 1 - _of_prefix(pack, tables[name]).share if name in kept else 1.0 for name in tables}
     for name, rows in batches:
-        times = looks + 1 if name == "selection" else 1  # once more at its best weights, with the reported splits
         size = len(rows) * int(tables[name].lengths[rows[0]])
-        total += computed[name] * times * float(np.interp(size, tokens[::-1], seconds[::-1]))
-    return total, _for_all(held[1:], len(by_shape))
+        once[name] += computed[name] * float(np.interp(size, tokens[::-1], seconds[::-1]))
+    look = once["selection"]
+    total = looks * look + sum(once.values())  # once more at its best weights, with the reported splits
+    return total, look, _for_all(held[1:], len(by_shape))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -23,6 +23,16 @@ def places(step: int, steps: int) -> int:
     return share // 2
 
 
+def live(members: int, steps: int) -> list[int]:
+    """How many of so many members compute each of the updates."""
+    found = []
+    for step in range(1, steps + 1):
+        found.append(members)
+        if step < steps:
+            members = min(members, places(step, steps))
+    return found
+
+
 def losers(scores: Mapping[int, tuple[float, float]], left: int) -> list[int]:
     """Which members stop: all but the `left` best.
 

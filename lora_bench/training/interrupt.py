@@ -40,12 +40,11 @@ class Interruption:
         finally:
             self.__enter__()
 
-    def act(self) -> None:
-        """End the run as the signal asked for: KeyboardInterrupt, or SystemExit with 128 and the signal's number."""
-        if self.asked == signal.SIGINT:
+    def act(self, asked: int) -> None:
+        """End the run as this signal asks for: KeyboardInterrupt, or SystemExit with 128 and the signal's number."""
+        if asked == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.asked is not None:
-            raise SystemExit(128 + self.asked)
+        raise SystemExit(128 + asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked is not None:

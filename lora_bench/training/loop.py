@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,7 @@ from lora_bench.data.batching import BatchPlan, evaluation_batches, micro_batche
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import score
 from lora_bench.training.average import Average, averaged, averaging_starts
+from lora_bench.training.backward import Backward
 from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.halving import losers, places
 from lora_bench.training.objective import make_objective
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.checkpoint import Checkpoint, Checkpoints
     from lora_bench.training.interrupt import Interruption
-    from lora_bench.training.objective import Objective
 
 
 class Watcher(Protocol):
@@ -96,7 +97,7 @@ def fit(
         train: what is learned from.
         selection: what every choice is made on; never the reported split.
         outcomes: what has become of the members so far; only those that are running are trained.
-        swapped: `train` with the texts of each pair exchanged, where the objective asks for both orders.
+        swapped: the second looks at pairs of `train` (exchanged, perturbed or themselves), if the objective has any.
         flop_models: FLOPs of one training step of each member, if they are to be counted.
         metrics: extra metrics to log.
         watcher: who is told.
@@ -110,10 +111,11 @@ def fit(
     Returns:
         One outcome per member; those that diverged or failed are among them, and do not disturb the others.
     """
-    objective = make_objective(trainer)
+    objective = make_objective(trainer, train.labels)
     assert objective.orders == (1 if swapped is None else 2)
     lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
-    plan = BatchPlan(lengths, trainer.batch_size)
+    backward = Backward(pack, objective, graphs=trainer.cuda_graphs)
+    plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)
     steps = total_steps(trainer, len(train))
     eval_every = trainer.eval_every or plan.steps_per_epoch
     members = range(pack.size)
@@ -148,7 +150,7 @@ def fit(
         batch = next(batches).of(live)
         losses = dict.fromkeys(live, 0.0)
         if (own := processes.share(batch)) is not None:
-            work = partial(backward, pack, own, objective, batch.pairs)
+            work = partial(backward, own, batch.pairs)
             losses = in_portions(pack, own, trainer.micro_batch_size, work)
         losses = processes.add_up((p for k in live for p in pack.trainable(k).values()), losses)
         for k in live:
@@ -203,12 +205,14 @@ def fit(
                         patience = trainer.early_stopping_patience
                         if patience is not None and outcomes[k].without_gain >= patience:
                             outcomes[k].status = "done"
+                        best = outcomes[k].best
+                        if trainer.stop_at is not None and best and best["metrics"]["mcc"] >= trainer.stop_at:
+                            outcomes[k].status = "done"
             if crowded:
                 losing = losers({k: found[k] for k in running()}, places(step, steps))
-        if interruption:
-            interruption.asked = processes.any_asked(interruption.asked)
-        asked = interruption is not None and interruption.asked is not None
-        if checkpoints and (asked or losing or step % (trainer.checkpoint_every or eval_every) == 0):
+        # What all have heard of: a signal that comes from here on is acted on after the next step, by all of them.
+        asked = processes.any_asked(interruption.asked) if interruption else None
+        if checkpoints and (asked is not None or losing or step % (trainer.checkpoint_every or eval_every) == 0):
             for k in running():  # who loses too: it can be gone on with
                 with contained(outcomes[k]):
                     checkpoints[k].save(step, *state.gather(k))
@@ -216,8 +220,8 @@ def fit(
             if outcomes[k].status == "running":
                 outcomes[k].status = "stopped"
         end([k for k in losing if outcomes[k].status == "stopped"])
-        if interruption:
-            interruption.act()
+        if interruption and asked is not None:
+            interruption.act(asked)
         end([k for k in live if outcomes[k].status not in ("running", "stopped")])
 
     last = running()
@@ -230,7 +234,13 @@ def fit(
 
 @torch.no_grad()
 def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
-    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was."""
+    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was.
+
+    Of a table with its pairs exchanged, the mean of both orders.
+    """
+    if table.exchanged is not None:
+        one, other = replace(table, exchanged=None), table.exchanged
+        return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
     scores = np.zeros((len(pack.live), len(table)))
     mode = pack.training
     pack.eval()
@@ -255,31 +265,6 @@ def _endless_batches(
     while True:
         yield from training_batches(train, plan, seeds, epoch, pack.backbone.tokenizer.pad_token_id, swapped)
         epoch += 1
-
-
-def backward(pack: Pack, batch: Batch, objective: Objective, of_pairs: int, pairs: int) -> dict[int, float]:
-    """What the batch adds to each live member's mean loss over `of_pairs` pairs, and its gradients, `pairs` at a time.
-
-    Members are independent: their losses add up.
-    """
-    K = len(pack.live)
-    losses = torch.zeros(K, device=pack.backbone.device)
-    with pack.gathering_gradients():
-        for micro in micro_batches(batch, pairs):
-            on_device = micro.to(pack.backbone.device)
-            assert on_device.labels is not None
-            labels = on_device.labels.view(micro.members, -1).expand(K, -1)  # (K, orders · B')
-            share = micro.pairs / of_pairs
-            hidden = pack.prefix(on_device)
-            for part in pack.portions():
-                places = [pack.live.index(k) for k in part]
-                logits = pack.suffix(hidden, on_device, part)  # (len(part), orders · B', 2)
-                loss = objective.loss(logits, labels[places]) * share
-                penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
-                extra = [penalty * share for penalty in penalties if penalty is not None]
-                torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
-                losses[places] += loss.detach()
-    return dict(zip(pack.live, losses.tolist(), strict=True))
 
 
 def clip(pack: Pack, member: int, settings: Optimizer) -> float:

@@ -43,7 +43,7 @@ def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int
     """
     kind = "training" if torch.is_grad_enabled() else "evaluation"
     if asked is None and pack.backbone.device.type == "cpu":
-        rows_of_a_pair = pack.size * batch.orders
+        rows_of_a_pair = batch.orders * (pack.size if pack.batched else 1)  # else members pass one after another
         asked = max(1, QUICK_TOKENS // (rows_of_a_pair * batch.input_ids.shape[1]))
     began = [(stream, stream.get_state()) for stream in _streams(pack)]
     while True:

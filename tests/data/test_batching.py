@@ -213,3 +213,11 @@ def test_padding_is_what_the_rows_of_each_member_leave_of_its_batches(lengths: l
         padding = [sum(each) for each in zip(*(batch.padding(copies) for batch in batches), strict=True)]
         tokens = sum(batch.orders * batch.pairs * batch.input_ids.shape[1] for batch in batches)
         assert padding == [tokens - 2 * sum(lengths)] * copies  # each row once, in both orders
+
+
+def test_lengths_are_rounded_up_as_far_as_pairs_are_so_long() -> None:
+    plan = BatchPlan(np.arange(9, 31), 4, multiple=8)
+    lengths = {length for _, length in plan.epoch(0, [0])}
+    assert lengths <= {16, 24, 30}
+    assert [plan.padded(n) for n in (9, 16, 17, 25, 30)] == [16, 16, 24, 30, 30]
+    assert plan.padded(40) == 40  # a perturbed pair

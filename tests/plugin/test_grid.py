@@ -178,3 +178,25 @@ def test_jobs_in_batches_are_all_run(in_tmp: Path) -> None:
     answer = lora_bench("train", "-m", *toy_run(SWEEP), "seed=0,1,2", "hydra.sweeper.max_batch_size=2")
     assert answer.code == 0
     assert list(records(in_tmp / "sweep")) == ["0", "1", "2"]
+
+
+def test_variants_are_overrides_that_go_together_and_are_compared_with_the_first(in_tmp: Path) -> None:
+    variants = "hydra.sweeper.variants=['adapter.rank=4 adapter.alpha=8','adapter=bitfit','adapter.rank=2']"
+    answer = lora_bench("train", "-m", *toy_run(SWEEP), "seed=0,1", variants)
+    assert (answer.code, answer.err) == (0, "")
+    found = [each["config"] for each in records(in_tmp / "sweep").values()]
+    told = [(each["adapter"]["method"], each["adapter"].get("rank"), each["seed"]) for each in found]
+    assert told == [
+        ("lora", 4, 0),
+        ("lora", 4, 1),
+        ("bitfit", None, 0),
+        ("bitfit", None, 1),
+        ("lora", 2, 0),
+        ("lora", 2, 1),
+    ]
+    assert [each["adapter"].get("alpha") for each in found[::2]] == [8, None, 16]
+    baseline = next(row for row in table(in_tmp / "sweep") if row["verdict"] == "baseline")
+    assert (baseline["adapter"], baseline["adapter.rank"]) == ("lora", "4")
+    assert "adapter.rank=4" in next(line for line in answer.out.splitlines() if "verdicts are about" in line)
+    alike = "hydra.sweeper.variants=['','adapter.rank=8']"
+    assert "two jobs are the same run" in refused("train", "-m", *toy_run("hydra.sweep.dir=other"), "seed=0,1", alike)

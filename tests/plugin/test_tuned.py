@@ -169,3 +169,24 @@ def test_one_rate_is_nothing_to_choose_from() -> None:
 @pytest.mark.usefixtures("in_tmp")
 def test_a_wrong_value_of_the_second_stage_is_refused_before_the_first() -> None:
     assert "seed=-1" in refused("train", *[text.replace("seed=0,1", "seed=0,-1") for text in ASKED])
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_an_ablation_chooses_each_variants_rate_and_compares_with_the_whole() -> None:
+    """The preset itself on the toy task, with three of its variants."""
+    variants = "hydra.sweeper.variants=['','adapter.lr_ratio=1','adapter=lora']"
+    asked = toy_run("sweep=ablation", "optimizer.lr=1e-3,1e-2", "seed=0,1", *FEW, variants, "hydra.sweep.dir=sweep")
+    answer = lora_bench("train", *asked)
+    assert (answer.code, answer.err) == (0, "")
+    for kind in ("all", "adapter.lr_ratio=1", "adapter=lora"):
+        assert f"{kind}: optimizer.lr=" in answer.out
+    assert len(records("tune")) == 6
+    reported = [each["config"] for each in records("report")]
+    assert [(each["adapter"]["allocation"], each["adapter"]["lr_ratio"]) for each in reported[::2]] == [
+        ("gradient", 4.0),
+        ("gradient", 1.0),
+        ("uniform", 1.0),
+    ]
+    assert {each["trainer"]["objective"] for each in reported} == {"order_consistency"}
+    baseline = next(row for row in table() if row["verdict"] == "baseline")
+    assert (baseline["adapter"], baseline["adapter.lr_ratio"]) == ("enhanced", "4.0")

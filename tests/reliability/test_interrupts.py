@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_bench import train as story
-from lora_bench.training import loop
+from lora_bench.training.backward import Backward
 from tests import command_line
 from tests.adapters.tools import assert_close
 from tests.command_line import files_below, lora_bench, refused, signalled, toy_run
@@ -260,13 +260,13 @@ def test_27_a_run_killed_after_its_end_loses_what_nobody_needs(
 def test_28_the_same_batches_follow(in_tmp: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Three steps are an epoch here; pairs are shuffled and dropout draws."""
     seen: list[str] = []
-    backward = loop.backward
+    backward = Backward.__call__
 
-    def noting(pack: Any, batch: Any, *more: Any, **options: Any) -> Any:
+    def noting(self: Backward, batch: Any, *more: Any, **options: Any) -> Any:
         seen.append(sha256(batch.input_ids.numpy().tobytes()).hexdigest())
-        return backward(pack, batch, *more, **options)
+        return backward(self, batch, *more, **options)
 
-    monkeypatch.setattr(loop, "backward", noting)
+    monkeypatch.setattr(Backward, "__call__", noting)
     asked = [*ASKED, "adapter.dropout=0.5"]
     assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
     whole = seen.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from lora_bench.adapters.pack import Pack
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import score
 from lora_bench.training import loop
-from tests.command_line import lora_bench, refused, toy_run
+from lora_bench.training.backward import Backward
+from tests.command_line import at_step, lora_bench, refused, signalled, toy_run
 
 RUN = toy_run("hydra.run.dir=run")
 
@@ -29,18 +31,18 @@ def record(folder: str = "run") -> dict[str, Any]:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Let the loss, the gradient or the scores of the first step be NaN."""
-    backward = loop.backward
+    backward = Backward.__call__
 
-    def spoiling(pack: Any, *arguments: Any, **keywords: Any) -> dict[int, float]:
-        losses = backward(pack, *arguments, **keywords)
+    def spoiling(self: Backward, *arguments: Any, **keywords: Any) -> dict[int, float]:
+        losses = backward(self, *arguments, **keywords)
         if what == "gradient":
-            next(iter(pack.trainable(0).values())).grad.fill_(torch.inf)
+            next(iter(self.pack.trainable(0).values())).grad.fill_(torch.inf)
         return dict.fromkeys(losses, torch.nan) if what == "loss" else losses
 
     if what == "scores":
         monkeypatch.setattr(loop, "predict", lambda pack, table, *more: np.full((1, len(table)), np.nan))
     else:
-        monkeypatch.setattr(loop, "backward", spoiling)
+        monkeypatch.setattr(Backward, "__call__", spoiling)
 
 
 @pytest.mark.reliability(42)
@@ -146,13 +148,7 @@ def test_44_out_of_memory_halves_portions_and_keeps_the_batch(in_tmp: Path, monk
 @pytest.mark.reliability(44)
 def test_44_a_checkpoint_remembers_the_smaller_portions(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limited(monkeypatch, 5)
-    act, calls = training.Interruption.act, iter(range(9))
-
-    def interrupting(interruption: Any) -> None:
-        interruption.asked = 2 if next(calls) == 1 else None
-        act(interruption)
-
-    monkeypatch.setattr(training.Interruption, "act", interrupting)
+    at_step(monkeypatch, 2, signalled(signal.SIGINT))
     asked = toy_run("trainer.batch_size=8", "trainer.max_steps=3", "trainer.checkpoint_every=1", "hydra.run.dir=run")
     assert lora_bench("train", *asked).code == 130
     (newest, _) = sorted(Path("run/checkpoints").iterdir(), reverse=True)

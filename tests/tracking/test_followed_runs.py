@@ -12,7 +12,7 @@ import pytest
 
 from lora_bench.tracking import choices
 from lora_bench.tracking.base import Following, Tracker
-from lora_bench.training import loop
+from lora_bench.training.backward import Backward
 from tests.command_line import lora_bench, toy_run
 
 if TYPE_CHECKING:
@@ -92,14 +92,14 @@ def without_loss(logged: list[tuple[int, dict[str, float]]]) -> list[tuple[int, 
 
 def test_begin_every_evaluation_and_the_end(told: list[Told], monkeypatch: pytest.MonkeyPatch) -> None:
     losses: list[float] = []
-    backward = loop.backward
+    backward = Backward.__call__
 
     def noting(*arguments: Any) -> dict[int, float]:
         found = backward(*arguments)
         losses.append(found[0])
         return found
 
-    monkeypatch.setattr(loop, "backward", noting)
+    monkeypatch.setattr(Backward, "__call__", noting)
     assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 0
     (run,) = told
     found = record(run.folder)
@@ -119,7 +119,7 @@ def test_begin_every_evaluation_and_the_end(told: list[Told], monkeypatch: pytes
 def test_a_run_that_does_not_end_well(
     told: list[Told], monkeypatch: pytest.MonkeyPatch, what: str, status: str
 ) -> None:
-    backward, calls = loop.backward, []
+    backward, calls = Backward.__call__, []
 
     def breaking(*arguments: Any) -> dict[int, float]:
         calls.append(what)
@@ -131,7 +131,7 @@ def test_a_run_that_does_not_end_well(
             raise KeyboardInterrupt
         return dict.fromkeys(backward(*arguments), math.nan)
 
-    monkeypatch.setattr(loop, "backward", breaking)
+    monkeypatch.setattr(Backward, "__call__", breaking)
     assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == (130 if what == "ctrl-c" else 1)
     (run,) = told
     assert [step for step, _ in run.logged] == [2]
@@ -139,7 +139,7 @@ def test_a_run_that_does_not_end_well(
 
 
 def test_what_goes_on_is_followed_from_where_it_went_on(told: list[Told], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "backward", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(Backward, "__call__", lambda *arguments: 1 / 0)
     assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 1
     monkeypatch.undo()
     monkeypatch.setitem(choices.TRACKERS, "stub", Stub)

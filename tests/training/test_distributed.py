@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.training.distributed import Processes, together
-from lora_bench.training.objective import cross_entropy
+from lora_bench.training.objective import likelihood
 from lora_bench.training.optim import make_optimizer
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables
 from tests.command_line import lora_bench, refused, toy_run
@@ -45,7 +45,7 @@ def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
         own, loss = processes.share(batch), 0.0
         if own is not None:
             assert own.labels is not None
-            shared = cross_entropy(made(own), own.labels[None])[0] * own.pairs / batch.pairs
+            shared = likelihood(made(own), own.labels[None]).mean() * own.pairs / batch.pairs
             shared.backward()
             loss = float(shared.detach())
         losses.append(processes.add_up(made.trainable(0).values(), {0: loss})[0])

@@ -17,6 +17,7 @@ from lora_bench.evaluation.cost import FlopModel
 from lora_bench.expected import expect
 from lora_bench.experiment import Experiment, load_splits
 from lora_bench.training import estimate as module
+from lora_bench.training.backward import Backward
 from lora_bench.training.estimate import Estimate, estimate
 from lora_bench.training.loop import fit
 from lora_bench.training.probe import probe_step
@@ -104,12 +105,12 @@ def test_seconds_are_those_of_each_shape_and_of_the_first_step_of_each(
     """With a clock that a step of n tokens moves on by n, and by 100 more where the shape is new."""
     seen, clock = set(), [0.0]
 
-    def backward(pack: Pack, batch: Any, objective: object, of_pairs: int, pairs: int) -> dict[int, float]:
+    def backward(self: Backward, batch: Any, of_pairs: int, pairs: int) -> dict[int, float]:
         clock[0] += batch.input_ids.numel() + 100 * (batch.input_ids.shape not in seen)
         seen.add(batch.input_ids.shape)
         return {0: 0.0}
 
-    monkeypatch.setattr(module, "backward", backward)
+    monkeypatch.setattr(Backward, "__call__", backward)
     monkeypatch.setattr(module, "in_portions", lambda pack, batch, asked, work: work(batch.pairs))
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(module, "SHAPES", 100)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_bench.training import loop
-from lora_bench.training.halving import losers, places
+from lora_bench.training.halving import live, losers, places
 from lora_bench.training.interrupt import Interruption
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 def test_of_eight_four_two_and_one_go_on() -> None:
     changes = {step: places(step, 800) for step in range(2, 801) if places(step, 800) != places(step - 1, 800)}
     assert {step: left for step, left in changes.items() if left <= 4} == {100: 4, 200: 2, 400: 1}
+
+
+def test_eight_take_two_and_a_half_times_what_one_does() -> None:
+    assert sum(live(8, 800)) == 8 * 100 + 4 * 100 + 2 * 200 + 400
+    assert live(3, 8) == [3, 3, 2, 2, 1, 1, 1, 1]
+    assert live(1, 3) == [1, 1, 1]
 
 
 @given(st.integers(1, 10_000))

@@ -22,7 +22,7 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
-from lora_bench.training import loop
+from lora_bench.training import backward, loop
 from lora_bench.training.loop import fit, predict, prepare, total_steps
 from tests.helpers import composed
 
@@ -189,14 +189,14 @@ def pull(updates: dict[str, Update]) -> Tensor:
 
 def test_micro_batches_count_the_pairs_of_each_member(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    ask = loop.micro_batches
+    ask = backward.micro_batches
 
     def noting(batch: Batch, rows: int) -> Any:
         if torch.is_grad_enabled():  # not those of the evaluation
             sizes.append(rows)
         return ask(batch, rows)
 
-    monkeypatch.setattr(loop, "micro_batches", noting)
+    monkeypatch.setattr(backward, "micro_batches", noting)
     pack = packed(backbone(), spy(), spy())
     run(pack, chosen=trainer(micro_batch_size=6, max_steps=1))
     run(pack, chosen=trainer(micro_batch_size=1, max_steps=1))
@@ -274,6 +274,19 @@ def test_a_better_look_before_it_is_settled_does_not_count(backbone: Make) -> No
     assert mcc[30] == 0 < mcc[20]
     assert outcome.best["step"] == 30
     assert_close(pack.state(0), outcome.state, 0.0)
+
+
+def test_a_member_stops_at_the_target_and_the_other_goes_on(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MCC at the looks of steps 2, 4, …: the first reaches 0.6 at step 6, the second only while it is not settled."""
+    looks = {0: iter([0.1, 0.59, 0.6, 0.9]), 1: iter([0.8, 0.5, 0.5, 0.5])}
+    judge, scored = loop._judge, loop.score
+    judged: list[int] = []
+    monkeypatch.setattr(loop, "_judge", lambda pack, member, *rest: judged.append(member) or judge(pack, member, *rest))
+    monkeypatch.setattr(loop, "score", lambda *given: {**scored(*given), "mcc": next(looks[judged[-1]])})
+    chosen = trainer(epochs=20, max_steps=8, eval_every=2, stop_at=0.6)
+    first, second = run(packed(backbone(), spy(), spy(unsettled=3)), chosen=chosen, learn=optimizer(lr=1e-12))
+    assert (first.status, first.steps, first.best["step"]) == ("done", 6, 6)
+    assert (second.status, second.steps, second.best["step"]) == ("done", 8, 4)
 
 
 def test_one_member_stops_early_and_the_other_goes_on(backbone: Make) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lora_bench.errors import RunFailedError
+from lora_bench.training import portions
 from lora_bench.training.loop import predict
-from lora_bench.training.portions import is_out_of_memory
+from lora_bench.training.portions import in_portions, is_out_of_memory
+from tests.backbones.tools import random_batch
 from tests.training.test_loop import Make, assert_close, packed, run, spy, task, trainer
 
 if TYPE_CHECKING:
@@ -46,6 +48,18 @@ def test_a_step_short_of_memory_is_done_again_from_where_it_began(backbone: Make
     assert halved.room == {"training": 2}
     assert outcome.steps == 6
     assert_close(halved.state(0), asked.state(0), 0.0)
+
+
+def test_members_that_pass_one_after_another_have_portions_as_if_alone(
+    backbone: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a member's dropout draws the same in any pack."""
+    for size in (1, 3):
+        pack = packed(backbone(), *[spy()] * size)
+        batch, asked = random_batch(pack.backbone), []
+        monkeypatch.setattr(portions, "QUICK_TOKENS", 2 * batch.input_ids.shape[1])
+        in_portions(pack, batch, None, asked.append)
+        assert asked == [2]
 
 
 def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:

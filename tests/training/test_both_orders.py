@@ -1,0 +1,76 @@
+"""With `trainer.score_both_orders` a pair's score is the mean of both orders of its texts, wherever scores are made."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_bench
+from lora_bench.data.examples import Examples
+from lora_bench.data.pairs import scoring_table, tokenize
+from lora_bench.experiment import load_splits
+from lora_bench.predictions import read
+from lora_bench.training.loop import predict
+from tests import command_line
+from tests.adapters.tools import adapter, experiment, pack, stir
+from tests.command_line import toy_run
+
+PAIRS = [("How do I learn Go?", "What is the best way to learn Go?"), ("a b c", "d"), ("x " * 30, "y")]
+BOTH = "trainer.score_both_orders=true"
+
+
+@pytest.mark.parametrize("form", ["bert", "t5"])
+def test_scores_are_the_mean_of_both_orders(form: str) -> None:
+    data = experiment().data
+    made = stir(pack(form, (adapter("lora"), 0), (adapter("lora", "rank=2"), 1)))
+    texts = tuple(list(column) for column in zip(*PAIRS, strict=True))
+    of = partial(Examples, np.arange(3), labels=np.array([1, 0, 1]))
+    one, other = (
+        predict(made, tokenize(of(t), data.text_columns, made.backbone, 128, cached=False), 2)
+        for t in (texts, texts[::-1])
+    )
+    assert np.abs(one - other).max() > 1e-3
+    table, exchanged = (
+        scoring_table(of(t), data, made.backbone, both_orders=True, cached=False) for t in (texts, texts[::-1])
+    )
+    np.testing.assert_allclose(predict(made, table, 2), (one + other) / 2, atol=1e-6)
+    np.testing.assert_allclose(predict(made, exchanged, 3), predict(made, table, 2), atol=1e-6)
+    part = table.take(np.array([2, 0]))
+    np.testing.assert_allclose(predict(made, part, 2), predict(made, table, 2)[:, [2, 0]], atol=1e-6)
+    alone = scoring_table(of(texts), data, made.backbone, both_orders=False, cached=False)
+    assert alone.exchanged is None
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_chooses_reports_and_predicts_so(kept: bool) -> None:
+    """Also where the frozen layers' output is kept: of the selection split in both orders."""
+    asked = toy_run(BOTH, "trainer.max_steps=6", "trainer.eval_every=3", "adapter.layers=top:1", "data.perturb=[order]")
+    asked += [f"trainer.prefix_cache_bytes={4e9 if kept else 0}", "optimizer.lr=1e-2"]
+    asked += ["trainer.objective=order_consistency", "hydra.run.dir=run"]
+    answer = command_line.lora_bench("train", *asked)
+    assert (answer.code, answer.err) == (0, "")
+    record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
+    assert (record["cost"]["prefix_fill_flops"] is not None) == kept
+    run = lora_bench.load("run")
+    assert run.predict(PAIRS) == pytest.approx(run.predict([pair[::-1] for pair in PAIRS]), abs=1e-6)
+    splits, _ = load_splits(run.experiment.data)
+    for name in ("validation", "selection"):
+        found = run.score(splits[name])
+        plain, swapped = (
+            predict(run.pack, tokenize(splits[name], ["question1", "question2"], run.pack.backbone, 128, swapped=s), 32)
+            for s in (False, True)
+        )
+        np.testing.assert_allclose(found, (plain + swapped)[0] / 2, atol=1e-6)
+        labels = splits[name].labels
+        assert labels is not None
+        nll = -np.log(np.where(labels == 1, found, 1 - found)).mean()
+        assert record["metrics"][f"{name}/nll"] == pytest.approx(nll, abs=1e-5)
+    written = read(Path("run"), "validation")
+    assert written is not None
+    np.testing.assert_allclose(written.scores, run.score(splits["validation"]), atol=1e-6)
+    assert record["metrics"]["validation/perturbed/order_consistency"] == 1.0
