@@ -19,7 +19,7 @@ from lora_bench.sharing import Ensemble as Ensemble
 from lora_bench.sharing import Packing as Packing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection
 
 T = TypeVar("T")
 
@@ -290,10 +290,9 @@ MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
 DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}
 
 
-def check_top(cfg: DictConfig, known: Sequence[str]) -> None:
+def check_top(cfg: DictConfig, known: Collection[str]) -> None:
     """Refuse keys that a run's config has not, and what is no seed or no dry run."""
-    for name in map(str, cfg):
-        need(name in known, name, None, "is not a known key", nearest(name, known))
+    _check_names(cfg, known)
     need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
     need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 
@@ -302,8 +301,7 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
     """Make the dataclass `cls` from a config node, or refuse, naming the key below `key`."""
     need(isinstance(node, DictConfig), key, node, "is not a group of keys")
     known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
-    for name in map(str, node):
-        need(name in known, f"{key}.{name}", None, "is not a known key", nearest(name, known))
+    _check_names(node, known, f"{key}.")
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -326,6 +324,12 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
         raise UserError("is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.") from None
     assert isinstance(made, cls)
     return made
+
+
+def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
+    for name in map(str, node):
+        if name not in known:  # only then: to look for what was meant takes longer than all the rest
+            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, known))
 
 
 # OmegaConf's complaints about a type, in our words.
@@ -357,5 +361,8 @@ def build_metrics(node: DictConfig) -> dict[str, Metric]:
 
 def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
     name = str(node.get(field))
-    need(name in kinds, f"{group}.{field}", name, f"is not one of {', '.join(kinds)}", nearest(name, kinds))
+    if name not in kinds:
+        raise UserError(
+            f"is not one of {', '.join(kinds)}", key=f"{group}.{field}", value=name, remedy=nearest(name, kinds)
+        )
     return kinds[name]

@@ -234,11 +234,11 @@ def _idle_layers(table: Table, row: Row) -> float:
 
 def _for_people(table: Table) -> Table | None:
     rows = [
-        replace(row, keys=row.keys | {name: f"{share:+.0%}" for name, share in row.saved.items()}, n=1)
+        replace(row, keys=row.keys | {name: f"{round(share, 2) + 0.0:+.0%}" for name, share in row.saved.items()}, n=1)
         for row in table.rows
         if row.saved
     ]
-    told = {name for row in rows if row.saved for name, share in row.saved.items() if share}
+    told = {name for row in rows if row.saved for name, share in row.saved.items() if round(share, 2)}
     names = [name for name in (*CAUSES, SAVED, *TIME_CAUSES, TIME_SAVED) if name in told or name == SAVED]
     columns = [*table.keys, *(Column(name, "text", keep=i) for i, name in enumerate(names))]
     return Table(columns, rows) if rows else None

@@ -104,8 +104,8 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         ended: called with each job when it has ended, and what ended it before its time.
     """
     workers = Workers.of(jobs)
-    waiting = parts(jobs, workers.count)
-    if workers.count == 1 or len(waiting) < 2:
+    waiting = parts(jobs, workers.count) if workers.count > 1 else []
+    if len(waiting) < 2:
         packing.run(jobs, console, ended)
         return
     free = list(range(min(workers.count, len(waiting))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: torch's threads wou
 
 import pytest
 
+from tests.composed_once import compose_files_once
 from tests.helpers import composed
 from tests.reliability.score import Score
 
@@ -29,6 +31,20 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["LORA_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["LORA_BENCH_CACHE"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _files_of_ours_are_composed_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        compose_files_once(patch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """Every run collects garbage once; what was imported before need not be walked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -89,7 +89,8 @@ def blocks(table: Table) -> list[Block]:
     main = [column for column in table.columns if column.kind == "metric" and column.name.endswith("mcc")]
     if not main:
         return []
-    entries = [_entry(table, number, row) for number, row in enumerate(table.rows)]
+    told = _telling(table)
+    entries = [_entry(table, number, row, told[number]) for number, row in enumerate(table.rows)]
     by_data: dict[str | None, list[Entry]] = {}
     for entry in entries:
         by_data.setdefault(entry.row.data, []).append(entry)
@@ -119,21 +120,44 @@ def _block(table: Table, entries: list[Entry], main: Column, n_blocks: int) -> B
     return Block(_data_name(table, entries) if n_blocks > 1 else "", entries, main, costs, chosen, methods)
 
 
-def _entry(table: Table, number: int, row: Row) -> Entry:
+def _entry(table: Table, number: int, row: Row, telling: Sequence[Column]) -> Entry:
     tails = Counter(column.name.rsplit(".", 1)[-1] for column in table.keys)
-    choices, numbers = [], []
-    for column in table.keys:
-        if column.name not in row.keys:
-            continue
-        shown = cell(row, column)
-        if "." not in column.name:
-            choices.append(shown)
-        else:
-            tail = column.name.rsplit(".", 1)[-1]
-            numbers.append(f"{clean(tail if tails[tail] == 1 else column.name)}={shown}")
-    method = " ".join(choices)
+    method = " ".join(cell(row, column) for column in table.keys if _is_choice(column) and column.name in row.keys)
+    settings = []
+    for column in telling:
+        tail = column.name.rsplit(".", 1)[-1]
+        settings.append(f"{clean(tail if tails[tail] == 1 else column.name)}={cell(row, column)}")
     runs = sorted(((folder, table.records[folder]) for folder in row.folders), key=lambda run: _seed(run[1]))
-    return Entry(number, row, " ".join([*choices, *numbers]) or f"row {number + 1}", method, runs)
+    name = " ".join([method, *settings] if method else settings)
+    return Entry(number, row, name or f"row {number + 1}", method, runs)
+
+
+def _is_choice(column: Column) -> bool:
+    """Of a group (`adapter`), which is always told, and not a setting (`adapter.rank`)."""
+    return "." not in column.name
+
+
+def _telling(table: Table) -> list[list[Column]]:
+    """For each row, the settings that tell it from the others of its choices: at a method's only row none is needed."""
+    told: list[list[Column]] = [[] for _ in table.rows]
+
+    def tell_apart(alike: list[int], columns: Sequence[Column]) -> None:
+        if len(alike) == 1 or not columns:
+            return
+        column, *others = columns
+        by_value: dict[str | None, list[int]] = {}
+        for number in alike:
+            row = table.rows[number]
+            by_value.setdefault(cell(row, column) if column.name in row.keys else None, []).append(number)
+        for value, rows in by_value.items():
+            if len(by_value) > 1 and value is not None:
+                for number in rows:
+                    told[number].append(column)
+            tell_apart(rows, others)
+
+    choices_first = sorted(table.keys, key=lambda column: not _is_choice(column))
+    tell_apart(list(range(len(table.rows))), choices_first)
+    return [[column for column in columns if not _is_choice(column)] for columns in told]
 
 
 def _data_name(table: Table, entries: Sequence[Entry]) -> str:

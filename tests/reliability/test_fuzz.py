@@ -28,7 +28,6 @@ from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.state import Outcome, TrainingState
 from tests.command_line import lora_bench
-from tests.reliability.composed_once import compose_files_once
 from tests.training.test_loop import Make, optimizer, packed, spy
 
 if TYPE_CHECKING:
@@ -84,7 +83,6 @@ def done_or_refused(*arguments: str) -> None:
 def test_random_overrides_are_taken_or_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole command, up to the experiment built; it is not trained."""
     monkeypatch.setattr(train, "train", lambda job, **_: experiment.Experiment.build(job.cfg))
-    compose_files_once(monkeypatch)
 
     @given(strings)
     @example("+=")

@@ -92,7 +92,7 @@ def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp:
 
 @pytest.mark.reliability(30)
 def test_30_a_sweep_of_24_jobs_killed_at_a_random_moment_ends_as_an_undisturbed_one(in_tmp: Path) -> None:
-    asked = toy_run("trainer.max_steps=8", "trainer.epochs=20", "trainer.eval_every=4", "data.train_rows=80")
+    asked = toy_run("trainer.max_steps=4", "trainer.epochs=20", "trainer.eval_every=2", "data.train_rows=80")
     asked += ["adapter.rank=1,2,4,8", "optimizer.lr=1e-3,3e-3,1e-2", "seed=0,1"]
     assert lora_bench("train", "-m", *asked, "hydra.sweep.dir=whole").code == 0
     command = [sys.executable, "-m", "lora_bench", "train", "-m", *asked, "hydra.sweep.dir=sweep"]

@@ -82,8 +82,9 @@ def ours(made: Pack) -> tuple[list[float], Iterator[Batch]]:
     return told.all, islice(chain.from_iterable(epochs), STEPS)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
-@pytest.mark.parametrize("form", ["bert", "roberta", "t5"])
+@pytest.mark.parametrize(
+    ("form", "method"), [("bert", "dora"), ("bert", "rslora"), ("roberta", "lora"), ("t5", "lora"), ("t5", "dora")]
+)
 def test_an_adapter(form: str, method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     made = pack(form, (adapter(method, "rank=3"), 0), backbone=on_folder(form, folders[form]))
     prepare(made, trainer(STEPS), tables(made.backbone)[0])
