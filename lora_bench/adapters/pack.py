@@ -98,7 +98,7 @@ class Pack(nn.Module):
         self._joined: tuple[list[int], Copies] | None = None
         size, device = backbone.hidden_size, backbone.device
         apart = backbone.tells_texts_apart
-        asked = [apart and m.heads == 1 if m.adapter.matching is None else m.adapter.matching for m in members]
+        asked = [apart if m.adapter.matching is None else m.adapter.matching for m in members]
         matching = [k for k, asks in enumerate(asked) if asks]
         if matching and not apart:
             reason = "needs to know where the second text begins, and this model reads both as one"
