@@ -53,12 +53,13 @@ def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
     del record["config"]["adapter"]["beta1"], record["config"]["model"]["revision"], record["config"]["data"]["unseen"]
     found = filled(record)
     assert (found["adapter"]["beta1"], found["model"]["revision"], found["data"]["unseen"]) == (0.85, None, False)
+    every = {"init_from": None, "matching": False}
     strange = record_of(adapter="mine")
     strange["config"]["adapter"] = {"method": "bias", "default_lr": 1e-3}
-    assert filled(strange)["adapter"] == {"method": "bias", "default_lr": 1e-3, "init_from": None}
+    assert filled(strange)["adapter"] == {"method": "bias", "default_lr": 1e-3, **every}
     shadowed = record_of(adapter="lora")  # a file of the user's that is called like one of ours
     shadowed["config"]["adapter"] = {"method": "bias", "default_lr": 1e-3}
-    assert filled(shadowed)["adapter"] == {"method": "bias", "default_lr": 1e-3, "init_from": None}
+    assert filled(shadowed)["adapter"] == {"method": "bias", "default_lr": 1e-3, **every}
 
 
 def test_every_kind_has_a_choice_that_is_one() -> None:

@@ -36,6 +36,9 @@ COMMON: dict[str, Any] = {
     "intensity": 0.2,
     "unseen": False,
     "report": True,
+    "tasks": None,
+    "share": "adapter",
+    "temperature": 1.0,
 }
 HUB = HubData(source="hub", hub_id="nyu-mll/glue", hub_config="qqp", revision=None, **COMMON)
 HEADER = "question1\tquestion2\tlabel\n"
