@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torchmetrics.classification
-from torchmetrics import Metric as TorchMetric
 
 from lora_bench.errors import DivergedError, UserError, nearest
 
@@ -107,11 +105,12 @@ def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.i
 
 def check_metrics(extra: Mapping[str, Metric]) -> None:
     """Refuse a metric that torchmetrics does not have, or that is no single number, before anything is trained."""
-    known = [
-        name
-        for name in dir(torchmetrics.classification)
-        if name.startswith("Binary") and issubclass(getattr(torchmetrics.classification, name), TorchMetric)
-    ]
+    if not extra:
+        return
+    import torchmetrics
+
+    classes = vars(torchmetrics.classification).items()
+    known = [n for n, each in classes if n.startswith("Binary") and issubclass(each, torchmetrics.Metric)]
     for name, metric in extra.items():
         if metric.torchmetric not in known:
             key = f"metric.{name}.torchmetric"
@@ -128,7 +127,9 @@ def check_metrics(extra: Mapping[str, Metric]) -> None:
 
 def _compute(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> float | None:
     """A metric of torchmetrics; None where it is not a finite number."""
-    metric: TorchMetric = getattr(torchmetrics.classification, kind)()
+    import torchmetrics  # takes more than a second: training begins without it
+
+    metric: torchmetrics.Metric = getattr(torchmetrics.classification, kind)()
     if hasattr(metric, "threshold"):
         metric.threshold = _BELOW_HALF
     with warnings.catch_warnings():
