@@ -27,7 +27,7 @@ _SHAPES = (
     "M0 4.8L4.6-3.5H-4.6Z",  # triangle on its tip
     "M-1.6-4.8H1.6V-1.6H4.8V1.6H1.6V4.8H-1.6V1.6H-4.8V-1.6H-1.6Z",  # plus
     "M0-5L4.8-1.5L2.9 4.1H-2.9L-4.8-1.5Z",  # pentagon
-    "M-5-2.4H5L0 0L5 2.4H-5L0 0Z",  # bow tie
+    "M-4.6-4.4H4.6L-4.6 4.4H4.6Z",  # hourglass
 )
 _LONGEST = 26  # characters of a lane's name
 _CHARACTER = 6.4  # width of an average character of a label, in the chart's units
