@@ -1,6 +1,6 @@
 """Matching: the two texts compared as two vectors, beside the head that reads them as one sequence.
 
-    u, v = mean token vectors of the first and the second text in the last layer, at length 1
+    u, v = mean token vectors of the first and the second text (special tokens too) in the last layer, at length 1
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
 
 Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT

@@ -65,14 +65,11 @@ class Bert(Backbone):
         return self.tokenizer.sep_token_id is not None
 
     def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A separator ends each text, and RoBERTa's second one begins behind two: they lie before the first separator,
-        without the classification token, and before the last."""
-        separators = batch.input_ids == self.tokenizer.sep_token_id  # (N, T)
-        before = separators.long().cumsum(1)
-        word = (batch.attention_mask == 1) & ~separators
-        first = word & (before == 0)
-        first[:, 0] = False
-        return first, word & (before == before[:, -1:] - 1) & (before > 0)
+        """The first separator ends the first text, which the classification token opens; all behind it is the second's:
+        sentence encoders (MiniLM) were trained to be averaged with these tokens among the others."""
+        separators = (batch.input_ids == self.tokenizer.sep_token_id).long()  # (N, T)
+        first = (batch.attention_mask == 1) & (separators.cumsum(1) - separators == 0)
+        return first, (batch.attention_mask == 1) & ~first
 
 
 def _run(layer: Any, asking: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
