@@ -240,7 +240,6 @@ class Recorder:
                     predicted[job],
                     self.processes,
                     self._tell,
-                    head=task.tables["selection"].head,
                 )
         return found
 

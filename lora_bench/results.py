@@ -46,8 +46,11 @@ class Learned:
     predicted: Predicted
     processes: Processes
     tell: Callable[[str], None]
-    head: int = 0
-    """Of the members' heads, the one that answers it."""
+
+    @property
+    def head(self) -> int:
+        """Of the members' heads, the one that answers it."""
+        return self.task.tables["selection"].head
 
     def report(self, run: Run) -> None:
         """Every reported split is scored once, with the best state; an ensemble's by its members' mean probability."""

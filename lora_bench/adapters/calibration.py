@@ -91,23 +91,32 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
 
 
 @contextmanager
+def alone(pack: Pack, member: int) -> Iterator[None]:
+    """The member alone is computed, and nothing is dropped out."""
+    mode = pack.training
+    try:
+        pack.eval()
+        with pack.only([member]):
+            yield
+    finally:
+        pack.train(mode)
+
+
+@contextmanager
 def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
     """Call `observe` with name, input and output of each linear that the member adapts; it alone is computed,
     and nothing is dropped out."""
-    mode = pack.training
     handles = []
     try:
-        pack.eval()
         pack.backbone.all_positions = True
         for name in pack.updates[member]:
             handles.append(pack.network.get_submodule(name).register_forward_hook(_hook(name, observe)))
-        with pack.only([member]):
+        with alone(pack, member):
             yield
     finally:
         for handle in handles:
             handle.remove()
         pack.backbone.all_positions = False
-        pack.train(mode)
 
 
 def _hook(name: str, observe: Hook) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:

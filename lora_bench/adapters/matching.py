@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_bench.adapters.calibration import alone
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -65,17 +67,13 @@ def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> None:
     matching: Any = pack.matchings[str(member)]
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    mode = pack.training
-    pack.eval()
     handle = matching.register_forward_pre_hook(lambda _, given: features.append(given[0]))
-    with pack.only([member]):
+    with handle, alone(pack, member):
         for batch in islice(batches, BATCHES):
             own = batch.of([member]).to(pack.backbone.device)
             assert own.labels is not None
             pack(own)
             labels.append(own.labels)
-    handle.remove()
-    pack.train(mode)
     matching.begin(torch.cat(features), torch.cat(labels))
 
 

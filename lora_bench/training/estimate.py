@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_rows, training_batches
+from lora_bench.data.batching import Batch, collate, evaluation_rows, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.average import Average
-from lora_bench.training.backward import Backward
-from lora_bench.training.loop import clip, predict, total_steps
-from lora_bench.training.objective import make_objective
+from lora_bench.training.course import Course, Pairs
+from lora_bench.training.loop import clip, predict
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.portions import in_portions
 from lora_bench.training.prefix import ROWS
@@ -38,7 +37,9 @@ if TYPE_CHECKING:
 
     from lora_bench.adapters.pack import Pack
     from lora_bench.config import Optimizer, Trainer
+    from lora_bench.data.batching import BatchPlan
     from lora_bench.data.pairs import TokenTable
+    from lora_bench.training.backward import Backward
 
 T = TypeVar("T")
 
@@ -90,15 +91,15 @@ def estimate(
         kept: names of tables of which the prefix below the pack's cut is read and not computed.
         filling: FLOPs of making it.
     """
-    train, device, steps = tables["train"], pack.backbone.device, total_steps(trainer, len(tables["train"]))
-    objective = make_objective(trainer, train.labels)
-    backward = Backward(pack, {train.head: objective}, graphs=trainer.cuda_graphs)
-    lengths = train.lengths if swapped is None else np.maximum(train.lengths, swapped.lengths)
-    plan = BatchPlan(lengths, trainer.batch_size, backward.multiple)
+    train, device = tables["train"], pack.backbone.device
+    pairs = Pairs(train, tables["selection"], swapped)
+    course = Course([0], {"": pairs})
+    steps, backward = course.steps(trainer), course.backward(pack, trainer)
+    plan = pairs.plan(trainer.batch_size, backward.multiple)
     shapes = _shapes(plan, steps, pack.members[0].seed)
     flop_model = FlopModel.measure(partial(probe_step, pack))
-    orders = objective.orders
-    flops = {(pairs, length): flop_model(orders * pairs, length) for pairs, length in shapes}
+    orders = 1 if swapped is None else 2
+    flops = {(rows, length): flop_model(orders * rows, length) for rows, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak
     batches = _batches(pack, plan, train, swapped, chosen)
     rehearsal = _Rehearsal(pack, optimizer, trainer, backward)

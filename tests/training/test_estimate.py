@@ -12,6 +12,7 @@ import torch
 
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.data.augment import training_tables
+from lora_bench.data.batching import BatchPlan
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.expected import expect
@@ -117,7 +118,7 @@ def test_seconds_are_those_of_each_shape_and_of_the_first_step_of_each(
     experiment = experiment_of("trainer.epochs=3", "trainer.batch_size=4", "data.max_length=200")
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     tables, _ = given(experiment, pack)
-    plan = module.BatchPlan(tables["train"].lengths, 4)
+    plan = BatchPlan(tables["train"].lengths, 4)
     tokens = [len(rows) * length for epoch in range(3) for (rows,), length in plan.epoch(epoch, [0])]
     found = estimate(pack, experiment.optimizer, experiment.trainer, tables)
     assert len(seen) > 3
@@ -148,7 +149,7 @@ def test_shapes_that_were_not_rehearsed_add_memory_as_the_others_did(
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     tables, _ = given(experiment, pack)
     lengths = tables["train"].lengths
-    shapes = {(len(rows), length) for (rows,), length in module.BatchPlan(lengths, 4).epoch(0, [0])}
+    shapes = {(len(rows), length) for (rows,), length in BatchPlan(lengths, 4).epoch(0, [0])}
     assert len(shapes) > module.SHAPES
     found = estimate(pack, experiment.optimizer, experiment.trainer, tables)
     assert found.peak_memory_bytes == 5000 + 7 * (len(shapes) - module.SHAPES)
