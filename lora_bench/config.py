@@ -222,8 +222,9 @@ class Trainer:
     """Score each pair in both orders of its texts and take the mean probability, which depends on neither; a score
     costs twice as much."""
     objective: str
-    """`cross_entropy`; or it, on both orders of each pair, and how far the two answers differ (`order_consistency`); or
-    the same on each pair as it is and perturbed (`perturb_consistency`), or under two dropout masks
+    """`cross_entropy`; or that of each pair in one order of its texts, and in the next epoch in the other
+    (`either_order`); or on both orders of each pair, and how far the two answers differ (`order_consistency`); or the
+    same on each pair as it is and perturbed (`perturb_consistency`), or under two dropout masks
     (`dropout_consistency`: R-Drop)."""
     consistency_weight: float
     """What that difference counts beside the cross-entropy; a symmetric Kullback-Leibler divergence, in nats."""
@@ -236,7 +237,8 @@ class Trainer:
     logit_adjustment: float
     """τ: with τ log π added to the logits while training, π the labels' shares; 1 makes both count as frequent."""
     average: float
-    """Share of the last steps over which weights are averaged; from then on the mean is scored and kept. 0: off."""
+    """Share of the steps so far, the latest of them, over which weights are averaged: at each look the mean is scored
+    and kept. 0: off."""
     checkpoint_every: int | None
     """Steps between checkpoints; null: one at each look at the selection split."""
     prefix_cache_bytes: float
@@ -271,7 +273,7 @@ class Trainer:
         need_one_of("device", self.device, ("auto", "cpu", "cuda"))
 
 
-OBJECTIVES = ("cross_entropy", "order_consistency", "perturb_consistency", "dropout_consistency")
+OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency", "dropout_consistency")
 
 
 @dataclass(frozen=True, kw_only=True)

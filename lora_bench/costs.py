@@ -208,7 +208,7 @@ def _cost(table: Table, row: Row, key: str, to_target: bool) -> float | None:
 def _pairs_a_step(table: Table, row: Row) -> float:
     """Those that a step goes through, a pair that it looks at twice counted twice."""
     trainer = table.records[row.folders[0]]["config"].get("trainer", {})
-    looks = 1 if trainer.get("objective", "cross_entropy") == "cross_entropy" else 2
+    looks = 1 if trainer.get("objective", "cross_entropy") in ("cross_entropy", "either_order") else 2
     return float(looks * trainer.get("batch_size", 1))
 
 

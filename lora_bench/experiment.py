@@ -201,6 +201,8 @@ class Task:
             found["swapped"] = found["train"]
         if "exchanged" in found:
             found["selection"] = replace(found["selection"], exchanged=found.pop("exchanged"))
+        if found["train"].exchanged is not None and "swapped" in found:
+            found["train"] = replace(found["train"], exchanged=found.pop("swapped"))
         swapped = found.pop("swapped", self.swapped)
         return replace(self, tables=found, swapped=swapped)
 

@@ -79,7 +79,7 @@ def run(
         if halving and len(packs) > 1:
             console.print(f"note: pack.halving leaves one job of each pack, and there are {len(packs)}")
         for pack in packs:
-            _train(pack, common, console, ended, display)
+            _train(pack, common, console, ended, display, sharing)
 
 
 def grouped(jobs: Sequence[Job]) -> list[Group]:
@@ -225,13 +225,14 @@ def _train(
     console: Console,
     ended: Callable[[Job, Exception | None], None],
     display: Shows,
+    sharing: int,
 ) -> None:
     """One pack; where what its members share fails, its two halves, so that one job's fault is not another's."""
     if len(jobs) == 1 and jobs[0].title:
         console.print()
         console.print(shown(jobs[0].title, style="bold"))
     try:
-        errors = train_pack(jobs, console=console, common=common, brief=True, display=display)
+        errors = train_pack(jobs, console=console, common=common, brief=True, display=display, sharing=sharing)
     except Exception as error:
         if len(jobs) == 1:
             ended(jobs[0], error)
@@ -240,7 +241,7 @@ def _train(
         again = [_reopened(job) for job in jobs]
         middle = len(again) // 2
         for half in (again[:middle], again[middle:]):
-            _train(half, common, console, ended, display)
+            _train(half, common, console, ended, display, sharing)
         return
     for job, ended_by in zip(jobs, errors, strict=True):
         ended(job, ended_by)

@@ -49,6 +49,8 @@ class Preparation:
     prefix_seconds: float | None = None
     """Of making what the frozen prefix makes of the pairs; None where that is not kept."""
     prefix_flops: float | None = None
+    notes: Sequence[str] = ()
+    """What it could not look at, and what was done instead."""
 
 
 @dataclass
@@ -77,6 +79,8 @@ class Recorder:
     console: Console
     processes: Processes = ALONE
     """Those that predict together."""
+    sharing: int = 1
+    """Processes that train at the same time on the device."""
     brief: bool = False
     runs: dict[int, Run] = field(default_factory=dict)
     """Those that have begun and not ended, by job."""
@@ -105,8 +109,10 @@ class Recorder:
         self.runs[job] = run
         if asked.begun:
             run.rewind(newest.step if newest else 0)
+        notes = [note for k in self.parts[job] for note in self.preparations[k].notes]
+        warnings = list(dict.fromkeys([*common.described["warnings"], *notes]))
         run.update(
-            data=common.described,
+            data={**common.described, "warnings": warnings},
             params=self._params(self.parts[job]),
             targets=self._ranks(self.parts[job]),
             environment={
@@ -285,14 +291,15 @@ class Recorder:
 
     def _record_cost(self, job: int) -> None:
         part = self.parts[job]
-        cost = self._cost(part, alone=self.pack_sizes[part[0]] == len(part))
+        cost = self._cost(part, alone=self.pack_sizes[part[0]] == len(part) and self.sharing == 1)
         self.runs[job].update(cost=cost, targets=self._ranks(part))  # a method may have pruned
 
     def _cost(self, part: Sequence[int], *, alone: bool) -> dict[str, Any]:
         """Seconds and FLOPs of training hold those of preparation (a start that looks at data is not free) and of the
         kept prefix.
 
-        Seconds and memory of a pack are no run's own where it trains with others, so there they are null.
+        Seconds and memory are no run's own where it trains with others, in its pack or on its device, so there they
+        are null.
         """
         outcomes, preparations = [self.outcomes[k] for k in part], [self.preparations[k] for k in part]
         over = sum if self.experiments[0].own_adapters else max  # members of an ensemble share batches

@@ -66,6 +66,7 @@ def train_pack(
     brief: bool = False,
     display: Shows = Display,
     processes: Processes = ALONE,
+    sharing: int = 1,
 ) -> list[Exception | None]:
     """Train jobs that share data, backbone and trainer as one pack; each leaves a record as if it had run alone.
 
@@ -78,6 +79,7 @@ def train_pack(
         brief: one line for each result instead of a table.
         display: makes what shows the training.
         processes: those that train it together; each keeps a record, and the leader's is the run's.
+        sharing: processes that train packs of their own on the device at the same time.
 
     Returns:
         What ended each job before its time; None where it is done.
@@ -117,14 +119,26 @@ def train_pack(
             for k in range(pack.size)
         ]
         processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
-        common, filled = _with_prefixes(common, pack, trainer)
+        common, seconds, flops = _with_prefixes(common, pack, trainer)
         courses = common.courses(experiments, parts)
         if pack.cut is not None and not begun:
-            prepared = [replace(cost, **filled) for cost in prepared]
+            prepared = [replace(cost, prefix_seconds=seconds, prefix_flops=flops) for cost in prepared]
 
         sizes = [max(pack.size, checkpoint.facts["pack_size"]) for checkpoint in begun or ()] or [pack.size] * pack.size
         recorder = Recorder(
-            pack, common, jobs, experiments, parts, outcomes, prepared, folders, sizes, console, processes, brief
+            pack,
+            common,
+            jobs,
+            experiments,
+            parts,
+            outcomes,
+            prepared,
+            folders,
+            sizes,
+            console,
+            processes,
+            sharing,
+            brief,
         )
         try:
             for job, part in enumerate(parts):
@@ -223,33 +237,34 @@ def _prepare(
             return Preparation(**begun.facts["preparation"])
     if has_start:
         return Preparation(0.0, 0.0)
-    began = time.perf_counter()
+    began, notes = time.perf_counter(), list[str]()
     with contained(outcome), FlopCounterMode(display=False) as counter:
-        prepare_courses(pack, trainer, courses, [member])
-    return Preparation(time.perf_counter() - began, counter.get_total_flops())
+        notes = prepare_courses(pack, trainer, courses, [member])
+    return Preparation(time.perf_counter() - began, counter.get_total_flops(), notes=notes)
 
 
 def prefix_of(common: Common, task: Task, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
     """The store of what the frozen layers below the pack make, and the tables that training looks at again and again.
 
-    Where no pair of the training split comes twice, keeping it is no gain.
+    Where no pair of the training split comes twice in the same order, keeping it is no gain.
     """
     train, selection = task.tables["train"], task.tables["selection"]
-    swapped = None if task.swapped is train else task.swapped
+    swapped = train.exchanged if task.swapped is None or task.swapped is train else task.swapped
     tables = {"train": train, "swapped": swapped, "selection": selection, "exchanged": selection.exchanged}
-    again = total_steps(trainer, len(train)) * trainer.batch_size > len(train)
+    orders = 1 if train.exchanged is None else 2
+    again = total_steps(trainer, len(train)) * trainer.batch_size > orders * len(train)
     store = PrefixCache(common.backbone_sha256, trainer.prefix_cache_bytes if again else 0)
     return store, {name: table for name, table in tables.items() if table is not None}
 
 
-def _with_prefixes(common: Common, pack: Pack, trainer: config.Trainer) -> tuple[Common, dict[str, float]]:
-    """The tasks with what the frozen prefix makes of their pairs, where that is kept, and what making it cost."""
+def _with_prefixes(common: Common, pack: Pack, trainer: config.Trainer) -> tuple[Common, float, float]:
+    """The tasks with what the frozen prefix makes of their pairs, where that is kept; seconds and FLOPs of making it."""
     tasks, seconds, flops = {}, 0.0, 0.0
     for name, task in common.tasks.items():
         store, shown_often = prefix_of(common, task, trainer)
         tasks[name] = task.with_tables(store.serve(pack, shown_often))
         seconds, flops = seconds + store.seconds, flops + store.flops
-    return replace(common, tasks=tasks), {"prefix_seconds": seconds, "prefix_flops": flops}
+    return replace(common, tasks=tasks), seconds, flops
 
 
 def _flop_models(pack: Pack) -> list[FlopModel]:

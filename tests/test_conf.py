@@ -28,7 +28,7 @@ AT_LEAST = {
     "prompt": 3, "sweep": 2, "tracking": 2, "trainer": 1,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
-SWEEPS = {"ablation": 240, "baselines": 11, "lr": 6, "methods": 204, "rank": 6, "seeds": 5, "transfer": 6}
+SWEEPS = {"ablation": 260, "baselines": 11, "lr": 6, "methods": 204, "rank": 6, "seeds": 5, "transfer": 6}
 PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experiment", "sweep")]
 
 

@@ -66,6 +66,7 @@ def test_runs_are_what_they_are_in_one_process() -> None:
         assert one["cost"]["train_flops"] == other["cost"]["train_flops"]
         assert (one["cost"]["pack_size"], other["cost"]["pack_size"]) == ((2, 1)[k == 0], 3)
         assert one["environment"]["threads"] == max(1, torch.get_num_threads() // 2)
+        assert one["cost"]["train_seconds"] is None  # the other process was on the same device
     assert Path("sweep/table.md").exists()
 
 

@@ -137,8 +137,13 @@ class Adapter(ABC):
             prefix = f"model.{name}."
             update.restore({k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)})
 
-    def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> None:
-        """Called once before the first step, with training batches to look at: data-driven start, rank allocation."""
+    def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> str | None:
+        """Called once before the first step, with training batches to look at: data-driven start, rank allocation.
+
+        Returns:
+            Where the batches tell too little, why, and what was done instead: a sentence for the record.
+        """
+        return None
 
     def param_groups(self, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> list[ParamGroup]:
         """Optimizer groups of the adapter's (not the head's) parameters; matrices decay, vectors don't."""

@@ -10,12 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from lora_bench.adapters.pack import Pack
     from lora_bench.data.batching import Batch
 
     Hook = Callable[[str, Tensor, Tensor], Tensor | None]
+
+
+FEWEST = 8
+"""Pairs: of fewer, a start or an allocation would tell what they happen to be."""
+
+
+def lack(batches: Sequence[Batch], member: int, *, of_labels: bool) -> str | None:
+    """Why nothing should be begun from these training batches; None: they will do.
+
+    Args:
+        batches: of an endless row, so that pairs may come again.
+        member: whose rows of batches that members do not share.
+        of_labels: whether what is begun goes by the labels.
+    """
+    own = [batch.of([member]) for batch in batches]
+    rows = [zip(each.input_ids.tolist(), each.attention_mask.sum(1).tolist(), strict=True) for each in own]
+    pairs = len({tuple(ids[:length]) for of_batch in rows for ids, length in of_batch})
+    labels = {label for each in own if each.labels is not None for label in each.labels.tolist()}
+    if pairs < FEWEST:
+        return f"{pairs} different training pairs are too few to begin from (fewer than {FEWEST})"
+    if of_labels and len(labels) < 2:
+        return f"the {pairs} training pairs that it would begin from all have label {min(labels)}"
+    return None
 
 
 @torch.no_grad()

@@ -187,12 +187,14 @@ class LoRA(OnLinears):
 
     # -- looking at data before the first step --
 
-    def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> None:
+    def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> str | None:
         allocates = isinstance(self.allocation, str) and self.allocation != "uniform"
         if not allocates and self.init not in starts.FROM_DATA:
-            return
+            return None
         look = list(islice(batches, self.calibration_batches))
         needs = {starts.FROM_DATA.get(self.init), _DATA_DRIVEN.get(str(self.allocation))}
+        if lacking := calibration.lack(look, member, of_labels="gradients" in needs):
+            return f"adapter: {lacking}, so it begins with init=kaiming and allocation=uniform."
         moments = calibration.input_moments(pack, member, look) if "moments" in needs else {}
         gradients = calibration.weight_gradients(pack, member, look) if "gradients" in needs else {}
         try:
@@ -201,7 +203,7 @@ class LoRA(OnLinears):
         except UserError as error:
             raise error.under("adapter") from None
         if self.init not in starts.FROM_DATA:
-            return
+            return None
         for name, update in pack.updates[member].items():
             assert isinstance(update, LowRank)
             if self.init == "eva":
@@ -211,6 +213,7 @@ class LoRA(OnLinears):
                 start = {"lora_ga": starts.lora_ga, "lora_one": starts.lora_one}[self.init]
                 A, B = start(gradients[name], update.rank, self.factor, self.init_gamma)
                 update.begin(A, B, subtract=self.init in starts.SUBTRACTED)
+        return None
 
     def _allocate(
         self, pack: Pack, member: int, moments: dict[str, Tensor], gradients: dict[str, Tensor]

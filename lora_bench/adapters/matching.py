@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.calibration import alone
+from lora_bench.adapters.calibration import alone, lack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,21 +60,29 @@ class Matching(nn.Module):
 
 
 @torch.no_grad()
-def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> None:
-    """Let a member's matching start from training batches, as its adapter is now; without one nothing is done."""
+def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
+    """Let a member's matching start from training batches, as its adapter is now; without one nothing is done.
+
+    Returns:
+        Where the batches tell too little, why it begins at zero instead: a sentence for the record.
+    """
     if str(member) not in pack.matchings:
-        return
+        return None
+    look = list(islice(batches, BATCHES))
+    if lacking := lack(look, member, of_labels=True):
+        return f"adapter.matching: {lacking}, so it begins at zero."
     matching: Any = pack.matchings[str(member)]
     features: list[Tensor] = []
     labels: list[Tensor] = []
     handle = matching.register_forward_pre_hook(lambda _, given: features.append(given[0]))
     with handle, alone(pack, member):
-        for batch in islice(batches, BATCHES):
+        for batch in look:
             own = batch.of([member]).to(pack.backbone.device)
             assert own.labels is not None
             pack(own)
             labels.append(own.labels)
     matching.begin(torch.cat(features), torch.cat(labels))
+    return None
 
 
 def pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ def regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
     y = labels.to(X.dtype)
     beta = X.new_zeros(2)
     ridge = RIDGE * len(X) * torch.diag(X.new_tensor([1.0, 0.0]))
-    ridge[1, 1] = RIDGE  # an intercept is no effect; this alone keeps it finite where there is one label only
+    ridge[1, 1] = RIDGE  # an intercept is no effect
     for _ in range(30):
         p = torch.sigmoid(X @ beta)
         hessian = (X * (p * (1 - p)).clamp_min(1e-6)[:, None]).T @ X + ridge

@@ -109,7 +109,10 @@ def augmentations(data: Data, objective: str) -> list[Transform]:
 def training_tables(
     data: Data, train: Examples, backbone: Backbone, objective: str, head: int = 0
 ) -> tuple[TokenTable, TokenTable | None]:
-    """The training pairs as tokens, and each again if the objective asks for it: exchanged, perturbed, or as it is."""
+    """The training pairs as tokens, and each again if the objective asks for it: exchanged, perturbed, or as it is.
+
+    Where it takes each pair in one order, the other order goes along as what is exchanged.
+    """
     plain, exchanged = (
         partial(
             tokenize,
@@ -133,6 +136,8 @@ def training_tables(
     if objective == "perturb_consistency":
         return plain(train), looked_at(plain)
     table = looked_at(plain)
+    if objective == "either_order":
+        return replace(table, exchanged=looked_at(exchanged)), None
     if objective == "order_consistency":
         return table, looked_at(exchanged)
     return table, table if objective == "dropout_consistency" else None

@@ -145,29 +145,42 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch for members of these seeds; rows are shared where all seeds are equal.
 
-    With `swapped`, the same pairs with their texts exchanged, each batch holds its pairs in both orders. Where pairs
-    are perturbed, a batch is as long as its longest pair has become.
+    With `swapped`, the same pairs with their texts exchanged, each batch holds its pairs in both orders. With
+    `table.exchanged` it holds them in one: half of the pairs in each epoch as they are, in the next the other half.
+    Where pairs are perturbed, a batch is as long as its longest pair has become.
     """
-    views = [each.in_epoch(epoch) for each in (table, swapped) if each is not None]
+    views = [each.in_epoch(epoch) for each in (table, table.exchanged, swapped) if each is not None]
     distinct = list(dict.fromkeys(seeds))
     for rows, length in plan.epoch(epoch, distinct):
         members = 1 if len(distinct) == 1 else len(seeds)
         own = np.concatenate([rows[distinct.index(seed)] for seed in seeds[:members]])
         longest = max(length, *(plan.padded(int(view.lengths[own].max())) for view in views))
-        batch, *other = [collate(view, own, longest, pad_id, members) for view in views]
-        yield both_orders(batch, *other) if other else batch
+        if table.exchanged is not None:
+            turned = (own + epoch) % 2 == 1  # what was (N,) in one order is so many rows in each
+            one, other = (
+                collate(view, own[turned == turn], longest, pad_id, members) for turn, view in enumerate(views)
+            )
+            yield _joined(one, other, torch.from_numpy(np.argsort(np.argsort(turned, kind="stable"))))
+            continue
+        batch, *swaps = [collate(view, own, longest, pad_id, members) for view in views]
+        yield both_orders(batch, *swaps) if swaps else batch
 
 
 def both_orders(batch: Batch, swapped: Batch) -> Batch:
     """Each member's rows, and behind them the same pairs with their texts exchanged."""
     # (2, members, B) row numbers, read member by member
     places = torch.arange(2 * len(batch.input_ids)).view(2, batch.members, -1).transpose(0, 1).flatten()
+    return replace(_joined(batch, swapped, places), orders=2)
+
+
+def _joined(one: Batch, other: Batch, places: Tensor) -> Batch:
+    """The rows of both, the other's behind, taken in the order of `places`."""
     both: dict[str, Any] = {
-        name: torch.cat([value, getattr(swapped, name)])[places]
-        for name, value in vars(batch).items()
+        name: torch.cat([value, getattr(other, name)])[places]
+        for name, value in vars(one).items()
         if isinstance(value, Tensor)
     }
-    return replace(batch, **both, full=batch.full and swapped.full, orders=2)
+    return replace(one, **both, full=one.full and other.full)
 
 
 def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:

@@ -47,7 +47,7 @@ class TokenTable:
     hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
     augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
     head: int = 0  # which of a member's heads answers it, where that has several
-    exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are scored
+    exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are looked at
 
     def __len__(self) -> int:
         return len(self.lengths)

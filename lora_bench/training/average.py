@@ -1,8 +1,7 @@
-"""Weight averaging: towards the end of a run, a member is scored and kept at the mean of its weights so far."""
+"""Weight averaging: a member is scored and kept at the mean of its latest weights, at every look."""
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,22 +13,26 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def averaging_starts(share: float, steps: int) -> int:
-    """The first of `steps` updates whose weights count where this share of them, the last, does; steps + 1: none."""
-    return steps - math.ceil(round(share * steps, 6)) + 1  # 0.55 of 100 steps are 55, not 55.00000000000001
-
-
 class Average:
-    """The equally weighted mean, in fp32, of one member's trained tensors over the steps that were added.
+    """The mean, in fp32, of one member's trained tensors over about the latest share of its steps so far.
 
-    Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407, algorithm 1), over steps instead of cycles and
-    with whatever schedule the run has; LAWA (Kaddour 2022, arXiv 2209.14981) averages the latest checkpoints likewise.
-    Each tensor is averaged by itself, as there. Where a method's change is a product of tensors (LoRA's B A), the
-    product of the means is not the mean of the products.
+    Polynomial-decay averaging (Shamir and Zhang 2013, arXiv 1212.1824, section 4): with w̄_t after t steps,
+
+        w̄_t = (1 − c) w̄_{t−1} + c w_t,    c = (η + 1) / (t + η),    η = 2 / share − 2
+
+    The mean of the last `share` of t steps lies as far back on average, but its sums would have to begin at a step that
+    depends on when one looks; this mean is ready at any time. A share of 1 weighs all steps alike (Izmailov et al.
+    2018, arXiv 1803.05407, algorithm 1, over steps). Each tensor is averaged by itself, as there. Where a method's
+    change is a product of tensors (LoRA's B A), the product of the means is not the mean of the products.
+
+    Args:
+        parameters: the tensors.
+        share: above 0, at most 1.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], share: float = 1.0) -> None:
         self.parameters = list(parameters)
+        self.eta = 2 / share - 2
         self.means: dict[nn.Parameter, Tensor] = {}
         self.steps = 0
 
@@ -39,8 +42,9 @@ class Average:
         if not self.steps:
             self.means = {p: torch.zeros_like(p, dtype=torch.float32) for p in self.parameters}
         self.steps += 1
+        weight = (self.eta + 1) / (self.steps + self.eta)
         for p, mean in self.means.items():
-            mean.lerp_(p.float(), 1 / self.steps)
+            mean.lerp_(p.float(), weight)
 
 
 @contextmanager

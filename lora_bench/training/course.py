@@ -44,8 +44,9 @@ class Pairs:
     def plan(self, batch_size: int, multiple: int = 1) -> BatchPlan:
         """Which rows each batch holds, and how long it is: see `BatchPlan`."""
         lengths = self.train.lengths
-        if self.swapped is not None:
-            lengths = np.maximum(lengths, self.swapped.lengths)
+        for other in (self.train.exchanged, self.swapped):
+            if other is not None:
+                lengths = np.maximum(lengths, other.lengths)
         return BatchPlan(lengths, batch_size, multiple)
 
 

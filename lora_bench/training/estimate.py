@@ -144,7 +144,7 @@ class _Rehearsal:
         self.adamw = make_optimizer(optimizer, pack, 0)
         for group in self.adamw.param_groups:
             group["lr"] = 0.0
-        self.average = Average(pack.trainable(0).values())
+        self.average = Average(pack.trainable(0).values(), trainer.average or 1.0)
         self.outcome = Outcome()
         pack.train()
 

@@ -22,7 +22,7 @@ import torch
 
 from lora_bench.adapters import matching
 from lora_bench.data.batching import evaluation_batches, micro_batches
-from lora_bench.training.average import Average, averaged, averaging_starts
+from lora_bench.training.average import Average, averaged
 from lora_bench.training.course import Course, Pairs, steps_asked
 from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.halving import losers, places
@@ -59,22 +59,28 @@ def total_steps(trainer: Trainer, pairs: int) -> int:
     return steps_asked(trainer, math.ceil(pairs / trainer.batch_size))
 
 
-def prepare(pack: Pack, trainer: Trainer, train: TokenTable, members: Sequence[int] | None = None) -> None:
-    """Let the methods of members (null: of all) look at training batches before the first step: starts and ranks."""
-    prepare_courses(pack, trainer, [Course(range(pack.size), {"": Pairs(train, train)})], members)
+def prepare(pack: Pack, trainer: Trainer, train: TokenTable, members: Sequence[int] | None = None) -> list[str]:
+    """Let the methods of members (null: of all) look at training batches before the first step: starts and ranks.
+
+    Returns:
+        What the record should say of those that the batches told too little.
+    """
+    return prepare_courses(pack, trainer, [Course(range(pack.size), {"": Pairs(train, train)})], members)
 
 
 def prepare_courses(
     pack: Pack, trainer: Trainer, courses: Sequence[Course], members: Sequence[int] | None = None
-) -> None:
+) -> list[str]:
     """The same where members learn tasks of their own, or several."""
+    told: list[str | None] = []
     for course in courses:
         for k in course.members:
             if members is None or k in members:
                 with pack.only([k]):
                     own = course.before(k)
-                    pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size))
-                    matching.begin(pack, k, own.batches(pack, trainer.batch_size))
+                    told.append(pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size)))
+                    told.append(matching.begin(pack, k, own.batches(pack, trainer.batch_size)))
+    return [each for each in told if each]
 
 
 def fit(
@@ -143,8 +149,7 @@ def fit_courses(
     outcomes = outcomes or [Outcome() for _ in members]
     runs = runs or [[k] for k in members]
     adamw = [make_optimizer(settings, pack, k) for k, settings in enumerate(optimizers)]
-    averages = [Average(pack.trainable(k).values()) for k in members]
-    averaging_from = [averaging_starts(trainer.average, last) for last in last_step]
+    averages = [Average(pack.trainable(k).values(), trainer.average or 1.0) for k in members]
     state = TrainingState(pack, outcomes, adamw, averages)
     for k, checkpoint in enumerate(begun or ()):
         if outcomes[k].status == "running":
@@ -204,7 +209,7 @@ def fit_courses(
                     adamw[k].step()
                     adapter.after_step(updates, step, last_step[k])
                     adamw[k].zero_grad(set_to_none=True)
-                    if step >= averaging_from[k] and adapter.settled(step, last_step[k]):
+                    if trainer.average and adapter.settled(step, last_step[k]):
                         averages[k].add()
             seconds = time.perf_counter() - began
             B, T = batch.pairs, batch.input_ids.shape[1]

@@ -1,9 +1,10 @@
 """What a step minimises: from the logits and labels of a batch to one loss per member.
 
 The likelihood of a pair's label can be asked for with a margin, smoothed, focused on hard pairs, or with the labels
-counted alike (`likelihood`). Beside it a second look at the pair can be asked to give the same answer
-(`consistency`): with its texts exchanged, as the label does not depend on which comes first; perturbed; or under other
-dropout. With dropout in the adapter the first two look through another mask as well.
+counted alike (`likelihood`), and a pair shown in one order of its texts, in the next epoch in the other. Or a second
+look at the pair can be asked to give the same answer (`consistency`): with its texts exchanged, as the label does not
+depend on which comes first; perturbed; or under other dropout. With dropout in the adapter the first two look through
+another mask as well.
 
 All of it is a sum over pairs, so that neither portions, nor packs, nor processes change what is learned. What compares
 pairs of a batch with one another (a supervised contrastive term, a loss of ranks) is none.
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     Likelihood = Callable[[Tensor, Tensor], Tensor]
 
 
+ONCE = ("cross_entropy", "either_order")
+"""Objectives that look at each pair once in a step."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss, and the rows that it is computed from."""
@@ -51,7 +56,7 @@ def make_objective(trainer: Trainer, labels: NDArray[np.int64] | None) -> Object
         margin=trainer.margin,
         shift=trainer.logit_adjustment * log_odds(labels) if trainer.logit_adjustment and labels is not None else 0.0,
     )
-    if trainer.objective == "cross_entropy":
+    if trainer.objective in ONCE:
         return Objective(lambda logits, labels: of_rows(logits, labels).mean(1), orders=1)
     return Objective(partial(consistency, weight=trainer.consistency_weight, of_rows=of_rows), orders=2)
 
@@ -59,7 +64,7 @@ def make_objective(trainer: Trainer, labels: NDArray[np.int64] | None) -> Object
 def check_objective(trainer: Trainer, text_columns: Sequence[str], drops_out: bool, matching: bool) -> None:
     """Refuse to ask for two texts where they come alone, or for two dropout masks where nothing drops out."""
     for key, value, asked in (
-        ("trainer.objective", trainer.objective, trainer.objective == "order_consistency"),
+        ("trainer.objective", trainer.objective, trainer.objective in ("either_order", "order_consistency")),
         ("trainer.score_both_orders", "true", trainer.score_both_orders),
         ("adapter.matching", "true", matching),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -299,7 +300,7 @@ def test_lora_ga_leaves_the_backbones_function_and_lora_one_lowers_the_loss_it_l
     losses = {}
     for method in ("lora", "lora_ga", "lora_one"):
         made = pack(form, (adapter(method), 0))
-        batch = random_batch(made.backbone, rows=5)
+        batch = random_batch(made.backbone, rows=9, length=24)
         assert batch.labels is not None
         made.members[0].adapter.prepare(made, 0, iter([batch]))
         losses[method] = F.cross_entropy(made.eval()(batch)[0], batch.labels).item()
@@ -307,9 +308,28 @@ def test_lora_ga_leaves_the_backbones_function_and_lora_one_lowers_the_loss_it_l
     assert losses["lora_one"] < losses["lora"]
 
 
+@pytest.mark.parametrize("method", ["eva", "lora_ga", "lora_one", "sensitivity", "enhanced"])
+def test_a_start_that_would_tell_little_is_left_alone_and_said(method: str) -> None:
+    needs_labels = method not in ("eva", "sensitivity")
+    for rows, label in ((5, None), (20, 1)):
+        made, plain = pack("bert", (adapter(method), 0)), pack("bert", (adapter("lora"), 0))
+        batch = random_batch(made.backbone, rows=rows, padded=False)
+        assert batch.labels is not None
+        labels = batch.labels if label is None else torch.full_like(batch.labels, label)
+        told = made.members[0].adapter.prepare(made, 0, iter([replace(batch, labels=labels)] * 3))
+        if label == 1 and not needs_labels:
+            assert told is None
+            continue
+        assert told is not None
+        assert ("5 different training pairs are too few" if rows == 5 else "the 20 training pairs that it") in told
+        assert told.endswith("so it begins with init=kaiming and allocation=uniform.")
+        for (_, p), (_, q) in zip(made.state(0).items(), plain.state(0).items(), strict=True):
+            assert torch.equal(p, q)
+
+
 def test_lora_one_is_the_step_of_full_fine_tuning_cut_to_the_rank() -> None:
     made, plain = (pack("bert", (adapter(method, "rank=3"), 0)) for method in ("lora_one", "lora"))
-    batch = random_batch(made.backbone)
+    batch = random_batch(made.backbone, rows=9, length=24)
     made.members[0].adapter.prepare(made, 0, iter([batch]))
     after, before = made.merged(0), plain.merged(0)
     for name, G in weight_gradients(plain, 0, [batch]).items():

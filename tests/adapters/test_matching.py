@@ -47,10 +47,25 @@ def test_it_begins_as_the_regression_on_the_cosine() -> None:
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(8), torch.ones(8), (torch.arange(8) > 3).float()])
-def test_the_start_is_finite_where_labels_are_alike_or_told_apart(labels: torch.Tensor) -> None:
+def test_the_regression_is_finite_where_labels_are_alike_or_told_apart(labels: torch.Tensor) -> None:
     slope, intercept = regression(torch.linspace(0, 1, 8).double(), labels)
     assert np.isfinite([slope, intercept]).all()
     assert abs(slope) < 100
+
+
+def test_where_it_can_see_one_label_alone_it_begins_at_zero_and_the_record_says_so(in_tmp: Path) -> None:
+    for split in ("train", "validation"):
+        rows = "".join(f"what is {i}\twhy is {i}\t1\n" for i in range(24))
+        Path(f"{split}.tsv").write_text(f"question1\tquestion2\tlabel\n{rows}")
+    asked = [text for text in ASKED if not text.startswith("data")]
+    asked += ["data=pairs", "data.path=.", "data.selection_size=8", "adapter=enhanced", "hydra.run.dir=run"]
+    answer = lora_bench("train", *asked)
+    assert answer.code == 0, answer
+    warnings = json.loads(Path("run/run.json").read_text())["data"]["warnings"]
+    told = "the 16 training pairs that it would begin from all have label 1, so it begins"
+    for note in (f"adapter: {told} with init=kaiming and allocation=uniform.", f"adapter.matching: {told} at zero."):
+        assert note in warnings
+        assert f"note: {note}" in " ".join(answer.out.split())
 
 
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_roberta"])

@@ -149,6 +149,11 @@ def test_each_objective_has_its_views(backbone: Callable[..., Any]) -> None:
     )
     assert row(table.in_epoch(1), 0) != row(other.in_epoch(1), 0)
     assert len(table.augmentation.perturbed(1).rows) <= 15
+    table, other = views("either_order", "data.augment=typo")
+    assert other is None
+    assert table.exchanged is not None
+    assert table.augmentation is not None
+    assert table.exchanged.augmentation is not None
     table, other = views("perturb_consistency", "data.augment=word")
     assert table.augmentation is None
     assert other is not None

@@ -75,7 +75,7 @@ def test_baselines_are_eleven_runs(in_tmp: Path) -> None:
     assert {each["status"] for each in found.values()} == {"done"}
     assert len(found) == len(table(in_tmp / "sweep")) == 11
     rates = {each["choices"]["adapter"]: each["config"]["optimizer"]["lr"] for each in found.values()}
-    assert rates == {"full": 5e-5, "head_only": 1e-3, "lora": 5e-4, "enhanced": 2e-4}
+    assert rates == {"full": 5e-5, "head_only": 1e-3, "lora": 5e-4, "enhanced": 4e-4}
 
 
 @pytest.mark.parametrize(

@@ -184,10 +184,10 @@ def test_an_ablation_chooses_each_variants_rate_and_compares_with_the_whole() ->
     assert len(records("tune")) == 6
     reported = [each["config"] for each in records("report")]
     assert [(each["adapter"]["allocation"], each["adapter"]["lr_ratio"]) for each in reported[::2]] == [
-        ("gradient", 4.0),
-        ("gradient", 1.0),
+        ("uniform", 4.0),
+        ("uniform", 1.0),
         ("uniform", 1.0),
     ]
-    assert {each["trainer"]["objective"] for each in reported} == {"order_consistency"}
+    assert {each["trainer"]["objective"] for each in reported} == {"either_order"}
     baseline = next(row for row in table() if row["verdict"] == "baseline")
     assert (baseline["adapter"], baseline["adapter.lr_ratio"]) == ("enhanced", "4.0")

@@ -105,7 +105,7 @@ def test_21_sigterm_stops_at_the_steps_end_and_the_run_goes_on(method: str, in_t
 
 
 @pytest.mark.reliability(22)
-@pytest.mark.parametrize("method", ["adalora", "enhanced"])
+@pytest.mark.parametrize("method", ["adalora", "enhanced adapter.allocation=gradient"])
 def test_22_ctrl_c_stops_at_the_steps_end_and_the_run_goes_on(method: str, in_tmp: Path, at_step: Any) -> None:
     assert stopped_and_gone_on(at_step, method, signal.SIGINT) == 130
 

@@ -44,11 +44,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     prepare = train.prepare_courses
 
-    def sometimes(pack: Any, trainer: Any, table: Any, members: list[int]) -> None:
+    def sometimes(pack: Any, trainer: Any, table: Any, members: list[int]) -> list[str]:
         seed = pack.members[members[0]].seed
         if seed in (1, 3):
             raise RuntimeError(f"cable {seed}")
-        prepare(pack, trainer, table, members)
+        return prepare(pack, trainer, table, members)
 
     monkeypatch.setattr(train, "prepare_courses", sometimes)
     answer = lora_bench("train", "-m", *PACKED, f"pack.size={size}", "seed=range(5)")

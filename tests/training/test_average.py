@@ -1,4 +1,4 @@
-"""Averaged weights are the plain mean of the last steps' weights; training itself never notices that they are kept."""
+"""Averaged weights are the mean of the latest steps' weights at any time; training never notices that they are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_bench.config import Trainer, build
 from lora_bench.errors import UserError
 from lora_bench.evaluation.metrics import score
-from lora_bench.training.average import Average, averaged, averaging_starts
+from lora_bench.training.average import Average, averaged
 from lora_bench.training.loop import predict
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, train, trainer
 from tests.helpers import composed
@@ -44,20 +44,32 @@ class Keeper:
         self.mcc[member].append(line["metrics"]["mcc"])
 
 
-def mean(states: list[State]) -> State:
-    return {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in states[0]}
+def mean(states: list[State], share: float = 1.0) -> State:
+    """Written out: the weight of step i of t, from 1, is what it came with times what each later step left of it."""
+    eta, t = 2 / share - 2, len(states)
+    came = [(eta + 1) / (i + eta) for i in range(1, t + 1)]
+    weights = torch.tensor([c * np.prod([1 - later for later in came[i + 1 :]]) for i, c in enumerate(came)])
+    return {
+        name: (torch.stack([state[name].double() for state in states]) * weights.view(-1, *[1] * states[0][name].ndim))
+        .sum(0)
+        .float()
+        for name in states[0]
+    }
 
 
 def same(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(
-    ("share", "first"),
-    [(0.0, 101), (1.0, 1), (0.25, 76), (0.55, 46), (0.101, 90), (1e-12, 101)],
-)
-def test_the_last_share_of_the_steps_counts(share: float, first: int) -> None:
-    assert averaging_starts(share, 100) == first
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25, 0.1])
+def test_it_lies_as_far_back_as_the_mean_of_the_last_share_of_the_steps(share: float) -> None:
+    p = nn.Parameter(torch.zeros(1))
+    average = Average([p], share)
+    for step in range(1, 2001):
+        p.data.fill_(step)
+        average.add()
+        if step in (400, 2000):
+            assert average.means[p].item() == pytest.approx((1 - share / 2) * step, rel=0.01)
 
 
 def test_the_mean_is_kept_in_fp32_whatever_the_weights_are() -> None:
@@ -94,14 +106,14 @@ def test_weights_come_back_bitwise_whatever_happens_within() -> None:
 
 
 @pytest.mark.parametrize("form", ["bert", "t5"])
-def test_what_is_kept_is_the_mean_of_the_last_steps(form: str) -> None:
+def test_what_is_kept_is_the_mean_of_the_latest_steps(form: str) -> None:
     made = pack(form, (adapter("lora", "rank=2"), 0), (adapter("lora", "rank=4"), 1))
     keeper = Keeper(made)
     outcomes, left = train(made, settings=trainer(10, average=0.35), watcher=keeper)
     selection = tables(made.backbone)[1]
     scores = predict(made, selection, 32)
     for k, outcome in enumerate(outcomes):
-        expected = mean(keeper.stepwise[k][6:])  # 3.5 steps are 4
+        expected = mean(keeper.stepwise[k], 0.35)
         assert outcome.best is not None
         assert same(outcome.state, left[k])
         assert_close(left[k], expected, 1e-7)
@@ -110,16 +122,14 @@ def test_what_is_kept_is_the_mean_of_the_last_steps(form: str) -> None:
         assert score(scores[k], selection.labels, {}) == outcome.best["metrics"]  # the mean was scored, too
 
 
-def test_every_look_sees_the_mean_so_far_and_before_the_weights_themselves() -> None:
+def test_every_look_sees_the_mean_so_far() -> None:
     made = pack("bert", (adapter("lora"), 0))
     keeper = Keeper(made)
     ((outcome,), (left,)) = train(made, settings=trainer(9, average=0.5, eval_every=2), watcher=keeper)
     steps, looks = keeper.stepwise[0], keeper.scored[0]
     assert list(looks) == [2, 4, 6, 8, 9]
-    assert same(looks[2], steps[1])
-    assert same(looks[4], steps[3])
-    for step in (6, 8, 9):
-        assert_close(looks[step], mean(steps[4:step]), 1e-7)
+    for step, scored in looks.items():
+        assert_close(scored, mean(steps[:step], 0.5), 1e-7)
     best = list(looks)[int(np.argmax(keeper.mcc[0]))]
     assert outcome.best is not None
     assert outcome.best["step"] == best
@@ -175,8 +185,8 @@ def test_what_is_not_settled_does_not_count() -> None:
     made = pack("bert", (spy(unsettled=4), 0), (spy(), 0))
     keeper = Keeper(made)
     _, (late, soon) = train(made, settings=trainer(8, average=0.75), watcher=keeper)
-    assert_close(late, mean(keeper.stepwise[0][4:]), 1e-7)
-    assert_close(soon, mean(keeper.stepwise[1][2:]), 1e-7)
+    assert_close(late, mean(keeper.stepwise[0][4:], 0.75), 1e-7)
+    assert_close(soon, mean(keeper.stepwise[1], 0.75), 1e-7)
 
 
 def test_only_a_share_is_taken() -> None:

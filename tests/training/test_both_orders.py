@@ -46,12 +46,13 @@ def test_scores_are_the_mean_of_both_orders(form: str) -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("objective", ["order_consistency", "either_order"])
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_run_chooses_reports_and_predicts_so(kept: bool) -> None:
+def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> None:
     """Also where the frozen layers' output is kept: of the selection split in both orders."""
     asked = toy_run(BOTH, "trainer.max_steps=6", "trainer.eval_every=3", "adapter.layers=top:1", "data.perturb=[order]")
     asked += [f"trainer.prefix_cache_bytes={4e9 if kept else 0}", "optimizer.lr=1e-2"]
-    asked += ["trainer.objective=order_consistency", "hydra.run.dir=run"]
+    asked += [f"trainer.objective={objective}", "hydra.run.dir=run"]
     answer = command_line.lora_bench("train", *asked)
     assert (answer.code, answer.err) == (0, "")
     record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))

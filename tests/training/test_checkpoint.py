@@ -121,7 +121,7 @@ CASES = {
     "lora": (("lora", "dropout=0.3"),),
     "dora": (("dora",),),
     "pissa": (("pissa",),),
-    "enhanced": (("enhanced", "rank=4"),),
+    "enhanced": (("enhanced", "rank=4", "allocation=gradient"),),
     "loftq": (("loftq",),),
     "vera": (("vera",),),
     "adalora": (("adalora", "interval=1", "dropout=0.2"),),

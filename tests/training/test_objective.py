@@ -88,7 +88,9 @@ def learn(
     """Fit on the toy pairs, which are their own selection split; with `exchanged` on data whose columns are."""
     as_is, swapped = tables_of(made.backbone, size)
     train, other = (swapped, as_is) if exchanged else (as_is, swapped)
-    other = {"cross_entropy": None, "order_consistency": other, "dropout_consistency": train}[settings.objective]
+    if settings.objective == "either_order":
+        train = replace(train, exchanged=other)
+    views = {"order_consistency": other, "dropout_consistency": train}
     watcher = Losses()
     one_a_step_ten_a_row = FlopModel((1.0, 10.0, 0.0, 0.0))
     rates = rates or [optimizer(eps=1e-3)] * made.size
@@ -98,7 +100,7 @@ def learn(
         settings,
         train,
         as_is,
-        swapped=other,
+        swapped=views.get(settings.objective),
         flop_models=[one_a_step_ten_a_row] * made.size,
         watcher=watcher,
     )
@@ -421,6 +423,52 @@ def test_two_masks_are_compared() -> None:
         assert (divergence > 1e-3) == (dropout > 0)
 
 
+# -- one order, by turns --
+
+
+def test_each_pair_comes_in_one_order_and_then_in_the_other() -> None:
+    made = pack("bert", (adapter("lora"), 0))
+    as_is, swapped = tables_of(made.backbone)
+    table = replace(as_is, exchanged=swapped)
+    plan = BatchPlan(np.maximum(as_is.lengths, swapped.lengths), 8)
+    seen: dict[int, list[int]] = {i: [] for i in range(40)}
+    for epoch in range(3):
+        for seeds in ([0], [0, 1]):
+            batches = training_batches(table, plan, seeds, epoch, 0)
+            for batch, (rows, length) in zip(batches, plan.epoch(epoch, seeds), strict=True):
+                own = np.concatenate(rows)
+                one, other = (collate(each, own, length, 0, len(seeds)) for each in (as_is, swapped))
+                assert (batch.members, batch.orders) == (len(seeds), 1)
+                assert batch.labels is not None
+                assert batch.labels.tolist() == as_is.labels[own].tolist()  # type: ignore[index]
+                for place, row in enumerate(own.tolist()):
+                    orders = [torch.equal(batch.input_ids[place], each.input_ids[place]) for each in (one, other)]
+                    assert sum(orders) == 1
+                    assert batch.token_type_ids is not None
+                    chosen = (one, other)[orders.index(True)]
+                    assert torch.equal(batch.token_type_ids[place], chosen.token_type_ids[place])  # type: ignore[index]
+                    if seeds == [0]:
+                        seen[row].append(orders.index(True))
+    turns = list(seen.values())
+    assert all(first != second and first == third for first, second, third in turns)
+    assert 10 <= sum(first for first, _, _ in turns) <= 30
+
+
+def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
+    """Where the two orders are one text twice, nothing is left of the difference."""
+    twice = Examples(np.arange(24), (["a b c d"] * 12 + ["e f"] * 12,) * 2, np.arange(24) % 2)
+    losses = []
+    for turns in (False, True):
+        made = pack("bert", (adapter("lora"), 0))
+        table = tokenize(twice, COLUMNS, made.backbone, 40, cached=False)
+        watcher = Losses()
+        table = replace(table, exchanged=table) if turns else table
+        chosen = trainer(steps=5, objective="either_order" if turns else "cross_entropy")
+        fit(made, [optimizer()], chosen, table, replace(table, exchanged=None), watcher=watcher)
+        losses.append(watcher.seen)
+    assert losses[0] == losses[1]
+
+
 # -- the request --
 
 
@@ -429,7 +477,7 @@ def test_it_builds_and_what_is_out_of_range_does_not() -> None:
     assert (made.trainer.objective, made.trainer.consistency_weight) == ("order_consistency", 0.5)
     assert Experiment.build(composed()).trainer.objective == "cross_entropy"
     for wrong, words in {
-        "trainer.objective=margin": r"^trainer\.objective=margin: is not one of cross_entropy, order_consistency",
+        "trainer.objective=margin": r"^trainer\.objective=margin: is not one of cross_entropy, either_order, order_",
         "trainer.consistency_weight=-1": r"^trainer\.consistency_weight=-1\S*: must be a finite number of at least 0",
     }.items():
         with pytest.raises(UserError, match=words):
@@ -444,6 +492,8 @@ def test_single_sentences_are_refused_in_one_sentence() -> None:
     )
     with pytest.raises(UserError, match=r"^trainer\.score_both_orders=true: needs pairs, and the data has the single"):
         check_objective(trainer(score_both_orders=True), ["sentence"], False, False)
+    with pytest.raises(UserError, match=r"^trainer\.objective=either_order: needs pairs, and the data has the single"):
+        check_objective(trainer(objective="either_order"), ["sentence"], False, False)
     check_objective(both(score_both_orders=True), COLUMNS, False, False)
     check_objective(trainer(), ["sentence"], False, False)
 
@@ -479,6 +529,9 @@ def test_a_whole_run(tmp_path: Path, family: str) -> None:
     quick = [*SMALL_TOY, f"model={family}", "data.max_length=48", "trainer.epochs=1", "trainer.average=0.5"]
     plain = run(tmp_path / "plain", *quick)
     twice = run(tmp_path / "twice", *quick, "trainer.objective=order_consistency")
+    by_turns = run(tmp_path / "by_turns", *quick, "trainer.objective=either_order")
+    assert by_turns["cost"]["train_flops"] == pytest.approx(plain["cost"]["train_flops"], rel=0.02)
+    assert by_turns["metrics"]["selection/nll"] != plain["metrics"]["selection/nll"]
     assert twice["status"] == "done"
     assert twice["cost"]["steps"] == plain["cost"]["steps"]
     assert twice["cost"]["train_flops"] == pytest.approx(2 * plain["cost"]["train_flops"], rel=0.02)
