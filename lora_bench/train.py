@@ -258,7 +258,7 @@ def prefix_of(common: Common, task: Task, trainer: config.Trainer) -> tuple[Pref
 
 
 def _with_prefixes(common: Common, pack: Pack, trainer: config.Trainer) -> tuple[Common, float, float]:
-    """The tasks with what the frozen prefix makes of their pairs, where that is kept; seconds and FLOPs of making it."""
+    """The tasks with what the frozen prefix makes of their pairs, where it is kept; seconds and FLOPs of making it."""
     tasks, seconds, flops = {}, 0.0, 0.0
     for name, task in common.tasks.items():
         store, shown_often = prefix_of(common, task, trainer)
