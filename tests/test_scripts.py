@@ -85,7 +85,8 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
         {json.dumps(run["choices"]): run["config"]["optimizer"]["lr"] for run in map(_read, Path("out").glob(place))}
         for place in ("methods/report/*/run.json", "target/*/run.json", "large/*/run.json")
     ]
-    assert [len(found) for found in rates] == [8, 3, 3]
+    assert [len(found) for found in rates] == [8, 4, 3]
+    assert len(list(Path("out/target").glob("*/run.json"))) == 5
     assert all(found.items() <= rates[0].items() for found in rates[1:])
     assert len(list(Path("out/methods/report").glob("*/evaluations/perturbed.json"))) == 3
     assert len(Path("out/ranks/one_rate.md").read_text().splitlines()) == 2 + 2 + 2
