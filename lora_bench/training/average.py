@@ -27,22 +27,25 @@ class Average:
 
     Args:
         parameters: the tensors.
-        share: above 0, at most 1.
+        share: from 0, where nothing is averaged, to 1.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], share: float = 1.0) -> None:
         self.parameters = list(parameters)
-        self.eta = 2 / share - 2
+        self.share = share
         self.means: dict[nn.Parameter, Tensor] = {}
         self.steps = 0
 
     @torch.no_grad()
     def add(self) -> None:
         """Let the weights as they are now count."""
+        if not self.share:
+            return
         if not self.steps:
             self.means = {p: torch.zeros_like(p, dtype=torch.float32) for p in self.parameters}
         self.steps += 1
-        weight = (self.eta + 1) / (self.steps + self.eta)
+        eta = 2 / self.share - 2
+        weight = (eta + 1) / (self.steps + eta)
         for p, mean in self.means.items():
             mean.lerp_(p.float(), weight)
 

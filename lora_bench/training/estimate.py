@@ -144,7 +144,7 @@ class _Rehearsal:
         self.adamw = make_optimizer(optimizer, pack, 0)
         for group in self.adamw.param_groups:
             group["lr"] = 0.0
-        self.average = Average(pack.trainable(0).values(), trainer.average or 1.0)
+        self.average = Average(pack.trainable(0).values(), trainer.average)
         self.outcome = Outcome()
         pack.train()
 
@@ -165,8 +165,7 @@ class _Rehearsal:
 
     def keep(self) -> None:
         """Hold what the loop holds after its first look at the selection split, and for a moment a checkpoint."""
-        if self.trainer.average:
-            self.average.add()
+        self.average.add()
         self.outcome.state = self.pack.state(0)
         TrainingState(self.pack, [self.outcome], [self.adamw], [self.average]).gather(0)
 

@@ -149,7 +149,7 @@ def fit_courses(
     outcomes = outcomes or [Outcome() for _ in members]
     runs = runs or [[k] for k in members]
     adamw = [make_optimizer(settings, pack, k) for k, settings in enumerate(optimizers)]
-    averages = [Average(pack.trainable(k).values(), trainer.average or 1.0) for k in members]
+    averages = [Average(pack.trainable(k).values(), trainer.average) for k in members]
     state = TrainingState(pack, outcomes, adamw, averages)
     for k, checkpoint in enumerate(begun or ()):
         if outcomes[k].status == "running":
@@ -209,7 +209,7 @@ def fit_courses(
                     adamw[k].step()
                     adapter.after_step(updates, step, last_step[k])
                     adamw[k].zero_grad(set_to_none=True)
-                    if trainer.average and adapter.settled(step, last_step[k]):
+                    if adapter.settled(step, last_step[k]):
                         averages[k].add()
             seconds = time.perf_counter() - began
             B, T = batch.pairs, batch.input_ids.shape[1]
