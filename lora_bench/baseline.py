@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.comparison import MARGIN, NOT_TESTED, Finding, against, best_experiment, label, selection_mcc
+from lora_bench.comparison import BASELINE, MARGIN, NOT_TESTED, Finding, against, best_experiment, label, selection_mcc
 from lora_bench.errors import UserError, nearest
+from lora_bench.figures import NAMES
 from lora_bench.tables import Column, Row, Table, value_text
 
 if TYPE_CHECKING:
@@ -23,7 +24,13 @@ FEW_RUNS = 200
 
 
 def judged(
-    table: Table, split: str, baseline: str | None = None, margin: float = MARGIN, *, always: bool = False
+    table: Table,
+    split: str,
+    baseline: str | None = None,
+    margin: float = MARGIN,
+    measure: str = "mcc",
+    *,
+    always: bool = False,
 ) -> Table:
     """The table with a `Finding` in its rows and the notes that belong to them.
 
@@ -31,7 +38,8 @@ def judged(
         table: rows, and the records of their runs.
         split: whose predictions are compared.
         baseline: what to compare with (`find_row`); None takes full fine-tuning, else plain LoRA, else the best row.
-        margin: a difference of MCC up to this is of no account.
+        margin: a difference up to this is of no account.
+        measure: what differs, of `stats.MEASURES`.
         always: also where a baseline was not asked for and there are many runs.
 
     Raises:
@@ -53,17 +61,18 @@ def judged(
         chosen = max(candidates, key=lambda i: selection_mcc(table, table.rows[i].folders))
         rivals = [i for i in block if i != chosen]
         name = label(table, table.rows[chosen])
-        tests = against(table, table.rows[chosen], [table.rows[i] for i in rivals], split, margin)
-        rows[chosen] = replace(rows[chosen], finding=Finding(name, "baseline"))
+        tests = against(table, table.rows[chosen], [table.rows[i] for i in rivals], split, margin, measure)
+        rows[chosen] = replace(rows[chosen], finding=Finding(name, BASELINE, measure))
         for i, finding in zip(rivals, tests, strict=True):
             rows[i] = replace(rows[i], finding=finding)
-        notes += _notes(name, why if len(candidates) == 1 else f"{why}, the best on selection", tests, split, margin)
+        about = f"{split} {NAMES.get(measure, measure)} against {name}"
+        notes += _notes(about, why if len(candidates) == 1 else f"{why}, the best on selection", tests, margin)
         notes += _choices_within(table, [table.rows[i] for i in block])
     for i, row in enumerate(rows):
         if row.finding is None and notes:
-            rows[i] = replace(row, finding=Finding("", NOT_TESTED, "on other data than any baseline"))
+            rows[i] = replace(row, finding=Finding("", NOT_TESTED, measure, "on other data than any baseline"))
     found = replace(table, rows=rows, notes=[*notes, *table.notes])
-    return replace(found, tests=_for_people(found)) if notes else table
+    return replace(found, tests=_for_people(found, measure)) if notes else table
 
 
 # -- which row is meant --
@@ -117,8 +126,8 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
 # -- what is said --
 
 
-def _notes(name: str, why: str, tests: Sequence[Finding], split: str, margin: float) -> list[str]:
-    told = f"verdicts are about {split} MCC against {name} ({why})"
+def _notes(about: str, why: str, tests: Sequence[Finding], margin: float) -> list[str]:
+    told = f"verdicts are about {about} ({why})"
     judged = [test for test in tests if test.p_holm is not None]
     lines = []
     if judged:
@@ -156,7 +165,7 @@ def _choices_within(table: Table, rows: Sequence[Row]) -> list[str]:
 
 
 _COLUMNS = {
-    "mcc difference": 5,
+    "difference": 5,
     "95 % interval": 4,
     "p (Holm)": 3,
     "effect size": 0,
@@ -166,16 +175,20 @@ _COLUMNS = {
 }
 
 
-def _for_people(table: Table) -> Table:
-    columns = [*table.keys, *(Column(name, "text", keep=keep) for name, keep in _COLUMNS.items())]
+def _for_people(table: Table, measure: str) -> Table:
+    columns = [*table.keys, *(Column(_header(name, measure), "text", keep=keep) for name, keep in _COLUMNS.items())]
     rows = [replace(row, keys=row.keys | _texts(row.finding), n=1) for row in table.rows if row.finding]
     return Table(columns, rows)
+
+
+def _header(name: str, measure: str) -> str:
+    return f"{measure} difference" if name == "difference" else name
 
 
 def _texts(finding: Finding) -> dict[str, str]:
     found = {"verdict": finding.verdict}
     if finding.difference is not None:
-        found["mcc difference"] = f"{finding.difference:+.4f}"
+        found[_header("difference", finding.measure)] = f"{finding.difference:+.4f}"
         found["95 % interval"] = f"{finding.difference_low:+.4f} to {finding.difference_high:+.4f}"
         found["seeds"] = str(finding.paired_seeds)
     if finding.p_holm is not None:

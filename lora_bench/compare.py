@@ -74,7 +74,10 @@ def main(arguments: list[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     folders = [Path(folder) for folder in options.folders or ["outputs"]]
-    table = summarise(folders, by=options.by, baseline=options.baseline, margin=options.margin, target=options.target)
+    if options.html is not None and options.measure != "mcc":
+        raise UserError("goes with tables: the page is about MCC", key="--measure", value=options.measure)
+    asked = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target")}
+    table = summarise(folders, **asked)
     if options.anchors:
         from lora_bench.anchors import with_anchors
 
@@ -126,11 +129,12 @@ def summarise(
     by: str | None = None,
     baseline: str | None = None,
     margin: float = MARGIN,
+    measure: str = "mcc",
     target: float | None = None,
 ) -> Table:
     """The runs at or below `paths` as a table: a row per experiment, or per value of the config key `by`.
 
-    Rows are tested against `baseline` (`judged`), and their costs are counted up to `target` (`with_costs`).
+    Rows are tested against `baseline` on `measure` (`judged`), their costs counted up to `target` (`with_costs`).
 
     Raises:
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
@@ -177,7 +181,7 @@ def summarise(
     if choosing:
         notes.append(f"{choosing} runs that only chose a rate (data.report=false) are not shown")
     table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
-    return judged(with_costs(table, target), splits[0], baseline, margin)
+    return with_costs(judged(table, splits[0], baseline, margin, measure), target)
 
 
 # -- numbers --
@@ -345,8 +349,14 @@ def _parser() -> argparse.ArgumentParser:
         "--margin",
         type=_fraction,
         default=MARGIN,
-        metavar="MCC",
-        help=f"a difference of MCC up to this is indistinguishable (default: {MARGIN:g}, one point)",
+        metavar="DIFFERENCE",
+        help=f"a difference up to this is indistinguishable (default: {MARGIN:g}, one point)",
+    )
+    parser.add_argument(
+        "--measure",
+        choices=MAIN_METRICS,
+        default="mcc",
+        help="what is tested (default: mcc; decide by one that was named before)",
     )
     parser.add_argument(
         "--target",

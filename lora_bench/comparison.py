@@ -1,8 +1,8 @@
 """Whether the rows of a table differ from a baseline beyond chance: paired tests on the predictions of their runs.
 
-The measure is MCC. Seeds that two rows share are paired, the examples are the same, and both are counted as chance
-(`stats.crossed_test`); p values are adjusted by Holm for the number of rivals that were tested. What cannot be tested
-says why. Predictions are read only here, and only of rows that are tested.
+The measure is MCC unless another is asked for. Seeds that two rows share are paired, the examples are the same, and
+both are counted as chance (`stats.crossed_test`); p values are adjusted by Holm for the number of rivals that were
+tested. What cannot be tested says why. Predictions are read only here, and only of rows that are tested.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ if TYPE_CHECKING:
 
 MARGIN = 0.01
 ALPHA = 0.05
+BASELINE = "baseline"
 NOT_TESTED = "not tested"
 NO_VERDICT = "no verdict"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A row against the baseline: the row's MCC minus the baseline's. What could not be found out is None."""
+    """A row against the baseline: the row's measure minus the baseline's. What could not be found out is None."""
 
     baseline: str
     verdict: str
     """A word of `stats.VERDICTS` about the row; `baseline`, `no verdict` or `not tested`."""
+    measure: str = "mcc"
+    """Of `stats.MEASURES`."""
     why: str | None = None
     """Why there is no verdict or no test."""
     difference: float | None = None
@@ -58,37 +61,41 @@ class Finding:
     """Paired t test over seeds; the examples are taken for granted. None where no spread shows."""
     p_bootstrap: list[float] | None = None
     p_mcnemar: list[float] | None = None
-    """Of each seed's pair of models; the models are taken for granted. The bootstrap asks about MCC, McNemar's mid-p
-    test about accuracy."""
+    """Of each seed's pair of models; the models are taken for granted. The bootstrap asks about the measure,
+    McNemar's mid-p test about accuracy."""
 
 
-def against(table: Table, baseline: Row, rivals: Sequence[Row], split: str, margin: float = MARGIN) -> list[Finding]:
+def against(
+    table: Table, baseline: Row, rivals: Sequence[Row], split: str, margin: float = MARGIN, measure: str = "mcc"
+) -> list[Finding]:
     """Each rival against the baseline, with p values adjusted for those that could be tested.
 
     Args:
         table: whose rows they are, with the records of their runs.
         baseline: a row on the same data as the rivals.
         split: whose predictions are compared.
-        margin: a difference of MCC up to this is of no account.
+        margin: a difference up to this is of no account.
+        measure: what differs, of `stats.MEASURES`.
     """
     from lora_bench import stats
 
     read = _Reader(split)
     pairs = [_paired(table, read, rival, baseline) for rival in rivals]
-    tests = {i: pair.test() for i, pair in enumerate(pairs) if pair.ours}
+    tests = {i: pair.test(measure) for i, pair in enumerate(pairs) if pair.ours}
     counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
     p_holm = dict(zip(counted, stats.holm([test.p for test in counted.values()]), strict=True))
     p_margin = dict(zip(counted, stats.holm([test.p_beyond(margin) for test in counted.values()]), strict=True))
     level, name, found = ALPHA / max(1, len(counted)), label(table, baseline), []
     for i, pair in enumerate(pairs):
         if i not in tests:
-            found.append(Finding(name, NOT_TESTED, pair.why))
+            found.append(Finding(name, NOT_TESTED, measure, pair.why))
             continue
         test = tests[i]
         low, high = test.interval()
         finding = Finding(
             baseline=name,
             verdict=NO_VERDICT,
+            measure=measure,
             why="one seed, so chance over seeds is not known",
             difference=test.difference,
             difference_low=low,
@@ -96,7 +103,7 @@ def against(table: Table, baseline: Row, rivals: Sequence[Row], split: str, marg
             p=test.p,
             paired_seeds=test.seeds,
             examples=test.examples,
-            **pair.habits(),
+            **pair.habits(measure),
         )
         if i in counted:
             finding = replace(
@@ -138,26 +145,26 @@ class _Pair:
     why: str | None = None
     """Why there are none, or fewer than there are seeds."""
 
-    def test(self) -> Comparison:
+    def test(self, measure: str) -> Comparison:
         import numpy as np
 
         from lora_bench import stats
 
         ours, theirs = (np.stack([each.predicted for each in side]) for side in (self.ours, self.theirs))  # (S, N)
-        return stats.crossed_test(self.ours[0].labels, ours, theirs)
+        return stats.crossed_test(self.ours[0].labels, ours, theirs, measure)
 
-    def habits(self) -> dict[str, Any]:
+    def habits(self, measure: str) -> dict[str, Any]:
         """What the field reports beside: over seeds alone, and over the examples alone for each seed."""
         from lora_bench import stats
 
         labels = self.ours[0].labels
         both = list(zip(self.ours, self.theirs, strict=True))
-        ours, theirs = ([each.mcc for each in side] for side in (self.ours, self.theirs))
+        ours, theirs = ([each.value(measure) for each in side] for side in (self.ours, self.theirs))
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         return {
             "effect_size": stats.effect_size(differences),
             "p_seeds": None if stats.alike(differences) else stats.seeds_test(ours, theirs).p,
-            "p_bootstrap": [stats.paired_bootstrap(labels, a.predicted, b.predicted).p for a, b in both],
+            "p_bootstrap": [stats.paired_bootstrap(labels, a.predicted, b.predicted, measure).p for a, b in both],
             "p_mcnemar": [stats.mcnemar(a.right, b.right).p for a, b in both],
         }
 

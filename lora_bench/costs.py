@@ -23,6 +23,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.comparison import BASELINE
 from lora_bench.tables import Column, Stat, Table
 
 if TYPE_CHECKING:
@@ -46,15 +47,20 @@ TIME_CAUSES = ("precision", "rate")
 def with_costs(table: Table, target: float | None = None) -> Table:
     """The table with bytes on disk, steps and FLOPs to target, and what was saved against full fine-tuning.
 
+    Of several rows of full fine-tuning it is the one that the verdicts are against, else the best.
+
     Args:
-        table: rows, and the records of their runs.
+        table: rows with their findings, and the records of their runs.
         target: a selection MCC; None takes what full fine-tuning ends with, where the table has it.
     """
     rows = [_on_disk(row) for row in table.rows]
     full: dict[Any, int] = {}
     for i, row in enumerate(rows):
         if _choice(table, row, "adapter") == "full":
-            full.setdefault(_kind(table, row), i)  # of several the best, which comes first
+            kind = _kind(table, row)
+            full.setdefault(kind, i)  # the best comes first
+            if row.finding and row.finding.verdict == BASELINE:
+                full[kind] = i
     targets = {kind: target or _end(rows[i]) for kind, i in full.items()}
     for i, row in enumerate(rows):
         wanted = target or targets.get(_kind(table, row))
@@ -132,13 +138,13 @@ def _to_target(table: Table, row: Row, target: float) -> Row:
         found[STEPS].append(float(reached))
         for name, unit in ((FLOPS, "flops"), (SECONDS, "seconds")):
             if _positive(cost.get(f"train_{unit}")):
-                found[name].append(_up_to(cost, unit, reached))
+                found[name].append(up_to(cost, unit, reached))
     stats = {name: Stat(fmean(each), None, row.n) for name, each in found.items() if len(each) == len(row.folders)}
     return replace(row, stats=row.stats | stats)
 
 
-def _up_to(cost: dict[str, Any], unit: str, step: int) -> float:
-    """What the steps up to this one took, and what came before the first: looking at data, filling the prefix."""
+def up_to(cost: dict[str, Any], unit: str, step: float) -> float:
+    """FLOPs or seconds of the steps up to this one, and of what came before: looking at data, filling the prefix."""
     before = sum(cost.get(f"{what}_{unit}") or 0.0 for what in ("prepare", "prefix_fill"))
     return float(before + (cost[f"train_{unit}"] - before) * step / cost["steps"])
 

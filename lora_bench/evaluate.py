@@ -25,7 +25,7 @@ from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import UserError
-from lora_bench.evaluation.calibration import score_calibrated
+from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.predict import FinishedRun
@@ -58,9 +58,9 @@ class _Subject:
     """What they say of it."""
     seen: Sequence[Examples] = ()
     """What it was trained and chosen on, where that is asked for."""
-    temperature: float | None = None
-    """Of its calibrated scores, where it has one."""
-    member_temperatures: Sequence[float] = ()
+    calibration: Calibration | None = None
+    """Of its scores, where it has one."""
+    member_calibrations: Sequence[Calibration] = ()
     """Of each member's, where it is an ensemble."""
 
 
@@ -93,10 +93,10 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         of_members = subject.scored(split, True)
         scores = of_members.mean(axis=0)
         values = score(scores, split.labels, metrics)
-        if subject.temperature is not None:
-            values |= score_calibrated(scores, split.labels, subject.temperature)
-        if subject.member_temperatures:
-            values |= score_members(of_members, split.labels, metrics, subject.member_temperatures)
+        if subject.calibration is not None:
+            values |= score_calibrated(scores, split.labels, subject.calibration)
+        if subject.member_calibrations:
+            values |= score_members(of_members, split.labels, metrics, subject.member_calibrations)
         values |= score_besides(
             data,
             split,
@@ -136,8 +136,8 @@ def _finished(cfg: DictConfig, data: config.Data) -> _Subject:
         Run(run.folder, run.record),
         described={},
         seen=seen,
-        temperature=run.temperature,
-        member_temperatures=run.member_temperatures,
+        calibration=run.calibration,
+        member_calibrations=run.member_calibrations,
     )
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+NAMES = {"mcc": "MCC", "f1": "F1"}
+"""Metrics that are written otherwise where people read."""
 BESIDES = {
     "unseen/f1": "↑",
     "unseen/mcc": "↑",

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.adapters import Adapter
-    from lora_bench.config import Packing
     from lora_bench.job import Job
     from lora_bench.progress import Shows
 
@@ -139,7 +138,9 @@ def sized(
     """The group's jobs in packs that this process's share of the memory takes; jobs that do not fit the backbone end
     here.
 
-    Members of a pack begin at the same layer: below it each computes nothing, or reads what is kept.
+    Members of a pack begin at the same layer: below it each computes nothing, or reads what is kept. On a CPU that is
+    all they gain by going together, as its products are no quicker for being many: where there is nothing below, each
+    goes by itself, with time and memory of its own, unless `pack.size` or `pack.halving` asks for more.
     """
     fitting: dict[int, list[tuple[Job, Need]]] = {}
     measured: dict[str, Need] = {}
@@ -154,17 +155,23 @@ def sized(
         fitting.setdefault(measured[kind].depth, []).append((job, measured[kind]))
     settings = group.experiments[0].pack
     free = SHARE_OF_FREE * free_bytes(common.backbone.device) / sharing
-    return [pack for alike in fitting.values() for pack in _within_memory(alike, settings, free, common, ended)]
+    unasked = settings.size is None and not settings.halving and common.backbone.device.type == "cpu"
+    packs = []
+    for depth, alike in fitting.items():
+        most = 1 if unasked and depth == 0 else settings.size
+        packs += _within_memory(alike, most, settings.memory_bytes, free, common, ended)
+    return packs
 
 
 def _within_memory(
     jobs: Sequence[tuple[Job, Need]],
-    settings: Packing,
+    most: int | None,
+    asked_bound: int | None,
     free: float,
     common: Common,
     ended: Callable[[Job, Exception | None], None],
 ) -> list[list[Job]]:
-    bound = settings.memory_bytes or free
+    bound = asked_bound or free
     packs: list[list[Job]] = []
     used = 0.0
     passing = 0.0
@@ -172,11 +179,11 @@ def _within_memory(
         # On a CPU members pass the adapted layers one after another.
         passing = max(passing, need.step) if common.backbone.device.type == "cpu" else passing + need.step
         used += need.kept
-        if packs and len(packs[-1]) != settings.size and used + passing <= bound:
+        if packs and len(packs[-1]) != most and used + passing <= bound:
             packs[-1].append(job)
             continue
         used, passing = need.kept, need.step
-        if settings.memory_bytes and used + passing > bound:
+        if asked_bound and used + passing > bound:
             remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
             refusal = UserError("is too little for one job", key="pack.memory_bytes", value=int(bound), remedy=remedy)
             ended(job, refusal)

@@ -16,12 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import record
 from lora_bench.adapters import peft_format
-from lora_bench.checks import need
+from lora_bench.checks import need, need_number
 from lora_bench.data import files
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import scoring_table
 from lora_bench.errors import RunFailedError, UserError
-from lora_bench.evaluation.calibration import calibrated
+from lora_bench.evaluation.calibration import Calibration, calibrated
 from lora_bench.evaluation.ensemble import spread
 from lora_bench.experiment import Experiment, attach
 from lora_bench.prompted import is_prompted
@@ -85,10 +85,9 @@ class FinishedRun:
         return cls(path, found, experiment, pack.eval())
 
     @property
-    def temperature(self) -> float | None:
-        """What divides the logits of calibrated scores, fitted on selection; None where an older run has none."""
-        found = self.record["selection"].get("temperature")
-        return found if isinstance(found, float) else None
+    def calibration(self) -> Calibration | None:
+        """Fitted on selection; None where an older run has none."""
+        return Calibration.read(self.record["selection"])
 
     def predict(self, pairs: Sequence[tuple[str, ...] | str]) -> NDArray[np.float64]:
         """P(label 1) of each pair, (N,).
@@ -110,9 +109,10 @@ class FinishedRun:
         return self.score(Examples(np.arange(len(rows)), texts, None))
 
     @property
-    def member_temperatures(self) -> list[float]:
+    def member_calibrations(self) -> list[Calibration]:
         """Of each member of an ensemble, fitted for it alone; empty for another run."""
-        return [float(member["temperature"]) for member in self.record["selection"].get("members", [])]
+        found = map(Calibration.read, self.record["selection"].get("members", []))
+        return [calibration for calibration in found if calibration]
 
     def score(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
         """P(label 1) of each example, (N,): an ensemble's is the mean over its members."""
@@ -138,6 +138,11 @@ def run_predict(cfg: DictConfig) -> None:
         )
     for key in ("calibrated", "uncertainty"):
         need(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
+    chosen = cfg.threshold == "selection"
+    if not chosen:
+        number = type(cfg.threshold) in (int, float)
+        need(number, "threshold", cfg.threshold, "is neither a number nor selection", "Give one from 0 to 1.")
+        need_number("threshold", cfg.threshold, 0, 1)
     source = str(cfg.input)
     run = FinishedRun.load(cfg.run, device=cfg.device)
     data = run.experiment.data
@@ -148,14 +153,15 @@ def run_predict(cfg: DictConfig) -> None:
     examples = files.read(source, columns, None)
     of_members = run.member_scores(examples)
     scores = of_members.mean(axis=0)
-    honest = scores
-    if cfg.calibrated or cfg.uncertainty:
-        if run.temperature is None:
-            key = "calibrated" if cfg.calibrated else "uncertainty"
-            raise UserError("needs a temperature, and the run's record has none", key=key, value="true")
-        honest = calibrated(scores, run.temperature)
+    honest, threshold = scores, cfg.threshold
+    if asked := [key for key in ("calibrated", "uncertainty") if cfg[key]] + ["threshold"] * chosen:
+        if run.calibration is None:
+            raise UserError("needs a calibration, and the run's record has none", key=asked[0], value=cfg[asked[0]])
+        honest = calibrated(scores, run.calibration.temperature)
+        threshold = run.calibration.threshold if chosen else threshold
+    labels = (scores >= threshold).astype(int).tolist()
     found = dict(zip(columns, examples.texts, strict=True))
-    found |= {"label": (scores >= 0.5).astype(int).tolist(), "score": (honest if cfg.calibrated else scores).tolist()}
+    found |= {"label": labels, "score": (honest if cfg.calibrated else scores).tolist()}
     if cfg.uncertainty:
         found["calibrated"] = honest.tolist()
         found |= {"spread": spread(of_members).tolist()} if len(of_members) > 1 else {}

@@ -46,7 +46,11 @@ class Predictions:
     @property
     def mcc(self) -> float:
         """Matthews correlation."""
-        return float(stats.measure_of(stats.confusion(self.labels, self.predicted)))
+        return self.value("mcc")
+
+    def value(self, measure: str) -> float:
+        """Of a measure of `stats.MEASURES`."""
+        return float(stats.measure_of(stats.confusion(self.labels, self.predicted), measure))
 
     def same_examples(self, other: Predictions) -> bool:
         return np.array_equal(self.ids, other.ids) and np.array_equal(self.labels, other.labels)

@@ -11,7 +11,7 @@ from lora_bench.adapters import peft_format
 from lora_bench.backbones.load import public_place
 from lora_bench.besides import score_besides
 from lora_bench.data.pairs import scoring_table
-from lora_bench.evaluation.calibration import fit_temperature, score_calibrated
+from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import mean_metrics, score
 from lora_bench.record import Run, adapter_folders
@@ -60,13 +60,12 @@ class Learned:
         selected, _ = self.predicted["selection"]  # (M, N)
         labels = task.tables["selection"].labels
         assert labels is not None
-        temperature = fit_temperature(selected.mean(axis=0), labels)
-        chosen: dict[str, Any] = {**best, "metric": "mcc", "temperature": temperature}
-        of_each: list[float] = []
+        calibration = Calibration.fit(selected.mean(axis=0), labels)
+        chosen: dict[str, Any] = {**best, "metric": "mcc", **calibration.recorded()}
+        of_each: list[Calibration] = []
         if len(looks) > 1:
-            of_each = [fit_temperature(own, labels) for own in selected]
-            own = [look | {"temperature": fitted} for look, fitted in zip(looks, of_each, strict=True)]
-            chosen["members"] = own
+            of_each = [Calibration.fit(own, labels) for own in selected]
+            chosen["members"] = [look | own.recorded() for look, own in zip(looks, of_each, strict=True)]
         alone = len(looks) == self.pack.members[self.members[0]].heads == 1
         values = self.bests[0]["metrics"] if alone else score(selected.mean(axis=0), labels, extra)
         metrics = {f"selection/{name}": value for name, value in values.items()}
@@ -75,7 +74,7 @@ class Learned:
             pooled, table = scores.mean(axis=0), task.tables[name]
             assert table.labels is not None
             values = score(pooled, table.labels, extra)
-            more = score_calibrated(pooled, table.labels, temperature)
+            more = score_calibrated(pooled, table.labels, calibration)
             if of_each:
                 more |= score_members(scores, table.labels, extra, of_each)
             more |= self._besides(name, pooled) if task.splits else {}

@@ -89,6 +89,32 @@ def test_the_numbers_are_those_of_the_crossed_test_and_holm(tmp_path: Path) -> N
         assert len(found.p_mcnemar) == len(found.p_bootstrap) == 3
 
 
+@pytest.mark.parametrize("measure", ["f1", "accuracy"])
+def test_another_measure_is_tested_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], measure: str
+) -> None:
+    sweep(tmp_path, {"full": 0.0, "dora": 0.5})
+    found = finding(summarise([tmp_path], measure=measure), "dora")
+    ours, theirs = (np.stack([predicted(q, i + seed) for seed in range(3)]) for q, i in ((0.5, 10), (0.0, 0)))
+    test = stats.crossed_test(LABELS, ours, theirs, measure)
+    assert (found.measure, found.difference, found.p) == (
+        measure,
+        pytest.approx(test.difference),
+        pytest.approx(test.p),
+    )
+    values = [[stats.measure_of(stats.confusion(LABELS, one), measure) for one in side] for side in (ours, theirs)]
+    assert found.p_seeds == pytest.approx(stats.seeds_test(*values).p)
+    assert found.difference == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
+    assert main([str(tmp_path), "--measure", measure, "--format", "md"]) == 0
+    told = capsys.readouterr().out
+    assert f"| {measure} difference |" in told
+    assert f"verdicts are about validation {'F1' if measure == 'f1' else measure} against adapter=full" in told
+    with pytest.raises(UserError, match=f"--measure={measure}: goes with tables: the page is about MCC"):
+        main([str(tmp_path), "--measure", measure, "--html", str(tmp_path / "page.html")])
+    with pytest.raises(UserError, match="invalid choice: 'nll'"):
+        main([str(tmp_path), "--measure", "nll"])
+
+
 def test_a_wide_margin_makes_rows_indistinguishable(tmp_path: Path) -> None:
     sweep(tmp_path, {"full": 0.0, "lora": 0.02})
     assert verdicts(summarise([tmp_path], margin=0.2))["lora"] == "indistinguishable"

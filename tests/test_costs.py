@@ -72,6 +72,23 @@ def test_a_target_that_is_asked_for_and_rows_that_do_not_reach_it(tmp_path: Path
         main([str(tmp_path), "--target", "70"])
 
 
+def test_of_several_rows_of_full_fine_tuning_costs_are_against_the_baseline_or_the_best(tmp_path: Path) -> None:
+    for name, objective, looks in (("plain", "cross_entropy", [0.4, 0.5]), ("both", "order_consistency", [0.5, 0.7])):
+        config = {"seed": 0, "trainer": {"objective": objective}}
+        make(tmp_path / name, "full", 0, looks, 3e9, config=config)
+    config = {"seed": 0, "trainer": {"objective": "cross_entropy"}}
+    make(tmp_path / "l", "lora", 0, [0.6, 0.7], 2e9, config=config)
+    assert (
+        "target: selection MCC 0.7000 (what full fine-tuning ends with in its worst seed)"
+        in summarise([tmp_path]).below[-1]
+    )
+    table = summarise([tmp_path], baseline="adapter=full,trainer.objective=cross_entropy")
+    assert "target: selection MCC 0.5000 (what full fine-tuning ends with in its worst seed)" in table.below
+    assert row(table, "lora").saved["FLOPs saved"] == pytest.approx(1 - 1 / 2 * 2 / 3)
+    with_both = summarise([tmp_path], baseline=str(tmp_path / "both"))
+    assert row(with_both, "lora").saved["FLOPs saved"] == pytest.approx(1 - 2 / 3)
+
+
 def test_what_was_saved_by_cause_adds_up(tmp_path: Path) -> None:
     make(tmp_path / "f", "full", 0, [0.4, 0.5, 0.6, 0.6], 3e9)
     make(tmp_path / "l", "lora", 0, [0.4, 0.6], 2.1e9)

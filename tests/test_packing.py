@@ -100,6 +100,23 @@ def test_what_cannot_be_packed_runs_alone_and_says_why() -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
+def test_on_a_cpu_jobs_go_together_where_they_share_layers_or_it_is_asked_for() -> None:
+    unasked = [text for text in ASKED if not text.startswith("pack.")]
+    answer = lora_bench("train", "-m", *unasked, SWEEP, "adapter.layers=all,top:1", "seed=0,1")
+    assert answer.code == 0, answer
+    costs = [record(f"sweep/{k}")["cost"] for k in range(4)]
+    assert [cost["pack_size"] for cost in costs] == [1, 1, 2, 2]
+    assert [cost["train_seconds"] is None for cost in costs] == [False, False, True, True]
+    answer = lora_bench("train", "-m", *unasked, "hydra.sweep.dir=asked", "seed=0,1", "pack.size=3")
+    assert answer.code == 0, answer
+    assert [record(f"asked/{k}")["cost"]["pack_size"] for k in range(2)] == [2, 2]
+    assert_same("asked/0", "sweep/0", 1e-4)
+    answer = lora_bench("train", "-m", *unasked, "hydra.sweep.dir=halved", "seed=0,1", "pack.halving=true")
+    assert answer.code == 0, answer
+    assert sorted(record(f"halved/{k}")["status"] for k in range(2)) == ["done", "interrupted"]
+
+
+@pytest.mark.usefixtures("in_tmp")
 def test_what_lies_below_the_adapted_layers_is_made_once_for_the_whole_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BENCH_CACHE", "cache")  # of its own: other tests leave the same prefix in the common one
     made = []
@@ -151,7 +168,7 @@ def test_halving_says_what_it_does_not_stop() -> None:
     statuses = [record(f"sweep/{k}")["status"] for k in range(6)]
     assert sorted(statuses[:2]) == ["done", "interrupted"]
     assert statuses[2:] == ["done"] * 4
-    said = refused("train", "-m", *ASKED, SWEEP, halving, "pack.size=1", "seed=0,1")
+    said = refused("train", "-m", *toy_run(SWEEP, halving, "pack.size=1"), "seed=0,1")
     assert "pack.halving=true: compares jobs of a pack; pack.size=1 makes it one" in said
 
 

@@ -115,6 +115,30 @@ def test_calibrated_scores_keep_their_labels(runs: Run, tmp_path: Path) -> None:
         ask(run=folder, input=tmp_path / "in.tsv", output=tmp_path / "x.tsv", calibrated="maybe")
 
 
+def test_labels_are_cut_at_the_threshold_that_is_asked_for(runs: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs("model=tiny_bert"), tmp_path / "run"))
+    found = json.loads((folder / "run.json").read_text())
+    scores = written(folder)
+    found["selection"]["threshold"] = own = float(np.sort(scores)[1])
+    (folder / "run.json").write_text(json.dumps(found))
+    (tmp_path / "in.tsv").write_text("question1\tquestion2\n" + "".join("\t".join(pair) + "\n" for pair in PAIRS))
+
+    def labels(choice: object) -> list[int]:
+        ask(run=folder, input=tmp_path / "in.tsv", output=tmp_path / "out.parquet", threshold=choice)
+        return pq.read_table(tmp_path / "out.parquet").column("label").to_pylist()
+
+    assert labels(0.5) == (scores >= 0.5).astype(int).tolist()
+    assert labels("selection") == (scores >= own).astype(int).tolist() == [s >= own for s in scores]
+    assert labels(1) == [0] * len(scores)
+    for wrong in ("2", "best", "True"):
+        with pytest.raises(UserError, match=f"threshold={wrong}"):
+            labels(wrong)
+    del found["selection"]["threshold"], found["selection"]["temperature"]
+    (folder / "run.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="threshold=selection: needs a calibration, and the run's record has none"):
+        labels("selection")
+
+
 def test_odd_texts_are_texts(runs: Run) -> None:
     run = lora_bench.load(runs("model=tiny_bert"))
     scores = run.predict([("", ""), ("東京 🦊", "NA"), ("x" * 5000, "y" * 5000), ["a", "list"]])

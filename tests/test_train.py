@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lora_bench.adapters.pack import Pack
 
 CALIBRATED = ("ece", "nll", "brier")
+CUT = ("accuracy", "f1", "mcc")
 NAMES = ("accuracy", "f1", "mcc", "precision", "recall", "auroc", "ece", "nll", "brier")
 QUICK = [*SMALL_TOY, "data.max_length=48", "trainer.epochs=2"]
 
@@ -109,7 +110,7 @@ def test_the_folder_is_what_the_design_says(runs: Callable[..., Trained], family
     assert record["overrides"] == [*QUICK, f"model={family}"]
     assert record["selection"]["metric"] == "mcc"
     named = {f"{split}/{name}" for split in ("selection", "validation") for name in NAMES}
-    assert set(record["metrics"]) == named | {f"validation/calibrated/{name}" for name in CALIBRATED}
+    assert set(record["metrics"]) == named | {f"validation/calibrated/{name}" for name in (*CALIBRATED, *CUT)}
 
     params = record["params"]
     assert set(params) == {"adapter", "head", "trainable", "total"}
@@ -169,6 +170,10 @@ def test_the_written_predictions_give_the_written_metrics(runs: Callable[..., Tr
     calibrated = score(1 / (1 + np.exp(-logits)), predictions["label"], {})
     for name in CALIBRATED:
         assert run.record["metrics"][f"validation/calibrated/{name}"] == pytest.approx(calibrated[name], abs=1e-6)
+    said = (predictions["score"] >= run.record["selection"]["threshold"]).astype(np.float64)
+    at_threshold = score(said, predictions["label"], {})
+    for name in CUT:
+        assert run.record["metrics"][f"validation/calibrated/{name}"] == pytest.approx(at_threshold[name], abs=1e-9)
 
 
 @pytest.mark.parametrize("family", TINY)

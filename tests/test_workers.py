@@ -169,6 +169,6 @@ def test_several_on_one_device_share_its_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(packing, "free_bytes", lambda device: 80.0 / packing.SHARE_OF_FREE)
     on_cpu: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cpu")))
     jobs: list[Any] = list(range(8))
-    group = Group(jobs, [Experiment.build(composed("data=toy"))] * 8)
+    group = Group(jobs, [Experiment.build(composed("data=toy", "pack.size=8"))] * 8)
     for sharing, sizes in ((1, [8]), (2, [4, 4])):
         assert [len(pack) for pack in packing.sized(group, on_cpu, print, sharing)] == sizes

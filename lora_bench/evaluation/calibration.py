@@ -1,21 +1,57 @@
-"""Temperature scaling (Guo et al. 2017, section 4.2): one number, fitted on selection, that makes confidence honest.
+"""What is fitted on selection to use a run's scores well: one temperature and one threshold.
 
-The scores of all pairs are made less or more certain alike; which label is the likelier does not change.
+Temperature scaling (Guo et al. 2017, section 4.2) makes the scores of all pairs less or more certain alike, so that
+confidence is honest; which label is the likelier does not change. The threshold is the score from which on the label is
+1, where the labels of both kinds are balanced otherwise than 0.5 would cut them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_bench.evaluation.metrics import SMALLEST, need_finite, score
+from lora_bench.stats import MEASURES, confusion, measure_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
 COLDEST, HOTTEST = 0.05, 20.0
-_MEASURES = ("nll", "ece", "brier")
+HALF = 0.5
+_OF_TEMPERATURE = ("nll", "ece", "brier")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fitted on a selection split, for any other."""
+
+    temperature: float
+    """What the scores' logits are divided by."""
+    threshold: float = HALF
+    """The least score that is labelled 1; of the scores as they are, not of those at the temperature."""
+
+    @classmethod
+    def fit(cls, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Calibration:
+        """Of (N,) P(label 1) and (N,) labels, 0 or 1.
+
+        Raises:
+            DivergedError: a score is not a finite number.
+        """
+        return cls(fit_temperature(scores, labels), fit_threshold(scores, labels))
+
+    @classmethod
+    def read(cls, chosen: Mapping[str, Any]) -> Calibration | None:
+        """From what a record says of its selection; None where an older run was not calibrated."""
+        if not isinstance(chosen.get("temperature"), float):
+            return None
+        return cls(chosen["temperature"], float(chosen.get("threshold", HALF)))
+
+    def recorded(self) -> dict[str, float]:
+        return asdict(self)
 
 
 def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
@@ -41,17 +77,46 @@ def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> f
     return float(2 / (low + high))
 
 
+def fit_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """The threshold with the greatest MCC: halfway between two neighbouring scores; of equals the nearest to 0.5.
+
+    Where none is better than 0.5, as where all labels are alike, it is 0.5.
+
+    Args:
+        scores: (N,) P(label 1).
+        labels: (N,) 0 or 1.
+
+    Raises:
+        DivergedError: a score is not a finite number.
+    """
+    need_finite(scores)
+    order = np.argsort(-scores)
+    ranked, right = scores[order], labels[order].cumsum()  # (N,) falling; ones among the first so many
+    ends = np.flatnonzero(ranked[:-1] > ranked[1:])  # (C,) a cut lies behind each
+    cuts = (ranked[ends] + ranked[ends + 1]) / 2
+    cuts = np.where(cuts > ranked[ends + 1], cuts, ranked[ends])  # neighbours among floats have nothing between them
+    tp, said = right[ends], ends + 1
+    ones, rows = labels.sum(), len(labels)
+    counts = np.stack([tp, said - tp, ones - tp, rows - said - ones + tp], -1)  # (C, 4)
+    mcc = np.append(measure_of(counts), measure_of(confusion(labels, scores >= HALF)))
+    cuts = np.append(cuts, HALF)
+    best = cuts[mcc >= mcc.max()]
+    return float(best[np.abs(best - HALF).argmin()])
+
+
 def calibrated(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
     """(N,) P(label 1) at the temperature: the scores' logits divided by it."""
     return _sigmoid(_logits(scores) / temperature)
 
 
 def score_calibrated(
-    scores: NDArray[np.float64], labels: NDArray[np.int64], temperature: float
+    scores: NDArray[np.float64], labels: NDArray[np.int64], calibration: Calibration
 ) -> dict[str, float | None]:
-    """`calibrated/nll`, `calibrated/ece` and `calibrated/brier`; what depends on the label alone stays as it was."""
-    values = score(calibrated(scores, temperature), labels, {})
-    return {f"calibrated/{name}": values[name] for name in _MEASURES}
+    """`calibrated/…`: `nll`, `ece` and `brier` at the temperature; `accuracy`, `f1` and `mcc` at the threshold."""
+    values = score(calibrated(scores, calibration.temperature), labels, {})
+    counts = confusion(labels, scores >= calibration.threshold)
+    values = {name: values[name] for name in _OF_TEMPERATURE} | {m: float(measure_of(counts, m)) for m in MEASURES}
+    return {f"calibrated/{name}": value for name, value in values.items()}
 
 
 def _logits(scores: NDArray[np.float64]) -> NDArray[np.float64]:

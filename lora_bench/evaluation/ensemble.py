@@ -1,6 +1,6 @@
 """Figures of an ensemble: of its members, beside those of their averaged probabilities, and how far they differ.
 
-member_<i>/<name>    each member's own, `calibrated/…` at a temperature of its own among them
+member_<i>/<name>    each member's own, `calibrated/…` by a calibration of its own among them
 members/<name>       their mean over the members
 disagreement         over pairs of members and rows, the share that the two label differently
 """
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_bench.config import Metric
+    from lora_bench.evaluation.calibration import Calibration
 
 
 def score_members(
     scores: NDArray[np.float64],
     labels: NDArray[np.int64],
     metrics: Mapping[str, Metric],
-    temperatures: Sequence[float],
+    calibrations: Sequence[Calibration],
 ) -> dict[str, float | None]:
     """The figures of an ensemble's members on one split.
 
@@ -34,14 +35,14 @@ def score_members(
         scores: (M, N) P(label 1), M of at least 2.
         labels: (N,) 0 or 1.
         metrics: extra metrics.
-        temperatures: M, each fitted for one member.
+        calibrations: M, each fitted for one member.
 
     Raises:
         DivergedError: a score is not a finite number.
     """
     of_each = [
-        score(own, labels, metrics) | score_calibrated(own, labels, temperature)
-        for own, temperature in zip(scores, temperatures, strict=True)
+        score(own, labels, metrics) | score_calibrated(own, labels, calibration)
+        for own, calibration in zip(scores, calibrations, strict=True)
     ]
     found: dict[str, float | None] = {"disagreement": disagreement(scores)}
     found |= {f"members/{name}": value for name, value in mean_metrics(of_each).items()}

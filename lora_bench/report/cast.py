@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.comparison import BASELINE
 from lora_bench.report.charts import SERIES
 from lora_bench.tables import cell, clean
 
@@ -67,7 +68,7 @@ class Block:
     @property
     def baseline(self) -> Entry | None:
         """What the others are tested against."""
-        return next((e for e in self.entries if e.row.finding and e.row.finding.verdict == "baseline"), None)
+        return next((e for e in self.entries if e.row.finding and e.row.finding.verdict == BASELINE), None)
 
     @property
     def judged(self) -> list[Entry]:

@@ -43,12 +43,15 @@ def series_class(series: int | None) -> str:
     return "other" if series is None else f"s{series}"
 
 
-def legend(entries: Sequence[tuple[int | None, str]]) -> Markup:
-    """Which shape and colour stands for what."""
+def legend(entries: Sequence[tuple[int | None, str]], dashes: Sequence[int] | None = None) -> Markup:
+    """Which shape and colour stands for what, and which dashes where lines have some."""
     items = []
-    for series, name in entries:
-        shape = el("use", href=f"#m{series or 0}", x=8, y=8, class_=series_class(series))
-        items.append(el("li", el("svg", shape, width=16, height=16, aria_hidden="true"), name))
+    for i, (series, name) in enumerate(entries):
+        width = 16 if dashes is None else 40
+        drawn = [el("use", href=f"#m{series or 0}", x=width / 2, y=8, class_=series_class(series))]
+        if dashes is not None:
+            drawn.insert(0, el("path", d="M0 8H40", class_=f"line {series_class(series)} dash{dashes[i]}"))
+        items.append(el("li", el("svg", *drawn, width=width, height=16, aria_hidden="true"), name))
     return el("ul", *items, class_="legend")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_bench.figures import NAMES
 from lora_bench.report import axes
 from lora_bench.report.charts import SERIES, Chart, legend, series_class
 from lora_bench.report.html import Content, Markup, el, figure, join, several, table
@@ -159,7 +160,7 @@ def mean_of(entry: Entry, column: Column) -> float:
 def spelt(column: Column) -> str:
     """A metric's name as papers spell it."""
     tail = column.name.rsplit("/", 1)[-1]
-    return column.name.removesuffix(tail) + {"mcc": "MCC", "f1": "F1"}.get(tail, tail)
+    return column.name.removesuffix(tail) + NAMES.get(tail, tail)
 
 
 def header(column: Column) -> str:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_bench import predictions
+from lora_bench.costs import up_to
 from lora_bench.report import axes, folders
 from lora_bench.report.axes import Axis
-from lora_bench.report.charts import Chart, legend, picture, series_class
+from lora_bench.report.charts import SERIES, Chart, legend, picture, series_class
 from lora_bench.report.html import Content, Markup, el, figure, join, several, table
 from lora_bench.report.tradeoffs import header
 from lora_bench.tables import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from lora_bench.report.cast import Block, Entry
@@ -26,43 +27,92 @@ CURVES = 10
 """Runs of one row whose curves are drawn."""
 POINTS = 60
 """Points of one curve that are drawn."""
+DASHES = 4
+"""Ways to draw a line: rows of one method have one colour."""
 BINS = 10
 HEAT_MAPS = 6
 
 
 def curves(block: Block) -> Markup | None:
-    """The main metric on the selection split while training went on: thin lines for runs, a thick one for the mean."""
+    """The main metric on the selection split while training went on, by step and by what was computed until then.
+
+    Thin lines for runs, a thick one for the mean.
+    """
     metric = block.main.name.rsplit("/", 1)[-1]
-    found: dict[int, list[list[tuple[float, float]]]] = {}
-    for entry in block.chosen:
-        lines = [folders.curve(folder, metric) for folder, _ in entry.runs[:CURVES]]
-        found[entry.number] = [thinned(line) for line in lines if len(line) > 1]
-    points = [point for lines in found.values() for line in lines for point in line]
-    if not points:
+    found: dict[int, list[_Curve]] = {}
+    few = len(block.entries) <= SERIES
+    for entry in block.entries if few else block.chosen:
+        lines = [(thinned(folders.curve(folder, metric)), record["cost"]) for folder, record in entry.runs[:CURVES]]
+        found[entry.number] = [(line, cost) for line, cost in lines if len(line) > 1]
+    shown = [entry for entry in (block.entries if few else block.chosen) if found[entry.number]]
+    if not shown:
         return None
-    x = axes.linear([0, *(step for step, _ in points)], "step →", lambda value: f"{value:,.0f}")
-    x = Axis(x.label, 0.0, max(step for step, _ in points), [tick for tick in x.ticks if tick[0] >= 0])
-    chart = Chart(x, axes.linear([value for _, value in points], f"{header(block.main)} on selection"), 560, 320)
-    shown = [entry for entry in block.chosen if found[entry.number]]
-    means = {entry.number: _mean(found[entry.number]) for entry in shown}
+    before = [sum(other.series == entry.series for other in shown[:i]) for i, entry in enumerate(shown)]
+    dashes = {entry.number: count % DASHES for entry, count in zip(shown, before, strict=True)}
+    how = "" if few else f" {block.chosen_how}"
+    if any(len(lines) > 1 for lines in found.values()):
+        how += " Thick: the mean over seeds; thin: each run."
+    label = f"{header(block.main)} on selection"
+    figures = [_curves(shown, found, dashes, label, lambda cost, step: step, "step", "step", how)]
+    costs_told = all(_told(cost) for lines in found.values() for _, cost in lines)
+    if costs_told and len(shown) > 1:
+        how = " Computed: training up to there, and all that came before its first step; not the looks themselves."
+        figures.append(_curves(shown, found, dashes, label, _teraflops, "TFLOP", "computation, TFLOP", how))
+    key = legend([(entry.series, entry.name) for entry in shown], list(dashes.values()))
+    return join([key, *figures])
+
+
+_Curve = tuple[list[tuple[float, float]], dict[str, Any]]
+"""Step and value of a run's looks, and its cost."""
+
+
+def _told(cost: dict[str, Any]) -> bool:
+    return all(isinstance(cost.get(key), int | float) and cost[key] > 0 for key in ("steps", "train_flops"))
+
+
+def _teraflops(cost: dict[str, Any], step: float) -> float:
+    return up_to(cost, "flops", step) / 1e12
+
+
+def _curves(
+    shown: Sequence[Entry],
+    found: dict[int, list[_Curve]],
+    dashes: dict[int, int],
+    label: str,
+    place: Callable[[dict[str, Any], float], float],
+    unit: str,
+    said_unit: str,
+    how: str,
+) -> Markup:
+    """One chart: `place` says where on its horizontal axis a run of some cost is at a step."""
+    drawn = {
+        number: [[(place(cost, step), value) for step, value in line] for line, cost in lines]
+        for number, lines in found.items()
+    }
+    means = {entry.number: _mean(found[entry.number], place) for entry in shown}
+    points = [point for lines in drawn.values() for line in lines for point in line]
+    x = axes.linear([0, *(at for at, _ in points)], f"{said_unit} →", lambda value: f"{value:,g}")
+    x = Axis(x.label, 0.0, max(at for at, _ in points), [tick for tick in x.ticks if tick[0] >= 0])
+    chart = Chart(x, axes.linear([value for _, value in points], label), 560, 320)
     for entry in shown:
-        if len(found[entry.number]) > 1:
-            for line in found[entry.number]:
-                chart.line(line, f"{series_class(entry.series)} faint", entry.number)
+        if len(drawn[entry.number]) > 1:
+            for line in drawn[entry.number]:
+                chart.line(line, f"{series_class(entry.series)} faint dash{dashes[entry.number]}", entry.number)
     rows: list[list[Content]] = []
     for entry in shown:
-        chart.line(means[entry.number], series_class(entry.series), entry.number)
-        step, value = means[entry.number][-1]
-        chart.dot(step, value, entry.series, f"{entry.name}: {value:.4f} at step {step:,.0f}", entry.number)
-        for step, value in means[entry.number]:
-            rows.append([entry.name, int(step), value, len(found[entry.number])])
+        chart.line(means[entry.number], f"{series_class(entry.series)} dash{dashes[entry.number]}", entry.number)
+        end, value = means[entry.number][-1]
+        chart.dot(end, value, entry.series, f"{entry.name}: {value:.4f} at {_tidy(end):,g} {unit}", entry.number)
+        for at, value in means[entry.number]:
+            rows.append([entry.name, _tidy(at), value, len(drawn[entry.number])])
     ends = sorted(((means[entry.number][-1][1], entry.name) for entry in shown), reverse=True)
-    said = f"Highest at the end: {ends[0][1]} with {ends[0][0]:.4f}. {block.chosen_how}"
-    if any(len(found[entry.number]) > 1 for entry in shown):
-        said += " Thick: the mean over seeds; thin: each run."
-    numbers = table("Learning curves, mean over runs", ["experiment", "step", metric, "runs"], rows)
-    made = figure(chart.svg(f"Learning curves on the selection split. {said}"), said, numbers, class_="wide")
-    return join([legend([(entry.series, entry.name) for entry in shown]), made])
+    said = f"Highest at the end: {ends[0][1]} with {ends[0][0]:.4f}.{how}"
+    numbers = table(f"Learning curves by {unit}, mean over runs", ["experiment", unit, label, "runs"], rows)
+    return figure(chart.svg(f"Learning curves on the selection split, by {unit}. {said}"), said, numbers, class_="wide")
+
+
+def _tidy(value: float) -> float | int:
+    return int(value) if value == int(value) else round(value, 2)
 
 
 def thinned(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -72,11 +122,14 @@ def thinned(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [line[round(i * (len(line) - 1) / (POINTS - 1))] for i in range(POINTS)]
 
 
-def _mean(lines: Sequence[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+def _mean(lines: Sequence[_Curve], place: Callable[[dict[str, Any], float], float]) -> list[tuple[float, float]]:
     """Over the steps that all lines have; the first line where they share none."""
-    at = [dict(line) for line in lines]
+    at = [dict(line) for line, _ in lines]
+    used = [cost for _, cost in lines]
     shared = [step for step in at[0] if all(step in line for line in at)]
-    return [(step, fmean(line[step] for line in at)) for step in shared] or lines[0]
+    if not shared:
+        shared, at, used = list(at[0]), at[:1], used[:1]
+    return [(fmean(place(cost, step) for cost in used), fmean(line[step] for line in at)) for step in shared]
 
 
 def reliability(block: Block, split: str) -> Markup | None:

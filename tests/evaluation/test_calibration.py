@@ -1,13 +1,25 @@
-"""The temperature is the one that an optimiser of scipy finds, and one that generated the labels is found again."""
+"""The temperature is the one that an optimiser of scipy finds, the threshold the best of all that there are."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
+from sklearn.metrics import f1_score, matthews_corrcoef
 
-from lora_bench.evaluation.calibration import COLDEST, HOTTEST, calibrated, fit_temperature, score_calibrated
-from lora_bench.evaluation.metrics import score
+from lora_bench.errors import DivergedError
+from lora_bench.evaluation.calibration import (
+    COLDEST,
+    HOTTEST,
+    Calibration,
+    calibrated,
+    fit_temperature,
+    fit_threshold,
+    score_calibrated,
+)
+from lora_bench.evaluation.metrics import matthews_correlation, score
 
 RANDOM = np.random.default_rng(0)
 
@@ -35,8 +47,9 @@ def test_the_least_negative_log_likelihood(temperature: float) -> None:
 def test_what_made_the_labels_is_found_again() -> None:
     scores, labels = sample(200_000, 2.5)
     assert fit_temperature(scores, labels) == pytest.approx(2.5, rel=0.02)
-    before, after = score(scores, labels, {}), score_calibrated(scores, labels, fit_temperature(scores, labels))
-    assert set(after) == {"calibrated/nll", "calibrated/ece", "calibrated/brier"}
+    before, after = score(scores, labels, {}), score_calibrated(scores, labels, Calibration.fit(scores, labels))
+    measures = ("nll", "ece", "brier", "accuracy", "f1", "mcc")
+    assert set(after) == {f"calibrated/{name}" for name in measures}
     for name in ("nll", "ece", "brier"):
         old, new = before[name], after[f"calibrated/{name}"]
         assert old is not None
@@ -56,3 +69,45 @@ def test_extremes_end_at_the_bounds() -> None:
     labels = np.array([0, 1, 0, 1])
     assert fit_temperature(np.array([0.1, 0.9, 0.2, 1.0]), labels) == pytest.approx(COLDEST)  # all right
     assert fit_temperature(np.array([0.9, 0.1, 0.8, 0.0]), labels) == pytest.approx(HOTTEST)  # all wrong
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1, max_size=40))
+def test_no_threshold_has_a_greater_mcc(rows: list[tuple[float, int]]) -> None:
+    scores, labels = (np.array(column) for column in zip(*rows, strict=True))
+    found = fit_threshold(scores.astype(float), labels)
+
+    def mcc(cut: float) -> float:
+        return matthews_correlation(scores >= cut, labels)
+
+    telling = [cut for cut in scores if (scores < cut).any()]
+    assert mcc(found) == pytest.approx(max(map(mcc, [*telling, 0.5])), abs=1e-9)
+
+
+def test_a_threshold_lies_halfway_and_as_near_to_one_half_as_may_be() -> None:
+    labels = np.array([0, 0, 1, 1])
+    assert fit_threshold(np.array([0.05, 0.1, 0.3, 0.9]), labels) == pytest.approx(0.2)
+    assert fit_threshold(np.array([0.1, 0.4, 0.6, 0.9]), labels) == 0.5  # as good as any
+    assert fit_threshold(np.array([0.1, 0.9, 0.6, 0.2]), np.ones(4, int)) == 0.5  # nothing to tell apart
+    assert fit_threshold(np.array([0.3, 0.3, 0.3, 0.3]), labels) == 0.5
+    above = np.nextafter(0.2, 1)  # nothing lies between the two
+    assert fit_threshold(np.array([0.1, 0.2, above, 0.3]), labels) == above
+    with pytest.raises(DivergedError):
+        fit_threshold(np.array([0.1, np.nan]), np.array([0, 1]))
+
+
+def test_labels_are_cut_at_the_threshold_of_the_scores_as_they_are() -> None:
+    scores, labels = sample(500, 2.0)
+    scores = scores**3  # too few ones at 0.5
+    own = Calibration.fit(scores, labels)
+    assert own.threshold < 0.4
+    found = score_calibrated(scores, labels, own)
+    assert found["calibrated/f1"] == pytest.approx(f1_score(labels, scores >= own.threshold))
+    assert found["calibrated/mcc"] == pytest.approx(matthews_corrcoef(labels, scores >= own.threshold))
+    assert found["calibrated/mcc"] > matthews_corrcoef(labels, scores >= 0.5)
+
+
+def test_records_are_read_as_written_and_older_ones_cut_at_one_half() -> None:
+    own = Calibration(1.5, 0.4)
+    assert Calibration.read({"step": 3, **own.recorded()}) == own
+    assert Calibration.read({"temperature": 1.5}) == Calibration(1.5, 0.5)
+    assert Calibration.read({"step": 3}) is None

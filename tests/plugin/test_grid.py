@@ -129,7 +129,7 @@ def test_every_kind_of_failure_is_recorded_and_told(in_tmp: Path, monkeypatch: p
         return fit(*arguments, **keywords)
 
     monkeypatch.setattr(train, "fit_courses", sometimes)
-    answer = lora_bench("train", "-m", *toy_run(SWEEP), "seed=0,1,2", "pack.size=1")
+    answer = lora_bench("train", "-m", *toy_run(SWEEP, "pack.size=1"), "seed=0,1,2")
     assert (answer.code, answer.err) == (1, "lora-bench: 2 of 3 jobs failed\n")
     assert "job 0 failed: a cable" in answer.out
     assert "job 1 failed: the loss is nan" in answer.out
@@ -148,7 +148,7 @@ def test_ctrl_c_keeps_what_is_finished(in_tmp: Path, monkeypatch: pytest.MonkeyP
         return fit(*arguments, **keywords)
 
     monkeypatch.setattr(train, "fit_courses", interrupted)
-    answer = lora_bench("train", "-m", *toy_run(SWEEP), "seed=0,1,2", "pack.size=1")
+    answer = lora_bench("train", "-m", *toy_run(SWEEP, "pack.size=1"), "seed=0,1,2")
     assert (answer.code, answer.err) == (130, "lora-bench: interrupted\n")
     assert [each["status"] for each in records(in_tmp / "sweep").values()] == ["done", "interrupted"]
     assert len(table(in_tmp / "sweep")) == 1

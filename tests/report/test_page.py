@@ -144,6 +144,32 @@ def test_every_key_that_differs_is_told(runs: Path) -> None:
     }
 
 
+def test_curves_are_drawn_by_step_and_by_what_was_computed(tmp_path: Path) -> None:
+    for name, seed, flops in (("a", 0, 50e12), ("b", 0, 10e12)):
+        make(tmp_path / name, "lora" if name == "a" else "dora", seed, 0.6)
+        run = Run(tmp_path / name, json.loads((tmp_path / name / "run.json").read_text()))
+        run.update(cost={"steps": 50, "train_flops": flops, "prepare_flops": 5e12 if name == "b" else None})
+    html = page(summarise([tmp_path]))
+    told = html[html.index("Learning curves by TFLOP, mean over runs") :]
+    rows = re.findall(
+        r'<tr>(?:<t[hd][^>]*>)(\w+)</t[hd]><td class="number">([\d.]+)</td>', told.partition("</table>")[0]
+    )
+    assert [(name, float(at)) for name, at in rows if name == "lora"] == [("lora", 10.0 * i) for i in range(1, 6)]
+    assert [(name, float(at)) for name, at in rows if name == "dora"] == [("dora", 5.0 + i) for i in range(1, 6)]
+    make(tmp_path / "c", "dora", 1, 0.6)  # of one run it is not known
+    html = page(summarise([tmp_path]))
+    assert "Learning curves by step" in html
+    assert "Learning curves by TFLOP" not in html
+
+
+def test_rows_of_one_method_share_a_colour_and_have_dashes_of_their_own(runs: Path) -> None:
+    html = page(summarise([runs]))
+    told = html[html.index('<section id="curves"') : html.index('<section id="calibration"')]
+    assert sorted(re.findall(r'class="line (s\d dash\d)"', told.partition("</ul>")[0])) == [
+        *("s0 dash0", "s0 dash1", "s1 dash0", "s1 dash1")
+    ]
+
+
 def test_the_command_writes_the_page(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(runs), "--html", str(tmp_path / "new" / "report.html")]) == 0
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
