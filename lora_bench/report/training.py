@@ -102,7 +102,7 @@ def _curves(
     for entry in shown:
         chart.line(means[entry.number], f"{series_class(entry.series)} dash{dashes[entry.number]}", entry.number)
         end, value = means[entry.number][-1]
-        chart.dot(end, value, entry.series, f"{entry.name}: {value:.4f} at {_tidy(end):,g} {unit}", entry.number)
+        chart.dot(end, value, entry.series, f"{entry.name}: {value:.4f} at {_tidy(end):,} {unit}", entry.number)
         for at, value in means[entry.number]:
             rows.append([entry.name, _tidy(at), value, len(drawn[entry.number])])
     ends = sorted(((means[entry.number][-1][1], entry.name) for entry in shown), reverse=True)
@@ -112,7 +112,7 @@ def _curves(
 
 
 def _tidy(value: float) -> float | int:
-    return int(value) if value == int(value) else round(value, 2)
+    return int(value) if value == int(value) else float(f"{value:.4g}")
 
 
 def thinned(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
