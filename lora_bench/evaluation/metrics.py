@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lora_bench.errors import DivergedError, UserError, nearest
+from lora_bench.stats import confusion, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ def score(
     values = {name: _compute(kind, p, y) for name, kind in _TORCHMETRICS.items()}
     if labels.min() == labels.max():
         values["auroc"] = None
-    values["mcc"] = matthews_correlation(predicted, labels)
+    values["mcc"] = float(measure_of(confusion(labels, predicted)))
     likelihood = np.where(labels == 1, scores, 1 - scores)
     values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
     values["brier"] = float(((scores - labels) ** 2).mean())
@@ -83,15 +84,6 @@ def need_finite(scores: NDArray[np.float64]) -> None:
     """Refuse scores of which one is not a finite number."""
     if not np.isfinite(scores).all():
         raise DivergedError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite numbers")
-
-
-def matthews_correlation(predicted: NDArray[np.bool_], labels: NDArray[np.int64]) -> float:
-    """Matthews correlation coefficient; 0 where the predictor or the labels are constant."""
-    positive = labels == 1
-    tp, tn = int((predicted & positive).sum()), int((~predicted & ~positive).sum())
-    fp, fn = int((predicted & ~positive).sum()), int((~predicted & positive).sum())
-    scale = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return (tp * tn - fp * fn) / scale if scale else 0.0
 
 
 def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:

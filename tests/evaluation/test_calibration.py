@@ -19,7 +19,8 @@ from lora_bench.evaluation.calibration import (
     fit_threshold,
     score_calibrated,
 )
-from lora_bench.evaluation.metrics import matthews_correlation, score
+from lora_bench.evaluation.metrics import score
+from lora_bench.stats import confusion, measure_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -77,7 +78,7 @@ def test_no_threshold_has_a_greater_mcc(rows: list[tuple[float, int]]) -> None:
     found = fit_threshold(scores.astype(float), labels)
 
     def mcc(cut: float) -> float:
-        return matthews_correlation(scores >= cut, labels)
+        return float(measure_of(confusion(labels, scores >= cut)))
 
     telling = [cut for cut in scores if (scores < cut).any()]
     assert mcc(found) == pytest.approx(max(map(mcc, [*telling, 0.5])), abs=1e-9)

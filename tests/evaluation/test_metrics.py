@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose
 
 from lora_bench.config import Metric
 from lora_bench.errors import DivergedError, UserError
-from lora_bench.evaluation.metrics import check_metrics, expected_calibration_error, matthews_correlation, score
+from lora_bench.evaluation.metrics import check_metrics, expected_calibration_error, score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -163,16 +163,22 @@ def test_a_metric_that_is_no_single_number_is_refused_before_training(kind: str)
 ROWS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
+def mcc(predicted: np.ndarray, labels: np.ndarray) -> float:
+    found = score(predicted.astype(np.float64), labels, {})["mcc"]
+    assert found is not None
+    return found
+
+
 @settings(deadline=None)
 @given(ROWS)
 def test_mcc_is_a_correlation(rows: list[tuple[bool, bool]]) -> None:
     predicted, positive = map(np.array, zip(*rows, strict=True))
     labels = positive.astype(np.int64)
-    value = matthews_correlation(predicted, labels)
+    value = mcc(predicted, labels)
     assert -1.0 <= value <= 1.0
-    assert_allclose(matthews_correlation(~predicted, 1 - labels), value, atol=1e-12)  # the other label is as good
-    assert_allclose(matthews_correlation(~predicted, labels), -value, atol=1e-12)
-    assert_allclose(matthews_correlation(positive, predicted.astype(np.int64)), value, atol=1e-12)
+    assert_allclose(mcc(~predicted, 1 - labels), value, atol=1e-12)  # the other label is as good
+    assert_allclose(mcc(~predicted, labels), -value, atol=1e-12)
+    assert_allclose(mcc(positive, predicted.astype(np.int64)), value, atol=1e-12)
     varied = len(set(predicted.tolist())) == 2 and len(set(positive.tolist())) == 2
     expected = np.corrcoef(predicted, positive)[0, 1] if varied else 0.0
     assert_allclose(value, expected, atol=1e-9)
