@@ -97,14 +97,14 @@ def reported(splits: dict[str, Examples]) -> dict[str, Examples]:
 
 
 def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
-    """Set a stratified selection split aside; then cut train to size.
+    """Set a selection split aside; then cut train to size, each with the share of each label that all rows have.
 
     Both depend on `split_seed` alone: the selection split is the same for every `train_size`, and a smaller train is a
     prefix of a larger one.
 
     Returns:
-        (train, selection): `train_size` rows (null: all that are left), and `selection_size` rows with train's share of
-        each label.
+        (train, selection): `train_size` rows (null: all that are left), and `selection_size` rows; of each label as
+        many as its share, to within one.
 
     Raises:
         UserError: train has no labels, or too few rows for the sizes asked for.
@@ -121,11 +121,8 @@ def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
         )
     # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
     order = np.argsort(np.random.PCG64(data.split_seed).random_raw(len(train)), kind="stable")
-    labels = train.labels[order]
-    chosen = np.zeros(len(train), dtype=bool)
-    for label, quota in enumerate(_shares(size, np.bincount(labels, minlength=2))):
-        chosen[np.flatnonzero(labels == label)[:quota]] = True
-    left = order[~chosen]
+    order = order[np.argsort(_depths(train.labels[order]), kind="stable")]
+    chosen, left = order[:size], order[size:]
     wanted = len(left) if data.train_size is None else data.train_size
     if wanted > len(left):
         raise UserError(
@@ -134,17 +131,16 @@ def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
             value=wanted,
             remedy=f"Give at most {len(left)}, or a smaller data.selection_size.",
         )
-    return train.take(left[:wanted]), train.take(order[chosen])
+    return train.take(left[:wanted]), train.take(chosen)
 
 
-def _shares(size: int, counts: NDArray[np.int64]) -> list[int]:
-    """`size` split in proportion to `counts`, by largest remainder: the shares add up to `size`."""
-    total = int(counts.sum())
-    shares = [size * int(count) // total for count in counts]
-    remainders = [size * int(count) % total for count in counts]
-    for label in sorted(range(len(counts)), key=lambda label: -remainders[label])[: size - sum(shares)]:
-        shares[label] += 1
-    return shares
+def _depths(labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(N,) how far down its label's rows each row stands: in this order every stretch has each label's share."""
+    depths = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        depths[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return depths
 
 
 def examine(splits: dict[str, Examples]) -> dict[str, Any]:

@@ -232,12 +232,22 @@ def test_a_smaller_train_is_a_prefix_and_selection_stays(labels: list[int], seed
     train, same = carve(numbered(labels), sizes(selection_size=0.5, split_seed=seed, train_size=size))
     assert train.ids.tolist() == whole.ids[:size].tolist()
     assert same.ids.tolist() == selection.ids.tolist()
+    assert train.labels is not None
+    assert abs(train.labels.sum() - size * sum(labels) / len(labels)) <= 1
+
+
+def test_few_rows_have_the_share_of_each_label_whatever_was_set_aside() -> None:
+    source = numbered([0, 0, 1] * 1000)
+    for seed in range(20):
+        train, _ = carve(source, sizes(selection_size=200, train_size=15, split_seed=seed))
+        assert train.labels is not None
+        assert train.labels.sum() in (4, 5, 6)
 
 
 def test_the_cut_is_the_same_on_any_machine_and_another_for_another_seed() -> None:
     source = numbered([0, 1] * 10)
     train, selection = carve(source, sizes(selection_size=4, train_size=3))
-    assert (train.ids.tolist(), selection.ids.tolist()) == ([13, 15, 1], [11, 3, 2, 18])
+    assert (train.ids.tolist(), selection.ids.tolist()) == ([13, 8, 15], [11, 2, 3, 18])
     cuts = {tuple(carve(source, sizes(selection_size=4, split_seed=seed))[1].ids) for seed in range(10)}
     assert len(cuts) == 10
 
