@@ -129,16 +129,28 @@ def _finished(cfg: DictConfig, data: config.Data) -> _Subject:
     if len(data.text_columns) != len(run.experiment.data.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(run.experiment.data.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns)
-    own = run.experiment.data
-    seen = sources.carve(sources.load(own)["train"], own) if data.unseen else ()
     return _Subject(
         lambda examples, cached: run.member_scores(examples, cached=cached),
         Run(run.folder, run.record),
         described={},
-        seen=seen,
+        seen=_seen(run) if data.unseen else (),
         calibration=run.calibration,
         member_calibrations=run.member_calibrations,
     )
+
+
+def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
+    """What the run was trained and chosen on, cut from its data again."""
+    own = run.experiment.data
+    seen = train, selection = sources.carve(sources.load(own)["train"], own)
+    for split, found in (("train", train), ("selection", selection)):
+        if found.fingerprint() != run.record["data"]["fingerprint"][split]:
+            raise UserError(
+                f"the run's data now give another {split} split than it was trained with, so what it saw is not known",
+                key="data.unseen",
+                value=True,
+            )
+    return seen
 
 
 def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:

@@ -136,6 +136,23 @@ def test_perturbed_and_unseen_figures_stand_beside_the_clean_ones(run: Path) -> 
     assert read(run / "evaluations" / "toy.json") == found
 
 
+def test_what_a_run_has_seen_is_not_told_from_data_that_changed_since(tmp_path: Path) -> None:
+    pairs(tmp_path / "d", "train")
+    pairs(tmp_path / "d", "validation")
+    own = ["data=pairs", f"data.path={tmp_path / 'd'}", "data.selection_size=10", "trainer.max_steps=1"]
+    quiet = Console(file=io.StringIO())
+    choices = {"model": "tiny_bert", "adapter": "lora", "data": "pairs"}
+    train(Job(composed(*own), tmp_path / "run", choices, []), console=quiet)
+    asked = [f"data.path={tmp_path / 'd'}", "data.unseen=true"]
+    evaluated(tmp_path / "run", *asked, choice="pairs")
+    before = files_below(tmp_path / "run")
+    with (tmp_path / "d" / "train.tsv").open("a", encoding="utf-8") as file:
+        file.write("one more?\tand another?\t0\n")
+    with pytest.raises(UserError, match="data now give another train split"):
+        evaluated(tmp_path / "run", *asked, choice="pairs")
+    assert files_below(tmp_path / "run") == before
+
+
 def test_extra_metrics(run: Path) -> None:
     evaluated(run, *TOY, "metric=[specificity]")
     assert "validation/specificity" in read(run / "evaluations" / "toy.json")["metrics"]
