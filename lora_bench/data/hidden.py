@@ -19,6 +19,7 @@ from lora_bench.errors import RunFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -34,14 +35,15 @@ class HiddenStates:
     """The stored output of a prefix.
 
     Args:
+        path: of the file, for messages.
         file: open, complete and verified; closed with this object.
         width: D, numbers per token.
         dtype: their format.
     """
 
-    def __init__(self, file: BinaryIO, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, file: BinaryIO, width: int, dtype: torch.dtype) -> None:
         self.width, self.dtype = width, dtype
-        self._file = file
+        self._path, self._file = path, file
         self._close = weakref.finalize(self, file.close)
 
     def read(self, places: NDArray[np.int64], kept: NDArray[np.bool_]) -> torch.Tensor:
@@ -59,7 +61,7 @@ class HiddenStates:
         except OSError as error:
             reason = f"the cached prefix can no longer be read ({error.strerror})"
             remedy = "Resume the run: the prefix is then computed again."
-            raise RunFailedError(reason, file=self._file.name, remedy=remedy) from None
+            raise RunFailedError(reason, file=self._path, remedy=remedy) from None
         return torch.from_numpy(states).view(self.dtype)
 
 

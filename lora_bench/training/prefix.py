@@ -78,11 +78,10 @@ class PrefixCache:
         served, keys = dict(tables), list[str]()
         for name in self.keeps(pack, tables):
             keys.append(self._key(pack, tables[name]))
-            file = self._load_or_fill(pack, tables[name], keys)
-            if file is None:
+            hidden = self._load_or_fill(pack, tables[name], keys)
+            if hidden is None:
                 self.flops = 0.0
                 return tables
-            hidden = HiddenStates(file, pack.backbone.hidden_size, pack.backbone.compute_dtype)
             served[name] = replace(tables[name], hidden=hidden)
         if keys:
             pack.cut = pack.depth
@@ -107,14 +106,16 @@ class PrefixCache:
             digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()[:40]
 
-    def _load_or_fill(self, pack: Pack, table: TokenTable, keys: Collection[str]) -> BinaryIO | None:
+    def _load_or_fill(self, pack: Pack, table: TokenTable, keys: Collection[str]) -> HiddenStates | None:
         """Open the file of the last of these keys, filled if it was not there; None where there is no room for it."""
         *_, key = keys
         files, size_bytes = CacheFiles("prefix", self.limit_bytes), self._size(pack, table) - TRAILER_BYTES
         file = files.open(key, size_bytes=size_bytes)
         if file is None:
             file = files.write(key, lambda part: _fill(pack, table, part), size_bytes=size_bytes, keep=keys)
-        return file
+        if file is None:
+            return None
+        return HiddenStates(files.path(key), file, pack.backbone.hidden_size, pack.backbone.compute_dtype)
 
 
 def _processor(device: torch.device) -> tuple[str, str]:
