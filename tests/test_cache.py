@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 from lora_bench import cache
 from lora_bench.cache import TRAILER_BYTES, CacheFiles, cache_folder, token_limit_bytes
 from lora_bench.errors import UserError
+from tests.command_line import lora_bench, toy_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -334,3 +337,35 @@ def test_the_limit_of_tokens_is_a_number_of_bytes(monkeypatch: pytest.MonkeyPatc
             token_limit_bytes()
     with suppress(KeyError):
         del os.environ[cache.TOKEN_LIMIT]
+
+
+def test_a_run_on_damaged_caches_is_the_run_on_sound_ones(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BENCH_CACHE", "cache")
+    request = toy_run("trainer.max_steps=3", "adapter.layers=top:1", "trainer.epochs=5")
+
+    def metrics(folder: str, *, cached: bool = True) -> tuple[dict[str, float], str]:
+        answer = lora_bench("train", *request, f"hydra.run.dir={folder}")
+        assert answer.code == 0, answer
+        record = json.loads(Path(folder, "run.json").read_text())
+        assert bool(record["cost"]["prefix_fill_flops"]) is cached
+        return record["metrics"], answer.err
+
+    cold, silent = metrics("cold")
+    sound = {path: path.read_bytes() for path in Path("cache").rglob("*.*")}
+    assert (silent, len(sound)) == ("", 5)  # tokens of train, selection and validation; the prefix of the first two
+    for place, path in enumerate(sound):
+        if place % 2:
+            os.truncate(path, 100)
+        else:
+            change(path, path.stat().st_size // 2, 4)
+    damaged, notes = metrics("damaged")
+    assert damaged == cold
+    assert all(notes.count(str(path)) == 1 for path in sound)
+    assert {path: path.read_bytes() for path in Path("cache").rglob("*.*")} == sound
+    assert metrics("warm") == (cold, "")
+    for path in Path("cache").iterdir():
+        shutil.rmtree(path)
+        path.touch()
+    without, notes = metrics("without", cached=False)
+    assert without == pytest.approx(cold, abs=1e-4)
+    assert notes.count("cannot be written") == 4  # after the first prefix the second is not tried
