@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lora_bench.errors import DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
-from lora_bench.screen import shown
+from lora_bench.screen import note, shown
 from lora_bench.secrets import remember
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ def _dispatch(arguments: list[str]) -> int:
 
         run_doctor(_console())
         return 0
+    if command == "clean":
+        from lora_bench.clean import run_clean
+
+        run_clean(rest, _console())
+        return 0
     tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "prompt": _prompt}
     _run_hydra(command, "config" if command == "train" else command, tasks[command], rest)
     return 0
@@ -93,8 +98,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
+    from lora_bench.cache import token_limit_bytes
     from lora_bench.hydra_errors import Arguments, compose, refuse_code, translated
 
+    token_limit_bytes()  # refused before anything is loaded
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
         raise UserError("sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.")
@@ -102,7 +109,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
         remedy = "torchrun trains one run on several devices; start the sweep without it."
         raise UserError("makes runs one after another in a process of its own", key="-m", remedy=remedy)
     for override in parsed.repeated():
-        _tell(f"note: {override} is given again with another value, which counts")
+        note(f"{override} is given again with another value, which counts")
     import hydra
 
     failures: list[Exception] = []

@@ -12,6 +12,7 @@ COMMANDS = {
     "export": "write a finished run as an adapter for PEFT or as a plain Hugging Face model",
     "prompt": "a language model behind an OpenAI-compatible server as a baseline; or answers in a file",
     "compare": "tables over finished runs: what varies, how good, at what cost",
+    "clean": "remove cached tokens and prefixes, or list them with their sizes",
     "doctor": "versions, devices, precisions, and what is missing here",
 }
 GROUPS = (
@@ -75,6 +76,19 @@ def help_of(command: str) -> str:
             "Keys: adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, adapter.layers,",
             "  optimizer.lr, trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size,",
             "  seed, … (--cfg job lists all)",
+        ]
+    elif command == "clean":
+        lines += [
+            "  lora-bench clean [tokens] [prefix] [--dry-run]",
+            "",
+            "  tokens      tokenised texts",
+            "  prefix      outputs of frozen layers",
+            "  --dry-run   list the caches with their sizes and remove nothing",
+            "",
+            "Without a name, both are removed; the next run computes what it needs again.",
+            "Answers of language models (lora-bench prompt) are listed and kept.",
+            "The caches lie in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench). Their sizes are bounded by",
+            "trainer.prefix_cache_bytes and by $LORA_BENCH_TOKEN_CACHE_BYTES (4e9 by default; 0: no token cache).",
         ]
     elif command in ("eval", "predict", "export", "prompt"):
         lines += [f"  {line}" for line in (conf / f"{command}.yaml").read_text(encoding="utf-8").splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.text import Text
 
 from lora_bench.secrets import redact
@@ -11,3 +12,8 @@ from lora_bench.tables import clean
 def shown(text: object, style: str = "") -> Text:
     """One line as it may be shown; what a terminal would act upon is spelt out."""
     return Text(redact(clean(str(text))), style=style)
+
+
+def note(text: str) -> None:
+    """Print a line about what the user should know to the standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(shown(f"note: {text}"))

@@ -20,6 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         "",
+        "cache",
+        "clean",
         "compare",
         "doctor",
         "errors",
@@ -36,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "help": set(),
     "prompt": BASE
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
-    | {"training"},
+    | {"cache", "training"},
     "prompted": set(),
     "tracking": BASE | {"experiments", "record", "screen"},
     "plugin": {
@@ -75,10 +77,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "results": {"adapters", "backbones", "besides", "data", "evaluation", "record", "tasks", "training"},
     "tasks": {"errors", "record"},
     "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
-    "doctor": {"environment", "data", "training"},
-    "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
+    "doctor": {"cache", "environment", "training"},
+    "training": {"cache", "errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors", "stats"},
-    "data": BASE | {"hub"},
+    "data": BASE | {"cache", "hub"},
+    "cache": {"errors", "screen"},
+    "clean": {"cache", "errors", "screen", "tables"},
     "backbones": BASE | {"hub"},
     "adapters": BASE,
     "progress": {"screen", "tables"},
@@ -122,7 +126,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("help", "prompted", "recorded", "slurm", "tasks", "transfer")
+LIGHT += ("cache", "clean", "help", "prompted", "recorded", "slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",

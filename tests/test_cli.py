@@ -59,7 +59,7 @@ def test_train_help_lists_every_choice_of_every_group() -> None:
         assert set(line.strip().removeprefix(f"{group}=").split("|")) == options
 
 
-@pytest.mark.parametrize("command", ["eval", "predict", "export", "prompt", "compare", "doctor"])
+@pytest.mark.parametrize("command", ["eval", "predict", "export", "prompt", "compare", "clean", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     answer = lora_bench(command, "--help")
     assert answer.code == 0
@@ -75,6 +75,7 @@ def test_every_command_has_help(command: str) -> None:
         (["train", "adapter.rnak=8"], 2, "Did you mean adapter.rank?"),
         (["train", "model=robrta"], 2, "Did you mean roberta?"),
         (["compare", "runs"], 0, "no finished run yet"),
+        (["clean", "--dry-run"], 0, "would be removed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -28,7 +28,7 @@ def test_versions_of_every_package_that_results_depend_on() -> None:
     assert found == {name: version(name) for name in environment.PACKAGES}
     named = [re.split("[<>=!~; ]", line)[0] for line in requires("lora-bench") or [] if "extra" not in line]
     required = {name for name in named if name}
-    no_figure_depends_on = {"rich", "pyyaml", "sentencepiece", "filelock"}  # screen, files and locks
+    no_figure_depends_on = {"rich", "pyyaml", "sentencepiece", "filelock", "xxhash"}  # screen, files, locks
     assert required - no_figure_depends_on <= set(environment.PACKAGES)
 
 

@@ -1,21 +1,24 @@
-"""What a frozen prefix made of every token of a table, kept in a file: read in rows, never held whole.
+"""The hidden states that a frozen prefix makes of every token of a table, in a file: read in rows, never held whole.
 
-The file holds (sum of lengths, D) numbers, without padding, in the order of the table. It is mapped for each batch and
-let go of, so that the system keeps as much of it in memory as there is room for and the process's own memory stays
-flat. The descriptor is held: who deletes the file to make room does not disturb whoever reads it.
+The file holds (sum of lengths, D) numbers, without padding, in the order of the table. Rows are read for each batch, so
+that the system caches as much of it as there is room for and the process's own memory stays flat. It is not mapped: a
+mapped file that is cut short ends the process. The file is held open, so it may be deleted to make room.
 """
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 
+from lora_bench.errors import RunFailedError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -32,49 +35,63 @@ class HiddenStates:
     """The stored output of a prefix.
 
     Args:
-        path: the file, complete.
+        path: of the file, for messages.
+        file: open, complete and verified; closed with this object.
         width: D, numbers per token.
         dtype: their format.
     """
 
-    def __init__(self, path: Path, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, file: BinaryIO, width: int, dtype: torch.dtype) -> None:
         self.width, self.dtype = width, dtype
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._path, self._file = path, file
+        self._close = weakref.finalize(self, file.close)
 
     def read(self, places: NDArray[np.int64], kept: NDArray[np.bool_]) -> torch.Tensor:
-        """Tokens at `places` (N, T) as (N, T, D), zeros where `kept` (N, T) says that there is none."""
-        kind = _NUMPY[self.dtype]
-        found = np.zeros((*places.shape, self.width), kind)
-        with mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ) as mapped:
-            stored = np.frombuffer(mapped, kind).reshape(-1, self.width)
-            found[kept] = stored[places[kept]]
-            del stored  # a map with views cannot be closed
-        return torch.from_numpy(found).view(self.dtype)
+        """Tokens at `places` (N, T) as (N, T, D), zeros where `kept` (N, T) says that there is none.
+
+        Raises:
+            RunFailedError: the file was cut short, or can no longer be read.
+        """
+        states = np.zeros((*places.shape, self.width), _NUMPY[self.dtype])
+        try:
+            for row, start, count in _rows(places, kept):
+                stored = states[row, :count]
+                if os.preadv(self._file.fileno(), [stored.data], start * stored[0].nbytes) != stored.nbytes:
+                    raise OSError(errno.EIO, "it was cut short")
+        except OSError as error:
+            reason = f"the cached prefix can no longer be read ({error.strerror})"
+            remedy = "Resume the run: the prefix is then computed again."
+            raise RunFailedError(reason, file=self._path, remedy=remedy) from None
+        return torch.from_numpy(states).view(self.dtype)
 
 
 class HiddenStatesWriter:
-    """A file of hidden states being made: room is taken at once, rows come in any order.
+    """Fills a file with hidden states: its room is taken at once, rows come in any order.
 
     Raises:
         OSError: there is no room for it.
     """
 
-    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype) -> None:
-        kind = _NUMPY[dtype]
-        with path.open("wb") as file:
-            # A full disk is told here and not by a signal in the midst of writing.
-            os.posix_fallocate(file.fileno(), 0, tokens * width * kind.itemsize)
-        self._path, self._kind, self._shape = path, kind, (tokens, width)
+    def __init__(self, file: BinaryIO, tokens: int, width: int, dtype: torch.dtype) -> None:
+        self._file = file
+        size_bytes = tokens * width * _NUMPY[dtype].itemsize
+        if hasattr(os, "posix_fallocate"):  # a full disk is noticed before anything is computed
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        else:
+            file.truncate(size_bytes)
 
     def write(self, places: NDArray[np.int64], kept: NDArray[np.bool_], hidden: torch.Tensor) -> None:
         """Put (N, T, D) at `places` (N, T), but for those tokens that `kept` calls padding."""
-        bits = hidden.contiguous().view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden
-        # Mapped for each batch: pages of a map that stays would count as this process's memory, and become gigabytes.
-        stored: np.memmap[Any, Any] = np.memmap(self._path, self._kind, "r+", shape=self._shape)
-        stored[places[kept]] = bits.numpy()[kept]
+        bits = hidden.contiguous().view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden.contiguous()
+        states = bits.numpy()
+        for row, start, count in _rows(places, kept):
+            stored = states[row, :count]
+            if os.pwrite(self._file.fileno(), stored.data, start * stored[0].nbytes) != stored.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def flush(self) -> None:
-        """See to it that what was written is on the disk."""
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
+
+def _rows(places: NDArray[np.int64], kept: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
+    """Yield the number of each row that has tokens, where its first token lies, and how many it has."""
+    for row, (start, count) in enumerate(zip(places[:, 0].tolist(), kept.sum(1).tolist(), strict=True)):
+        if count:
+            yield row, start, count

@@ -1,26 +1,26 @@
-"""Tokenised once: texts to a flat table of tokens, kept as an Arrow file under a key made of its content.
+"""Tokenised once: texts to a flat table of tokens, cached as an Arrow stream under a key made of its content.
 
-The cache lies in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench) and is memory-mapped, so that resident memory
-does not grow with the data. The key covers the texts, the tokenizer and the length limit: a stale file cannot be met.
+The key covers the texts, the tokenizer and the length limit: a stale file cannot be met. A cached table is read into
+memory and checked against what the tokenizer can give, so that what is checked is what is used.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import tokenizers
 
-from lora_bench.errors import UserError
+from lora_bench.cache import CacheFiles, token_limit_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from lora_bench.data.hidden import HiddenStates
 
 CHUNK = 8192  # pairs handed to the tokenizer at a time
+
+_IDS = pa.schema([("input_ids", pa.list_(pa.int32()))])
+_TYPES = pa.field("token_type_ids", pa.list_(pa.int8()))
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,7 @@ def tokenize(
     texts = examples.texts[::-1] if swapped else examples.texts
     first, second = backbone.render(list(zip(columns, texts, strict=True)))
     if cached:
-        path = cache_folder() / "tokens" / f"{_key(first, second, backbone.tokenizer, max_length)}.arrow"
-        if not path.is_file():
-            _write(path, _encode(first, second, backbone.tokenizer, max_length))
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = _load_or_encode(first, second, backbone.tokenizer, max_length)
     else:
         batch = _encode(first, second, backbone.tokenizer, max_length)
     tokens = batch.column("input_ids")
@@ -125,12 +125,6 @@ def scoring_table(
     return replace(one, exchanged=other[0]) if other else one
 
 
-def cache_folder() -> Path:
-    """Where tokenised data is kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LORA_BENCH_CACHE") or Path(home) / "lora-bench")
-
-
 def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -155,36 +149,75 @@ def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_leng
     return batch.replace_schema_metadata({"truncated": str(truncated)})
 
 
-def _write(path: Path, batch: pa.RecordBatch) -> None:
-    """Written beside and renamed: two runs that tokenise the same data at once do not meet half a file."""
+def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    """Return the tokens from the cache, or encode the texts and leave them there."""
+    files = CacheFiles("tokens", token_limit_bytes())
+    key = _key(first, second, tokenizer, max_length)
+    parse = partial(_parse, rows=len(first), paired=second is not None, tokenizer=tokenizer, max_length=max_length)
+    most = len(first) * (max_length * 5 + 8) + (1 << 20)  # an id, a type; two offsets; the schema
+    batch = files.read(key, parse, max_bytes=most)
+    if batch is None:
+        batch = _encode(first, second, tokenizer, max_length)
+        if batch.nbytes <= files.limit_bytes:
+            written = files.write(key, partial(_write, batch), size_bytes=batch.nbytes)
+            if written:
+                written.close()
+    return batch
+
+
+def _write(batch: pa.RecordBatch, file: BinaryIO) -> None:
+    with pa.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+
+
+def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    """Read a cached batch, and check that the tokenizer could have given it.
+
+    Raises:
+        ValueError: it could not.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_and_rename(path, batch)
-    except OSError as error:
-        remedy = "Set the environment variable LORA_BENCH_CACHE to a folder with room to write."
-        raise UserError(
-            f"the token cache cannot be written ({error.strerror})", file=path.parent, remedy=remedy
-        ) from None
+        batch = pa.ipc.open_stream(payload).read_next_batch()
+        batch.validate(full=True)
+        truncated = int((batch.schema.metadata or {})[b"truncated"])
+    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
+        raise ValueError(f"holds no tokens: {error}") from None
+    if batch.num_rows != rows or not 0 <= truncated <= rows:
+        raise ValueError(f"does not hold the tokens of {rows} rows")
+    if batch.schema.remove_metadata() not in (_IDS, _IDS.append(_TYPES)) or any(c.null_count for c in batch.columns):
+        raise ValueError("holds other columns than tokens have")
+    ids, *types = [column.values for column in batch.columns]
+    offsets, *others = [column.offsets.to_numpy() for column in batch.columns]
+    flat = ids.null_count == 0 and offsets[0] == 0 and offsets[-1] == len(ids)
+    if not flat or np.diff(offsets).max(initial=0) > max_length or any((o != offsets).any() for o in others):
+        raise ValueError("holds rows of other lengths than tokens have")
+    backend = tokenizer.backend_tokenizer
+    if _outside(ids, _highest_id(backend, ids)):
+        raise ValueError("holds ids that the tokenizer does not have")
+    empty, short = [backend.encode(*[text] * (2 if paired else 1)).type_ids for text in ("", "a")]
+    if (not types and any(empty)) or any(_outside(values, max(1, *short)) for values in types):
+        raise ValueError("holds other token types than the tokenizer gives")
+    return batch
 
 
-def _write_and_rename(path: Path, batch: pa.RecordBatch) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            with pa.ipc.new_file(file, batch.schema) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+def _outside(values: pa.Array, highest: int) -> bool:
+    """Return whether a value is missing, negative or above the highest."""
+    numbers = values.to_numpy() if values.null_count == 0 else np.array([-1])
+    return bool(len(numbers)) and not 0 <= numbers.min() <= numbers.max() <= highest
+
+
+def _highest_id(backend: Any, ids: pa.Array) -> int:
+    """Return the highest id that the tokenizer has; its vocabulary may have gaps."""
+    size = backend.get_vocab_size()
+    return size - 1 if not _outside(ids, size - 1) else max(backend.get_vocab().values(), default=-1)
 
 
 def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> str:
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()  # its state is part of the text below
-    digest = sha256(f"{backend.to_str()}|{max_length}|{second is not None}".encode())
+    version = tokenizers.__version__
+    digest = sha256(f"{backend.to_str()}|{max_length}|{second is not None}|{version}".encode())
     for texts in (first, second or []):
         digest.update(f"{len(texts)}|".encode())
         for text in texts:

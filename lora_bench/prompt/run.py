@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config, environment
+from lora_bench.cache import cache_folder
 from lora_bench.checks import need
 from lora_bench.data import sources
-from lora_bench.data.pairs import cache_folder
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.progress import metric_table
 from lora_bench.prompt.answer import KINDS, Answer, read_label

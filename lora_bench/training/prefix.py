@@ -7,25 +7,23 @@ the tokens and the precision: a run that finds it gets the same bits as the run 
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lora_bench.cache import TRAILER_BYTES, CacheFiles
 from lora_bench.data.batching import Batch, evaluation_batches, evaluation_rows, places_of
 from lora_bench.data.hidden import HiddenStates, HiddenStatesWriter
-from lora_bench.data.pairs import cache_folder
 from lora_bench.evaluation.cost import FlopModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
+    from typing import BinaryIO
 
     from lora_bench.adapters.pack import Pack
     from lora_bench.data.pairs import TokenTable
@@ -77,83 +75,68 @@ class PrefixCache:
     def serve(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
         """The tables with their hidden states beside the tokens where they are kept; the pack is then cut there."""
         began = time.perf_counter()
-        files: dict[Path, str] = {}
+        served, keys = dict(tables), list[str]()
         for name in self.keeps(pack, tables):
-            path = self._folder / f"{self._key(pack, tables[name])}.hidden"
-            if not self._make(pack, tables[name], path, files):
+            keys.append(self._key(pack, tables[name]))
+            hidden = self._load_or_fill(pack, tables[name], keys)
+            if hidden is None:
                 self.flops = 0.0
                 return tables
-            files[path] = name
-        served = dict(tables)
-        for path, name in files.items():
-            hidden = HiddenStates(path, pack.backbone.hidden_size, pack.backbone.compute_dtype)
             served[name] = replace(tables[name], hidden=hidden)
-            self.used_bytes += self._size(pack, tables[name])
-        if files:
+        if keys:
             pack.cut = pack.depth
+        self.used_bytes = sum(self._size(pack, tables[name]) for name in tables if served[name] is not tables[name])
         self.seconds = time.perf_counter() - began
         return served
 
     @staticmethod
     def _size(pack: Pack, table: TokenTable) -> int:
-        return len(table.values) * pack.backbone.hidden_size * pack.backbone.compute_dtype.itemsize
-
-    @property
-    def _folder(self) -> Path:
-        return cache_folder() / "prefix"
+        """Bytes of a table's file."""
+        return len(table.values) * pack.backbone.hidden_size * pack.backbone.compute_dtype.itemsize + TRAILER_BYTES
 
     def _key(self, pack: Pack, table: TokenTable) -> str:
-        what = (self.backbone_sha256, pack.depth, pack.backbone.compute_dtype, pack.backbone.device.type, ROWS)
-        where = (torch.__version__, torch.backends.cpu.get_cpu_capability())
-        digest = sha256(f"{what} {where} {len(table)}\n".encode())
-        for array in (table.values, table.lengths, table.types):
+        """Return a hash of all that fixes the bits: what is computed, of which tokens, by which programs, where."""
+        backbone = pack.backbone
+        attention = getattr(backbone.network.config, "_attn_implementation", None)
+        what = (self.backbone_sha256, type(backbone).__name__, attention, pack.depth, backbone.compute_dtype)
+        layout = (ROWS, len(table), backbone.tokenizer.pad_token_id)
+        programs = [torch.__version__, *map(version, ("transformers", "lora-bench"))]
+        digest = sha256(f"{what} {layout} {programs} {_processor(backbone.device)}\n".encode())
+        for array in (table.values, table.offsets, table.lengths, table.types):
             digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()[:40]
 
-    def _make(self, pack: Pack, table: TokenTable, path: Path, others: Iterable[Path]) -> bool:
-        """See to it that the file is there; False where there is no room to write it."""
-        with suppress(FileNotFoundError):
-            os.utime(path)
-            return True
-        part: Path | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room(self._size(pack, table), set(others))
-            descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            os.close(descriptor)
-            part = Path(name)
-            _fill(pack, table, part)
-            os.replace(part, path)
-        except OSError:  # a cache is a convenience: without room the prefix is computed at every step
-            return False
-        finally:
-            if part is not None:
-                part.unlink(missing_ok=True)
-        return True
+    def _load_or_fill(self, pack: Pack, table: TokenTable, keys: Collection[str]) -> HiddenStates | None:
+        """Open the file of the last of these keys, filled if it was not there; None where there is no room for it."""
+        *_, key = keys
+        files, size_bytes = CacheFiles("prefix", self.limit_bytes), self._size(pack, table) - TRAILER_BYTES
+        file = files.open(key, size_bytes=size_bytes)
+        if file is None:
+            file = files.write(key, lambda part: _fill(pack, table, part), size_bytes=size_bytes, keep=keys)
+        if file is None:
+            return None
+        return HiddenStates(files.path(key), file, pack.backbone.hidden_size, pack.backbone.compute_dtype)
 
-    def _make_room(self, size: int, kept: set[Path]) -> None:
-        """Delete the least recently used files until another of `size` bytes fits the limit."""
-        found = sorted((path.stat().st_mtime, path) for path in self._folder.glob("*.hidden"))
-        total = sum(path.stat().st_size for _, path in found)
-        for _, path in found:
-            if total + size <= self.limit_bytes:
-                return
-            if path not in kept:
-                total -= path.stat().st_size
-                path.unlink(missing_ok=True)
+
+def _processor(device: torch.device) -> tuple[str, str]:
+    """Return what tells processors apart that may round otherwise."""
+    if device.type == "cuda":
+        return device.type, torch.cuda.get_device_name(device)
+    return device.type, torch.backends.cpu.get_cpu_capability()
 
 
 @torch.no_grad()
-def _fill(pack: Pack, table: TokenTable, path: Path) -> None:
+def _fill(pack: Pack, table: TokenTable, file: BinaryIO) -> None:
     backbone = pack.backbone
-    writer = HiddenStatesWriter(path, len(table.values), backbone.hidden_size, backbone.compute_dtype)
+    writer = HiddenStatesWriter(file, len(table.values), backbone.hidden_size, backbone.compute_dtype)
     mode = pack.training
     pack.eval()
-    for rows, batch in evaluation_batches(table, ROWS, backbone.tokenizer.pad_token_id):
-        hidden = backbone.prefix(batch.to(backbone.device), pack.depth)  # (N, T, D)
-        writer.write(*places_of(table, rows, batch.input_ids.shape[1]), hidden.cpu())
-    pack.train(mode)
-    writer.flush()
+    try:
+        for rows, batch in evaluation_batches(table, ROWS, backbone.tokenizer.pad_token_id):
+            hidden = backbone.prefix(batch.to(backbone.device), pack.depth)  # (N, T, D)
+            writer.write(*places_of(table, rows, batch.input_ids.shape[1]), hidden.cpu())
+    finally:
+        pack.train(mode)
 
 
 @torch.no_grad()

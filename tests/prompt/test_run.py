@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_bench import record
+from lora_bench.cache import cache_folder
 from lora_bench.config import build_data
 from lora_bench.data import sources, toy
-from lora_bench.data.pairs import cache_folder
 from lora_bench.prompt import client
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import composed

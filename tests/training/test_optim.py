@@ -107,6 +107,14 @@ def test_without_warm_up_the_first_step_is_almost_the_peak() -> None:
         assert rate_factor(replace(SETTINGS, warmup=0.0, schedule=schedule), 1, 1000) == pytest.approx(1, abs=0.002)
 
 
+def test_a_warm_up_that_ends_within_a_step_is_rounded_up() -> None:
+    """Of 15 steps a tenth is 1.5: two steps climb, and the third is the first to fall."""
+    assert [rate_factor(SETTINGS, step, 15) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1 - 1 / 14])
+    short = replace(SETTINGS, schedule="constant", warmup=0.01)
+    assert [rate_factor(short, step, 101) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1])
+    assert rate_factor(short, 1, 5) == 1
+
+
 @settings(deadline=None)
 @given(steps=st.integers(1, 200), warmup=st.floats(0, 1), schedule=st.sampled_from(["linear", "cosine", "constant"]))
 def test_every_step_learns_and_none_above_the_peak(steps: int, warmup: float, schedule: str) -> None:

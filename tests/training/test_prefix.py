@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lora_bench.cache import TRAILER_BYTES
 from lora_bench.data.batching import both_orders, collate, micro_batches
+from lora_bench.errors import RunFailedError
 from lora_bench.training import prefix
 from lora_bench.training.loop import fit, predict
 from lora_bench.training.prefix import PrefixCache
@@ -18,6 +21,7 @@ from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables,
 from tests.backbones.tools import FORMS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lora_bench.adapters.pack import Pack
@@ -145,7 +149,8 @@ def test_nothing_is_kept_where_the_first_layer_is_trained(settings: Any, store: 
 def test_what_exceeds_the_limit_is_computed_as_before_and_old_files_make_room(store: Path) -> None:
     made = pack("bert", (TOP, 0))
     found, cache = served(made)
-    train, selection = (int(len(t.values) * made.backbone.hidden_size * 4) for t in found.values())
+    token_bytes = made.backbone.hidden_size * 4
+    train, selection = (int(len(t.values) * token_bytes + TRAILER_BYTES) for t in found.values())
     assert cache.used_bytes == train + selection
     assert served(made, 0)[0]["train"].hidden is None
     found, _ = served(made, train)  # what training looks at comes first, and nothing is kept without it
@@ -167,7 +172,7 @@ def test_both_orders_of_a_pair_are_kept_or_neither(store: Path) -> None:
     made = pack("bert", (TOP, 0))
     train, selection = tables(made.backbone)
     asked = {"train": train, "swapped": train, "selection": selection}
-    one = len(train.values) * made.backbone.hidden_size * 4
+    one = len(train.values) * made.backbone.hidden_size * 4 + TRAILER_BYTES
     assert PrefixCache("the tiny backbone", 1.5 * one).keeps(made, asked) == []
     assert PrefixCache("the tiny backbone", 2 * one).keeps(made, asked) == ["train", "swapped"]
     augmented = {**asked, "swapped": replace(train, augmentation=object())}  # type: ignore[arg-type]
@@ -187,12 +192,114 @@ def test_a_pack_stays_cut_where_its_members_began_when_one_of_them_ends() -> Non
 
 
 def test_without_room_on_the_disk_nothing_is_kept_and_nothing_left(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prefix, "HiddenStatesWriter", full)
+    for name in ("posix_fallocate", "pwrite", "fsync"):
+        made = pack("bert", (TOP, 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            found, cache = served(made)
+        assert all(table.hidden is None for table in found.values())
+        assert (made.cut, made.training, cache.flops, cache.used_bytes) == (None, True, 0, 0)
+        assert not list(store.iterdir())
+        assert "No space left on device" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "zeros", "other"])
+def test_a_damaged_file_is_named_and_filled_again(store: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    served(pack("bert", (TOP, 0)))
+    sound = {path: path.read_bytes() for path in sorted(store.iterdir())}
+    (path, content), (_, other) = sound.items()
+    middle = len(content) // 2
+    path.write_bytes(
+        {
+            "bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "cut": content[:middle],
+            "zeros": bytes(len(content)),
+            "other": other,
+        }[damage]
+    )
     found, _ = served(pack("bert", (TOP, 0)))
-    assert all(table.hidden is None for table in found.values())
-    assert not list(store.iterdir())
+    assert all(table.hidden is not None for table in found.values())
+    assert capfd.readouterr().err.count(str(path)) == 1
+    assert {path: path.read_bytes() for path in sorted(store.iterdir())} == sound
+
+
+def test_a_file_that_is_cut_while_it_is_used_ends_the_run_with_its_name(store: Path) -> None:
+    found, _ = served(pack("bert", (TOP, 0)))
+    for path in store.iterdir():
+        os.truncate(path, 100)  # a mapped file would end the process
+    with pytest.raises(RunFailedError, match=str(store)) as refused:
+        collate(found["train"], np.array([5, 0, 3]), 40, 0)
+    assert "esume" in str(refused.value)
+
+
+def test_a_file_is_filled_beside_its_place(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is half filled can be read, whenever the process is killed."""
+
+    def stop(*arguments: Any) -> None:
+        if list(store.glob("*.hidden")):
+            raise AssertionError("a file is at its place before it is complete")
+        raise KeyboardInterrupt
+
+    for name in ("write", "__init__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prefix.HiddenStatesWriter, name, stop)
+            made = pack("bert", (TOP, 0))
+            with pytest.raises(KeyboardInterrupt):
+                served(made)
+            assert made.training
+        assert not list(store.iterdir())
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Pack], object]] = {
+    "torch": lambda patch, made: patch.setattr(torch, "__version__", "2.0.0"),
+    "transformers": lambda patch, made: patch.setattr(prefix, "version", lambda name: f"{name} 9"),
+    "processor": lambda patch, made: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE"),
+    "precision": lambda patch, made: setattr(made.backbone, "compute_dtype", torch.bfloat16),
+    "attention": lambda patch, made: setattr(made.backbone.network.config, "_attn_implementation", "other"),
+    "padding": lambda patch, made: setattr(made.backbone.tokenizer, "pad_token", "[UNK]"),
+    "batches": lambda patch, made: patch.setattr(prefix, "ROWS", 32),
+    "family": lambda patch, made: setattr(made.backbone, "__class__", type("Other", (type(made.backbone),), {})),
+    "device": lambda patch, made: patch.setattr(prefix, "_processor", lambda device: ("cuda", "H100")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_changes_the_bits_changes_the_key(
+    change: Callable[[pytest.MonkeyPatch, Pack], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pack("bert", (TOP, 0))
+    table, _ = tables(made.backbone)
+    cache = PrefixCache("the tiny backbone", LIMIT)
+    before = cache._key(made, table)
+    assert cache._key(pack("bert", (TOP, 1)), table) == before
+    change(monkeypatch, made)
+    assert cache._key(made, table) != before
+
+
+def test_every_token_and_its_place_is_in_the_key() -> None:
+    made = pack("bert", (TOP, 0))
+    table, _ = tables(made.backbone)
+    cache = PrefixCache("the tiny backbone", LIMIT)
+    assert table.types is not None
+    types = np.array(table.types)
+    types[-1] ^= 1
+    same_lengths = replace(table, offsets=table.offsets[::-1].copy())
+    others = [replace(table, types=types), replace(table, types=None), table.take(np.arange(5)), same_lengths]
+    keys = {cache._key(made, each) for each in (table, *others)}
+    assert len(keys) == 5
+
+
+def test_a_read_only_cache_that_is_warm_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    served(pack("bert", (TOP, 0)))
+    for name in ("utime", "mkdir", "unlink", "replace", "pwrite"):
+        monkeypatch.setattr(os, name, refuse)
+    found, _ = served(pack("bert", (TOP, 0)))
+    assert all(table.hidden is not None for table in found.values())
