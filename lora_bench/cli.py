@@ -19,7 +19,7 @@ from rich.console import Console
 from lora_bench.errors import DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
 from lora_bench.screen import note, shown
-from lora_bench.secrets import remember
+from lora_bench.secrets import remember, remember_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +124,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
     with translated(conf_folder(), config_name, parsed):
         composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
+        remember_config(composed)
         refuse_code(composed.hydra)
         if command == "train" and composed.resume and not parsed.cfg:
             parsed = _resumed(parsed, str(composed.resume))

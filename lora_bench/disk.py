@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_bench.errors import RunFailedError
-from lora_bench.secrets import redacted
+from lora_bench.secrets import name_below, redact, redacted
 
 MAKE_ROOM = "Make room, and go on with: lora-bench train resume=DIR."
 
@@ -73,7 +73,7 @@ def plain(value: Any, name: str = "") -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item, str(key)) for key, item in value.items()}
+        return {redact(str(key)): plain(item, name_below(name, str(key))) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, Path):

@@ -18,7 +18,7 @@ from lora_bench.checks import need
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
 from lora_bench.recorded import filled
-from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
+from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
 from lora_bench.sweep import key_of
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Job:
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
                 node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
         if not cfg.resume:
+            refuse_unloadable(cfg)
             return cls(cfg, folder, choices, overrides, title=title)
         run = Run.reopen(Path(cfg.resume))
         try:

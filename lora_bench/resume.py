@@ -11,7 +11,7 @@ from lora_bench import sweep
 from lora_bench.errors import UserError
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record import find
-from lora_bench.secrets import hides_secret
+from lora_bench.secrets import hides_secret, is_identifier, leaves, redacted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +69,18 @@ def refuse_hidden(folder: Path, asked: Any) -> None:
         remedy = "Begin it anew, with the key in an environment variable: '${oc.env:NAME}'."
         reason = "was begun with a key, or what looks like one, and keys are not kept"
         raise UserError(reason, key="resume", value=folder, remedy=remedy)
+
+
+def refuse_unloadable(cfg: DictConfig) -> None:
+    """Refuse a new run whose record would hide what loading the run needs: a path, a name or a column.
+
+    Raises:
+        UserError: such a value is a secret, or looks like one.
+    """
+    for key, value in leaves(OmegaConf.to_container(cfg, resolve=True)):
+        if is_identifier(key) and hides_secret(redacted(value, key)) and not hides_secret(value):
+            reason = "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"
+            raise UserError(reason, key=key, remedy="Rename it, or use a link of another name.")
 
 
 def quoted(value: object) -> str:

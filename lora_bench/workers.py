@@ -29,7 +29,7 @@ from lora_bench.experiment import Experiment
 from lora_bench.progress import Display, Rows, Screen
 from lora_bench.record import Run
 from lora_bench.screen import shown
-from lora_bench.secrets import remember
+from lora_bench.secrets import remember, remember_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,6 +264,8 @@ def train(
         jobs, console, ended, settings: as for `packing.run`; what ends jobs before their time can be sent.
     """
     remember(override for job in jobs for override in job.overrides)
+    for job in jobs:
+        remember_config(job.cfg)
     left = {job.title: job for job in jobs}
 
     def end(job: Job, error: Exception | None) -> None:
