@@ -33,7 +33,7 @@ from lora_bench.experiments import (
     grouped,
     newest_of_each_seed,
 )
-from lora_bench.figures import BESIDES, has_column, with_evaluations
+from lora_bench.figures import BESIDES, has_column, left_out_notes, with_evaluations
 from lora_bench.grid import render
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.recorded import with_equal_keys
@@ -140,7 +140,7 @@ def summarise(
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
     """
     found, skipped = find(paths)
-    found = [each for folder, record in found for each in by_task(folder, record)]
+    found, of_tasks = by_task(found)
     found = [(folder, with_evaluations(folder, record)) for folder, record in with_equal_keys(found)]
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
@@ -172,12 +172,12 @@ def summarise(
     costs = {name: Column(name, kind, keep=KEEP.index(name)) for name, kind in COSTS.items()}
     rows = _ordered([_row(group, shown, metrics | costs) for group in groups], [*metrics.values()])
     missing = [_unfinished(run) for run in everything if run.record["status"] != "done"]
-    missing += [Missing("skipped", folder, reason) for folder, reason in skipped]
+    missing += [Missing("skipped", folder, reason) for folder, reason in [*skipped, *of_tasks]]
     mcc = metrics[f"{splits[0]}/mcc"].name
     # A row of several experiments, by a key, has no interval over seeds.
     interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
     columns = [*(Column(key, "key") for key in shown), *metrics.values(), *interval, *costs.values()]
-    notes = _caveats(rows, runs, len(finished) - len(runs), splits)
+    notes = _caveats(rows, runs, len(finished) - len(runs), splits) + left_out_notes(run.record for run in runs)
     if choosing:
         notes.append(f"{choosing} runs that only chose a rate (data.report=false) are not shown")
     table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
@@ -231,9 +231,9 @@ def _short(value: Any) -> Any:
 
 def _stat(values: Sequence[Any]) -> Stat | None:
     try:
-        numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        numbers = [float(value) for value in values if value is not None]
         mean = statistics.fmean(numbers)
-    except (OverflowError, statistics.StatisticsError):  # absurd, or none
+    except statistics.StatisticsError:  # none
         return None
     n = len(numbers)
     std = math.hypot(*(number - mean for number in numbers)) / math.sqrt(n - 1) if n > 1 else None

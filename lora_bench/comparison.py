@@ -7,11 +7,13 @@ tested. What cannot be tested says why. Predictions are read only here, and only
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.errors import UserError
 from lora_bench.experiments import experiment_of
 from lora_bench.tables import clean, value_text
 
@@ -170,17 +172,20 @@ class _Pair:
 
 
 class _Reader:
-    """Reads each run's predictions once."""
+    """Reads each run's predictions once; what cannot be used is the reason for it."""
 
     def __init__(self, split: str) -> None:
         self.split = split
-        self.seen: dict[Path, Predictions | None] = {}
+        self.seen: dict[Path, Predictions | str] = {}
 
-    def __call__(self, folder: Path) -> Predictions | None:
+    def __call__(self, folder: Path) -> Predictions | str:
         from lora_bench import predictions
 
         if folder not in self.seen:
-            self.seen[folder] = predictions.read(folder, self.split)
+            try:
+                self.seen[folder] = predictions.read(folder, self.split)
+            except UserError as error:
+                self.seen[folder] = error.reason
         return self.seen[folder]
 
 
@@ -201,8 +206,8 @@ def _paired(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
         pair = []
         for folder in (ours[seed], theirs[seed]):
             found = read(folder)
-            if found is None:
-                why = f"no usable predictions of the {read.split} split: {folder}"
+            if isinstance(found, str):
+                why = f"no usable predictions of the {read.split} split: {folder} (its file {found})"
             elif not _agrees(table.records[folder], read.split, found):
                 why = f"predictions and run.json disagree about MCC: {folder}"
             else:
@@ -228,7 +233,7 @@ def best_experiment(table: Table, row: Row) -> list[Path]:
 
 
 def _by_seed(table: Table, folders: Sequence[Path]) -> dict[Any, Path]:
-    return {table.records[folder]["config"].get("seed"): folder for folder in folders}
+    return {json.dumps(table.records[folder]["config"].get("seed")): folder for folder in folders}
 
 
 def _is_fixed(record: Mapping[str, Any]) -> bool:

@@ -16,15 +16,17 @@ or else the rate's: of the machine, and of small products.
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lora_bench import untrusted
 from lora_bench.comparison import BASELINE
 from lora_bench.tables import Column, Stat, Table
+from lora_bench.untrusted import as_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,18 +114,14 @@ def _kind(table: Table, row: Row) -> tuple[Any, ...]:
 
 def _looks(folder: Path) -> list[tuple[int, float]]:
     """Step and MCC of each look at the selection split."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     found = []
-    for line in lines:
-        try:
-            look = json.loads(line)
-            if look["split"] == "selection":
-                found.append((int(look["step"]), float(look["metrics"]["mcc"])))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # cut off, or somebody else's
-            continue
+    with suppress(OSError, ValueError):
+        for look in untrusted.read_json_lines(folder / "metrics.jsonl"):
+            metrics = look.get("metrics")
+            mcc = as_number(metrics.get("mcc")) if isinstance(metrics, dict) else None
+            step = as_number(look.get("step"))
+            if look.get("split") == "selection" and mcc is not None and step is not None:
+                found.append((int(step), float(mcc)))
     return sorted(found)
 
 
@@ -150,7 +148,7 @@ def up_to(cost: dict[str, Any], unit: str, step: float) -> float:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return (as_number(value) or 0) > 0
 
 
 def _note(rows: Sequence[Row], ends: Sequence[float], given: float | None) -> str:
@@ -215,7 +213,8 @@ def _pairs_a_step(table: Table, row: Row) -> float:
     """Those that a step goes through, a pair that it looks at twice counted twice."""
     trainer = table.records[row.folders[0]]["config"].get("trainer", {})
     looks = 1 if trainer.get("objective", "cross_entropy") in ("cross_entropy", "either_order") else 2
-    return float(looks * trainer.get("batch_size", 1))
+    size = trainer.get("batch_size", 1)
+    return float(looks * size if _positive(size) else looks)
 
 
 def _token_share(table: Table, row: Row) -> float | None:

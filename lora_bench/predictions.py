@@ -6,16 +6,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from lora_bench import stats
+from lora_bench import stats, untrusted
+from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import IO
 
     from numpy.typing import NDArray
 
 THRESHOLD = 0.5
 """A label is predicted 1 from this score on, in every metric of every run: nothing is tuned on a reported split."""
+
+MAX_BYTES = 2**30
+MAX_ROWS = 50_000_000
+"""A file may declare any number of rows, and take no room for them."""
+_COLUMNS = (
+    ("id", pa.types.is_integer, "integers"),
+    ("label", pa.types.is_integer, "integers"),
+    ("score", pa.types.is_floating, "floating-point numbers"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,20 +69,57 @@ class Predictions:
         return np.array_equal(self.ids, other.ids) and np.array_equal(self.labels, other.labels)
 
 
-def read(folder: Path, split: str) -> Predictions | None:
-    """The predictions of a run on a split; None where there are none that can be used."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def read(folder: Path, split: str) -> Predictions:
+    """Return the predictions of a run on a split.
 
+    Raises:
+        UserError: there are none, or none that can be used; the reason names what is wrong with the file.
+    """
+    path = folder / "predictions" / f"{split}.parquet"
     try:
         # Not memory-mapped: a file that is cut short meanwhile would end the process.
-        with (folder / "predictions" / f"{split}.parquet").open("rb") as file:
-            found = pq.read_table(file, columns=["id", "label", "score"], use_threads=False).drop_null()
-        ids, labels, scores = (found[name].to_numpy() for name in ("id", "label", "score"))
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+        with untrusted.open_file(path, MAX_BYTES) as file:
+            return _read(file)
+    except FileNotFoundError:
+        raise UserError("is missing", file=path) from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or 'it is damaged'}", file=path) from None
+    except (ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"cannot be used: {str(error).splitlines()[0][:200]}", file=path) from None
+
+
+def read_if_usable(folder: Path, split: str) -> Predictions | None:
+    """Return the predictions of a run on a split; None where there are none that can be used."""
+    try:
+        return read(folder, split)
+    except UserError:
         return None
-    usable = len(ids) and np.issubdtype(ids.dtype, np.integer) and np.issubdtype(scores.dtype, np.floating)
-    if not usable or not np.isin(labels, (0, 1)).all() or not ((scores >= 0) & (scores <= 1)).all():
-        return None
+
+
+def _read(file: IO[bytes]) -> Predictions:
+    source = pq.ParquetFile(file)
+    rows = source.metadata.num_rows
+    _require(0 < rows <= MAX_ROWS, f"it declares {rows:,} rows, and 1 to {MAX_ROWS:,} are read")
+    schema = source.schema_arrow
+    for name, is_kind, kind in _COLUMNS:
+        fields = [schema.field(i) for i in schema.get_all_field_indices(name)]
+        _require(len(fields) == 1 and is_kind(fields[0].type), f"column {name} is not one of {kind}")
+    batches, count = [], 0
+    for batch in source.iter_batches(columns=[name for name, _, _ in _COLUMNS], use_threads=False):
+        count += batch.num_rows
+        _require(count <= rows, f"it holds more rows than the {rows:,} that it declares")
+        batches.append(batch)
+    found = pa.Table.from_batches(batches).drop_null()
+    ids, labels, scores = (found[name].to_numpy() for name, _, _ in _COLUMNS)
+    _require(len(ids) > 0, "no row has a label and a score")
+    _require(np.isin(labels, (0, 1)).all(), "a label is neither 0 nor 1")
+    _require(((scores >= 0) & (scores <= 1)).all(), "a score is not a number from 0 to 1")
     order = np.argsort(ids, kind="stable")
-    return Predictions(ids[order], labels[order].astype(np.int64), scores[order].astype(np.float64))
+    ids = ids[order].astype(np.int64)
+    _require((ids[1:] > ids[:-1]).all(), "an id stands twice")
+    return Predictions(ids, labels[order].astype(np.int64), scores[order].astype(np.float64))
+
+
+def _require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise ValueError(reason)

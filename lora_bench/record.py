@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
-from lora_bench import claim
+from lora_bench import claim, untrusted
 from lora_bench.disk import dump, plain, why, write, writing
 from lora_bench.errors import DivergedError, RunFailedError, UserError
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
+from lora_bench.record_types import with_types
 from lora_bench.secrets import redact, redact_path
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 STATUSES = ("running", "done", "failed", "diverged", "interrupted")
-
-_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
 
 # Every key of run.json, in the order it is written, with its type; what is not a dict or a list may be null.
 LAYOUT: dict[str, type] = {
@@ -225,35 +224,24 @@ def read(folder: Path) -> dict[str, Any]:
     """The run's record with every key of `LAYOUT`, each of its type, or a refusal that names the file."""
     path = folder / "run.json"
     try:
-        if path.exists() and not path.is_file():
-            raise UserError("is not a file", file=path)
-        text = path.read_text(encoding="utf-8")
+        text = untrusted.read_text(path)
     except FileNotFoundError:
         raise UserError("is missing, so this is not a run's folder", file=path) from None
-    except UnicodeDecodeError:
-        raise UserError("is damaged: it is not text in UTF-8", file=path) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"cannot be read: {why(error)}", file=path) from None
+    except ValueError as error:
+        raise UserError(f"is damaged: {error}", file=path) from None
     if not text.strip():
         raise UserError("is empty: the run is just starting, or was killed as it started", file=path)
     try:
+        content = untrusted.parse_json(text)
+    except ValueError as error:
+        raise UserError(f"is damaged: {error}", file=path) from None
+    try:
         # What is not finite (1e999, or a NaN of someone else's writing) is absent.
-        record = plain(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is damaged: {why(error)}", file=path) from None
-    if not isinstance(record, dict):
-        raise UserError("is not a run's record: it holds no object", file=path)
-    if record.get("schema") != SCHEMA:
-        found = f"schema {record['schema']}" if "schema" in record else "no schema"
-        raise UserError(f"has {found}, where this version of lora-bench reads {SCHEMA}", file=path)
-    if record.get("status") not in STATUSES:
-        raise UserError(f"has no status among {', '.join(STATUSES)}", file=path)
-    for key, kind in LAYOUT.items():
-        if record.get(key) is None:
-            record[key] = _empty()[key]
-        elif not isinstance(record[key], kind):
-            raise UserError(f"is damaged: {key} is not {_NAMES[kind]}", file=path)
-    return record
+        return with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
+    except ValueError as error:
+        raise UserError(str(error), file=path) from None
 
 
 def is_killed(folder: Path, record: Mapping[str, Any]) -> bool:
@@ -264,14 +252,14 @@ def is_killed(folder: Path, record: Mapping[str, Any]) -> bool:
 def last_logged(folder: Path) -> dict[str, Any] | None:
     """The newest whole line of `metrics.jsonl` (a run may be writing one, or was killed in it); None without any."""
     try:
-        with (folder / "metrics.jsonl").open("rb") as file:
+        with untrusted.open_file(folder / "metrics.jsonl", max_bytes=2**63) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
             lines = file.read().splitlines()
     except (OSError, ValueError):
         return None
     for line in reversed(lines):
-        with suppress(ValueError, RecursionError):
-            found = plain(json.loads(line))
+        with suppress(ValueError):
+            found = plain(untrusted.parse_json(line.decode()))
             if isinstance(found, dict):
                 return found
     return None
@@ -287,9 +275,10 @@ def find(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list
         if not os.path.lexists(path):
             raise UserError("there is no such folder", file=path)
         for folder, trouble in _walk(path):
-            if folder.resolve() in seen:
+            real = os.path.realpath(folder)  # Path.resolve raises on a link to itself
+            if real in seen:
                 continue
-            seen.add(folder.resolve())
+            seen.add(real)
             if trouble is not None:
                 skipped.append((folder, trouble))
                 continue
@@ -301,14 +290,20 @@ def find(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
-    """Folders that hold a run.json (None), and those that cannot be listed (why)."""
-    troubles: list[OSError] = []
-    for folder, folders, files in os.walk(top, onerror=troubles.append):
-        if "run.json" in files:
-            folders.clear()
-            yield Path(folder), None
-    for trouble in troubles:
-        yield Path(trouble.filename), f"cannot be read: {why(trouble)}"
+    """Yield folders that hold a run.json, whatever it is (None), and those that cannot be listed (why)."""
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                below = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+        except OSError as error:
+            yield folder, f"cannot be read: {why(error)}"
+            continue
+        if "run.json" in below:
+            yield folder, None
+        else:
+            folders += [folder / name for name, is_folder in below.items() if is_folder]
 
 
 def _natural(path: Path) -> list[list[str | int]]:

@@ -6,13 +6,16 @@ tasks/<name>/    run.json, metrics.jsonl, predictions/ and adapter/, like those 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_bench.errors import UserError
 from lora_bench.record import read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Mapping
+
+Recorded: TypeAlias = "tuple[Path, dict[str, Any]]"
+"""A run's folder and record."""
 
 
 def names_of(config: Mapping[str, Any]) -> list[str]:
@@ -33,10 +36,16 @@ def refuse_several(run: str | Path, config: Mapping[str, Any], key: str) -> None
         raise UserError("learned several tasks", key=key, value=run, remedy=f"Choose one: {places}.")
 
 
-def by_task(run: Path, record: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folders and records of a finished run's tasks, where it learned several; else its own."""
-    names = names_of(record["config"]) if record["status"] == "done" else []
-    if not names:
-        yield run, record
-    for name in names:
-        yield folder_of(run, name), read(folder_of(run, name))
+def by_task(runs: Iterable[Recorded]) -> tuple[list[Recorded], list[tuple[Path, str]]]:
+    """Return runs with those of several tasks replaced by a folder and record of each task, and what was skipped."""
+    found: list[Recorded] = []
+    skipped: list[tuple[Path, str]] = []
+    for run, record in runs:
+        names = names_of(record["config"]) if record["status"] == "done" else []
+        found += [] if names else [(run, record)]
+        for folder in (folder_of(run, name) for name in names):
+            try:
+                found.append((folder, read(folder)))
+            except UserError as error:
+                skipped.append((folder, f"run.json {error.reason}"))
+    return found, skipped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -576,3 +577,52 @@ def test_comparing_needs_neither_torch_nor_pyarrow() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert done.stdout == "[]\n"
+
+
+# -- what is damaged is left out with the reason, and ends nothing --
+
+
+def test_a_damaged_task_does_not_end_the_comparison(tmp_path: Path) -> None:
+    make(tmp_path / "whole", 0.4)
+    several = make(tmp_path / "several", 0.5, config={"tasks.one.x": 1, "tasks.two.x": 1})
+    make(several.folder / "tasks/one", 0.6, choices={"data": "one"})
+    make(several.folder / "tasks/two", 0.7, choices={"data": "two"}).folder.joinpath("run.json").write_text("{")
+    table = summarise([tmp_path])
+    assert sorted(row.stats["mcc"].mean for row in table.rows) == [0.4, 0.6]
+    (skipped,) = table.missing
+    assert (skipped.status, skipped.folder) == ("skipped", several.folder / "tasks/two")
+    assert "is damaged" in skipped.reason
+
+
+def test_files_of_a_run_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    run = make(tmp_path / "a", 0.5)
+    (run.folder / "evaluations").mkdir()
+    os.mkfifo(run.folder / "evaluations/pipe.json")
+    (run.folder / "evaluations/odd.json").write_text('{"metrics": {"validation/mcc": "x"}, "metrics": 1}')
+    (run.folder / "evaluations/dir.json").mkdir()
+    (run.folder / "metrics.jsonl").symlink_to("/dev/zero")
+    notes = summarise([tmp_path]).notes
+    for name, reason in (("pipe", "not a regular file"), ("odd", "given twice"), ("dir", "not a regular file")):
+        assert any(f"evaluations/{name}.json: " in note and reason in note for note in notes), notes
+    assert any("metrics.jsonl: it is not a regular file" in note for note in notes)
+
+
+@pytest.mark.parametrize("seed", [[1], {"a": 1}, "x", None, 1.5])
+def test_a_seed_of_any_type_is_compared(tmp_path: Path, seed: Any) -> None:
+    for name, adapter in (("a", "lora"), ("b", "dora")):
+        path = make(tmp_path / name, 0.5, choices={"adapter": adapter}).folder / "run.json"
+        content = json.loads(path.read_text())
+        content["config"]["seed"] = seed
+        path.write_text(json.dumps(content))
+    assert len(summarise([tmp_path]).rows) == 2
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "md", "latex", "html"])
+def test_lone_surrogates_are_written_in_every_form(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        make(tmp_path / name, 0.5, choices={"adapter": f"{name}\ud800"}, config={"adapter.x\udfff": f"{name}\udc80"})
+    asked = ["--html", str(tmp_path / "page.html")] if form == "html" else ["--format", form]
+    assert main([str(tmp_path), *asked]) == 0
+    capsys.readouterr().out.encode()

@@ -369,7 +369,7 @@ def test_bytes_and_folders_in_place_of_a_record(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing"):
         read(tmp_path / "none")
     (tmp_path / "x/run.json").mkdir(parents=True)
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         read(tmp_path / "x")
 
 
@@ -412,3 +412,57 @@ def test_reading_a_run_needs_no_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"choices": {"model": ["bert"]}}, "choices.model is not text"),
+        ({"overrides": [1]}, "overrides holds what is not text"),
+        ({"targets": {"a": "high"}}, "targets.a is no rank"),
+        ({"config": {"trainer": [1]}}, "config.trainer is not an object"),
+        ({"config": {"tasks": {"../../x": {}}}}, "config.tasks has a name that is not plain"),
+        ({"config": {"a": json.loads("[" * 40 + "]" * 40)}}, "nested"),
+    ],
+)
+def test_a_record_with_other_types_than_its_readers_rely_on(
+    tmp_path: Path, section: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "status": "done"} | section))
+    with pytest.raises(UserError, match=f"run.json: is damaged: .*{reason}"):
+        read(tmp_path)
+
+
+def test_measurements_that_are_no_numbers_are_absent(tmp_path: Path) -> None:
+    measured = {"a": "high", "b": True, "c": [1], "d": 10**400, "e": 1e300, "f": 0.5}
+    sections = {"metrics": measured, "cost": measured, "params": measured, "targets": {"a": 4, "b": [2, 4]}}
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "status": "done"} | sections))
+    found = read(tmp_path)
+    assert found["metrics"] == found["cost"] == found["params"] == dict.fromkeys("abcde") | {"f": 0.5}
+    assert found["targets"] == sections["targets"]
+
+
+def test_find_skips_what_is_no_file_or_folder_with_the_reason(tmp_path: Path) -> None:
+    take(tmp_path / "whole")
+    for name in ("fifo", "loop", "folder", "huge"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "fifo/run.json")
+    (tmp_path / "loop/run.json").symlink_to("run.json")
+    (tmp_path / "folder/run.json").mkdir()
+    with (tmp_path / "huge/run.json").open("wb") as file:
+        file.truncate(10 * 2**30)
+    (tmp_path / "self").symlink_to("self")
+    runs, skipped = find([tmp_path, tmp_path / "self"])
+    assert [folder.name for folder, _ in runs] == ["whole"]
+    reasons = {folder.name: reason for folder, reason in skipped}
+    assert set(reasons) == {"fifo", "loop", "folder", "huge", "self"}
+    assert "not a regular file" in reasons["fifo"]
+    assert "not a regular file" in reasons["folder"]
+    assert "symbolic links" in reasons["loop"]
+    assert "symbolic links" in reasons["self"]
+    assert "10,737,418,240 bytes" in reasons["huge"]
+
+
+def test_the_last_line_of_a_log_that_is_no_file_is_unknown(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert last_logged(tmp_path) is None

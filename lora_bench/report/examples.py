@@ -94,7 +94,7 @@ def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
     found: list[_Candidate] = []
     for entry in entries[: 4 * RUNS]:
         for folder, record in entry.runs[:1]:
-            seen = predictions.read(folder, split)
+            seen = predictions.read_if_usable(folder, split)
             if seen is None:
                 continue
             like = found[0].seen if found else seen

@@ -136,7 +136,7 @@ def reliability(block: Block, split: str) -> Markup | None:
     """How often label 1 was right where it was given a probability, in `BINS` bins; runs of a row are pooled."""
     figures = []
     for entry in block.chosen:
-        found = [predictions.read(folder, split) for folder, _ in entry.runs]
+        found = [predictions.read_if_usable(folder, split) for folder, _ in entry.runs]
         used = [one for one in found if one is not None]
         if used:
             scores = np.concatenate([one.scores for one in used])

@@ -1,0 +1,140 @@
+"""Readers of small files that anyone may have written: records, logs, predictions, settings of models and adapters.
+
+Opening never blocks (a FIFO in a file's place), and nothing is read but a regular file of a bounded size. JSON is
+bounded in depth, and a key given twice is an error. Every refusal is an `OSError` or a `ValueError` with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAX_BYTES = 32 * 2**20
+"""Of a file that is held in memory as a whole: far more than any record or log of ours takes."""
+MAX_DEPTH = 40
+"""Of nested JSON: functions that walk it call themselves."""
+MAX_MAGNITUDE = 1e60
+"""Of a number that is measured: means and squares of larger ones overflow."""
+
+
+def open_file(path: Path, max_bytes: int = MAX_BYTES) -> IO[bytes]:
+    """Open a regular file of at most `max_bytes` for reading.
+
+    Raises:
+        OSError: it is absent, unreadable, too large, or a folder, FIFO, socket or device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(None, "it is not a regular file")
+        if status.st_size > max_bytes:
+            raise OSError(None, f"it holds {status.st_size:,} bytes, and at most {max_bytes:,} are read")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def refusal(path: Path, max_bytes: int = MAX_BYTES) -> str | None:
+    """Return why a file that is there cannot be read; None where it can, or is absent."""
+    try:
+        open_file(path, max_bytes).close()
+    except FileNotFoundError:
+        return "it is a link to nothing" if os.path.lexists(path) else None
+    except (OSError, ValueError) as error:
+        return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return None
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return what a regular file holds; raises like `open_file`."""
+    with open_file(path, max_bytes) as file:
+        return file.read(max_bytes)
+
+
+def read_text(path: Path) -> str:
+    """Return a regular file of UTF-8 as text; raises like `open_file`, and `ValueError` where it is no UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value in a file; raises like `read_text` and `parse_json`."""
+    return parse_json(read_text(path))
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a log with one on each line; lines that are damaged or being written are left out.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():
+        try:
+            value = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; an integer that no float can hold is infinite, as `1e999` is.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or gives a key twice.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except RecursionError:
+        value = None
+        too_deep = True
+    else:
+        too_deep = _depth_exceeds(value, MAX_DEPTH)
+    if too_deep:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def as_number(value: Any) -> float | int | None:
+    """Return `value` if it is a number that can have been measured, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_MAGNITUDE:
+        return None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
+    return made
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 300 else math.copysign(math.inf, -1 if digits.startswith("-") else 1)
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            item
+            for node in level
+            if isinstance(node, dict | list)
+            for item in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,485 @@
+"""A table of attacks: every file that a command reads, every way to damage it, and what must hold afterwards.
+
+A `World` is a folder with two finished runs, a run of two tasks, a stopped run, a sweep that lacks a job, a model, an
+adapter in PEFT's format and a warm cache. An attack damages one file there and runs one command. It must exit 0 with
+the result of the undamaged world, or 2 with a message that names the file or the key; it must run no code, print no
+secret, and leave everything outside the folder as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from tests.command_line import Answer, lora_bench, toy_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SECONDS = 60
+"""A command that takes longer hangs."""
+SECRET = "correct-horse-battery-4711"
+SECRET_NAME = "CANARY_SECRET"
+CANARY = "canary"
+"""Made in the outer folder by code that a file names, if it is run."""
+HUGE = 10 * 2**30
+
+
+# -- damages --
+
+
+class Bomb:
+    """Makes the canary when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (os.path.abspath(f"../{CANARY}"),))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flipped_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    if content:
+        content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def other_type(path: Path) -> None:
+    path.write_text("[[1, 2.5, null, true]]\n" if path.suffix in JSON else "a\tb\n0\t1\n")
+
+
+def huge(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(HUGE)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+def link_to_itself(path: Path) -> None:
+    replace(path, lambda: path.symlink_to(path.name))
+
+
+def dangling_link(path: Path) -> None:
+    replace(path, lambda: path.symlink_to("../nowhere/at/all"))
+
+
+def link_to_zeros(path: Path) -> None:
+    replace(path, lambda: path.symlink_to("/dev/zero"))
+
+
+def fifo(path: Path) -> None:
+    replace(path, lambda: os.mkfifo(path))
+
+
+def folder(path: Path) -> None:
+    replace(path, path.mkdir)
+
+
+def link_out(path: Path) -> None:
+    """The file itself lies outside: it may be read, and must not be written through the link."""
+    outside = Path("../outside") / path.name
+    shutil.copy(path, outside)
+    replace(path, lambda: path.symlink_to(outside.resolve()))
+
+
+def hostile_values(path: Path) -> None:
+    """Put terminal escapes, markup, interpolations, formulas and paths in the place of every text."""
+    words = iter(HOSTILE * 10_000)
+    rewrite(path, lambda value: next(words) if isinstance(value, str) and value not in KEPT else value)
+
+
+def hostile_keys(path: Path) -> None:
+    """Name code to run, and read the environment, in every object."""
+
+    def add(value: Any) -> Any:
+        return value | NAMES_CODE | {"zz": "${oc.env:" + SECRET_NAME + "}"} if isinstance(value, dict) else value
+
+    rewrite(path, add)
+
+
+def absurd_numbers(path: Path) -> None:
+    """Put what no float holds, or what is not finite, in the place of every number."""
+    numbers = iter([10**400, float("nan"), float("inf"), -1, 0, 1e308] * 10_000)
+
+    def absurd(value: Any) -> Any:
+        return next(numbers) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    rewrite(path, absurd, kept=("schema",))
+
+
+def wrong_types(path: Path) -> None:
+    """Put a list where an object was, and an object where a list or text was, one level below the top."""
+
+    def swapped(value: Any) -> Any:
+        return [1] if isinstance(value, dict) else {"a": [{}]} if isinstance(value, list | str) else "text"
+
+    rewrite(path, swapped, kept=("schema", "status"), deep=False)
+
+
+def deep(path: Path) -> None:
+    path.write_text('{"schema": 1, "status": "done", "config": ' + '{"a":' * 50_000 + "1" + "}" * 50_001)
+
+
+def code_in_overrides(path: Path) -> None:
+    """Ask Hydra for a callback, as the overrides of a record may."""
+    content = json.loads(path.read_text())
+    target = f"{{_target_: os.mkdir, path: {os.path.abspath('../' + CANARY)}}}"
+    content["overrides"] = [*content["overrides"], f"+hydra.callbacks.x={target}"]
+    content["config_dir"] = None if "config_dir" not in content else os.path.abspath("evil_conf")
+    path.write_text(json.dumps(content))
+
+
+JSON = (".json", ".jsonl")
+HOSTILE = [
+    "\x1b]0;title\x07\x1b[31m",
+    "<script>alert(1)</script>",
+    "${oc.env:" + SECRET_NAME + "}",
+    "=HYPERLINK(1)",
+    "../../outside/x",
+    "'; $(touch canary) `touch canary`",
+    "{_target_: os.mkdir, path: ../canary}",
+    "\ud800\u202e",
+    "(a+)+$",
+]
+KEPT = ("done", "interrupted", "bert", "LORA")
+"""Texts without which a file is refused at its first line."""
+NAMES_CODE = {"_target_": "os.mkdir", "path": f"../{CANARY}", "auto_map": {"AutoConfig": "evil.C"}}
+
+
+def rewrite(path: Path, change: Callable[[Any], Any], kept: tuple[str, ...] = (), deep: bool = True) -> None:
+    """Change every value of a file of JSON, or of each line of one; other files get all hostile words as text."""
+    if path.suffix not in JSON:
+        path.write_bytes("\n".join(HOSTILE).encode(errors="surrogatepass"))
+        return
+
+    def walk(value: Any, level: int = 0) -> Any:
+        if isinstance(value, dict) and (deep or level == 0):
+            value = {key: item if key in kept else walk(item, level + 1) for key, item in value.items()}
+        elif isinstance(value, list) and deep:
+            value = [walk(item, level + 1) for item in value]
+        return change(value) if deep or level else value
+
+    text = path.read_text()
+    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+    path.write_text("\n".join(json.dumps(walk(json.loads(line))) for line in lines) + "\n")
+
+
+def replace(path: Path, make: Callable[[], object]) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make()
+
+
+ANY_FILE = (cut, empty, zeros, flipped_bit, other_type, huge, pickled, hostile_values, link_to_itself)
+ANY_FILE += (dangling_link, link_to_zeros, fifo, folder, link_out)
+JSON_FILE = (hostile_keys, absurd_numbers, wrong_types, deep)
+
+
+def damages_of(target: Target) -> tuple[Callable[[Path], None], ...]:
+    more = JSON_FILE if Path(target.path).suffix == ".json" else ()
+    return ANY_FILE + more + ((code_in_overrides,) if Path(target.path).name in ("run.json", "sweep.json") else ())
+
+
+# -- commands and what they read --
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    arguments: tuple[str, ...]
+    result: Callable[[Answer], Any]
+    """What must be as in the undamaged world."""
+    keys: tuple[str, ...] = ()
+    """Keys that a refusal may name in the place of the file."""
+
+
+@dataclass(frozen=True)
+class Target:
+    path: str
+    """In the world; `*` stands for what is different each time."""
+    commands: tuple[str, ...]
+    """Those that read it, the cheapest first: the one that the test suite takes."""
+    owner: str
+
+
+def rows(answer: Answer) -> Any:
+    return [[row["runs"], row["n"], row["mcc"], row["accuracy"]] for row in json.loads(answer.out)]
+
+
+def table_of(name: str) -> Callable[[Answer], Any]:
+    """The file's rows, whatever its format."""
+    return lambda _: pq.read_table(name).to_pydict() if name.endswith("parquet") else Path(name).read_text()
+
+
+def run_of(name: str) -> Callable[[Answer], Any]:
+    """A run's metrics and predictions."""
+
+    def read(_: Answer) -> Any:
+        metrics = json.loads(Path(name, "run.json").read_text())["metrics"]
+        return metrics, pq.read_table(Path(name, "predictions/validation.parquet")).to_pydict()
+
+    return read
+
+
+def evaluation_of(name: str) -> Callable[[Answer], Any]:
+    return lambda _: json.loads(Path(name).read_text())["metrics"]
+
+
+def weights_of(name: str) -> Callable[[Answer], Any]:
+    return lambda _: {path.name: path.read_bytes() for path in sorted(Path(name).glob("*.safetensors"))}
+
+
+def nothing(_: Answer) -> None:
+    return None
+
+
+def loaded(_: Answer) -> Any:
+    return None
+
+
+TRAIN = toy_run("model.path=model", "adapter.layers=top:1", "trainer.max_steps=2", "trainer.eval_every=1")
+NEW = [*TRAIN, "hydra.run.dir=new"]
+PREDICT = ("predict", "run=runs/a", "input=pairs.tsv", "output=labelled.tsv")
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("compare", ("compare", "runs", "outputs", "--format", "json"), rows),
+        Command("compare --html", ("compare", "runs", "outputs", "--html", "page.html"), nothing),
+        Command("compare table", ("compare", "runs", "outputs"), nothing),
+        Command("compare csv", ("compare", "runs", "outputs", "--format", "csv"), nothing),
+        Command("compare md", ("compare", "runs", "outputs", "--format", "md", "--anchors"), nothing),
+        Command("compare latex", ("compare", "runs", "outputs", "--format", "latex", "--by", "adapter.rank"), nothing),
+        Command("compare --baseline", ("compare", "runs", "--baseline", "runs/b", "--format", "json"), rows),
+        Command("compare sweep", ("compare", "sweep", "--format", "json"), rows),
+        Command("predict", PREDICT, table_of("labelled.tsv"), ("run=",)),
+        Command("eval", ("eval", "run=runs/a", "data=toy", "name=again", "data.validation_rows=8"),
+                evaluation_of("runs/a/evaluations/again.json"), ("run=",)),
+        Command("export peft", ("export", "run=runs/a", "format=peft", "output=out"), weights_of("out"), ("run=",)),
+        Command("export merged", ("export", "run=runs/a", "format=merged", "output=out"), weights_of("out"), ("run=",)),
+        Command("init_from", ("train", *NEW, "adapter.init_from=runs/a"), run_of("new"), ("adapter.init_from",)),
+        Command("resume", ("train", "resume=outputs/stopped"), run_of("outputs/stopped"), ("resume=",)),
+        Command("resume=last", ("train", "resume=last"), nothing, ("resume=",)),
+        Command("resume sweep", ("train", "-m", "resume=sweep"), run_of("sweep/1"), ("resume=",)),
+        Command("train", ("train", *NEW), run_of("new"), ("model.path", "model.tokenizer")),
+        Command("eval peft", ("eval", "peft=peft", "model.path=model", "data=toy", "name=own", "output=scored",
+                "data.validation_rows=8"), evaluation_of("scored/evaluations/own.json"),
+                ("peft=", "model.path", "model.tokenizer")),
+    )
+}  # fmt: skip
+COMPARE = ("compare", "compare --html", "compare table", "compare csv", "compare md", "compare latex")
+COMPARE += ("compare --baseline",)
+READS_RUN = ("predict", "eval", "export peft", "export merged", "init_from")
+TARGETS = (
+    Target("runs/a/run.json", (*COMPARE, *READS_RUN), "dataio (odd records), hydra (overrides)"),
+    Target("runs/a/metrics.jsonl", (*COMPARE, "predict"), "attack"),
+    Target("runs/a/predictions/validation.parquet", (*COMPARE, "predict"), "attack"),
+    Target("runs/a/evaluations/toy.json", (*COMPARE, "eval"), "attack"),
+    Target("runs/a/adapter/adapter_model.safetensors", (*READS_RUN, "compare"), "models"),
+    Target("runs/a/adapter/adapter_config.json", (*READS_RUN, "compare"), "models"),
+    Target("runs/a/.hydra/config.yaml", ("compare", "predict"), "hydra"),
+    Target("runs/a/.hydra/overrides.yaml", ("compare", "predict"), "hydra"),
+    Target("runs/a/.lock", ("compare", "predict", "eval"), "runlife"),
+    Target("runs/several/tasks/one/run.json", COMPARE, "attack"),
+    Target("runs/several/run.json", COMPARE, "attack"),
+    Target("outputs/stopped/run.json", ("resume", "resume=last", *COMPARE), "runlife, hydra"),
+    Target("outputs/stopped/metrics.jsonl", ("resume", *COMPARE), "runlife"),
+    Target("outputs/stopped/.lock", ("resume", *COMPARE), "runlife"),
+    Target("outputs/stopped/.hydra/config.yaml", ("resume",), "runlife"),
+    Target("outputs/stopped/checkpoints/*/tensors.safetensors", ("resume",), "runlife"),
+    Target("outputs/stopped/checkpoints/*/state.json", ("resume",), "runlife"),
+    Target("outputs/stopped/checkpoints/*/manifest.json", ("resume",), "runlife"),
+    Target("sweep/sweep.json", ("resume sweep", "compare sweep"), "hydra"),
+    Target("sweep/0/run.json", ("compare sweep", "resume sweep"), "hydra"),
+    Target("sweep/table.csv", ("compare sweep", "resume sweep"), "hydra"),
+    Target("sweep/.lock", ("compare sweep", "resume sweep"), "hydra"),
+    Target("model/config.json", ("train", "eval peft", "predict"), "models"),
+    Target("model/model.safetensors", ("train", "eval peft", "predict"), "models"),
+    Target("model/model.safetensors.index.json", ("train", "predict"), "models"),
+    Target("model/tokenizer.json", ("train", "eval peft", "predict"), "tokens"),
+    Target("model/tokenizer_config.json", ("train", "eval peft", "predict"), "tokens"),
+    Target("model/special_tokens_map.json", ("train", "predict"), "tokens"),
+    Target("model/adapter_config.json", ("train", "predict"), "models"),
+    Target("peft/adapter_config.json", ("eval peft",), "models"),
+    Target("peft/adapter_model.safetensors", ("eval peft",), "models"),
+    Target("cache/tokens/*.arrow", ("train", "predict", "eval"), "caches"),
+    Target("cache/prefix/*.hidden", ("train",), "caches"),
+)
+IGNORED = ("runs/a/.hydra", "runs/a/run.log", "model/special_tokens_map.json", "sweep/table.csv")
+"""What is not read: damage there changes nothing."""
+
+
+# -- the world --
+
+
+@dataclass
+class World:
+    """A folder `work` that every attack finds as it was made, in `top`."""
+
+    top: Path
+    expected: dict[str, Any] = field(default_factory=dict)
+    """Results of commands in the undamaged world."""
+
+    @property
+    def work(self) -> Path:
+        return self.top / "work"
+
+    def build(self) -> None:
+        """Make everything once; the current folder is `work` from here on."""
+        (self.top / "outside").mkdir(parents=True)
+        (self.top / "outside/precious").write_text("as it was")
+        self.work.mkdir()
+        os.chdir(self.work)
+        os.environ["LORA_BENCH_CACHE"] = str(self.work / "cache")
+        os.environ[SECRET_NAME] = SECRET
+        Path("pairs.tsv").write_text("question1\tquestion2\n" + "".join(f"how {i}\twhy {i}\n" for i in range(4)))
+        Path("conf/data").mkdir(parents=True)
+        for seed, name in enumerate(("one", "other")):
+            text = f"defaults: [toy, _self_]\ntask: {name}\ngenerator_seed: {seed}\ntrain_rows: 40\n"
+            Path(f"conf/data/{name}.yaml").write_text(text + "validation_rows: 16\n")
+        self._do("train", *toy_run("adapter=full", "hydra.run.dir=whole"))
+        self._do("export", "run=whole", "format=merged", "output=model")
+        shutil.rmtree("whole")
+        self._do("train", *TRAIN, "hydra.run.dir=runs/a")
+        self._do("train", *TRAIN, "adapter.rank=2", "hydra.run.dir=runs/b")
+        tasks = [each for each in TRAIN if not each.startswith("data")]
+        self._do("train", "--config-dir=conf", *tasks, "data.tasks=[one,other]", "hydra.run.dir=runs/several")
+        self._do("eval", "run=runs/a", "data=toy", "name=toy", "data.validation_rows=12")
+        self._do("export", "run=runs/a", "format=peft", "output=peft")
+        self._do("train", "-m", *TRAIN, "seed=0,1", "hydra.sweep.dir=sweep")
+        shutil.rmtree("sweep/1")
+        self._stop()
+        shutil.copytree(self.work, self.top / "base", symlinks=True)
+        for command in COMMANDS.values():
+            self.restore()
+            self.expected[command.name] = command.result(self._do(*command.arguments))
+        self.restore()
+
+    def _stop(self) -> None:
+        """Leave a run that was interrupted after a checkpoint."""
+        import pytest
+
+        from tests.command_line import at_step, signalled
+
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 3, signalled(signal.SIGINT))
+            asked = [each for each in TRAIN if "max_steps" not in each]
+            answer = lora_bench(
+                *("train", *asked, "trainer.max_steps=4", "trainer.checkpoint_every=1"),
+                "hydra.run.dir=outputs/stopped",
+            )
+        assert answer.code == 130, answer
+
+    def _do(self, *arguments: str) -> Answer:
+        answer = lora_bench(*arguments)
+        assert answer.code == 0, (arguments, answer)
+        return answer
+
+    def restore(self) -> None:
+        os.chdir(self.top)
+        shutil.rmtree(self.work)
+        shutil.copytree(self.top / "base", self.work, symlinks=True)
+        os.chdir(self.work)
+        for path in (self.top / "outside").iterdir():
+            if path.name != "precious":
+                path.unlink()
+        if (self.top / CANARY).exists():
+            (self.top / CANARY).rmdir()
+
+    def attack(self, target: Target, damage: Callable[[Path], None], command: Command) -> str | None:
+        """Damage a file that was just restored, run the command, and return what is wrong with what it did."""
+        path = self._path(target)
+        damage(path)
+        outside = self._outside()
+        began = time.monotonic()
+        with alarm(SECONDS):
+            answer = lora_bench(*command.arguments)
+        return self._wrong(target, command, answer, outside, time.monotonic() - began)
+
+    def _path(self, target: Target) -> Path:
+        found = sorted(Path().glob(target.path))
+        if found:
+            return found[-1]
+        path = Path(target.path)  # a file that need not be there: a valid one that means nothing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        return path
+
+    def _outside(self) -> dict[str, Any]:
+        """Everything beside the world, with times and content."""
+        paths = [path for path in sorted(self.top.iterdir()) if path not in (self.work, self.top / "base")]
+        paths += sorted((self.top / "outside").iterdir())
+        return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+    def _wrong(
+        self, target: Target, command: Command, answer: Answer, outside: dict[str, Any], seconds: float
+    ) -> str | None:
+        said = (answer.err.strip().splitlines() or [""])[-1]
+        if (self.top / CANARY).exists() or Path(CANARY).exists():
+            return "code was run"
+        if SECRET in answer.out + answer.err or any(SECRET.encode() in content for content in self._small_files()):
+            return "the secret is in its output"
+        if "\x1b]0" in answer.out + answer.err:
+            return "a terminal escape is in its output"
+        if self._outside() != outside:
+            return f"changed what lies outside: {sorted(self._outside().items() ^ outside.items())[:2]}"
+        if seconds > SECONDS:
+            return f"took {seconds:.0f} s"
+        if answer.code not in (0, 2):
+            return f"exit {answer.code}: {said}"
+        if "Traceback (most recent" in answer.out + answer.err:
+            return "printed a traceback"
+        if answer.code == 2:
+            place = Path(target.path)
+            names = (place.name, str(place.parent), place.parent.name, *command.keys)
+            return None if any(name in answer.err for name in names) else f"names neither file nor key: {said}"
+        if command.result is not rows:
+            found = command.result(answer)
+            return None if found == self.expected[command.name] else "exit 0 with another result"
+        found = rows(answer)
+        hurt = target.path.split("/*")[0]
+        lost = [row for row in self.expected[command.name] if row not in found]
+        lost = [row for row in lost if not any(hurt.startswith(str(run)) for run in row[0])]
+        return f"rows of other runs are lost: {lost}" if lost else None
+
+    def _small_files(self) -> Iterator[bytes]:
+        """What the command may have written."""
+        for path in Path().rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size < 1_000_000:
+                yield path.read_bytes()
+
+
+@contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """End what hangs by an exception."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"hangs: no answer in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds + 5)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,110 @@
+"""Predictions from a run's folder: used as they are, or refused with what is wrong with the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_bench import predictions
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FILE = Path("predictions/test.parquet")
+COLUMNS = {"id": [3, 1, 2], "label": [1, 0, None], "score": [0.9, 0.2, 0.5]}
+
+
+def write(columns: dict[str, Any]) -> None:
+    FILE.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), FILE)
+
+
+def test_rows_with_a_label_come_by_id(in_tmp: Path) -> None:
+    write(COLUMNS)
+    found = predictions.read(in_tmp, "test")
+    assert (found.ids.tolist(), found.labels.tolist(), found.scores.tolist()) == ([1, 3], [0, 1], [0.2, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"score": [0.9, float("nan"), 0.5]}, "score is not a number from 0 to 1"),
+        ({"score": [0.9, 1.5, 0.5]}, "score is not a number from 0 to 1"),
+        ({"score": ["0.9", "0.1", "0.2"]}, "column score is not one of floating-point"),
+        ({"score": [{"a": 0.1}] * 3}, "column score is not one of floating-point"),
+        ({"score": [[0.1]] * 3}, "column score is not one of floating-point"),
+        ({"label": [1, 0, 2]}, "label is neither 0 nor 1"),
+        ({"label": [1, 0, -1]}, "label is neither 0 nor 1"),
+        ({"label": ["1", "0", "1"]}, "column label is not one of integers"),
+        ({"label": pa.array([None] * 3, pa.int64())}, "no row has a label"),
+        ({"id": [1, 1, 2]}, "an id stands twice"),
+        ({"id": [0.5, 1.5, 2.5]}, "column id is not one of integers"),
+    ],
+)
+def test_odd_columns_are_refused_by_name(in_tmp: Path, columns: dict[str, Any], reason: str) -> None:
+    write(COLUMNS | columns)
+    with pytest.raises(UserError, match=f"test.parquet: cannot be used: .*{reason}"):
+        predictions.read(in_tmp, "test")
+    assert predictions.read_if_usable(in_tmp, "test") is None
+
+
+def test_columns_that_are_missing_or_there_twice(in_tmp: Path) -> None:
+    write({"id": [1], "label": [1]})
+    with pytest.raises(UserError, match="column score"):
+        predictions.read(in_tmp, "test")
+    twice = pa.Table.from_arrays(
+        [pa.array([1]), pa.array([1]), pa.array([0]), pa.array([0.5])], ["id", "label", "label", "score"]
+    )
+    pq.write_table(twice, FILE)
+    with pytest.raises(UserError, match="column label"):
+        predictions.read(in_tmp, "test")
+
+
+def test_more_rows_than_are_read(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "MAX_ROWS", 2)
+    write(COLUMNS)
+    with pytest.raises(UserError, match="declares 3 rows, and 1 to 2 are read"):
+        predictions.read(in_tmp, "test")
+
+
+def huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(10 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (os.mkfifo, "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda path: path.symlink_to(path.name), "symbolic links"),
+        (Path.mkdir, "not a regular file"),
+        (huge, "10,737,418,240 bytes"),
+        (lambda path: path.write_bytes(b"PAR1" + bytes(40) + b"PAR1"), "cannot be"),
+        (lambda path: None, "is missing"),
+    ],
+)
+def test_what_is_no_file_of_predictions(in_tmp: Path, make: Callable[[Path], object], reason: str) -> None:
+    FILE.parent.mkdir()
+    make(FILE)
+    with pytest.raises(UserError, match=reason) as refused:
+        predictions.read(in_tmp, "test")
+    assert refused.value.file == in_tmp / FILE
+
+
+def test_no_bit_of_a_file_raises_anything_else(in_tmp: Path) -> None:
+    write({"id": np.arange(50), "label": np.arange(50) % 2, "score": np.linspace(0, 1, 50)})
+    original = FILE.read_bytes()
+    chance = np.random.default_rng(0)
+    for place in chance.integers(0, len(original), 300):
+        content = bytearray(original)
+        content[place] ^= 1 << chance.integers(8)
+        FILE.write_bytes(content)
+        predictions.read_if_usable(in_tmp, "test")
