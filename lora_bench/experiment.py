@@ -336,6 +336,7 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
     for each in experiment.each.values():
         backbone.need_room(each.data.max_length)
+    backbone.notes = backbone.observe_padding()
     sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
     return backbone, sha256

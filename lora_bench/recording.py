@@ -110,7 +110,7 @@ class Recorder:
         if asked.begun:
             run.rewind(newest.step if newest else 0)
         notes = [note for k in self.parts[job] for note in self.preparations[k].notes]
-        warnings = list(dict.fromkeys([*common.described["warnings"], *notes]))
+        warnings = list(dict.fromkeys([*common.described["warnings"], *common.backbone.notes, *notes]))
         run.update(
             data={**common.described, "warnings": warnings},
             params=self._params(self.parts[job]),

@@ -117,8 +117,12 @@ class LowRank(Update):
         A, B = self.factors()
         W = self.frozen_weight()
         ratio = None if self.magnitude is None else self.magnitude / self._norm(A, B)  # (out,)
-        dropped = x * keep_mask(x, self.dropout, self.generator) if self.dropout and self.training else x
-        return _LowRankLinear.apply(x, dropped, W, self.base[0].bias, A, B, self.scaling, ratio)  # type: ignore[no-any-return, no-untyped-call]
+        rows = dropped = x.flatten(0, -2)  # (N, in)
+        if self.dropout and self.training:
+            dropped = (x * keep_mask(x, self.dropout, self.generator)).flatten(0, -2)
+        out = _LowRankLinear.apply(rows, dropped, W, self.base[0].bias, A, B, self.scaling, ratio)  # type: ignore[no-untyped-call]
+        # Laid out here: some models (DeBERTa) change it in place, which a view made inside the function forbids.
+        return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _norm(self, A: Tensor, B: Tensor) -> Tensor:
@@ -172,7 +176,7 @@ class LowRank(Update):
 class _LowRankLinear(torch.autograd.Function):
     """ratio ⊙ (W x + s · B A x′) + bias, with x′ the x that dropout left; without a ratio 1 stands for it.
 
-    x, x′ (…, in), W (out, in), bias (out,), A (R, in), B (out, R), ratio (out,). One function, so that products add up
+    x, x′ (N, in), W (out, in), bias (out,), A (R, in), B (out, R), ratio (out,). One function, so that products add up
     in place and a backward pass needs x, A x′ and, for the ratio, the output. The ratio scales weights, not
     activations; W · (ratio − 1) is added to W, so that in bf16, whose numbers around 1 lie far apart, it is not rounded
     beforehand.
@@ -190,41 +194,36 @@ class _LowRankLinear(torch.autograd.Function):
         scaling: float,
         ratio: Tensor | None,
     ) -> Tensor:
-        rows = x.flatten(0, -2)  # (N, in)
-        rest = rows if dropped is x else dropped.flatten(0, -2)  # (N, in)
         scale = scaling * lora_B if ratio is None else scaling * ratio[:, None] * lora_B
         # Laid out and multiplied in the order in which thin products are quickest: up to five times.
         A, B = lora_A.to(x.dtype), scale.T.contiguous().to(x.dtype)  # (R, in), (R, out)
         if ratio is not None:
             weight = torch.addcmul(weight, weight, (ratio - 1).to(weight.dtype)[:, None])  # (out, in)
-        low = rest @ A.T  # (N, R)
-        y = F.linear(rows, weight, bias)  # (N, out)
+        low = dropped @ A.T  # (N, R)
+        y = F.linear(x, weight, bias if ratio is None else None)  # (N, out)
         torch.addmm(y, low, B, out=y)  # in place; `addmm_` is unknown to the FLOP counter
-        ctx.save_for_backward(rest, low, weight, A, B, ratio, bias, None if ratio is None else y)
-        ctx.alone, ctx.scaling, ctx.shape, ctx.dtype = dropped is x, scaling, x.shape, lora_A.dtype
-        return y.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(dropped, low, weight, A, B, ratio, None if ratio is None else y)
+        ctx.alone, ctx.scaling, ctx.dtype = dropped is x, scaling, lora_A.dtype
+        if ratio is None:
+            return y
+        return y.clone() if bias is None else y + bias  # what the backward pass needs is not given away
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rest, low, weight, A, B, ratio, bias, y = ctx.saved_tensors
-        rows = grad.flatten(0, -2)  # (N, out)
-        low_grad = rows @ B.T  # (N, R)
+        dropped, low, weight, A, B, ratio, y = ctx.saved_tensors
+        low_grad = grad @ B.T  # (N, R)
         x_grad = dropped_grad = ratio_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = rows @ weight  # (N, in)
+            x_grad = grad @ weight  # (N, in)
             if ctx.alone:
                 torch.addmm(x_grad, low_grad, A, out=x_grad)
             else:
-                dropped_grad = (low_grad @ A).view(ctx.shape)
-            x_grad = x_grad.view(ctx.shape)
-        A_grad = (low_grad.T @ rest).to(ctx.dtype) if ctx.needs_input_grad[4] else None  # (R, in)
-        B_grad = (low.T @ rows).T.to(ctx.dtype) * ctx.scaling  # (out, R)
+                dropped_grad = low_grad @ A
+        A_grad = (low_grad.T @ dropped).to(ctx.dtype) if ctx.needs_input_grad[4] else None  # (R, in)
+        B_grad = (low.T @ grad).T.to(ctx.dtype) * ctx.scaling  # (out, R)
         if ratio is not None:
             B_grad = B_grad * ratio[:, None]
-            ratio_grad = (rows * y).sum(0)  # of the gradient with ratio ⊙ (…) + bias
-            if bias is not None:
-                ratio_grad = ratio_grad - bias * rows.sum(0)
-            ratio_grad = ratio_grad / ratio
+            ratio_grad = (grad * y).sum(0) / ratio  # y without its bias
         return x_grad, dropped_grad, None, None, A_grad, B_grad, None, ratio_grad
 
 

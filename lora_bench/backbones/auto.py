@@ -1,45 +1,78 @@
-"""Any Hugging Face sequence classifier, through its own forward pass: members share nothing but the weights."""
+"""Any Hugging Face sequence classifier, through its own forward pass: members share nothing but the weights.
+
+Class names say little about an unknown model, so it is observed: it computes one made-up pair, and the order in which
+its modules are called and the rows that it takes from its position tables tell where its layers are and how many
+tokens it takes.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_bench.backbones.base import Backbone
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from lora_bench.data.batching import Batch
+
+PROBE_TOKENS = 12
+PROBE_PADDING = 4
 
 
 class Auto(Backbone):
-    """`AutoModelForSequenceClassification`; what lies outside its base model is the head."""
+    """`AutoModelForSequenceClassification`; what lies outside its base model is the head.
+
+    Its layers are the entries of every outermost list of modules. Lists whose entries take turns (XLM keeps attentions
+    and feed-forward networks apart) make up the same layers; lists that follow one another (an encoder's, a decoder's)
+    make up layers that follow one another.
+
+    Raises:
+        UserError: the model shows no layers, cannot compute a pair, or leaves a layer out.
+    """
 
     can_be_cut = False
     query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q|v)"
+    layer_paths = ()
 
     def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
         base: Any = network.base_model
-        lists = [name for name, module in network.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
-        if base is network or not lists:
+        self.head_modules = [
+            name
+            for name, child in network.named_children()
+            if child is not base and any(True for _ in child.parameters())
+        ]
+        lists = [] if base is network else list(_outermost_lists(network, self.head_modules))
+        if not lists:
             raise UserError(
                 f"{type(network).__name__} does not show its layers and its head",
                 key="model.family",
                 value="auto",
                 remedy="Take a model whose transformers class has a base model and a list of layers.",
             )
-        self.layer_paths = [max(lists, key=lambda name: len(list(network.get_submodule(name).children())))]
-        self.head_modules = [
-            name
-            for name, child in network.named_children()
-            if child is not base and any(True for _ in child.parameters())
-        ]
         super().__init__(network, tokenizer, fresh)
+        first_calls, self._position_limit = self._observe([path for paths in lists for path in paths])
+        self._layers = _in_order(lists, first_calls)
+        self.layers = [(paths[0], network.get_submodule(paths[0])) for paths in self._layers]
+
+    def layer_modules(self) -> Iterator[tuple[int, str, nn.Module]]:
+        for number, paths in enumerate(self._layers):
+            for path in paths:
+                yield number, path, self.network.get_submodule(path)
 
     @property
     def max_tokens(self) -> int | None:
-        return getattr(self.network.config, "max_position_embeddings", None)
+        if self._position_limit is not None:
+            return self._position_limit
+        configured = getattr(self.network.config, "max_position_embeddings", None)
+        return configured if isinstance(configured, int) and configured > 0 else None  # XLNet's is -1
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         return batch.input_ids  # (N, T): the whole network is suffix
@@ -48,7 +81,140 @@ class Auto(Backbone):
         return hidden  # (N, T)
 
     def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
-        inputs = {"input_ids": encoded, "attention_mask": batch.attention_mask}
-        if "token_type_ids" in self.tokenizer.model_input_names and batch.token_type_ids is not None:
-            inputs["token_type_ids"] = batch.token_type_ids
+        return self._logits(encoded, batch.attention_mask, batch.token_type_ids)
+
+    def _logits(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.tokenizer.model_input_names and types is not None:
+            inputs["token_type_ids"] = types
         return self.network(**inputs).logits  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def observe_padding(self) -> list[str]:
+        if self.max_tokens is not None and self.max_tokens < PROBE_TOKENS + PROBE_PADDING:
+            return []
+        ids, types = (row[None].to(self.device) for row in self.probe_row(PROBE_TOKENS))
+        mask = torch.ones_like(ids)
+        alone = self._logits(ids, mask, types)
+        fill = (0, PROBE_PADDING)
+        padding = self.tokenizer.pad_token_id
+        filled = self._logits(F.pad(ids, fill, value=padding), F.pad(mask, fill), F.pad(types, fill))
+        if torch.allclose(alone, filled, rtol=1e-4, atol=1e-5):
+            return []
+        name = type(self.network).__name__
+        return [f"{name} gives a pair other scores beside longer pairs than alone: it computes padding too."]
+
+    @torch.no_grad()
+    def _observe(self, paths: Sequence[str]) -> tuple[dict[str, int], int | None]:
+        """Compute a made-up pair.
+
+        Returns:
+            The modules of `paths` numbered in the order of their first calls, and the most tokens that the position
+            tables have rows for; None where there are no such tables.
+        """
+        first_calls: dict[str, int] = {}
+
+        def note_call(path: str, *_: object) -> None:
+            first_calls.setdefault(path, len(first_calls))
+
+        hooks = [
+            module.register_forward_pre_hook(partial(note_call, path))
+            for path in paths
+            for module in self.network.get_submodule(path).modules()  # SqueezeBERT calls a layer's `forward` itself
+        ]
+        ids, types = (row[None].to(self.device) for row in self.probe_row(PROBE_TOKENS))
+        tables = _PositionTables(PROBE_TOKENS)
+        training = self.network.training
+        self.network.eval()
+        try:
+            with tables:
+                self._logits(ids, torch.ones_like(ids), types)
+        except Exception as error:  # whatever an unknown model raises
+            reason = f"{type(self.network).__name__} cannot compute a pair of texts ({type(error).__name__}: {error})"
+            remedy = "Do the tokenizer and config.json belong to these weights?"
+            raise UserError(" ".join(reason.split()), key="model.family", value="auto", remedy=remedy) from None
+        finally:
+            self.network.train(training)
+            for hook in hooks:
+                hook.remove()
+        idle = [path for path in paths if path not in first_calls]
+        if idle:
+            reason = f"{idle[0]} of {type(self.network).__name__} takes no part in what the model computes"
+            raise UserError(reason, key="model.family", value="auto", remedy="Take a model that uses all its layers.")
+        return first_calls, min(tables.limits, default=None)
+
+
+class _PositionTables(TorchDispatchMode):
+    """Collects the most tokens for which embeddings that are looked up by position have rows.
+
+    The indices of such a lookup are consecutive numbers, one per token. The first one is the table's offset: 2 for
+    RoBERTa's kind and BART's, 0 for BERT's.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.limits: list[int] = []
+        self._ascending = torch.arange(tokens)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            table, indices = args[:2]
+            tokens = len(self._ascending)
+            if indices.ndim and indices.shape[-1] >= tokens:  # Longformer fills up a row to whole windows
+                rows = indices[..., :tokens].reshape(-1, tokens)
+                offset = int(rows[0, 0])
+                if torch.equal(rows, (self._ascending + offset).to(rows).expand_as(rows)):
+                    self.limits.append(len(table) - offset)
+        return func(*args, **(kwargs or {}))
+
+
+def _outermost_lists(network: nn.Module, head_modules: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the full names of the modules in each list that lies in no other list, in the order of definition."""
+    outside = [f"{name}." for name in head_modules]
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.ModuleList) or f"{name}.".startswith(tuple(outside)):
+            continue
+        outside.append(f"{name}.")
+        if any(_has_own_parameters(part) for part in module.modules()):
+            yield list(_entries(name, module))
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Embedding) and any(True for _ in module.parameters(recurse=False))
+
+
+def _entries(name: str, modules: nn.ModuleList) -> Iterator[str]:
+    """Yield the names of a list's modules, those of lists in the list in their place."""
+    for key, child in modules.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from _entries(f"{name}.{key}", child)
+        else:
+            yield f"{name}.{key}"
+
+
+def _in_order(lists: Sequence[Sequence[str]], first_calls: dict[str, int]) -> list[list[str]]:
+    """Return the layers in the order of computation, each as the names of the modules that make it up."""
+    stacks: list[list[list[str]]] = []
+    for paths in sorted(lists, key=lambda paths: first_calls[paths[0]]):
+        stack = next((stack for stack in stacks if _take_turns(stack, paths, first_calls)), None)
+        if stack is None:
+            stacks.append([[path] for path in paths])
+        else:
+            for layer, path in zip(stack, paths, strict=True):
+                layer.append(path)
+    return sorted((layer for stack in stacks for layer in stack), key=lambda layer: first_calls[layer[0]])
+
+
+def _take_turns(stack: Sequence[Sequence[str]], paths: Sequence[str], first_calls: dict[str, int]) -> bool:
+    """Return whether the list stands beside the stack's first one, and each entry of it is called within one layer."""
+    if len(stack) != len(paths) or _parent(stack[0][0]) != _parent(paths[0]):
+        return False
+    begins = [first_calls[layer[0]] for layer in stack]
+    ends = [*begins[1:], len(first_calls)]
+    calls = [first_calls[path] for path in paths]
+    return all(begin < call < end for begin, call, end in zip(begins, calls, ends, strict=True))
+
+
+def _parent(path: str) -> str:
+    """Return the name of the module that has the list in which `path` lies."""
+    return path.rsplit(".", 2)[0]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_bench.checks import need
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lora_bench.data.batching import Batch
 
@@ -45,6 +45,8 @@ class Backbone(ABC):
     """Whether the last layer makes every position, also where the head looks at one: for those who look at it."""
     layer_paths: Sequence[str]
     """Names of the lists of layers, in the order of computation."""
+    notes: Sequence[str] = ()
+    """What a user should know about scores of this network."""
 
     def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
         self.network = network
@@ -110,17 +112,47 @@ class Backbone(ABC):
         """The longest input that the network takes; None where positions are relative."""
         return None
 
+    def observe_padding(self) -> list[str]:
+        """Return a note if the network's scores of a pair depend on how far the pair is padded."""
+        return []
+
     def need_room(self, max_length: int) -> None:
         """Refuse pairs of more tokens than the network takes."""
         longest = self.max_tokens
         reason = f"is more than the {longest} tokens that the model takes"
         need(longest is None or max_length <= longest, "data.max_length", max_length, reason)
 
+    def probe_row(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return token ids and token type ids of a pair of `length` tokens, (length,) each.
+
+        The tokenizer makes them, so the special tokens that a classifier looks for are there.
+        """
+        text = " ".join(["a"] * length)
+        first, second = self.render([("text1", [text]), ("text2", [text])])
+        tokenizer = self.tokenizer.backend_tokenizer
+        truncation, padding = tokenizer.truncation, tokenizer.padding
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(length, strategy="longest_first")
+        encoding = tokenizer.encode(first[0], second[0] if second else None)
+        tokenizer.enable_truncation(**truncation) if truncation else tokenizer.no_truncation()
+        if padding:
+            tokenizer.enable_padding(**padding)
+        ids, types = list(encoding.ids), list(encoding.type_ids)
+        repeats = length - len(ids)  # above 0 where the tokenizer makes fewer tokens than words
+        ids[1:1] = ids[1:2] * repeats or [0] * repeats
+        types[1:1] = types[1:2] * repeats or [0] * repeats
+        return torch.tensor(ids), torch.tensor(types)
+
+    def layer_modules(self) -> Iterator[tuple[int, str, nn.Module]]:
+        """Yield the number, full name and module of everything that the layers consist of, in order of computation."""
+        for number, (path, layer) in enumerate(self.layers):
+            yield number, path, layer
+
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear of the layers by its full name, in the order of computation: what an adapter may change."""
         return {
-            f"{path}.{name}": module
-            for path, layer in self.layers
+            f"{path}.{name}" if name else path: module
+            for _, path, layer in self.layer_modules()
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
         }
@@ -128,15 +160,15 @@ class Backbone(ABC):
     def norms(self) -> dict[str, nn.LayerNorm]:
         """Every LayerNorm of the layers that has a bias, by its full name, in the order of computation."""
         return {
-            f"{path}.{name}": module
-            for path, layer in self.layers
+            f"{path}.{name}" if name else path: module
+            for _, path, layer in self.layer_modules()
             for name, module in layer.named_modules()
             if isinstance(module, nn.LayerNorm) and module.bias is not None
         }
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that module `name` lies in, from 0 in the order of computation."""
-        return next((i for i, (path, _) in enumerate(self.layers) if name.startswith(f"{path}.")), None)
+        return next((i for i, path, _ in self.layer_modules() if f"{name}.".startswith(f"{path}.")), None)
 
     def to(self, device: torch.device, dtype: torch.dtype, *, trained: bool) -> None:
         """Move to a device and set the precision of products; frozen weights are cast once, trained ones stay fp32."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from contextlib import nullcontext
 from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from lora_bench import hub
 from lora_bench.backbones import tiny
 from lora_bench.backbones.auto import Auto
 from lora_bench.backbones.bert import MODEL_TYPES, Bert
+from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
 from lora_bench.config import Model, T5Model
 from lora_bench.errors import UserError
@@ -106,10 +108,6 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     else:
         network, fresh = _pretrained(hf_class, model, place, config, options)
     network.eval()
-    backbone = _backbone(model, network, tokenizer, fresh, task)
-    if place is not None:
-        _refuse_holes(backbone, place)
-        _refuse_not_finite(network, place)
     known = network.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise UserError(
@@ -118,6 +116,10 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
             value=model.tokenizer or place,
             remedy="Give the tokenizer that the weights were trained with.",
         )
+    backbone = _backbone(model, network, tokenizer, fresh, task)
+    if place is not None:
+        _refuse_holes(backbone, place)
+        _refuse_not_finite(network, place)
     return backbone
 
 
@@ -151,6 +153,7 @@ def locate(model: Model) -> str:
             what = "holds no config.json" if folder.is_dir() else "is not a folder"
             remedy = "Give a local Hugging Face folder: config.json, model.safetensors and the tokenizer's files."
             raise UserError(what, key="model.path", value=model.path, remedy=remedy)
+        check_model_folder(folder)
         return str(folder)
     if model.package:
         try:
@@ -174,6 +177,7 @@ def locate(model: Model) -> str:
                 value=model.folder,
                 remedy="Set that environment variable to the folder that holds it, or give model.path=DIR.",
             )
+        check_model_folder(Path(root) / model.folder)
         return str(Path(root) / model.folder)
     assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
     hub.ask()
@@ -189,6 +193,7 @@ def _config(model: Model, place: str | None, tokenizer: Any) -> Any:
         config = transformers.AutoConfig.from_pretrained(place, revision=model.revision, trust_remote_code=False)
     except Exception as error:
         raise _unreachable(model, place, error) from None
+    check_settings(vars(config), place)
     config.num_labels = 2
     return config
 
@@ -215,7 +220,8 @@ def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: d
     if model.sha256 and not model.path:
         _refuse_other_weights(model, place)
     try:
-        with torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
+        building = bounded_construction(Path(place)) if Path(place).is_dir() else nullcontext()
+        with building, torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
             network, report = hf_class.from_pretrained(
                 place,
                 config=config,
@@ -227,8 +233,13 @@ def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: d
                 ignore_mismatched_sizes=True,  # a head for other labels is drawn anew; `_refuse_holes` sees the rest
                 **options,
             )
+    except UserError:
+        raise
     except Exception as error:
         raise _unreachable(model, place, error) from None
+    if getattr(network, "_hf_peft_config_loaded", False):  # of a repository on the hub: a local folder was checked
+        reason = "holds an adapter beside the model, which transformers added to it"
+        raise UserError(reason, key="model.hub_id", value=place, remedy="Merge the two into a model of its own.")
     return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 

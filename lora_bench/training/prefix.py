@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from lora_bench.cache import TRAILER_BYTES, CacheFiles
-from lora_bench.data.batching import Batch, evaluation_batches, evaluation_rows, places_of
+from lora_bench.data.batching import evaluation_batches, evaluation_rows, places_of
 from lora_bench.data.hidden import HiddenStates, HiddenStatesWriter
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.training.probe import probe_batch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -144,8 +145,7 @@ def _flops(pack: Pack, tables: Iterable[TokenTable]) -> float:
     """Of the canonical pass over the tables."""
 
     def prefix(rows: int, length: int) -> None:
-        ids = torch.ones(rows, length, dtype=torch.long, device=pack.backbone.device)
-        pack.backbone.prefix(Batch(ids, torch.ones_like(ids), None, None, full=True), pack.depth)
+        pack.backbone.prefix(probe_batch(pack.backbone, rows, length), pack.depth)
 
     model = FlopModel.measure(prefix)
     return sum(

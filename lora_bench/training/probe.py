@@ -1,7 +1,8 @@
-"""A step of made-up tokens: what it computes, and what it keeps for its backward pass."""
+"""A step on a made-up pair: what it computes, and what it keeps for its backward pass."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,16 +12,17 @@ from lora_bench.data.batching import Batch
 
 if TYPE_CHECKING:
     from lora_bench.adapters.pack import Pack
+    from lora_bench.backbones.base import Backbone
 
 
 def probe_step(pack: Pack, rows: int, length: int) -> None:
-    """Forward and backward of made-up tokens; leaves weights, gradients and random streams as they were."""
-    ids = torch.ones(rows, length, dtype=torch.long, device=pack.backbone.device)
+    """Run forward and backward on copies of a made-up pair; leave weights, gradients and random streams as they were."""
     backbone = pack.backbone
+    batch = probe_batch(backbone, rows, length)
     hidden = None  # what is kept is read, at no arithmetic
     if pack.cut is not None:
         hidden = torch.zeros(rows, length, backbone.hidden_size, dtype=backbone.compute_dtype, device=backbone.device)
-    batch = Batch(ids, torch.ones_like(ids), None, torch.zeros_like(ids[:, 0]), full=True, hidden=hidden)
+    batch = replace(batch, hidden=hidden)
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None
@@ -29,8 +31,14 @@ def probe_step(pack: Pack, rows: int, length: int) -> None:
         p.grad = None
 
 
+def probe_batch(backbone: Backbone, rows: int, length: int) -> Batch:
+    """Return a batch of `rows` copies of a made-up pair of `length` tokens, all of label 0, on the backbone's device."""
+    ids, types = (row.expand(rows, -1).contiguous().to(backbone.device) for row in backbone.probe_row(length))
+    return Batch(ids, torch.ones_like(ids), types, torch.zeros_like(ids[:, 0]), full=True)
+
+
 def saved_bytes(pack: Pack, rows: int, length: int) -> int:
-    """Bytes that a step of made-up tokens keeps for its backward pass, besides the weights."""
+    """Return the bytes that such a step keeps for its backward pass, besides the weights."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -75,8 +75,8 @@ def test_a_magnitude_is_equation_5_of_dora(start: bool, bias: bool) -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product_has_the_gradients_of_its_formula(bias: bool, scaled: bool, dropout: bool) -> None:
-    x, weight = draw(2, 3, IN).double().requires_grad_(), draw(OUT, IN, seed=1).double()
-    mask = (draw(2, 3, IN, seed=2) > 0) / 0.5 if dropout else torch.ones(())
+    x, weight = draw(6, IN).double().requires_grad_(), draw(OUT, IN, seed=1).double()
+    mask = (draw(6, IN, seed=2) > 0) / 0.5 if dropout else torch.ones(())
     A, B = (draw(*shape, seed=3).double().requires_grad_() for shape in ((RANK, IN), (OUT, RANK)))
     ratio = (draw(OUT, seed=4).double().abs() + 0.5).requires_grad_() if scaled else None
     shift = draw(OUT, seed=5).double() if bias else None
@@ -85,7 +85,7 @@ def test_the_product_has_the_gradients_of_its_formula(bias: bool, scaled: bool, 
     expected = (x @ weight.T + 1.7 * (x * mask) @ A.T @ B.T) * (1 if ratio is None else ratio)
     expected = expected if shift is None else expected + shift
     torch.testing.assert_close(out, expected)
-    weights = draw(2, 3, OUT, seed=6).double()
+    weights = draw(6, OUT, seed=6).double()
     ours = torch.autograd.grad((out * weights).sum(), learned)
     theirs = torch.autograd.grad((expected * weights).sum(), learned)
     torch.testing.assert_close(ours, theirs)

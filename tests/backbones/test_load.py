@@ -180,6 +180,7 @@ def test_weights_of_another_family_are_refused_by_both_names(model: str, kind: s
 
 def test_a_model_that_is_no_text_classifier_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    save_file({"vit.layernorm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
     tiny.tokenizer("bert").save_pretrained(tmp_path)
     assert "the weights are those of a vit, not of the family auto" in refusal(
         f"model.path={tmp_path}", model="deberta"

@@ -1,0 +1,268 @@
+"""Local model folders are untrusted input: what transformers would follow, wrap or allocate is checked beforehand.
+
+`from_pretrained` injects an adapter that lies beside a model, replaces layers where config.json names a quantisation,
+follows an index to any file and allocates what config.json asks for. A folder is read here first, a few kilobytes of
+each file, so that none of it happens without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+LARGEST_JSON_BYTES = 64 * 2**20
+FLOATS = ("F64", "F32", "F16", "BF16")
+LARGEST_NUMBER = 2**21
+"""A setting may be larger only if a tensor of the checkpoint has a side so long."""
+MOST_LAYERS = 1000
+"""A checkpoint may have more layers only if it has so many tensors."""
+SPARE_ELEMENTS = 2**26
+"""Elements that a network may have beside four times those of its checkpoint: a new head."""
+_FREE_NUMBERS = ("theta", "seed", "version")
+"""Parts of names of settings that may be as large as they like: nothing is allocated for them."""
+_CONVERT = (
+    "import glob, sys, torch, safetensors.torch as s; d = sys.argv[1]; "
+    "s.save_file({k: v.clone() for f in glob.glob(d + '/pytorch_model*.bin') for k, v in "
+    "torch.load(f, weights_only=True).items()}, d + '/model.safetensors', {'format': 'pt'})"
+)
+
+
+class TensorInfo(NamedTuple):
+    """The type and shape of a tensor in a safetensors file, read from its header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a local model folder that cannot be loaded as it stands, before anything large is read.
+
+    Raises:
+        UserError: a file is absent, damaged, or would change what is loaded; the message names it.
+    """
+    _refuse_special_files(folder)
+    _refuse_adapter(folder)
+    config_file = folder / "config.json"
+    settings = read_json(config_file)
+    check_settings(settings, config_file)
+    tensors = _tensors(folder)
+    _refuse_adapted_tensors(tensors, folder)
+    _refuse_types(tensors, folder)
+    _refuse_huge_numbers(settings, tensors, config_file)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file.
+
+    Raises:
+        UserError: it is no regular file, too large, damaged, or holds no object.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError("is not a regular file", file=path)
+        if found.st_size > LARGEST_JSON_BYTES:
+            raise UserError(f"has {found.st_size:,} bytes; at most {LARGEST_JSON_BYTES:,} are read", file=path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is damaged: {error}", file=path) from None
+    if not isinstance(values, dict):
+        raise UserError("is damaged: it holds no object", file=path)
+    return values
+
+
+def check_settings(settings: Mapping[str, Any], file: str | Path) -> None:
+    """Refuse settings of config.json by which transformers would load something other than the plain model.
+
+    Args:
+        settings: as the file holds them, or the attributes of the config that was made of it.
+        file: to name in the message.
+    """
+    nested = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    for values in nested:
+        for key in ("quantization_config", "compression_config"):
+            if values.get(key):
+                remedy = "Give the model's weights in fp32, fp16 or bf16; adapter=qlora quantises them itself."
+                raise UserError(f"{key}: the weights are quantised", file=file, remedy=remedy)
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+            if "/" in str(values.get(key)):
+                raise UserError(f"{key}: names code to download", file=file, remedy="Leave that key out.")
+    if settings.get("transformers_weights"):
+        reason = f"transformers_weights: names another file of weights than {WEIGHTS}"
+        raise UserError(reason, file=file, remedy="Leave that key out.")
+
+
+@contextmanager
+def bounded_construction(folder: Path) -> Iterator[None]:
+    """Within, building a network on the meta device fails once it outgrows the folder's checkpoint.
+
+    Raises:
+        UserError: config.json asks for far more than the checkpoint holds.
+    """
+    tensors = _tensors(folder)
+    most = 4 * sum(prod(info.shape) for info in tensors.values()) + SPARE_ELEMENTS
+    count = 0
+
+    def add(_module: Any, name: str, parameter: Any) -> None:
+        nonlocal count
+        if parameter is not None and parameter.is_meta:
+            count += parameter.numel()
+            if count > most:
+                reason = f"asks for a network far larger than the checkpoint (at {name})"
+                raise UserError(reason, file=folder / "config.json", remedy="Give the config.json of these weights.")
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Refuse pipes, devices and links that lead nowhere: opening one may wait for ever."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", file=folder) from None
+    needed = {"config.json", WEIGHTS, INDEX, *ADAPTER_FILES}
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", file=path) from None
+        if not stat.S_ISREG(mode) and (path.name in needed or not stat.S_ISDIR(mode)):
+            raise UserError("is not a regular file", file=path)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    name = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
+    if name:
+        raise UserError(
+            "belongs to an adapter, which transformers would add to the model in the same folder",
+            file=folder / name,
+            remedy="To train on the adapted model, merge the two (lora-bench export format=merged, or peft's "
+            "merge_and_unload); to go on from a run's adapter, give adapter.init_from=RUN; "
+            "to train on the model alone, move the adapter's files elsewhere.",
+        )
+
+
+def _tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of the checkpoint, read from the headers of its files."""
+    if (folder / WEIGHTS).exists():
+        return _header(folder / WEIGHTS)
+    if not (folder / INDEX).exists():
+        raise _without_safetensors(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in _shards(folder / INDEX):
+        tensors |= _header(shard)
+    return tensors
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names; all of them lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError("is damaged: it has no weight_map", file=index)
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+            reason = f"weight_map: {tensor!r} is in {name!r}, which is not a .safetensors file of this folder"
+            raise UserError(reason, file=index, remedy="Save the model anew with save_pretrained.")
+    shards = [index.with_name(name) for name in dict.fromkeys(weight_map.values())]
+    missing = next((shard for shard in shards if not shard.is_file()), None)
+    if missing:
+        reason = f"weight_map: {missing.name} is not in this folder"
+        raise UserError(reason, file=index, remedy="Copy or download the model's files once more.")
+    return shards
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: TensorInfo(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        remedy = "Copy or download the model's files once more."
+        raise UserError(f"is damaged: {error}", file=path, remedy=remedy) from None
+
+
+def _without_safetensors(folder: Path) -> UserError:
+    reason = f"holds no {WEIGHTS}"
+    others = [name for name in OTHER_WEIGHTS if (folder / name).exists()]
+    if not others:
+        return UserError(reason, file=folder, remedy="Give the folder that save_pretrained of a model wrote.")
+    reason += f", only {others[0]}, which is not read here"
+    if others[0].startswith("pytorch_model"):
+        command = f'python -c "{_CONVERT}" {shlex.quote(str(folder))}'
+        return UserError(reason, file=folder, remedy=f"Convert it once, without running code of it: {command}")
+    return UserError(reason, file=folder, remedy="Load it with transformers and save it with save_pretrained.")
+
+
+def _refuse_adapted_tensors(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Refuse the tensors of a network that peft had wrapped: they would be left out, or layers stay random."""
+    wrappers = {"base_layer", "modules_to_save", "original_module"}
+    for name in tensors:
+        parts = name.split(".")
+        if wrappers.intersection(parts) or any(part.startswith(("lora_", "vera_")) for part in parts):
+            remedy = "Merge the adapter first: peft's merge_and_unload, then save_pretrained."
+            raise UserError(f"the checkpoint holds an adapter ({name})", file=folder, remedy=remedy)
+
+
+def _refuse_types(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Refuse weights that are no floating-point numbers of 16 bits or more: cast as they are, they mean nothing.
+
+    Integer buffers, such as position_ids and GPT-2's causal masks (called bias, 4 dimensions), are no weights.
+    """
+    for name, info in tensors.items():
+        leaf = name.rpartition(".")[2]
+        weight = leaf == "weight" or (leaf == "bias" and len(info.shape) < 4)
+        if info.dtype not in FLOATS and (weight or info.dtype.startswith(("F", "C"))):
+            remedy = "Give the model's weights in fp32, fp16 or bf16."
+            raise UserError(f"{name} is of type {info.dtype}", file=folder, remedy=remedy)
+
+
+def _refuse_huge_numbers(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], file: Path) -> None:
+    """Refuse sizes that no tensor has, before a list, a table or a network is made so large."""
+    longest = max((side for info in tensors.values() for side in info.shape), default=0)
+    for key, value in _numbers(settings):
+        if any(part in key for part in _FREE_NUMBERS) or key.endswith("_id"):
+            continue
+        if "layer" in key and value > max(MOST_LAYERS, len(tensors)):
+            reason = f"{key}: {str(value)[:20]} layers are more than the {len(tensors)} tensors of the checkpoint"
+        elif abs(value) > max(LARGEST_NUMBER, longest):
+            reason = f"{key}: {str(value)[:20]} is larger than every tensor of the checkpoint"
+        else:
+            continue
+        raise UserError(reason, file=file, remedy="Give the config.json of these weights.")
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the keys and values of all whole numbers, those in nested objects and lists included."""
+    pending: list[tuple[str, Any]] = list(values.items())
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(key, each) for each in value]
+        elif type(value) is int:
+            yield key, value
