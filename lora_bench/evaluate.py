@@ -33,6 +33,7 @@ from lora_bench.progress import print_metrics
 from lora_bench.record import Run, discard
 from lora_bench.screen import shown
 from lora_bench.training.loop import predict
+from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
     device = resolve_device(cfg.device)
     backbone = load(model, load_tokenizer(model), task=data.task, device=device)
     backbone.need_room(data.max_length)
+    check_padding(backbone)
     backbone.to(device, torch.float32, trained=False)
     pack = peft_import.attach(adapter, backbone).eval()
 
