@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -27,22 +27,22 @@ def check_padding(backbone: Backbone) -> None:
     Raises:
         UserError: the network cannot score a padded batch.
     """
-    rows = _rows(backbone)
+    rows, network = _rows(backbone), cast("Any", backbone.network)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             alone = _logits(backbone, _batch(rows[:1], backbone.tokenizer.pad_token_id))
             padded = _logits(backbone, _batch(rows, backbone.tokenizer.pad_token_id))[:1]
     except Exception as error:
         raise UserError(
-            f"{type(backbone.network).__name__} cannot score two pairs of unlike length ({first_line(error)})",
-            file=backbone.network.config._name_or_path or None,  # type: ignore[union-attr]
+            f"{type(network).__name__} cannot score two pairs of unlike length ({first_line(error)})",
+            file=network.config._name_or_path or None,
             remedy="Its config.json and its tokenizer do not fit one another.",
         ) from None
     difference = float((alone - padded).abs().max())
     if difference <= TOLERANCE * max(1.0, float(alone.abs().max())):
         return
     backbone.notes.append(
-        f"{type(backbone.network).__name__} gives a pair another score in a batch of longer ones (a probe's logits "
+        f"{type(network).__name__} gives a pair another score in a batch of longer ones (a probe's logits "
         f"differ by {difference:.2g}), with transformers too; trainer.eval_batch_size=1 avoids it."
     )
 
