@@ -32,6 +32,8 @@ T = TypeVar("T")
 FILE = "tokenizer.json"
 MAX_BYTES = 256 * 2**20
 """The largest file of a tokenizer that is read; the largest that are known have about 35 MB."""
+MAX_ID = 2**24
+"""The highest token id that is read; the library walks through all ids up to the highest, used or not."""
 SECONDS = 20.0
 """How long native code may take for the probe texts, which need milliseconds."""
 
@@ -99,6 +101,7 @@ def read(
     try:
         keywords = options()
         path = _file(place, keywords.get("revision"))
+        added = [] if path is None else _refuse_contradictions(path)
         by_class = bounded(lambda: _by_class(place, keywords, path), SECONDS)
         tokenizer = by_class if path is None else bounded(lambda: _as_in_file(by_class, path), SECONDS)
     except UserError:
@@ -106,7 +109,7 @@ def read(
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
         raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None) from None
     if path is not None:
-        _refuse_contradictions(path, tokenizer)
+        _refuse_other_ids(path, tokenizer, added)
     _refuse_unusable(tokenizer, refusal)
     try:
         bounded(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
@@ -238,33 +241,51 @@ def _as_in_file(by_class: Any, path: Path) -> Any:
     return made
 
 
-def _refuse_contradictions(path: Path, tokenizer: Any) -> None:
-    """Refuse a tokenizer.json in which two tokens share an id, an id is not kept, or tokens are drawn at random."""
+def _refuse_contradictions(path: Path) -> list[Any]:
+    """Refuse a tokenizer.json in which two tokens share an id, ids are absurd, or texts are split at random.
+
+    Returns:
+        The added tokens that it names.
+    """
 
     def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
             raise UserError(f"names {name[:50]!r} twice", file=path, remedy=REMEDY)
-        return found
+        return members
 
     content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeated)
-    model = content["model"]
+    model, added = (
+        (content.get(key) for key in ("model", "added_tokens")) if isinstance(content, dict) else (None, None)
+    )
+    model = model if isinstance(model, dict) else {}  # whatever else it is, the library refuses it
+    added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     vocabulary = model.get("vocab")
-    if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
-        repeated = next(i for i, times in Counter(vocabulary.values()).items() if times > 1)
-        names = [token for token, i in vocabulary.items() if i == repeated]
+    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
+    ids = list(vocabulary.values())
+    absurd = [i for i in [*ids, *(token.get("id") for token in added)] if type(i) is int and i > MAX_ID]
+    if absurd:
+        raise UserError(f"has the token id {absurd[0]}, and no id is above {MAX_ID}", file=path, remedy=REMEDY)
+    repeated = next((i for i, times in Counter(map(str, ids)).items() if times > 1), None)
+    if repeated is not None:
+        names = [token for token, i in vocabulary.items() if str(i) == repeated]
         raise UserError(f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY)
-    for added in content.get("added_tokens") or []:
-        actual = tokenizer.backend_tokenizer.token_to_id(added["content"])
-        if actual != added["id"]:
-            reason = (
-                f"gives the added token {added['content']!r} the id {added['id']}, where the vocabulary has {actual}"
-            )
-            raise UserError(reason, file=path, remedy=REMEDY)
     if model.get("dropout"):
         reason = f"has model.dropout={model['dropout']}: it would split the same text differently each time"
         raise UserError(reason, file=path, remedy="Set it to null.")
+    return added
+
+
+def _refuse_other_ids(path: Path, tokenizer: Any, added: list[Any]) -> None:
+    """Refuse a tokenizer.json whose added tokens have other ids in the file than in use."""
+    for token in added:
+        actual = tokenizer.backend_tokenizer.token_to_id(token["content"])
+        if actual != token["id"]:
+            reason = (
+                f"gives the added token {token['content']!r} the id {token['id']}, where the vocabulary has {actual}"
+            )
+            raise UserError(reason, file=path, remedy=REMEDY)
 
 
 REMEDY = "Take the tokenizer.json that the weights came with."
