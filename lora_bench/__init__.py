@@ -21,16 +21,20 @@ __all__ = ["load"]
 __version__ = version("lora-bench")
 
 
-def load(run: str | Path, *, device: str = "auto") -> FinishedRun:
+def load(
+    run: str | Path, *, device: str = "auto", model_path: str | None = None, tokenizer: str | None = None
+) -> FinishedRun:
     """A finished run, ready to predict: backbone, adapter and head as they were at its best evaluation.
 
     Args:
         run: the run's folder.
         device: `cpu`, `cuda`, or `auto`.
+        model_path: where its backbone lies now, if the folder was moved.
+        tokenizer: where its tokenizer lies now, if that was moved.
 
     Raises:
         UserError: the folder holds no finished run, or its backbone cannot be had.
     """
     from lora_bench.predict import FinishedRun
 
-    return FinishedRun.load(run, device=device)
+    return FinishedRun.load(run, device=device, model_path=model_path, tokenizer=tokenizer)

@@ -31,8 +31,10 @@ from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.predict import FinishedRun
 from lora_bench.progress import print_metrics
 from lora_bench.record import Run, discard
+from lora_bench.recorded import model_places
 from lora_bench.screen import shown
 from lora_bench.training.loop import predict
+from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     splits = sources.reported(sources.load(data))
     if not splits:
         raise UserError("there is no labelled validation or test split to score", key="data", value=data_choice)
-    subject = _finished(cfg, data) if cfg.run else _made_by_peft(cfg, data)
+    subject = _finished(cfg, data, console) if cfg.run else _made_by_peft(cfg, data)
 
     found: dict[str, float | None] = {}
     predictions = {}
@@ -121,11 +123,13 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 
 
-def _finished(cfg: DictConfig, data: config.Data) -> _Subject:
-    for key, given in (("model", cfg.model.get("family") or cfg.model.path), ("output", cfg.output)):
+def _finished(cfg: DictConfig, data: config.Data, console: Console) -> _Subject:
+    for key, given in (("model", cfg.model.get("family")), ("output", cfg.output)):
         if given:
             raise UserError("goes with peft=, not with run=: a run has its own", key=key, value=given)
-    run = FinishedRun.load(cfg.run, device=cfg.device)
+    run = FinishedRun.load(cfg.run, device=cfg.device, **model_places(cfg.model))
+    for note in run.notes:
+        console.print(shown(f"note: {note}"))
     if len(data.text_columns) != len(run.experiment.data.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(run.experiment.data.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns)
@@ -161,6 +165,7 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
     device = resolve_device(cfg.device)
     backbone = load(model, load_tokenizer(model), task=data.task, device=device)
     backbone.need_room(data.max_length)
+    check_padding(backbone)
     backbone.to(device, torch.float32, trained=False)
     pack = peft_import.attach(adapter, backbone).eval()
 
@@ -190,7 +195,7 @@ def _model(node: DictConfig, adapter: PeftConfig) -> config.Model:
         raise adapter.refusal("base_model_name_or_path", None, "names no backbone", "Give model.path=DIR.")
     local = bool(node.path) or Path(place).is_dir()
     where = {"path": place} if local else {"hub_id": place, "revision": adapter.revision}
-    unset = dict.fromkeys(field.name for field in fields(config.Model))
+    unset = dict.fromkeys(field.name for field in fields(config.Model)) | {"tokenizer": node.tokenizer}
     model_type = _model_type(config.Model(**unset | where | {"family": "auto"}))
     if model_type == "t5":
         raise UserError(

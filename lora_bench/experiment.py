@@ -22,6 +22,7 @@ from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.course import Course, Pairs
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.objective import check_objective
+from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
@@ -336,7 +337,7 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
     for each in experiment.each.values():
         backbone.need_room(each.data.max_length)
-    backbone.notes = backbone.observe_padding()
+    check_padding(backbone)
     sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
     return backbone, sha256

@@ -16,6 +16,7 @@ from lora_bench.backbones.load import public_place
 from lora_bench.checks import need_one_of
 from lora_bench.errors import UserError
 from lora_bench.predict import FinishedRun
+from lora_bench.recorded import model_places
 from lora_bench.screen import shown
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     output = Path(cfg.output)
     need_one_of("format", str(cfg.format), ("peft", "merged"))
     _refuse_taken(output)
-    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32)
+    places = model_places(cfg.model)
+    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
+    for note in run.notes:
+        console.print(shown(f"note: {note}"))
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
     if run.pack.matchings:
@@ -59,7 +63,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         with _new_folder(output) as folder:
             for k, own in enumerate(_of_members(folder, run.pack.size)):
                 if k > 0:  # writing the one before has taken the pack apart
-                    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32)
+                    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
                 write_merged(own, run.pack, k, run.experiment.data.label_names)
         load = f'{auto_class}.from_pretrained("{one}")'
     for line in (f"written: {output}", f"load it: {load}"):

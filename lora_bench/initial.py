@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from lora_bench import record
 from lora_bench.adapters import peft_format
+from lora_bench.backbones.tokenizer import refuse_another
 from lora_bench.errors import UserError
 from lora_bench.experiment import Experiment
 from lora_bench.prompted import is_prompted
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_bench.adapters.pack import Pack
+    from lora_bench.experiment import Common
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Source:
     """Whether its head answers with the labels of the run that begins."""
 
     @classmethod
-    def of(cls, experiment: Experiment, backbone_sha256: str) -> Source | None:
+    def of(cls, experiment: Experiment, common: Common) -> Source | None:
         """What the experiment asks to begin from; None where it begins anew.
 
         Raises:
@@ -57,10 +59,15 @@ class Source:
             need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
         sha256 = str(found["environment"].get("backbone_sha256"))
         need(
-            sha256 == backbone_sha256,
+            sha256 == common.backbone_sha256,
             "was trained on another backbone",
-            f"The weights here have hash {backbone_sha256[:12]}…, its record names {sha256[:12]}….",
+            f"The weights here have hash {common.backbone_sha256[:12]}…, its record names {sha256[:12]}….",
         )
+
+        def refusal(reason: str, remedy: str) -> UserError:
+            return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy)
+
+        refuse_another(found["environment"], common.backbone.tokenizer_identity, refusal)
         fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
         return cls(Path(asked), found["targets"], theirs.data.label_names, fits)
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from lora_bench.checks import need
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
-from lora_bench.recorded import filled
+from lora_bench.recorded import filled, relocated
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
 from lora_bench.sweep import key_of
 
@@ -57,13 +57,20 @@ class Job:
         for node, key in ((cfg.model, "path"), (cfg.data, "path"), (cfg.adapter, "init_from")):
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
                 node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
+        tokenizer = cfg.model.get("tokenizer")
+        if isinstance(tokenizer, str | int | float) and os.path.exists(str(tokenizer)):  # else it may be a hub id
+            cfg.model.tokenizer = os.path.abspath(str(tokenizer))
         if not cfg.resume:
             refuse_unloadable(cfg)
             return cls(cfg, folder, choices, overrides, title=title)
         run = Run.reopen(Path(cfg.resume))
         try:
             refuse_hidden(run.folder, run.record["config"])
-            begun: Any = OmegaConf.create(filled(run.record))
+            places = {key_of(text) for text in overrides} & {"model.path", "model.tokenizer"}
+            path, tokenizer = (
+                cfg.model.get(key) if f"model.{key}" in places else None for key in ("path", "tokenizer")
+            )
+            begun: Any = OmegaConf.create(relocated(filled(run.record), path, tokenizer))
             refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
         except BaseException:
             run.release()

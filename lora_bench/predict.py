@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import record
 from lora_bench.adapters import peft_format
+from lora_bench.backbones.tokenizer import refuse_another
 from lora_bench.checks import need, need_number
 from lora_bench.data import files
 from lora_bench.data.examples import Examples
@@ -25,7 +26,7 @@ from lora_bench.evaluation.calibration import Calibration, calibrated
 from lora_bench.evaluation.ensemble import spread
 from lora_bench.experiment import Experiment, attach
 from lora_bench.prompted import is_prompted
-from lora_bench.recorded import filled
+from lora_bench.recorded import filled, model_places, relocated
 from lora_bench.tasks import refuse_several
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
@@ -49,15 +50,27 @@ class FinishedRun:
     record: dict[str, Any]
     experiment: Experiment
     pack: Pack
+    notes: Sequence[str] = ()
+    """What the user should know of how it was restored."""
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> FinishedRun:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        model_path: str | None = None,
+        tokenizer: str | None = None,
+    ) -> FinishedRun:
         """Restore a run.
 
         Args:
             folder: the run's.
             device: `cpu`, `cuda`, or `auto`.
             dtype: the precision of products; None: that of its training.
+            model_path: where its backbone lies now; None: where the record says.
+            tokenizer: where its tokenizer lies now; None: where the record says.
 
         Raises:
             UserError: there is no finished run, its backbone cannot be had or is another one, or its files are damaged.
@@ -69,7 +82,8 @@ class FinishedRun:
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key="run", value=folder)
         refuse_several(folder, found["config"], "run")
-        experiment = Experiment.build(OmegaConf.create(filled(found)))
+        config = relocated(filled(found), model_path, tokenizer)
+        experiment = Experiment.build(OmegaConf.create(config))
         dtype = dtype or getattr(torch, found["environment"]["precision"])
         pack, sha256 = attach(experiment, resolve_device(device), dtype, found["targets"])
         if sha256 != found["environment"]["backbone_sha256"]:
@@ -80,9 +94,15 @@ class FinishedRun:
                 value=folder,
                 remedy=f"Its weights have hash {sha256[:12]}…, the record names {recorded[:12]}….",
             )
+        backbone = pack.backbone
+
+        def refusal(reason: str, remedy: str) -> UserError:
+            return UserError(reason, key="run", value=folder, remedy=remedy)
+
+        notes = refuse_another(found["environment"], backbone.tokenizer_identity, refusal)
         for k, adapter in enumerate(record.adapter_folders(path, pack.size)):
             peft_format.load(adapter, pack, k)
-        return cls(path, found, experiment, pack.eval())
+        return cls(path, found, experiment, pack.eval(), [*backbone.notes, *notes])
 
     @property
     def calibration(self) -> Calibration | None:
@@ -144,7 +164,9 @@ def run_predict(cfg: DictConfig) -> None:
         need(number, "threshold", cfg.threshold, "is neither a number nor selection", "Give one from 0 to 1.")
         need_number("threshold", cfg.threshold, 0, 1)
     source = str(cfg.input)
-    run = FinishedRun.load(cfg.run, device=cfg.device)
+    run = FinishedRun.load(cfg.run, device=cfg.device, **model_places(cfg.model))
+    for note in run.notes:
+        print(f"note: {note}", file=sys.stderr)
     data = run.experiment.data
     columns = list(cfg.text_columns) if cfg.text_columns else list(data.text_columns)
     if len(columns) != len(data.text_columns):

@@ -6,9 +6,11 @@ A record holds every key that there was when its run began. What it lacks is tak
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from lora_bench.errors import UserError
 from lora_bench.help import choices, conf_folder
 from lora_bench.prompted import is_prompted
 
@@ -37,6 +39,45 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
         own = config.get(key, value)
         config[key] = value | own if isinstance(value, dict) and isinstance(own, dict) else own
     return config
+
+
+class ModelPlaces(TypedDict):
+    """Where a finished run's backbone and tokenizer lie now; None where its record says."""
+
+    model_path: str | None
+    tokenizer: str | None
+
+
+def model_places(node: Mapping[str, Any]) -> ModelPlaces:
+    """Return `model.path` and `model.tokenizer` of a command that takes a finished run."""
+    path, tokenizer = (None if node[key] is None else str(node[key]) for key in ("path", "tokenizer"))
+    return ModelPlaces(model_path=path, tokenizer=tokenizer)
+
+
+def relocated(config: dict[str, Any], path: str | None, tokenizer: str | None) -> dict[str, Any]:
+    """Return a recorded config with its backbone and its tokenizer where they lie now.
+
+    Args:
+        config: as `filled` gives it.
+        path, tokenizer: the new places; None where they are those of the config.
+
+    Raises:
+        UserError: the backbone is neither where the record says nor is another place given.
+    """
+    if not isinstance(config.get("model"), dict):
+        return config
+    given = {"path": path, "tokenizer": tokenizer}
+    places = {key: os.path.abspath(place) for key, place in given.items() if place and os.path.exists(place)}
+    model = config["model"] | {key: place for key, place in given.items() if place} | places
+    for key in ("path", "tokenizer"):
+        place = model.get(key)
+        moved = isinstance(place, str) and os.path.isabs(place) and not os.path.isdir(place)
+        if moved and given[key] is None:
+            remedy = f"If it was moved, give model.{key}=DIR, its new place: that it is the same is checked."
+            raise UserError(
+                "the folder that this run was trained with is gone", key=f"model.{key}", value=place, remedy=remedy
+            )
+    return config | {"model": model}
 
 
 def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:

@@ -14,6 +14,7 @@ import torch
 
 from lora_bench import environment
 from lora_bench.adapters.targets import unmatched_alternatives
+from lora_bench.backbones.tokenizer import refuse_another
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.progress import show_result
@@ -101,8 +102,7 @@ class Recorder:
     def begin(self, job: int, newest: Checkpoint | None) -> None:
         """Claim the job's folder, or set its record back to the checkpoint that it goes on from."""
         asked, common = self.jobs[job], self.common
-        if asked.begun:
-            _refuse_another(asked.begun.record, common)
+        same_but = _refuse_another(asked.begun.record, common) if asked.begun else []
         run = asked.begun or Run.claim(
             asked.folder, choices=asked.choices, config=asked.config, overrides=asked.overrides
         )
@@ -110,7 +110,8 @@ class Recorder:
         if asked.begun:
             run.rewind(newest.step if newest else 0)
         notes = [note for k in self.parts[job] for note in self.preparations[k].notes]
-        warnings = list(dict.fromkeys([*common.described["warnings"], *common.backbone.notes, *notes]))
+        notes = [*common.backbone.notes, *notes, *same_but]
+        warnings = list(dict.fromkeys([*common.described["warnings"], *notes]))
         run.update(
             data={**common.described, "warnings": warnings},
             params=self._params(self.parts[job]),
@@ -122,6 +123,7 @@ class Recorder:
                 "threads": torch.get_num_threads(),
                 "processes": self.processes.size,
                 "backbone_sha256": common.backbone_sha256,
+                **common.backbone.tokenizer_identity,
             },
         )
         self.runs[job] = follow(run, self.experiments[job].trackers if self.processes.leads else {}, self.console)
@@ -337,13 +339,22 @@ class Recorder:
                 self.console.print(shown(f"note: memory was short, so the run went on with trainer.{key}={pairs}."))
 
 
-def _refuse_another(began: Mapping[str, Any], common: Common) -> None:
-    """An interrupted run goes on with the data and the backbone that it began with."""
+def _refuse_another(began: Mapping[str, Any], common: Common) -> list[str]:
+    """An interrupted run goes on with the data, the backbone and the tokenizer that it began with.
+
+    Returns:
+        Notes on what differs without changing anything.
+    """
     for split, found in began["data"].get("fingerprint", {}).items():
         if common.described["fingerprint"].get(split) != found:
             raise UserError(f"the {split} split is not the one that the run began with", key="resume")
     if began["environment"].get("backbone_sha256") not in (None, common.backbone_sha256):
         raise UserError("the backbone is not the one that the run began with", key="resume")
+
+    def refusal(reason: str, remedy: str) -> UserError:
+        return UserError(reason, key="resume", remedy=remedy)
+
+    return refuse_another(began["environment"], common.backbone.tokenizer_identity, refusal)
 
 
 def _notes(experiment: Experiment, record: Mapping[str, Any]) -> list[str]:

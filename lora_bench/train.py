@@ -100,7 +100,7 @@ def train_pack(
     places = [job.folder / "checkpoints" for job in jobs]
     folders = [c for p, part in zip(places, parts, strict=True) for c in Checkpoints.of_members(p, len(part))]
     begun = _newest([jobs[job] for job in owners], folders)
-    sources = [None if begun else Source.of(experiment, common.backbone_sha256) for experiment in experiments]
+    sources = [None if begun else Source.of(experiment, common) for experiment in experiments]
     members = [
         member
         for experiment, source in zip(experiments, sources, strict=True)

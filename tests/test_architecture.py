@@ -61,18 +61,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
-    "recorded": {"help", "hydra_errors", "prompted"},
+    "recorded": {"errors", "help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
-    | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
+    | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "recorded", "screen"}
+    | {"training"},
     "besides": BASE | {"data", "evaluation"},
-    "export": BASE | {"adapters", "backbones", "predict", "screen"},
+    "export": BASE | {"adapters", "backbones", "predict", "recorded", "screen"},
     "predict": BASE
-    | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "recorded", "tasks", "training"},
-    "initial": {"adapters", "errors", "experiment", "prompted", "record", "recorded", "tasks"},
+    | {"adapters", "backbones", "data", "evaluation", "experiment", "prompted", "record", "recorded", "tasks"}
+    | {"training"},
+    "initial": {"adapters", "backbones", "errors", "experiment", "prompted", "record", "recorded", "tasks"},
     "train": {"adapters", "evaluation", "experiment", "initial", "job", "progress", "recording", "screen", "training"},
-    "recording": {"environment", "errors", "adapters", "evaluation", "progress", "record", "results", "screen"}
+    "recording": {
+        "environment",
+        "errors",
+        "adapters",
+        "backbones",
+        "evaluation",
+        "progress",
+        "record",
+        "results",
+        "screen",
+    }
     | {"tracking", "training"},
     "results": {"adapters", "backbones", "besides", "data", "evaluation", "record", "tasks", "training"},
     "tasks": {"errors", "record"},

@@ -10,12 +10,14 @@ Hugging Face model's own output.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_bench.backbones.tokenizer import identity
 from lora_bench.checks import need
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Backbone(ABC):
         self.tokenizer = tokenizer
         self.fresh = fresh
         self.compute_dtype = torch.float32
+        self.notes: list[str] = []
+        """What the user should know of how it reads and scores."""
         self.layers: list[tuple[str, nn.Module]] = [
             (f"{path}.{i}", layer)
             for path in self.layer_paths
@@ -176,6 +180,11 @@ class Backbone(ABC):
         self.network.to(device)
         if not trained:
             self.network.to(dtype)
+
+    @cached_property
+    def tokenizer_identity(self) -> dict[str, str]:
+        """The digests by which a run knows its tokenizer again."""
+        return identity(self.tokenizer)
 
     def hash(self) -> str:
         """sha256 over the names and bytes of every tensor outside the head; call it on a detached backbone."""

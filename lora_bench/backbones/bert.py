@@ -39,7 +39,8 @@ class Bert(Backbone):
         return int(positions.num_embeddings - offset)
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
-        hidden: Tensor = self.encoder.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
+        types = batch.token_type_ids if self.encoder.config.type_vocab_size > 1 else None
+        hidden: Tensor = self.encoder.embeddings(input_ids=batch.input_ids, token_type_ids=types)
         mask = additive_mask(batch, hidden.dtype)
         for _, layer in self.layers[:depth]:
             hidden = _run(layer, hidden, hidden, mask)

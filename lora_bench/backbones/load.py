@@ -22,6 +22,7 @@ from lora_bench.backbones.auto import Auto
 from lora_bench.backbones.bert import MODEL_TYPES, Bert
 from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
+from lora_bench.backbones.tokenizer import first_line, probe, read
 from lora_bench.config import Model, T5Model
 from lora_bench.errors import UserError
 
@@ -46,26 +47,17 @@ def load_tokenizer(model: Model) -> Any:
     if model.random is not None and not (model.tokenizer or model.path):
         return tiny.tokenizer(str(model.random["model_type"]))
     place = model.tokenizer or locate(model)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **_reading(model, place))
-    except Exception as error:  # transformers raises many kinds for one cause: the files are not there
-        raise UserError(
-            f"no tokenizer could be loaded from there ({_first_line(error)})",
-            key="model.tokenizer" if model.tokenizer else "model.path" if model.path else "model.hub_id",
-            value=place,
-            remedy="Give model.tokenizer=DIR, a folder with tokenizer.json." if model.path else OFFLINE_REMEDY,
-        ) from None
-    # Where there are no files, transformers makes a tokenizer up that knows its special tokens and nothing else.
-    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
-    faults = {
-        "is not a fast tokenizer": not tokenizer.is_fast,
-        "holds no tokenizer": len(words) < 10,
-        "has no padding token": tokenizer.pad_token_id is None,
-    }
-    for fault, found in faults.items():
-        if found:
-            remedy = "Give model.tokenizer=DIR, a folder with tokenizer.json."
-            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy)
+
+    def refusal(reason: str, remedy: str | None) -> UserError:
+        key = "model.tokenizer"
+        if reason.startswith("no tokenizer") and not model.tokenizer:
+            key = "model.path" if model.path else "model.hub_id"
+            remedy = remedy or (None if model.path else OFFLINE_REMEDY)
+        remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
+        return UserError(reason, key=key, value=place, remedy=remedy)
+
+    tokenizer, notes = read(place, refusal, lambda: _reading(model, place))
+    tokenizer.reading_notes = notes
     return tokenizer
 
 
@@ -108,19 +100,52 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     else:
         network, fresh = _pretrained(hf_class, model, place, config, options)
     network.eval()
-    known = network.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the backbone knows {known}",
-            key="model.tokenizer",
-            value=model.tokenizer or place,
-            remedy="Give the tokenizer that the weights were trained with.",
-        )
     backbone = _backbone(model, network, tokenizer, fresh, task)
     if place is not None:
         _refuse_holes(backbone, place)
         _refuse_not_finite(network, place)
+    _refuse_unknown_tokens(network, tokenizer, model.tokenizer or place)
+    _align_padding(network, tokenizer.pad_token_id)
+    backbone.notes += getattr(tokenizer, "reading_notes", [])
     return backbone
+
+
+def _refuse_unknown_tokens(network: Any, tokenizer: Any, place: str | None) -> None:
+    """Refuse a tokenizer that can give ids for which the network has no row."""
+    rows = network.get_input_embeddings().num_embeddings
+    types = getattr(network.config, "type_vocab_size", None) or 0
+    encoded = probe(tokenizer)
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    in_template = max((i for ids, _ in encoded for i in ids), default=0)
+    type_id = max((i for _, types_ in encoded for i in types_), default=0)
+    faults = {
+        f"the tokenizer has {len(tokenizer)} tokens, the backbone knows {rows}": len(tokenizer) > rows,
+        f"its token {token!r} has the id {highest}, the backbone knows {rows} tokens": highest >= rows,
+        f"its template adds the id {in_template}, the backbone knows {rows} tokens": in_template >= rows,
+        f"its template has the type {type_id}, the backbone knows {types} types": type_id > 1 and type_id >= types,
+    }
+    for fault, holds in faults.items():
+        if holds:
+            remedy = "Give the tokenizer that the weights were trained with."
+            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy)
+
+
+def _align_padding(network: Any, pad_id: int) -> None:
+    """Let the network know the id that pairs are padded with: some classifiers find a pair's last token by it.
+
+    The id stays as it is where positions are counted from it: it then is part of what the weights mean.
+    """
+    if not _counts_positions_from_padding(network):
+        network.config.pad_token_id = pad_id
+        network.config.get_text_config().pad_token_id = pad_id
+
+
+def _counts_positions_from_padding(network: Any) -> bool:
+    """Return whether the network's positions begin behind the padding id, as RoBERTa's do."""
+    return any(
+        isinstance(module, torch.nn.Embedding) and module.padding_idx is not None and "position" in name
+        for name, module in network.named_modules()
+    )
 
 
 def _backbone(model: Model, network: Any, tokenizer: Any, fresh: set[str], task: str) -> Backbone:
@@ -195,6 +220,8 @@ def _config(model: Model, place: str | None, tokenizer: Any) -> Any:
         raise _unreachable(model, place, error) from None
     check_settings(vars(config), place)
     config.num_labels = 2
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
     return config
 
 
@@ -278,18 +305,13 @@ def _refuse_not_finite(network: Any, place: str) -> None:
 
 def _unreachable(model: Model, place: str, error: Exception) -> UserError:
     if model.path or model.package or model.folder:
-        return UserError(f"no model could be loaded from there ({_first_line(error)})", file=place)
+        return UserError(f"no model could be loaded from there ({first_line(error)})", file=place)
     return UserError(
-        f"could neither be downloaded nor found in the local cache ({_first_line(error)})",
+        f"could neither be downloaded nor found in the local cache ({first_line(error)})",
         key="model.hub_id",
         value=place,
         remedy=OFFLINE_REMEDY,
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:")[:200]
 
 
 def _quiet() -> None:

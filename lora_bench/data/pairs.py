@@ -17,6 +17,7 @@ import pyarrow as pa
 import tokenizers
 
 from lora_bench.cache import CacheFiles, token_limit_bytes
+from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,7 +136,7 @@ def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_leng
     lengths: list[NDArray[np.int64]] = []
     truncated = 0
     for i in range(0, len(pairs), CHUNK):
-        found = backend.encode_batch_fast(pairs[i : i + CHUNK])  # on all cores
+        found = _encode_chunk(backend, pairs[i : i + CHUNK])
         lengths.append(np.array([len(encoding) for encoding in found]))
         ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in found), np.int32))
         types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in found), np.int8))
@@ -147,6 +148,24 @@ def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_leng
         columns["token_type_ids"] = pa.ListArray.from_arrays(offsets, pa.array(flat_types))
     batch = pa.RecordBatch.from_pydict(columns)
     return batch.replace_schema_metadata({"truncated": str(truncated)})
+
+
+def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
+    """Encode on all cores.
+
+    Raises:
+        UserError: the tokenizer's native code panics, for example where a pattern of it backtracks for ever.
+    """
+    try:
+        return list(backend.encode_batch_fast(pairs))
+    except BaseException as error:  # a panic is no Exception
+        if type(error).__name__ != "PanicException" and type(error) is not Exception:
+            raise
+        reason = f"the tokenizer fails on a text of the data ({str(error).strip().splitlines()[0][:200]})"
+        remedy = (
+            "Take another tokenizer with model.tokenizer=DIR, or shorten very long words and runs of one character."
+        )
+        raise UserError(reason, key="model.tokenizer", remedy=remedy) from None
 
 
 def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
@@ -216,7 +235,7 @@ def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length:
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()  # its state is part of the text below
-    version = tokenizers.__version__
+    version = f"{tokenizers.__version__}|{backend.encode_special_tokens}"
     digest = sha256(f"{backend.to_str()}|{max_length}|{second is not None}|{version}".encode())
     for texts in (first, second or []):
         digest.update(f"{len(texts)}|".encode())

@@ -1,0 +1,398 @@
+"""Tokenizers read from files: `tokenizer.json` exactly as it stands, checked before anything is trained with it.
+
+transformers rebuilds some tokenizers from their vocabulary and takes normalizer, pre-tokenizer, template and decoder
+from the class of the model. Where that differs from the file, the file wins. A tokenizer comes from outside: its native
+code is called with a time limit, and what it panics at is refused like any other damaged file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tokenizers
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, TokenizersBackend
+
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+T = TypeVar("T")
+
+FILE = "tokenizer.json"
+MAX_BYTES = 256 * 2**20
+"""The largest file of a tokenizer that is read; the largest that are known have about 35 MB."""
+MAX_ID = 2**24
+"""The highest token id that is read; the library walks through all ids up to the highest, used or not."""
+SECONDS = 20.0
+"""How long native code may take for the probe texts, which need milliseconds."""
+
+PAIRS = [
+    ("How do I cook rice?", "What is the best way to cook rice?"),
+    ("Is 3.14 close to pi?", "is 3.14 CLOSE to PI ?"),
+    ("first\tcolumn", "second\ncolumn\r\n"),
+    ("Grüße aus München", "Gru\u0308ße aus Mu\u0308nchen"),
+    ("", "An empty first text"),
+    ("An empty second text", ""),
+    ("a [SEP] b </s> c", "<s> d [CLS] e <pad> [PAD]"),
+    ("日本語の質問ですか", "中文问题吗？"),
+]
+TEXTS = [
+    "",
+    " ",
+    "The quick brown fox jumps over the lazy dog.",
+    "THE QUICK BROWN FOX",
+    "  leading,  double  and trailing spaces  ",
+    "tab\there, line\nfeed, carriage\rreturn, no\u00a0break",
+    "São Paulo, naïve café, Ångström, İstanbul, straße",
+    "e\u0301 versus é, ﬁ versus fi, ２ versus 2",
+    "Привет, как дела?",
+    "Πώς είσαι σήμερα;",
+    "هل هذا سؤال؟",
+    "क्या यह एक प्रश्न है?",
+    "이것은 질문입니까?",
+    "😀 👩\u200d👩\u200d👧 🇧🇷 ❤\ufe0f",
+    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
+    "0 1 23 456 7890 1,234,567.89 -5e10 0x1F 50% $20",
+    "it's don't we'll you've I'm he'd 'quoted' \"double\"",
+    "user@example.org https://example.org/a_b?c=d&e=f#g @user #tag",
+    "def f(x): return x**2  # code {a: [1, 2]} <b>html</b>",
+    "[CLS] [SEP] [MASK] [UNK] [PAD]",
+    "<s> </s> <mask> <unk> <pad> <extra_id_0> <|endoftext|>",
+    "under_score-hyphen/slash\\backslash…—–",
+    "zero\u200bwidth \ufeff mark \u0000 null \u00ad soft",
+    "a",
+]
+"""With `PAIRS` the 32 probe texts whose token ids are part of a run's identity: changing one changes every identity."""
+HARD = [
+    *(unit * (4000 // len(unit)) for unit in ("a", "A", "1", " ", "\n", "!", "é", "日", "ab ", "a1", "aA1_- ", "a\n")),
+    "a" * 4000 + "!",
+    " " * 4000 + "x",
+    "ab" * 30 + "\u0000",
+]
+"""What patterns that backtrack take for ever for."""
+
+
+def read(
+    place: str, refusal: Callable[[str, str | None], UserError], options: Callable[[], Mapping[str, Any]]
+) -> tuple[Any, list[str]]:
+    """Return the tokenizer of a folder or hub id, and what the user should know of how it is read.
+
+    Args:
+        place: a local folder or an id on the hub.
+        refusal: makes the error of a reason and a remedy.
+        options: gives the keywords for `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        UserError: there is no fast tokenizer, or its files are damaged, contradict themselves or take too long.
+    """
+    if os.path.isdir(place):
+        refuse_odd_files(Path(place))
+    try:
+        keywords = options()
+        path = _file(place, keywords.get("revision"))
+        added = [] if path is None else _refuse_contradictions(path)
+        by_class = bounded(lambda: _by_class(place, keywords, path), SECONDS)
+        tokenizer = by_class if path is None else bounded(lambda: _as_in_file(by_class, path), SECONDS)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for one cause: the files are not there
+        raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None) from None
+    if path is not None:
+        _refuse_other_ids(path, tokenizer, added)
+    _refuse_unusable(tokenizer, refusal)
+    try:
+        bounded(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
+    except Exception as error:
+        reason = f"its tokenizer fails on short texts ({first_line(error)})"
+        raise refusal(reason, "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever.") from None
+    return tokenizer, _notes(tokenizer, by_class)
+
+
+def refuse_odd_files(folder: Path) -> None:
+    """Refuse a folder whose text files cannot be read at once: pipes, devices, links to nothing, huge files.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".txt", ".model"):
+            continue
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise UserError(f"cannot be read ({error.strerror})", file=path) from None
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError("is not a regular file", file=path)
+        if found.st_size > MAX_BYTES:
+            reason = f"has {found.st_size:,} bytes, and no file of a tokenizer or config has more than {MAX_BYTES:,}"
+            raise UserError(reason, file=path)
+
+
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """Return what `call` returns, with a limit on its time; for native code, which no signal stops.
+
+    Raises:
+        TimeoutError: it takes longer; it is left to itself in a thread that does not keep the process alive.
+        ValueError: the native code panicked.
+        Exception: what `call` raises.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # a panic is no Exception
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    with _no_panic_messages():
+        thread.start()
+        thread.join(seconds)
+    if results:
+        return results[0]
+    if not errors:
+        raise TimeoutError(f"it took longer than {seconds:.0f} seconds")
+    if isinstance(errors[0], Exception) or type(errors[0]).__name__ != "PanicException":
+        raise errors[0]
+    raise ValueError(first_line(errors[0]))
+
+
+@contextmanager
+def _no_panic_messages() -> Iterator[None]:
+    """Keep what native code prints of a panic off the screen: the error says it."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _file(place: str, revision: str | None) -> Path | None:
+    """Return where tokenizer.json lies; None where the tokenizer has other files."""
+    if os.path.isdir(place):
+        path = Path(place, FILE)
+        return path if path.is_file() else None
+    found = transformers.utils.cached_file(
+        place,
+        FILE,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _by_class(place: str, keywords: Mapping[str, Any], path: Path | None) -> Any:
+    """Return the tokenizer as transformers reads it: it knows the special tokens that the file does not name."""
+    if path is not None:
+        Tokenizer.from_file(str(path))  # a damaged file is told by its own error, not by that of a class
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)
+    except Exception:
+        if path is None:
+            raise
+        try:  # the class can make nothing of this vocabulary; the file may stand alone
+            known = {name: value for name, value in keywords.items() if name != "tokenizer_type"}
+            return TokenizersBackend.from_pretrained(place, **known)
+        except Exception:  # what the class said is nearer to the cause
+            pass
+        raise
+
+
+def _as_in_file(by_class: Any, path: Path) -> Any:
+    """Return a tokenizer that reads texts as the file says, with the settings of `by_class`."""
+    backend = Tokenizer.from_file(str(path))
+    backend.no_padding()
+    backend.no_truncation()
+    by_class.backend_tokenizer.no_padding()
+    by_class.backend_tokenizer.no_truncation()
+    if json.loads(backend.to_str()) == json.loads(by_class.backend_tokenizer.to_str()):
+        return by_class
+    names = {name: token for name, token in by_class.special_tokens_map.items() if isinstance(token, str)}
+    made = TokenizersBackend(
+        tokenizer_object=backend,
+        model_max_length=by_class.model_max_length,
+        model_input_names=by_class.model_input_names,
+        padding_side=by_class.padding_side,
+        truncation_side=by_class.truncation_side,
+        split_special_tokens=by_class.split_special_tokens,
+        clean_up_tokenization_spaces=by_class.clean_up_tokenization_spaces,
+        **{name: token for name, token in names.items() if backend.token_to_id(token) is not None},
+    )
+    backend.encode_special_tokens = by_class.split_special_tokens
+    made._tokenizer = backend  # transformers' has been given a template and tokens that the file lacks
+    return made
+
+
+def _refuse_contradictions(path: Path) -> list[Any]:
+    """Refuse a tokenizer.json in which two tokens share an id, ids are absurd, or texts are split at random.
+
+    Returns:
+        The added tokens that it names.
+    """
+
+    def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+            raise UserError(f"names {name[:50]!r} twice", file=path, remedy=REMEDY)
+        return members
+
+    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeated)
+    model, added = (
+        (content.get(key) for key in ("model", "added_tokens")) if isinstance(content, dict) else (None, None)
+    )
+    model = model if isinstance(model, dict) else {}  # whatever else it is, the library refuses it
+    added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    vocabulary = model.get("vocab")
+    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
+    ids = list(vocabulary.values())
+    absurd = [i for i in [*ids, *(token.get("id") for token in added)] if type(i) is int and i > MAX_ID]
+    if absurd:
+        raise UserError(f"has the token id {absurd[0]}, and no id is above {MAX_ID}", file=path, remedy=REMEDY)
+    repeated = next((i for i, times in Counter(map(str, ids)).items() if times > 1), None)
+    if repeated is not None:
+        names = [token for token, i in vocabulary.items() if str(i) == repeated]
+        raise UserError(f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY)
+    if model.get("dropout"):
+        reason = f"has model.dropout={model['dropout']}: it would split the same text differently each time"
+        raise UserError(reason, file=path, remedy="Set it to null.")
+    return added
+
+
+def _refuse_other_ids(path: Path, tokenizer: Any, added: list[Any]) -> None:
+    """Refuse a tokenizer.json whose added tokens have other ids in the file than in use."""
+    for token in added:
+        actual = tokenizer.backend_tokenizer.token_to_id(token["content"])
+        if actual != token["id"]:
+            reason = (
+                f"gives the added token {token['content']!r} the id {token['id']}, where the vocabulary has {actual}"
+            )
+            raise UserError(reason, file=path, remedy=REMEDY)
+
+
+REMEDY = "Take the tokenizer.json that the weights came with."
+
+
+def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None], UserError]) -> None:
+    # Where there are no files, transformers makes a tokenizer up that knows its special tokens and nothing else.
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    pad = tokenizer.pad_token
+    names_it = "Name it as pad_token in its tokenizer_config.json."
+    faults = {
+        "is not a fast tokenizer": not tokenizer.is_fast,
+        "holds no tokenizer": len(words) < 10,
+        "has no padding token": pad is None or tokenizer.pad_token_id is None,
+        f"has a padding token, {pad}, that is not in its vocabulary": pad is not None
+        and pad not in tokenizer.get_vocab(),
+    }
+    for fault, holds in faults.items():
+        if holds:
+            raise refusal(fault, names_it if "padding" in fault else None)
+
+
+def _notes(tokenizer: Any, by_class: Any) -> list[str]:
+    """Say where the file and the class of transformers read a text differently: other programs may follow the class."""
+    if tokenizer is by_class:
+        return []
+    texts = [*PAIRS, *TEXTS]
+    try:
+        theirs = bounded(lambda: by_class.backend_tokenizer.encode_batch_fast(texts), SECONDS)
+    except Exception:
+        return ["tokenizer.json is read as it stands; transformers' class of it fails on short texts."]
+    ours = tokenizer.backend_tokenizer.encode_batch_fast(texts)
+    differing = sum(one.ids != other.ids for one, other in zip(ours, theirs, strict=True))
+    if not differing:
+        return []
+    return [
+        f"tokenizer.json is read as it stands; transformers' {type(by_class).__name__} would read {differing} of "
+        f"{len(texts)} probe texts differently."
+    ]
+
+
+def probe(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Return the token ids and token types of the probe texts."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return [(encoding.ids, encoding.type_ids) for encoding in backend.encode_batch_fast([*PAIRS, *TEXTS])]
+
+
+def identity(tokenizer: Any) -> dict[str, str]:
+    """Return the two digests by which a run knows its tokenizer again.
+
+    `tokenizer_sha256` covers the whole content. `tokenizer_probe_sha256` covers what decides token ids whatever the
+    version of the libraries: the ids of the probe texts, the vocabulary and the merges.
+    """
+    ids = probe(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    content = json.loads(backend.to_str())
+    content["split_special_tokens"] = bool(backend.encode_special_tokens)
+    model = content["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []
+    vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items())
+    return {
+        "tokenizer_sha256": _digest(content),
+        "tokenizer_probe_sha256": _digest([ids, vocabulary, merges, [[w, round(s, 6)] for w, s in scores]]),
+    }
+
+
+def _digest(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def refuse_another(
+    recorded: Mapping[str, Any], current: Mapping[str, str], refusal: Callable[[str, str], UserError]
+) -> list[str]:
+    """Refuse a tokenizer that gives other token ids than the one that a run was trained with.
+
+    Args:
+        recorded: `environment` of the run's record; nothing is compared with a record that does not know.
+        current: what `identity` gives now.
+        refusal: makes the error of a reason and a remedy.
+
+    Returns:
+        Notes on what differs though the token ids agree.
+    """
+    probe_sha256 = recorded.get("tokenizer_probe_sha256")
+    if probe_sha256 is None:
+        return []
+    if probe_sha256 != current["tokenizer_probe_sha256"]:
+        raise refusal(
+            "the tokenizer is not the one that this run was trained with: it gives other token ids",
+            "Put its former files back, or give model.tokenizer=DIR, a folder that holds them.",
+        )
+    notes = []
+    if recorded.get("tokenizer_sha256") != current["tokenizer_sha256"]:
+        notes.append("the tokenizer's files have changed since the training; the token ids of the probe texts agree.")
+    versions = recorded.get("versions")
+    for library in (tokenizers, transformers):
+        name, here = library.__name__, library.__version__
+        before = versions.get(name) if isinstance(versions, dict) else None
+        if before is not None and before != here:
+            notes.append(f"trained with {name} {before}, read with {here}; the token ids of the probe texts agree.")
+    return notes
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, shortened."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")[:200]

@@ -1,0 +1,70 @@
+"""A check before training: a pair's score must not depend on the other pairs of its batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from lora_bench.backbones.tokenizer import PAIRS, first_line
+from lora_bench.data.batching import Batch
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_bench.backbones.base import Backbone
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest logit, that counts as rounding in fp32."""
+
+
+def check_padding(backbone: Backbone) -> None:
+    """Score two pairs alone and together in one batch.
+
+    Where the shorter pair's score depends on its batch, the backbone gets a note.
+
+    Raises:
+        UserError: the network cannot score a padded batch.
+    """
+    rows, network = _rows(backbone), cast("Any", backbone.network)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            alone = _logits(backbone, _batch(rows[:1], backbone.tokenizer.pad_token_id))
+            padded = _logits(backbone, _batch(rows, backbone.tokenizer.pad_token_id))[:1]
+    except Exception as error:
+        raise UserError(
+            f"{type(network).__name__} cannot score two pairs of unlike length ({first_line(error)})",
+            file=network.config._name_or_path or None,
+            remedy="Its config.json and its tokenizer do not fit one another.",
+        ) from None
+    difference = float((alone - padded).abs().max())
+    if difference <= TOLERANCE * max(1.0, float(alone.abs().max())):
+        return
+    backbone.notes.append(
+        f"{type(network).__name__} gives a pair another score in a batch of longer ones (a probe's logits "
+        f"differ by {difference:.2g}), with transformers too; trainer.eval_batch_size=1 avoids it."
+    )
+
+
+def _rows(backbone: Backbone) -> list[list[int]]:
+    """Return the token ids of a short and a long pair, as the backbone reads them."""
+    (short, other), (long, another) = ("Is it?", "Yes?"), (" ".join(PAIRS[0]), " ".join(PAIRS[1]))
+    first, second = backbone.render([("first", [short, long]), ("second", [other, another])])
+    backend = backbone.tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(min(backbone.max_tokens or 64, 64), strategy="longest_first")
+    encoded = backend.encode_batch_fast(first if second is None else list(zip(first, second, strict=True)))
+    backend.no_truncation()
+    return [encoding.ids for encoding in encoded]
+
+
+def _batch(rows: list[list[int]], pad_id: int) -> Batch:
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return Batch(ids, mask, None, None, full=bool(mask.all()))
+
+
+def _logits(backbone: Backbone, batch: Batch) -> Tensor:
+    return backbone.suffix(backbone.prefix(batch, 0), batch, 0)
