@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hydra_errors",
         "job",
         "predict",
+        "prediction_request",
         "record",
     }
     | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
@@ -63,29 +64,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
-    | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
+    | {"adapters", "backbones", "besides", "data", "evaluation", "finished", "paths", "predict", "progress", "record"}
+    | {"screen", "training"},
     "besides": BASE | {"data", "evaluation"},
-    "export": BASE | {"adapters", "backbones", "predict", "screen"},
+    "export": BASE | {"adapters", "backbones", "paths", "predict", "screen"},
     "predict": BASE
-    | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "recorded", "tasks", "training"},
-    "initial": {"adapters", "errors", "experiment", "prompted", "record", "recorded", "tasks"},
+    | {"adapters", "data", "evaluation", "experiment", "finished", "prediction_request", "record", "training"},
+    "prediction_request": BASE | {"data", "finished", "paths"},
+    "finished": {"errors", "evaluation", "prompted", "record", "recorded", "tasks"},
+    "initial": {"adapters", "errors", "experiment", "finished", "record"},
     "train": {"adapters", "evaluation", "experiment", "initial", "job", "progress", "recording", "screen", "training"},
     "recording": {"environment", "errors", "adapters", "evaluation", "progress", "record", "results", "screen"}
     | {"tracking", "training"},
     "results": {"adapters", "backbones", "besides", "data", "evaluation", "record", "tasks", "training"},
     "tasks": {"errors", "record"},
-    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
+    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "finished", "tracking", "training"},
     "doctor": {"environment", "data", "training"},
     "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors", "stats"},
-    "data": BASE | {"hub"},
+    "data": BASE | {"hub", "paths"},
+    "paths": {"errors"},
     "backbones": BASE | {"hub"},
     "adapters": BASE,
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "grid"}
-    | {"", "prompted", "record", "recorded", "report", "tables", "tasks"},
+    | {"", "paths", "prompted", "record", "recorded", "report", "tables", "tasks"},
     "grid": {"tables"},
     "report": {"comparison", "costs", "disk", "experiments", "figures", "predictions", "tables"},
     "baseline": {"comparison", "errors", "figures", "tables"},
@@ -122,7 +127,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("help", "prompted", "recorded", "slurm", "tasks", "transfer")
+LIGHT += ("paths", "help", "prompted", "recorded", "slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
@@ -132,7 +137,7 @@ OPEN_CONFIG = {
     "initial",
     "cli",
     "hydra_errors",
-    "predict",
+    "prediction_request",
     "prompt",
     "recorded",
     "evaluate",

@@ -23,6 +23,7 @@ from lora_bench.data.toy import generate
 from lora_bench.errors import UserError
 from lora_bench.job import Job
 from lora_bench.predict import run_predict
+from lora_bench.prediction_request import PredictionRequest
 from lora_bench.train import train
 from tests.helpers import SMALL_TOY, TINY, composed
 
@@ -60,7 +61,7 @@ def written(folder: Path, split: str = "validation") -> NDArray[np.float64]:
 
 
 def ask(**keys: object) -> None:
-    run_predict(composed(*(f"{key}={value}" for key, value in keys.items()), name="predict"))
+    run_predict(PredictionRequest.read(composed(*(f"{key}={value}" for key, value in keys.items()), name="predict")))
 
 
 VARIANTS = [
@@ -305,7 +306,7 @@ def test_other_column_names_and_more_columns(runs: Run, tmp_path: Path) -> None:
     ask(run=folder, input=put(tmp_path / "new.tsv", rows), output=tmp_path / "out.jsonl", text_columns="[a,b]")
     answers = got(tmp_path / "out.jsonl")
     assert [answer["score"] for answer in answers] == written(folder).tolist()
-    assert list(answers[0]) == ["a", "b", "label", "score"]
+    assert list(answers[0]) == ["id", "b", "a", "label", "score"]
 
 
 def test_tabs_and_line_breaks_do_not_break_a_tsv(runs: Run, tmp_path: Path) -> None:

@@ -7,16 +7,10 @@ column, where they are empty texts. Rows are numbered as an editor counts lines,
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
-import math
 import os
-import re
-import reprlib
-import stat
-import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,19 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.data.examples import Examples
+from lora_bench.data.labels import advise, excerpt
+from lora_bench.data.lines import split_lines
 from lora_bench.errors import UserError, nearest
+from lora_bench.paths import STREAM, is_stream, read_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from io import BufferedReader
 
     from numpy.typing import NDArray
 
-STDIN = "-"
 _LABELS = {"0": 0, "1": 1, 0: 0, 1: 1}
-_shown = reprlib.Repr()  # foreign strings reach a message escaped and cut short
-_shown.maxstring = _shown.maxother = 60
-_shown.maxlist = 20
 
 
 @dataclass(frozen=True)
@@ -77,12 +69,12 @@ class Table:
         values = list(self.column(name))
         for row, value in zip(self.rows, values, strict=True):
             if type(value) is not str:
-                raise self._error(f"{_shown.repr(name)} is {_shown.repr(value)}, not a text", row)
+                raise self._error(f"{excerpt(name)} is {excerpt(value)}, not a text", row)
         try:
             "".join(values).encode()
         except UnicodeEncodeError:  # JSON can write half a character: "\ud800"
             bad = next(i for i, value in enumerate(values) if value.encode(errors="replace").decode() != value)
-            raise self._error(f"{_shown.repr(name)} holds half of a surrogate pair", self.rows[bad]) from None
+            raise self._error(f"{excerpt(name)} holds half of a surrogate pair", self.rows[bad]) from None
         return values
 
     def _labels(
@@ -104,10 +96,10 @@ class Table:
         bad = labels.index(None)
         allowed = "0 or 1 in every row" + (", or -1 in all of them where labels are hidden" if may_hide else "")
         raise self._error(
-            f"label {_shown.repr(values[bad])} is neither 0 nor 1",
+            f"label {excerpt(values[bad])} is neither 0 nor 1",
             self.rows[bad],
             f"The column that data.label_column={name} names must hold {allowed}. "
-            + _mapping(values, bad, label_names, may_hide),
+            + advise(values, bad, label_names, may_hide),
         )
 
     def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
@@ -120,7 +112,7 @@ class Table:
         bad = np.flatnonzero(~np.isfinite(found))
         if len(bad):
             raise self._error(
-                f"label {_shown.repr(values[bad[0]])} is not a number",
+                f"label {excerpt(values[bad[0]])} is not a number",
                 self.rows[bad[0]],
                 f"data.label_threshold makes labels of numbers, which {name} must hold in every row.",
             )
@@ -130,8 +122,8 @@ class Table:
         if name not in self.names:
             columns = list(self.names)
             hint = nearest(name, (repr(column)[1:-1][:60] for column in columns[:200]))
-            remedy = f"Its columns: {_shown.repr(columns)}. {hint if hint.startswith('Did') else ''} {key} names them."
-            raise UserError(f"has no column {_shown.repr(name)}", file=self.source, remedy=remedy)
+            remedy = f"Its columns: {excerpt(columns)}. {hint if hint.startswith('Did') else ''} {key} names them."
+            raise UserError(f"has no column {excerpt(name)}", file=self.source, remedy=remedy)
 
     def _error(self, reason: str, row: int, remedy: str = "") -> UserError:
         return UserError(reason, file=self.source, row=row, remedy=remedy)
@@ -156,20 +148,20 @@ def read(
 
 def read_table(path: str | Path) -> Table:
     """Read the columns of a file, values not yet checked; see `read`."""
-    source = "standard input" if str(path) == STDIN else str(path)
+    source = "standard input" if str(path) == STREAM else str(path)
     kind = format_of(path)
     if kind is None:
         raise UserError(
             f"is none of {', '.join(READERS)}", file=source, remedy="Its name must end so; unpack it if it is packed."
         )
-    raw = _read_bytes(path, source)
+    raw = read_input(path, source)
     if not raw:
         raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
     table = READERS[kind](source, raw)
     names: set[str] = set()
     for name in table.names:
         if name in names:
-            reason = f"has two columns named {_shown.repr(name)}"
+            reason = f"has two columns named {excerpt(name)}"
             raise UserError(reason, file=source, row=1, remedy="Rename one of them.")
         names.add(name)
     return table
@@ -204,134 +196,9 @@ def split_files(folder: str) -> dict[str, str]:
 
 
 def format_of(path: str | Path) -> str | None:
-    """Return the format that a file's ending names; None: none. Streams without an ending are TSV.
-
-    A stream is `-`, an open file of this process (`/dev/stdin`, `/dev/fd/63`), a FIFO or a character device.
-    """
+    """Return the format that a path's ending names; None: none. Streams without an ending are TSV."""
     ending = Path(path).suffix
-    if ending in READERS:
-        return ending
-    if str(path) == STDIN or descriptor_of(path) is not None:
-        return ".tsv"
-    with suppress(OSError, ValueError):
-        mode = os.stat(path).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-            return ".tsv"
-    return None
-
-
-def descriptor_of(path: str | Path) -> int | None:
-    """Return the number of the open file that a path such as `/dev/stdout` or `/dev/fd/3` stands for."""
-    found = re.fullmatch(r"/dev/(stdin|stdout|stderr)|/(?:dev|proc/self)/fd/(\d{1,6})", str(path))
-    if found is None:
-        return None
-    return ("stdin", "stdout", "stderr").index(found[1]) if found[1] else int(found[2])
-
-
-def _read_bytes(path: str | Path, source: str) -> bytes:
-    """Read a file, a FIFO or standard input to its end; refuse a device, which may have none."""
-    try:
-        with nullcontext(_standard_input()) if str(path) == STDIN else open(path, "rb") as file:
-            if _is_endless(file):
-                raise UserError("is a device, not a file", file=source, remedy="Give a file with a header row.")
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=source) from None
-
-
-def _standard_input() -> BufferedReader:
-    if sys.stdin is None:
-        raise UserError("is closed", file="standard input")
-    return sys.stdin.buffer  # type: ignore[return-value]
-
-
-def _is_endless(file: BufferedReader) -> bool:
-    try:
-        status = os.fstat(file.fileno())
-    except OSError:  # a stream of Python's own
-        return False
-    if stat.S_ISCHR(status.st_mode):
-        return not (file.isatty() or os.path.samestat(status, os.stat(os.devnull)))
-    return stat.S_ISBLK(status.st_mode)
-
-
-def _mapping(values: Sequence[Any], bad: int, label_names: Sequence[str], may_hide: bool) -> str:
-    """Say how labels other than 0 and 1 become such.
-
-    Args:
-        values: the column.
-        bad: the position of the first that is neither.
-        label_names: what the task calls 0 and 1.
-        may_hide: -1 may stand for no label.
-    """
-    label = values[bad]
-    if label in label_names:
-        pairs = " and ".join(f"{i} for {_shown.repr(name)}" for i, name in enumerate(label_names))
-        return f"data.label_names only says what 0 and 1 are called: write {pairs} in the file."
-    distinct = {value: None for value in values[:10_000] if type(value) in (str, int, float, bool)}
-    if type(label) is bool:
-        return "Write 0 for false and 1 for true."
-    numbers: list[float] = []
-    with suppress(ValueError, OverflowError):
-        numbers = sorted({number for number in map(float, distinct) if not may_hide or number != -1})
-    if len(numbers) == 2 and -math.inf < numbers[0] and numbers[1] < math.inf:
-        return f"Or give data.label_threshold={numbers[1]:g}: labels are then 1 from there on, and 0 below."
-    if len(numbers) > 2:
-        return "Numbers of more than two values become 0 and 1 by data.label_threshold, the least that counts as 1."
-    if len(distinct) == 2 and type(label) is str:
-        return f"Write 0 for one and 1 for the other of {' and '.join(map(_shown.repr, distinct))}."
-    if len(distinct) > 2:
-        return "Tasks have two classes: keep the rows of two of the labels, or merge them into two, called 0 and 1."
-    return ""
-
-
-_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # begins with UTF-16's mark
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-
-
-def _lines(source: str, raw: bytes, separator: str | None = None) -> list[str]:
-    """Return UTF-8 lines without their line feeds, and without blank ones at the end.
-
-    A carriage return before the line feed is still there. CSV alone may hold NUL, between quotes.
-
-    Args:
-        source: what an error names.
-        raw: the file's content.
-        separator: what separates columns; None: lines are JSON.
-    """
-    for mark, encoding in _ENCODINGS.items():
-        if raw.startswith(mark):
-            remedy = f"Save it as UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW."
-            raise UserError(f"is in {encoding}, not in UTF-8", file=source, row=1, remedy=remedy)
-    try:
-        text = raw.removeprefix(codecs.BOM_UTF8).decode()
-    except UnicodeDecodeError as error:
-        row = raw.count(b"\n", 0, error.start) + 1
-        raise UserError("is not UTF-8", file=source, row=row, remedy="Save it as UTF-8.") from None
-    if "\0" in text:
-        outside = re.sub('"[^"]*"', _line_feeds, text) if separator == "," else text
-        nul = outside.find("\0")
-        if nul >= 0:
-            row = outside.count("\n", 0, nul) + 1
-            raise UserError("holds a NUL byte", file=source, row=row, remedy="Save it as UTF-8.")
-    if "\n" not in text and "\r" in text.rstrip("\r"):
-        remedy = "Give them line feeds: tr '\\r' '\\n' < OLD > NEW."
-        raise UserError("has lines that end in carriage returns alone, as on old Macs", file=source, remedy=remedy)
-    lines = text.split("\n")
-    blank = " \t\r" if separator is None else " \r" if separator in lines[0] else "\r"
-    while lines and not lines[-1].strip(blank):
-        lines.pop()
-    if not lines:
-        raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
-    return lines
-
-
-def _line_feeds(text: re.Match[str]) -> str:
-    return "\n" * text[0].count("\n")
+    return ending if ending in READERS else ".tsv" if is_stream(path) else None
 
 
 def _records(source: str, header: list[str], records: list[list[str]], rows: Sequence[int], remedy: str) -> Table:
@@ -354,13 +221,13 @@ def _records(source: str, header: list[str], records: list[list[str]], rows: Seq
 
 
 def _tsv(source: str, raw: bytes) -> Table:
-    header, *records = [line.removesuffix("\r").split("\t") for line in _lines(source, raw, "\t")]
+    header, *records = [line.removesuffix("\r").split("\t") for line in split_lines(source, raw, "\t")]
     remedy = "Every row needs one tab between columns; a text holds no tab and no line break, and quotes mean nothing."
     return _records(source, header, records, range(2, len(records) + 2), remedy)
 
 
 def _csv(source: str, raw: bytes) -> Table:
-    lines = _lines(source, raw, ",")
+    lines = split_lines(source, raw, ",")
     csv.field_size_limit(2**31 - 1)  # of the whole process; the default of 131,072 characters is less than a long text
     reader = csv.reader((line + "\n" for line in lines), strict=True)
     remedy = 'A text with a comma, quote or line break stands in "quotes", and a quote inside it is doubled.'
@@ -390,7 +257,7 @@ _CSV_ERRORS = {
 
 def _jsonl(source: str, raw: bytes) -> Table:
     objects: list[dict[str, Any]] = []
-    for row, line in enumerate(_lines(source, raw), start=1):
+    for row, line in enumerate(split_lines(source, raw), start=1):
         remedy = "Every line must be one JSON object."
         if not line.strip():
             raise UserError("is blank", file=source, row=row, remedy=f"Delete the line. {remedy}")
@@ -401,13 +268,13 @@ def _jsonl(source: str, raw: bytes) -> Table:
             reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
             raise UserError(f"is not valid JSON: {reason}", file=source, row=row, remedy=remedy) from None
         if not isinstance(value, dict):
-            raise UserError(f"is not a JSON object but {_shown.repr(value)}", file=source, row=row, remedy=remedy)
+            raise UserError(f"is not a JSON object but {excerpt(value)}", file=source, row=row, remedy=remedy)
         objects.append(value)
 
     def column(name: str) -> list[Any]:
         for row, value in enumerate(objects, start=1):
             if name not in value:
-                raise UserError(f"has no {_shown.repr(name)}", file=source, row=row, remedy="Other rows have it.")
+                raise UserError(f"has no {excerpt(name)}", file=source, row=row, remedy="Other rows have it.")
         return [value[name] for value in objects]
 
     names = list(dict.fromkeys(name for value in objects for name in value))
@@ -448,7 +315,7 @@ def _parquet(source: str, raw: bytes) -> Table:
         try:
             values: list[Any] = read_columns([name]).column(name).to_pylist()
         except Exception as error:  # as above
-            reason = f"column {_shown.repr(name)} cannot be read: {_first_line(error)}"
+            reason = f"column {excerpt(name)} cannot be read: {_first_line(error)}"
             raise UserError(reason, file=source) from None
         return values
 
