@@ -135,7 +135,8 @@ class Experiment:
         try:
             return cls.build(OmegaConf.create(finished.config))
         except UserError as error:
-            raise UserError(f"is damaged: {error}", file=finished.folder / "run.json") from None
+            reason = f"is damaged: {str(error).removesuffix('.')}"
+            raise UserError(reason, file=finished.folder / "run.json") from None
 
 
 def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config.Packing) -> None:

@@ -71,7 +71,7 @@ class FinishedRecord:
         try:
             return cls._checked(path, found)
         except UserError as error:
-            raise UserError(f"is damaged: {error}", file=path / "run.json") from None
+            raise UserError(f"is damaged: {str(error).removesuffix('.')}", file=path / "run.json") from None
 
     @classmethod
     def _checked(cls, path: Path, found: dict[str, Any]) -> FinishedRecord:
@@ -113,7 +113,7 @@ def _texts(node: Any, name: str) -> Iterator[tuple[str, str]]:
         yield name, node
     elif isinstance(node, dict):
         for key, value in node.items():
-            yield name, key
+            yield f"{name}.{key}", key
             yield from _texts(value, f"{name}.{key}")
     elif isinstance(node, list):
         for i, value in enumerate(node):
@@ -147,5 +147,5 @@ def _calibrations(selection: dict[str, Any], members: int) -> tuple[Calibration 
     entries = selection.get("members", [])
     is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
     _need(is_list and len(entries) in (0, members), "selection.members", "has not one entry for each member")
-    found = [calibration for calibration in map(Calibration.read, entries) if calibration]
+    found = [each for entry in entries if (each := Calibration.read(entry, "selection.members"))]
     return own, found if len(found) == members else []

@@ -155,7 +155,7 @@ def _mode(path: str | Path) -> int | None:
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if stat.S_ISBLK(mode):
         raise OSError(errno.EINVAL, "it is a device")
     if not os.access(path, os.W_OK):

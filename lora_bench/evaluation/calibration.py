@@ -45,8 +45,12 @@ class Calibration:
         return cls(fit_temperature(scores, labels), fit_threshold(scores, labels))
 
     @classmethod
-    def read(cls, chosen: Mapping[str, Any]) -> Calibration | None:
+    def read(cls, chosen: Mapping[str, Any], place: str = "selection") -> Calibration | None:
         """Read what a record says of its selection; None where an older run was not calibrated.
+
+        Args:
+            chosen: a part of the record.
+            place: where in the record it stands.
 
         Raises:
             UserError: the temperature or the threshold is not such that `fit` could have found it.
@@ -57,7 +61,7 @@ class Calibration:
         bounds = {"temperature": (temperature, COLDEST, HOTTEST), "threshold": (threshold, 0, 1)}
         for name, (value, low, high) in bounds.items():
             if type(value) not in (int, float) or not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-                raise UserError(f"selection.{name} is not a number from {low:g} to {high:g}")
+                raise UserError(f"{place}.{name} is not a number from {low:g} to {high:g}")
         return cls(float(temperature), float(threshold))
 
     def recorded(self) -> dict[str, float]:
