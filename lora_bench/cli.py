@@ -197,9 +197,12 @@ def _eval(cfg: DictConfig) -> None:
 
 
 def _predict(cfg: DictConfig) -> None:
-    from lora_bench.predict import run_predict
+    from lora_bench.prediction_request import PredictionRequest
 
-    run_predict(cfg)
+    request = PredictionRequest.read(cfg)
+    from lora_bench.predict import run_predict  # torch: late
+
+    run_predict(request)
 
 
 def _export(cfg: DictConfig) -> None:

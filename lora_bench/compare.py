@@ -21,8 +21,8 @@ from lora_bench import prompted
 from lora_bench.baseline import judged
 from lora_bench.comparison import MARGIN
 from lora_bench.costs import with_costs
-from lora_bench.disk import why, write
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.disk import write
+from lora_bench.errors import UserError
 from lora_bench.experiments import (
     OUTSIDE_THE_EXPERIMENT,
     Recorded,
@@ -35,6 +35,7 @@ from lora_bench.experiments import (
 )
 from lora_bench.figures import BESIDES, has_column, left_out_notes, with_evaluations
 from lora_bench.grid import render
+from lora_bench.paths import check_output, write_output
 from lora_bench.record import find, is_killed, last_logged
 from lora_bench.recorded import with_equal_keys
 from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, to_csv, to_json, to_latex, to_markdown
@@ -76,6 +77,8 @@ def main(arguments: list[str]) -> int:
     folders = [Path(folder) for folder in options.folders or ["outputs"]]
     if options.html is not None and options.measure != "mcc":
         raise UserError("goes with tables: the page is about MCC", key="--measure", value=options.measure)
+    if options.html is not None:
+        check_output(options.html, "--html", make_folders=True)
     asked = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target")}
     table = summarise(folders, **asked)
     if options.anchors:
@@ -102,16 +105,7 @@ def main(arguments: list[str]) -> int:
 def _write_page(table: Table, file: Path, margin: float) -> int:
     from lora_bench.report import page  # late: numpy
 
-    remedy = "Give the name of a file, such as report.html, in a folder where you may write."
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise UserError("is a folder", key="--html", value=file, remedy=remedy)
-        write(file.parent, file.name, page(table, margin).encode())
-    except RunFailedError as error:
-        raise UserError(error.reason, key="--html", value=file, remedy=remedy) from None
-    except OSError as error:
-        raise UserError(f"cannot be written: {why(error)}", key="--html", value=file, remedy=remedy) from None
+    write_output(file, page(table, margin).encode(), "--html", make_folders=True)
     print(f"written: {clean(str(file))}", file=sys.stderr)
     return 0
 
@@ -120,8 +114,8 @@ def write_tables(folder: Path, baseline: str | None = None) -> None:
     """Leave `table.md` and `table.csv` of the runs below `folder`, a finished sweep, in it; nothing if it has none."""
     if find([folder])[0]:
         table = summarise([folder], baseline=baseline)
-        (folder / "table.md").write_text(to_markdown(table), encoding="utf-8")
-        (folder / "table.csv").write_text(to_csv(table), encoding="utf-8")
+        write(folder, "table.md", to_markdown(table).encode())
+        write(folder, "table.csv", to_csv(table).encode())
 
 
 def summarise(

@@ -21,16 +21,18 @@ from lora_bench.adapters.peft_config import PeftConfig
 from lora_bench.backbones.bert import MODEL_TYPES
 from lora_bench.backbones.load import load, load_tokenizer, locate
 from lora_bench.besides import describe, perturbations, score_besides
-from lora_bench.checks import need
+from lora_bench.checks import need, need_one_of
 from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
 from lora_bench.errors import UserError
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
+from lora_bench.finished import FinishedRecord
+from lora_bench.paths import check_folder
 from lora_bench.predict import FinishedRun
 from lora_bench.progress import print_metrics
-from lora_bench.record import Run, discard
+from lora_bench.record import Run, discard, file_name
 from lora_bench.recorded import model_places
 from lora_bench.screen import shown
 from lora_bench.training.loop import predict
@@ -83,10 +85,14 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         raise UserError(
             "takes a finished run or an adapter made by PEFT", key="eval", remedy="Give run=DIR or peft=DIR."
         )
+    need_one_of("device", str(cfg.device), ("auto", "cpu", "cuda"))
+    name = str(cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice))
+    file_name(name)  # refuses what cannot be one
+    finished = _check_run(cfg, data) if cfg.run else None
     splits = sources.reported(sources.load(data))
     if not splits:
         raise UserError("there is no labelled validation or test split to score", key="data", value=data_choice)
-    subject = _finished(cfg, data, console) if cfg.run else _made_by_peft(cfg, data)
+    subject = _finished(finished, cfg, data, console) if finished else _made_by_peft(cfg, data)
 
     found: dict[str, float | None] = {}
     predictions = {}
@@ -116,23 +122,29 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         **sources.describe(data, splits),
         **describe(data, splits, subject.seen),
     }
-    name = cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice)
     content = {**subject.described, "data": described, "metrics": found}
-    path = _write(subject.place, str(name), content, predictions)
+    path = _write(subject.place, name, content, predictions)
     print_metrics(console, found)
     console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 
 
-def _finished(cfg: DictConfig, data: config.Data, console: Console) -> _Subject:
+def _check_run(cfg: DictConfig, data: config.Data) -> FinishedRecord:
+    """Read the run's record, and refuse what does not go with it or cannot be written into its folder."""
     for key, given in (("model", cfg.model.get("family")), ("output", cfg.output)):
         if given:
             raise UserError("goes with peft=, not with run=: a run has its own", key=key, value=given)
-    run = FinishedRun.load(cfg.run, device=cfg.device, **model_places(cfg.model))
+    finished = FinishedRecord.read(cfg.run)
+    if len(data.text_columns) != len(finished.text_columns):
+        reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
+        raise UserError(reason, key="data.text_columns", value=data.text_columns)
+    check_folder(finished.folder / "evaluations", "run")
+    return finished
+
+
+def _finished(finished: FinishedRecord, cfg: DictConfig, data: config.Data, console: Console) -> _Subject:
+    run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
     for note in run.notes:
         console.print(shown(f"note: {note}"))
-    if len(data.text_columns) != len(run.experiment.data.text_columns):
-        reason = f"has {len(data.text_columns)} where the run was trained on {len(run.experiment.data.text_columns)}"
-        raise UserError(reason, key="data.text_columns", value=data.text_columns)
     return _Subject(
         lambda examples, cached: run.member_scores(examples, cached=cached),
         Run(run.folder, run.record),
@@ -147,8 +159,9 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     """What the run was trained and chosen on, cut from its data again."""
     own = run.experiment.data
     seen = train, selection = sources.carve(sources.load(own)["train"], own)
+    recorded = run.record["data"].get("fingerprint")
     for split, found in (("train", train), ("selection", selection)):
-        if found.fingerprint() != run.record["data"]["fingerprint"][split]:
+        if not isinstance(recorded, dict) or found.fingerprint() != recorded.get(split):
             raise UserError(
                 f"the run's data now give another {split} split than it was trained with, so what it saw is not known",
                 key="data.unseen",
@@ -161,6 +174,7 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
     need(not data.unseen, "data.unseen", data.unseen, "needs run=: what PEFT trained on is not known")
     adapter = PeftConfig.read(cfg.peft)
     output = _output(cfg.output, adapter.folder)
+    check_folder(output, "output")
     model = _model(cfg.model, adapter)
     device = resolve_device(cfg.device)
     backbone = load(model, load_tokenizer(model), task=data.task, device=device)

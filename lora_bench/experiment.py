@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import OmegaConf
 
 from lora_bench import config
 from lora_bench.adapters import Adapter, method_class
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.examples import Examples
+    from lora_bench.finished import FinishedRecord
     from lora_bench.tracking.base import Tracker
 
 _GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
@@ -127,6 +129,15 @@ class Experiment:
             perturbations(each.data)
             augmentations(each.data, each.trainer.objective)
         return made
+
+    @classmethod
+    def of_finished(cls, finished: FinishedRecord) -> Experiment:
+        """Build the settings of a finished run; refuses what is out of range, naming the record and the key."""
+        try:
+            return cls.build(OmegaConf.create(finished.config))
+        except UserError as error:
+            reason = f"is damaged: {str(error).removesuffix('.')}"
+            raise UserError(reason, file=finished.folder / "run.json") from None
 
 
 def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config.Packing) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from lora_bench.adapters import peft_format
 from lora_bench.adapters.layer import QuantizedLinear
 from lora_bench.backbones.load import public_place
 from lora_bench.checks import need_one_of
 from lora_bench.errors import UserError
+from lora_bench.paths import check_folder
 from lora_bench.predict import FinishedRun
 from lora_bench.recorded import model_places
 from lora_bench.screen import shown
@@ -38,9 +40,10 @@ AUTO_CLASSES = {
 
 def run_export(cfg: DictConfig, *, console: Console) -> None:
     """`lora-bench export run=DIR format=peft|merged output=DIR`."""
-    output = Path(cfg.output)
+    output = Path(str(cfg.output))
     need_one_of("format", str(cfg.format), ("peft", "merged"))
     _refuse_taken(output)
+    check_folder(output, "output")
     places = model_places(cfg.model)
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
     for note in run.notes:
@@ -144,12 +147,12 @@ def _new_folder(output: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         os.replace(part, place)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk makes of tensors
         raise _unwritable(output, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _unwritable(output: Path, error: OSError) -> UserError:
-    reason = f"cannot be written: {error.strerror or error}"
+def _unwritable(output: Path, error: Exception) -> UserError:
+    reason = f"cannot be written: {getattr(error, 'strerror', None) or error}"
     return UserError(reason, key="output", value=output, remedy="Give a folder where you may write.")

@@ -6,16 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from lora_bench import record
 from lora_bench.adapters import peft_format
 from lora_bench.backbones.tokenizer import refuse_another
 from lora_bench.errors import UserError
 from lora_bench.experiment import Experiment
-from lora_bench.prompted import is_prompted
-from lora_bench.recorded import filled
-from lora_bench.tasks import refuse_several
+from lora_bench.finished import FinishedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,31 +41,27 @@ class Source:
         asked = experiment.adapter.init_from
         if asked is None:
             return None
-        found = record.read(Path(asked))
+        source = FinishedRecord.read(asked, "adapter.init_from")
 
         def need(holds: bool, reason: str, remedy: str = "") -> None:
             if not holds:
                 raise UserError(reason, key="adapter.init_from", value=asked, remedy=remedy)
 
-        need(not is_prompted(found), "is a run of lora-bench prompt, which leaves no adapter")
-        need(found["status"] == "done", f"the run is {found['status']}, not done")
-        refuse_several(asked, found["config"], "adapter.init_from")
-        theirs = Experiment.build(OmegaConf.create(filled(found)))
+        theirs = Experiment.of_finished(source)
         for name, own, other in _settings(experiment, theirs):
             need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
-        sha256 = str(found["environment"].get("backbone_sha256"))
         need(
-            sha256 == common.backbone_sha256,
+            source.backbone_sha256 == common.backbone_sha256,
             "was trained on another backbone",
-            f"The weights here have hash {common.backbone_sha256[:12]}…, its record names {sha256[:12]}….",
+            f"The weights here have hash {common.backbone_sha256[:12]}…, its record names {source.backbone_sha256[:12]}….",
         )
 
         def refusal(reason: str, remedy: str) -> UserError:
             return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy)
 
-        refuse_another(found["environment"], common.backbone.tokenizer_identity, refusal)
+        refuse_another(source.record["environment"], common.backbone.tokenizer_identity, refusal)
         fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
-        return cls(Path(asked), found["targets"], theirs.data.label_names, fits)
+        return cls(Path(asked), source.targets, theirs.data.label_names, fits)
 
     def put_into(self, pack: Pack, members: Sequence[int]) -> None:
         """Give these members, made with the source's ranks, its tensors; a head that does not fit stays as drawn.

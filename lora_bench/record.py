@@ -160,14 +160,14 @@ class Run:
 
     def write_predictions(self, split: str, ids: Column, labels: Column, scores: Column) -> None:
         """Write `predictions/<split>.parquet`; `labels` is None, or an entry of it, where a label is unknown."""
-        write(self.folder, f"predictions/{_file_name(split)}.parquet", _parquet(ids, labels, scores))
+        write(self.folder, f"predictions/{file_name(split)}.parquet", _parquet(ids, labels, scores))
 
     def write_evaluation(
         self, name: str, content: Mapping[str, Any], predictions: Mapping[str, Predictions] | None = None
     ) -> Path:
         """Write `evaluations/<name>.json`, in place of an older one of that name; its predictions come first."""
-        place = f"evaluations/{_file_name(name)}"
-        written = {f"{_file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
+        place = f"evaluations/{file_name(name)}"
+        written = {f"{file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
         for file, columns in written.items():
             write(self.folder, f"{place}/{file}", _parquet(*columns))
         for old in (self.folder / place).glob("*.parquet"):
@@ -366,7 +366,7 @@ def _parquet(ids: Column, labels: Column, scores: Column) -> bytes:
     return written
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """`name` as the stem of a file: what is no letter, digit, dot, dash or underscore becomes a dash."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
     if "/" in name or "\\" in name or ".." in name or not slug.strip(".") or slug.startswith(".") or len(slug) > 200:

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hydra_errors",
         "job",
         "predict",
+        "prediction_request",
         "record",
     }
     | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
@@ -65,14 +66,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
-    | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "recorded", "screen"}
-    | {"training"},
+    | {"adapters", "backbones", "besides", "data", "evaluation", "finished", "paths", "predict", "progress", "record"}
+    | {"recorded", "screen", "training"},
     "besides": BASE | {"data", "evaluation"},
-    "export": BASE | {"adapters", "backbones", "predict", "recorded", "screen"},
+    "export": BASE | {"adapters", "backbones", "paths", "predict", "recorded", "screen"},
     "predict": BASE
-    | {"adapters", "backbones", "data", "evaluation", "experiment", "prompted", "record", "recorded", "tasks"}
+    | {"adapters", "backbones", "data", "evaluation", "experiment", "finished", "prediction_request", "record"}
     | {"training"},
-    "initial": {"adapters", "backbones", "errors", "experiment", "prompted", "record", "recorded", "tasks"},
+    "prediction_request": BASE | {"data", "finished", "paths", "recorded"},
+    "finished": {"errors", "evaluation", "prompted", "record", "recorded", "tasks"},
+    "initial": {"adapters", "backbones", "errors", "experiment", "finished", "record"},
     "train": {"adapters", "evaluation", "experiment", "initial", "job", "progress", "recording", "screen", "training"},
     "recording": {
         "environment",
@@ -88,20 +91,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"tracking", "training"},
     "results": {"adapters", "backbones", "besides", "data", "evaluation", "record", "tasks", "training"},
     "tasks": {"errors", "record"},
-    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
+    "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "finished", "tracking", "training"},
     "doctor": {"cache", "environment", "training"},
     "training": {"cache", "errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
     "evaluation": {"errors", "stats"},
-    "data": BASE | {"cache", "hub"},
+    "data": BASE | {"cache", "hub", "paths"},
     "cache": {"errors", "screen"},
     "clean": {"cache", "errors", "screen", "tables"},
+    "paths": {"errors"},
     "backbones": BASE | {"hub"},
     "adapters": BASE,
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "grid"}
-    | {"", "prompted", "record", "recorded", "report", "tables", "tasks"},
+    | {"", "paths", "prompted", "record", "recorded", "report", "tables", "tasks"},
     "grid": {"tables"},
     "report": {"comparison", "costs", "experiments", "figures", "predictions", "tables", "untrusted"},
     "baseline": {"comparison", "errors", "figures", "tables"},
@@ -140,7 +144,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("cache", "clean", "help", "prompted", "recorded", "slurm", "tasks", "transfer")
+LIGHT += ("cache", "clean", "paths", "help", "prompted", "recorded", "slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
@@ -150,7 +154,7 @@ OPEN_CONFIG = {
     "initial",
     "cli",
     "hydra_errors",
-    "predict",
+    "prediction_request",
     "prompt",
     "recorded",
     "evaluate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from lora_bench.data.toy import generate
 from lora_bench.errors import UserError
 from lora_bench.job import Job
 from lora_bench.predict import run_predict
+from lora_bench.prediction_request import PredictionRequest
 from lora_bench.train import train
 from tests.helpers import SMALL_TOY, TINY, composed
 
@@ -60,7 +62,7 @@ def written(folder: Path, split: str = "validation") -> NDArray[np.float64]:
 
 
 def ask(**keys: object) -> None:
-    run_predict(composed(*(f"{key}={value}" for key, value in keys.items()), name="predict"))
+    run_predict(PredictionRequest.read(composed(*(f"{key}={value}" for key, value in keys.items()), name="predict")))
 
 
 VARIANTS = [
@@ -305,7 +307,7 @@ def test_other_column_names_and_more_columns(runs: Run, tmp_path: Path) -> None:
     ask(run=folder, input=put(tmp_path / "new.tsv", rows), output=tmp_path / "out.jsonl", text_columns="[a,b]")
     answers = got(tmp_path / "out.jsonl")
     assert [answer["score"] for answer in answers] == written(folder).tolist()
-    assert list(answers[0]) == ["a", "b", "label", "score"]
+    assert list(answers[0]) == ["id", "b", "a", "label", "score"]
 
 
 def test_tabs_and_line_breaks_do_not_break_a_tsv(runs: Run, tmp_path: Path) -> None:
@@ -343,3 +345,95 @@ def test_as_many_columns_as_the_run_was_trained_on(runs: Run, tmp_path: Path) ->
     source = put(tmp_path / "new.tsv", ROWS[:2])
     with pytest.raises(UserError, match=r"text_columns=.*: names 1 where the run was trained on 2"):
         ask(run=runs("model=tiny_bert"), input=source, output=tmp_path / "out.tsv", text_columns="[question1]")
+
+
+GOLD = [{"id": str(i), "label": "1", "question1": a, "question2": b} for i, (a, b) in enumerate(PAIRS[:3])]
+
+
+@pytest.mark.parametrize("kind", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_gold_labels_keep_their_name(runs: Run, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, source = runs("model=tiny_bert"), put(tmp_path / f"gold{kind}", GOLD)
+    ask(run=folder, input=source, output=tmp_path / "out.jsonl")
+    answers = got(tmp_path / "out.jsonl")
+    assert list(answers[0]) == ["id", "label", "question1", "question2", "predicted_label", "score"]
+    assert [{key: row[key] for key in GOLD[0]} for row in answers] == GOLD
+    assert [row["predicted_label"] for row in answers] == (written(folder)[:3] >= 0.5).astype(int).tolist()
+    assert "label as predicted_label" in capsys.readouterr().err
+
+
+def test_a_second_run_labels_the_output_of_the_first(runs: Run, tmp_path: Path) -> None:
+    folder = runs("model=tiny_bert")
+    ask(run=folder, input=put(tmp_path / "in.tsv", ROWS[:3]), output=tmp_path / "a.csv")
+    ask(run=folder, input=tmp_path / "a.csv", output=tmp_path / "b.csv")
+    ask(run=folder, input=tmp_path / "b.csv", output=tmp_path / "c.jsonl")
+    answer = got(tmp_path / "c.jsonl")[0]
+    assert list(answer) == ["question1", "question2", "label", "score", "predicted_label", "predicted_score"] + [
+        "predicted_label_2",
+        "predicted_score_2",
+    ]
+    assert answer["score"] == answer["predicted_score"] == repr(answer["predicted_score_2"])
+
+
+def test_columns_of_single_texts_are_kept(single: Path, tmp_path: Path) -> None:
+    source = put(tmp_path / "in.tsv", [{"sentence": "good film", "note": "a", "score": "5"}])
+    ask(run=single, input=source, output=tmp_path / "out.jsonl")
+    (answer,) = got(tmp_path / "out.jsonl")
+    assert list(answer) == ["sentence", "note", "score", "label", "predicted_score"]
+    assert (answer["sentence"], answer["note"], answer["score"]) == ("good film", "a", "5")
+
+
+def no_model(*_: Any, **__: Any) -> None:
+    raise AssertionError("the model is loaded")
+
+
+@pytest.mark.parametrize("output", ["in.tsv", "./in.tsv", "link.tsv", "hard.tsv", "../{}/in.tsv"])
+def test_the_input_is_never_the_output(runs: Run, in_tmp: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_bench.predict.FinishedRun, "load", no_model)
+    content = put(Path("in.tsv"), ROWS[:2]).read_bytes()
+    Path("link.tsv").symlink_to("in.tsv")
+    Path("hard.tsv").hardlink_to("in.tsv")
+    with pytest.raises(UserError, match=r"output=.*: is the input"):
+        ask(run=runs("model=tiny_bert"), input="in.tsv", output=output.format(in_tmp.name))
+    assert Path("in.tsv").read_bytes() == content
+
+
+def test_wrong_requests_are_refused_before_the_model_is_loaded(
+    runs: Run, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_bench.predict.FinishedRun, "load", no_model)
+    put(Path("in.tsv"), ROWS[:2])
+    Path("folder.tsv").mkdir()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"output": "absent/out.tsv"}, "output=absent/out.tsv: cannot be written: No such file or directory"),
+        ({"output": "folder.tsv"}, "output=folder.tsv: cannot be written: it is a folder"),
+        ({"output": "in.tsv/out.tsv"}, "output=in.tsv/out.tsv: cannot be written"),
+        ({"input": "absent.tsv"}, "absent.tsv: cannot be read"),
+        ({"input": "/dev/zero"}, "/dev/zero: is a device"),
+        ({"text_columns": "question1"}, "text_columns=.*: names 1 where"),
+        ({"text_columns": "[question1,absent]"}, "has no column 'absent'"),
+        ({"device": "gpu"}, "device=gpu: is not one of auto, cpu, cuda"),
+        ({"run": "5"}, "run.json: is missing"),
+    ]
+    for keys, message in wrong:
+        with pytest.raises(UserError, match=message):
+            ask(**{"run": runs("model=tiny_bert"), "input": "in.tsv", "output": "out.tsv"} | keys)
+    assert not Path("out.tsv").exists()
+
+
+def test_streams_in_and_out(runs: Run, in_tmp: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    put(Path("in.tsv"), ROWS[:2])
+    ask(run=runs("model=tiny_bert"), input="in.tsv", output="/dev/stdout")
+    assert capfdbinary.readouterr().out.startswith(b"question1\tquestion2\tlabel\tscore\n")
+    ask(run=runs("model=tiny_bert"), input="in.tsv", output=os.devnull)
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_rank_that_no_tensor_has_room_for_is_refused(runs: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs("model=tiny_bert"), tmp_path / "run"))
+    record = json.loads((folder / "run.json").read_text())
+    record["targets"][next(iter(record["targets"]))] = 10**6
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(
+        UserError, match=r"adapter_model\.safetensors: .* do not fit: .* has rank 1000000"
+    ):
+        lora_bench.load(folder)

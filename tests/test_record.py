@@ -293,7 +293,7 @@ def test_a_name_that_is_a_path_is_refused(run: Run, name: str) -> None:
 @given(st.text() | st.text(string.punctuation + "ab. "))
 def test_a_file_name_is_plain_or_refused(name: str) -> None:
     try:
-        made = record._file_name(name)
+        made = record.file_name(name)
     except UserError:
         return
     assert set(made) <= set(string.ascii_letters + string.digits + "._-")

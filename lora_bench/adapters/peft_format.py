@@ -14,7 +14,7 @@ import re
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_bench.errors import UserError
@@ -104,6 +104,20 @@ def read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"is absent or damaged ({error})", file=path) from None
+
+
+def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
+    """Refuse ranks that a record promises and no tensor of the saved adapter has room for, before any is made."""
+    path = folder / TENSORS
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"is absent or damaged ({error})", file=path) from None
+    largest = max((max(shape, default=0) for shape in shapes), default=0)
+    for name, rank in ranks.items():
+        if max(rank, default=0) > largest if isinstance(rank, list) else rank > largest:
+            raise UserError(f"the saved tensors do not fit: {name} has rank {rank} in the run's record", file=path)
 
 
 def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

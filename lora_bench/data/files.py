@@ -1,17 +1,15 @@
 """Readers of local files that do not guess: what is not plainly right is refused, naming file and row.
 
 TSV is read without any quoting: tabs separate, only a line feed (with or without a carriage return before it) ends a
-row, and `"`, `NA` and `null` are text. Rows are numbered as an editor counts lines, header included; Parquet's from 1.
+row, and `"`, `NA` and `null` are text. Blank lines at the end are no rows; others are refused, except in TSV of one
+column, where they are empty texts. Rows are numbered as an editor counts lines, header included; Parquet's from 1.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 import os
-import reprlib
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.data.examples import Examples
+from lora_bench.data.labels import advise, excerpt
+from lora_bench.data.lines import split_lines
 from lora_bench.errors import UserError, nearest
+from lora_bench.paths import STREAM, is_stream, read_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-STDIN = "-"
 _LABELS = {"0": 0, "1": 1, 0: 0, 1: 1}
-_shown = reprlib.Repr()  # foreign strings reach a message escaped and cut short
-_shown.maxstring = _shown.maxother = 60
-_shown.maxlist = 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ class Table:
     names: Sequence[str]
     column: Callable[[str], Sequence[Any]]
     rows: Sequence[int]  # (N,) where each record begins, for error messages
+    objects: Sequence[Mapping[str, Any]] | None = None  # (N,) of JSONL, where a row may lack a column
+    arrow: Callable[[], Any] | None = None  # of Parquet: all columns as a pyarrow.Table, types included
 
     def examples(
         self,
@@ -50,15 +49,19 @@ class Table:
         *,
         labels_may_hide: bool,
         threshold: float | None = None,
+        label_names: Sequence[str] = (),
     ) -> Examples:
         """Checked examples; see `read` for the arguments.
 
-        Labels become 1 from `threshold` on, where it is given; a column that is -1 throughout stays hidden.
+        Labels become 1 from `threshold` on, where it is given; a column that is -1 throughout stays hidden. What
+        labels 0 and 1 are called (`label_names`) only helps to explain a refusal.
         """
         if not self.rows:
             raise UserError("has a header but no rows", file=self.source, remedy="Give at least one labelled row.")
         texts = tuple(self._texts(name) for name in text_columns)
-        labels = None if label_column is None else self._labels(label_column, labels_may_hide, threshold)
+        labels = None
+        if label_column is not None:
+            labels = self._labels(label_column, labels_may_hide, threshold, label_names)
         return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
 
     def _texts(self, name: str) -> list[str]:
@@ -66,15 +69,17 @@ class Table:
         values = list(self.column(name))
         for row, value in zip(self.rows, values, strict=True):
             if type(value) is not str:
-                raise self._error(f"{_shown.repr(name)} is {_shown.repr(value)}, not a text", row)
+                raise self._error(f"{excerpt(name)} is {excerpt(value)}, not a text", row)
         try:
             "".join(values).encode()
         except UnicodeEncodeError:  # JSON can write half a character: "\ud800"
             bad = next(i for i, value in enumerate(values) if value.encode(errors="replace").decode() != value)
-            raise self._error(f"{_shown.repr(name)} holds half of a surrogate pair", self.rows[bad]) from None
+            raise self._error(f"{excerpt(name)} holds half of a surrogate pair", self.rows[bad]) from None
         return values
 
-    def _labels(self, name: str, may_hide: bool, threshold: float | None) -> NDArray[np.int64] | None:
+    def _labels(
+        self, name: str, may_hide: bool, threshold: float | None, label_names: Sequence[str]
+    ) -> NDArray[np.int64] | None:
         if may_hide and name not in self.names:
             return None
         self._need_column(name, "data.label_column")
@@ -91,9 +96,10 @@ class Table:
         bad = labels.index(None)
         allowed = "0 or 1 in every row" + (", or -1 in all of them where labels are hidden" if may_hide else "")
         raise self._error(
-            f"label {_shown.repr(values[bad])} is neither 0 nor 1",
+            f"label {excerpt(values[bad])} is neither 0 nor 1",
             self.rows[bad],
-            f"The column that data.label_column={name} names must hold {allowed}.",
+            f"The column that data.label_column={name} names must hold {allowed}. "
+            + advise(values, bad, label_names, may_hide),
         )
 
     def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
@@ -106,7 +112,7 @@ class Table:
         bad = np.flatnonzero(~np.isfinite(found))
         if len(bad):
             raise self._error(
-                f"label {_shown.repr(values[bad[0]])} is not a number",
+                f"label {excerpt(values[bad[0]])} is not a number",
                 self.rows[bad[0]],
                 f"data.label_threshold makes labels of numbers, which {name} must hold in every row.",
             )
@@ -116,8 +122,8 @@ class Table:
         if name not in self.names:
             columns = list(self.names)
             hint = nearest(name, (repr(column)[1:-1][:60] for column in columns[:200]))
-            remedy = f"Its columns: {_shown.repr(columns)}. {hint if hint.startswith('Did') else ''} {key} names them."
-            raise UserError(f"has no column {_shown.repr(name)}", file=self.source, remedy=remedy)
+            remedy = f"Its columns: {excerpt(columns)}. {hint if hint.startswith('Did') else ''} {key} names them."
+            raise UserError(f"has no column {excerpt(name)}", file=self.source, remedy=remedy)
 
     def _error(self, reason: str, row: int, remedy: str = "") -> UserError:
         return UserError(reason, file=self.source, row=row, remedy=remedy)
@@ -142,22 +148,22 @@ def read(
 
 def read_table(path: str | Path) -> Table:
     """Read the columns of a file, values not yet checked; see `read`."""
-    source = "standard input" if str(path) == STDIN else str(path)
-    kind = ".tsv" if str(path) == STDIN else Path(path).suffix
-    if kind not in READERS:
+    source = "standard input" if str(path) == STREAM else str(path)
+    kind = format_of(path)
+    if kind is None:
         raise UserError(
             f"is none of {', '.join(READERS)}", file=source, remedy="Its name must end so; unpack it if it is packed."
         )
-    try:
-        raw = sys.stdin.buffer.read() if str(path) == STDIN else Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", file=source) from None
+    raw = read_input(path, source)
     if not raw:
         raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
     table = READERS[kind](source, raw)
-    if len(set(table.names)) < len(table.names):
-        twice = next(name for i, name in enumerate(table.names) if name in table.names[:i])
-        raise UserError(f"has two columns named {_shown.repr(twice)}", file=source, row=1, remedy="Rename one of them.")
+    names: set[str] = set()
+    for name in table.names:
+        if name in names:
+            reason = f"has two columns named {excerpt(name)}"
+            raise UserError(reason, file=source, row=1, remedy="Rename one of them.")
+        names.add(name)
     return table
 
 
@@ -189,30 +195,23 @@ def split_files(folder: str) -> dict[str, str]:
     return found
 
 
-def _lines(source: str, raw: bytes) -> list[str]:
-    """UTF-8 lines without their line feeds; a carriage return before the line feed is still there."""
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    nul = raw.find(b"\0")
-    if nul >= 0:
-        raise UserError("holds a NUL byte", file=source, row=raw.count(b"\n", 0, nul) + 1, remedy="Save it as UTF-8.")
-    try:
-        lines = raw.decode().split("\n")
-    except UnicodeDecodeError as error:
-        row = raw.count(b"\n", 0, error.start) + 1
-        raise UserError("is not UTF-8", file=source, row=row, remedy="Save it as UTF-8.") from None
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
-        raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
-    return lines
+def format_of(path: str | Path) -> str | None:
+    """Return the format that a path's ending names; None: none. Streams without an ending are TSV."""
+    ending = Path(path).suffix
+    return ending if ending in READERS else ".tsv" if is_stream(path) else None
 
 
 def _records(source: str, header: list[str], records: list[list[str]], rows: Sequence[int], remedy: str) -> Table:
     width = len(header)
     for row, record in zip(rows, records, strict=True):
-        if len(record) != width:
-            counts = f"{len(record)} column{'s' * (len(record) != 1)} where the header has {width}"
-            raise UserError(counts, file=source, row=row, remedy=remedy)
+        if len(record) == width:
+            continue
+        if not "".join(record).strip():
+            raise UserError("is blank", file=source, row=row, remedy=f"Delete the line. {remedy}")
+        counts = f"{len(record)} column{'s' * (len(record) != 1)} where the header has {width}"
+        if any("\r" in cell for cell in record):
+            counts += ", and a carriage return alone, which ends no row"
+        raise UserError(counts, file=source, row=row, remedy=remedy)
 
     def column(name: str) -> list[str]:
         place = header.index(name)
@@ -222,13 +221,14 @@ def _records(source: str, header: list[str], records: list[list[str]], rows: Seq
 
 
 def _tsv(source: str, raw: bytes) -> Table:
-    header, *records = [line.removesuffix("\r").split("\t") for line in _lines(source, raw)]
+    header, *records = [line.removesuffix("\r").split("\t") for line in split_lines(source, raw, "\t")]
     remedy = "Every row needs one tab between columns; a text holds no tab and no line break, and quotes mean nothing."
     return _records(source, header, records, range(2, len(records) + 2), remedy)
 
 
 def _csv(source: str, raw: bytes) -> Table:
-    lines = _lines(source, raw)
+    lines = split_lines(source, raw, ",")
+    csv.field_size_limit(2**31 - 1)  # of the whole process; the default of 131,072 characters is less than a long text
     reader = csv.reader((line + "\n" for line in lines), strict=True)
     remedy = 'A text with a comma, quote or line break stands in "quotes", and a quote inside it is doubled.'
     records: list[list[str]] = []
@@ -243,33 +243,48 @@ def _csv(source: str, raw: bytes) -> Table:
             rows.append(start)
             start = reader.line_num + 1
     except csv.Error as error:
-        reason = "unbalanced quotes" if "unexpected end" in str(error) else str(error)
+        reason = next((words for sign, words in _CSV_ERRORS.items() if sign in str(error)), str(error))
         raise UserError(f"is not valid CSV: {reason}", file=source, row=start, remedy=remedy) from None
     return _records(source, records[0], records[1:], rows[1:], remedy)
 
 
+# The csv module's complaints, in our words.
+_CSV_ERRORS = {
+    "unexpected end": "unbalanced quotes",
+    "new-line character": "a carriage return alone, outside quotes",
+}
+
+
 def _jsonl(source: str, raw: bytes) -> Table:
     objects: list[dict[str, Any]] = []
-    for row, line in enumerate(_lines(source, raw), start=1):
+    for row, line in enumerate(split_lines(source, raw), start=1):
+        remedy = "Every line must be one JSON object."
+        if not line.strip():
+            raise UserError("is blank", file=source, row=row, remedy=f"Delete the line. {remedy}")
         try:
-            value = json.loads(line, object_pairs_hook=_object)
+            value = json.loads(line, object_pairs_hook=_object, parse_int=_whole_number)
         except (ValueError, RecursionError) as error:
             # Its own message counts lines from this one.
             reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-            remedy = "Every line must be one JSON object."
             raise UserError(f"is not valid JSON: {reason}", file=source, row=row, remedy=remedy) from None
         if not isinstance(value, dict):
-            raise UserError(f"is not a JSON object but {_shown.repr(value)}", file=source, row=row)
+            raise UserError(f"is not a JSON object but {excerpt(value)}", file=source, row=row, remedy=remedy)
         objects.append(value)
 
     def column(name: str) -> list[Any]:
         for row, value in enumerate(objects, start=1):
             if name not in value:
-                raise UserError(f"has no {_shown.repr(name)}", file=source, row=row, remedy="Other rows have it.")
+                raise UserError(f"has no {excerpt(name)}", file=source, row=row, remedy="Other rows have it.")
         return [value[name] for value in objects]
 
     names = list(dict.fromkeys(name for value in objects for name in value))
-    return Table(source, names, column, range(1, len(objects) + 1))
+    return Table(source, names, column, range(1, len(objects) + 1), objects)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 4000:  # Python itself stops at 4,300
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -283,26 +298,34 @@ def _parquet(source: str, raw: bytes) -> Table:
     import pyarrow  # late: a fifth of a second that the other formats do not need
     from pyarrow import parquet
 
-    failures = (pyarrow.ArrowException, OSError, ValueError)
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(raw))
         names, count = file.schema_arrow.names, file.metadata.num_rows
-    except failures as error:
+    except Exception as error:  # a damaged file raises a dozen unrelated types
         raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source) from None
+
+    def read_columns(columns: list[str] | None) -> Any:
+        found = file.read(columns=columns)
+        found.validate(full=True)  # strings that are not UTF-8
+        if len(found) != count:
+            raise ValueError(f"it has {len(found)} of {count} rows")
+        return found
 
     def column(name: str) -> list[Any]:
         try:
-            chunks = file.read(columns=[name]).column(name)
-            chunks.validate(full=True)  # strings that are not UTF-8
-            values: list[Any] = chunks.to_pylist()
-            if len(values) != count:
-                raise ValueError(f"it has {len(values)} of {count} rows")
-        except failures as error:
-            reason = f"column {_shown.repr(name)} cannot be read: {_first_line(error)}"
+            values: list[Any] = read_columns([name]).column(name).to_pylist()
+        except Exception as error:  # as above
+            reason = f"column {excerpt(name)} cannot be read: {_first_line(error)}"
             raise UserError(reason, file=source) from None
         return values
 
-    return Table(source, names, column, range(1, count + 1))
+    def arrow() -> Any:
+        try:
+            return read_columns(None)
+        except Exception as error:  # as above
+            raise UserError(f"cannot be read: {_first_line(error)}", file=source) from None
+
+    return Table(source, names, column, range(1, count + 1), arrow=arrow)
 
 
 def _first_line(error: Exception) -> str:

@@ -48,11 +48,16 @@ def _from_files(data: FileData) -> dict[str, Examples]:
     elif os.path.isfile(data.path):
         paths = {"test": data.path}
     else:
+        reason = "is neither a folder nor a file" if os.path.lexists(data.path) else "does not exist"
         remedy = "Give a folder with train, validation and test files, or one file."
-        raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy)
+        raise UserError(reason, key="data.path", value=data.path, remedy=remedy)
     return {
         split: files.read_table(path).examples(
-            data.text_columns, data.label_column, labels_may_hide=split == "test", threshold=data.label_threshold
+            data.text_columns,
+            data.label_column,
+            labels_may_hide=split == "test",
+            threshold=data.label_threshold,
+            label_names=data.label_names,
         )
         for split, path in paths.items()
     }
@@ -86,7 +91,13 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
             names=rows.column_names,
             column=lambda column, rows=rows: rows[column][:],  # type: ignore[misc]
             rows=range(1, len(rows) + 1),
-        ).examples(data.text_columns, data.label_column, labels_may_hide=True, threshold=data.label_threshold)
+        ).examples(
+            data.text_columns,
+            data.label_column,
+            labels_may_hide=True,
+            threshold=data.label_threshold,
+            label_names=data.label_names,
+        )
         for split, rows in found.items()
     }
 

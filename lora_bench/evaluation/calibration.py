@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_bench.errors import UserError
 from lora_bench.evaluation.metrics import SMALLEST, need_finite, score
 from lora_bench.stats import MEASURES, confusion, measure_of
 
@@ -44,11 +45,24 @@ class Calibration:
         return cls(fit_temperature(scores, labels), fit_threshold(scores, labels))
 
     @classmethod
-    def read(cls, chosen: Mapping[str, Any]) -> Calibration | None:
-        """From what a record says of its selection; None where an older run was not calibrated."""
-        if not isinstance(chosen.get("temperature"), float):
+    def read(cls, chosen: Mapping[str, Any], place: str = "selection") -> Calibration | None:
+        """Read what a record says of its selection; None where an older run was not calibrated.
+
+        Args:
+            chosen: a part of the record.
+            place: where in the record it stands.
+
+        Raises:
+            UserError: the temperature or the threshold is not such that `fit` could have found it.
+        """
+        temperature, threshold = chosen.get("temperature"), chosen.get("threshold", HALF)
+        if temperature is None:
             return None
-        return cls(chosen["temperature"], float(chosen.get("threshold", HALF)))
+        bounds = {"temperature": (temperature, COLDEST, HOTTEST), "threshold": (threshold, 0, 1)}
+        for name, (value, low, high) in bounds.items():
+            if type(value) not in (int, float) or not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
+                raise UserError(f"{place}.{name} is not a number from {low:g} to {high:g}")
+        return cls(float(temperature), float(threshold))
 
     def recorded(self) -> dict[str, float]:
         return asdict(self)

@@ -13,7 +13,6 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from lora_bench.errors import DivergedError, UserError, nearest
 from lora_bench.stats import confusion, measure_of
@@ -21,6 +20,7 @@ from lora_bench.stats import confusion, measure_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from numpy.typing import NDArray
 
     from lora_bench.config import Metric
@@ -56,6 +56,8 @@ def score(
     """
     need_finite(scores)
     predicted = scores >= 0.5
+    import torch  # late: a bad record is refused without it
+
     p, y = torch.from_numpy(scores), torch.from_numpy(labels)
     values = {name: _compute(kind, p, y) for name, kind in _TORCHMETRICS.items()}
     if labels.min() == labels.max():
@@ -99,6 +101,7 @@ def check_metrics(extra: Mapping[str, Metric]) -> None:
     """Refuse a metric that torchmetrics does not have, or that is no single number, before anything is trained."""
     if not extra:
         return
+    import torch
     import torchmetrics
 
     classes = vars(torchmetrics.classification).items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.files import READERS, read
+from lora_bench.data.files import READERS, read, read_table
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,10 +116,19 @@ def test_without_a_label_column_labels_are_not_looked_at(tmp_path: Path) -> None
         (HEADER, None, "has a header but no rows"),
         (HEADER + "a\tb\t1\na\tb\n", 3, "2 columns where the header has 3"),
         (HEADER + "a\tb\t1\t\n", 2, "4 columns where the header has 3"),
-        (HEADER + "a\tb\t1\n\na\tb\t1\n", 3, "1 column where the header has 3"),
-        (HEADER + "a\tb\t1\n\n", 3, "1 column where"),
+        (HEADER + "a\tb\t1\n\na\tb\t1\n", 3, "is blank"),
+        (HEADER + "a\tb\t1\n  \na\tb\t1\n", 3, "is blank"),
+        (HEADER + "\r\n\n", None, "has a header but no rows"),
+        ("\n\r\n", None, "is empty"),
+        ("\n" + HEADER + "a\tb\t1\n", 2, "3 columns where the header has 1"),
+        (HEADER + "a\tb\t1\n\na\tb\t1\rc\td\t0\r", 3, "is blank"),
+        (HEADER + "a\tb\t1\rc\td\t0\r", 2, "5 columns where the header has 3, and a carriage return alone"),
+        ((HEADER + "a\tb\t1\n").replace("\n", "\r"), None, "carriage returns alone, as on old Macs"),
         (HEADER.encode() + b"a\tb\t1\na\xff\tb\t1\n", 3, "is not UTF-8"),
-        (HEADER.encode("utf-16"), 1, ""),
+        (HEADER.encode("utf-16"), 1, "is in UTF-16, not in UTF-8"),
+        (b"\xfe\xff" + HEADER.encode("utf-16-be"), 1, "is in UTF-16"),
+        (HEADER.encode("utf-32"), 1, "is in UTF-32"),
+        (HEADER.encode("utf-16-le"), 1, "NUL"),
         (HEADER + "a\tb\t1\na\0\tb\t1\n", 3, "NUL"),
         ("label\tquestion1\tquestion2\tlabel\n1\ta\tb\t1\n", 1, "two columns named 'label'"),
         ("question1\tquestion_2\tlabel\na\tb\t1\n", None, "Did you mean question_2?"),
@@ -153,10 +164,11 @@ def test_hidden_labels_of_a_test_split(tmp_path: Path) -> None:
 
 # --- CSV ---
 
-any_text = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)))
+any_text = st.text(st.characters(exclude_categories=("Cs",)))
 
 
 @given(st.lists(st.tuples(any_text, any_text), min_size=1))
+@example([("a\0\rb", "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029 ")])
 @per_example
 def test_any_text_survives_quoted_csv(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     quoted = ['"{}","{}"'.format(*(text.replace('"', '""') for text in row)) for row in rows]
@@ -170,10 +182,12 @@ def test_any_text_survives_quoted_csv(tmp_path: Path, rows: list[tuple[str, str]
         ('a,b,1\n"a,b,1\na,b,0\n', 3, "unbalanced quotes"),
         ('"two\nlines",b,1\na "quote,b,1\n', 4, "unbalanced quotes"),
         ('"a"x,b,1\n', 2, "is not valid CSV"),
-        ("a,b,1\n\na,b,1\n", 3, "0 columns where the header has 3"),
+        ("a,b,1\n\na,b,1\n", 3, "is blank"),
         ('"two\nlines",b,1\na,b\n', 4, "2 columns where the header has 3"),
         ('"two\nlines",b,1\na,b,x\n', 4, "'x' is neither 0 nor 1"),
-        ("a\rb,c,1\n", 2, "is not valid CSV"),
+        ("a\rb,c,1\n", 2, "is not valid CSV: a carriage return alone, outside quotes"),
+        ('"a\0b",c,1\na\0b,c,1\n', 3, "NUL"),
+        ('"two\n\0lines",c,1\n\0', 4, "NUL"),
     ],
 )
 def test_wrong_csv_is_refused(tmp_path: Path, body: str, row: int, says: str) -> None:
@@ -189,7 +203,11 @@ GOOD = '{"question1": "a", "question2": "b", "label": 1}\n'
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("", "is not valid JSON: Expecting value at character 1"),
+        ("", "is blank"),
+        (" \t\r", "is blank"),
+        ('{"question1": "a", "question2": "b", "label": %s}' % ("9" * 5000), "a number has 5,000 digits"),
+        ('{"question1": "a", "question2": "b", "label": NaN}', "nan is neither 0 nor 1"),
+        ('{"question1": "a", "question2": "b", "label": 1e999}', "inf is neither 0 nor 1"),
         ('{"question1": ', "is not valid JSON"),
         ("[1]", "not a JSON object"),
         ("[" * 100_000, "is not valid JSON"),
@@ -258,3 +276,133 @@ def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, place: int, b
     raw[place % len(raw)] = byte
     found = outcome(write(tmp_path / "a.parquet", bytes(raw)))
     assert isinstance(found, Examples) or str(tmp_path) in str(found)
+
+
+# --- long fields, many columns, blank lines, odd places ---
+
+KINDS = (".tsv", ".csv", ".jsonl")
+
+
+def as_text(kind: str, rows: list[dict[str, str]], end: str = "\n") -> str:
+    """Rows whose values need no quoting, as a file of this kind."""
+    if kind == ".jsonl":
+        return end.join(map(json.dumps, rows)) + end
+    separator = {".tsv": "\t", ".csv": ","}[kind]
+    return end.join([separator.join(rows[0]), *(separator.join(row.values()) for row in rows)]) + end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_may_be_of_any_length(tmp_path: Path, kind: str) -> None:
+    long = "word " * 100_000
+    found = read(write(tmp_path / f"a{kind}", as_text(kind, [{"a": long, "b": "x"}])), ("a", "b"), None)
+    assert found.texts == ([long], ["x"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_may_have_very_many_columns(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / f"a{kind}", as_text(kind, [{str(i): f"v{i}" for i in range(50_000)}]))
+    assert read(path, ("49999", "0"), None).texts == (["v49999"], ["v0"])
+
+
+def test_a_column_that_is_there_twice_among_very_many_is_named(tmp_path: Path) -> None:
+    names = [*map(str, range(100_000)), "99999"]
+    path = write(tmp_path / "a.tsv", "\t".join(names) + "\n" + "\t".join(names) + "\n")
+    assert "two columns named '99999'" in str(refusal(path, ("1",), None))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("tail", ["", "\n", "\n\n\n", "\r\n", "  \n", "\n  "])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path, kind: str, tail: str, end: str) -> None:
+    rows = [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]
+    for content in (as_text(kind, rows, end) + tail, as_text(kind, rows, end).removesuffix(end)):
+        assert read(write(tmp_path / f"a{kind}", content), ("a", "b"), None).texts == (["1", "2"], ["x", "y"])
+
+
+def test_blank_lines_of_single_texts(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.tsv", "text\na\n\nb\n\n\n"), ("text",), None).texts == (["a", "", "b"],)
+    assert read(write(tmp_path / "a.csv", 'text\na\n""\nb\n\n'), ("text",), None).texts == (["a", "", "b"],)
+    assert refusal(write(tmp_path / "a.csv", "text\na\n\nb\n"), ("text",), None).row == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_old_mac_line_ends_are_named(tmp_path: Path, kind: str) -> None:
+    content = as_text(kind, [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}], "\r")
+    error = refusal(write(tmp_path / f"a{kind}", content), ("a", "b"), None)
+    assert "old Macs" in error.reason
+    assert "tr " in str(error.remedy)
+
+
+@pytest.mark.parametrize(
+    ("values", "row", "hint"),
+    [
+        (["no", "yes"], 1, "write 0 for 'no' and 1 for 'yes'"),
+        (["0", "yes"], 2, "write 0 for 'no' and 1 for 'yes'"),
+        (["true", "false"], 1, "Write 0 for one and 1 for the other of 'true' and 'false'"),
+        (["a", "b", "c"], 1, "Tasks have two classes"),
+        (["1", "2"], 2, "data.label_threshold=2"),
+        (["-1", "1"], 1, "data.label_threshold=1"),
+        ([0.0, 1.0], 1, "data.label_threshold=1"),
+        (["0", "1", "2"], 3, "data.label_threshold"),
+        ([True, False], 1, "Write 0 for false and 1 for true"),
+        (["1", "no "], 2, "Write 0 for one"),
+        ([None, 1], 1, ""),
+    ],
+)
+def test_labels_that_are_words_come_with_advice(tmp_path: Path, values: list[Any], row: int, hint: str) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, "".join(json.dumps({"text": "x", "label": value}) + "\n" for value in values))
+    with pytest.raises(UserError) as caught:
+        read_table(path).examples(["text"], "label", labels_may_hide=False, label_names=["no", "yes"])
+    error = caught.value
+    assert (error.file, error.row) == (str(path), row)
+    assert repr(values[row - 1]) in str(error)
+    assert hint in str(error)
+
+
+def test_advice_for_labels_that_may_hide_never_makes_hidden_ones_0(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", HEADER + "a\tb\t1\na\tb\t-1\n")
+    assert "label_threshold" not in str(refusal(path, labels_may_hide=True))
+
+
+def test_numbers_become_labels_as_the_advice_says(tmp_path: Path) -> None:
+    for values, threshold in (([1, 2], 2), ([0.0, 1.0], 1), ([-1, 1], 1)):
+        path = write_parquet(tmp_path / "a.parquet", text=["x", "y"], label=values)
+        found = read_table(path).examples(["text"], "label", labels_may_hide=False, threshold=threshold)
+        assert found.labels is not None
+        assert found.labels.tolist() == [0, 1]
+
+
+def test_devices_links_in_a_circle_and_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "circle.tsv").symlink_to(tmp_path / "circle.tsv")
+    (tmp_path / "zero.tsv").symlink_to("/dev/zero")
+    assert "cannot be read" in str(refusal(tmp_path / "circle.tsv"))
+    assert "is a device" in str(refusal(tmp_path / "zero.tsv"))
+    for path, says in (("/dev/zero", "is a device"), ("/dev/null", "is empty"), ("a\0.tsv", "cannot be read")):
+        with pytest.raises(UserError, match=says):
+            read(path, QUESTIONS, None)
+
+
+def test_a_pipe_is_read_to_its_end_and_is_tsv_whatever_its_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=write, args=(tmp_path / "pipe", "a\tb\nx\ty\n"))
+    writer.start()
+    assert read(tmp_path / "pipe", ("a", "b"), None).texts == (["x"], ["y"])
+    writer.join()
+
+
+def test_parquet_of_odd_types_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    words = pa.array(["x", "y"]).dictionary_encode()
+    assert read(write_parquet(path, a=words, b=["u", "v"]), ("a", "b"), None).texts == (["x", "y"], ["u", "v"])
+    large = pa.array(["x", "y"], pa.large_string())
+    assert read(write_parquet(path, a=large, b=["u", "v"]), ("a", "b"), None).texts == (["x", "y"], ["u", "v"])
+    nanoseconds = pa.array([1, 2], pa.timestamp("ns"))
+    for column in ([["x"], ["y"]], [{"a": "x"}, {"a": "y"}], [b"x", b"y"], [1.5, None], nanoseconds, pa.nulls(2)):
+        error = refusal(write_parquet(path, a=column, b=["u", "v"]), ("a", "b"), None)
+        assert "'a'" in str(error)
+    parquet.ParquetWriter(path, pa.schema({"a": pa.string(), "b": pa.string()})).close()  # without a row group
+    assert "no rows" in str(refusal(path, ("a", "b"), None))
+    whole = write_parquet(path, a=["x"], b=["y"]).read_bytes()
+    for damaged in (whole[:-5], bytes(len(whole)), whole[:-4] + b"PARE"):
+        assert "is not valid Parquet" in str(refusal(write(path, damaged), ("a", "b"), None))

@@ -1,0 +1,154 @@
+"""Rows of an input file with predictions beside them, as TSV, CSV, JSONL or Parquet.
+
+Every column of the input is there, in its order. CSV, JSONL and Parquet hold any text unchanged; TSV cannot hold tabs,
+line breaks and NUL, which become spaces. What is no text is JSON text in TSV and CSV, and keeps its type in JSONL and,
+from Parquet, in Parquet.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lora_bench.data.files import Table
+
+FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
+_NOT_IN_TSV = re.compile("[\t\r\n\0]")
+
+
+def free_names(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """Name the columns of predictions so that none has the name of a column of the input.
+
+    Returns:
+        by name, the name to write: `label`, or `predicted_label` where the input has a `label`, or `predicted_label_2`
+        where it has both.
+    """
+    used, written = set(taken), {}
+    for name in names:
+        new, number = name, 1
+        while new in used:
+            new = f"predicted_{name}" + (f"_{number}" if number > 1 else "")
+            number += 1
+        written[name] = new
+        used.add(new)
+    return written
+
+
+def check_texts(table: Table, kind: str) -> None:
+    """Refuse texts that a format cannot hold: half of a surrogate pair, which JSON alone can write.
+
+    Raises:
+        UserError: naming file and row.
+    """
+    if table.objects is None or kind == ".jsonl":
+        return
+    for row, record in zip(table.rows, table.objects, strict=True):
+        for name, value in record.items():
+            try:
+                (name + value if type(value) is str else name).encode()
+            except UnicodeEncodeError:
+                remedy = "Give an output that ends in .jsonl."
+                reason = f"{name!a} holds half of a surrogate pair, which {kind[1:]} cannot hold"
+                raise UserError(reason, file=table.source, row=row, remedy=remedy) from None
+
+
+def encode(table: Table, predictions: Mapping[str, Sequence[Any]], kind: str) -> tuple[bytes, int]:
+    """Encode a table with predictions behind its columns.
+
+    Args:
+        table: the input.
+        predictions: (N,) values by column; no name is one of the table's.
+        kind: one of `FORMATS`.
+
+    Returns:
+        the file's content, and how many of its texts are not as they were.
+    """
+    if kind == ".parquet":
+        return _parquet(table, predictions), 0
+    records = _records(table)
+    if kind == ".jsonl":
+        rows = zip(records, zip(*predictions.values(), strict=True), strict=True)
+        lines = (
+            json.dumps({**record, **dict(zip(predictions, values, strict=True))}, ensure_ascii=False, default=_text)
+            for record, values in rows
+        )
+        # Python's escape of half of a surrogate pair is JSON's.
+        return "".join(line + "\n" for line in lines).encode(errors="backslashreplace"), 0
+    columns = [[_cell(record.get(name)) for record in records] for name in table.names]
+    lines_of_cells = [[*table.names, *predictions], *zip(*columns, *predictions.values(), strict=True)]
+    text = io.StringIO()
+    if kind == ".csv":
+        # Quoting every text spares readers a guess: at spaces, at line breaks of all kinds, at NUL.
+        csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(lines_of_cells)
+        return text.getvalue().encode(), 0
+    replaced = 0
+    for cells in lines_of_cells:
+        flat = [_NOT_IN_TSV.subn(" ", str(cell)) for cell in cells]
+        replaced += sum(count > 0 for _, count in flat)
+        text.write("\t".join(cell for cell, _ in flat) + "\n")
+    return text.getvalue().encode(), replaced
+
+
+def _records(table: Table) -> Sequence[Mapping[str, Any]]:
+    """Return the rows as they stand in the file, each by column."""
+    if table.objects is not None:
+        return table.objects
+    columns = [table.column(name) for name in table.names]
+    return [dict(zip(table.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _cell(value: Any) -> str | int | float:
+    if type(value) in (str, int, float):
+        return value  # type: ignore[no-any-return]
+    if value is None:
+        return ""
+    if isinstance(value, bool | list | dict | tuple):
+        return json.dumps(value, ensure_ascii=True, default=_text)
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    """Write a value of Parquet that JSON has no type for: a date in ISO 8601, bytes in hexadecimal digits."""
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)
+
+
+def _parquet(table: Table, predictions: Mapping[str, Sequence[Any]]) -> bytes:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if table.arrow is not None:
+        written = table.arrow()
+    else:
+        records = _records(table)
+        written = pa.table({name: _arrow([record.get(name) for record in records]) for name in table.names})
+    for name, values in predictions.items():
+        written = written.append_column(name, pa.array(values))
+    sink = pa.BufferOutputStream()
+    parquet.write_table(written, sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _arrow(values: list[Any]) -> Any:
+    """Return a column of one type: the values' own where all are alike, else their JSON text."""
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values} - {type(None)}
+    if (len(kinds) == 1 and kinds <= {str, bool, float}) or (kinds == {int} and _fit(values)):
+        return pa.array(values)
+    texts = (value if value is None or type(value) is str else json.dumps(value) for value in values)
+    return pa.array(texts, pa.string())
+
+
+def _fit(values: list[Any]) -> bool:
+    return all(value is None or -(2**63) <= value < 2**63 for value in values)

@@ -1,0 +1,164 @@
+"""Input columns come out of every format as they went in, with predictions beside them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pandas
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from lora_bench.data.files import read_table
+from lora_bench.data.labelled import FORMATS, check_texts, encode, free_names
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PREDICTIONS = {"label": [1], "score": [0.1234567890123456]}
+few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+odd = "a\rb\n\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0\"',\t; "
+
+
+def written(folder: Path, source: Path, kind: str, **predictions: Any) -> tuple[Path, int]:
+    table = read_table(source)
+    content, replaced = encode(table, predictions or {k: v * len(table.rows) for k, v in PREDICTIONS.items()}, kind)
+    (folder / f"out{kind}").write_bytes(content)
+    return folder / f"out{kind}", replaced
+
+
+def jsonl(folder: Path, *rows: Any) -> Path:
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "in.jsonl"
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
+@example([(odd, " "), ("", "\r"), ("NA", "null"), ("\ufeff", "=1+1")])
+@few
+def test_any_text_survives(tmp_path: Path, kind: str, rows: list[tuple[str, str]]) -> None:
+    first = jsonl(tmp_path, *({"a": a, "b": b} for a, b in rows))
+    out, replaced = written(tmp_path, first, kind)
+    assert replaced == 0
+    table = read_table(out)
+    assert list(zip(table.column("a"), table.column("b"), strict=True)) == rows
+    assert list(table.names) == ["a", "b", "label", "score"]
+    again = tmp_path / f"again{kind}"
+    again.write_bytes(out.read_bytes())
+    table = read_table(written(tmp_path, again, ".jsonl", more=[0] * len(rows))[0])
+    assert list(zip(table.column("a"), table.column("b"), strict=True)) == rows
+
+
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
+@example([(odd, " "), ("", "\r")])
+@few
+def test_pandas_reads_the_csv(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+    out, _ = written(tmp_path, jsonl(tmp_path, *({"a": a, "b": b} for a, b in rows)), ".csv")
+    found = pandas.read_csv(out, keep_default_na=False, dtype={"a": str, "b": str})
+    assert list(zip(found["a"], found["b"], strict=True)) == rows
+    assert found["label"].tolist() == [1] * len(rows)
+    assert found["score"].tolist() == PREDICTIONS["score"] * len(rows)
+
+
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
+@example([(odd, " "), ("", "\r")])
+@few
+def test_tsv_says_how_many_texts_it_changed(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+    out, replaced = written(tmp_path, jsonl(tmp_path, *({"a": a, "b": b} for a, b in rows)), ".tsv")
+    table = read_table(out)
+    found = list(zip(table.column("a"), table.column("b"), strict=True))
+    assert len(found) == len(rows)
+    changed = [(x, y) for row, back in zip(rows, found, strict=True) for x, y in zip(row, back, strict=True) if x != y]
+    assert replaced == len(changed)
+    for text, back in changed:
+        assert len(text) == len(back)
+        assert {x for x, y in zip(text, back, strict=True) if x != y} <= set("\t\r\n\0")
+
+
+def test_jsonl_rows_keep_their_own_keys_and_values(tmp_path: Path) -> None:
+    rows = [
+        {"a": "x", "gold": [1, {"deep": None}], "n": 12345678901234567890123, "half": "\ud800"},
+        {"label": True, "a": "y", "f": 0.1},
+    ]
+    out, _ = written(tmp_path, jsonl(tmp_path, *rows), ".jsonl", predicted=[0, 1])
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        row | {"predicted": i} for i, row in enumerate(rows)
+    ]
+
+
+def test_what_is_no_text_is_json_in_csv_and_tsv(tmp_path: Path) -> None:
+    rows = [{"a": "x", "b": [1, "é"], "c": None, "d": True, "e": 1.5}, {"a": "y", "b": {"k": 1}}]
+    source = jsonl(tmp_path, *rows)
+    for kind in (".csv", ".tsv"):
+        table = read_table(written(tmp_path, source, kind)[0])
+        assert [json.loads(cell) for cell in table.column("b")] == [[1, "é"], {"k": 1}]
+        assert [list(table.column(name)) for name in "cde"] == [["", ""], ["true", ""], ["1.5", ""]]
+
+
+def test_parquet_columns_keep_their_types(tmp_path: Path) -> None:
+    columns = {
+        "a": pa.array(["x", "y"]),
+        "words": pa.array(["u", "u"]).dictionary_encode(),
+        "when": pa.array([1, None], pa.timestamp("ns")),
+        "nested": pa.array([[{"k": 1}], []]),
+        "small": pa.array([1, 2], pa.int8()),
+    }
+    source = tmp_path / "in.parquet"
+    parquet.write_table(pa.table(columns), source)
+    out = parquet.read_table(written(tmp_path, source, ".parquet")[0])
+    assert out.select(list(columns)).equals(parquet.read_table(source))
+    assert out.column_names[-2:] == ["label", "score"]
+
+
+def test_parquet_as_text(tmp_path: Path) -> None:
+    columns = {
+        "a": ["x"],
+        "day": [datetime.date(2020, 2, 29)],
+        "money": [Decimal("1.10")],
+        "raw": [b"\xff\x00"],
+        "nested": [{"day": datetime.date(2020, 2, 29)}],
+    }
+    source = tmp_path / "in.parquet"
+    parquet.write_table(pa.table(columns), source)
+    expected = ["x", "2020-02-29", "1.10", "ff00"]
+    for kind in (".csv", ".tsv", ".jsonl"):
+        table = read_table(written(tmp_path, source, kind)[0])
+        assert [table.column(name)[0] for name in list(columns)[:-1]] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, None], [1, None]),
+        ([1, 2**64], ["1", str(2**64)]),
+        ([1, "1"], ["1", "1"]),
+        ([{}, [1]], ["{}", "[1]"]),
+        ([True, 1], ["true", "1"]),
+        ([None, None], [None, None]),
+    ],
+)
+def test_jsonl_in_parquet_has_one_type_in_a_column(tmp_path: Path, values: list[Any], expected: list[Any]) -> None:
+    out, _ = written(tmp_path, jsonl(tmp_path, *({"a": value} for value in values)), ".parquet")
+    assert parquet.read_table(out).column("a").to_pylist() == expected
+
+
+def test_half_characters_are_refused_where_only_json_can_hold_them(tmp_path: Path) -> None:
+    table = read_table(jsonl(tmp_path, {"a": "x"}, {"a": "\ud800"}))
+    check_texts(table, ".jsonl")
+    for kind in set(FORMATS) - {".jsonl"}:
+        with pytest.raises(UserError, match=r"row 2: 'a' holds half of a surrogate pair.*\.jsonl"):
+            check_texts(table, kind)
+
+
+def test_names_that_are_taken() -> None:
+    assert free_names(["label", "score"], ["a"]) == {"label": "label", "score": "score"}
+    assert free_names(["label", "score"], ["label"]) == {"label": "predicted_label", "score": "score"}
+    taken = ["label", "predicted_label", "score"]
+    assert free_names(["label", "score"], taken) == {"label": "predicted_label_2", "score": "predicted_score"}
