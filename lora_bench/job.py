@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lora_bench.checks import need
+from lora_bench.errors import LostFolderError
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
 from lora_bench.recorded import filled
@@ -23,6 +24,8 @@ from lora_bench.sweep import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from lora_bench.claim import Identity
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,20 @@ class Job:
     """The run in `folder`, reopened, that began with this config."""
     title: str = ""
     """What a sweep calls it."""
+    sweep: Identity | None = None
+    """The folder of its sweep, as it was when the sweep was claimed."""
 
     @classmethod
-    def composed(cls, cfg: DictConfig, hydra: DictConfig, folder: Path, title: str = "") -> Job:
+    def composed(
+        cls, cfg: DictConfig, hydra: DictConfig, folder: Path, title: str = "", sweep: Identity | None = None
+    ) -> Job:
         """The job of a composed config.
 
         Args:
             cfg: the config without its `hydra` node, which is the next argument.
             folder: where a new run's record goes; `resume` in the config names another.
+            title: what a sweep calls it.
+            sweep: the folder of its sweep.
 
         Raises:
             UserError: the run to go on with is not there, is another's, or began with another config.
@@ -58,7 +67,7 @@ class Job:
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
                 node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
         if not cfg.resume:
-            return cls(cfg, folder, choices, overrides, title=title)
+            return cls(cfg, folder, choices, overrides, title=title, sweep=sweep)
         run = Run.reopen(Path(cfg.resume))
         try:
             refuse_hidden(run.folder, run.record["config"])
@@ -67,7 +76,7 @@ class Job:
         except BaseException:
             run.release()
             raise
-        return cls(begun, run.folder, run.record["choices"], run.record["overrides"], run, title)
+        return cls(begun, run.folder, run.record["choices"], run.record["overrides"], run, title, sweep)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,7 +87,7 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """Leave a record of a job that could not begin; one that has begun says itself how it ended."""
-        if not (self.folder / "run.json").exists():
+        if not isinstance(error, LostFolderError) and not (self.folder / "run.json").exists():
             config: Any = OmegaConf.to_container(self.cfg, resolve=False)
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
 

@@ -6,7 +6,6 @@ A run has one member of the pack, or those of its ensemble: they begin and end t
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import torch
 
 from lora_bench import environment
 from lora_bench.adapters.targets import unmatched_alternatives
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import LostFolderError, RunFailedError, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.progress import show_result
 from lora_bench.record import Run
@@ -101,12 +100,16 @@ class Recorder:
     def begin(self, job: int, newest: Checkpoint | None) -> None:
         """Claim the job's folder, or set its record back to the checkpoint that it goes on from."""
         asked, common = self.jobs[job], self.common
+        if asked.sweep:
+            asked.sweep.check()
         if asked.begun:
             _refuse_another(asked.begun.record, common)
         run = asked.begun or Run.claim(
             asked.folder, choices=asked.choices, config=asked.config, overrides=asked.overrides
         )
         self.runs[job] = run
+        for k in self.parts[job]:
+            self.checkpoints[k].check = run.check
         if asked.begun:
             run.rewind(newest.step if newest else 0)
         notes = [note for k in self.parts[job] for note in self.preparations[k].notes]
@@ -192,8 +195,10 @@ class Recorder:
                 title = self.jobs[job].title if len(self.jobs) > 1 else ""
                 show_result(self.console, run.folder, run.record, title=title, brief=self.brief)
         if outcome.error is not None:
-            if not run.folder.exists():
-                outcome.error = RunFailedError("was deleted or moved while the run trained", file=run.folder)
+            try:
+                run.check()
+            except LostFolderError as lost:  # whatever failed, failed for this
+                outcome.error = lost
             run.fail(outcome.error)
 
     def _close_stopped(self, run: Run, job: Job, outcome: Outcome) -> None:
@@ -213,8 +218,11 @@ class Recorder:
     def interrupt(self) -> None:
         """Someone stopped the process: the runs that have not ended can be gone on with."""
         for run in self.runs.values():
-            with suppress(RunFailedError):
+            try:
                 run.finish("interrupted", "stopped from outside")
+            except RunFailedError as error:
+                self.console.print(shown(error))
+                continue
             if not self.brief:
                 self.console.print(shown(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
 
