@@ -141,44 +141,45 @@ def train_pack(
             brief,
         )
         try:
-            for job, part in enumerate(parts):
-                recorder.end_together(job)
-                if recorder.outcome(job).error is None:
-                    with contained(recorder.outcome(job)):
-                        recorder.begin(job, begun[part[0]] if begun else None)
+            with Interruption() as interruption:  # a folder is claimed and its record written, or it is not
+                for job, part in enumerate(parts):
                     recorder.end_together(job)
-                    if recorder.outcome(job).error is not None and job in recorder.runs:
-                        recorder.close(job)
-            live = list(recorder.runs)
-            if not live:
-                return [recorder.outcome(job).error for job in range(len(jobs))]
-            adapted = len(pack.updates[parts[live[0]][0]])
-            notes = recorder.notes() + [source.told() for source in sources if source]
-            announce(console, [recorder.runs[job].record for job in live], adapted, notes)
-            if begun:
-                console.print(shown(f"going on from step {begun[0].step}"))
-            steps, names = max(course.steps(trainer) for course in courses), _names(jobs, experiments, parts)
-            with display(console, steps, names) as recorder.display, Interruption() as interruption:
-                fit_courses(
-                    pack,
-                    [experiments[job].optimizer for job in owners],
-                    trainer,
-                    courses,
-                    outcomes=outcomes,
-                    runs=parts,
-                    flop_models=_flop_models(pack),
-                    metrics=experiments[0].metrics,
-                    watcher=recorder,
-                    ended=recorder.ended,
-                    checkpoints=[
-                        replace(folder, facts={"preparation": asdict(cost), "pack_size": size})
-                        for folder, cost, size in zip(folders, prepared, sizes, strict=True)
-                    ],
-                    begun=begun,
-                    interruption=interruption,
-                    processes=processes,
-                    halving=experiments[0].pack.halving,
-                )
+                    if recorder.outcome(job).error is None:
+                        with contained(recorder.outcome(job)):
+                            recorder.begin(job, begun[part[0]] if begun else None)
+                        recorder.end_together(job)
+                        if recorder.outcome(job).error is not None and job in recorder.runs:
+                            recorder.close(job)
+                live = list(recorder.runs)
+                if not live:
+                    return [recorder.outcome(job).error for job in range(len(jobs))]
+                adapted = len(pack.updates[parts[live[0]][0]])
+                notes = recorder.notes() + [source.told() for source in sources if source]
+                announce(console, [recorder.runs[job].record for job in live], adapted, notes)
+                if begun:
+                    console.print(shown(f"going on from step {begun[0].step}"))
+                steps, names = max(course.steps(trainer) for course in courses), _names(jobs, experiments, parts)
+                with display(console, steps, names) as recorder.display:
+                    fit_courses(
+                        pack,
+                        [experiments[job].optimizer for job in owners],
+                        trainer,
+                        courses,
+                        outcomes=outcomes,
+                        runs=parts,
+                        flop_models=_flop_models(pack),
+                        metrics=experiments[0].metrics,
+                        watcher=recorder,
+                        ended=recorder.ended,
+                        checkpoints=[
+                            replace(folder, facts={"preparation": asdict(cost), "pack_size": size})
+                            for folder, cost, size in zip(folders, prepared, sizes, strict=True)
+                        ],
+                        begun=begun,
+                        interruption=interruption,
+                        processes=processes,
+                        halving=experiments[0].pack.halving,
+                    )
         except Exception as error:
             recorder.fail(error)
             raise

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "predict",
         "record",
     }
-    | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
+    | {"prompt", "resume", "screen", "secrets", "signals", "streams", "sweep", "train"},
     "help": set(),
     "prompt": BASE
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
@@ -54,8 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transfer": {"disk", "figures", "record", "sweep", "tasks"},
     "packing": {"adapters", "errors", "experiment", "job", "progress", "record", "screen", "tables", "train"}
     | {"training"},
-    "workers": {"errors", "experiment", "job", "packing", "progress", "record", "screen", "secrets"},
-    "slurm": {"checks", "errors", "experiment", "job", "record", "screen", "workers"},
+    "workers": {"errors", "experiment", "job", "packing", "progress", "record", "screen", "secrets"}
+    | {"", "signals", "streams"},
+    "slurm": {"checks", "errors", "experiment", "job", "record", "screen", "signals", "workers"},
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "errors", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
@@ -76,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors", "record"},
     "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
     "doctor": {"environment", "data", "training"},
-    "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
+    "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "signals", "tables"},
     "evaluation": {"errors", "stats"},
     "data": BASE | {"hub"},
     "backbones": BASE | {"hub"},
@@ -105,6 +106,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": {"checks"},
     "tables": {"stats"},
     "environment": set(),
+    "signals": set(),
+    "streams": set(),
     "errors": set(),
     "hub": set(),
 }
@@ -122,7 +125,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("help", "prompted", "recorded", "slurm", "tasks", "transfer")
+LIGHT += ("signals", "streams", "help", "prompted", "recorded", "slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
