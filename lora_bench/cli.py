@@ -19,6 +19,7 @@ from rich.console import Console
 from lora_bench import streams
 from lora_bench.errors import DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
+from lora_bench.launch import Launch
 from lora_bench.screen import shown
 from lora_bench.secrets import remember
 from lora_bench.signals import ENDING_SIGNALS, terminate
@@ -114,7 +115,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
         raise UserError("sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.")
-    if parsed.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Launch.read().world_size > 1 and parsed.multirun:
         remedy = "torchrun trains one run on several devices; start the sweep without it."
         raise UserError("makes runs one after another in a process of its own", key="-m", remedy=remedy)
     for override in parsed.repeated():
@@ -178,7 +179,7 @@ def _train(cfg: DictConfig) -> None:
         console.print(shown(f"{cfg.resume} is done: nothing to go on with"))
         return
     job = None
-    beside = int(os.environ.get("RANK", "0")) > 0  # torchrun: the leading process alone writes and prints
+    beside = Launch.read().rank > 0  # torchrun: the leading process alone writes and prints
     with following(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lora_bench.checks import need
-from lora_bench.errors import LostFolderError
+from lora_bench.errors import LostFolderError, UserError
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
-from lora_bench.recorded import filled
+from lora_bench.recorded import differences, filled
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
 from lora_bench.sweep import key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lora_bench.claim import Identity
 
@@ -84,6 +84,21 @@ class Job:
         resolved = OmegaConf.to_container(self.cfg, resolve=True)
         assert isinstance(resolved, dict)
         return {str(key): value for key, value in resolved.items()}
+
+    def check_record(self, config: Mapping[str, Any] | None) -> None:
+        """Refuse to resume a run whose record was edited since.
+
+        Args:
+            config: the record's, as its checkpoint has it; None in a checkpoint of an older version.
+        """
+        if self.begun is None or config is None:
+            return
+        for key, before, now in differences(self.begun.record, config):
+            raise UserError(
+                f"{key} was changed to {now} after the run began with {before}",
+                file=self.begun.folder / "run.json",
+                remedy="A run is resumed as it began: change it back, or start a new run.",
+            )
 
     def fail(self, error: Exception) -> None:
         """Leave a record of a job that could not begin; one that has begun says itself how it ended."""
@@ -149,13 +164,15 @@ def following(cfg: DictConfig, folder: Path) -> Iterator[Path]:
 
     A run to go on with is copied, so that all begin at the same step; the leader alone goes on in its folder.
     """
-    with tempfile.TemporaryDirectory() as place:
-        own = Path(place, "run")
-        if cfg.resume:
-            shutil.copytree(cfg.resume, own, ignore=shutil.ignore_patterns(".lock"))
-            cfg.resume = str(own)
-        yield own
-    discard(folder)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            own = Path(place, "run")
+            if cfg.resume:
+                shutil.copytree(cfg.resume, own, ignore=shutil.ignore_patterns(".lock"))
+                cfg.resume = str(own)
+            yield own
+    finally:
+        discard(folder)
 
 
 def is_done(cfg: DictConfig) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.experiments import flat
 from lora_bench.help import choices, conf_folder
 from lora_bench.prompted import is_prompted
 
@@ -37,6 +38,20 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
         own = config.get(key, value)
         config[key] = value | own if isinstance(value, dict) and isinstance(own, dict) else own
     return config
+
+
+def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the keys whose values differ between a record's config and an earlier copy of it, with both values.
+
+    Keys that either lacks have their defaults. Places of files are left out: what lies there is checked by its hash.
+
+    Args:
+        record: as it is read now.
+        config: the copy.
+    """
+    before, now = (dict(flat(filled({**record, "config": dict(each)}))) for each in (config, record["config"]))
+    keys = [key for key in before | now if key.rpartition(".")[2] not in ("path", "init_from")]
+    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
 
 def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:

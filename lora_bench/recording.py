@@ -84,6 +84,8 @@ class Recorder:
     runs: dict[int, Run] = field(default_factory=dict)
     """Those that have begun and not ended, by job."""
     display: Display | None = None
+    resumed_elsewhere: list[str] = field(default_factory=list)
+    """Notes on resumed runs whose environment has changed."""
 
     def outcome(self, job: int) -> Outcome:
         """What became of a job: of the member that ended it before its time, else of its first."""
@@ -118,20 +120,28 @@ class Recorder:
             data={**common.described, "warnings": warnings},
             params=self._params(self.parts[job]),
             targets=self._ranks(self.parts[job]),
-            environment={
-                **environment.describe(),
-                "device": str(common.backbone.device),
-                "precision": str(common.backbone.compute_dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-                "processes": self.processes.size,
-                "backbone_sha256": common.backbone_sha256,
-            },
+            environment=self._environment(run.record["environment"], newest),
         )
         self.runs[job] = follow(run, self.experiments[job].trackers if self.processes.leads else {}, self.console)
 
+    def _environment(self, before: Mapping[str, Any], newest: Checkpoint | None) -> dict[str, Any]:
+        """The environment of the steps to come; of a resumed run also those of its earlier steps, where they differ."""
+        found = {
+            **environment.describe(),
+            "device": str(self.common.backbone.device),
+            "precision": str(self.common.backbone.compute_dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "processes": self.processes.size,
+            "backbone_sha256": self.common.backbone_sha256,
+        }
+        earlier = environment.history(before, found, newest.step) if newest else []
+        if newest and (changes := environment.changes(before, found)):
+            self.resumed_elsewhere.append(f"resumed in another environment: {', '.join(changes)}")
+        return found | {"history": earlier} if earlier or "history" in before else found
+
     def notes(self) -> list[str]:
         """What the user should know before the members train."""
-        found = []
+        found = list(self.resumed_elsewhere)
         for job, run in self.runs.items():
             found += _notes(self.experiments[job], run.record)
             damaged = [what for k in self.parts[job] for what in self.checkpoints[k].damaged]

@@ -41,7 +41,7 @@ def protect() -> None:
         if stream is None:
             mode = "w" if number else "r"
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-        elif number and type(getattr(getattr(stream, "buffer", None), "raw", None)) is io.FileIO:
+        elif number and type(_descriptor(stream)) is io.FileIO:
             with suppress(OSError):
                 stream.flush()
             setattr(sys, name, _text(number, stream))
@@ -49,16 +49,24 @@ def protect() -> None:
 
 def failure() -> OSError | None:
     """Return why standard output could not be written, if so; a reader that went away is no failure."""
-    descriptor = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    descriptor = _descriptor(sys.stdout)
     if not isinstance(descriptor, _Descriptor):
         return None
     sys.stdout.flush()
     return None if isinstance(descriptor.failure, BrokenPipeError) else descriptor.failure
 
 
+def _descriptor(stream: object) -> object:
+    """Return what a text stream writes to in the end; of `python -u` it is the stream's buffer itself."""
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
+
+
 def _text(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    descriptor = _Descriptor(number, "w", closefd=False)
+    binary = descriptor if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(descriptor)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Descriptor(number, "w", closefd=False)),
+        binary,  # type: ignore[arg-type]
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack import Pack
+from lora_bench.errors import UserError
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.experiment import Common, Experiment
 from lora_bench.initial import Source
@@ -27,6 +28,7 @@ from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.distributed import ALONE, Processes, together
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit_courses, prepare_courses, total_steps
+from lora_bench.training.precision import resolve_device, resolve_precision
 from lora_bench.training.prefix import PrefixCache
 from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, contained, refusing_strangers
@@ -92,14 +94,17 @@ def train_pack(
     for tracker in chain.from_iterable(experiment.trackers.values() for experiment in experiments):
         tracker.check()
     trainer = experiments[0].trainer
-    common = common or Common.load(experiments[0])
-    device = common.backbone.device
-    reset_peak_memory(device)
     parts = _parts(experiments)
     owners = [job for job, part in enumerate(parts) for _ in part]
     places = [job.folder / "checkpoints" for job in jobs]
     folders = [c for p, part in zip(places, parts, strict=True) for c in Checkpoints.of_members(p, len(part))]
     begun = _newest([jobs[job] for job in owners], folders)
+    if begun:
+        for job, checkpoint in zip(owners, begun, strict=True):
+            jobs[job].check_record(checkpoint.facts.get("config"))
+            _check_precision(jobs[job], trainer)
+    common = common or Common.load(experiments[0])
+    reset_peak_memory(common.backbone.device)
     sources = [None if begun else Source.of(experiment, common.backbone_sha256) for experiment in experiments]
     members = [
         member
@@ -159,6 +164,7 @@ def train_pack(
                 if begun:
                     console.print(shown(f"going on from step {begun[0].step}"))
                 steps, names = max(course.steps(trainer) for course in courses), _names(jobs, experiments, parts)
+                configs = [recorder.runs[job].record["config"] if job in recorder.runs else None for job in owners]
                 with display(console, steps, names) as recorder.display:
                     fit_courses(
                         pack,
@@ -172,8 +178,8 @@ def train_pack(
                         watcher=recorder,
                         ended=recorder.ended,
                         checkpoints=[
-                            replace(folder, facts={"preparation": asdict(cost), "pack_size": size})
-                            for folder, cost, size in zip(folders, prepared, sizes, strict=True)
+                            replace(folder, facts={"preparation": asdict(cost), "pack_size": size, "config": config})
+                            for folder, cost, size, config in zip(folders, prepared, sizes, configs, strict=True)
                         ],
                         begun=begun,
                         interruption=interruption,
@@ -218,6 +224,26 @@ def _newest(jobs: Sequence[Job], folders: Sequence[Checkpoints]) -> list[Checkpo
     found = [c if c and c.step == step else folder.newest(step) for c, folder in zip(found, folders, strict=True)]
     together = [checkpoint for checkpoint in found if checkpoint and checkpoint.step == step]
     return together if len(together) == len(jobs) else None
+
+
+def _check_precision(job: Job, trainer: config.Trainer) -> None:
+    """Refuse to resume a run in another number format, which would mix two trainings in one result."""
+    assert job.begun is not None
+    before = job.begun.record["environment"].get("precision")
+    device = resolve_device(trainer.device)
+    now = str(resolve_precision(trainer.precision, device)).removeprefix("torch.")
+    if before not in (None, now):
+        made_on = job.begun.record["environment"].get("device")
+        remedy = f"Resume it where it was interrupted, or start a new run with trainer.precision={trainer.precision}."
+        if trainer.precision == "auto":
+            remedy = "Resume it on a device of the same kind, or start a new run and give trainer.precision."
+        raise UserError(
+            f"the run was interrupted in {before} on {made_on}, and trainer.precision={trainer.precision} is {now} on "
+            f"{device} here",
+            key="resume",
+            value=job.folder,
+            remedy=remedy,
+        )
 
 
 def _prepare(

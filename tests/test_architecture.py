@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "help",
         "hydra_errors",
         "job",
+        "launch",
         "predict",
         "record",
     }
@@ -60,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "errors", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
-    "recorded": {"help", "hydra_errors", "prompted"},
+    "recorded": {"experiments", "help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
@@ -70,14 +71,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "predict": BASE
     | {"adapters", "data", "evaluation", "experiment", "prompted", "record", "recorded", "tasks", "training"},
     "initial": {"adapters", "errors", "experiment", "prompted", "record", "recorded", "tasks"},
-    "train": {"adapters", "evaluation", "experiment", "initial", "job", "progress", "recording", "screen", "training"},
+    "train": {
+        "adapters",
+        "errors",
+        "evaluation",
+        "experiment",
+        "initial",
+        "job",
+        "progress",
+        "recording",
+        "screen",
+        "training",
+    },
     "recording": {"environment", "errors", "adapters", "evaluation", "progress", "record", "results", "screen"}
     | {"tracking", "training"},
     "results": {"adapters", "backbones", "besides", "data", "evaluation", "record", "tasks", "training"},
     "tasks": {"errors", "record"},
     "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
     "doctor": {"environment", "data", "training"},
-    "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "signals", "tables"},
+    "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "launch", "progress"}
+    | {"screen", "signals", "tables"},
     "evaluation": {"errors", "stats"},
     "data": BASE | {"hub"},
     "backbones": BASE | {"hub"},
@@ -107,6 +120,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tables": {"stats"},
     "environment": set(),
     "signals": set(),
+    "launch": {"errors"},
     "streams": set(),
     "errors": set(),
     "hub": set(),
@@ -125,7 +139,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("signals", "streams", "help", "prompted", "recorded", "slurm", "tasks", "transfer")
+LIGHT += ("launch", "signals", "streams", "help", "prompted", "recorded", "slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
