@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lora_bench.checks import need
-from lora_bench.errors import LostFolderError, UserError
+from lora_bench.errors import LostFolderError
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
-from lora_bench.recorded import differences, filled
+from lora_bench.recorded import differences, edited, filled
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
 from lora_bench.sweep import key_of
 
@@ -93,12 +93,8 @@ class Job:
         """
         if self.begun is None or config is None:
             return
-        for key, before, now in differences(self.begun.record, config):
-            raise UserError(
-                f"{key} was changed to {now} after the run began with {before}",
-                file=self.begun.folder / "run.json",
-                remedy="A run is resumed as it began: change it back, or start a new run.",
-            )
+        for difference in differences(self.begun.record, config):
+            raise edited(self.begun.folder, *difference)
 
     def fail(self, error: Exception) -> None:
         """Leave a record of a job that could not begin; one that has begun says itself how it ended."""

@@ -25,7 +25,7 @@ from lora_bench.evaluation.calibration import Calibration, calibrated
 from lora_bench.evaluation.ensemble import spread
 from lora_bench.experiment import Experiment, attach
 from lora_bench.prompted import is_prompted
-from lora_bench.recorded import filled
+from lora_bench.recorded import filled, refuse_edited
 from lora_bench.tasks import refuse_several
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
@@ -69,6 +69,7 @@ class FinishedRun:
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key="run", value=folder)
         refuse_several(folder, found["config"], "run")
+        refuse_edited(path, found)
         experiment = Experiment.build(OmegaConf.create(filled(found)))
         dtype = dtype or getattr(torch, found["environment"]["precision"])
         pack, sha256 = attach(experiment, resolve_device(device), dtype, found["targets"])

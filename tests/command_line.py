@@ -121,7 +121,7 @@ def files_below(folder: Path) -> dict[str, bytes | None]:
 @contextmanager
 def unchanged_process() -> Iterator[None]:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING_SIGNALS)}
     try:
         yield
     finally:

@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "errors", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
-    "recorded": {"experiments", "help", "hydra_errors", "prompted"},
+    "recorded": {"errors", "experiments", "help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE

@@ -181,6 +181,24 @@ def test_17_no_room_for_the_log_or_a_checkpoint(
 
 
 @pytest.mark.reliability(17)
+def test_17_no_room_for_the_checkpoint_before_scoring_ends_no_run(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, tried = train.Checkpoints.save, []
+
+    def full(*arguments: Any) -> None:
+        tried.append(arguments[1])
+        with full_disk(20_000):
+            save(*arguments)
+
+    monkeypatch.setattr(train.Checkpoints, "save", full)
+    answer = lora_bench("train", *toy_run("trainer.max_steps=4", "trainer.checkpoint_every=99", "hydra.run.dir=run"))
+    assert answer.code == 0, answer
+    assert tried == [4]
+    assert status("run") == "done"
+
+
+@pytest.mark.reliability(17)
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a small file system")
 def test_17_a_disk_that_is_really_full(in_tmp: Path) -> None:
     Path("small").mkdir()
