@@ -1,7 +1,7 @@
 """The commands: pops one from the arguments, then runs a `hydra.main` of its own if it composes a config.
 
 Nothing here imports torch: `--help`, `--cfg job`, a mistyped key and `compare` answer at once.
-Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 130 and 143 interrupted.
+Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 129, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lora_bench import streams
 from lora_bench.errors import DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
+from lora_bench.launch import Launch
 from lora_bench.screen import note, shown
 from lora_bench.secrets import remember, remember_config
+from lora_bench.signals import ENDING_SIGNALS, terminate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +35,29 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = arguments[0] if arguments else "lora-bench"
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` lets a hangup pass
+            signal.signal(number, terminate)
+    streams.protect()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a screen without ± and ↑ shows a question mark, not a traceback
     remember(arguments)
+    code = _exit_code(arguments)
+    if error := streams.failure():
+        _say(f"standard output cannot be written: {error.strerror}", 1)
+        if code == 0 and not (arguments and arguments[0] in LEAVING_FILES):
+            return 1
+    return code
+
+
+LEAVING_FILES = ("train", "eval", "export", "prompt")
+"""Commands whose results are files: what they print can be lost."""
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """Run one command; what ends it before its time is told in one paragraph."""
+    command = arguments[0] if arguments else "lora-bench"
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -48,9 +68,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _say(str(error), 1)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone: `lora-bench compare | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
@@ -105,12 +122,15 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
         raise UserError("sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.")
-    if parsed.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Launch.read().world_size > 1 and parsed.multirun:
         remedy = "torchrun trains one run on several devices; start the sweep without it."
         raise UserError("makes runs one after another in a process of its own", key="-m", remedy=remedy)
     for override in parsed.repeated():
         note(f"{override} is given again with another value, which counts")
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from lora_bench.record import discard
 
     failures: list[Exception] = []
 
@@ -120,6 +140,9 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
             task(cfg)
         except Exception as error:
             failures.append(error)
+        except BaseException:  # Ctrl-C, or a signal that became SystemExit
+            discard(Path(HydraConfig.get().runtime.output_dir))  # unless a run has begun in it
+            raise
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
     with translated(conf_folder(), config_name, parsed):
@@ -164,7 +187,7 @@ def _train(cfg: DictConfig) -> None:
         console.print(shown(f"{cfg.resume} is done: nothing to go on with"))
         return
     job = None
-    beside = int(os.environ.get("RANK", "0")) > 0  # torchrun: the leading process alone writes and prints
+    beside = Launch.read().rank > 0  # torchrun: the leading process alone writes and prints
     with following(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)
@@ -253,7 +276,3 @@ def _where(error: Exception) -> str:
 
 def _tell(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(shown(text))
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)

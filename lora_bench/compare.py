@@ -275,6 +275,10 @@ def _caveats(rows: Sequence[Row], runs: Sequence[Recorded], repeated: int, split
         lines.append("runs on different data are not comparable: the best values are marked for each data set")
     if repeated:
         lines.append(f"{repeated} finished run(s) repeat an experiment and its seed; the newest counts")
+    mixed = [str(run.folder) for run in runs if run.record["environment"].get("history")]
+    if mixed:
+        more = f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""
+        lines.append(f"resumed in another environment (environment.history): {', '.join(mixed[:3])}{more}")
     dirty = [str(run.folder) for run in runs if run.record["environment"].get("dirty") is True]
     if dirty:
         more = f" and {len(dirty) - 3} more" if len(dirty) > 3 else ""

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PACKAGES = (
     "lora-bench",
@@ -74,3 +77,39 @@ def _cpu() -> str | None:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or None
+
+
+COMPARED = ("commit", "versions", "device", "precision", "threads", "processes", "cpu")
+"""What may make steps come out otherwise."""
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two recorded environments: `torch 2.9.0 (before: 2.8.0)`."""
+    found = []
+    for key in COMPARED:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names = [name for name in old | new if old.get(name) != new.get(name)]
+            found += [f"{name} {new.get(name)} (before: {old.get(name)})" for name in names]
+        elif old != new:
+            found.append(f"{key} {new} (before: {old})")
+    return found
+
+
+def history(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
+    """Return the environments of a resumed run's earlier steps, the oldest first; empty while all had the same.
+
+    Args:
+        before: as the run's record has it, with its history.
+        now: of the steps to come.
+        step: the last of the earlier steps.
+    """
+    entries = before.get("history") if isinstance(before.get("history"), list) else []
+    found = []
+    for entry in entries or []:
+        if isinstance(entry, dict) and isinstance(entry.get("first_step"), int) and entry["first_step"] <= step:
+            found.append(entry | {"last_step": min(step, int(entry.get("last_step") or step))})
+    first = found[-1]["last_step"] + 1 if found else 1
+    if first <= step and changes(before, now):
+        found.append({"first_step": first, "last_step": step} | {key: before.get(key) for key in COMPARED})
+    return found

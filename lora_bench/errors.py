@@ -67,6 +67,10 @@ class RunFailedError(UserError):
     """A run that had begun cannot go on: the disk is full, its folder is gone. Told like a wrong request; exit 1."""
 
 
+class LostFolderError(RunFailedError):
+    """The folder of a run or sweep is gone, or another one has its place: nothing more is written there."""
+
+
 class DivergedError(Exception):
     """A loss, gradient or score that is not a finite number: the run stops with status `diverged`."""
 

@@ -14,7 +14,7 @@ from lora_bench import record
 from lora_bench.errors import UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.prompted import is_prompted
-from lora_bench.recorded import filled, relocated
+from lora_bench.recorded import filled, refuse_edited, relocated
 from lora_bench.tasks import refuse_several
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class FinishedRecord:
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key=key, value=folder)
         refuse_several(path, found["config"], key)
+        refuse_edited(path, found)
         try:
             return cls._checked(path, found)
         except UserError as error:

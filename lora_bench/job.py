@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lora_bench.checks import need
+from lora_bench.errors import LostFolderError
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
-from lora_bench.recorded import filled, relocated
+from lora_bench.recorded import differences, edited, filled, relocated
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
 from lora_bench.sweep import key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lora_bench.claim import Identity
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,20 @@ class Job:
     """The run in `folder`, reopened, that began with this config."""
     title: str = ""
     """What a sweep calls it."""
+    sweep: Identity | None = None
+    """The folder of its sweep, as it was when the sweep was claimed."""
 
     @classmethod
-    def composed(cls, cfg: DictConfig, hydra: DictConfig, folder: Path, title: str = "") -> Job:
+    def composed(
+        cls, cfg: DictConfig, hydra: DictConfig, folder: Path, title: str = "", sweep: Identity | None = None
+    ) -> Job:
         """The job of a composed config.
 
         Args:
             cfg: the config without its `hydra` node, which is the next argument.
             folder: where a new run's record goes; `resume` in the config names another.
+            title: what a sweep calls it.
+            sweep: the folder of its sweep.
 
         Raises:
             UserError: the run to go on with is not there, is another's, or began with another config.
@@ -62,7 +71,7 @@ class Job:
             cfg.model.tokenizer = os.path.abspath(str(tokenizer))
         if not cfg.resume:
             refuse_unloadable(cfg)
-            return cls(cfg, folder, choices, overrides, title=title)
+            return cls(cfg, folder, choices, overrides, title=title, sweep=sweep)
         run = Run.reopen(Path(cfg.resume))
         try:
             refuse_hidden(run.folder, run.record["config"])
@@ -75,7 +84,7 @@ class Job:
         except BaseException:
             run.release()
             raise
-        return cls(begun, run.folder, run.record["choices"], run.record["overrides"], run, title)
+        return cls(begun, run.folder, run.record["choices"], run.record["overrides"], run, title, sweep)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -84,9 +93,20 @@ class Job:
         assert isinstance(resolved, dict)
         return {str(key): value for key, value in resolved.items()}
 
+    def check_record(self, config: Mapping[str, Any] | None) -> None:
+        """Refuse to resume a run whose record was edited since.
+
+        Args:
+            config: the record's, as its checkpoint has it; None in a checkpoint of an older version.
+        """
+        if self.begun is None or config is None:
+            return
+        for difference in differences(self.begun.record, config):
+            raise edited(self.begun.folder, *difference)
+
     def fail(self, error: Exception) -> None:
         """Leave a record of a job that could not begin; one that has begun says itself how it ended."""
-        if not (self.folder / "run.json").exists():
+        if not isinstance(error, LostFolderError) and not (self.folder / "run.json").exists():
             config: Any = OmegaConf.to_container(self.cfg, resolve=False)
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
 
@@ -148,13 +168,15 @@ def following(cfg: DictConfig, folder: Path) -> Iterator[Path]:
 
     A run to go on with is copied, so that all begin at the same step; the leader alone goes on in its folder.
     """
-    with tempfile.TemporaryDirectory() as place:
-        own = Path(place, "run")
-        if cfg.resume:
-            shutil.copytree(cfg.resume, own, ignore=shutil.ignore_patterns(".lock"))
-            cfg.resume = str(own)
-        yield own
-    discard(folder)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            own = Path(place, "run")
+            if cfg.resume:
+                shutil.copytree(cfg.resume, own, ignore=shutil.ignore_patterns(".lock"))
+                cfg.resume = str(own)
+            yield own
+    finally:
+        discard(folder)
 
 
 def is_done(cfg: DictConfig) -> bool:

@@ -26,7 +26,7 @@ import yaml
 
 from lora_bench import claim, untrusted
 from lora_bench.disk import dump, plain, why, write, writing
-from lora_bench.errors import DivergedError, RunFailedError, UserError
+from lora_bench.errors import DivergedError, LostFolderError, RunFailedError, UserError
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record_types import with_types
 from lora_bench.secrets import redact, redact_path
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
-    from filelock import FileLock
+
+    from lora_bench.claim import Claim
 
 SCHEMA = 1
 STATUSES = ("running", "done", "failed", "diverged", "interrupted")
@@ -71,7 +72,7 @@ class Run:
 
     folder: Path
     record: dict[str, Any]
-    lock: FileLock | None = None
+    lock: Claim | None = None
 
     @classmethod
     def claim(cls, folder: Path, *, choices: Mapping[str, str], config: Mapping[str, Any], overrides: list[str]) -> Run:
@@ -129,8 +130,21 @@ class Run:
                     found = json.loads(line)
                     if found["split"].partition("/")[0] == "selection" and found["step"] <= step:
                         kept.append(line + "\n")
-            write(self.folder, "metrics.jsonl", "".join(kept).encode())
+            self._write("metrics.jsonl", "".join(kept).encode())
         self.update(status="running", finished=None, error=None, selection=None)
+
+    def check(self) -> None:
+        """Refuse to write where the path leads to the folder of another run by now.
+
+        Raises:
+            LostFolderError: the folder is gone, or another one has its place.
+        """
+        if self.lock is not None:
+            self.lock.check()
+        elif self.record:  # to be added to: the record as it was read
+            found = read(self.folder)
+            if any(found[key] != self.record[key] for key in ("created", "config")):
+                raise LostFolderError("holds another run by now, and nothing is written into it", file=self.folder)
 
     def release(self) -> None:
         """Give up the claim."""
@@ -149,18 +163,19 @@ class Run:
                 raise TypeError(f"run.json has no key {name!r}")
             old, new = record.get(name), plain(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
-        write(self.folder, "run.json", dump(record).encode())
+        self._write("run.json", dump(record).encode())
         self.record = record
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
+        self.check()
         path = self.folder / "metrics.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(line), allow_nan=False) + "\n")
 
     def write_predictions(self, split: str, ids: Column, labels: Column, scores: Column) -> None:
         """Write `predictions/<split>.parquet`; `labels` is None, or an entry of it, where a label is unknown."""
-        write(self.folder, f"predictions/{file_name(split)}.parquet", _parquet(ids, labels, scores))
+        self._write(f"predictions/{file_name(split)}.parquet", _parquet(ids, labels, scores))
 
     def write_evaluation(
         self, name: str, content: Mapping[str, Any], predictions: Mapping[str, Predictions] | None = None
@@ -169,11 +184,11 @@ class Run:
         place = f"evaluations/{file_name(name)}"
         written = {f"{file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
         for file, columns in written.items():
-            write(self.folder, f"{place}/{file}", _parquet(*columns))
+            self._write(f"{place}/{file}", _parquet(*columns))
         for old in (self.folder / place).glob("*.parquet"):
             if old.name not in written:
                 old.unlink()
-        return write(self.folder, f"{place}.json", dump(plain(content)).encode())
+        return self._write(f"{place}.json", dump(plain(content)).encode())
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Say how the run ended (`done`, `failed`, `diverged` or `interrupted`) and why, and give up the claim."""
@@ -196,8 +211,12 @@ class Run:
                 self.finish("failed", str(error))
             else:
                 lines = redact("".join(format_exception(error)))
-                write(self.folder, self.log_file.name, lines.encode(errors="backslashreplace"))
+                self._write(self.log_file.name, lines.encode(errors="backslashreplace"))
                 self.finish("failed", f"{type(error).__name__}: {error}")
+
+    def _write(self, name: str, content: bytes) -> Path:
+        self.check()
+        return write(self.folder, name, content)
 
 
 def adapter_folders(folder: Path, members: int) -> list[Path]:

@@ -11,11 +11,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.errors import UserError
+from lora_bench.experiments import flat
 from lora_bench.help import choices, conf_folder
 from lora_bench.prompted import is_prompted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 KINDS = {"model": "family", "adapter": "method", "data": "source"}
@@ -78,6 +79,65 @@ def relocated(config: dict[str, Any], path: str | None, tokenizer: str | None) -
                 "the folder that this run was trained with is gone", key=f"model.{key}", value=place, remedy=remedy
             )
     return config | {"model": model}
+
+
+def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the keys whose values differ between a record's config and an earlier copy of it, with both values.
+
+    Keys that either lacks have their defaults. Places of files are left out: what lies there is checked by its hash.
+
+    Args:
+        record: as it is read now.
+        config: the copy.
+    """
+    before, now = (dict(flat(filled({**record, "config": dict(each)}))) for each in (config, record["config"]))
+    return _differing(before | now, before, now)
+
+
+def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuse a run whose record's config was edited by hand since it began, as far as its copy can be read.
+
+    Args:
+        folder: the run's.
+        record: as it is read now.
+
+    Raises:
+        UserError: a key of both has another value; it is named with both.
+    """
+    before, now = dict(flat(_copy(folder / ".hydra" / "config.yaml"))), dict(flat(record["config"]))
+    for difference in _differing([key for key in before if key in now], before, now):
+        raise edited(folder, *difference)
+
+
+def edited(folder: Path, key: str, before: object, now: object) -> UserError:
+    """Return the refusal of a run whose record was edited."""
+    reason = f"{key} was changed to {now} after the run began with {before}"
+    remedy = "The run was trained as it began: change it back, or train another."
+    return UserError(reason, file=folder / "run.json", remedy=remedy)
+
+
+def _differing(keys: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = [key for key in keys if key.rpartition(".")[2] not in ("path", "init_from")]
+    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+
+
+_COPY_BYTES = 100_000
+
+
+def _copy(path: Path) -> dict[str, Any]:
+    """Read the copy of a config that lies beside the record; empty where it is absent, damaged or none of ours."""
+    import yaml
+
+    try:
+        if not path.is_file() or path.stat().st_size > _COPY_BYTES:
+            return {}
+        text = path.read_text(encoding="ascii")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            return {}
+        found = yaml.safe_load(text)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:

@@ -6,7 +6,6 @@ A run has one member of the pack, or those of its ensemble: they begin and end t
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from lora_bench import environment
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.tokenizer import refuse_another
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import LostFolderError, RunFailedError, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.progress import show_result
 from lora_bench.record import Run
@@ -86,6 +85,8 @@ class Recorder:
     runs: dict[int, Run] = field(default_factory=dict)
     """Those that have begun and not ended, by job."""
     display: Display | None = None
+    resumed_elsewhere: list[str] = field(default_factory=list)
+    """Notes on resumed runs whose environment has changed."""
 
     def outcome(self, job: int) -> Outcome:
         """What became of a job: of the member that ended it before its time, else of its first."""
@@ -102,11 +103,15 @@ class Recorder:
     def begin(self, job: int, newest: Checkpoint | None) -> None:
         """Claim the job's folder, or set its record back to the checkpoint that it goes on from."""
         asked, common = self.jobs[job], self.common
+        if asked.sweep:
+            asked.sweep.check()
         same_but = _refuse_another(asked.begun.record, common) if asked.begun else []
         run = asked.begun or Run.claim(
             asked.folder, choices=asked.choices, config=asked.config, overrides=asked.overrides
         )
         self.runs[job] = run
+        for k in self.parts[job]:
+            self.checkpoints[k].check = run.check
         if asked.begun:
             run.rewind(newest.step if newest else 0)
         notes = [note for k in self.parts[job] for note in self.preparations[k].notes]
@@ -116,21 +121,29 @@ class Recorder:
             data={**common.described, "warnings": warnings},
             params=self._params(self.parts[job]),
             targets=self._ranks(self.parts[job]),
-            environment={
-                **environment.describe(),
-                "device": str(common.backbone.device),
-                "precision": str(common.backbone.compute_dtype).removeprefix("torch."),
-                "threads": torch.get_num_threads(),
-                "processes": self.processes.size,
-                "backbone_sha256": common.backbone_sha256,
-                **common.backbone.tokenizer_identity,
-            },
+            environment=self._environment(run.record["environment"], newest),
         )
         self.runs[job] = follow(run, self.experiments[job].trackers if self.processes.leads else {}, self.console)
 
+    def _environment(self, before: Mapping[str, Any], newest: Checkpoint | None) -> dict[str, Any]:
+        """The environment of the steps to come; of a resumed run also those of its earlier steps, where they differ."""
+        found = {
+            **environment.describe(),
+            "device": str(self.common.backbone.device),
+            "precision": str(self.common.backbone.compute_dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "processes": self.processes.size,
+            "backbone_sha256": self.common.backbone_sha256,
+            **self.common.backbone.tokenizer_identity,
+        }
+        earlier = environment.history(before, found, newest.step) if newest else []
+        if newest and (changes := environment.changes(before, found)):
+            self.resumed_elsewhere.append(f"resumed in another environment: {', '.join(changes)}")
+        return found | {"history": earlier} if earlier or "history" in before else found
+
     def notes(self) -> list[str]:
         """What the user should know before the members train."""
-        found = []
+        found = list(self.resumed_elsewhere)
         for job, run in self.runs.items():
             found += _notes(self.experiments[job], run.record)
             damaged = [what for k in self.parts[job] for what in self.checkpoints[k].damaged]
@@ -194,8 +207,10 @@ class Recorder:
                 title = self.jobs[job].title if len(self.jobs) > 1 else ""
                 show_result(self.console, run.folder, run.record, title=title, brief=self.brief)
         if outcome.error is not None:
-            if not run.folder.exists():
-                outcome.error = RunFailedError("was deleted or moved while the run trained", file=run.folder)
+            try:
+                run.check()
+            except LostFolderError as lost:  # whatever failed, failed for this
+                outcome.error = lost
             run.fail(outcome.error)
 
     def _close_stopped(self, run: Run, job: Job, outcome: Outcome) -> None:
@@ -215,8 +230,11 @@ class Recorder:
     def interrupt(self) -> None:
         """Someone stopped the process: the runs that have not ended can be gone on with."""
         for run in self.runs.values():
-            with suppress(RunFailedError):
+            try:
                 run.finish("interrupted", "stopped from outside")
+            except RunFailedError as error:
+                self.console.print(shown(error))
+                continue
             if not self.brief:
                 self.console.print(shown(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
 

@@ -100,10 +100,12 @@ class Learned:
 
     def save(self, run: Run) -> None:
         """Each member's adapter and head."""
+        run.check()
         folders = adapter_folders(run.folder, len(self.members))
         if len(self.members) > 1:
             folders[0].parent.mkdir(exist_ok=True)
         for k, folder in zip(self.members, folders, strict=True):
+            run.check()
             peft_format.save(folder, self.pack, k, public_place(self.experiment.model), head=self.head)
 
 
@@ -115,10 +117,12 @@ def report_tasks(run: Run, learned: Mapping[str, Learned], sections: Mapping[str
         learned: by task.
         sections: by task, what its record says besides.
     """
+    run.check()
     shutil.rmtree(run.folder / "tasks", ignore_errors=True)  # of a process that was stopped here
     of_tasks: dict[str, dict[str, Any]] = {}
     chosen: dict[str, Any] = {}
     for name, each in learned.items():
+        run.check()
         own = _begun(run, name)
         own.update(**sections[name])
         each.report(own)

@@ -196,9 +196,10 @@ class _Submitted:
 
 def work(jobs: Sequence[Job], log: Path, folder: str) -> dict[str, Exception | None]:
     """Train the jobs, and give back how those that ended did; a signal lets the others leave their checkpoints."""
-    from lora_bench.workers import terminated, train
+    from lora_bench.signals import terminate
+    from lora_bench.workers import train
 
-    signal.signal(signal.SIGTERM, terminated)  # submitit would let it pass
+    signal.signal(signal.SIGTERM, terminate)  # submitit would let it pass
     signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # the time is nearly over
     os.chdir(folder)
     told: dict[str, Exception | None] = {}

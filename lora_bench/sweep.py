@@ -15,8 +15,6 @@ from lora_bench.errors import RunFailedError, UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from filelock import FileLock
-
 FILE = "sweep.json"
 ENDED = ("done", "diverged")
 """Statuses of jobs that would end the same way again."""
@@ -50,7 +48,7 @@ def has_ended(run: dict[str, Any]) -> bool:
     return run["status"] in ENDED or stopped
 
 
-def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> FileLock:
+def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> claim.Claim:
     """Claim `folder` for a new sweep.
 
     Raises:
@@ -80,7 +78,7 @@ def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
     write(folder, FILE, dump(plain({"schema": record.SCHEMA, **asdict(found)})).encode())
 
 
-def reopen(folder: Path) -> FileLock:
+def reopen(folder: Path) -> claim.Claim:
     """Claim the folder of a sweep that has begun.
 
     Raises:
@@ -92,7 +90,7 @@ def reopen(folder: Path) -> FileLock:
         raise UserError(f"cannot be written: {why(error)}", file=folder) from None
 
 
-def _take(folder: Path) -> FileLock:
+def _take(folder: Path) -> claim.Claim:
     lock = claim.take(folder)
     if lock is None:
         raise UserError("another process is running this sweep", file=folder, remedy="Wait until it ends, or stop it.")

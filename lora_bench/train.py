@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack import Pack
+from lora_bench.errors import UserError
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.experiment import Common, Experiment
 from lora_bench.initial import Source
@@ -27,6 +28,7 @@ from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.distributed import ALONE, Processes, together
 from lora_bench.training.interrupt import Interruption
 from lora_bench.training.loop import fit_courses, prepare_courses, total_steps
+from lora_bench.training.precision import resolve_device, resolve_precision
 from lora_bench.training.prefix import PrefixCache
 from lora_bench.training.probe import probe_step
 from lora_bench.training.state import Outcome, contained, refusing_strangers
@@ -92,14 +94,17 @@ def train_pack(
     for tracker in chain.from_iterable(experiment.trackers.values() for experiment in experiments):
         tracker.check()
     trainer = experiments[0].trainer
-    common = common or Common.load(experiments[0])
-    device = common.backbone.device
-    reset_peak_memory(device)
     parts = _parts(experiments)
     owners = [job for job, part in enumerate(parts) for _ in part]
     places = [job.folder / "checkpoints" for job in jobs]
     folders = [c for p, part in zip(places, parts, strict=True) for c in Checkpoints.of_members(p, len(part))]
     begun = _newest([jobs[job] for job in owners], folders)
+    if begun:
+        for job, checkpoint in zip(owners, begun, strict=True):
+            jobs[job].check_record(checkpoint.facts.get("config"))
+            _check_precision(jobs[job], trainer)
+    common = common or Common.load(experiments[0])
+    reset_peak_memory(common.backbone.device)
     sources = [None if begun else Source.of(experiment, common) for experiment in experiments]
     members = [
         member
@@ -141,44 +146,46 @@ def train_pack(
             brief,
         )
         try:
-            for job, part in enumerate(parts):
-                recorder.end_together(job)
-                if recorder.outcome(job).error is None:
-                    with contained(recorder.outcome(job)):
-                        recorder.begin(job, begun[part[0]] if begun else None)
+            with Interruption() as interruption:  # a folder is claimed and its record written, or it is not
+                for job, part in enumerate(parts):
                     recorder.end_together(job)
-                    if recorder.outcome(job).error is not None and job in recorder.runs:
-                        recorder.close(job)
-            live = list(recorder.runs)
-            if not live:
-                return [recorder.outcome(job).error for job in range(len(jobs))]
-            adapted = len(pack.updates[parts[live[0]][0]])
-            notes = recorder.notes() + [source.told() for source in sources if source]
-            announce(console, [recorder.runs[job].record for job in live], adapted, notes)
-            if begun:
-                console.print(shown(f"going on from step {begun[0].step}"))
-            steps, names = max(course.steps(trainer) for course in courses), _names(jobs, experiments, parts)
-            with display(console, steps, names) as recorder.display, Interruption() as interruption:
-                fit_courses(
-                    pack,
-                    [experiments[job].optimizer for job in owners],
-                    trainer,
-                    courses,
-                    outcomes=outcomes,
-                    runs=parts,
-                    flop_models=_flop_models(pack),
-                    metrics=experiments[0].metrics,
-                    watcher=recorder,
-                    ended=recorder.ended,
-                    checkpoints=[
-                        replace(folder, facts={"preparation": asdict(cost), "pack_size": size})
-                        for folder, cost, size in zip(folders, prepared, sizes, strict=True)
-                    ],
-                    begun=begun,
-                    interruption=interruption,
-                    processes=processes,
-                    halving=experiments[0].pack.halving,
-                )
+                    if recorder.outcome(job).error is None:
+                        with contained(recorder.outcome(job)):
+                            recorder.begin(job, begun[part[0]] if begun else None)
+                        recorder.end_together(job)
+                        if recorder.outcome(job).error is not None and job in recorder.runs:
+                            recorder.close(job)
+                live = list(recorder.runs)
+                if not live:
+                    return [recorder.outcome(job).error for job in range(len(jobs))]
+                adapted = len(pack.updates[parts[live[0]][0]])
+                notes = recorder.notes() + [source.told() for source in sources if source]
+                announce(console, [recorder.runs[job].record for job in live], adapted, notes)
+                if begun:
+                    console.print(shown(f"going on from step {begun[0].step}"))
+                steps, names = max(course.steps(trainer) for course in courses), _names(jobs, experiments, parts)
+                configs = [recorder.runs[job].record["config"] if job in recorder.runs else None for job in owners]
+                with display(console, steps, names) as recorder.display:
+                    fit_courses(
+                        pack,
+                        [experiments[job].optimizer for job in owners],
+                        trainer,
+                        courses,
+                        outcomes=outcomes,
+                        runs=parts,
+                        flop_models=_flop_models(pack),
+                        metrics=experiments[0].metrics,
+                        watcher=recorder,
+                        ended=recorder.ended,
+                        checkpoints=[
+                            replace(folder, facts={"preparation": asdict(cost), "pack_size": size, "config": config})
+                            for folder, cost, size, config in zip(folders, prepared, sizes, configs, strict=True)
+                        ],
+                        begun=begun,
+                        interruption=interruption,
+                        processes=processes,
+                        halving=experiments[0].pack.halving,
+                    )
         except Exception as error:
             recorder.fail(error)
             raise
@@ -217,6 +224,26 @@ def _newest(jobs: Sequence[Job], folders: Sequence[Checkpoints]) -> list[Checkpo
     found = [c if c and c.step == step else folder.newest(step) for c, folder in zip(found, folders, strict=True)]
     together = [checkpoint for checkpoint in found if checkpoint and checkpoint.step == step]
     return together if len(together) == len(jobs) else None
+
+
+def _check_precision(job: Job, trainer: config.Trainer) -> None:
+    """Refuse to resume a run in another number format, which would mix two trainings in one result."""
+    assert job.begun is not None
+    before = job.begun.record["environment"].get("precision")
+    device = resolve_device(trainer.device)
+    now = str(resolve_precision(trainer.precision, device)).removeprefix("torch.")
+    if before not in (None, now):
+        made_on = job.begun.record["environment"].get("device")
+        remedy = f"Resume it where it was interrupted, or start a new run with trainer.precision={trainer.precision}."
+        if trainer.precision == "auto":
+            remedy = "Resume it on a device of the same kind, or start a new run and give trainer.precision."
+        raise UserError(
+            f"the run was interrupted in {before} on {made_on}, and trainer.precision={trainer.precision} is {now} on "
+            f"{device} here",
+            key="resume",
+            value=job.folder,
+            remedy=remedy,
+        )
 
 
 def _prepare(

@@ -23,13 +23,14 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from rich.console import Console
 
-from lora_bench import packing
+from lora_bench import packing, streams
 from lora_bench.errors import DivergedError, RunFailedError, UserError
 from lora_bench.experiment import Experiment
 from lora_bench.progress import Display, Rows, Screen
 from lora_bench.record import Run
 from lora_bench.screen import shown
 from lora_bench.secrets import remember, remember_config
+from lora_bench.signals import terminate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,7 +159,7 @@ class _Worker:
         self.connection, its_end = context.Pipe(duplex=False)
         settings = (os.getcwd(), workers.gpu_of(number), threads, workers.sharing, screen.console.is_terminal)
         self.process: SpawnProcess = context.Process(target=_work, args=(sent, its_end, *settings))
-        with _out_of_reach_of_ctrl_c():
+        with _out_of_the_terminal_s_reach():
             self.process.start()
         its_end.close()
 
@@ -213,12 +214,12 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 
 @contextmanager
-def _out_of_reach_of_ctrl_c() -> Iterator[None]:
-    """Processes that are started within it never get SIGINT; this one gets it afterwards."""
+def _out_of_the_terminal_s_reach() -> Iterator[None]:
+    """Processes that are started within it never get what a terminal sends; this one gets it afterwards."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
     try:
         yield
     finally:
@@ -238,7 +239,8 @@ def _work(
     live: bool,
 ) -> None:
     """Train the jobs and tell the process that has the screen of it."""
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, terminate)
+    streams.protect()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(folder)
     if gpu is not None:
@@ -322,10 +324,6 @@ class _Told(Display):
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         self.send("evaluated", member, line)
-
-
-def terminated(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _end_with_parent() -> None:

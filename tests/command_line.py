@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lora_bench.cli import main
 from lora_bench.recording import Recorder
+from lora_bench.signals import ENDING_SIGNALS
 from lora_bench.training import loop
 
 if TYPE_CHECKING:
@@ -120,12 +121,13 @@ def files_below(folder: Path) -> dict[str, bytes | None]:
 @contextmanager
 def unchanged_process() -> Iterator[None]:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING_SIGNALS)}
     try:
         yield
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error

@@ -102,10 +102,12 @@ class GridSweeper(BasicSweeper):
         try:
             while True:
                 for batch in self._batches(folder, sweep.read(folder), tried):
+                    lock.check()
                     ended = [done.return_value for done in self._launch(batch)]
                     tried |= batch.keys()
                     for job, error in zip(batch.values(), ended, strict=True):
                         failures += [] if error is None or self._expected(job, error) else [error]
+                lock.check()
                 begun = sweep.read(folder).jobs
                 more = self._next(folder, begun)
                 if not more:
@@ -113,6 +115,7 @@ class GridSweeper(BasicSweeper):
                 sweep.extend(folder, self._checked(more, len(begun)))
         finally:
             lock.release()
+            lock.check()
             begun = sweep.read(folder).jobs
             if any((folder / name / "run.json").exists() for name in begun):
                 write_tables(folder, self._baseline(folder, begun))

@@ -13,6 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import open_dict
 from rich.console import Console
 
+from lora_bench.claim import Identity
 from lora_bench.job import Job, is_done, titled
 from lora_bench.screen import shown
 
@@ -79,4 +80,8 @@ class PackedLauncher(BasicLauncher):
             HydraConfig.instance().set_config(composed)
             folder = Path(composed.hydra.sweep.dir, str(composed.hydra.sweep.subdir)).absolute()
             hydra = composed.pop("hydra")
-        return [] if is_done(composed) else [Job.composed(composed, hydra, folder, title)]
+        if is_done(composed):
+            return []
+        dry = composed.dry_run  # then the sweep has no folder
+        sweep = None if dry else Identity.of(Path(hydra.sweep.dir).absolute())
+        return [Job.composed(composed, hydra, folder, title, sweep)]

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class SlurmLauncher(PackedLauncher):
         from lora_bench import slurm  # torch: late
 
         assert self.config is not None
+        jobs = [replace(job, sweep=None) for job in jobs]  # nodes number the devices of file systems differently
         slurm.run(
             jobs, console, ended, asked=self.slurm, folder=Path(self.config.hydra.sweep.dir).absolute() / ".slurm"
         )

@@ -25,6 +25,7 @@ from lora_bench.disk import MAKE_ROOM, writing
 from lora_bench.errors import RunFailedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -61,6 +62,8 @@ class Checkpoints:
     """What every checkpoint says besides the training's own state."""
     damaged: list[str] = field(default_factory=list)
     """What `newest` passed over, and why."""
+    check: Callable[[], None] = lambda: None
+    """Called before anything is written or removed; raises where the folder is another run's by now."""
 
     @classmethod
     def of_members(cls, folder: Path, members: int) -> list[Checkpoints]:
@@ -71,8 +74,9 @@ class Checkpoints:
         """Write a checkpoint and drop all but the newest few.
 
         Raises:
-            RunFailedError: it cannot be written; the older ones are as they were.
+            RunFailedError: it cannot be written, or the run's folder is gone; the older ones are as they were.
         """
+        self.check()
         place = self.folder / f"{self.stem}-{step:08d}"
         part = self.folder / f".{place.name}.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -110,6 +114,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all: a finished run has nothing to go on with."""
+        self.check()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _places(self) -> list[Path]:

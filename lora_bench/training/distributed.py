@@ -8,15 +8,23 @@ process to hold, so that there is nothing for FSDP to shard.
 from __future__ import annotations
 
 import os
+import socket
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from lora_bench.data.batching import pick
+from lora_bench.errors import UserError
+from lora_bench.launch import Launch
+from lora_bench.screen import shown
+from lora_bench.training.precision import resolve_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -94,16 +102,96 @@ ALONE = Processes()
 
 @contextmanager
 def together() -> Iterator[Processes]:
-    """The processes that `torchrun` started; alone where it did not start this one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    """The processes that `torchrun` started; alone where it did not start this one.
+
+    Raises:
+        UserError: they do not find one another.
+    """
+    launch = Launch.read()
+    if launch.world_size == 1:
         yield ALONE
         return
+    launch.check()
     gpus = torch.cuda.is_available()
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    if gpus and launch.local_rank is not None:
+        torch.cuda.set_device(resolve_device("cuda"))
+    store = _Meeting(launch).join()
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
     try:
-        yield Processes(dist.get_rank(), size)
+        yield Processes(dist.get_rank(), launch.world_size)
     finally:
         dist.destroy_process_group()
+
+
+JOIN_SECONDS = 45.0
+"""How long processes wait for one another; `torchrun` starts them within seconds."""
+NOTICE_SECONDS = 1.0
+"""After so long it is said what is waited for."""
+
+
+class _Meeting:
+    """Where the processes of a training find one another: a store that process 0, or `torchrun` itself, serves."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.since = time.monotonic()
+        self.noticed = False
+        self.served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    def join(self) -> dist.Store:
+        """Return the store when all processes have joined.
+
+        Raises:
+            UserError: some have not in time, or the store cannot be reached or served.
+        """
+        serves = self.launch.rank == 0 and not self.served_by_torchrun
+        if not serves:
+            self._reach()
+        host, port = self.launch.address, self.launch.port
+        assert host is not None
+        assert port is not None
+        try:
+            store = dist.TCPStore(
+                host, port, is_master=serves, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False
+            )
+        except RuntimeError as error:
+            first = str(error).strip().partition("\n")[0]
+            raise self._refusal(f"cannot be used ({first})") from None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"lora_bench/{attempt}", store)
+        joined = own.add("joined", 1)
+        while joined < self.launch.world_size:
+            said = f"{joined} of {self.launch.world_size} have joined"
+            self._wait(said, notice=self.launch.rank == 0)
+            joined = own.add("joined", 0)
+        own.set_timeout(dist.default_pg_timeout)  # from here on processes may be minutes apart
+        return own
+
+    def _reach(self) -> None:
+        """Wait until somebody serves the store."""
+        while True:
+            try:
+                with socket.create_connection((self.launch.address, self.launch.port), timeout=2):
+                    return
+            except OSError as error:
+                self._wait(f"process 0 does not answer ({error.strerror or error})", notice=True)
+
+    def _wait(self, what: str, *, notice: bool) -> None:
+        waited = time.monotonic() - self.since
+        if waited > JOIN_SECONDS:
+            raise self._refusal(f"{what} after {JOIN_SECONDS:.0f} seconds")
+        if notice and waited > NOTICE_SECONDS and not self.noticed:
+            self.noticed = True
+            place = f"{self.launch.address}:{self.launch.port}"
+            text = f"process {self.launch.rank} is waiting for {self.launch.world_size} processes at {place}: {what}"
+            Console(stderr=True, highlight=False, soft_wrap=True).print(shown(text))
+        time.sleep(0.05)
+
+    def _refusal(self, reason: str) -> UserError:
+        remedy = (
+            f"WORLD_SIZE={self.launch.world_size} says that so many processes train together: start them all, as "
+            "torchrun does, or unset WORLD_SIZE to train in one process."
+        )
+        place = f"{self.launch.address}:{self.launch.port}"
+        return UserError(reason, key="MASTER_ADDR:MASTER_PORT", value=place, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: they ask for a stop, and the loop stops where it can go on from."""
+"""Ctrl-C, SIGTERM and SIGHUP while a run trains: they ask for a stop, and the loop stops where it can go on from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import signal
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from lora_bench.signals import ENDING_SIGNALS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,8 +23,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # only there Python can handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGINT, *ENDING_SIGNALS):
+                if signal.getsignal(number) != signal.SIG_IGN:  # by `nohup`, or a script that runs it in the background
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -30,10 +33,12 @@ class Interruption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.asked is not None and kind is None:
+            self.act(self.asked)
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Within, a signal acts at once, as it does outside."""
+        """Within, a signal acts at once, as it does outside; so does one that was noted before."""
         self.__exit__(None, None, None)
         try:
             yield

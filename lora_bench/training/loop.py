@@ -22,6 +22,7 @@ import torch
 
 from lora_bench.adapters import matching
 from lora_bench.data.batching import evaluation_batches, micro_batches
+from lora_bench.errors import LostFolderError, RunFailedError
 from lora_bench.training.average import Average, averaged
 from lora_bench.training.course import Course, Pairs, steps_asked
 from lora_bench.training.distributed import ALONE, Processes
@@ -175,6 +176,7 @@ def fit_courses(
             with interruption.lifted() if interruption else nullcontext():
                 ended(left)
 
+    end([k for k in members if outcomes[k].status == "done"])  # resumed after their last step: only to be scored
     for step in range(first, steps + 1):
         live = pack.live = running()
         if not live:
@@ -256,11 +258,18 @@ def fit_courses(
                 outcomes[k].status = "done"
         # What all have heard of: a signal that comes from here on is acted on after the next step, by all of them.
         asked = processes.any_asked(interruption.asked) if interruption else None
-        if checkpoints and (asked is not None or losing or step % (trainer.checkpoint_every or max(look_every)) == 0):
-            going_on = set(running())  # who loses too: it can be gone on with
+        ending = [k for k in live if outcomes[k].status == "done"]
+        needed = asked is not None or losing or step % (trainer.checkpoint_every or max(look_every)) == 0
+        if checkpoints and (needed or ending or step == steps):
+            # Who loses too: it can be gone on with; and who ends: what stops the scoring costs no step.
+            going_on = {*running(), *ending}
             for k in (k for run in runs if not going_on.isdisjoint(run) for k in run):
                 with contained(outcomes[k]):
-                    checkpoints[k].save(step, *state.gather(k))
+                    try:
+                        checkpoints[k].save(step, *state.gather(k))
+                    except RunFailedError as error:
+                        if needed or isinstance(error, LostFolderError):
+                            raise  # else what was learned can be scored and saved, if nothing stops that
         for k in losing:
             if outcomes[k].status == "running":
                 outcomes[k].status = "stopped"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from lora_bench.errors import UserError
+from lora_bench.launch import Launch
 
 
 def resolve_device(device: str) -> torch.device:
     """`cpu`, `cuda`, or the better one there is for `auto`.
 
     Raises:
-        UserError: CUDA is asked for and absent.
+        UserError: CUDA is asked for and absent, or the environment names a GPU that is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -24,8 +23,13 @@ def resolve_device(device: str) -> torch.device:
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: each process has a GPU of its own
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device == "cuda" and (launch := Launch.read()).world_size > 1:  # torchrun: each process has a GPU of its own
+        count = torch.cuda.device_count()
+        if launch.local_rank is None or launch.local_rank >= count:
+            reason = "is not set" if launch.local_rank is None else f"has no GPU: there are {count} here"
+            remedy = "Start as many processes as there are GPUs with torchrun, or take trainer.device=cpu."
+            raise UserError(reason, key="LOCAL_RANK", value=launch.local_rank, remedy=remedy)
+        return torch.device("cuda", launch.local_rank)
     return torch.device(device)
 
 

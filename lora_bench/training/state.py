@@ -144,8 +144,9 @@ class TrainingState:
             _need(math.isfinite(outcome.best["metrics"]["mcc"]), "the best evaluation")
         pack.dropout[k].set_state(tensors.pop("dropout"))
         torch.set_rng_state(tensors.pop("rng/cpu"))
-        if "rng/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("rng/cuda"), device)
+        cuda_stream = tensors.pop("rng/cuda", None)
+        if cuda_stream is not None and device.type == "cuda":  # else it goes on elsewhere than it began
+            torch.cuda.set_rng_state(cuda_stream, device)
         if tensors:
             raise UserError(f"the checkpoint holds tensors of another training, for example {next(iter(tensors))}")
 

@@ -19,6 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_bench import train as story
+from lora_bench.record import Run
+from lora_bench.results import Learned
 from lora_bench.training.backward import Backward
 from tests import command_line
 from tests.adapters.tools import assert_close
@@ -102,6 +104,89 @@ def stopped_and_gone_on(at_step: Any, method: str, number: int) -> int:
 @pytest.mark.parametrize("method", ["lora", "lora adapter.layers=top:1", "full"])
 def test_21_sigterm_stops_at_the_steps_end_and_the_run_goes_on(method: str, in_tmp: Path, at_step: Any) -> None:
     assert stopped_and_gone_on(at_step, method, signal.SIGTERM) == 143
+
+
+@pytest.mark.reliability(21)
+def test_21_a_hangup_is_handled_like_sigterm(in_tmp: Path, at_step: Any) -> None:
+    assert stopped_and_gone_on(at_step, "lora", signal.SIGHUP) == 129
+
+
+@pytest.mark.reliability(21)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_21_what_the_process_was_started_to_ignore_is_ignored(in_tmp: Path, at_step: Any, number: int) -> None:
+    at_step(7, signalled(number))
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does, or a shell to what it runs in the background
+    try:
+        assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 0
+    finally:
+        signal.signal(number, before)
+
+
+def before_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, action: Callable[[], object]) -> None:
+    """Do something before the first call of a function."""
+    original, first = getattr(owner, name), iter([action])
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        next(first, lambda: None)()
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.reliability(21)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_21_a_run_stopped_while_it_is_scored_is_only_scored_when_resumed(
+    in_tmp: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before_call(monkeypatch, Learned, "report", signalled(number))
+    assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 128 + number
+    assert record("run")["status"] == "interrupted"
+    answer = lora_bench("train", "resume=run")
+    assert answer.code == 0, answer.err
+    assert "going on from step 14" in answer.out
+    assert_same_run("run", finished)
+
+
+@pytest.mark.reliability(21)
+def test_21_so_is_one_that_stopped_early(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [*ASKED, "trainer.early_stopping_patience=1", "optimizer.lr=1e-9", "trainer.checkpoint_every=7"]
+    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    assert record("whole")["cost"]["steps"] == 10
+    before_call(monkeypatch, Learned, "report", signalled(signal.SIGTERM))
+    assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
+    answer = lora_bench("train", "resume=run")
+    assert answer.code == 0, answer.err
+    assert "going on from step 10" in answer.out
+    assert_same_run("run", "whole")
+
+
+@pytest.mark.reliability(21)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("moment", [(story.Common, "load"), (story, "prepare_courses")], ids=["loading", "start"])
+def test_21_a_run_stopped_before_its_first_step_leaves_nothing(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, moment: Any, number: int
+) -> None:
+    before_call(monkeypatch, *moment, signalled(number))
+    assert lora_bench("train", *ASKED, "adapter=pissa", "hydra.run.dir=new/run").code == 128 + number
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.reliability(21)
+def test_21_a_sweep_stopped_before_its_first_step_has_no_jobs(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before_call(monkeypatch, story, "prepare_courses", signalled(signal.SIGTERM))
+    assert lora_bench("train", "-m", *ASKED, "seed=0,1", "hydra.sweep.dir=sweep").code == 143
+    assert {path.name for path in Path("sweep").iterdir()} == {"sweep.json", ".lock"}
+
+
+@pytest.mark.reliability(21)
+def test_21_a_run_stopped_while_its_folder_is_claimed_is_interrupted(
+    in_tmp: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_call(monkeypatch, Run, "update", signalled(signal.SIGTERM))
+    assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 143
+    assert record("run")["status"] == "interrupted"
+    assert lora_bench("train", "resume=run").code == 0
+    assert_same_run("run", finished)
 
 
 @pytest.mark.reliability(22)
@@ -230,6 +315,64 @@ def test_26_other_data_or_another_backbone_are_refused(interrupted: Path, change
     (interrupted / "run.json").write_text(json.dumps(found))
     named = "the train split" if changed == "data" else "the backbone"
     assert f"resume: {named} is not the one that the run began with" in refused("train", f"resume={interrupted}")
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    found = record(folder)
+    edit(found)
+    (folder / "run.json").write_text(json.dumps(found))
+
+
+@pytest.mark.reliability(26)
+def test_26_a_record_edited_by_hand_is_refused_with_the_difference(interrupted: Path) -> None:
+    edited(interrupted, lambda found: found["config"]["optimizer"].update(lr=0.5))
+    told = refused("train", f"resume={interrupted}")
+    assert "run.json: optimizer.lr was changed to 0.5 after the run began with 0.0" in told
+    edited(interrupted, lambda found: found["config"]["trainer"].pop("max_steps"))
+    assert "trainer.max_steps was changed to None" in refused("train", f"resume={interrupted}").replace("optimizer", "")
+
+
+@pytest.mark.reliability(26)
+def test_26_a_checkpoint_of_before_configs_were_kept_is_used(interrupted: Path, finished: Path) -> None:
+    for place in (interrupted / "checkpoints").iterdir():
+        facts = json.loads((place / "state.json").read_text())
+        assert facts.pop("config") == record(interrupted)["config"]
+        (place / "state.json").write_text(json.dumps(facts))
+        manifest = json.loads((place / "manifest.json").read_text())
+        content = (place / "state.json").read_bytes()
+        manifest["state.json"] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        (place / "manifest.json").write_text(json.dumps(manifest))
+    answer = lora_bench("train", f"resume={interrupted}")
+    assert answer.code == 0, answer.err
+    assert "going on from step 7" in answer.out
+    assert_same_run(interrupted, finished)
+
+
+@pytest.mark.reliability(26)
+def test_26_another_precision_is_refused_before_anything_is_loaded(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(story.Common, "load", lambda *_: pytest.fail("it was loaded"))
+    edited(interrupted, lambda found: found["environment"].update(precision="bfloat16", device="cuda"))
+    told = refused("train", f"resume={interrupted}")
+    assert "the run was interrupted in bfloat16 on cuda, and trainer.precision=fp32 is float32 on cpu here" in told
+
+
+@pytest.mark.reliability(26)
+def test_26_steps_of_another_environment_stay_on_record(interrupted: Path, finished: Path) -> None:
+    edited(interrupted, lambda found: found["environment"]["versions"].update(torch="1.0"))
+    edited(interrupted, lambda found: found["environment"].update(device="cuda:3"))
+    answer = lora_bench("train", f"resume={interrupted}")
+    assert answer.code == 0, answer.err
+    now = record(finished)["environment"]
+    assert f"torch {now['versions']['torch']} (before: 1.0), device cpu (before: cuda:3)" in answer.out
+    found = record(interrupted)["environment"]
+    (earlier,) = found.pop("history")
+    assert found == now
+    assert (earlier["first_step"], earlier["last_step"]) == (1, 7)
+    assert (earlier["versions"]["torch"], earlier["device"]) == ("1.0", "cuda:3")
+    assert "resumed in another environment" in lora_bench("compare", str(interrupted)).out
+    assert_same_run(interrupted, finished)
 
 
 @pytest.mark.reliability(27)

@@ -20,10 +20,11 @@ import pytest
 from lora_bench import train
 from lora_bench.errors import UserError
 from lora_bench.record import Run, read
-from tests.command_line import lora_bench, refused, toy_run
+from lora_bench.results import Learned
+from tests.command_line import files_below, lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 EPOCH = toy_run("trainer.max_steps=4", "trainer.eval_every=2", "trainer.checkpoint_every=1")
@@ -31,6 +32,22 @@ EPOCH = toy_run("trainer.max_steps=4", "trainer.eval_every=2", "trainer.checkpoi
 
 def status(folder: str) -> str:
     return str(json.loads((Path(folder) / "run.json").read_text())["status"])
+
+
+def contents(folder: str | Path) -> dict[str, bytes | None]:
+    """Every file below a folder by its path there."""
+    return {os.path.relpath(path, folder): content for path, content in files_below(Path(folder)).items()}
+
+
+def before_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, action: Callable[..., None]) -> None:
+    """Do something before each call of a method, with its arguments."""
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        action(*arguments)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, call)
 
 
 @contextmanager
@@ -164,6 +181,24 @@ def test_17_no_room_for_the_log_or_a_checkpoint(
 
 
 @pytest.mark.reliability(17)
+def test_17_no_room_for_the_checkpoint_before_scoring_ends_no_run(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, tried = train.Checkpoints.save, []
+
+    def full(*arguments: Any) -> None:
+        tried.append(arguments[1])
+        with full_disk(20_000):
+            save(*arguments)
+
+    monkeypatch.setattr(train.Checkpoints, "save", full)
+    answer = lora_bench("train", *toy_run("trainer.max_steps=4", "trainer.checkpoint_every=99", "hydra.run.dir=run"))
+    assert answer.code == 0, answer
+    assert tried == [4]
+    assert status("run") == "done"
+
+
+@pytest.mark.reliability(17)
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a small file system")
 def test_17_a_disk_that_is_really_full(in_tmp: Path) -> None:
     Path("small").mkdir()
@@ -253,6 +288,83 @@ def test_20_a_folder_deleted_while_running_stops_the_run_cleanly(
     assert not Path("run").exists()
 
 
+MOMENTS = {
+    "evaluation": (Run, "log"),
+    "checkpoint": (train.Checkpoints, "save"),
+    "record": (Run, "update"),
+    "predictions": (Run, "write_predictions"),
+    "adapter": (Learned, "save"),
+    "end": (Run, "finish"),
+    "cleanup": (train.Checkpoints, "clear"),
+}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the same kind; not to be changed."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    assert lora_bench("train", *toy_run("seed=7", f"hydra.run.dir={folder}")).code == 0
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-00000001").write_text("of the other run")
+    return folder
+
+
+@pytest.mark.reliability(20)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_20_a_folder_that_another_run_took_the_place_of_is_not_written(
+    in_tmp: Path, other: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def replace(*_: Any) -> None:
+        if not Path("moved").exists():
+            Path("run").rename("moved")
+            shutil.copytree(other, "run")
+
+    before_call(monkeypatch, *MOMENTS[moment], replace)
+    answer = lora_bench("train", *toy_run("hydra.run.dir=run", "trainer.checkpoint_every=1"))
+    assert answer.code == 1, answer
+    assert answer.err.count("\n") == 1
+    assert f"{in_tmp / 'run'}: was replaced by another folder" in answer.err
+    assert contents("run") == contents(other)
+
+
+@pytest.mark.reliability(20)
+def test_20_a_sweep_s_folder_that_another_one_took_the_place_of_is_not_written(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = toy_run("hydra.sweep.dir=sweep", "pack.size=1")
+    assert lora_bench("train", "-m", *asked, "seed=7,8").code == 0
+    Path("sweep").rename("other")
+
+    def replace(run: Run, *_: Any) -> None:
+        if run.folder.name == "1" and not Path("moved").exists():
+            Path("sweep").rename("moved")
+            shutil.copytree("other", "sweep")
+
+    before_call(monkeypatch, Run, "finish", replace)
+    answer = lora_bench("train", "-m", *asked, "seed=0,1,2")
+    assert answer.code == 1, answer
+    assert f"{in_tmp / 'sweep'}: was replaced by another folder" in answer.out
+    assert "sweep: was replaced by another folder" in answer.err
+    assert contents("sweep") == contents("other")  # no third job, and tables of the other
+
+
+@pytest.mark.reliability(20)
+def test_20_an_evaluation_is_not_written_into_another_run(
+    in_tmp: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
+
+    def replace(*_: Any) -> None:
+        shutil.rmtree("run")
+        shutil.copytree(other, "run")
+
+    before_call(monkeypatch, Run, "write_evaluation", replace)
+    answer = lora_bench("eval", "run=run", "data=toy", "data.validation_rows=20")
+    assert answer.code == 1, answer
+    assert "run: holds another run by now" in answer.err
+    assert contents("run") == contents(other)
+
+
 @pytest.mark.reliability(20)
 def test_20_the_other_jobs_of_a_sweep_go_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Run.log
@@ -266,4 +378,5 @@ def test_20_the_other_jobs_of_a_sweep_go_on(in_tmp: Path, monkeypatch: pytest.Mo
     answer = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep"), "seed=0,1,2")
     assert answer.code == 1
     assert "/sweep/1: was deleted or moved" in answer.out
+    assert not Path("sweep/1").exists()
     assert [status(f"sweep/{number}") for number in (0, 2)] == ["done", "done"]
