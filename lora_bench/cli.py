@@ -93,7 +93,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
-    from lora_bench.hydra_errors import Arguments, compose, refuse_code, translated
+    from lora_bench.hydra_errors import Arguments, compose, translated
+    from lora_bench.overrides import typed_by
 
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
@@ -107,33 +108,45 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
 
     failures: list[Exception] = []
 
+    start = os.getcwd()
+
     def job(cfg: DictConfig) -> None:
         """Keeps errors from Hydra, which would print them its own way."""
         try:
+            os.chdir(start)  # hydra.job.chdir=true has moved: a relative path in any key is one from where we started
             task(cfg)
         except Exception as error:
             failures.append(error)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
-    with translated(conf_folder(), config_name, parsed):
+    typed = typed_by(parsed.overrides, parsed.config_dir)
+    with typed, translated(conf_folder(), config_name, parsed):
         composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
-        refuse_code(composed.hydra)
         if command == "train" and composed.resume and not parsed.cfg:
-            parsed = _resumed(parsed, str(composed.resume))
+            parsed = _resumed(parsed, str(composed.resume), config_name)
         sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
         if failures:
             raise failures[0]
 
 
-def _resumed(parsed: Arguments, resume: str) -> Arguments:
+def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     """The arguments with the folder to go on with found, and with those of its beginning where it is a sweep's."""
-    from lora_bench.resume import arguments_of_sweep, place, quoted
-    from lora_bench.sweep import is_sweep
+    from lora_bench.errors import quoted
+    from lora_bench.hydra_errors import compose, translated
+    from lora_bench.resume import arguments_of_sweep, place
+    from lora_bench.sweep import FILE, is_sweep
 
     folder = place(resume, Path("outputs"))
     if is_sweep(folder):
-        return arguments_of_sweep(parsed, folder)
+        try:
+            recorded = arguments_of_sweep(parsed, folder)
+            with translated(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
+                compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
+        except UserError as error:
+            error.file = error.file or folder / FILE
+            raise
+        return recorded
     if parsed.multirun:
         remedy = "Give the folder of a sweep; a single run goes on without -m."
         raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy)

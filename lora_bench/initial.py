@@ -6,14 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from lora_bench import record
 from lora_bench.adapters import peft_format
 from lora_bench.errors import UserError
 from lora_bench.experiment import Experiment
 from lora_bench.prompted import is_prompted
-from lora_bench.recorded import filled
+from lora_bench.recorded import restored
 from lora_bench.tasks import refuse_several
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ class Source:
         need(not is_prompted(found), "is a run of lora-bench prompt, which leaves no adapter")
         need(found["status"] == "done", f"the run is {found['status']}, not done")
         refuse_several(asked, found["config"], "adapter.init_from")
-        theirs = Experiment.build(OmegaConf.create(filled(found)))
+        theirs = Experiment.build(restored(Path(asked), found))
         for name, own, other in _settings(experiment, theirs):
             need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
         sha256 = str(found["environment"].get("backbone_sha256"))

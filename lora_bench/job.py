@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from lora_bench.checks import need
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
-from lora_bench.recorded import filled
+from lora_bench.recorded import restored
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted
 from lora_bench.sweep import key_of
 
@@ -62,7 +62,7 @@ class Job:
         run = Run.reopen(Path(cfg.resume))
         try:
             refuse_hidden(run.folder, run.record["config"])
-            begun: Any = OmegaConf.create(filled(run.record))
+            begun = restored(run.folder, run.record)
             refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
         except BaseException:
             run.release()

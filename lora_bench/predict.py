@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import record
 from lora_bench.adapters import peft_format
@@ -25,7 +24,7 @@ from lora_bench.evaluation.calibration import Calibration, calibrated
 from lora_bench.evaluation.ensemble import spread
 from lora_bench.experiment import Experiment, attach
 from lora_bench.prompted import is_prompted
-from lora_bench.recorded import filled
+from lora_bench.recorded import restored
 from lora_bench.tasks import refuse_several
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
@@ -34,10 +33,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from omegaconf import DictConfig
 
     from lora_bench.adapters.pack import Pack
 
 _NOT_FINITE = "The run may have been trained in a precision that this device computes otherwise; try device=cpu."
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OUTPUTS = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
@@ -69,8 +70,10 @@ class FinishedRun:
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key="run", value=folder)
         refuse_several(folder, found["config"], "run")
-        experiment = Experiment.build(OmegaConf.create(filled(found)))
-        dtype = dtype or getattr(torch, found["environment"]["precision"])
+        experiment = Experiment.build(restored(path, found))
+        precision = found["environment"].get("precision")
+        need(precision in PRECISIONS, "run", folder, f"its record names no precision of products: {precision!r}")
+        dtype = dtype or PRECISIONS[precision]
         pack, sha256 = attach(experiment, resolve_device(device), dtype, found["targets"])
         if sha256 != found["environment"]["backbone_sha256"]:
             recorded = str(found["environment"]["backbone_sha256"])

@@ -9,12 +9,15 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.errors import UserError
 from lora_bench.help import choices, conf_folder
 from lora_bench.prompted import is_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from omegaconf import DictConfig
 
 KINDS = {"model": "family", "adapter": "method", "data": "source"}
 """What tells which keys a group has."""
@@ -36,6 +39,29 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         own = config.get(key, value)
         config[key] = value | own if isinstance(value, dict) and isinstance(own, dict) else own
+    return config
+
+
+def restored(folder: Path, record: Mapping[str, Any]) -> DictConfig:
+    """Return the config of a run from its record, which is untrusted: see `overrides.check_config`.
+
+    Raises:
+        UserError: the record's config is damaged, or asks for what only a user may ask for.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lora_bench.overrides import check_config
+
+    try:
+        config = OmegaConf.create(filled(record))
+        check_config(config)
+    except UserError as error:
+        error.file = error.file or folder / "run.json"
+        raise
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"is damaged: its config cannot be read ({reason})", file=folder / "run.json") from None
     return config
 
 

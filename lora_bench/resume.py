@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from lora_bench import sweep
-from lora_bench.errors import UserError
+from lora_bench.errors import UserError, quoted
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record import find
 from lora_bench.secrets import hides_secret
@@ -43,13 +44,14 @@ def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
     """The arguments that the sweep in `folder` was begun with, to run what it lacks.
 
     Raises:
-        UserError: more is asked for than to go on.
+        UserError: more is asked for than to go on; what the sweep was begun with may be repeated.
     """
-    more = [override for override in arguments.overrides if sweep.key_of(override) != "resume"]
-    if more or arguments.config_dir is not None:
+    begun = sweep.read(folder)
+    typed = [override for override in arguments.overrides if sweep.key_of(override) != "resume"]
+    more = [override for override in typed if override not in begun.overrides]
+    if more or (arguments.config_dir and os.path.abspath(arguments.config_dir) != begun.config_dir):
         asked = more[0] if more else "--config-dir"
         raise UserError(f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder)
-    begun = sweep.read(folder)
     refuse_hidden(folder, begun.overrides)
     overrides = [*begun.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
     again = type(arguments).read([])
@@ -69,12 +71,6 @@ def refuse_hidden(folder: Path, asked: Any) -> None:
         remedy = "Begin it anew, with the key in an environment variable: '${oc.env:NAME}'."
         reason = "was begun with a key, or what looks like one, and keys are not kept"
         raise UserError(reason, key="resume", value=folder, remedy=remedy)
-
-
-def quoted(value: object) -> str:
-    """A value as Hydra's grammar reads it back, whatever is in it."""
-    text = str(value).replace("'", "\\'")
-    return f"'{text}'"
 
 
 def refuse_difference(

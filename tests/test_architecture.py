@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "predict",
         "record",
     }
-    | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
+    | {"overrides", "prompt", "resume", "screen", "secrets", "sweep", "train"},
     "help": set(),
     "prompt": BASE
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
-    "recorded": {"help", "hydra_errors", "prompted"},
+    "recorded": {"errors", "help", "hydra_errors", "overrides", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
@@ -99,7 +99,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "record": {"", "claim", "disk", "errors", "prompted", "secrets"},
     "disk": {"errors", "secrets"},
     "claim": set(),
-    "hydra_errors": {"errors"},
+    "hydra_errors": {"errors", "overrides"},
+    "overrides": {"errors", "help"},
     "checks": {"errors"},
     "config": {"checks", "errors", "sharing"},
     "sharing": {"checks"},
@@ -122,7 +123,7 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("help", "prompted", "recorded", "slurm", "tasks", "transfer")
+LIGHT += ("help", "overrides", "prompted", "recorded", "slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
@@ -132,6 +133,7 @@ OPEN_CONFIG = {
     "initial",
     "cli",
     "hydra_errors",
+    "overrides",
     "predict",
     "prompt",
     "recorded",
