@@ -158,6 +158,7 @@ def _train(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from lora_bench.job import Job, following, is_done
+    from lora_bench.preflight import check_train
     from lora_bench.record import discard
 
     hydra = HydraConfig.get()
@@ -173,6 +174,7 @@ def _train(cfg: DictConfig) -> None:
     with following(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)
+            check_train(job.cfg)
             if cfg.dry_run:
                 from lora_bench import expected  # torch: late
 
@@ -196,18 +198,27 @@ def _train(cfg: DictConfig) -> None:
 def _eval(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from lora_bench.preflight import check_eval
+
+    check_eval(cfg)
     from lora_bench.evaluate import run_eval
 
     run_eval(cfg, data_choice=str(HydraConfig.get().runtime.choices["data"]), console=_console())
 
 
 def _predict(cfg: DictConfig) -> None:
+    from lora_bench.preflight import check_predict
+
+    check_predict(cfg)
     from lora_bench.predict import run_predict
 
     run_predict(cfg)
 
 
 def _export(cfg: DictConfig) -> None:
+    from lora_bench.preflight import check_export
+
+    check_export(cfg)
     from lora_bench.export import run_export
 
     run_export(cfg, console=_console())
@@ -217,8 +228,12 @@ def _prompt(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lora_bench.prompt.run import run_prompt
+    from lora_bench.config import build_data
+    from lora_bench.preflight import check_data
     from lora_bench.record import discard
+
+    check_data(build_data(cfg.data))
+    from lora_bench.prompt.run import run_prompt
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

@@ -8,7 +8,6 @@ The command line prints it and exits with 2; anything else that is raised is a d
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import unicodedata
@@ -129,4 +128,4 @@ def _octal(char: str) -> str:
     """Return a character for printf, as bytes if a terminal or a message could change it."""
     if char.isprintable() and char != " " and unicodedata.is_normalized("NFC", char):
         return char
-    return "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
+    return "".join(f"\\{byte:03o}" for byte in char.encode(errors="surrogateescape"))

@@ -202,6 +202,8 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
         if not is_typed_folder(config_dir):
             check_config(composed)
         return composed
+    except RecursionError:  # choices or references that lead back to themselves
+        raise UserError("the config refers to itself, or is nested too deeply") from None
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
         reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
         raise UserError(reason, remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}") from None

@@ -100,6 +100,10 @@ def parse_override(text: str) -> Override:
         reason = f"has {len(text):,} characters, more than the {MAX_OVERRIDE_LENGTH:,} that an override may have"
         raise UserError(f"{text[:40]!r}… {reason}", remedy="Put the values into a YAML file: --config-dir=DIR.")
     try:
+        text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # JSON can write half a character
+        raise UserError(f"{text[:200]!r} holds half of a surrogate pair") from None
+    try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
         reason = "cannot be read as key=value"
@@ -129,6 +133,8 @@ def check_overrides(texts: Iterable[str]) -> list[Override]:
     overrides = [parse_override(text) for text in texts]
     for override in overrides:
         _check_key(override)
+        if _is_deep(override._value):
+            raise unreadable(str(override.input_line), "is nested too deeply")
         names = _names(override._value)
         if any(_MARKER.fullmatch(name) for name in (*names, *re.split(r"[./]", override.key_or_group))):
             raise names_code(override.key_or_group)
@@ -177,6 +183,15 @@ def names_code(key: str) -> UserError:
     """Return the refusal of a key whose value Hydra would import or call."""
     remedy = "Choose among the options of the groups; methods are looked up by name."
     return UserError(f"{key!r} names code to run, which a config may not do", remedy=remedy)
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether lists and dictionaries in a parsed value are nested more deeply than a config is."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        level = [part for item in level for part in (item.values() if isinstance(item, dict) else _items(item))]
+        depth += 1
+    return bool(level)
 
 
 def _names(value: Any) -> list[str]:

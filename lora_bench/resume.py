@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from lora_bench import sweep
-from lora_bench.errors import UserError, quoted
+from lora_bench.errors import UserError, argument, quoted
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record import find
 from lora_bench.secrets import hides_secret
@@ -23,21 +24,40 @@ if TYPE_CHECKING:
 
 
 def place(resume: str, top: Path) -> Path:
-    """The folder that `resume` names; for `last` that of the newest unfinished run or sweep below `top`."""
+    """Return the folder that `resume` names; for `last` that of the newest unfinished run or sweep below `top`.
+
+    A record without a date, or with one in the future, is never the newest.
+    """
     if resume != "last":
         return Path(resume)
-    sweeps = list(sweep.unfinished(top))
     runs = find([top])[0] if top.exists() else []
-    alone = [
-        (record["created"] or "", folder)
-        for folder, record in runs
-        if record["status"] not in sweep.ENDED
-        and not is_prompted(record)
-        and not any(sweep.is_sweep(above) for above in folder.parents)
+    dated = [
+        *sweep.unfinished(top),
+        *(
+            (record["created"], folder)
+            for folder, record in runs
+            if record["status"] not in sweep.ENDED
+            and not is_prompted(record)
+            and not any(sweep.is_sweep(above) for above in folder.parents)
+        ),
     ]
-    if not sweeps and not alone:
+    if not dated:
         raise UserError(f"there is no unfinished run below {top}", key="resume", value="last")
-    return max([*sweeps, *alone])[1]
+    moments = {folder: moment for created, folder in dated if (moment := _moment(created))}
+    if not moments:
+        reason = "has no date, or one in the future, so it cannot be said which is the last"
+        remedy = f"Name the folder: {argument('resume', dated[0][1])}"
+        raise UserError(reason, key="resume", value="last", file=dated[0][1], remedy=remedy)
+    return max(moments, key=lambda folder: (moments[folder], str(folder)))
+
+
+def _moment(created: object) -> datetime | None:
+    """Return when a record says that it was made; None if it does not say, or names a time that is yet to come."""
+    try:
+        moment = datetime.fromisoformat(str(created)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+    return moment if moment <= datetime.now(UTC) else None
 
 
 def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "predict",
         "record",
     }
-    | {"overrides", "prompt", "resume", "screen", "secrets", "sweep", "train"},
+    | {"config", "overrides", "preflight", "prompt", "resume", "screen", "secrets", "sweep", "train"},
     "help": set(),
     "prompt": BASE
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "experiments",
         "hydra_errors",
         "job",
+        "preflight",
         "resume",
     }
     | {"config", "evaluate", "help", "record", "screen", "slurm", "sweep", "tasks", "transfer", "workers"},
@@ -101,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "claim": set(),
     "hydra_errors": {"errors", "overrides"},
     "overrides": {"errors", "help"},
+    "preflight": BASE | {"backbones", "prompted", "record", "recorded", "tasks"},
     "checks": {"errors"},
     "config": {"checks", "errors", "sharing"},
     "sharing": {"checks"},
@@ -134,6 +136,7 @@ OPEN_CONFIG = {
     "cli",
     "hydra_errors",
     "overrides",
+    "preflight",
     "predict",
     "prompt",
     "recorded",

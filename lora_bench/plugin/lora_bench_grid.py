@@ -20,6 +20,7 @@ from lora_bench.errors import RunFailedError, SweepFailedError, UserError, argum
 from lora_bench.experiments import flat
 from lora_bench.hydra_errors import compose_job
 from lora_bench.job import compose_tasks
+from lora_bench.preflight import check_settings
 from lora_bench.sweep import Sweep, key_of
 
 PLACE = "hydra.sweep.subdir"
@@ -213,8 +214,6 @@ class GridSweeper(BasicSweeper):
 
     def _check(self, number: int, job: list[str]) -> tuple[str, str]:
         """The name of the job's folder, and what it would train, names and folders left out."""
-        from lora_bench.experiment import Experiment  # torch: late
-
         assert self.hydra_context is not None
         assert self.config is not None
         composed = compose_job(self.hydra_context.config_loader, self.config, job)
@@ -223,6 +222,9 @@ class GridSweeper(BasicSweeper):
             name = str(composed.hydra.sweep.subdir)
             hydra = composed.pop("hydra")
         compose_tasks(composed, job, hydra.runtime.config_sources)
+        check_settings(composed)
+        from lora_bench.experiment import Experiment  # torch: late
+
         return name, Experiment.build(composed).identity
 
     def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:
