@@ -116,7 +116,8 @@ def _dispatch(arguments: list[str]) -> int:
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
     from lora_bench.cache import token_limit_bytes
-    from lora_bench.hydra_errors import Arguments, compose, refuse_code, translated
+    from lora_bench.hydra_errors import Arguments, compose, translated
+    from lora_bench.overrides import typed_by
 
     token_limit_bytes()  # refused before anything is loaded
     parsed = Arguments.read(arguments)
@@ -134,9 +135,12 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
 
     failures: list[Exception] = []
 
+    start = os.getcwd()
+
     def job(cfg: DictConfig) -> None:
         """Keeps errors from Hydra, which would print them its own way."""
         try:
+            os.chdir(start)  # hydra.job.chdir=true has moved: a relative path in any key is one from where we started
             task(cfg)
         except Exception as error:
             failures.append(error)
@@ -145,26 +149,35 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
             raise
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
-    with translated(conf_folder(), config_name, parsed):
+    typed = typed_by(parsed.overrides, parsed.config_dir)
+    with typed, translated(conf_folder(), config_name, parsed):
         composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
         remember_config(composed)
-        refuse_code(composed.hydra)
         if command == "train" and composed.resume and not parsed.cfg:
-            parsed = _resumed(parsed, str(composed.resume))
+            parsed = _resumed(parsed, str(composed.resume), config_name)
         sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
         if failures:
             raise failures[0]
 
 
-def _resumed(parsed: Arguments, resume: str) -> Arguments:
+def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     """The arguments with the folder to go on with found, and with those of its beginning where it is a sweep's."""
-    from lora_bench.resume import arguments_of_sweep, place, quoted
-    from lora_bench.sweep import is_sweep
+    from lora_bench.errors import quoted
+    from lora_bench.hydra_errors import compose, translated
+    from lora_bench.resume import arguments_of_sweep, place
+    from lora_bench.sweep import FILE, is_sweep
 
     folder = place(resume, Path("outputs"))
     if is_sweep(folder):
-        return arguments_of_sweep(parsed, folder)
+        try:
+            recorded = arguments_of_sweep(parsed, folder)
+            with translated(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
+                compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
+        except UserError as error:
+            error.file = error.file or folder / FILE
+            raise
+        return recorded
     if parsed.multirun:
         remedy = "Give the folder of a sweep; a single run goes on without -m."
         raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy)
@@ -176,6 +189,7 @@ def _train(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from lora_bench.job import Job, following, is_done
+    from lora_bench.preflight import check_train
     from lora_bench.record import discard
 
     hydra = HydraConfig.get()
@@ -191,6 +205,7 @@ def _train(cfg: DictConfig) -> None:
     with following(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)
+            check_train(job.cfg)
             if cfg.dry_run:
                 from lora_bench import expected  # torch: late
 
@@ -214,6 +229,9 @@ def _train(cfg: DictConfig) -> None:
 def _eval(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from lora_bench.preflight import check_eval
+
+    check_eval(cfg)
     from lora_bench.evaluate import run_eval
 
     run_eval(cfg, data_choice=str(HydraConfig.get().runtime.choices["data"]), console=_console())
@@ -229,6 +247,9 @@ def _predict(cfg: DictConfig) -> None:
 
 
 def _export(cfg: DictConfig) -> None:
+    from lora_bench.preflight import check_export
+
+    check_export(cfg)
     from lora_bench.export import run_export
 
     run_export(cfg, console=_console())
@@ -238,8 +259,12 @@ def _prompt(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lora_bench.prompt.run import run_prompt
+    from lora_bench.config import build_data
+    from lora_bench.preflight import check_data
     from lora_bench.record import discard
+
+    check_data(build_data(cfg.data))
+    from lora_bench.prompt.run import run_prompt
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

@@ -8,6 +8,9 @@ The command line prints it and exits with 2; anything else that is raised is a d
 
 from __future__ import annotations
 
+import re
+import shlex
+import unicodedata
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -89,3 +92,44 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"Did you mean {close[0]}?"
     return f"Known: {', '.join(names)}." if names else ""
+
+
+def quoted(value: object, mark: str = "'") -> str:
+    """Return a value in quotation marks, so that Hydra and OmegaConf read it back unchanged."""
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", str(value))
+    text = re.sub(rf"(\\+)({mark}|$)", lambda found: found[1] * 2 + found[2], text).replace(mark, f"\\{mark}")
+    return f"{mark}{text}{mark}"
+
+
+def argument(key: str, value: object) -> str:
+    """Return `key=value` as it is typed in a POSIX shell; both the shell and Hydra read the value back unchanged."""
+    text = str(value)
+    simple = re.fullmatch(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", text, re.ASCII)
+    if simple and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return f"{key}={text}"
+    mark = "'" if '"' in text else '"'
+    override = f"{key}={quoted(text, mark)}"
+    is_plain = override.isprintable() and " ".join(override.split()) == override
+    if is_plain and unicodedata.is_normalized("NFC", override):
+        return shlex.quote(override)
+    escaped = {"\\": r"\\", "%": "%%", "'": r"\047"}
+    format_string = "".join(escaped.get(char) or _octal(char) for char in _units(override))
+    return f"\"$(printf '{format_string}')\""
+
+
+def _units(text: str) -> list[str]:
+    """Return the characters of a text, an accent that follows its letter as one with it."""
+    units: list[str] = []
+    for char in text:
+        if units and unicodedata.combining(char):
+            units[-1] += char
+        else:
+            units.append(char)
+    return units
+
+
+def _octal(char: str) -> str:
+    """Return a character for printf, as bytes if a terminal or a message could change it."""
+    if char.isprintable() and char != " " and unicodedata.is_normalized("NFC", char):
+        return char
+    return "".join(f"\\{byte:03o}" for byte in char.encode(errors="surrogateescape"))

@@ -11,21 +11,31 @@ import importlib
 import os
 import re
 import secrets
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import UserError, argument, nearest
+from lora_bench.overrides import (
+    CheckedFileSource,
+    check_config,
+    check_job,
+    check_overrides,
+    is_typed,
+    is_typed_folder,
+    names_code,
+    parse_override,
+    unreadable,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-_LOADS_CODE = re.compile(r"^[+~]*hydra[./](callbacks|job_logging|hydra_logging|searchpath|job\.env_set)\b")
+    from collections.abc import Iterator, Sequence
 
 
 class Arguments(argparse.Namespace):
@@ -46,8 +56,7 @@ class Arguments(argparse.Namespace):
             if re.search(r"(^|[.{,])api_?key[=:]", _plain_key(override), re.IGNORECASE):  # its value is not repeated
                 remedy = "Put it into the environment variable that llm.api_key_env names."
                 raise UserError("a key is given in no config and on no command line", key="llm", remedy=remedy)
-            if "_target_" in override or _LOADS_CODE.match(override):
-                raise _names_code(override.split("=")[0])
+        check_overrides(parsed.overrides)
         if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
             raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir)
         if (parsed.resolve or parsed.package) and not parsed.cfg:
@@ -94,43 +103,60 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def refuse_code(hydra: Any) -> None:
-    """Refuse a composed `hydra` node that would make Hydra import or call something that a YAML file names.
+    """Refuse a composed `hydra` node that would make Hydra import, call or write something that a YAML file names.
 
-    Its launcher and sweeper are looked up among installed plugins, and nothing below them may name code.
+    Its launcher and sweeper are ours, nothing below them names code, and lines of shell for Slurm were typed.
     """
     if OmegaConf.is_interpolation(hydra, "callbacks") or hydra.callbacks:
-        raise _names_code("hydra.callbacks")
-    if hydra.job.env_set:
+        raise names_code("hydra.callbacks")
+    if hydra.job.env_set or hydra.job.env_copy:
         raise UserError("sets environment variables", key="hydra.job.env_set", remedy="Set them in the shell.")
+    if hydra.output_subdir is not None:
+        raise UserError("is not a known key of Hydra's here", key="hydra.output_subdir")
     for name in ("hydra_logging", "job_logging"):
         if OmegaConf.to_container(hydra, resolve=False)[name] != _NO_LOGGING:  # type: ignore[index, call-overload]
-            raise _names_code(f"hydra.{name}")
+            raise names_code(f"hydra.{name}")
     for name in ("launcher", "sweeper"):
-        plugin = OmegaConf.to_container(hydra[name], resolve=True)
-        assert isinstance(plugin, dict)
-        known = str(plugin.get("_target_")).startswith(("hydra_plugins.", "hydra._internal.core_plugins."))
-        if not known or any(_names_target(value) for value in plugin.values()):
-            raise _names_code(f"hydra.{name}")
+        written, resolved = (OmegaConf.to_container(hydra[name], resolve=resolve) for resolve in (False, True))
+        assert isinstance(written, dict)
+        assert isinstance(resolved, dict)
+        if written.pop("_target_", None) not in _PLUGINS[name]:
+            raise names_code(f"hydra.{name}")
+        del resolved["_target_"]
+        if _names_target(written) or _names_target(resolved):
+            raise names_code(f"hydra.{name}")
+        lines = resolved.get("setup") or []
+        untyped = next((line for line in lines if not is_typed(str(line))), None) if isinstance(lines, list) else lines
+        if untyped is not None:
+            reason = f"{untyped!r} is run in a shell, so it counts only if it is typed on the command line"
+            remedy = "If it is meant, type hydra.launcher.setup=[…] too."
+            raise UserError(reason, key="hydra.launcher.setup", remedy=remedy)
 
 
 _NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+_PLUGINS = {
+    "launcher": ("hydra_plugins.lora_bench_packed.PackedLauncher", "hydra_plugins.lora_bench_slurm.SlurmLauncher"),
+    "sweeper": (
+        "hydra_plugins.lora_bench_grid.GridSweeper",
+        "hydra_plugins.lora_bench_tuned.TunedSweeper",
+        "hydra_plugins.lora_bench_transfer.TransferSweeper",
+    ),
+}
+"""What Hydra may instantiate. Its own basic launcher would set up the logging that a job's config names."""
 
 
 def _names_target(node: Any) -> bool:
+    """Return whether a key in this node is one that Hydra's `instantiate` acts upon."""
     if isinstance(node, dict):
-        return "_target_" in node or any(_names_target(value) for value in node.values())
+        return any(re.fullmatch("_[a-z]+_", str(key)) or _names_target(value) for key, value in node.items())
     return isinstance(node, list) and any(_names_target(value) for value in node)
 
 
-def _names_code(key: str) -> UserError:
-    return UserError(
-        f"{key!r} names code to run, which a config may not do",
-        remedy="Choose among the options of the groups; methods are looked up by name.",
-    )
-
-
 def register_with_hydra() -> None:
-    """Our sweepers and launcher, where Hydra looks for them once a process, and the resolver for a run folder's id."""
+    """Register what Hydra looks for: our sweepers and launchers, our reader of files, the resolver of a folder's id."""
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+
     try:
         plugins: Any = importlib.import_module("hydra_plugins")
     except ModuleNotFoundError:
@@ -140,11 +166,17 @@ def register_with_hydra() -> None:
     folder = str(Path(__file__).parent / "plugin")
     if folder not in plugins.__path__:
         plugins.__path__.append(folder)
+    Plugins.instance()  # registers Hydra's own reader first
+    SourcesRegistry.instance().types["file"] = CheckedFileSource
     OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 
 
 def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
-    """The config, `hydra` node included, as Hydra composes it before a sweep is split; nothing of it is carried out."""
+    """Compose the config, `hydra` node included, before a sweep is split; nothing of it is carried out.
+
+    Raises:
+        UserError: the overrides or a YAML file would make Hydra run code, or a record asks for what only a user may.
+    """
     from hydra import version
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
@@ -152,6 +184,7 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
+    check_overrides(overrides)
     register_with_hydra()
     version.setbase("1.3")
     places = create_config_search_path(str(conf.absolute()))
@@ -164,12 +197,39 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
         composed: DictConfig = Hydra.create_main_hydra2("lora-bench", places).compose_config(
             config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
         )
+        if config_name is not None:
+            refuse_code(composed.hydra)
+        if not is_typed_folder(config_dir):
+            check_config(composed)
         return composed
+    except RecursionError:  # choices or references that lead back to themselves
+        raise UserError("the config refers to itself, or is nested too deeply") from None
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
         reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
         raise UserError(reason, remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}") from None
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def compose_job(loader: Any, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = ()) -> DictConfig:
+    """Compose the config of a sweep's job.
+
+    Args:
+        loader: Hydra's, of the sweep.
+        sweep: the config of the sweep.
+        overrides: of this job, maybe from a record.
+        resume: a further override, ours, if the job resumes its run.
+
+    Raises:
+        UserError: as in `compose`; or the job would be written elsewhere than below its sweep.
+    """
+    check_job(overrides)
+    composed: DictConfig = loader.load_sweep_config(sweep, [*overrides, *resume])
+    refuse_code(composed.hydra)
+    places = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
+    if places and not is_typed_folder(places[0]):
+        check_config(composed)
+    return composed
 
 
 @contextmanager
@@ -219,10 +279,10 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
     if found:
         group, _, option = found.group(1).rpartition("/")
         return _no_such_choice(group, option, _options(conf, arguments.config_dir, group), arguments.config_dir)
-    found = re.search(r"Ambiguous value for argument '([^']+)'", message)
-    if found:
-        key, _, value = found.group(1).partition("=")
-        remedy = f"Add -m to sweep over the values, or quote a list: '{key}=[{value}]'."
+    if "Ambiguous value for argument" in message or "requires --multirun" in message:
+        several = next((text for text in arguments.overrides if parse_override(text).is_sweep_override()), "")
+        key, _, value = several.partition("=")
+        remedy = _for_several_values(key.lstrip("+"), value, conf, config_name, arguments)
         return UserError("has several values", key=key, value=value, remedy=remedy)
     found = re.search(r"Missing mandatory value: (\S+)|MissingMandatoryValue.*'(\S+)'", message)
     if found:
@@ -232,11 +292,21 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
     if found:
         return UserError("is missing", key=found.group(1) or found.group(2), remedy="It cannot be left out.")
     if isinstance(error, OverrideParseException):
-        reason = "cannot be read as key=value"
-        remedy = "Put a value with special characters in quotes inside quotes: 'key=\"a,b [c]\"'."
-        return UserError(f"{error.override!r} {reason}", remedy=remedy)
+        return unreadable(str(error.override))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return UserError("; ".join(lines[:2]).rstrip("."))
+
+
+def _for_several_values(key: str, value: str, conf: Path, config_name: str, arguments: Arguments) -> str:
+    """Return what to type instead of `key=a,b`: one text, a list, or a sweep, by what the key holds otherwise."""
+    default = OmegaConf.select(_composed_as_chosen(conf, config_name, arguments), key, throw_on_missing=False)
+    is_group = (conf / key).is_dir()
+    advice = ["Add -m to sweep over the values."] if config_name == "config" else []
+    if isinstance(default, ListConfig) or key in ("metric", "tracking"):
+        advice.append(f"If it is a list, type {shlex.quote(f'{key}=[{value}]')}")
+    elif not is_group and not isinstance(default, bool | int | float) and re.search("[^0-9.,eE+-]", value):
+        advice.append(f"If it is one text, type {argument(key, value)}")
+    return " ".join(advice)
 
 
 _LIST_KEYS = "lora-bench train --cfg job lists the keys there are."
@@ -260,16 +330,24 @@ def _options(conf: Path, config_dir: str | None, group: str) -> list[str]:
 
 def _known_keys(conf: Path, config_name: str, arguments: Arguments) -> set[str]:
     """All keys of the config that the same group choices compose, and the groups' names."""
-    groups = {path.name for path in conf.iterdir() if path.is_dir() and any(path.glob("*.yaml"))} - {"hydra"}
-    chosen = [a for a in arguments.overrides if a.split("=")[0] in groups and "," not in a]
-    try:
-        composed = compose(conf, config_name, chosen, arguments.config_dir)
-    except Exception:  # one of the choices is wrong too
-        composed = compose(conf, config_name, [])
+    composed = _composed_as_chosen(conf, config_name, arguments)
     found = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(found, dict)
     del found["hydra"]
-    return groups | set(_flatten(found))
+    return _groups(conf) | set(_flatten(found))
+
+
+def _groups(conf: Path) -> set[str]:
+    return {path.name for path in conf.iterdir() if path.is_dir() and any(path.glob("*.yaml"))} - {"hydra"}
+
+
+def _composed_as_chosen(conf: Path, config_name: str, arguments: Arguments) -> DictConfig:
+    """Return the config of the same group choices without any other override."""
+    chosen = [a for a in arguments.overrides if a.split("=")[0] in _groups(conf) and "," not in a]
+    try:
+        return compose(conf, config_name, chosen, arguments.config_dir)
+    except Exception:  # one of the choices is wrong too
+        return compose(conf, config_name, [])
 
 
 def _flatten(node: Any, prefix: str = "") -> Iterator[str]:

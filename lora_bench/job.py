@@ -18,7 +18,7 @@ from lora_bench.checks import need
 from lora_bench.errors import LostFolderError
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
-from lora_bench.recorded import differences, edited, filled, relocated
+from lora_bench.recorded import ModelPlaces, differences, edited, restored
 from lora_bench.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
 from lora_bench.sweep import key_of
 
@@ -75,11 +75,11 @@ class Job:
         run = Run.reopen(Path(cfg.resume))
         try:
             refuse_hidden(run.folder, run.record["config"])
-            places = {key_of(text) for text in overrides} & {"model.path", "model.tokenizer"}
+            typed = {key_of(text) for text in overrides}
             path, tokenizer = (
-                cfg.model.get(key) if f"model.{key}" in places else None for key in ("path", "tokenizer")
+                cfg.model.get(key) if f"model.{key}" in typed else None for key in ("path", "tokenizer")
             )
-            begun: Any = OmegaConf.create(relocated(filled(run.record), path, tokenizer))
+            begun = restored(run.folder, run.record, ModelPlaces(model_path=path, tokenizer=tokenizer))
             refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
         except BaseException:
             run.release()

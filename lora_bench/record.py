@@ -26,7 +26,7 @@ import yaml
 
 from lora_bench import claim, untrusted
 from lora_bench.disk import dump, plain, why, write, writing
-from lora_bench.errors import DivergedError, LostFolderError, RunFailedError, UserError
+from lora_bench.errors import DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record_types import with_types
 from lora_bench.secrets import redact, redact_path
@@ -346,7 +346,7 @@ def refuse_taken(folder: Path) -> None:
     with suppress(UserError):
         if is_killed(folder, found := read(folder)):
             reason = "holds a run whose process was killed"
-            remedy = f"Go on with it: lora-bench train resume={folder}. Or give a folder that is not there yet."
+            remedy = f"{_ANOTHER} Or resume it: lora-bench train {argument('resume', folder)}"
             remedy = f"{_ANOTHER} {ASKS_THE_REST}" if is_prompted(found) else remedy
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
 

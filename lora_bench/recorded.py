@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from omegaconf import DictConfig
+
 KINDS = {"model": "family", "adapter": "method", "data": "source"}
 """What tells which keys a group has."""
 OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
@@ -138,6 +140,35 @@ def _copy(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> DictConfig:
+    """Return the config of a run from its record, which is untrusted: see `overrides.check_config`.
+
+    Args:
+        folder: the run's.
+        record: as it is read.
+        places: where its backbone and tokenizer lie now.
+
+    Raises:
+        UserError: the record's config is damaged, or asks for what only a user may ask for; the backbone is gone.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lora_bench.overrides import check_config
+
+    try:
+        content = filled(record)
+        config = OmegaConf.create(content)
+        check_config(config)
+    except UserError as error:
+        error.file = error.file or folder / "run.json"
+        raise
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"is damaged: its config cannot be read ({reason})", file=folder / "run.json") from None
+    return OmegaConf.create(relocated(content, places["model_path"], places["tokenizer"]))
 
 
 def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:

@@ -14,7 +14,7 @@ import torch
 from lora_bench import environment
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.tokenizer import refuse_another
-from lora_bench.errors import LostFolderError, RunFailedError, UserError
+from lora_bench.errors import LostFolderError, RunFailedError, UserError, argument
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.progress import show_result
 from lora_bench.record import Run
@@ -219,7 +219,7 @@ class Recorder:
         run.update(selection={"stopped_at_step": outcome.steps})
         run.finish("interrupted", reason)
         name = job.title.partition(":")[0]
-        self.console.print(shown(f"{name}: {reason}; go on with it: lora-bench train resume={run.folder}"))
+        self.console.print(shown(f"{name}: {reason}; go on with it: lora-bench train {argument('resume', run.folder)}"))
 
     def fail(self, error: Exception) -> None:
         """What all members share has failed: close the runs that have not ended."""
@@ -236,7 +236,9 @@ class Recorder:
                 self.console.print(shown(error))
                 continue
             if not self.brief:
-                self.console.print(shown(f"go on with: lora-bench train resume={run.folder}"), soft_wrap=True)
+                self.console.print(
+                    shown(f"go on with: lora-bench train {argument('resume', run.folder)}"), soft_wrap=True
+                )
 
     def _job_of(self, member: int) -> int:
         return next(job for job, part in enumerate(self.parts) if member in part)

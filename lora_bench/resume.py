@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from lora_bench import sweep
-from lora_bench.errors import UserError
+from lora_bench.errors import UserError, argument, quoted
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record import find
 from lora_bench.secrets import hides_secret, is_identifier, leaves, redacted
@@ -22,34 +24,54 @@ if TYPE_CHECKING:
 
 
 def place(resume: str, top: Path) -> Path:
-    """The folder that `resume` names; for `last` that of the newest unfinished run or sweep below `top`."""
+    """Return the folder that `resume` names; for `last` that of the newest unfinished run or sweep below `top`.
+
+    A record without a date, or with one in the future, is never the newest.
+    """
     if resume != "last":
         return Path(resume)
-    sweeps = list(sweep.unfinished(top))
     runs = find([top])[0] if top.exists() else []
-    alone = [
-        (record["created"] or "", folder)
-        for folder, record in runs
-        if record["status"] not in sweep.ENDED
-        and not is_prompted(record)
-        and not any(sweep.is_sweep(above) for above in folder.parents)
+    dated = [
+        *sweep.unfinished(top),
+        *(
+            (record["created"], folder)
+            for folder, record in runs
+            if record["status"] not in sweep.ENDED
+            and not is_prompted(record)
+            and not any(sweep.is_sweep(above) for above in folder.parents)
+        ),
     ]
-    if not sweeps and not alone:
+    if not dated:
         raise UserError(f"there is no unfinished run below {top}", key="resume", value="last")
-    return max([*sweeps, *alone])[1]
+    moments = {folder: moment for created, folder in dated if (moment := _moment(created))}
+    if not moments:
+        reason = "has no date, or one in the future, so it cannot be said which is the last"
+        remedy = f"Name the folder: {argument('resume', dated[0][1])}"
+        raise UserError(reason, key="resume", value="last", file=dated[0][1], remedy=remedy)
+    return max(moments, key=lambda folder: (moments[folder], str(folder)))
+
+
+def _moment(created: object) -> datetime | None:
+    """Return when a record says that it was made; None if it does not say, or names a time that is yet to come."""
+    try:
+        moment = datetime.fromisoformat(str(created)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+    return moment if moment <= datetime.now(UTC) else None
 
 
 def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
     """The arguments that the sweep in `folder` was begun with, to run what it lacks.
 
     Raises:
-        UserError: more is asked for than to go on.
+        UserError: more is asked for than to go on; what the sweep was begun with may be repeated.
     """
-    more = [override for override in arguments.overrides if sweep.key_of(override) != "resume"]
-    if more or arguments.config_dir is not None:
+    begun = sweep.read(folder)
+    typed = [override for override in arguments.overrides if sweep.key_of(override) != "resume"]
+    more = [override for override in typed if override not in begun.overrides]
+    if more or (arguments.config_dir and os.path.abspath(arguments.config_dir) != begun.config_dir):
         asked = more[0] if more else "--config-dir"
         raise UserError(f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder)
-    begun = sweep.read(folder)
     refuse_hidden(folder, begun.overrides)
     overrides = [*begun.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
     again = type(arguments).read([])
@@ -81,12 +103,6 @@ def refuse_unloadable(cfg: DictConfig) -> None:
         if is_identifier(key) and hides_secret(redacted(value, key)) and not hides_secret(value):
             reason = "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"
             raise UserError(reason, key=key, remedy="Rename it, or use a link of another name.")
-
-
-def quoted(value: object) -> str:
-    """A value as Hydra's grammar reads it back, whatever is in it."""
-    text = str(value).replace("'", "\\'")
-    return f"'{text}'"
 
 
 def refuse_difference(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import secrets
 import shutil
 import signal
 import time
@@ -59,6 +61,10 @@ class Slurm:
             if getattr(self, name) is not None:
                 need_number(name, getattr(self, name), low)
         need_number("gpus", self.gpus, 0, 1)
+        for name in ("partition", "account", "qos", "constraint"):  # each becomes a line of a shell script
+            value = getattr(self, name)
+            is_word = value is None or re.fullmatch(r"[\w.,:+@&|()\[\]*!-]+", value)
+            need(bool(is_word), name, value, "holds a character that Slurm's names do not have")
 
     def check(self) -> None:
         """Refuse what cannot be before anything is written."""
@@ -115,10 +121,9 @@ def run(
     from lora_bench.experiment import Experiment
     from lora_bench.workers import handed_over, parts
 
-    folder.mkdir(exist_ok=True)
-    folder.chmod(0o700)  # what is handed over lies there as typed, keys included, until it is done
-    cut = parts(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
     begun = time.strftime("%Y-%m-%d-%H-%M-%S")
+    folder = _private_folder(folder, begun)
+    cut = parts(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
     logs = [folder / f"{begun}-{number}.log" for number in range(len(cut))]
     executor = asked.executor(folder)
     before = set(folder.glob("*.pkl"))
@@ -150,6 +155,20 @@ def run(
         for job in given:
             for path in (job.paths.submitted_pickle, job.paths.result_pickle):
                 path.unlink(missing_ok=True)
+
+
+def _private_folder(folder: Path, begun: str) -> Path:
+    """Make a new folder for what is handed over, which nobody else can read or has put a file into.
+
+    submitit loads results with pickle from names that can be guessed, so none of them may be there beforehand.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError("is a link or a file, where Slurm's files would go", file=folder, remedy="Remove it.")
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)  # what is handed over lies there as typed, keys included, until it is done
+    own = folder / f"{begun}-{secrets.token_hex(8)}"
+    own.mkdir(mode=0o700)
+    return own
 
 
 class _Submitted:

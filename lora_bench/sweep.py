@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench import claim, record
 from lora_bench.disk import dump, plain, why, write
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import RunFailedError, UserError, argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,8 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / FILE).exists():
-            remedy = f"Run what it lacks: lora-bench train -m resume={folder}. Or give a folder that is not there yet."
+            command = f"lora-bench train -m {argument('resume', folder)}"
+            remedy = f"Give a folder that is not there yet. Or run what it lacks: {command}"
             raise UserError("already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy)
         lock = _take(folder)
         write(folder, FILE, dump(plain({"schema": record.SCHEMA, **asdict(made)})).encode())
@@ -119,12 +121,23 @@ def read(folder: Path) -> Sweep:
         if found.pop("schema") != record.SCHEMA:
             raise UserError("is of another version of lora-bench", file=path)
         sweep = Sweep(**found)
+        if not (isinstance(sweep.created, str) and _is_texts(sweep.overrides) and isinstance(sweep.jobs, dict)):
+            raise ValueError("a key is of another type")
+        if sweep.config_dir is not None and not (isinstance(sweep.config_dir, str) and os.path.isdir(sweep.config_dir)):
+            raise UserError(f"names a folder of choices that is not there: {sweep.config_dir!r}", file=path)
+        real = os.path.realpath(folder)
         for name, job in sweep.jobs.items():
-            if leads_out(name) or not all(isinstance(text, str) for text in job):
+            if leads_out(name) or not _is_texts(job):
                 raise ValueError(f"job {name!r} is not one")
+            if os.path.realpath(folder / name) != os.path.join(real, os.path.normpath(name)):
+                raise UserError(f"the folder of job {name!r} is a link that leads elsewhere", file=path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"is damaged: {why(error)}", file=path) from None
     return sweep
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def unfinished(top: Path) -> Iterator[tuple[str, Path]]:

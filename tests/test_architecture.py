@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "prediction_request",
         "record",
     }
-    | {"prompt", "resume", "screen", "secrets", "signals", "streams", "sweep", "train"},
+    | {"cache", "config", "overrides", "preflight", "prompt", "resume", "screen", "secrets", "signals", "streams"}
+    | {"sweep", "train"},
     "help": set(),
     "prompt": BASE
     | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "experiments",
         "hydra_errors",
         "job",
+        "preflight",
         "resume",
     }
     | {"claim", "config", "evaluate", "help", "record", "screen", "slurm", "sweep", "tasks", "transfer", "workers"},
@@ -64,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "errors", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
-    "recorded": {"errors", "experiments", "help", "hydra_errors", "prompted"},
+    "recorded": {"errors", "experiments", "help", "hydra_errors", "overrides", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record"},
     "evaluate": BASE
@@ -115,7 +117,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "untrusted": set(),
     "disk": {"errors", "secrets"},
     "claim": {"errors"},
-    "hydra_errors": {"errors"},
+    "hydra_errors": {"errors", "overrides"},
+    "overrides": {"errors", "help"},
+    "preflight": BASE | {"backbones", "finished"},
     "checks": {"errors"},
     "config": {"checks", "errors", "sharing"},
     "sharing": {"checks"},
@@ -141,8 +145,8 @@ LIGHT += (
     "figures",
     "grid",
 )
-LIGHT += ("cache", "clean", "launch", "paths", "signals", "streams", "help", "prompted", "recorded", "slurm", "tasks")
-LIGHT += ("transfer",)
+LIGHT += ("cache", "clean", "launch", "paths", "signals", "streams", "help", "overrides", "prompted", "recorded")
+LIGHT += ("slurm", "tasks", "transfer")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 OPEN_CONFIG = {
     "config",
@@ -153,6 +157,8 @@ OPEN_CONFIG = {
     "cli",
     "hydra_errors",
     "prediction_request",
+    "overrides",
+    "preflight",
     "prompt",
     "recorded",
     "evaluate",

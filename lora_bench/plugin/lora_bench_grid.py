@@ -16,12 +16,12 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
 from lora_bench.disk import plain
-from lora_bench.errors import RunFailedError, SweepFailedError, UserError
+from lora_bench.errors import RunFailedError, SweepFailedError, UserError, argument, quoted
 from lora_bench.experiments import flat
-from lora_bench.hydra_errors import refuse_code
+from lora_bench.hydra_errors import compose_job
 from lora_bench.job import compose_tasks
-from lora_bench.resume import quoted
-from lora_bench.sweep import Sweep
+from lora_bench.preflight import check_settings
+from lora_bench.sweep import Sweep, key_of
 
 PLACE = "hydra.sweep.subdir"
 """The key of a job's folder below the sweep's."""
@@ -74,7 +74,7 @@ class GridSweeper(BasicSweeper):
         assert self.hydra_context is not None
         assert self.launcher is not None
         hydra, folder = self.config.hydra, Path(self.config.hydra.sweep.dir)
-        grid = [*self._parse_config(), *(text for text in arguments if not text.startswith("resume="))]
+        grid = [*self._parse_config(), *(text for text in arguments if key_of(text) != "resume")]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         combinations = self._combinations([parser.parse_overrides([*grid, *variant]) for variant in self.variants])
         jobs = self._checked(self._first(combinations))
@@ -86,7 +86,9 @@ class GridSweeper(BasicSweeper):
             return
         if self.config.resume:
             begun = sweep.read(folder).jobs
-            if dict(islice(begun.items(), len(jobs))) != plain(jobs):
+            further = list(islice(begun.values(), len(jobs), None))  # added later, as those before ended
+            expected = plain(jobs | self._checked(further, len(jobs)))
+            if list(begun.items()) != list(expected.items()):
                 remedy = "Its presets have changed since: begin a new sweep."
                 raise UserError(
                     "the sweep's jobs are not those it began with", key="resume", value=folder, remedy=remedy
@@ -94,7 +96,7 @@ class GridSweeper(BasicSweeper):
             lock = sweep.reopen(folder)
         else:
             typed: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
-            asked = [text for text in [*typed["hydra"], *typed["task"]] if not text.startswith("resume=")]
+            asked = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
             places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
             lock = sweep.begin(folder, asked, places[0] if places else None, jobs)
         tried: set[int] = set()
@@ -121,7 +123,8 @@ class GridSweeper(BasicSweeper):
                 write_tables(folder, self._baseline(folder, begun))
                 self._conclude(folder)
             if lacking := len(sweep.read(folder).lacks(folder)):
-                print(f"{lacking} of {len(begun)} jobs are lacking; run them with: lora-bench train -m resume={folder}")
+                command = f"lora-bench train -m {argument('resume', folder)}"
+                print(f"{lacking} of {len(begun)} jobs are lacking; run them with: {command}")
         _raise_failures(failures, len(tried))
 
     # -- what a sweeper of more than one stage does otherwise --
@@ -214,17 +217,17 @@ class GridSweeper(BasicSweeper):
 
     def _check(self, number: int, job: list[str]) -> tuple[str, str]:
         """The name of the job's folder, and what it would train, names and folders left out."""
-        from lora_bench.experiment import Experiment  # torch: late
-
         assert self.hydra_context is not None
         assert self.config is not None
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, job)
-        refuse_code(composed.hydra)
+        composed = compose_job(self.hydra_context.config_loader, self.config, job)
         with open_dict(composed):
             composed.hydra.job.num = number
             name = str(composed.hydra.sweep.subdir)
             hydra = composed.pop("hydra")
         compose_tasks(composed, job, hydra.runtime.config_sources)
+        check_settings(composed)
+        from lora_bench.experiment import Experiment  # torch: late
+
         return name, Experiment.build(composed).identity
 
     def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:

@@ -14,8 +14,10 @@ from omegaconf import open_dict
 from rich.console import Console
 
 from lora_bench.claim import Identity
+from lora_bench.hydra_errors import compose_job
 from lora_bench.job import Job, is_done, titled
 from lora_bench.screen import shown
+from lora_bench.sweep import key_of
 
 
 @dataclass
@@ -74,7 +76,9 @@ class PackedLauncher(BasicLauncher):
         """The job; none where its run is done."""
         assert self.hydra_context is not None
         assert self.config is not None
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        own = [text for text in overrides if key_of(text) != "resume"]
+        resume = [text for text in overrides if key_of(text) == "resume"]  # added by the sweeper
+        composed = compose_job(self.hydra_context.config_loader, self.config, own, resume)
         with open_dict(composed):
             composed.hydra.job.id = composed.hydra.job.num = number
             HydraConfig.instance().set_config(composed)

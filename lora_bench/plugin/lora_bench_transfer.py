@@ -13,9 +13,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from lora_bench import transfer
-from lora_bench.errors import DivergedError, UserError
+from lora_bench.errors import DivergedError, UserError, quoted
 from lora_bench.plugin.lora_bench_grid import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
-from lora_bench.resume import quoted
 from lora_bench.sweep import key_of, read
 from lora_bench.tasks import folder_of
 from lora_bench.transfer import EVERYTHING, source_of, task_of, told_of

