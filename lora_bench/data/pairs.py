@@ -171,6 +171,8 @@ def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
 def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
     """Return the tokens from the cache, or encode the texts and leave them there."""
     files = CacheFiles("tokens", token_limit_bytes())
+    if not files.limit_bytes:
+        return _encode(first, second, tokenizer, max_length)
     key = _key(first, second, tokenizer, max_length)
     parse = partial(_parse, rows=len(first), paired=second is not None, tokenizer=tokenizer, max_length=max_length)
     most = len(first) * (max_length * 5 + 8) + (1 << 20)  # an id, a type; two offsets; the schema

@@ -342,6 +342,9 @@ def test_tokens_are_bounded_in_size(
     monkeypatch.setattr(pairs, "_encode", lambda *arguments: pytest.fail("tokenised again"))
     tokenize(examples(), COLUMNS, made, 40)
     tokenize(examples(), COLUMNS, made, 50)
+    monkeypatch.setenv("LORA_BENCH_TOKEN_CACHE_BYTES", "0")
+    with pytest.raises(pytest.fail.Exception):
+        tokenize(examples(), COLUMNS, made, 40)
 
 
 WRITER = """
