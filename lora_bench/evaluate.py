@@ -86,8 +86,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             "takes a finished run or an adapter made by PEFT", key="eval", remedy="Give run=DIR or peft=DIR."
         )
     need_one_of("device", str(cfg.device), ("auto", "cpu", "cuda"))
-    name = str(cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice))
-    file_name(name)  # refuses what cannot be one
+    title = str(cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice))
+    file_name(title)  # refuses what cannot be one
     finished = _check_run(cfg, data) if cfg.run else None
     splits = sources.reported(sources.load(data))
     if not splits:
@@ -123,7 +123,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         **describe(data, splits, subject.seen),
     }
     content = {**subject.described, "data": described, "metrics": found}
-    path = _write(subject.place, name, content, predictions)
+    path = _write(subject.place, title, content, predictions)
     print_metrics(console, found)
     console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 

@@ -117,7 +117,7 @@ def check_folder(path: str | Path, key: str) -> None:
     Raises:
         UserError: it, or what stands in its place or above it, is no folder or is read-only.
     """
-    with _refused(path, key):
+    with _refused(path, key, "Give a folder where you may write."):
         folder = os.path.realpath(path)
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)
@@ -199,12 +199,13 @@ def _make_part(folder: str) -> tuple[str, int]:
 
 
 @contextmanager
-def _refused(path: str | Path, key: str) -> Iterator[None]:
+def _refused(
+    path: str | Path, key: str, remedy: str = "Give a place that exists, where you may write and where there is room."
+) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        remedy = "Give a place that exists, where you may write and where there is room."
         raise UserError(reason, key=key, value=path, remedy=remedy) from None

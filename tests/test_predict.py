@@ -367,10 +367,12 @@ def test_a_second_run_labels_the_output_of_the_first(runs: Run, tmp_path: Path) 
     ask(run=folder, input=tmp_path / "a.csv", output=tmp_path / "b.csv")
     ask(run=folder, input=tmp_path / "b.csv", output=tmp_path / "c.jsonl")
     answer = got(tmp_path / "c.jsonl")[0]
-    assert list(answer) == ["question1", "question2", "label", "score", "predicted_label", "predicted_score"] + [
-        "predicted_label_2",
-        "predicted_score_2",
+    names = [
+        f"{prefix}{name}{number}"
+        for prefix, number in (("", ""), ("predicted_", ""), ("predicted_", "_2"))
+        for name in ("label", "score")
     ]
+    assert list(answer) == ["question1", "question2", *names]
     assert answer["score"] == answer["predicted_score"] == repr(answer["predicted_score_2"])
 
 
@@ -433,7 +435,5 @@ def test_a_rank_that_no_tensor_has_room_for_is_refused(runs: Run, tmp_path: Path
     record = json.loads((folder / "run.json").read_text())
     record["targets"][next(iter(record["targets"]))] = 10**6
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(
-        UserError, match=r"adapter_model\.safetensors: .* do not fit: .* has rank 1000000"
-    ):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: .* do not fit: .* has rank 1000000"):
         lora_bench.load(folder)

@@ -162,3 +162,23 @@ def test_names_that_are_taken() -> None:
     assert free_names(["label", "score"], ["label"]) == {"label": "predicted_label", "score": "score"}
     taken = ["label", "predicted_label", "score"]
     assert free_names(["label", "score"], taken) == {"label": "predicted_label_2", "score": "predicted_score"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@given(content=st.binary() | st.text('ab,\t\n\r"{}[]:01\0\ufeff\\').map(str.encode), as_body=st.booleans())
+@few
+def test_whatever_is_read_is_written_in_every_format(tmp_path: Path, kind: str, content: bytes, as_body: bool) -> None:
+    header = {".tsv": b"a\tb\n", ".csv": b"a,b\n", ".jsonl": b'{"a":"","b":""}\n', ".parquet": b"PAR1"}[kind]
+    (tmp_path / f"in{kind}").write_bytes(header + content if as_body else content)
+    try:
+        table = read_table(tmp_path / f"in{kind}")
+    except UserError:
+        return
+    for output in FORMATS:
+        try:
+            check_texts(table, output)
+        except UserError:
+            continue
+        new = free_names(["label"], table.names)["label"]
+        written, _ = encode(table, {new: [0] * len(table.rows)}, output)
+        assert len(table.rows) == 0 or written
