@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lora_bench import record
 from lora_bench.adapters import peft_format
-from lora_bench.backbones.tokenizer import refuse_another
+from lora_bench.backbones.identity import refuse_another
 from lora_bench.errors import UserError
 from lora_bench.experiment import Experiment
 from lora_bench.prompted import is_prompted

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import record
 from lora_bench.adapters import peft_format
-from lora_bench.backbones.tokenizer import refuse_another
+from lora_bench.backbones.identity import refuse_another
 from lora_bench.checks import need, need_number
 from lora_bench.data import files
 from lora_bench.data.examples import Examples

@@ -19,8 +19,9 @@ from lora_bench import hub
 from lora_bench.backbones import tiny
 from lora_bench.backbones.auto import Auto
 from lora_bench.backbones.bert import MODEL_TYPES, Bert
+from lora_bench.backbones.identity import probe
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
-from lora_bench.backbones.tokenizer import first_line, probe, read
+from lora_bench.backbones.tokenizer import first_line, read
 from lora_bench.config import Model, T5Model
 from lora_bench.errors import UserError
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lora_bench.backbones.tokenizer import PAIRS, first_line
+from lora_bench.backbones.identity import PAIRS
+from lora_bench.backbones.tokenizer import first_line
 from lora_bench.data.batching import Batch
 from lora_bench.errors import UserError
 
