@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench import record
 from lora_bench.adapters import peft_format
-from lora_bench.backbones.tokenizer import refuse_another
+from lora_bench.backbones.identity import refuse_another
 from lora_bench.errors import UserError
 from lora_bench.experiment import Experiment
 from lora_bench.finished import FinishedRecord

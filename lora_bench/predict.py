@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lora_bench.adapters import peft_format
-from lora_bench.backbones.tokenizer import refuse_another
+from lora_bench.backbones.identity import refuse_another
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import scoring_table
 from lora_bench.errors import RunFailedError, UserError

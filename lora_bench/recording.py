@@ -13,7 +13,7 @@ import torch
 
 from lora_bench import environment
 from lora_bench.adapters.targets import unmatched_alternatives
-from lora_bench.backbones.tokenizer import refuse_another
+from lora_bench.backbones.identity import refuse_another
 from lora_bench.errors import LostFolderError, RunFailedError, UserError, argument
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.progress import show_result

@@ -158,7 +158,10 @@ def test_the_other_commands_configs(name: str) -> None:
         assert {config.build(config.Metric, node, key).direction for key, node in cfg.metric.items()} == {"up"}
         for data in (option for group, option in OPTIONS if group == "data"):
             config.build_data(composed("run=x", *chosen("data", data), name=name).data)
-        assert composed("peft=x", "model.path=y", "data.path=pairs", name=name).model == {"path": "y"}
+        assert composed("peft=x", "model.path=y", "data.path=pairs", name=name).model == {
+            "path": "y",
+            "tokenizer": None,
+        }
         for model in (option for group, option in OPTIONS if group == "model"):
             config.build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
 

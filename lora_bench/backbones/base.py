@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.backbones.tokenizer import identity
+from lora_bench.backbones.identity import identity
 from lora_bench.checks import need
 
 if TYPE_CHECKING:

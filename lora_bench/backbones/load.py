@@ -18,10 +18,11 @@ import transformers
 from lora_bench.backbones import tiny
 from lora_bench.backbones.auto import Auto
 from lora_bench.backbones.bert import MODEL_TYPES, Bert
+from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
-from lora_bench.backbones.tokenizer import first_line, probe, read
+from lora_bench.backbones.tokenizer import first_line, read
 from lora_bench.config import Model, T5Model
 from lora_bench.errors import UserError
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lora_bench.backbones.tokenizer import PAIRS, first_line
+from lora_bench.backbones.identity import PAIRS
+from lora_bench.backbones.tokenizer import first_line
 from lora_bench.data.batching import Batch
 from lora_bench.errors import UserError
 
@@ -53,7 +54,8 @@ def _rows(backbone: Backbone) -> list[list[int]]:
     first, second = backbone.render([("first", [short, long]), ("second", [other, another])])
     backend = backbone.tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.enable_truncation(min(backbone.max_tokens or 64, 64), strategy="longest_first")
+    limit = backbone.max_tokens or 64
+    backend.enable_truncation(min(limit, 64) if limit > 8 else 64, strategy="longest_first")  # XLNet's says -1
     encoded = backend.encode_batch_fast(first if second is None else list(zip(first, second, strict=True)))
     backend.no_truncation()
     return [encoding.ids for encoding in encoded]

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer
 
+from lora_bench.backbones import identity as identities
 from lora_bench.backbones import tiny
 from lora_bench.backbones import tokenizer as tokenizers
 from lora_bench.backbones.load import load, load_tokenizer
@@ -111,7 +112,7 @@ def test_a_truncation_and_padding_section_changes_nothing(tmp_path: Path) -> Non
         }
 
     one, other = (read(folder_of(tmp_path / name, how)) for name, how in (("a", change), ("b", lambda _: None)))
-    assert tokenizers.identity(one) == tokenizers.identity(other)
+    assert identities.identity(one) == identities.identity(other)
 
 
 # -- refused --
@@ -297,13 +298,13 @@ def changed_vocabulary(content: dict[str, Any]) -> None:
 
 
 def other(recorded: dict[str, Any], current: dict[str, str]) -> list[str]:
-    return tokenizers.refuse_another(recorded, current, lambda reason, remedy: UserError(reason, remedy=remedy))
+    return identities.refuse_another(recorded, current, lambda reason, remedy: UserError(reason, remedy=remedy))
 
 
 @pytest.mark.parametrize("change", [keep_case, split_at_spaces, drop_the_template, changed_vocabulary])
 def test_other_token_ids_are_refused(change: Any, tmp_path: Path) -> None:
     before, after = (
-        tokenizers.identity(read(folder_of(tmp_path / name, how)))
+        identities.identity(read(folder_of(tmp_path / name, how)))
         for name, how in (("before", lambda _: None), ("after", change))
     )
     with pytest.raises(UserError, match=r"model\.tokenizer=DIR"):
@@ -312,14 +313,14 @@ def test_other_token_ids_are_refused(change: Any, tmp_path: Path) -> None:
 
 def test_the_same_content_in_other_bytes_is_the_same_tokenizer(tmp_path: Path) -> None:
     before, after = (
-        tokenizers.identity(read(folder_of(tmp_path / name, how)))
+        identities.identity(read(folder_of(tmp_path / name, how)))
         for name, how in (("before", lambda _: None), ("after", same_but_bytes))
     )
     assert other(before, after) == []
 
 
 def test_other_versions_are_noted_where_the_ids_agree() -> None:
-    now = tokenizers.identity(tiny.tokenizer("bert"))
+    now = identities.identity(tiny.tokenizer("bert"))
     versions = {"tokenizers": "0.1", "transformers": transformers.__version__}
     (note,) = other({**now, "versions": versions}, now)
     assert "tokenizers 0.1" in note
@@ -328,8 +329,8 @@ def test_other_versions_are_noted_where_the_ids_agree() -> None:
 
 
 def test_an_older_record_says_nothing_of_its_tokenizer() -> None:
-    assert other({}, tokenizers.identity(tiny.tokenizer("bert"))) == []
+    assert other({}, identities.identity(tiny.tokenizer("bert"))) == []
 
 
 def test_there_are_32_probe_texts() -> None:
-    assert len([*tokenizers.PAIRS, *tokenizers.TEXTS]) == 32
+    assert len([*identities.PAIRS, *identities.TEXTS]) == 32
