@@ -104,7 +104,8 @@ class Learned:
         if len(self.members) > 1:
             folders[0].parent.mkdir(exist_ok=True)
         for k, folder in zip(self.members, folders, strict=True):
-            peft_format.save(folder, self.pack, k, public_place(self.experiment.model), head=self.head)
+            place, names = public_place(self.experiment.model), self.experiment.data.label_names
+            peft_format.save(folder, self.pack, k, place, head=self.head, label_names=names)
 
 
 def report_tasks(run: Run, learned: Mapping[str, Learned], sections: Mapping[str, dict[str, Any]]) -> None:

@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"errors", "stats"},
     "data": BASE | {"hub"},
     "backbones": BASE | {"hub"},
-    "adapters": BASE,
+    "adapters": BASE | {"backbones"},
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),
