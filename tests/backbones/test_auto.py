@@ -219,10 +219,14 @@ def test_a_model_that_changes_outputs_in_place_learns(option: str) -> None:
         vocab_size=len(tokenizer), **SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0
     )
     network = enliven(transformers.DebertaForSequenceClassification(config)).eval()
-    for batched in (False, True):
-        members = [Member(adapter(option), seed) for seed in (0, 1)]
-        pack = Pack(Auto(network, tokenizer, set()), members, batched=batched)
-        with pack.gathering_gradients():
-            pack(random_batch(pack.backbone)).square().sum().backward()
-        assert all(p.grad is not None for k in (0, 1) for p in pack.adapter_parameters(k).values())
-        pack.detach()
+    members = [Member(adapter(option), seed) for seed in (0, 1)]
+    pack = Pack(Auto(network, tokenizer, set()), members, batched=True)
+    with pack.gathering_gradients():
+        pack(random_batch(pack.backbone)).square().sum().backward()
+    assert all(p.grad is not None for k in (0, 1) for p in pack.adapter_parameters(k).values())
+    assert not pack.batched  # all rows share what its linears make of relative positions
+
+
+def test_a_pack_is_computed_at_once_where_every_linear_takes_the_rows(bert: Path, bart: Path) -> None:
+    for folder in (bert, bart):
+        assert Pack(make("deberta", f"model.path={folder}"), [Member(adapter("lora"), 0)], batched=True).batched
