@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -40,7 +41,6 @@ from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from omegaconf import DictConfig
     from rich.console import Console
@@ -185,7 +185,10 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
 
     def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
         table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
-        return predict(pack, table, BATCH_SIZE)
+        scores = predict(pack, table, BATCH_SIZE)
+        if not np.isfinite(scores).all():
+            raise UserError("gives scores that are not finite numbers", key="peft", value=adapter.folder)
+        return scores
 
     described = {"folder": os.path.abspath(adapter.folder), "peft_type": adapter.kind, "backbone": locate(model)}
     return _Subject(scored, Run(output, {}), {"peft": described})

@@ -54,6 +54,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         reason = "compares the two texts beside the head, for which neither PEFT nor a plain classifier has a place"
         raise UserError(reason, key="adapter.matching", value="true", remedy="Train with adapter.matching=false.")
     one = output if run.pack.size == 1 else output / "member_0"
+    differences, reading = _differences(run), _reading(run)
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
         base = public_place(run.experiment.model)
@@ -61,6 +62,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             for k, own in enumerate(_of_members(folder, run.pack.size)):
                 peft_format.save(own, run.pack, k, base, for_peft=True)
                 backbone.tokenizer.save_pretrained(own)
+            _write_readme(folder, cfg.format, [*differences, *reading])
         load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{base or "BASE"}"), "{one}")'
     else:
         with _new_folder(output) as folder:
@@ -68,13 +70,49 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
                 if k > 0:  # writing the one before has taken the pack apart
                     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
                 write_merged(own, run.pack, k, run.experiment.data.label_names)
+            _write_readme(folder, cfg.format, [*differences, *reading])
         load = f'{auto_class}.from_pretrained("{one}")'
     for line in (f"written: {output}", f"load it: {load}"):
         console.print(shown(line), soft_wrap=True)
-    if run.pack.size > 1:
-        console.print(
-            shown(f"It is an ensemble of {run.pack.size}, member_0, member_1, …: average their probabilities.")
+    for difference in differences:
+        console.print(shown(f"note: {difference}"), soft_wrap=True)
+
+
+def _differences(run: FinishedRun) -> list[str]:
+    """Return what `lora-bench predict` does with this run's model that the exported model does not do by itself."""
+    experiment = run.experiment
+    notes = []
+    if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
+        notes.append(
+            "this run scores both orders of the two texts (trainer.score_both_orders), an exported model one. "
+            "For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of P(label 1)."
         )
+    if run.pack.size > 1:
+        notes.append(f"it is an ensemble of {run.pack.size}, member_0, member_1, …: average their probabilities.")
+    return notes
+
+
+def _reading(run: FinishedRun) -> list[str]:
+    """Return how the model reads a pair and what its logits mean."""
+    experiment, backbone = run.experiment, run.pack.backbone
+    notes = [f"pairs are truncated to {experiment.data.max_length} tokens, the longer text first."]
+    if backbone.peft_task != "SEQ_CLS":
+        columns = [(name, ["…"]) for name in experiment.data.text_columns]
+        notes.append(f"the model reads one text, made of the columns: {backbone.render(columns)[0][0]!r}.")
+    if backbone.peft_task == "TOKEN_CLS":
+        notes.append("the logits of a pair are the mean of its tokens' logits, padding left out.")
+    if backbone.peft_task == "SEQ_2_SEQ_LM":
+        words = ", ".join(getattr(experiment.model, "label_words", ()))
+        notes.append(f"its logits are the decoder's first scores of the first tokens of: {words}.")
+    return notes
+
+
+def _write_readme(folder: Path, form: str, notes: Sequence[str]) -> None:
+    """Write what the folder holds, and how to score with it."""
+    what = "A LoRA-type adapter in PEFT's format" if form == "peft" else "A Hugging Face model"
+    lines = [f"# {what}", "", "Written by `lora-bench export`. For the scores of `lora-bench predict`:", ""]
+    lines += [f"- {note[0].upper()}{note[1:]}" for note in notes]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _of_members(folder: Path, members: int) -> list[Path]:
@@ -98,12 +136,7 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
     network: Any = pack.network
     for name, tensor in merged.items():
         network.get_parameter(name).copy_(tensor)
-    config = network.config
-    if pack.backbone.head_modules:
-        config.id2label = dict(enumerate(label_names))
-        config.label2id = {name: label for label, name in config.id2label.items()}
-    if pack.backbone.peft_task == "SEQ_CLS":
-        config.problem_type = "single_label_classification"
+    network.config = pack.backbone.plain_config(label_names)
     network.save_pretrained(folder)
     pack.backbone.tokenizer.save_pretrained(folder)
 

@@ -106,7 +106,8 @@ class Learned:
             folders[0].parent.mkdir(exist_ok=True)
         for k, folder in zip(self.members, folders, strict=True):
             run.check()
-            peft_format.save(folder, self.pack, k, public_place(self.experiment.model), head=self.head)
+            place, names = public_place(self.experiment.model), self.experiment.data.label_names
+            peft_format.save(folder, self.pack, k, place, head=self.head, label_names=names)
 
 
 def report_tasks(run: Run, learned: Mapping[str, Learned], sections: Mapping[str, dict[str, Any]]) -> None:

@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clean": {"cache", "errors", "screen", "tables"},
     "paths": {"errors"},
     "backbones": BASE | {"hub"},
-    "adapters": BASE,
+    "adapters": BASE | {"backbones"},
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),

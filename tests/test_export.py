@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +198,51 @@ def test_an_adapter_that_only_we_can_read_whole_goes_to_peft_without_the_rest(
     names = held(Path("adapter/adapter_model.safetensors")).keys()
     assert not any(name.endswith("latent") for name in names)
     assert names < held(run / "adapter" / "adapter_model.safetensors").keys()
+
+
+def stale_base(folder: Path, base: Path) -> Path:
+    """A copy of a model folder whose config.json tells of another task."""
+    shutil.copytree(base, folder)
+    path = folder / "config.json"
+    stale = {"architectures": ["BertForMaskedLM"], "finetuning_task": "sst2", "dtype": "float16"}
+    stale |= {"problem_type": "multi_label_classification", "id2label": {"0": "negative", "1": "positive"}}
+    stale |= {"label2id": {"negative": 0, "positive": 1}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | stale))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["bert", "roberta", "t5_encoder"])
+def test_a_model_trained_whole_says_what_it_was_trained_on(
+    form: str, runs: Callable[..., Path], folders: dict[str, Path], in_tmp: Path
+) -> None:
+    """`run/adapter` of full fine-tuning has the labels of the run, as `format=merged` has, and none of the base's."""
+    base = stale_base(in_tmp / "base", folders[form])
+    run = runs(form, "adapter=full", f"model.path={base}")
+    assert lora_bench("export", f"run={run}", "format=merged", "output=merged").code == 0
+    own, merged = (json.loads((folder / "config.json").read_text()) for folder in (run / "adapter", Path("merged")))
+    assert own == merged
+    assert own["id2label"] == {"0": "not_duplicate", "1": "duplicate"}
+    assert own["label2id"] == {"not_duplicate": 0, "duplicate": 1}
+    assert own["dtype"] == "float32"
+    assert "finetuning_task" not in own
+    assert own.get("problem_type") == (None if form == "t5_encoder" else "single_label_classification")
+    plain = CLASSES[form].from_pretrained(run / "adapter").eval()
+    assert own["architectures"] == [type(plain).__name__]
+    expected = FinishedRun.load(run).predict(ROWS)
+    np.testing.assert_allclose(probabilities(plain, run / "adapter", form), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_an_export_says_what_predict_does_besides(kind: str, runs: Callable[..., Path], in_tmp: Path) -> None:
+    both = runs("bert", "trainer.score_both_orders=true")
+    answer = lora_bench("export", f"run={both}", f"format={kind}", "output=both")
+    assert answer.code == 0
+    for text in (answer.out, Path("both/README.md").read_text(encoding="utf-8")):
+        assert "trainer.score_both_orders" in text
+        assert "(b, a)" in text
+    assert "48 tokens" in Path("both/README.md").read_text(encoding="utf-8")
+    answer = lora_bench("export", f"run={runs('bert')}", f"format={kind}", "output=one")
+    assert "score_both_orders" not in answer.out + Path("one/README.md").read_text(encoding="utf-8")
 
 
 # -- what is refused --

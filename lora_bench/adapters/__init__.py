@@ -27,6 +27,7 @@ _SHARED = {
     "leaves",
     "matching",
     "pack",
+    "patterns",
     "peft_config",
     "peft_format",
     "peft_import",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_bench.adapters.patterns import limited_matching
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,10 +73,12 @@ def pattern(names: Iterable[str], rules: list[str], default: int, caps: dict[str
     names = list(names)
     ranks: dict[str, int] = {}
     for rule in rules:
-        expression, rank = _parse(rule)
-        matched = [name for name in names if expression.fullmatch(name)]
-        if not matched:
-            raise UserError("matches no module", key="allocation", value=rule, remedy=_hint(expression, rank, names))
+        with limited_matching("allocation", rule):
+            expression, rank = _parse(rule)
+            matched = [name for name in names if expression.fullmatch(name)]
+            if not matched:
+                hint = _hint(expression, rank, names)
+                raise UserError("matches no module", key="allocation", value=rule, remedy=hint)
         free = [name for name in matched if name not in ranks]
         if not free:
             raise UserError(

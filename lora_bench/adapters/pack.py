@@ -66,7 +66,7 @@ class Pack(nn.Module):
         backbone: stays frozen and bitwise unchanged, unless the one member trains it (`full`).
         members: the K members.
         batched: whether a pass through the adapted layers takes all members' rows at once (None: where the device is
-            no CPU) or the rows of one member after the other.
+            no CPU) or the rows of one member after the other, as always where the backbone cannot be batched.
 
     Raises:
         UserError: a member's targets or rank do not fit the backbone, or `full` is packed with others.
@@ -74,7 +74,7 @@ class Pack(nn.Module):
 
     def __init__(self, backbone: Backbone, members: Sequence[Member], *, batched: bool | None = None) -> None:
         super().__init__()
-        self.batched = backbone.device.type != "cpu" if batched is None else batched
+        self.batched = backbone.can_be_batched and (backbone.device.type != "cpu" if batched is None else batched)
         self.backbone = backbone
         self.network = backbone.network
         self.members = list(members)

@@ -6,13 +6,14 @@ the adapter computes.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.adapters.patterns import limited_matching
+from lora_bench.backbones.model_folder import read_json
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 FILE = "adapter_config.json"
 SUBTRACTED_STARTS = ("pissa", "olora")
 """Starts by which peft changes the backbone's weights, in the same way each time that it loads the adapter."""
+
+MOST_ENTRIES = 10_000
+"""Of a list or an object in the file: more than any network has modules to name."""
 
 _NEEDED = {
     "LORA": ("r", "lora_alpha", "target_modules"),
@@ -58,17 +62,9 @@ class PeftConfig:
             UserError: it is absent or damaged, lacks a key, or asks for what is not known here.
         """
         path = Path(folder) / FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            remedy = "Give the folder that peft's save_pretrained wrote."
-            raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"is damaged: {error}", file=path) from None
-        if not isinstance(values, dict):
-            raise UserError("is damaged: it holds no object", file=path)
-        config = cls(Path(folder), values)
-        config._check()
+        config = cls(Path(folder), read_json(path, remedy="Give the folder that peft's save_pretrained wrote."))
+        with limited_matching("adapter", file=path):
+            config._check()
         return config
 
     @property
@@ -125,7 +121,7 @@ class PeftConfig:
 
     def _check(self) -> None:
         kind = self.values.get("peft_type")
-        if kind not in _NEEDED:
+        if not isinstance(kind, str) or kind not in _NEEDED:
             raise self.refusal("peft_type", kind, f"is none of {', '.join(_NEEDED)}, which can be evaluated here")
         for key in _NEEDED[kind]:
             if self.values.get(key) is None:
@@ -138,6 +134,9 @@ class PeftConfig:
             if value and key not in _READ | _IDLE:
                 reason = "is not known here and may change what the adapter computes"
                 raise self.refusal(key, value, reason, "Merge it with peft's merge_and_unload.")
+        for key, value in self.values.items():
+            if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
+                raise self.refusal(key, None, f"has {len(value):,} entries; at most {MOST_ENTRIES:,} are read")
         start = self.values.get("init_lora_weights")
         if start not in (*_PLAIN_STARTS, *SUBTRACTED_STARTS):
             raise self.refusal(
@@ -152,7 +151,8 @@ class PeftConfig:
 def _fits(targets: str | list[str], name: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{target}") for target in targets)
+    parts = name.split(".")
+    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(targets)
 
 
 def _ends(pattern: str, name: str) -> bool:

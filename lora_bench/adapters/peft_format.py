@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -28,11 +28,21 @@ if TYPE_CHECKING:
     from lora_bench.adapters.pack import Pack
 
 PREFIX = "base_model."
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TENSORS = "adapter_model.safetensors"
 _OF_PEFT = re.compile(r".*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
 
 
-def save(folder: Path, pack: Pack, member: int, base_model: str, *, head: int = 0, for_peft: bool = False) -> None:
+def save(
+    folder: Path,
+    pack: Pack,
+    member: int,
+    base_model: str,
+    *,
+    head: int = 0,
+    for_peft: bool = False,
+    label_names: Sequence[str] = ("LABEL_0", "LABEL_1"),
+) -> None:
     """Write a member's trained tensors below `folder`.
 
     Args:
@@ -42,10 +52,11 @@ def save(folder: Path, pack: Pack, member: int, base_model: str, *, head: int = 
         base_model: where the backbone came from, for peft's `base_model_name_or_path`.
         head: which of its heads goes along.
         for_peft: leave out what peft has no name for, without which `load` cannot put the member together again.
+        label_names: what label 0 and label 1 are called, for the config of a model that was trained whole.
     """
     folder.mkdir(exist_ok=True)
     if pack.trains_backbone:
-        pack.network.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        pack.backbone.plain_config(label_names).save_pretrained(folder)
         pack.backbone.tokenizer.save_pretrained(folder)
         state = {name: tensor.contiguous() for name, tensor in pack.state(member, head).items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -100,6 +111,8 @@ def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, or a refusal that names it."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError("is not a regular file", file=path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -123,6 +136,7 @@ def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
 def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a file whose tensors are not those of `shapes`, or are not finite."""
     both = [name for name in shapes if name in tensors]
+    odd = [f"{name} ({tensors[name].dtype})" for name in both if not _type_fits(name, tensors[name])]
     problems = {
         "are missing": [name for name in shapes if name not in tensors],
         "do not belong to this adapter": [name for name in tensors if name not in shapes],
@@ -131,9 +145,17 @@ def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[st
             for name in both
             if tensors[name].shape != shapes[name]
         ],
-        "hold numbers that are not finite": [name for name in both if not torch.isfinite(tensors[name]).all()],
+        "are of another type": odd,
+        "hold numbers that are not finite": [
+            name for name in both if tensors[name].dtype in FLOATS and not torch.isfinite(tensors[name]).all()
+        ],
     }
     for trouble, names in problems.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"the saved tensors do not fit: {', '.join(names[:3])}{more} {trouble}", file=path)
+
+
+def _type_fits(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is of floating-point numbers, or holds the codes of a quantised weight."""
+    return tensor.dtype in FLOATS or (name.endswith(".base.codes") and not tensor.is_complex())

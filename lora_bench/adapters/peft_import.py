@@ -23,6 +23,8 @@ from lora_bench.adapters import init, peft_format
 from lora_bench.adapters.base import Adapter, Update
 from lora_bench.adapters.layer import LowRank
 from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.patterns import limited_matching
+from lora_bench.adapters.peft_config import FILE as CONFIG_FILE
 from lora_bench.adapters.peft_config import SUBTRACTED_STARTS, PeftConfig, is_rank
 from lora_bench.errors import UserError
 
@@ -54,9 +56,10 @@ def attach(config: PeftConfig, backbone: Backbone) -> Pack:
     if task not in (None, backbone.peft_task):
         network = type(backbone.network).__name__
         raise config.refusal("task_type", task, f"is not {backbone.peft_task}, as which a {network} is used here")
-    linears = _linears(config, backbone)
-    whole = _saved_head(config, backbone)
-    kind = _KINDS[config.kind](config, linears)
+    with limited_matching("adapter", file=config.folder / CONFIG_FILE):
+        linears = _linears(config, backbone)
+        whole = _saved_head(config, backbone)
+        kind = _KINDS[config.kind](config, linears)
     path = config.folder / peft_format.TENSORS
     tensors = peft_format.read(path)
     peft_format.refuse_misfits(path, tensors, {name: tuple(p.shape) for name, p in whole.items()} | kind.shapes())

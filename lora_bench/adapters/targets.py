@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.base import Adapter
+from lora_bench.adapters.patterns import limited_matching
 from lora_bench.checks import need
 from lora_bench.errors import UserError
 
@@ -68,6 +69,16 @@ def match_targets(
     names = list(backbone.linears() if candidates is None else candidates)
     chosen_layers = _match_layers(layers, len(backbone.layers))
     pattern = {"all": r".*", "qv": backbone.query_value}.get(target_modules, target_modules)
+    with limited_matching("target_modules", target_modules):
+        matched = _match_names(names, pattern, target_modules)
+    matched = [name for name in matched if backbone.layer_of(name) in chosen_layers]
+    if not matched:
+        raise UserError(f"leaves no linear that target_modules={target_modules} matches", key="layers", value=layers)
+    return matched
+
+
+def _match_names(names: list[str], pattern: str, target_modules: str) -> list[str]:
+    """Return the names that the expression matches from end to end; `target_modules` is what the user gave."""
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -81,9 +92,6 @@ def match_targets(
             else f"Names there are: {', '.join(_patterns(names))}."
         )
         raise UserError("matches no linear of the backbone", key="target_modules", value=target_modules, remedy=hint)
-    matched = [name for name in matched if backbone.layer_of(name) in chosen_layers]
-    if not matched:
-        raise UserError(f"leaves no linear that target_modules={target_modules} matches", key="layers", value=layers)
     return matched
 
 
@@ -99,11 +107,12 @@ def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
     if len(alternatives) < 2:
         return []
     rest = (target_modules[: group.start()], target_modules[group.end() :]) if group else ("", "")
-    try:
-        compiled = {a: re.compile(f"{rest[0]}(?:{a}){rest[1]}") for a in alternatives}
-    except re.error:  # the bars do not stand where they seem to: `[q|v]`, `(self\.query|value)`
-        return []
-    return [a for a, pattern in compiled.items() if not any(map(pattern.fullmatch, names))]
+    with limited_matching("adapter.target_modules", target_modules):
+        try:
+            compiled = {a: re.compile(f"{rest[0]}(?:{a}){rest[1]}") for a in alternatives}
+        except re.error:  # the bars do not stand where they seem to: `[q|v]`, `(self\.query|value)`
+            return []
+        return [a for a, pattern in compiled.items() if not any(map(pattern.fullmatch, names))]
 
 
 def _match_layers(layers: Any, count: int) -> set[int]:

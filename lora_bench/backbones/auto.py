@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lora_bench.data.batching import Batch
 
+PROBE_ROWS = 7  # a number that tables and windows seldom have as a factor
 PROBE_TOKENS = 12
 PROBE_PADDING = 4
 
@@ -58,8 +59,7 @@ class Auto(Backbone):
                 remedy="Take a model whose transformers class has a base model and a list of layers.",
             )
         super().__init__(network, tokenizer, fresh)
-        first_calls, self._position_limit = self._observe([path for paths in lists for path in paths])
-        self._layers = _in_order(lists, first_calls)
+        self._layers, self._position_limit, self.can_be_batched = self._observe(lists)
         self.layers = [(paths[0], network.get_submodule(paths[0])) for paths in self._layers]
 
     def layer_modules(self) -> Iterator[tuple[int, str, nn.Module]]:
@@ -105,24 +105,33 @@ class Auto(Backbone):
         return [f"{name} gives a pair other scores beside longer pairs than alone: it computes padding too."]
 
     @torch.no_grad()
-    def _observe(self, paths: Sequence[str]) -> tuple[dict[str, int], int | None]:
-        """Compute a made-up pair.
+    def _observe(self, lists: Sequence[Sequence[str]]) -> tuple[list[list[str]], int | None, bool]:
+        """Compute a few copies of a made-up pair.
 
         Returns:
-            The modules of `paths` numbered in the order of their first calls, and the most tokens that the position
-            tables have rows for; None where there are no such tables.
+            The layers in the order of computation, each as the names of its modules; the most tokens that the position
+            tables have rows for, None where there are no such tables; and whether every linear takes the batch's rows,
+            and not, as in DeBERTa, relative positions that all rows share.
         """
+        paths = [path for own in lists for path in own]
         first_calls: dict[str, int] = {}
+        takes_rows: list[bool] = []
 
         def note_call(path: str, *_: object) -> None:
             first_calls.setdefault(path, len(first_calls))
 
-        hooks = [
+        def note_rows(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            takes_rows.append(bool(inputs) and len(inputs[0]) in (PROBE_ROWS, PROBE_ROWS * PROBE_TOKENS))
+
+        modules = [module for path in paths for module in self.network.get_submodule(path).modules()]
+        hooks = [module.register_forward_pre_hook(note_rows) for module in modules if isinstance(module, nn.Linear)]
+        hooks += [
             module.register_forward_pre_hook(partial(note_call, path))
             for path in paths
             for module in self.network.get_submodule(path).modules()  # SqueezeBERT calls a layer's `forward` itself
+            if _has_own_parameters(module)  # layers may share an activation
         ]
-        ids, types = (row[None].to(self.device) for row in self.probe_row(PROBE_TOKENS))
+        ids, types = (row.expand(PROBE_ROWS, -1).to(self.device) for row in self.probe_row(PROBE_TOKENS))
         tables = _PositionTables(PROBE_TOKENS)
         training = self.network.training
         self.network.eval()
@@ -141,7 +150,7 @@ class Auto(Backbone):
         if idle:
             reason = f"{idle[0]} of {type(self.network).__name__} takes no part in what the model computes"
             raise UserError(reason, key="model.family", value="auto", remedy="Take a model that uses all its layers.")
-        return first_calls, min(tables.limits, default=None)
+        return _in_order(lists, first_calls), min(tables.limits, default=None), all(takes_rows)
 
 
 class _PositionTables(TorchDispatchMode):

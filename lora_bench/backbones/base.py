@@ -9,10 +9,11 @@ Hugging Face model's own output.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class Backbone(ABC):
     """What peft calls the kind of task."""
     can_be_cut = True
     """Whether the prefix computes anything: False where the whole network is suffix."""
+    can_be_batched = True
+    """Whether every linear takes one row per row of the batch: only then may rows of several members pass together."""
     all_positions = False
     """Whether the last layer makes every position, also where the head looks at one: for those who look at it."""
     layer_paths: Sequence[str]
@@ -106,6 +109,22 @@ class Backbone(ABC):
     def initializer_range(self) -> float:
         """Standard deviation of a new head's weights."""
         return float(getattr(self.network.config, "initializer_range", 0.02))
+
+    def plain_config(self, label_names: Sequence[str]) -> Any:
+        """Return the config of a plain Hugging Face model in fp32 with this network's weights and these labels.
+
+        What config.json said of the checkpoint's own task and class is left behind.
+        """
+        config = copy.deepcopy(cast("Any", self.network.config))
+        config.architectures = [type(self.network).__name__]
+        config.dtype = torch.float32
+        for stale in ("finetuning_task", "auto_map"):
+            vars(config).pop(stale, None)
+        if self.head_modules:
+            config.id2label = dict(enumerate(label_names))
+            config.label2id = {name: label for label, name in config.id2label.items()}
+        config.problem_type = "single_label_classification" if self.peft_task == "SEQ_CLS" else None
+        return config
 
     @property
     def device(self) -> torch.device:

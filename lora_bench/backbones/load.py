@@ -101,6 +101,8 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
         network, fresh = _pretrained(hf_class, model, place, config, options)
     network.eval()
     backbone = _backbone(model, network, tokenizer, fresh, task)
+    if not backbone.layers:
+        raise UserError("has no layers", key="model", value=place, remedy="Give a model of at least one layer.")
     if place is not None:
         _refuse_holes(backbone, place)
         _refuse_not_finite(network, place)

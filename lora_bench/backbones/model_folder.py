@@ -13,7 +13,6 @@ import shlex
 import stat
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -23,6 +22,7 @@ from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -66,11 +66,11 @@ def check_model_folder(folder: Path) -> None:
     tensors = _tensors(folder)
     _refuse_adapted_tensors(tensors, folder)
     _refuse_types(tensors, folder)
-    _refuse_huge_numbers(settings, tensors, config_file)
+    _refuse_impossible_numbers(settings, tensors, config_file)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a small JSON file.
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Return the object in a small JSON file; `remedy` is for one that cannot be read.
 
     Raises:
         UserError: it is no regular file, too large, damaged, or holds no object.
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise UserError(f"has {found.st_size:,} bytes; at most {LARGEST_JSON_BYTES:,} are read", file=path)
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", file=path) from None
+        raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"is damaged: {error}", file=path) from None
     if not isinstance(values, dict):
@@ -240,8 +240,8 @@ def _refuse_types(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
             raise UserError(f"{name} is of type {info.dtype}", file=folder, remedy=remedy)
 
 
-def _refuse_huge_numbers(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], file: Path) -> None:
-    """Refuse sizes that no tensor has, before a list, a table or a network is made so large."""
+def _refuse_impossible_numbers(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], file: Path) -> None:
+    """Refuse sizes that no tensor has, and those below zero, before a list, a table or a network is made so large."""
     longest = max((side for info in tensors.values() for side in info.shape), default=0)
     for key, value in _numbers(settings):
         if any(part in key for part in _FREE_NUMBERS) or key.endswith("_id"):
@@ -250,6 +250,8 @@ def _refuse_huge_numbers(settings: Mapping[str, Any], tensors: Mapping[str, Tens
             reason = f"{key}: {str(value)[:20]} layers are more than the {len(tensors)} tensors of the checkpoint"
         elif abs(value) > max(LARGEST_NUMBER, longest):
             reason = f"{key}: {str(value)[:20]} is larger than every tensor of the checkpoint"
+        elif value < 0 and (key.startswith(("n_", "num_")) or key.endswith(("_layers", "_heads", "_size"))):
+            reason = f"{key}: {str(value)[:20]} is below zero"
         else:
             continue
         raise UserError(reason, file=file, remedy="Give the config.json of these weights.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def probe_step(pack: Pack, rows: int, length: int) -> None:
-    """Run forward and backward on copies of a made-up pair; leave weights, gradients and random streams as they were."""
+    """Run forward and backward on a made-up pair; leave weights, gradients and random streams as they were."""
     backbone = pack.backbone
     batch = probe_batch(backbone, rows, length)
     hidden = None  # what is kept is read, at no arithmetic
@@ -32,7 +32,7 @@ def probe_step(pack: Pack, rows: int, length: int) -> None:
 
 
 def probe_batch(backbone: Backbone, rows: int, length: int) -> Batch:
-    """Return a batch of `rows` copies of a made-up pair of `length` tokens, all of label 0, on the backbone's device."""
+    """Return `rows` copies of a made-up pair of `length` tokens, of label 0, on the backbone's device."""
     ids, types = (row.expand(rows, -1).contiguous().to(backbone.device) for row in backbone.probe_row(length))
     return Batch(ids, torch.ones_like(ids), types, torch.zeros_like(ids[:, 0]), full=True)
 

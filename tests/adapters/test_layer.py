@@ -200,3 +200,31 @@ def test_a_frozen_factor_is_kept_and_not_trained() -> None:
     output(made, base, draw(2, IN)).sum().backward()
     assert made.lora_A.grad is None
     assert made.lora_B.grad is not None
+
+
+@pytest.mark.parametrize("option", ["lora", "dora"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_may_change_the_output_in_place(option: str, bias: bool) -> None:
+    """As DeBERTa scales its position scores; the gradients are those of the same without it."""
+    gradients = []
+    base = linear(bias=bias)
+    for in_place in (True, False):
+        made = low_rank(base)
+        if option == "dora":
+            made.add_magnitude()
+        x = draw(2, 5, IN).requires_grad_()
+        y = output(made, base, x)
+        y = y.mul_(0.5) if in_place else y * 0.5
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *made.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_start_sets_the_magnitude_to_the_norms_of_what_it_begins_as() -> None:
+    base = linear()
+    made = low_rank(base)
+    made.add_magnitude()
+    A, B = draw(RANK, IN, seed=3), draw(OUT, RANK, seed=4)
+    made.begin(A, B, subtract=False)
+    started = base.weight + made.scaling * B @ A
+    torch.testing.assert_close(made.magnitude, started.norm(dim=1))
+    torch.testing.assert_close(made.merge(base.weight, base.bias)[0], started, atol=1e-5, rtol=0)

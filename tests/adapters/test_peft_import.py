@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from lora_bench.adapters import peft_import
+from lora_bench.adapters import patterns, peft_import
 from lora_bench.adapters.peft_config import PeftConfig
 from lora_bench.errors import UserError
 from tests.adapters.peft_tools import CLASSES, CLOSE, TASKS, bodies, in_peft, logits_of, made_by_peft, move, on_folder
@@ -373,3 +374,57 @@ def test_a_file_that_is_none_is_refused(adapter: Path, folders: dict[str, Path])
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere/adapter_config\.json: cannot be read: No such file or directory"):
         PeftConfig.read(tmp_path / "nowhere")
+
+
+# -- hostile files --
+
+CATASTROPHE = r"([a-z0-9.]*)*([a-z0-9.]*)*([a-z0-9.]*)*!"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": CATASTROPHE},
+        {"rank_pattern": {CATASTROPHE: 2}},
+        {"alpha_pattern": {CATASTROPHE: 2}},
+        {"exclude_modules": CATASTROPHE},
+        {"modules_to_save": [CATASTROPHE]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_an_expression_that_takes_for_ever_is_given_up(
+    changes: dict[str, Any], adapter: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.2)
+    rewrite(adapter, **changes)
+    with pytest.raises(UserError, match="seconds to match") as caught:
+        attached("bert", folders["bert"], adapter)
+    assert caught.value.file == adapter / "adapter_config.json"
+
+
+@pytest.mark.parametrize("kind", [None, [], {}, 3, "", "../LORA", "PREFIX_TUNING"])
+def test_an_odd_kind_is_refused(kind: Any, adapter: Path) -> None:
+    rewrite(adapter, peft_type=kind)
+    with pytest.raises(UserError) as caught:
+        PeftConfig.read(adapter)
+    assert caught.value.key == "peft_type"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_tensors_of_odd_types_are_refused(dtype: torch.dtype, adapter: Path, folders: dict[str, Path]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = held(path)
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file(tensors | {name: tensors[name].to(dtype)}, path)
+    with pytest.raises(UserError, match="of another type") as caught:
+        attached("bert", folders["bert"], adapter)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_is_never_opened(name: str, adapter: Path, folders: dict[str, Path]) -> None:
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    with pytest.raises(UserError) as caught:
+        attached("bert", folders["bert"], adapter)
+    assert caught.value.file == adapter / name

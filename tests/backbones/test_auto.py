@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
 
+from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.targets import match_targets
 from lora_bench.backbones import tiny
 from lora_bench.backbones.auto import Auto
 from lora_bench.errors import UserError
+from lora_bench.evaluation.cost import FlopModel
+from lora_bench.training.probe import probe_step
+from tests.adapters.tools import adapter
 from tests.backbones.tools import cut_logits, enliven, make, own_logits, random_batch, save, spread
 
 if TYPE_CHECKING:
@@ -112,3 +117,116 @@ def test_a_network_without_a_base_model_is_refused() -> None:
     network = transformers.BertModel(transformers.BertConfig(vocab_size=20, **SIZES))
     with pytest.raises(UserError, match=r"^model\.family=auto: BertModel does not show its layers and its head"):
         Auto(network, tiny.tokenizer("bert"), set())
+
+
+# -- models of other shapes --
+
+
+def random_folder(path: Path, config: Any, network_class: Any, kind: str = "roberta") -> Path:
+    return save(path, enliven(network_class(config)), tiny.tokenizer(kind))
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of one layer and a decoder of two; its classifier looks for the end token of every row."""
+    size = len(tiny.tokenizer("roberta"))
+    settings = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in PER_PART.items()}
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 2}
+    config = transformers.BartConfig(
+        vocab_size=size, d_model=32, max_position_embeddings=64, **settings, **layers, **ids
+    )
+    return random_folder(tmp_path_factory.mktemp("bart"), config, transformers.BartForSequenceClassification)
+
+
+PER_PART = {"attention_heads": 2, "ffn_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def xlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Attentions and feed-forward networks in lists of their own."""
+    config = transformers.XLMConfig(
+        vocab_size=len(tiny.tokenizer("roberta")), emb_dim=32, n_layers=2, n_heads=2, pad_token_id=1,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return random_folder(tmp_path_factory.mktemp("xlm"), config, transformers.XLMForSequenceClassification)
+
+
+def test_all_takes_every_linear_of_every_outermost_list(xlm: Path, bart: Path) -> None:
+    for folder, layers in ((xlm, 2), (bart, 3)):
+        backbone = make("deberta", f"model.path={folder}")
+        base = backbone.network.base_model
+        linears = {name for name, module in backbone.network.named_modules() if isinstance(module, torch.nn.Linear)}
+        inside = {name for name in linears if not name.startswith(tuple(backbone.head_modules))}
+        assert set(match_targets(backbone, "all", "all")) == inside
+        assert len(backbone.layers) == layers
+        assert base is not backbone.network
+
+
+def test_top_layers_are_those_computed_last(xlm: Path, bart: Path) -> None:
+    of_xlm = match_targets(make("deberta", f"model.path={xlm}"), "all", "top:1")
+    assert {re.sub(r"\.\w+$", "", name) for name in of_xlm} == {"transformer.attentions.1", "transformer.ffns.1"}
+    of_bart = match_targets(make("deberta", f"model.path={bart}"), "all", "top:2")
+    assert {".".join(name.split(".")[:4]) for name in of_bart} == {"model.decoder.layers.0", "model.decoder.layers.1"}
+
+
+def test_a_probe_has_what_a_classifier_looks_for(bart: Path) -> None:
+    pack = Pack(make("deberta", f"model.path={bart}"), [Member(adapter("lora"), 0)])
+    flops = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+    assert flops(1, 32) > flops(1, 16) > 0
+
+
+POSITIONS = {
+    "mpnet": (transformers.MPNetConfig, transformers.MPNetForSequenceClassification, 62),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification, 62),
+    "electra": (transformers.ElectraConfig, transformers.ElectraForSequenceClassification, 64),
+    "opt": (transformers.OPTConfig, transformers.OPTForSequenceClassification, 64),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_the_longest_pair_is_what_the_position_table_has_rows_for(kind: str) -> None:
+    config_class, network_class, limit = POSITIONS[kind]
+    tokenizer = tiny.tokenizer("roberta")
+    names = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "embedding_size": 32}
+    names |= {"word_embed_proj_dim": 32, "ffn_dim": 64} if kind == "opt" else {"intermediate_size": 64}
+    config = config_class(vocab_size=len(tokenizer), pad_token_id=1, max_position_embeddings=64, **names)
+    backbone = Auto(network_class(config).eval(), tokenizer, set())
+    assert backbone.max_tokens == limit
+    backbone.need_room(limit)
+    ids, types = (row[None] for row in backbone.probe_row(limit))
+    assert backbone._logits(ids, torch.ones_like(ids), types).isfinite().all()
+    with pytest.raises(UserError, match=f"more than the {limit} tokens"):
+        backbone.need_room(limit + 1)
+
+
+def test_a_model_without_positions_takes_any_length() -> None:
+    tokenizer = tiny.tokenizer("roberta")
+    config = transformers.XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=64)
+    backbone = Auto(transformers.XLNetForSequenceClassification(config).eval(), tokenizer, set())
+    assert backbone.max_tokens is None
+    assert len(backbone.observe_padding()) == 1  # it answers by the last position, padding or not
+
+
+def test_padding_that_changes_no_score_needs_no_note(bert: Path, bart: Path) -> None:
+    assert [make("deberta", f"model.path={folder}").observe_padding() for folder in (bert, bart)] == [[], []]
+
+
+@pytest.mark.parametrize("option", ["lora", "dora", "adalora", "vera", "lora_xs", "bitfit"])
+def test_a_model_that_changes_outputs_in_place_learns(option: str) -> None:
+    tokenizer = tiny.tokenizer("bert")
+    config = transformers.DebertaConfig(
+        vocab_size=len(tokenizer), **SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0
+    )
+    network = enliven(transformers.DebertaForSequenceClassification(config)).eval()
+    members = [Member(adapter(option), seed) for seed in (0, 1)]
+    pack = Pack(Auto(network, tokenizer, set()), members, batched=True)
+    with pack.gathering_gradients():
+        pack(random_batch(pack.backbone)).square().sum().backward()
+    assert all(p.grad is not None for k in (0, 1) for p in pack.adapter_parameters(k).values())
+    assert not pack.batched  # all rows share what its linears make of relative positions
+
+
+def test_a_pack_is_computed_at_once_where_every_linear_takes_the_rows(bert: Path, bart: Path) -> None:
+    for folder in (bert, bart):
+        assert Pack(make("deberta", f"model.path={folder}"), [Member(adapter("lora"), 0)], batched=True).batched
