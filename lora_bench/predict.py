@@ -72,7 +72,12 @@ class FinishedRun:
         refuse_several(folder, found["config"], "run")
         experiment = Experiment.build(restored(path, found))
         precision = found["environment"].get("precision")
-        need(precision in PRECISIONS, "run", folder, f"its record names no precision of products: {precision!r}")
+        need(
+            isinstance(precision, str) and precision in PRECISIONS,
+            "run",
+            folder,
+            f"its record names no precision of products: {precision!r}",
+        )
         dtype = dtype or PRECISIONS[precision]
         pack, sha256 = attach(experiment, resolve_device(device), dtype, found["targets"])
         if sha256 != found["environment"]["backbone_sha256"]:

@@ -48,7 +48,7 @@ def restored(folder: Path, record: Mapping[str, Any]) -> DictConfig:
     Raises:
         UserError: the record's config is damaged, or asks for what only a user may ask for.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from lora_bench.overrides import check_config
@@ -56,6 +56,9 @@ def restored(folder: Path, record: Mapping[str, Any]) -> DictConfig:
     try:
         config = OmegaConf.create(filled(record))
         check_config(config)
+        for group in ("data", "model", "adapter", "optimizer", "trainer"):
+            if not isinstance(config.get(group), DictConfig):
+                raise TypeError(f"{group} is not a group of keys")
     except UserError as error:
         error.file = error.file or folder / "run.json"
         raise
