@@ -115,10 +115,7 @@ def test_a_runs_record_is_untrusted(
     Path("copy/run.json").write_text(json.dumps(record))
     sys.set_int_max_str_digits(4300)
     Path("in.tsv").write_text("question1\tquestion2\na\tb\n")
-    if command == "predict":
-        said = refused("predict", "run=copy", "input=in.tsv")
-    else:
-        said = refused("train", "resume=copy")
+    said = refused("predict", "run=copy", "input=in.tsv") if command == "predict" else refused("train", "resume=copy")
     assert "not-for-records" not in said
     assert "canary" not in sys.modules
 
