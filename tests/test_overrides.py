@@ -66,7 +66,6 @@ def resumed(*more: str) -> str:
         "hydra.sweeper._target_= os.mkdir",
         "+hydra.sweeper.params.x={_target_: os.mkdir}",
         "+hydra.sweeper._partial_=true",
-        "hydra/launcher=basic",
         "hydra/launcher=joblib",
         "hydra/sweeper=basic",
         "+hydra.job.env_set.PATH=x",
