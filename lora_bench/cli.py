@@ -263,9 +263,6 @@ def _prompt(cfg: DictConfig) -> None:
     from lora_bench.preflight import check_data
     from lora_bench.record import discard
 
-    check_data(build_data(cfg.data))
-    from lora_bench.prompt.run import run_prompt
-
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     chosen = hydra.runtime.choices
@@ -275,6 +272,9 @@ def _prompt(cfg: DictConfig) -> None:
         if node.get(key) and isinstance(node[key], str | int | float):
             node[key] = os.path.abspath(str(node[key]))
     try:
+        check_data(build_data(cfg.data))
+        from lora_bench.prompt.run import run_prompt  # torch: late
+
         run_prompt(cfg, folder, choices=choices, overrides=overrides, console=_console())
     finally:
         discard(folder)  # unless the run has begun

@@ -362,6 +362,7 @@ def build_metrics(node: DictConfig) -> dict[str, Metric]:
 
 
 def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
+    need(isinstance(node, DictConfig), group, node, "is not a group of keys")
     name = str(node.get(field))
     if name not in kinds:
         raise UserError(

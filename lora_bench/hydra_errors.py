@@ -135,14 +135,18 @@ def refuse_code(hydra: Any) -> None:
 
 _NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 _PLUGINS = {
-    "launcher": ("hydra_plugins.lora_bench_packed.PackedLauncher", "hydra_plugins.lora_bench_slurm.SlurmLauncher"),
+    "launcher": (
+        "hydra_plugins.lora_bench_packed.PackedLauncher",
+        "hydra_plugins.lora_bench_slurm.SlurmLauncher",
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    ),
     "sweeper": (
         "hydra_plugins.lora_bench_grid.GridSweeper",
         "hydra_plugins.lora_bench_tuned.TunedSweeper",
         "hydra_plugins.lora_bench_transfer.TransferSweeper",
     ),
 }
-"""What Hydra may instantiate. Its own basic launcher would set up the logging that a job's config names."""
+"""What Hydra may instantiate. Its own sweeper would launch jobs that `compose_job` has not checked."""
 
 
 def _names_target(node: Any) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def check_settings(cfg: DictConfig) -> None:
     """Refuse settings outside their ranges, and folders of data and models that are not there."""
+    need("method" in (cfg.get("adapter") or {}), "adapter", None, "is missing", "It cannot be left out.")
     for node in (cfg.data, *(cfg.get("tasks") or {}).values()):
         check_data(config.build_data(node))
     local_place(config.build_model(cfg.model))

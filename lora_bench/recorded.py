@@ -153,7 +153,7 @@ def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> Di
     Raises:
         UserError: the record's config is damaged, or asks for what only a user may ask for; the backbone is gone.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from lora_bench.overrides import check_config
@@ -162,6 +162,9 @@ def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> Di
         content = filled(record)
         config = OmegaConf.create(content)
         check_config(config)
+        for group in ("data", "model", "adapter", "optimizer", "trainer"):
+            if not isinstance(config.get(group), DictConfig):
+                raise TypeError(f"{group} is not a group of keys")
     except UserError as error:
         error.file = error.file or folder / "run.json"
         raise

@@ -16,6 +16,7 @@ from submitit.local.local import LocalJob
 
 from lora_bench import slurm
 from lora_bench.config import build
+from lora_bench.errors import UserError
 from lora_bench.hydra_errors import compose, register_with_hydra
 from lora_bench.slurm import Slurm
 from tests.command_line import lora_bench, refused, toy_run
@@ -162,3 +163,20 @@ def test_the_yaml_has_every_setting() -> None:
     node = compose(CONF, "config", ["hydra/launcher=slurm"]).hydra.launcher
     settings = OmegaConf.masked_copy(node, [key for key in node if key != "_target_"])
     assert build(Slurm, settings, "hydra.launcher").cluster == "slurm"
+
+
+def test_what_is_handed_over_lies_in_a_new_folder(tmp_path: Path) -> None:
+    """submitit unpickles results, so no file may be there that somebody else put there."""
+    first, second = (slurm._private_folder(tmp_path / "files", "now") for _ in range(2))
+    assert first != second
+    assert [folder.stat().st_mode & 0o077 for folder in (first, second)] == [0, 0]
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is a link"):
+        slurm._private_folder(tmp_path / "link", "now")
+
+
+@pytest.mark.parametrize("name", ["gpu\n#SBATCH --wrap=id", "a b", "$(id)", "`id`", "a;b"])
+def test_a_name_for_slurm_is_no_script(name: str) -> None:
+    settings = dict.fromkeys(("account", "qos", "constraint"), None) | {"partition": name}
+    with pytest.raises(UserError, match="holds a character"):
+        Slurm(cluster="slurm", timeout_minutes=9, gpus=0, cpus=1, memory_gb=1, setup=[], **settings)  # type: ignore[arg-type]
