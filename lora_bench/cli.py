@@ -104,6 +104,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     for override in parsed.repeated():
         _tell(f"note: {override} is given again with another value, which counts")
     import hydra
+    from omegaconf import OmegaConf
 
     failures: list[Exception] = []
 
@@ -117,7 +118,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
     with translated(conf_folder(), config_name, parsed):
         composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
-        remember_config(composed)
+        remember_config(OmegaConf.to_container(composed, resolve=False))
         refuse_code(composed.hydra)
         if command == "train" and composed.resume and not parsed.cfg:
             parsed = _resumed(parsed, str(composed.resume))

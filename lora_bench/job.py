@@ -77,11 +77,17 @@ class Job:
         assert isinstance(resolved, dict)
         return {str(key): value for key, value in resolved.items()}
 
+    @property
+    def config_as_written(self) -> Any:
+        """The config with its interpolations."""
+        return OmegaConf.to_container(self.cfg, resolve=False)
+
     def fail(self, error: Exception) -> None:
         """Leave a record of a job that could not begin; one that has begun says itself how it ended."""
         if not (self.folder / "run.json").exists():
-            config: Any = OmegaConf.to_container(self.cfg, resolve=False)
-            Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
+            Run.claim(self.folder, choices=self.choices, config=self.config_as_written, overrides=self.overrides).fail(
+                error
+            )
 
 
 def compose_tasks(cfg: DictConfig, overrides: Sequence[str], sources: Sequence[Any]) -> None:

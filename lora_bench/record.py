@@ -340,8 +340,7 @@ def refuse_taken(folder: Path) -> None:
 def refuse_secret(folder: str | Path) -> None:
     """A folder's name is on the disk and in every report: it may hold no key."""
     if redact_path(str(folder)) != str(folder):
-        reason, remedy = "the folder's name holds a key, or what looks like one", "Give a folder of another name."
-        raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
+        raise UserError("the folder's name holds a key, or what looks like one", key="hydra.run.dir", value=folder)
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:

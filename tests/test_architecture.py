@@ -83,7 +83,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": BASE,
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
-    "secrets": set(),
+    "secrets": {"secret_patterns"},
+    "secret_patterns": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "grid"}
     | {"", "prompted", "record", "recorded", "report", "tables", "tasks"},
     "grid": {"tables"},
