@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
@@ -238,9 +238,13 @@ _without_secret: set[str] = set()
 """Short texts in which nothing was found: the records of a thousand runs have much the same."""
 
 
-def redact_path(path: str) -> str:
-    """Return `path` with the secrets in it hidden; `=` in a folder's name makes no assignment."""
-    return _redact(path, assignments=False)
+def redact_new_path(path: str) -> str:
+    """Return the path of a folder of ours with the secrets in it hidden, whether it is there yet or not.
+
+    What the current folder is called is not ours to choose, and `=` in a name makes no assignment.
+    """
+    here = os.path.join(os.getcwd(), "")
+    return here * path.startswith(here) + _redact(path.removeprefix(here), is_new_path=True)
 
 
 def redact(text: str) -> str:
@@ -255,28 +259,29 @@ def redact(text: str) -> str:
     return result
 
 
-def _redact(text: str, *, assignments: bool = True) -> str:
+def _redact(text: str, *, is_new_path: bool = False) -> str:
+    without = partial(_without, existing=not is_new_path)
     for value in _known:
         if value in text:
-            text = _without(text, _occurrences(text, value))
+            text = without(text, _occurrences(text, value))
     if "://" in text:
-        text = _without(text, users_in(text))
-    if assignments and ("=" in text or ":" in text):
-        text = _without(text, assigned(text))
+        text = without(text, users_in(text))
+    if not is_new_path and ("=" in text or ":" in text):
+        text = without(text, assigned(text))
     for prefix, pattern, is_key in FORMATS:
         if prefix in text:
-            text = _without(text, (hit.span() for hit in pattern.finditer(text) if is_key(hit[0])))
+            text = without(text, (hit.span() for hit in pattern.finditer(text) if is_key(hit[0])))
     if "earer " in text:
-        text = _without(text, bearers(text))
+        text = without(text, bearers(text))
     return text
 
 
-def _without(text: str, spans: Iterable[Span]) -> str:
-    """Hide these spans, in order, but for those in a path that exists."""
+def _without(text: str, spans: Iterable[Span], *, existing: bool) -> str:
+    """Hide these spans, in order; with `existing`, not those in a path that exists."""
     paths = _Paths(text)
     parts, done = [], 0
     for start, end in spans:
-        if text[start:end] != HIDDEN and not paths.covers(start, end):
+        if text[start:end] != HIDDEN and not (existing and paths.covers(start, end)):
             parts += [text[done:start], HIDDEN]
             done = end
     return "".join([*parts, text[done:]]) if parts else text
