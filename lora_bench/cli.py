@@ -130,6 +130,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
         note(f"{override} is given again with another value, which counts")
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from lora_bench.record import discard
 
@@ -152,7 +153,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     typed = typed_by(parsed.overrides, parsed.config_dir)
     with typed, translated(conf_folder(), config_name, parsed):
         composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
-        remember_config(composed)
+        remember_config(OmegaConf.to_container(composed, resolve=False))
         if command == "train" and composed.resume and not parsed.cfg:
             parsed = _resumed(parsed, str(composed.resume), config_name)
         sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]

@@ -76,9 +76,7 @@ class Job:
         try:
             refuse_hidden(run.folder, run.record["config"])
             typed = {key_of(text) for text in overrides}
-            path, tokenizer = (
-                cfg.model.get(key) if f"model.{key}" in typed else None for key in ("path", "tokenizer")
-            )
+            path, tokenizer = (cfg.model.get(key) if f"model.{key}" in typed else None for key in ("path", "tokenizer"))
             begun = restored(run.folder, run.record, ModelPlaces(model_path=path, tokenizer=tokenizer))
             refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
         except BaseException:
@@ -104,10 +102,15 @@ class Job:
         for difference in differences(self.begun.record, config):
             raise edited(self.begun.folder, *difference)
 
+    @property
+    def config_as_written(self) -> Any:
+        """The config with its interpolations."""
+        return OmegaConf.to_container(self.cfg, resolve=False)
+
     def fail(self, error: Exception) -> None:
         """Leave a record of a job that could not begin; one that has begun says itself how it ended."""
         if not isinstance(error, LostFolderError) and not (self.folder / "run.json").exists():
-            config: Any = OmegaConf.to_container(self.cfg, resolve=False)
+            config = self.config_as_written
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
 
 

@@ -29,7 +29,7 @@ from lora_bench.disk import dump, plain, why, write, writing
 from lora_bench.errors import DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record_types import with_types
-from lora_bench.secrets import redact, redact_path
+from lora_bench.secrets import redact, redact_new_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -353,9 +353,8 @@ def refuse_taken(folder: Path) -> None:
 
 def refuse_secret(folder: str | Path) -> None:
     """A folder's name is on the disk and in every report: it may hold no key."""
-    if redact_path(str(folder)) != str(folder):
-        reason, remedy = "the folder's name holds a key, or what looks like one", "Give a folder of another name."
-        raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
+    if redact_new_path(str(folder)) != str(folder):
+        raise UserError("the folder's name holds a key, or what looks like one", key="hydra.run.dir", value=folder)
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:

@@ -101,7 +101,9 @@ def refuse_unloadable(cfg: DictConfig) -> None:
     """
     for key, value in leaves(OmegaConf.to_container(cfg, resolve=True)):
         if is_identifier(key) and hides_secret(redacted(value, key)) and not hides_secret(value):
-            reason = "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"
+            reason = (
+                "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"
+            )
             raise UserError(reason, key=key, remedy="Rename it, or use a link of another name.")
 
 

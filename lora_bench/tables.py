@@ -233,8 +233,12 @@ def _flat(value: Any) -> str:
     return clean(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
+# What makes a spreadsheet run a cell as a formula, in full width too.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
 def _no_formula(cell: str) -> str:
-    if not cell.startswith(("=", "+", "-", "@")):
+    if not cell.lstrip(" ").startswith(_FORMULA):
         return cell
     try:
         float(cell)

@@ -267,7 +267,7 @@ def train(
     """
     remember(override for job in jobs for override in job.overrides)
     for job in jobs:
-        remember_config(job.cfg)
+        remember_config(job.config_as_written)
     left = {job.title: job for job in jobs}
 
     def end(job: Job, error: Exception | None) -> None:

@@ -99,7 +99,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": BASE | {"backbones"},
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
-    "secrets": set(),
+    "secrets": {"secret_patterns"},
+    "secret_patterns": set(),
     "compare": {"anchors", "baseline", "comparison", "costs", "disk", "errors", "experiments", "figures", "grid"}
     | {"", "paths", "prompted", "record", "recorded", "report", "tables", "tasks"},
     "grid": {"tables"},

@@ -28,6 +28,7 @@ from lora_bench.tables import (
     Row,
     Stat,
     Table,
+    _no_formula,
     clean,
     human,
     to_csv,
@@ -577,6 +578,12 @@ def test_comparing_needs_neither_torch_nor_pyarrow() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", " ="])
+def test_no_cell_is_a_formula_to_a_spreadsheet(first: str) -> None:
+    assert _no_formula(f"{first}SUM(A1)") == f"'{first}SUM(A1)"
+    assert _no_formula("-1.5e-3") == "-1.5e-3"
 
 
 # -- what is damaged is left out with the reason, and ends nothing --

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lora_bench.disk import plain
-from lora_bench.secrets import HIDDEN, hides_secret, redact, remember
+from lora_bench.secrets import HIDDEN, hides_secret, redact, remember, remember_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,74 @@ def test_what_was_given_once_is_hidden_in_any_text(monkeypatch: pytest.MonkeyPat
     remember(["llm.api_key=open sesame", "+a.token=first1,second2", "x_key=short", "seed=123456"])
     assert redact("no such key: open sesame (123456)") == "no such key: *** (123456)"
     assert redact("first1 or second2 / from the shell / short") == "*** or *** / *** / short"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.path=sk-quora-pairs",
+        "/data/hf_models2024/mini",
+        "hf_checkpoint20000 pk-questions sk-learn-2025 ghp_models",
+        "/nowhere/my_token=x: is not a folder",
+        "Put a value with special characters in quotes inside quotes: 'key=\"a,b [c]\"'.",
+        "http://localhost:8000/v1/name@main",
+        "hf://datasets/user/repo@main/x",
+        '{"pad_token": "[PAD]", "mask_token": "<mask>"}',
+        "needs Bearer authentication",
+    ],
+)
+def test_paths_advice_and_words_are_left_alone(text: str) -> None:
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    ("url", "hidden"),
+    [
+        ("https://me:p@ss/w@rd@host/x", "https://***@host/x"),
+        ("https://me:pa/ss@host/x", "https://***@host/x"),
+        ("https://me:12/34?5#6@host", "https://***@host"),
+        ("postgres://ghp_x@host/db", "postgres://***@host/db"),
+    ],
+)
+def test_all_of_a_password_in_an_address_is_hidden(url: str, hidden: str) -> None:
+    assert redact(f"no answer from {url} today") == f"no answer from {hidden} today"
+
+
+def test_a_path_that_exists_is_never_hidden(in_tmp: Path) -> None:
+    for name in ("sk-abcdefgh12345678", "a token=b (1)/hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "db_password=x"):
+        (in_tmp / name).mkdir(parents=True)
+        for text in (name, str(in_tmp / name), f"data.path={in_tmp / name}: is damaged", f"'{in_tmp / name}/x.tsv'"):
+            assert redact(text) == text
+        assert plain({"path": str(in_tmp / name)}) == {"path": str(in_tmp / name)}
+    remember([f"llm.api_key={in_tmp}"])
+    assert redact(str(in_tmp)) == str(in_tmp)
+
+
+@pytest.mark.parametrize("name", ["X_PWD", "DB_PASS", "PROXY_AUTH", "GITLAB_PAT", "WHATEVER"])
+def test_variables_that_a_config_reads_are_secrets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "tiger-lily")
+    remember([])
+    remember_config({"tracking": {"uri": f"http://me:${{oc.env:{name},none}}@host"}})
+    assert redact("refused: tiger-lily") == f"refused: {HIDDEN}"
+    assert redact("refused: tiger%2Dlily dGlnZXItbGlseQ==".replace("%2D", "-")).startswith(f"refused: {HIDDEN}")
+
+
+def test_a_model_named_by_a_variable_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_ID", "roberta-large")
+    remember(["model.hub_id=${oc.env:MODEL_ID}", "hydra.run.dir=out/${oc.env:MODEL_ID}"])
+    assert redact("roberta-large") == "roberta-large"
+
+
+def test_values_below_a_secrets_name_are_hidden_however_deep() -> None:
+    record = {"credentials": {"user": "me", "words": ["a", {"b": "c"}]}, "apiKey": "x", "text": '{"password": "a b"}'}
+    assert plain(record) == {
+        "credentials": {"user": HIDDEN, "words": [HIDDEN, {"b": HIDDEN}]},
+        "apiKey": HIDDEN,
+        "text": '{"password": ***}',
+    }
+
+
+@pytest.mark.parametrize("part", ["a", "a.", ":", "/", "key", "key=", "api_key=", "a_key=1", "://", "sk-", "eyJ-"])
+def test_a_long_text_takes_linear_time(part: str) -> None:
+    """A text of 300,000 characters; in quadratic time it would take an hour."""
+    redact(part * (300_000 // len(part)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +33,26 @@ class Answer:
     model: str | None
     """What the server calls the model that answered."""
 
+    @classmethod
+    def from_json(cls, entry: Any) -> Answer:
+        """Return the answer that an entry of the cache holds.
+
+        Raises:
+            BrokenAnswerError: it holds none.
+        """
+        try:
+            answer = cls(**entry)
+            tokens = [[(str(token), float(logprob)) for token, logprob in place] for place in answer.tokens]
+            _count(entry, "prompt_tokens")
+            _count(entry, "completion_tokens")
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise BrokenAnswerError("the entry is no answer") from None
+        texts = isinstance(answer.text, str | None) and isinstance(answer.model, str | None)
+        finite = all(math.isfinite(logprob) for place in tokens for _, logprob in place)
+        if not (texts and isinstance(answer.refused, bool) and finite):
+            raise BrokenAnswerError("the entry is no answer")
+        return replace(answer, tokens=tokens)
+
     def money(self, llm: LLM, most: float) -> float:
         """What it cost; `most` where the server does not say how long it was."""
         if self.prompt_tokens is None or self.completion_tokens is None:
@@ -45,46 +65,74 @@ class BrokenAnswerError(ValueError):
 
 
 def read_reply(reply: Any) -> Answer:
-    """The answer in a server's reply, decoded from JSON.
+    """Return the answer in a server's reply, decoded from JSON.
 
     Raises:
-        BrokenAnswerError: it is none.
+        BrokenAnswerError: the reply is no chat completion; what is wrong with it is named.
     """
-    try:
-        choice = reply["choices"][0]
-        message = choice["message"]
-        text = message.get("content")
-        usage = reply.get("usage") or {}
-        answer = Answer(
-            text=text,
-            refused=bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter",
-            tokens=_tokens(choice.get("logprobs")),
-            prompt_tokens=_count(usage.get("prompt_tokens")),
-            completion_tokens=_count(usage.get("completion_tokens")),
-            model=str(reply["model"]) if reply.get("model") else None,
-        )
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
-        raise BrokenAnswerError("the reply is no chat completion") from None
-    if not isinstance(text, str | None):
-        raise BrokenAnswerError("the reply holds no text")
-    return answer
+    choices = _field(reply, "choices", list)
+    if not choices:
+        raise BrokenAnswerError("the reply is no chat completion: choices is missing or empty")
+    message = _field(choices[0], "message", dict)
+    if message is None:
+        raise BrokenAnswerError("the reply is no chat completion: message is missing")
+    usage = _field(reply, "usage", dict) or {}
+    return Answer(
+        text=_field(message, "content", str),
+        refused=bool(message.get("refusal")) or choices[0].get("finish_reason") == "content_filter",
+        tokens=_tokens(_field(choices[0], "logprobs", dict)),
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        model=_field(reply, "model", str) or None,
+    )
 
 
-def _count(tokens: Any) -> int | None:
-    return None if tokens is None else max(0, int(tokens))
+_TYPES: dict[type, str] = {list: "a list", dict: "an object", str: "text"}
 
 
-def _tokens(logprobs: Any) -> list[list[tuple[str, float]]]:
-    if not isinstance(logprobs, dict) or not isinstance(logprobs.get("content"), list):
-        return []
+def _field(node: Any, name: str, kind: type[Any]) -> Any:
+    """Return what an object of the reply has under this name; None where it has nothing or null."""
+    if not isinstance(node, dict):
+        raise BrokenAnswerError(f"the reply is no chat completion: what should hold {name} is not an object")
+    value = node.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise BrokenAnswerError(f"the reply is no chat completion: {name} is not {_TYPES[kind]}")
+    return value
+
+
+MAX_TOKENS = 10_000_000
+"""More tokens than one request or answer can have."""
+
+
+def _count(usage: dict[str, Any], name: str) -> int | None:
+    tokens = usage.get(name)
+    if tokens is None:
+        return None
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 0 <= tokens <= MAX_TOKENS:
+        raise BrokenAnswerError(f"the reply's {name} is not a number of tokens from 0 to {MAX_TOKENS:,}")
+    return tokens
+
+
+def _tokens(logprobs: dict[str, Any] | None) -> list[list[tuple[str, float]]]:
+    places = [] if logprobs is None else _field(logprobs, "content", list) or []
     return [
         [
-            (str(each["token"]), float(each["logprob"]))
-            for each in place.get("top_logprobs") or []
-            if math.isfinite(float(each["logprob"]))
+            (token, logprob)
+            for each in _field(place, "top_logprobs", list) or []
+            if math.isfinite(logprob := _logprob(each)) and (token := _field(each, "token", str))
         ]
-        for place in logprobs["content"][:_LOOK_AT]
+        for place in places[:_LOOK_AT]
     ]
+
+
+def _logprob(token: Any) -> float:
+    """Return a token's log-probability; it may be minus infinity."""
+    value = token.get("logprob") if isinstance(token, dict) else None
+    if isinstance(value, str) and value.lower() in ("-inf", "-infinity"):
+        return -math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -math.inf <= value <= 1:
+        raise BrokenAnswerError("the reply's logprobs hold a token without a log-probability")
+    return max(float(value), -1e30) if value != -math.inf else -math.inf
 
 
 def read_label(answer: Answer, words: Sequence[str]) -> tuple[float | None, str]:

@@ -6,8 +6,7 @@ import asyncio
 import json
 import os
 import time
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from email.utils import parsedate_to_datetime
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +16,7 @@ from lora_bench.errors import RunFailedError, UserError
 from lora_bench.prompt import cache
 from lora_bench.prompt.answer import Answer, BrokenAnswerError, read_reply
 from lora_bench.prompt.budget import Budget, Pace
-from lora_bench.secrets import hide
+from lora_bench.secrets import HIDDEN, hide
 from lora_bench.training.interrupt import Interruption
 
 if TYPE_CHECKING:
@@ -78,8 +77,14 @@ class Client:
             remedy = "Install it: pip install 'lora-bench[llm]'."
             raise UserError("needs the package openai", key="prompt", remedy=remedy) from None
         self._openai = openai
+        from lora_bench.prompt import reply
+
         self._server = openai.AsyncOpenAI(
             api_key=self.key or "none",  # servers without keys look at none
+            default_headers={"Accept-Encoding": "gzip, deflate"},
+            http_client=openai.DefaultAsyncHttpxClient(
+                timeout=self.llm.timeout, max_redirects=3, event_hooks={"response": [reply.check]}
+            ),
             base_url=self.llm.base_url,
             timeout=self.llm.timeout,
             max_retries=0,
@@ -89,11 +94,13 @@ class Client:
         await self._server.close()
 
     def cached(self, key: str) -> Answer | None:
-        """The answer of an earlier time."""
-        found = self.cache.get(key)
-        with suppress(TypeError):  # kept by another version: it is asked for again
-            return None if found is None else Answer(**found)
-        return None
+        """Return the answer of an earlier time; None where there is none, or where the entry is no answer."""
+        entry = self.cache.get(key)
+        try:
+            return None if entry is None else Answer.from_json(entry)
+        except BrokenAnswerError:  # of another version, or damaged: it is asked for again
+            self.cache.damaged += 1
+            return None
 
     async def ask(self, messages: Messages) -> Answer:
         """The server's answer, which is then in the cache.
@@ -116,14 +123,14 @@ class Client:
                 return answer
             except self._openai.APIStatusError as error:
                 cost = 0.0  # a refused request is not billed
-                if logprobs and error.status_code in (400, 422) and "logprob" in str(error):
+                if logprobs and error.status_code in (400, 422) and "logprob" in str(error)[:100_000]:
                     self.logprobs = False
                     continue
                 reason, wait = self._refused(error)
             except (TimeoutError, self._openai.APITimeoutError):
                 reason = f"no whole answer within llm.timeout={self.llm.timeout:g} seconds"
             except self._openai.APIConnectionError as error:
-                reason = f"the connection failed: {_short(error.__cause__ or error)}"
+                reason = f"the connection failed: {self._short(error.__cause__ or error)}"
                 if not self._heard and "Connect" in type(error.__cause__).__name__:  # nobody is there
                     raise UserError(reason, key="llm.base_url", value=self.llm.base_url, remedy=_URL) from None
             except BrokenAnswerError as error:
@@ -151,12 +158,21 @@ class Client:
                 messages=cast("Any", messages), extra_body=extra, **fields
             )
         try:
-            answer = Answer(**plain(asdict(read_reply(json.loads(raw.text)))))  # a key that came back is hidden
-        except (BrokenAnswerError, ValueError, RecursionError):
-            shown = _short(raw.text[:60])
-            raise BrokenAnswerError(f"the reply is no chat completion: {shown!r}") from None
+            answer = read_reply(json.loads(raw.content))
+        except (BrokenAnswerError, ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, BrokenAnswerError) else "the reply is not JSON"
+            raise BrokenAnswerError(f"{reason}: {self._short(raw.text)[:60]!r}") from None
         self._heard = True
-        return answer
+        return self._without_key(answer)
+
+    def _without_key(self, answer: Answer) -> Answer:
+        """Return the answer as it may be kept: one that repeats the key says nothing else."""
+        from lora_bench.prompt.reply import repeats
+
+        tokens = "".join(token for place in answer.tokens for token, _ in place[:1])
+        if any(repeats(text, self.key) for text in (answer.text or "", answer.model or "", tokens)):
+            return replace(answer, text=HIDDEN, model=None, tokens=[])
+        return Answer.from_json(plain(asdict(answer)))  # other secrets
 
     def _fields(self) -> dict[str, Any]:
         """What is sent beside the messages, whether the server gives log-probabilities or not."""
@@ -173,7 +189,7 @@ class Client:
 
     def _refused(self, error: Any) -> tuple[str, float | None]:
         """Why, and how many seconds the server wants to wait; raises what no repetition can change."""
-        status, reason = error.status_code, _short(error)
+        status, reason = error.status_code, self._short(error)
         code = error.body.get("code") if isinstance(error.body, dict) else None
         self._heard = self._heard or status < 500
         if status in (401, 403):
@@ -192,6 +208,16 @@ class Client:
             raise RunFailedError(reason, key="llm.base_url", value=self.llm.base_url, remedy=_AGAIN_LATER)
         return reason, wait
 
+    def _short(self, error: object) -> str:
+        """Return a foreign message in one short line, or that it repeats the key."""
+        from lora_bench.prompt.reply import WITHHELD, repeats
+
+        status = getattr(error, "status_code", None)
+        text = str(error)[:100_000]
+        if repeats(text, self.key):
+            return f"{f'error {status}: ' if status else ''}{WITHHELD}"
+        return _one_line(text or type(error).__name__)
+
     def _back_off(self, repetition: int) -> float:
         wait: float = min(FIRST_WAIT_SECONDS * 2**repetition, LONGEST_WAIT_SECONDS)
         return wait * self._random.uniform(0.75, 1.25)
@@ -201,9 +227,8 @@ _URL = "Does the server run there? The address often ends in /v1."
 _AGAIN_LATER = "Answers so far are kept: run the same command again, which asks only for the rest."
 
 
-def _short(error: object) -> str:
-    """A foreign message in one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
     return "".join(char if char.isprintable() else "?" for char in text)[:300].rstrip(".")
 
 

@@ -192,6 +192,8 @@ def _ask(
         keys = {name: [client.cache_key(messages) for messages in each] for name, each in asked.items()}
         questions = dict(zip(chain(*keys.values()), chain(*asked.values()), strict=True))
         known = {key: answer for key in questions if (answer := client.cached(key)) is not None}
+        for note in cache.notes():
+            console.print(shown(f"note: {note}"), soft_wrap=True)
         if dry_run:
             show_request(console, client, questions, known)
             return None

@@ -74,11 +74,46 @@ def test_replies_of_all_kinds() -> None:
     assert read_reply(reply({"content": "no"})) == Answer("no", False, [], None, None, None)
     assert read_reply(reply({"content": None, "refusal": "I will not"})).refused
     assert read_reply(reply({"content": ""}, finish_reason="content_filter")).refused
-    usage = {"prompt_tokens": 7, "completion_tokens": -3}
-    assert read_reply(reply({"content": "no"}) | {"usage": usage}).completion_tokens == 0
+    usage = {"prompt_tokens": 7, "completion_tokens": 0}
+    assert read_reply(reply({"content": "no"}) | {"usage": usage}).prompt_tokens == 7
     listed = [{"token": "no", "logprob": -0.5}, {"token": "yes", "logprob": -9999.0}, {"token": "?", "logprob": "-inf"}]
     places = {"content": [{"token": "no", "logprob": -0.5, "top_logprobs": listed}]}
     assert read_reply(reply({"content": "no"}, logprobs=places)).tokens == [[("no", -0.5), ("yes", -9999.0)]]
+
+
+@pytest.mark.parametrize("tokens", [-1, 1.5, True, math.nan, math.inf, "7", [7], 10**9, int("9" * 400)])
+def test_an_absurd_usage_is_refused_by_name(tokens: Any) -> None:
+    for name in ("prompt_tokens", "completion_tokens"):
+        with pytest.raises(BrokenAnswerError, match=name):
+            read_reply(reply({"content": "no"}) | {"usage": {name: tokens}})
+
+
+ENTRY = {"text": "no", "refused": False, "tokens": [[["no", -0.5]]], "prompt_tokens": 7, "completion_tokens": 1}
+ENTRY |= {"model": "served"}
+
+
+def test_an_entry_of_the_cache_is_an_answer() -> None:
+    assert Answer.from_json(ENTRY) == Answer("no", False, [[("no", -0.5)]], 7, 1, "served")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"text": 3},
+        {"refused": "yes"},
+        {"tokens": None},
+        {"tokens": [["no"]]},
+        {"tokens": [[["no", math.nan]]]},
+        {"tokens": [[["no", 10**400]]]},
+        {"prompt_tokens": -1},
+        {"completion_tokens": True},
+        {"model": ["served"]},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_entry_of_the_cache_is_none(damage: dict[str, Any]) -> None:
+    with pytest.raises(BrokenAnswerError):
+        Answer.from_json(ENTRY | damage)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +125,17 @@ def test_replies_of_all_kinds() -> None:
         {},
         {"choices": []},
         {"choices": [None]},
+        {"choices": None},
+        {"choices": {}},
+        {"choices": [{"message": None}]},
+        reply({"content": ["no"]}),
+        reply({"content": "no"}) | {"model": {"name": "x"}},
+        reply({"content": "no"}) | {"usage": [7]},
+        reply({"content": "no"}, logprobs=[1]),
+        reply({"content": "no"}, logprobs={"content": "no"}),
+        reply({"content": "no"}, logprobs={"content": [{"top_logprobs": [{"token": "no", "logprob": math.nan}]}]}),
+        reply({"content": "no"}, logprobs={"content": [{"top_logprobs": [{"token": "no", "logprob": "low"}]}]}),
+        reply({"content": "no"}, logprobs={"content": [{"top_logprobs": [{"token": 1, "logprob": -1}]}]}),
         {"choices": [{"message": "no"}]},
         reply({"content": 3}),
         reply({"content": "no"}) | {"usage": {"prompt_tokens": "many"}},

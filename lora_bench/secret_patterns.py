@@ -1,0 +1,229 @@
+"""Where secrets stand in a text, by what is around them or by their format; the text alone decides.
+
+Every function takes time linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from string import ascii_letters, digits
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+HIDDEN = "***"
+LONGEST_NAME = 100
+
+# -- names --
+
+_STRONG = {"token", "secret", "password", "passwd", "passphrase", "credential", "authorization"}
+WEAK = {"key", "pwd", "pass", "auth", "pat"}  # also plain words: alone, before a colon or with a number no secret
+_PLURALS = {"secrets", "passwords", "credentials", "apikeys"}
+_SPECIAL_TOKENS = {"bos", "eos", "unk", "sep", "pad", "cls", "mask", "special", "image", "audio", "start", "end"}
+_NO_SECRET = {"file", "path", "dir", "folder", "name", "env", "sock", "socket", "type", "length"}
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+@lru_cache(maxsize=10_000)
+def secret_word(name: str) -> str | None:
+    """Return the word in the last part of a dotted name that makes it a secret's name, or None."""
+    last = re.split(r"[./@]", name[-LONGEST_NAME:])[-1]
+    words = [word for word in re.split(r"[\W_]+", _CAMEL.sub("_", last).lower()) if word and not word.isdigit()]
+    if not words:
+        return None
+    word, before = words[-1], words[-2] if len(words) > 1 else ""
+    if word in ("token", "tokens") and before in _SPECIAL_TOKENS:
+        return None
+    if word in _STRONG or word in _PLURALS or word in WEAK:
+        return word
+    if word == "keys" and before in ("api", "access", "secret"):
+        return "apikeys"
+    return next((ending for ending in (*sorted(_STRONG), "apikey") if word.endswith(ending)), None)
+
+
+def holds_secret(name: str, value: object) -> bool:
+    """Return whether `value` below this name is a secret; placeholders, interpolations and sizes are none."""
+    word = secret_word(name)
+    if word is None or value is None or isinstance(value, bool):
+        return False
+    text = str(value).strip("\"'\\")
+    if text.lower() in _PLACEHOLDERS or text.startswith("${") or (text.isupper() and text in _EXAMPLES):
+        return False
+    return word not in WEAK or not re.match(r"[\d.]+(?!\w)", text)
+
+
+_PLACEHOLDERS = {"", "null", "none", "true", "false", "value", "...", "…", HIDDEN}
+_EXAMPLES = {"VALUE", "NAME", "KEY", "TOKEN", "DIR", "FILE"}
+
+
+def is_secret_variable(name: str) -> bool:
+    """Return whether an environment variable's name says that it holds a secret: `DB_PASS`, `MY_PAT_PROD`."""
+    if name in ("PWD", "OLDPWD"):
+        return False
+    words = [word for word in re.split(r"[\W_]+", name.lower()) if word and not word.isdigit()]
+    if not words or words[-1] in _NO_SECRET:
+        return False
+    return secret_word(name) is not None or any(word in _STRONG | _PLURALS | WEAK - {"key"} for word in words)
+
+
+Span = tuple[int, int]
+
+_ENDS = (*sorted(_STRONG | WEAK), "secrets", "passwords")
+_SIGN = re.compile(r"""(\\{0,3}["'])?\s{0,8}([=:])\s{0,8}""")
+_QUOTE = re.compile(r"""\\{0,3}["']""")
+_SCHEME = re.compile(r"(?:bearer|basic|token)\s{1,8}", re.IGNORECASE)
+_WORD = re.compile(r"\S++")
+_IN_NAMES = f"{ascii_letters}{digits}_.-"
+_ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+
+
+def assigned(text: str) -> Iterator[Span]:
+    """Yield where the values stand of `name=value` and `name: value` with a secret's name."""
+    lower = text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
+    ends = sorted({end for word in _ENDS if word in lower for end in _ends_of(word, lower)})
+    unclosed: set[str] = set()
+    done = 0
+    for end in ends:
+        if end < done or not (sign := _SIGN.match(text, end)) or not _is_assigned_name(text, end, sign):
+            continue
+        scheme = _SCHEME.match(text, sign.end())
+        start = scheme.end() if scheme else sign.end()
+        quote = _QUOTE.match(text, start)
+        close = -1
+        if quote and quote[0] not in unclosed:
+            close = text.find(quote[0], quote.end())
+            if close < 0:
+                unclosed.add(quote[0])
+        if quote and close >= 0:
+            done = close + len(quote[0])
+        elif word := _WORD.match(text, start):
+            done = word.end() - (word.end() - start > 1 and text[word.end() - 1] in ":;.,")
+        else:
+            continue
+        yield start, done
+
+
+def _ends_of(word: str, text: str) -> Iterator[int]:
+    """Yield the places behind a word that a sign follows, or white space or a quotation mark before one."""
+    place = text.find(word)
+    while place >= 0:
+        place += len(word)
+        if text[place : place + 1] in _BEFORE_SIGN:
+            yield place
+        place = text.find(word, place)
+
+
+_BEFORE_SIGN = frozenset("=: \t\r\n\\\"'")
+
+
+def _is_assigned_name(text: str, end: int, sign: re.Match[str]) -> bool:
+    """Return whether the name that ends here, and how its value begins, are a secret's."""
+    before = text[max(0, end - LONGEST_NAME) : end]
+    rest = before.rstrip(_IN_NAMES)
+    name, colon = before[len(rest) :], sign[2] == ":"
+    if rest.endswith("/") and not sign[1]:
+        return False  # a folder's name
+    value = text[sign.end() : sign.end() + 40]
+    if colon and value.startswith("//"):
+        return False
+    if name.lower() in WEAK or (colon and not sign[1] and name.lower() in ("token", "secret")):
+        return False  # prose and advice: "key=value", "auth: failed", "not a known token: x"
+    first = re.match(r"""[\\"']*([^\s"',;}\])]*)""", value)
+    assert first is not None
+    return holds_secret(name, first[1].rstrip(":."))
+
+
+_URL = re.compile(r"://([^\s\"'<>`]++)")
+
+
+def users_in(text: str) -> Iterator[Span]:
+    """Yield where the user information (`user:password`) of the URLs in a text stands."""
+    for hit in _URL.finditer(text):
+        if length := _user_length(hit[1]):
+            yield hit.start(1), hit.start(1) + length
+
+
+def users(value: str) -> Iterator[str]:
+    """Yield the user information and the password of a value that is a URL, spaces and quotes included."""
+    _, mark, rest = value.strip("\"' ").partition("://")
+    if mark and (length := _user_length(rest)):
+        user = rest[:length]
+        password = user.partition(":")[2]
+        yield from (user, password, unquote(password)) if password else (user,)
+
+
+def _user_length(rest: str) -> int:
+    """Return how many characters behind `://` are user information, whatever a password has in it.
+
+    A password may hold `@`, `/`, `?` or `#` as they are: then it ends at the last `@`.
+    """
+    last = rest.rfind("@")
+    if last < 0:
+        return 0
+    try:
+        parts = urlsplit(f"x://{rest}")
+        host = parts.netloc
+        if "@" in host:
+            return last
+        port: int | None = parts.port
+    except ValueError:  # a port that is no number: it is a password
+        return last
+    name = parts.hostname or ""
+    is_host = ":" not in host or (port is not None and ("." in name or ":" in name or name == "localhost"))
+    return 0 if is_host else last
+
+
+def _has_digit_and_letter(text: str) -> bool:
+    return re.search(r"\d", text) is not None and re.search(r"[A-Za-z]", text) is not None
+
+
+def _is_mixed(text: str) -> bool:
+    return _has_digit_and_letter(text) and text.lower() != text and text.upper() != text
+
+
+def _is_sk(token: str) -> bool:
+    body = token[3:]
+    if re.fullmatch(r"(?:proj|svcacct|admin|ant|or|None)-[\w-]{16,}", body) or len(body) >= 40:
+        return _is_mixed(body) or (len(body) >= 40 and _has_digit_and_letter(body))
+    if body.startswith(("proj-", "ant-", "or-")):
+        return len(body) >= 16 and _is_mixed(body)
+    return re.fullmatch(r"[A-Za-z0-9]{16,}", body) is not None and _has_digit_and_letter(body)
+
+
+def _is_hf(token: str) -> bool:
+    """34 letters and digits; somewhat fewer letters alone are no word either."""
+    return len(token) >= 37 or (len(token) >= 23 and token[3:].isalpha())
+
+
+# What a key begins with (the literal that is searched for), what follows, what may not stand before it, and whether
+# the whole is a key. Each text is scanned once for each: no key begins within another.
+FORMATS: list[tuple[str, re.Pattern[str], Callable[[str], bool]]] = [
+    (prefix, re.compile(rf"{prefix}(?<!{before}{prefix}){rest}", re.DOTALL), check)
+    for prefixes, before, rest, check in [
+        ("sk- pk- rk-", r"[\w-]", r"[\w-]++", _is_sk),  # OpenAI, Anthropic and others
+        ("sk_live_ sk_test_ pk_live_ rk_live_ rk_test_", r"[\w-]", r"\w{8,}+", _has_digit_and_letter),  # Stripe
+        ("hf_", r"[\w-]", r"[A-Za-z0-9]++(?![\w-])", _is_hf),  # Hugging Face
+        ("ghp_ gho_ ghs_ ghr_ ghu_ github_pat_ glpat-", r"[\w-]", r"[\w-]{20,}+|", _has_digit_and_letter),
+        ("AKIA ASIA", r"[A-Za-z0-9]", r"[A-Z0-9]{16}(?![A-Za-z0-9])", bool),  # AWS
+        ("AIza", r"[\w-]", r"[\w-]{30,}+", bool),  # Google
+        ("xoxa- xoxb- xoxe- xoxo- xoxp- xoxr- xoxs-", r"[\w-]", r"\d{6,}+[\w-]{4,}+", bool),  # Slack
+        ("eyJ", r"[\w-]", r"[\w-]{8,}+\.[\w-]{8,}+\.[\w-]*+", bool),  # JSON web tokens
+    ]
+    for prefix in prefixes.split()
+] + [
+    (
+        "-----BEGIN ",
+        re.compile(
+            r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.DOTALL
+        ),
+        bool,
+    ),
+]
+_BEARER = re.compile(r"""earer ([^\s,;}\]'"]{8,}+)""")
+
+
+def bearers(text: str) -> Iterator[Span]:
+    return (hit.span(1) for hit in _BEARER.finditer(text) if not hit[1].isalpha() or len(hit[1]) >= 20)
