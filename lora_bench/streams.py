@@ -66,7 +66,7 @@ def _text(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
     descriptor = _Descriptor(number, "w", closefd=False)
     binary = descriptor if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(descriptor)
     return io.TextIOWrapper(
-        binary,  # type: ignore[arg-type]
+        binary,
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

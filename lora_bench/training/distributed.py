@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -139,7 +139,7 @@ class _Meeting:
         self.noticed = False
         self.served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
-    def join(self) -> dist.Store:
+    def join(self) -> Any:
         """Return the store when all processes have joined.
 
         Raises:
@@ -152,14 +152,14 @@ class _Meeting:
         assert host is not None
         assert port is not None
         try:
-            store = dist.TCPStore(
+            store = dist.TCPStore(  # type: ignore[attr-defined]
                 host, port, is_master=serves, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False
             )
         except RuntimeError as error:
             first = str(error).strip().partition("\n")[0]
             raise self._refusal(f"cannot be used ({first})") from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own = dist.PrefixStore(f"lora_bench/{attempt}", store)
+        own = dist.PrefixStore(f"lora_bench/{attempt}", store)  # type: ignore[attr-defined]
         joined = own.add("joined", 1)
         while joined < self.launch.world_size:
             said = f"{joined} of {self.launch.world_size} have joined"
