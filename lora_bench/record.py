@@ -124,7 +124,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in untrusted.read_text(path).splitlines():
                 with suppress(ValueError):  # cut off by a kill or a full disk
                     found = json.loads(line)
                     if found["split"].partition("/")[0] == "selection" and found["step"] <= step:

@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "job": {"checks", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
     "recorded": {"help", "hydra_errors", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
-    "sweep": {"", "claim", "disk", "errors", "record"},
+    "sweep": {"", "claim", "disk", "errors", "record", "untrusted"},
     "evaluate": BASE
     | {"adapters", "backbones", "besides", "data", "evaluation", "predict", "progress", "record", "screen", "training"},
     "besides": BASE | {"data", "evaluation"},
@@ -76,11 +76,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors", "record"},
     "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "tracking", "training"},
     "doctor": {"environment", "data", "training"},
-    "training": {"errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"},
+    "training": {"", "errors", "disk", "adapters", "backbones", "data", "evaluation", "progress", "tables"}
+    | {"untrusted"},
     "evaluation": {"errors", "stats"},
     "data": BASE | {"hub"},
     "backbones": BASE | {"hub"},
-    "adapters": BASE,
+    "adapters": BASE | {"", "untrusted"},
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": set(),

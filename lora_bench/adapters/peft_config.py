@@ -6,13 +6,13 @@ the adapter computes.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_bench import untrusted
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class PeftConfig:
         """
         path = Path(folder) / FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = untrusted.read_json(path)
         except OSError as error:
             remedy = "Give the folder that peft's save_pretrained wrote."
             raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"is damaged: {error}", file=path) from None
         if not isinstance(values, dict):
             raise UserError("is damaged: it holds no object", file=path)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lora_bench import untrusted
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, or a refusal that names it."""
     try:
+        untrusted.open_file(path, max_bytes=2**63).close()  # the library would wait for a writer of a FIFO
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"is absent or damaged ({error})", file=path) from None
