@@ -147,7 +147,6 @@ def code_in_overrides(path: Path) -> None:
     content = json.loads(path.read_text())
     target = f"{{_target_: os.mkdir, path: {os.path.abspath('../' + CANARY)}}}"
     content["overrides"] = [*content["overrides"], f"+hydra.callbacks.x={target}"]
-    content["config_dir"] = None if "config_dir" not in content else os.path.abspath("evil_conf")
     path.write_text(json.dumps(content))
 
 
@@ -225,6 +224,11 @@ class Target:
 
 def rows(answer: Answer) -> Any:
     return [[row["runs"], row["n"], row["mcc"], row["accuracy"]] for row in json.loads(answer.out)]
+
+
+def is_touched(run: Path, file: Path) -> bool:
+    """Return whether a damaged file lies in the run's folder, or in one that the run lies in."""
+    return run in file.parents or file.parent in run.parents
 
 
 def table_of(name: str) -> Callable[[Answer], Any]:
@@ -341,13 +345,21 @@ class World:
         return self.top / "work"
 
     def build(self, commands: Collection[str] = ()) -> None:
-        """Make everything once, with what these commands (by default all) give there; `work` is then current."""
+        """Make everything unless it is there, and note what these commands (by default all) give; `work` is current."""
+        os.environ["LORA_BENCH_CACHE"] = str(self.work / "cache")
+        os.environ[SECRET_NAME] = SECRET
+        if not (self.top / "base").exists():
+            self._make()
+        for command in [COMMANDS[name] for name in commands or COMMANDS]:
+            self.restore()
+            self.expected[command.name] = command.result(self._do(*command.arguments))
+        self.restore()
+
+    def _make(self) -> None:
         (self.top / "outside").mkdir(parents=True)
         (self.top / "outside/precious").write_text("as it was")
         self.work.mkdir()
         os.chdir(self.work)
-        os.environ["LORA_BENCH_CACHE"] = str(self.work / "cache")
-        os.environ[SECRET_NAME] = SECRET
         Path("pairs.tsv").write_text("question1\tquestion2\n" + "".join(f"how {i}\twhy {i}\n" for i in range(4)))
         Path("conf/data").mkdir(parents=True)
         for seed, name in enumerate(("one", "other")):
@@ -365,11 +377,9 @@ class World:
         self._do("train", "-m", *TRAIN, "seed=0,1", "hydra.sweep.dir=sweep")
         shutil.rmtree("sweep/1")
         self._stop()
-        shutil.copytree(self.work, self.top / "base", symlinks=True)
-        for command in [COMMANDS[name] for name in commands or COMMANDS]:
-            self.restore()
-            self.expected[command.name] = command.result(self._do(*command.arguments))
-        self.restore()
+        os.chdir(self.top)
+        shutil.copytree(self.work, "making", symlinks=True)
+        os.replace("making", "base")
 
     def _stop(self) -> None:
         """Leave a run that was interrupted after a checkpoint."""
@@ -453,9 +463,9 @@ class World:
             found = command.result(answer)
             return None if found == self.expected[command.name] else "exit 0 with another result"
         found = rows(answer)
-        hurt = target.path.split("/*")[0]
+        hurt = Path(target.path.split("/*")[0])
         lost = [row for row in self.expected[command.name] if row not in found]
-        lost = [row for row in lost if not any(hurt.startswith(str(run)) for run in row[0])]
+        lost = [row for row in lost if not any(is_touched(Path(run), hurt) for run in row[0])]
         return f"rows of other runs are lost: {lost}" if lost else None
 
     def _small_files(self) -> Iterator[bytes]:
