@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -418,7 +419,7 @@ class World:
         damage(path)
         outside = self._outside()
         began = time.monotonic()
-        with alarm(SECONDS):
+        with alarm(SECONDS), writer_of_last_resort(path):
             answer = lora_bench(*command.arguments)
         return self._wrong(target, command, answer, outside, time.monotonic() - began)
 
@@ -489,3 +490,17 @@ def alarm(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def writer_of_last_resort(path: Path) -> Iterator[None]:
+    """Open a FIFO for writing when the time is over: a library that waits for a writer hears no alarm."""
+    if not path.is_fifo():
+        yield
+        return
+    script = f'sleep {SECONDS}; exec 3<>"$1"; sleep 1'
+    with subprocess.Popen(["sh", "-c", script, "sh", str(path)], start_new_session=True) as helper:
+        try:
+            yield
+        finally:
+            os.killpg(helper.pid, signal.SIGKILL)
