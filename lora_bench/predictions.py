@@ -112,11 +112,11 @@ def _read(file: IO[bytes]) -> Predictions:
     found = pa.Table.from_batches(batches).drop_null()
     ids, labels, scores = (found[name].to_numpy() for name, _, _ in _COLUMNS)
     _require(len(ids) > 0, "no row has a label and a score")
-    _require(np.isin(labels, (0, 1)).all(), "a label is neither 0 nor 1")
-    _require(((scores >= 0) & (scores <= 1)).all(), "a score is not a number from 0 to 1")
+    _require(bool(np.isin(labels, (0, 1)).all()), "a label is neither 0 nor 1")
+    _require(bool(((scores >= 0) & (scores <= 1)).all()), "a score is not a number from 0 to 1")
     order = np.argsort(ids, kind="stable")
     ids = ids[order].astype(np.int64)
-    _require((ids[1:] > ids[:-1]).all(), "an id stands twice")
+    _require(bool((ids[1:] > ids[:-1]).all()), "an id stands twice")
     return Predictions(ids, labels[order].astype(np.int64), scores[order].astype(np.float64))
 
 

@@ -123,13 +123,15 @@ class Run:
     def rewind(self, step: int) -> None:
         """Set the record back to the end of update number `step`: later lines of its log are dropped."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if os.path.lexists(path):
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # cut off by a kill or a full disk
-                    found = json.loads(line)
-                    if found["split"].partition("/")[0] == "selection" and found["step"] <= step:
-                        kept.append(line + "\n")
+            try:
+                for line in untrusted.read_json_lines(path):
+                    split, at = str(line.get("split")), untrusted.as_number(line.get("step"))
+                    if split.partition("/")[0] == "selection" and at is not None and at <= step:
+                        kept.append(json.dumps(plain(line)) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot be read: {why(error)}", file=path) from None
             self._write("metrics.jsonl", "".join(kept).encode())
         self.update(status="running", finished=None, error=None, selection=None)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench import claim, record
+from lora_bench import claim, record, untrusted
 from lora_bench.disk import dump, plain, why, write
 from lora_bench.errors import RunFailedError, UserError, argument
 
@@ -117,7 +116,7 @@ def read(folder: Path) -> Sweep:
     """What the sweep in `folder` was asked for, or a refusal that names the file."""
     path = folder / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = untrusted.read_json(path)
         if found.pop("schema") != record.SCHEMA:
             raise UserError("is of another version of lora-bench", file=path)
         sweep = Sweep(**found)

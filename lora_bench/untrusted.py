@@ -10,10 +10,11 @@ import json
 import math
 import os
 import stat
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import BufferedReader
     from pathlib import Path
 
 MAX_BYTES = 32 * 2**20
@@ -24,7 +25,7 @@ MAX_MAGNITUDE = 1e60
 """Of a number that is measured: means and squares of larger ones overflow."""
 
 
-def open_file(path: Path, max_bytes: int = MAX_BYTES) -> IO[bytes]:
+def open_file(path: Path, max_bytes: int = MAX_BYTES) -> BufferedReader:
     """Open a regular file of at most `max_bytes` for reading.
 
     Raises:

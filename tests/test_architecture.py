@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "job": {"checks", "errors", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
     "recorded": {"errors", "experiments", "help", "hydra_errors", "overrides", "prompted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
-    "sweep": {"", "claim", "disk", "errors", "record"},
+    "sweep": {"", "claim", "disk", "errors", "record", "untrusted"},
     "evaluate": BASE
     | {"adapters", "backbones", "besides", "data", "evaluation", "finished", "paths", "predict", "progress", "record"}
     | {"recorded", "screen", "training"},
@@ -88,15 +88,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors", "record"},
     "experiment": BASE | {"adapters", "backbones", "besides", "data", "evaluation", "finished", "tracking", "training"},
     "doctor": {"cache", "environment", "training"},
-    "training": {"cache", "errors", "disk", "adapters", "backbones", "data", "evaluation", "launch", "progress"}
-    | {"screen", "signals", "tables"},
+    "training": {"", "cache", "errors", "disk", "adapters", "backbones", "data", "evaluation", "launch", "progress"}
+    | {"screen", "signals", "tables", "untrusted"},
     "evaluation": {"errors", "stats"},
     "data": BASE | {"cache", "hub", "paths"},
     "cache": {"errors", "screen"},
     "clean": {"cache", "errors", "screen", "tables"},
     "paths": {"errors"},
     "backbones": BASE | {"hub"},
-    "adapters": BASE | {"backbones"},
+    "adapters": BASE | {"", "untrusted"},
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},
     "secrets": {"secret_patterns"},

@@ -466,3 +466,15 @@ def test_find_skips_what_is_no_file_or_folder_with_the_reason(tmp_path: Path) ->
 def test_the_last_line_of_a_log_that_is_no_file_is_unknown(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     assert last_logged(tmp_path) is None
+
+
+def test_a_log_that_cannot_be_read_is_not_rewound(run: Run) -> None:
+    for line in ({"split": "selection", "step": "x"}, {"split": 3}, {"step": 1}, {"split": "selection", "step": 1}):
+        run.log(line)
+    run.rewind(1)
+    log = run.folder / "metrics.jsonl"
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [{"split": "selection", "step": 1}]
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read: it is not a regular file"):
+        run.rewind(1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_bench import untrusted
 from lora_bench.adapters.patterns import limited_matching
-from lora_bench.backbones.model_folder import read_json
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,16 @@ class PeftConfig:
             UserError: it is absent or damaged, lacks a key, or asks for what is not known here.
         """
         path = Path(folder) / FILE
-        config = cls(Path(folder), read_json(path, remedy="Give the folder that peft's save_pretrained wrote."))
+        try:
+            values = untrusted.read_json(path)
+        except OSError as error:
+            remedy = "Give the folder that peft's save_pretrained wrote."
+            raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
+        except ValueError as error:
+            raise UserError(f"is damaged: {error}", file=path) from None
+        if not isinstance(values, dict):
+            raise UserError("is damaged: it holds no object", file=path)
+        config = cls(Path(folder), values)
         with limited_matching("adapter", file=path):
             config._check()
         return config

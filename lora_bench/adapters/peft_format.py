@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_bench import untrusted
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError("is not a regular file", file=path)
     try:
+        untrusted.open_file(path, max_bytes=2**63).close()  # the library would wait for a writer of a FIFO
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"is absent or damaged ({error})", file=path) from None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lora_bench import untrusted
 from lora_bench.disk import MAKE_ROOM, writing
 from lora_bench.errors import RunFailedError
 
@@ -130,17 +131,17 @@ class Checkpoints:
 
 
 def _read(place: Path) -> Checkpoint:
-    manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+    manifest = untrusted.read_json(place / "manifest.json")
     for name in _FILES:
         if manifest[name] != _described(place / name):
             raise ValueError(f"{name} is not what was written")
-    facts = json.loads((place / "state.json").read_text(encoding="utf-8"))
+    facts = untrusted.read_json(place / "state.json")
     return Checkpoint(facts.pop("step"), load_file(place / "tensors.safetensors"), facts)
 
 
 def _described(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": file_digest(file, "sha256").hexdigest()}
+    with untrusted.open_file(path, max_bytes=2**63) as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": file_digest(file, "sha256").hexdigest()}
 
 
 def _flush(path: Path) -> None:

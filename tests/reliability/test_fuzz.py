@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from lora_bench.training.average import Average
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.state import Outcome, TrainingState
-from tests.command_line import lora_bench
+from tests.command_line import lora_bench, toy_run
 from tests.training.test_loop import Make, optimizer, packed, spy
 
 if TYPE_CHECKING:
@@ -254,6 +255,46 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
             return
         step(state)  # what was taken can be trained on
         state.gather(0)
+
+    check()
+
+
+def test_mutated_records_are_read_or_refused(in_tmp: Path) -> None:
+    """`run.json` and `sweep.json`, by bytes and by value, against every command that reads them."""
+    assert lora_bench("train", *toy_run("hydra.run.dir=runs/a")).code == 0
+    assert lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep"), "seed=0,1").code == 0
+    shutil.rmtree("sweep/1")
+    Path("pairs.tsv").write_text("question1\tquestion2\na\tb\n")
+    shutil.copytree(in_tmp, in_tmp / "whole")
+    strange = st.sampled_from([None, True, -1, 10**400, float("nan"), 1e300, "", "x" * 9999, "\ud800", [], {}, [{}]])
+    commands = {
+        "runs/a/run.json": [
+            ("compare", "runs", "--html", "page.html"),
+            ("compare", "runs", "sweep", "--by", "adapter.rank"),
+            ("predict", "run=runs/a", "input=pairs.tsv", "output=-"),
+            ("train", "resume=runs/a"),
+        ],
+        "sweep/sweep.json": [("train", "-m", "resume=sweep"), ("compare", "sweep")],
+    }
+
+    @given(st.sampled_from(sorted(commands)), st.one_of(st.none(), mutations), st.data())
+    @examples("RECORDS", 15)
+    def check(name: str, changes: Any, data: st.DataObject) -> None:
+        for folder in ("runs", "sweep"):
+            shutil.rmtree(folder)
+            shutil.copytree(Path("whole", folder), folder)
+        path = Path(name)
+        if changes is not None:
+            path.write_bytes(mutated(path.read_bytes(), changes, None))
+        else:
+            content = json.loads(path.read_text())
+            node, key = data.draw(st.sampled_from(list(places(content))))
+            if data.draw(st.booleans()):
+                del node[key]
+            else:
+                node[key] = data.draw(strange)
+            path.write_text(json.dumps(content))
+        done_or_refused(*data.draw(st.sampled_from(commands[name])))
 
     check()
 
