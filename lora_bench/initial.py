@@ -50,11 +50,9 @@ class Source:
         theirs = Experiment.of_finished(source)
         for name, own, other in _settings(experiment, theirs):
             need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
-        need(
-            source.backbone_sha256 == common.backbone_sha256,
-            "was trained on another backbone",
-            f"The weights here have hash {common.backbone_sha256[:12]}…, its record names {source.backbone_sha256[:12]}….",
-        )
+        here, recorded = common.backbone_sha256, source.backbone_sha256
+        remedy = f"The weights here have hash {here[:12]}…, its record names {recorded[:12]}…."
+        need(here == recorded, "was trained on another backbone", remedy)
 
         def refusal(reason: str, remedy: str) -> UserError:
             return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy)

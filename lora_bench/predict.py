@@ -82,6 +82,7 @@ class FinishedRun:
                 value=finished.folder,
                 remedy=f"Its weights have hash {sha256[:12]}…, the record names {finished.backbone_sha256[:12]}….",
             )
+
         def refusal(reason: str, remedy: str) -> UserError:
             return UserError(reason, key="run", value=finished.folder, remedy=remedy)
 
