@@ -35,7 +35,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"prompt", "resume", "screen", "secrets", "sweep", "train"},
     "help": set(),
     "prompt": BASE
-    | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
+    | {
+        "data",
+        "disk",
+        "environment",
+        "evaluation",
+        "progress",
+        "record",
+        "screen",
+        "secret_patterns",
+        "secrets",
+        "tables",
+        "tracking",
+    }
     | {"training"},
     "prompted": set(),
     "tracking": BASE | {"experiments", "record", "screen"},
