@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"sweep", "train"},
     "help": set(),
     "prompt": BASE
-    | {"data", "disk", "environment", "evaluation", "progress", "record", "screen", "secrets", "tables", "tracking"}
-    | {"cache", "training"},
+    | {"cache", "data", "disk", "environment", "evaluation", "progress", "record", "screen", "secret_patterns", "secrets"}
+    | {"tables", "tracking", "training"},
     "prompted": set(),
     "tracking": BASE | {"experiments", "record", "screen"},
     "plugin": {

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lora_bench.disk import plain
-from lora_bench.secrets import HIDDEN, hides_secret, redact, remember, remember_config
+from lora_bench.secret_patterns import HIDDEN
+from lora_bench.secrets import hides_secret, redact, remember, remember_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

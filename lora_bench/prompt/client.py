@@ -16,7 +16,8 @@ from lora_bench.errors import RunFailedError, UserError
 from lora_bench.prompt import cache
 from lora_bench.prompt.answer import Answer, BrokenAnswerError, read_reply
 from lora_bench.prompt.budget import Budget, Pace
-from lora_bench.secrets import HIDDEN, hide
+from lora_bench.secret_patterns import HIDDEN
+from lora_bench.secrets import hide
 from lora_bench.training.interrupt import Interruption
 
 if TYPE_CHECKING:

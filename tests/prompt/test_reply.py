@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 from lora_bench import record
-from lora_bench.data.pairs import cache_folder
+from lora_bench.cache import cache_folder
 from lora_bench.prompt import cache, client, reply
 from lora_bench.prompt.reply import repeats
 from tests.command_line import files_below, lora_bench, refused
