@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -462,7 +463,8 @@ class World:
         if answer.code == 2:
             place = Path(target.path)
             names = (place.name, str(place.parent), place.parent.name, *command.keys)
-            return None if any(name in answer.err for name in names) else f"names neither file nor key: {said}"
+            named = any(name in answer.err for name in names) or re.search(r"^lora-bench: \w+(\.\w+)*[=:]", said)
+            return None if named else f"names neither file nor key: {said}"
         if command.result is not rows:
             found = command.result(answer)
             is_input = target.path.startswith(INPUTS) and command.name in TAKES_ANY_MODEL
