@@ -40,7 +40,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"sweep", "train"},
     "help": set(),
     "prompt": BASE
-    | {"cache", "data", "disk", "environment", "evaluation", "progress", "record", "screen", "secret_patterns", "secrets"}
+    | {
+        "cache",
+        "data",
+        "disk",
+        "environment",
+        "evaluation",
+        "progress",
+        "record",
+        "screen",
+        "secret_patterns",
+        "secrets",
+    }
     | {"tables", "tracking", "training"},
     "prompted": set(),
     "tracking": BASE | {"experiments", "record", "screen"},

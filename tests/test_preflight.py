@@ -131,7 +131,7 @@ def begun(folder: str, created: Any) -> Path:
     return path
 
 
-FUTURE = (datetime.now(UTC) + timedelta(days=400)).isoformat()
+FUTURE = (datetime.now(UTC) + timedelta(days=400)).date().isoformat() + "T00:00:00+00:00"
 
 
 @pytest.mark.parametrize("created", [FUTURE, "9999-12-31T23:59:59+00:00", "zzz", "", None])

@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 PROBE_ROWS = 7  # a number that tables and windows seldom have as a factor
 PROBE_TOKENS = 12
-PROBE_PADDING = 4
 
 
 class Auto(Backbone):
@@ -90,21 +88,6 @@ class Auto(Backbone):
         return self.network(**inputs).logits  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def observe_padding(self) -> list[str]:
-        if self.max_tokens is not None and self.max_tokens < PROBE_TOKENS + PROBE_PADDING:
-            return []
-        ids, types = (row[None].to(self.device) for row in self.probe_row(PROBE_TOKENS))
-        mask = torch.ones_like(ids)
-        alone = self._logits(ids, mask, types)
-        fill = (0, PROBE_PADDING)
-        padding = self.tokenizer.pad_token_id
-        filled = self._logits(F.pad(ids, fill, value=padding), F.pad(mask, fill), F.pad(types, fill))
-        if torch.allclose(alone, filled, rtol=1e-4, atol=1e-5):
-            return []
-        name = type(self.network).__name__
-        return [f"{name} gives a pair other scores beside longer pairs than alone: it computes padding too."]
-
-    @torch.no_grad()
     def _observe(self, lists: Sequence[Sequence[str]]) -> tuple[list[list[str]], int | None, bool]:
         """Compute a few copies of a made-up pair.
 
@@ -153,7 +136,7 @@ class Auto(Backbone):
         return _in_order(lists, first_calls), min(tables.limits, default=None), all(takes_rows)
 
 
-class _PositionTables(TorchDispatchMode):
+class _PositionTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the most tokens for which embeddings that are looked up by position have rows.
 
     The indices of such a lookup are consecutive numbers, one per token. The first one is the table's offset: 2 for
@@ -161,7 +144,7 @@ class _PositionTables(TorchDispatchMode):
     """
 
     def __init__(self, tokens: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limits: list[int] = []
         self._ascending = torch.arange(tokens)
 

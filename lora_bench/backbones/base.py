@@ -50,8 +50,6 @@ class Backbone(ABC):
     """Whether the last layer makes every position, also where the head looks at one: for those who look at it."""
     layer_paths: Sequence[str]
     """Names of the lists of layers, in the order of computation."""
-    notes: Sequence[str] = ()
-    """What a user should know about scores of this network."""
 
     def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
         self.network = network
@@ -134,10 +132,6 @@ class Backbone(ABC):
     def max_tokens(self) -> int | None:
         """The longest input that the network takes; None where positions are relative."""
         return None
-
-    def observe_padding(self) -> list[str]:
-        """Return a note if the network's scores of a pair depend on how far the pair is padded."""
-        return []
 
     def need_room(self, max_length: int) -> None:
         """Refuse pairs of more tokens than the network takes."""

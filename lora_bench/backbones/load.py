@@ -100,14 +100,14 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     else:
         network, fresh = _pretrained(hf_class, model, place, config, options)
     network.eval()
+    _refuse_unknown_tokens(network, tokenizer, model.tokenizer or place)
+    _align_padding(network, tokenizer.pad_token_id)
     backbone = _backbone(model, network, tokenizer, fresh, task)
     if not backbone.layers:
         raise UserError("has no layers", key="model", value=place, remedy="Give a model of at least one layer.")
     if place is not None:
         _refuse_holes(backbone, place)
         _refuse_not_finite(network, place)
-    _refuse_unknown_tokens(network, tokenizer, model.tokenizer or place)
-    _align_padding(network, tokenizer.pad_token_id)
     backbone.notes += getattr(tokenizer, "reading_notes", [])
     return backbone
 

@@ -15,6 +15,7 @@ from lora_bench.backbones import tiny
 from lora_bench.backbones.auto import Auto
 from lora_bench.errors import UserError
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.training.padding import check_padding
 from lora_bench.training.probe import probe_step
 from tests.adapters.tools import adapter
 from tests.backbones.tools import cut_logits, enliven, make, own_logits, random_batch, save, spread
@@ -205,11 +206,15 @@ def test_a_model_without_positions_takes_any_length() -> None:
     config = transformers.XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=64)
     backbone = Auto(transformers.XLNetForSequenceClassification(config).eval(), tokenizer, set())
     assert backbone.max_tokens is None
-    assert len(backbone.observe_padding()) == 1  # it answers by the last position, padding or not
+    check_padding(backbone)
+    assert len(backbone.notes) == 1  # it answers by the last position, padding or not
 
 
 def test_padding_that_changes_no_score_needs_no_note(bert: Path, bart: Path) -> None:
-    assert [make("deberta", f"model.path={folder}").observe_padding() for folder in (bert, bart)] == [[], []]
+    backbones = [make("deberta", f"model.path={folder}") for folder in (bert, bart)]
+    for backbone in backbones:
+        check_padding(backbone)
+    assert [backbone.notes for backbone in backbones] == [[], []]
 
 
 @pytest.mark.parametrize("option", ["lora", "dora", "adalora", "vera", "lora_xs", "bitfit"])
