@@ -206,7 +206,7 @@ def _train(cfg: DictConfig) -> None:
     with following(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)
-            check_train(job.cfg)
+            check_train(job.cfg, resumed=job.begun is not None)
             if cfg.dry_run:
                 from lora_bench import expected  # torch: late
 

@@ -36,7 +36,7 @@ from lora_bench.experiments import (
 from lora_bench.figures import BESIDES, has_column, left_out_notes, with_evaluations
 from lora_bench.grid import render
 from lora_bench.paths import check_output, write_output
-from lora_bench.record import find, is_killed, last_logged
+from lora_bench.record import altered_notes, find, is_killed, last_logged
 from lora_bench.recorded import with_equal_keys
 from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, to_csv, to_json, to_latex, to_markdown
 from lora_bench.tasks import by_task
@@ -172,6 +172,7 @@ def summarise(
     interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
     columns = [*(Column(key, "key") for key in shown), *metrics.values(), *interval, *costs.values()]
     notes = _caveats(rows, runs, len(finished) - len(runs), splits) + left_out_notes(run.record for run in runs)
+    notes += altered_notes((run.folder, run.record) for run in everything)
     if choosing:
         notes.append(f"{choosing} runs that only chose a rate (data.report=false) are not shown")
     table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench import record
+from omegaconf import OmegaConf
+
+from lora_bench import record, untrusted
 from lora_bench.errors import UserError
 from lora_bench.evaluation.calibration import Calibration
+from lora_bench.overrides import check_config
 from lora_bench.prompted import is_prompted
 from lora_bench.recorded import filled, refuse_edited, relocated
 from lora_bench.tasks import refuse_several
@@ -43,6 +47,20 @@ class FinishedRecord:
     """Fitted on selection; None where an older run has none."""
     member_calibrations: list[Calibration]
     """Of each member of an ensemble, fitted for it alone; empty for another run."""
+
+    def check_weights(self, adapter: Path) -> None:
+        """Refuse an adapter's folder whose weights are not those that the run wrote.
+
+        Whoever has loaded them knows already that they are whole: this tells a changed number from the right one.
+
+        Raises:
+            UserError: a file has another SHA-256 than the record names; an older record names none.
+        """
+        for path in adapter.glob("*.safetensors"):
+            digest = self.record["files"].get(path.relative_to(self.folder).as_posix())
+            if digest is not None and digest != _sha256(path):
+                remedy = "Restore it from a copy, or train the run again."
+                raise UserError("is not the file that the run wrote: its SHA-256 differs", file=path, remedy=remedy)
 
     @property
     def targets(self) -> dict[str, int | list[int]]:
@@ -93,6 +111,7 @@ class FinishedRecord:
         for group in ("tasks", "tracking"):
             _need(isinstance(own.get(group) or {}, dict), f"config.{group}", "is not a group of keys")
         config = filled(found)
+        check_config(OmegaConf.create(config))
         columns = config["data"].get("text_columns")
         named = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
         _need(named, "config.data.text_columns", "does not name one or two columns")
@@ -105,6 +124,14 @@ class FinishedRecord:
         _need(is_hash, "environment.backbone_sha256", "is no SHA-256")
         fitted = _calibrations(found["selection"], members)
         return cls(path, found, config, columns, members, precision, sha256, *fitted)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with untrusted.open_file(path, max_bytes=2**63) as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", file=path) from None
 
 
 def _need(holds: bool, name: str, reason: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_bench import record
@@ -15,6 +14,7 @@ from lora_bench.finished import FinishedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from lora_bench.adapters.pack import Pack
     from lora_bench.experiment import Common
@@ -24,12 +24,19 @@ if TYPE_CHECKING:
 class Source:
     """A finished run that another begins from."""
 
-    folder: Path
-    ranks: dict[str, int | list[int]]
-    """By module; of each member where an ensemble's differ."""
+    finished: FinishedRecord
     label_names: list[str]
     with_head: bool
     """Whether its head answers with the labels of the run that begins."""
+
+    @property
+    def folder(self) -> Path:
+        return self.finished.folder
+
+    @property
+    def ranks(self) -> dict[str, int | list[int]]:
+        """By module; of each member where an ensemble's differ."""
+        return self.finished.targets
 
     @classmethod
     def of(cls, experiment: Experiment, common: Common) -> Source | None:
@@ -59,7 +66,7 @@ class Source:
 
         refuse_another(source.record["environment"], common.backbone.tokenizer_identity, refusal)
         fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
-        return cls(Path(asked), source.targets, theirs.data.label_names, fits)
+        return cls(source, theirs.data.label_names, fits)
 
     def put_into(self, pack: Pack, members: Sequence[int]) -> None:
         """Give these members, made with the source's ranks, its tensors; a head that does not fit stays as drawn.
@@ -71,6 +78,7 @@ class Source:
             heads = pack.head_parameters(k)
             drawn = {name: p.detach().clone() for name, p in heads.items()}
             peft_format.load(folder, pack, k)
+            self.finished.check_weights(folder)
             if not self.with_head:
                 for name, p in heads.items():
                     p.data.copy_(drawn[name])

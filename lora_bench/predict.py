@@ -18,7 +18,7 @@ from lora_bench.evaluation.calibration import Calibration, calibrated
 from lora_bench.evaluation.ensemble import spread
 from lora_bench.experiment import Experiment, attach
 from lora_bench.finished import FinishedRecord
-from lora_bench.record import adapter_folders
+from lora_bench.record import adapter_folders, altered_notes
 from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
 
@@ -87,9 +87,11 @@ class FinishedRun:
             return UserError(reason, key="run", value=finished.folder, remedy=remedy)
 
         notes = refuse_another(finished.record["environment"], pack.backbone.tokenizer_identity, refusal)
+        altered = altered_notes([(finished.folder, finished.record)])
         for k, adapter in enumerate(adapters):
             peft_format.load(adapter, pack, k)
-        return cls(finished, experiment, pack.eval(), [*pack.backbone.notes, *notes])
+            finished.check_weights(adapter)
+        return cls(finished, experiment, pack.eval(), [*pack.backbone.notes, *notes, *altered])
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""The predictions of a run on one split, read from its folder; `record.py` writes them."""
+"""The predictions of a run on one split: as the bytes of a file in its folder, and read from there."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing import IO
 
     from numpy.typing import NDArray
+
+    from lora_bench.record import Column
 
 THRESHOLD = 0.5
 """A label is predicted 1 from this score on, in every metric of every run: nothing is tuned on a reported split."""
@@ -69,6 +71,23 @@ class Predictions:
         return np.array_equal(self.ids, other.ids) and np.array_equal(self.labels, other.labels)
 
 
+def encode(ids: Column, labels: Column, scores: Column) -> bytes:
+    """Return the Parquet file of a split's predictions, with a checksum of each page.
+
+    Args:
+        ids: (N,) rows in the source.
+        labels: (N,); None, or an entry of it, where a label is unknown.
+        scores: (N,) P(label 1).
+    """
+    labels = [None] * len(ids or ()) if labels is None else labels
+    columns = {"id": pa.array(ids, pa.int64()), "label": pa.array(labels, pa.int64())}
+    table = pa.table(columns | {"score": pa.array(scores, pa.float64())})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, write_page_checksum=True)
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
+
+
 def read(folder: Path, split: str) -> Predictions:
     """Return the predictions of a run on a split.
 
@@ -97,7 +116,7 @@ def read_if_usable(folder: Path, split: str) -> Predictions | None:
 
 
 def _read(file: IO[bytes]) -> Predictions:
-    source = pq.ParquetFile(file)
+    source = pq.ParquetFile(file, page_checksum_verification=True)
     rows = source.metadata.num_rows
     _require(0 < rows <= MAX_ROWS, f"it declares {rows:,} rows, and 1 to {MAX_ROWS:,} are read")
     schema = source.schema_arrow

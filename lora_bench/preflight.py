@@ -33,10 +33,10 @@ def check_settings(cfg: DictConfig) -> None:
         config.build(settings, cfg[name], name)
 
 
-def check_train(cfg: DictConfig) -> None:
-    """Refuse the same, and a run to start from that is not there."""
+def check_train(cfg: DictConfig, *, resumed: bool) -> None:
+    """Refuse the same, and a run to start from that is not there; a resumed run may have started already."""
     check_settings(cfg)
-    if cfg.adapter.get("init_from"):
+    if cfg.adapter.get("init_from") and not resumed:
         check_run(str(cfg.adapter.init_from), "adapter.init_from")
 
 

@@ -18,11 +18,13 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import file_digest
 from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
+from xxhash import xxh3_128_hexdigest
 
 from lora_bench import claim, untrusted
 from lora_bench.disk import dump, plain, why, write, writing
@@ -32,7 +34,7 @@ from lora_bench.record_types import with_types
 from lora_bench.secrets import redact, redact_new_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
 
@@ -58,8 +60,12 @@ LAYOUT: dict[str, type] = {
     "targets": dict,
     "answers": dict,
     "environment": dict,
+    "files": dict,
     "error": str,
+    "checksum": str,
 }
+ALTERED = "altered"
+"""What `read` gives as the checksum of a record that was changed after it was written."""
 
 Column: TypeAlias = "Sequence[int | None] | Sequence[float] | np.ndarray[Any, Any] | None"
 Predictions: TypeAlias = tuple[Column, Column, Column]
@@ -79,7 +85,7 @@ class Run:
         """Take `folder` for a new run, or refuse and leave it as it was if it holds a run already."""
         refuse_secret(folder)
         asked = {"choices": choices, "config": config, "overrides": overrides}
-        record = plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked)
+        record = _sealed(plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_taken(folder)
@@ -165,6 +171,7 @@ class Run:
                 raise TypeError(f"run.json has no key {name!r}")
             old, new = record.get(name), plain(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
+        record = _sealed(record)
         self._write("run.json", dump(record).encode())
         self.record = record
 
@@ -175,9 +182,17 @@ class Run:
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(line), allow_nan=False) + "\n")
 
+    def note_files(self, paths: Iterable[Path]) -> None:
+        """Record the SHA-256 of files in the run's folder, by their names below it."""
+        digests = {}
+        for path in paths:
+            with path.open("rb") as file:
+                digests[path.relative_to(self.folder).as_posix()] = file_digest(file, "sha256").hexdigest()
+        self.update(files=digests)
+
     def write_predictions(self, split: str, ids: Column, labels: Column, scores: Column) -> None:
         """Write `predictions/<split>.parquet`; `labels` is None, or an entry of it, where a label is unknown."""
-        self._write(f"predictions/{file_name(split)}.parquet", _parquet(ids, labels, scores))
+        self._write(f"predictions/{file_name(split)}.parquet", _encoded(ids, labels, scores))
 
     def write_evaluation(
         self, name: str, content: Mapping[str, Any], predictions: Mapping[str, Predictions] | None = None
@@ -186,7 +201,7 @@ class Run:
         place = f"evaluations/{file_name(name)}"
         written = {f"{file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
         for file, columns in written.items():
-            self._write(f"{place}/{file}", _parquet(*columns))
+            self._write(f"{place}/{file}", _encoded(*columns))
         for old in (self.folder / place).glob("*.parquet"):
             if old.name not in written:
                 old.unlink()
@@ -258,11 +273,34 @@ def read(folder: Path) -> dict[str, Any]:
         content = untrusted.parse_json(text)
     except ValueError as error:
         raise UserError(f"is damaged: {error}", file=path) from None
+    if isinstance(content, dict) and content.get("checksum") not in (None, _checksum(content)):
+        content["checksum"] = ALTERED
     try:
         # What is not finite (1e999, or a NaN of someone else's writing) is absent.
         return with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path) from None
+
+
+def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:
+    """Return a line that names the runs whose records were changed after they were written, if there are any."""
+    folders = [str(folder) for folder, record in runs if record["checksum"] == ALTERED]
+    if not folders:
+        return []
+    more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
+    return [f"changed after it was written, by hand or by damage: run.json of {', '.join(folders[:3])}{more}"]
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with its checksum, as it is read back."""
+    content: dict[str, Any] = json.loads(dump(record))
+    return content | {"checksum": _checksum(content)}
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return the XXH3 checksum of a record without its own; it tells of damage and edits, not of forgery."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 def is_killed(folder: Path, record: Mapping[str, Any]) -> bool:
@@ -373,17 +411,10 @@ def _yaml(content: Any) -> bytes:
     return written
 
 
-def _parquet(ids: Column, labels: Column, scores: Column) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _encoded(*columns: Column) -> bytes:
+    from lora_bench.predictions import encode  # pyarrow: late
 
-    labels = [None] * len(ids or ()) if labels is None else labels
-    columns = {"id": pa.array(ids, pa.int64()), "label": pa.array(labels, pa.int64())}
-    table = pa.table(columns | {"score": pa.array(scores, pa.float64())})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    written: bytes = sink.getvalue().to_pybytes()
-    return written
+    return encode(*columns)
 
 
 def file_name(name: str) -> str:

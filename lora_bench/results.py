@@ -108,6 +108,7 @@ class Learned:
             run.check()
             place, names = public_place(self.experiment.model), self.experiment.data.label_names
             peft_format.save(folder, self.pack, k, place, head=self.head, label_names=names)
+        run.note_files(path for folder in folders for path in folder.glob("*.safetensors"))
 
 
 def report_tasks(run: Run, learned: Mapping[str, Learned], sections: Mapping[str, dict[str, Any]]) -> None:

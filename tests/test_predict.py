@@ -241,6 +241,19 @@ def test_damaged_weights_are_refused_by_name(runs: Run, tmp_path: Path, damage: 
         lora_bench.load(tmp_path / "run")
 
 
+def test_a_flipped_bit_in_the_weights_is_refused(runs: Run, tmp_path: Path) -> None:
+    """Every number stays finite and every shape right: only the digest in the record tells."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs("model=tiny_bert"), folder)
+    path = folder / "adapter/adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        lora_bench.load(folder)
+    assert refusal.value.file == path
+
+
 def as_tsv(rows: list[dict[str, str]]) -> bytes:
     return "".join("\t".join(row) + "\n" for row in [list(rows[0]), *(list(r.values()) for r in rows)]).encode()
 

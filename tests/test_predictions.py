@@ -13,6 +13,7 @@ import pytest
 
 from lora_bench import predictions
 from lora_bench.errors import UserError
+from lora_bench.record import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,3 +109,16 @@ def test_no_bit_of_a_file_raises_anything_else(in_tmp: Path) -> None:
         content[place] ^= 1 << chance.integers(8)
         FILE.write_bytes(content)
         predictions.read_if_usable(in_tmp, "test")
+
+
+def test_a_changed_score_is_noticed(tmp_path: Path) -> None:
+    run = Run.claim(tmp_path / "run", choices={}, config={}, overrides=[])
+    scores = [i / 1000 for i in range(1000)]
+    run.write_predictions("validation", list(range(1000)), [0, 1] * 500, scores)
+    path = run.folder / "predictions/validation.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        predictions.read(run.folder, "validation")
+    assert refusal.value.file == path

@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lora_bench import claim, disk, record
 from lora_bench.errors import RunFailedError, UserError
 from lora_bench.record import Run, discard, find, is_killed, last_logged, read
+from lora_bench.secrets import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,6 +174,7 @@ ANY_TEXT = st.text(st.characters(categories=None))  # lone surrogates too: a com
 def test_whatever_the_config_it_reads_back(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], override: str, status: str
 ) -> None:
+    assume((disk.plain(config), redact(override)) == (config, override))  # no secret, such as {"password": 0}
     run = Run.claim(tmp_path_factory.mktemp("x"), choices={}, config=config, overrides=[override])
     run.finish(status, error=override)
     found = read(run.folder)
@@ -198,7 +200,7 @@ def test_a_deleted_folder_is_not_brought_back(run: Run) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
     run.folder.rmdir()
     for write in (lambda: run.finish("done"), lambda: run.log({}), lambda: run.write_predictions("test", [], [], [])):
-        with pytest.raises(RunFailedError, match="is gone: it was deleted or moved"):
+        with pytest.raises(RunFailedError, match="was deleted or moved"):
             write()
     assert not run.folder.exists()
 
@@ -478,3 +480,24 @@ def test_a_log_that_cannot_be_read_is_not_rewound(run: Run) -> None:
     os.mkfifo(log)
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read: it is not a regular file"):
         run.rewind(1)
+
+
+# -- what was changed after it was written --
+
+
+def test_a_record_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    run = record.Run.claim(tmp_path / "run", choices={"model": "x"}, config={"seed": 1}, overrides=[])
+    run.update(metrics={"validation/mcc": 0.25, "validation/nll": math.nan})
+    run.finish("done")
+    assert record.altered_notes([(run.folder, record.read(run.folder))]) == []
+    path = run.folder / "run.json"
+    written = path.read_text()
+    for old, new in ((" 0.25", " 0.75"), ('"seed": 1', '"seed": 2'), ('"error": null,', "")):
+        path.write_text(written.replace(old, new))
+        assert written != path.read_text()
+        (note,) = record.altered_notes([(run.folder, record.read(run.folder))])
+        assert str(run.folder) in note
+    older = json.loads(written)
+    del older["checksum"]  # of a version that wrote none
+    path.write_text(json.dumps(older))
+    assert record.altered_notes([(run.folder, record.read(run.folder))]) == []
