@@ -339,7 +339,10 @@ def check_yaml(path: str) -> None:
         if size > MAX_FILE_BYTES:
             raise UserError(f"has {size:,} bytes, more than {MAX_FILE_BYTES:,}", file=path)
         with open(path, encoding="utf-8") as file:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
+            text = file.read()
+        if yaml_nesting(text) > MAX_DEPTH:
+            raise UserError("is nested too deeply", file=path)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None:
             _count_nodes(root, {}, set(), path)
     except yaml.MarkedYAMLError:
@@ -349,6 +352,19 @@ def check_yaml(path: str) -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:  # bytes that are no text, control characters
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(f"cannot be read: {reason}", file=path) from None
+
+
+def yaml_nesting(text: str) -> int:
+    """Return how deeply brackets and nested list items of a YAML text lie in one another, at least.
+
+    The time that a YAML parser takes for these is quadratic in their depth: look before it is called.
+    """
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    items = max((len(run) // 2 for run in re.findall(r"(?:[-?][ \t]++)++", text)), default=0)
+    return max(deepest, items)
 
 
 def _count_nodes(node: yaml.Node, counted: dict[int, int], above: set[int], path: str) -> int:

@@ -68,5 +68,7 @@ def check_eval(cfg: DictConfig) -> None:
 
 def check_export(cfg: DictConfig) -> None:
     """Refuse a run that is not there, or a format that is none."""
-    need_one_of("format", str(cfg.format), ("peft", "merged"))
-    check_run(str(cfg.run))
+    run, output, kind = str(cfg.run), str(cfg.output), str(cfg.format)
+    need_one_of("format", kind, ("peft", "merged"))
+    need(bool(output), "output", output, "names no folder")
+    check_run(run)

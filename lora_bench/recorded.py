@@ -130,11 +130,15 @@ def _copy(path: Path) -> dict[str, Any]:
     """Read the copy of a config that lies beside the record; empty where it is absent, damaged or none of ours."""
     import yaml
 
+    from lora_bench.overrides import MAX_DEPTH, yaml_nesting
+
     try:
         if not path.is_file() or path.stat().st_size > _COPY_BYTES:
             return {}
         text = path.read_text(encoding="ascii")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        if yaml_nesting(text) > MAX_DEPTH or any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)
+        ):
             return {}
         found = yaml.safe_load(text)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):

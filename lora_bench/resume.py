@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench import sweep
 from lora_bench.errors import UserError, argument, quoted
@@ -99,7 +100,11 @@ def refuse_unloadable(cfg: DictConfig) -> None:
     Raises:
         UserError: such a value is a secret, or looks like one.
     """
-    for key, value in leaves(OmegaConf.to_container(cfg, resolve=True)):
+    try:
+        content = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # whoever builds the settings names the key
+        return
+    for key, value in leaves(content):
         if is_identifier(key) and hides_secret(redacted(value, key)) and not hides_secret(value):
             reason = (
                 "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"

@@ -131,7 +131,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "claim": {"errors"},
     "hydra_errors": {"errors", "overrides"},
     "overrides": {"errors", "help"},
-    "preflight": BASE | {"backbones", "finished"},
+    "preflight": BASE | {"backbones", "finished", "paths"},
     "checks": {"errors"},
     "config": {"checks", "errors", "sharing"},
     "sharing": {"checks"},

@@ -75,7 +75,7 @@ def test_every_command_has_help(command: str) -> None:
         (["train", "adapter.rnak=8"], 2, "Did you mean adapter.rank?"),
         (["train", "model=robrta"], 2, "Did you mean roberta?"),
         (["compare", "runs"], 0, "no finished run yet"),
-        (["clean", "--dry-run"], 0, "would be removed"),
+        (["clean", "--dry-run"], 0, "tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

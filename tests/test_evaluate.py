@@ -306,7 +306,7 @@ def test_a_wrong_request_for_an_adapter_leaves_nothing(made: dict[str, Path], ru
         "adapter_config.json: cannot be read": ["peft=nowhere"],
         "data.max_length=600: is more than the 514 tokens": [f"peft={adapter}", "data.max_length=600"],
         "model=bert: goes with peft=": [f"run={run}", "model=bert"],
-        "model=other: goes with peft=": [f"run={run}", "model.path=other"],
+        "model.path=other: is not a folder": [f"run={run}", "model.path=other"],
         "data.unseen=True: needs run=": [f"peft={adapter}", "data.unseen=true"],
         "output=x: goes with peft=": [f"run={run}", "output=x"],
         "file/figures: cannot be written: Not a directory": [f"peft={adapter}", f"output={run}/run.json/file/figures"],

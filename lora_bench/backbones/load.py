@@ -46,7 +46,7 @@ def load_tokenizer(model: Model) -> Any:
     _quiet()
     if model.random is not None and not (model.tokenizer or model.path):
         return tiny.tokenizer(str(model.random["model_type"]))
-    place = model.tokenizer or _checked_place(model)
+    place = model.tokenizer or locate(model)
 
     def refusal(reason: str, remedy: str | None) -> UserError:
         key = "model.tokenizer"

@@ -173,7 +173,8 @@ def fit_courses(
             if outcomes[k].state:
                 pack.load_state(k, outcomes[k].state)
         if left and ended:
-            with interruption.lifted() if interruption else nullcontext():
+            scored = any(outcomes[k].status == "done" for k in left)  # which takes time: a signal acts at once
+            with interruption.lifted() if interruption and scored else nullcontext():
                 ended(left)
 
     end([k for k in members if outcomes[k].status == "done"])  # resumed after their last step: only to be scored

@@ -75,7 +75,8 @@ def test_micro_batches_add_up_and_members_that_end_leave_the_others() -> None:
     assert [outcome.status for outcome in outcomes] == ["done", "diverged", "done"]
     for k in (0, 2):
         _, (alone,) = train(doubled(pack("bert", (settings[k], k))), settings=WIDE)
-        assert_close(ends[k], alone, atol=1e-4)
+        # Portions add up in another order in the fp32 head, and Adam divides a tiny gradient by its own size.
+        assert_close(ends[k], alone, atol=5e-4)
 
 
 def test_very_unlike_ranks_are_not_all_padded_to_the_largest() -> None:

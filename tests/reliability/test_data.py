@@ -97,7 +97,7 @@ def test_39_a_label_outside_0_and_1(label: str) -> None:
         (GOOD.replace("what is 3", "wh\0t is 3"), "train.tsv, row 5: holds a NUL byte"),
         (GOOD.replace("question2", "question_2"), "has no column 'question2'. Its columns: ['question1', 'question_2'"),
         (GOOD.replace("question2", "question1"), "train.tsv, row 1: has two columns named 'question1'"),
-        (GOOD.encode("utf-16"), "train.tsv, row 1: holds a NUL byte"),
+        (GOOD.encode("utf-16"), "train.tsv, row 1: is in UTF-16"),
     ],
     ids=["empty", "header", "nul", "wrong", "twice", "utf16"],
 )

@@ -14,10 +14,8 @@ import torch
 from tests.security.attacks import COMMANDS, SECRET_NAME, TARGETS, Target, World, damages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-PENDING = frozenset({"sweep/sweep.json", "cache/tokens/*.arrow"})
-"""Files of which a fault is known; to be emptied."""
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +33,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.mark.parametrize(
     "target",
-    [
-        pytest.param(each, marks=pytest.mark.xfail(strict=False, reason=each.owner)) if each.path in PENDING else each
-        for each in TARGETS
-    ],
+    TARGETS,
     ids=lambda target: target.path,
 )
 def test_a_damaged_file_is_refused_or_changes_nothing(world: World, target: Target) -> None:
     wrong = {}
-    for damage in damages_of(target):
+    for damage in chosen_damages(target):
         world.restore()
         try:
             found = world.attack(target, damage, COMMANDS[target.commands[0]])
@@ -52,6 +47,15 @@ def test_a_damaged_file_is_refused_or_changes_nothing(world: World, target: Targ
         if found is not None:
             wrong[damage.__name__] = found
     assert not wrong, "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
+
+
+def chosen_damages(target: Target) -> list[Callable[[Path], None]]:
+    """Return the damages that the suite tries: where the command loads a model, every fourth, other ones by file.
+
+    Over all files every damage meets a command of either kind; `scripts/attack` tries the rest.
+    """
+    damages = list(damages_of(target))
+    return damages if target.commands[0].startswith("compare") else damages[TARGETS.index(target) % 4 :: 4]
 
 
 def test_every_file_is_damaged_in_at_least_eight_ways() -> None:
