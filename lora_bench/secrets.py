@@ -219,11 +219,13 @@ class _Paths:
         starts = [m.end() for m in re.finditer(r"[\s'\"<>|*?`()\[\]{}=:,;]", before)]
         starts = sorted({0, *starts, *_absolute(before)}, reverse=True)[:12]
         hit = self.text[start:end]
+        quoted = hit.rstrip("\"'`)]}>,;.:")  # what closes a quotation is no part of the path in it
+        rests = [hit + after[:last] for last in ends] + [quoted] * (quoted != hit)
         return any(
-            _exists(before[first:] + hit + after[:last])
+            _exists(before[first:] + rest)
             for first in starts
-            for last in ends
-            if (before[first:] or hit) and (first or len(before) < 1000)
+            for rest in rests
+            if before[first:] + rest and (first or len(before) < 1000)
         )
 
 

@@ -124,11 +124,16 @@ def test_a_finished_run_whose_record_was_edited_is_refused(in_tmp: Path) -> None
     assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
     Path("pairs.tsv").write_text("question1\tquestion2\na\tb\n")
     asked = ("predict", "run=run", "input=pairs.tsv", "output=scores.tsv")
+    copy = Path("run/.hydra/config.yaml")
+    written = copy.read_text()
+    copy.write_text(written.replace("alpha: 16", "alpha: 1"))
+    assert copy.read_text() != written
+    assert lora_bench(*asked).code == 0  # the record's checksum tells that the copy is what was changed
+    copy.write_text(written)
     record = json.loads(Path("run/run.json").read_text())
     record["config"]["adapter"]["alpha"] = 99.0
     Path("run/run.json").write_text(json.dumps(record))
     assert "run.json: adapter.alpha was changed to 99.0 after the run began with" in refused(*asked)
-    copy = Path("run/.hydra/config.yaml")
     for odd in (b"", b"\0", b"- [1", b"&a [*a]", "\u00fc".encode(), b"a: " + b"[" * 50_000, b"x" * 200_000):
         copy.write_bytes(odd)  # it cannot say what was there before
         assert lora_bench(*asked).code == 0

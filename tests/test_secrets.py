@@ -175,3 +175,10 @@ def test_values_below_a_secrets_name_are_hidden_however_deep() -> None:
 def test_a_long_text_takes_linear_time(part: str) -> None:
     """A text of 300,000 characters; in quadratic time it would take an hour."""
     redact(part * (300_000 // len(part)))
+
+
+def test_a_path_in_a_quotation_is_not_hidden(in_tmp: Path) -> None:
+    (in_tmp / "x-my_token=abcdef").mkdir()
+    for text in ('load("x-my_token=abcdef")', "see 'x-my_token=abcdef'.", '{"a": ["x-my_token=abcdef"]}'):
+        assert redact(text) == text
+    assert "ghijkl" not in redact('load("x-my_token=ghijkl")')
