@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FILE = "sweep.json"
+TABLES = ("table.md", "table.csv")
+"""What a finished sweep leaves beside it."""
 ENDED = ("done", "diverged")
 """Statuses of jobs that would end the same way again."""
 
@@ -85,6 +87,9 @@ def reopen(folder: Path) -> claim.Claim:
     Raises:
         UserError: another process is at it, or it cannot be written.
     """
+    for path in (folder / name for name in TABLES):
+        if path.is_dir():
+            raise UserError("is a folder, where the sweep's table belongs", file=path, remedy="Move it elsewhere.")
     try:
         return _take(folder)
     except OSError as error:
