@@ -11,14 +11,11 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from lora_bench import record, untrusted
 from lora_bench.errors import UserError
 from lora_bench.evaluation.calibration import Calibration
-from lora_bench.overrides import check_config
 from lora_bench.prompted import is_prompted
-from lora_bench.recorded import filled, refuse_edited, relocated
+from lora_bench.recorded import checked, refuse_edited, relocated
 from lora_bench.tasks import refuse_several
 
 if TYPE_CHECKING:
@@ -111,8 +108,7 @@ class FinishedRecord:
             _need(isinstance(own.get(group, {}), dict), f"config.{group}", "is not a group of keys")
         for group in ("tasks", "tracking"):
             _need(isinstance(own.get(group) or {}, dict), f"config.{group}", "is not a group of keys")
-        config = filled(found)
-        check_config(OmegaConf.create(config))
+        config = checked(found)
         columns = config["data"].get("text_columns")
         named = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
         _need(named, "config.data.text_columns", "does not name one or two columns")

@@ -11,6 +11,7 @@ Slurm) counts if it was typed on this command line; `typed_by` notes what was.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from contextlib import contextmanager
@@ -342,7 +343,9 @@ def check_yaml(path: str) -> None:
             text = file.read()
         if yaml_nesting(text) > MAX_DEPTH:
             raise UserError("is nested too deeply", file=path)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        stream = io.StringIO(text)
+        stream.name = path  # for the parser's messages
+        root = yaml.compose(stream, Loader=yaml.SafeLoader)
         if root is not None:
             _count_nodes(root, {}, set(), path)
     except yaml.MarkedYAMLError:

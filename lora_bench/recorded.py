@@ -146,16 +146,11 @@ def _copy(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> DictConfig:
-    """Return the config of a run from its record, which is untrusted: see `overrides.check_config`.
-
-    Args:
-        folder: the run's.
-        record: as it is read.
-        places: where its backbone and tokenizer lie now.
+def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a record with defaults for later keys, after a check of what it asks for.
 
     Raises:
-        UserError: the record's config is damaged, or asks for what only a user may ask for; the backbone is gone.
+        UserError: it cannot be read, or asks for what only a user may ask for (`overrides.check_config`).
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -169,12 +164,32 @@ def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> Di
         for group in ("data", "model", "adapter", "optimizer", "trainer"):
             if not isinstance(config.get(group), DictConfig):
                 raise TypeError(f"{group} is not a group of keys")
-    except UserError as error:
-        error.file = error.file or folder / "run.json"
+    except UserError:
         raise
     except (OmegaConfBaseException, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"is damaged: its config cannot be read ({reason})", file=folder / "run.json") from None
+        raise UserError(f"is damaged: its config cannot be read ({reason})") from None
+    return content
+
+
+def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> DictConfig:
+    """Return the config of a run to resume from its record, which is untrusted.
+
+    Args:
+        folder: the run's.
+        record: as it is read.
+        places: where its backbone and tokenizer lie now.
+
+    Raises:
+        UserError: the record's config is damaged, or asks for what only a user may ask for; the backbone is gone.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        content = checked(record)
+    except UserError as error:
+        error.file = error.file or folder / "run.json"
+        raise
     return OmegaConf.create(relocated(content, places["model_path"], places["tokenizer"]))
 
 

@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "backbones", "data", "evaluation", "experiment", "finished", "prediction_request", "record"}
     | {"training"},
     "prediction_request": BASE | {"data", "finished", "paths", "recorded"},
-    "finished": {"", "errors", "evaluation", "overrides", "prompted", "record", "recorded", "tasks", "untrusted"},
+    "finished": {"", "errors", "evaluation", "prompted", "record", "recorded", "tasks", "untrusted"},
     "initial": {"adapters", "backbones", "errors", "experiment", "finished", "record"},
     "train": {"adapters", "errors", "evaluation", "experiment", "initial", "job", "progress", "recording", "screen"}
     | {"training"},
