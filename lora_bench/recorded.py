@@ -10,6 +10,7 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from lora_bench import untrusted
 from lora_bench.errors import UserError
 from lora_bench.experiments import flat
 from lora_bench.help import choices, conf_folder
@@ -133,9 +134,7 @@ def _copy(path: Path) -> dict[str, Any]:
     from lora_bench.overrides import MAX_DEPTH, yaml_nesting
 
     try:
-        if not path.is_file() or path.stat().st_size > _COPY_BYTES:
-            return {}
-        text = path.read_text(encoding="ascii")
+        text = untrusted.read_bytes(path, _COPY_BYTES).decode("ascii")
         if yaml_nesting(text) > MAX_DEPTH or any(
             isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)
         ):

@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "expected": {"adapters", "errors", "evaluation", "experiment", "job", "packing", "screen", "tables", "train"}
     | {"training", "workers"},
     "job": {"checks", "errors", "help", "hydra_errors", "record", "recorded", "resume", "sweep"},
-    "recorded": {"errors", "experiments", "help", "hydra_errors", "overrides", "prompted"},
+    "recorded": {"", "errors", "experiments", "help", "hydra_errors", "overrides", "prompted", "untrusted"},
     "resume": {"errors", "hydra_errors", "prompted", "record", "secrets", "sweep"},
     "sweep": {"", "claim", "disk", "errors", "record", "untrusted"},
     "evaluate": BASE
@@ -106,7 +106,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"errors", "screen"},
     "clean": {"cache", "errors", "screen", "tables"},
     "paths": {"errors"},
-    "backbones": BASE | {"hub"},
+    "backbones": BASE | {"", "hub", "untrusted"},
     "adapters": BASE | {"", "untrusted"},
     "progress": {"screen", "tables"},
     "screen": {"secrets", "tables"},

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lora_bench import untrusted
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,21 +70,16 @@ def check_model_folder(folder: Path) -> None:
     _refuse_impossible_numbers(settings, tensors, config_file)
 
 
-def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the object in a small JSON file; `remedy` is for one that cannot be read.
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model's folder.
 
     Raises:
         UserError: it is no regular file, too large, damaged, or holds no object.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError("is not a regular file", file=path)
-        if found.st_size > LARGEST_JSON_BYTES:
-            raise UserError(f"has {found.st_size:,} bytes; at most {LARGEST_JSON_BYTES:,} are read", file=path)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(untrusted.read_bytes(path, LARGEST_JSON_BYTES).decode("utf-8"))
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
+        raise UserError(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"is damaged: {error}", file=path) from None
     if not isinstance(values, dict):
