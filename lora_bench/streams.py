@@ -16,6 +16,8 @@ class _Descriptor(io.FileIO):
     """A file descriptor that drops what it cannot write and keeps the reason."""
 
     failure: OSError | None = None
+    replaced: io.TextIOWrapper | None = None
+    """The stream that stood here before; it would close the file descriptor if it were deleted."""
 
     def write(self, data: ReadableBuffer) -> int:
         try:
@@ -44,7 +46,7 @@ def protect() -> None:
         elif number and type(_descriptor(stream)) is io.FileIO:
             with suppress(OSError):
                 stream.flush()
-            setattr(sys, name, _text(number, stream))
+            setattr(sys, name, _text(stream))
 
 
 def failure() -> OSError | None:
@@ -62,8 +64,9 @@ def _descriptor(stream: object) -> object:
     return getattr(buffer, "raw", buffer)
 
 
-def _text(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    descriptor = _Descriptor(number, "w", closefd=False)
+def _text(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    descriptor = _Descriptor(stream.fileno(), "w", closefd=False)
+    descriptor.replaced = stream
     binary = descriptor if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(descriptor)
     return io.TextIOWrapper(
         binary,

@@ -36,6 +36,19 @@ def test_streams_that_are_closed_are_nobody_s(in_tmp: Path) -> None:
     assert json.loads(Path("run/run.json").read_text())["status"] == "done"
 
 
+def test_a_stream_that_a_script_opened_keeps_its_own_file(in_tmp: Path) -> None:
+    """Nothing else holds the script's file object: with it the descriptor would be closed, and taken by a result."""
+    script = """import sys
+from lora_bench import streams
+sys.stdout = open("printed", "w")
+streams.protect()
+with open("result", "w"):
+    print("ours", flush=True)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert (Path("printed").read_text(), Path("result").read_text()) == ("ours\n", "")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["--help", "train --cfg job", "compare ."])
 def test_what_is_only_printed_must_be_printed(in_tmp: Path, command: str, unbuffered: str) -> None:
