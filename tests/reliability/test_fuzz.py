@@ -271,7 +271,7 @@ def test_mutated_records_are_read_or_refused(in_tmp: Path) -> None:
         "runs/a/run.json": [
             ("compare", "runs", "--html", "page.html"),
             ("compare", "runs", "sweep", "--by", "adapter.rank"),
-            ("predict", "run=runs/a", "input=pairs.tsv", "output=-"),
+            ("predict", "run=runs/a", "input=pairs.tsv", "output=scores.tsv"),
             ("train", "resume=runs/a"),
         ],
         "sweep/sweep.json": [("train", "-m", "resume=sweep"), ("compare", "sweep")],
