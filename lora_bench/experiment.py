@@ -17,7 +17,7 @@ from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.augment import augmentations, training_tables
 from lora_bench.data.pairs import TokenTable, scoring_table
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.course import Course, Pairs
@@ -105,7 +105,7 @@ class Experiment:
     def build(cls, cfg: DictConfig) -> Experiment:
         """From the composed config; refuses what is out of range, naming the key."""
         config.check_top(cfg, _KEYS)
-        need("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.")
+        need("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         metrics = config.build_metrics(cfg.metric)
         check_metrics(metrics)
         made = cls(
@@ -137,7 +137,7 @@ class Experiment:
             return cls.build(OmegaConf.create(finished.config))
         except UserError as error:
             reason = f"is damaged: {str(error).removesuffix('.')}"
-            raise UserError(reason, file=finished.folder / "run.json") from None
+            raise UserError(reason, file=finished.folder / "run.json", code=Code.DAMAGED) from None
 
 
 def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config.Packing) -> None:
@@ -146,14 +146,26 @@ def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config
         return
     if adapter.trains_backbone:
         reason = f"{adapter.method} trains the backbone itself, which the members of an ensemble share"
-        raise UserError(reason, key="ensemble.members", value=ensemble.members, remedy="Take an adapter such as lora.")
+        raise UserError(
+            reason,
+            key="ensemble.members",
+            value=ensemble.members,
+            remedy="Take an adapter such as lora.",
+            code=Code.UNSUPPORTED,
+        )
     if packing.halving:
         reason = "stops jobs by their selection MCC, which the members of an ensemble do not have in common"
-        raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out with ensemble.members.")
+        raise UserError(
+            reason,
+            key="pack.halving",
+            value="true",
+            remedy="Leave it out with ensemble.members.",
+            code=Code.CONFLICT,
+        )
     if ensemble.vary == ["dropout"] and not getattr(adapter, "dropout", 0):
         remedy = "Give adapter.dropout a value above 0, or let init or order vary too."
         reason = "without dropout the members would all be the same"
-        raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy)
+        raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy, code=Code.CONFLICT)
 
 
 def _check_tasks(made: Experiment) -> None:
@@ -161,7 +173,13 @@ def _check_tasks(made: Experiment) -> None:
     data, names = made.data, list(made.tasks)
     if not names:
         said = data.tasks is not None  # of one task of a finished run
-        need(said or data.share == "adapter", "data.share", data.share, "needs data.tasks: there is nothing to share")
+        need(
+            said or data.share == "adapter",
+            "data.share",
+            data.share,
+            "needs data.tasks: there is nothing to share",
+            code=Code.CONFLICT,
+        )
         reason = "says how often each of several tasks has its turn, and there is one"
         need(said or data.temperature == 1, "data.temperature", data.temperature, reason, "Give data.tasks.")
         return
@@ -315,7 +333,7 @@ def _refuse_unlike_labels(experiment: Experiment, backbone: Backbone) -> None:
     told = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in names.items())
     reason = f"have different labels ({told}), and this model answers all of them in the same two words"
     remedy = "Take model.form=encoder, which has a head for each."
-    raise UserError(reason, key="data.tasks", value=list(names), remedy=remedy)
+    raise UserError(reason, key="data.tasks", value=list(names), remedy=remedy, code=Code.UNSUPPORTED)
 
 
 def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
@@ -330,6 +348,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             "there is no train split",
             key="data",
             remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
+            code=Code.EMPTY,
         )
     reported = sources.reported(found) if data.report else {}
     if data.report and not reported:
@@ -337,6 +356,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             "there is no labelled split to report on",
             key="data",
             remedy="Add a validation file: scores on the training pairs say nothing.",
+            code=Code.EMPTY,
         )
     train, selection = sources.carve(found["train"], data)
     splits = {"train": train, "selection": selection, **reported}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench import untrusted
 from lora_bench.adapters.patterns import limited_matching
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -66,11 +66,13 @@ class PeftConfig:
             values = untrusted.read_json(path)
         except OSError as error:
             remedy = "Give the folder that peft's save_pretrained wrote."
-            raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
+            raise UserError(
+                f"cannot be read: {error.strerror}", file=path, remedy=remedy, code=Code.UNREADABLE
+            ) from None
         except ValueError as error:
-            raise UserError(f"is damaged: {error}", file=path) from None
+            raise UserError(f"is damaged: {error}", file=path, code=Code.DAMAGED) from None
         if not isinstance(values, dict):
-            raise UserError("is damaged: it holds no object", file=path)
+            raise UserError("is damaged: it holds no object", file=path, code=Code.DAMAGED)
         config = cls(Path(folder), values)
         with limited_matching("adapter", file=path):
             config._check()
@@ -126,7 +128,7 @@ class PeftConfig:
 
     def refusal(self, key: str, value: object, reason: str, remedy: str = "") -> UserError:
         """The error that names a key of the file."""
-        return UserError(reason, key=key, value=value, file=self.folder / FILE, remedy=remedy)
+        return UserError(reason, key=key, value=value, file=self.folder / FILE, remedy=remedy, code=Code.UNSUPPORTED)
 
     def _check(self) -> None:
         kind = self.values.get("peft_type")

@@ -26,7 +26,7 @@ from lora_bench.adapters.pack import Member, Pack
 from lora_bench.adapters.patterns import limited_matching
 from lora_bench.adapters.peft_config import FILE as CONFIG_FILE
 from lora_bench.adapters.peft_config import SUBTRACTED_STARTS, PeftConfig, is_rank
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -129,6 +129,7 @@ def _saved_head(config: PeftConfig, backbone: Backbone) -> Tensors:
             f"neither this adapter nor the backbone's checkpoint holds {lacking[0]}",
             file=config.folder,
             remedy="With peft, name the head in modules_to_save before training.",
+            code=Code.MISSING,
         )
     return {f"{MODEL}{name}": p for name, p in found.items()}
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, TokenizersBackend
 
 from lora_bench.backbones.identity import PAIRS, TEXTS
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -93,12 +93,12 @@ def refuse_odd_files(folder: Path) -> None:
         try:
             found = path.stat()
         except OSError as error:
-            raise UserError(f"cannot be read ({error.strerror})", file=path) from None
+            raise UserError(f"cannot be read ({error.strerror})", file=path, code=Code.UNREADABLE) from None
         if not stat.S_ISREG(found.st_mode):
-            raise UserError("is not a regular file", file=path)
+            raise UserError("is not a regular file", file=path, code=Code.NOT_A_FILE)
         if found.st_size > MAX_BYTES:
             reason = f"has {found.st_size:,} bytes, and no file of a tokenizer or config has more than {MAX_BYTES:,}"
-            raise UserError(reason, file=path)
+            raise UserError(reason, file=path, code=Code.TOO_LARGE)
 
 
 def bounded(call: Callable[[], T], seconds: float) -> T:
@@ -214,7 +214,7 @@ def _refuse_contradictions(path: Path) -> list[Any]:
         members = dict(pairs)
         if len(members) < len(pairs):
             name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-            raise UserError(f"names {name[:50]!r} twice", file=path, remedy=REMEDY)
+            raise UserError(f"names {name[:50]!r} twice", file=path, remedy=REMEDY, code=Code.DAMAGED)
         return members
 
     content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeated)
@@ -228,14 +228,18 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     ids = list(vocabulary.values())
     absurd = [i for i in [*ids, *(token.get("id") for token in added)] if type(i) is int and i > MAX_ID]
     if absurd:
-        raise UserError(f"has the token id {absurd[0]}, and no id is above {MAX_ID}", file=path, remedy=REMEDY)
+        raise UserError(
+            f"has the token id {absurd[0]}, and no id is above {MAX_ID}", file=path, remedy=REMEDY, code=Code.DAMAGED
+        )
     repeated = next((i for i, times in Counter(map(str, ids)).items() if times > 1), None)
     if repeated is not None:
         names = [token for token, i in vocabulary.items() if str(i) == repeated]
-        raise UserError(f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY)
+        raise UserError(
+            f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY, code=Code.DAMAGED
+        )
     if model.get("dropout"):
         reason = f"has model.dropout={model['dropout']}: it would split the same text differently each time"
-        raise UserError(reason, file=path, remedy="Set it to null.")
+        raise UserError(reason, file=path, remedy="Set it to null.", code=Code.UNSUPPORTED)
     return added
 
 
@@ -247,7 +251,7 @@ def _refuse_other_ids(path: Path, tokenizer: Any, added: list[Any]) -> None:
             reason = (
                 f"gives the added token {token['content']!r} the id {token['id']}, where the vocabulary has {actual}"
             )
-            raise UserError(reason, file=path, remedy=REMEDY)
+            raise UserError(reason, file=path, remedy=REMEDY, code=Code.DAMAGED)
 
 
 REMEDY = "Take the tokenizer.json that the weights came with."
