@@ -46,7 +46,7 @@ class Code(StrEnum):
     LOST = "lost"
     """The folder of a run or sweep was moved or replaced while it was written."""
     MISMATCH = "mismatch"
-    """The data, the backbone, the tokenizer or the device is not the one that a record names."""
+    """The data, the backbone, the tokenizer or the device is not the one that a record names or the weights need."""
     MISSING = "missing"
     """A value that is needed was not given."""
     MISSING_PACKAGE = "missing_package"

@@ -74,8 +74,11 @@ def read_input(path: str | Path, source: str) -> bytes:
                 )
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        codes: dict[type, Code] = {FileNotFoundError: Code.NOT_FOUND, IsADirectoryError: Code.NOT_A_FILE}
         raise UserError(
-            f"cannot be read: {getattr(error, 'strerror', None) or error}", file=source, code=Code.UNREADABLE
+            f"cannot be read: {getattr(error, 'strerror', None) or error}",
+            file=source,
+            code=codes.get(type(error), Code.UNREADABLE),
         ) from None
 
 

@@ -331,7 +331,7 @@ def _parquet(source: str, raw: bytes) -> Table:
         file = parquet.ParquetFile(pyarrow.BufferReader(raw))
         names, count = file.schema_arrow.names, file.metadata.num_rows
     except Exception as error:  # a damaged file raises a dozen unrelated types
-        raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source, code=Code.INVALID_DATA) from None
+        raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
 
     def read_columns(columns: list[str] | None) -> Any:
         found = file.read(columns=columns)
@@ -345,14 +345,14 @@ def _parquet(source: str, raw: bytes) -> Table:
             values: list[Any] = read_columns([name]).column(name).to_pylist()
         except Exception as error:  # as above
             reason = f"column {excerpt(name)} cannot be read: {_first_line(error)}"
-            raise UserError(reason, file=source, code=Code.UNREADABLE) from None
+            raise UserError(reason, file=source, code=Code.DAMAGED) from None
         return values
 
     def arrow() -> Any:
         try:
             return read_columns(None)
         except Exception as error:  # as above
-            raise UserError(f"cannot be read: {_first_line(error)}", file=source, code=Code.UNREADABLE) from None
+            raise UserError(f"cannot be read: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
 
     return Table(source, names, column, range(1, count + 1), arrow=arrow)
 

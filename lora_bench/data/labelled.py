@@ -57,7 +57,7 @@ def check_texts(table: Table, kind: str) -> None:
             except UnicodeEncodeError:
                 remedy = "Give an output that ends in .jsonl."
                 reason = f"{name!a} holds half of a surrogate pair, which {kind[1:]} cannot hold"
-                raise UserError(reason, file=table.source, row=row, remedy=remedy, code=Code.INVALID_SYNTAX) from None
+                raise UserError(reason, file=table.source, row=row, remedy=remedy, code=Code.INVALID_DATA) from None
 
 
 def encode(table: Table, predictions: Mapping[str, Sequence[Any]], kind: str) -> tuple[bytes, int]:

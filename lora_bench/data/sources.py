@@ -48,9 +48,11 @@ def _from_files(data: FileData) -> dict[str, Examples]:
     elif os.path.isfile(data.path):
         paths = {"test": data.path}
     else:
-        reason = "is neither a folder nor a file" if os.path.lexists(data.path) else "does not exist"
+        is_odd = os.path.lexists(data.path)
+        reason = "is neither a folder nor a file" if is_odd else "does not exist"
+        code = Code.NOT_A_FILE if is_odd else Code.NOT_FOUND
         remedy = "Give a folder with train, validation and test files, or one file."
-        raise UserError(reason, key="data.path", value=data.path, remedy=remedy, code=Code.NOT_FOUND)
+        raise UserError(reason, key="data.path", value=data.path, remedy=remedy, code=code)
     return {
         split: files.read_table(path).examples(
             data.text_columns,
@@ -126,7 +128,7 @@ def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
         UserError: train has no labels, or too few rows for the sizes asked for.
     """
     if train.labels is None:
-        raise UserError("train has no labels", key="data.label_column", value=data.label_column, code=Code.EMPTY)
+        raise UserError("train has no labels", key="data.label_column", value=data.label_column, code=Code.INVALID_DATA)
     size = round(data.selection_size * len(train)) if data.selection_size < 1 else int(data.selection_size)
     if not 0 < size < len(train):
         raise UserError(

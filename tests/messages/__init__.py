@@ -16,13 +16,22 @@ FOLDER = Path(__file__).parent
 UPDATE = "LORA_BENCH_UPDATE_MESSAGES"
 REPLACEMENTS = (
     (re.compile(re.escape(str(FOLDER.parents[1]))), "REPOSITORY"),
-    (re.compile(r"(/[^\s:'\",;]*)?/pytest-of-[^/\s]+/pytest-\d+(/popen-gw\d+)?/[^/\s:'\",;]+"), "TMP"),
+    (re.compile(r"(/[^\s:'\",;]*)?/pytest-of-[^/\s]+/pytest-\d+(/popen-gw\d+)?/[^/\s:'\",;]*[^/\s:'\",;.]"), "TMP"),
+    (re.compile(r"/[^\s:'\",;]*/site-packages(?=/)"), "SITE-PACKAGES"),
     (re.compile(r"\b[0-9a-f]{40,64}\b"), "HASH"),
     (re.compile(r"(?<=127\.0\.0\.1:|localhost:)\d+"), "PORT"),
     (re.compile(r"\b\d+\.\d+\.\d+(\+\w+)?\b"), "VERSION"),
     (re.compile(r"\b\d{4}-\d\d-\d\d([T /]\d\d[-:]\d\d[-:]\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?)?"), "DATE"),
+    (re.compile(r"(?<=loaded from there \().*?(?=\)\.( |$))"), "LIBRARY"),
+    (re.compile(r"(?<=found in the local cache \().*?(?=\)\.( |$))"), "LIBRARY"),
+    (re.compile(r"(?<=on short texts \().*?(?=\)\.( |$))"), "LIBRARY"),
+    (re.compile(r"(?<=loaded from the hub: ).*(?=\. Without network)"), "LIBRARY"),
+    (re.compile(r"(?<=is not valid Parquet: ).*"), "LIBRARY."),
+    (re.compile(r"(column '[^']*' cannot be read: ).*"), r"\1LIBRARY."),
+    (re.compile(r"(?<=\.safetensors: is damaged: ).*(?=\. Copy)"), "LIBRARY"),
+    (re.compile(r"maximum recursion depth exceeded[^.]*"), "LIBRARY"),
 )
-"""What differs from machine to machine and from run to run."""
+"""What differs from machine to machine, from run to run, and between versions of Python and the libraries."""
 
 
 def check(command: str, text: str) -> None:

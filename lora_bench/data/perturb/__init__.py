@@ -97,7 +97,7 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_
         chosen |= {each.name: each for each in suited}
     if not chosen:
         raise UserError(
-            "names no transform", key=key, value="[]", remedy="Give null for none, or all.", code=Code.UNKNOWN_CHOICE
+            "names no transform", key=key, value="[]", remedy="Give null for none, or all.", code=Code.INVALID_VALUE
         )
     return list(chosen.values())
 
