@@ -54,7 +54,8 @@ def load_tokenizer(model: Model) -> Any:
             key = "model.path" if model.path else "model.hub_id"
             remedy = remedy or (None if model.path else OFFLINE_REMEDY)
         remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
-        return UserError(reason, key=key, value=place, remedy=remedy, code=Code.UNSUPPORTED)
+        code = Code.NOT_FOUND if key == "model.hub_id" else Code.UNSUPPORTED
+        return UserError(reason, key=key, value=place, remedy=remedy, code=code)
 
     tokenizer, notes = read(place, refusal, lambda: _reading(model, place))
     tokenizer.reading_notes = notes

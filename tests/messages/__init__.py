@@ -17,7 +17,9 @@ UPDATE = "LORA_BENCH_UPDATE_MESSAGES"
 REPLACEMENTS = (
     (re.compile(re.escape(str(FOLDER.parents[1]))), "REPOSITORY"),
     (re.compile(r"(/[^\s:'\",;]*)?/pytest-of-[^/\s]+/pytest-\d+(/popen-gw\d+)?/[^/\s:'\",;]+"), "TMP"),
-    (re.compile(r"\b[0-9a-f]{40,64}\b"), "HASH"),
+    (re.compile(r"\b[0-9a-f]{40,64}\b|\b[0-9a-f]{12}(?=…)"), "HASH"),
+    (re.compile(r"(?<=\(choose from )[^)]*"), "CHOICES"),  # each Python quotes them in its own way
+    (re.compile(r"(loaded from there|in the local cache|absent or damaged) \(.*?\)(?=\.( |$))"), r"\1 (LIBRARY)"),
     (re.compile(r"(?<=127\.0\.0\.1:|localhost:)\d+"), "PORT"),
     (re.compile(r"\b\d+\.\d+\.\d+(\+\w+)?\b"), "VERSION"),
     (re.compile(r"\b\d{4}-\d\d-\d\d([T /]\d\d[-:]\d\d[-:]\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?)?"), "DATE"),
