@@ -309,6 +309,8 @@ DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData
 def check_top(cfg: DictConfig, known: Collection[str]) -> None:
     """Refuse keys that a run's config has not, and what is no seed or no dry run."""
     _check_names(cfg, known)
+    for name in ("seed", "dry_run"):
+        need(name in cfg, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
     need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
     need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 

@@ -80,13 +80,13 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     perturbations(data)
     need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train", code=Code.CONFLICT)
     reason = "goes with lora-bench train: a run is scored on one data set at a time"
-    need(data.tasks is None, "data.tasks", data.tasks, reason)
+    need(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(
             "takes a finished run or an adapter made by PEFT",
             key="eval",
             remedy="Give run=DIR or peft=DIR.",
-            code=Code.MISSING,
+            code=Code.CONFLICT if cfg.run else Code.MISSING,
         )
     need_one_of("device", str(cfg.device), ("auto", "cpu", "cuda"))
     title = str(cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice))
@@ -95,7 +95,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     splits = sources.reported(sources.load(data))
     if not splits:
         raise UserError(
-            "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.NOT_FOUND
+            "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.EMPTY
         )
     subject = _finished(finished, cfg, data, console) if finished else _made_by_peft(cfg, data)
 

@@ -122,7 +122,7 @@ class FinishedRun:
         if wrong is not None:
             raise UserError(
                 f"row {wrong} has {len(rows[wrong])} texts where this run was trained on {columns}",
-                code=Code.MISMATCH,
+                code=Code.INVALID_DATA,
             )
         if not rows:
             return np.empty(0)

@@ -80,7 +80,7 @@ class PredictionRequest:
         if fitted and run.calibration is None:
             key = fitted[0]
             raise UserError(
-                "needs a calibration, and the run's record has none", key=key, value=cfg[key], code=Code.CONFLICT
+                "needs a calibration, and the run's record has none", key=key, value=cfg[key], code=Code.UNSUPPORTED
             )
         table = files.read_table(source)
         examples = table.examples(columns, None, labels_may_hide=False)

@@ -100,10 +100,12 @@ def read(folder: Path, split: str) -> Predictions:
         with untrusted.open_file(path, MAX_BYTES) as file:
             return _read(file)
     except FileNotFoundError:
-        raise UserError("is missing", file=path, code=Code.MISSING) from None
+        raise UserError("is missing", file=path, code=Code.NOT_FOUND) from None
     except OSError as error:
         raise UserError(
-            f"cannot be read: {error.strerror or 'it is damaged'}", file=path, code=Code.UNREADABLE
+            f"cannot be read: {error.strerror or 'it is damaged'}",
+            file=path,
+            code=Code.UNREADABLE if error.strerror else Code.DAMAGED,
         ) from None
     except (ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"cannot be used: {str(error).splitlines()[0][:200]}", file=path, code=Code.DAMAGED) from None

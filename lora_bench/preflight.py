@@ -67,7 +67,7 @@ def check_eval(cfg: DictConfig) -> None:
         None,
         "takes a finished run or an adapter made by PEFT",
         "Give run=DIR or peft=DIR.",
-        code=Code.MISSING,
+        code=Code.CONFLICT if cfg.run else Code.MISSING,
     )
     check_data(config.build_data(cfg.data))
     if cfg.run:

@@ -18,12 +18,12 @@ REPLACEMENTS = (
     (re.compile(re.escape(str(FOLDER.parents[1]))), "REPOSITORY"),
     (re.compile(r"(/[^\s:'\",;]*)?/pytest-of-[^/\s]+/pytest-\d+(/popen-gw\d+)?/[^/\s:'\",;]*[^/\s:'\",;.]"), "TMP"),
     (re.compile(r"/[^\s:'\",;]*/site-packages(?=/)"), "SITE-PACKAGES"),
-    (re.compile(r"\b[0-9a-f]{40,64}\b"), "HASH"),
+    (re.compile(r"\b[0-9a-f]{40,64}\b|\b[0-9a-f]{12}(?=…)"), "HASH"),
+    (re.compile(r"(?<=\(choose from )[^)]*"), "CHOICES"),  # each Python quotes them in its own way
+    (re.compile(r"(loaded from there|in the local cache|absent or damaged) \(.*?\)(?=\.( |$))"), r"\1 (LIBRARY)"),
     (re.compile(r"(?<=127\.0\.0\.1:|localhost:)\d+"), "PORT"),
     (re.compile(r"\b\d+\.\d+\.\d+(\+\w+)?\b"), "VERSION"),
     (re.compile(r"\b\d{4}-\d\d-\d\d([T /]\d\d[-:]\d\d[-:]\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?)?"), "DATE"),
-    (re.compile(r"(?<=loaded from there \().*?(?=\)\.( |$))"), "LIBRARY"),
-    (re.compile(r"(?<=found in the local cache \().*?(?=\)\.( |$))"), "LIBRARY"),
     (re.compile(r"(?<=on short texts \().*?(?=\)\.( |$))"), "LIBRARY"),
     (re.compile(r"(?<=loaded from the hub: ).*(?=\. Without network)"), "LIBRARY"),
     (re.compile(r"(?<=is not valid Parquet: ).*"), "LIBRARY."),
@@ -42,12 +42,12 @@ def check(command: str, text: str) -> None:
     if line in known:
         return
     assert os.environ.get(UPDATE), f"a new message; run the test with {UPDATE}=1 to add it to {path}: {line}"
-    with path.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        lines = sorted({*file.read().splitlines(), line})
-        file.truncate(0)
-        file.write("\n".join(lines) + "\n")
+    with (FOLDER / "__init__.py").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        whole = path.with_suffix(".part")
+        whole.write_text("\n".join(sorted({*known, line})) + "\n", encoding="utf-8")
+        whole.replace(path)
 
 
 def normalised(text: str) -> str:
