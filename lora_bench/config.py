@@ -306,11 +306,16 @@ MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
 DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}
 
 
+OPTIONAL = {"predictions", "resume", "split", "tasks", "tracking"}
+"""Keys at the top of a config that may be left out; records of older versions do so."""
+
+
 def check_top(cfg: DictConfig, known: Collection[str]) -> None:
-    """Refuse keys that a run's config has not, and what is no seed or no dry run."""
+    """Refuse keys that a run's config has not, keys that it lacks, and what is no seed or no dry run."""
     _check_names(cfg, known)
-    for name in ("seed", "dry_run"):
-        need(name in cfg, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
+    for name in known:
+        given = name in cfg or name in OPTIONAL
+        need(given, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
     need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
     need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 

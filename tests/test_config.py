@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.experiment import Experiment
 from tests.helpers import composed
 
@@ -330,3 +330,17 @@ def test_wrong_seed(seed: str) -> None:
 def test_a_method_is_one_of_ours(name: str) -> None:
     with pytest.raises(UserError, match="is not one of adalora, bitfit, full, head_only, lora"):
         method_class(name)
+
+
+def test_a_config_without_one_of_its_keys() -> None:
+    """As a record may be that somebody has edited: what has no default is named."""
+    whole = OmegaConf.to_container(composed())
+    assert isinstance(whole, dict)
+    for key in whole:
+        config_without = OmegaConf.create({name: value for name, value in whole.items() if name != key})
+        if key in ("resume", "tracking"):
+            assert Experiment.build(config_without).seed == 0
+            continue
+        with pytest.raises(UserError) as refusal:
+            Experiment.build(config_without)
+        assert (refusal.value.code, refusal.value.key) == (Code.MISSING, key)
