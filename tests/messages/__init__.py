@@ -19,7 +19,8 @@ REPLACEMENTS = (
     (re.compile(r"(/[^\s:'\",;]*)?/pytest-of-[^/\s]+/pytest-\d+(/popen-gw\d+)?/[^/\s:'\",;]+"), "TMP"),
     (re.compile(r"\b[0-9a-f]{40,64}\b"), "HASH"),
     (re.compile(r"(?<=127\.0\.0\.1:|localhost:)\d+"), "PORT"),
-    (re.compile(r"\b\d+\.\d+\.\d+(\+\w+)?\b"), "VERSION"),
+    (re.compile(r"(?<=\bport: )\d+"), "PORT"),
+    (re.compile(r"(?<!\d\.)\b\d+\.\d+\.\d+(\+\w+)?\b(?!\.\d)"), "VERSION"),  # an address has four numbers
     (re.compile(r"\b\d{4}-\d\d-\d\d([T /]\d\d[-:]\d\d[-:]\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?)?"), "DATE"),
 )
 """What differs from machine to machine and from run to run."""
