@@ -82,7 +82,7 @@ class AdaLoRA(OnLinears):
             self.final,
             f"leaves no steps to prune in after warmup={self.warmup:g}",
             "The two shares must add up to less than 1.",
-            code=Code.INVALID_VALUE,
+            code=Code.CONFLICT,
         )
         need_number("interval", self.interval, 1)
 

@@ -29,7 +29,8 @@ def resolve_device(device: str) -> torch.device:
         if launch.local_rank is None or launch.local_rank >= count:
             reason = "is not set" if launch.local_rank is None else f"has no GPU: there are {count} here"
             remedy = "Start as many processes as there are GPUs with torchrun, or take trainer.device=cpu."
-            raise UserError(reason, key="LOCAL_RANK", value=launch.local_rank, remedy=remedy, code=Code.MISSING)
+            code = Code.MISSING if launch.local_rank is None else Code.NO_DEVICE
+            raise UserError(reason, key="LOCAL_RANK", value=launch.local_rank, remedy=remedy, code=code)
         return torch.device("cuda", launch.local_rank)
     return torch.device(device)
 

@@ -22,7 +22,8 @@ REPLACEMENTS = (
     (re.compile(r"(?<=\(choose from )[^)]*"), "CHOICES"),  # each Python quotes them in its own way
     (re.compile(r"(loaded from there|in the local cache|absent or damaged) \(.*?\)(?=\.( |$))"), r"\1 (LIBRARY)"),
     (re.compile(r"(?<=127\.0\.0\.1:|localhost:)\d+"), "PORT"),
-    (re.compile(r"\b\d+\.\d+\.\d+(\+\w+)?\b"), "VERSION"),
+    (re.compile(r"(?<=\bport: )\d+"), "PORT"),
+    (re.compile(r"(?<!\d\.)\b\d+\.\d+\.\d+(\+\w+)?\b(?!\.\d)"), "VERSION"),  # an address has four numbers
     (re.compile(r"\b\d{4}-\d\d-\d\d([T /]\d\d[-:]\d\d[-:]\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?)?"), "DATE"),
     (re.compile(r"(?<=on short texts \().*?(?=\)\.( |$))"), "LIBRARY"),
     (re.compile(r"(?<=loaded from the hub: ).*(?=\. Without network)"), "LIBRARY"),
