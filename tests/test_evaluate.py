@@ -335,7 +335,7 @@ def test_a_wrong_request_for_an_adapter_leaves_nothing(made: dict[str, Path], ru
     assert (error.code, error.key, error.value) == (Code.INVALID_VALUE, "data.max_length", 600)
     assert "514" in str(error)
     error = refused("eval", *TOY, "peft=nowhere")
-    assert (error.code, error.file) == (Code.UNREADABLE, Path("nowhere/adapter_config.json"))
+    assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/adapter_config.json"))
     assert files_below(made["adapters"]) == before
 
 
