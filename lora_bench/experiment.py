@@ -181,23 +181,27 @@ def _check_tasks(made: Experiment) -> None:
             code=Code.CONFLICT,
         )
         reason = "says how often each of several tasks has its turn, and there is one"
-        need(said or data.temperature == 1, "data.temperature", data.temperature, reason, "Give data.tasks.")
+        remedy = "Give data.tasks."
+        need(said or data.temperature == 1, "data.temperature", data.temperature, reason, remedy, code=Code.CONFLICT)
         return
     reason = "has members that learn one task, so it cannot be one of the runs of several"
     remedy = "Leave out ensemble.members or data.tasks."
-    need(made.ensemble.members is None, "ensemble.members", made.ensemble.members, reason, remedy)
+    members = made.ensemble.members
+    need(members is None, "ensemble.members", members, reason, remedy, code=Code.CONFLICT)
     reason = "compares the texts beside one head, and a shared adapter has a head for each task"
     remedy = "Take adapter.matching=false or data.share=backbone."
     asked = made.adapter.matching
-    need(made.own_adapters or asked is False, "adapter.matching", "null" if asked is None else "true", reason, remedy)
+    matching = "null" if asked is None else "true"
+    need(made.own_adapters or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT)
     if made.own_adapters:
         reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
-        need(not made.adapter.trains_backbone, "data.share", data.share, reason, "Take data.share=adapter.")
+        remedy = "Take data.share=adapter."
+        need(not made.adapter.trains_backbone, "data.share", data.share, reason, remedy, code=Code.UNSUPPORTED)
         reason = "stops jobs by their selection MCC, which a run with an adapter for each task has not one of"
-        need(not made.pack.halving, "pack.halving", "true", reason, "Leave it out.")
+        need(not made.pack.halving, "pack.halving", "true", reason, "Leave it out.", code=Code.CONFLICT)
         reason = "says how often each task has its turn in a shared adapter"
         remedy = "With data.share=backbone each is trained as it would be alone."
-        need(data.temperature == 1, "data.temperature", data.temperature, reason, remedy)
+        need(data.temperature == 1, "data.temperature", data.temperature, reason, remedy, code=Code.CONFLICT)
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,12 @@ class Arguments(argparse.Namespace):
                     "a key is given in no config and on no command line",
                     key="llm",
                     remedy=remedy,
-                    code=Code.MISSING,
+                    code=Code.FORBIDDEN,
                 )
         check_overrides(parsed.overrides)
         if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
-            raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir, code=Code.NOT_A_FILE)
+            code = Code.NOT_A_FILE if os.path.exists(parsed.config_dir) else Code.NOT_FOUND
+            raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir, code=code)
         if (parsed.resolve or parsed.package) and not parsed.cfg:
             raise UserError("--resolve and --package say how --cfg prints", remedy="Add --cfg job.", code=Code.CONFLICT)
         return parsed

@@ -102,7 +102,7 @@ def parse_override(text: str) -> Override:
         raise UserError(
             f"{text[:40]!r}… {reason}",
             remedy="Put the values into a YAML file: --config-dir=DIR.",
-            code=Code.INVALID_SYNTAX,
+            code=Code.TOO_LARGE,
         )
     try:
         text.encode(errors="surrogateescape")
@@ -337,7 +337,7 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
             return super().load_config(config_path)
         except (ValueError, ArithmeticError, RecursionError, TypeError, OmegaConfBaseException) as error:
             raise UserError(
-                f"cannot be read: {str(error).splitlines()[0][:200]}", file=path, code=Code.UNREADABLE
+                f"cannot be read: {str(error).splitlines()[0][:200]}", file=path, code=Code.INVALID_SYNTAX
             ) from None
 
     @staticmethod
@@ -371,7 +371,8 @@ def check_yaml(path: str) -> None:
         raise UserError("is nested too deeply", file=path, code=Code.TOO_LARGE) from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # bytes that are no text, control characters
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"cannot be read: {reason}", file=path, code=Code.UNREADABLE) from None
+        code = Code.UNREADABLE if isinstance(error, OSError) else Code.INVALID_SYNTAX
+        raise UserError(f"cannot be read: {reason}", file=path, code=code) from None
 
 
 def yaml_nesting(text: str) -> int:

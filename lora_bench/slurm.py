@@ -168,7 +168,7 @@ def _private_folder(folder: Path, begun: str) -> Path:
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(
-            "is a link or a file, where Slurm's files would go", file=folder, remedy="Remove it.", code=Code.UNWRITABLE
+            "is a link or a file, where Slurm's files would go", file=folder, remedy="Remove it.", code=Code.NOT_A_FILE
         )
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)  # what is handed over lies there as typed, keys included, until it is done

@@ -174,7 +174,7 @@ class GridSweeper(BasicSweeper):
         assert self.config is not None
         if self.config.pack.halving:
             reason = "would stop jobs of this sweep against one another that it needs all of"
-            raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.", code=Code.UNSUPPORTED)
+            raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.", code=Code.CONFLICT)
 
     def _combinations(self, variants: Sequence[list[Override]]) -> list[list[str]]:
         """The jobs of each variant, one after the other."""

@@ -80,7 +80,7 @@ class TransferSweeper(GridSweeper):
                 "needs tasks that are choices of data, not folders",
                 key="hydra.sweeper.together",
                 remedy=remedy,
-                code=Code.UNSUPPORTED,
+                code=Code.CONFLICT,
             )
         settings: dict[tuple[str, ...], list[str]] = {}
         for job in jobs:

@@ -206,7 +206,12 @@ class Client:
         if status in (401, 403):
             given = f"The key in {self.llm.api_key_env} was not taken."
             missing = f"The environment variable {self.llm.api_key_env} holds no key: put it there."
-            raise UserError(reason, key="llm.api_key_env", remedy=given if self.key else missing, code=Code.SERVER)
+            raise UserError(
+                reason,
+                key="llm.api_key_env",
+                remedy=given if self.key else missing,
+                code=Code.SERVER if self.key else Code.MISSING,
+            )
         if status == 404:
             remedy = "Is the model one of the server's, and the address right? It often ends in /v1."
             value = f"{self.llm.model} at {self.llm.base_url}"

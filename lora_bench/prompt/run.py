@@ -139,7 +139,8 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     reported = sources.reported(found)
     if request.split is not None:
         known = ", ".join(reported) or "none"
-        need(request.split in reported, "split", request.split, f"is no labelled split to report; there is {known}")
+        reason = f"is no labelled split to report; there is {known}"
+        need(request.split in reported, "split", request.split, reason, code=Code.UNKNOWN_CHOICE)
         reported = {request.split: reported[request.split]}
     if not reported:
         raise UserError(
