@@ -59,7 +59,7 @@ class Arguments(argparse.Namespace):
                     "a key is given in no config and on no command line",
                     key="llm",
                     remedy=remedy,
-                    code=Code.MISSING,
+                    code=Code.FORBIDDEN,
                 )
         check_overrides(parsed.overrides)
         if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):

@@ -266,7 +266,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         text = untrusted.read_text(path)
     except FileNotFoundError:
-        raise UserError("is missing, so this is not a run's folder", file=path, code=Code.MISSING) from None
+        raise UserError("is missing, so this is not a run's folder", file=path, code=Code.NOT_FOUND) from None
     except OSError as error:
         raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
     except ValueError as error:

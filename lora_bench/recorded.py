@@ -120,7 +120,7 @@ def edited(folder: Path, key: str, before: object, now: object) -> UserError:
     """Return the refusal of a run whose record was edited."""
     reason = f"{key} was changed to {now} after the run began with {before}"
     remedy = "The run was trained as it began: change it back, or train another."
-    return UserError(reason, file=folder / "run.json", remedy=remedy, code=Code.MISMATCH)
+    return UserError(reason, file=folder / "run.json", remedy=remedy, code=Code.DAMAGED)
 
 
 def _differing(keys: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -48,13 +48,13 @@ def load_tokenizer(model: Model) -> Any:
         return tiny.tokenizer(str(model.random["model_type"]))
     place = model.tokenizer or locate(model)
 
-    def refusal(reason: str, remedy: str | None) -> UserError:
+    def refusal(reason: str, remedy: str | None, code: Code) -> UserError:
         key = "model.tokenizer"
         if reason.startswith("no tokenizer") and not model.tokenizer:
             key = "model.path" if model.path else "model.hub_id"
             remedy = remedy or (None if model.path else OFFLINE_REMEDY)
         remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
-        return UserError(reason, key=key, value=place, remedy=remedy, code=Code.UNSUPPORTED)
+        return UserError(reason, key=key, value=place, remedy=remedy, code=code)
 
     tokenizer, notes = read(place, refusal, lambda: _reading(model, place))
     tokenizer.reading_notes = notes
@@ -135,7 +135,7 @@ def _refuse_unknown_tokens(network: Any, tokenizer: Any, place: str | None) -> N
     for fault, holds in faults.items():
         if holds:
             remedy = "Give the tokenizer that the weights were trained with."
-            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy, code=Code.DAMAGED)
+            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy, code=Code.MISMATCH)
 
 
 def _align_padding(network: Any, pad_id: int) -> None:
@@ -293,7 +293,9 @@ def _refuse_not_finite(network: Any, place: str) -> None:
 
 def _unreachable(model: Model, place: str, error: Exception) -> UserError:
     if model.path or model.package or model.folder:
-        return UserError(f"no model could be loaded from there ({first_line(error)})", file=place, code=Code.NOT_FOUND)
+        return UserError(
+            f"no model could be loaded from there ({first_line(error)})", file=place, code=Code.UNSUPPORTED
+        )
     return UserError(
         f"could neither be downloaded nor found in the local cache ({first_line(error)})",
         key="model.hub_id",

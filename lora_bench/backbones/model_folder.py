@@ -220,10 +220,10 @@ def _without_safetensors(folder: Path) -> UserError:
     if others[0].startswith("pytorch_model"):
         command = f'python -c "{_CONVERT}" {shlex.quote(str(folder))}'
         return UserError(
-            reason, file=folder, remedy=f"Convert it once, without running code of it: {command}", code=Code.NOT_FOUND
+            reason, file=folder, remedy=f"Convert it once, without running code of it: {command}", code=Code.UNSUPPORTED
         )
     return UserError(
-        reason, file=folder, remedy="Load it with transformers and save it with save_pretrained.", code=Code.NOT_FOUND
+        reason, file=folder, remedy="Load it with transformers and save it with save_pretrained.", code=Code.UNSUPPORTED
     )
 
 

@@ -46,13 +46,13 @@ HARD = [
 
 
 def read(
-    place: str, refusal: Callable[[str, str | None], UserError], options: Callable[[], Mapping[str, Any]]
+    place: str, refusal: Callable[[str, str | None, Code], UserError], options: Callable[[], Mapping[str, Any]]
 ) -> tuple[Any, list[str]]:
     """Return the tokenizer of a folder or hub id, and what the user should know of how it is read.
 
     Args:
         place: a local folder or an id on the hub.
-        refusal: makes the error of a reason and a remedy.
+        refusal: makes the error of a reason, a remedy and a code.
         options: gives the keywords for `AutoTokenizer.from_pretrained`.
 
     Raises:
@@ -69,7 +69,8 @@ def read(
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
-        raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None) from None
+        code = Code.UNSUPPORTED if os.path.isdir(place) else Code.NOT_FOUND
+        raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None, code) from None
     if path is not None:
         _refuse_other_ids(path, tokenizer, added)
     _refuse_unusable(tokenizer, refusal)
@@ -77,7 +78,8 @@ def read(
         bounded(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
     except Exception as error:
         reason = f"its tokenizer fails on short texts ({first_line(error)})"
-        raise refusal(reason, "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever.") from None
+        remedy = "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever."
+        raise refusal(reason, remedy, Code.DAMAGED) from None
     return tokenizer, _notes(tokenizer, by_class)
 
 
@@ -257,7 +259,7 @@ def _refuse_other_ids(path: Path, tokenizer: Any, added: list[Any]) -> None:
 REMEDY = "Take the tokenizer.json that the weights came with."
 
 
-def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None], UserError]) -> None:
+def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], UserError]) -> None:
     # Where there are no files, transformers makes a tokenizer up that knows its special tokens and nothing else.
     words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
     pad = tokenizer.pad_token
@@ -271,7 +273,8 @@ def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None], UserEr
     }
     for fault, holds in faults.items():
         if holds:
-            raise refusal(fault, names_it if "padding" in fault else None)
+            code = Code.NOT_FOUND if fault == "holds no tokenizer" else Code.UNSUPPORTED
+            raise refusal(fault, names_it if "padding" in fault else None, code)
 
 
 def _notes(tokenizer: Any, by_class: Any) -> list[str]:
