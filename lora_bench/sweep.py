@@ -95,7 +95,7 @@ def reopen(folder: Path) -> claim.Claim:
                 "is a folder, where the sweep's table belongs",
                 file=path,
                 remedy="Move it elsewhere.",
-                code=Code.UNWRITABLE,
+                code=Code.NOT_A_FILE,
             )
     try:
         return _take(folder)
