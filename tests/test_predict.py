@@ -444,7 +444,7 @@ def test_wrong_requests_are_refused_before_the_model_is_loaded(
         ({"output": "absent/out.tsv"}, Code.UNWRITABLE, "output", "absent/out.tsv"),
         ({"output": "folder.tsv"}, Code.UNWRITABLE, "output", "folder.tsv"),
         ({"output": "in.tsv/out.tsv"}, Code.UNWRITABLE, "output", "in.tsv/out.tsv"),
-        ({"input": "absent.tsv"}, Code.UNREADABLE, None, "absent.tsv"),
+        ({"input": "absent.tsv"}, Code.NOT_FOUND, None, "absent.tsv"),
         ({"input": "/dev/zero"}, Code.NOT_A_FILE, None, "/dev/zero"),
         ({"text_columns": "question1"}, Code.MISMATCH, "text_columns", ["question1"]),
         ({"text_columns": "[question1,absent]"}, Code.INVALID_DATA, None, "in.tsv"),
