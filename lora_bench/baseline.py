@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.comparison import BASELINE, MARGIN, NOT_TESTED, Finding, against, best_experiment, label, selection_mcc
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import Code, UserError, nearest
 from lora_bench.figures import NAMES
 from lora_bench.tables import Column, Row, Table, value_text
 
@@ -89,7 +89,9 @@ def _rows_meant(table: Table, name: str) -> set[int]:
     if not inside:
         words = {value_text(value) for row in table.rows for value in row.keys.values()}
         remedy = nearest(name, words | {label(table, row) for row in table.rows}) if len(table.rows) <= 20 else ""
-        raise UserError("is no row of this table", key="--baseline", value=name, remedy=remedy)
+        raise UserError(
+            "is no row of this table", key="--baseline", value=name, remedy=remedy, code=Code.UNKNOWN_CHOICE
+        )
     return set(inside)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from xxhash import xxh3_128
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.screen import note
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-bench"
     except RuntimeError:
         reason = "is not set, and this user has no home folder"
-        raise UserError(reason, key="LORA_BENCH_CACHE", remedy="Set it to a folder with room to write.") from None
+        raise UserError(
+            reason, key="LORA_BENCH_CACHE", remedy="Set it to a folder with room to write.", code=Code.MISSING
+        ) from None
 
 
 def token_limit_bytes() -> float:
@@ -78,7 +80,11 @@ def token_limit_bytes() -> float:
         limit = math.nan
     if not (math.isfinite(limit) and limit >= 0):
         raise UserError(
-            "is not a number of bytes", key=TOKEN_LIMIT, value=text, remedy="Give one from 0 (no cache), such as 4e9."
+            "is not a number of bytes",
+            key=TOKEN_LIMIT,
+            value=text,
+            remedy="Give one from 0 (no cache), such as 4e9.",
+            code=Code.INVALID_VALUE,
         )
     return limit
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 
-def need(holds: bool, key: str, value: object, reason: str, remedy: str = "") -> None:
+def need(
+    holds: bool, key: str, value: object, reason: str, remedy: str = "", *, code: Code = Code.INVALID_VALUE
+) -> None:
     """Refuse `value` for `key` unless the condition holds."""
     if not holds:
-        raise UserError(reason, key=key, value=value, remedy=remedy)
+        raise UserError(reason, code=code, key=key, value=value, remedy=remedy)
 
 
 def need_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    need(value in choices, key, value, f"is not one of {', '.join(choices)}")
+    need(value in choices, key, value, f"is not one of {', '.join(choices)}", code=Code.UNKNOWN_CHOICE)
 
 
 def need_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
@@ -25,4 +27,4 @@ def need_number(key: str, value: float, low: float, high: float = math.inf, *, o
         return
     bound = f"above {low:g}" if open_low else f"of at least {low:g}"
     upper = f" and at most {high:g}" if math.isfinite(high) else ""
-    raise UserError(f"must be a finite number {bound}{upper}", key=key, value=value)
+    raise UserError(f"must be a finite number {bound}{upper}", code=Code.INVALID_VALUE, key=key, value=value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from lora_bench.errors import LostFolderError
+from lora_bench.errors import Code, LostFolderError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,9 +48,13 @@ class Identity:
                 return
         except OSError:
             if not os.path.exists(self.folder):
-                raise LostFolderError("was deleted or moved while the run trained", file=self.folder) from None
+                raise LostFolderError(
+                    "was deleted or moved while the run trained", file=self.folder, code=Code.LOST
+                ) from None
         reason = "was replaced by another folder while the run trained, and nothing is written into that one"
-        raise LostFolderError(reason, file=self.folder, remedy="Look for the first one where it was moved to.")
+        raise LostFolderError(
+            reason, file=self.folder, remedy="Look for the first one where it was moved to.", code=Code.LOST
+        )
 
 
 @dataclass(frozen=True)

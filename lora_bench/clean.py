@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from lora_bench.cache import SUFFIXES, CacheFiles, cache_folder, remove
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.screen import shown
 from lora_bench.tables import human
 
@@ -38,10 +38,10 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
     for argument in arguments:
         if argument not in (*SUFFIXES, DRY_RUN):
             remedy = f"Give {', '.join(SUFFIXES)}, {DRY_RUN}, or nothing."
-            raise UserError(f"takes no {argument!r}", key="clean", remedy=remedy)
+            raise UserError(f"takes no {argument!r}", key="clean", remedy=remedy, code=Code.UNKNOWN_CHOICE)
     folder = cache_folder()
     if folder.exists() and not folder.is_dir():
-        raise UserError("is not a folder", key="LORA_BENCH_CACHE", value=folder)
+        raise UserError("is not a folder", key="LORA_BENCH_CACHE", value=folder, code=Code.NOT_A_FILE)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("cache", "files", "size", ""):
         table.add_column(header, justify="right" if header in ("files", "size") else "left")
@@ -67,7 +67,12 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
     console.print(shown(folder))
     console.print(table)
     if stuck:
-        raise RunFailedError(f"{stuck} files cannot be removed", file=folder, remedy="Check the folder's permissions.")
+        raise RunFailedError(
+            f"{stuck} files cannot be removed",
+            file=folder,
+            remedy="Check the folder's permissions.",
+            code=Code.UNWRITABLE,
+        )
 
 
 def _answers() -> tuple[int, int]:

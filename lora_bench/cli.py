@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lora_bench import streams
-from lora_bench.errors import DivergedError, RunFailedError, SweepFailedError, UserError, nearest
+from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
 from lora_bench.launch import Launch
 from lora_bench.screen import note, shown
@@ -88,7 +88,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"lora-bench {__version__}")
         return 0
     if command not in COMMANDS:
-        raise UserError(f"{command!r} is not a command", remedy=nearest(command, COMMANDS))
+        raise UserError(f"{command!r} is not a command", remedy=nearest(command, COMMANDS), code=Code.UNKNOWN_CHOICE)
     if command == "compare":
         from lora_bench.compare import main as compare
 
@@ -98,7 +98,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command == "doctor":
         if rest:
-            raise UserError(f"takes no {rest[0]!r}", key="doctor")
+            raise UserError(f"takes no {rest[0]!r}", key="doctor", code=Code.UNKNOWN_CHOICE)
         from lora_bench.doctor import run_doctor
 
         run_doctor(_console())
@@ -122,10 +122,14 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     token_limit_bytes()  # refused before anything is loaded
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
-        raise UserError("sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.")
+        raise UserError(
+            "sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.", code=Code.CONFLICT
+        )
     if Launch.read().world_size > 1 and parsed.multirun:
         remedy = "torchrun trains one run on several devices; start the sweep without it."
-        raise UserError("makes runs one after another in a process of its own", key="-m", remedy=remedy)
+        raise UserError(
+            "makes runs one after another in a process of its own", key="-m", remedy=remedy, code=Code.CONFLICT
+        )
     for override in parsed.repeated():
         note(f"{override} is given again with another value, which counts")
     import hydra
@@ -181,7 +185,7 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
         return recorded
     if parsed.multirun:
         remedy = "Give the folder of a sweep; a single run goes on without -m."
-        raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy)
+        raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy, code=Code.NOT_FOUND)
     parsed.overrides.append(f"resume={quoted(folder)}")
     return parsed
 

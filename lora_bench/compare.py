@@ -22,7 +22,7 @@ from lora_bench.baseline import judged
 from lora_bench.comparison import MARGIN
 from lora_bench.costs import with_costs
 from lora_bench.disk import write
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.experiments import (
     OUTSIDE_THE_EXPERIMENT,
     Recorded,
@@ -76,7 +76,9 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     folders = [Path(folder) for folder in options.folders or ["outputs"]]
     if options.html is not None and options.measure != "mcc":
-        raise UserError("goes with tables: the page is about MCC", key="--measure", value=options.measure)
+        raise UserError(
+            "goes with tables: the page is about MCC", key="--measure", value=options.measure, code=Code.CONFLICT
+        )
     if options.html is not None:
         check_output(options.html, "--html", make_folders=True)
     asked = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target")}
@@ -86,7 +88,7 @@ def main(arguments: list[str]) -> int:
 
         if options.format in ("csv", "json") and options.html is None:
             remedy = "csv and json hold the runs alone; take --format table, md or latex."
-            raise UserError("are shown for people only", key="--anchors", remedy=remedy)
+            raise UserError("are shown for people only", key="--anchors", remedy=remedy, code=Code.CONFLICT)
         table = with_anchors(table)
     if options.html is not None:
         return _write_page(table, options.html, options.margin)
@@ -139,7 +141,7 @@ def summarise(
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
-        raise UserError(f"no runs here{why}", file=", ".join(map(str, paths)), remedy=remedy)
+        raise UserError(f"no runs here{why}", file=", ".join(map(str, paths)), remedy=remedy, code=Code.NOT_FOUND)
     splits = _reported_splits(record for _, record in found if record["status"] == "done")
     everything = [describe(folder, record, splits) for folder, record in found]
     finished = [run for run in everything if run.record["status"] == "done"]
@@ -312,7 +314,9 @@ def _unfinished(run: Recorded) -> Missing:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, key="compare", remedy="`lora-bench compare --help` lists what there is.")
+        raise UserError(
+            message, key="compare", remedy="`lora-bench compare --help` lists what there is.", code=Code.INVALID_SYNTAX
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

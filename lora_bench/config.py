@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.checks import need, need_number, need_one_of
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import Code, UserError, nearest
 from lora_bench.sharing import Ensemble as Ensemble
 from lora_bench.sharing import Packing as Packing
 
@@ -50,7 +50,14 @@ class Model:
     def __post_init__(self) -> None:
         need_one_of("family", self.family, tuple(MODELS))
         places = (self.path, self.package, self.folder, self.hub_id, self.random)
-        need(any(places), "path", self.path, "names no weights", "Give model.path=DIR, a local Hugging Face folder.")
+        need(
+            any(places),
+            "path",
+            self.path,
+            "names no weights",
+            "Give model.path=DIR, a local Hugging Face folder.",
+            code=Code.MISSING,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,14 @@ class T5Model(Model):
     def __post_init__(self) -> None:
         super().__post_init__()
         need_one_of("form", self.form, ("text_to_text", "encoder"))
-        need("{fields}" in self.template, "template", self.template, "has no {fields}", "That is where the text goes.")
+        need(
+            "{fields}" in self.template,
+            "template",
+            self.template,
+            "has no {fields}",
+            "That is where the text goes.",
+            code=Code.INVALID_SYNTAX,
+        )
         need(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
 
 
@@ -292,9 +306,16 @@ MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
 DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}
 
 
+OPTIONAL = {"predictions", "resume", "split", "tasks", "tracking"}
+"""Keys at the top of a config that may be left out; records of older versions do so."""
+
+
 def check_top(cfg: DictConfig, known: Collection[str]) -> None:
-    """Refuse keys that a run's config has not, and what is no seed or no dry run."""
+    """Refuse keys that a run's config has not, keys that it lacks, and what is no seed or no dry run."""
     _check_names(cfg, known)
+    for name in known:
+        given = name in cfg or name in OPTIONAL
+        need(given, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
     need(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
     need(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 
@@ -307,7 +328,9 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0].rstrip("."), key=error.full_key or key) from None
+        raise UserError(
+            str(error).splitlines()[0].rstrip("."), key=error.full_key or key, code=Code.INVALID_VALUE
+        ) from None
     assert isinstance(values, dict)
     settings = OmegaConf.structured(cls)
     OmegaConf.set_readonly(settings, False)  # frozen once it is made
@@ -316,14 +339,16 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
             settings[field] = value
         except (OmegaConfBaseException, OverflowError) as error:
             reason = next((words for sign, words in _TYPES.items() if sign in str(error)), str(error).splitlines()[0])
-            need(value is not None, f"{key}.{field!s}", None, "must have a value, not null")
-            raise UserError(reason, key=f"{key}.{field!s}", value=value) from None
+            need(value is not None, f"{key}.{field!s}", None, "must have a value, not null", code=Code.MISSING)
+            raise UserError(reason, key=f"{key}.{field!s}", value=value, code=Code.INVALID_VALUE) from None
     try:
         made = OmegaConf.to_object(settings)
     except UserError as error:
         raise error.under(key) from None
     except OmegaConfBaseException as error:
-        raise UserError("is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.") from None
+        raise UserError(
+            "is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.", code=Code.MISSING
+        ) from None
     assert isinstance(made, cls)
     return made
 
@@ -331,7 +356,7 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
 def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
     for name in map(str, node):
         if name not in known:  # only then: to look for what was meant takes longer than all the rest
-            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, known))
+            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, known), code=Code.UNKNOWN_KEY)
 
 
 # OmegaConf's complaints about a type, in our words.
@@ -366,6 +391,10 @@ def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -
     name = str(node.get(field))
     if name not in kinds:
         raise UserError(
-            f"is not one of {', '.join(kinds)}", key=f"{group}.{field}", value=name, remedy=nearest(name, kinds)
+            f"is not one of {', '.join(kinds)}",
+            key=f"{group}.{field}",
+            value=name,
+            remedy=nearest(name, kinds),
+            code=Code.UNKNOWN_CHOICE,
         )
     return kinds[name]

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from lora_bench.errors import RunFailedError
+from lora_bench.errors import Code, RunFailedError
 from lora_bench.secrets import name_below, redact, redacted
 
 MAKE_ROOM = "Make room, and go on with: lora-bench train resume=DIR."
@@ -51,8 +51,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError):
-            raise RunFailedError("is gone: it was deleted or moved while it was in use", file=path.parent) from None
-        raise RunFailedError(f"cannot be written: {why(error)}", file=path, remedy=MAKE_ROOM) from None
+            raise RunFailedError(
+                "is gone: it was deleted or moved while it was in use", file=path.parent, code=Code.LOST
+            ) from None
+        raise RunFailedError(
+            f"cannot be written: {why(error)}", file=path, remedy=MAKE_ROOM, code=Code.UNWRITABLE
+        ) from None
 
 
 def why(error: Exception) -> str:

@@ -12,6 +12,7 @@ import re
 import shlex
 import unicodedata
 from difflib import get_close_matches
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,11 +20,75 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+class Code(StrEnum):
+    """The kind of a `UserError`: stable from version to version, whereas the wording of a message is not."""
+
+    BUDGET_SPENT = "budget_spent"
+    """A limit of requests or money is reached."""
+    CONFLICT = "conflict"
+    """The value excludes another setting, or needs one that is not set."""
+    DAMAGED = "damaged"
+    """A file that a program wrote is cut, altered or inconsistent."""
+    EMPTY = "empty"
+    """A file or split has no rows."""
+    EXISTS = "exists"
+    """Something older would be overwritten."""
+    FORBIDDEN = "forbidden"
+    """The request would run code, show a secret or leave its folder."""
+    INVALID_DATA = "invalid_data"
+    """A row or header of the user's data is wrong."""
+    INVALID_SYNTAX = "invalid_syntax"
+    """An override, a YAML file, a template or a regular expression cannot be parsed."""
+    INVALID_VALUE = "invalid_value"
+    """The value is of a wrong type or out of range."""
+    IN_USE = "in_use"
+    """Another process holds the folder."""
+    LOST = "lost"
+    """The folder of a run or sweep was moved or replaced while it was written."""
+    MISMATCH = "mismatch"
+    """The data, the backbone, the tokenizer or the device is not the one that a record names or the weights need."""
+    MISSING = "missing"
+    """A value that is needed was not given."""
+    MISSING_PACKAGE = "missing_package"
+    """A Python package or a program is not installed."""
+    NOT_A_FILE = "not_a_file"
+    """A path leads to a device, a link or a folder in place of a file, or to a file in place of a folder."""
+    NOT_FOUND = "not_found"
+    """There is no such file, folder, run or hub repository."""
+    NOT_RESUMABLE = "not_resumable"
+    """The run cannot be resumed, or not with these settings."""
+    NO_DEVICE = "no_device"
+    """The device or its precision is not available here."""
+    NO_MATCH = "no_match"
+    """A pattern or a selection matches nothing."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """Memory does not suffice."""
+    PROCESS_ENDED = "process_ended"
+    """A process that trained some of the runs ended before they did."""
+    SERVER = "server"
+    """A server refused the request or cannot be reached."""
+    TOO_LARGE = "too_large"
+    """A file or value exceeds a fixed limit."""
+    UNFINISHED = "unfinished"
+    """The run is not done."""
+    UNKNOWN_CHOICE = "unknown_choice"
+    """The value is not one of the choices."""
+    UNKNOWN_KEY = "unknown_key"
+    """There is no such configuration key."""
+    UNREADABLE = "unreadable"
+    """The operating system refuses to read a file."""
+    UNSUPPORTED = "unsupported"
+    """This model, method or run cannot do what was requested."""
+    UNWRITABLE = "unwritable"
+    """The operating system refuses to write a file."""
+
+
 class UserError(Exception):
     """A request that cannot be met as it stands.
 
     Args:
         reason: what is wrong, as a sentence without its full stop.
+        code: the kind of the error.
         key: the config key (`adapter.rank`), if a key is to blame.
         value: the value given for that key.
         file: the file to blame.
@@ -35,6 +100,7 @@ class UserError(Exception):
         self,
         reason: str,
         *,
+        code: Code,
         key: str | None = None,
         value: object = None,
         file: str | Path | None = None,
@@ -43,6 +109,7 @@ class UserError(Exception):
     ) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.code = code
         self.key = key
         self.value = value
         self.file = file

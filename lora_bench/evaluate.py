@@ -25,7 +25,7 @@ from lora_bench.besides import describe, perturbations, score_besides
 from lora_bench.checks import need, need_one_of
 from lora_bench.data import sources
 from lora_bench.data.pairs import tokenize
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
@@ -78,12 +78,15 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     metrics = config.build_metrics(cfg.metric)
     check_metrics(metrics)
     perturbations(data)
-    need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train")
+    need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train", code=Code.CONFLICT)
     reason = "goes with lora-bench train: a run is scored on one data set at a time"
-    need(data.tasks is None, "data.tasks", data.tasks, reason)
+    need(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(
-            "takes a finished run or an adapter made by PEFT", key="eval", remedy="Give run=DIR or peft=DIR."
+            "takes a finished run or an adapter made by PEFT",
+            key="eval",
+            remedy="Give run=DIR or peft=DIR.",
+            code=Code.CONFLICT if cfg.run else Code.MISSING,
         )
     need_one_of("device", str(cfg.device), ("auto", "cpu", "cuda"))
     title = str(cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice))
@@ -91,7 +94,9 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     finished = _check_run(cfg, data) if cfg.run else None
     splits = sources.reported(sources.load(data))
     if not splits:
-        raise UserError("there is no labelled validation or test split to score", key="data", value=data_choice)
+        raise UserError(
+            "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.EMPTY
+        )
     subject = _finished(finished, cfg, data, console) if finished else _made_by_peft(cfg, data)
 
     found: dict[str, float | None] = {}
@@ -132,11 +137,13 @@ def _check_run(cfg: DictConfig, data: config.Data) -> FinishedRecord:
     """Read the run's record, and refuse what does not go with it or cannot be written into its folder."""
     for key, given in (("model", cfg.model.get("family")), ("output", cfg.output)):
         if given:
-            raise UserError("goes with peft=, not with run=: a run has its own", key=key, value=given)
+            raise UserError(
+                "goes with peft=, not with run=: a run has its own", key=key, value=given, code=Code.CONFLICT
+            )
     finished = FinishedRecord.read(cfg.run)
     if len(data.text_columns) != len(finished.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
-        raise UserError(reason, key="data.text_columns", value=data.text_columns)
+        raise UserError(reason, key="data.text_columns", value=data.text_columns, code=Code.MISMATCH)
     check_folder(finished.folder / "evaluations", "run")
     return finished
 
@@ -166,12 +173,19 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
                 f"the run's data now give another {split} split than it was trained with, so what it saw is not known",
                 key="data.unseen",
                 value=True,
+                code=Code.MISMATCH,
             )
     return seen
 
 
 def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
-    need(not data.unseen, "data.unseen", data.unseen, "needs run=: what PEFT trained on is not known")
+    need(
+        not data.unseen,
+        "data.unseen",
+        data.unseen,
+        "needs run=: what PEFT trained on is not known",
+        code=Code.UNSUPPORTED,
+    )
     adapter = PeftConfig.read(cfg.peft)
     output = _output(cfg.output, adapter.folder)
     check_folder(output, "output")
@@ -187,7 +201,9 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
         table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
         scores = predict(pack, table, BATCH_SIZE)
         if not np.isfinite(scores).all():
-            raise UserError("gives scores that are not finite numbers", key="peft", value=adapter.folder)
+            raise UserError(
+                "gives scores that are not finite numbers", key="peft", value=adapter.folder, code=Code.DAMAGED
+            )
         return scores
 
     described = {"folder": os.path.abspath(adapter.folder), "peft_type": adapter.kind, "backbone": locate(model)}
@@ -199,7 +215,9 @@ def _output(asked: str | None, adapter: Path) -> Path:
     if asked is None:
         return Path("outputs", "peft", f"{adapter.resolve().name}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}")
     if adapter.resolve() in (Path(asked).resolve(), *Path(asked).resolve().parents):
-        raise UserError("lies in the adapter's own folder, which stays as it is", key="output", value=asked)
+        raise UserError(
+            "lies in the adapter's own folder, which stays as it is", key="output", value=asked, code=Code.EXISTS
+        )
     return Path(asked)
 
 
@@ -220,6 +238,7 @@ def _model(node: DictConfig, adapter: PeftConfig) -> config.Model:
             key="peft",
             value=adapter.folder,
             remedy=f"Add model=t5 with model.template=… and model.form=…, and model.path={place} if it lies there.",
+            code=Code.UNSUPPORTED,
         )
     family = "bert" if model_type in MODEL_TYPES else "auto"
     return config.Model(**unset | where | {"family": family})
@@ -242,7 +261,9 @@ def _write(place: Run, name: str, content: dict[str, Any], predictions: dict[str
         place.folder.mkdir(parents=True, exist_ok=True)
         return place.write_evaluation(name, content, predictions)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}", file=place.folder) from None
+        raise UserError(
+            f"cannot be written: {error.strerror or error}", file=place.folder, code=Code.UNWRITABLE
+        ) from None
     finally:
         if not there:
             discard(place.folder)  # if nothing was written into it

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack import Member, Pack
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.experiment import Common, Experiment
 from lora_bench.packing import grouped, known_ranks, needs, sized
@@ -115,7 +115,9 @@ def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
     """What the experiment's run, or one member of its ensemble, would cost alone, preparation with training."""
     if experiment.tasks:
         remedy = "Estimate each by itself: data=NAME dry_run=true."
-        raise UserError("is known of one task at a time", key="dry_run", value="true", remedy=remedy)
+        raise UserError(
+            "is known of one task at a time", key="dry_run", value="true", remedy=remedy, code=Code.UNSUPPORTED
+        )
     common = common or Common.load(experiment)
     (task,) = common.tasks.values()
     reset_peak_memory(common.backbone.device)

@@ -17,7 +17,7 @@ from lora_bench.checks import need
 from lora_bench.data import sources
 from lora_bench.data.augment import augmentations, training_tables
 from lora_bench.data.pairs import TokenTable, scoring_table
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.course import Course, Pairs
@@ -105,7 +105,7 @@ class Experiment:
     def build(cls, cfg: DictConfig) -> Experiment:
         """From the composed config; refuses what is out of range, naming the key."""
         config.check_top(cfg, _KEYS)
-        need("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.")
+        need("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         metrics = config.build_metrics(cfg.metric)
         check_metrics(metrics)
         made = cls(
@@ -137,7 +137,7 @@ class Experiment:
             return cls.build(OmegaConf.create(finished.config))
         except UserError as error:
             reason = f"is damaged: {str(error).removesuffix('.')}"
-            raise UserError(reason, file=finished.folder / "run.json") from None
+            raise UserError(reason, file=finished.folder / "run.json", code=Code.DAMAGED) from None
 
 
 def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config.Packing) -> None:
@@ -146,14 +146,26 @@ def _check_ensemble(ensemble: config.Ensemble, adapter: Adapter, packing: config
         return
     if adapter.trains_backbone:
         reason = f"{adapter.method} trains the backbone itself, which the members of an ensemble share"
-        raise UserError(reason, key="ensemble.members", value=ensemble.members, remedy="Take an adapter such as lora.")
+        raise UserError(
+            reason,
+            key="ensemble.members",
+            value=ensemble.members,
+            remedy="Take an adapter such as lora.",
+            code=Code.UNSUPPORTED,
+        )
     if packing.halving:
         reason = "stops jobs by their selection MCC, which the members of an ensemble do not have in common"
-        raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out with ensemble.members.")
+        raise UserError(
+            reason,
+            key="pack.halving",
+            value="true",
+            remedy="Leave it out with ensemble.members.",
+            code=Code.CONFLICT,
+        )
     if ensemble.vary == ["dropout"] and not getattr(adapter, "dropout", 0):
         remedy = "Give adapter.dropout a value above 0, or let init or order vary too."
         reason = "without dropout the members would all be the same"
-        raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy)
+        raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy, code=Code.CONFLICT)
 
 
 def _check_tasks(made: Experiment) -> None:
@@ -161,25 +173,35 @@ def _check_tasks(made: Experiment) -> None:
     data, names = made.data, list(made.tasks)
     if not names:
         said = data.tasks is not None  # of one task of a finished run
-        need(said or data.share == "adapter", "data.share", data.share, "needs data.tasks: there is nothing to share")
+        need(
+            said or data.share == "adapter",
+            "data.share",
+            data.share,
+            "needs data.tasks: there is nothing to share",
+            code=Code.CONFLICT,
+        )
         reason = "says how often each of several tasks has its turn, and there is one"
-        need(said or data.temperature == 1, "data.temperature", data.temperature, reason, "Give data.tasks.")
+        remedy = "Give data.tasks."
+        need(said or data.temperature == 1, "data.temperature", data.temperature, reason, remedy, code=Code.CONFLICT)
         return
     reason = "has members that learn one task, so it cannot be one of the runs of several"
     remedy = "Leave out ensemble.members or data.tasks."
-    need(made.ensemble.members is None, "ensemble.members", made.ensemble.members, reason, remedy)
+    members = made.ensemble.members
+    need(members is None, "ensemble.members", members, reason, remedy, code=Code.CONFLICT)
     reason = "compares the texts beside one head, and a shared adapter has a head for each task"
     remedy = "Take adapter.matching=false or data.share=backbone."
     asked = made.adapter.matching
-    need(made.own_adapters or asked is False, "adapter.matching", "null" if asked is None else "true", reason, remedy)
+    matching = "null" if asked is None else "true"
+    need(made.own_adapters or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT)
     if made.own_adapters:
         reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
-        need(not made.adapter.trains_backbone, "data.share", data.share, reason, "Take data.share=adapter.")
+        remedy = "Take data.share=adapter."
+        need(not made.adapter.trains_backbone, "data.share", data.share, reason, remedy, code=Code.UNSUPPORTED)
         reason = "stops jobs by their selection MCC, which a run with an adapter for each task has not one of"
-        need(not made.pack.halving, "pack.halving", "true", reason, "Leave it out.")
+        need(not made.pack.halving, "pack.halving", "true", reason, "Leave it out.", code=Code.CONFLICT)
         reason = "says how often each task has its turn in a shared adapter"
         remedy = "With data.share=backbone each is trained as it would be alone."
-        need(data.temperature == 1, "data.temperature", data.temperature, reason, remedy)
+        need(data.temperature == 1, "data.temperature", data.temperature, reason, remedy, code=Code.CONFLICT)
 
 
 @dataclass(frozen=True)
@@ -315,7 +337,7 @@ def _refuse_unlike_labels(experiment: Experiment, backbone: Backbone) -> None:
     told = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in names.items())
     reason = f"have different labels ({told}), and this model answers all of them in the same two words"
     remedy = "Take model.form=encoder, which has a head for each."
-    raise UserError(reason, key="data.tasks", value=list(names), remedy=remedy)
+    raise UserError(reason, key="data.tasks", value=list(names), remedy=remedy, code=Code.UNSUPPORTED)
 
 
 def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
@@ -330,6 +352,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             "there is no train split",
             key="data",
             remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
+            code=Code.EMPTY,
         )
     reported = sources.reported(found) if data.report else {}
     if data.report and not reported:
@@ -337,6 +360,7 @@ def load_splits(data: config.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             "there is no labelled split to report on",
             key="data",
             remedy="Add a validation file: scores on the training pairs say nothing.",
+            code=Code.EMPTY,
         )
     train, selection = sources.carve(found["train"], data)
     splits = {"train": train, "selection": selection, **reported}

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -131,4 +131,4 @@ def check_key(by: str, known: Sequence[str], shown: Sequence[str]) -> None:
     if by not in known:
         hint = nearest(by, known)
         hint = hint if hint.startswith("Did") else f"Varying here: {', '.join(shown) or 'nothing but seeds'}."
-        raise UserError("is not a config key of these runs", key="--by", value=by, remedy=hint)
+        raise UserError("is not a config key of these runs", key="--by", value=by, remedy=hint, code=Code.UNKNOWN_KEY)

@@ -15,7 +15,7 @@ from lora_bench.adapters import peft_format
 from lora_bench.adapters.layer import QuantizedLinear
 from lora_bench.backbones.load import public_place
 from lora_bench.checks import need_one_of
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.paths import check_folder
 from lora_bench.predict import FinishedRun
 from lora_bench.recorded import model_places
@@ -52,7 +52,13 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
     if run.pack.matchings:
         reason = "compares the two texts beside the head, for which neither PEFT nor a plain classifier has a place"
-        raise UserError(reason, key="adapter.matching", value="true", remedy="Train with adapter.matching=false.")
+        raise UserError(
+            reason,
+            key="adapter.matching",
+            value="true",
+            remedy="Train with adapter.matching=false.",
+            code=Code.UNSUPPORTED,
+        )
     one = output if run.pack.size == 1 else output / "member_0"
     differences, reading = _differences(run), _reading(run)
     if cfg.format == "peft":
@@ -159,6 +165,7 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
         key="format",
         value="peft",
         remedy="format=merged writes it as a plain Hugging Face model.",
+        code=Code.UNSUPPORTED,
     )
 
 
@@ -168,7 +175,13 @@ def _refuse_taken(output: Path) -> None:
     except OSError as error:
         raise _unwritable(output, error) from None
     if not free:
-        raise UserError("is there already", key="output", value=output, remedy="Give a folder that is not there yet.")
+        raise UserError(
+            "is there already",
+            key="output",
+            value=output,
+            remedy="Give a folder that is not there yet.",
+            code=Code.EXISTS,
+        )
 
 
 @contextmanager
@@ -188,4 +201,6 @@ def _new_folder(output: Path) -> Iterator[Path]:
 
 def _unwritable(output: Path, error: Exception) -> UserError:
     reason = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-    return UserError(reason, key="output", value=output, remedy="Give a folder where you may write.")
+    return UserError(
+        reason, key="output", value=output, remedy="Give a folder where you may write.", code=Code.UNWRITABLE
+    )

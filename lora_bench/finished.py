@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_bench import record, untrusted
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.prompted import is_prompted
 from lora_bench.recorded import checked, refuse_edited, relocated
@@ -57,7 +57,12 @@ class FinishedRecord:
             digest = self.record["files"].get(path.relative_to(self.folder).as_posix())
             if digest is not None and digest != _sha256(path):
                 remedy = "Restore it from a copy, or train the run again."
-                raise UserError("is not the file that the run wrote: its SHA-256 differs", file=path, remedy=remedy)
+                raise UserError(
+                    "is not the file that the run wrote: its SHA-256 differs",
+                    file=path,
+                    remedy=remedy,
+                    code=Code.DAMAGED,
+                )
 
     @property
     def targets(self) -> dict[str, int | list[int]]:
@@ -83,16 +88,20 @@ class FinishedRecord:
         path = Path(str(folder))
         found = record.read(path)
         if is_prompted(found):
-            raise UserError("is a run of lora-bench prompt, which leaves no model", key=key, value=folder)
+            raise UserError(
+                "is a run of lora-bench prompt, which leaves no model", key=key, value=folder, code=Code.UNSUPPORTED
+            )
         if found["status"] != "done":
-            raise UserError(f"the run is {found['status']}, not done", key=key, value=folder)
+            raise UserError(f"the run is {found['status']}, not done", key=key, value=folder, code=Code.UNFINISHED)
         refuse_several(path, found["config"], key)
         if found["checksum"] in (None, record.ALTERED):  # else the record is as it was written, whatever its copy is
             refuse_edited(path, found)
         try:
             return cls._checked(path, found)
         except UserError as error:
-            raise UserError(f"is damaged: {str(error).removesuffix('.')}", file=path / "run.json") from None
+            raise UserError(
+                f"is damaged: {str(error).removesuffix('.')}", file=path / "run.json", code=Code.DAMAGED
+            ) from None
 
     @classmethod
     def _checked(cls, path: Path, found: dict[str, Any]) -> FinishedRecord:
@@ -128,12 +137,12 @@ def _sha256(path: Path) -> str:
         with untrusted.open_file(path, max_bytes=2**63) as file:
             return file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", file=path) from None
+        raise UserError(f"cannot be read: {error.strerror}", file=path, code=Code.UNREADABLE) from None
 
 
 def _need(holds: bool, name: str, reason: str) -> None:
     if not holds:
-        raise UserError(f"{name} {reason}")
+        raise UserError(f"{name} {reason}", code=Code.DAMAGED)
 
 
 def _texts(node: Any, name: str) -> Iterator[tuple[str, str]]:

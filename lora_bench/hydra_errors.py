@@ -21,7 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_bench.errors import UserError, argument, nearest
+from lora_bench.errors import Code, UserError, argument, nearest
 from lora_bench.overrides import (
     CheckedFileSource,
     check_config,
@@ -55,12 +55,18 @@ class Arguments(argparse.Namespace):
         for override in parsed.overrides:
             if re.search(r"(^|[.{,])api_?key[=:]", _plain_key(override), re.IGNORECASE):  # its value is not repeated
                 remedy = "Put it into the environment variable that llm.api_key_env names."
-                raise UserError("a key is given in no config and on no command line", key="llm", remedy=remedy)
+                raise UserError(
+                    "a key is given in no config and on no command line",
+                    key="llm",
+                    remedy=remedy,
+                    code=Code.FORBIDDEN,
+                )
         check_overrides(parsed.overrides)
         if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
-            raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir)
+            code = Code.NOT_A_FILE if os.path.exists(parsed.config_dir) else Code.NOT_FOUND
+            raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir, code=code)
         if (parsed.resolve or parsed.package) and not parsed.cfg:
-            raise UserError("--resolve and --package say how --cfg prints", remedy="Add --cfg job.")
+            raise UserError("--resolve and --package say how --cfg prints", remedy="Add --cfg job.", code=Code.CONFLICT)
         return parsed
 
     def for_hydra(self) -> list[str]:
@@ -87,7 +93,7 @@ def _key(override: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, remedy="lora-bench COMMAND --help lists the options.")
+        raise UserError(message, remedy="lora-bench COMMAND --help lists the options.", code=Code.INVALID_SYNTAX)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,9 +116,11 @@ def refuse_code(hydra: Any) -> None:
     if OmegaConf.is_interpolation(hydra, "callbacks") or hydra.callbacks:
         raise names_code("hydra.callbacks")
     if hydra.job.env_set or hydra.job.env_copy:
-        raise UserError("sets environment variables", key="hydra.job.env_set", remedy="Set them in the shell.")
+        raise UserError(
+            "sets environment variables", key="hydra.job.env_set", remedy="Set them in the shell.", code=Code.FORBIDDEN
+        )
     if hydra.output_subdir is not None:
-        raise UserError("is not a known key of Hydra's here", key="hydra.output_subdir")
+        raise UserError("is not a known key of Hydra's here", key="hydra.output_subdir", code=Code.UNKNOWN_KEY)
     for name in ("hydra_logging", "job_logging"):
         if OmegaConf.to_container(hydra, resolve=False)[name] != _NO_LOGGING:  # type: ignore[index, call-overload]
             raise names_code(f"hydra.{name}")
@@ -130,7 +138,7 @@ def refuse_code(hydra: Any) -> None:
         if untyped is not None:
             reason = f"{untyped!r} is run in a shell, so it counts only if it is typed on the command line"
             remedy = "If it is meant, type hydra.launcher.setup=[…] too."
-            raise UserError(reason, key="hydra.launcher.setup", remedy=remedy)
+            raise UserError(reason, key="hydra.launcher.setup", remedy=remedy, code=Code.FORBIDDEN)
 
 
 _NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
@@ -207,10 +215,14 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
             check_config(composed)
         return composed
     except RecursionError:  # choices or references that lead back to themselves
-        raise UserError("the config refers to itself, or is nested too deeply") from None
+        raise UserError("the config refers to itself, or is nested too deeply", code=Code.INVALID_SYNTAX) from None
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
         reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
-        raise UserError(reason, remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}") from None
+        raise UserError(
+            reason,
+            remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}",
+            code=Code.INVALID_SYNTAX,
+        ) from None
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -251,6 +263,7 @@ def translated(conf: Path, config_name: str, arguments: Arguments) -> Iterator[N
             f"is not valid YAML: {error.problem}",
             file=mark.name if mark else None,
             row=mark.line + 1 if mark else None,
+            code=Code.INVALID_SYNTAX,
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, conf, config_name, arguments) from None
@@ -259,16 +272,18 @@ def translated(conf: Path, config_name: str, arguments: Arguments) -> Iterator[N
             raise
         key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
         reason = f"cannot be written: {error.strerror}"
-        raise UserError(reason, key=key, value=error.filename, remedy="Give a folder where you may write.") from None
+        raise UserError(
+            reason, key=key, value=error.filename, remedy="Give a folder where you may write.", code=Code.UNWRITABLE
+        ) from None
     except ValueError as error:
         if "null byte" in str(error):
             key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
-            raise UserError("holds a NUL, which no path can", key=key, value="…") from None
+            raise UserError("holds a NUL, which no path can", key=key, value="…", code=Code.INVALID_VALUE) from None
         if "Config group override" not in str(error):
             raise
         wrong = (o for o in arguments.overrides if re.fullmatch(r"[+]?[\w/]*=(null|true|false|[\d.+-]*)(,.*)?", o))
         reason = f"{next(wrong, 'a group')!r} does not name one of the group's choices"
-        raise UserError(reason, remedy=_LIST_GROUPS) from None
+        raise UserError(reason, remedy=_LIST_GROUPS, code=Code.UNKNOWN_CHOICE) from None
 
 
 def _explain(error: Exception, conf: Path, config_name: str, arguments: Arguments) -> UserError:
@@ -278,7 +293,9 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
         key = found.group(1).split("@")[0]
         known = _known_keys(conf, config_name, arguments)
         remedy = nearest(key, known) or _LIST_KEYS
-        return UserError("is not a known key", key=key, remedy=remedy if len(remedy) < 300 else _LIST_KEYS)
+        return UserError(
+            "is not a known key", key=key, remedy=remedy if len(remedy) < 300 else _LIST_KEYS, code=Code.UNKNOWN_KEY
+        )
     found = re.search(r"Could not (?:find|load) '([^']+)'", message)
     if found:
         group, _, option = found.group(1).rpartition("/")
@@ -287,18 +304,20 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
         several = next((text for text in arguments.overrides if parse_override(text).is_sweep_override()), "")
         key, _, value = several.partition("=")
         remedy = _for_several_values(key.lstrip("+"), value, conf, config_name, arguments)
-        return UserError("has several values", key=key, value=value, remedy=remedy)
+        return UserError("has several values", key=key, value=value, remedy=remedy, code=Code.INVALID_VALUE)
     found = re.search(r"Missing mandatory value: (\S+)|MissingMandatoryValue.*'(\S+)'", message)
     if found:
         key = found.group(1) or found.group(2)
-        return UserError("is needed", key=key, remedy=f"Give {key}=VALUE.")
+        return UserError("is needed", key=key, remedy=f"Give {key}=VALUE.", code=Code.MISSING)
     found = re.search(r"Key '(\w+)' is not in struct|Could not delete '(\w+)'", message)
     if found:
-        return UserError("is missing", key=found.group(1) or found.group(2), remedy="It cannot be left out.")
+        return UserError(
+            "is missing", key=found.group(1) or found.group(2), remedy="It cannot be left out.", code=Code.MISSING
+        )
     if isinstance(error, OverrideParseException):
         return unreadable(str(error.override))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return UserError("; ".join(lines[:2]).rstrip("."))
+    return UserError("; ".join(lines[:2]).rstrip("."), code=Code.INVALID_SYNTAX)
 
 
 def _for_several_values(key: str, value: str, conf: Path, config_name: str, arguments: Arguments) -> str:
@@ -320,10 +339,17 @@ _LIST_GROUPS = "lora-bench train --help lists the groups and their choices."
 def _no_such_choice(group: str, option: str, options: list[str], config_dir: str | None) -> UserError:
     misnamed = os.path.join(config_dir or "", group, f"{option}.yml")
     if config_dir and os.path.isfile(misnamed):
-        return UserError("ends in .yml, which is not read", file=misnamed, remedy="Rename it so that it ends in .yaml.")
+        return UserError(
+            "ends in .yml, which is not read",
+            file=misnamed,
+            remedy="Rename it so that it ends in .yaml.",
+            code=Code.UNKNOWN_CHOICE,
+        )
     hint = nearest(option, options) if options else _LIST_GROUPS
     listed = f"Choices: {', '.join(options)}." if hint.startswith("Did") else ""
-    return UserError("is not one of its choices", key=group, value=option, remedy=f"{hint} {listed}")
+    return UserError(
+        "is not one of its choices", key=group, value=option, remedy=f"{hint} {listed}", code=Code.UNKNOWN_CHOICE
+    )
 
 
 def _options(conf: Path, config_dir: str | None, group: str) -> list[str]:

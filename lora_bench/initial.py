@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench import record
 from lora_bench.adapters import peft_format
 from lora_bench.backbones.identity import refuse_another
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.experiment import Experiment
 from lora_bench.finished import FinishedRecord
 
@@ -52,7 +52,7 @@ class Source:
 
         def need(holds: bool, reason: str, remedy: str = "") -> None:
             if not holds:
-                raise UserError(reason, key="adapter.init_from", value=asked, remedy=remedy)
+                raise UserError(reason, key="adapter.init_from", value=asked, remedy=remedy, code=Code.MISMATCH)
 
         theirs = Experiment.of_finished(source)
         for name, own, other in _settings(experiment, theirs):
@@ -62,7 +62,7 @@ class Source:
         need(here == recorded, "was trained on another backbone", remedy)
 
         def refusal(reason: str, remedy: str) -> UserError:
-            return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy)
+            return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy, code=Code.MISMATCH)
 
         refuse_another(source.record["environment"], common.backbone.tokenizer_identity, refusal)
         fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lora_bench.checks import need
-from lora_bench.errors import LostFolderError
+from lora_bench.errors import Code, LostFolderError
 from lora_bench.help import GROUPS, conf_folder
 from lora_bench.record import Run, discard, read
 from lora_bench.recorded import ModelPlaces, differences, edited, restored
@@ -136,7 +136,7 @@ def compose_tasks(cfg: DictConfig, overrides: Sequence[str], sources: Sequence[A
     alone = "data=NAME trains on one by itself."
     need(len(names) > 1, "data.tasks", names, "names one task, where several are learned together", alone)
     twice = next((name for name in names if names.count(name) > 1), None)
-    need(twice is None, "data.tasks", names, f"names {twice} twice")
+    need(twice is None, "data.tasks", names, f"names {twice} twice", code=Code.INVALID_VALUE)
     odd = next((name for name in names if not re.fullmatch(r"\w[\w.-]*", name)), None)
     need(odd is None, "data.tasks", names, f"{odd!r} is not the plain name of a choice")
     places = [source.path for source in sources if source.provider == "command-line"]

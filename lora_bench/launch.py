@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 _LIMIT = 2**31 - 1
 _ALONE = "Start the command with torchrun, or unset WORLD_SIZE to train in one process."
@@ -46,7 +46,7 @@ class Launch:
         local_rank = _number("LOCAL_RANK", 0, world_size - 1)
         address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT", 1, 65535)
         if address is not None and not address.strip():
-            raise UserError("is empty", key="MASTER_ADDR", remedy=_ALONE)
+            raise UserError("is empty", key="MASTER_ADDR", remedy=_ALONE, code=Code.INVALID_VALUE)
         return cls(rank or 0, world_size, local_rank, address, port)
 
     def check(self) -> None:
@@ -59,7 +59,9 @@ class Launch:
             return
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise UserError(f"is not set, and WORLD_SIZE={self.world_size}", key=name, remedy=_ALONE)
+                raise UserError(
+                    f"is not set, and WORLD_SIZE={self.world_size}", key=name, remedy=_ALONE, code=Code.MISSING
+                )
 
 
 def _number(name: str, low: int, high: int) -> int | None:
@@ -71,5 +73,7 @@ def _number(name: str, low: int, high: int) -> int | None:
         bound = f"from {low} to {high}" if high < _LIMIT else f"from {low} on"
         shown = text if len(text) <= 20 else f"{text[:20]}…"
         remedy = f"{_ALONE if name != 'WORLD_SIZE' else 'Start the command with torchrun, or unset it.'}"
-        raise UserError(f"must be a whole number {bound}", key=name, value=shown or "''", remedy=remedy)
+        raise UserError(
+            f"must be a whole number {bound}", key=name, value=shown or "''", remedy=remedy, code=Code.INVALID_VALUE
+        )
     return number

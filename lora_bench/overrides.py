@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, grammar_parser
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_bench.errors import UserError, argument
+from lora_bench.errors import Code, UserError, argument
 from lora_bench.help import conf_folder
 
 if TYPE_CHECKING:
@@ -99,11 +99,15 @@ def parse_override(text: str) -> Override:
     """
     if len(text) > MAX_OVERRIDE_LENGTH:
         reason = f"has {len(text):,} characters, more than the {MAX_OVERRIDE_LENGTH:,} that an override may have"
-        raise UserError(f"{text[:40]!r}… {reason}", remedy="Put the values into a YAML file: --config-dir=DIR.")
+        raise UserError(
+            f"{text[:40]!r}… {reason}",
+            remedy="Put the values into a YAML file: --config-dir=DIR.",
+            code=Code.TOO_LARGE,
+        )
     try:
         text.encode(errors="surrogateescape")
     except UnicodeEncodeError:  # JSON can write half a character
-        raise UserError(f"{text[:200]!r} holds half of a surrogate pair") from None
+        raise UserError(f"{text[:200]!r} holds half of a surrogate pair", code=Code.INVALID_SYNTAX) from None
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
@@ -118,7 +122,7 @@ def parse_override(text: str) -> Override:
 def unreadable(text: str, reason: str = "cannot be read as key=value") -> UserError:
     """Return the refusal of an override that cannot be read, with what to type instead."""
     shown = text if len(text) <= 200 else f"{text[:200]}…"
-    return UserError(f"{shown!r} {reason}", remedy=_advice(text))
+    return UserError(f"{shown!r} {reason}", remedy=_advice(text), code=Code.INVALID_SYNTAX)
 
 
 def _advice(text: str) -> str:
@@ -154,7 +158,12 @@ def check_job(texts: Iterable[str]) -> None:
     for override in check_overrides(texts):
         key = override.key_or_group
         if key == "resume" or (key.split(".")[0].split("/")[0] == "hydra" and key != JOB_FOLDER):
-            raise UserError("cannot be set for a single job of a sweep", key=key, remedy="Set it for the whole sweep.")
+            raise UserError(
+                "cannot be set for a single job of a sweep",
+                key=key,
+                remedy="Set it for the whole sweep.",
+                code=Code.FORBIDDEN,
+            )
 
 
 def _check_key(override: Override) -> None:
@@ -162,7 +171,11 @@ def _check_key(override: Override) -> None:
     key, package = override.key_or_group, override.package or ""
     parts = re.split(r"[./]", key)
     if not key:
-        raise UserError(f"{override.input_line!r} names no key", remedy="Each override is key=value or group=choice.")
+        raise UserError(
+            f"{override.input_line!r} names no key",
+            remedy="Each override is key=value or group=choice.",
+            code=Code.INVALID_SYNTAX,
+        )
     if any(part in _RUNS_CODE for part in parts[1:]) and parts[0] == "hydra":
         raise names_code(key)
     if re.split(r"[./]", package)[0] == "hydra":
@@ -170,20 +183,20 @@ def _check_key(override: Override) -> None:
     if parts[0] != "hydra":
         return
     if override.is_delete():
-        raise UserError("cannot be deleted", key=key)
+        raise UserError("cannot be deleted", key=key, code=Code.FORBIDDEN)
     if key == "hydra" and any(name in _RUNS_CODE for name in _names(override._value)):
         raise names_code("hydra")
     if "env_set" in (*parts, *_names(override._value)) or "env_copy" in parts:
-        raise UserError("sets environment variables", key=key, remedy="Set them in the shell.")
+        raise UserError("sets environment variables", key=key, remedy="Set them in the shell.", code=Code.FORBIDDEN)
     if key not in (*SETTINGS, *PLUGIN_GROUPS) and not key.startswith(OPEN_SETTINGS):
         known = ", ".join((*SETTINGS, *PLUGIN_GROUPS, *(f"{name}*" for name in OPEN_SETTINGS)))
-        raise UserError("is not a known key of Hydra's here", key=key, remedy=f"Known: {known}.")
+        raise UserError("is not a known key of Hydra's here", key=key, remedy=f"Known: {known}.", code=Code.UNKNOWN_KEY)
 
 
 def names_code(key: str) -> UserError:
     """Return the refusal of a key whose value Hydra would import or call."""
     remedy = "Choose among the options of the groups; methods are looked up by name."
-    return UserError(f"{key!r} names code to run, which a config may not do", remedy=remedy)
+    return UserError(f"{key!r} names code to run, which a config may not do", remedy=remedy, code=Code.FORBIDDEN)
 
 
 def _is_deep(value: Any) -> bool:
@@ -254,7 +267,9 @@ def _resolvers(text: str) -> tuple[str, ...]:
 def _refuse_resolvers(text: str, key: str) -> None:
     if _resolvers(text):
         reason = f"a record may not read {text!r} from this machine"
-        raise UserError(reason, key=key, remedy=f"If that is meant, type it too: {argument(key, text)}")
+        raise UserError(
+            reason, key=key, remedy=f"If that is meant, type it too: {argument(key, text)}", code=Code.FORBIDDEN
+        )
 
 
 @cache
@@ -270,7 +285,7 @@ def _check_package(name: str) -> None:
         remedy = (
             f"If that one is meant, type it too: {argument('model.package', name)} , or the folder: model.path=DIR."
         )
-        raise UserError(reason, key="model.package", value=name, remedy=remedy)
+        raise UserError(reason, key="model.package", value=name, remedy=remedy, code=Code.FORBIDDEN)
 
 
 def check_config(config: DictConfig) -> None:
@@ -321,12 +336,14 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
         try:
             return super().load_config(config_path)
         except (ValueError, ArithmeticError, RecursionError, TypeError, OmegaConfBaseException) as error:
-            raise UserError(f"cannot be read: {str(error).splitlines()[0][:200]}", file=path) from None
+            raise UserError(
+                f"cannot be read: {str(error).splitlines()[0][:200]}", file=path, code=Code.INVALID_SYNTAX
+            ) from None
 
     @staticmethod
     def _refuse_outside(config_path: str) -> None:
         if os.path.isabs(config_path) or ".." in config_path.split("/"):
-            raise UserError(f"the choice {config_path!r} leads out of the folder of its group")
+            raise UserError(f"the choice {config_path!r} leads out of the folder of its group", code=Code.FORBIDDEN)
 
 
 def check_yaml(path: str) -> None:
@@ -338,11 +355,11 @@ def check_yaml(path: str) -> None:
     try:
         size = os.path.getsize(path)
         if size > MAX_FILE_BYTES:
-            raise UserError(f"has {size:,} bytes, more than {MAX_FILE_BYTES:,}", file=path)
+            raise UserError(f"has {size:,} bytes, more than {MAX_FILE_BYTES:,}", file=path, code=Code.TOO_LARGE)
         with open(path, encoding="utf-8") as file:
             text = file.read()
         if yaml_nesting(text) > MAX_DEPTH:
-            raise UserError("is nested too deeply", file=path)
+            raise UserError("is nested too deeply", file=path, code=Code.TOO_LARGE)
         stream = io.StringIO(text)
         stream.name = path  # for the parser's messages
         root = yaml.compose(stream, Loader=yaml.SafeLoader)
@@ -351,10 +368,11 @@ def check_yaml(path: str) -> None:
     except yaml.MarkedYAMLError:
         raise
     except RecursionError:
-        raise UserError("is nested too deeply", file=path) from None
+        raise UserError("is nested too deeply", file=path, code=Code.TOO_LARGE) from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # bytes that are no text, control characters
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"cannot be read: {reason}", file=path) from None
+        code = Code.UNREADABLE if isinstance(error, OSError) else Code.INVALID_SYNTAX
+        raise UserError(f"cannot be read: {reason}", file=path, code=code) from None
 
 
 def yaml_nesting(text: str) -> int:
@@ -375,9 +393,9 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], above: set[int], path
     if id(node) in counted:
         return counted[id(node)]
     if id(node) in above:
-        raise UserError("refers to itself", file=path, row=node.start_mark.line + 1)
+        raise UserError("refers to itself", file=path, row=node.start_mark.line + 1, code=Code.INVALID_SYNTAX)
     if len(above) > MAX_DEPTH:
-        raise UserError("is nested too deeply", file=path, row=node.start_mark.line + 1)
+        raise UserError("is nested too deeply", file=path, row=node.start_mark.line + 1, code=Code.TOO_LARGE)
     below: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         below = [part for pair in node.value for part in pair]
@@ -387,6 +405,8 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], above: set[int], path
     for part in below:
         count += _count_nodes(part, counted, above | {id(node)}, path)
         if count > MAX_NODES:
-            raise UserError(f"has more than {MAX_NODES:,} values", file=path, row=part.start_mark.line + 1)
+            raise UserError(
+                f"has more than {MAX_NODES:,} values", file=path, row=part.start_mark.line + 1, code=Code.TOO_LARGE
+            )
     counted[id(node)] = count
     return count

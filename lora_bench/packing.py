@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_bench.adapters.pack import Pack
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.experiment import Common, Experiment
 from lora_bench.progress import Display
 from lora_bench.record import Run
@@ -185,7 +185,13 @@ def _within_memory(
         used, passing = need.kept, need.step
         if asked_bound and used + passing > bound:
             remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
-            refusal = UserError("is too little for one job", key="pack.memory_bytes", value=int(bound), remedy=remedy)
+            refusal = UserError(
+                "is too little for one job",
+                key="pack.memory_bytes",
+                value=int(bound),
+                remedy=remedy,
+                code=Code.OUT_OF_MEMORY,
+            )
             ended(job, refusal)
             used, passing = math.inf, 0.0  # the next job begins a pack
             continue

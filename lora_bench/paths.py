@@ -16,7 +16,7 @@ import sys
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,15 +66,25 @@ def read_input(path: str | Path, source: str) -> bytes:
     try:
         with nullcontext(_standard_input()) if str(path) == STREAM else open(path, "rb") as file:
             if _is_endless(file):
-                raise UserError("is a device, not a file", file=source, remedy="Give a file with a header row.")
+                raise UserError(
+                    "is a device, not a file",
+                    file=source,
+                    remedy="Give a file with a header row.",
+                    code=Code.NOT_A_FILE,
+                )
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=source) from None
+        codes: dict[type, Code] = {FileNotFoundError: Code.NOT_FOUND, IsADirectoryError: Code.NOT_A_FILE}
+        raise UserError(
+            f"cannot be read: {getattr(error, 'strerror', None) or error}",
+            file=source,
+            code=codes.get(type(error), Code.UNREADABLE),
+        ) from None
 
 
 def _standard_input() -> BufferedReader:
     if sys.stdin is None:
-        raise UserError("is closed", file="standard input")
+        raise UserError("is closed", file="standard input", code=Code.UNREADABLE)
     return sys.stdin.buffer  # type: ignore[return-value]
 
 
@@ -208,4 +218,4 @@ def _refused(
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise UserError(reason, key=key, value=path, remedy=remedy) from None
+        raise UserError(reason, key=key, value=path, remedy=remedy, code=Code.UNWRITABLE) from None

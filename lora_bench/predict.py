@@ -13,7 +13,7 @@ from lora_bench.adapters import peft_format
 from lora_bench.backbones.identity import refuse_another
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import scoring_table
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.evaluation.calibration import Calibration, calibrated
 from lora_bench.evaluation.ensemble import spread
 from lora_bench.experiment import Experiment, attach
@@ -81,10 +81,11 @@ class FinishedRun:
                 key="run",
                 value=finished.folder,
                 remedy=f"Its weights have hash {sha256[:12]}…, the record names {finished.backbone_sha256[:12]}….",
+                code=Code.MISMATCH,
             )
 
         def refusal(reason: str, remedy: str) -> UserError:
-            return UserError(reason, key="run", value=finished.folder, remedy=remedy)
+            return UserError(reason, key="run", value=finished.folder, remedy=remedy, code=Code.MISMATCH)
 
         notes = refuse_another(finished.record["environment"], pack.backbone.tokenizer_identity, refusal)
         altered = altered_notes([(finished.folder, finished.record)])
@@ -119,7 +120,10 @@ class FinishedRun:
         rows = [(row,) if isinstance(row, str) else tuple(row) for row in pairs]
         wrong = next((i for i, row in enumerate(rows) if len(row) != columns), None)
         if wrong is not None:
-            raise UserError(f"row {wrong} has {len(rows[wrong])} texts where this run was trained on {columns}")
+            raise UserError(
+                f"row {wrong} has {len(rows[wrong])} texts where this run was trained on {columns}",
+                code=Code.INVALID_DATA,
+            )
         if not rows:
             return np.empty(0)
         texts = tuple([row[c] for row in rows] for c in range(columns))
@@ -141,7 +145,9 @@ class FinishedRun:
         table = scoring_table(examples, data, self.pack.backbone, both_orders=both, cached=cached)
         scores = predict(self.pack, table, trainer.eval_batch_size)
         if not np.isfinite(scores).all():  # NaN would be labelled 0
-            raise RunFailedError("some scores are not finite numbers", file=self.folder, remedy=_NOT_FINITE)
+            raise RunFailedError(
+                "some scores are not finite numbers", file=self.folder, remedy=_NOT_FINITE, code=Code.DAMAGED
+            )
         return scores
 
 

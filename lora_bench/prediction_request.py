@@ -10,7 +10,7 @@ from omegaconf import ListConfig
 
 from lora_bench.checks import need, need_number, need_one_of
 from lora_bench.data import files, labelled
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.finished import FinishedRecord
 from lora_bench.paths import check_output, is_same_file, write_output
 from lora_bench.recorded import model_places
@@ -66,14 +66,22 @@ class PredictionRequest:
             need(is_number, "threshold", cfg.threshold, "is neither a number nor selection", "Give one from 0 to 1.")
             need_number("threshold", cfg.threshold, 0, 1)
         if is_same_file(source, output):
-            raise UserError("is the input, which stays as it is", key="output", value=output, remedy="Give another.")
+            raise UserError(
+                "is the input, which stays as it is",
+                key="output",
+                value=output,
+                remedy="Give another.",
+                code=Code.EXISTS,
+            )
         check_output(output, "output")
         run = FinishedRecord.read(cfg.run)
         columns = _columns(cfg.text_columns, run.text_columns)
         fitted = [key for key in ("calibrated", "uncertainty") if cfg[key]] + ["threshold"] * from_selection
         if fitted and run.calibration is None:
             key = fitted[0]
-            raise UserError("needs a calibration, and the run's record has none", key=key, value=cfg[key])
+            raise UserError(
+                "needs a calibration, and the run's record has none", key=key, value=cfg[key], code=Code.UNSUPPORTED
+            )
         table = files.read_table(source)
         examples = table.examples(columns, None, labels_may_hide=False)
         labelled.check_texts(table, kind)
@@ -102,7 +110,9 @@ def output_format(output: str) -> str:
     kind = files.format_of(output)
     if kind is None:
         reason = f"is none of {', '.join(labelled.FORMATS)}"
-        raise UserError(reason, key="output", value=output, remedy="Or - for standard output.")
+        raise UserError(
+            reason, key="output", value=output, remedy="Or - for standard output.", code=Code.UNKNOWN_CHOICE
+        )
     return kind
 
 
@@ -113,7 +123,7 @@ def _columns(asked: Any, trained: list[str]) -> list[str]:
     columns = [str(name) for name in asked] if isinstance(asked, ListConfig) else [str(asked)]
     if len(columns) != len(trained):
         reason = f"names {len(columns)} where the run was trained on {len(trained)}"
-        raise UserError(reason, key="text_columns", value=columns)
+        raise UserError(reason, key="text_columns", value=columns, code=Code.MISMATCH)
     return columns
 
 

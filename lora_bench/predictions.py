@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_bench import stats, untrusted
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,11 +100,15 @@ def read(folder: Path, split: str) -> Predictions:
         with untrusted.open_file(path, MAX_BYTES) as file:
             return _read(file)
     except FileNotFoundError:
-        raise UserError("is missing", file=path) from None
+        raise UserError("is missing", file=path, code=Code.NOT_FOUND) from None
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or 'it is damaged'}", file=path) from None
+        raise UserError(
+            f"cannot be read: {error.strerror or 'it is damaged'}",
+            file=path,
+            code=Code.UNREADABLE if error.strerror else Code.DAMAGED,
+        ) from None
     except (ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"cannot be used: {str(error).splitlines()[0][:200]}", file=path) from None
+        raise UserError(f"cannot be used: {str(error).splitlines()[0][:200]}", file=path, code=Code.DAMAGED) from None
 
 
 def read_if_usable(folder: Path, split: str) -> Predictions | None:

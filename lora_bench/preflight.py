@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_bench import config
 from lora_bench.backbones.locate import local_place
 from lora_bench.checks import need, need_one_of
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.finished import FinishedRecord
 
 if TYPE_CHECKING:
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 def check_settings(cfg: DictConfig) -> None:
     """Refuse settings outside their ranges, and folders of data and models that are not there."""
-    need("method" in (cfg.get("adapter") or {}), "adapter", None, "is missing", "It cannot be left out.")
+    need(
+        "method" in (cfg.get("adapter") or {}),
+        "adapter",
+        None,
+        "is missing",
+        "It cannot be left out.",
+        code=Code.MISSING,
+    )
     for node in (cfg.data, *(cfg.get("tasks") or {}).values()):
         check_data(config.build_data(node))
     local_place(config.build_model(cfg.model))
@@ -44,7 +51,7 @@ def check_data(data: config.Data) -> None:
     """Refuse a path to data that is not there."""
     if isinstance(data, config.FileData) and not os.path.exists(data.path):
         remedy = "Give a folder with train, validation and test files, or one file."
-        raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy)
+        raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy, code=Code.NOT_FOUND)
 
 
 def check_run(folder: str, key: str = "run") -> None:
@@ -60,6 +67,7 @@ def check_eval(cfg: DictConfig) -> None:
         None,
         "takes a finished run or an adapter made by PEFT",
         "Give run=DIR or peft=DIR.",
+        code=Code.CONFLICT if cfg.run else Code.MISSING,
     )
     check_data(config.build_data(cfg.data))
     if cfg.run:

@@ -28,7 +28,7 @@ from xxhash import xxh3_128_hexdigest
 
 from lora_bench import claim, untrusted
 from lora_bench.disk import dump, plain, why, write, writing
-from lora_bench.errors import DivergedError, LostFolderError, RunFailedError, UserError, argument
+from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record_types import with_types
 from lora_bench.secrets import redact, redact_new_path
@@ -93,7 +93,9 @@ class Run:
         except (OSError, ValueError) as error:
             raise _unwritable(folder, why(error)) from None
         if lock is None:
-            raise UserError("another process is writing it", key="hydra.run.dir", value=folder, remedy=_ANOTHER)
+            raise UserError(
+                "another process is writing it", key="hydra.run.dir", value=folder, remedy=_ANOTHER, code=Code.IN_USE
+            )
         try:
             refuse_taken(folder)
             write(folder, "run.json", dump(record).encode())
@@ -120,10 +122,10 @@ class Run:
         try:
             lock = claim.take(folder)
         except OSError as error:
-            raise UserError(f"cannot be written: {why(error)}", file=folder) from None
+            raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
         if lock is None:
             remedy = "Wait until it ends, or stop it."
-            raise UserError("another process is training this run", file=folder, remedy=remedy)
+            raise UserError("another process is training this run", file=folder, remedy=remedy, code=Code.IN_USE)
         return cls(folder, read(folder), lock)
 
     def rewind(self, step: int) -> None:
@@ -137,7 +139,7 @@ class Run:
                     if split.partition("/")[0] == "selection" and at is not None and at <= step:
                         kept.append(json.dumps(plain(line)) + "\n")
             except OSError as error:
-                raise UserError(f"cannot be read: {why(error)}", file=path) from None
+                raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
             self._write("metrics.jsonl", "".join(kept).encode())
         self.update(status="running", finished=None, error=None, selection=None)
 
@@ -152,7 +154,9 @@ class Run:
         elif self.record:  # to be added to: the record as it was read
             found = read(self.folder)
             if any(found[key] != self.record[key] for key in ("created", "config")):
-                raise LostFolderError("holds another run by now, and nothing is written into it", file=self.folder)
+                raise LostFolderError(
+                    "holds another run by now, and nothing is written into it", file=self.folder, code=Code.LOST
+                )
 
     def release(self) -> None:
         """Give up the claim."""
@@ -262,24 +266,24 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         text = untrusted.read_text(path)
     except FileNotFoundError:
-        raise UserError("is missing, so this is not a run's folder", file=path) from None
+        raise UserError("is missing, so this is not a run's folder", file=path, code=Code.NOT_FOUND) from None
     except OSError as error:
-        raise UserError(f"cannot be read: {why(error)}", file=path) from None
+        raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
     except ValueError as error:
-        raise UserError(f"is damaged: {error}", file=path) from None
+        raise UserError(f"is damaged: {error}", file=path, code=Code.DAMAGED) from None
     if not text.strip():
-        raise UserError("is empty: the run is just starting, or was killed as it started", file=path)
+        raise UserError("is empty: the run is just starting, or was killed as it started", file=path, code=Code.DAMAGED)
     try:
         content = untrusted.parse_json(text)
     except ValueError as error:
-        raise UserError(f"is damaged: {error}", file=path) from None
+        raise UserError(f"is damaged: {error}", file=path, code=Code.DAMAGED) from None
     if isinstance(content, dict) and content.get("checksum") not in (None, _checksum(content)):
         content["checksum"] = ALTERED
     try:
         # What is not finite (1e999, or a NaN of someone else's writing) is absent.
         return with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
-        raise UserError(str(error), file=path) from None
+        raise UserError(str(error), file=path, code=Code.DAMAGED) from None
 
 
 def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:
@@ -332,7 +336,7 @@ def find(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list
     runs, skipped, seen = [], [], set()
     for path in paths:
         if not os.path.lexists(path):
-            raise UserError("there is no such folder", file=path)
+            raise UserError("there is no such folder", file=path, code=Code.NOT_FOUND)
         for folder, trouble in _walk(path):
             real = os.path.realpath(folder)  # Path.resolve raises on a link to itself
             if real in seen:
@@ -388,18 +392,25 @@ def refuse_taken(folder: Path) -> None:
             reason = "holds a run whose process was killed"
             remedy = f"{_ANOTHER} Or resume it: lora-bench train {argument('resume', folder)}"
             remedy = f"{_ANOTHER} {ASKS_THE_REST}" if is_prompted(found) else remedy
-    raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy)
+    raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy, code=Code.EXISTS)
 
 
 def refuse_secret(folder: str | Path) -> None:
     """A folder's name is on the disk and in every report: it may hold no key."""
     if redact_new_path(str(folder)) != str(folder):
-        raise UserError("the folder's name holds a key, or what looks like one", key="hydra.run.dir", value=folder)
+        raise UserError(
+            "the folder's name holds a key, or what looks like one",
+            key="hydra.run.dir",
+            value=folder,
+            code=Code.FORBIDDEN,
+        )
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:
     remedy = "Give a folder where you may write."
-    return UserError(f"cannot be written: {reason}", key="hydra.run.dir", value=folder, remedy=remedy)
+    return UserError(
+        f"cannot be written: {reason}", key="hydra.run.dir", value=folder, remedy=remedy, code=Code.UNWRITABLE
+    )
 
 
 def _now() -> str:
@@ -422,6 +433,10 @@ def file_name(name: str) -> str:
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
     if "/" in name or "\\" in name or ".." in name or not slug.strip(".") or slug.startswith(".") or len(slug) > 200:
         raise UserError(
-            "is not a plain name", key="name", value=name, remedy="Give a short name without slashes, such as paws."
+            "is not a plain name",
+            key="name",
+            value=name,
+            remedy="Give a short name without slashes, such as paws.",
+            code=Code.INVALID_VALUE,
         )
     return slug

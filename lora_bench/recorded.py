@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench import untrusted
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.experiments import flat
 from lora_bench.help import choices, conf_folder
 from lora_bench.prompted import is_prompted
@@ -79,7 +79,11 @@ def relocated(config: dict[str, Any], path: str | None, tokenizer: str | None) -
         if moved and given[key] is None:
             remedy = f"If it was moved, give model.{key}=DIR, its new place: that it is the same is checked."
             raise UserError(
-                "the folder that this run was trained with is gone", key=f"model.{key}", value=place, remedy=remedy
+                "the folder that this run was trained with is gone",
+                key=f"model.{key}",
+                value=place,
+                remedy=remedy,
+                code=Code.NOT_FOUND,
             )
     return config | {"model": model}
 
@@ -116,7 +120,7 @@ def edited(folder: Path, key: str, before: object, now: object) -> UserError:
     """Return the refusal of a run whose record was edited."""
     reason = f"{key} was changed to {now} after the run began with {before}"
     remedy = "The run was trained as it began: change it back, or train another."
-    return UserError(reason, file=folder / "run.json", remedy=remedy)
+    return UserError(reason, file=folder / "run.json", remedy=remedy, code=Code.DAMAGED)
 
 
 def _differing(keys: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -167,7 +171,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except (OmegaConfBaseException, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"is damaged: its config cannot be read ({reason})") from None
+        raise UserError(f"is damaged: its config cannot be read ({reason})", code=Code.DAMAGED) from None
     return content
 
 

@@ -14,7 +14,7 @@ import torch
 from lora_bench import environment
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_another
-from lora_bench.errors import LostFolderError, RunFailedError, UserError, argument
+from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.progress import show_result
 from lora_bench.record import Run
@@ -367,12 +367,14 @@ def _refuse_another(began: Mapping[str, Any], common: Common) -> list[str]:
     """
     for split, found in began["data"].get("fingerprint", {}).items():
         if common.described["fingerprint"].get(split) != found:
-            raise UserError(f"the {split} split is not the one that the run began with", key="resume")
+            raise UserError(
+                f"the {split} split is not the one that the run began with", key="resume", code=Code.MISMATCH
+            )
     if began["environment"].get("backbone_sha256") not in (None, common.backbone_sha256):
-        raise UserError("the backbone is not the one that the run began with", key="resume")
+        raise UserError("the backbone is not the one that the run began with", key="resume", code=Code.MISMATCH)
 
     def refusal(reason: str, remedy: str) -> UserError:
-        return UserError(reason, key="resume", remedy=remedy)
+        return UserError(reason, key="resume", remedy=remedy, code=Code.NOT_RESUMABLE)
 
     return refuse_another(began["environment"], common.backbone.tokenizer_identity, refusal)
 

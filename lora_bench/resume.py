@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench import sweep
-from lora_bench.errors import UserError, argument, quoted
+from lora_bench.errors import Code, UserError, argument, quoted
 from lora_bench.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.record import find
 from lora_bench.secrets import hides_secret, is_identifier, leaves, redacted
@@ -43,12 +43,12 @@ def place(resume: str, top: Path) -> Path:
         ),
     ]
     if not dated:
-        raise UserError(f"there is no unfinished run below {top}", key="resume", value="last")
+        raise UserError(f"there is no unfinished run below {top}", key="resume", value="last", code=Code.NOT_FOUND)
     moments = {folder: moment for created, folder in dated if (moment := _moment(created))}
     if not moments:
         reason = "has no date, or one in the future, so it cannot be said which is the last"
         remedy = f"Name the folder: {argument('resume', dated[0][1])}"
-        raise UserError(reason, key="resume", value="last", file=dated[0][1], remedy=remedy)
+        raise UserError(reason, key="resume", value="last", file=dated[0][1], remedy=remedy, code=Code.NOT_FOUND)
     return max(moments, key=lambda folder: (moments[folder], str(folder)))
 
 
@@ -72,7 +72,9 @@ def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
     more = [override for override in typed if override not in begun.overrides]
     if more or (arguments.config_dir and os.path.abspath(arguments.config_dir) != begun.config_dir):
         asked = more[0] if more else "--config-dir"
-        raise UserError(f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder)
+        raise UserError(
+            f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder, code=Code.NOT_RESUMABLE
+        )
     refuse_hidden(folder, begun.overrides)
     overrides = [*begun.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
     again = type(arguments).read([])
@@ -83,7 +85,9 @@ def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
 def refuse_prompted(folder: Path, record: Mapping[str, Any]) -> None:
     """A prompted run trains nothing that could be gone on with."""
     if is_prompted(record):
-        raise UserError("is a run of lora-bench prompt", key="resume", value=folder, remedy=ASKS_THE_REST)
+        raise UserError(
+            "is a run of lora-bench prompt", key="resume", value=folder, remedy=ASKS_THE_REST, code=Code.NOT_RESUMABLE
+        )
 
 
 def refuse_hidden(folder: Path, asked: Any) -> None:
@@ -91,7 +95,7 @@ def refuse_hidden(folder: Path, asked: Any) -> None:
     if hides_secret(asked):
         remedy = "Begin it anew, with the key in an environment variable: '${oc.env:NAME}'."
         reason = "was begun with a key, or what looks like one, and keys are not kept"
-        raise UserError(reason, key="resume", value=folder, remedy=remedy)
+        raise UserError(reason, key="resume", value=folder, remedy=remedy, code=Code.NOT_RESUMABLE)
 
 
 def refuse_unloadable(cfg: DictConfig) -> None:
@@ -109,7 +113,7 @@ def refuse_unloadable(cfg: DictConfig) -> None:
             reason = (
                 "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"
             )
-            raise UserError(reason, key=key, remedy="Rename it, or use a link of another name.")
+            raise UserError(reason, key=key, remedy="Rename it, or use a link of another name.", code=Code.FORBIDDEN)
 
 
 def refuse_difference(
@@ -134,4 +138,10 @@ def refuse_difference(
             before = OmegaConf.select(began, key)
             differs = before != OmegaConf.select(cfg, key)
         if differs:
-            raise UserError(f"the run began with {before}", key=key, value=value, remedy="It goes on as it began.")
+            raise UserError(
+                f"the run began with {before}",
+                key=key,
+                value=value,
+                remedy="It goes on as it began.",
+                code=Code.NOT_RESUMABLE,
+            )

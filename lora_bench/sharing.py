@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_bench.checks import need, need_number
+from lora_bench.errors import Code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,13 @@ class Packing:
     def __post_init__(self) -> None:
         for name in (name for name in ("size", "memory_bytes", "workers") if getattr(self, name) is not None):
             need_number(name, getattr(self, name), 1)
-        need(self.size != 1 or not self.halving, "halving", "true", "compares jobs of a pack; pack.size=1 makes it one")
+        need(
+            self.size != 1 or not self.halving,
+            "halving",
+            "true",
+            "compares jobs of a pack; pack.size=1 makes it one",
+            code=Code.CONFLICT,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class Ensemble:
             remedy = "null trains one adapter as usual."
             need(self.members >= 2, "members", self.members, "is no ensemble: it takes at least 2 members", remedy)
             need_number("members", self.members, 2, 100)
-        need(bool(self.vary), "vary", self.vary, "is empty: the members would all be the same")
+        need(bool(self.vary), "vary", self.vary, "is empty: the members would all be the same", code=Code.INVALID_VALUE)
         need(set(self.vary) <= set(VARIED), "vary", self.vary, f"holds something else than {', '.join(VARIED)}")
 
     @property

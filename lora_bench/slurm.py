@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lora_bench.checks import need, need_number, need_one_of
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.record import read
 from lora_bench.screen import shown
 
@@ -70,11 +70,15 @@ class Slurm:
         """Refuse what cannot be before anything is written."""
         remedy = "Install it: pip install 'lora-bench[slurm]'."
         there = importlib.util.find_spec("submitit") is not None
-        need(there, "hydra/launcher", "slurm", "needs the package submitit", remedy)
+        need(there, "hydra/launcher", "slurm", "needs the package submitit", remedy, code=Code.MISSING_PACKAGE)
         if self.cluster == "slurm" and not (shutil.which("srun") and shutil.which("sbatch")):
             remedy = "Start the sweep where they are; hydra.launcher.cluster=local tries it out here."
             raise UserError(
-                "needs Slurm's commands srun and sbatch", key="hydra/launcher", value="slurm", remedy=remedy
+                "needs Slurm's commands srun and sbatch",
+                key="hydra/launcher",
+                value="slurm",
+                remedy=remedy,
+                code=Code.MISSING_PACKAGE,
             )
 
     def executor(self, folder: Path) -> Any:
@@ -133,7 +137,7 @@ def run(
         for path in set(folder.glob("*.pkl")) - before:
             path.unlink()
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"Slurm refuses the jobs: {said[-1]}", key="hydra.launcher") from None
+        raise UserError(f"Slurm refuses the jobs: {said[-1]}", key="hydra.launcher", code=Code.SERVER) from None
     running = [_Submitted(job, part, log, console) for job, part, log in zip(given, cut, logs, strict=True)]
     try:
         while running:
@@ -163,7 +167,9 @@ def _private_folder(folder: Path, begun: str) -> Path:
     submitit loads results with pickle from names that can be guessed, so none of them may be there beforehand.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError("is a link or a file, where Slurm's files would go", file=folder, remedy="Remove it.")
+        raise UserError(
+            "is a link or a file, where Slurm's files would go", file=folder, remedy="Remove it.", code=Code.NOT_A_FILE
+        )
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)  # what is handed over lies there as typed, keys included, until it is done
     own = folder / f"{begun}-{secrets.token_hex(8)}"
@@ -206,7 +212,12 @@ class _Submitted:
         for job in self.jobs:
             done = (job.folder / "run.json").exists() and read(job.folder)["status"] == "done"
             ended(
-                job, told[job.title] if job.title in told else None if done else RunFailedError(reason, remedy=remedy)
+                job,
+                told[job.title]
+                if job.title in told
+                else None
+                if done
+                else RunFailedError(reason, remedy=remedy, code=Code.PROCESS_ENDED),
             )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench import claim, record, untrusted
 from lora_bench.disk import dump, plain, why, write
-from lora_bench.errors import RunFailedError, UserError, argument
+from lora_bench.errors import Code, RunFailedError, UserError, argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,13 +64,15 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
         if (folder / FILE).exists():
             command = f"lora-bench train -m {argument('resume', folder)}"
             remedy = f"Give a folder that is not there yet. Or run what it lacks: {command}"
-            raise UserError("already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy)
+            raise UserError(
+                "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS
+            )
         lock = _take(folder)
         write(folder, FILE, dump(plain({"schema": record.SCHEMA, **asdict(made)})).encode())
     except (OSError, RunFailedError) as error:
         reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
         remedy = "Give a folder where you may write."
-        raise UserError(reason, key="hydra.sweep.dir", value=folder, remedy=remedy) from None
+        raise UserError(reason, key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.UNWRITABLE) from None
     return lock
 
 
@@ -89,17 +91,27 @@ def reopen(folder: Path) -> claim.Claim:
     """
     for path in (folder / name for name in TABLES):
         if path.is_dir():
-            raise UserError("is a folder, where the sweep's table belongs", file=path, remedy="Move it elsewhere.")
+            raise UserError(
+                "is a folder, where the sweep's table belongs",
+                file=path,
+                remedy="Move it elsewhere.",
+                code=Code.NOT_A_FILE,
+            )
     try:
         return _take(folder)
     except OSError as error:
-        raise UserError(f"cannot be written: {why(error)}", file=folder) from None
+        raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
 
 
 def _take(folder: Path) -> claim.Claim:
     lock = claim.take(folder)
     if lock is None:
-        raise UserError("another process is running this sweep", file=folder, remedy="Wait until it ends, or stop it.")
+        raise UserError(
+            "another process is running this sweep",
+            file=folder,
+            remedy="Wait until it ends, or stop it.",
+            code=Code.IN_USE,
+        )
     return lock
 
 
@@ -123,20 +135,24 @@ def read(folder: Path) -> Sweep:
     try:
         found = untrusted.read_json(path)
         if found.pop("schema") != record.SCHEMA:
-            raise UserError("is of another version of lora-bench", file=path)
+            raise UserError("is of another version of lora-bench", file=path, code=Code.MISMATCH)
         sweep = Sweep(**found)
         if not (isinstance(sweep.created, str) and _is_texts(sweep.overrides) and isinstance(sweep.jobs, dict)):
             raise ValueError("a key is of another type")
         if sweep.config_dir is not None and not (isinstance(sweep.config_dir, str) and os.path.isdir(sweep.config_dir)):
-            raise UserError(f"names a folder of choices that is not there: {sweep.config_dir!r}", file=path)
+            raise UserError(
+                f"names a folder of choices that is not there: {sweep.config_dir!r}", file=path, code=Code.NOT_FOUND
+            )
         real = os.path.realpath(folder)
         for name, job in sweep.jobs.items():
             if leads_out(name) or not _is_texts(job):
                 raise ValueError(f"job {name!r} is not one")
             if os.path.realpath(folder / name) != os.path.join(real, os.path.normpath(name)):
-                raise UserError(f"the folder of job {name!r} is a link that leads elsewhere", file=path)
+                raise UserError(
+                    f"the folder of job {name!r} is a link that leads elsewhere", file=path, code=Code.NOT_A_FILE
+                )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"is damaged: {why(error)}", file=path) from None
+        raise UserError(f"is damaged: {why(error)}", file=path, code=Code.DAMAGED) from None
     return sweep
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.record import read
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def refuse_several(run: str | Path, config: Mapping[str, Any], key: str) -> None
     """Refuse the folder of a run of several tasks where that of one is needed: its head must be chosen."""
     if names := names_of(config):
         places = ", ".join(str(folder_of(Path(run), name)) for name in names)
-        raise UserError("learned several tasks", key=key, value=run, remedy=f"Choose one: {places}.")
+        raise UserError(
+            "learned several tasks", key=key, value=run, remedy=f"Choose one: {places}.", code=Code.UNSUPPORTED
+        )
 
 
 def by_task(runs: Iterable[Recorded]) -> tuple[list[Recorded], list[tuple[Path, str]]]:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack import Pack
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.experiment import Common, Experiment
 from lora_bench.initial import Source
@@ -243,6 +243,7 @@ def _check_precision(job: Job, trainer: config.Trainer) -> None:
             key="resume",
             value=job.folder,
             remedy=remedy,
+            code=Code.MISMATCH,
         )
 
 

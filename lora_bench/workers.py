@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from lora_bench import packing, streams
-from lora_bench.errors import DivergedError, RunFailedError, UserError
+from lora_bench.errors import Code, DivergedError, RunFailedError, UserError
 from lora_bench.experiment import Experiment
 from lora_bench.progress import Display, Rows, Screen
 from lora_bench.record import Run
@@ -172,7 +172,10 @@ class _Worker:
             self.screen.displays.pop(self.number, None)
             for job in self.left.values():
                 reason = f"the process that trained it ended with {self.process.exitcode}"
-                self.ended(job, RunFailedError(reason, remedy="Run what the sweep lacks with resume=DIR."))
+                self.ended(
+                    job,
+                    RunFailedError(reason, remedy="Run what the sweep lacks with resume=DIR.", code=Code.PROCESS_ENDED),
+                )
             return False
         getattr(self, f"_{what}")(*told)
         return True

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from lora_bench.cli import main
+from lora_bench import cli
+from lora_bench.errors import Code, UserError
+from lora_bench.help import COMMANDS
 from lora_bench.recording import Recorder
 from lora_bench.signals import ENDING_SIGNALS
 from lora_bench.training import loop
+from tests import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    import pytest
 
 TOY_RUN = [
     "model=tiny_bert",
@@ -90,27 +92,60 @@ class Answer:
     code: int
     out: str
     err: str
+    error: UserError | None = None
+    """The error that ended the command, if it was one of the user's."""
 
 
 def lora_bench(*arguments: str) -> Answer:
     """`lora-bench ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with unchanged_process(), redirect_stdout(out), redirect_stderr(err):
-        code = main(list(arguments))
-    return Answer(code, out.getvalue(), err.getvalue())
+    errors: list[UserError] = []
+
+    def dispatch(typed: list[str]) -> int:
+        try:
+            return DISPATCH(typed)
+        except UserError as error:
+            errors.append(error)
+            raise
+
+    with unchanged_process(), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_dispatch", dispatch)
+        code = cli.main(list(arguments))
+    return Answer(code, out.getvalue(), err.getvalue(), *errors)
 
 
-def refused(*arguments: str) -> str:
-    """The paragraph that refuses a wrong request: exit code 2, one line, no traceback, nothing left behind."""
+DISPATCH = cli._dispatch
+
+
+def refused(*arguments: str) -> UserError:
+    """Return the error that refuses a wrong request: exit code 2, one line, no traceback, nothing left behind.
+
+    Its text has to stand in the golden file of the command, `tests/messages/COMMAND.txt`.
+    """
     before = files_below(Path.cwd())
     answer = lora_bench(*arguments)
     assert answer.code == 2, answer
+    assert answer.error is not None, answer
     assert "Traceback" not in answer.out + answer.err, answer
     assert answer.err.startswith("lora-bench: "), answer
     assert answer.err.endswith("\n"), answer
     assert answer.err.count("\n") == 1, answer
     assert files_below(Path.cwd()) == before
-    return answer.err
+    command = "sweep" if arguments[:2] == ("train", "-m") else arguments[0] if arguments[0] in COMMANDS else "other"
+    messages.check(command, answer.err.removeprefix("lora-bench: "))
+    return answer.error
+
+
+@contextmanager
+def refuses(code: Code, *, key: str | None = None) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Assert that the block raises a `UserError` of this code for this key, with a text of `tests/messages/python.txt`.
+
+    Yields what `pytest.raises` yields, for further assertions on `.value`.
+    """
+    with pytest.raises(UserError) as caught:
+        yield caught
+    assert (caught.value.code, caught.value.key) == (code, key), str(caught.value)
+    messages.check("python", str(caught.value))
 
 
 def files_below(folder: Path) -> dict[str, bytes | None]:

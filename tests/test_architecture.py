@@ -134,7 +134,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preflight": BASE | {"backbones", "finished", "paths"},
     "checks": {"errors"},
     "config": {"checks", "errors", "sharing"},
-    "sharing": {"checks"},
+    "sharing": {"checks", "errors"},
     "tables": {"stats"},
     "environment": set(),
     "signals": set(),

@@ -18,8 +18,8 @@ import pytest
 
 from lora_bench import cache
 from lora_bench.cache import TRAILER_BYTES, CacheFiles, cache_folder, token_limit_bytes
-from lora_bench.errors import UserError
-from tests.command_line import lora_bench, toy_run
+from lora_bench.errors import Code
+from tests.command_line import lora_bench, refuses, toy_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -321,7 +321,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(cache.Path, "home", homeless)
-    with pytest.raises(UserError, match="LORA_BENCH_CACHE"):
+    with refuses(Code.MISSING, key="LORA_BENCH_CACHE"):
         cache_folder()
 
 
@@ -333,8 +333,9 @@ def test_the_limit_of_tokens_is_a_number_of_bytes(monkeypatch: pytest.MonkeyPatc
         assert token_limit_bytes() == limit
     for text in ("-1", "nan", "inf", "4 GB", "1e400", "9" * 400):
         monkeypatch.setenv(cache.TOKEN_LIMIT, text)
-        with pytest.raises(UserError, match=cache.TOKEN_LIMIT):
+        with refuses(Code.INVALID_VALUE, key=cache.TOKEN_LIMIT) as caught:
             token_limit_bytes()
+        assert caught.value.value == text
     with suppress(KeyError):
         del os.environ[cache.TOKEN_LIMIT]
 

@@ -10,6 +10,7 @@ import pytest
 
 from lora_bench import cache
 from lora_bench.cache import CacheFiles
+from lora_bench.errors import Code
 from tests.command_line import files_below, lora_bench, refused
 
 if TYPE_CHECKING:
@@ -106,9 +107,14 @@ def test_files_that_cannot_be_removed_fail_the_command(monkeypatch: pytest.Monke
 
 def test_wrong_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for argument in ("checkpoints", "--force", "tokens=1", "-n", ""):
-        assert "--dry-run" in refused("clean", argument)
-    monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path / "mine.arrow"))
-    assert "LORA_BENCH_CACHE" in refused("clean")
+        error = refused("clean", argument)
+        assert (error.code, error.key) == (Code.UNKNOWN_CHOICE, "clean")
+        assert repr(argument) in error.reason
+        assert "--dry-run" in str(error.remedy)
+    file = tmp_path / "mine.arrow"
+    monkeypatch.setenv("LORA_BENCH_CACHE", str(file))
+    error = refused("clean")
+    assert (error.code, error.key, error.value) == (Code.NOT_A_FILE, "LORA_BENCH_CACHE", file)
 
 
 def test_without_a_cache_there_is_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from lora_bench import cli, experiment, record, train
+from lora_bench.errors import Code
 from lora_bench.help import COMMANDS, GROUPS, PROMPT_GROUPS, choices, conf_folder
-from tests.command_line import TOY_RUN, lora_bench, refused
+from tests.command_line import TOY_RUN, lora_bench, refused, unchanged_process
 
 HEAVY = ("torch", "transformers", "scipy", "datasets", "torchmetrics", "pyarrow")
 
@@ -40,12 +41,16 @@ def test_version(in_tmp: Path) -> None:
 
 @pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("comapre", "compare"), ("predcit", "predict")])
 def test_unknown_command_is_refused_with_the_nearest(in_tmp: Path, word: str, meant: str) -> None:
-    assert refused(word) == f"lora-bench: {word!r} is not a command. Did you mean {meant}?\n"
+    error = refused(word)
+    assert error.code == Code.UNKNOWN_CHOICE
+    assert repr(word) in str(error)
+    assert f"Did you mean {meant}?" in str(error)
 
 
 def test_unknown_command_far_from_all_lists_them(in_tmp: Path) -> None:
-    told = refused("xyzzy")
-    assert all(command in told for command in COMMANDS)
+    error = refused("xyzzy")
+    assert error.code == Code.UNKNOWN_CHOICE
+    assert [command for command in COMMANDS if command not in str(error)] == []
 
 
 def test_train_help_lists_every_choice_of_every_group() -> None:
@@ -67,24 +72,24 @@ def test_every_command_has_help(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "printed"),
     [
         (["--help"], 0, "Commands"),
         (["train", "--help"], 0, "|full|head_only|"),
         (["train", "--cfg", "job", "model=tiny_bert"], 0, "default_lr: 0.0005"),
         (["train", "adapter.rnak=8"], 2, "Did you mean adapter.rank?"),
         (["train", "model=robrta"], 2, "Did you mean roberta?"),
-        (["compare", "runs"], 0, "no finished run yet"),
+        (["compare", "runs"], 0, "no finished run"),
         (["clean", "--dry-run"], 0, "tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_cheap_answers_load_nothing_heavy(in_tmp: Path, arguments: list[str], code: int, said: str) -> None:
+def test_cheap_answers_load_nothing_heavy(in_tmp: Path, arguments: list[str], code: int, printed: str) -> None:
     record.Run.claim(in_tmp / "runs" / "one", choices={}, config={}, overrides=[])
     done = in_process(*arguments)
     *errors, loaded = done.stderr.splitlines()
     assert (done.returncode, loaded) == (code, ""), done
-    assert said in done.stdout + "\n".join(errors)
+    assert printed in done.stdout + "\n".join(errors)
 
 
 def test_cfg_job_prints_a_config_that_is_a_valid_request(in_tmp: Path) -> None:
@@ -131,7 +136,8 @@ def test_two_runs_have_two_folders(in_tmp: Path) -> None:
 def test_named_folder_is_used_and_never_taken_twice(in_tmp: Path) -> None:
     assert lora_bench("train", *TOY_RUN, "hydra.run.dir=runs/first").code == 0
     assert record.read(in_tmp / "runs" / "first")["status"] == "done"
-    assert "already holds a run" in refused("train", *TOY_RUN, "hydra.run.dir=runs/first")
+    error = refused("train", *TOY_RUN, "hydra.run.dir=runs/first")
+    assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", in_tmp / "runs/first")
 
 
 def test_dry_run_says_what_to_expect_and_leaves_nothing(in_tmp: Path) -> None:
@@ -142,10 +148,11 @@ def test_dry_run_says_what_to_expect_and_leaves_nothing(in_tmp: Path) -> None:
     assert not any(in_tmp.iterdir())
 
 
-def test_a_key_given_twice_is_said(in_tmp: Path) -> None:
+def test_a_key_given_twice_is_noted(in_tmp: Path) -> None:
     answer = lora_bench("train", *TOY_RUN, "adapter.rank=2", "adapter.rank=4", "--cfg", "job")
     assert answer.code == 0
-    assert answer.err == "note: adapter.rank=2 is given again with another value, which counts\n"
+    assert answer.err.startswith("note: adapter.rank=2 ")
+    assert answer.err.count("\n") == 1
     assert "rank: 4" in answer.out
 
 
@@ -165,7 +172,10 @@ def test_a_failed_run_exits_1_and_keeps_its_traceback(in_tmp: Path, monkeypatch:
     answer = lora_bench("train", *TOY_RUN, "hydra.run.dir=run")
     assert answer.code == 1
     log = in_tmp / "run" / "run.log"
-    assert answer.err == f"lora-bench: train failed: RuntimeError: the cable (the traceback is in {log})\n"
+    assert answer.err.count("\n") == 1
+    assert "RuntimeError: the cable" in answer.err
+    assert "was pulled" not in answer.err  # its first line alone
+    assert str(log) in answer.err
     assert "Traceback" in log.read_text()
     found = record.read(in_tmp / "run")
     assert found["status"] == "failed"
@@ -180,7 +190,8 @@ def test_a_defect_before_the_run_exits_1_and_names_the_line(in_tmp: Path, monkey
     answer = lora_bench("train", *TOY_RUN)
     assert answer.code == 1
     assert answer.err.count("\n") == 1
-    assert f"train failed: ZeroDivisionError: oh ({Path(experiment.__file__)}, line " in answer.err
+    assert "ZeroDivisionError: oh" in answer.err
+    assert f"{Path(experiment.__file__)}, line " in answer.err
     assert not any(in_tmp.iterdir())
 
 
@@ -194,7 +205,8 @@ def test_exit_codes_of_interrupts(monkeypatch: pytest.MonkeyPatch, raised: BaseE
         raise raised
 
     monkeypatch.setattr(cli, "_dispatch", interrupted)
-    assert lora_bench().code == code
+    with unchanged_process():
+        assert cli.main([]) == code
 
 
 def test_a_reader_that_has_gone_is_no_error(in_tmp: Path) -> None:
@@ -207,17 +219,25 @@ def test_a_reader_that_has_gone_is_no_error(in_tmp: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["doctor", "now"], ["eval", "-m", "run=x"], ["predict", "-m", "run=x"], ["export", "-m", "run=x"]]
-)
-def test_what_a_command_does_not_take_is_refused(in_tmp: Path, arguments: list[str]) -> None:
-    assert f"{arguments[0]}" in refused(*arguments)
+def test_an_argument_that_a_command_does_not_take_is_refused(in_tmp: Path) -> None:
+    error = refused("doctor", "now")
+    assert (error.code, error.key) == (Code.UNKNOWN_CHOICE, "doctor")
+    assert "'now'" in str(error)
 
 
-def test_eval_and_predict_say_what_they_need(in_tmp: Path) -> None:
-    assert "eval: takes a finished run or an adapter made by PEFT. Give run=DIR or peft=DIR." in refused(
-        "eval", "data=toy"
-    )
-    assert "run.json: is missing" in refused("eval", "data=toy", "run=nowhere")
-    assert "run.json: is missing" in refused("predict", "run=nowhere", "input=pairs.tsv")
-    assert "run: is needed. Give run=VALUE." in refused("predict", "input=pairs.tsv")
+@pytest.mark.parametrize("command", ["eval", "predict", "export"])
+def test_a_command_of_one_run_is_not_swept(in_tmp: Path, command: str) -> None:
+    error = refused(command, "-m", "run=x")
+    assert (error.code, error.key) == (Code.CONFLICT, "-m")
+    assert command in str(error)
+
+
+def test_eval_and_predict_name_what_they_need(in_tmp: Path) -> None:
+    error = refused("eval", "data=toy")
+    assert (error.code, error.key) == (Code.MISSING, "eval")
+    assert "run=DIR or peft=DIR" in str(error)
+    for arguments in (["eval", "data=toy"], ["predict", "input=pairs.tsv"]):
+        error = refused(*arguments, "run=nowhere")
+        assert (error.code, str(error.file)) == (Code.NOT_FOUND, "nowhere/run.json")
+    error = refused("predict", "input=pairs.tsv")
+    assert (error.code, error.key) == (Code.MISSING, "run")

@@ -20,7 +20,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lora_bench.compare import main, summarise, write_tables
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.grid import render
 from lora_bench.record import Run
 from lora_bench.tables import (
@@ -37,6 +37,7 @@ from lora_bench.tables import (
     to_markdown,
     value_text,
 )
+from tests.command_line import refuses
 
 HOSTILE = "<script>|\x1b[31m*[red]x[/red](y)`\n\u202e$\\"
 
@@ -133,7 +134,8 @@ def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:
     assert "| n |" not in to_markdown(table)
     assert "95 %" not in to_markdown(table)
     assert json.loads(to_json(table))[0]["mcc_low"] is None
-    assert table.below == ["one seed only: no spread"]
+    (note,) = table.below
+    assert "one seed" in note
 
 
 def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_several_reported_splits_and_extra_metrics(tmp_path: Path) -> None:
 
 def test_another_split_than_validation_is_named(tmp_path: Path) -> None:
     make(tmp_path / "t/a", None, metrics={"test/mcc": 0.3, "train/mcc": 1})
-    assert "metrics of the test split" in summarise([tmp_path / "t"]).below
+    assert any("test split" in line for line in summarise([tmp_path / "t"]).below)
     make(tmp_path / "s/a", None, metrics={"selection/mcc": 0.3})
     assert "selection/mcc" in summarise([tmp_path / "s"]).rows[0].stats
 
@@ -345,10 +347,11 @@ def test_by_averages_over_all_runs_with_that_value(tmp_path: Path) -> None:
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
     make(tmp_path / "a", config={"adapter.rank": 8})
     make(tmp_path / "b", config={"adapter.rank": 9})
-    with pytest.raises(UserError, match=r"--by=adapter.rnk: .*Did you mean adapter\.rank\?"):
-        main([str(tmp_path), "--by", "adapter.rnk"])
-    with pytest.raises(UserError, match=r"Varying here: adapter\.rank\."):
-        main([str(tmp_path), "--by", "zzzzzzzz"])
+    for key in ("adapter.rnk", "zzzzzzzz"):
+        with refuses(Code.UNKNOWN_KEY, key="--by") as caught:
+            main([str(tmp_path), "--by", key])
+        assert caught.value.value == key
+        assert "adapter.rank" in str(caught.value)
 
 
 # -- what is said below --
@@ -369,14 +372,16 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
     assert table.below[0] == "no finished run yet"
     assert clean(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
     assert failed.endswith("x…")
-    assert rest == [
-        f"diverged: {tmp_path}/2: no reason recorded",
-        f"running: {tmp_path}/10: since 2026-01-02 03:04 UTC, step 120, selection mcc 0.6123",
-        f"running: {tmp_path}/11: since ? UTC",
-        f"killed: {tmp_path}/12: since ? UTC; its process is gone, resume= goes on with it",
+    expected = [
+        (f"diverged: {tmp_path}/2: ",),
+        (f"running: {tmp_path}/10: ", "2026-01-02 03:04 UTC", "step 120", "mcc 0.6123"),
+        (f"running: {tmp_path}/11: ",),
+        (f"killed: {tmp_path}/12: ", "resume="),
     ]
+    for line, parts in zip(rest, expected, strict=True):
+        assert all(part in line for part in parts), line
     assert held.lock is not None
-    assert skipped.startswith(f"skipped: {tmp_path}/bad: run.json is damaged")
+    assert skipped.startswith(f"skipped: {tmp_path}/bad: run.json ")
     assert (to_csv(table), to_json(table)) == ("", "[]\n")
     assert to_markdown(table).startswith("- no finished run yet\n")
     assert main([str(tmp_path)]) == 0
@@ -386,24 +391,29 @@ def test_dirty_code_is_flagged(tmp_path: Path) -> None:
     for seed in range(5):
         make(tmp_path / str(seed), config={"seed": seed}, environment={"dirty": seed > 0})
     (line,) = summarise([tmp_path]).below
-    assert line.startswith("uncommitted changes in the code of 4 of 5 runs: ")
+    assert "uncommitted changes" in line
+    assert "4 of 5 runs" in line
     assert line.endswith("/3 and 1 more")
 
 
 def test_no_runs_is_a_wrong_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"no runs here.*lora-bench train"):
+    with refuses(Code.NOT_FOUND) as without_runs:
         main([str(tmp_path)])
+    assert without_runs.value.file == str(tmp_path)
+    assert "lora-bench train" in str(without_runs.value)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^outputs: there is no such folder"):
+    with refuses(Code.NOT_FOUND) as without_folder:
         main([])
+    assert without_folder.value.file == Path("outputs")
     make(tmp_path / "outputs/a")
     assert main([]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["--frmat", "csv"], ["--format", "xml"], ["--by"]])
 def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(UserError, match=r"^compare: "):
+    with refuses(Code.INVALID_SYNTAX, key="compare") as caught:
         main(arguments)
+    assert arguments[0] in str(caught.value)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -598,7 +608,7 @@ def test_a_damaged_task_does_not_end_the_comparison(tmp_path: Path) -> None:
     assert sorted(row.stats["mcc"].mean for row in table.rows) == [0.4, 0.6]
     (skipped,) = table.missing
     assert (skipped.status, skipped.folder) == ("skipped", several.folder / "tasks/two")
-    assert "is damaged" in skipped.reason
+    assert "run.json" in skipped.reason
 
 
 def test_files_of_a_run_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -609,9 +619,8 @@ def test_files_of_a_run_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (run.folder / "evaluations/dir.json").mkdir()
     (run.folder / "metrics.jsonl").symlink_to("/dev/zero")
     notes = summarise([tmp_path]).notes
-    for name, reason in (("pipe", "not a regular file"), ("odd", "given twice"), ("dir", "not a regular file")):
-        assert any(f"evaluations/{name}.json: " in note and reason in note for note in notes), notes
-    assert any("metrics.jsonl: it is not a regular file" in note for note in notes)
+    for file in ("evaluations/pipe.json", "evaluations/odd.json", "evaluations/dir.json", "metrics.jsonl"):
+        assert any(f"{file}: " in note for note in notes), notes
 
 
 @pytest.mark.parametrize("seed", [[1], {"a": 1}, "x", None, 1.5])

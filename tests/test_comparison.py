@@ -13,9 +13,10 @@ import pytest
 from lora_bench import stats
 from lora_bench.baseline import judged
 from lora_bench.compare import main, summarise
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.record import Run
 from lora_bench.tables import Table, to_csv, to_json, to_latex, to_markdown
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +67,8 @@ def finding(table: Table, adapter: str) -> Any:
 def test_a_row_is_better_worse_or_undecided_against_full_fine_tuning(tmp_path: Path) -> None:
     table = summarise([sweep(tmp_path, {"full": 0.0, "dora": 2.0, "vera": -2.0, "lora": 0.02})])
     assert verdicts(table) == {"full": "baseline", "dora": "better", "vera": "worse", "lora": "undecided"}
-    assert "against adapter=full (full fine-tuning, unless --baseline names another)" in table.notes[0]
+    assert "against adapter=full" in table.notes[0]
+    assert "--baseline" in table.notes[0]
     assert "3 paired seeds and 1,500 examples" in table.notes[0]
     assert "Holm over 3 rivals" in table.notes[0]
 
@@ -106,13 +108,19 @@ def test_another_measure_is_tested_where_it_is_asked_for(
     assert found.p_seeds == pytest.approx(stats.seeds_test(*values).p)
     assert found.difference == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
     assert main([str(tmp_path), "--measure", measure, "--format", "md"]) == 0
-    told = capsys.readouterr().out
-    assert f"| {measure} difference |" in told
-    assert f"verdicts are about validation {'F1' if measure == 'f1' else measure} against adapter=full" in told
-    with pytest.raises(UserError, match=f"--measure={measure}: goes with tables: the page is about MCC"):
+    output = capsys.readouterr().out
+    assert f"| {measure} difference |" in output
+    assert f"validation {'F1' if measure == 'f1' else measure} against adapter=full" in output
+    with refuses(Code.CONFLICT, key="--measure") as caught:
         main([str(tmp_path), "--measure", measure, "--html", str(tmp_path / "page.html")])
-    with pytest.raises(UserError, match="invalid choice: 'nll'"):
+    assert caught.value.value == measure
+
+
+def test_a_measure_that_is_not_tested_is_refused(tmp_path: Path) -> None:
+    with refuses(Code.INVALID_SYNTAX, key="compare") as caught:
         main([str(tmp_path), "--measure", "nll"])
+    assert "--measure" in str(caught.value)
+    assert "nll" in str(caught.value)
 
 
 def test_a_wide_margin_makes_rows_indistinguishable(tmp_path: Path) -> None:
@@ -180,11 +188,17 @@ def test_of_several_rows_that_fit_the_best_on_selection_is_the_baseline(tmp_path
 
 def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None:
     sweep(tmp_path, {"full": 0.0, "dora": 2.0}, seeds=2)
-    with pytest.raises(UserError, match=r"--baseline=dorra: is no row of this table. Did you mean dora\?"):
+    with refuses(Code.UNKNOWN_CHOICE, key="--baseline") as caught:
         main([str(tmp_path), "--baseline", "dorra"])
-    for margin in ("0", "-1", "x", "nan", "1e9"):
-        with pytest.raises(UserError, match=r"--margin: must be above 0 and below 1"):
-            main([str(tmp_path), f"--margin={margin}"])
+    assert caught.value.value == "dorra"
+    assert "dora" in str(caught.value)
+
+
+@pytest.mark.parametrize("margin", ["0", "-1", "x", "nan", "1e9"])
+def test_a_margin_outside_its_range_is_refused(tmp_path: Path, margin: str) -> None:
+    with refuses(Code.INVALID_SYNTAX, key="compare") as caught:
+        main([str(tmp_path), f"--margin={margin}"])
+    assert "--margin" in str(caught.value)
 
 
 def test_by_a_key_the_experiment_that_is_best_on_selection_is_tested(tmp_path: Path) -> None:
@@ -194,7 +208,7 @@ def test_by_a_key_the_experiment_that_is_best_on_selection_is_tested(tmp_path: P
             make(tmp_path / f"{adapter}{rank}{seed}", adapter, seed, predicted(quality, seed), config=config)
     table = summarise([tmp_path], by="adapter")
     assert verdicts(table)["lora"] == "better"
-    assert any("tested is what is best on selection of its experiments" in line for line in table.notes)
+    assert any("best on selection" in line for line in table.notes)
 
 
 # -- what cannot be tested says so --
@@ -206,8 +220,7 @@ def test_one_seed_has_numbers_of_the_examples_but_no_verdict(tmp_path: Path) -> 
     assert (found.verdict, found.p_holm, found.power) == ("no verdict", None, None)
     assert found.p < 0.001
     assert found.p_seeds is None
-    assert "none could be given" in table.notes[0]
-    assert "1 of 1 rows: one seed, so chance over seeds is not known" in table.notes
+    assert any("1 of 1 rows" in line and "one seed" in line for line in table.notes)
 
 
 def test_seeds_that_both_have_are_paired(tmp_path: Path) -> None:
@@ -215,7 +228,7 @@ def test_seeds_that_both_have_are_paired(tmp_path: Path) -> None:
     make(tmp_path / "more", "lora", 7, predicted(-9.0, 7))
     assert finding(summarise([tmp_path]), "lora").paired_seeds == 3
     make(tmp_path / "x", "dora", 8, predicted(0.0, 8))
-    assert finding(summarise([tmp_path]), "dora").why == "no seed in common"
+    assert "seed" in finding(summarise([tmp_path]), "dora").why
 
 
 def test_what_was_not_trained_stands_beside_every_seed(tmp_path: Path) -> None:
@@ -228,10 +241,10 @@ def test_what_was_not_trained_stands_beside_every_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
-        ("missing", "no usable predictions of the validation split: "),
-        ("damaged", "no usable predictions of the validation split: "),
-        ("other", "predictions of other examples than the baseline: "),
-        ("altered", "predictions and run.json disagree about MCC: "),
+        ("missing", "no usable predictions"),
+        ("damaged", "no usable predictions"),
+        ("other", "other examples"),
+        ("altered", "disagree about MCC"),
     ],
 )
 def test_predictions_that_cannot_be_used_are_told_and_left_out(tmp_path: Path, harm: str, why: str) -> None:
@@ -252,7 +265,7 @@ def test_predictions_that_cannot_be_used_are_told_and_left_out(tmp_path: Path, h
         table = summarise([tmp_path])
         found = finding(table, "lora")
         assert found.paired_seeds == 3 - seed
-        assert any(f"1 of 1 rows: {why if seed == 1 else ''}" in line for line in table.notes)
+        assert any("1 of 1 rows" in line and (why in line or seed == 2) for line in table.notes)
     assert found.verdict == "no verdict"
 
 
@@ -262,7 +275,7 @@ def test_rows_on_other_data_are_not_tested_together(tmp_path: Path) -> None:
         make(tmp_path / f"other{seed}", "dora", seed, predicted(0.0, seed), data={"fingerprint": "two"})
     table = summarise([tmp_path])
     assert verdicts(table) == {"full": "baseline", "lora": "better", "dora": "not tested"}
-    assert finding(table, "dora").why == "on other data than any baseline"
+    assert "other data" in finding(table, "dora").why
 
 
 def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +283,7 @@ def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypat
     sweep(tmp_path, {"full": 0.0, "lora": 2.0})
     table = summarise([tmp_path])
     assert table.tests is None
-    assert "no tests of 6 runs unless a row to compare with is named: --baseline NAME" in table.below
+    assert any("6 runs" in line and "--baseline NAME" in line for line in table.below)
     assert verdicts(summarise([tmp_path], baseline="full"))["lora"] == "better"
     assert judged(table, "validation", always=True).tests is not None
 

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench import config
 from lora_bench.adapters import method_class, method_names
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.experiment import Experiment
+from tests.command_line import refuses
 from tests.helpers import composed
 
 
@@ -113,7 +114,7 @@ ANYTHING = st.recursive(
 def test_any_value_is_typed_or_refused(field: tuple[type[Any], str, dict[str, Any], str], value: object) -> None:
     cls, group, values, name = field
     node = OmegaConf.create({**values, name: value})
-    made, error = None, UserError("was not refused")
+    made, error = None, UserError("was not refused", code=Code.INVALID_VALUE)
     try:
         made = config.build(cls, node, group)
     except UserError as refusal:
@@ -253,6 +254,9 @@ RANGES = [
 ]
 
 
+REFUSAL_CODES = {Code.MISSING, Code.INVALID_VALUE, Code.INVALID_SYNTAX, Code.UNKNOWN_CHOICE, Code.CONFLICT}
+
+
 @pytest.fixture(scope="module")
 def groups() -> DictConfig:
     return composed("model=tiny_t5", "data=toy")
@@ -276,11 +280,12 @@ def test_ranges(group: str, name: str, inside: list[Any], outside: list[Any]) ->
     for value in inside:
         assert getattr(build(value), name) == value
     for value in outside:
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as caught:
             build(value)
-        assert refused.value.key == f"{group}.{name}"
-        if value is not None:
-            assert f"{group}.{name}={value}" in str(refused.value) or isinstance(value, int)
+        error = caught.value
+        assert error.key == f"{group}.{name}"
+        assert error.code in REFUSAL_CODES
+        assert value is None or str(error.value).startswith(str(value)) or isinstance(value, int)
 
 
 def test_every_range_that_is_checked_is_tried() -> None:
@@ -291,27 +296,35 @@ def test_every_range_that_is_checked_is_tried() -> None:
     assert {name for _, _, _, name in FIELDS} - free_text == {name for _, name, _, _ in RANGES}
 
 
-def test_types_are_told_in_plain_words(groups: DictConfig) -> None:
-    def told(cls: type[Any], group: str, **changed: object) -> str:
-        with pytest.raises(UserError) as refused:
-            config.build(cls, OmegaConf.create({group: {**groups[group], **changed}})[group], group)
-        return str(refused.value)
+TRAINER, TOY, T5 = (config.Trainer, "trainer"), (config.ToyData, "data"), (config.T5Model, "model")
 
-    trainer, data, model = config.Trainer, config.ToyData, config.T5Model
-    assert told(trainer, "trainer", batch_size="x") == "trainer.batch_size=x: is not a whole number."
-    assert told(trainer, "trainer", epochs="x") == "trainer.epochs=x: is not a number."
-    assert told(trainer, "trainer", batch_size=None) == "trainer.batch_size: must have a value, not null."
-    assert told(trainer, "trainer", batch_size="???") == "trainer.batch_size: is missing. Give it a value."
-    assert told(trainer, "trainer", batch_size="${x}") == "trainer.batch_size: Interpolation key 'x' not found."
-    assert told(trainer, "trainer", batch_sise=1) == (
-        "trainer.batch_sise: is not a known key. Did you mean batch_size?"
-    )
-    assert told(trainer, "trainer", epochs=10**400).endswith(": is too large.")
-    assert told(data, "data", text_columns="a") == "data.text_columns=a: is not a list."
-    assert told(data, "data", text_columns=["a", None]) == "data.text_columns=['a', None]: is not a list of texts."
-    assert told(data, "data", selection_size="x") == "data.selection_size=x: is not a number."
-    assert told(model, "model", random=3) == "model.random=3: is not a group of keys."
-    assert told(model, "model", family="bert", random=None).startswith("model.path: names no weights.")
+
+@pytest.mark.parametrize(
+    ("built", "changed", "code", "key", "named"),
+    [
+        (TRAINER, {"batch_size": "x"}, Code.INVALID_VALUE, "batch_size", ""),
+        (TRAINER, {"epochs": "x"}, Code.INVALID_VALUE, "epochs", ""),
+        (TRAINER, {"batch_size": None}, Code.MISSING, "batch_size", ""),
+        (TRAINER, {"batch_size": "???"}, Code.MISSING, "batch_size", ""),
+        (TRAINER, {"batch_size": "${x}"}, Code.INVALID_VALUE, "batch_size", "'x'"),
+        (TRAINER, {"batch_sise": 1}, Code.UNKNOWN_KEY, "batch_sise", "Did you mean batch_size?"),
+        (TRAINER, {"epochs": 10**400}, Code.INVALID_VALUE, "epochs", ""),
+        (TOY, {"text_columns": "a"}, Code.INVALID_VALUE, "text_columns", ""),
+        (TOY, {"text_columns": ["a", None]}, Code.INVALID_VALUE, "text_columns", ""),
+        (TOY, {"selection_size": "x"}, Code.INVALID_VALUE, "selection_size", ""),
+        (T5, {"random": 3}, Code.INVALID_VALUE, "random", ""),
+        (T5, {"family": "bert", "random": None}, Code.MISSING, "path", "model.path=DIR"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_wrong_types(
+    groups: DictConfig, built: tuple[type[Any], str], changed: dict[str, Any], code: Code, key: str, named: str
+) -> None:
+    cls, group = built
+    with refuses(code, key=f"{group}.{key}") as caught:
+        config.build(cls, OmegaConf.create({group: {**groups[group], **changed}})[group], group)
+    assert caught.value.value in (changed.get(key), None)
+    assert named in str(caught.value)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31])
@@ -321,12 +334,27 @@ def test_seed(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", ["-1", "abc", "null", "1.5", "true", "[1]"])
 def test_wrong_seed(seed: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with refuses(Code.INVALID_VALUE, key="seed"):
         Experiment.build(composed(f"seed={seed}"))
-    assert refused.value.key == "seed"
 
 
 @pytest.mark.parametrize("name", ["os", "../x", "__init__", "base", "pack", "targets", "peft_format", "", "lora.LoRA"])
 def test_a_method_is_one_of_ours(name: str) -> None:
-    with pytest.raises(UserError, match="is not one of adalora, bitfit, full, head_only, lora"):
+    with refuses(Code.UNKNOWN_CHOICE, key="adapter.method") as caught:
         method_class(name)
+    assert caught.value.value == name
+    assert "adalora, bitfit, full, head_only, lora" in str(caught.value)
+
+
+def test_a_config_without_one_of_its_keys() -> None:
+    """As a record may be that somebody has edited: what has no default is named."""
+    whole = OmegaConf.to_container(composed())
+    assert isinstance(whole, dict)
+    for key in whole:
+        config_without = OmegaConf.create({name: value for name, value in whole.items() if name != key})
+        if key in ("resume", "tracking"):
+            assert Experiment.build(config_without).seed == 0
+            continue
+        with pytest.raises(UserError) as refusal:
+            Experiment.build(config_without)
+        assert (refusal.value.code, refusal.value.key) == (Code.MISSING, key)

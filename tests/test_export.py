@@ -20,6 +20,7 @@ from lora_bench.adapters import peft_format, peft_import
 from lora_bench.adapters.pack import Member, Pack
 from lora_bench.adapters.peft_config import PeftConfig
 from lora_bench.data.toy import generate
+from lora_bench.errors import Code
 from lora_bench.help import choices
 from lora_bench.job import Job
 from lora_bench.predict import FinishedRun
@@ -39,13 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),  # of every AdaLoRA
 ]
-NOT_IN_PEFT = {
-    "full": "trains the backbone itself, so it has no adapter",
-    "head_only": "has no adapter, only a head",
-    "bitfit": "is a method that PEFT does not have",
-    "qlora": "adapts quantised weights, which an adapter for PEFT cannot bring along",
-    "loftq": "adapts quantised weights, which an adapter for PEFT cannot bring along",
-}
+NOT_IN_PEFT = ("full", "head_only", "bitfit", "qlora", "loftq")
 NOT_ON_T5 = {("t5", "head_only"), ("t5", "bitfit"), ("t5_encoder", "bitfit")}
 METHODS = [(form, option) for form in FORMS for option in choices("adapter") if (form, option) not in NOT_ON_T5]
 
@@ -248,11 +243,12 @@ def test_an_export_says_what_predict_does_besides(kind: str, runs: Callable[...,
 # -- what is refused --
 
 
-@pytest.mark.parametrize(("option", "reason"), NOT_IN_PEFT.items())
-def test_what_peft_cannot_express_is_refused(option: str, reason: str, runs: Callable[..., Path], in_tmp: Path) -> None:
-    told = refused("export", f"run={runs('bert', f'adapter={option}')}", "format=peft", "output=adapter")
-    assert "format=peft: adapter=chosen " + reason in told
-    assert "format=merged writes it as a plain Hugging Face model." in told
+@pytest.mark.parametrize("option", NOT_IN_PEFT)
+def test_what_peft_cannot_express_is_refused(option: str, runs: Callable[..., Path], in_tmp: Path) -> None:
+    error = refused("export", f"run={runs('bert', f'adapter={option}')}", "format=peft", "output=adapter")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "format", "peft")
+    assert "adapter=chosen" in str(error)
+    assert "format=merged" in str(error)
 
 
 def test_an_output_that_is_there_is_refused(runs: Callable[..., Path], in_tmp: Path) -> None:
@@ -261,28 +257,28 @@ def test_an_output_that_is_there_is_refused(runs: Callable[..., Path], in_tmp: P
     Path("file").write_text("mine")
     Path("link").symlink_to("nowhere")
     for output in ("full", "file", "link", str(runs("bert"))):
-        assert f"output={output}: is there already. " in refused(
-            "export", f"run={runs('bert')}", "format=peft", f"output={output}"
-        )
+        error = refused("export", f"run={runs('bert')}", "format=peft", f"output={output}")
+        assert (error.code, error.key, str(error.value)) == (Code.EXISTS, "output", output)
     Path("empty").mkdir()
     assert lora_bench("export", f"run={runs('bert')}", "format=peft", "output=empty").code == 0
     assert Path("empty/adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("kind", ["peft", "merged"])
+@pytest.mark.parametrize("form", ["peft", "merged"])
 def test_an_output_that_cannot_be_written_is_refused(
-    kind: str, runs: Callable[..., Path], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, runs: Callable[..., Path], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("file").write_text("mine")
-    told = refused("export", f"run={runs('bert')}", f"format={kind}", "output=file/adapter")
-    assert "output=file/adapter: cannot be written: Not a directory. Give a folder where you may write." in told
+    error = refused("export", f"run={runs('bert')}", f"format={form}", "output=file/adapter")
+    assert (error.code, error.key, str(error.value)) == (Code.UNWRITABLE, "output", "file/adapter")
 
     def full_disc(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disc)
-    told = refused("export", f"run={runs('bert')}", f"format={kind}", "output=adapter")
-    assert "output=adapter: cannot be written: No space left on device" in told
+    error = refused("export", f"run={runs('bert')}", f"format={form}", "output=adapter")
+    assert (error.code, error.key, str(error.value)) == (Code.UNWRITABLE, "output", "adapter")
+    assert "No space left on device" in str(error)
 
 
 def test_nothing_is_left_of_an_export_that_was_stopped(
@@ -298,15 +294,21 @@ def test_nothing_is_left_of_an_export_that_was_stopped(
 
 
 def test_what_is_missing_or_wrong_is_refused_by_its_key(runs: Callable[..., Path], in_tmp: Path) -> None:
-    assert "run: is needed" in refused("export", "format=peft", "output=x")
-    assert "format: is needed" in refused("export", "run=x", "output=x")
-    assert "output: is needed" in refused("export", "run=x", "format=peft")
-    assert "format=onnx: is not one of peft, merged" in refused("export", "run=x", "format=onnx", "output=x")
-    assert "run.json: is missing" in refused("export", "run=nowhere", "format=peft", "output=x")
+    request = {"run": "x", "format": "peft", "output": "x"}
+    for missing in request:
+        error = refused("export", *(f"{key}={value}" for key, value in request.items() if key != missing))
+        assert (error.code, error.key) == (Code.MISSING, missing)
+    error = refused("export", "run=x", "format=onnx", "output=x")
+    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "format", "onnx")
+    assert "peft, merged" in str(error)
+    error = refused("export", "run=nowhere", "format=peft", "output=x")
+    assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/run.json"))
 
 
 def test_an_unfinished_run_is_refused(runs: Callable[..., Path], in_tmp: Path) -> None:
     record = json.loads((runs("bert") / "run.json").read_text())
     Path("run").mkdir()
     Path("run/run.json").write_text(json.dumps({**record, "status": "diverged"}))
-    assert "the run is diverged, not done" in refused("export", "run=run", "format=peft", "output=x")
+    error = refused("export", "run=run", "format=peft", "output=x")
+    assert (error.code, error.key, error.value) == (Code.UNFINISHED, "run", "run")
+    assert "diverged" in str(error)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lora_bench import record
+from lora_bench.errors import Code
 from tests.command_line import lora_bench, refused
 
 if TYPE_CHECKING:
@@ -94,9 +95,11 @@ def test_the_finished_run_is_used_from_another_folder(
 
 def test_a_mistake_in_ones_own_yaml_names_the_key(mine: Path, in_tmp: Path) -> None:
     write(mine / "metric/wrong.yaml", "jaccard: {torchmetric: BinaryJacardIndex, direction: up}\n")
-    told = refused("train", "--config-dir=mine", "model=mine", "data=mine", "metric=[wrong]")
-    assert "metric.jaccard.torchmetric=BinaryJacardIndex: is no binary metric" in told
-    assert "Did you mean BinaryJaccardIndex?" in told
+    error = refused("train", "--config-dir=mine", "model=mine", "data=mine", "metric=[wrong]")
+    wrong = (Code.UNKNOWN_CHOICE, "metric.jaccard.torchmetric", "BinaryJacardIndex")
+    assert (error.code, error.key, error.value) == wrong
+    assert "Did you mean BinaryJaccardIndex?" in str(error)
     write(mine / "adapter/wrong.yaml", "defaults: [lora, _self_]\nrnk: 3\n")
-    told = refused("train", "--config-dir=mine", "model=mine", "data=mine", "adapter=wrong")
-    assert "adapter.rnk: is not a known key. Did you mean rank?" in told
+    error = refused("train", "--config-dir=mine", "model=mine", "data=mine", "adapter=wrong")
+    assert (error.code, error.key) == (Code.UNKNOWN_KEY, "adapter.rnk")
+    assert "Did you mean rank?" in str(error)

@@ -2,127 +2,166 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import yaml
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.hydra_errors import Arguments
-from tests.command_line import TOY_RUN, files_below, lora_bench, refused, toy_run
+from tests.command_line import TOY_RUN, files_below, lora_bench, refused, refuses, toy_run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-WRONG = [
-    # types and ranges
-    ("adapter.rank=abc", "adapter.rank=abc: is not a whole number"),
-    ("adapter.rank=0", "adapter.rank=0: must be a finite number of at least 1"),
-    ("adapter.rank=-3", "adapter.rank=-3: must be"),
-    ("adapter.rank=2.5", "adapter.rank=2.5: is not a whole number"),
-    ("adapter.rank=1e3", "adapter.rank=1000.0: is not a whole number"),
-    ("adapter.rank=null", "adapter.rank: must have a value, not null"),
-    ("adapter.rank=true", "adapter.rank=True: is not a whole number"),
-    ("adapter.rank=[1]", "adapter.rank=[1]: is not a whole number"),
-    ("adapter.rank=", "adapter.rank=: is not a whole number"),
-    ("adapter.rank=33", "adapter.rank=33: is above 32"),
-    ("adapter.rank=99999999999999999999", "adapter.rank=99999999999999999999: is too large"),
-    ("adapter.rank=${nope}", "adapter.rank: Interpolation key 'nope' not found"),
-    ("adapter.dropout=1", "adapter.dropout=1.0: must be at least 0 and below 1"),
-    ("adapter.dropout=nan", "adapter.dropout=nan"),
-    ("adapter.dropout=-0.1", "adapter.dropout=-0.1"),
-    ("adapter.alpha=0", "adapter.alpha=0.0: must be a finite number above 0"),
-    ("optimizer.lr=nan", "optimizer.lr=nan: must be a finite number above 0"),
-    ("optimizer.lr=inf", "optimizer.lr=inf"),
-    ("optimizer.lr=1e400", "optimizer.lr=inf"),
-    ("optimizer.lr=0", "optimizer.lr=0.0"),
-    ("optimizer.lr=-1", "optimizer.lr=-1.0"),
-    ("optimizer.lr=abc", "optimizer.lr=abc: is not a number"),
-    ("optimizer.schedule=step", "optimizer.schedule=step: is not one of linear, cosine, constant"),
-    ("trainer.epochs=inf", "trainer.epochs=inf"),
-    ("trainer.batch_size=0", "trainer.batch_size=0: must be a finite number of at least 1"),
-    ("trainer.max_steps=0.5", "trainer.max_steps=0.5: is not a whole number"),
-    ("trainer.precision=fp8", "trainer.precision=fp8: is not one of auto, fp32, bf16"),
-    ("trainer.device=tpu", "trainer.device=tpu: is not one of auto, cpu, cuda"),
-    ("seed=-1", "seed=-1: must be a whole number from 0"),
-    ("seed=abc", "seed=abc: must be a whole number from 0"),
-    ("dry_run=maybe", "dry_run=maybe: must be true or false"),
-    ("data.text_columns=abc", "data.text_columns=abc: is not a list"),
-    ("data.text_columns=[question1]", "data.text_columns=['question1']: must name two columns"),
-    ("data.selection_size=abc", "data.selection_size=abc: is not a number"),
-    ("data.train_size=1000", "data.train_size=1000: is more than the 36 rows"),
-    # keys
-    ("adapter.rnak=8", "adapter.rnak: is not a known key. Did you mean adapter.rank?"),
-    ("modle=bert", "modle: is not a known key. Did you mean model?"),
-    ("optimiser.lr=1", "optimiser.lr: is not a known key. Did you mean optimizer.lr?"),
-    ("+foo=1", "foo: is not a known key. Known: adapter, data"),
-    ("+adapter.rnak=8", "adapter.rnak: is not a known key. Did you mean rank?"),
-    ("~adapter.rank", "adapter.rank: is missing"),
-    ("~adapter", "adapter: is missing"),
-    ("~seed", "seed: is missing"),
-    ("+metric.mine=3", "metric.mine=3: is not a group of keys"),
-    ("+metric.mine={torchmetric: BinaryF1, direction: up}", "metric.mine.torchmetric=BinaryF1: is no binary metric"),
-    # choices
-    ("model=robrta", "model=robrta: is not one of its choices. Did you mean roberta? Choices: bert, deberta, minilm"),
-    ("metric=nonsense", "metric=nonsense: is not one of its choices. Known: average_precision, cohen_kappa"),
-    ("metric=[nonsense]", "metric=nonsense: is not one of its choices. Known: average_precision, cohen_kappa"),
-    ("experiment=nonsense", "experiment=nonsense: is not one of its choices. Known: enhanced, quickstart"),
-    (
-        "sweep=nonsense",
-        "sweep=nonsense: is not one of its choices. Known: ablation, baselines, lr, methods, rank, seeds, transfer",
-    ),
-    ("adapter=null", "'adapter=null' does not name one of the group's choices"),
-    ("adapter=3", "'adapter=3' does not name one of the group's choices"),
+WRONG_VALUES = [
+    ("adapter.rank=abc", "abc"),
+    ("adapter.rank=0", 0),
+    ("adapter.rank=-3", -3),
+    ("adapter.rank=2.5", 2.5),
+    ("adapter.rank=1e3", 1000.0),
+    ("adapter.rank=true", True),
+    ("adapter.rank=[1]", [1]),
+    ("adapter.rank=", ""),
+    ("adapter.rank=99999999999999999999", 99999999999999999999),
+    ("adapter.dropout=1", 1.0),
+    ("adapter.dropout=nan", math.nan),
+    ("adapter.dropout=-0.1", -0.1),
+    ("adapter.alpha=0", 0.0),
+    ("optimizer.lr=nan", math.nan),
+    ("optimizer.lr=inf", math.inf),
+    ("optimizer.lr=1e400", math.inf),
+    ("optimizer.lr=0", 0.0),
+    ("optimizer.lr=-1", -1.0),
+    ("optimizer.lr=abc", "abc"),
+    ("trainer.epochs=inf", math.inf),
+    ("trainer.batch_size=0", 0),
+    ("trainer.max_steps=0.5", 0.5),
+    ("seed=-1", -1),
+    ("seed=abc", "abc"),
+    ("dry_run=maybe", "maybe"),
+    ("data.text_columns=abc", "abc"),
+    ("data.text_columns=[question1]", ["question1"]),
+    ("data.selection_size=abc", "abc"),
+    ("+metric.mine=3", 3),
+    ("adapter.layers=top:9", "top:9"),
+    ("adapter.layers=[2]", [2]),
+]
+"""Values of a wrong type or out of range, each with the value that the refusal names beside the key."""
+
+WRONG_CHOICES = [
+    ("optimizer.schedule=step", "linear, cosine, constant"),
+    ("trainer.precision=fp8", "auto, fp32, bf16"),
+    ("trainer.device=tpu", "auto, cpu, cuda"),
+    ("model=robrta", "Did you mean roberta?"),
+    ("metric=nonsense", "average_precision, cohen_kappa"),
+    ("experiment=nonsense", "enhanced, quickstart"),
+    ("sweep=nonsense", "ablation, baselines, lr, methods, rank, seeds, transfer"),
     # methods are looked up among ours, never imported by a name
-    ("adapter.method=os", "adapter.method=os: is not one of adalora, bitfit, full, head_only, lora"),
-    ("adapter.method=../x", "adapter.method=../x: is not one of adalora, bitfit, full, head_only, lora"),
-    ("adapter.method=__init__", "adapter.method=__init__: is not one of"),
-    ("adapter.method=base", "adapter.method=base: is not one of"),
-    ("adapter.method=pack", "adapter.method=pack: is not one of"),
+    *((f"adapter.method={name}", "adalora, bitfit, full") for name in ("os", "../x", "__init__", "base", "pack")),
+]
+"""Values that are not one of the choices, each with choices that the refusal names."""
+
+WRONG_KEYS = [
+    ("adapter.rnak=8", "Did you mean adapter.rank?"),
+    ("modle=bert", "Did you mean model?"),
+    ("optimiser.lr=1", "Did you mean optimizer.lr?"),
+    ("+foo=1", "adapter, data"),
+    ("+adapter.rnak=8", "Did you mean rank?"),
+]
+"""Keys that there are not, each with the keys that the refusal names."""
+
+WRONG = [
+    ("adapter.rank=null", (Code.MISSING, "adapter.rank", None), ""),
+    ("~adapter.rank", (Code.MISSING, "adapter.rank", None), ""),
+    ("~adapter", (Code.MISSING, "adapter", None), ""),
+    ("~seed", (Code.MISSING, "seed", None), ""),
+    ("model.random=null", (Code.MISSING, "model.path", None), "model.path=DIR"),
+    ("adapter.rank=${nope}", (Code.INVALID_VALUE, "adapter.rank", None), "'nope'"),
+    ("adapter.rank=2,4", (Code.INVALID_VALUE, "adapter.rank", "2,4"), "-m "),
+    ("metric=[nonsense]", (Code.UNKNOWN_CHOICE, "metric", "nonsense"), "average_precision, cohen_kappa"),
+    (
+        "+metric.mine={torchmetric: BinaryF1, direction: up}",
+        (Code.UNKNOWN_CHOICE, "metric.mine.torchmetric", "BinaryF1"),
+        "BinaryF1Score",
+    ),
+    ("adapter=null", (Code.UNKNOWN_CHOICE, None, None), "'adapter=null'"),
+    ("adapter=3", (Code.UNKNOWN_CHOICE, None, None), "'adapter=3'"),
     # how it is written
-    ("adapter.rank=2,4", "adapter.rank=2,4: has several values. Add -m to sweep"),
-    ("foo", "'foo' cannot be read as key=value"),
-    ("adapter.target_modules=(", "cannot be read as key=value"),
-    ("--nope", "unrecognized arguments: --nope"),
-    ("--cfg=nope", "invalid choice: 'nope'"),
-    ("--resolve", "Add --cfg job"),
-    ("--config-dir=nowhere", "--config-dir=nowhere: is not a folder"),
-    # what does not fit the backbone
+    ("foo", (Code.INVALID_SYNTAX, None, None), "'foo'"),
+    ("adapter.target_modules=(", (Code.INVALID_SYNTAX, None, None), "'adapter.target_modules=('"),
+    ("adapter.target_modules='('", (Code.INVALID_SYNTAX, "adapter.target_modules", "("), ""),
+    ("--nope", (Code.INVALID_SYNTAX, None, None), "--nope"),
+    ("--cfg=nope", (Code.INVALID_SYNTAX, None, None), "'nope'"),
+    ("--resolve", (Code.CONFLICT, None, None), "--cfg job"),
+    ("--config-dir=nowhere", (Code.NOT_FOUND, "--config-dir", "nowhere"), ""),
+    ("hydra.run.dir=null", (Code.INVALID_SYNTAX, None, None), "hydra.run.dir=null"),
+    # what does not fit the backbone or the data
+    ("adapter.rank=33", (Code.INVALID_VALUE, "adapter.rank", 33), "32"),
+    ("data.train_size=1000", (Code.INVALID_VALUE, "data.train_size", 1000), "36 rows"),
     (
         "adapter.target_modules=.*foo",
-        "adapter.target_modules=.*foo: matches no linear of the backbone. Names there are:",
+        (Code.NO_MATCH, "adapter.target_modules", ".*foo"),
+        "bert.encoder.layer.*.attention.self.query",
     ),
-    ("adapter.target_modules='('", "adapter.target_modules=(: is not a regular expression"),
-    ("adapter.target_modules=query", "the whole name must match"),
-    ("adapter.layers=top:9", "adapter.layers=top:9: is neither all, nor top:n with n from 1 to 2"),
-    ("adapter.layers=[2]", "adapter.layers=[2]: is neither all"),
-    # where it comes from and goes
-    ("model.random=null", "model.path: names no weights. Give model.path=DIR"),
-    ("model.path=nowhere", "is not a folder. Give a local Hugging Face folder"),
-    ("hydra.run.dir=a_file/run", "hydra.run.dir=a_file/run: cannot be written: Not a directory"),
-    ("hydra.run.dir=null", "hydra.run.dir=null"),
+    (
+        "adapter.target_modules=query",
+        (Code.NO_MATCH, "adapter.target_modules", "query"),
+        "bert.encoder.layer.0.attention.self.query",
+    ),
 ]
+"""Other wrong requests, each with the code, key and value of its refusal, and what else the refusal names."""
 
 
-@pytest.mark.parametrize(("override", "said"), WRONG, ids=[override for override, _ in WRONG])
-def test_wrong_request(in_tmp: Path, override: str, said: str) -> None:
-    (in_tmp / "a_file").write_text("")
-    assert said in refused("train", *toy_run(override))
+@pytest.mark.parametrize(("override", "value"), WRONG_VALUES, ids=[override for override, _ in WRONG_VALUES])
+def test_wrong_value(in_tmp: Path, override: str, value: object) -> None:
+    error = refused("train", *toy_run(override))
+    key = override.removeprefix("+").partition("=")[0]
+    assert (error.code, error.key, repr(error.value)) == (Code.INVALID_VALUE, key, repr(value))
+
+
+@pytest.mark.parametrize(("override", "choices"), WRONG_CHOICES)
+def test_wrong_choice(in_tmp: Path, override: str, choices: str) -> None:
+    error = refused("train", *toy_run(override))
+    key, _, value = override.partition("=")
+    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, key, value)
+    assert choices in str(error)
+
+
+@pytest.mark.parametrize(("override", "keys"), WRONG_KEYS)
+def test_wrong_key(in_tmp: Path, override: str, keys: str) -> None:
+    error = refused("train", *toy_run(override))
+    assert (error.code, error.key) == (Code.UNKNOWN_KEY, override.removeprefix("+").partition("=")[0])
+    assert keys in str(error)
+
+
+@pytest.mark.parametrize(("override", "expected", "named"), WRONG, ids=[override for override, _, _ in WRONG])
+def test_wrong_request(in_tmp: Path, override: str, expected: tuple[Code, str | None, object], named: str) -> None:
+    error = refused("train", *toy_run(override))
+    assert (error.code, error.key, error.value) == expected
+    assert named in str(error)
+
+
+def test_a_model_folder_that_is_not_there(in_tmp: Path) -> None:
+    error = refused("train", *toy_run("model.path=nowhere"))
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "model.path", str(in_tmp / "nowhere"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the request can be met here")
 def test_cuda_where_there_is_none(in_tmp: Path) -> None:
-    assert "trainer.device=cuda: no CUDA device is usable here." in refused("train", *toy_run("trainer.device=cuda"))
+    error = refused("train", *toy_run("trainer.device=cuda"))
+    assert (error.code, error.key, error.value) == (Code.NO_DEVICE, "trainer.device", "cuda")
 
 
 @pytest.mark.parametrize("model", ["bert", "roberta", "t5"])
 def test_hub_model_offline_names_the_remedy(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
 ) -> None:
-    told = refused("train", *TOY_RUN[1:], f"model={model}", "model.hub_id=nobody/has-this-one")
-    assert "model.hub_id=nobody/has-this-one" in told
-    assert "Give model.path=DIR" in told
+    error = refused("train", *TOY_RUN[1:], f"model={model}", "model.hub_id=nobody/has-this-one")
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "model.hub_id", "nobody/has-this-one")
+    assert "model.path=DIR" in str(error)
 
 
 ROWS = [("how do I cook rice", "what is the way to cook rice", "1"), ("what is a verb", "who wrote this", "0")] * 8
@@ -136,78 +175,114 @@ def write_pairs(path: Path, *, header: str = "question1\tquestion2\tlabel", rows
     path.write_text("\n".join(lines) + "\n")
 
 
+GOOD: dict[str, object] = {}
+
+WRONG_DATA = [
+    ({}, [], (Code.MISSING, "data.path", None), None, ""),
+    ({}, ["data.path=nowhere"], (Code.NOT_FOUND, "data.path", None), "nowhere", ""),
+    ({}, ["data.path=pairs"], (Code.NOT_FOUND, "data.path", None), "pairs", "train, validation or test"),
+    ({"train": GOOD}, ["data.path=pairs"], (Code.EMPTY, "data", None), None, "validation file"),
+    ({"validation": GOOD}, ["data.path=pairs"], (Code.EMPTY, "data", None), None, "train file"),
+    (
+        {"train": GOOD, "validation": {"rows": 0}},
+        ["data.path=pairs"],
+        (Code.EMPTY, None, None),
+        "pairs/validation.tsv",
+        "",
+    ),
+    (
+        {"train": {"header": "question1\tquestion_2\tlabel"}, "validation": GOOD},
+        ["data.path=pairs"],
+        (Code.INVALID_DATA, None, None),
+        "pairs/train.tsv",
+        "'question2'",
+    ),
+    (
+        {"train": GOOD, "validation": {"row_7": "a\tb\t2"}},
+        ["data.path=pairs"],
+        (Code.INVALID_DATA, None, 7),
+        "pairs/validation.tsv",
+        "'2'",
+    ),
+    (
+        {"train": {"row_7": "a\t1"}, "validation": GOOD},
+        ["data.path=pairs"],
+        (Code.INVALID_DATA, None, 7),
+        "pairs/train.tsv",
+        "2 columns",
+    ),
+]
+"""Splits, overrides; code, key and row of the refusal; the path that is its value or file; what else it names."""
+
+
 @pytest.mark.parametrize(
-    ("data", "overrides", "said"),
-    [
-        ({}, [], "data.path: is missing. Give it a value."),
-        ({}, ["data.path=nowhere"], "nowhere: does not exist."),
-        ({}, ["data.path=pairs"], "pairs: holds no train, validation or test file."),
-        ({"train": {}}, ["data.path=pairs"], "data: there is no labelled split to report on."),
-        ({"validation": {}}, ["data.path=pairs"], "data: there is no train split."),
-        ({"train": {}, "validation": {"rows": 0}}, ["data.path=pairs"], "validation.tsv: has a header but no rows."),
-        (
-            {"train": {"header": "question1\tquestion_2\tlabel"}, "validation": {}},
-            ["data.path=pairs"],
-            "train.tsv: has no column 'question2'.",
-        ),
-        (
-            {"train": {}, "validation": {"row_7": "a\tb\t2"}},
-            ["data.path=pairs"],
-            "validation.tsv, row 7: label '2' is neither 0 nor 1.",
-        ),
-        (
-            {"train": {"row_7": "a\t1"}, "validation": {}},
-            ["data.path=pairs"],
-            "train.tsv, row 7: 2 columns where the header has 3.",
-        ),
-    ],
-    ids=lambda value: None if isinstance(value, dict | list) else value[:40],
+    ("data", "overrides", "expected", "path", "named"),
+    WRONG_DATA,
+    ids=["no path", "no folder", "no file", "train only", "validation only", "no rows", "header", "label", "columns"],
 )
-def test_wrong_data(in_tmp: Path, data: dict[str, dict[str, object]], overrides: list[str], said: str) -> None:
+def test_wrong_data(
+    in_tmp: Path,
+    data: dict[str, dict[str, object]],
+    overrides: list[str],
+    expected: tuple[Code, str | None, int | None],
+    path: str | None,
+    named: str,
+) -> None:
     (in_tmp / "pairs").mkdir()
     for split, settings in data.items():
         write_pairs(in_tmp / "pairs" / f"{split}.tsv", **settings)  # type: ignore[arg-type]
-    assert said in refused("train", "model=tiny_bert", "data=pairs", "trainer.device=cpu", *overrides)
+    error = refused("train", "model=tiny_bert", "data=pairs", "trainer.device=cpu", *overrides)
+    assert (error.code, error.key, error.row) == expected
+    assert (error.value or error.file) == (None if path is None else str(in_tmp / path))
+    assert named in str(error)
 
 
 def test_data_of_the_hub_offline(in_tmp: Path) -> None:
-    told = refused("train", "model=tiny_bert", "data=qqp", "data.hub_id=nobody/has-this-one")
-    assert "data.hub_id=nobody/has-this-one" in told
-    assert "data=toy" in told
-
-
-def test_a_tab_in_yaml_is_told_with_file_and_row(in_tmp: Path) -> None:
-    write(in_tmp / "mine" / "adapter" / "tabbed.yaml", "method: lora\nrank:\t8\n\talpha: 1\n")
-    told = refused("train", *TOY_RUN, "--config-dir", "mine", "adapter=tabbed")
-    assert str(in_tmp / "mine/adapter/tabbed.yaml, row 2: is not valid YAML: found character") in told
+    error = refused("train", "model=tiny_bert", "data=qqp", "data.hub_id=nobody/has-this-one")
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "data.hub_id", "nobody/has-this-one")
+    assert "data=toy" in str(error)
 
 
 @pytest.mark.parametrize(
-    ("text", "row"), [("rank: [1\nalpha: 2\n", 2), ("rank: 8\nrank: 4\n", 2), ("a: b: c\n", 1), ("- 'x\n", 2)]
+    ("text", "row"),
+    [
+        ("method: lora\nrank:\t8\n\talpha: 1\n", 2),
+        ("rank: [1\nalpha: 2\n", 2),
+        ("rank: 8\nrank: 4\n", 2),
+        ("a: b: c\n", 1),
+        ("- 'x\n", 2),
+    ],
+    ids=["tab", "bracket", "key given twice", "colons", "quote"],
 )
-def test_invalid_yaml_is_told_with_file_and_row(in_tmp: Path, text: str, row: int) -> None:
+def test_invalid_yaml_is_refused_with_file_and_row(in_tmp: Path, text: str, row: int) -> None:
     write(in_tmp / "mine" / "adapter" / "broken.yaml", text)
-    told = refused("train", *TOY_RUN, "--config-dir", "mine", "adapter=broken")
-    assert str(in_tmp / f"mine/adapter/broken.yaml, row {row}: is not valid YAML") in told
+    error = refused("train", *TOY_RUN, "--config-dir", "mine", "adapter=broken")
+    path = str(in_tmp / "mine/adapter/broken.yaml")
+    assert (error.code, error.file, error.row) == (Code.INVALID_SYNTAX, path, row)
 
 
-def test_yml_is_told_as_what_it_is(in_tmp: Path) -> None:
+def test_yml_is_refused_as_what_it_is(in_tmp: Path) -> None:
     write(in_tmp / "mine" / "adapter" / "other.yml", "method: lora\n")
-    told = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=other")
-    assert told == "lora-bench: mine/adapter/other.yml: ends in .yml, which is not read. " + (
-        "Rename it so that it ends in .yaml.\n"
-    )
+    error = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=other")
+    assert (error.code, str(error.file)) == (Code.UNKNOWN_CHOICE, "mine/adapter/other.yml")
+    assert ".yaml" in str(error)
 
 
 def test_choices_of_the_users_folder_are_suggested(in_tmp: Path) -> None:
     write(in_tmp / "mine" / "adapter" / "my_lora.yaml", "defaults: [lora]\n")
-    assert "Did you mean my_lora?" in refused("train", *TOY_RUN, "--config-dir=mine", "adapter=my_loar")
+    error = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=my_loar")
+    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "adapter", "my_loar")
+    assert "Did you mean my_lora?" in str(error)
 
 
 def test_keys_of_the_chosen_options_are_suggested(in_tmp: Path) -> None:
     """`data.train_rows` is a key of `toy` only; `data.path` is one of `pairs`."""
-    assert "Did you mean data.train_rows?" in refused("train", *TOY_RUN, "data.train_row=9")
-    assert "Did you mean data.path?" in refused("train", "model=tiny_bert", "data=pairs", "data.paht=x")
+    error = refused("train", *TOY_RUN, "data.train_row=9")
+    assert (error.code, error.key) == (Code.UNKNOWN_KEY, "data.train_row")
+    assert "Did you mean data.train_rows?" in str(error)
+    error = refused("train", "model=tiny_bert", "data=pairs", "data.paht=x")
+    assert (error.code, error.key) == (Code.UNKNOWN_KEY, "data.paht")
+    assert "Did you mean data.path?" in str(error)
 
 
 # -- code that a config names --
@@ -221,7 +296,7 @@ def write(path: Path, text: str) -> None:
 TARGET = "{_target_: os.mkdir, path: EVIL}"
 LOGGING = "{version: 1, handlers: {x: {class: os.mkdir, path: EVIL}}, root: {handlers: [x]}}"
 
-IN_ARGUMENTS = [
+FORBIDDEN = [
     "hydra.callbacks.x._target_=os.mkdir",
     f"+hydra.callbacks.x={TARGET}",
     f"++hydra.callbacks.x={TARGET}",
@@ -234,30 +309,35 @@ IN_ARGUMENTS = [
     "hydra/job_logging=default",
     "hydra.launcher._target_=os.mkdir",
     "hydra.sweeper._target_=os.mkdir",
-    f"hydra.sweeper={TARGET}",
     "hydra.searchpath=[pkg://this]",
     "+hydra.job.env_set.PATH=EVIL",
     "+hydra={job: {env_set: {PATH: EVIL}}}",
     "adapter._target_=os.mkdir",
     f"+adapter.x={TARGET}",
+]
+NO_OPTIONS = [
     "--experimental-rerun=config.pickle",
     "--experimental-re=config.pickle",
     "--config-path=mine",
     "--config-name=mine",
     "-cn=mine",
 ]
-
-
-SIGNS = ("names code to run", "environment variables", "unrecognized", "invalid choice", "known key")
+IN_ARGUMENTS = [
+    *((argument, Code.FORBIDDEN, argument.lstrip("+").partition("=")[0]) for argument in FORBIDDEN),
+    *((argument, Code.INVALID_SYNTAX, argument.partition("=")[2]) for argument in NO_OPTIONS),
+    (f"hydra.sweeper={TARGET}", Code.UNKNOWN_KEY, "hydra.sweeper"),
+]
+"""Arguments, the code of their refusal, and the part of the argument that it names."""
 
 
 @pytest.mark.parametrize("mode", [[], ["-m"], ["--cfg=job"]], ids=["run", "sweep", "cfg"])
-@pytest.mark.parametrize("argument", IN_ARGUMENTS)
-def test_code_in_arguments_is_refused(in_tmp: Path, argument: str, mode: list[str]) -> None:
+@pytest.mark.parametrize(("argument", "code", "named"), IN_ARGUMENTS)
+def test_code_in_arguments_is_refused(in_tmp: Path, argument: str, code: Code, named: str, mode: list[str]) -> None:
     evil = in_tmp / "evil"
-    told = refused("train", *TOY_RUN, *mode, argument.replace("EVIL", str(evil)))
+    error = refused("train", *TOY_RUN, *mode, argument.replace("EVIL", str(evil)))
     assert not evil.exists()
-    assert any(sign in told for sign in SIGNS)
+    assert error.code == code
+    assert named in str(error)
 
 
 PRESET = "# @package _global_\n"
@@ -297,8 +377,9 @@ def test_code_in_a_users_folder_is_never_run(in_tmp: Path, case: str, mode: list
 def test_one_bad_option_of_a_sweep_is_found_before_the_first_job(in_tmp: Path) -> None:
     evil = in_tmp / "evil"
     write(in_tmp / "mine" / "adapter" / "bad.yaml", f"# @package hydra.job_logging\nx: {evil}\nroot: {{level: INFO}}")
-    told = refused("train", "-m", "--config-dir=mine", *TOY_RUN, "adapter=lora,bad")
-    assert "'hydra.job_logging' names code to run" in told
+    error = refused("train", "-m", "--config-dir=mine", *TOY_RUN, "adapter=lora,bad")
+    assert error.code == Code.FORBIDDEN
+    assert "'hydra.job_logging'" in str(error)
 
 
 # -- folders that are someone else's --
@@ -307,15 +388,16 @@ def test_one_bad_option_of_a_sweep_is_found_before_the_first_job(in_tmp: Path) -
 def test_a_taken_folder_is_left_as_it_was(in_tmp: Path) -> None:
     write(in_tmp / "run" / "run.json", "{}")
     write(in_tmp / "run" / "notes.txt", "mine")
-    assert "run: already holds a run. Give a folder that is not there yet." in refused(
-        "train", *TOY_RUN, "hydra.run.dir=run"
-    )
+    error = refused("train", *TOY_RUN, "hydra.run.dir=run")
+    assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", in_tmp / "run")
 
 
-def test_a_sweeps_folder_below_a_file(in_tmp: Path) -> None:
+def test_a_folder_below_a_file(in_tmp: Path) -> None:
     write(in_tmp / "a_file", "")
-    told = refused("train", "-m", *TOY_RUN, "adapter.rank=1,2", "hydra.sweep.dir=a_file/sweep")
-    assert "hydra.sweep.dir=a_file/sweep: cannot be written" in told
+    error = refused("train", *TOY_RUN, "hydra.run.dir=a_file/run")
+    assert (error.code, error.key, str(error.value)) == (Code.UNWRITABLE, "hydra.run.dir", "a_file/run")
+    error = refused("train", "-m", *TOY_RUN, "adapter.rank=1,2", "hydra.sweep.dir=a_file/sweep")
+    assert (error.code, error.key, str(error.value)) == (Code.UNWRITABLE, "hydra.sweep.dir", "a_file/sweep")
 
 
 # -- the arguments themselves --
@@ -334,7 +416,7 @@ def test_repeated_overrides() -> None:
 
 @pytest.mark.parametrize("arguments", [["-m", "--cfg=job"], ["--cfg"], ["-cd"], ["--multi"], ["--info"], ["--version"]])
 def test_options_that_make_no_sense(arguments: list[str]) -> None:
-    with pytest.raises(UserError, match="--help lists the options"):
+    with refuses(Code.INVALID_SYNTAX):
         Arguments.read(arguments)
 
 

@@ -13,7 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lora_bench.errors import UserError, argument
+from lora_bench.errors import Code, UserError, argument
 from lora_bench.overrides import (
     MAX_OVERRIDE_LENGTH,
     check_overrides,
@@ -22,7 +22,7 @@ from lora_bench.overrides import (
     shipped_packages,
     typed_by,
 )
-from tests.command_line import TOY_RUN, lora_bench, refused, toy_run
+from tests.command_line import TOY_RUN, lora_bench, refused, refuses, toy_run
 
 TARGET = "{_target_: os.mkdir, path: canary}"
 LOGGING = "{version: 1, handlers: {x: {class: os.mkdir, path: canary}}, root: {handlers: [x]}}"
@@ -35,51 +35,63 @@ def record_sweep(overrides: list[str], /, **keys: Any) -> None:
     Path("sweep/sweep.json").write_text(json.dumps(record | {"jobs": {"0": []}} | keys))
 
 
-def resumed(*more: str) -> str:
-    said = refused("train", "-m", "resume=sweep", *more)
+def resumed(*more: str) -> UserError:
+    """Return the error that refuses to go on with the sweep."""
+    error = refused("train", "-m", "resume=sweep", *more)
     assert not Path("canary").exists()
-    return said
+    return error
+
+
+FORBIDDEN = [
+    f"+hydra.callbacks.x={TARGET}",
+    f"++hydra.callbacks.x={TARGET}",
+    f"hydra.callbacks={{x: {TARGET}}}",
+    f"+hydra={{callbacks: {{x: {TARGET}}}}}",
+    "+hydra={callbacks: {x: {_target_ : os.mkdir}}}",
+    "hydra/callbacks=x",
+    "+hydra/callbacks=x",
+    "+adapter@hydra.callbacks=x",
+    "+adapter@hydra=x",
+    "~hydra.callbacks",
+    "~hydra",
+    f"hydra.job_logging={LOGGING}",
+    f"hydra.hydra_logging={LOGGING}",
+    "hydra/job_logging=default",
+    "hydra.searchpath=[pkg://this]",
+    "+hydra.searchpath=['pkg://this']",
+    "hydra.launcher._target_=os.mkdir",
+    "hydra.sweeper._target_= os.mkdir",
+    "+hydra.sweeper.params.x={_target_: os.mkdir}",
+    "+hydra.sweeper._partial_=true",
+    "hydra/sweeper=basic",
+    "+hydra.job.env_set.PATH=x",
+    "hydra.job.env_copy=[HOME]",
+]
+NO_OVERRIDES = [
+    f"+={{hydra: {{callbacks: {{x: {TARGET}}}}}}}",
+    "--experimental-rerun=canary.pickle",
+    "--config-path=x",
+    "-cn=x",
+    "--info",
+]
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "code"),
     [
-        f"+hydra.callbacks.x={TARGET}",
-        f"++hydra.callbacks.x={TARGET}",
-        f"hydra.callbacks={{x: {TARGET}}}",
-        f"+hydra={{callbacks: {{x: {TARGET}}}}}",
-        "+hydra={callbacks: {x: {_target_ : os.mkdir}}}",
-        f"+={{hydra: {{callbacks: {{x: {TARGET}}}}}}}",
-        "hydra/callbacks=x",
-        "+hydra/callbacks=x",
-        "+adapter@hydra.callbacks=x",
-        "+adapter@hydra=x",
-        "hydra=x",
-        "~hydra.callbacks",
-        "~hydra",
-        f"hydra.job_logging={LOGGING}",
-        f"hydra.hydra_logging={LOGGING}",
-        "hydra/job_logging=default",
-        "hydra.searchpath=[pkg://this]",
-        "+hydra.searchpath=['pkg://this']",
-        "hydra.launcher._target_=os.mkdir",
-        "hydra.sweeper._target_= os.mkdir",
-        "+hydra.sweeper.params.x={_target_: os.mkdir}",
-        "+hydra.sweeper._partial_=true",
-        "hydra/launcher=joblib",
-        "hydra/sweeper=basic",
-        "+hydra.job.env_set.PATH=x",
-        "hydra.job.env_copy=[HOME]",
-        "hydra.output_subdir=.hydra",
-        "--experimental-rerun=canary.pickle",
-        "--config-path=x",
-        "-cn=x",
-        "--info",
+        *((override, Code.FORBIDDEN) for override in FORBIDDEN),
+        *((override, Code.INVALID_SYNTAX) for override in NO_OVERRIDES),
+        ("hydra=x", Code.UNKNOWN_KEY),
+        ("hydra.output_subdir=.hydra", Code.UNKNOWN_KEY),
+        ("hydra/launcher=joblib", Code.UNKNOWN_CHOICE),
     ],
 )
-def test_a_sweeps_record_runs_no_code(in_tmp: Path, override: str) -> None:
+def test_a_sweeps_record_runs_no_code(in_tmp: Path, override: str, code: Code) -> None:
     record_sweep([*TOY_RUN, "seed=0", override])
-    assert "sweep/sweep.json" in resumed()
+    error = resumed()
+    assert (error.code, str(error.file)) == (code, "sweep/sweep.json")
+    name = override.lstrip("+~").partition("=")[0] or override
+    assert name.replace("/", ".") in str(error).replace("/", ".")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_a_folder_that_a_sweeps_record_names_runs_no_code(
     Path("mine", group, "bad.yaml").write_text(text)
     Path("canary").with_suffix(".py").write_text("open('canary', 'w')")
     record_sweep([*toy_run(f"{group}={choices}")], config_dir=str(in_tmp / "mine"))
-    assert "do-not-read-me" not in resumed()
+    assert "do-not-read-me" not in str(resumed())
 
 
 def test_a_record_reads_no_environment_variable_unless_the_user_types_it(
@@ -115,74 +127,84 @@ def test_a_record_reads_no_environment_variable_unless_the_user_types_it(
     asked = "data.task=${oc.env:TASK_OF_MINE}"
     assert lora_bench("train", "-m", *TOY_RUN, asked, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
     shutil.rmtree("sweep/1")
-    said = resumed()
-    assert "a record may not read '${oc.env:TASK_OF_MINE}'" in said
-    assert "a-task-name" not in said
+    error = resumed()
+    assert (error.code, error.key, str(error.file)) == (Code.FORBIDDEN, "data.task", "sweep/sweep.json")
+    assert "'${oc.env:TASK_OF_MINE}'" in str(error)
+    assert "a-task-name" not in str(error)
     assert lora_bench("train", "-m", "resume=sweep", asked).code == 0
     assert json.loads(Path("sweep/1/run.json").read_text())["status"] == "done"
 
 
 @pytest.mark.parametrize(
-    "job",
+    "override",
     [
-        ["hydra.sweep.subdir=../canary"],
-        ["hydra.sweep.dir=canary"],
-        ["hydra.run.dir=canary"],
-        ["++resume=elsewhere"],
-        [f"+hydra.callbacks.x={TARGET}"],
-        ["data.task=${oc.env:HOME}"],
-        ["model.package=canary.weights"],
+        "hydra.sweep.subdir=../canary",
+        "hydra.sweep.dir=canary",
+        "hydra.run.dir=canary",
+        "++resume=elsewhere",
+        f"+hydra.callbacks.x={TARGET}",
+        "data.task=${oc.env:HOME}",
+        "model.package=canary.weights",
     ],
 )
-def test_a_job_that_was_added_to_a_record_does_not_run(in_tmp: Path, job: list[str]) -> None:
+def test_a_job_that_was_added_to_a_record_does_not_run(in_tmp: Path, override: str) -> None:
     first = [*TOY_RUN, "seed=0"]
-    record_sweep(first, jobs={"0": first, "1": [*TOY_RUN, "seed=1", *job]})
-    resumed()
+    record_sweep(first, jobs={"0": first, "1": [*TOY_RUN, "seed=1", override]})
+    error = resumed()
+    assert error.code == Code.FORBIDDEN
+    assert override.lstrip("+").partition("=")[0] in str(error)
     assert not Path("sweep/0").exists()
 
 
-@pytest.mark.parametrize("name", ["../canary", "/canary", "link"])
-def test_a_jobs_folder_lies_in_its_sweep(in_tmp: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "code"), [("../canary", Code.DAMAGED), ("/canary", Code.DAMAGED), ("link", Code.NOT_A_FILE)]
+)
+def test_a_jobs_folder_lies_in_its_sweep(in_tmp: Path, name: str, code: Code) -> None:
     Path("elsewhere").mkdir()
     record_sweep(TOY_RUN, jobs={name: TOY_RUN})
     Path("sweep/link").symlink_to(in_tmp / "elsewhere")
-    resumed()
+    error = resumed()
+    assert (error.code, str(error.file)) == (code, "sweep/sweep.json")
+    assert repr(name) in str(error)
     assert list(Path("elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "code"),
     [
-        {"overrides": "seed=0"},
-        {"overrides": [1]},
-        {"overrides": None},
-        {"jobs": []},
-        {"jobs": {"0": "seed=0"}},
-        {"config_dir": 3},
-        {"config_dir": "nowhere"},
-        {"created": None},
-        {"overrides": ["seed=" + "9" * 5000]},
-        {"overrides": ["data.task=" + "[" * 500 + "]" * 500]},
-        {"overrides": ["data.task=" + "a" * 60_000]},
-        {"overrides": ["data.task=\x00"]},
-        {"overrides": ["data.task=\ud800"]},
+        ({"overrides": "seed=0"}, Code.DAMAGED),
+        ({"overrides": [1]}, Code.DAMAGED),
+        ({"overrides": None}, Code.DAMAGED),
+        ({"jobs": []}, Code.DAMAGED),
+        ({"jobs": {"0": "seed=0"}}, Code.DAMAGED),
+        ({"config_dir": 3}, Code.NOT_FOUND),
+        ({"config_dir": "nowhere"}, Code.NOT_FOUND),
+        ({"created": None}, Code.DAMAGED),
+        ({"overrides": ["seed=" + "9" * 5000]}, Code.INVALID_SYNTAX),
+        ({"overrides": ["data.task=" + "[" * 500 + "]" * 500]}, Code.INVALID_SYNTAX),
+        ({"overrides": ["data.task=" + "a" * 60_000]}, Code.TOO_LARGE),
+        ({"overrides": ["data.task=\x00"]}, Code.INVALID_SYNTAX),
+        ({"overrides": ["data.task=\ud800"]}, Code.INVALID_SYNTAX),
     ],
-    ids=lambda damage: str(damage)[:40],
+    ids=lambda value: None if isinstance(value, Code) else str(value)[:40],
 )
-def test_a_sweeps_record_of_other_types_is_refused(in_tmp: Path, damage: dict[str, Any]) -> None:
+def test_a_sweeps_record_of_other_types_is_refused(in_tmp: Path, damage: dict[str, Any], code: Code) -> None:
     record_sweep(TOY_RUN, **damage)
-    assert "sweep/sweep.json" in resumed()
+    error = resumed()
+    assert (error.code, str(error.file)) == (code, "sweep/sweep.json")
 
 
 def test_lines_of_shell_count_only_if_they_are_typed(in_tmp: Path) -> None:
-    asked = [*TOY_RUN, "hydra/launcher=slurm", "hydra.launcher.setup=['touch canary']"]
-    record_sweep(asked)
-    assert "'touch canary' is run in a shell" in resumed()
+    record_sweep([*TOY_RUN, "hydra/launcher=slurm", "hydra.launcher.setup=['touch canary']"])
+    error = resumed()
+    assert (error.code, error.key) == (Code.FORBIDDEN, "hydra.launcher.setup")
+    assert "'touch canary'" in str(error)
     record_again = [*TOY_RUN, "hydra/launcher=slurm", "hydra.launcher.partition='x\ntouch canary'"]
     Path("sweep/sweep.json").unlink()
     Path("sweep").rmdir()
     record_sweep(record_again)
-    assert "hydra.launcher.partition" in resumed()
+    error = resumed()
+    assert (error.code, error.key) == (Code.INVALID_VALUE, "hydra.launcher.partition")
 
 
 def test_only_what_was_typed_may_name_a_package() -> None:
@@ -190,7 +212,7 @@ def test_only_what_was_typed_may_name_a_package() -> None:
     with typed_by(["model.package=mine"], None):
         check_overrides([f"model.package={shipped}", "model.package=mine", "data.task=other.package"])
         for override in ("model.package=a.b", "++model={package: a.b}", "model.package=mine,a.b"):
-            with pytest.raises(UserError, match="may name no package but"):
+            with refuses(Code.FORBIDDEN, key="model.package"):
                 check_overrides([override])
 
 
@@ -213,12 +235,22 @@ def test_overrides_of_a_sweep_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["seed=" + "9" * 5000, "seed=1e" + "9" * 5000, "seed=" + "[" * 300 + "]" * 300, "seed=" + "a" * 60_000, "=1", ""],
+    ("override", "code", "key"),
+    [
+        ("seed=" + "9" * 5000, Code.INVALID_SYNTAX, None),
+        ("seed=1e" + "9" * 5000, Code.INVALID_VALUE, "seed"),
+        ("seed=" + "[" * 300 + "]" * 300, Code.INVALID_SYNTAX, None),
+        ("seed=" + "a" * 60_000, Code.TOO_LARGE, None),
+        ("=1", Code.INVALID_SYNTAX, None),
+        ("", Code.INVALID_SYNTAX, None),
+    ],
     ids=["digits", "exponent", "nested", "long", "no key", "empty"],
 )
-def test_an_override_that_cannot_be_read(in_tmp: Path, override: str) -> None:
-    assert len(refused("train", *TOY_RUN, override)) < 1000
+def test_an_override_that_cannot_be_read(in_tmp: Path, override: str, code: Code, key: str | None) -> None:
+    error = refused("train", *TOY_RUN, override)
+    assert (error.code, error.key) == (code, key)
+    assert repr(override)[:20] in str(error) or key
+    assert len(str(error)) < 1000
 
 
 def test_an_override_as_long_as_allowed_is_read() -> None:
@@ -231,26 +263,25 @@ LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "code", "row"),
     [
-        ("rank: &x [*x]", "refers to itself"),
-        ("rank: &x {a: *x}", "refers to itself"),
-        (LAUGHS, "has more than"),
-        ("rank: " + "[" * 60 + "]" * 60, "is nested too deeply"),
-        ("rank: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
-        ("rank: " + "9" * 5000, "cannot be read"),
-        ("rank: \0", "cannot be read"),
-        ("rank: " + "x" * 600_000, "bytes, more than"),
-        (b"rank: \xff\xfe", "cannot be read"),
+        ("rank: &x [*x]", Code.INVALID_SYNTAX, 1),
+        ("rank: &x {a: *x}", Code.INVALID_SYNTAX, 1),
+        (LAUGHS, Code.TOO_LARGE, 4),
+        ("rank: " + "[" * 60 + "]" * 60, Code.TOO_LARGE, None),
+        ("rank: " + "[" * 5000 + "]" * 5000, Code.TOO_LARGE, None),
+        ("rank: " + "9" * 5000, Code.INVALID_SYNTAX, None),
+        ("rank: \0", Code.INVALID_SYNTAX, None),
+        ("rank: " + "x" * 600_000, Code.TOO_LARGE, None),
+        (b"rank: \xff\xfe", Code.INVALID_SYNTAX, None),
     ],
     ids=["list", "dict", "laughs", "deep", "deeper", "digits", "nul", "large", "bytes"],
 )
-def test_a_yaml_file_that_would_take_for_ever(in_tmp: Path, text: str | bytes, said: str) -> None:
+def test_a_yaml_file_that_would_take_for_ever(in_tmp: Path, text: str | bytes, code: Code, row: int | None) -> None:
     Path("mine/adapter").mkdir(parents=True)
     Path("mine/adapter/bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    answer = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=bad")
-    assert said in answer
-    assert "bad.yaml" in answer
+    error = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=bad")
+    assert (error.code, error.file, error.row) == (code, str(in_tmp / "mine/adapter/bad.yaml"), row)
 
 
 def test_aliases_count_as_what_they_repeat(tmp_path: Path) -> None:
@@ -262,8 +293,9 @@ def test_aliases_count_as_what_they_repeat(tmp_path: Path) -> None:
 def test_a_choice_outside_its_folder_is_not_read(in_tmp: Path) -> None:
     Path("mine/adapter").mkdir(parents=True)
     Path("other.yaml").write_text("method: lora\n")
-    said = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=../../other")
-    assert "leads out of the folder" in said
+    error = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=../../other")
+    assert error.code == Code.FORBIDDEN
+    assert "'adapter/../../other'" in str(error)
 
 
 # -- advice --
@@ -318,15 +350,16 @@ def test_the_advice_about_a_path_leads_to_a_run(in_tmp: Path, folder: str) -> No
     rows = "".join(f"how {i}\twhy {i}\t{i % 2}\n" for i in range(16))
     for split in ("train", "validation"):
         Path(folder, f"{split}.tsv").write_text(f"question1\tquestion2\tlabel\n{rows}")
-    asked = [text for text in toy_run("data=pairs", "data.selection_size=4") if "_rows" not in text]
-    said = refused("train", *asked, f"data.path={folder}")
-    advice = said[said.index("text, type ") + len("text, type ") :].strip()
+    overrides = [text for text in toy_run("data=pairs", "data.selection_size=4") if "_rows" not in text]
+    message = str(refused("train", *overrides, f"data.path={folder}"))
+    advice = message[message.rindex("'data.path=") :]
     typed = subprocess.run(["sh", "-c", f"printf '%s' {advice}"], capture_output=True, check=True, text=True).stdout
-    answer = lora_bench("train", *asked, typed, "hydra.run.dir=run")
+    answer = lora_bench("train", *overrides, typed, "hydra.run.dir=run")
     assert answer.code == 0, answer
     assert json.loads(Path("run/run.json").read_text())["config"]["data"]["path"] == str(in_tmp / folder)
 
 
 def test_several_values_of_a_list(in_tmp: Path) -> None:
-    said = refused("train", *TOY_RUN, "data.text_columns=question1,question2")
-    assert "type 'data.text_columns=[question1,question2]'" in said
+    error = refused("train", *TOY_RUN, "data.text_columns=question1,question2")
+    assert (error.code, error.key) == (Code.INVALID_VALUE, "data.text_columns")
+    assert "'data.text_columns=[question1,question2]'" in str(error)

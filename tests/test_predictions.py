@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_bench import predictions
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.record import Run
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,45 +35,50 @@ def test_rows_with_a_label_come_by_id(in_tmp: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "reason"),
+    ("name", "values"),
     [
-        ({"score": [0.9, float("nan"), 0.5]}, "score is not a number from 0 to 1"),
-        ({"score": [0.9, 1.5, 0.5]}, "score is not a number from 0 to 1"),
-        ({"score": ["0.9", "0.1", "0.2"]}, "column score is not one of floating-point"),
-        ({"score": [{"a": 0.1}] * 3}, "column score is not one of floating-point"),
-        ({"score": [[0.1]] * 3}, "column score is not one of floating-point"),
-        ({"label": [1, 0, 2]}, "label is neither 0 nor 1"),
-        ({"label": [1, 0, -1]}, "label is neither 0 nor 1"),
-        ({"label": ["1", "0", "1"]}, "column label is not one of integers"),
-        ({"label": pa.array([None] * 3, pa.int64())}, "no row has a label"),
-        ({"id": [1, 1, 2]}, "an id stands twice"),
-        ({"id": [0.5, 1.5, 2.5]}, "column id is not one of integers"),
+        ("score", [0.9, float("nan"), 0.5]),
+        ("score", [0.9, 1.5, 0.5]),
+        ("score", ["0.9", "0.1", "0.2"]),
+        ("score", [{"a": 0.1}] * 3),
+        ("score", [[0.1]] * 3),
+        ("label", [1, 0, 2]),
+        ("label", [1, 0, -1]),
+        ("label", ["1", "0", "1"]),
+        ("label", pa.array([None] * 3, pa.int64())),
+        ("id", [1, 1, 2]),
+        ("id", [0.5, 1.5, 2.5]),
     ],
 )
-def test_odd_columns_are_refused_by_name(in_tmp: Path, columns: dict[str, Any], reason: str) -> None:
-    write(COLUMNS | columns)
-    with pytest.raises(UserError, match=f"test.parquet: cannot be used: .*{reason}"):
+def test_odd_columns_are_refused_by_name(in_tmp: Path, name: str, values: Any) -> None:
+    write(COLUMNS | {name: values})
+    with refuses(Code.DAMAGED) as caught:
         predictions.read(in_tmp, "test")
+    assert caught.value.file == in_tmp / FILE
+    assert name in caught.value.reason.split()
     assert predictions.read_if_usable(in_tmp, "test") is None
 
 
 def test_columns_that_are_missing_or_there_twice(in_tmp: Path) -> None:
     write({"id": [1], "label": [1]})
-    with pytest.raises(UserError, match="column score"):
+    with refuses(Code.DAMAGED) as missing:
         predictions.read(in_tmp, "test")
+    assert "column score" in str(missing.value)
     twice = pa.Table.from_arrays(
         [pa.array([1]), pa.array([1]), pa.array([0]), pa.array([0.5])], ["id", "label", "label", "score"]
     )
     pq.write_table(twice, FILE)
-    with pytest.raises(UserError, match="column label"):
+    with refuses(Code.DAMAGED) as ambiguous:
         predictions.read(in_tmp, "test")
+    assert "column label" in str(ambiguous.value)
 
 
 def test_more_rows_than_are_read(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "MAX_ROWS", 2)
     write(COLUMNS)
-    with pytest.raises(UserError, match="declares 3 rows, and 1 to 2 are read"):
+    with refuses(Code.DAMAGED) as caught:
         predictions.read(in_tmp, "test")
+    assert "3 rows" in str(caught.value)
 
 
 def huge(path: Path) -> None:
@@ -81,23 +87,24 @@ def huge(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "code", "datum"),
     [
-        (os.mkfifo, "not a regular file"),
-        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-        (lambda path: path.symlink_to(path.name), "symbolic links"),
-        (Path.mkdir, "not a regular file"),
-        (huge, "10,737,418,240 bytes"),
-        (lambda path: path.write_bytes(b"PAR1" + bytes(40) + b"PAR1"), "cannot be"),
-        (lambda path: None, "is missing"),
+        (os.mkfifo, Code.UNREADABLE, ""),
+        (lambda path: path.symlink_to("/dev/zero"), Code.UNREADABLE, ""),
+        (lambda path: path.symlink_to(path.name), Code.UNREADABLE, "symbolic links"),
+        (Path.mkdir, Code.UNREADABLE, ""),
+        (huge, Code.UNREADABLE, "10,737,418,240 bytes"),
+        (lambda path: path.write_bytes(b"PAR1" + bytes(40) + b"PAR1"), Code.DAMAGED, ""),
+        (lambda path: None, Code.NOT_FOUND, ""),
     ],
 )
-def test_what_is_no_file_of_predictions(in_tmp: Path, make: Callable[[Path], object], reason: str) -> None:
+def test_what_is_no_file_of_predictions(in_tmp: Path, make: Callable[[Path], object], code: Code, datum: str) -> None:
     FILE.parent.mkdir()
     make(FILE)
-    with pytest.raises(UserError, match=reason) as refused:
+    with refuses(code) as caught:
         predictions.read(in_tmp, "test")
-    assert refused.value.file == in_tmp / FILE
+    assert caught.value.file == in_tmp / FILE
+    assert datum in str(caught.value)
 
 
 def test_no_bit_of_a_file_raises_anything_else(in_tmp: Path) -> None:
@@ -119,6 +126,6 @@ def test_a_changed_score_is_noticed(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError) as refusal:
+    with refuses(Code.DAMAGED) as caught:
         predictions.read(run.folder, "validation")
-    assert refusal.value.file == path
+    assert caught.value.file == path

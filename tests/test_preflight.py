@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.resume import place
-from tests.command_line import lora_bench, refused, toy_run
+from tests.command_line import lora_bench, refused, refuses, toy_run
 
 WRONG = [
     "train model=tiny_bert data=pairs data.path=nowhere",
@@ -67,21 +67,24 @@ def nested(depth: int) -> Any:
     return value
 
 
-DAMAGES: list[tuple[str, Any]] = [
-    ("config.data.task", "${oc.env:PRIVATE_THING}"),
-    ("config.data.task", "${oc.decode:'${oc.env:PRIVATE_THING}'}"),
-    ("config.data.task", "x ${oc.env:PRIVATE_THING} y"),
-    ("config.data.label_names", ["no", "${oc.env:PRIVATE_THING}"]),
-    ("config.data.task", "${.task}"),
-    ("config.data.task", "${"),
-    ("config.data.task", nested(200)),
-    ("config.seed", 10**400),
-    ("config.optimizer.lr", 10**400),
-    ("config.trainer.eval_batch_size", 10**400),
-    ("config.model.package", "canary.weights"),
-    ("config.model", 3),
-    ("config.adapter", None),
-    ("config.adapter.method", "../canary"),
+DAMAGES_OF_CONFIG: list[tuple[str, Any, Code]] = [
+    ("data.task", "${oc.env:PRIVATE_THING}", Code.FORBIDDEN),
+    ("data.task", "${oc.decode:'${oc.env:PRIVATE_THING}'}", Code.FORBIDDEN),
+    ("data.task", "x ${oc.env:PRIVATE_THING} y", Code.FORBIDDEN),
+    ("data.label_names", ["no", "${oc.env:PRIVATE_THING}"], Code.FORBIDDEN),
+    ("data.task", "${.task}", Code.INVALID_VALUE),
+    ("data.task", "${", Code.DAMAGED),
+    ("data.task", nested(200), Code.DAMAGED),
+    ("seed", 10**400, Code.INVALID_VALUE),
+    ("optimizer.lr", 10**400, Code.MISSING),
+    ("trainer.eval_batch_size", 10**400, Code.MISSING),
+    ("model.package", "canary.weights", Code.FORBIDDEN),
+    ("model", 3, Code.DAMAGED),
+    ("adapter", None, Code.DAMAGED),
+    ("adapter.method", "../canary", Code.UNKNOWN_CHOICE),
+]
+"""A key, its value, and the code with which a resumed run refuses it."""
+DAMAGES = [(f"config.{key}", value) for key, value, _ in DAMAGES_OF_CONFIG] + [
     ("environment.precision", "load"),
     ("environment.precision", ["float32"]),
     ("environment", {}),
@@ -89,13 +92,13 @@ DAMAGES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("command", "keys", "value"),
-    [("predict", *damage) for damage in DAMAGES]
-    + [("resume", *damage) for damage in DAMAGES[:-3]],  # it writes those anew
+    ("command", "keys", "value", "code"),
+    [("predict", *damage, Code.DAMAGED) for damage in DAMAGES]
+    + [("resume", f"config.{key}", *rest) for key, *rest in DAMAGES_OF_CONFIG],
     ids=lambda value: str(value)[:30],
 )
 def test_a_runs_record_is_untrusted(
-    in_tmp: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, keys: str, value: Any
+    in_tmp: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, keys: str, value: Any, code: Code
 ) -> None:
     monkeypatch.setenv("PRIVATE_THING", "not-for-records")
     monkeypatch.syspath_prepend(in_tmp)
@@ -115,8 +118,13 @@ def test_a_runs_record_is_untrusted(
     Path("copy/run.json").write_text(json.dumps(record))
     sys.set_int_max_str_digits(4300)
     Path("in.tsv").write_text("question1\tquestion2\na\tb\n")
-    said = refused("predict", "run=copy", "input=in.tsv") if command == "predict" else refused("train", "resume=copy")
-    assert "not-for-records" not in said
+    request = ("predict", "run=copy", "input=in.tsv") if command == "predict" else ("train", "resume=copy")
+    error = refused(*request)
+    if code == Code.DAMAGED:
+        assert (error.code, error.file) == (code, Path("copy/run.json"))
+    else:
+        assert (error.code, error.key) == (code, keys.removeprefix("config."))
+    assert "not-for-records" not in str(error)
     assert "canary" not in sys.modules
 
 
@@ -142,9 +150,10 @@ def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
     assert place("last", Path("outputs")) == newest
     for folder in (newest, newest.with_name("older")):
         (folder / "run.json").unlink()
-    with pytest.raises(UserError, match="cannot be said which is the last") as refusal:
+    with refuses(Code.NOT_FOUND, key="resume") as caught:
         place("last", Path("outputs"))
-    assert f"resume={other}" in str(refusal.value)
+    assert (caught.value.value, caught.value.file) == ("last", other)
+    assert f"resume={other}" in str(caught.value)
 
 
 def test_moments_are_compared_and_not_texts(in_tmp: Path) -> None:

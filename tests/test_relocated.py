@@ -12,9 +12,9 @@ import transformers
 
 import lora_bench
 from lora_bench.backbones import tiny
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from tests.backbones.tools import enliven, save
-from tests.command_line import Answer, toy_run
+from tests.command_line import Answer, refused, refuses, toy_run
 from tests.command_line import lora_bench as run
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ def test_a_moved_backbone_and_tokenizer_are_found_at_their_new_places(trained: P
     (trained / "model").rename(trained / "moved")
     (trained / "tok").rename(trained / "moved_tok")
     for command in COMMANDS.values():
-        answer = run(*command)
-        assert answer.code == 2
-        assert f"model.path={trained / 'model'}" in answer.err
-        assert "model.path=DIR" in answer.err
+        error = refused(*command)
+        assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "model.path", str(trained / "model"))
+        assert "model.path=DIR" in str(error)
         answer = run(*command, "model.path=moved", "model.tokenizer=moved_tok")
         assert answer.code == 0, answer
     after = lora_bench.load("run", model_path="moved", tokenizer="moved_tok").predict(PAIRS)
@@ -77,9 +76,9 @@ def test_another_backbone_at_the_new_place_is_refused(trained: Path) -> None:
     config = transformers.BertConfig(**SIZES, intermediate_size=64)
     network = enliven(transformers.BertForSequenceClassification(config), seed=1)
     save(trained / "other", network, tiny.tokenizer("bert"))
-    answer = run(*COMMANDS["predict"], "model.path=other")
-    assert answer.code == 2
-    assert "backbone" in answer.err
+    error = refused(*COMMANDS["predict"], "model.path=other")
+    assert (error.code, error.key) == (Code.MISMATCH, "run")
+    assert "backbone" in str(error)
 
 
 def test_a_tokenizer_that_was_changed_is_refused_everywhere(trained: Path) -> None:
@@ -90,20 +89,21 @@ def test_a_tokenizer_that_was_changed_is_refused_everywhere(trained: Path) -> No
     (trained / "stopped" / "run.json").write_text(json.dumps(record))
     change(trained / "tok" / "tokenizer.json")
     for command in COMMANDS.values():
-        answer = run(*command)
-        assert answer.code == 2, answer
-        assert "run=run: the tokenizer is not the one" in answer.err
-        assert "model.tokenizer=DIR" in answer.err
-    with pytest.raises(UserError, match="tokenizer"):
+        error = refused(*command)
+        assert (error.code, error.key, str(error.value)) == (Code.MISMATCH, "run", "run")
+        assert "model.tokenizer=DIR" in str(error)
+    with refuses(Code.MISMATCH, key="run") as caught:
         lora_bench.load("run")
-    for request, key in (
-        (("adapter.init_from=run", "hydra.run.dir=warm"), "adapter.init_from"),
-        (("resume=stopped",), "resume"),
+    assert "model.tokenizer=DIR" in str(caught.value)
+    for request, key, code in (
+        (("adapter.init_from=run", "hydra.run.dir=warm"), "adapter.init_from", Code.MISMATCH),
+        (("resume=stopped",), "resume", Code.NOT_RESUMABLE),
     ):
         answer = train(*request) if key != "resume" else run("train", *request)
         assert answer.code == 2, answer
-        assert f"{key}" in answer.err
-        assert "the tokenizer is not the one" in answer.err
+        assert answer.error is not None
+        assert (answer.error.code, answer.error.key) == (code, key)
+        assert "model.tokenizer=DIR" in str(answer.error)
     assert run(*COMMANDS["predict"], "model.tokenizer=model").code == 0  # the former one lies there too
 
 
@@ -111,9 +111,9 @@ def test_an_interrupted_run_is_resumed_with_its_backbone_at_a_new_place(trained:
     record = json.loads((trained / "run" / "run.json").read_text())
     (trained / "run" / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
     (trained / "model").rename(trained / "moved")
-    answer = run("train", "resume=run")
-    assert answer.code == 2
-    assert "model.path=DIR" in answer.err
+    error = refused("train", "resume=run")
+    assert (error.code, error.key) == (Code.NOT_FOUND, "model.path")
+    assert "model.path=DIR" in str(error)
     answer = run("train", "resume=run", "model.path=moved")
     assert answer.code == 0, answer
     assert json.loads((trained / "run" / "run.json").read_text())["status"] == "done"

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from lora_bench.errors import Code
 from lora_bench.evaluation.calibration import COLDEST, HOTTEST
 from tests.command_line import lora_bench, refused, toy_run
 
@@ -120,11 +121,22 @@ def test_the_temperature_is_that_of_the_selection_split(plain_run: dict[str, Any
     assert "selection/calibrated/nll" not in plain_run["metrics"]  # it was chosen there
 
 
-def test_wrong_requests_are_refused(in_tmp: Path) -> None:
-    for words, overrides in {
-        "data.augment=tipo: is not a transform. Did you mean typo?": ["data.augment=tipo"],
-        "data.perturb=number: has no label rule in the task rte.": ["data.perturb=[number]", "data.task=rte"],
-        "trainer.objective=perturb_consistency: needs perturbed pairs.": ["trainer.objective=perturb_consistency"],
-        "data.augment_share=2": ["data.augment_share=2"],
-    }.items():
-        assert words in refused("train", *QUICK, *overrides)
+@pytest.mark.parametrize(
+    ("overrides", "expected", "named"),
+    [
+        (["data.augment=tipo"], (Code.UNKNOWN_CHOICE, "data.augment", "tipo"), "Did you mean typo?"),
+        (["data.perturb=[number]", "data.task=rte"], (Code.UNSUPPORTED, "data.perturb", "number"), "rte"),
+        (
+            ["trainer.objective=perturb_consistency"],
+            (Code.CONFLICT, "trainer.objective", "perturb_consistency"),
+            "data.augment",
+        ),
+        (["data.augment_share=2"], (Code.INVALID_VALUE, "data.augment_share", 2.0), ""),
+    ],
+)
+def test_wrong_requests_are_refused(
+    in_tmp: Path, overrides: list[str], expected: tuple[Code, str, object], named: str
+) -> None:
+    error = refused("train", *QUICK, *overrides)
+    assert (error.code, error.key, error.value) == expected
+    assert named in str(error)

@@ -73,9 +73,9 @@ def test_backbones_are_made_from_a_teacher(places: list[str], monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert script(monkeypatch, "reproduce_enhanced", "--toy", "out", "large") == (
-        "the stage methods has not chosen a rate for experiment=enhanced yet: run it first"
-    )
+    message = str(script(monkeypatch, "reproduce_enhanced", "--toy", "out", "large"))
+    assert "stage methods" in message
+    assert "experiment=enhanced" in message
     assert script(monkeypatch, "reproduce_enhanced", "--toy", "out") == 0
     stages = {"methods", "backbones/tiny_roberta", "backbones/tiny_t5", "large", "target", "ablation", "ranks"}
     assert {stage for stage in stages if not Path("out", stage, "table.md").exists()} == set()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import lora_bench
 from lora_bench.compare import summarise
 from lora_bench.data.toy import generate
+from lora_bench.errors import Code
 from lora_bench.report import page
 from lora_bench.results import report_tasks
 from tests.command_line import at_step, refused, signalled, toy_run
@@ -146,10 +147,12 @@ def test_the_folder_of_a_task_is_used_like_a_run(runs: Path, in_tmp: Path, share
 
 def test_of_several_tasks_one_must_be_chosen(runs: Path, in_tmp: Path) -> None:
     for asked in (["eval", "data=toy"], ["predict", "input=x"], ["export", "format=merged", "output=x"]):
-        said = refused(*asked, f"run={runs / 'shared'}")
-        assert "learned several tasks. Choose one" in said
-        assert str(runs / "shared/tasks/middle") in said
-    assert "learned several tasks" in refused("train", *toy_run(), f"adapter.init_from={runs / 'shared'}")
+        error = refused(*asked, f"run={runs / 'shared'}")
+        assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "run", runs / "shared")
+        assert str(runs / "shared/tasks/middle") in str(error)
+    error = refused("train", *toy_run(), f"adapter.init_from={runs / 'shared'}")
+    assert (error.code, error.key) == (Code.UNSUPPORTED, "adapter.init_from")
+    assert str(runs / "shared/tasks/middle") in str(error)
 
 
 @pytest.mark.parametrize(("share", "step"), [("adapter", 11), ("backbone", 5)])
@@ -265,9 +268,10 @@ def test_t5_reads_each_task_under_its_name_and_answers_with_one_head_only_the_sa
     runs: Path, in_tmp: Path
 ) -> None:
     asked = ["--config-dir", str(runs / "conf"), *ASKED[1:], "model=tiny_t5", "trainer.max_steps=2"]
-    said = refused("train", *asked, THREE)
-    assert "small: not_duplicate, duplicate; middle: no, yes" in said
-    assert "model.form=encoder" in said
+    error = refused("train", *asked, THREE)
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "data.tasks", list(ROWS))
+    assert "small: not_duplicate, duplicate; middle: no, yes" in str(error)
+    assert "model.form=encoder" in str(error)
     assert command("train", *asked, "data.tasks=[small,large]", "hydra.run.dir=words").code == 0
     assert command("train", *asked, THREE, "model.form=encoder", "hydra.run.dir=heads").code == 0
     run = lora_bench.load("heads/tasks/large")
@@ -277,31 +281,37 @@ def test_t5_reads_each_task_under_its_name_and_answers_with_one_head_only_the_sa
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected", "named"),
     [
-        (["data.tasks=[small]"], "names one task"),
-        (["data.tasks=[]"], "names one task"),
-        (["data.tasks=[small,large,small]"], "names small twice"),
-        (["data.tasks=[small,smal]"], "data=smal: is not one of its choices. Did you mean small?"),
-        (["data.tasks=small"], "data.tasks=small: is not a list"),
-        (["data.tasks=[small,'../x']"], "is not the plain name of a choice"),
-        ([THREE, "adapter.matching=true"], "adapter.matching=true: compares the texts beside one head"),
-        ([THREE, "adapter.matching=null"], "adapter.matching=null: compares the texts beside one head"),
-        ([THREE, "ensemble.members=3"], "ensemble.members=3: has members that learn one task"),
+        (["data.tasks=[small]"], (Code.INVALID_VALUE, "data.tasks", ["small"]), ""),
+        (["data.tasks=[]"], (Code.INVALID_VALUE, "data.tasks", []), ""),
+        (["data.tasks=[small,large,small]"], (Code.INVALID_VALUE, "data.tasks", ["small", "large", "small"]), ""),
+        (["data.tasks=[small,smal]"], (Code.UNKNOWN_CHOICE, "data", "smal"), "Did you mean small?"),
+        (["data.tasks=small"], (Code.INVALID_VALUE, "data.tasks", "small"), ""),
+        (["data.tasks=[small,'../x']"], (Code.INVALID_VALUE, "data.tasks", ["small", "../x"]), "'../x' is"),
+        ([THREE, "adapter.matching=true"], (Code.CONFLICT, "adapter.matching", "true"), "data.share=backbone"),
+        ([THREE, "adapter.matching=null"], (Code.CONFLICT, "adapter.matching", "null"), "data.share=backbone"),
+        ([THREE, "ensemble.members=3"], (Code.CONFLICT, "ensemble.members", 3), "data.tasks"),
         (
             [THREE, "data.share=backbone", "adapter=full"],
-            "full trains the backbone itself, which the tasks would share",
+            (Code.UNSUPPORTED, "data.share", "backbone"),
+            "data.share=adapter",
         ),
-        ([THREE, "data.share=backbone", "data.temperature=2"], "data.temperature=2.0: says how often each task"),
-        ([THREE, "data.share=backbone", "pack.halving=true"], "pack.halving=true"),
-        ([THREE, "data.share=both"], "data.share=both: is not one of adapter, backbone"),
-        ([THREE, "data.temperature=0.5"], "data.temperature=0.5: must be a finite number of at least 1"),
-        ([THREE, "data.train_size=100"], "data.train_size=100: is more than the 43 rows"),
-        ([THREE, "data.train_rowz=100"], "data.train_rowz"),
-        ([THREE, "dry_run=true"], "dry_run=true: is known of one task at a time"),
-        (["data=small", "data.share=backbone"], "data.share=backbone: needs data.tasks"),
-        (["data=small", "data.temperature=3"], "data.temperature=3.0"),
+        ([THREE, "data.share=backbone", "data.temperature=2"], (Code.CONFLICT, "data.temperature", 2.0), ""),
+        ([THREE, "data.share=backbone", "pack.halving=true"], (Code.CONFLICT, "pack.halving", "true"), ""),
+        ([THREE, "data.share=both"], (Code.UNKNOWN_CHOICE, "data.share", "both"), "adapter, backbone"),
+        ([THREE, "data.temperature=0.5"], (Code.INVALID_VALUE, "data.temperature", 0.5), ""),
+        ([THREE, "data.train_size=100"], (Code.INVALID_VALUE, "data.train_size", 100), "43 rows"),
+        ([THREE, "data.train_rowz=100"], (Code.UNKNOWN_KEY, "data.train_rowz", None), ""),
+        ([THREE, "dry_run=true"], (Code.UNSUPPORTED, "dry_run", "true"), ""),
+        (["data=small", "data.share=backbone"], (Code.CONFLICT, "data.share", "backbone"), "data.tasks"),
+        (["data=small", "data.temperature=3"], (Code.CONFLICT, "data.temperature", 3.0), "data.tasks"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_learned_together_is_refused(runs: Path, in_tmp: Path, overrides: list[str], said: str) -> None:
-    assert said in refused("train", "--config-dir", str(runs / "conf"), *ASKED, *overrides)
+def test_what_cannot_be_learned_together_is_refused(
+    runs: Path, in_tmp: Path, overrides: list[str], expected: tuple[Code, str, object], named: str
+) -> None:
+    error = refused("train", "--config-dir", str(runs / "conf"), *ASKED, *overrides)
+    assert (error.code, error.key, error.value) == expected
+    assert named in str(error)

@@ -20,11 +20,12 @@ from lora_bench import experiment, recording
 from lora_bench import train as story
 from lora_bench.config import build_data
 from lora_bench.data import sources
-from lora_bench.errors import DivergedError, UserError
+from lora_bench.errors import Code, DivergedError, UserError
 from lora_bench.evaluation.metrics import score
 from lora_bench.job import Job
 from lora_bench.record import LAYOUT
 from lora_bench.training import loop
+from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def test_the_screen_tells_the_story(runs: Callable[..., Trained]) -> None:
     run = runs("model=tiny_bert")
     assert "lora on tiny_bert: 12 adapted linears" in run.output
     assert "toy: train 108, selection 12, validation 40; float32 on cpu" in run.output
-    assert "pairs are longer than data.max_length=48 and are truncated" in run.output
+    assert "data.max_length=48" in run.output
     assert f"record: {run.folder}" in run.output
     for name in NAMES:
         assert name in run.output
@@ -325,12 +326,12 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
 
 def test_a_run_whose_numbers_overflow_is_recorded_as_diverged(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(DivergedError, match=r"step \d+: (loss|gradient norm) (nan|inf) is not finite.*optimizer\.lr"):
+    with pytest.raises(DivergedError, match=r"step \d+: .*(nan|inf).*optimizer\.lr"):
         trained(folder, *QUICK, "optimizer.lr=1e18", "optimizer.grad_clip_norm=null", "optimizer.warmup=0")
     run = Trained(folder, "")
     record = run.record
     assert record["status"] == "diverged"
-    assert "is not finite" in record["error"]
+    assert re.search(r"step \d+: .*(nan|inf)", record["error"])
     assert record["metrics"] == {}
     assert record["cost"]["steps"] >= 1
     assert not (folder / "predictions").exists()
@@ -358,10 +359,14 @@ def fails(error: BaseException) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (KeyboardInterrupt(), "interrupted", "stopped from outside"),
-        (SystemExit(143), "interrupted", "stopped from outside"),
+        (KeyboardInterrupt(), "interrupted", ""),
+        (SystemExit(143), "interrupted", ""),
         (RuntimeError("DefaultCPUAllocator: not enough memory"), "failed", "RuntimeError: DefaultCPUAllocator"),
-        (UserError("is too much", key="adapter.rank", value=9), "failed", "adapter.rank=9: is too much."),
+        (
+            UserError("is too much", code=Code.INVALID_VALUE, key="adapter.rank", value=9),
+            "failed",
+            "adapter.rank=9: is too much.",
+        ),
     ],
     ids=["ctrl-c", "signal", "defect", "refusal"],
 )
@@ -374,6 +379,7 @@ def test_however_a_run_ends_its_record_says_so(
         trained(folder, *QUICK)
     record = Trained(folder, "").record
     assert record["status"] == status
+    assert record["error"]
     assert record["error"].startswith(words)
     assert record["finished"] is not None
     assert record["params"]["trainable"] > 0
@@ -431,51 +437,73 @@ def one_row(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "code", "key", "file", "row", "named"),
     [
-        (no_column, r"train\.tsv: has no column 'question1'"),
-        (label_two, r"validation\.tsv, row 4: label '2' is neither 0 nor 1"),
-        (train_alone, "no labelled split to report on.*Add a validation file"),
-        (validation_alone, "no train split"),
-        (empty_split, r"validation\.tsv: has a header but no rows"),
-        (short_row, r"train\.tsv, row 14: 2 columns where the header has 3"),
-        (one_row, "data.selection_size"),
+        (no_column, Code.INVALID_DATA, None, "train.tsv", None, "'question1'"),
+        (label_two, Code.INVALID_DATA, None, "validation.tsv", 4, "'2'"),
+        (train_alone, Code.EMPTY, "data", None, None, "validation file"),
+        (validation_alone, Code.EMPTY, "data", None, None, "train file"),
+        (empty_split, Code.EMPTY, None, "validation.tsv", None, ""),
+        (short_row, Code.INVALID_DATA, None, "train.tsv", 14, "2 columns"),
+        (one_row, Code.INVALID_VALUE, "data.selection_size", None, None, "1 rows"),
     ],
 )
-def test_refused_data_leaves_no_folder(tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
+def test_refused_data_leaves_no_folder(
+    tmp_path: Path,
+    make: Callable[[Path], None],
+    code: Code,
+    key: str | None,
+    file: str | None,
+    row: int | None,
+    named: str,
+) -> None:
     make(tmp_path / "data")
-    with pytest.raises(UserError, match=words):
+    with refuses(code, key=key) as caught:
         trained(tmp_path / "runs" / "run", "data=pairs", f"data.path={tmp_path / 'data'}")
+    path = None if file is None else str(tmp_path / "data" / file)
+    assert (caught.value.file, caught.value.row) == (path, row)
+    assert named in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "code", "key", "value", "named"),
     [
-        (["adapter.rank=33"], r"adapter\.rank=33: is above 32"),
-        (["adapter.rank=0"], r"adapter\.rank=0: must be"),
-        (["adapter.target_modules=nothing"], r"adapter\.target_modules=nothing: matches no linear"),
-        (["model=tiny_t5", "adapter=head_only"], "has no head to train"),
-        (["optimizer.lr=-1"], r"optimizer\.lr=-1"),
-        (["+adapter.rnak=3"], r"adapter\.rnak: is not a known key. Did you mean rank\?"),
-        (["+extra=1"], "extra: is not a known key"),
-        (["seed=-1"], "seed=-1: must be a whole number from 0"),
-        (["dry_run=maybe"], "dry_run=maybe: must be true or false"),
-        (["+metric.mine={torchmetric: BinaryRecal, direction: up}"], "Did you mean BinaryRecall"),
-        (["data.train_size=1000"], r"data\.train_size=1000"),
+        (["adapter.rank=33"], Code.INVALID_VALUE, "adapter.rank", 33, "32"),
+        (["adapter.rank=0"], Code.INVALID_VALUE, "adapter.rank", 0, ""),
+        (["adapter.target_modules=nothing"], Code.NO_MATCH, "adapter.target_modules", "nothing", ""),
+        (["model=tiny_t5", "adapter=head_only"], Code.UNSUPPORTED, "adapter.method", "head_only", "model.form=encoder"),
+        (["optimizer.lr=-1"], Code.INVALID_VALUE, "optimizer.lr", -1.0, ""),
+        (["+adapter.rnak=3"], Code.UNKNOWN_KEY, "adapter.rnak", None, "Did you mean rank?"),
+        (["+extra=1"], Code.UNKNOWN_KEY, "extra", None, ""),
+        (["seed=-1"], Code.INVALID_VALUE, "seed", -1, ""),
+        (["dry_run=maybe"], Code.INVALID_VALUE, "dry_run", "maybe", ""),
+        (
+            ["+metric.mine={torchmetric: BinaryRecal, direction: up}"],
+            Code.UNKNOWN_CHOICE,
+            "metric.mine.torchmetric",
+            "BinaryRecal",
+            "Did you mean BinaryRecall?",
+        ),
+        (["data.train_size=1000"], Code.INVALID_VALUE, "data.train_size", 1000, "108 rows"),
     ],
 )
-def test_refused_settings_leave_no_folder(in_tmp: Path, overrides: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_refused_settings_leave_no_folder(
+    in_tmp: Path, overrides: list[str], code: Code, key: str, value: object, named: str
+) -> None:
+    with refuses(code, key=key) as caught:
         trained(in_tmp / "run", *QUICK, *overrides)
+    assert caught.value.value == value
+    assert named in str(caught.value)
     assert list(in_tmp.iterdir()) == []
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_kept(runs: Callable[..., Trained]) -> None:
     run = runs("model=tiny_bert")
     before = {name: (run.folder / name).read_bytes() for name in files(run.folder)}
-    with pytest.raises(UserError, match="already holds a run"):
+    with refuses(Code.EXISTS, key="hydra.run.dir") as caught:
         trained(run.folder, *QUICK, "seed=9")
+    assert caught.value.value == run.folder
     assert {name: (run.folder / name).read_bytes() for name in files(run.folder)} == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -21,12 +22,12 @@ def make_socket(path: Path) -> None:
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
-    "fifo": (os.mkfifo, "not a regular file"),
-    "folder": (Path.mkdir, "not a regular file"),
-    "zeros": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-    "socket": (make_socket, "No such device"),
-    "loop": (lambda path: path.symlink_to(path.name), "symbolic links"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), "link to nothing"),
+    "fifo": (os.mkfifo, "regular"),
+    "folder": (Path.mkdir, "regular"),
+    "zeros": (lambda path: path.symlink_to("/dev/zero"), "regular"),
+    "socket": (make_socket, os.strerror(errno.ENXIO)),
+    "loop": (lambda path: path.symlink_to(path.name), os.strerror(errno.ELOOP)),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "link"),
 }
 
 
@@ -45,7 +46,7 @@ def test_what_is_no_regular_file_is_refused_without_blocking(in_tmp: Path, name:
 def test_a_huge_file_is_refused_by_its_size(in_tmp: Path) -> None:
     with Path("x").open("wb") as file:
         file.truncate(10 * 2**30)
-    with pytest.raises(OSError, match=r"holds 10,737,418,240 bytes, and at most"):
+    with pytest.raises(OSError, match=r"\b10,737,418,240\b.*\b33,554,432\b"):
         untrusted.read_json(Path("x"))
     assert "10,737,418,240" in str(untrusted.refusal(Path("x")))
     assert untrusted.refusal(Path("absent")) is None
@@ -54,9 +55,9 @@ def test_a_huge_file_is_refused_by_its_size(in_tmp: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 100_000, "nested more than"),
-        ("[" * 42 + "]" * 42, "nested more than"),
-        ('{"a": {"b": 1, "b": 2}}', "'b' is given twice"),
+        ("[" * 100_000, r"nested .*\b40\b"),
+        ("[" * 42 + "]" * 42, r"nested .*\b40\b"),
+        ('{"a": {"b": 1, "b": 2}}', "'b'"),
         ('{"a": ', "Expecting value"),
     ],
 )

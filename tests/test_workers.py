@@ -6,6 +6,7 @@ Every test here starts two processes that load torch: that is what they are abou
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def at_first_step(monkeypatch: pytest.MonkeyPatch, worker: int, action: Any) -> 
 def test_runs_are_what_they_are_in_one_process() -> None:
     asked = [*SWEEP, "optimizer.warmup=0", "optimizer.lr=1e-3,1e30,2e-3"]
     answer = lora_bench("train", "-m", *asked)
-    assert (answer.code, answer.err) == (1, "lora-bench: 1 of 3 jobs failed\n"), answer
+    assert answer.code == 1, answer
+    assert "1 of 3 jobs" in answer.err
     assert "worker 0: 2 jobs on one tiny_bert" in answer.out
     assert "worker 1: lora on tiny_bert" in answer.out
     assert answer.out.count("job 1 failed: step") == 1
@@ -75,9 +77,10 @@ def test_a_killed_process_is_told_and_its_jobs_go_on_with_the_sweep() -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_first_step(patch, 0, lambda worker: worker.process.kill())
         answer = lora_bench("train", "-m", *SWEEP, "seed=0,1,2")
-    assert (answer.code, answer.err) == (1, "lora-bench: 2 of 3 jobs failed\n"), answer
-    assert answer.out.count("failed: the process that trained it ended with -9") == 2
-    assert "2 of 3 jobs are lacking" in answer.out
+    assert answer.code == 1, answer
+    assert "2 of 3 jobs" in answer.err
+    assert [number for number in range(3) if re.search(f"job {number} failed: .* -9", answer.out)] == [1, 2]
+    assert "2 of 3 jobs" in answer.out
     assert statuses() == {"0": "done", "1": "running", "2": "running"}
     assert lora_bench("train", "-m", "resume=sweep").code == 0
     assert statuses() == {"0": "done", "1": "done", "2": "done"}
@@ -90,12 +93,12 @@ def test_ctrl_c_lets_each_leave_a_checkpoint(monkeypatch: pytest.MonkeyPatch) ->
 
     at_first_step(monkeypatch, 0, interrupt)
     answer = lora_bench("train", "-m", *LONG, "seed=0,1,2,3")
-    assert (answer.code, answer.err) == (130, "lora-bench: interrupted\n")
+    assert (answer.code, answer.err.count("\n")) == (130, 1), answer
     begun = statuses()
     assert set(begun.values()) == {"interrupted"}
     assert begun.keys() >= {"0", "1"}
     assert any(Path("sweep/0/checkpoints").iterdir())
-    assert "jobs are lacking; run them with: lora-bench train -m resume=sweep" in answer.out
+    assert "lora-bench train -m resume=sweep" in answer.out
 
 
 KILLED = """

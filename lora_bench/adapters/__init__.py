@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 
 from lora_bench.adapters.base import Adapter
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import Code, UserError, nearest
 
 __all__ = ["Adapter", "method_class", "method_names"]
 
@@ -48,7 +48,13 @@ def method_class(name: str) -> type[Adapter]:
     if name not in known:
         close = nearest(name, known)
         remedy = close if close.startswith("Did") else ""  # else it would name the choices once more
-        raise UserError(f"is not one of {', '.join(known)}", key="adapter.method", value=name, remedy=remedy)
+        raise UserError(
+            f"is not one of {', '.join(known)}",
+            key="adapter.method",
+            value=name,
+            remedy=remedy,
+            code=Code.UNKNOWN_CHOICE,
+        )
     module = importlib.import_module(f"{__name__}.{name}")
     (found,) = (
         cls

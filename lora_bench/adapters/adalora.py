@@ -26,6 +26,7 @@ from lora_bench.adapters.base import Update
 from lora_bench.adapters.layer import keep_mask
 from lora_bench.adapters.targets import OnLinears, need_rank
 from lora_bench.checks import need, need_number
+from lora_bench.errors import Code
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -68,6 +69,7 @@ class AdaLoRA(OnLinears):
                 "init_rank",
                 self.init_rank,
                 f"is below rank={self.rank}, the average that pruning is to end with",
+                code=Code.CONFLICT,
             )
         need_number("orthogonality", self.orthogonality, 0)
         need_number("beta1", self.beta1, 0, 0.999999)
@@ -80,6 +82,7 @@ class AdaLoRA(OnLinears):
             self.final,
             f"leaves no steps to prune in after warmup={self.warmup:g}",
             "The two shares must add up to less than 1.",
+            code=Code.CONFLICT,
         )
         need_number("interval", self.interval, 1)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_bench.adapters.patterns import limited_matching
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,7 +36,7 @@ def largest_remainder(shares: dict[str, float], total: int, caps: dict[str, int]
     """
     _need_sound(shares.items(), "share")
     if not any(shares.values()):
-        raise UserError("the share of every module is 0", key="allocation")
+        raise UserError("the share of every module is 0", key="allocation", code=Code.INVALID_VALUE)
     _need_room(total, caps)
     parts = {name: Fraction(share) for name, share in shares.items()}
     ranks: dict[str, int] = {}
@@ -78,7 +78,7 @@ def pattern(names: Iterable[str], rules: list[str], default: int, caps: dict[str
             matched = [name for name in names if expression.fullmatch(name)]
             if not matched:
                 hint = _hint(expression, rank, names)
-                raise UserError("matches no module", key="allocation", value=rule, remedy=hint)
+                raise UserError("matches no module", key="allocation", value=rule, remedy=hint, code=Code.NO_MATCH)
         free = [name for name in matched if name not in ranks]
         if not free:
             raise UserError(
@@ -86,6 +86,7 @@ def pattern(names: Iterable[str], rules: list[str], default: int, caps: dict[str
                 key="allocation",
                 value=rule,
                 remedy="The first rule that matches a name holds, so put the narrow ones first.",
+                code=Code.NO_MATCH,
             )
         ranks |= dict.fromkeys(free, rank)
     by_rule = set(ranks)
@@ -93,9 +94,11 @@ def pattern(names: Iterable[str], rules: list[str], default: int, caps: dict[str
     for name, rank in ranks.items():
         if rank > caps[name]:
             key = "allocation" if name in by_rule else "rank"
-            raise UserError(f"rank {rank} is above {caps[name]}, the most that {name} takes", key=key)
+            raise UserError(
+                f"rank {rank} is above {caps[name]}, the most that {name} takes", key=key, code=Code.INVALID_VALUE
+            )
     if not any(ranks.values()):
-        raise UserError("leaves rank 0 to every module, so nothing is adapted", key="allocation")
+        raise UserError("leaves rank 0 to every module, so nothing is adapted", key="allocation", code=Code.NO_MATCH)
     return ranks
 
 
@@ -189,7 +192,9 @@ def gradient(
     promised = {name: sigma.double() ** 2 / costs[name] for name, sigma in singular_values.items()}
     units = [name for promise, name in _best_first(promised, caps) if promise > 0]
     if not units:
-        raise UserError("the gradient of every module is 0, so no rank promises anything", key="allocation")
+        raise UserError(
+            "the gradient of every module is 0, so no rank promises anything", key="allocation", code=Code.INVALID_VALUE
+        )
     ranks = dict.fromkeys(singular_values, 0)
     spent = 0.0
     for name in units:
@@ -198,7 +203,11 @@ def gradient(
             spent += costs[name]
     if not spent:
         cheapest = min(costs[name] for name in units)
-        raise UserError(f"a budget of {budget:g} does not pay for one rank of cost {cheapest:g}", key="allocation")
+        raise UserError(
+            f"a budget of {budget:g} does not pay for one rank of cost {cheapest:g}",
+            key="allocation",
+            code=Code.INVALID_VALUE,
+        )
     return ranks
 
 
@@ -242,13 +251,19 @@ def _need_sound(numbers: Iterable[tuple[str, Tensor | float]], what: str) -> Non
     for name, each in numbers:
         values = torch.as_tensor(each, dtype=torch.float64)
         if not (torch.isfinite(values) & (values >= 0)).all():
-            raise UserError(f"the {what} of {name} is negative or not a finite number", key="allocation")
+            raise UserError(
+                f"the {what} of {name} is negative or not a finite number", key="allocation", code=Code.INVALID_VALUE
+            )
 
 
 def _need_room(total: int, caps: Mapping[str, int]) -> None:
     room = sum(caps.values())
     if not 0 <= total <= room:
-        raise UserError(f"{total} ranks in all are not within 0 and {room}, the room there is", key="allocation")
+        raise UserError(
+            f"{total} ranks in all are not within 0 and {room}, the room there is",
+            key="allocation",
+            code=Code.INVALID_VALUE,
+        )
 
 
 def _weight(values: Tensor) -> Tensor:
@@ -270,12 +285,18 @@ def _parse(rule: str) -> tuple[re.Pattern[str], int]:
     expression, equals, rank = rule.rpartition("=")
     if not (equals and expression and re.fullmatch(r"[0-9]{1,9}", rank)):
         raise UserError(
-            "is not of the form EXPRESSION=RANK", key="allocation", value=rule, remedy="For example '.*query=16'."
+            "is not of the form EXPRESSION=RANK",
+            key="allocation",
+            value=rule,
+            remedy="For example '.*query=16'.",
+            code=Code.INVALID_SYNTAX,
         )
     try:
         return re.compile(expression), int(rank)
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"is not a regular expression: {error}", key="allocation", value=rule) from None
+        raise UserError(
+            f"is not a regular expression: {error}", key="allocation", value=rule, code=Code.INVALID_SYNTAX
+        ) from None
 
 
 def _hint(expression: re.Pattern[str], rank: int, names: list[str]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.targets import OnLinears, match_targets
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -36,6 +36,7 @@ class BitFit(OnLinears):
                 key="method",
                 value=self.method,
                 remedy="Take another adapter, or a model with biases: BERT and RoBERTa have them, T5 has not.",
+                code=Code.UNSUPPORTED,
             )
         ordered = dict.fromkeys(name for name, _ in backbone.network.named_modules() if name in biased)
         return match_targets(backbone, self.target_modules, self.layers, ordered)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_bench.adapters.base import Adapter
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -26,5 +26,6 @@ class HeadOnly(Adapter):
                 key="method",
                 value="head_only",
                 remedy="Take adapter=lora or adapter=full, or give T5 a head with model.form=encoder.",
+                code=Code.UNSUPPORTED,
             )
         return []

@@ -24,7 +24,7 @@ from lora_bench.adapters.layer import LowRank
 from lora_bench.adapters.quantize import KINDS, loftq, quantize
 from lora_bench.adapters.targets import OnLinears, largest_rank, need_rank
 from lora_bench.checks import need, need_number, need_one_of
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,6 +96,7 @@ class LoRA(OnLinears):
                 self.allocation,
                 "prunes while it trains, which takes P diag(E) Q in the place of B A",
                 "Take adapter=adalora.",
+                code=Code.CONFLICT,
             )
             need_one_of("allocation", self.allocation, ("uniform", *_DATA_DRIVEN))
         else:
@@ -108,6 +109,7 @@ class LoRA(OnLinears):
             self.init_gamma,
             f"{'must be a number' if damped else 'means nothing'} with init={self.init}",
             "The papers' are 16 for lora_ga and 128 for lora_one; elsewhere it is null.",
+            code=Code.CONFLICT,
         )
         need(
             self.init != "loftq" or self.quantize is not None,
@@ -115,6 +117,7 @@ class LoRA(OnLinears):
             self.init,
             "makes up for what quantisation takes away, and nothing is quantised",
             "Add adapter.quantize=nf4.",
+            code=Code.CONFLICT,
         )
         need(
             not self.freeze_A or self.lr_ratio == 1,
@@ -122,6 +125,7 @@ class LoRA(OnLinears):
             self.lr_ratio,
             "is a ratio to the rate of A, which freeze_A=true keeps from learning",
             "Set optimizer.lr instead.",
+            code=Code.CONFLICT,
         )
 
     @property

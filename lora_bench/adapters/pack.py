@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lora_bench.adapters.leaves import Adapted, Live, MemberHeads
 from lora_bench.adapters.matching import Matching, pair_features
 from lora_bench.adapters.together import Copies, kind
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +81,12 @@ class Pack(nn.Module):
         self._live = Live(list(range(len(members))))
         self.trains_backbone = any(member.adapter.trains_backbone for member in members)
         if self.trains_backbone and len(members) > 1:
-            raise UserError("trains the backbone, so its packs have one member", key="adapter.method", value="full")
+            raise UserError(
+                "trains the backbone, so its packs have one member",
+                key="adapter.method",
+                value="full",
+                code=Code.UNSUPPORTED,
+            )
         try:
             self.dropout = [stream(member.seed_of("dropout"), "dropout", backbone.device) for member in members]
             self.targets = [member.adapter.targets(backbone) for member in members]
@@ -102,7 +107,13 @@ class Pack(nn.Module):
         matching = [k for k, asks in enumerate(asked) if asks]
         if matching and not apart:
             reason = "needs to know where the second text begins, and this model reads both as one"
-            raise UserError(reason, key="adapter.matching", value="true", remedy="Take adapter.matching=false.")
+            raise UserError(
+                reason,
+                key="adapter.matching",
+                value="true",
+                remedy="Take adapter.matching=false.",
+                code=Code.UNSUPPORTED,
+            )
         self.matchings = nn.ModuleDict({str(k): Matching(size, device) for k in matching})
         self._attach_heads()
         self._attach_updates()
@@ -284,7 +295,9 @@ class Pack(nn.Module):
         wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if state[n].shape != p.shape]
         wrong = wrong or [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
         if wrong:
-            raise UserError(f"the saved tensors do not fit this backbone and adapter: {', '.join(wrong[:3])}")
+            raise UserError(
+                f"the saved tensors do not fit this backbone and adapter: {', '.join(wrong[:3])}", code=Code.DAMAGED
+            )
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(state[name])

@@ -11,7 +11,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def limited_matching(key: str, value: object = None, *, file: Path | None = None
     except _TimeIsUpError:
         reason = f"takes more than {MATCH_SECONDS:g} seconds to match against the names of the network's modules"
         remedy = "Give a simpler expression: repeat no group that repeats something itself."
-        raise UserError(reason, key=key, value=value, file=file, remedy=remedy) from None
+        raise UserError(reason, key=key, value=value, file=file, remedy=remedy, code=Code.INVALID_VALUE) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench import untrusted
 from lora_bench.adapters.patterns import limited_matching
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -66,11 +66,12 @@ class PeftConfig:
             values = untrusted.read_json(path)
         except OSError as error:
             remedy = "Give the folder that peft's save_pretrained wrote."
-            raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
+            code = Code.NOT_FOUND if isinstance(error, FileNotFoundError) else Code.UNREADABLE
+            raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy, code=code) from None
         except ValueError as error:
-            raise UserError(f"is damaged: {error}", file=path) from None
+            raise UserError(f"is damaged: {error}", file=path, code=Code.DAMAGED) from None
         if not isinstance(values, dict):
-            raise UserError("is damaged: it holds no object", file=path)
+            raise UserError("is damaged: it holds no object", file=path, code=Code.DAMAGED)
         config = cls(Path(folder), values)
         with limited_matching("adapter", file=path):
             config._check()
@@ -121,12 +122,14 @@ class PeftConfig:
         found = {name: next((p for p in patterns if _ends(p, name)), None) for name in names}
         for pattern in patterns:
             if not any(_ends(pattern, name) for name in found):
-                raise self.refusal(key, None, f"{pattern!r} fits no adapted module")
+                raise self.refusal(key, None, f"{pattern!r} fits no adapted module", code=Code.NO_MATCH)
         return {name: default if pattern is None else patterns[pattern] for name, pattern in found.items()}
 
-    def refusal(self, key: str, value: object, reason: str, remedy: str = "") -> UserError:
+    def refusal(
+        self, key: str, value: object, reason: str, remedy: str = "", *, code: Code = Code.UNSUPPORTED
+    ) -> UserError:
         """The error that names a key of the file."""
-        return UserError(reason, key=key, value=value, file=self.folder / FILE, remedy=remedy)
+        return UserError(reason, key=key, value=value, file=self.folder / FILE, remedy=remedy, code=code)
 
     def _check(self) -> None:
         kind = self.values.get("peft_type")
@@ -134,18 +137,22 @@ class PeftConfig:
             raise self.refusal("peft_type", kind, f"is none of {', '.join(_NEEDED)}, which can be evaluated here")
         for key in _NEEDED[kind]:
             if self.values.get(key) is None:
-                raise self.refusal(key, None, "is missing")
+                raise self.refusal(key, None, "is missing", code=Code.MISSING)
         for key, (holds, reason) in _RULES.items():
             value = self.values.get(key)
             if value is not None and not holds(value):
-                raise self.refusal(key, value, reason)
+                raise self.refusal(key, value, reason, code=Code.INVALID_VALUE)
+        bias = self.values.get("bias")
+        if bias not in (None, "none"):
+            raise self.refusal("bias", bias, "trains biases of the backbone, which are not read here")
         for key, value in self.values.items():
             if value and key not in _READ | _IDLE:
                 reason = "is not known here and may change what the adapter computes"
                 raise self.refusal(key, value, reason, "Merge it with peft's merge_and_unload.")
         for key, value in self.values.items():
             if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
-                raise self.refusal(key, None, f"has {len(value):,} entries; at most {MOST_ENTRIES:,} are read")
+                reason = f"has {len(value):,} entries; at most {MOST_ENTRIES:,} are read"
+                raise self.refusal(key, None, reason, code=Code.TOO_LARGE)
         start = self.values.get("init_lora_weights")
         if start not in (*_PLAIN_STARTS, *SUBTRACTED_STARTS):
             raise self.refusal(
@@ -218,5 +225,4 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _by_module(value) and all(map(_is_number, value.values())),
         "does not give each module a number above 0",
     ),
-    "bias": (lambda value: value == "none", "trains biases of the backbone, which are not read here"),
 }

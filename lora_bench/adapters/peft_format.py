@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_bench import untrusted
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,7 +92,7 @@ def load(folder: Path, pack: Pack, member: int) -> None:
         try:
             pack.load_state(member, tensors)
         except UserError as error:
-            raise UserError(error.reason, file=path) from None
+            raise UserError(error.reason, file=path, code=Code.DAMAGED) from None
         return
     refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in _saved(pack, member).items()})
     own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -116,7 +116,7 @@ def read(path: Path) -> dict[str, Tensor]:
         untrusted.open_file(path, max_bytes=2**63).close()  # the library would wait for a writer of a FIFO
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"is absent or damaged ({error})", file=path) from None
+        raise UserError(f"is absent or damaged ({error})", file=path, code=Code.DAMAGED) from None
 
 
 def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
@@ -127,11 +127,15 @@ def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
         with safe_open(path, "pt") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"is absent or damaged ({error})", file=path) from None
+        raise UserError(f"is absent or damaged ({error})", file=path, code=Code.DAMAGED) from None
     largest = max((max(shape, default=0) for shape in shapes), default=0)
     for name, rank in ranks.items():
         if max(rank, default=0) > largest if isinstance(rank, list) else rank > largest:
-            raise UserError(f"the saved tensors do not fit: {name} has rank {rank} in the run's record", file=path)
+            raise UserError(
+                f"the saved tensors do not fit: {name} has rank {rank} in the run's record",
+                file=path,
+                code=Code.DAMAGED,
+            )
 
 
 def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -154,7 +158,9 @@ def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[st
     for trouble, names in problems.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"the saved tensors do not fit: {', '.join(names[:3])}{more} {trouble}", file=path)
+            raise UserError(
+                f"the saved tensors do not fit: {', '.join(names[:3])}{more} {trouble}", file=path, code=Code.DAMAGED
+            )
 
 
 def _type_fits(name: str, tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ from lora_bench.adapters.pack import Member, Pack
 from lora_bench.adapters.patterns import limited_matching
 from lora_bench.adapters.peft_config import FILE as CONFIG_FILE
 from lora_bench.adapters.peft_config import SUBTRACTED_STARTS, PeftConfig, is_rank
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,17 +101,17 @@ class _Imported(Adapter):
 
 def _linears(config: PeftConfig, backbone: Backbone) -> Linears:
     """The linears that the adapter changes, by full name."""
-    asked = config.values["target_modules"]
+    targets = config.values["target_modules"]
     found: Linears = {}
     for name, module in backbone.network.named_modules():
         if not config.adapts(name):
             continue
         placed = backbone.layer_of(name) is not None or _within(name, backbone.head_modules)
         if not (isinstance(module, nn.Linear) and placed):
-            raise config.refusal("target_modules", asked, f"takes in {name}, no linear of the layers or the head")
+            raise config.refusal("target_modules", targets, f"takes in {name}, no linear of the layers or the head")
         found[name] = module
     if not found:
-        raise config.refusal("target_modules", asked, "fits no module of the backbone")
+        raise config.refusal("target_modules", targets, "fits no module of the backbone", code=Code.NO_MATCH)
     return found
 
 
@@ -129,6 +129,7 @@ def _saved_head(config: PeftConfig, backbone: Backbone) -> Tensors:
             f"neither this adapter nor the backbone's checkpoint holds {lacking[0]}",
             file=config.folder,
             remedy="With peft, name the head in modules_to_save before training.",
+            code=Code.MISSING,
         )
     return {f"{MODEL}{name}": p for name, p in found.items()}
 
@@ -174,7 +175,7 @@ class _Lora:
         alphas = config.by_module("alpha_pattern", config.values["lora_alpha"], linears)
         for name, rank in self.ranks.items():
             if not is_rank(rank):
-                raise config.refusal("rank_pattern", None, f"gives {name} the rank {rank}")
+                raise config.refusal("rank_pattern", None, f"gives {name} the rank {rank}", code=Code.INVALID_VALUE)
         divisor = math.sqrt if config.values.get("use_rslora") else float
         self.scalings = {name: alpha / divisor(self.ranks[name]) for name, alpha in alphas.items()}
         self.has_magnitude = bool(config.values.get("use_dora"))
@@ -202,9 +203,10 @@ class _AdaLora:
         for key, kept in (config.values.get("rank_pattern") or {}).items():
             name = key.removesuffix(".lora_E")
             if name not in linears:
-                raise config.refusal("rank_pattern", None, f"{key!r} fits no adapted module")
+                raise config.refusal("rank_pattern", None, f"{key!r} fits no adapted module", code=Code.NO_MATCH)
             if not isinstance(kept, list) or len(kept) != first:
-                raise config.refusal("rank_pattern", None, f"{key!r} does not say of each rank whether it is kept")
+                reason = f"{key!r} does not say of each rank whether it is kept"
+                raise config.refusal("rank_pattern", None, reason, code=Code.INVALID_VALUE)
             self.ranks[name] = sum(map(bool, kept))
 
     def shapes(self) -> Shapes:

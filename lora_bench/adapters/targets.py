@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.adapters.base import Adapter
 from lora_bench.adapters.patterns import limited_matching
 from lora_bench.checks import need
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,7 +73,12 @@ def match_targets(
         matched = _match_names(names, pattern, target_modules)
     matched = [name for name in matched if backbone.layer_of(name) in chosen_layers]
     if not matched:
-        raise UserError(f"leaves no linear that target_modules={target_modules} matches", key="layers", value=layers)
+        raise UserError(
+            f"leaves no linear that target_modules={target_modules} matches",
+            key="layers",
+            value=layers,
+            code=Code.NO_MATCH,
+        )
     return matched
 
 
@@ -82,7 +87,12 @@ def _match_names(names: list[str], pattern: str, target_modules: str) -> list[st
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"is not a regular expression: {error}", key="target_modules", value=target_modules) from None
+        raise UserError(
+            f"is not a regular expression: {error}",
+            key="target_modules",
+            value=target_modules,
+            code=Code.INVALID_SYNTAX,
+        ) from None
     matched = [name for name in names if compiled.fullmatch(name)]
     if not matched:
         near = [name for name in names if compiled.search(name)]
@@ -91,7 +101,13 @@ def _match_names(names: list[str], pattern: str, target_modules: str) -> list[st
             if near
             else f"Names there are: {', '.join(_patterns(names))}."
         )
-        raise UserError("matches no linear of the backbone", key="target_modules", value=target_modules, remedy=hint)
+        raise UserError(
+            "matches no linear of the backbone",
+            key="target_modules",
+            value=target_modules,
+            remedy=hint,
+            code=Code.NO_MATCH,
+        )
     return matched
 
 
@@ -128,6 +144,7 @@ def _match_layers(layers: Any, count: int) -> set[int]:
         key="layers",
         value=layers,
         remedy=_LAYERS_REMEDY,
+        code=Code.INVALID_VALUE,
     )
 
 

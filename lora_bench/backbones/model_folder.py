@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lora_bench import untrusted
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -79,11 +79,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(untrusted.read_bytes(path, LARGEST_JSON_BYTES).decode("utf-8"))
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", file=path) from None
+        raise UserError(f"cannot be read: {error.strerror}", file=path, code=Code.UNREADABLE) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"is damaged: {error}", file=path) from None
+        raise UserError(f"is damaged: {error}", file=path, code=Code.DAMAGED) from None
     if not isinstance(values, dict):
-        raise UserError("is damaged: it holds no object", file=path)
+        raise UserError("is damaged: it holds no object", file=path, code=Code.DAMAGED)
     return values
 
 
@@ -99,13 +99,15 @@ def check_settings(settings: Mapping[str, Any], file: str | Path) -> None:
         for key in ("quantization_config", "compression_config"):
             if values.get(key):
                 remedy = "Give the model's weights in fp32, fp16 or bf16; adapter=qlora quantises them itself."
-                raise UserError(f"{key}: the weights are quantised", file=file, remedy=remedy)
+                raise UserError(f"{key}: the weights are quantised", file=file, remedy=remedy, code=Code.UNSUPPORTED)
         for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
             if "/" in str(values.get(key)):
-                raise UserError(f"{key}: names code to download", file=file, remedy="Leave that key out.")
+                raise UserError(
+                    f"{key}: names code to download", file=file, remedy="Leave that key out.", code=Code.FORBIDDEN
+                )
     if settings.get("transformers_weights"):
         reason = f"transformers_weights: names another file of weights than {WEIGHTS}"
-        raise UserError(reason, file=file, remedy="Leave that key out.")
+        raise UserError(reason, file=file, remedy="Leave that key out.", code=Code.UNSUPPORTED)
 
 
 @contextmanager
@@ -125,7 +127,12 @@ def bounded_construction(folder: Path) -> Iterator[None]:
             count += parameter.numel()
             if count > most:
                 reason = f"asks for a network far larger than the checkpoint (at {name})"
-                raise UserError(reason, file=folder / "config.json", remedy="Give the config.json of these weights.")
+                raise UserError(
+                    reason,
+                    file=folder / "config.json",
+                    remedy="Give the config.json of these weights.",
+                    code=Code.DAMAGED,
+                )
 
     handle = register_module_parameter_registration_hook(add)
     try:
@@ -139,15 +146,15 @@ def _refuse_special_files(folder: Path) -> None:
     try:
         paths = list(folder.iterdir())
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", file=folder) from None
+        raise UserError(f"cannot be read: {error.strerror}", file=folder, code=Code.UNREADABLE) from None
     needed = {"config.json", WEIGHTS, INDEX, *ADAPTER_FILES}
     for path in paths:
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            raise UserError(f"cannot be read: {error.strerror}", file=path) from None
+            raise UserError(f"cannot be read: {error.strerror}", file=path, code=Code.UNREADABLE) from None
         if not stat.S_ISREG(mode) and (path.name in needed or not stat.S_ISDIR(mode)):
-            raise UserError("is not a regular file", file=path)
+            raise UserError("is not a regular file", file=path, code=Code.NOT_A_FILE)
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -159,6 +166,7 @@ def _refuse_adapter(folder: Path) -> None:
             remedy="To train on the adapted model, merge the two (lora-bench export format=merged, or peft's "
             "merge_and_unload); to go on from a run's adapter, give adapter.init_from=RUN; "
             "to train on the model alone, move the adapter's files elsewhere.",
+            code=Code.UNSUPPORTED,
         )
 
 
@@ -178,16 +186,16 @@ def _shards(index: Path) -> list[Path]:
     """Return the files that an index names; all of them lie beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError("is damaged: it has no weight_map", file=index)
+        raise UserError("is damaged: it has no weight_map", file=index, code=Code.DAMAGED)
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
             reason = f"weight_map: {tensor!r} is in {name!r}, which is not a .safetensors file of this folder"
-            raise UserError(reason, file=index, remedy="Save the model anew with save_pretrained.")
+            raise UserError(reason, file=index, remedy="Save the model anew with save_pretrained.", code=Code.DAMAGED)
     shards = [index.with_name(name) for name in dict.fromkeys(weight_map.values())]
     missing = next((shard for shard in shards if not shard.is_file()), None)
     if missing:
         reason = f"weight_map: {missing.name} is not in this folder"
-        raise UserError(reason, file=index, remedy="Copy or download the model's files once more.")
+        raise UserError(reason, file=index, remedy="Copy or download the model's files once more.", code=Code.DAMAGED)
     return shards
 
 
@@ -198,19 +206,25 @@ def _header(path: Path) -> dict[str, TensorInfo]:
             return {name: TensorInfo(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
     except (OSError, SafetensorError, ValueError) as error:
         remedy = "Copy or download the model's files once more."
-        raise UserError(f"is damaged: {error}", file=path, remedy=remedy) from None
+        raise UserError(f"is damaged: {error}", file=path, remedy=remedy, code=Code.DAMAGED) from None
 
 
 def _without_safetensors(folder: Path) -> UserError:
     reason = f"holds no {WEIGHTS}"
     others = [name for name in OTHER_WEIGHTS if (folder / name).exists()]
     if not others:
-        return UserError(reason, file=folder, remedy="Give the folder that save_pretrained of a model wrote.")
+        return UserError(
+            reason, file=folder, remedy="Give the folder that save_pretrained of a model wrote.", code=Code.NOT_FOUND
+        )
     reason += f", only {others[0]}, which is not read here"
     if others[0].startswith("pytorch_model"):
         command = f'python -c "{_CONVERT}" {shlex.quote(str(folder))}'
-        return UserError(reason, file=folder, remedy=f"Convert it once, without running code of it: {command}")
-    return UserError(reason, file=folder, remedy="Load it with transformers and save it with save_pretrained.")
+        return UserError(
+            reason, file=folder, remedy=f"Convert it once, without running code of it: {command}", code=Code.UNSUPPORTED
+        )
+    return UserError(
+        reason, file=folder, remedy="Load it with transformers and save it with save_pretrained.", code=Code.UNSUPPORTED
+    )
 
 
 def _refuse_adapted_tensors(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
@@ -220,7 +234,9 @@ def _refuse_adapted_tensors(tensors: Mapping[str, TensorInfo], folder: Path) -> 
         parts = name.split(".")
         if wrappers.intersection(parts) or any(part.startswith(("lora_", "vera_")) for part in parts):
             remedy = "Merge the adapter first: peft's merge_and_unload, then save_pretrained."
-            raise UserError(f"the checkpoint holds an adapter ({name})", file=folder, remedy=remedy)
+            raise UserError(
+                f"the checkpoint holds an adapter ({name})", file=folder, remedy=remedy, code=Code.UNSUPPORTED
+            )
 
 
 def _refuse_types(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
@@ -233,7 +249,7 @@ def _refuse_types(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
         weight = leaf == "weight" or (leaf == "bias" and len(info.shape) < 4)
         if info.dtype not in FLOATS and (weight or info.dtype.startswith(("F", "C"))):
             remedy = "Give the model's weights in fp32, fp16 or bf16."
-            raise UserError(f"{name} is of type {info.dtype}", file=folder, remedy=remedy)
+            raise UserError(f"{name} is of type {info.dtype}", file=folder, remedy=remedy, code=Code.UNSUPPORTED)
 
 
 def _refuse_impossible_numbers(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], file: Path) -> None:
@@ -250,7 +266,7 @@ def _refuse_impossible_numbers(settings: Mapping[str, Any], tensors: Mapping[str
             reason = f"{key}: {str(value)[:20]} is below zero"
         else:
             continue
-        raise UserError(reason, file=file, remedy="Give the config.json of these weights.")
+        raise UserError(reason, file=file, remedy="Give the config.json of these weights.", code=Code.DAMAGED)
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

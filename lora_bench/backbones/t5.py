@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.backbones.base import Backbone, additive_mask, run_layer
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +89,7 @@ class T5TextToText(_T5):
                 key="model.label_words",
                 value=label_words,
                 remedy="Give two words that begin differently, for example 'model.label_words=[no,yes]'.",
+                code=Code.INVALID_VALUE,
             )
 
     def linears(self) -> dict[str, nn.Linear]:

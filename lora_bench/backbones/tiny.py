@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 _CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 
@@ -17,7 +17,12 @@ def tokenizer(model_type: str) -> Any:
     """A tokenizer for a random model of `model_type` (`bert`, `roberta` or `t5`)."""
     makers = {"bert": _bert, "roberta": _roberta, "t5": _t5}
     if model_type not in makers:
-        raise UserError(f"is not one of {', '.join(makers)}", key="model.random.model_type", value=model_type)
+        raise UserError(
+            f"is not one of {', '.join(makers)}",
+            key="model.random.model_type",
+            value=model_type,
+            code=Code.UNKNOWN_CHOICE,
+        )
     return makers[model_type]()
 
 

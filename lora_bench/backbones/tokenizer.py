@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, TokenizersBackend
 
 from lora_bench.backbones.identity import PAIRS, TEXTS
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -46,13 +46,13 @@ HARD = [
 
 
 def read(
-    place: str, refusal: Callable[[str, str | None], UserError], options: Callable[[], Mapping[str, Any]]
+    place: str, refusal: Callable[[str, str | None, Code], UserError], options: Callable[[], Mapping[str, Any]]
 ) -> tuple[Any, list[str]]:
     """Return the tokenizer of a folder or hub id, and what the user should know of how it is read.
 
     Args:
         place: a local folder or an id on the hub.
-        refusal: makes the error of a reason and a remedy.
+        refusal: makes the error of a reason, a remedy and a code.
         options: gives the keywords for `AutoTokenizer.from_pretrained`.
 
     Raises:
@@ -69,7 +69,8 @@ def read(
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
-        raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None) from None
+        code = Code.UNSUPPORTED if os.path.isdir(place) else Code.NOT_FOUND
+        raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None, code) from None
     if path is not None:
         _refuse_other_ids(path, tokenizer, added)
     _refuse_unusable(tokenizer, refusal)
@@ -77,7 +78,8 @@ def read(
         bounded(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
     except Exception as error:
         reason = f"its tokenizer fails on short texts ({first_line(error)})"
-        raise refusal(reason, "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever.") from None
+        remedy = "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever."
+        raise refusal(reason, remedy, Code.DAMAGED) from None
     return tokenizer, _notes(tokenizer, by_class)
 
 
@@ -93,12 +95,12 @@ def refuse_odd_files(folder: Path) -> None:
         try:
             found = path.stat()
         except OSError as error:
-            raise UserError(f"cannot be read ({error.strerror})", file=path) from None
+            raise UserError(f"cannot be read ({error.strerror})", file=path, code=Code.UNREADABLE) from None
         if not stat.S_ISREG(found.st_mode):
-            raise UserError("is not a regular file", file=path)
+            raise UserError("is not a regular file", file=path, code=Code.NOT_A_FILE)
         if found.st_size > MAX_BYTES:
             reason = f"has {found.st_size:,} bytes, and no file of a tokenizer or config has more than {MAX_BYTES:,}"
-            raise UserError(reason, file=path)
+            raise UserError(reason, file=path, code=Code.TOO_LARGE)
 
 
 def bounded(call: Callable[[], T], seconds: float) -> T:
@@ -214,7 +216,7 @@ def _refuse_contradictions(path: Path) -> list[Any]:
         members = dict(pairs)
         if len(members) < len(pairs):
             name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-            raise UserError(f"names {name[:50]!r} twice", file=path, remedy=REMEDY)
+            raise UserError(f"names {name[:50]!r} twice", file=path, remedy=REMEDY, code=Code.DAMAGED)
         return members
 
     content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeated)
@@ -228,14 +230,18 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     ids = list(vocabulary.values())
     absurd = [i for i in [*ids, *(token.get("id") for token in added)] if type(i) is int and i > MAX_ID]
     if absurd:
-        raise UserError(f"has the token id {absurd[0]}, and no id is above {MAX_ID}", file=path, remedy=REMEDY)
+        raise UserError(
+            f"has the token id {absurd[0]}, and no id is above {MAX_ID}", file=path, remedy=REMEDY, code=Code.DAMAGED
+        )
     repeated = next((i for i, times in Counter(map(str, ids)).items() if times > 1), None)
     if repeated is not None:
         names = [token for token, i in vocabulary.items() if str(i) == repeated]
-        raise UserError(f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY)
+        raise UserError(
+            f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY, code=Code.DAMAGED
+        )
     if model.get("dropout"):
         reason = f"has model.dropout={model['dropout']}: it would split the same text differently each time"
-        raise UserError(reason, file=path, remedy="Set it to null.")
+        raise UserError(reason, file=path, remedy="Set it to null.", code=Code.UNSUPPORTED)
     return added
 
 
@@ -247,13 +253,13 @@ def _refuse_other_ids(path: Path, tokenizer: Any, added: list[Any]) -> None:
             reason = (
                 f"gives the added token {token['content']!r} the id {token['id']}, where the vocabulary has {actual}"
             )
-            raise UserError(reason, file=path, remedy=REMEDY)
+            raise UserError(reason, file=path, remedy=REMEDY, code=Code.DAMAGED)
 
 
 REMEDY = "Take the tokenizer.json that the weights came with."
 
 
-def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None], UserError]) -> None:
+def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], UserError]) -> None:
     # Where there are no files, transformers makes a tokenizer up that knows its special tokens and nothing else.
     words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
     pad = tokenizer.pad_token
@@ -267,7 +273,8 @@ def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None], UserEr
     }
     for fault, holds in faults.items():
         if holds:
-            raise refusal(fault, names_it if "padding" in fault else None)
+            code = Code.NOT_FOUND if fault == "holds no tokenizer" else Code.UNSUPPORTED
+            raise refusal(fault, names_it if "padding" in fault else None, code)
 
 
 def _notes(tokenizer: Any, by_class: Any) -> list[str]:

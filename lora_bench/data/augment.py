@@ -17,7 +17,7 @@ import numpy as np
 from lora_bench.data.examples import Examples
 from lora_bench.data.pairs import tokenize
 from lora_bench.data.perturb import Perturbed, choose, perturb_row
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,7 +101,9 @@ def augmentations(data: Data, objective: str) -> list[Transform]:
     if data.augment is None:
         if compared:
             remedy = "Give data.augment=all, a level, or a list of transforms."
-            raise UserError("needs perturbed pairs", key="trainer.objective", value=objective, remedy=remedy)
+            raise UserError(
+                "needs perturbed pairs", key="trainer.objective", value=objective, remedy=remedy, code=Code.CONFLICT
+            )
         return []
     return choose(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=compared)
 

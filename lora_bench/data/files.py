@@ -20,7 +20,7 @@ import numpy as np
 from lora_bench.data.examples import Examples
 from lora_bench.data.labels import advise, excerpt
 from lora_bench.data.lines import split_lines
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import Code, UserError, nearest
 from lora_bench.paths import STREAM, is_stream, read_input
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class Table:
         labels 0 and 1 are called (`label_names`) only helps to explain a refusal.
         """
         if not self.rows:
-            raise UserError("has a header but no rows", file=self.source, remedy="Give at least one labelled row.")
+            raise UserError(
+                "has a header but no rows", file=self.source, remedy="Give at least one labelled row.", code=Code.EMPTY
+            )
         texts = tuple(self._texts(name) for name in text_columns)
         labels = None
         if label_column is not None:
@@ -123,10 +125,10 @@ class Table:
             columns = list(self.names)
             hint = nearest(name, (repr(column)[1:-1][:60] for column in columns[:200]))
             remedy = f"Its columns: {excerpt(columns)}. {hint if hint.startswith('Did') else ''} {key} names them."
-            raise UserError(f"has no column {excerpt(name)}", file=self.source, remedy=remedy)
+            raise UserError(f"has no column {excerpt(name)}", file=self.source, remedy=remedy, code=Code.INVALID_DATA)
 
     def _error(self, reason: str, row: int, remedy: str = "") -> UserError:
-        return UserError(reason, file=self.source, row=row, remedy=remedy)
+        return UserError(reason, file=self.source, row=row, remedy=remedy, code=Code.INVALID_DATA)
 
 
 def read(
@@ -152,17 +154,22 @@ def read_table(path: str | Path) -> Table:
     kind = format_of(path)
     if kind is None:
         raise UserError(
-            f"is none of {', '.join(READERS)}", file=source, remedy="Its name must end so; unpack it if it is packed."
+            f"is none of {', '.join(READERS)}",
+            file=source,
+            remedy="Its name must end so; unpack it if it is packed.",
+            code=Code.UNKNOWN_CHOICE,
         )
     raw = read_input(path, source)
     if not raw:
-        raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
+        raise UserError(
+            "is empty", file=source, remedy="Give a header row and at least one row of data.", code=Code.EMPTY
+        )
     table = READERS[kind](source, raw)
     names: set[str] = set()
     for name in table.names:
         if name in names:
             reason = f"has two columns named {excerpt(name)}"
-            raise UserError(reason, file=source, row=1, remedy="Rename one of them.")
+            raise UserError(reason, file=source, row=1, remedy="Rename one of them.", code=Code.INVALID_DATA)
         names.add(name)
     return table
 
@@ -182,6 +189,7 @@ def split_files(folder: str) -> dict[str, str]:
                 key="data.path",
                 value=folder,
                 remedy=f"Keep one file for {split}.",
+                code=Code.CONFLICT,
             )
         found |= dict.fromkeys([split], paths[0]) if paths else {}
     if not found:
@@ -191,6 +199,7 @@ def split_files(folder: str) -> dict[str, str]:
             value=folder,
             remedy=f"Name them train, validation or test with one of {', '.join(READERS)}; "
             "other names (dev, valid, eval) are not guessed.",
+            code=Code.NOT_FOUND,
         )
     return found
 
@@ -207,11 +216,13 @@ def _records(source: str, header: list[str], records: list[list[str]], rows: Seq
         if len(record) == width:
             continue
         if not "".join(record).strip():
-            raise UserError("is blank", file=source, row=row, remedy=f"Delete the line. {remedy}")
+            raise UserError(
+                "is blank", file=source, row=row, remedy=f"Delete the line. {remedy}", code=Code.INVALID_DATA
+            )
         counts = f"{len(record)} column{'s' * (len(record) != 1)} where the header has {width}"
         if any("\r" in cell for cell in record):
             counts += ", and a carriage return alone, which ends no row"
-        raise UserError(counts, file=source, row=row, remedy=remedy)
+        raise UserError(counts, file=source, row=row, remedy=remedy, code=Code.INVALID_DATA)
 
     def column(name: str) -> list[str]:
         place = header.index(name)
@@ -244,7 +255,9 @@ def _csv(source: str, raw: bytes) -> Table:
             start = reader.line_num + 1
     except csv.Error as error:
         reason = next((words for sign, words in _CSV_ERRORS.items() if sign in str(error)), str(error))
-        raise UserError(f"is not valid CSV: {reason}", file=source, row=start, remedy=remedy) from None
+        raise UserError(
+            f"is not valid CSV: {reason}", file=source, row=start, remedy=remedy, code=Code.INVALID_DATA
+        ) from None
     return _records(source, records[0], records[1:], rows[1:], remedy)
 
 
@@ -260,21 +273,37 @@ def _jsonl(source: str, raw: bytes) -> Table:
     for row, line in enumerate(split_lines(source, raw), start=1):
         remedy = "Every line must be one JSON object."
         if not line.strip():
-            raise UserError("is blank", file=source, row=row, remedy=f"Delete the line. {remedy}")
+            raise UserError(
+                "is blank", file=source, row=row, remedy=f"Delete the line. {remedy}", code=Code.INVALID_DATA
+            )
         try:
             value = json.loads(line, object_pairs_hook=_object, parse_int=_whole_number)
         except (ValueError, RecursionError) as error:
             # Its own message counts lines from this one.
             reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(f"is not valid JSON: {reason}", file=source, row=row, remedy=remedy) from None
+            raise UserError(
+                f"is not valid JSON: {reason}", file=source, row=row, remedy=remedy, code=Code.INVALID_DATA
+            ) from None
         if not isinstance(value, dict):
-            raise UserError(f"is not a JSON object but {excerpt(value)}", file=source, row=row, remedy=remedy)
+            raise UserError(
+                f"is not a JSON object but {excerpt(value)}",
+                file=source,
+                row=row,
+                remedy=remedy,
+                code=Code.INVALID_DATA,
+            )
         objects.append(value)
 
     def column(name: str) -> list[Any]:
         for row, value in enumerate(objects, start=1):
             if name not in value:
-                raise UserError(f"has no {excerpt(name)}", file=source, row=row, remedy="Other rows have it.")
+                raise UserError(
+                    f"has no {excerpt(name)}",
+                    file=source,
+                    row=row,
+                    remedy="Other rows have it.",
+                    code=Code.INVALID_DATA,
+                )
         return [value[name] for value in objects]
 
     names = list(dict.fromkeys(name for value in objects for name in value))
@@ -302,7 +331,7 @@ def _parquet(source: str, raw: bytes) -> Table:
         file = parquet.ParquetFile(pyarrow.BufferReader(raw))
         names, count = file.schema_arrow.names, file.metadata.num_rows
     except Exception as error:  # a damaged file raises a dozen unrelated types
-        raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source) from None
+        raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
 
     def read_columns(columns: list[str] | None) -> Any:
         found = file.read(columns=columns)
@@ -316,14 +345,14 @@ def _parquet(source: str, raw: bytes) -> Table:
             values: list[Any] = read_columns([name]).column(name).to_pylist()
         except Exception as error:  # as above
             reason = f"column {excerpt(name)} cannot be read: {_first_line(error)}"
-            raise UserError(reason, file=source) from None
+            raise UserError(reason, file=source, code=Code.DAMAGED) from None
         return values
 
     def arrow() -> Any:
         try:
             return read_columns(None)
         except Exception as error:  # as above
-            raise UserError(f"cannot be read: {_first_line(error)}", file=source) from None
+            raise UserError(f"cannot be read: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
 
     return Table(source, names, column, range(1, count + 1), arrow=arrow)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from lora_bench.errors import RunFailedError
+from lora_bench.errors import Code, RunFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ class HiddenStates:
         except OSError as error:
             reason = f"the cached prefix can no longer be read ({error.strerror})"
             remedy = "Resume the run: the prefix is then computed again."
-            raise RunFailedError(reason, file=self._path, remedy=remedy) from None
+            raise RunFailedError(reason, file=self._path, remedy=remedy, code=Code.UNREADABLE) from None
         return torch.from_numpy(states).view(self.dtype)
 
 

@@ -13,7 +13,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def check_texts(table: Table, kind: str) -> None:
             except UnicodeEncodeError:
                 remedy = "Give an output that ends in .jsonl."
                 reason = f"{name!a} holds half of a surrogate pair, which {kind[1:]} cannot hold"
-                raise UserError(reason, file=table.source, row=row, remedy=remedy) from None
+                raise UserError(reason, file=table.source, row=row, remedy=remedy, code=Code.INVALID_DATA) from None
 
 
 def encode(table: Table, predictions: Mapping[str, Sequence[Any]], kind: str) -> tuple[bytes, int]:

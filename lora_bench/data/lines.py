@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 _ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # begins with UTF-16's mark
@@ -28,27 +28,40 @@ def split_lines(source: str, raw: bytes, separator: str | None = None) -> list[s
     for mark, encoding in _ENCODINGS.items():
         if raw.startswith(mark):
             remedy = f"Save it as UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW."
-            raise UserError(f"is in {encoding}, not in UTF-8", file=source, row=1, remedy=remedy)
+            raise UserError(
+                f"is in {encoding}, not in UTF-8", file=source, row=1, remedy=remedy, code=Code.INVALID_DATA
+            )
     try:
         text = raw.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         row = raw.count(b"\n", 0, error.start) + 1
-        raise UserError("is not UTF-8", file=source, row=row, remedy="Save it as UTF-8.") from None
+        raise UserError(
+            "is not UTF-8", file=source, row=row, remedy="Save it as UTF-8.", code=Code.INVALID_DATA
+        ) from None
     if "\0" in text:
         outside = re.sub('"[^"]*"', _line_feeds, text) if separator == "," else text
         nul = outside.find("\0")
         if nul >= 0:
             row = outside.count("\n", 0, nul) + 1
-            raise UserError("holds a NUL byte", file=source, row=row, remedy="Save it as UTF-8.")
+            raise UserError(
+                "holds a NUL byte", file=source, row=row, remedy="Save it as UTF-8.", code=Code.INVALID_DATA
+            )
     if "\n" not in text and "\r" in text.rstrip("\r"):
         remedy = "Give them line feeds: tr '\\r' '\\n' < OLD > NEW."
-        raise UserError("has lines that end in carriage returns alone, as on old Macs", file=source, remedy=remedy)
+        raise UserError(
+            "has lines that end in carriage returns alone, as on old Macs",
+            file=source,
+            remedy=remedy,
+            code=Code.INVALID_DATA,
+        )
     lines = text.split("\n")
     blank = " \t\r" if separator is None else " \r" if separator in lines[0] else "\r"
     while lines and not lines[-1].strip(blank):
         lines.pop()
     if not lines:
-        raise UserError("is empty", file=source, remedy="Give a header row and at least one row of data.")
+        raise UserError(
+            "is empty", file=source, remedy="Give a header row and at least one row of data.", code=Code.EMPTY
+        )
     return lines
 
 

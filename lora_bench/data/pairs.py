@@ -17,7 +17,7 @@ import pyarrow as pa
 import tokenizers
 
 from lora_bench.cache import CacheFiles, token_limit_bytes
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -165,7 +165,7 @@ def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
         remedy = (
             "Take another tokenizer with model.tokenizer=DIR, or shorten very long words and runs of one character."
         )
-        raise UserError(reason, key="model.tokenizer", remedy=remedy) from None
+        raise UserError(reason, key="model.tokenizer", remedy=remedy, code=Code.UNSUPPORTED) from None
 
 
 def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:

@@ -12,7 +12,7 @@ from lora_bench import hub
 from lora_bench.config import Data, FileData, HubData, ToyData
 from lora_bench.data import files, toy
 from lora_bench.data.files import Table
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,9 +48,11 @@ def _from_files(data: FileData) -> dict[str, Examples]:
     elif os.path.isfile(data.path):
         paths = {"test": data.path}
     else:
-        reason = "is neither a folder nor a file" if os.path.lexists(data.path) else "does not exist"
+        is_odd = os.path.lexists(data.path)
+        reason = "is neither a folder nor a file" if is_odd else "does not exist"
+        code = Code.NOT_A_FILE if is_odd else Code.NOT_FOUND
         remedy = "Give a folder with train, validation and test files, or one file."
-        raise UserError(reason, key="data.path", value=data.path, remedy=remedy)
+        raise UserError(reason, key="data.path", value=data.path, remedy=remedy, code=code)
     return {
         split: files.read_table(path).examples(
             data.text_columns,
@@ -81,10 +83,15 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
             "with network check the name and the revision."
         )
         reason = f"{name} cannot be loaded from the hub: {reason}"
-        raise UserError(reason, key="data.hub_id", value=data.hub_id, remedy=remedy) from None
+        raise UserError(reason, key="data.hub_id", value=data.hub_id, remedy=remedy, code=Code.NOT_FOUND) from None
     found = {split: splits[split] for split in SPLITS if split in splits}
     if not found:
-        raise UserError(f"{name} has none of the splits {', '.join(SPLITS)}", key="data.hub_id", value=data.hub_id)
+        raise UserError(
+            f"{name} has none of the splits {', '.join(SPLITS)}",
+            key="data.hub_id",
+            value=data.hub_id,
+            code=Code.NOT_FOUND,
+        )
     return {
         split: Table(
             source=f"{name} {split}",
@@ -121,7 +128,7 @@ def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
         UserError: train has no labels, or too few rows for the sizes asked for.
     """
     if train.labels is None:
-        raise UserError("train has no labels", key="data.label_column", value=data.label_column)
+        raise UserError("train has no labels", key="data.label_column", value=data.label_column, code=Code.INVALID_DATA)
     size = round(data.selection_size * len(train)) if data.selection_size < 1 else int(data.selection_size)
     if not 0 < size < len(train):
         raise UserError(
@@ -129,6 +136,7 @@ def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
             key="data.selection_size",
             value=data.selection_size,
             remedy="Selection and train need at least one row each.",
+            code=Code.INVALID_VALUE,
         )
     # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
     order = np.argsort(np.random.PCG64(data.split_seed).random_raw(len(train)), kind="stable")
@@ -141,6 +149,7 @@ def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
             key="data.train_size",
             value=wanted,
             remedy=f"Give at most {len(left)}, or a smaller data.selection_size.",
+            code=Code.INVALID_VALUE,
         )
     return train.take(left[:wanted]), train.take(chosen)
 

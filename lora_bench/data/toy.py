@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.data.examples import Examples
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -199,6 +199,11 @@ def generate(rows: int, seed: int, split: str) -> Examples:
         if (zlib.crc32("\n".join(pair).encode()) % VALIDATION_SHARE == 0) == validation:
             pairs.setdefault(pair, (first, second, same))
     if len(pairs) < rows:
-        raise UserError(f"is more than the {len(pairs)} pairs that were found", key=f"data.{split}_rows", value=rows)
+        raise UserError(
+            f"is more than the {len(pairs)} pairs that were found",
+            key=f"data.{split}_rows",
+            value=rows,
+            code=Code.INVALID_VALUE,
+        )
     questions1, questions2, labels = zip(*pairs.values(), strict=True)
     return Examples(np.arange(rows), (list(questions1), list(questions2)), np.array(labels, dtype=np.int64))

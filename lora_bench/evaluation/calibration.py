@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.metrics import SMALLEST, need_finite, score
 from lora_bench.stats import MEASURES, confusion, measure_of
 
@@ -61,7 +61,7 @@ class Calibration:
         bounds = {"temperature": (temperature, COLDEST, HOTTEST), "threshold": (threshold, 0, 1)}
         for name, (value, low, high) in bounds.items():
             if type(value) not in (int, float) or not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-                raise UserError(f"{place}.{name} is not a number from {low:g} to {high:g}")
+                raise UserError(f"{place}.{name} is not a number from {low:g} to {high:g}", code=Code.DAMAGED)
         return cls(float(temperature), float(threshold))
 
     def recorded(self) -> dict[str, float]:

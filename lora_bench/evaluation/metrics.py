@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_bench.errors import DivergedError, UserError, nearest
+from lora_bench.errors import Code, DivergedError, UserError, nearest
 from lora_bench.stats import confusion, measure_of
 
 if TYPE_CHECKING:
@@ -110,14 +110,20 @@ def check_metrics(extra: Mapping[str, Metric]) -> None:
         if metric.torchmetric not in known:
             key = f"metric.{name}.torchmetric"
             reason = "is no binary metric of torchmetrics.classification"
-            raise UserError(reason, key=key, value=metric.torchmetric, remedy=nearest(metric.torchmetric, known))
+            raise UserError(
+                reason,
+                key=key,
+                value=metric.torchmetric,
+                remedy=nearest(metric.torchmetric, known),
+                code=Code.UNKNOWN_CHOICE,
+            )
         try:
             _compute(metric.torchmetric, torch.tensor([0.2, 0.8]), torch.tensor([0, 1]))
         except (TypeError, ValueError):
             reason = "needs settings of its own, or is not a single number"
             remedy = "Take one such as BinarySpecificity or BinaryAveragePrecision."
             key = f"metric.{name}.torchmetric"
-            raise UserError(reason, key=key, value=metric.torchmetric, remedy=remedy) from None
+            raise UserError(reason, key=key, value=metric.torchmetric, remedy=remedy, code=Code.UNSUPPORTED) from None
 
 
 def _compute(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> float | None:

@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
 from lora_bench.disk import plain
-from lora_bench.errors import RunFailedError, SweepFailedError, UserError, argument, quoted
+from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, argument, quoted
 from lora_bench.experiments import flat
 from lora_bench.hydra_errors import compose_job
 from lora_bench.job import compose_tasks
@@ -91,7 +91,11 @@ class GridSweeper(BasicSweeper):
             if list(begun.items()) != list(expected.items()):
                 remedy = "Its presets have changed since: begin a new sweep."
                 raise UserError(
-                    "the sweep's jobs are not those it began with", key="resume", value=folder, remedy=remedy
+                    "the sweep's jobs are not those it began with",
+                    key="resume",
+                    value=folder,
+                    remedy=remedy,
+                    code=Code.MISMATCH,
                 )
             lock = sweep.reopen(folder)
         else:
@@ -170,7 +174,7 @@ class GridSweeper(BasicSweeper):
         assert self.config is not None
         if self.config.pack.halving:
             reason = "would stop jobs of this sweep against one another that it needs all of"
-            raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.")
+            raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.", code=Code.CONFLICT)
 
     def _combinations(self, variants: Sequence[list[Override]]) -> list[list[str]]:
         """The jobs of each variant, one after the other."""
@@ -182,7 +186,7 @@ class GridSweeper(BasicSweeper):
         jobs = [job for own in of_each for job in own]
         if not jobs:
             rules = "; ".join(" ".join(f"{key}={value}" for key, value in rule.items()) for rule in self.exclude)
-            raise UserError("leaves no job to run", key="hydra.sweeper.exclude", value=rules)
+            raise UserError("leaves no job to run", key="hydra.sweeper.exclude", value=rules, code=Code.NO_MATCH)
         return jobs
 
     def _is_excluded(self, job: list[str]) -> bool:
@@ -205,13 +209,13 @@ class GridSweeper(BasicSweeper):
         for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
             if sweep.leads_out(name):
-                raise UserError("leads out of the sweep's folder", key=PLACE, value=name)
+                raise UserError("leads out of the sweep's folder", key=PLACE, value=name, code=Code.FORBIDDEN)
             if identity in asked:
                 reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
-                raise UserError(reason, key="sweep", remedy="Leave one of them out.")
+                raise UserError(reason, key="sweep", remedy="Leave one of them out.", code=Code.CONFLICT)
             asked[identity] = job
             if name in found:
-                raise UserError("gives two jobs the same folder", key=PLACE, value=name)
+                raise UserError("gives two jobs the same folder", key=PLACE, value=name, code=Code.CONFLICT)
             found[name] = job
         return found
 
@@ -271,5 +275,7 @@ def _raise_failures(failures: Sequence[Exception], ran: int) -> None:
     """Say how many of the jobs that ran have failed, if any."""
     if failures:
         reason = f"{len(failures)} of {ran} jobs failed"
-        requests = [isinstance(error, UserError) and not isinstance(error, RunFailedError) for error in failures]
-        raise UserError(reason) if len(failures) == ran and all(requests) else SweepFailedError(reason)
+        requests = [e for e in failures if isinstance(e, UserError) and not isinstance(e, RunFailedError)]
+        if len(requests) == ran:
+            raise UserError(reason, code=requests[0].code)
+        raise SweepFailedError(reason)

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from lora_bench import transfer
-from lora_bench.errors import DivergedError, UserError, quoted
+from lora_bench.errors import Code, DivergedError, UserError, quoted
 from lora_bench.plugin.lora_bench_grid import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
 from lora_bench.sweep import key_of, read
 from lora_bench.tasks import folder_of
@@ -55,10 +55,18 @@ class TransferSweeper(GridSweeper):
         tasks = {task_of(job): told_of(job) for job in jobs}
         for job in jobs:
             if told_of(job) != tasks[task_of(job)]:
-                raise UserError("two tasks have one name", key="data", value=task_of(job), remedy="Rename one.")
+                raise UserError(
+                    "two tasks have one name",
+                    key="data",
+                    value=task_of(job),
+                    remedy="Rename one.",
+                    code=Code.CONFLICT,
+                )
         if len(tasks) < 2:
             remedy = "Give data several values."
-            raise UserError("there is one task, so nothing to transfer to", key="data", remedy=remedy)
+            raise UserError(
+                "there is one task, so nothing to transfer to", key="data", remedy=remedy, code=Code.CONFLICT
+            )
         if self.together:
             self.combinations = [*jobs, *self._of_all(jobs)]
         return placed(self.combinations, "train")
@@ -69,7 +77,10 @@ class TransferSweeper(GridSweeper):
         if any("data.path" in told_of(job) for job in jobs):
             remedy = "Write a YAML for each task, and give --config-dir=DIR data=one,other."
             raise UserError(
-                "needs tasks that are choices of data, not folders", key="hydra.sweeper.together", remedy=remedy
+                "needs tasks that are choices of data, not folders",
+                key="hydra.sweeper.together",
+                remedy=remedy,
+                code=Code.CONFLICT,
             )
         settings: dict[tuple[str, ...], list[str]] = {}
         for job in jobs:

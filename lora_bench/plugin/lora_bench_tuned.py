@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from lora_bench.errors import DivergedError, UserError
+from lora_bench.errors import Code, DivergedError, UserError
 from lora_bench.plugin.lora_bench_grid import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
 from lora_bench.sweep import key_of
 
@@ -57,10 +57,18 @@ class TunedSweeper(GridSweeper):
             with suppress(ValueError):
                 float(rate)
                 continue
-            raise UserError("is not a number", key=CHOSEN, value=rate, remedy="All methods get the same values.")
+            raise UserError(
+                "is not a number",
+                key=CHOSEN,
+                value=rate,
+                remedy="All methods get the same values.",
+                code=Code.INVALID_VALUE,
+            )
         if len(rates) < 2:
             remedy = f"Give {CHOSEN} several values, or take a sweep without choosing."
-            raise UserError("has one value, so there is nothing to choose", key=CHOSEN, remedy=remedy)
+            raise UserError(
+                "has one value, so there is nothing to choose", key=CHOSEN, remedy=remedy, code=Code.CONFLICT
+            )
         left_out = self.replaced | {REPEATED}
         tuning = [[text for text in job if key_of(text) not in left_out] + self.tune for job in jobs]
         distinct = list({tuple(job): job for job in tuning}.values())

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -142,4 +142,6 @@ class Cache:
         except (OSError, ValueError, sqlite3.Error) as error:
             why = getattr(error, "strerror", None) or error
             remedy = "Set the environment variable LORA_BENCH_CACHE to a folder with room to write, or remove the file."
-            raise UserError(f"the cache of answers cannot be used: {why}", file=self.path, remedy=remedy) from None
+            raise UserError(
+                f"the cache of answers cannot be used: {why}", file=self.path, remedy=remedy, code=Code.DAMAGED
+            ) from None

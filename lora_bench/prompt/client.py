@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_bench.disk import plain
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.prompt import cache
 from lora_bench.prompt.answer import Answer, BrokenAnswerError, read_reply
 from lora_bench.prompt.budget import Budget, Pace
@@ -58,7 +58,11 @@ class Client:
         self.pace = Pace(llm.requests_per_minute)
         self.key = os.environ.get(llm.api_key_env, "").strip()
         if not self.key.isascii() or not self.key.isprintable():
-            raise UserError(f"the API key in {llm.api_key_env} has characters that no key has", key="llm.api_key_env")
+            raise UserError(
+                f"the API key in {llm.api_key_env} has characters that no key has",
+                key="llm.api_key_env",
+                code=Code.INVALID_VALUE,
+            )
         hide(self.key)
         self.stopped = False
         """Nothing more is asked; what is under way is waited for."""
@@ -76,7 +80,9 @@ class Client:
             import openai  # late: a second
         except ImportError:
             remedy = "Install it: pip install 'lora-bench[llm]'."
-            raise UserError("needs the package openai", key="prompt", remedy=remedy) from None
+            raise UserError(
+                "needs the package openai", key="prompt", remedy=remedy, code=Code.MISSING_PACKAGE
+            ) from None
         self._openai = openai
         from lora_bench.prompt import reply
 
@@ -133,7 +139,9 @@ class Client:
             except self._openai.APIConnectionError as error:
                 reason = f"the connection failed: {self._short(error.__cause__ or error)}"
                 if not self._heard and "Connect" in type(error.__cause__).__name__:  # nobody is there
-                    raise UserError(reason, key="llm.base_url", value=self.llm.base_url, remedy=_URL) from None
+                    raise UserError(
+                        reason, key="llm.base_url", value=self.llm.base_url, remedy=_URL, code=Code.SERVER
+                    ) from None
             except BrokenAnswerError as error:
                 reason = str(error)
             finally:
@@ -141,7 +149,9 @@ class Client:
                 self.under_way.discard(asyncio.current_task())
             if repetition == self.llm.retries:
                 remedy = f"It was asked {repetition + 1} times. {_AGAIN_LATER if self._heard else _URL}"
-                raise RunFailedError(reason, key="llm.base_url", value=self.llm.base_url, remedy=remedy)
+                raise RunFailedError(
+                    reason, key="llm.base_url", value=self.llm.base_url, remedy=remedy, code=Code.SERVER
+                )
             if wait is not None:
                 self.pace.hold(wait)
             elif not self.stopped:
@@ -196,17 +206,26 @@ class Client:
         if status in (401, 403):
             given = f"The key in {self.llm.api_key_env} was not taken."
             missing = f"The environment variable {self.llm.api_key_env} holds no key: put it there."
-            raise UserError(reason, key="llm.api_key_env", remedy=given if self.key else missing)
+            raise UserError(
+                reason,
+                key="llm.api_key_env",
+                remedy=given if self.key else missing,
+                code=Code.SERVER if self.key else Code.MISSING,
+            )
         if status == 404:
             remedy = "Is the model one of the server's, and the address right? It often ends in /v1."
             value = f"{self.llm.model} at {self.llm.base_url}"
-            raise UserError(reason, key="llm.model", value=value, remedy=remedy)
+            raise UserError(reason, key="llm.model", value=value, remedy=remedy, code=Code.SERVER)
         if code == "insufficient_quota" or not (status in _AGAIN or status >= 500):
-            raise UserError(reason, key="llm", remedy="The server will not answer this request as it is.")
+            raise UserError(
+                reason, key="llm", remedy="The server will not answer this request as it is.", code=Code.SERVER
+            )
         wait = _retry_after(error.response.headers)
         if wait is not None and wait > LONGEST_RETRY_AFTER_SECONDS:
             reason = f"the server wants to be asked again in {wait:.0f} seconds: {reason}"
-            raise RunFailedError(reason, key="llm.base_url", value=self.llm.base_url, remedy=_AGAIN_LATER)
+            raise RunFailedError(
+                reason, key="llm.base_url", value=self.llm.base_url, remedy=_AGAIN_LATER, code=Code.SERVER
+            )
         return reason, wait
 
     def _short(self, error: object) -> str:

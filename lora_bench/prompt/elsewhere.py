@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.data.files import read_table
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,12 @@ def read_predictions(path: str, examples: Examples) -> list[float | None]:
     value = next((name for name in ("score", "label") if name in table.names), None)
     if "id" not in table.names or value is None:
         remedy = "It needs id (the row in the split, from 0) and score (P(label 1)) or label (the predicted one)."
-        raise UserError(f"has the columns {', '.join(map(str, table.names))[:200]}", file=path, remedy=remedy)
+        raise UserError(
+            f"has the columns {', '.join(map(str, table.names))[:200]}",
+            file=path,
+            remedy=remedy,
+            code=Code.INVALID_DATA,
+        )
     known = {int(each): place for place, each in enumerate(examples.ids)}
     scores: dict[int, float | None] = {}
     for row, given, said in zip(table.rows, table.column("id"), table.column(value), strict=True):
@@ -39,15 +44,23 @@ def read_predictions(path: str, examples: Examples) -> list[float | None]:
         place = known.get(int(number)) if number is not None and number.is_integer() else None
         if place is None:
             remedy = f"Ids are the rows of the split, {min(known)} to {max(known)}."
-            raise UserError(f"id {str(given)[:60]!r} is none of the split's", file=path, row=row, remedy=remedy)
+            raise UserError(
+                f"id {str(given)[:60]!r} is none of the split's",
+                file=path,
+                row=row,
+                remedy=remedy,
+                code=Code.INVALID_DATA,
+            )
         if place in scores:
-            raise UserError(f"id {int(number or 0)} is given twice", file=path, row=row)
+            raise UserError(f"id {int(number or 0)} is given twice", file=path, row=row, code=Code.INVALID_DATA)
         scores[place] = None if said is None or said == "" else _score(said, value, path, row)
     missing = [int(examples.ids[place]) for place in range(len(examples)) if place not in scores]
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         remedy = "Give a row for each; an empty cell counts as a wrong answer."
-        raise UserError(f"lacks {len(missing)} of {len(examples)} ids: {shown}", file=path, remedy=remedy)
+        raise UserError(
+            f"lacks {len(missing)} of {len(examples)} ids: {shown}", file=path, remedy=remedy, code=Code.INVALID_DATA
+        )
     return [scores[place] for place in range(len(examples))]
 
 
@@ -55,7 +68,7 @@ def _score(said: Any, column: str, path: str, row: int) -> float:
     number = _number(said)
     if number is None or not 0 <= number <= 1 or (column == "label" and number not in (0, 1)):
         allowed = "a number from 0 to 1" if column == "score" else "0 or 1"
-        raise UserError(f"{column} {str(said)[:60]!r} is not {allowed}", file=path, row=row)
+        raise UserError(f"{column} {str(said)[:60]!r} is not {allowed}", file=path, row=row, code=Code.INVALID_DATA)
     return number
 
 

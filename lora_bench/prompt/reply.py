@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import httpx2
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.prompt.answer import BrokenAnswerError
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def _check_redirect(response: httpx2.Response) -> None:
         same, origin = False, "an address that is none"
     if not same:
         remedy = "The key is sent nowhere else. If you trust that address, give it as llm.base_url."
-        raise UserError(f"the server redirects to {origin[:200]}", key="llm.base_url", remedy=remedy)
+        raise UserError(f"the server redirects to {origin[:200]}", key="llm.base_url", remedy=remedy, code=Code.SERVER)
     if response.status_code not in (307, 308):
         remedy = "Give the address that it redirects to; it often ends in /v1."
         reason = f"the server answers with the redirect {response.status_code}, which sends no question on"
-        raise UserError(reason, key="llm.base_url", remedy=remedy)
+        raise UserError(reason, key="llm.base_url", remedy=remedy, code=Code.SERVER)
 
 
 def _port(url: httpx2.URL) -> int | None:

@@ -15,7 +15,7 @@ from lora_bench import config, environment
 from lora_bench.cache import cache_folder
 from lora_bench.checks import need
 from lora_bench.data import sources
-from lora_bench.errors import RunFailedError, UserError
+from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.progress import metric_table
 from lora_bench.prompt.answer import KINDS, Answer, read_label
 from lora_bench.prompt.budget import BudgetReachedError
@@ -73,8 +73,8 @@ class Request:
         need(made.data.tasks is None, "data.tasks", made.data.tasks, reason)
         if made.predictions is None:
             remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with answers."
-            need(bool(made.llm.model), "llm.model", None, "is needed", remedy)
-            need(bool(made.llm.base_url), "llm.base_url", None, "is needed", remedy)
+            need(bool(made.llm.model), "llm.model", None, "is needed", remedy, code=Code.MISSING)
+            need(bool(made.llm.base_url), "llm.base_url", None, "is needed", remedy, code=Code.MISSING)
         if made.metrics:
             from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
 
@@ -139,13 +139,18 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     reported = sources.reported(found)
     if request.split is not None:
         known = ", ".join(reported) or "none"
-        need(request.split in reported, "split", request.split, f"is no labelled split to report; there is {known}")
+        reason = f"is no labelled split to report; there is {known}"
+        need(request.split in reported, "split", request.split, reason, code=Code.UNKNOWN_CHOICE)
         reported = {request.split: reported[request.split]}
     if not reported:
-        raise UserError("there is no labelled split to report on", key="data", remedy="Add a validation file.")
+        raise UserError(
+            "there is no labelled split to report on", key="data", remedy="Add a validation file.", code=Code.EMPTY
+        )
     if request.predictions is not None and len(reported) > 1:
         remedy = f"Add split=NAME: {', '.join(reported)}."
-        raise UserError("answers one split, and the data has several", key="predictions", remedy=remedy)
+        raise UserError(
+            "answers one split, and the data has several", key="predictions", remedy=remedy, code=Code.CONFLICT
+        )
     splits = dict(reported)
     if "train" in found:
         train, selection = sources.carve(found["train"], request.data)
@@ -227,7 +232,9 @@ async def _ask_first(client: Client, question: dict[str, Messages], answers: _An
     try:
         await ask_all(client, question, answers.take, 1)
     except BudgetReachedError as error:
-        raise UserError("does not do for one request", key=error.key, value=error.value) from None
+        raise UserError(
+            "does not do for one request", key=error.key, value=error.value, code=Code.INVALID_VALUE
+        ) from None
 
 
 class _Answers:
@@ -327,7 +334,9 @@ def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
         reason = f"the budget is spent: {len(answers.found):,} of {len(answers.questions):,} questions are answered"
         run.finish("interrupted", f"{error.key}={error.value:g}: {reason}")
         remedy = f"Run the same command again: it asks only for the rest, with {error.key} counted anew."
-        raise RunFailedError(reason, key=error.key, value=f"{error.value:g}", remedy=remedy) from None
+        raise RunFailedError(
+            reason, key=error.key, value=f"{error.value:g}", remedy=remedy, code=Code.BUDGET_SPENT
+        ) from None
     except Exception as error:
         if answers:
             with suppress(RunFailedError):

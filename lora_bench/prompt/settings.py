@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lora_bench.checks import need, need_number
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,9 @@ class LLM:
             _check_url(self.base_url)
         if not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):  # perhaps the key itself: not repeated
             reason = "must be the name of an environment variable, in capitals"
-            raise UserError(reason, key="api_key_env", remedy="The key itself goes into that variable.")
+            raise UserError(
+                reason, key="api_key_env", remedy="The key itself goes into that variable.", code=Code.INVALID_VALUE
+            )
         if self.temperature is not None:
             need_number("temperature", self.temperature, 0)
         if self.max_tokens is not None:
@@ -77,6 +79,7 @@ class LLM:
             self.max_cost,
             "needs prices",
             "Give llm.input_price and llm.output_price, per million tokens.",
+            code=Code.CONFLICT,
         )
         need(
             self.max_cost is None or self.longest_answer is not None,
@@ -84,6 +87,7 @@ class LLM:
             self.max_cost,
             "needs a bound on the length of an answer",
             "Give llm.max_tokens, or +llm.extra.max_completion_tokens.",
+            code=Code.CONFLICT,
         )
 
     @property
@@ -111,8 +115,20 @@ def _check_url(url: str) -> None:
     else:
         if parts.username or parts.password or parts.query:  # not repeated: it may be secret
             reason = "holds a user, a password or a query"
-            raise UserError(reason, key="base_url", remedy="A key goes into the variable that llm.api_key_env names.")
-    need(good, "base_url", url, "is no address of a server", "Give one such as http://localhost:8000/v1.")
+            raise UserError(
+                reason,
+                key="base_url",
+                remedy="A key goes into the variable that llm.api_key_env names.",
+                code=Code.FORBIDDEN,
+            )
+    need(
+        good,
+        "base_url",
+        url,
+        "is no address of a server",
+        "Give one such as http://localhost:8000/v1.",
+        code=Code.INVALID_VALUE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

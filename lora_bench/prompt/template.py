@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,23 +70,37 @@ class Template:
             for name in _FIELD.findall(text):
                 if name not in known:
                     remedy = f"There are {', '.join('{' + each + '}' for each in known)}."
-                    raise UserError(f"has a field {{{name}}} that the data does not fill", key=key, remedy=remedy)
+                    raise UserError(
+                        f"has a field {{{name}}} that the data does not fill",
+                        key=key,
+                        remedy=remedy,
+                        code=Code.INVALID_SYNTAX,
+                    )
         used = set(_FIELD.findall(self.question))
         if "fields" not in used:
             for name in self.columns:
                 if name not in used:
                     remedy = "Put it where the text goes, or {fields} for all texts with their names."
-                    raise UserError(f"lacks {{{name}}}, a text of the data", key="prompt.template", remedy=remedy)
+                    raise UserError(
+                        f"lacks {{{name}}}, a text of the data",
+                        key="prompt.template",
+                        remedy=remedy,
+                        code=Code.INVALID_SYNTAX,
+                    )
         zero, one = (answer.casefold() for answer in self.answers)
         if not zero or not one or zero == one:
-            raise UserError("must be two different words", key="prompt.answers", value=list(self.answers))
+            raise UserError(
+                "must be two different words", key="prompt.answers", value=list(self.answers), code=Code.INVALID_VALUE
+            )
 
     def _examples(self, shots: int, train: Examples | None, seed: int) -> Messages:
         """`shots` questions with their answers, as many of each label, in an order of the seed's."""
         if not shots:
             return []
         if train is None:
-            raise UserError("there is no train split to take examples from", key="prompt.shots", value=shots)
+            raise UserError(
+                "there is no train split to take examples from", key="prompt.shots", value=shots, code=Code.EMPTY
+            )
         assert train.labels is not None
         # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
         order = np.argsort(np.random.PCG64(seed).random_raw(len(train)), kind="stable")
@@ -95,7 +109,7 @@ class Template:
             found = order[train.labels[order] == label]
             if len(found) < shots // 2:
                 reason = f"takes {shots // 2} examples of label {label}, and train has {len(found)}"
-                raise UserError(reason, key="prompt.shots", value=shots, remedy="Give fewer.")
+                raise UserError(reason, key="prompt.shots", value=shots, remedy="Give fewer.", code=Code.INVALID_VALUE)
             places += found[: shots // 2].tolist()
         rank = {place: i for i, place in enumerate(order.tolist())}
         messages = []

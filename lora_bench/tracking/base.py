@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.experiments import flat
 from lora_bench.record import Run
 from lora_bench.screen import shown
@@ -40,7 +40,13 @@ class Tracker(ABC):
         """
         if find_spec(self.package) is None:
             remedy = f"Install it: pip install 'lora-bench[{self.extra}]'."
-            raise UserError(f"needs the package {self.package}", key="tracking", value=self.extra, remedy=remedy)
+            raise UserError(
+                f"needs the package {self.package}",
+                key="tracking",
+                value=self.extra,
+                remedy=remedy,
+                code=Code.MISSING_PACKAGE,
+            )
 
     @abstractmethod
     def begin(self, run: Run) -> Following:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.checks import need
 from lora_bench.config import build
-from lora_bench.errors import nearest
+from lora_bench.errors import Code, nearest
 from lora_bench.tracking.mlflow import MLflow
 from lora_bench.tracking.tensorboard import TensorBoard
 
@@ -23,7 +23,14 @@ def build_trackers(node: DictConfig | None) -> dict[str, Tracker]:
     chosen = {}
     for name, settings in (node or {}).items():
         kind = TRACKERS.get(str(name))
-        need(kind is not None, f"tracking.{name!s}", None, "is no tracker", nearest(str(name), TRACKERS))
+        need(
+            kind is not None,
+            f"tracking.{name!s}",
+            None,
+            "is no tracker",
+            nearest(str(name), TRACKERS),
+            code=Code.UNKNOWN_CHOICE,
+        )
         assert kind is not None
         chosen[str(name)] = build(kind, settings, f"tracking.{name!s}")
     return chosen

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.tracking.base import Following, Tracker, hyperparameters
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class MLflow(Tracker):
         super().check()
         if not (self.uri or os.environ.get("MLFLOW_TRACKING_URI")):
             remedy = "Give the server's address, or put it into the environment variable MLFLOW_TRACKING_URI."
-            raise UserError("is needed", key="tracking.mlflow.uri", remedy=remedy)
+            raise UserError("is needed", key="tracking.mlflow.uri", remedy=remedy, code=Code.MISSING)
 
     def begin(self, run: Run) -> Following:
         for name, value in _ENVIRONMENT.items():

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_bench import untrusted
 from lora_bench.disk import MAKE_ROOM, writing
-from lora_bench.errors import RunFailedError
+from lora_bench.errors import Code, RunFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +96,9 @@ class Checkpoints:
                 os.replace(part, place)
                 _flush(self.folder)
         except SafetensorError as error:
-            raise RunFailedError(f"cannot be written: {error}", file=place, remedy=MAKE_ROOM) from None
+            raise RunFailedError(
+                f"cannot be written: {error}", file=place, remedy=MAKE_ROOM, code=Code.UNWRITABLE
+            ) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
         for old in self._places()[KEPT:]:

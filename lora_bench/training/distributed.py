@@ -21,7 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from lora_bench.data.batching import pick
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.launch import Launch
 from lora_bench.screen import shown
 from lora_bench.training.precision import resolve_device
@@ -194,4 +194,4 @@ class _Meeting:
             "torchrun does, or unset WORLD_SIZE to train in one process."
         )
         place = f"{self.launch.address}:{self.launch.port}"
-        return UserError(reason, key="MASTER_ADDR:MASTER_PORT", value=place, remedy=remedy)
+        return UserError(reason, key="MASTER_ADDR:MASTER_PORT", value=place, remedy=remedy, code=Code.SERVER)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,6 +73,7 @@ def check_objective(trainer: Trainer, text_columns: Sequence[str], drops_out: bo
                 f"needs pairs, and the data has the single text column {text_columns[0]!r}",
                 key=key,
                 value=value,
+                code=Code.CONFLICT,
             )
     if trainer.objective == "dropout_consistency" and not drops_out:
         raise UserError(
@@ -80,6 +81,7 @@ def check_objective(trainer: Trainer, text_columns: Sequence[str], drops_out: bo
             key="trainer.objective",
             value=trainer.objective,
             remedy="Give adapter.dropout a value above 0.",
+            code=Code.CONFLICT,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from lora_bench.backbones.identity import PAIRS
 from lora_bench.backbones.tokenizer import first_line
 from lora_bench.data.batching import Batch
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ def check_padding(backbone: Backbone) -> None:
             f"{type(network).__name__} cannot score two pairs of unlike length ({first_line(error)})",
             file=network.config._name_or_path or None,
             remedy="Its config.json and its tokenizer do not fit one another.",
+            code=Code.UNSUPPORTED,
         ) from None
     difference = float((alone - padded).abs().max())
     if difference <= TOLERANCE * max(1.0, float(alone.abs().max())):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from lora_bench.errors import RunFailedError
+from lora_bench.errors import Code, RunFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,9 @@ def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int
         # Outside the handler: the error held the frames, and these the activations.
         if pairs == 1:
             remedy = "Take trainer.precision=bf16, a smaller data.max_length or model, or a device with more memory."
-            raise RunFailedError(f"memory does not suffice for the {kind} of a single pair", remedy=remedy)
+            raise RunFailedError(
+                f"memory does not suffice for the {kind} of a single pair", remedy=remedy, code=Code.OUT_OF_MEMORY
+            )
         pack.room[kind] = -(-pairs // 2)
         for p in pack.parameters():
             p.grad = None

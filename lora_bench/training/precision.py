@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.launch import Launch
 
 
@@ -20,6 +20,7 @@ def resolve_device(device: str) -> torch.device:
             key="trainer.device",
             value=device,
             remedy="Take trainer.device=auto or cpu.",
+            code=Code.NO_DEVICE,
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +29,8 @@ def resolve_device(device: str) -> torch.device:
         if launch.local_rank is None or launch.local_rank >= count:
             reason = "is not set" if launch.local_rank is None else f"has no GPU: there are {count} here"
             remedy = "Start as many processes as there are GPUs with torchrun, or take trainer.device=cpu."
-            raise UserError(reason, key="LOCAL_RANK", value=launch.local_rank, remedy=remedy)
+            code = Code.MISSING if launch.local_rank is None else Code.NO_DEVICE
+            raise UserError(reason, key="LOCAL_RANK", value=launch.local_rank, remedy=remedy, code=code)
         return torch.device("cuda", launch.local_rank)
     return torch.device(device)
 
@@ -43,7 +45,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         return torch.float32
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
-            "this GPU has no bf16", key="trainer.precision", value=precision, remedy="Take trainer.precision=fp32."
+            "this GPU has no bf16",
+            key="trainer.precision",
+            value=precision,
+            remedy="Take trainer.precision=fp32.",
+            code=Code.NO_DEVICE,
         )
     if precision == "auto" and not has_fast_bf16(device):
         return torch.float32

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_bench.errors import DivergedError, UserError
+from lora_bench.errors import Code, DivergedError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +148,10 @@ class TrainingState:
         if cuda_stream is not None and device.type == "cuda":  # else it goes on elsewhere than it began
             torch.cuda.set_rng_state(cuda_stream, device)
         if tensors:
-            raise UserError(f"the checkpoint holds tensors of another training, for example {next(iter(tensors))}")
+            raise UserError(
+                f"the checkpoint holds tensors of another training, for example {next(iter(tensors))}",
+                code=Code.MISMATCH,
+            )
 
 
 @contextmanager
@@ -158,12 +161,14 @@ def refusing_strangers() -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise UserError(f"the checkpoint is of another training ({type(error).__name__}: {first})") from None
+        raise UserError(
+            f"the checkpoint is of another training ({type(error).__name__}: {first})", code=Code.MISMATCH
+        ) from None
 
 
 def _need(holds: bool, what: str) -> None:
     if not holds:
-        raise UserError(f"the checkpoint is of another training: {what} does not fit")
+        raise UserError(f"the checkpoint is of another training: {what} does not fit", code=Code.MISMATCH)
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from lora_bench.adapters import peft_format
 from lora_bench.adapters.adalora import AdaLoRA, Triplets
 from lora_bench.adapters.layer import keep_mask
 from lora_bench.adapters.pack import Member, Pack, stream
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from tests.adapters.tools import adapter, assert_close, merged_logits, pack, stir, train, trainer
 from tests.backbones.tools import enliven, make, random_batch, reference, save, spread
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -407,37 +408,37 @@ def test_merged_weights_say_the_same(body: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "refusal"),
+    ("overrides", "code"),
     [
-        (("rank=0",), "adapter.rank=0: must be a finite number of at least 1"),
-        (("rank=8", "init_rank=7"), "adapter.init_rank=7: is below rank=8, the average that pruning is to end with"),
-        (("init_rank=0",), "adapter.init_rank=0: must be"),
-        (("alpha=0",), "adapter.alpha=0.0: must be"),
-        (("dropout=1",), "adapter.dropout=1.0: must be at least 0 and below 1"),
-        (("orthogonality=-0.1",), "adapter.orthogonality=-0.1: must be"),
-        (("beta1=1",), "adapter.beta1=1.0: must be"),
-        (("beta2=-0.1",), "adapter.beta2=-0.1: must be"),
-        (("warmup=-0.1",), "adapter.warmup=-0.1: must be"),
-        (("warmup=0.6", "final=0.4"), "adapter.final=0.4: leaves no steps to prune in after warmup=0.6."),
-        (("final=nan",), "adapter.final=nan: must be"),
-        (("interval=0",), "adapter.interval=0: must be"),
+        (("rank=0",), Code.INVALID_VALUE),
+        (("rank=8", "init_rank=7"), Code.CONFLICT),
+        (("init_rank=0",), Code.INVALID_VALUE),
+        (("alpha=0.0",), Code.INVALID_VALUE),
+        (("dropout=1.0",), Code.INVALID_VALUE),
+        (("orthogonality=-0.1",), Code.INVALID_VALUE),
+        (("beta1=1.0",), Code.INVALID_VALUE),
+        (("beta2=-0.1",), Code.INVALID_VALUE),
+        (("warmup=-0.1",), Code.INVALID_VALUE),
+        (("warmup=0.6", "final=0.4"), Code.CONFLICT),
+        (("final=nan",), Code.INVALID_VALUE),
+        (("interval=0",), Code.INVALID_VALUE),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(overrides: tuple[str, ...], refusal: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_settings_that_mean_nothing_are_refused(overrides: tuple[str, ...], code: Code) -> None:
+    """The last override is to blame."""
+    key, _, value = overrides[-1].partition("=")
+    with refuses(code, key=f"adapter.{key}") as caught:
         settings(*overrides)
-    assert str(caught.value).startswith(refusal)
+    assert str(caught.value.value) == value
+    for other in overrides[:-1]:
+        assert other in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "refusal"),
-    [
-        (("rank=8", "init_rank=33"), "adapter.init_rank=33: is above 32, the smaller side of bert.encoder.layer.0."),
-        (("rank=22",), "adapter.init_rank=33: is above 32, the smaller side of bert.encoder.layer.0."),
-    ],
-)
-def test_an_initial_rank_above_the_smaller_side_is_refused(overrides: tuple[str, ...], refusal: str) -> None:
-    with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize("overrides", [("rank=8", "init_rank=33"), ("rank=22",)])
+def test_an_initial_rank_above_the_smaller_side_is_refused(overrides: tuple[str, ...]) -> None:
+    with refuses(Code.INVALID_VALUE, key="adapter.init_rank") as caught:
         pack("bert", (settings(*overrides), 0))
-    assert str(caught.value).startswith(refusal)
-    assert str(caught.value).endswith("not given.") == (len(overrides) == 1)
+    assert caught.value.value == 33
+    assert "32" in caught.value.reason
+    assert "bert.encoder.layer.0." in caught.value.reason
+    assert bool(caught.value.remedy) == (len(overrides) == 1)  # it tells where a rank that nobody gave comes from

@@ -15,10 +15,22 @@ from lora_bench.adapters.base import Adapter
 from lora_bench.adapters.pack import Pack
 from lora_bench.cli import conf_folder
 from lora_bench.config import build
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.training.loop import prepare
-from tests.adapters.tools import adapter, assert_close, doubled, merged_logits, pack, stir, tables, train, trainer
+from tests.adapters.tools import (
+    adapter,
+    assert_close,
+    assert_out_of_range,
+    doubled,
+    merged_logits,
+    pack,
+    stir,
+    tables,
+    train,
+    trainer,
+)
 from tests.backbones.tools import FORMS, make, random_batch, spread
+from tests.command_line import refuses
 from tests.helpers import composed
 
 if TYPE_CHECKING:
@@ -160,17 +172,16 @@ def test_saved_and_loaded_gives_identical_logits(method: str, form: str, tmp_pat
 
 
 def test_the_probe_is_refused_where_there_is_no_head() -> None:
-    with pytest.raises(UserError) as caught:
+    with refuses(Code.UNSUPPORTED, key="adapter.method") as caught:
         pack("t5", (adapter("head_only"), 0))
-    assert str(caught.value).startswith("adapter.method=head_only: this backbone answers in words and has no head")
+    assert caught.value.value == "head_only"
     assert "model.form=encoder" in str(caught.value)
 
 
-@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("rate", ["0.0", "-1.0", "nan", "inf"])
 @pytest.mark.parametrize("method", OPTIONS)
 def test_a_default_rate_that_is_none_is_refused(method: str, rate: str) -> None:
-    with pytest.raises(UserError, match=r"^adapter\.default_lr="):
-        adapter(method, f"default_lr={rate}")
+    assert_out_of_range(method, f"default_lr={rate}")
 
 
 def test_shared_machinery_is_no_method() -> None:
@@ -184,11 +195,11 @@ def test_shared_machinery_is_no_method() -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_one_meant() -> None:
-    with pytest.raises(UserError, match=r"^adapter\.method=lroa: is not one of .*\. Did you mean lora\?$"):
-        method_class("lroa")
-    for name in ("base", "pack", "os", "../lora", "lora.LoRA", ""):
-        with pytest.raises(UserError, match="is not one of"):
+    for name in ("lroa", "base", "pack", "os", "../lora", "lora.LoRA", ""):
+        with refuses(Code.UNKNOWN_CHOICE, key="adapter.method") as caught:
             method_class(name)
+        assert caught.value.value == name
+        assert name != "lroa" or "lora?" in str(caught.value)
 
 
 MODULE = '''
@@ -226,7 +237,8 @@ def test_a_new_method_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pyte
         batch = random_batch(made.backbone)
         with torch.no_grad():
             torch.testing.assert_close(stir(made).eval()(batch), stir(same).eval()(batch))
-        with pytest.raises(UserError, match=r"^adapter\.tmies: is not a known key\. Did you mean times\?"):
+        with refuses(Code.UNKNOWN_KEY, key="adapter.tmies") as caught:
             build(method_class("louder"), composed("+adapter.tmies=2").adapter, "adapter")
+        assert "times?" in str(caught.value)
     finally:
         sys.modules.pop("lora_bench.adapters.louder", None)

@@ -15,8 +15,17 @@ import transformers
 from lora_bench.adapters import peft_format
 from lora_bench.adapters.layer import keep_mask
 from lora_bench.adapters.pack import Member, Pack, stream
-from lora_bench.errors import UserError
-from tests.adapters.tools import adapter, assert_close, doubled, merged_logits, pack, stir, train, trainer
+from tests.adapters.tools import (
+    adapter,
+    assert_close,
+    assert_out_of_range,
+    doubled,
+    merged_logits,
+    pack,
+    stir,
+    train,
+    trainer,
+)
 from tests.backbones.tools import FORMS, held, make, random_batch, reference, save, spread
 
 if TYPE_CHECKING:
@@ -226,16 +235,6 @@ def test_the_file_holds_the_projections_once_and_gives_them_back(tmp_path: Path)
 # -- settings --
 
 
-@pytest.mark.parametrize(
-    ("setting", "reason"),
-    [
-        ("rank=0", "must be a finite number of at least 1"),
-        ("rank=2.5", "is not a whole number"),
-        ("d_initial=0", "must be a finite number above 0"),
-        ("d_initial=nan", "must be a finite number above 0"),
-        ("dropout=1", "must be at least 0 and below 1"),
-    ],
-)
-def test_settings_out_of_range_are_refused(setting: str, reason: str) -> None:
-    with pytest.raises(UserError, match=rf"^adapter\.{setting.partition('=')[0]}=.*: {reason}"):
-        adapter("vera", setting)
+@pytest.mark.parametrize("setting", ["rank=0", "rank=2.5", "d_initial=0.0", "d_initial=nan", "dropout=1.0"])
+def test_settings_out_of_range_are_refused(setting: str) -> None:
+    assert_out_of_range("vera", setting)

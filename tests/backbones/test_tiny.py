@@ -8,7 +8,8 @@ import torch
 from lora_bench.backbones import tiny
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.config import build_model
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
+from tests.command_line import refuses
 from tests.helpers import TINY, composed
 
 
@@ -42,8 +43,10 @@ def test_every_tokenizer_is_fast_pads_and_reads_any_text(kind: str) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^model\.random\.model_type=gpt2: is not one of bert, roberta, t5"):
+    with refuses(Code.UNKNOWN_CHOICE, key="model.random.model_type") as caught:
         tiny.tokenizer("gpt2")
+    assert caught.value.value == "gpt2"
+    assert all(choice in caught.value.reason for choice in ("bert", "roberta", "t5"))
 
 
 @pytest.mark.parametrize("model", TINY)

@@ -14,9 +14,10 @@ from lora_bench.backbones import identity as identities
 from lora_bench.backbones import tiny
 from lora_bench.backbones import tokenizer as tokenizers
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
 from lora_bench.training.padding import check_padding
 from tests.backbones.tools import enliven, make, model_settings, save
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,11 +41,11 @@ def read(place: Path, model: str = "bert") -> Any:
     return load_tokenizer(model_settings(model, f"model.path={place}"))
 
 
-def refusal(place: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        read(place)
+def refusal(folder: Path, code: Code = Code.DAMAGED, *, key: str | None = None) -> UserError:
+    with refuses(code, key=key) as caught:
+        read(folder)
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return caught.value
 
 
 def keep_case(content: dict[str, Any]) -> None:
@@ -65,6 +66,10 @@ def split_by(pattern: str) -> Callable[[dict[str, Any]], None]:
         content["pre_tokenizer"] = split
 
     return change
+
+
+def normalize_by(charsmap: str) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.update(normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap})
 
 
 # -- read as it stands --
@@ -96,7 +101,9 @@ def test_what_is_saved_is_read_the_same_by_transformers(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_without_the_special_tokens_of_its_class_is_refused(tmp_path: Path) -> None:
-    assert "padding token" in refusal(folder_of(tmp_path, kind="roberta"))
+    error = refusal(folder_of(tmp_path, kind="roberta"), Code.UNSUPPORTED, key="model.tokenizer")
+    assert error.value == str(tmp_path)
+    assert "pad_token" in str(error.remedy)
 
 
 def test_a_truncation_and_padding_section_changes_nothing(tmp_path: Path) -> None:
@@ -128,27 +135,36 @@ def added(i: int) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "code", "key"),
     [
-        (split_by(r"(a+)+$"), "fails on short texts"),
-        (split_by("(a"), "no tokenizer could be loaded"),
-        (lambda content: content.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "loaded"),
-        (id_of("a", -5), "no tokenizer could be loaded"),
-        (id_of("a", 2**40), "1099511627776"),
-        (id_of("a", 2**32 - 1), "4294967295"),
-        (added(2**31), "2147483648"),
-        (id_of("a", 6), "the same id"),
-        (added(100_000), "'zz' the id 100000"),
-        (lambda content: content["model"].update(vocab=[]), "no tokenizer could be loaded"),
+        (split_by(r"(a+)+$"), Code.DAMAGED, "model.tokenizer"),  # it is loaded, and fails on short texts
+        (split_by("(a"), Code.UNSUPPORTED, "model.path"),
+        (normalize_by("AAAA"), Code.UNSUPPORTED, "model.path"),
+        (id_of("a", -5), Code.UNSUPPORTED, "model.path"),
+        (lambda content: content["model"].update(vocab=[]), Code.UNSUPPORTED, "model.path"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_refused(
-    change: Any, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    change: Any, code: Code, key: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    told = refusal(folder_of(tmp_path, change))
-    assert reason in told
-    assert str(tmp_path) in told
+    assert refusal(folder_of(tmp_path, change), code, key=key).value == str(tmp_path)
     assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "data"),
+    [
+        (id_of("a", 2**40), ["1099511627776"]),
+        (id_of("a", 2**32 - 1), ["4294967295"]),
+        (added(2**31), ["2147483648"]),
+        (id_of("a", 6), ["'a'", " 6"]),
+        (added(100_000), ["'zz'", "100000"]),
+    ],
+)
+def test_impossible_ids_are_refused_and_named(change: Any, data: list[str], tmp_path: Path) -> None:
+    error = refusal(folder_of(tmp_path, change))
+    assert error.file == tmp_path / "tokenizer.json"
+    assert all(datum in error.reason for datum in data)
 
 
 def test_a_random_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -157,34 +173,38 @@ def test_a_random_tokenizer_is_refused(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["dropout"] = 0.5
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert "model.dropout=0.5" in refusal(tmp_path)
+    error = refusal(tmp_path, Code.UNSUPPORTED)
+    assert error.file == tmp_path / "tokenizer.json"
+    assert "model.dropout=0.5" in error.reason
 
 
 def test_a_repeated_token_is_refused(tmp_path: Path) -> None:
     file = folder_of(tmp_path) / "tokenizer.json"
     file.write_text(file.read_text().replace('"vocab": {', '"vocab": {"a": 5, ', 1))
-    assert "'a' twice" in refusal(tmp_path)
+    error = refusal(tmp_path)
+    assert error.file == file
+    assert "'a'" in error.reason
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"[]", b"null", b'"text"', b"{}", b"[" * 100_000])
 def test_a_file_of_another_content_is_refused(content: bytes, tmp_path: Path) -> None:
     (folder_of(tmp_path) / "tokenizer.json").write_bytes(content)
-    assert "no tokenizer could be loaded" in refusal(tmp_path)
+    assert refusal(tmp_path, Code.UNSUPPORTED, key="model.path").value == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.txt"])
-@pytest.mark.parametrize("kind", ["pipe", "link", "huge"])
-def test_what_is_no_file_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [Code.NOT_A_FILE, Code.UNREADABLE, Code.TOO_LARGE])
+def test_what_is_no_file_is_refused(name: str, code: Code, tmp_path: Path) -> None:
     file = folder_of(tmp_path) / name
     file.unlink(missing_ok=True)
-    if kind == "pipe":
+    if code is Code.NOT_A_FILE:
         os.mkfifo(file)
-    elif kind == "link":
+    elif code is Code.UNREADABLE:
         file.symlink_to("nowhere")
     else:
         with file.open("wb") as stream:
             stream.truncate(2**40)
-    assert refusal(tmp_path).startswith(f"{file}: ")
+    assert refusal(tmp_path, code).file == file
 
 
 def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
@@ -214,19 +234,19 @@ def with_tokenizer(place: Path, change: Callable[[dict[str, Any]], None], **size
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "data"),
     [
-        (id_of("a", 150), "the id 150"),
-        (added(141), "142 tokens"),
-        (lambda content: content["post_processor"]["special_tokens"]["[CLS]"].update(ids=[999]), "adds the id 999"),
-        (lambda content: content["post_processor"]["pair"][3]["Sequence"].update(type_id=7), "the type 7"),
+        (id_of("a", 150), ["'a'", "id 150", "141"]),
+        (added(141), ["142 tokens", "141"]),
+        (lambda content: content["post_processor"]["special_tokens"]["[CLS]"].update(ids=[999]), ["id 999", "141"]),
+        (lambda content: content["post_processor"]["pair"][3]["Sequence"].update(type_id=7), ["type 7", "2"]),
     ],
 )
-def test_an_id_beyond_the_embeddings_is_refused(change: Any, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
+def test_an_id_beyond_the_embeddings_is_refused(change: Any, data: list[str], tmp_path: Path) -> None:
+    with refuses(Code.MISMATCH, key="model.tokenizer") as caught:
         make("bert", f"model.path={with_tokenizer(tmp_path, change)}")
-    assert reason in str(caught.value)
-    assert caught.value.key == "model.tokenizer"
+    assert caught.value.value == str(tmp_path)
+    assert all(datum in caught.value.reason for datum in data)
 
 
 def test_roberta_reads_a_template_with_token_types_as_transformers_does(tmp_path: Path) -> None:
@@ -298,7 +318,9 @@ def changed_vocabulary(content: dict[str, Any]) -> None:
 
 
 def other(recorded: dict[str, Any], current: dict[str, str]) -> list[str]:
-    return identities.refuse_another(recorded, current, lambda reason, remedy: UserError(reason, remedy=remedy))
+    return identities.refuse_another(
+        recorded, current, lambda reason, remedy: UserError(reason, remedy=remedy, code=Code.MISMATCH)
+    )
 
 
 @pytest.mark.parametrize("change", [keep_case, split_at_spaces, drop_the_template, changed_vocabulary])
@@ -307,8 +329,9 @@ def test_other_token_ids_are_refused(change: Any, tmp_path: Path) -> None:
         identities.identity(read(folder_of(tmp_path / name, how)))
         for name, how in (("before", lambda _: None), ("after", change))
     )
-    with pytest.raises(UserError, match=r"model\.tokenizer=DIR"):
+    with refuses(Code.MISMATCH) as caught:
         other(before, after)
+    assert "model.tokenizer=DIR" in str(caught.value.remedy)
 
 
 def test_the_same_content_in_other_bytes_is_the_same_tokenizer(tmp_path: Path) -> None:
@@ -325,7 +348,7 @@ def test_other_versions_are_noted_where_the_ids_agree() -> None:
     (note,) = other({**now, "versions": versions}, now)
     assert "tokenizers 0.1" in note
     (note,) = other({**now, "tokenizer_sha256": "0"}, now)
-    assert "files have changed" in note
+    assert "files" in note
 
 
 def test_an_older_record_says_nothing_of_its_tokenizer() -> None:

@@ -15,9 +15,10 @@ from lora_bench.data.augment import Augmentation, training_tables
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.data.pairs import TokenTable, tokenize
 from lora_bench.data.perturb import choose
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.experiment import Experiment
 from lora_bench.training.prefix import PrefixCache
+from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, composed
 
 if TYPE_CHECKING:
@@ -164,20 +165,33 @@ def test_each_objective_has_its_views(backbone: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "code", "key", "value", "datum"),
     [
-        (["data.augment=typ"], r"data\.augment=typ: is not a transform\. Did you mean typo"),
-        (["data.augment=number", "data.task=rte"], r"data\.augment=number: has no label rule in the task rte"),
-        (["trainer.objective=perturb_consistency"], "needs perturbed pairs. Give data.augment=all"),
+        (["data.augment=typ"], Code.UNKNOWN_CHOICE, "data.augment", "typ", "typo"),
+        (["data.augment=number", "data.task=rte"], Code.UNSUPPORTED, "data.augment", "number", "rte"),
+        (
+            ["trainer.objective=perturb_consistency"],
+            Code.CONFLICT,
+            "trainer.objective",
+            "perturb_consistency",
+            "data.augment=all",
+        ),
         (
             ["trainer.objective=perturb_consistency", "data.augment=[typo,number]"],
-            r"data\.augment=number: changes labels where the answer is to stay the same",
+            Code.CONFLICT,
+            "data.augment",
+            "number",
+            "",
         ),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_loaded(overrides: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_what_cannot_be_is_refused_before_anything_is_loaded(
+    overrides: list[str], code: Code, key: str, value: str, datum: str
+) -> None:
+    with refuses(code, key=key) as caught:
         Experiment.build(composed(*SMALL_TOY, *overrides))
+    assert caught.value.value == value
+    assert datum in f"{caught.value.reason} {caught.value.remedy}"
 
 
 def test_a_prefix_is_not_kept_of_what_changes(encode: Callable[..., TokenTable], tmp_path: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from pyarrow import parquet
 
 from lora_bench.data.examples import Examples
 from lora_bench.data.files import READERS, read, read_table
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,12 +39,24 @@ def write_parquet(path: Path, **columns: Any) -> Path:
     return path
 
 
-def refusal(path: Path, columns: tuple[str, ...] = QUESTIONS, label: str | None = "label", **more: Any) -> UserError:
-    with pytest.raises(UserError) as caught:
+def refusal(
+    path: Path,
+    columns: tuple[str, ...] = QUESTIONS,
+    label: str | None = "label",
+    code: Code = Code.INVALID_DATA,
+    **more: Any,
+) -> UserError:
+    with refuses(code) as caught:
         read(path, columns, label, **more)
     assert caught.value.file == str(path)
     assert "\n" not in str(caught.value)
     return caught.value
+
+
+def has_data(error: UserError, data: str) -> bool:
+    """Return whether an error names each of these numbers, names or values, wherever the file lies."""
+    text = f"{error.reason} {error.remedy}"
+    return all(datum in text for datum in data.split())
 
 
 def rows_of(examples: Examples) -> list[tuple[str, ...]]:
@@ -99,8 +113,10 @@ def test_standard_input_is_tsv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("text\nWhy\r\n\nÜ".encode())))
     assert read("-", ["text"], None).texts == (["Why", "", "Ü"],)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"text\n\xff")))
-    with pytest.raises(UserError, match="standard input, row 2: is not UTF-8"):
+    with refuses(Code.INVALID_DATA) as caught:
         read("-", ["text"], None)
+    assert (caught.value.file, caught.value.row) == ("standard input", 2)
+    assert "UTF-8" in caught.value.reason
 
 
 def test_without_a_label_column_labels_are_not_looked_at(tmp_path: Path) -> None:
@@ -109,38 +125,38 @@ def test_without_a_label_column_labels_are_not_looked_at(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "row", "says"),
+    ("content", "row", "data"),
     [
-        ("", None, "is empty"),
-        (b"\xef\xbb\xbf", None, "is empty"),
-        (HEADER, None, "has a header but no rows"),
-        (HEADER + "a\tb\t1\na\tb\n", 3, "2 columns where the header has 3"),
-        (HEADER + "a\tb\t1\t\n", 2, "4 columns where the header has 3"),
-        (HEADER + "a\tb\t1\n\na\tb\t1\n", 3, "is blank"),
-        (HEADER + "a\tb\t1\n  \na\tb\t1\n", 3, "is blank"),
-        (HEADER + "\r\n\n", None, "has a header but no rows"),
-        ("\n\r\n", None, "is empty"),
-        ("\n" + HEADER + "a\tb\t1\n", 2, "3 columns where the header has 1"),
-        (HEADER + "a\tb\t1\n\na\tb\t1\rc\td\t0\r", 3, "is blank"),
-        (HEADER + "a\tb\t1\rc\td\t0\r", 2, "5 columns where the header has 3, and a carriage return alone"),
-        ((HEADER + "a\tb\t1\n").replace("\n", "\r"), None, "carriage returns alone, as on old Macs"),
-        (HEADER.encode() + b"a\tb\t1\na\xff\tb\t1\n", 3, "is not UTF-8"),
-        (HEADER.encode("utf-16"), 1, "is in UTF-16, not in UTF-8"),
-        (b"\xfe\xff" + HEADER.encode("utf-16-be"), 1, "is in UTF-16"),
-        (HEADER.encode("utf-32"), 1, "is in UTF-32"),
+        (HEADER + "a\tb\t1\na\tb\n", 3, "2 3"),
+        (HEADER + "a\tb\t1\t\n", 2, "4 3"),
+        (HEADER + "a\tb\t1\n\na\tb\t1\n", 3, "blank"),
+        (HEADER + "a\tb\t1\n  \na\tb\t1\n", 3, "blank"),
+        ("\n" + HEADER + "a\tb\t1\n", 2, "3 1"),
+        (HEADER + "a\tb\t1\n\na\tb\t1\rc\td\t0\r", 3, "blank"),
+        (HEADER + "a\tb\t1\rc\td\t0\r", 2, "5 3 carriage"),
+        ((HEADER + "a\tb\t1\n").replace("\n", "\r"), None, "carriage"),
+        (HEADER.encode() + b"a\tb\t1\na\xff\tb\t1\n", 3, "UTF-8"),
+        (HEADER.encode("utf-16"), 1, "UTF-16"),
+        (b"\xfe\xff" + HEADER.encode("utf-16-be"), 1, "UTF-16"),
+        (HEADER.encode("utf-32"), 1, "UTF-32"),
         (HEADER.encode("utf-16-le"), 1, "NUL"),
         (HEADER + "a\tb\t1\na\0\tb\t1\n", 3, "NUL"),
-        ("label\tquestion1\tquestion2\tlabel\n1\ta\tb\t1\n", 1, "two columns named 'label'"),
-        ("question1\tquestion_2\tlabel\na\tb\t1\n", None, "Did you mean question_2?"),
-        ("question1\tquestion2\tLabel\na\tb\t1\n", None, "['question1', 'question2', 'Label']"),
+        ("label\tquestion1\tquestion2\tlabel\n1\ta\tb\t1\n", 1, "'label'"),
+        ("question1\tquestion_2\tlabel\na\tb\t1\n", None, "question_2?"),
+        ("question1\tquestion2\tLabel\na\tb\t1\n", None, "'question1' 'question2' 'Label'"),
         ("question1\tquestion2\tlabel\x1b[31m\na\tb\t1\n", None, "label\\x1b[31m"),
     ],
 )
-def test_wrong_tsv_is_refused(tmp_path: Path, content: str | bytes, row: int | None, says: str) -> None:
+def test_wrong_tsv_is_refused(tmp_path: Path, content: str | bytes, row: int | None, data: str) -> None:
     error = refusal(write(tmp_path / "a.tsv", content))
     assert error.row == row
-    assert says in str(error)
+    assert has_data(error, data)
     assert "\x1b" not in str(error)
+
+
+@pytest.mark.parametrize("content", ["", b"\xef\xbb\xbf", "\n\r\n", HEADER, HEADER + "\r\n\n"])
+def test_a_file_without_rows_is_refused(tmp_path: Path, content: str | bytes) -> None:
+    assert refusal(write(tmp_path / "a.tsv", content), code=Code.EMPTY).row is None
 
 
 @pytest.mark.parametrize("label", ["2", "-1", "0.5", "1.0", "", " 1", "true", "NA", "０", "1" * 5000])
@@ -177,22 +193,22 @@ def test_any_text_survives_quoted_csv(tmp_path: Path, rows: list[tuple[str, str]
 
 
 @pytest.mark.parametrize(
-    ("body", "row", "says"),
+    ("body", "row", "data"),
     [
-        ('a,b,1\n"a,b,1\na,b,0\n', 3, "unbalanced quotes"),
-        ('"two\nlines",b,1\na "quote,b,1\n', 4, "unbalanced quotes"),
-        ('"a"x,b,1\n', 2, "is not valid CSV"),
-        ("a,b,1\n\na,b,1\n", 3, "is blank"),
-        ('"two\nlines",b,1\na,b\n', 4, "2 columns where the header has 3"),
-        ('"two\nlines",b,1\na,b,x\n', 4, "'x' is neither 0 nor 1"),
-        ("a\rb,c,1\n", 2, "is not valid CSV: a carriage return alone, outside quotes"),
+        ('a,b,1\n"a,b,1\na,b,0\n', 3, "CSV quotes"),
+        ('"two\nlines",b,1\na "quote,b,1\n', 4, "CSV quotes"),
+        ('"a"x,b,1\n', 2, "CSV"),
+        ("a,b,1\n\na,b,1\n", 3, "blank"),
+        ('"two\nlines",b,1\na,b\n', 4, "2 3"),
+        ('"two\nlines",b,1\na,b,x\n', 4, "'x'"),
+        ("a\rb,c,1\n", 2, "CSV carriage"),
         ('"a\0b",c,1\na\0b,c,1\n', 3, "NUL"),
         ('"two\n\0lines",c,1\n\0', 4, "NUL"),
     ],
 )
-def test_wrong_csv_is_refused(tmp_path: Path, body: str, row: int, says: str) -> None:
+def test_wrong_csv_is_refused(tmp_path: Path, body: str, row: int, data: str) -> None:
     error = refusal(write(tmp_path / "a.csv", "question1,question2,label\n" + body))
-    assert (error.row, says in str(error)) == (row, True), str(error)
+    assert (error.row, has_data(error, data)) == (row, True), str(error)
 
 
 # --- JSONL and Parquet ---
@@ -201,50 +217,52 @@ GOOD = '{"question1": "a", "question2": "b", "label": 1}\n'
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "data"),
     [
-        ("", "is blank"),
-        (" \t\r", "is blank"),
-        ('{"question1": "a", "question2": "b", "label": %s}' % ("9" * 5000), "a number has 5,000 digits"),
-        ('{"question1": "a", "question2": "b", "label": NaN}', "nan is neither 0 nor 1"),
-        ('{"question1": "a", "question2": "b", "label": 1e999}', "inf is neither 0 nor 1"),
-        ('{"question1": ', "is not valid JSON"),
-        ("[1]", "not a JSON object"),
-        ("[" * 100_000, "is not valid JSON"),
-        ('{"question1": "a", "label": 1}', "has no 'question2'"),
-        ('{"question1": "a", "question2": null, "label": 1}', "'question2' is None, not a text"),
-        ('{"question1": 3, "question2": "b", "label": 1}', "'question1' is 3, not a text"),
-        ('{"question1": "\\ud800", "question2": "b", "label": 1}', "half of a surrogate pair"),
-        ('{"question1": "a", "question1": "c", "question2": "b", "label": 1}', "a key is given twice"),
-        ('{"question1": "a", "question2": "b", "label": true}', "True is neither 0 nor 1"),
-        ('{"question1": "a", "question2": "b", "label": 1.0}', "1.0 is neither 0 nor 1"),
-        ('{"question1": "a", "question2": "b", "label": [1]}', "[1] is neither 0 nor 1"),
-        ('{"question1": "a", "question2": "b", "label": null}', "None is neither 0 nor 1"),
-        ('{"question1": "a", "question2": "b"}', "has no 'label'"),
+        ("", "blank"),
+        (" \t\r", "blank"),
+        ('{"question1": "a", "question2": "b", "label": %s}' % ("9" * 5000), "5,000"),
+        ('{"question1": "a", "question2": "b", "label": NaN}', "nan"),
+        ('{"question1": "a", "question2": "b", "label": 1e999}', "inf"),
+        ('{"question1": ', "JSON"),
+        ("[1]", "JSON [1]"),
+        ("[" * 100_000, "JSON"),
+        ('{"question1": "a", "label": 1}', "'question2'"),
+        ('{"question1": "a", "question2": null, "label": 1}', "'question2' None"),
+        ('{"question1": 3, "question2": "b", "label": 1}', "'question1' 3"),
+        ('{"question1": "\\ud800", "question2": "b", "label": 1}', "'question1' surrogate"),
+        ('{"question1": "a", "question1": "c", "question2": "b", "label": 1}', "JSON twice"),
+        ('{"question1": "a", "question2": "b", "label": true}', "label True"),
+        ('{"question1": "a", "question2": "b", "label": 1.0}', "label 1.0"),
+        ('{"question1": "a", "question2": "b", "label": [1]}', "label [1]"),
+        ('{"question1": "a", "question2": "b", "label": null}', "label None"),
+        ('{"question1": "a", "question2": "b"}', "'label'"),
     ],
 )
-def test_wrong_jsonl_is_refused(tmp_path: Path, line: str, says: str) -> None:
+def test_wrong_jsonl_is_refused(tmp_path: Path, line: str, data: str) -> None:
     error = refusal(write(tmp_path / "a.jsonl", GOOD + line + "\n" + GOOD))
-    assert (error.row, says in str(error)) == (2, True), str(error)
+    assert (error.row, has_data(error, data)) == (2, True), str(error)
 
 
 def test_wrong_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    assert "is not valid Parquet" in str(refusal(write(path, "PAR1 and nothing more")))
+    refusal(write(path, "PAR1 and nothing more"), code=Code.DAMAGED)
     assert refusal(write_parquet(path, question1=["a", None], question2=["b", "b"], label=[0, 1])).row == 2
     assert refusal(write_parquet(path, question1=["a"], question2=[3], label=[0])).row == 1
     for label in (True, 1.0, 2, None):
         assert refusal(write_parquet(path, question1=["a"] * 2, question2=["b"] * 2, label=[label] * 2)).row == 1
-    assert "no rows" in str(refusal(write_parquet(path, question1=pa.array([], pa.string()))))
+    refusal(write_parquet(path, question1=pa.array([], pa.string())), code=Code.EMPTY)
     spoiled = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 1], "<i4").tobytes()), pa.py_buffer(b"\xff"))
-    assert "'question1' cannot be read" in str(refusal(write_parquet(path, question1=spoiled, question2=["b"])))
+    error = refusal(write_parquet(path, question1=spoiled, question2=["b"]), code=Code.DAMAGED)
+    assert "'question1'" in error.reason
 
 
 def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
-    assert "cannot be read" in str(refusal(tmp_path / "absent.tsv"))
+    refusal(tmp_path / "absent.tsv", code=Code.NOT_FOUND)
     (tmp_path / "folder.tsv").mkdir()
-    assert "cannot be read" in str(refusal(tmp_path / "folder.tsv"))
-    assert ".tsv, .csv, .jsonl, .parquet" in str(refusal(write(tmp_path / "a.tsv.gz", b"\x1f\x8b")))
+    refusal(tmp_path / "folder.tsv", code=Code.NOT_A_FILE)
+    error = refusal(write(tmp_path / "a.tsv.gz", b"\x1f\x8b"), code=Code.UNKNOWN_CHOICE)
+    assert ".tsv, .csv, .jsonl, .parquet" in error.reason
 
 
 # --- whatever a file holds ---
@@ -307,7 +325,9 @@ def test_a_file_may_have_very_many_columns(tmp_path: Path, kind: str) -> None:
 def test_a_column_that_is_there_twice_among_very_many_is_named(tmp_path: Path) -> None:
     names = [*map(str, range(100_000)), "99999"]
     path = write(tmp_path / "a.tsv", "\t".join(names) + "\n" + "\t".join(names) + "\n")
-    assert "two columns named '99999'" in str(refusal(path, ("1",), None))
+    error = refusal(path, ("1",), None)
+    assert error.row == 1
+    assert "'99999'" in error.reason
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -329,35 +349,35 @@ def test_blank_lines_of_single_texts(tmp_path: Path) -> None:
 def test_old_mac_line_ends_are_named(tmp_path: Path, kind: str) -> None:
     content = as_text(kind, [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}], "\r")
     error = refusal(write(tmp_path / f"a{kind}", content), ("a", "b"), None)
-    assert "old Macs" in error.reason
-    assert "tr " in str(error.remedy)
+    assert error.row is None
+    assert "tr '\\r' '\\n'" in str(error.remedy)
 
 
 @pytest.mark.parametrize(
     ("values", "row", "hint"),
     [
-        (["no", "yes"], 1, "write 0 for 'no' and 1 for 'yes'"),
-        (["0", "yes"], 2, "write 0 for 'no' and 1 for 'yes'"),
-        (["true", "false"], 1, "Write 0 for one and 1 for the other of 'true' and 'false'"),
-        (["a", "b", "c"], 1, "Tasks have two classes"),
+        (["no", "yes"], 1, r"data\.label_names .*\b0 .*'no' .*\b1 .*'yes'"),
+        (["0", "yes"], 2, r"data\.label_names .*\b0 .*'no' .*\b1 .*'yes'"),
+        (["true", "false"], 1, "'true' .*'false'"),
+        (["a", "b", "c"], 1, r"\btwo\b"),
         (["1", "2"], 2, "data.label_threshold=2"),
         (["-1", "1"], 1, "data.label_threshold=1"),
         ([0.0, 1.0], 1, "data.label_threshold=1"),
         (["0", "1", "2"], 3, "data.label_threshold"),
-        ([True, False], 1, "Write 0 for false and 1 for true"),
-        (["1", "no "], 2, "Write 0 for one"),
+        ([True, False], 1, r"\b0 .*false .*\b1 .*true\b"),
+        (["1", "no "], 2, "'1' .*'no '"),
         ([None, 1], 1, ""),
     ],
 )
 def test_labels_that_are_words_come_with_advice(tmp_path: Path, values: list[Any], row: int, hint: str) -> None:
     path = tmp_path / "a.jsonl"
     write(path, "".join(json.dumps({"text": "x", "label": value}) + "\n" for value in values))
-    with pytest.raises(UserError) as caught:
+    with refuses(Code.INVALID_DATA) as caught:
         read_table(path).examples(["text"], "label", labels_may_hide=False, label_names=["no", "yes"])
     error = caught.value
     assert (error.file, error.row) == (str(path), row)
-    assert repr(values[row - 1]) in str(error)
-    assert hint in str(error)
+    assert repr(values[row - 1]) in error.reason
+    assert re.search(hint, str(error.remedy))
 
 
 def test_advice_for_labels_that_may_hide_never_makes_hidden_ones_0(tmp_path: Path) -> None:
@@ -376,11 +396,12 @@ def test_numbers_become_labels_as_the_advice_says(tmp_path: Path) -> None:
 def test_devices_links_in_a_circle_and_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "circle.tsv").symlink_to(tmp_path / "circle.tsv")
     (tmp_path / "zero.tsv").symlink_to("/dev/zero")
-    assert "cannot be read" in str(refusal(tmp_path / "circle.tsv"))
-    assert "is a device" in str(refusal(tmp_path / "zero.tsv"))
-    for path, says in (("/dev/zero", "is a device"), ("/dev/null", "is empty"), ("a\0.tsv", "cannot be read")):
-        with pytest.raises(UserError, match=says):
+    refusal(tmp_path / "circle.tsv", code=Code.UNREADABLE)
+    refusal(tmp_path / "zero.tsv", code=Code.NOT_A_FILE)
+    for path, code in (("/dev/zero", Code.NOT_A_FILE), ("/dev/null", Code.EMPTY), ("a\0.tsv", Code.UNREADABLE)):
+        with refuses(code) as caught:
             read(path, QUESTIONS, None)
+        assert caught.value.file == path
 
 
 def test_a_pipe_is_read_to_its_end_and_is_tsv_whatever_its_name(tmp_path: Path) -> None:
@@ -400,9 +421,9 @@ def test_parquet_of_odd_types_is_read_or_refused(tmp_path: Path) -> None:
     nanoseconds = pa.array([1, 2], pa.timestamp("ns"))
     for column in ([["x"], ["y"]], [{"a": "x"}, {"a": "y"}], [b"x", b"y"], [1.5, None], nanoseconds, pa.nulls(2)):
         error = refusal(write_parquet(path, a=column, b=["u", "v"]), ("a", "b"), None)
-        assert "'a'" in str(error)
+        assert "'a'" in error.reason
     parquet.ParquetWriter(path, pa.schema({"a": pa.string(), "b": pa.string()})).close()  # without a row group
-    assert "no rows" in str(refusal(path, ("a", "b"), None))
+    refusal(path, ("a", "b"), None, Code.EMPTY)
     whole = write_parquet(path, a=["x"], b=["y"]).read_bytes()
     for damaged in (whole[:-5], bytes(len(whole)), whole[:-4] + b"PARE"):
-        assert "is not valid Parquet" in str(refusal(write(path, damaged), ("a", "b"), None))
+        refusal(write(path, damaged), ("a", "b"), None, Code.DAMAGED)

@@ -16,7 +16,8 @@ from pyarrow import parquet
 
 from lora_bench.data.files import read_table
 from lora_bench.data.labelled import FORMATS, check_texts, encode, free_names
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, UserError
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,8 +154,11 @@ def test_half_characters_are_refused_where_only_json_can_hold_them(tmp_path: Pat
     table = read_table(jsonl(tmp_path, {"a": "x"}, {"a": "\ud800"}))
     check_texts(table, ".jsonl")
     for kind in set(FORMATS) - {".jsonl"}:
-        with pytest.raises(UserError, match=r"row 2: 'a' holds half of a surrogate pair.*\.jsonl"):
+        with refuses(Code.INVALID_DATA) as caught:
             check_texts(table, kind)
+        assert (caught.value.file, caught.value.row) == (table.source, 2)
+        assert "'a'" in caught.value.reason
+        assert ".jsonl" in str(caught.value.remedy)
 
 
 def test_names_that_are_taken() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lora_bench.config import Data, FileData, HubData, ToyData
 from lora_bench.data.examples import Examples
 from lora_bench.data.sources import carve, examine, load, unseen
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,8 +99,10 @@ def test_a_folder_gives_the_splits_it_has(tmp_path: Path) -> None:
     assert found["validation"].texts == (["c"], ["d"])
     assert found["test"].labels is None
     (tmp_path / "validation.csv").write_text("question1,question2\nc,d\n")
-    with pytest.raises(UserError, match=r"validation\.csv: has no column 'label'"):
+    with refuses(Code.INVALID_DATA) as caught:
         load(files(tmp_path))
+    assert caught.value.file == str(tmp_path / "validation.csv")
+    assert "data.label_column" in str(caught.value)
 
 
 def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
@@ -112,8 +115,10 @@ def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
     assert (found["train"].labels.tolist(), found["validation"].labels.tolist()) == ([0, 1, 1], [1])
     assert found["test"].labels is None
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\thigh\n")
-    with pytest.raises(UserError, match=r"train\.tsv, row 3: label 'high' is not a number"):
+    with refuses(Code.INVALID_DATA) as caught:
         load(replace(files(tmp_path), label_threshold=4.0))
+    assert (caught.value.file, caught.value.row) == (str(tmp_path / "train.tsv"), 3)
+    assert "'high'" in caught.value.reason
 
 
 def test_one_file_is_the_test_split(tmp_path: Path) -> None:
@@ -122,36 +127,41 @@ def test_one_file_is_the_test_split(tmp_path: Path) -> None:
 
 
 def test_folders_that_leave_doubt_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.path=.*absent: does not exist"):
-        load(files(tmp_path / "absent"))
-    with pytest.raises(UserError, match="does not exist"):
-        load(files(tmp_path / ("long" * 100)))
+    (tmp_path / "circle").symlink_to("circle")
+    for name, code in (("absent", Code.NOT_FOUND), ("long" * 100, Code.NOT_FOUND), ("circle", Code.NOT_A_FILE)):
+        with refuses(code, key="data.path") as caught:
+            load(files(tmp_path / name))
+        assert caught.value.value == str(tmp_path / name)
     (tmp_path / "dev.tsv").write_text(HEADER + "a\tb\t1\n")
-    with pytest.raises(UserError, match=r"no train, validation or test file.*dev.*not guessed"):
+    with refuses(Code.NOT_FOUND, key="data.path") as caught:
         load(files(tmp_path))
+    assert caught.value.value == str(tmp_path)
+    assert "dev" in str(caught.value.remedy)
     for name in ("train.tsv", "train.csv"):
         (tmp_path / name).write_text(HEADER + "a\tb\t1\n")
-    with pytest.raises(UserError, match=r"both train\.tsv and train\.csv"):
+    with refuses(Code.CONFLICT, key="data.path") as caught:
         load(files(tmp_path))
+    assert caught.value.value == str(tmp_path)
+    assert all(name in caught.value.reason for name in ("train.tsv", "train.csv"))
 
 
 # --- hub ---
 
 
 def hub_holds(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[Any, ...]]:
-    """Let `datasets.load_dataset` return or raise `answer`; the list given back fills with what was asked."""
+    """Let `datasets.load_dataset` return or raise `answer`; the list given back fills with the arguments of calls."""
     import datasets
 
-    asked: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def load_dataset(*args: Any, **more: Any) -> Any:
-        asked.append((*args, *more.values()))
+        calls.append((*args, *more.values()))
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
+    return calls
 
 
 def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,22 +171,26 @@ def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> N
         texts = [f"t{label}" for label in labels]
         return Dataset.from_dict({"question1": texts, "question2": texts[::-1], "label": labels, "idx": labels})
 
-    asked = hub_holds(
+    calls = hub_holds(
         monkeypatch, DatasetDict(test=rows([-1, -1]), train=rows([0, 1, 1]), validation=rows([1]), other=rows([7]))
     )
     found = load(replace(HUB, revision="v1"))
-    assert asked == [("nyu-mll/glue", "qqp", "v1")]
+    assert calls == [("nyu-mll/glue", "qqp", "v1")]
     assert [*found] == ["train", "validation", "test"]
     assert found["train"].texts == (["t0", "t1", "t1"], ["t1", "t1", "t0"])
     assert found["train"].labels is not None
     assert found["train"].labels.tolist() == [0, 1, 1]
     assert found["test"].labels is None
     hub_holds(monkeypatch, DatasetDict(train=rows([0, 2])))
-    with pytest.raises(UserError, match="nyu-mll/glue/qqp train, row 2: label 2 is neither 0 nor 1"):
+    with refuses(Code.INVALID_DATA) as caught:
         load(HUB)
+    assert (caught.value.file, caught.value.row) == ("nyu-mll/glue/qqp train", 2)
+    assert "label 2" in caught.value.reason
     hub_holds(monkeypatch, DatasetDict(other=rows([0])))
-    with pytest.raises(UserError, match="none of the splits"):
+    with refuses(Code.NOT_FOUND, key="data.hub_id") as caught:
         load(HUB)
+    assert caught.value.value == HUB.hub_id
+    assert all(split in caught.value.reason for split in ("train", "validation", "test"))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_paragraph_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,9 +198,10 @@ def test_a_hub_that_cannot_be_reached_is_one_paragraph_with_the_ways_out(monkeyp
 
     for trouble in (ConnectionError("no route\nto host"), OfflineModeIsEnabled(""), FileNotFoundError("no such")):
         hub_holds(monkeypatch, trouble)
-        with pytest.raises(UserError) as caught:
+        with refuses(Code.NOT_FOUND, key="data.hub_id") as caught:
             load(HUB)
-        assert caught.value.key == "data.hub_id"
+        assert caught.value.value == HUB.hub_id
+        assert "\n" not in str(caught.value)
         assert "data=pairs data.path=DIR" in str(caught.value)
         assert "data=toy" in str(caught.value)
 
@@ -196,8 +211,9 @@ def test_offline_the_refusal_comes_at_once() -> None:
 
     assert datasets.config.HF_HUB_OFFLINE, "conftest.py says so"
     start = time.perf_counter()
-    with pytest.raises(UserError, match="cannot be loaded from the hub"):
+    with refuses(Code.NOT_FOUND, key="data.hub_id") as caught:
         load(replace(HUB, hub_id="nobody/holds-this"))
+    assert caught.value.value == "nobody/holds-this"
     assert time.perf_counter() - start < 5
 
 
@@ -262,14 +278,14 @@ def test_the_cut_is_the_same_on_any_machine_and_another_for_another_seed() -> No
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], key: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with refuses(Code.INVALID_VALUE, key=key) as caught:
         carve(numbered([0, 1] * 5), sizes(**settings))
-    assert caught.value.key == key
-    assert key == "data.selection_size" or "at most 6" in str(caught.value)
+    assert caught.value.value == settings[key.removeprefix("data.")]
+    assert key == "data.selection_size" or "6" in str(caught.value.remedy)
 
 
 def test_train_without_labels_is_refused() -> None:
-    with pytest.raises(UserError, match="no labels"):
+    with refuses(Code.INVALID_DATA, key="data.label_column"):
         carve(Examples(np.arange(9), (["a"] * 9,), None), sizes())
 
 

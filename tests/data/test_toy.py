@@ -14,7 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import matthews_corrcoef, roc_auc_score
 
 from lora_bench.data import toy
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from lora_bench.data.examples import Examples
@@ -173,5 +174,6 @@ def test_more_rows_than_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(toy, "FAMILIES", (toy.comparison,))
     monkeypatch.setattr(toy, "PEOPLE", ("Anna", "Ben", "Clara", "David"))
     monkeypatch.setattr(toy, "COMPARISONS", toy.COMPARISONS[:1])
-    with pytest.raises(UserError, match=r"data\.train_rows=1000: is more than"):
+    with refuses(Code.INVALID_VALUE, key="data.train_rows") as caught:
         toy.generate(1000, 0, "train")
+    assert caught.value.value == 1000

@@ -12,6 +12,7 @@ import pytest
 
 from lora_bench import train
 from lora_bench.data.toy import generate
+from lora_bench.errors import Code
 from tests.command_line import lora_bench, refused, stopped_and_gone_on_with, toy_run
 
 FEW = ["hydra.sweeper.shots=[4,8]", "hydra.sweeper.few.trainer.max_steps=2", "hydra.sweeper.few.data.selection_size=4"]
@@ -148,15 +149,19 @@ def test_a_source_that_failed_is_gone_on_from_once_it_is_done(monkeypatch: pytes
 @pytest.mark.usefixtures("tasks")
 def test_what_is_no_matrix_is_refused() -> None:
     one = [each.replace("data.path=one,two", "data.path=one") for each in ASKED]
-    assert "there is one task, so nothing to transfer to" in refused("train", *one)
-    assert "pack.halving=true: would stop jobs of this sweep" in refused("train", *ASKED, "pack.halving=true")
-    assert "tasks that are choices of data, not folders" in refused("train", *ASKED, "hydra.sweeper.together=true")
     shutil.copytree("two", "deeper/one")
     alike = [each.replace("data.path=one,two", "data.path=one,deeper/one") for each in ASKED]
-    assert "two tasks have one name" in refused("train", *alike)
     few = "hydra.sweeper.few.trainer.max_steps="
-    said = refused("train", *(text for text in ASKED if not text.startswith(few)), f"{few}0")
-    assert "trainer.max_steps=0" in said  # of the second stage, before the first begins
+    second_stage = [*(text for text in ASKED if not text.startswith(few)), f"{few}0"]
+    for overrides, expected in (
+        (one, (Code.CONFLICT, "data", None)),
+        ([*ASKED, "pack.halving=true"], (Code.CONFLICT, "pack.halving", "true")),
+        ([*ASKED, "hydra.sweeper.together=true"], (Code.CONFLICT, "hydra.sweeper.together", None)),
+        (alike, (Code.CONFLICT, "data", "one")),
+        (second_stage, (Code.INVALID_VALUE, "trainer.max_steps", 0)),  # before the first stage begins
+    ):
+        error = refused("train", *overrides)
+        assert (error.code, error.key, error.value) == expected
 
 
 @pytest.mark.usefixtures("tasks")

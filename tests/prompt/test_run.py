@@ -19,10 +19,12 @@ from lora_bench import record
 from lora_bench.cache import cache_folder
 from lora_bench.config import build_data
 from lora_bench.data import sources, toy
+from lora_bench.errors import Code
 from lora_bench.prompt import client
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import composed
-from tests.llm_server import Reply, Server, completion, error
+from tests.llm_server import Reply, Server, completion
+from tests.llm_server import error as error_reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from lora_bench.data.examples import Examples
 
+NOBODY = "http://127.0.0.1:1/v1"
+"""An address where no server is."""
 DATA = ["data=toy", "data.train_rows=40", "data.validation_rows=12"]
 
 
@@ -107,8 +111,8 @@ def test_wrong_answers_are_counted_and_wrong(in_tmp: Path) -> None:
 
 def test_a_server_that_misbehaves_is_asked_again(in_tmp: Path) -> None:
     bad: list[Reply] = [
-        error(500),
-        error(429, headers={"Retry-After": "0.3"}),
+        error_reply(500),
+        error_reply(429, headers={"Retry-After": "0.3"}),
         (200, {}, b'{"choi'),
         (200, {}, b'{"choices": []}'),
         (200, {"X-Cut": "1"}, completion()[2]),
@@ -130,7 +134,7 @@ def test_a_server_that_misbehaves_is_asked_again(in_tmp: Path) -> None:
 
 def test_without_logprobs_the_text_is_read_and_nothing_is_repeated(in_tmp: Path) -> None:
     def script(body: dict[str, Any], number: int) -> Reply:
-        return error(400, "logprobs is not supported") if "logprobs" in body else completion("no")
+        return error_reply(400, "logprobs is not supported") if "logprobs" in body else completion("no")
 
     with Server(script) as server:
         first = lora_bench("prompt", *asked(server))
@@ -149,11 +153,13 @@ def test_budgets_interrupt_and_a_rerun_goes_on(in_tmp: Path) -> None:
     with Server(lambda body, number: completion("no")) as server:
         answer = lora_bench("prompt", *asked(server, "llm.max_requests=5"))
         assert answer.code == 1
-        assert "llm.max_requests=5" in answer.err
-        assert "5 of 12 questions" in answer.err
+        assert answer.error is not None
+        assert (answer.error.code, answer.error.key) == (Code.BUDGET_SPENT, "llm.max_requests")
+        assert "5 of 12" in answer.err
         assert record.read(in_tmp / "run")["status"] == "interrupted"
         assert len(server.asked) == 5
-        assert "one request" in refused("prompt", *asked(server, "hydra.run.dir=b", "llm.max_cost=10", *prices))
+        error = refused("prompt", *asked(server, "hydra.run.dir=b", "llm.max_cost=10", *prices))
+        assert (error.code, error.key, error.value) == (Code.INVALID_VALUE, "llm.max_cost", 10.0)
         answer = lora_bench("prompt", *asked(server, "hydra.run.dir=c", "llm.max_cost=2000", *prices))
         assert answer.code == 0, answer
         assert record.read(in_tmp / "c")["cost"]["money_spent"] == 7 * 21
@@ -164,52 +170,56 @@ def test_budgets_interrupt_and_a_rerun_goes_on(in_tmp: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "key", "named"),
     [
-        (error(401, "bad key sk-secret"), "The key in OPENAI_API_KEY was not taken"),
-        (error(404, "no such model"), "Is the model one of the server's"),
-        (error(400, "context too long"), "context too long"),
+        (error_reply(401, "bad key sk-secret"), "llm.api_key_env", "OPENAI_API_KEY"),
+        (error_reply(404, "no such model"), "llm.model", "no such model"),
+        (error_reply(400, "context too long"), "llm", "context too long"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, reply: Reply, said: str
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, reply: Reply, key: str, named: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with Server(lambda body, number: reply) as server:
-        told = refused("prompt", *asked(server))
-    assert said in told
-    assert "sk-secret" not in told
+        error = refused("prompt", *asked(server))
+    assert (error.code, error.key) == (Code.SERVER, key)
+    assert named in str(error)
+    assert "sk-secret" not in str(error)
     assert server.keys == ["Bearer sk-secret"]
 
 
-def test_a_missing_key_is_said(in_tmp: Path) -> None:
-    with Server(lambda body, number: error(401)) as server:
-        assert "OPENAI_API_KEY holds no key" in refused("prompt", *asked(server))
+def test_a_missing_key_is_refused(in_tmp: Path) -> None:
+    with Server(lambda body, number: error_reply(401)) as server:
+        error = refused("prompt", *asked(server))
+    assert (error.code, error.key) == (Code.MISSING, "llm.api_key_env")
+    assert "OPENAI_API_KEY" in str(error)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected", "named"),
     [
-        ("llm.base_url=http://127.0.0.1:1/v1", "the connection failed"),
-        ("llm.base_url=localhost", "is no address"),
-        ("llm.model=null", "llm.model: is needed"),
-        ("llm.api_key_env=sk-secret", "must be the name of an environment variable"),
-        ("llm.api_key=sk-secret", "a key is given in no config"),
-        ("+llm.api_key=sk-secret", "a key is given in no config"),
-        ("llm.base_url=http://me:sk-secret@localhost/v1", "holds a user"),
-        ("prompt.template='{question1}'", "lacks {question2}"),
-        ("prompt.template='{fields} {nothing}'", "{nothing}"),
-        ("prompt.shots=3", "must be even"),
-        ("prompt.shots=200", "train has"),
-        ("llm.max_cost=1", "needs prices"),
-        ("split=train", "is no labelled split"),
+        (f"llm.base_url={NOBODY}", (Code.SERVER, "llm.base_url", NOBODY), ""),
+        ("llm.base_url=localhost", (Code.INVALID_VALUE, "llm.base_url", "localhost"), "http://localhost:8000/v1"),
+        ("llm.model=null", (Code.MISSING, "llm.model", None), ""),
+        ("llm.api_key_env=sk-secret", (Code.INVALID_VALUE, "llm.api_key_env", None), ""),
+        ("llm.api_key=sk-secret", (Code.FORBIDDEN, "llm", None), "llm.api_key_env"),
+        ("+llm.api_key=sk-secret", (Code.FORBIDDEN, "llm", None), "llm.api_key_env"),
+        ("llm.base_url=http://me:sk-secret@localhost/v1", (Code.FORBIDDEN, "llm.base_url", None), "llm.api_key_env"),
+        ("prompt.template='{question1}'", (Code.INVALID_SYNTAX, "prompt.template", None), "{question2}"),
+        ("prompt.template='{fields} {nothing}'", (Code.INVALID_SYNTAX, "prompt.template", None), "{nothing}"),
+        ("prompt.shots=3", (Code.INVALID_VALUE, "prompt.shots", 3), ""),
+        ("prompt.shots=200", (Code.INVALID_VALUE, "prompt.shots", 200), "train has 20"),
+        ("llm.max_cost=1", (Code.CONFLICT, "llm.max_cost", 1.0), "llm.input_price"),
+        ("split=train", (Code.UNKNOWN_CHOICE, "split", "train"), "validation"),
     ],
 )
-def test_wrong_requests(in_tmp: Path, override: str, said: str) -> None:
-    asked = [*DATA, "llm.model=x", "llm.base_url=http://127.0.0.1:1/v1"]
-    told = refused("prompt", *overridden(asked, override))
-    assert said in told
-    assert "sk-secret" not in told
+def test_wrong_requests(in_tmp: Path, override: str, expected: tuple[Code, str, object], named: str) -> None:
+    request = [*DATA, "llm.model=x", f"llm.base_url={NOBODY}"]
+    error = refused("prompt", *overridden(request, override))
+    assert (error.code, error.key, error.value) == expected
+    assert named in str(error)
+    assert "sk-secret" not in str(error)
 
 
 def test_few_shot_examples_are_balanced_and_from_train(in_tmp: Path) -> None:
@@ -275,9 +285,14 @@ def test_killed_and_run_again_asks_nothing_twice_that_was_answered(in_tmp: Path)
         under_way = [json.dumps(body, sort_keys=True) for body in server.asked[50:]]
         folder = in_tmp / "run"
         assert "again asks only for the rest" in lora_bench("compare", ".").out
-        assert "lora-bench prompt" in refused("train", f"resume={folder}")
-        assert "lora-bench prompt` again" in refused("prompt", *asked(server, *BIG))
-        assert "no unfinished run" in refused("train", "resume=last")
+        error = refused("train", f"resume={folder}")
+        assert (error.code, error.key, error.value) == (Code.NOT_RESUMABLE, "resume", folder)
+        assert "lora-bench prompt" in str(error)
+        error = refused("prompt", *asked(server, *BIG))
+        assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", folder)
+        assert "lora-bench prompt" in str(error)
+        error = refused("train", "resume=last")
+        assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "resume", "last")
         answer = lora_bench("prompt", *asked(server, *BIG, "hydra.run.dir=again"))
     assert answer.code == 0, answer
     assert sorted(server.repeated) == sorted(under_way)  # these three were never answered
@@ -297,7 +312,7 @@ def test_an_interrupt_waits_for_what_is_under_way(in_tmp: Path, number: signal.S
         held.go.set()
         _, err = process.communicate(timeout=30)
         assert process.returncode == code, err
-        assert err.decode() == ("lora-bench: interrupted\n" if code == 130 else "")
+        assert err.count(b"\n") == (1 if code == 130 else 0), err
         found = record.read(in_tmp / "run")
         assert (found["status"], found["cost"]["requests"], kept()) == ("interrupted", 13, 13)
         assert lora_bench("prompt", *asked(server, *BIG, "hydra.run.dir=again")).code == 0
@@ -314,13 +329,13 @@ def test_a_second_interrupt_ends_at_once(in_tmp: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
         held.go.set()
-    assert (process.returncode, err.decode()) == (130, "lora-bench: interrupted\n")
+    assert (process.returncode, err.count(b"\n")) == (130, 1), err
     assert record.read(in_tmp / "run")["status"] == "interrupted"
 
 
 def test_a_key_that_comes_back_is_kept_nowhere(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE", "horse-battery-staple")
-    echo = [completion("horse-battery-staple"), error(500, "horse-battery-staple"), completion("no")]
+    echo = [completion("horse-battery-staple"), error_reply(500, "horse-battery-staple"), completion("no")]
     with Server(lambda body, number: echo[min(number, 2)]) as server:
         answer = lora_bench("prompt", *asked(server, "llm.api_key_env=MINE"))
     assert answer.code == 0, answer
@@ -338,7 +353,9 @@ def test_a_server_that_counts_no_tokens_spends_the_most_there_can_be(in_tmp: Pat
 
     prices = ["llm.input_price=1e6", "llm.output_price=1e6", "llm.max_tokens=null", "llm.logprobs=false"]
     with Server(script) as server:
-        assert "needs a bound" in refused("prompt", *asked(server, *prices, "llm.max_cost=900"))
+        error = refused("prompt", *asked(server, *prices, "llm.max_cost=900"))
+        assert (error.code, error.key, error.value) == (Code.CONFLICT, "llm.max_cost", 900.0)
+        assert "llm.max_tokens" in str(error)
         bound = "+llm.extra.max_completion_tokens=100"
         answer = lora_bench("prompt", *asked(server, *prices, "llm.max_cost=900", bound))
     assert (answer.code, len(server.asked)) == (1, 2), answer  # each counts some 400: its bytes and 100 tokens
@@ -349,8 +366,8 @@ def test_a_server_that_counts_no_tokens_spends_the_most_there_can_be(in_tmp: Pat
 
 def test_a_metric_that_is_none_is_refused_before_anything_is_asked(in_tmp: Path) -> None:
     with Server(lambda body, number: completion("no")) as server:
-        wrong = "+metric.mine={torchmetric: Nothing, direction: up}"
-        assert "Nothing" in refused("prompt", *asked(server, wrong))
+        error = refused("prompt", *asked(server, "+metric.mine={torchmetric: Nothing, direction: up}"))
+    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "metric.mine.torchmetric", "Nothing")
     assert server.asked == []
 
 
@@ -407,7 +424,9 @@ def test_prompted_runs_stand_beside_trained_ones(in_tmp: Path) -> None:
 def test_a_prompted_run_leaves_no_model(in_tmp: Path, command: list[str]) -> None:
     (in_tmp / "a.tsv").write_text("id\tlabel\n" + "".join(f"{i}\t1\n" for i in range(12)))
     assert lora_bench("prompt", "predictions=a.tsv", *DATA, "hydra.run.dir=run").code == 0
-    assert "leaves no model" in refused(command[0], "run=run", *command[1:])
+    error = refused(command[0], "run=run", *command[1:])
+    assert (error.code, error.key, str(error.value)) == (Code.UNSUPPORTED, "run", "run")
+    assert "lora-bench prompt" in str(error)
 
 
 def test_answers_from_elsewhere(in_tmp: Path) -> None:
@@ -423,15 +442,17 @@ def test_answers_from_elsewhere(in_tmp: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "row", "named"),
     [
-        ("id\tlabel\n0\t1\n", "lacks 11 of 12 ids: 1, 2, 3, 4, 5, …"),
-        ("id\tlabel\n0\t1\n0\t1\n", "row 3: id 0 is given twice"),
-        ("id\tlabel\n12\t1\n", "row 2: id '12' is none of the split's"),
-        ("id\tscore\n0\tnan\n", "score 'nan' is not a number from 0 to 1"),
-        ("id\tanswer\n0\t1\n", "has the columns id, answer"),
+        ("id\tlabel\n0\t1\n", None, "11 of 12 ids: 1, 2, 3, 4, 5, …"),
+        ("id\tlabel\n0\t1\n0\t1\n", 3, "id 0"),
+        ("id\tlabel\n12\t1\n", 2, "id '12'"),
+        ("id\tscore\n0\tnan\n", 2, "score 'nan'"),
+        ("id\tanswer\n0\t1\n", None, "id, answer"),
     ],
 )
-def test_wrong_files_of_answers(in_tmp: Path, text: str, said: str) -> None:
+def test_wrong_files_of_answers(in_tmp: Path, text: str, row: int | None, named: str) -> None:
     (in_tmp / "a.tsv").write_text(text)
-    assert said in refused("prompt", "predictions=a.tsv", *DATA)
+    error = refused("prompt", "predictions=a.tsv", *DATA)
+    assert (error.code, str(error.file), error.row) == (Code.INVALID_DATA, str(in_tmp / "a.tsv"), row)
+    assert named in str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_bench import train as story
+from lora_bench.errors import Code
 from lora_bench.record import Run
 from lora_bench.results import Learned
 from lora_bench.training.backward import Backward
@@ -296,7 +298,7 @@ def test_25_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     newest.write_bytes({"empty": b"", "truncated": content[:-1], "flipped": content}[damage])
     answer = lora_bench("train", f"resume={interrupted}")
     assert answer.code == 0, answer
-    assert "passed over a damaged checkpoint, step-00000007" in answer.out
+    assert re.search("^note: .*step-00000007", answer.out, re.MULTILINE)
     assert "going on from step 6" in answer.out
     assert_same_run(interrupted, finished)
 
@@ -304,9 +306,14 @@ def test_25_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
 @pytest.mark.reliability(26)
 @pytest.mark.usefixtures("interrupted")
 def test_26_another_config_is_refused_with_the_difference() -> None:
-    assert "trainer.max_steps=20: the run began with 14" in refused("train", "resume=run", "trainer.max_steps=20")
-    assert "adapter=dora: the run began with lora" in refused("train", "resume=run", "adapter=dora")
-    assert "nowhere/run.json: is missing" in refused("train", "resume=nowhere")
+    error = refused("train", "resume=run", "trainer.max_steps=20")
+    assert (error.code, error.key, error.value) == (Code.NOT_RESUMABLE, "trainer.max_steps", "20")
+    assert " 14." in str(error)
+    error = refused("train", "resume=run", "adapter=dora")
+    assert (error.code, error.key, error.value) == (Code.NOT_RESUMABLE, "adapter", "dora")
+    assert " lora." in str(error)
+    error = refused("train", "resume=nowhere")
+    assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/run.json"))
     assert lora_bench("train", *ASKED, "resume=run").code == 0  # the same again is no difference
 
 
@@ -319,8 +326,9 @@ def test_26_other_data_or_another_backbone_are_refused(interrupted: Path, change
     else:
         found["environment"]["backbone_sha256"] = "0" * 64
     (interrupted / "run.json").write_text(json.dumps(found))
-    named = "the train split" if changed == "data" else "the backbone"
-    assert f"resume: {named} is not the one that the run began with" in refused("train", f"resume={interrupted}")
+    error = refused("train", f"resume={interrupted}")
+    assert (error.code, error.key) == (Code.MISMATCH, "resume")
+    assert ("train split" if changed == "data" else "backbone") in str(error)
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -332,13 +340,14 @@ def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.reliability(26)
 def test_26_a_record_edited_by_hand_is_refused_with_the_difference(interrupted: Path) -> None:
     edited(interrupted, lambda found: found["config"]["optimizer"].update(lr=0.5))
-    told = refused("train", f"resume={interrupted}")
-    assert "run.json: optimizer.lr was changed to 0.5 after the run began with 0.0" in told
+    error = refused("train", f"resume={interrupted}")
+    assert (error.code, error.file) == (Code.DAMAGED, interrupted / "run.json")
+    assert re.search(r"\boptimizer\.lr\b.* 0\.5 .* 0\.0005\.", str(error))
     edited(interrupted, lambda found: found["config"]["optimizer"].update(lr=0.0005))
     edited(interrupted, lambda found: found["config"]["trainer"].pop("max_steps"))
-    assert "trainer.max_steps was changed to None after the run began with 14" in refused(
-        "train", f"resume={interrupted}"
-    )
+    error = refused("train", f"resume={interrupted}")
+    assert (error.code, error.file) == (Code.DAMAGED, interrupted / "run.json")
+    assert re.search(r"\btrainer\.max_steps\b.* None .* 14\.", str(error))
 
 
 @pytest.mark.reliability(26)
@@ -363,8 +372,9 @@ def test_26_another_precision_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(story.Common, "load", lambda *_: pytest.fail("it was loaded"))
     edited(interrupted, lambda found: found["environment"].update(precision="bfloat16", device="cuda"))
-    told = refused("train", f"resume={interrupted}")
-    assert "the run was interrupted in bfloat16 on cuda, and trainer.precision=fp32 is float32 on cpu here" in told
+    error = refused("train", f"resume={interrupted}")
+    assert (error.code, error.key, error.value) == (Code.MISMATCH, "resume", interrupted)
+    assert re.search(r"\bbfloat16\b.* cuda\b.* trainer\.precision=fp32 .*\bfloat32\b.* cpu\b", str(error))
 
 
 @pytest.mark.reliability(26)
@@ -389,7 +399,7 @@ def test_27_a_finished_run_has_nothing_to_go_on_with(in_tmp: Path, finished: Pat
     before = files_below(finished)
     answer = lora_bench("train", f"resume={finished}")
     assert answer.code == 0
-    assert "is done: nothing to go on with" in answer.out
+    assert f"{finished} is done" in answer.out
     assert files_below(finished) == before
 
 
@@ -402,7 +412,7 @@ def test_27_a_run_killed_after_its_end_loses_what_nobody_needs(
         assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 130
     assert record("run")["status"] == "done"
     assert Path("run/checkpoints").exists()
-    assert "is done: nothing to go on with" in lora_bench("train", "resume=run").out
+    assert "run is done" in lora_bench("train", "resume=run").out
     assert not Path("run/checkpoints").exists()
     assert_same_run("run", finished)
 
@@ -441,7 +451,8 @@ def test_the_last_unfinished_run_is_found(in_tmp: Path, at_step: Any) -> None:
     assert lora_bench("train", "resume=last").code == 0
     (folder,) = (path.parent for path in Path("outputs").rglob("run.json"))
     assert record(folder)["status"] == "done"
-    assert "no unfinished run" in refused("train", "resume=last")
+    error = refused("train", "resume=last")
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "resume", "last")
 
 
 def test_without_a_checkpoint_it_begins_anew(in_tmp: Path, at_step: Any, finished: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lora_bench import predict as predicting
 from lora_bench import recording
 from lora_bench import train as training
 from lora_bench.adapters.pack import Pack
-from lora_bench.errors import DivergedError
+from lora_bench.errors import Code, DivergedError
 from lora_bench.evaluation.metrics import score
 from lora_bench.training import loop
 from lora_bench.training.backward import Backward
@@ -47,25 +48,21 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
 @pytest.mark.reliability(42)
 @pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("loss", "step 1: loss nan is not finite"),
-        ("gradient", "step 1: gradient norm inf is not finite"),
-        ("scores", "step 1: 22 of 22 scores are not finite"),
-    ],
+    ("what", "numbers"),
+    [("loss", "loss nan"), ("gradient", "gradient norm inf"), ("scores", "22 of 22 scores")],
 )
 def test_42_what_is_not_finite_stops_the_run(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, what: str, numbers: str
 ) -> None:
     spoilt(monkeypatch, what)
     answer = lora_bench("train", *toy_run("hydra.run.dir=run", "data.selection_size=22"))
     assert answer.code == 1
-    assert answer.err.startswith(f"lora-bench: the run diverged: {said}")
+    assert f": step 1: {numbers} " in answer.err
     assert "optimizer.lr" in answer.err
     assert "loss 0.0" not in answer.out
     found = record()
     assert (found["status"], found["metrics"]) == ("diverged", {})
-    assert found["error"].startswith(said)
+    assert found["error"].startswith(f"step 1: {numbers} ")
     assert not Path("run/metrics.jsonl").exists()
     assert not Path("run/adapter").exists()
 
@@ -82,7 +79,7 @@ def test_42_a_learning_rate_that_is_far_too_high(in_tmp: Path) -> None:
 def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.array([0, 1, 1])
     for bad in (np.nan, np.inf, -np.inf):
-        with pytest.raises(DivergedError, match="1 of 3 scores are not finite"):
+        with pytest.raises(DivergedError, match=r"\b1 of 3\b"):
             score(np.array([0.1, bad, 0.9]), labels, {})
     assert lora_bench("train", *RUN).code == 0
     nan = lambda pack, table, *more: np.full((1, len(table)), np.nan)  # noqa: E731
@@ -91,7 +88,8 @@ def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.Mon
     for command in (["predict", "input=pairs.tsv", "output=out.tsv"], ["eval", "data=toy", "data.validation_rows=16"]):
         answer = lora_bench(command[0], "run=run", *command[1:])
         assert (answer.code, answer.err.count("\n")) == (1, 1), answer
-        assert "scores are not finite numbers" in answer.err
+        assert answer.error is not None
+        assert (answer.error.code, answer.error.file) == (Code.DAMAGED, Path("run"))
     assert not Path("out.tsv").exists()
     assert not Path("run/evaluations").exists()
     monkeypatch.setattr(recording, "predict", nan)  # at the very end of a training
@@ -133,8 +131,8 @@ def test_44_out_of_memory_halves_portions_and_keeps_the_batch(in_tmp: Path, monk
         assert lora_bench("predict", "run=run", "input=pairs.tsv", "output=out.tsv").code == 0
         assert len(Path("out.tsv").read_text().splitlines()) == 10
     assert answer.code == 0, answer
-    assert "note: memory was short, so the run went on with trainer.micro_batch_size=4." in answer.out
-    assert "note: memory was short, so the run went on with trainer.eval_batch_size=4." in answer.out
+    assert re.search(r"note: .*trainer\.micro_batch_size=4\b", answer.out)
+    assert re.search(r"note: .*trainer\.eval_batch_size=4\b", answer.out)
     halved, whole = record(), record("asked")
     assert (halved["cost"]["micro_batch_size"], halved["cost"]["eval_batch_size"]) == (4, 4)
     assert (whole["cost"]["micro_batch_size"], whole["cost"]["eval_batch_size"]) == (4, 16)
@@ -162,17 +160,21 @@ def test_44_not_even_one_pair_fits(in_tmp: Path, monkeypatch: pytest.MonkeyPatch
     limited(monkeypatch, 0)
     answer = lora_bench("train", *RUN)
     assert (answer.code, answer.err.count("\n")) == (1, 1), answer
-    assert "memory does not suffice for the training of a single pair. Take " in answer.err
+    assert answer.error is not None
+    assert answer.error.code == Code.OUT_OF_MEMORY
+    assert "trainer.precision=bf16" in answer.err
     assert record()["status"] == "failed"
 
 
 @pytest.mark.reliability(44)
 def test_44_an_unsupported_precision(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = refused("train", *toy_run("trainer.precision=fp8"))
-    assert "trainer.precision=fp8: is not one of auto, fp32, bf16" in said
+    error = refused("train", *toy_run("trainer.precision=fp8"))
+    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "trainer.precision", "fp8")
+    assert "auto, fp32, bf16" in str(error)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = refused("train", *toy_run("trainer.device=cuda"))
-    assert "no CUDA device is usable here. Take trainer.device=auto or cpu." in said
+    error = refused("train", *toy_run("trainer.device=cuda"))
+    assert (error.code, error.key, error.value) == (Code.NO_DEVICE, "trainer.device", "cuda")
+    assert "trainer.device=auto" in str(error)
 
 
 @pytest.mark.reliability(45)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lora_bench import train
-from lora_bench.errors import UserError
+from lora_bench.errors import Code, LostFolderError, UserError
 from lora_bench.record import Run, read
 from lora_bench.results import Learned
-from tests.command_line import files_below, lora_bench, refused, toy_run
+from tests.command_line import files_below, lora_bench, refused, refuses, toy_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,6 +51,15 @@ def before_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, action:
     monkeypatch.setattr(owner, name, call)
 
 
+def refusal_here(*arguments: str) -> UserError:
+    """Return the error that refuses a training, where its text depends on the machine or files change meanwhile."""
+    answer = lora_bench("train", *arguments)
+    assert answer.code == 2, answer
+    assert answer.err.count("\n") == 1, answer
+    assert answer.error is not None, answer
+    return answer.error
+
+
 @contextmanager
 def full_disk(limit: int) -> Iterator[None]:
     """No file may grow beyond `limit` bytes: what a full disk is to those who write."""
@@ -70,41 +80,42 @@ def test_12_runs_of_the_same_second_have_folders_of_their_own(in_tmp: Path) -> N
 
 
 OTHER = f"""
-from lora_bench.cli import main
-print(main(["train", *{toy_run("hydra.run.dir=run")}]), main(["train", "resume=run"]))
+from tests.command_line import lora_bench
+for arguments in ({toy_run("hydra.run.dir=run")}, ["resume=run"]):
+    answer = lora_bench("train", *arguments)
+    print(answer.code, answer.error.code, answer.error.key or answer.error.file, "resume=" in answer.err)
 """
+"""Prints a line for each of two commands: exit code, error code, what is to blame, whether resuming is suggested."""
 
 
 @pytest.mark.reliability(13)
 def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, answers = train.fit_courses, []
+    fit, lines = train.fit_courses, []
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
     def second(*arguments: Any, **keywords: Any) -> Any:
         before = Path("run/run.json").read_bytes()
         other = subprocess.run([sys.executable, "-c", OTHER], capture_output=True, text=True)
-        answers.extend(other.stderr.splitlines())
-        assert other.stdout.split()[-2:] == ["2", "2"]
+        lines.extend(other.stdout.splitlines())
         assert Path("run/run.json").read_bytes() == before
         return fit(*arguments, **keywords)
 
     monkeypatch.setattr(train, "fit_courses", second)
     assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
-    (new, resumed) = answers
-    assert "hydra.run.dir=" in new
-    assert "already holds a run" in new
-    assert "another process is training this run" in resumed
+    assert lines == ["2 exists hydra.run.dir False", "2 in_use run False"]
     assert status("run") == "done"
 
 
 @pytest.mark.reliability(14)
 def test_14_a_name_that_leads_out_of_its_folder_is_refused(in_tmp: Path) -> None:
     assert lora_bench("train", *toy_run("hydra.run.dir=runs/a/run")).code == 0
-    told = refused("train", "-m", *toy_run("hydra.sweep.subdir='../../x${hydra.job.num}'", "seed=0,1"))
-    assert "hydra.sweep.subdir=../../x0: leads out of the sweep's folder" in told
-    with pytest.raises(UserError, match=r"name=../../x: is not a plain name"):
+    error = refused("train", "-m", *toy_run("hydra.sweep.subdir='../../x${hydra.job.num}'", "seed=0,1"))
+    assert (error.code, error.key, error.value) == (Code.FORBIDDEN, "hydra.sweep.subdir", "../../x0")
+    with refuses(Code.INVALID_VALUE, key="name") as caught:
         Run(Path("runs/a/run"), read(Path("runs/a/run"))).write_evaluation("../../x", {})
+    assert caught.value.value == "../../x"
 
 
 @pytest.mark.reliability(15)
@@ -117,18 +128,24 @@ def test_15_unusual_names_are_used_as_they_are(in_tmp: Path, name: str) -> None:
 
 
 @pytest.mark.reliability(15)
-@pytest.mark.parametrize("name", ["x" * 300, "nul\0", "run/run.json/y"])
-def test_15_names_that_cannot_be_are_refused(in_tmp: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("x" * 300, Code.UNWRITABLE), ("nul\0", Code.INVALID_VALUE), ("run/run.json/y", Code.UNWRITABLE)],
+    ids=["long", "nul", "below a file"],
+)
+def test_15_names_that_cannot_be_are_refused(in_tmp: Path, name: str, code: Code) -> None:
     Path("run").mkdir()
     Path("run/run.json").write_text("")
-    assert "hydra.run.dir=" in refused("train", *toy_run(f"hydra.run.dir='{name}'"))
-    assert "hydra.sweep.dir=" in refused("train", "-m", *toy_run(f"hydra.sweep.dir='{name}'"), "seed=0,1")
+    error = refused("train", *toy_run(f"hydra.run.dir='{name}'"))
+    assert (error.code, error.key) == (code, "hydra.run.dir")
+    error = refused("train", "-m", *toy_run(f"hydra.sweep.dir='{name}'"), "seed=0,1")
+    assert (error.code, error.key) == (code, "hydra.sweep.dir")
 
 
 @pytest.mark.reliability(16)
-@pytest.mark.parametrize("mode", [["hydra.run.dir=ROOT/run"], ["-m", "hydra.sweep.dir=ROOT/sweep", "seed=0,1"]])
+@pytest.mark.parametrize(("key", "mode"), [("hydra.run.dir", []), ("hydra.sweep.dir", ["-m", "seed=0,1"])])
 def test_16_an_unwritable_root_is_told_before_training(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str]
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, key: str, mode: list[str]
 ) -> None:
     monkeypatch.setattr(train, "fit_courses", lambda *_, **__: pytest.fail("it trained"))
     Path("a_file").write_text("")
@@ -136,27 +153,31 @@ def test_16_an_unwritable_root_is_told_before_training(
     locked.mkdir(mode=0o500)
     roots = ["a_file", "/proc"] + ["locked"] * (not os.access(locked, os.W_OK))
     for root in roots:
-        told = refused("train", *toy_run(*(part.replace("ROOT", root) for part in mode)))
-        assert f"={root}/" in told
-        assert "cannot be written" in told
+        error = refusal_here(*mode, *toy_run(f"{key}={root}/new"))
+        assert (error.code, error.key, str(error.value)) == (Code.UNWRITABLE, key, f"{root}/new")
+        assert not Path(root, "new").exists()
 
 
 @pytest.mark.reliability(17)
 def test_17_no_room_for_the_config(in_tmp: Path) -> None:
     assert lora_bench("train", *toy_run("hydra.run.dir=before")).code == 0  # what is kept of the data has its place
     with full_disk(100):
-        told = refused("train", *toy_run("hydra.run.dir=run"))
-    assert "hydra.run.dir=" in told
-    assert "cannot be written: File too large" in told
+        error = refusal_here(*toy_run("hydra.run.dir=run"))
+    assert (error.code, error.key, error.value) == (Code.UNWRITABLE, "hydra.run.dir", in_tmp / "run")
+    assert os.strerror(errno.EFBIG) in str(error)
+    assert not Path("run").exists()
 
 
 @pytest.mark.reliability(17)
-@pytest.mark.parametrize(("what", "limit"), [("log", 300), ("checkpoint", 20_000)])
+@pytest.mark.parametrize(
+    ("owner", "name", "limit", "path"),
+    [(Run, "log", 300, "metrics.jsonl"), (train.Checkpoints, "save", 20_000, "checkpoints/step-00000002")],
+    ids=["log", "checkpoint"],
+)
 def test_17_no_room_for_the_log_or_a_checkpoint(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, what: str, limit: int
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, limit: int, path: str
 ) -> None:
     assert lora_bench("train", *EPOCH, "hydra.run.dir=whole").code == 0
-    owner, name = {"log": (Run, "log"), "checkpoint": (train.Checkpoints, "save")}[what]
     original, calls = getattr(owner, name), iter(range(99))
 
     def filling(*arguments: Any) -> Any:
@@ -165,10 +186,10 @@ def test_17_no_room_for_the_log_or_a_checkpoint(
 
     monkeypatch.setattr(owner, name, filling)
     answer = lora_bench("train", *EPOCH, "hydra.run.dir=run")
-    assert answer.code == 1
-    assert answer.err.count("\n") == 1
-    assert "cannot be written: " in answer.err
-    assert "Make room, and go on with: lora-bench train resume=DIR." in answer.err
+    assert (answer.code, answer.err.count("\n")) == (1, 1), answer
+    assert answer.error is not None
+    assert (answer.error.code, answer.error.file) == (Code.UNWRITABLE, in_tmp / "run" / path)
+    assert "lora-bench train resume=DIR" in answer.err
     assert status("run") == "failed"
     older = train.Checkpoints(Path("run/checkpoints"))
     assert older.newest() is not None
@@ -208,8 +229,9 @@ def test_17_a_disk_that_is_really_full(in_tmp: Path) -> None:
     try:
         answer = lora_bench("train", *EPOCH, "hydra.run.dir=small/run")
         assert answer.code == 1
-        assert "cannot be written: " in answer.err
-        assert "No space left on device" in answer.err
+        assert answer.error is not None
+        assert answer.error.code == Code.UNWRITABLE
+        assert os.strerror(errno.ENOSPC) in answer.err
         assert train.Checkpoints(Path("small/run/checkpoints")).newest() is not None
         subprocess.run(["mount", "-o", "remount,size=9m", "small"], check=True)
         assert lora_bench("train", "resume=small/run").code == 0
@@ -239,15 +261,17 @@ def test_18_the_claim_of_a_killed_process_is_recovered(in_tmp: Path) -> None:
         until = time.monotonic() + 120
         while not list(Path("run/checkpoints").glob("step-*")) and time.monotonic() < until:
             time.sleep(0.02)
-        assert "another process is training this run" in lora_bench("train", "resume=run").err
-        assert "already holds a run" in lora_bench("train", *asked).err
+        error = refusal_here("resume=run")
+        assert (error.code, error.file) == (Code.IN_USE, Path("run"))
+        error = refusal_here(*asked)
+        assert (error.code, error.key) == (Code.EXISTS, "hydra.run.dir")
+        assert "lora-bench train resume=" not in str(error)
         assert "running: run" in lora_bench("compare", "run").out
         process.send_signal(signal.SIGKILL)
     assert status("run") == "running"
-    remedy = f"Or resume it: lora-bench train resume={Path.cwd() / 'run'}"
-    said = refused("train", *asked)
-    assert "holds a run whose process was killed" in said
-    assert remedy in said
+    error = refused("train", *asked)
+    assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", in_tmp / "run")
+    assert f"lora-bench train resume={in_tmp / 'run'}" in str(error)
     assert "killed: run" in lora_bench("compare", "run").out
     record = json.loads(Path("run/run.json").read_text())
     record["config"]["trainer"]["max_steps"] = 8  # so that the test ends
@@ -286,7 +310,8 @@ def test_20_a_folder_deleted_while_running_stops_the_run_cleanly(
     answer = lora_bench("train", *toy_run("hydra.run.dir=run", "trainer.checkpoint_every=1"))
     assert answer.code == 1, answer
     assert answer.err.count("\n") == 1
-    assert "/run: was deleted or moved while the run trained" in answer.err
+    assert isinstance(answer.error, LostFolderError)
+    assert (answer.error.code, answer.error.file) == (Code.LOST, in_tmp / "run")
     assert not Path("run").exists()
 
 
@@ -325,7 +350,8 @@ def test_20_a_folder_that_another_run_took_the_place_of_is_not_written(
     answer = lora_bench("train", *toy_run("hydra.run.dir=run", "trainer.checkpoint_every=1"))
     assert answer.code == 1, answer
     assert answer.err.count("\n") == 1
-    assert f"{in_tmp / 'run'}: was replaced by another folder" in answer.err
+    assert isinstance(answer.error, LostFolderError)
+    assert (answer.error.code, answer.error.file) == (Code.LOST, in_tmp / "run")
     assert contents("run") == contents(other)
 
 
@@ -345,8 +371,9 @@ def test_20_a_sweep_s_folder_that_another_one_took_the_place_of_is_not_written(
     before_call(monkeypatch, Run, "finish", replace)
     answer = lora_bench("train", "-m", *asked, "seed=0,1,2")
     assert answer.code == 1, answer
-    assert f"{in_tmp / 'sweep'}: was replaced by another folder" in answer.out
-    assert "sweep: was replaced by another folder" in answer.err
+    assert f"job 2 failed: {in_tmp / 'sweep'}: " in answer.out
+    assert isinstance(answer.error, LostFolderError)
+    assert (answer.error.code, answer.error.file) == (Code.LOST, Path("sweep"))
     assert contents("sweep") == contents("other")  # no third job, and tables of the other
 
 
@@ -363,7 +390,8 @@ def test_20_an_evaluation_is_not_written_into_another_run(
     before_call(monkeypatch, Run, "write_evaluation", replace)
     answer = lora_bench("eval", "run=run", "data=toy", "data.validation_rows=20")
     assert answer.code == 1, answer
-    assert "run: holds another run by now" in answer.err
+    assert isinstance(answer.error, LostFolderError)
+    assert (answer.error.code, answer.error.file) == (Code.LOST, Path("run"))
     assert contents("run") == contents(other)
 
 
@@ -379,6 +407,6 @@ def test_20_the_other_jobs_of_a_sweep_go_on(in_tmp: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Run, "log", deleting)
     answer = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep"), "seed=0,1,2")
     assert answer.code == 1
-    assert "/sweep/1: was deleted or moved" in answer.out
+    assert f"job 1 failed: {in_tmp / 'sweep/1'}: " in answer.out
     assert not Path("sweep/1").exists()
     assert [status(f"sweep/{number}") for number in (0, 2)] == ["done", "done"]

@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_bench.backbones import tiny
+from lora_bench.errors import Code, UserError
 from tests.command_line import files_below, lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
@@ -41,21 +43,28 @@ def finished(in_tmp: Path) -> Path:
     return Path("run/adapter") / TENSORS
 
 
-def predicted() -> str:
-    """Why the run's adapter is refused."""
+def predicted() -> UserError:
+    """Return the error that refuses the run's adapter."""
     return refused("predict", "run=run", "input=pairs.tsv", "output=-")
 
 
 @pytest.mark.reliability(46)
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors"])
-def test_46_a_pickled_checkpoint_is_never_opened(in_tmp: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "code", "blamed"),
+    [
+        ("pytorch_model.bin", Code.UNSUPPORTED, "model"),
+        ("model.pt", Code.NOT_FOUND, "model"),
+        ("model.safetensors", Code.DAMAGED, "model/model.safetensors"),
+    ],
+)
+def test_46_a_pickled_checkpoint_is_never_opened(in_tmp: Path, name: str, code: Code, blamed: str) -> None:
     Path("model").mkdir()
     config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     Path("model/config.json").write_text(json.dumps(config))
     Path("model", name).write_bytes(pickle.dumps(Bomb()))
-    # RUN takes a tokenizer of its own, so that only the weights are wrong
-    said = refused("train", *toy_run("model.path=model", "model.tokenizer=tokenizer", "hydra.run.dir=run"))
-    assert "model" in said
+    tiny.tokenizer("bert").save_pretrained("tokenizer")  # so that only the weights are wrong
+    error = refused("train", *toy_run("model.path=model", "model.tokenizer=tokenizer", "hydra.run.dir=run"))
+    assert (error.code, error.key, error.file) == (code, None, in_tmp / blamed)
     assert not Path("exploded").exists()
 
 
@@ -64,9 +73,11 @@ def test_46_a_pickled_checkpoint_is_never_opened(in_tmp: Path, name: str) -> Non
 def test_46_a_pickled_adapter_is_not_looked_at(finished: Path, name: str) -> None:
     finished.with_name(name).write_bytes(pickle.dumps(Bomb()))
     finished.unlink()
-    assert f"{TENSORS}: is absent or damaged" in predicted()
+    error = predicted()
+    assert (error.code, error.file) == (Code.DAMAGED, finished)
     finished.write_bytes(pickle.dumps(Bomb()))
-    assert f"{TENSORS}: is absent or damaged" in predicted()
+    error = predicted()
+    assert (error.code, error.file) == (Code.DAMAGED, finished)
     assert not Path("exploded").exists()
 
 
@@ -79,7 +90,7 @@ def without(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def extra(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors | {"more": torch.ones(1)}, path)
+    save_file(tensors | {"stranger": torch.ones(1)}, path)
 
 
 def misshapen(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -92,21 +103,23 @@ def not_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 @pytest.mark.reliability(46)
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "names"),
     [
-        (huge_header, "is absent or damaged"),
-        (without, "{first} are missing"),
-        (extra, "more do not belong to this adapter"),
-        (misshapen, "{first} (3, 3) for "),
-        (not_finite, "{first} hold numbers that are not finite"),
+        (huge_header, "header"),
+        (without, "{first} "),
+        (extra, " stranger "),
+        (misshapen, "{first} (3, 3) "),
+        (not_finite, "{first} "),
     ],
 )
 def test_46_an_adapter_that_does_not_fit_is_refused_by_name(
-    finished: Path, damage: Callable[[dict[str, torch.Tensor], Path], None], said: str
+    finished: Path, damage: Callable[[dict[str, torch.Tensor], Path], None], names: str
 ) -> None:
     tensors = load_file(finished)
     damage(tensors, finished)
-    assert said.format(first=min(tensors)) in predicted()
+    error = predicted()
+    assert (error.code, error.file) == (Code.DAMAGED, finished)
+    assert names.format(first=min(tensors)) in str(error)
 
 
 @pytest.mark.reliability(46)
@@ -122,7 +135,9 @@ def test_46_a_backbone_that_is_not_whole_is_refused_by_name(in_tmp: Path, damage
     else:
         del tensors[name]
     save_file(tensors, path, metadata={"format": "pt"})
-    assert name.removeprefix("bert.") in refused("train", *toy_run("model.path=model", "hydra.run.dir=run"))
+    error = refused("train", *toy_run("model.path=model", "hydra.run.dir=run"))
+    assert (error.code, str(error.file)) == (Code.DAMAGED, str(in_tmp / "model"))
+    assert name.removeprefix("bert.") in str(error)
 
 
 @pytest.mark.reliability(46)
@@ -133,7 +148,8 @@ def test_46_code_beside_a_checkpoint_is_not_run(in_tmp: Path) -> None:
     Path("model/tokenizer_config.json").write_text(json.dumps({"auto_map": code}))
     Path("model/evil.py").write_text("from pathlib import Path\nPath('exploded').touch()\n")
     for model in ("tiny_bert", "deberta"):
-        refused("train", *toy_run(f"model={model}", "model.path=model", "hydra.run.dir=run"))
+        error = refused("train", *toy_run(f"model={model}", "model.path=model", "hydra.run.dir=run"))
+        assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "model.path", str(in_tmp / "model"))
     assert not Path("exploded").exists()
 
 
@@ -158,10 +174,12 @@ def test_47_keys_given_as_values_reach_no_file_and_no_screen(in_tmp: Path) -> No
     sweep = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep"), *given, "adapter.rank=2,4")
     tables = [lora_bench("compare", ".", "--format", form).out for form in ("table", "csv", "md", "latex", "json")]
     for key in KEYS:
-        nowhere(key, *(text for told in (answer, wrong, sweep) for text in (told.out, told.err)), *tables)
+        nowhere(key, *(text for each in (answer, wrong, sweep) for text in (each.out, each.err)), *tables)
     assert "***" in Path("run/run.json").read_text()
     assert "***" in Path("sweep/sweep.json").read_text()
-    assert "keys are not kept" in refused("train", "-m", "resume=sweep")
+    error = refused("train", "-m", "resume=sweep")
+    assert (error.code, error.key, error.value) == (Code.NOT_RESUMABLE, "resume", Path("sweep"))
+    assert "${oc.env:NAME}" in str(error)
 
 
 @pytest.mark.reliability(47)
@@ -193,17 +211,21 @@ def test_47_keys_in_errors_and_tracebacks(in_tmp: Path, monkeypatch: pytest.Monk
     assert "Incorrect API key: ***" in Path("run/run.log").read_text()
     nowhere("open.sesame.9", answer.out, answer.err, lora_bench("compare", "run").out)
     nowhere("abcdefgh.ijkl", answer.out, answer.err)
-    said = refused("train", *toy_run("hydra.run.dir=other"), "llm.api_key=tell no one")
-    assert "llm.api_key" in said
-    assert "tell no one" not in said
+    error = refused("train", *toy_run("hydra.run.dir=other"), "llm.api_key=tell no one")
+    assert (error.code, error.key) == (Code.FORBIDDEN, "llm")
+    assert "llm.api_key_env" in str(error)
+    assert "tell no one" not in str(error)
 
 
 @pytest.mark.reliability(47)
 def test_47_keys_in_names_of_folders(in_tmp: Path) -> None:
-    assert "holds a key" in refused("train", *toy_run(f"hydra.run.dir=outputs/{KEYS[0]}"))
+    error = refused("train", *toy_run(f"hydra.run.dir=outputs/{KEYS[0]}"))
+    assert (error.code, error.key) == (Code.FORBIDDEN, "hydra.run.dir")
     asked = toy_run("hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.override_dirname}")
     answer = lora_bench("train", "-m", *asked, f"data.label_column={KEYS[0]}", "seed=0,1")
     assert answer.code == 2
+    assert answer.error is not None
+    assert (answer.error.code, answer.error.key) == (Code.FORBIDDEN, "hydra.run.dir")
     nowhere(KEYS[0], answer.out, answer.err)
 
 
@@ -246,9 +268,17 @@ def test_48_nothing_of_the_data_or_of_a_name_drives_the_terminal(in_tmp: Path) -
     asked = [each for each in toy_run("data=pairs", "data.path=pairs") if "_rows" not in each]
     answer = lora_bench("train", *asked)
     assert (answer.code, "\x1b" in answer.err, "\x07" in answer.err) == (2, False, False)
-    assert "train.tsv, row 2: label '\\x1b]0;title\\x07' is neither 0 nor 1" in answer.err
+    assert answer.error is not None
+    assert (answer.error.code, str(answer.error.file), answer.error.row) == (
+        Code.INVALID_DATA,
+        str(in_tmp / "pairs/train.tsv"),
+        2,
+    )
+    assert "'\\x1b]0;title\\x07'" in answer.err
     answer = lora_bench("train", *toy_run("adapter='\x1b[2J'"))
     assert (answer.code, "\x1b" in answer.err) == (2, False)
+    assert answer.error is not None
+    assert (answer.error.code, answer.error.key, answer.error.value) == (Code.UNKNOWN_CHOICE, "adapter", "\x1b[2J")
 
 
 @pytest.mark.reliability(48)
@@ -264,10 +294,15 @@ def test_48_offline_nothing_touches_the_network(in_tmp: Path, monkeypatch: pytes
     for name in ("create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refusing)
     assert lora_bench("train", *RUN).code == 0  # HF_HUB_OFFLINE is set for all tests
-    for override in ("model=bert", "model=roberta", "data=qqp"):
+    for override, key, value, remedy in (
+        ("model=bert", "model.hub_id", "google-bert/bert-base-uncased", "model.path=DIR"),
+        ("model=roberta", "model.hub_id", "FacebookAI/roberta-base", "model.path=DIR"),
+        ("data=qqp", "data.hub_id", "nyu-mll/glue", "data.path=DIR"),
+    ):
         asked = [each for each in toy_run(override) if not (override == "data=qqp" and "_rows" in each)]
-        said = refused("train", *asked)
-        assert "model.path=DIR" in said or "Without network" in said
+        error = refused("train", *asked)
+        assert (error.code, error.key, error.value) == (Code.NOT_FOUND, key, value)
+        assert remedy in str(error)
     assert touched == []
 
 

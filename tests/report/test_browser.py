@@ -141,11 +141,11 @@ def test_every_section_can_be_reached_and_has_a_name(page: Page) -> None:
 
 
 def test_two_other_runs(page: Page) -> None:
-    said = page.locator(".said")
+    summary = page.locator(".said")
     page.get_by_label("Run B").select_option("0")
-    assert said.inner_text() == "Choose two runs that differ."
+    assert "two runs" in summary.inner_text()
     page.get_by_label("Run B").select_option("1")
-    assert said.inner_text().startswith(f"Of {ROWS} examples, ")
+    assert f"{ROWS} examples" in summary.inner_text()
     page.get_by_label("Run A").select_option("1")
     page.get_by_label("Run B").select_option("0")
     apart = page.locator(".disagreements tbody tr")

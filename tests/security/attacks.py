@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -444,7 +443,7 @@ class World:
     def _wrong(
         self, target: Target, command: Command, answer: Answer, outside: dict[str, Any], seconds: float
     ) -> str | None:
-        said = (answer.err.strip().splitlines() or [""])[-1]
+        last_line = (answer.err.strip().splitlines() or [""])[-1]
         if (self.top / CANARY).exists() or Path(CANARY).exists():
             return "code was run"
         if SECRET in answer.out + answer.err or any(SECRET.encode() in content for content in self._small_files()):
@@ -456,14 +455,16 @@ class World:
         if seconds > SECONDS:
             return f"took {seconds:.0f} s"
         if answer.code not in (0, 2):
-            return f"exit {answer.code}: {said}"
+            return f"exit {answer.code}: {last_line}"
         if "Traceback (most recent" in answer.out + answer.err:
             return "printed a traceback"
         if answer.code == 2:
-            place = Path(target.path)
-            names = (place.name, str(place.parent), place.parent.name, *command.keys)
-            named = any(name in answer.err for name in names) or re.search(r"^lora-bench: \w+(\.\w+)*[=:]", said)
-            return None if named else f"names neither file nor key: {said}"
+            if answer.error is None:
+                return f"exit 2 without an error of the user's: {last_line}"
+            path = Path(target.path)
+            names = (path.name, str(path.parent), path.parent.name, *command.keys)
+            is_named = answer.error.key is not None or any(name in answer.err for name in names)
+            return None if is_named else f"names neither file nor key: {last_line}"
         if command.result is not rows:
             found = command.result(answer)
             is_input = target.path.startswith(INPUTS) and command.name in TAKES_ANY_MODEL

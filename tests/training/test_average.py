@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.config import Trainer, build
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.evaluation.metrics import score
 from lora_bench.training.average import Average, averaged
 from lora_bench.training.loop import predict
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, train, trainer
+from tests.command_line import refuses
 from tests.helpers import composed
 from tests.training import test_loop as loop_tests
 from tests.training.test_loop import spy
@@ -192,5 +193,6 @@ def test_what_is_not_settled_does_not_count() -> None:
 def test_only_a_share_is_taken() -> None:
     assert build(Trainer, composed("trainer.average=0.25").trainer, "trainer").average == 0.25
     for wrong in ("-0.1", "1.5", "nan"):
-        with pytest.raises(UserError, match=r"^trainer\.average=\S+: must be a finite number of at least 0"):
+        with refuses(Code.INVALID_VALUE, key="trainer.average") as caught:
             build(Trainer, composed(f"trainer.average={wrong}").trainer, "trainer")
+        assert str(caught.value.value) == wrong

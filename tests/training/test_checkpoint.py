@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.training.checkpoint import KEPT, Checkpoints
 from lora_bench.training.loop import fit, prepare
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,11 +89,13 @@ def test_a_write_that_fails_leaves_the_older_ones(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"step-00000002: cannot be written: No space left on device"):
+    with refuses(Code.UNWRITABLE) as caught:
         checkpoints.save(2, STATE, {})
-    found = checkpoints.newest()
-    assert found is not None
-    assert found.step == 1
+    assert caught.value.file == tmp_path / "checkpoints/step-00000002"
+    assert "No space left on device" in str(caught.value)
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 1
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -182,7 +185,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     begun = checkpoints.newest()
     assert begun is not None
     for other in (("lora", "rank=3"), ("lora", "rank=2", "target_modules=qv"), ("adalora", "rank=2")):
-        with pytest.raises(UserError, match="the checkpoint"):
+        with refuses(Code.MISMATCH):
             run(other, begun=[begun])
 
 

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from lora_bench.data.batching import BatchPlan, training_batches
+from lora_bench.errors import Code
 from lora_bench.training.distributed import Processes, together
 from lora_bench.training.objective import likelihood
 from lora_bench.training.optim import make_optimizer
@@ -147,5 +148,6 @@ def test_a_run_of_two_processes_is_interrupted_and_gone_on_with(in_tmp: Path) ->
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "-m: makes runs one after another" in refused("train", "-m", *RUN, "seed=0,1")
+    error = refused("train", "-m", *RUN, "seed=0,1")
+    assert (error.code, error.key) == (Code.CONFLICT, "-m")
     assert not list(in_tmp.iterdir())

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lora_bench.errors import RunFailedError
+from lora_bench.errors import Code, RunFailedError
 from lora_bench.training import portions
 from lora_bench.training.loop import predict
 from lora_bench.training.portions import in_portions, is_out_of_memory
 from tests.backbones.tools import random_batch
+from tests.command_line import refuses
 from tests.training.test_loop import Make, assert_close, packed, run, spy, task, trainer
 
 if TYPE_CHECKING:
@@ -107,8 +108,11 @@ def test_members_have_the_room_of_one(backbone: Make) -> None:
 def test_at_one_pair_it_gives_up_and_says_what_to_do(backbone: Make) -> None:
     pack = packed(backbone(), spy())
     short_of_memory(pack, 0, OUT_OF_MEMORY[0])
-    with pytest.raises(RunFailedError, match=r"the training of a single pair\. Take .*data\.max_length"):
+    with refuses(Code.OUT_OF_MEMORY) as caught:
         run(pack)
+    assert isinstance(caught.value, RunFailedError)
+    for name in ("training", "data.max_length"):
+        assert name in str(caught.value)
 
 
 def test_scores_are_the_same_from_smaller_portions(backbone: Make) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
 from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
+from tests.command_line import refuses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -30,8 +31,26 @@ def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_absent_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, cuda=False)
-    with pytest.raises(UserError, match=r"trainer\.device=cuda: no CUDA device.*trainer\.device=auto"):
+    with refuses(Code.NO_DEVICE, key="trainer.device") as caught:
         resolve_device("cuda")
+    assert caught.value.value == "cuda"
+    assert "trainer.device=auto" in str(caught.value)
+
+
+def test_each_of_several_processes_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, cuda=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with refuses(Code.MISSING, key="LOCAL_RANK"):
+        resolve_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with refuses(Code.NO_DEVICE, key="LOCAL_RANK") as caught:
+        resolve_device("cuda")
+    assert caught.value.value == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert resolve_device("cuda") == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
@@ -51,8 +70,10 @@ def test_bf16_by_name_is_slow_but_possible_on_any_cpu(monkeypatch: pytest.Monkey
 
 def test_bf16_by_name_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, cuda=True, bf16=False)
-    with pytest.raises(UserError, match=r"trainer\.precision=bf16.*trainer\.precision=fp32"):
+    with refuses(Code.NO_DEVICE, key="trainer.precision") as caught:
         resolve_precision("bf16", CUDA)
+    assert caught.value.value == "bf16"
+    assert "trainer.precision=fp32" in str(caught.value)
 
 
 def test_amx_counts_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:

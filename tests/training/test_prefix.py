@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.cache import TRAILER_BYTES
 from lora_bench.data.batching import both_orders, collate, micro_batches
-from lora_bench.errors import RunFailedError
+from lora_bench.errors import Code, RunFailedError
 from lora_bench.training import prefix
 from lora_bench.training.loop import fit, predict
 from lora_bench.training.prefix import PrefixCache
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.backbones.tools import FORMS
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,12 +230,13 @@ def test_a_damaged_file_is_named_and_filled_again(store: Path, damage: str, capf
 
 
 def test_a_file_that_is_cut_while_it_is_used_ends_the_run_with_its_name(store: Path) -> None:
-    found, _ = served(pack("bert", (TOP, 0)))
+    encoded, _ = served(pack("bert", (TOP, 0)))
     for path in store.iterdir():
         os.truncate(path, 100)  # a mapped file would end the process
-    with pytest.raises(RunFailedError, match=str(store)) as refused:
-        collate(found["train"], np.array([5, 0, 3]), 40, 0)
-    assert "esume" in str(refused.value)
+    with refuses(Code.UNREADABLE) as caught:
+        collate(encoded["train"], np.array([5, 0, 3]), 40, 0)
+    assert isinstance(caught.value, RunFailedError)
+    assert caught.value.file in store.iterdir()
 
 
 def test_a_file_is_filled_beside_its_place(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from lora_bench.data.examples import Examples
 from lora_bench.data.perturb import characters, sentences, words
 from lora_bench.data.perturb.transform import FORMS, PARAPHRASES, Transform
-from lora_bench.errors import UserError, nearest
+from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,25 +83,37 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_
             continue
         if name not in (*LEVELS, "all"):
             hint = nearest(name, [*TRANSFORMS, *LEVELS, "all"])
-            raise UserError("is not a transform", key=key, value=name, remedy=hint)
+            raise UserError("is not a transform", key=key, value=name, remedy=hint, code=Code.UNKNOWN_CHOICE)
         of_level = [each for each in TRANSFORMS.values() if name in (each.level, "all")]
         suited = [each for each in of_level if each.has_rule(task) and each.texts <= texts]
         suited = [each for each in suited if each.keeps_label or not keep_label]
         if not suited:
-            raise UserError(f"has no transform whose label rule holds for the task {task}", key=key, value=name)
+            raise UserError(
+                f"has no transform whose label rule holds for the task {task}",
+                key=key,
+                value=name,
+                code=Code.UNSUPPORTED,
+            )
         chosen |= {each.name: each for each in suited}
     if not chosen:
-        raise UserError("names no transform", key=key, value="[]", remedy="Give null for none, or all.")
+        raise UserError(
+            "names no transform", key=key, value="[]", remedy="Give null for none, or all.", code=Code.INVALID_VALUE
+        )
     return list(chosen.values())
 
 
 def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep_label: bool) -> None:
     if keep_label and not transform.keeps_label:
-        raise UserError("changes labels where the answer is to stay the same", key=key, value=transform.name)
+        raise UserError(
+            "changes labels where the answer is to stay the same",
+            key=key,
+            value=transform.name,
+            code=Code.CONFLICT,
+        )
     if transform.texts > texts:
-        raise UserError("needs pairs, and the data has single texts", key=key, value=transform.name)
+        raise UserError("needs pairs, and the data has single texts", key=key, value=transform.name, code=Code.CONFLICT)
     if transform.has_rule(task):
         return
     reason = "changes the form of a text, which the label is about" if task in FORMS else "has no label rule"
     remedy = "" if task in FORMS else f"What becomes of the label is known for {' and '.join(PARAPHRASES)} (data.task)."
-    raise UserError(f"{reason} in the task {task}", key=key, value=transform.name, remedy=remedy)
+    raise UserError(f"{reason} in the task {task}", key=key, value=transform.name, remedy=remedy, code=Code.UNSUPPORTED)

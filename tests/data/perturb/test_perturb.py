@@ -14,7 +14,8 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.perturb import LEVELS, TRANSFORMS, choose, perturb
 from lora_bench.data.perturb.characters import NEIGHBOURS
 from lora_bench.data.perturb.transform import BREAKS, KEEPS, Transform, share
-from lora_bench.errors import UserError
+from lora_bench.errors import Code
+from tests.command_line import refuses
 
 ALL = sorted(TRANSFORMS.values(), key=lambda transform: transform.name)
 NAMES = [transform.name for transform in ALL]
@@ -256,17 +257,21 @@ def test_levels_and_all_take_what_suits_the_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "task", "texts", "words"),
+    ("names", "task", "texts", "code", "value", "data"),
     [
-        ("tipo", "qqp", 2, r"data\.perturb=tipo: is not a transform\. Did you mean typo\?"),
-        (["typo", "nothing"], "qqp", 2, r"nothing: is not a transform\. Known: all, case, character"),
-        ("number", "rte", 2, "number: has no label rule in the task rte.*known for qqp and mrpc"),
-        ("order", "qqp", 1, "order: needs pairs, and the data has single texts"),
-        ("typo", "cola", 1, "typo: changes the form of a text, which the label is about"),
-        ("all", "cola", 1, "all: has no transform whose label rule holds for the task cola"),
-        ([], "qqp", 2, "names no transform"),
+        ("tipo", "qqp", 2, Code.UNKNOWN_CHOICE, "tipo", ["typo"]),
+        (["typo", "nothing"], "qqp", 2, Code.UNKNOWN_CHOICE, "nothing", ["all", "case", "character"]),
+        ("number", "rte", 2, Code.UNSUPPORTED, "number", ["rte", "qqp", "mrpc"]),
+        ("order", "qqp", 1, Code.CONFLICT, "order", []),
+        ("typo", "cola", 1, Code.UNSUPPORTED, "typo", ["cola"]),
+        ("all", "cola", 1, Code.UNSUPPORTED, "all", ["cola"]),
+        ([], "qqp", 2, Code.INVALID_VALUE, "[]", ["all"]),
     ],
 )
-def test_what_cannot_be_is_refused(asked: str | list[str], task: str, texts: int, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        choose(asked, task, texts, "data.perturb")
+def test_what_cannot_be_is_refused(
+    names: str | list[str], task: str, texts: int, code: Code, value: str, data: list[str]
+) -> None:
+    with refuses(code, key="data.perturb") as caught:
+        choose(names, task, texts, "data.perturb")
+    assert caught.value.value == value
+    assert all(datum in f"{caught.value.reason} {caught.value.remedy}" for datum in data)
