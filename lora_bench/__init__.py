@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_bench.predict import FinishedRun
+    from lora_bench.run.finished_run import FinishedRun
 
 __all__ = ["load"]
 __version__ = version("lora-bench")
@@ -35,6 +35,6 @@ def load(
     Raises:
         UserError: the folder holds no finished run, or its backbone cannot be had.
     """
-    from lora_bench.predict import FinishedRun
+    from lora_bench.run.finished_run import FinishedRun
 
     return FinishedRun.load(run, device=device, model_path=model_path, tokenizer=tokenizer)

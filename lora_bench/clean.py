@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from lora_bench.cache import SUFFIXES, CacheFiles, cache_folder, remove
+from lora_bench.console.format import human
+from lora_bench.console.text import shown
 from lora_bench.errors import Code, RunFailedError, UserError
-from lora_bench.screen import shown
-from lora_bench.tables import human
+from lora_bench.files.cache import SUFFIXES, CacheFiles, cache_folder, remove
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

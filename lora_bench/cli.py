@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lora_bench import streams
+from lora_bench.config.groups import COMMANDS, PROMPT_GROUPS, conf_folder
+from lora_bench.config.launch import Launch
+from lora_bench.console import streams
+from lora_bench.console.help import help_of, overview
+from lora_bench.console.redaction import remember, remember_config
+from lora_bench.console.signals import ENDING_SIGNALS, terminate
+from lora_bench.console.text import note, shown
 from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
-from lora_bench.help import COMMANDS, PROMPT_GROUPS, conf_folder, help_of, overview
-from lora_bench.launch import Launch
-from lora_bench.screen import note, shown
-from lora_bench.secrets import remember, remember_config
-from lora_bench.signals import ENDING_SIGNALS, terminate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from omegaconf import DictConfig
 
-    from lora_bench.hydra_errors import Arguments
+    from lora_bench.config.compose import Arguments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,9 +116,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
-    from lora_bench.cache import token_limit_bytes
-    from lora_bench.hydra_errors import Arguments, compose, translated
-    from lora_bench.overrides import typed_by
+    from lora_bench.config.compose import Arguments, compose
+    from lora_bench.config.hydra_errors import translated
+    from lora_bench.config.overrides import typed_by
+    from lora_bench.files.cache import token_limit_bytes
 
     token_limit_bytes()  # refused before anything is loaded
     parsed = Arguments.read(arguments)
@@ -136,7 +138,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lora_bench.record import discard
+    from lora_bench.records.run_folder import discard
 
     failures: list[Exception] = []
 
@@ -168,10 +170,11 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
 
 def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     """The arguments with the folder to go on with found, and with those of its beginning where it is a sweep's."""
+    from lora_bench.config.compose import compose
+    from lora_bench.config.hydra_errors import translated
     from lora_bench.errors import quoted
-    from lora_bench.hydra_errors import compose, translated
-    from lora_bench.resume import arguments_of_sweep, place
-    from lora_bench.sweep import FILE, is_sweep
+    from lora_bench.records.resume import arguments_of_sweep, place
+    from lora_bench.records.sweep_folder import FILE, is_sweep
 
     folder = place(resume, Path("outputs"))
     if is_sweep(folder):
@@ -193,9 +196,9 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
 def _train(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from lora_bench.job import Job, following, is_done
-    from lora_bench.preflight import check_train
-    from lora_bench.record import discard
+    from lora_bench.records.job import Job, following, is_done
+    from lora_bench.records.run_folder import discard
+    from lora_bench.run.preflight import check_train
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -212,9 +215,9 @@ def _train(cfg: DictConfig) -> None:
             job = Job.composed(cfg, hydra, own)
             check_train(job.cfg, resumed=job.begun is not None)
             if cfg.dry_run:
-                from lora_bench import expected  # torch: late
+                from lora_bench.sweeps import cost_estimate  # torch: late
 
-                expected.show(job, Console(quiet=True) if beside else console)
+                cost_estimate.show(job, Console(quiet=True) if beside else console)
             else:
                 from lora_bench.train import train
 
@@ -234,7 +237,7 @@ def _train(cfg: DictConfig) -> None:
 def _eval(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from lora_bench.preflight import check_eval
+    from lora_bench.run.preflight import check_eval
 
     check_eval(cfg)
     from lora_bench.evaluate import run_eval
@@ -243,7 +246,7 @@ def _eval(cfg: DictConfig) -> None:
 
 
 def _predict(cfg: DictConfig) -> None:
-    from lora_bench.prediction_request import PredictionRequest
+    from lora_bench.run.prediction_request import PredictionRequest
 
     request = PredictionRequest.read(cfg)
     from lora_bench.predict import run_predict  # torch: late
@@ -252,7 +255,7 @@ def _predict(cfg: DictConfig) -> None:
 
 
 def _export(cfg: DictConfig) -> None:
-    from lora_bench.preflight import check_export
+    from lora_bench.run.preflight import check_export
 
     check_export(cfg)
     from lora_bench.export import run_export
@@ -264,9 +267,9 @@ def _prompt(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from lora_bench.config import build_data
-    from lora_bench.preflight import check_data
-    from lora_bench.record import discard
+    from lora_bench.config.build import build_data
+    from lora_bench.records.run_folder import discard
+    from lora_bench.run.preflight import check_data
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -278,7 +281,7 @@ def _prompt(cfg: DictConfig) -> None:
             node[key] = os.path.abspath(str(node[key]))
     try:
         check_data(build_data(cfg.data))
-        from lora_bench.prompt.run import run_prompt  # torch: late
+        from lora_bench.prompt import run_prompt  # torch: late
 
         run_prompt(cfg, folder, choices=choices, overrides=overrides, console=_console())
     finally:

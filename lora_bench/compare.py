@@ -10,60 +10,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from lora_bench import prompted
-from lora_bench.baseline import judged
-from lora_bench.comparison import MARGIN
-from lora_bench.costs import with_costs
-from lora_bench.disk import write
+from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
+from lora_bench.analysis.significance import MARGIN
+from lora_bench.analysis.summary import MAIN_METRICS, summarise
+from lora_bench.analysis.terminal import render
+from lora_bench.console.format import clean
 from lora_bench.errors import Code, UserError
-from lora_bench.experiments import (
-    OUTSIDE_THE_EXPERIMENT,
-    Recorded,
-    all_keys,
-    check_key,
-    describe,
-    follows,
-    grouped,
-    newest_of_each_seed,
-)
-from lora_bench.figures import BESIDES, has_column, left_out_notes, with_evaluations
-from lora_bench.grid import render
-from lora_bench.paths import check_output, write_output
-from lora_bench.record import altered_notes, find, is_killed, last_logged
-from lora_bench.recorded import with_equal_keys
-from lora_bench.tables import Column, Missing, Row, Stat, Table, clean, to_csv, to_json, to_latex, to_markdown
-from lora_bench.tasks import by_task
+from lora_bench.files.paths import check_output, write_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from lora_bench.analysis.table import Table
 
-# The main metrics always have columns, and so does what the config adds; the other standard ones stay in run.json.
-MAIN_METRICS = ("accuracy", "f1", "mcc")
-OTHER_METRICS = ("precision", "recall", "auroc", "nll", "ece", "brier")
-COSTS = {
-    "params.adapter": "count",
-    "params.head": "count",
-    "params.total": "count",
-    "cost.train_seconds": "seconds",
-    "cost.train_flops": "flops",
-    "cost.peak_memory_bytes": "bytes",
-}
-# A narrow terminal loses the first of these first.
-KEEP = (
-    "params.total",
-    "cost.peak_memory_bytes",
-    "cost.train_flops",
-    "params.head",
-    "cost.train_seconds",
-    "params.adapter",
-)
+
 FORMATS = {"csv": to_csv, "md": to_markdown, "latex": to_latex, "json": to_json}
 
 
@@ -84,7 +46,7 @@ def main(arguments: list[str]) -> int:
     asked = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target")}
     table = summarise(folders, **asked)
     if options.anchors:
-        from lora_bench.anchors import with_anchors
+        from lora_bench.analysis.published import with_anchors
 
         if options.format in ("csv", "json") and options.html is None:
             remedy = "csv and json hold the runs alone; take --format table, md or latex."
@@ -110,206 +72,6 @@ def _write_page(table: Table, file: Path, margin: float) -> int:
     write_output(file, page(table, margin).encode(), "--html", make_folders=True)
     print(f"written: {clean(str(file))}", file=sys.stderr)
     return 0
-
-
-def write_tables(folder: Path, baseline: str | None = None) -> None:
-    """Leave `table.md` and `table.csv` of the runs below `folder`, a finished sweep, in it; nothing if it has none."""
-    if find([folder])[0]:
-        table = summarise([folder], baseline=baseline)
-        write(folder, "table.md", to_markdown(table).encode())
-        write(folder, "table.csv", to_csv(table).encode())
-
-
-def summarise(
-    paths: Sequence[Path],
-    by: str | None = None,
-    baseline: str | None = None,
-    margin: float = MARGIN,
-    measure: str = "mcc",
-    target: float | None = None,
-) -> Table:
-    """The runs at or below `paths` as a table: a row per experiment, or per value of the config key `by`.
-
-    Rows are tested against `baseline` on `measure` (`judged`), their costs counted up to `target` (`with_costs`).
-
-    Raises:
-        UserError: a path that is not there, no runs, an unknown key, or no such baseline.
-    """
-    found, skipped = find(paths)
-    found, of_tasks = by_task(found)
-    found = [(folder, with_evaluations(folder, record)) for folder, record in with_equal_keys(found)]
-    if not found:
-        why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
-        raise UserError(f"no runs here{why}", file=", ".join(map(str, paths)), remedy=remedy, code=Code.NOT_FOUND)
-    splits = _reported_splits(record for _, record in found if record["status"] == "done")
-    everything = [describe(folder, record, splits) for folder, record in found]
-    finished = [run for run in everything if run.record["status"] == "done"]
-    # What was trained to choose a rate is no rival of what was trained with it.
-    reporting = [run for run in finished if run.keys.get("data.report") is not False]
-    choosing = len(finished) - len(reporting) if reporting else 0
-    if choosing:
-        gone = {run.folder for run in finished} - {run.folder for run in reporting}
-        everything, finished = [run for run in everything if run.folder not in gone], reporting
-    keys = [key for key in all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
-    keys = [key for key in keys if key not in prompted.OUTSIDE_THE_EXPERIMENT]
-    runs = newest_of_each_seed(finished, keys)
-    described = [(run.record, run.tokens) for run in runs]
-    varying = [key for key in keys if prompted.differs(key, described)]
-    shown = [key for key in varying if not follows(key, varying, runs)]
-    if by is None:
-        groups, shown = grouped(runs, keys), shown or [key for key in ("model", "adapter", "data") if key in keys]
-    else:
-        check_key(by, all_keys(everything), shown)
-        # Whatever the key, runs on different data are different rows.
-        shown = [by, *(key for key in shown if key != by and key.split(".")[0] == "data")]
-        groups = grouped(runs, shown)
-    metrics = _metric_columns(runs, splits)
-    costs = {name: Column(name, kind, keep=KEEP.index(name)) for name, kind in COSTS.items()}
-    rows = _ordered([_row(group, shown, metrics | costs) for group in groups], [*metrics.values()])
-    missing = [_unfinished(run) for run in everything if run.record["status"] != "done"]
-    missing += [Missing("skipped", folder, reason) for folder, reason in [*skipped, *of_tasks]]
-    mcc = metrics[f"{splits[0]}/mcc"].name
-    # A row of several experiments, by a key, has no interval over seeds.
-    interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
-    columns = [*(Column(key, "key") for key in shown), *metrics.values(), *interval, *costs.values()]
-    notes = _caveats(rows, runs, len(finished) - len(runs), splits) + left_out_notes(run.record for run in runs)
-    notes += altered_notes((run.folder, run.record) for run in everything)
-    if choosing:
-        notes.append(f"{choosing} runs that only chose a rate (data.report=false) are not shown")
-    table = Table(columns, rows, notes, missing, {run.folder: run.record for run in everything})
-    return with_costs(judged(table, splits[0], baseline, margin, measure), target)
-
-
-# -- numbers --
-
-
-def _reported_splits(records: Iterable[dict[str, Any]]) -> list[str]:
-    """The splits scored once, at the end; what was chosen or trained on is reported only where nothing else is."""
-    splits = {key.split("/")[0] for record in records for key in record["metrics"] if "/" in key}
-    order = ("validation", "test", *sorted(splits))
-    reported = [split for split in dict.fromkeys(order) if split in splits - {"train", "selection"}]
-    return reported or [split for split in ("selection",) if split in splits] or ["validation"]
-
-
-def _metric_columns(runs: Sequence[Recorded], splits: Sequence[str]) -> dict[str, Column]:
-    """A column for each `split/metric` of run.json; the split is in its header where there is any doubt."""
-    columns = {}
-    found = sorted({key for run in runs for key in run.record["metrics"]})
-    own = [split for split in splits if ":" not in split]  # the others are of later evaluations on other data
-    for i, split in enumerate(splits):
-        extra = [key.removeprefix(f"{split}/") for key in found if key.startswith(f"{split}/")]
-        extra = [name for name in extra if name not in MAIN_METRICS + OTHER_METRICS and has_column(name)]
-        main = [name for name in MAIN_METRICS if split in own or f"{split}/{name}" in found]
-        for name in [*main, *extra]:
-            header = name if own == [split] and split != "selection" else f"{split}/{name}"
-            rank = MAIN_METRICS.index(name) if name in MAIN_METRICS else -1
-            directions = {run.keys.get(f"metric.{name}.direction") for run in runs}
-            arrow = "↑" if rank >= 0 or "up" in directions else "↓" if "down" in directions else BESIDES.get(name, "")
-            columns[f"{split}/{name}"] = Column(header, "metric", arrow, keep=len(KEEP) + 9 * (len(splits) - i) + rank)
-    return columns
-
-
-def _row(group: Sequence[Recorded], shown: Sequence[str], columns: dict[str, Column]) -> Row:
-    stats = {}
-    for source, column in columns.items():
-        section, _, name = source.partition(".")
-        path = ("metrics", source) if column.kind == "metric" else (section, name)
-        stat = _stat([run.record[path[0]].get(path[1]) for run in group])
-        if stat is not None:
-            stats[column.name] = stat
-    keys = {key: _short(group[0].keys[key]) for key in shown if key in group[0].keys}
-    return Row(keys, stats, len(group), [run.folder for run in group], data=group[0].data)
-
-
-def _short(value: Any) -> Any:
-    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value) else value
-
-
-def _stat(values: Sequence[Any]) -> Stat | None:
-    try:
-        numbers = [float(value) for value in values if value is not None]
-        mean = statistics.fmean(numbers)
-    except statistics.StatisticsError:  # none
-        return None
-    n = len(numbers)
-    std = math.hypot(*(number - mean for number in numbers)) / math.sqrt(n - 1) if n > 1 else None
-    return Stat(mean, std, n) if std is None or math.isfinite(std) else None
-
-
-def _ordered(rows: Sequence[Row], metrics: Sequence[Column]) -> list[Row]:
-    """Rows on the same data together, best MCC first, with the best of each metric among them marked."""
-
-    def mcc(row: Row) -> float:
-        return next(
-            (row.stats[c.name].mean for c in metrics if c.name.endswith("mcc") and c.name in row.stats), -math.inf
-        )
-
-    blocks: dict[str | None, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: -mcc(row)):
-        blocks.setdefault(row.data, []).append(row)
-    ordered = []
-    for block in blocks.values():
-        tops: dict[str, float] = {}
-        for column in metrics:
-            means = [row.stats[column.name].mean for row in block if column.name in row.stats]
-            if len(means) > 1 and column.arrow:
-                tops[column.name] = max(means) if column.arrow == "↑" else min(means)
-        for row in block:
-            best = {name for name, top in tops.items() if name in row.stats and row.stats[name].mean == top}
-            ordered.append(replace(row, best=frozenset(best)))
-    return ordered
-
-
-# -- what has to be said below --
-
-
-def _caveats(rows: Sequence[Row], runs: Sequence[Recorded], repeated: int, splits: Sequence[str]) -> list[str]:
-    lines = []
-    if not rows:
-        lines.append("no finished run yet")
-    if rows and all(row.n == 1 for row in rows):
-        lines.append("one seed only: no spread")
-    if rows and splits not in (["validation"], ["selection"]) and len(splits) == 1:
-        lines.append(f"metrics of the {splits[0]} split")
-    if any(run.keys.get("data.tasks") for run in runs):
-        lines.append("a run of several tasks has a row for each; what they share (adapter, time, FLOPs) counts in all")
-    if len({run.data for run in runs}) > 1:
-        lines.append("runs on different data are not comparable: the best values are marked for each data set")
-    if repeated:
-        lines.append(f"{repeated} finished run(s) repeat an experiment and its seed; the newest counts")
-    mixed = [str(run.folder) for run in runs if run.record["environment"].get("history")]
-    if mixed:
-        more = f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""
-        lines.append(f"resumed in another environment (environment.history): {', '.join(mixed[:3])}{more}")
-    dirty = [str(run.folder) for run in runs if run.record["environment"].get("dirty") is True]
-    if dirty:
-        more = f" and {len(dirty) - 3} more" if len(dirty) > 3 else ""
-        lines.append(
-            f"uncommitted changes in the code of {len(dirty)} of {len(runs)} runs: {', '.join(dirty[:3])}{more}"
-        )
-    return lines
-
-
-def _unfinished(run: Recorded) -> Missing:
-    record = run.record
-    killed = is_killed(run.folder, record)
-    status, asked = "killed" if killed else record["status"], " ".join(map(str, record["overrides"]))
-    if record["status"] != "running":
-        reason = record["error"] or "no reason recorded"
-        return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", asked)
-    reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
-    logged = last_logged(run.folder) or {}
-    metrics = logged.get("metrics")
-    mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
-    if isinstance(mcc, float):
-        reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-    again = "the same command again asks only for the rest"
-    goes_on = again if prompted.is_prompted(record) else "resume= goes on with it"
-    return Missing(status, run.folder, f"{reason}; its process is gone, {goes_on}" if killed else reason, asked)
-
-
-# -- arguments --
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lora_bench import environment
+from lora_bench.records import environment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def run_doctor(console: Console) -> None:
     """Print versions, devices, precisions, backbones and folders; what is missing comes with its remedy."""
     import torch
 
-    from lora_bench.cache import cache_folder
+    from lora_bench.files.cache import cache_folder
     from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
 
     found = environment.describe()

@@ -8,6 +8,7 @@ The command line prints it and exits with 2; anything else that is raised is a d
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import unicodedata
@@ -147,6 +148,29 @@ class DivergedError(Exception):
 
 class SweepFailedError(Exception):
     """Some jobs of a sweep failed; each was told when it happened."""
+
+
+def require(
+    holds: bool, key: str, value: object, reason: str, remedy: str = "", *, code: Code = Code.INVALID_VALUE
+) -> None:
+    """Refuse `value` for `key` unless the condition holds."""
+    if not holds:
+        raise UserError(reason, code=code, key=key, value=value, remedy=remedy)
+
+
+def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, key, value, f"is not one of {', '.join(choices)}", code=Code.UNKNOWN_CHOICE)
+
+
+def require_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Refuse what is not a finite number in [low, high], or (low, high] with `open_low`."""
+    require(type(value) is not int or value < 2**63, key, value, "is too large")
+    inside = low <= value <= high and abs(value) < math.inf and not (open_low and value == low)
+    if inside:
+        return
+    bound = f"above {low:g}" if open_low else f"of at least {low:g}"
+    upper = f" and at most {high:g}" if math.isfinite(high) else ""
+    raise UserError(f"must be a finite number {bound}{upper}", code=Code.INVALID_VALUE, key=key, value=value)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

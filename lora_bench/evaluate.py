@@ -16,26 +16,25 @@ import numpy as np
 import torch
 import transformers
 
-from lora_bench import config
-from lora_bench.adapters import peft_import
-from lora_bench.adapters.peft_config import PeftConfig
+from lora_bench.adapters.peft import importer
+from lora_bench.adapters.peft.config import PeftConfig
 from lora_bench.backbones.bert import MODEL_TYPES
 from lora_bench.backbones.load import load, load_tokenizer, locate
-from lora_bench.besides import describe, perturbations, score_besides
-from lora_bench.checks import need, need_one_of
+from lora_bench.config import build, schema
+from lora_bench.console.progress import print_metrics
+from lora_bench.console.text import shown
 from lora_bench.data import sources
-from lora_bench.data.pairs import tokenize
-from lora_bench.errors import Code, UserError
+from lora_bench.data.tokenization import tokenize
+from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
-from lora_bench.finished import FinishedRecord
-from lora_bench.paths import check_folder
-from lora_bench.predict import FinishedRun
-from lora_bench.progress import print_metrics
-from lora_bench.record import Run, discard, file_name
-from lora_bench.recorded import model_places
-from lora_bench.screen import shown
+from lora_bench.evaluation.stress_splits import describe, perturbations, score_besides
+from lora_bench.files.paths import check_folder
+from lora_bench.records.backfill import model_places
+from lora_bench.records.finished_record import FinishedRecord
+from lora_bench.records.run_folder import Run, discard, file_name
+from lora_bench.run.finished_run import FinishedRun
 from lora_bench.training.loop import predict
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
@@ -74,13 +73,13 @@ BATCH_SIZE = 128
 
 def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Score every labelled split but train, and write `evaluations/<name>.json` with the predictions beside it."""
-    data = config.build_data(cfg.data)
-    metrics = config.build_metrics(cfg.metric)
+    data = build.build_data(cfg.data)
+    metrics = build.build_metrics(cfg.metric)
     check_metrics(metrics)
     perturbations(data)
-    need(data.augment is None, "data.augment", data.augment, "goes with lora-bench train", code=Code.CONFLICT)
+    require(data.augment is None, "data.augment", data.augment, "goes with lora-bench train", code=Code.CONFLICT)
     reason = "goes with lora-bench train: a run is scored on one data set at a time"
-    need(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
+    require(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(
             "takes a finished run or an adapter made by PEFT",
@@ -88,8 +87,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             remedy="Give run=DIR or peft=DIR.",
             code=Code.CONFLICT if cfg.run else Code.MISSING,
         )
-    need_one_of("device", str(cfg.device), ("auto", "cpu", "cuda"))
-    title = str(cfg.name or (Path(data.path).stem if isinstance(data, config.FileData) else data_choice))
+    require_one_of("device", str(cfg.device), ("auto", "cpu", "cuda"))
+    title = str(cfg.name or (Path(data.path).stem if isinstance(data, schema.FileData) else data_choice))
     file_name(title)  # refuses what cannot be one
     finished = _check_run(cfg, data) if cfg.run else None
     splits = sources.reported(sources.load(data))
@@ -133,7 +132,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 
 
-def _check_run(cfg: DictConfig, data: config.Data) -> FinishedRecord:
+def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
     """Read the run's record, and refuse what does not go with it or cannot be written into its folder."""
     for key, given in (("model", cfg.model.get("family")), ("output", cfg.output)):
         if given:
@@ -148,7 +147,7 @@ def _check_run(cfg: DictConfig, data: config.Data) -> FinishedRecord:
     return finished
 
 
-def _finished(finished: FinishedRecord, cfg: DictConfig, data: config.Data, console: Console) -> _Subject:
+def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
     run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
     for note in run.notes:
         console.print(shown(f"note: {note}"))
@@ -178,8 +177,8 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     return seen
 
 
-def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
-    need(
+def _made_by_peft(cfg: DictConfig, data: schema.Data) -> _Subject:
+    require(
         not data.unseen,
         "data.unseen",
         data.unseen,
@@ -195,7 +194,7 @@ def _made_by_peft(cfg: DictConfig, data: config.Data) -> _Subject:
     backbone.need_room(data.max_length)
     check_padding(backbone)
     backbone.to(device, torch.float32, trained=False)
-    pack = peft_import.attach(adapter, backbone).eval()
+    pack = importer.attach(adapter, backbone).eval()
 
     def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
         table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
@@ -221,17 +220,17 @@ def _output(asked: str | None, adapter: Path) -> Path:
     return Path(asked)
 
 
-def _model(node: DictConfig, adapter: PeftConfig) -> config.Model:
+def _model(node: DictConfig, adapter: PeftConfig) -> schema.Model:
     """The backbone that was asked for, else that which the adapter names, its family read from its config.json."""
     if "family" in node:
-        return config.build_model(node)
+        return build.build_model(node)
     place = node.path or adapter.base_model
     if not place:
         raise adapter.refusal("base_model_name_or_path", None, "names no backbone", "Give model.path=DIR.")
     local = bool(node.path) or Path(place).is_dir()
     where = {"path": place} if local else {"hub_id": place, "revision": adapter.revision}
-    unset = dict.fromkeys(field.name for field in fields(config.Model)) | {"tokenizer": node.tokenizer}
-    model_type = _model_type(config.Model(**unset | where | {"family": "auto"}))
+    unset = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer}
+    model_type = _model_type(schema.Model(**unset | where | {"family": "auto"}))
     if model_type == "t5":
         raise UserError(
             "is an adapter of T5, and does not say through which template T5 reads and how it answers",
@@ -241,10 +240,10 @@ def _model(node: DictConfig, adapter: PeftConfig) -> config.Model:
             code=Code.UNSUPPORTED,
         )
     family = "bert" if model_type in MODEL_TYPES else "auto"
-    return config.Model(**unset | where | {"family": family})
+    return schema.Model(**unset | where | {"family": family})
 
 
-def _model_type(model: config.Model) -> str | None:
+def _model_type(model: schema.Model) -> str | None:
     """What the backbone's config.json calls it; None where there is none, which loading it will tell."""
     try:
         found = transformers.AutoConfig.from_pretrained(locate(model), revision=model.revision, trust_remote_code=False)

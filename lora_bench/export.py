@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from lora_bench.adapters import peft_format
-from lora_bench.adapters.layer import QuantizedLinear
+from lora_bench.adapters.lowrank.linear import QuantizedLinear
+from lora_bench.adapters.peft import files
 from lora_bench.backbones.load import public_place
-from lora_bench.checks import need_one_of
-from lora_bench.errors import Code, UserError
-from lora_bench.paths import check_folder
-from lora_bench.predict import FinishedRun
-from lora_bench.recorded import model_places
-from lora_bench.screen import shown
+from lora_bench.console.text import shown
+from lora_bench.errors import Code, UserError, require_one_of
+from lora_bench.files.paths import check_folder
+from lora_bench.records.backfill import model_places
+from lora_bench.run.finished_run import FinishedRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from lora_bench.adapters.pack import Pack
+    from lora_bench.adapters.pack.pack import Pack
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -41,7 +40,7 @@ AUTO_CLASSES = {
 def run_export(cfg: DictConfig, *, console: Console) -> None:
     """`lora-bench export run=DIR format=peft|merged output=DIR`."""
     output = Path(str(cfg.output))
-    need_one_of("format", str(cfg.format), ("peft", "merged"))
+    require_one_of("format", str(cfg.format), ("peft", "merged"))
     _refuse_taken(output)
     check_folder(output, "output")
     places = model_places(cfg.model)
@@ -66,7 +65,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         base = public_place(run.experiment.model)
         with _new_folder(output) as folder:
             for k, own in enumerate(_of_members(folder, run.pack.size)):
-                peft_format.save(own, run.pack, k, base, for_peft=True)
+                files.save(own, run.pack, k, base, for_peft=True)
                 backbone.tokenizer.save_pretrained(own)
             _write_readme(folder, cfg.format, [*differences, *reading])
         load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{base or "BASE"}"), "{one}")'

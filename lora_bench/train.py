@@ -16,35 +16,36 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.adapters.pack import Pack
+from lora_bench.adapters.pack.pack import Pack
+from lora_bench.console.progress import Display, announce
+from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
-from lora_bench.experiment import Common, Experiment
-from lora_bench.initial import Source
-from lora_bench.progress import Display, announce
-from lora_bench.recording import Preparation, Recorder
-from lora_bench.screen import shown
+from lora_bench.run.inputs import Common
+from lora_bench.run.recorder import Preparation, Recorder
+from lora_bench.run.settings import Experiment
+from lora_bench.run.warm_start import Source
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.distributed import ALONE, Processes, together
-from lora_bench.training.interrupt import Interruption
+from lora_bench.training.dummy_step import probe_step
 from lora_bench.training.loop import fit_courses, prepare_courses, total_steps
 from lora_bench.training.precision import resolve_device, resolve_precision
-from lora_bench.training.prefix import PrefixCache
-from lora_bench.training.probe import probe_step
-from lora_bench.training.state import Outcome, contained, refusing_strangers
+from lora_bench.training.prefix_cache import PrefixCache
+from lora_bench.training.signals import Interruption
+from lora_bench.training.training_state import Outcome, contained, refusing_strangers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from lora_bench import config
-    from lora_bench.data.pairs import TokenTable
-    from lora_bench.experiment import Task
-    from lora_bench.job import Job
-    from lora_bench.progress import Shows
+    from lora_bench.config import schema
+    from lora_bench.console.progress import Shows
+    from lora_bench.data.tokenization import TokenTable
+    from lora_bench.records.job import Job
+    from lora_bench.run.inputs import Task
     from lora_bench.training.checkpoint import Checkpoint
-    from lora_bench.training.course import Course
+    from lora_bench.training.task_mixture import Course
 
 
 def train(job: Job, *, console: Console) -> None:
@@ -226,7 +227,7 @@ def _newest(jobs: Sequence[Job], folders: Sequence[Checkpoints]) -> list[Checkpo
     return together if len(together) == len(jobs) else None
 
 
-def _check_precision(job: Job, trainer: config.Trainer) -> None:
+def _check_precision(job: Job, trainer: schema.Trainer) -> None:
     """Refuse to resume a run in another number format, which would mix two trainings in one result."""
     assert job.begun is not None
     before = job.begun.record["environment"].get("precision")
@@ -250,7 +251,7 @@ def _check_precision(job: Job, trainer: config.Trainer) -> None:
 def _prepare(
     pack: Pack,
     member: int,
-    trainer: config.Trainer,
+    trainer: schema.Trainer,
     courses: Sequence[Course],
     outcome: Outcome,
     begun: Checkpoint | None,
@@ -271,7 +272,7 @@ def _prepare(
     return Preparation(time.perf_counter() - began, counter.get_total_flops(), notes=notes)
 
 
-def prefix_of(common: Common, task: Task, trainer: config.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
+def prefix_of(common: Common, task: Task, trainer: schema.Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
     """The store of what the frozen layers below the pack make, and the tables that training looks at again and again.
 
     Where no pair of the training split comes twice in the same order, keeping it is no gain.
@@ -285,7 +286,7 @@ def prefix_of(common: Common, task: Task, trainer: config.Trainer) -> tuple[Pref
     return store, {name: table for name, table in tables.items() if table is not None}
 
 
-def _with_prefixes(common: Common, pack: Pack, trainer: config.Trainer) -> tuple[Common, float, float]:
+def _with_prefixes(common: Common, pack: Pack, trainer: schema.Trainer) -> tuple[Common, float, float]:
     """The tasks with what the frozen prefix makes of their pairs, where it is kept; seconds and FLOPs of making it."""
     tasks, seconds, flops = {}, 0.0, 0.0
     for name, task in common.tasks.items():

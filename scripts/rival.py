@@ -41,9 +41,9 @@ def asked_of_both(data: str, pairs: int) -> list[str]:
 def experiment_on(data: str, pairs: int, *overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
 
-    from lora_bench.experiment import Experiment
-    from lora_bench.help import conf_folder
-    from lora_bench.hydra_errors import register_with_hydra
+    from lora_bench.config.compose import register_with_hydra
+    from lora_bench.config.groups import conf_folder
+    from lora_bench.run.settings import Experiment
 
     register_with_hydra()
     asked = [*asked_of_both(data, pairs), "trainer.epochs=1", "optimizer.lr=1e-4"]
@@ -59,7 +59,7 @@ def theirs(work: Work, data: str, pairs: int) -> dict[str, float]:
     import transformers
 
     from lora_bench.backbones.load import locate
-    from lora_bench.experiment import load_splits
+    from lora_bench.run.inputs import load_splits
 
     transformers.logging.set_verbosity_error()
     experiment = experiment_on(data, pairs)

@@ -16,10 +16,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from lora_bench import cli
+from lora_bench.config.groups import COMMANDS
+from lora_bench.console.signals import ENDING_SIGNALS
 from lora_bench.errors import Code, UserError
-from lora_bench.help import COMMANDS
-from lora_bench.recording import Recorder
-from lora_bench.signals import ENDING_SIGNALS
+from lora_bench.run.recorder import Recorder
 from lora_bench.training import loop
 from tests import messages
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from lora_bench.help import conf_folder
-from lora_bench.hydra_errors import register_with_hydra
+from lora_bench.config.compose import register_with_hydra
+from lora_bench.config.groups import conf_folder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

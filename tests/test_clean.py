@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_bench import cache
-from lora_bench.cache import CacheFiles
 from lora_bench.errors import Code
+from lora_bench.files import cache
+from lora_bench.files.cache import CacheFiles
 from tests.command_line import files_below, lora_bench, refused
 
 if TYPE_CHECKING:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_bench import cli, experiment, record, train
+from lora_bench import cli, train
+from lora_bench.config.groups import COMMANDS, GROUPS, PROMPT_GROUPS, choices, conf_folder
 from lora_bench.errors import Code
-from lora_bench.help import COMMANDS, GROUPS, PROMPT_GROUPS, choices, conf_folder
+from lora_bench.records import run_folder
+from lora_bench.run import settings
 from tests.command_line import TOY_RUN, lora_bench, refused, unchanged_process
 
 HEAVY = ("torch", "transformers", "scipy", "datasets", "torchmetrics", "pyarrow")
@@ -85,7 +87,7 @@ def test_every_command_has_help(command: str) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_cheap_answers_load_nothing_heavy(in_tmp: Path, arguments: list[str], code: int, printed: str) -> None:
-    record.Run.claim(in_tmp / "runs" / "one", choices={}, config={}, overrides=[])
+    run_folder.Run.claim(in_tmp / "runs" / "one", choices={}, config={}, overrides=[])
     done = in_process(*arguments)
     *errors, loaded = done.stderr.splitlines()
     assert (done.returncode, loaded) == (code, ""), done
@@ -119,7 +121,7 @@ def test_train_leaves_a_record(in_tmp: Path) -> None:
     assert (answer.code, answer.err) == (0, "")
     (folder,) = in_tmp.glob("outputs/*/*")
     assert f"record: {folder}" in answer.out
-    found = record.read(folder)
+    found = run_folder.read(folder)
     assert found["status"] == "done"
     assert found["choices"]["adapter"] == "lora"
     assert found["config"]["seed"] == 3
@@ -135,7 +137,7 @@ def test_two_runs_have_two_folders(in_tmp: Path) -> None:
 
 def test_named_folder_is_used_and_never_taken_twice(in_tmp: Path) -> None:
     assert lora_bench("train", *TOY_RUN, "hydra.run.dir=runs/first").code == 0
-    assert record.read(in_tmp / "runs" / "first")["status"] == "done"
+    assert run_folder.read(in_tmp / "runs" / "first")["status"] == "done"
     error = refused("train", *TOY_RUN, "hydra.run.dir=runs/first")
     assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", in_tmp / "runs/first")
 
@@ -177,7 +179,7 @@ def test_a_failed_run_exits_1_and_keeps_its_traceback(in_tmp: Path, monkeypatch:
     assert "was pulled" not in answer.err  # its first line alone
     assert str(log) in answer.err
     assert "Traceback" in log.read_text()
-    found = record.read(in_tmp / "run")
+    found = run_folder.read(in_tmp / "run")
     assert found["status"] == "failed"
     assert "the cable" in found["error"]
 
@@ -186,12 +188,12 @@ def test_a_defect_before_the_run_exits_1_and_names_the_line(in_tmp: Path, monkey
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(experiment, "load_splits", broken)
+    monkeypatch.setattr(settings, "load_splits", broken)
     answer = lora_bench("train", *TOY_RUN)
     assert answer.code == 1
     assert answer.err.count("\n") == 1
     assert "ZeroDivisionError: oh" in answer.err
-    assert f"{Path(experiment.__file__)}, line " in answer.err
+    assert f"{Path(settings.__file__)}, line " in answer.err
     assert not any(in_tmp.iterdir())
 
 

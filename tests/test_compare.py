@@ -19,24 +19,14 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from lora_bench.compare import main, summarise, write_tables
+from lora_bench.analysis.formats import _no_formula, to_csv, to_json, to_latex, to_markdown
+from lora_bench.analysis.summary import summarise, write_tables
+from lora_bench.analysis.table import Column, Row, Stat, Table, value_text
+from lora_bench.analysis.terminal import render
+from lora_bench.compare import main
+from lora_bench.console.format import clean, human
 from lora_bench.errors import Code
-from lora_bench.grid import render
-from lora_bench.record import Run
-from lora_bench.tables import (
-    Column,
-    Row,
-    Stat,
-    Table,
-    _no_formula,
-    clean,
-    human,
-    to_csv,
-    to_json,
-    to_latex,
-    to_markdown,
-    value_text,
-)
+from lora_bench.records.run_folder import Run
 from tests.command_line import refuses
 
 HOSTILE = "<script>|\x1b[31m*[red]x[/red](y)`\n\u202e$\\"

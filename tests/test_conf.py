@@ -12,13 +12,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
-from lora_bench import config
-from lora_bench.adapters import method_class, method_names
-from lora_bench.experiment import Experiment
-from lora_bench.experiments import flat
-from lora_bench.help import GROUPS, PROMPT_GROUPS, conf_folder
-from lora_bench.hydra_errors import compose, register_with_hydra
-from lora_bench.prompt.run import Request
+from lora_bench.adapters.methods import method_class, method_names
+from lora_bench.config import build, schema
+from lora_bench.config.compose import compose, register_with_hydra
+from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, conf_folder
+from lora_bench.config.keys import flat
+from lora_bench.prompt import Request
+from lora_bench.run.settings import Experiment
 from tests.helpers import composed
 
 CONF = conf_folder()
@@ -99,7 +99,7 @@ def jobs(*overrides: str) -> list[list[str]]:
     register_with_hydra()
     sweeper_config = compose(CONF, "config", list(overrides)).hydra.sweeper
     # As Hydra loaded it: it loads its own plugins anew, so a class imported before has another base.
-    grid_sweeper: Any = Plugins.instance().class_name_to_class["hydra_plugins.lora_bench_grid.GridSweeper"]
+    grid_sweeper: Any = Plugins.instance().class_name_to_class["hydra_plugins.lora_bench_grid_sweeper.GridSweeper"]
     variants = list(sweeper_config.variants)
     sweeper = grid_sweeper(None, dict(sweeper_config.params or {}), list(sweeper_config.exclude), variants)
     parser, grid = OverridesParser.create(), [*sweeper._parse_config(), *overrides[1:]]
@@ -154,16 +154,16 @@ def test_the_other_commands_configs(name: str) -> None:
     assert name == "export" or values["device"] == "auto"
     if name == "eval":
         cfg = composed("run=x", "data.path=pairs", "metric=[specificity,cohen_kappa]", name=name)
-        assert isinstance(config.build_data(cfg.data), config.FileData)
-        assert {config.build(config.Metric, node, key).direction for key, node in cfg.metric.items()} == {"up"}
+        assert isinstance(build.build_data(cfg.data), schema.FileData)
+        assert {build.build(schema.Metric, node, key).direction for key, node in cfg.metric.items()} == {"up"}
         for data in (option for group, option in OPTIONS if group == "data"):
-            config.build_data(composed("run=x", *chosen("data", data), name=name).data)
+            build.build_data(composed("run=x", *chosen("data", data), name=name).data)
         assert composed("peft=x", "model.path=y", "data.path=pairs", name=name).model == {
             "path": "y",
             "tokenizer": None,
         }
         for model in (option for group, option in OPTIONS if group == "model"):
-            config.build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
+            build.build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
 
 
 @pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)

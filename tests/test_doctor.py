@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from lora_bench import doctor, environment
+from lora_bench import doctor
+from lora_bench.records import environment
 from tests.command_line import lora_bench
 
 if TYPE_CHECKING:

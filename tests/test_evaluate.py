@@ -17,11 +17,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from lora_bench.config import build_data
+from lora_bench.config.build import build_data
 from lora_bench.data import sources
 from lora_bench.errors import Code
 from lora_bench.evaluate import run_eval
-from lora_bench.job import Job
+from lora_bench.records.job import Job
 from lora_bench.train import train
 from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
 from tests.command_line import files_below, lora_bench, refused, refuses, toy_run

@@ -16,14 +16,14 @@ import transformers
 from rich.console import Console
 
 from lora_bench import export
-from lora_bench.adapters import peft_format, peft_import
-from lora_bench.adapters.pack import Member, Pack
-from lora_bench.adapters.peft_config import PeftConfig
+from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.peft import files, importer
+from lora_bench.adapters.peft.config import PeftConfig
+from lora_bench.config.groups import choices
 from lora_bench.data.toy import generate
 from lora_bench.errors import Code
-from lora_bench.help import choices
-from lora_bench.job import Job
-from lora_bench.predict import FinishedRun
+from lora_bench.records.job import Job
+from lora_bench.run.finished_run import FinishedRun
 from lora_bench.train import train
 from lora_bench.training.loop import prepare
 from tests.adapters.peft_tools import CLASSES, CLOSE, bodies, in_peft, logits_of, on_folder
@@ -68,10 +68,10 @@ def test_every_method_says_elsewhere_what_it_says_here(
     assert spread(logits) > 1e-3
 
     if option not in NOT_IN_PEFT:
-        peft_format.save(tmp_path / "adapter", made, 0, str(folders[form]), for_peft=True)
+        files.save(tmp_path / "adapter", made, 0, str(folders[form]), for_peft=True)
         theirs = logits_of(in_peft(form, folders[form], tmp_path / "adapter"), backbone, batch)
         torch.testing.assert_close(theirs, logits, **CLOSE)
-        back = peft_import.attach(PeftConfig.read(tmp_path / "adapter"), on_folder(form, folders[form])).eval()
+        back = importer.attach(PeftConfig.read(tmp_path / "adapter"), on_folder(form, folders[form])).eval()
         torch.testing.assert_close(back(batch)[0], logits, **CLOSE)
 
     export.write_merged(tmp_path / "merged", made, 0, ["no", "yes"])

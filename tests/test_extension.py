@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_bench import record
 from lora_bench.errors import Code
+from lora_bench.records import run_folder
 from tests.command_line import lora_bench, refused
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def test_a_model_data_set_metric_and_method_are_a_yaml_each(mine: Path, in_tmp: 
     asked = ["model=mine", "data=mine", "metric=[mine]", "adapter=mine"]
     answer = lora_bench("train", "--config-dir", str(mine), *asked, *RUN)
     assert (answer.code, answer.err) == (0, ""), answer
-    found = record.read(in_tmp / "run")
+    found = run_folder.read(in_tmp / "run")
     assert found["status"] == "done"
     assert found["choices"]["model"] == found["choices"]["data"] == found["choices"]["adapter"] == "mine"
     assert found["config"]["model"]["path"] == str(in_tmp / "weights")
@@ -67,7 +67,7 @@ def test_a_model_data_set_metric_and_method_are_a_yaml_each(mine: Path, in_tmp: 
 def test_a_preset_of_ones_own_names_them_all(mine: Path, in_tmp: Path) -> None:
     answer = lora_bench("train", *RUN, "experiment=mine", "--config-dir=mine")
     assert answer.code == 0, answer
-    found = record.read(in_tmp / "run")
+    found = run_folder.read(in_tmp / "run")
     assert found["config"]["seed"] == 7
     assert found["choices"]["experiment"] == "mine"
     assert "validation/jaccard" in found["metrics"]
@@ -77,7 +77,7 @@ def test_they_are_swept_like_any_other(mine: Path, in_tmp: Path) -> None:
     sweep = ["-m", "--config-dir=mine", "model=mine,tiny_bert", "data=mine", "hydra.sweep.dir=sweep"]
     answer = lora_bench("train", *sweep, *RUN[:3])
     assert answer.code == 0, answer
-    assert [record.read(in_tmp / "sweep" / job)["choices"]["model"] for job in "01"] == ["mine", "tiny_bert"]
+    assert [run_folder.read(in_tmp / "sweep" / job)["choices"]["model"] for job in "01"] == ["mine", "tiny_bert"]
 
 
 def test_the_finished_run_is_used_from_another_folder(

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 import lora_bench
 from lora_bench.data.toy import generate
 from lora_bench.errors import Code
-from lora_bench.job import Job
 from lora_bench.predict import run_predict
-from lora_bench.prediction_request import PredictionRequest
+from lora_bench.records.job import Job
+from lora_bench.run.prediction_request import PredictionRequest
 from lora_bench.train import train
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed

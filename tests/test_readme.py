@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import lora_bench.adapters
-from lora_bench import record
+import lora_bench.adapters.methods
 from lora_bench.cli import COMMANDS, conf_folder
+from lora_bench.records import run_folder
 from tests.command_line import lora_bench as run
 from tests.command_line import toy_run
 
@@ -59,18 +59,18 @@ def test_train_commands_compose(line: str, in_tmp: Path) -> None:
 def test_the_method_of_the_readme_trains(tmp_path: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = named_blocks()
     (tmp_path / "methods").mkdir()
-    (tmp_path / "methods" / "bias.py").write_text(blocks["lora_bench/adapters/bias.py"], encoding="utf-8")
+    (tmp_path / "methods" / "bias.py").write_text(blocks["lora_bench/adapters/methods/bias.py"], encoding="utf-8")
     (tmp_path / "conf" / "adapter").mkdir(parents=True)
     (tmp_path / "conf" / "adapter" / "bias.yaml").write_text(blocks["conf/adapter/bias.yaml"], encoding="utf-8")
-    places = [*lora_bench.adapters.__path__, str(tmp_path / "methods")]
-    monkeypatch.setattr(lora_bench.adapters, "__path__", places)
+    places = [*lora_bench.adapters.methods.__path__, str(tmp_path / "methods")]
+    monkeypatch.setattr(lora_bench.adapters.methods, "__path__", places)
     try:
         arguments = toy_run("adapter=bias", "trainer.max_steps=3", "hydra.run.dir=run")
         answer = run("train", "--config-dir", str(tmp_path / "conf"), *arguments)
     finally:
-        sys.modules.pop("lora_bench.adapters.bias", None)
+        sys.modules.pop("lora_bench.adapters.methods.bias", None)
     assert answer.code == 0, answer.err
-    found = record.read(in_tmp / "run")
+    found = run_folder.read(in_tmp / "run")
     assert found["params"]["adapter"] == 2 * (4 * 32 + 64 + 32)  # a bias for each output of two layers' linears
     assert set(found["targets"].values()) == {0}
 
@@ -91,7 +91,7 @@ def test_the_yamls_of_the_readme_are_used(in_tmp: Path, backbone: Callable[..., 
     assert f"lora-bench {asked}" in COMMAND_LINES
     answer = run(*asked.split(), "trainer.max_steps=1", "trainer.precision=fp32", "hydra.run.dir=run")
     assert answer.code == 0, answer.err
-    assert "validation/jaccard" in record.read(in_tmp / "run")["metrics"]
+    assert "validation/jaccard" in run_folder.read(in_tmp / "run")["metrics"]
 
 
 def test_keys_of_the_readme_exist() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, RobertaModel
 
-from lora_bench.backbones import tiny
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.config import build_model
+from lora_bench.config.build import build_model
 from tests.command_line import unchanged_process
 from tests.helpers import composed
 
@@ -38,7 +38,7 @@ def places(in_tmp: Path) -> list[str]:
     """A random teacher, tokenizers of letters, and texts."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tiny.tokenizer("bert")),
+        vocab_size=len(tiny_tokenizers.tokenizer("bert")),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -46,9 +46,9 @@ def places(in_tmp: Path) -> list[str]:
         max_position_embeddings=80,
     )
     BertModel(config).save_pretrained("teacher")
-    tiny.tokenizer("bert").save_pretrained("teacher")
-    tiny.tokenizer("roberta").save_pretrained("roberta")
-    letters = tiny.tokenizer("t5")
+    tiny_tokenizers.tokenizer("bert").save_pretrained("teacher")
+    tiny_tokenizers.tokenizer("roberta").save_pretrained("roberta")
+    letters = tiny_tokenizers.tokenizer("t5")
     letters.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(4)]})
     letters.save_pretrained("t5")
     rows = [f"{text}\t{other}\t1\n" for text in TEXTS for other in TEXTS]

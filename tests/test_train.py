@@ -16,14 +16,14 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_bench import experiment, recording
 from lora_bench import train as story
-from lora_bench.config import build_data
+from lora_bench.config.build import build_data
 from lora_bench.data import sources
 from lora_bench.errors import Code, DivergedError, UserError
 from lora_bench.evaluation.metrics import score
-from lora_bench.job import Job
-from lora_bench.record import LAYOUT
+from lora_bench.records.job import Job
+from lora_bench.records.run_folder import LAYOUT
+from lora_bench.run import inputs, recorder
 from lora_bench.training import loop
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_bench.adapters.pack import Pack
+    from lora_bench.adapters.pack.pack import Pack
 
 CALIBRATED = ("ece", "nll", "brier")
 CUT = ("accuracy", "f1", "mcc")
@@ -283,13 +283,13 @@ def test_a_run_in_bf16_says_so(runs: Callable[..., Trained]) -> None:
 @pytest.mark.parametrize("family", TINY)
 def test_the_backbone_is_bitwise_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     backbones: list[Any] = []
-    load = experiment.load
+    load = inputs.load
 
     def keep(*arguments: Any, **more: Any) -> Any:
         backbones.append(load(*arguments, **more))
         return backbones[-1]
 
-    monkeypatch.setattr(experiment, "load", keep)
+    monkeypatch.setattr(inputs, "load", keep)
     run = trained(tmp_path / "run", *QUICK, f"model={family}", "optimizer.lr=0.1")
     (backbone,) = backbones
     assert backbone.hash() == run.record["environment"]["backbone_sha256"]
@@ -316,7 +316,7 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
         return fit(*arguments, **{**more, "ended": ended})
 
     monkeypatch.setattr(loop, "predict", counting)
-    monkeypatch.setattr(recording, "predict", counting)
+    monkeypatch.setattr(recorder, "predict", counting)
     monkeypatch.setattr(story, "fit_courses", fitting)
     run = trained(tmp_path / "run", *QUICK)
     assert asked == [12, 12, 12, 40]  # the selection split once more, for its temperature

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.checks import need_number
+from lora_bench.errors import require_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_bench.adapters.pack import Pack
+    from lora_bench.adapters.pack.pack import Pack
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.batching import Batch
 
@@ -68,7 +68,7 @@ class Adapter(ABC):
     """A method and its settings. One object serves one member of a pack."""
 
     method: str
-    """The name of the module in `lora_bench/adapters/` that defines the method."""
+    """The name of the module in `lora_bench/adapters/methods/` that defines the method."""
     default_lr: float
     """The learning rate to start from where none is given."""
     init_from: str | None
@@ -83,7 +83,7 @@ class Adapter(ABC):
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
 
     def __post_init__(self) -> None:
-        need_number("default_lr", self.default_lr, 0, open_low=True)
+        require_number("default_lr", self.default_lr, 0, open_low=True)
 
     def targets(self, backbone: Backbone) -> list[str]:
         """Full names of the linears to adapt, in the order of computation."""

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.base import Adapter
 from lora_bench.adapters.patterns import limited_matching
-from lora_bench.checks import need
-from lora_bench.errors import Code, UserError
+from lora_bench.errors import Code, UserError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +34,7 @@ class OnLinears(Adapter):
         # Which layers there are, the backbone says later; a sweep's last job is refused for its kind of value now.
         listed = isinstance(self.layers, list | tuple) and all(type(i) is int for i in self.layers)
         reason = "is neither all, nor top:n, nor a list of layer numbers"
-        need(isinstance(self.layers, str) or listed, "layers", self.layers, reason, _LAYERS_REMEDY)
+        require(isinstance(self.layers, str) or listed, "layers", self.layers, reason, _LAYERS_REMEDY)
 
     def targets(self, backbone: Backbone) -> list[str]:
         return match_targets(backbone, self.target_modules, self.layers)
@@ -49,7 +48,7 @@ def largest_rank(linear: nn.Linear) -> int:
 def need_rank(key: str, rank: int, name: str, linear: nn.Linear, remedy: str = "") -> None:
     """Refuse a rank, given by `key`, that is above the smaller side of the linear called `name`."""
     largest, shape = largest_rank(linear), f"{linear.out_features} by {linear.in_features}"
-    need(rank <= largest, key, rank, f"is above {largest}, the smaller side of {name} ({shape})", remedy)
+    require(rank <= largest, key, rank, f"is above {largest}, the smaller side of {name} ({shape})", remedy)
 
 
 def match_targets(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.backbones.identity import identity
-from lora_bench.checks import need
+from lora_bench.errors import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -137,7 +137,7 @@ class Backbone(ABC):
         """Refuse pairs of more tokens than the network takes."""
         longest = self.max_tokens
         reason = f"is more than the {longest} tokens that the model takes"
-        need(longest is None or max_length <= longest, "data.max_length", max_length, reason)
+        require(longest is None or max_length <= longest, "data.max_length", max_length, reason)
 
     def probe_row(self, length: int) -> tuple[Tensor, Tensor]:
         """Return token ids and token type ids of a pair of `length` tokens, (length,) each.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from lora_bench.backbones import tiny
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.auto import Auto
 from lora_bench.backbones.bert import MODEL_TYPES, Bert
 from lora_bench.backbones.identity import probe
@@ -23,7 +23,7 @@ from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
 from lora_bench.backbones.tokenizer import first_line, read
-from lora_bench.config import Model, T5Model
+from lora_bench.config.schema import Model, T5Model
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load_tokenizer(model: Model) -> Any:
     """
     _quiet()
     if model.random is not None and not (model.tokenizer or model.path):
-        return tiny.tokenizer(str(model.random["model_type"]))
+        return tiny_tokenizers.tokenizer(str(model.random["model_type"]))
     place = model.tokenizer or locate(model)
 
     def refusal(reason: str, remedy: str | None, code: Code) -> UserError:

@@ -7,13 +7,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_bench import hub
 from lora_bench.errors import Code, UserError
+from lora_bench.files import hub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lora_bench.config import Model
+    from lora_bench.config.schema import Model
 
 
 def locate(model: Model) -> str:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lora_bench import untrusted
 from lora_bench.errors import Code, UserError
+from lora_bench.files import untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

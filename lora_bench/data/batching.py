@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_bench.data.pairs import TokenTable
+    from lora_bench.data.tokenization import TokenTable
 
     Rows = NDArray[np.int64]
 

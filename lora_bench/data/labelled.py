@@ -18,7 +18,7 @@ from lora_bench.errors import Code, UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lora_bench.data.files import Table
+    from lora_bench.data.readers import Table
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 _NOT_IN_TSV = re.compile("[\t\r\n\0]")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench import hub
-from lora_bench.config import Data, FileData, HubData, ToyData
-from lora_bench.data import files, toy
-from lora_bench.data.files import Table
+from lora_bench.config.schema import Data, FileData, HubData, ToyData
+from lora_bench.data import readers, toy
+from lora_bench.data.readers import Table
 from lora_bench.errors import Code, UserError
+from lora_bench.files import hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,7 @@ def load(data: Data) -> dict[str, Examples]:
 
 def _from_files(data: FileData) -> dict[str, Examples]:
     if os.path.isdir(data.path):
-        paths = files.split_files(data.path)
+        paths = readers.split_files(data.path)
     elif os.path.isfile(data.path):
         paths = {"test": data.path}
     else:
@@ -54,7 +54,7 @@ def _from_files(data: FileData) -> dict[str, Examples]:
         remedy = "Give a folder with train, validation and test files, or one file."
         raise UserError(reason, key="data.path", value=data.path, remedy=remedy, code=code)
     return {
-        split: files.read_table(path).examples(
+        split: readers.read_table(path).examples(
             data.text_columns,
             data.label_column,
             labels_may_hide=split == "test",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.errors import Code, UserError
+from lora_bench.evaluation.confusion import MEASURES, confusion, measure_of
 from lora_bench.evaluation.metrics import SMALLEST, need_finite, score
-from lora_bench.stats import MEASURES, confusion, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_bench.config import Metric
+    from lora_bench.config.schema import Metric
     from lora_bench.evaluation.calibration import Calibration
 
 

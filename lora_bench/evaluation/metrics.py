@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.errors import Code, DivergedError, UserError, nearest
-from lora_bench.stats import confusion, measure_of
+from lora_bench.evaluation.confusion import confusion, measure_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lora_bench.config import Metric
+    from lora_bench.config.schema import Metric
 
 CALIBRATION_BINS = 15
 _BELOW_HALF = math.nextafter(0.5, 0.0)

@@ -6,14 +6,14 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lora_bench.experiments import flat
+from lora_bench.analysis.table import cell, value_text, visible
+from lora_bench.config.keys import flat
 from lora_bench.report.html import Content, Markup, el, join, several, table
-from lora_bench.tables import cell, value_text, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lora_bench.tables import Table
+    from lora_bench.analysis.table import Table
 
 LISTED = 200
 """Runs that are listed one by one."""

@@ -6,13 +6,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_bench import figures, untrusted
-from lora_bench.untrusted import as_number
+from lora_bench.files import untrusted
+from lora_bench.files.untrusted import as_number
+from lora_bench.records import evaluations
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_bench.figures import Evaluation
+    from lora_bench.records.evaluations import Evaluation
 
 
 def curve(folder: Path, metric: str) -> list[tuple[float, float]]:
@@ -28,9 +29,9 @@ def curve(folder: Path, metric: str) -> list[tuple[float, float]]:
     return sorted(points.items())
 
 
-def evaluations(folder: Path) -> dict[str, Evaluation]:
+def evaluations_by_name(folder: Path) -> dict[str, Evaluation]:
     """The later looks at a run by name."""
     return {
         name: replace(each, metrics={key: float(value) for key, value in each.metrics.items()})
-        for name, each in figures.evaluations(folder).items()
+        for name, each in evaluations.evaluations(folder).items()
     }

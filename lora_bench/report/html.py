@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, TypeAlias
 
-from lora_bench.tables import clean
+from lora_bench.console.format import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

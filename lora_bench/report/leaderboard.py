@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_bench.analysis.table import Column, cell, visible
 from lora_bench.report.html import Markup, el, join, several
-from lora_bench.tables import Column, cell, visible
 
 if TYPE_CHECKING:
-    from lora_bench.tables import Row, Table
+    from lora_bench.analysis.table import Row, Table
 
 VERDICT = Column("verdict", "text")
 

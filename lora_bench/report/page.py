@@ -7,18 +7,18 @@ import hashlib
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from lora_bench.comparison import MARGIN
-from lora_bench.report import appendix, examples, robustness, tradeoffs, training, verdicts
-from lora_bench.report.cast import blocks
+from lora_bench.analysis.significance import MARGIN
+from lora_bench.report import appendix, disagreements, robustness, tradeoffs, training, verdicts
 from lora_bench.report.charts import symbols
 from lora_bench.report.html import Markup, el, join
 from lora_bench.report.leaderboard import leaderboard
+from lora_bench.report.series import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lora_bench.report.cast import Block
-    from lora_bench.tables import Table
+    from lora_bench.analysis.table import Table
+    from lora_bench.report.series import Block
 
 DATA_SETS = 4
 """Data sets with figures of their own; the leaderboard has all."""
@@ -51,7 +51,7 @@ def page(table: Table, margin: float = MARGIN) -> str:
         ("calibration", "Calibration", each(lambda block: training.reliability(block, _split(block)))),
         ("allocation", "Where the ranks went", each(training.allocation)),
         ("robustness", "Robustness", each(robustness.robustness)),
-        ("disagreements", "Disagreements", each(lambda block: examples.disagreements(block, _split(block)))),
+        ("disagreements", "Disagreements", each(lambda block: disagreements.disagreements(block, _split(block)))),
         ("published", "Published figures", appendix.beside(table.anchors, "Of GLUE's QQP dev set")),
         ("configuration", "Configuration", appendix.differences(table)),
         ("environment", "Environment", appendix.environment(table)),

@@ -13,8 +13,8 @@ from lora_bench.report.tradeoffs import spelt
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lora_bench.figures import Evaluation
-    from lora_bench.report.cast import Block, Entry
+    from lora_bench.records.evaluations import Evaluation
+    from lora_bench.report.series import Block, Entry
 
 TABLE_ROWS = 60
 LANES = 16
@@ -71,7 +71,7 @@ def _places(entry: Entry, metric: str) -> dict[str, list[tuple[float, float]]]:
     """By place, of each run that was scored there: the metric on the split as it is, and there."""
     found: dict[str, list[tuple[float, float]]] = {}
     for folder, record in entry.runs:
-        for place, before, after in _of_run(record, folders.evaluations(folder), metric):
+        for place, before, after in _of_run(record, folders.evaluations_by_name(folder), metric):
             found.setdefault(place, []).append((before, after))
     return found
 

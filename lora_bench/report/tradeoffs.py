@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_bench.figures import NAMES
+from lora_bench.analysis.columns import NAMES
+from lora_bench.analysis.table import cell
+from lora_bench.console.format import human
 from lora_bench.report import axes
 from lora_bench.report.charts import SERIES, Chart, legend, series_class
 from lora_bench.report.html import Content, Markup, el, figure, join, several, table
-from lora_bench.tables import cell, human
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lora_bench.report.cast import Block, Entry
-    from lora_bench.tables import Column, Stat
+    from lora_bench.analysis.table import Column, Stat
+    from lora_bench.report.series import Block, Entry
 
 _COSTS = {
     "params.adapter": "adapter parameters",
@@ -170,7 +171,7 @@ def header(column: Column) -> str:
 
 def shown_as(column: Column) -> Callable[[float], str]:
     """How the table shows a value of a column of costs."""
-    from lora_bench.tables import Row, Stat
+    from lora_bench.analysis.table import Row, Stat
 
     def show(value: float) -> str:
         if value == 0:

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench import predictions
-from lora_bench.costs import up_to
+from lora_bench.analysis.savings import up_to
+from lora_bench.console.format import clean
+from lora_bench.records import predictions
 from lora_bench.report import axes, folders
 from lora_bench.report.axes import Axis
 from lora_bench.report.charts import SERIES, Chart, legend, picture, series_class
 from lora_bench.report.html import Content, Markup, el, figure, join, several, table
 from lora_bench.report.tradeoffs import header
-from lora_bench.tables import clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from lora_bench.report.cast import Block, Entry
+    from lora_bench.report.series import Block, Entry
 
 CURVES = 10
 """Runs of one row whose curves are drawn."""

@@ -10,8 +10,8 @@ from lora_bench.report.html import Content, Markup, el, figure, join, several, t
 from lora_bench.report.tradeoffs import bounds, mean_of, shown_as, spelt
 
 if TYPE_CHECKING:
-    from lora_bench.comparison import Finding
-    from lora_bench.report.cast import Block, Entry
+    from lora_bench.analysis.significance import Finding
+    from lora_bench.report.series import Block, Entry
 
 DRAWN = 16
 """Rivals that are drawn, and named one by one in the table."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_bench.config.keys import flat
+from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
-from lora_bench.experiments import flat
-from lora_bench.record import Run
-from lora_bench.screen import shown
+from lora_bench.records.run_folder import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

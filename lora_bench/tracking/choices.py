@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_bench.checks import need
-from lora_bench.config import build
-from lora_bench.errors import Code, nearest
+from lora_bench.config.build import build
+from lora_bench.errors import Code, nearest, require
 from lora_bench.tracking.mlflow import MLflow
 from lora_bench.tracking.tensorboard import TensorBoard
 
@@ -23,7 +22,7 @@ def build_trackers(node: DictConfig | None) -> dict[str, Tracker]:
     chosen = {}
     for name, settings in (node or {}).items():
         kind = TRACKERS.get(str(name))
-        need(
+        require(
             kind is not None,
             f"tracking.{name!s}",
             None,

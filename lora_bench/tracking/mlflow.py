@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
-    from lora_bench.record import Run
+    from lora_bench.records.run_folder import Run
 
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}
 _PARAMS_PER_REQUEST = 100  # MLflow's limits

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch.utils.tensorboard import SummaryWriter
 
-    from lora_bench.record import Run
+    from lora_bench.records.run_folder import Run
 
 FOLDER = "tensorboard"
 

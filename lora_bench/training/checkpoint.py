@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lora_bench import untrusted
-from lora_bench.disk import MAKE_ROOM, writing
 from lora_bench.errors import Code, RunFailedError
+from lora_bench.files import untrusted
+from lora_bench.files.atomic_io import MAKE_ROOM, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from lora_bench.config.launch import Launch
+from lora_bench.console.text import shown
 from lora_bench.data.batching import pick
 from lora_bench.errors import Code, UserError
-from lora_bench.launch import Launch
-from lora_bench.screen import shown
 from lora_bench.training.precision import resolve_device
 
 if TYPE_CHECKING:

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from lora_bench.adapters import matching
 from lora_bench.data.batching import evaluation_batches, micro_batches
 from lora_bench.errors import LostFolderError, RunFailedError
-from lora_bench.training.average import Average, averaged
-from lora_bench.training.course import Course, Pairs, steps_asked
+from lora_bench.training import head_initialisation
 from lora_bench.training.distributed import ALONE, Processes
-from lora_bench.training.halving import losers, places
-from lora_bench.training.look import Look, judge
+from lora_bench.training.micro_batching import in_portions
+from lora_bench.training.model_selection import Look, judge
 from lora_bench.training.optim import make_optimizer, set_rate
-from lora_bench.training.portions import in_portions
-from lora_bench.training.state import Outcome, TrainingState, contained, diverge
+from lora_bench.training.successive_halving import losers, places
+from lora_bench.training.task_mixture import Course, Pairs, steps_asked
+from lora_bench.training.training_state import Outcome, TrainingState, contained, diverge
+from lora_bench.training.weight_averaging import Average, averaged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from lora_bench.adapters.pack import Pack
-    from lora_bench.config import Metric, Optimizer, Trainer
+    from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.config.schema import Metric, Optimizer, Trainer
     from lora_bench.data.batching import Batch
-    from lora_bench.data.pairs import TokenTable
+    from lora_bench.data.tokenization import TokenTable
     from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.checkpoint import Checkpoint, Checkpoints
-    from lora_bench.training.interrupt import Interruption
+    from lora_bench.training.signals import Interruption
 
 
 class Watcher(Protocol):
@@ -80,7 +80,7 @@ def prepare_courses(
                 with pack.only([k]):
                     own = course.before(k)
                     told.append(pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size)))
-                    told.append(matching.begin(pack, k, own.batches(pack, trainer.batch_size)))
+                    told.append(head_initialisation.begin(pack, k, own.batches(pack, trainer.batch_size)))
     return [each for each in told if each]
 
 

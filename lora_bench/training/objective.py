@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from lora_bench.config import Trainer
+    from lora_bench.config.schema import Trainer
 
     Likelihood = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from lora_bench.adapters.pack import Pack
-    from lora_bench.config import Optimizer
+    from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.config.schema import Optimizer
 
 
 def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.AdamW:

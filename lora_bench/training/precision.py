@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lora_bench.config.launch import Launch
 from lora_bench.errors import Code, UserError
-from lora_bench.launch import Launch
 
 
 def resolve_device(device: str) -> torch.device:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_bench.adapters import method_class
+from lora_bench.adapters.methods import method_class
 from lora_bench.adapters.targets import match_targets, unmatched_alternatives
-from lora_bench.config import build
+from lora_bench.config.build import build
 from lora_bench.errors import Code, UserError
 from tests.adapters.tools import adapter
 from tests.backbones.tools import FORMS, make

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_bench.adapters import method_class
-from lora_bench.adapters.leaves import MemberHeads
-from lora_bench.adapters.pack import Member, Pack
-from lora_bench.config import build
+from lora_bench.adapters.methods import method_class
+from lora_bench.adapters.pack.member_modules import MemberHeads
+from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.config.build import build
 from lora_bench.data import sources
-from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
-from lora_bench.experiment import Experiment
+from lora_bench.run.settings import Experiment
 from lora_bench.training.loop import fit, prepare
 from tests.backbones.tools import FORMS, make, reference
 from tests.command_line import refuses
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lora_bench.adapters import Adapter
+    from lora_bench.adapters.base import Adapter
     from lora_bench.backbones.base import Backbone
-    from lora_bench.config import Optimizer, Trainer
+    from lora_bench.config.schema import Optimizer, Trainer
     from lora_bench.data.batching import Batch
     from lora_bench.training.loop import Outcome, Watcher
 

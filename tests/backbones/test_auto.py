@@ -9,14 +9,14 @@ import pytest
 import torch
 import transformers
 
-from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.adapters.targets import match_targets
-from lora_bench.backbones import tiny
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.auto import Auto
 from lora_bench.errors import Code
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.training.dummy_step import probe_step
 from lora_bench.training.padding import check_padding
-from lora_bench.training.probe import probe_step
 from tests.adapters.tools import adapter
 from tests.backbones.tools import cut_logits, enliven, make, own_logits, random_batch, save, spread
 from tests.command_line import refuses
@@ -30,7 +30,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 @pytest.fixture(scope="module")
 def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random DeBERTa without a classification head, as its checkpoints on the hub are."""
-    tokenizer = tiny.tokenizer("bert")
+    tokenizer = tiny_tokenizers.tokenizer("bert")
     config = transformers.DebertaV2Config(
         vocab_size=len(tokenizer),
         **SIZES,
@@ -47,7 +47,7 @@ def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = tiny.tokenizer("bert")
+    tokenizer = tiny_tokenizers.tokenizer("bert")
     network = enliven(
         transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=len(tokenizer), **SIZES))
     )
@@ -96,7 +96,7 @@ def test_qv_means_query_and_value(deberta: Path, bert: Path) -> None:
 
 
 def test_a_head_by_another_name_may_be_new_too(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer("bert")
+    tokenizer = tiny_tokenizers.tokenizer("bert")
     config = transformers.DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=2, hidden_dim=64)
     folder = save(tmp_path, transformers.DistilBertModel(config), tokenizer)
     backbone = make("deberta", f"model.path={folder}")
@@ -105,7 +105,7 @@ def test_a_head_by_another_name_may_be_new_too(tmp_path: Path) -> None:
 
 
 def test_a_pooler_that_would_stay_random_and_frozen_is_refused(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer("bert")
+    tokenizer = tiny_tokenizers.tokenizer("bert")
     network = transformers.BertModel(
         transformers.BertConfig(vocab_size=len(tokenizer), **SIZES), add_pooling_layer=False
     )
@@ -121,7 +121,7 @@ def test_a_pooler_that_would_stay_random_and_frozen_is_refused(tmp_path: Path) -
 def test_a_network_without_a_base_model_is_refused() -> None:
     network = transformers.BertModel(transformers.BertConfig(vocab_size=20, **SIZES))
     with refuses(Code.UNSUPPORTED, key="model.family") as caught:
-        Auto(network, tiny.tokenizer("bert"), set())
+        Auto(network, tiny_tokenizers.tokenizer("bert"), set())
     assert caught.value.value == "auto"
     assert "BertModel" in caught.value.reason
 
@@ -130,13 +130,13 @@ def test_a_network_without_a_base_model_is_refused() -> None:
 
 
 def random_folder(path: Path, config: Any, network_class: Any, kind: str = "roberta") -> Path:
-    return save(path, enliven(network_class(config)), tiny.tokenizer(kind))
+    return save(path, enliven(network_class(config)), tiny_tokenizers.tokenizer(kind))
 
 
 @pytest.fixture(scope="module")
 def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder of one layer and a decoder of two; its classifier looks for the end token of every row."""
-    size = len(tiny.tokenizer("roberta"))
+    size = len(tiny_tokenizers.tokenizer("roberta"))
     settings = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in PER_PART.items()}
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
     layers = {"encoder_layers": 1, "decoder_layers": 2}
@@ -153,7 +153,7 @@ PER_PART = {"attention_heads": 2, "ffn_dim": 64}
 def xlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Attentions and feed-forward networks in lists of their own."""
     config = transformers.XLMConfig(
-        vocab_size=len(tiny.tokenizer("roberta")), emb_dim=32, n_layers=2, n_heads=2, pad_token_id=1,
+        vocab_size=len(tiny_tokenizers.tokenizer("roberta")), emb_dim=32, n_layers=2, n_heads=2, pad_token_id=1,
         max_position_embeddings=64,
     )  # fmt: skip
     return random_folder(tmp_path_factory.mktemp("xlm"), config, transformers.XLMForSequenceClassification)
@@ -194,7 +194,7 @@ POSITIONS = {
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_the_longest_pair_is_what_the_position_table_has_rows_for(kind: str) -> None:
     config_class, network_class, limit = POSITIONS[kind]
-    tokenizer = tiny.tokenizer("roberta")
+    tokenizer = tiny_tokenizers.tokenizer("roberta")
     names = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "embedding_size": 32}
     names |= {"word_embed_proj_dim": 32, "ffn_dim": 64} if kind == "opt" else {"intermediate_size": 64}
     config = config_class(vocab_size=len(tokenizer), pad_token_id=1, max_position_embeddings=64, **names)
@@ -210,7 +210,7 @@ def test_the_longest_pair_is_what_the_position_table_has_rows_for(kind: str) -> 
 
 
 def test_a_model_without_positions_takes_any_length() -> None:
-    tokenizer = tiny.tokenizer("roberta")
+    tokenizer = tiny_tokenizers.tokenizer("roberta")
     config = transformers.XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=64)
     backbone = Auto(transformers.XLNetForSequenceClassification(config).eval(), tokenizer, set())
     assert backbone.max_tokens is None
@@ -227,7 +227,7 @@ def test_padding_that_changes_no_score_needs_no_note(bert: Path, bart: Path) -> 
 
 @pytest.mark.parametrize("option", ["lora", "dora", "adalora", "vera", "lora_xs", "bitfit"])
 def test_a_model_that_changes_outputs_in_place_learns(option: str) -> None:
-    tokenizer = tiny.tokenizer("bert")
+    tokenizer = tiny_tokenizers.tokenizer("bert")
     config = transformers.DebertaConfig(
         vocab_size=len(tokenizer), **SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0
     )

@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lora_bench.backbones import tiny
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.load import load, load_tokenizer, locate
-from lora_bench.config import build_model
+from lora_bench.config.build import build_model
 from lora_bench.errors import Code, UserError
 from tests.backbones.tools import (
     cut_logits,
@@ -46,7 +46,7 @@ CLASSES = {
 
 def config_of(kind: str) -> Any:
     settings = model_settings(f"tiny_{kind}")
-    tokenizer = tiny.tokenizer(kind)
+    tokenizer = tiny_tokenizers.tokenizer(kind)
     assert settings.random is not None
     return transformers.AutoConfig.for_model(
         **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **settings.random}
@@ -61,7 +61,7 @@ def network_of(kind: str) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("backbones")
-    return {kind: save(root / kind, network_of(kind), tiny.tokenizer(kind)) for kind in CLASSES}
+    return {kind: save(root / kind, network_of(kind), tiny_tokenizers.tokenizer(kind)) for kind in CLASSES}
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def refusal(code: Code, *overrides: str, key: str | None = None, model: str = "b
 @torch.no_grad()
 def test_a_saved_model_gives_its_own_logits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     network = network_of(kind).to(dtype)
-    backbone = make(kind, f"model.path={save(tmp_path, network, tiny.tokenizer(kind))}")
+    backbone = make(kind, f"model.path={save(tmp_path, network, tiny_tokenizers.tokenizer(kind))}")
     assert {p.dtype for p in backbone.network.parameters()} == {torch.float32}
     assert backbone.fresh == set()
     batch = random_batch(backbone)
@@ -102,13 +102,13 @@ def t5_arguments(backbone: Any) -> tuple[Any, ...]:
 
 
 def test_loading_twice_gives_the_same_hash_whatever_the_new_head(tmp_path: Path) -> None:
-    folder = save(tmp_path, network_of("bert").bert, tiny.tokenizer("bert"))
+    folder = save(tmp_path, network_of("bert").bert, tiny_tokenizers.tokenizer("bert"))
     one, other = (make("bert", f"model.path={folder}") for _ in range(2))
     assert one.hash() == other.hash()
 
 
 def test_loading_draws_from_no_global_stream(tmp_path: Path) -> None:
-    folder = save(tmp_path, network_of("bert").bert, tiny.tokenizer("bert"))
+    folder = save(tmp_path, network_of("bert").bert, tiny_tokenizers.tokenizer("bert"))
     before = torch.get_rng_state()
     make("bert", f"model.path={folder}")
     assert torch.equal(torch.get_rng_state(), before)
@@ -128,7 +128,7 @@ def test_only_the_head_is_new_on_a_pretrained_body(
 ) -> None:
     network = network_of(kind)
     body = network if kind == "t5" else network.base_model
-    backbone = make(kind, f"model.path={save(tmp_path, body, tiny.tokenizer(kind))}", *form)
+    backbone = make(kind, f"model.path={save(tmp_path, body, tiny_tokenizers.tokenizer(kind))}", *form)
     assert backbone.fresh == fresh
     held = body.state_dict()
     for name, tensor in backbone.network.state_dict().items():
@@ -146,9 +146,9 @@ def test_t5_as_an_encoder_has_the_encoder_of_the_checkpoint(folders: dict[str, P
 
 def test_the_tokenizer_is_the_one_beside_the_weights_or_the_one_given(folders: dict[str, Path]) -> None:
     beside = make("bert", f"model.path={folders['bert']}").tokenizer
-    assert beside.get_vocab() == tiny.tokenizer("bert").get_vocab()
+    assert beside.get_vocab() == tiny_tokenizers.tokenizer("bert").get_vocab()
     given = make("roberta", f"model.path={folders['roberta']}", f"model.tokenizer={folders['bert']}").tokenizer
-    assert given.get_vocab() == tiny.tokenizer("bert").get_vocab()
+    assert given.get_vocab() == tiny_tokenizers.tokenizer("bert").get_vocab()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_backbone_knows(folders: dict[str, Path]) -> None:
@@ -186,7 +186,7 @@ def test_weights_of_another_family_are_refused_by_both_names(model: str, kind: s
 def test_a_model_that_is_no_text_classifier_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     save_file({"vit.layernorm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
-    tiny.tokenizer("bert").save_pretrained(tmp_path)
+    tiny_tokenizers.tokenizer("bert").save_pretrained(tmp_path)
     error = refusal(Code.UNSUPPORTED, f"model.path={tmp_path}", key="model.path", model="deberta")
     assert error.value == str(tmp_path)
     assert " vit," in error.reason
@@ -423,7 +423,7 @@ def test_the_hub_is_not_asked_offline_and_the_remedy_is_told(monkeypatch: pytest
     error = refusal(Code.NOT_FOUND, missing, key="model.hub_id")
     assert "tokenizer" in error.reason
     with refuses(Code.NOT_FOUND, key="model.hub_id") as caught:
-        load(model_settings("bert", missing), tiny.tokenizer("bert"), task="qqp")
+        load(model_settings("bert", missing), tiny_tokenizers.tokenizer("bert"), task="qqp")
     for each in (error, caught.value):
         assert each.value == "nobody/no-such-model"
         assert "model.path=DIR" in str(each.remedy)
@@ -443,7 +443,7 @@ def test_tokenizer_and_weights_are_asked_for_at_the_same_revision(monkeypatch: p
     with refuses(Code.NOT_FOUND, key="model.hub_id"):
         load_tokenizer(settings)
     with refuses(Code.NOT_FOUND, key="model.hub_id"):
-        load(settings, tiny.tokenizer("bert"), task="qqp")
+        load(settings, tiny_tokenizers.tokenizer("bert"), task="qqp")
     assert requests == [("some/model", "v7"), ("some/model", "v7")]
 
 

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from lora_bench.backbones import identity as identities
-from lora_bench.backbones import tiny
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones import tokenizer as tokenizers
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.errors import Code, UserError
@@ -31,7 +31,7 @@ def folder_of(place: Path, change: Callable[[dict[str, Any]], None] = lambda _: 
     """A bare folder: config.json of `kind` and a BERT tokenizer.json, changed."""
     config = transformers.AutoConfig.for_model(kind, vocab_size=141, **SIZES)
     config.save_pretrained(place)
-    content = json.loads(tiny.tokenizer("bert").backend_tokenizer.to_str())
+    content = json.loads(tiny_tokenizers.tokenizer("bert").backend_tokenizer.to_str())
     change(content)
     (place / "tokenizer.json").write_text(json.dumps(content))
     return place
@@ -168,7 +168,7 @@ def test_impossible_ids_are_refused_and_named(change: Any, data: list[str], tmp_
 
 
 def test_a_random_tokenizer_is_refused(tmp_path: Path) -> None:
-    tiny.tokenizer("roberta").save_pretrained(tmp_path)
+    tiny_tokenizers.tokenizer("roberta").save_pretrained(tmp_path)
     transformers.RobertaConfig(**SIZES).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["dropout"] = 0.5
@@ -226,7 +226,7 @@ def test_native_code_that_does_not_end_is_left_alone() -> None:
 
 def with_tokenizer(place: Path, change: Callable[[dict[str, Any]], None], **sizes: int) -> Path:
     config = transformers.BertConfig(**{"vocab_size": 141, **SIZES, **sizes})
-    save(place, transformers.BertForSequenceClassification(config), tiny.tokenizer("bert"))
+    save(place, transformers.BertForSequenceClassification(config), tiny_tokenizers.tokenizer("bert"))
     content = json.loads((place / "tokenizer.json").read_text())
     change(content)
     (place / "tokenizer.json").write_text(json.dumps(content))
@@ -251,7 +251,7 @@ def test_an_id_beyond_the_embeddings_is_refused(change: Any, data: list[str], tm
 
 def test_roberta_reads_a_template_with_token_types_as_transformers_does(tmp_path: Path) -> None:
     config = transformers.RobertaConfig(vocab_size=141, **SIZES)
-    save(tmp_path, transformers.RobertaForSequenceClassification(config), tiny.tokenizer("bert"))
+    save(tmp_path, transformers.RobertaForSequenceClassification(config), tiny_tokenizers.tokenizer("bert"))
     check_padding(make("roberta", f"model.path={tmp_path}"))
 
 
@@ -262,7 +262,7 @@ def classifier(kind: str, place: Path, **settings: Any) -> Any:
     """A backbone of family auto from a folder with a BERT tokenizer, whose padding id is 0."""
     config = transformers.AutoConfig.for_model(kind, **{"vocab_size": 141, **SIZES, **settings})
     network = enliven(transformers.AutoModelForSequenceClassification.from_config(config))
-    save(place, network, tiny.tokenizer("bert"))
+    save(place, network, tiny_tokenizers.tokenizer("bert"))
     model = model_settings("deberta", f"model.path={place}")
     backbone = load(model, load_tokenizer(model), task="qqp")
     check_padding(backbone)
@@ -343,7 +343,7 @@ def test_the_same_content_in_other_bytes_is_the_same_tokenizer(tmp_path: Path) -
 
 
 def test_other_versions_are_noted_where_the_ids_agree() -> None:
-    now = identities.identity(tiny.tokenizer("bert"))
+    now = identities.identity(tiny_tokenizers.tokenizer("bert"))
     versions = {"tokenizers": "0.1", "transformers": transformers.__version__}
     (note,) = other({**now, "versions": versions}, now)
     assert "tokenizers 0.1" in note
@@ -352,7 +352,7 @@ def test_other_versions_are_noted_where_the_ids_agree() -> None:
 
 
 def test_an_older_record_says_nothing_of_its_tokenizer() -> None:
-    assert other({}, identities.identity(tiny.tokenizer("bert"))) == []
+    assert other({}, identities.identity(tiny_tokenizers.tokenizer("bert"))) == []
 
 
 def test_there_are_32_probe_texts() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.config import build_model
+from lora_bench.config.build import build_model
 from lora_bench.data.batching import Batch
 from tests.helpers import composed
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_bench.backbones.base import Backbone
-    from lora_bench.config import Model
+    from lora_bench.config.schema import Model
 
 FORMS = {
     "bert": ("tiny_bert",),

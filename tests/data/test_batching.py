@@ -25,7 +25,7 @@ from lora_bench.data.batching import (
     micro_batches,
     training_batches,
 )
-from lora_bench.data.pairs import TokenTable
+from lora_bench.data.tokenization import TokenTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

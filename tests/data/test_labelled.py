@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_bench.data.files import read_table
 from lora_bench.data.labelled import FORMATS, check_texts, encode, free_names
+from lora_bench.data.readers import read_table
 from lora_bench.errors import Code, UserError
 from tests.command_line import refuses
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_bench.config import Data, FileData, HubData, ToyData
+from lora_bench.config.schema import Data, FileData, HubData, ToyData
 from lora_bench.data.examples import Examples
 from lora_bench.data.sources import carve, examine, load, unseen
 from lora_bench.errors import Code

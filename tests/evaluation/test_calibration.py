@@ -19,8 +19,8 @@ from lora_bench.evaluation.calibration import (
     fit_threshold,
     score_calibrated,
 )
+from lora_bench.evaluation.confusion import confusion, measure_of
 from lora_bench.evaluation.metrics import score
-from lora_bench.stats import confusion, measure_of
 
 RANDOM = np.random.default_rng(0)
 

@@ -17,18 +17,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.adapters.full import Full
-from lora_bench.adapters.head_only import HeadOnly
-from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.methods.full import Full
+from lora_bench.adapters.methods.head_only import HeadOnly
+from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
-from lora_bench.training.probe import probe_step
+from lora_bench.training.dummy_step import probe_step
 from tests.adapters.tools import adapter
 from tests.helpers import TINY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lora_bench.adapters import Adapter
+    from lora_bench.adapters.base import Adapter
     from lora_bench.backbones.base import Backbone
 
 D, F, LAYERS, RANK = 32, 64, 2, 3  # tiny_bert: width, feed-forward width, layers; and the adapter's rank

@@ -16,20 +16,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from torch import nn
 
-from lora_bench.adapters.layer import LowRank
-from lora_bench.adapters.lora_xs import Between
+from lora_bench.adapters.lowrank.linear import LowRank
+from lora_bench.adapters.methods.lora_xs import Between
 from lora_bench.backbones.bert import Bert
+from lora_bench.config.groups import choices
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.help import choices
+from lora_bench.training.dummy_step import probe_step
 from lora_bench.training.loop import prepare
-from lora_bench.training.probe import probe_step
 from tests.adapters.tools import adapter, make, pack, tables, trainer
 from tests.backbones.tools import FORMS
 
 if TYPE_CHECKING:
-    from lora_bench.adapters import Adapter
-    from lora_bench.adapters.base import Update
-    from lora_bench.adapters.pack import Pack
+    from lora_bench.adapters.base import Adapter, Update
+    from lora_bench.adapters.pack.pack import Pack
 
 SMALL = {"vera": ("rank=16",), "lora_xs": ("rank=4",)}
 UNFIT = {("bitfit", "t5"), ("bitfit", "t5_encoder"), ("head_only", "t5")}  # no biases; no head

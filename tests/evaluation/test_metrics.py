@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from lora_bench.config import Metric
+from lora_bench.config.schema import Metric
 from lora_bench.errors import Code, DivergedError
 from lora_bench.evaluation.metrics import check_metrics, expected_calibration_error, score
 from tests.command_line import refuses

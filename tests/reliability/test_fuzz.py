@@ -19,15 +19,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
-from lora_bench import experiment, train
-from lora_bench.adapters import peft_format
-from lora_bench.config import build
+from lora_bench import train
+from lora_bench.adapters.peft import files
+from lora_bench.config.build import build
 from lora_bench.errors import Code, UserError
+from lora_bench.run import inputs
+from lora_bench.run.settings import Experiment
 from lora_bench.training import checkpoint
-from lora_bench.training.average import Average
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.optim import make_optimizer
-from lora_bench.training.state import Outcome, TrainingState
+from lora_bench.training.training_state import Outcome, TrainingState
+from lora_bench.training.weight_averaging import Average
 from tests.command_line import lora_bench, toy_run
 from tests.training.test_loop import Make, optimizer, packed, spy
 
@@ -83,7 +85,7 @@ def done_or_refused(*arguments: str) -> None:
 
 def test_random_overrides_are_taken_or_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole command, up to the experiment built; it is not trained."""
-    monkeypatch.setattr(train, "train", lambda job, **_: experiment.Experiment.build(job.cfg))
+    monkeypatch.setattr(train, "train", lambda job, **_: Experiment.build(job.cfg))
 
     @given(strings)
     @example("+=")
@@ -102,7 +104,7 @@ damage = st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3)), max_siz
 
 def test_random_data_files_are_read_or_refused(in_tmp: Path) -> None:
     """The readers and the cut into splits, with what the command would catch and nothing else."""
-    from lora_bench.config import build_data
+    from lora_bench.config.build import build_data
     from tests.helpers import composed
 
     Path("validation.tsv").write_bytes(HEADER + b"a\tb\t0\nc\td\t1\n")
@@ -123,7 +125,7 @@ def test_random_data_files_are_read_or_refused(in_tmp: Path) -> None:
             old.unlink()
         Path("train" + ending).write_bytes(content)
         try:
-            splits, described = experiment.load_splits(asked[size])
+            splits, described = inputs.load_splits(asked[size])
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017
             return
@@ -159,8 +161,8 @@ def mutated(original: bytes, changes: Any, cut: float | None) -> bytes:
 
 def test_mutated_adapters_are_loaded_as_they_are_or_refused(in_tmp: Path, backbone: Make) -> None:
     pack = packed(backbone(), spy())
-    peft_format.save(Path("adapter"), pack, 0, "")
-    path = Path("adapter") / peft_format.TENSORS
+    files.save(Path("adapter"), pack, 0, "")
+    path = Path("adapter") / files.TENSORS
     original = path.read_bytes()
 
     @given(mutations, st.one_of(st.none(), st.none(), st.floats(0, 1)))
@@ -168,12 +170,12 @@ def test_mutated_adapters_are_loaded_as_they_are_or_refused(in_tmp: Path, backbo
     def check(changes: Any, cut: float | None) -> None:
         path.write_bytes(mutated(original, changes, cut))
         try:
-            peft_format.load(Path("adapter"), pack, 0)
+            files.load(Path("adapter"), pack, 0)
         except UserError as error:
             assert (error.code, error.file) == (Code.DAMAGED, path)  # noqa: PT017
             return
         with safe_open(path, "numpy") as file:  # another reader's opinion
-            for name, tensor in peft_format._saved(pack, 0).items():
+            for name, tensor in files._saved(pack, 0).items():
                 np.testing.assert_array_equal(tensor.detach().numpy(), file.get_tensor(name))
                 assert torch.isfinite(tensor).all()
 
@@ -301,7 +303,7 @@ def test_mutated_records_are_read_or_refused(in_tmp: Path) -> None:
 
 def trained(backbone: Make, method: str) -> TrainingState:
     """A member after one step, its mean and its best weights kept."""
-    from lora_bench.adapters import method_class
+    from lora_bench.adapters.methods import method_class
     from tests.helpers import composed
 
     adapter = build(method_class(method), composed(f"adapter={method}").adapter, "adapter")

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from lora_bench import train as story
 from lora_bench.errors import Code
-from lora_bench.record import Run
-from lora_bench.results import Learned
-from lora_bench.training.backward import Backward
+from lora_bench.records.run_folder import Run
+from lora_bench.run.final_evaluation import Learned
+from lora_bench.training.cuda_graphs import Backward
 from tests import command_line
 from tests.adapters.tools import assert_close
 from tests.command_line import files_below, lora_bench, refused, signalled, toy_run

@@ -14,13 +14,13 @@ import torch
 from pyarrow import parquet
 
 from lora_bench import predict as predicting
-from lora_bench import recording
 from lora_bench import train as training
-from lora_bench.adapters.pack import Pack
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.errors import Code, DivergedError
 from lora_bench.evaluation.metrics import score
+from lora_bench.run import recorder
 from lora_bench.training import loop
-from lora_bench.training.backward import Backward
+from lora_bench.training.cuda_graphs import Backward
 from tests.command_line import at_step, lora_bench, refused, signalled, toy_run
 
 RUN = toy_run("hydra.run.dir=run")
@@ -92,7 +92,7 @@ def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.Mon
         assert (answer.error.code, answer.error.file) == (Code.DAMAGED, Path("run"))
     assert not Path("out.tsv").exists()
     assert not Path("run/evaluations").exists()
-    monkeypatch.setattr(recording, "predict", nan)  # at the very end of a training
+    monkeypatch.setattr(recorder, "predict", nan)  # at the very end of a training
     answer = lora_bench("train", *toy_run("hydra.run.dir=other"))
     assert (answer.code, record("other")["status"], record("other")["metrics"]) == (1, "diverged", {}), answer
 

@@ -20,8 +20,8 @@ import pytest
 
 from lora_bench import train
 from lora_bench.errors import Code, LostFolderError, UserError
-from lora_bench.record import Run, read
-from lora_bench.results import Learned
+from lora_bench.records.run_folder import Run, read
+from lora_bench.run.final_evaluation import Learned
 from tests.command_line import files_below, lora_bench, refused, refuses, toy_run
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_bench.backbones import tiny
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.errors import Code, UserError
 from tests.command_line import files_below, lora_bench, refused, toy_run
 
@@ -62,7 +62,7 @@ def test_46_a_pickled_checkpoint_is_never_opened(in_tmp: Path, name: str, code: 
     config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     Path("model/config.json").write_text(json.dumps(config))
     Path("model", name).write_bytes(pickle.dumps(Bomb()))
-    tiny.tokenizer("bert").save_pretrained("tokenizer")  # so that only the weights are wrong
+    tiny_tokenizers.tokenizer("bert").save_pretrained("tokenizer")  # so that only the weights are wrong
     error = refused("train", *toy_run("model.path=model", "model.tokenizer=tokenizer", "hydra.run.dir=run"))
     assert (error.code, error.key, error.file) == (code, None, in_tmp / blamed)
     assert not Path("exploded").exists()

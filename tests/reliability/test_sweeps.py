@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from lora_bench import packing, train
+from lora_bench import train
 from lora_bench.errors import Code
+from lora_bench.sweeps import packing
 from tests.command_line import lora_bench, refused, toy_run
 
 SWEEP = toy_run("hydra.sweep.dir=sweep", "pack.size=1")

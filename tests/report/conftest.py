@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_bench.record import Run
+from lora_bench.records.run_folder import Run
 from tests.report.runs import HOSTILE, make
 
 if TYPE_CHECKING:

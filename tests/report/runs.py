@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_bench.record import Run
+from lora_bench.records.run_folder import Run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_bench.compare import summarise
+from lora_bench.analysis.summary import summarise
 from lora_bench.report import page as report
 from tests.command_line import lora_bench, toy_run
 from tests.report.runs import ROWS, make

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_bench.compare import main, summarise
+from lora_bench.analysis.summary import summarise
+from lora_bench.compare import main
 from lora_bench.errors import Code
-from lora_bench.record import Run
+from lora_bench.records.run_folder import Run
 from lora_bench.report import page
 from lora_bench.report.axes import linear, logarithmic
 from lora_bench.report.tradeoffs import pareto

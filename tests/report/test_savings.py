@@ -7,16 +7,17 @@ from html import unescape
 from typing import TYPE_CHECKING
 
 import pytest
-
-from lora_bench.anchors import derived_mcc, load, with_anchors
-from lora_bench.compare import main, summarise
-from lora_bench.report import page
 from tests.test_costs import make
+
+from lora_bench.analysis.published import derived_mcc, load, with_anchors
+from lora_bench.analysis.summary import summarise
+from lora_bench.compare import main
+from lora_bench.report import page
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_bench.tables import Table
+    from lora_bench.analysis.table import Table
 
 
 def section(table: Table, name: str) -> list[list[str]]:

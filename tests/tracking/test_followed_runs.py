@@ -12,13 +12,13 @@ import pytest
 
 from lora_bench.tracking import choices
 from lora_bench.tracking.base import Following, Tracker
-from lora_bench.training.backward import Backward
+from lora_bench.training.cuda_graphs import Backward
 from tests.command_line import lora_bench, toy_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_bench.record import Run
+    from lora_bench.records.run_folder import Run
 
 
 @dataclass

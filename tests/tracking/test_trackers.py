@@ -11,9 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lora_bench import record
 from lora_bench.errors import Code
-from lora_bench.record import Run
+from lora_bench.records import run_folder
+from lora_bench.records.run_folder import Run
 from lora_bench.tracking import base
 from lora_bench.tracking.base import Following, Tracker, follow
 from lora_bench.tracking.choices import build_trackers
@@ -152,7 +152,7 @@ def test_a_server_that_is_away_costs_a_note_and_no_minutes(
     assert out.startswith("note: tracking=mlflow ")
     assert out.count("\n") == 1
     assert "horse-battery" not in out
-    assert record.read(tmp_path / "run")["status"] == "done"
+    assert run_folder.read(tmp_path / "run")["status"] == "done"
 
 
 class Failing(Tracker):
@@ -198,7 +198,7 @@ def test_a_failure_is_noted_once_and_stops_nothing_else(
     assert out.startswith("note: tracking=a ")
     assert "no answer from ***" in out
     assert out.count("\n") == 1
-    assert record.read(tmp_path / "run")["status"] == "done"
+    assert run_folder.read(tmp_path / "run")["status"] == "done"
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 

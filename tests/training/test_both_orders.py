@@ -11,9 +11,9 @@ import pytest
 
 import lora_bench
 from lora_bench.data.examples import Examples
-from lora_bench.data.pairs import scoring_table, tokenize
-from lora_bench.experiment import load_splits
-from lora_bench.predictions import read
+from lora_bench.data.tokenization import scoring_table, tokenize
+from lora_bench.records.predictions import read
+from lora_bench.run.inputs import load_splits
 from lora_bench.training.loop import predict
 from tests import command_line
 from tests.adapters.tools import adapter, experiment, pack, stir

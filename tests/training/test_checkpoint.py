@@ -19,7 +19,7 @@ from tests.command_line import refuses
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_bench.adapters.pack import Pack
+    from lora_bench.adapters.pack.pack import Pack
 
 STATE = {"a/x": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.uint8)}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_bench.help import choices
-from lora_bench.training.backward import Graphs
+from lora_bench.config.groups import choices
+from lora_bench.training.cuda_graphs import Graphs
 from tests.command_line import at_step, lora_bench, signalled, toy_run
 
 pytestmark = [

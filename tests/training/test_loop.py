@@ -12,19 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_bench.adapters.full import Full
-from lora_bench.adapters.lora import LoRA
-from lora_bench.adapters.pack import Member, Pack
+from lora_bench.adapters.methods.full import Full
+from lora_bench.adapters.methods.lora import LoRA
+from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.backbones.base import Backbone
-from lora_bench.config import Optimizer, Trainer, build
+from lora_bench.config.build import build
+from lora_bench.config.schema import Optimizer, Trainer
 from lora_bench.data.batching import Batch
 from lora_bench.data.examples import Examples
-from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
-from lora_bench.training import backward, look, loop
-from lora_bench.training.course import Course, Pairs
+from lora_bench.training import cuda_graphs, loop, model_selection
 from lora_bench.training.loop import fit, predict, prepare, total_steps
+from lora_bench.training.task_mixture import Course, Pairs
 from tests.helpers import composed
 
 if TYPE_CHECKING:
@@ -190,14 +191,14 @@ def pull(updates: dict[str, Update]) -> Tensor:
 
 def test_micro_batches_count_the_pairs_of_each_member(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    ask = backward.micro_batches
+    ask = cuda_graphs.micro_batches
 
     def noting(batch: Batch, rows: int) -> Any:
         if torch.is_grad_enabled():  # not those of the evaluation
             sizes.append(rows)
         return ask(batch, rows)
 
-    monkeypatch.setattr(backward, "micro_batches", noting)
+    monkeypatch.setattr(cuda_graphs, "micro_batches", noting)
     pack = packed(backbone(), spy(), spy())
     run(pack, chosen=trainer(micro_batch_size=6, max_steps=1))
     run(pack, chosen=trainer(micro_batch_size=1, max_steps=1))
@@ -280,10 +281,10 @@ def test_a_better_look_before_it_is_settled_does_not_count(backbone: Make) -> No
 def test_a_member_stops_at_the_target_and_the_other_goes_on(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """MCC at the looks of steps 2, 4, …: the first reaches 0.6 at step 6, the second only while it is not settled."""
     looks = {0: iter([0.1, 0.59, 0.6, 0.9]), 1: iter([0.8, 0.5, 0.5, 0.5])}
-    judge, scored = loop.judge, look.score
+    judge, scored = loop.judge, model_selection.score
     judged: list[int] = []
     monkeypatch.setattr(loop, "judge", lambda pack, member, *rest: judged.append(member) or judge(pack, member, *rest))
-    monkeypatch.setattr(look, "score", lambda *given: {**scored(*given), "mcc": next(looks[judged[-1]])})
+    monkeypatch.setattr(model_selection, "score", lambda *given: {**scored(*given), "mcc": next(looks[judged[-1]])})
     chosen = trainer(epochs=20, max_steps=8, eval_every=2, stop_at=0.6)
     first, second = run(packed(backbone(), spy(), spy(unsettled=3)), chosen=chosen, learn=optimizer(lr=1e-12))
     assert (first.status, first.steps, first.best["step"]) == ("done", 6, 6)

@@ -15,16 +15,16 @@ from rich.console import Console
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from lora_bench import record
 from lora_bench import train as story
 from lora_bench.data import sources
 from lora_bench.data.batching import Batch, BatchPlan, both_orders, collate, micro_batches, training_batches
 from lora_bench.data.examples import Examples
-from lora_bench.data.pairs import TokenTable, tokenize
+from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.experiment import Experiment
-from lora_bench.job import Job
+from lora_bench.records import run_folder
+from lora_bench.records.job import Job
+from lora_bench.run.settings import Experiment
 from lora_bench.training.loop import fit, predict
 from lora_bench.training.objective import check_objective, consistency, likelihood, log_odds, make_objective
 from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, stir, trainer
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_bench.adapters.pack import Pack
+    from lora_bench.adapters.pack.pack import Pack
     from lora_bench.backbones.base import Backbone
-    from lora_bench.config import Optimizer, Trainer
+    from lora_bench.config.schema import Optimizer, Trainer
     from lora_bench.training.loop import Outcome
 
 COLUMNS = ["question1", "question2"]
@@ -512,7 +512,7 @@ def test_two_masks_are_refused_where_nothing_drops_out() -> None:
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     console, cfg = Console(file=io.StringIO()), composed(*overrides)
     story.train(Job(cfg, folder, {"model": "m", "adapter": "a", "data": "d"}, []), console=console)
-    return record.read(folder)
+    return run_folder.read(folder)
 
 
 def test_a_run_on_single_sentences_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:

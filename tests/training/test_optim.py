@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_bench.adapters.full import Full
-from lora_bench.adapters.pack import Member, Pack
-from lora_bench.config import Optimizer
+from lora_bench.adapters.methods.full import Full
+from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.config.schema import Optimizer
 from lora_bench.training.optim import make_optimizer, rate_factor, set_rate
 from tests.adapters.tools import adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lora_bench.adapters import Adapter
+    from lora_bench.adapters.base import Adapter
     from lora_bench.backbones.base import Backbone
 
 SETTINGS = Optimizer(

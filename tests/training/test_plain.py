@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from lora_bench.adapters import peft_format
+from lora_bench.adapters.peft import files
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.training.loop import fit, prepare
 from lora_bench.training.optim import rate_factor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lora_bench.adapters.pack import Pack
+    from lora_bench.adapters.pack.pack import Pack
     from lora_bench.data.batching import Batch
 
 STEPS = 100
@@ -88,9 +88,9 @@ def ours(made: Pack) -> tuple[list[float], Iterator[Batch]]:
 def test_an_adapter(form: str, method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     made = pack(form, (adapter(method, "rank=3"), 0), backbone=on_folder(form, folders[form]))
     prepare(made, trainer(STEPS), tables(made.backbone)[0])
-    peft_format.save(tmp_path / "begin", made, 0, str(folders[form]))
+    files.save(tmp_path / "begin", made, 0, str(folders[form]))
     losses, batches = ours(made)
-    peft_format.save(tmp_path / "end", made, 0, str(folders[form]))
+    files.save(tmp_path / "end", made, 0, str(folders[form]))
     base = CLASSES[form].from_pretrained(folders[form])
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "begin", is_trainable=True).eval()
     assert plainly(theirs, made, batches) == pytest.approx(losses, abs=1e-4)

@@ -1,0 +1,1 @@
+"""The low-rank linear and the axes on which LoRA variants differ: initialisation, allocation, quantisation."""

@@ -1,0 +1,155 @@
+"""What training batches tell about the adapted linears before the first step: their inputs and their gradients."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.data.batching import Batch
+
+    Hook = Callable[[str, Tensor, Tensor], Tensor | None]
+
+
+FEWEST = 8
+"""Pairs: of fewer, a start or an allocation would tell what they happen to be."""
+
+
+def lack(batches: Sequence[Batch], member: int, *, of_labels: bool) -> str | None:
+    """Why nothing should be begun from these training batches; None: they will do.
+
+    Args:
+        batches: of an endless row, so that pairs may come again.
+        member: whose rows of batches that members do not share.
+        of_labels: whether what is begun goes by the labels.
+    """
+    own = [batch.of([member]) for batch in batches]
+    rows = [zip(each.input_ids.tolist(), each.attention_mask.sum(1).tolist(), strict=True) for each in own]
+    pairs = len({tuple(ids[:length]) for of_batch in rows for ids, length in of_batch})
+    labels = {label for each in own if each.labels is not None for label in each.labels.tolist()}
+    if pairs < FEWEST:
+        return f"{pairs} different training pairs are too few to begin from (fewer than {FEWEST})"
+    if of_labels and len(labels) < 2:
+        return f"the {pairs} training pairs that it would begin from all have label {min(labels)}"
+    return None
+
+
+@torch.no_grad()
+def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """The mean of x xᵀ over the tokens that each adapted linear sees, padding left out: (in, in), in fp32.
+
+    A linear that sees other rows than the batch's tokens (T5's decoder, at its one position) is measured on all of
+    them.
+
+    Args:
+        pack: left as it was.
+        member: whose linears, and whose rows of batches that members do not share.
+        batches: training batches.
+    """
+    moments = {
+        name: weight.new_zeros(2 * weight.shape[1:], dtype=torch.float32) for name, weight in _weights(pack, member)
+    }
+    counts = dict.fromkeys(moments, 0)
+    mask = torch.empty(0)
+    seen, product, count = torch.empty(0), torch.empty(0), 0
+
+    def observe(name: str, x: Tensor, y: Tensor) -> None:
+        nonlocal seen, product, count
+        if x is not seen:  # query, key and value see one tensor
+            rows = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
+            rows = rows.float()
+            seen, product, count = x, rows.T @ rows, len(rows)
+        moments[name] += product
+        counts[name] += count
+
+    with _observed(pack, member, observe):
+        for batch in batches:
+            on_device = batch.of([member]).to(pack.backbone.device)
+            mask = on_device.attention_mask.bool()  # (B, T)
+            pack(on_device)
+    return {name: moment / max(1, counts[name]) for name, moment in moments.items()}
+
+
+@torch.enable_grad()
+def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """∂L/∂W of each frozen weight W that the member adapts, (out, in), in fp32, averaged over the batches.
+
+    L is the mean cross-entropy of the member's pairs. No weight requires a gradient for it: while the update beside W
+    changes nothing, y = W x + bias, and ∂L/∂W is the sum of ∂L/∂y xᵀ over tokens.
+
+    Args:
+        pack: left as it was; no parameter's `.grad` is written. The member's updates still begin at zero.
+        member: whose linears and rows.
+        batches: training batches, with labels.
+    """
+    gradients = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in _weights(pack, member)}
+    zero = torch.zeros((), device=pack.backbone.device, requires_grad=True)
+
+    def observe(name: str, x: Tensor, y: Tensor) -> Tensor:
+        own = x.detach().flatten(0, -2)  # (B·T, in)
+
+        def add(dy: Tensor) -> None:
+            gradients[name] += dy.flatten(0, -2).float().T @ own.float()
+
+        y = y + zero  # so that there is a gradient to pass by, even where nothing below is trained
+        y.register_hook(add)  # type: ignore[no-untyped-call]
+        return y
+
+    count = 0
+    with _observed(pack, member, observe):
+        for batch in batches:
+            on_device = batch.of([member]).to(pack.backbone.device)
+            assert on_device.labels is not None
+            loss = F.cross_entropy(pack(on_device)[0], on_device.labels)
+            torch.autograd.grad(loss, zero)
+            count += 1
+    return {name: gradient / max(1, count) for name, gradient in gradients.items()}
+
+
+@contextmanager
+def alone(pack: Pack, member: int) -> Iterator[None]:
+    """The member alone is computed, and nothing is dropped out."""
+    mode = pack.training
+    try:
+        pack.eval()
+        with pack.only([member]):
+            yield
+    finally:
+        pack.train(mode)
+
+
+@contextmanager
+def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
+    """Call `observe` with name, input and output of each linear that the member adapts; it alone is computed,
+    and nothing is dropped out."""
+    handles = []
+    try:
+        pack.backbone.all_positions = True
+        for name in pack.updates[member]:
+            handles.append(pack.network.get_submodule(name).register_forward_hook(_hook(name, observe)))
+        with alone(pack, member):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        pack.backbone.all_positions = False
+
+
+def _hook(name: str, observe: Hook) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return observe(name, arguments[0], output)
+
+    return hook
+
+
+def _weights(pack: Pack, member: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and frozen weight, (out, in), of each linear that the member adapts."""
+    for name in pack.updates[member]:
+        yield name, pack.network.get_submodule(name).weight.detach()  # type: ignore[operator]

@@ -1,0 +1,119 @@
+"""LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): a small matrix is trained between frozen singular vectors of W.
+
+    h = W x + s · B R A x        with W ≈ U_r Σ_r V_rᵀ, A = Σ_r V_rᵀ: (rank, in), B = U_r: (out, rank), R: (rank, rank)
+
+Only R is trained; it begins as N(0, σ²), all but zero. The paper writes it for row vectors, x W + x A R B with
+A = U_r Σ_r and B = V_rᵀ: there W is (in, out), so the singular values stand on the input's side, as they do here
+(MohammadrezaBanaei/LoRA-XS, issue 1 and its code). s = alpha / rank, as in that code.
+
+An adapter file holds R A, B and R: the first two are an ordinary LoRA for peft, and A = Bᵀ W comes back from B and the
+frozen weight. It is as large as LoRA's at the same rank; what the paper stores is R alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_bench.adapters.base import Update
+from lora_bench.adapters.lowrank.init import singular_triplets
+from lora_bench.adapters.lowrank.linear import keep_mask
+from lora_bench.adapters.targets import OnLinears, need_rank
+from lora_bench.errors import require, require_number
+
+SIGMA = 1e-5
+"""Standard deviation that R begins with, as in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAXS(OnLinears):
+    """Settings of LoRA-XS."""
+
+    rank: int
+    """Singular triplets of every adapted linear; its square is the number of trained parameters."""
+    alpha: float
+    """Numerator of the scaling alpha / rank."""
+    dropout: float
+    """Probability with which an input feature of A is dropped in training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("rank", self.rank, 1)
+        require_number("alpha", self.alpha, 0, open_low=True)
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+
+    def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> Between:
+        assert isinstance(base, nn.Linear)
+        need_rank("rank", self.rank, name, base)
+        made = Between(base, self.rank, self.alpha / self.rank, self.dropout, dropout)
+        if init is not None:
+            made.begin(torch.empty(self.rank, self.rank).normal_(0.0, SIGMA, generator=init))
+        return made
+
+    def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "bias": "none",
+        }
+
+
+class Between(Update):
+    """scaling · B R A, held in fp32 whatever the backbone's precision; zeros until `begin` or `restore`.
+
+    Args:
+        base: the frozen linear beside it; never written to.
+        rank: R's side.
+        scaling: the factor s.
+        dropout: probability with which an input feature of A is dropped in training.
+        generator: the member's stream of dropout.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float, generator: torch.Generator) -> None:
+        super().__init__()
+        device = base.weight.device
+        self.base = (base,)  # in a tuple: not a submodule, never trained or saved
+        self.lora_A = nn.Buffer(torch.zeros(rank, base.in_features, device=device))
+        self.lora_B = nn.Buffer(torch.zeros(base.out_features, rank, device=device))
+        self.latent = nn.Parameter(torch.zeros(rank, rank, device=device))  # R
+        self.rank = rank
+        self.scaling = scaling
+        self.dropout = dropout
+        self.generator = generator
+
+    @torch.no_grad()
+    def begin(self, latent: Tensor) -> None:
+        """Take the first singular triplets of the frozen weight, and `latent` (rank, rank) as R."""
+        left, _, _ = singular_triplets(self.base[0].weight.detach(), 0, self.rank)  # (out, rank)
+        self._place(left)
+        self.latent.copy_(latent)
+
+    def _place(self, left: Tensor) -> None:
+        """B = U_r and A = U_rᵀ W = Σ_r V_rᵀ, computed in fp64: on another machine it rounds to the same A."""
+        self.lora_B.copy_(left)
+        self.lora_A.copy_(self.lora_B.double().T @ self.base[0].weight.double())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.dropout and self.training:
+            x = x * keep_mask(x, self.dropout, self.generator)
+        low = F.linear(x, self.lora_A.to(x.dtype))  # (B, T, rank)
+        low = F.linear(low, (self.scaling * self.latent).to(x.dtype))  # (B, T, rank)
+        return y + F.linear(low, self.lora_B.to(x.dtype))  # (B, T, out)
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scaling * self.lora_B @ self.latent @ self.lora_A, bias  # (out, in)
+
+    def saved(self) -> dict[str, Tensor]:
+        latent = self.latent.detach()
+        return {"lora_A.weight": latent @ self.lora_A, "lora_B.weight": self.lora_B, "latent": latent}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self._place(tensors["lora_B.weight"])
+        self.latent.copy_(tensors["latent"])

@@ -1,0 +1,1 @@
+"""K adapters on one frozen backbone, trained together."""

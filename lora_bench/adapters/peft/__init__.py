@@ -1,0 +1,1 @@
+"""PEFT's file format: writing, reading, importing adapters that PEFT trained."""

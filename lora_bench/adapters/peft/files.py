@@ -1,0 +1,168 @@
+"""Adapter files: what peft can express is written as peft writes it, tensors in safetensors only.
+
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight, for the head base_model.model.<parameter>
+    adapter_config.json          peft's own keys; the head is in `modules_to_save`
+
+A method that peft has no name for (`head_only`) gets the same two files with `peft_type: null`. Full fine-tuning has
+no adapter: it leaves a plain Hugging Face model, config.json and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_bench.errors import Code, UserError
+from lora_bench.files import untrusted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lora_bench.adapters.pack.pack import Pack
+
+PREFIX = "base_model."
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TENSORS = "adapter_model.safetensors"
+_OF_PEFT = re.compile(r".*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
+
+
+def save(
+    folder: Path,
+    pack: Pack,
+    member: int,
+    base_model: str,
+    *,
+    head: int = 0,
+    for_peft: bool = False,
+    label_names: Sequence[str] = ("LABEL_0", "LABEL_1"),
+) -> None:
+    """Write a member's trained tensors below `folder`.
+
+    Args:
+        folder: the run's `adapter/`; made here.
+        pack: still attached.
+        member: which of its members.
+        base_model: where the backbone came from, for peft's `base_model_name_or_path`.
+        head: which of its heads goes along.
+        for_peft: leave out what peft has no name for, without which `load` cannot put the member together again.
+        label_names: what label 0 and label 1 are called, for the config of a model that was trained whole.
+    """
+    folder.mkdir(exist_ok=True)
+    if pack.trains_backbone:
+        pack.backbone.plain_config(label_names).save_pretrained(folder)
+        pack.backbone.tokenizer.save_pretrained(folder)
+        state = {name: tensor.contiguous() for name, tensor in pack.state(member, head).items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in _saved(pack, member, head).items()}
+    if for_peft:
+        of_head = {f"{PREFIX}model.{name}" for name in pack.head_parameters(member, head)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in of_head or _OF_PEFT.fullmatch(name)}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    updates = pack.updates[member]
+    config = {
+        "peft_type": None,
+        **pack.members[member].adapter.peft_settings(updates),
+        "base_model_name_or_path": base_model,
+        "task_type": pack.backbone.peft_task,
+        "inference_mode": True,
+        "target_modules": list(updates),
+        "modules_to_save": list(pack.backbone.head_modules) or None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, pack: Pack, member: int) -> None:
+    """Put the tensors that `save` wrote into a pack of the same backbone, adapter settings and ranks, and first head.
+
+    Raises:
+        UserError: the file is absent or damaged, or tensors are missing, left over, misshapen or not finite.
+    """
+    path = folder / ("model.safetensors" if pack.trains_backbone else TENSORS)
+    tensors = read(path)
+    if pack.trains_backbone:
+        try:
+            pack.load_state(member, tensors)
+        except UserError as error:
+            raise UserError(error.reason, file=path, code=Code.DAMAGED) from None
+        return
+    refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in _saved(pack, member).items()})
+    own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    heads = {f"model.{name}": p for name, p in pack.head_parameters(member, 0).items()}
+    with torch.no_grad():
+        for name, p in heads.items():
+            p.copy_(own.pop(name))
+    pack.members[member].adapter.restore(pack.updates[member], own)
+
+
+def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
+    """The member's adapter and one of its heads by the names they have in the file."""
+    adapter = pack.members[member].adapter.saved(pack.updates[member])
+    own = {f"model.{name}": p.detach() for name, p in pack.head_parameters(member, head).items()}
+    return {f"{PREFIX}{name}": tensor for name, tensor in {**adapter, **own}.items()}
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, or a refusal that names it."""
+    try:
+        untrusted.open_file(path, max_bytes=2**63).close()  # the library would wait for a writer of a FIFO
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"is absent or damaged ({error})", file=path, code=Code.DAMAGED) from None
+
+
+def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
+    """Refuse ranks that a record promises and no tensor of the saved adapter has room for, before any is made."""
+    path = folder / TENSORS
+    try:
+        untrusted.open_file(path, max_bytes=2**63).close()  # as in `read`
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"is absent or damaged ({error})", file=path, code=Code.DAMAGED) from None
+    largest = max((max(shape, default=0) for shape in shapes), default=0)
+    for name, rank in ranks.items():
+        if max(rank, default=0) > largest if isinstance(rank, list) else rank > largest:
+            raise UserError(
+                f"the saved tensors do not fit: {name} has rank {rank} in the run's record",
+                file=path,
+                code=Code.DAMAGED,
+            )
+
+
+def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a file whose tensors are not those of `shapes`, or are not finite."""
+    both = [name for name in shapes if name in tensors]
+    odd = [f"{name} ({tensors[name].dtype})" for name in both if not _type_fits(name, tensors[name])]
+    problems = {
+        "are missing": [name for name in shapes if name not in tensors],
+        "do not belong to this adapter": [name for name in tensors if name not in shapes],
+        "have another shape": [
+            f"{name} {tuple(tensors[name].shape)} for {shapes[name]}"
+            for name in both
+            if tensors[name].shape != shapes[name]
+        ],
+        "are of another type": odd,
+        "hold numbers that are not finite": [
+            name for name in both if tensors[name].dtype in FLOATS and not torch.isfinite(tensors[name]).all()
+        ],
+    }
+    for trouble, names in problems.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"the saved tensors do not fit: {', '.join(names[:3])}{more} {trouble}", file=path, code=Code.DAMAGED
+            )
+
+
+def _type_fits(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor is of floating-point numbers, or holds the codes of a quantised weight."""
+    return tensor.dtype in FLOATS or (name.endswith(".base.codes") and not tensor.is_complex())

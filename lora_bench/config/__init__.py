@@ -1,0 +1,1 @@
+"""Typed settings, and the only place that composes configuration with Hydra."""

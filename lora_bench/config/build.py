@@ -1,0 +1,107 @@
+"""Settings from a composed configuration: types, ranges and unknown keys are checked here."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_bench.config.schema import DATA, MODELS, OPTIONAL, Data, Metric, Model
+from lora_bench.errors import Code, UserError, nearest, require
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+T = TypeVar("T")
+
+
+def check_top(cfg: DictConfig, known: Collection[str]) -> None:
+    """Refuse keys that a run's config has not, keys that it lacks, and what is no seed or no dry run."""
+    _check_names(cfg, known)
+    for name in known:
+        given = name in cfg or name in OPTIONAL
+        require(given, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
+    require(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
+    require(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
+
+
+def build(cls: type[T], node: DictConfig, key: str) -> T:
+    """Make the dataclass `cls` from a config node, or refuse, naming the key below `key`."""
+    require(isinstance(node, DictConfig), key, node, "is not a group of keys")
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
+    _check_names(node, known, f"{key}.")
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(
+            str(error).splitlines()[0].rstrip("."), key=error.full_key or key, code=Code.INVALID_VALUE
+        ) from None
+    assert isinstance(values, dict)
+    settings = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(settings, False)  # frozen once it is made
+    for field, value in values.items():
+        try:
+            settings[field] = value
+        except (OmegaConfBaseException, OverflowError) as error:
+            reason = next((words for sign, words in _TYPES.items() if sign in str(error)), str(error).splitlines()[0])
+            require(value is not None, f"{key}.{field!s}", None, "must have a value, not null", code=Code.MISSING)
+            raise UserError(reason, key=f"{key}.{field!s}", value=value, code=Code.INVALID_VALUE) from None
+    try:
+        made = OmegaConf.to_object(settings)
+    except UserError as error:
+        raise error.under(key) from None
+    except OmegaConfBaseException as error:
+        raise UserError(
+            "is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.", code=Code.MISSING
+        ) from None
+    assert isinstance(made, cls)
+    return made
+
+
+def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
+    for name in map(str, node):
+        if name not in known:  # only then: to look for what was meant takes longer than all the rest
+            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, known), code=Code.UNKNOWN_KEY)
+
+
+# OmegaConf's complaints about a type, in our words.
+_TYPES = {
+    "too large": "is too large",
+    "to Integer": "is not a whole number",
+    "to Float": "is not a number",
+    "Union[int, float]": "is not a number",
+    "to String": "is not text",
+    "is not a ListConfig": "is not a list",
+    "subclass of str": "is not a list of texts",
+    "to Dict": "is not a group of keys",
+    "to dict": "is not a group of keys",
+}
+
+
+def build_model(node: DictConfig) -> Model:
+    return build(_kind(MODELS, node, "family", "model"), node, "model")
+
+
+def build_data(node: DictConfig) -> Data:
+    return build(_kind(DATA, node, "source", "data"), node, "data")
+
+
+def build_metrics(node: DictConfig) -> dict[str, Metric]:
+    """The metrics besides the standard ones, by the name to report."""
+    return {str(name): build(Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
+
+
+def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
+    require(isinstance(node, DictConfig), group, node, "is not a group of keys")
+    name = str(node.get(field))
+    if name not in kinds:
+        raise UserError(
+            f"is not one of {', '.join(kinds)}",
+            key=f"{group}.{field}",
+            value=name,
+            remedy=nearest(name, kinds),
+            code=Code.UNKNOWN_CHOICE,
+        )
+    return kinds[name]

@@ -1,0 +1,247 @@
+"""What stands between the shell and Hydra: arguments read and checked, code refused, errors told in our words.
+
+Hydra by itself imports and calls what a config names: callbacks, logging factories, nested `_target_`, a pickled
+config, packages on its search path. None of that is needed here, so all of it is refused before Hydra starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_bench.config.overrides import (
+    CheckedFileSource,
+    check_config,
+    check_job,
+    check_overrides,
+    is_typed,
+    is_typed_folder,
+    names_code,
+)
+from lora_bench.errors import Code, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Arguments(argparse.Namespace):
+    """What the command line says to Hydra; options may stand before, between and behind the overrides."""
+
+    overrides: list[str]
+    multirun: bool
+    cfg: str | None
+    resolve: bool
+    package: str | None
+    config_dir: str | None
+
+    @classmethod
+    def read(cls, arguments: list[str]) -> Arguments:
+        """Parse the arguments, and refuse what would make Hydra import or call something that one of them names."""
+        parsed = _parser().parse_intermixed_args(arguments, cls())
+        for override in parsed.overrides:
+            if re.search(r"(^|[.{,])api_?key[=:]", _plain_key(override), re.IGNORECASE):  # its value is not repeated
+                remedy = "Put it into the environment variable that llm.api_key_env names."
+                raise UserError(
+                    "a key is given in no config and on no command line",
+                    key="llm",
+                    remedy=remedy,
+                    code=Code.FORBIDDEN,
+                )
+        check_overrides(parsed.overrides)
+        if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
+            code = Code.NOT_A_FILE if os.path.exists(parsed.config_dir) else Code.NOT_FOUND
+            raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir, code=code)
+        if (parsed.resolve or parsed.package) and not parsed.cfg:
+            raise UserError("--resolve and --package say how --cfg prints", remedy="Add --cfg job.", code=Code.CONFLICT)
+        return parsed
+
+    def for_hydra(self) -> list[str]:
+        """The same in the order in which Hydra's own parser takes them."""
+        options = ["--multirun"] * self.multirun + ["--resolve"] * self.resolve
+        for option in ("cfg", "package", "config_dir"):
+            value = getattr(self, option)
+            options += [f"--{option.replace('_', '-')}={value}"] if value is not None else []
+        return [*options, *self.overrides]
+
+    def repeated(self) -> list[str]:
+        """Overrides that a later one with another value cancels."""
+        last = {_key(override): override for override in self.overrides}
+        return [override for override in self.overrides if last[_key(override)] != override]
+
+
+def _plain_key(override: str) -> str:
+    return re.sub(r"[\s'\"]", "", override).lstrip("+~")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, remedy="lora-bench COMMAND --help lists the options.", code=Code.INVALID_SYNTAX)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("-m", "--multirun", action="store_true")
+    mode.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("-p", "--package")
+    parser.add_argument("-cd", "--config-dir")
+    return parser
+
+
+def refuse_code(hydra: Any) -> None:
+    """Refuse a composed `hydra` node that would make Hydra import, call or write something that a YAML file names.
+
+    Its launcher and sweeper are ours, nothing below them names code, and lines of shell for Slurm were typed.
+    """
+    if OmegaConf.is_interpolation(hydra, "callbacks") or hydra.callbacks:
+        raise names_code("hydra.callbacks")
+    if hydra.job.env_set or hydra.job.env_copy:
+        raise UserError(
+            "sets environment variables", key="hydra.job.env_set", remedy="Set them in the shell.", code=Code.FORBIDDEN
+        )
+    if hydra.output_subdir is not None:
+        raise UserError("is not a known key of Hydra's here", key="hydra.output_subdir", code=Code.UNKNOWN_KEY)
+    for name in ("hydra_logging", "job_logging"):
+        if OmegaConf.to_container(hydra, resolve=False)[name] != _NO_LOGGING:  # type: ignore[index, call-overload]
+            raise names_code(f"hydra.{name}")
+    for name in ("launcher", "sweeper"):
+        written, resolved = (OmegaConf.to_container(hydra[name], resolve=resolve) for resolve in (False, True))
+        assert isinstance(written, dict)
+        assert isinstance(resolved, dict)
+        if written.pop("_target_", None) not in _PLUGINS[name]:
+            raise names_code(f"hydra.{name}")
+        del resolved["_target_"]
+        if _names_target(written) or _names_target(resolved):
+            raise names_code(f"hydra.{name}")
+        lines = resolved.get("setup") or []
+        untyped = next((line for line in lines if not is_typed(str(line))), None) if isinstance(lines, list) else lines
+        if untyped is not None:
+            reason = f"{untyped!r} is run in a shell, so it counts only if it is typed on the command line"
+            remedy = "If it is meant, type hydra.launcher.setup=[…] too."
+            raise UserError(reason, key="hydra.launcher.setup", remedy=remedy, code=Code.FORBIDDEN)
+
+
+_NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+
+
+_PLUGINS = {
+    "launcher": (
+        "hydra_plugins.lora_bench_pack_launcher.PackedLauncher",
+        "hydra_plugins.lora_bench_slurm_launcher.SlurmLauncher",
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    ),
+    "sweeper": (
+        "hydra_plugins.lora_bench_grid_sweeper.GridSweeper",
+        "hydra_plugins.lora_bench_tuning_sweeper.TunedSweeper",
+        "hydra_plugins.lora_bench_transfer_sweeper.TransferSweeper",
+    ),
+}
+"""What Hydra may instantiate. Its own sweeper would launch jobs that `compose_job` has not checked."""
+
+
+def _names_target(node: Any) -> bool:
+    """Return whether a key in this node is one that Hydra's `instantiate` acts upon."""
+    if isinstance(node, dict):
+        return any(re.fullmatch("_[a-z]+_", str(key)) or _names_target(value) for key, value in node.items())
+    return isinstance(node, list) and any(_names_target(value) for value in node)
+
+
+def register_with_hydra() -> None:
+    """Register what Hydra looks for: our sweepers and launchers, our reader of files, the resolver of a folder's id."""
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+
+    try:
+        plugins: Any = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        plugins = type(sys)("hydra_plugins")
+        plugins.__path__ = []
+        sys.modules["hydra_plugins"] = plugins
+    folder = str(Path(__file__).parent.parent / "hydra_plugins")
+    if folder not in plugins.__path__:
+        plugins.__path__.append(folder)
+    Plugins.instance()  # registers Hydra's own reader first
+    SourcesRegistry.instance().types["file"] = CheckedFileSource
+    OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+
+
+def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
+    """Compose the config, `hydra` node included, before a sweep is split; nothing of it is carried out.
+
+    Raises:
+        UserError: the overrides or a YAML file would make Hydra run code, or a record asks for what only a user may.
+    """
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    check_overrides(overrides)
+    register_with_hydra()
+    version.setbase("1.3")
+    places = create_config_search_path(str(conf.absolute()))
+    if config_dir is not None:
+        folder = f"file://{os.path.abspath(config_dir)}"
+        places.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
+    outer = GlobalHydra.instance().hydra  # of a command that is under way
+    GlobalHydra.instance().clear()
+    try:
+        composed: DictConfig = Hydra.create_main_hydra2("lora-bench", places).compose_config(
+            config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
+        )
+        if config_name is not None:
+            refuse_code(composed.hydra)
+        if not is_typed_folder(config_dir):
+            check_config(composed)
+        return composed
+    except RecursionError:  # choices or references that lead back to themselves
+        raise UserError("the config refers to itself, or is nested too deeply", code=Code.INVALID_SYNTAX) from None
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
+        reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
+        raise UserError(
+            reason,
+            remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}",
+            code=Code.INVALID_SYNTAX,
+        ) from None
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def compose_job(loader: Any, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = ()) -> DictConfig:
+    """Compose the config of a sweep's job.
+
+    Args:
+        loader: Hydra's, of the sweep.
+        sweep: the config of the sweep.
+        overrides: of this job, maybe from a record.
+        resume: a further override, ours, if the job resumes its run.
+
+    Raises:
+        UserError: as in `compose`; or the job would be written elsewhere than below its sweep.
+    """
+    check_job(overrides)
+    composed: DictConfig = loader.load_sweep_config(sweep, [*overrides, *resume])
+    refuse_code(composed.hydra)
+    places = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
+    if places and not is_typed_folder(places[0]):
+        check_config(composed)
+    return composed
+
+
+_LIST_GROUPS = "lora-bench train --help lists the groups and their choices."

@@ -1,0 +1,162 @@
+"""Hydra's errors as errors of the user's, naming key and remedy."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_bench.config.compose import _LIST_GROUPS, Arguments, compose
+from lora_bench.config.overrides import (
+    parse_override,
+    unreadable,
+)
+from lora_bench.errors import Code, UserError, argument, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@contextmanager
+def translated(conf: Path, config_name: str, arguments: Arguments) -> Iterator[None]:
+    """Raise a `UserError` for whatever Hydra finds wrong with the arguments, a YAML file or the folder to write to."""
+    import yaml
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise UserError(
+            f"is not valid YAML: {error.problem}",
+            file=mark.name if mark else None,
+            row=mark.line + 1 if mark else None,
+            code=Code.INVALID_SYNTAX,
+        ) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, conf, config_name, arguments) from None
+    except OSError as error:  # jobs keep their own errors: this one is Hydra's, as it makes the folder
+        if error.filename is None:
+            raise
+        key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
+        reason = f"cannot be written: {error.strerror}"
+        raise UserError(
+            reason, key=key, value=error.filename, remedy="Give a folder where you may write.", code=Code.UNWRITABLE
+        ) from None
+    except ValueError as error:
+        if "null byte" in str(error):
+            key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
+            raise UserError("holds a NUL, which no path can", key=key, value="…", code=Code.INVALID_VALUE) from None
+        if "Config group override" not in str(error):
+            raise
+        wrong = (o for o in arguments.overrides if re.fullmatch(r"[+]?[\w/]*=(null|true|false|[\d.+-]*)(,.*)?", o))
+        reason = f"{next(wrong, 'a group')!r} does not name one of the group's choices"
+        raise UserError(reason, remedy=_LIST_GROUPS, code=Code.UNKNOWN_CHOICE) from None
+
+
+def _explain(error: Exception, conf: Path, config_name: str, arguments: Arguments) -> UserError:
+    message = str(error)
+    found = re.search(r"Could not override '([^']+)'", message)
+    if found:
+        key = found.group(1).split("@")[0]
+        known = _known_keys(conf, config_name, arguments)
+        remedy = nearest(key, known) or _LIST_KEYS
+        return UserError(
+            "is not a known key", key=key, remedy=remedy if len(remedy) < 300 else _LIST_KEYS, code=Code.UNKNOWN_KEY
+        )
+    found = re.search(r"Could not (?:find|load) '([^']+)'", message)
+    if found:
+        group, _, option = found.group(1).rpartition("/")
+        return _no_such_choice(group, option, _options(conf, arguments.config_dir, group), arguments.config_dir)
+    if "Ambiguous value for argument" in message or "requires --multirun" in message:
+        several = next((text for text in arguments.overrides if parse_override(text).is_sweep_override()), "")
+        key, _, value = several.partition("=")
+        remedy = _for_several_values(key.lstrip("+"), value, conf, config_name, arguments)
+        return UserError("has several values", key=key, value=value, remedy=remedy, code=Code.INVALID_VALUE)
+    found = re.search(r"Missing mandatory value: (\S+)|MissingMandatoryValue.*'(\S+)'", message)
+    if found:
+        key = found.group(1) or found.group(2)
+        return UserError("is needed", key=key, remedy=f"Give {key}=VALUE.", code=Code.MISSING)
+    found = re.search(r"Key '(\w+)' is not in struct|Could not delete '(\w+)'", message)
+    if found:
+        return UserError(
+            "is missing", key=found.group(1) or found.group(2), remedy="It cannot be left out.", code=Code.MISSING
+        )
+    if isinstance(error, OverrideParseException):
+        return unreadable(str(error.override))
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return UserError("; ".join(lines[:2]).rstrip("."), code=Code.INVALID_SYNTAX)
+
+
+def _for_several_values(key: str, value: str, conf: Path, config_name: str, arguments: Arguments) -> str:
+    """Return what to type instead of `key=a,b`: one text, a list, or a sweep, by what the key holds otherwise."""
+    default = OmegaConf.select(_composed_as_chosen(conf, config_name, arguments), key, throw_on_missing=False)
+    is_group = (conf / key).is_dir()
+    advice = ["Add -m to sweep over the values."] if config_name == "config" else []
+    if isinstance(default, ListConfig) or key in ("metric", "tracking"):
+        advice.append(f"If it is a list, type {shlex.quote(f'{key}=[{value}]')}")
+    elif not is_group and not isinstance(default, bool | int | float) and re.search("[^0-9.,eE+-]", value):
+        advice.append(f"If it is one text, type {argument(key, value)}")
+    return " ".join(advice)
+
+
+_LIST_KEYS = "lora-bench train --cfg job lists the keys there are."
+
+
+def _no_such_choice(group: str, option: str, options: list[str], config_dir: str | None) -> UserError:
+    misnamed = os.path.join(config_dir or "", group, f"{option}.yml")
+    if config_dir and os.path.isfile(misnamed):
+        return UserError(
+            "ends in .yml, which is not read",
+            file=misnamed,
+            remedy="Rename it so that it ends in .yaml.",
+            code=Code.UNKNOWN_CHOICE,
+        )
+    hint = nearest(option, options) if options else _LIST_GROUPS
+    listed = f"Choices: {', '.join(options)}." if hint.startswith("Did") else ""
+    return UserError(
+        "is not one of its choices", key=group, value=option, remedy=f"{hint} {listed}", code=Code.UNKNOWN_CHOICE
+    )
+
+
+def _options(conf: Path, config_dir: str | None, group: str) -> list[str]:
+    folders = [str(conf), *([config_dir] if config_dir else [])]
+    listed = [name for folder in folders if os.path.isdir(at := os.path.join(folder, group)) for name in os.listdir(at)]
+    return sorted({name.removesuffix(".yaml") for name in listed if name.endswith(".yaml")})
+
+
+def _known_keys(conf: Path, config_name: str, arguments: Arguments) -> set[str]:
+    """All keys of the config that the same group choices compose, and the groups' names."""
+    composed = _composed_as_chosen(conf, config_name, arguments)
+    found = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(found, dict)
+    del found["hydra"]
+    return _groups(conf) | set(_flatten(found))
+
+
+def _groups(conf: Path) -> set[str]:
+    return {path.name for path in conf.iterdir() if path.is_dir() and any(path.glob("*.yaml"))} - {"hydra"}
+
+
+def _composed_as_chosen(conf: Path, config_name: str, arguments: Arguments) -> DictConfig:
+    """Return the config of the same group choices without any other override."""
+    chosen = [a for a in arguments.overrides if a.split("=")[0] in _groups(conf) and "," not in a]
+    try:
+        return compose(conf, config_name, chosen, arguments.config_dir)
+    except Exception:  # one of the choices is wrong too
+        return compose(conf, config_name, [])
+
+
+def _flatten(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")

@@ -1,0 +1,1 @@
+"""What a terminal shows, and what a process does with its streams and signals."""

@@ -1,0 +1,369 @@
+"""Readers of local files that do not guess: what is not plainly right is refused, naming file and row.
+
+TSV is read without any quoting: tabs separate, only a line feed (with or without a carriage return before it) ends a
+row, and `"`, `NA` and `null` are text. Blank lines at the end are no rows; others are refused, except in TSV of one
+column, where they are empty texts. Rows are numbered as an editor counts lines, header included; Parquet's from 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_bench.data.examples import Examples
+from lora_bench.data.labels import advise, excerpt
+from lora_bench.data.lines import split_lines
+from lora_bench.errors import Code, UserError, nearest
+from lora_bench.files.paths import STREAM, is_stream, read_input
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+_LABELS = {"0": 0, "1": 1, 0: 0, 1: 1}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of a file or of a split on the hub, values not yet checked."""
+
+    source: str  # a file's path, or what else an error should name
+    names: Sequence[str]
+    column: Callable[[str], Sequence[Any]]
+    rows: Sequence[int]  # (N,) where each record begins, for error messages
+    objects: Sequence[Mapping[str, Any]] | None = None  # (N,) of JSONL, where a row may lack a column
+    arrow: Callable[[], Any] | None = None  # of Parquet: all columns as a pyarrow.Table, types included
+
+    def examples(
+        self,
+        text_columns: Sequence[str],
+        label_column: str | None,
+        *,
+        labels_may_hide: bool,
+        threshold: float | None = None,
+        label_names: Sequence[str] = (),
+    ) -> Examples:
+        """Checked examples; see `read` for the arguments.
+
+        Labels become 1 from `threshold` on, where it is given; a column that is -1 throughout stays hidden. What
+        labels 0 and 1 are called (`label_names`) only helps to explain a refusal.
+        """
+        if not self.rows:
+            raise UserError(
+                "has a header but no rows", file=self.source, remedy="Give at least one labelled row.", code=Code.EMPTY
+            )
+        texts = tuple(self._texts(name) for name in text_columns)
+        labels = None
+        if label_column is not None:
+            labels = self._labels(label_column, labels_may_hide, threshold, label_names)
+        return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
+
+    def _texts(self, name: str) -> list[str]:
+        self._need_column(name, "data.text_columns")
+        values = list(self.column(name))
+        for row, value in zip(self.rows, values, strict=True):
+            if type(value) is not str:
+                raise self._error(f"{excerpt(name)} is {excerpt(value)}, not a text", row)
+        try:
+            "".join(values).encode()
+        except UnicodeEncodeError:  # JSON can write half a character: "\ud800"
+            bad = next(i for i, value in enumerate(values) if value.encode(errors="replace").decode() != value)
+            raise self._error(f"{excerpt(name)} holds half of a surrogate pair", self.rows[bad]) from None
+        return values
+
+    def _labels(
+        self, name: str, may_hide: bool, threshold: float | None, label_names: Sequence[str]
+    ) -> NDArray[np.int64] | None:
+        if may_hide and name not in self.names:
+            return None
+        self._need_column(name, "data.label_column")
+        values = self.column(name)
+        if threshold is not None:
+            numbers = self._numbers(name, values)
+            return None if may_hide and (numbers == -1).all() else (numbers >= threshold).astype(np.int64)
+        # Only str and int are looked up: True and 1.0 would find the 1 of a dict.
+        labels = [_LABELS.get(value) if type(value) in (str, int) else None for value in values]
+        if None not in labels:
+            return np.array(labels, dtype=np.int64)
+        if may_hide and all(type(value) in (str, int) and value in ("-1", -1) for value in values):
+            return None
+        bad = labels.index(None)
+        allowed = "0 or 1 in every row" + (", or -1 in all of them where labels are hidden" if may_hide else "")
+        raise self._error(
+            f"label {excerpt(values[bad])} is neither 0 nor 1",
+            self.rows[bad],
+            f"The column that data.label_column={name} names must hold {allowed}. "
+            + advise(values, bad, label_names, may_hide),
+        )
+
+    def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
+        """(N,) the column's values, finite numbers all."""
+        found = np.full(len(values), np.nan)
+        for i, value in enumerate(values):
+            if type(value) in (str, int, float):
+                with suppress(ValueError, OverflowError):
+                    found[i] = float(value)
+        bad = np.flatnonzero(~np.isfinite(found))
+        if len(bad):
+            raise self._error(
+                f"label {excerpt(values[bad[0]])} is not a number",
+                self.rows[bad[0]],
+                f"data.label_threshold makes labels of numbers, which {name} must hold in every row.",
+            )
+        return found
+
+    def _need_column(self, name: str, key: str) -> None:
+        if name not in self.names:
+            columns = list(self.names)
+            hint = nearest(name, (repr(column)[1:-1][:60] for column in columns[:200]))
+            remedy = f"Its columns: {excerpt(columns)}. {hint if hint.startswith('Did') else ''} {key} names them."
+            raise UserError(f"has no column {excerpt(name)}", file=self.source, remedy=remedy, code=Code.INVALID_DATA)
+
+    def _error(self, reason: str, row: int, remedy: str = "") -> UserError:
+        return UserError(reason, file=self.source, row=row, remedy=remedy, code=Code.INVALID_DATA)
+
+
+def read(
+    path: str | Path, text_columns: Sequence[str], label_column: str | None, *, labels_may_hide: bool = False
+) -> Examples:
+    """Read one .tsv, .csv, .jsonl or .parquet file, or TSV from standard input where `path` is `-`.
+
+    Args:
+        path: the file; its ending says what it is.
+        text_columns: columns to read, in this order. Every value must be a string; none is altered.
+        label_column: column with 0 or 1 in every row; None: labels are neither needed nor looked at.
+        labels_may_hide: a test split, where the label column may be absent or -1 throughout (`labels` is then None).
+
+    Raises:
+        UserError: naming file and row, for anything but exactly that.
+    """
+    return read_table(path).examples(text_columns, label_column, labels_may_hide=labels_may_hide)
+
+
+def read_table(path: str | Path) -> Table:
+    """Read the columns of a file, values not yet checked; see `read`."""
+    source = "standard input" if str(path) == STREAM else str(path)
+    kind = format_of(path)
+    if kind is None:
+        raise UserError(
+            f"is none of {', '.join(READERS)}",
+            file=source,
+            remedy="Its name must end so; unpack it if it is packed.",
+            code=Code.UNKNOWN_CHOICE,
+        )
+    raw = read_input(path, source)
+    if not raw:
+        raise UserError(
+            "is empty", file=source, remedy="Give a header row and at least one row of data.", code=Code.EMPTY
+        )
+    table = READERS[kind](source, raw)
+    names: set[str] = set()
+    for name in table.names:
+        if name in names:
+            reason = f"has two columns named {excerpt(name)}"
+            raise UserError(reason, file=source, row=1, remedy="Rename one of them.", code=Code.INVALID_DATA)
+        names.add(name)
+    return table
+
+
+def split_files(folder: str) -> dict[str, str]:
+    """The paths of a folder's train, validation and test files, those that exist.
+
+    Raises:
+        UserError: there are none, or two for one split.
+    """
+    found: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        paths = [path for kind in READERS if os.path.isfile(path := os.path.join(folder, split + kind))]
+        if len(paths) > 1:
+            raise UserError(
+                f"has both {' and '.join(os.path.basename(path) for path in paths)}",
+                key="data.path",
+                value=folder,
+                remedy=f"Keep one file for {split}.",
+                code=Code.CONFLICT,
+            )
+        found |= dict.fromkeys([split], paths[0]) if paths else {}
+    if not found:
+        raise UserError(
+            "holds no train, validation or test file",
+            key="data.path",
+            value=folder,
+            remedy=f"Name them train, validation or test with one of {', '.join(READERS)}; "
+            "other names (dev, valid, eval) are not guessed.",
+            code=Code.NOT_FOUND,
+        )
+    return found
+
+
+def format_of(path: str | Path) -> str | None:
+    """Return the format that a path's ending names; None: none. Streams without an ending are TSV."""
+    ending = Path(path).suffix
+    return ending if ending in READERS else ".tsv" if is_stream(path) else None
+
+
+def _records(source: str, header: list[str], records: list[list[str]], rows: Sequence[int], remedy: str) -> Table:
+    width = len(header)
+    for row, record in zip(rows, records, strict=True):
+        if len(record) == width:
+            continue
+        if not "".join(record).strip():
+            raise UserError(
+                "is blank", file=source, row=row, remedy=f"Delete the line. {remedy}", code=Code.INVALID_DATA
+            )
+        counts = f"{len(record)} column{'s' * (len(record) != 1)} where the header has {width}"
+        if any("\r" in cell for cell in record):
+            counts += ", and a carriage return alone, which ends no row"
+        raise UserError(counts, file=source, row=row, remedy=remedy, code=Code.INVALID_DATA)
+
+    def column(name: str) -> list[str]:
+        place = header.index(name)
+        return [record[place] for record in records]
+
+    return Table(source, header, column, rows)
+
+
+def _tsv(source: str, raw: bytes) -> Table:
+    header, *records = [line.removesuffix("\r").split("\t") for line in split_lines(source, raw, "\t")]
+    remedy = "Every row needs one tab between columns; a text holds no tab and no line break, and quotes mean nothing."
+    return _records(source, header, records, range(2, len(records) + 2), remedy)
+
+
+def _csv(source: str, raw: bytes) -> Table:
+    lines = split_lines(source, raw, ",")
+    csv.field_size_limit(2**31 - 1)  # of the whole process; the default of 131,072 characters is less than a long text
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    remedy = 'A text with a comma, quote or line break stands in "quotes", and a quote inside it is doubled.'
+    records: list[list[str]] = []
+    rows: list[int] = []
+    start = 1  # the line where the record begins: an open quote swallows all that follows
+    try:
+        for record in reader:
+            # The csv module takes a quote inside an unquoted field as text: an odd one is a mistake all the same.
+            if sum(line.count('"') for line in lines[start - 1 : reader.line_num]) % 2:
+                raise csv.Error("unbalanced quotes")
+            records.append(record)
+            rows.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        reason = next((words for sign, words in _CSV_ERRORS.items() if sign in str(error)), str(error))
+        raise UserError(
+            f"is not valid CSV: {reason}", file=source, row=start, remedy=remedy, code=Code.INVALID_DATA
+        ) from None
+    return _records(source, records[0], records[1:], rows[1:], remedy)
+
+
+# The csv module's complaints, in our words.
+_CSV_ERRORS = {
+    "unexpected end": "unbalanced quotes",
+    "new-line character": "a carriage return alone, outside quotes",
+}
+
+
+def _jsonl(source: str, raw: bytes) -> Table:
+    objects: list[dict[str, Any]] = []
+    for row, line in enumerate(split_lines(source, raw), start=1):
+        remedy = "Every line must be one JSON object."
+        if not line.strip():
+            raise UserError(
+                "is blank", file=source, row=row, remedy=f"Delete the line. {remedy}", code=Code.INVALID_DATA
+            )
+        try:
+            value = json.loads(line, object_pairs_hook=_object, parse_int=_whole_number)
+        except (ValueError, RecursionError) as error:
+            # Its own message counts lines from this one.
+            reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(
+                f"is not valid JSON: {reason}", file=source, row=row, remedy=remedy, code=Code.INVALID_DATA
+            ) from None
+        if not isinstance(value, dict):
+            raise UserError(
+                f"is not a JSON object but {excerpt(value)}",
+                file=source,
+                row=row,
+                remedy=remedy,
+                code=Code.INVALID_DATA,
+            )
+        objects.append(value)
+
+    def column(name: str) -> list[Any]:
+        for row, value in enumerate(objects, start=1):
+            if name not in value:
+                raise UserError(
+                    f"has no {excerpt(name)}",
+                    file=source,
+                    row=row,
+                    remedy="Other rows have it.",
+                    code=Code.INVALID_DATA,
+                )
+        return [value[name] for value in objects]
+
+    names = list(dict.fromkeys(name for value in objects for name in value))
+    return Table(source, names, column, range(1, len(objects) + 1), objects)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 4000:  # Python itself stops at 4,300
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key is given twice")
+    return made
+
+
+def _parquet(source: str, raw: bytes) -> Table:
+    import pyarrow  # late: a fifth of a second that the other formats do not need
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(raw))
+        names, count = file.schema_arrow.names, file.metadata.num_rows
+    except Exception as error:  # a damaged file raises a dozen unrelated types
+        raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
+
+    def read_columns(columns: list[str] | None) -> Any:
+        found = file.read(columns=columns)
+        found.validate(full=True)  # strings that are not UTF-8
+        if len(found) != count:
+            raise ValueError(f"it has {len(found)} of {count} rows")
+        return found
+
+    def column(name: str) -> list[Any]:
+        try:
+            values: list[Any] = read_columns([name]).column(name).to_pylist()
+        except Exception as error:  # as above
+            reason = f"column {excerpt(name)} cannot be read: {_first_line(error)}"
+            raise UserError(reason, file=source, code=Code.DAMAGED) from None
+        return values
+
+    def arrow() -> Any:
+        try:
+            return read_columns(None)
+        except Exception as error:  # as above
+            raise UserError(f"cannot be read: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
+
+    return Table(source, names, column, range(1, count + 1), arrow=arrow)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+READERS: dict[str, Callable[[str, bytes], Table]] = {
+    ".tsv": _tsv,
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,257 @@
+"""Tokenised once: texts to a flat table of tokens, cached as an Arrow stream under a key made of its content.
+
+The key covers the texts, the tokenizer and the length limit: a stale file cannot be met. A cached table is read into
+memory and checked against what the tokenizer can give, so that what is checked is what is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+
+from lora_bench.errors import Code, UserError
+from lora_bench.files.cache import CacheFiles, token_limit_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import BinaryIO
+
+    from numpy.typing import NDArray
+
+    from lora_bench.config.schema import Data
+    from lora_bench.data.augmentation import Augmentation
+    from lora_bench.data.examples import Examples
+    from lora_bench.data.hidden_states import HiddenStates
+
+CHUNK = 8192  # pairs handed to the tokenizer at a time
+
+
+class PairReader(Protocol):
+    """The side of a backbone that reads text: its template and its tokenizer."""
+
+    tokenizer: Any
+
+    def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], list[str] | None]:
+        """Return the first and the second text of every pair as the model reads them."""
+        ...
+
+
+_IDS = pa.schema([("input_ids", pa.list_(pa.int32()))])
+_TYPES = pa.field("token_type_ids", pa.list_(pa.int8()))
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of one split: row i holds values[offsets[i] : offsets[i] + lengths[i]]."""
+
+    values: NDArray[np.int32]  # (sum of lengths,)
+    offsets: NDArray[np.int64]  # (N,)
+    lengths: NDArray[np.int64]  # (N,)
+    types: NDArray[np.int8] | None  # (sum of lengths,) 0 for the first text, 1 for the second; None: no difference
+    labels: NDArray[np.int64] | None  # (N,)
+    ids: NDArray[np.int64]  # (N,) row in the source
+    truncated: int  # rows that were longer than the limit
+    hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
+    augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
+    head: int = 0  # which of a member's heads answers it, where that has several
+    exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are looked at
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, rows: NDArray[np.int64]) -> TokenTable:
+        """The table of these rows alone, as they are."""
+        return replace(
+            self,
+            offsets=self.offsets[rows],
+            lengths=self.lengths[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            ids=self.ids[rows],
+            augmentation=None,
+            exchanged=None if self.exchanged is None else self.exchanged.take(rows),
+        )
+
+    def in_epoch(self, epoch: int) -> TokenTable:
+        """The table that an epoch trains on: itself, unless its pairs are perturbed."""
+        return self if self.augmentation is None else self.augmentation.table(self, epoch)
+
+
+def tokenize(
+    examples: Examples,
+    columns: Sequence[str],
+    backbone: PairReader,
+    max_length: int,
+    *,
+    swapped: bool = False,
+    cached: bool = True,
+    head: int = 0,
+) -> TokenTable:
+    """The token table of one split.
+
+    Args:
+        examples: the split's texts and labels.
+        columns: names of its text columns; T5's template shows them.
+        backbone: whose template and tokenizer the model reads pairs with.
+        max_length: tokens per pair; longer pairs lose tokens from their longer text.
+        swapped: exchange the two texts; the names of the columns stay where they are.
+        cached: look for it in the cache, and leave it there.
+        head: which of a member's heads answers it.
+    """
+    texts = examples.texts[::-1] if swapped else examples.texts
+    first, second = backbone.render(list(zip(columns, texts, strict=True)))
+    if cached:
+        batch = _load_or_encode(first, second, backbone.tokenizer, max_length)
+    else:
+        batch = _encode(first, second, backbone.tokenizer, max_length)
+    tokens = batch.column("input_ids")
+    offsets = tokens.offsets.to_numpy().astype(np.int64)
+    types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
+    return TokenTable(
+        values=tokens.values.to_numpy(),
+        offsets=offsets[:-1],
+        lengths=np.diff(offsets),
+        types=types,
+        labels=examples.labels,
+        ids=examples.ids,
+        truncated=int(batch.schema.metadata[b"truncated"]),
+        head=head,
+    )
+
+
+def scoring_table(
+    examples: Examples, data: Data, backbone: PairReader, *, both_orders: bool, cached: bool = True, head: int = 0
+) -> TokenTable:
+    """The token table of a split that is scored, with its exchanged pairs where both orders are."""
+    one, *other = [
+        tokenize(examples, data.text_columns, backbone, data.max_length, swapped=swapped, cached=cached, head=head)
+        for swapped in ((False, True) if both_orders else (False,))
+    ]
+    return replace(one, exchanged=other[0]) if other else one
+
+
+def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(max_length, strategy="longest_first")
+    pairs = first if second is None else list(zip(first, second, strict=True))
+    ids: list[NDArray[np.int32]] = []
+    types: list[NDArray[np.int8]] = []
+    lengths: list[NDArray[np.int64]] = []
+    truncated = 0
+    for i in range(0, len(pairs), CHUNK):
+        found = _encode_chunk(backend, pairs[i : i + CHUNK])
+        lengths.append(np.array([len(encoding) for encoding in found]))
+        ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in found), np.int32))
+        types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in found), np.int8))
+        truncated += sum(bool(encoding.overflowing) for encoding in found)
+    offsets = pa.array(np.concatenate([[0], *lengths]).cumsum(), pa.int32())
+    columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))}
+    flat_types = np.concatenate(types)
+    if flat_types.any():
+        columns["token_type_ids"] = pa.ListArray.from_arrays(offsets, pa.array(flat_types))
+    batch = pa.RecordBatch.from_pydict(columns)
+    return batch.replace_schema_metadata({"truncated": str(truncated)})
+
+
+def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
+    """Encode on all cores.
+
+    Raises:
+        UserError: the tokenizer's native code panics, for example where a pattern of it backtracks for ever.
+    """
+    try:
+        return list(backend.encode_batch_fast(pairs))
+    except BaseException as error:  # a panic is no Exception
+        if type(error).__name__ != "PanicException" and type(error) is not Exception:
+            raise
+        reason = f"the tokenizer fails on a text of the data ({str(error).strip().splitlines()[0][:200]})"
+        remedy = (
+            "Take another tokenizer with model.tokenizer=DIR, or shorten very long words and runs of one character."
+        )
+        raise UserError(reason, key="model.tokenizer", remedy=remedy, code=Code.UNSUPPORTED) from None
+
+
+def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    """Return the tokens from the cache, or encode the texts and leave them there."""
+    files = CacheFiles("tokens", token_limit_bytes())
+    if not files.limit_bytes:
+        return _encode(first, second, tokenizer, max_length)
+    key = _key(first, second, tokenizer, max_length)
+    parse = partial(_parse, rows=len(first), paired=second is not None, tokenizer=tokenizer, max_length=max_length)
+    most = len(first) * (max_length * 5 + 8) + (1 << 20)  # an id, a type; two offsets; the schema
+    batch = files.read(key, parse, max_bytes=most)
+    if batch is None:
+        batch = _encode(first, second, tokenizer, max_length)
+        if batch.nbytes <= files.limit_bytes:
+            written = files.write(key, partial(_write, batch), size_bytes=batch.nbytes)
+            if written:
+                written.close()
+    return batch
+
+
+def _write(batch: pa.RecordBatch, file: BinaryIO) -> None:
+    with pa.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+
+
+def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    """Read a cached batch, and check that the tokenizer could have given it.
+
+    Raises:
+        ValueError: it could not.
+    """
+    try:
+        batch = pa.ipc.open_stream(payload).read_next_batch()
+        batch.validate(full=True)
+        truncated = int((batch.schema.metadata or {})[b"truncated"])
+    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
+        raise ValueError(f"holds no tokens: {error}") from None
+    if batch.num_rows != rows or not 0 <= truncated <= rows:
+        raise ValueError(f"does not hold the tokens of {rows} rows")
+    if batch.schema.remove_metadata() not in (_IDS, _IDS.append(_TYPES)) or any(c.null_count for c in batch.columns):
+        raise ValueError("holds other columns than tokens have")
+    ids, *types = [column.values for column in batch.columns]
+    offsets, *others = [column.offsets.to_numpy() for column in batch.columns]
+    flat = ids.null_count == 0 and offsets[0] == 0 and offsets[-1] == len(ids)
+    if not flat or np.diff(offsets).max(initial=0) > max_length or any((o != offsets).any() for o in others):
+        raise ValueError("holds rows of other lengths than tokens have")
+    backend = tokenizer.backend_tokenizer
+    if _outside(ids, _highest_id(backend, ids)):
+        raise ValueError("holds ids that the tokenizer does not have")
+    empty, short = [backend.encode(*[text] * (2 if paired else 1)).type_ids for text in ("", "a")]
+    if (not types and any(empty)) or any(_outside(values, max(1, *short)) for values in types):
+        raise ValueError("holds other token types than the tokenizer gives")
+    return batch
+
+
+def _outside(values: pa.Array, highest: int) -> bool:
+    """Return whether a value is missing, negative or above the highest."""
+    numbers = values.to_numpy() if values.null_count == 0 else np.array([-1])
+    return bool(len(numbers)) and not 0 <= numbers.min() <= numbers.max() <= highest
+
+
+def _highest_id(backend: Any, ids: pa.Array) -> int:
+    """Return the highest id that the tokenizer has; its vocabulary may have gaps."""
+    size = backend.get_vocab_size()
+    return size - 1 if not _outside(ids, size - 1) else max(backend.get_vocab().values(), default=-1)
+
+
+def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> str:
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()  # its state is part of the text below
+    version = f"{tokenizers.__version__}|{backend.encode_special_tokens}"
+    digest = sha256(f"{backend.to_str()}|{max_length}|{second is not None}|{version}".encode())
+    for texts in (first, second or []):
+        digest.update(f"{len(texts)}|".encode())
+        for text in texts:
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(4, "big") + encoded)
+    return digest.hexdigest()[:40]

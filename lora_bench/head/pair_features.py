@@ -1,0 +1,76 @@
+"""Matching: the two texts compared as two vectors, beside the head that reads them as one sequence.
+
+    u, v = mean token vectors of the first and the second text (special tokens too) in the last layer, at length 1
+    s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
+
+Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT
+(Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. It begins as
+the logistic regression of the label on the cosine u · v over a few training batches: equal weights of the products.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BATCHES = 8
+"""Training batches that the start looks at."""
+
+
+RIDGE = 1e-3
+"""Of the regression, per pair: keeps the slope finite where the calibration pairs can be told apart perfectly."""
+
+
+class Matching(nn.Module):
+    """One member's weights, held in fp32.
+
+    Args:
+        hidden_size: D.
+        device: of the backbone.
+    """
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2 * hidden_size, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, device=device))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """What is added to the two logits, (…, 2), from features (…, 2 D)."""
+        s = features @ self.weight + self.bias  # (…,)
+        return torch.stack([-s, s], -1)
+
+    @torch.no_grad()
+    def begin(self, features: Tensor, labels: Tensor) -> None:
+        """Start as the regression of labels (N,) on the cosines that features (N, 2 D) hold."""
+        D = len(self.weight) // 2
+        cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
+        slope, intercept = regression(cosines, labels)
+        self.weight[:D] = slope / 2 / D
+        self.bias.fill_(intercept / 2)
+
+
+def pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """(N, 2 D) in fp32, from hidden states (N, T, D) and which tokens make up each text, (N, T) each."""
+    u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
+    D = hidden.shape[-1]
+    return torch.cat([D * u * v, D**0.5 * (u - v).abs()], -1)
+
+
+def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:
+    kept = tokens[..., None].to(hidden.dtype)  # (N, T, 1)
+    return (hidden * kept).sum(1) / kept.sum(1).clamp_min(1.0)
+
+
+def regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
+    X = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
+    y = labels.to(X.dtype)
+    beta = X.new_zeros(2)
+    ridge = RIDGE * len(X) * torch.diag(X.new_tensor([1.0, 0.0]))
+    ridge[1, 1] = RIDGE  # an intercept is no effect
+    for _ in range(30):
+        p = torch.sigmoid(X @ beta)
+        hessian = (X * (p * (1 - p)).clamp_min(1e-6)[:, None]).T @ X + ridge
+        beta = beta + torch.linalg.solve(hessian, X.T @ (y - p) - ridge @ beta)
+    return float(beta[0]), float(beta[1])

@@ -1,0 +1,150 @@
+"""Typed settings of `lora-bench prompt`: the server and its model, and what is written to it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from lora_bench.errors import Code, UserError, require, require_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLM:
+    """A model behind an OpenAI-compatible server, and how fast and how long to ask it."""
+
+    model: str | None
+    """The model's id, as the server calls it. There is no default: models come and go."""
+    base_url: str | None
+    """Where the server is: `https://api.openai.com/v1`, `http://localhost:8000/v1`."""
+    api_key_env: str
+    """The environment variable with the API key; unset where the server needs none."""
+    temperature: float | None
+    """null: not sent, so that the server's own default counts."""
+    max_tokens: int | None
+    """Tokens that an answer may have; null: not sent."""
+    logprobs: bool
+    """Ask for log-probabilities; where the server gives none, the text of the answer is read."""
+    top_logprobs: int
+    """How many tokens at each place to ask the probabilities of."""
+    extra: dict[str, Any]
+    """Further fields of each request: `llm.extra.reasoning_effort=low`."""
+    concurrency: int
+    """Requests under way at a time."""
+    requests_per_minute: float | None
+    """At most so many are begun; null: no limit but the server's."""
+    timeout: float
+    """Seconds for a whole answer, however slowly it comes."""
+    retries: int
+    """Times that a request is sent again after a refusal for the moment (429, 5xx), a timeout or a broken answer."""
+    max_requests: int | None
+    """Stop before more requests than this are sent, repeated ones included; null: no limit."""
+    max_cost: float | None
+    """Stop before this much money is spent, in the currency of the prices; null: no limit."""
+    input_price: float | None
+    """Money per million tokens read."""
+    output_price: float | None
+    """Money per million tokens written."""
+
+    def __post_init__(self) -> None:
+        if self.base_url is not None:
+            _check_url(self.base_url)
+        if not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):  # perhaps the key itself: not repeated
+            reason = "must be the name of an environment variable, in capitals"
+            raise UserError(
+                reason, key="api_key_env", remedy="The key itself goes into that variable.", code=Code.INVALID_VALUE
+            )
+        if self.temperature is not None:
+            require_number("temperature", self.temperature, 0)
+        if self.max_tokens is not None:
+            require_number("max_tokens", self.max_tokens, 1)
+        require_number("top_logprobs", self.top_logprobs, 2, 20)
+        taken = sorted(self.extra.keys() & _OURS)
+        require(not taken, "extra", None, f"holds {', '.join(taken)}", "That has a key of its own, or is ours to say.")
+        require_number("concurrency", self.concurrency, 1, 1000)
+        require_number("timeout", self.timeout, 0, open_low=True)
+        require_number("retries", self.retries, 0, 100)
+        for name in ("requests_per_minute", "max_requests", "max_cost"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), 0, open_low=True)
+        for name in ("input_price", "output_price"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), 0)
+        priced = self.input_price is not None and self.output_price is not None
+        require(
+            self.max_cost is None or priced,
+            "max_cost",
+            self.max_cost,
+            "needs prices",
+            "Give llm.input_price and llm.output_price, per million tokens.",
+            code=Code.CONFLICT,
+        )
+        require(
+            self.max_cost is None or self.longest_answer is not None,
+            "max_cost",
+            self.max_cost,
+            "needs a bound on the length of an answer",
+            "Give llm.max_tokens, or +llm.extra.max_completion_tokens.",
+            code=Code.CONFLICT,
+        )
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens that an answer may have, whichever way the server is told; None without a bound."""
+        further = self.extra.get("max_completion_tokens")
+        return further if self.max_tokens is None and isinstance(further, int) else self.max_tokens
+
+    def money(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """What so many tokens cost; None without prices."""
+        if self.input_price is None or self.output_price is None:
+            return None
+        return (self.input_price * prompt_tokens + self.output_price * completion_tokens) / 1e6
+
+
+_OURS = {"model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs", "n", "stream", "api_key"}
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    else:
+        if parts.username or parts.password or parts.query:  # not repeated: it may be secret
+            reason = "holds a user, a password or a query"
+            raise UserError(
+                reason,
+                key="base_url",
+                remedy="A key goes into the variable that llm.api_key_env names.",
+                code=Code.FORBIDDEN,
+            )
+    require(
+        good,
+        "base_url",
+        url,
+        "is no address of a server",
+        "Give one such as http://localhost:8000/v1.",
+        code=Code.INVALID_VALUE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is asked about each example, and which words answer it."""
+
+    system: str | None
+    """The system message; null: none."""
+    template: str
+    """The question. Filled in: {fields} (a line `name: text` for each text), a text by the name of its column,
+    {label_0} and {label_1} (the two answers)."""
+    answers: list[str] | None
+    """The words for label 0 and label 1; null: `data.label_names`."""
+    shots: int
+    """Examples from train before the question, half of them of each label, chosen by the seed."""
+
+    def __post_init__(self) -> None:
+        require(self.answers is None or len(self.answers) == 2, "answers", self.answers, "must be two words")
+        require_number("shots", self.shots, 0)
+        require(self.shots % 2 == 0, "shots", self.shots, "must be even: as many examples of one label as of the other")

@@ -1,0 +1,120 @@
+"""From an example to the messages that a model reads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_bench.errors import Code, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lora_bench.config.schema import Data
+    from lora_bench.data.examples import Examples
+    from lora_bench.llm.settings import Prompt
+
+Messages = list[dict[str, str]]
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt for one task, with its examples in place."""
+
+    system: str | None
+    question: str
+    answers: tuple[str, str]
+    """The words for label 0 and label 1."""
+    columns: Sequence[str]
+    shots: Messages
+    """Questions and answers that come before the one asked."""
+
+    @classmethod
+    def build(cls, prompt: Prompt, data: Data, train: Examples | None, seed: int) -> Template:
+        """The template with its examples.
+
+        Args:
+            train: where examples come from; None where there is no train split.
+            seed: which examples, and in which order.
+
+        Raises:
+            UserError: the template does not fit the data, or train holds too few examples.
+        """
+        words = data.label_names if prompt.answers is None else prompt.answers
+        made = cls(prompt.system, prompt.template, (words[0].strip(), words[1].strip()), data.text_columns, [])
+        made._check(prompt)
+        return cls(made.system, made.question, made.answers, made.columns, made._examples(prompt.shots, train, seed))
+
+    def messages(self, texts: Sequence[str]) -> Messages:
+        """What is sent for an example with these texts, one for each column."""
+        question = {"role": "user", "content": self._fill(self.question, texts)}
+        system = [{"role": "system", "content": self._fill(self.system, texts)}] if self.system else []
+        return [*system, *self.shots, question]
+
+    def _fill(self, text: str, texts: Sequence[str]) -> str:
+        values = self._values(texts)
+        return _FIELD.sub(lambda found: values.get(found[1], found[0]), text)
+
+    def _values(self, texts: Sequence[str]) -> Mapping[str, str]:
+        named = dict(zip(self.columns, texts, strict=True))
+        ours = {"fields": "\n".join(f"{name}: {text}" for name, text in named.items())}
+        return ours | {"label_0": self.answers[0], "label_1": self.answers[1]} | named
+
+    def _check(self, prompt: Prompt) -> None:
+        known = self._values([""] * len(self.columns))
+        for key, text in (("prompt.system", self.system or ""), ("prompt.template", self.question)):
+            for name in _FIELD.findall(text):
+                if name not in known:
+                    remedy = f"There are {', '.join('{' + each + '}' for each in known)}."
+                    raise UserError(
+                        f"has a field {{{name}}} that the data does not fill",
+                        key=key,
+                        remedy=remedy,
+                        code=Code.INVALID_SYNTAX,
+                    )
+        used = set(_FIELD.findall(self.question))
+        if "fields" not in used:
+            for name in self.columns:
+                if name not in used:
+                    remedy = "Put it where the text goes, or {fields} for all texts with their names."
+                    raise UserError(
+                        f"lacks {{{name}}}, a text of the data",
+                        key="prompt.template",
+                        remedy=remedy,
+                        code=Code.INVALID_SYNTAX,
+                    )
+        zero, one = (answer.casefold() for answer in self.answers)
+        if not zero or not one or zero == one:
+            raise UserError(
+                "must be two different words", key="prompt.answers", value=list(self.answers), code=Code.INVALID_VALUE
+            )
+
+    def _examples(self, shots: int, train: Examples | None, seed: int) -> Messages:
+        """`shots` questions with their answers, as many of each label, in an order of the seed's."""
+        if not shots:
+            return []
+        if train is None:
+            raise UserError(
+                "there is no train split to take examples from", key="prompt.shots", value=shots, code=Code.EMPTY
+            )
+        assert train.labels is not None
+        # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
+        order = np.argsort(np.random.PCG64(seed).random_raw(len(train)), kind="stable")
+        places = []
+        for label in (0, 1):
+            found = order[train.labels[order] == label]
+            if len(found) < shots // 2:
+                reason = f"takes {shots // 2} examples of label {label}, and train has {len(found)}"
+                raise UserError(reason, key="prompt.shots", value=shots, remedy="Give fewer.", code=Code.INVALID_VALUE)
+            places += found[: shots // 2].tolist()
+        rank = {place: i for i, place in enumerate(order.tolist())}
+        messages = []
+        for place in sorted(places, key=rank.__getitem__):
+            question = self._fill(self.question, [column[place] for column in train.texts])
+            answer = self.answers[int(train.labels[place])]
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return messages

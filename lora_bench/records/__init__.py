@@ -1,0 +1,1 @@
+"""Runs and sweeps on disk: their folders, records, predictions and logs. Needs no torch."""

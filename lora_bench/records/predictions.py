@@ -1,0 +1,149 @@
+"""The predictions of a run on one split: as the bytes of a file in its folder, and read from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lora_bench.errors import Code, UserError
+from lora_bench.evaluation import confusion
+from lora_bench.files import untrusted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import IO
+
+    from numpy.typing import NDArray
+
+    from lora_bench.records.run_folder import Column
+
+THRESHOLD = 0.5
+"""A label is predicted 1 from this score on, in every metric of every run: nothing is tuned on a reported split."""
+
+MAX_BYTES = 2**30
+MAX_ROWS = 50_000_000
+"""A file may declare any number of rows, and take no room for them."""
+_COLUMNS = (
+    ("id", pa.types.is_integer, "integers"),
+    ("label", pa.types.is_integer, "integers"),
+    ("score", pa.types.is_floating, "floating-point numbers"),
+)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of one split, by id: (N,) each; only rows with a label."""
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+    @property
+    def predicted(self) -> NDArray[np.bool_]:
+        """Which examples are labelled 1."""
+        predicted: NDArray[np.bool_] = np.greater_equal(self.scores, THRESHOLD)
+        return predicted
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all examples are labelled alike."""
+        return bool(self.predicted.all() or not self.predicted.any())
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Which labels were predicted."""
+        right: NDArray[np.bool_] = np.equal(self.predicted, self.labels == 1)
+        return right
+
+    @property
+    def mcc(self) -> float:
+        """Matthews correlation."""
+        return self.value("mcc")
+
+    def value(self, measure: str) -> float:
+        """Of a measure of `stats.MEASURES`."""
+        return float(confusion.measure_of(confusion.confusion(self.labels, self.predicted), measure))
+
+    def same_examples(self, other: Predictions) -> bool:
+        return np.array_equal(self.ids, other.ids) and np.array_equal(self.labels, other.labels)
+
+
+def encode(ids: Column, labels: Column, scores: Column) -> bytes:
+    """Return the Parquet file of a split's predictions, with a checksum of each page.
+
+    Args:
+        ids: (N,) rows in the source.
+        labels: (N,); None, or an entry of it, where a label is unknown.
+        scores: (N,) P(label 1).
+    """
+    labels = [None] * len(ids or ()) if labels is None else labels
+    columns = {"id": pa.array(ids, pa.int64()), "label": pa.array(labels, pa.int64())}
+    table = pa.table(columns | {"score": pa.array(scores, pa.float64())})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, write_page_checksum=True)
+    written: bytes = sink.getvalue().to_pybytes()
+    return written
+
+
+def read(folder: Path, split: str) -> Predictions:
+    """Return the predictions of a run on a split.
+
+    Raises:
+        UserError: there are none, or none that can be used; the reason names what is wrong with the file.
+    """
+    path = folder / "predictions" / f"{split}.parquet"
+    try:
+        # Not memory-mapped: a file that is cut short meanwhile would end the process.
+        with untrusted.open_file(path, MAX_BYTES) as file:
+            return _read(file)
+    except FileNotFoundError:
+        raise UserError("is missing", file=path, code=Code.NOT_FOUND) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror or 'it is damaged'}",
+            file=path,
+            code=Code.UNREADABLE if error.strerror else Code.DAMAGED,
+        ) from None
+    except (ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"cannot be used: {str(error).splitlines()[0][:200]}", file=path, code=Code.DAMAGED) from None
+
+
+def read_if_usable(folder: Path, split: str) -> Predictions | None:
+    """Return the predictions of a run on a split; None where there are none that can be used."""
+    try:
+        return read(folder, split)
+    except UserError:
+        return None
+
+
+def _read(file: IO[bytes]) -> Predictions:
+    source = pq.ParquetFile(file, page_checksum_verification=True)
+    rows = source.metadata.num_rows
+    _require(0 < rows <= MAX_ROWS, f"it declares {rows:,} rows, and 1 to {MAX_ROWS:,} are read")
+    schema = source.schema_arrow
+    for name, is_kind, kind in _COLUMNS:
+        fields = [schema.field(i) for i in schema.get_all_field_indices(name)]
+        _require(len(fields) == 1 and is_kind(fields[0].type), f"column {name} is not one of {kind}")
+    batches, count = [], 0
+    for batch in source.iter_batches(columns=[name for name, _, _ in _COLUMNS], use_threads=False):
+        count += batch.num_rows
+        _require(count <= rows, f"it holds more rows than the {rows:,} that it declares")
+        batches.append(batch)
+    found = pa.Table.from_batches(batches).drop_null()
+    ids, labels, scores = (found[name].to_numpy() for name, _, _ in _COLUMNS)
+    _require(len(ids) > 0, "no row has a label and a score")
+    _require(bool(np.isin(labels, (0, 1)).all()), "a label is neither 0 nor 1")
+    _require(bool(((scores >= 0) & (scores <= 1)).all()), "a score is not a number from 0 to 1")
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order].astype(np.int64)
+    _require(bool((ids[1:] > ids[:-1]).all()), "an id stands twice")
+    return Predictions(ids, labels[order].astype(np.int64), scores[order].astype(np.float64))
+
+
+def _require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise ValueError(reason)

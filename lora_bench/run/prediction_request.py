@@ -1,0 +1,130 @@
+"""What `lora-bench predict` was asked for, checked as far as it goes without the model: nothing heavy is imported."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import ListConfig
+
+from lora_bench.data import labelled, readers
+from lora_bench.errors import Code, UserError, require, require_number, require_one_of
+from lora_bench.files.paths import check_output, is_same_file, write_output
+from lora_bench.records.backfill import model_places
+from lora_bench.records.finished_record import FinishedRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from omegaconf import DictConfig
+
+    from lora_bench.data.examples import Examples
+    from lora_bench.data.readers import Table
+    from lora_bench.records.backfill import ModelPlaces
+
+DEVICES = ("auto", "cpu", "cuda")
+BYTES_PER_ROW = 24
+"""What predictions add to a row of the output, about."""
+
+
+@dataclass(frozen=True)
+class PredictionRequest:
+    """A run, the rows to label, and where to write them."""
+
+    run: FinishedRecord
+    table: Table
+    """The input, every column of it."""
+    examples: Examples
+    """Its texts, in the run's order."""
+    output: str
+    format: str
+    threshold: float
+    """The least score, not calibrated, that is labelled 1."""
+    calibrated: bool
+    uncertainty: bool
+    device: str
+    places: ModelPlaces
+    """Where the run's backbone and tokenizer lie now."""
+
+    @classmethod
+    def read(cls, cfg: DictConfig) -> PredictionRequest:
+        """Check the command's config, the run's record and the output, and read the input.
+
+        Raises:
+            UserError: naming the key, file or row that is wrong.
+        """
+        source, output = str(cfg.input), str(cfg.output)
+        kind = output_format(output)
+        for key in ("calibrated", "uncertainty"):
+            require(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
+        require_one_of("device", str(cfg.device), DEVICES)
+        from_selection = cfg.threshold == "selection"
+        if not from_selection:
+            is_number = type(cfg.threshold) in (int, float)
+            require(is_number, "threshold", cfg.threshold, "is neither a number nor selection", "Give one from 0 to 1.")
+            require_number("threshold", cfg.threshold, 0, 1)
+        if is_same_file(source, output):
+            raise UserError(
+                "is the input, which stays as it is",
+                key="output",
+                value=output,
+                remedy="Give another.",
+                code=Code.EXISTS,
+            )
+        check_output(output, "output")
+        run = FinishedRecord.read(cfg.run)
+        columns = _columns(cfg.text_columns, run.text_columns)
+        fitted = [key for key in ("calibrated", "uncertainty") if cfg[key]] + ["threshold"] * from_selection
+        if fitted and run.calibration is None:
+            key = fitted[0]
+            raise UserError(
+                "needs a calibration, and the run's record has none", key=key, value=cfg[key], code=Code.UNSUPPORTED
+            )
+        table = readers.read_table(source)
+        examples = table.examples(columns, None, labels_may_hide=False)
+        labelled.check_texts(table, kind)
+        size = sum(len(text) for column in examples.texts for text in column) + BYTES_PER_ROW * len(examples)
+        check_output(output, "output", size)
+        threshold = run.calibration.threshold if from_selection and run.calibration else float(cfg.threshold)
+        flags = cfg.calibrated, cfg.uncertainty, str(cfg.device), model_places(cfg.model)
+        return cls(run, table, examples, output, kind, threshold, *flags)
+
+    def write(self, predictions: dict[str, Sequence[Any]]) -> None:
+        """Write the input's columns with these behind them, and note what is not as it was."""
+        names = labelled.free_names(list(predictions), self.table.names)
+        renamed = [f"{name} as {new}" for name, new in names.items() if new != name]
+        if renamed:
+            _note(f"the input has columns of these names, so predictions are written otherwise: {', '.join(renamed)}")
+        columns = {names[name]: values for name, values in predictions.items()}
+        content, replaced = labelled.encode(self.table, columns, self.format)
+        write_output(self.output, content, "output")
+        if replaced:
+            remedy = "an output that ends in .csv, .jsonl or .parquet keeps them"
+            _note(f"tabs, line breaks and NUL in {replaced} texts are spaces in the output; {remedy}")
+
+
+def output_format(output: str) -> str:
+    """Return the format that an output's ending names; a stream without one gets TSV."""
+    kind = readers.format_of(output)
+    if kind is None:
+        reason = f"is none of {', '.join(labelled.FORMATS)}"
+        raise UserError(
+            reason, key="output", value=output, remedy="Or - for standard output.", code=Code.UNKNOWN_CHOICE
+        )
+    return kind
+
+
+def _columns(asked: Any, trained: list[str]) -> list[str]:
+    """Return the columns to read: those that were asked for, else those that the run was trained on."""
+    if asked is None:
+        return trained
+    columns = [str(name) for name in asked] if isinstance(asked, ListConfig) else [str(asked)]
+    if len(columns) != len(trained):
+        reason = f"names {len(columns)} where the run was trained on {len(trained)}"
+        raise UserError(reason, key="text_columns", value=columns, code=Code.MISMATCH)
+    return columns
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

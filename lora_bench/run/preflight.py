@@ -1,0 +1,81 @@
+"""Checks of a request that need neither torch nor a model: what is wrong with it is said before either is imported.
+
+Whatever is checked here is checked again where it is used; this only answers sooner.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from lora_bench.backbones.locate import local_place
+from lora_bench.config import build, schema
+from lora_bench.errors import Code, UserError, require, require_one_of
+from lora_bench.records.finished_record import FinishedRecord
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse settings outside their ranges, and folders of data and models that are not there."""
+    require(
+        "method" in (cfg.get("adapter") or {}),
+        "adapter",
+        None,
+        "is missing",
+        "It cannot be left out.",
+        code=Code.MISSING,
+    )
+    for node in (cfg.data, *(cfg.get("tasks") or {}).values()):
+        check_data(build.build_data(node))
+    local_place(build.build_model(cfg.model))
+    for name, settings in (
+        ("optimizer", schema.Optimizer),
+        ("trainer", schema.Trainer),
+        ("pack", schema.Packing),
+        ("ensemble", schema.Ensemble),
+    ):
+        build.build(settings, cfg[name], name)
+
+
+def check_train(cfg: DictConfig, *, resumed: bool) -> None:
+    """Refuse the same, and a run to start from that is not there; a resumed run may have started already."""
+    check_settings(cfg)
+    if cfg.adapter.get("init_from") and not resumed:
+        check_run(str(cfg.adapter.init_from), "adapter.init_from")
+
+
+def check_data(data: schema.Data) -> None:
+    """Refuse a path to data that is not there."""
+    if isinstance(data, schema.FileData) and not os.path.exists(data.path):
+        remedy = "Give a folder with train, validation and test files, or one file."
+        raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy, code=Code.NOT_FOUND)
+
+
+def check_run(folder: str, key: str = "run") -> None:
+    """Refuse what is not the folder of a finished run of one task."""
+    FinishedRecord.read(folder, key)
+
+
+def check_eval(cfg: DictConfig) -> None:
+    """Refuse a run, an adapter or data that are not there."""
+    require(
+        bool(cfg.run) != bool(cfg.peft),
+        "eval",
+        None,
+        "takes a finished run or an adapter made by PEFT",
+        "Give run=DIR or peft=DIR.",
+        code=Code.CONFLICT if cfg.run else Code.MISSING,
+    )
+    check_data(build.build_data(cfg.data))
+    if cfg.run:
+        check_run(str(cfg.run))
+
+
+def check_export(cfg: DictConfig) -> None:
+    """Refuse a run that is not there, or a format that is none."""
+    run, output, kind = str(cfg.run), str(cfg.output), str(cfg.format)
+    require_one_of("format", kind, ("peft", "merged"))
+    require(bool(output), "output", output, "names no folder")
+    check_run(run)

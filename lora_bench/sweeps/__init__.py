@@ -1,0 +1,1 @@
+"""Many runs: packing them onto devices, worker processes, Slurm, cost estimates, the transfer matrix."""

@@ -1,0 +1,261 @@
+"""Every statistic against a reference or a closed form, and how often the tests reject what is there or is not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from lora_bench.analysis import statistics
+from lora_bench.evaluation import confusion
+
+
+def made(seed: int, n: int = 400, seeds: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = rng.random(n) < 0.4
+    a, b = (y ^ (rng.random((seeds, n)) < error) for error in (0.15, 0.2))
+    return y, a, b
+
+
+def test_measures_are_those_of_scikit_learn_for_many_at_once() -> None:
+    y, a, _ = made(0)
+    counts = confusion.confusion(y, a)
+    assert confusion.measure_of(counts, "mcc") == pytest.approx([matthews_corrcoef(y, p) for p in a])
+    assert confusion.measure_of(counts, "f1") == pytest.approx([f1_score(y, p) for p in a])
+    assert confusion.measure_of(counts, "accuracy") == pytest.approx((a == y).mean(1))
+    assert confusion.measure_of([0, 0, 10, 20], "mcc") == 0
+
+
+@pytest.mark.parametrize("measure", confusion.MEASURES)
+def test_influence_is_the_derivative_and_has_mean_zero(measure: str) -> None:
+    counts = np.array([60.0, 20.0, 30.0, 90.0])
+    h = 1e-5
+    numeric = [
+        counts.sum()
+        * (confusion.measure_of(counts + h * e, measure) - confusion.measure_of(counts - h * e, measure))
+        / (2 * h)
+        for e in np.eye(4)
+    ]
+    found = confusion.influence(counts, measure)
+    assert found == pytest.approx(numeric, abs=1e-6)
+    assert (counts * found).sum() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_is_scipys_and_one_value_has_none() -> None:
+    x = [0.5, 0.53, 0.49, 0.55]
+    found = statistics.interval(x)
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(x), scipy.stats.sem(x))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert statistics.interval([0.5]) == statistics.Interval(0.5, None, None, None, 1)
+    assert statistics.interval([0.5, 0.5]) == statistics.Interval(0.5, 0.0, None, None, 2)
+
+
+def test_the_seeds_test_is_scipys_paired_t_test() -> None:
+    a, b = [0.6, 0.62, 0.65, 0.61], [0.59, 0.6, 0.66, 0.58]
+    assert statistics.seeds_test(a, b).p == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
+
+
+def test_mid_p_is_the_exact_test_less_half_the_chance_of_what_was_seen() -> None:
+    for only_a, only_b in [(0, 0), (5, 5), (3, 12), (0, 7), (40, 61)]:
+        a = np.repeat([True, False, True], [only_a, only_b, 10])
+        b = np.repeat([False, True, True], [only_a, only_b, 10])
+        found = statistics.mcnemar(a, b)
+        exact = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+        half = scipy.stats.binom.pmf(only_a, only_a + only_b, 0.5)
+        assert (found.only_a, found.only_b) == (only_a, only_b)
+        assert found.p == pytest.approx(exact - half if only_a != only_b else 1.0)
+
+
+def test_holm_steps_down_by_hand() -> None:
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([]) == []
+
+
+def test_one_seed_of_accuracy_is_the_paired_t_test_over_examples() -> None:
+    y, a, b = made(1)
+    found = statistics.crossed_test(y, a[0], b[0], "accuracy")
+    assert found.p == pytest.approx(scipy.stats.ttest_rel((a[0] == y) * 1.0, (b[0] == y) * 1.0).pvalue)
+    assert found.seeds == 1
+
+
+def test_the_crossed_variance_is_that_of_the_two_way_layout() -> None:
+    """On accuracy the pseudo-values are the outcomes themselves, so the mean squares are those of a plain ANOVA."""
+    y, a, b = made(2)
+    b[:, :40] = ~y[:40]  # hard for b, whatever the seed
+    d = (a == y).astype(float) - (b == y)
+    S, N = d.shape
+    seed = N * d.mean(1).var(ddof=1)
+    example = S * d.mean(0).var(ddof=1)
+    rest = ((d - d.mean(1, keepdims=True) - d.mean(0) + d.mean()) ** 2).sum() / ((S - 1) * (N - 1))
+    found = statistics.crossed_test(y, a, b, "accuracy")
+    assert found.difference == pytest.approx(d.mean())
+    assert found.by_seeds == pytest.approx(seed / (S * N))
+    assert found.by_examples == pytest.approx((example - rest) / (S * N))
+    assert found.error == pytest.approx(math.sqrt((seed + example - rest) / (S * N)))
+
+
+def test_the_half_width_is_that_over_seeds_and_that_over_examples_in_quadrature() -> None:
+    found = comparison(0.02, 0.003**2, 0.004**2, seeds=3, examples=5000)
+    over_seeds, over_examples = scipy.stats.t.ppf(0.975, 2) * 0.003, scipy.stats.t.ppf(0.975, 4999) * 0.004
+    half = math.hypot(over_seeds, over_examples)
+    assert found.interval() == pytest.approx((0.02 - half, 0.02 + half))
+    # The p value is the level at which the interval ends at 0.
+    low, _ = found.interval(1 - found.p)
+    assert low == pytest.approx(0, abs=1e-9)
+    assert comparison(half, 0.003**2, 0.004**2, seeds=3, examples=5000).p == pytest.approx(0.05)
+
+
+def test_where_only_seeds_differ_the_crossed_test_is_the_t_test_over_seeds() -> None:
+    y, a, b = made(3, n=20_000)
+    b = y ^ (np.random.default_rng(4).random((3, 20_000)) < np.array([[0.1], [0.2], [0.3]]))
+    values = [confusion.measure_of(confusion.confusion(y, x)) for x in (a, b)]
+    assert statistics.crossed_test(y, a, b).p == pytest.approx(statistics.seeds_test(*values).p, rel=0.05)
+
+
+def test_equal_predictions_differ_by_nothing() -> None:
+    y, a, _ = made(5)
+    found = statistics.crossed_test(y, a, a)
+    assert (found.difference, *found.interval(), found.p) == (0, 0, 0, 1)
+    assert (found.p_beyond(0.005), found.power(0.005)) == (0, 1)
+
+
+def ahead_by_ten(same: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three seeds of 1,000 examples: `a` has 90 wrong and `b` 100, the same examples in each seed or always others."""
+    rng = np.random.default_rng(0)
+    y = np.arange(1000) % 2 == 0
+    wrong = {"a": np.zeros((3, 1000), bool), "b": np.zeros((3, 1000), bool)}
+    for s in range(3):
+        for name, count in (("a", 45), ("b", 50)):  # of each label
+            draw = np.random.default_rng([0, *name.encode()]) if same else rng
+            for label in (True, False):
+                wrong[name][s, draw.permutation(np.flatnonzero(y == label))[:count]] = True
+    return y, y ^ wrong["a"], y ^ wrong["b"]
+
+
+def test_differences_that_are_equal_in_all_seeds_are_not_certain() -> None:
+    y, a, b = ahead_by_ten(same=False)
+    values = [confusion.measure_of(confusion.confusion(y, x)) for x in (a, b)]
+    assert statistics.alike(values[0] - values[1])
+    found = statistics.crossed_test(y, a, b)
+    # What one seed's 190 answers that differ would spread by, by hand: MCC is 1 - 2 · wrong / N in this layout.
+    assert math.sqrt(found.by_seeds * 3) == pytest.approx(2 * math.sqrt(190) / 1000, rel=0.1)
+    assert found.p > 0.2
+    assert statistics.verdict(found.difference, found.p, found.p_beyond(0.01)) == "undecided"
+    same = statistics.crossed_test(*ahead_by_ten(same=True))  # the seed changed no answer: the examples still count
+    assert same.by_seeds == pytest.approx(0, abs=1e-15)
+    assert same.error == pytest.approx(statistics.crossed_test(y, *(x[0] for x in ahead_by_ten(same=True)[1:])).error)
+    assert same.p > 0.2
+
+
+def test_the_bootstrap_spreads_as_the_influences_say() -> None:
+    y, a, b = made(6, n=3000)
+    bootstrap, exact = statistics.paired_bootstrap(y, a[0], b[0]), statistics.crossed_test(y, a[0], b[0])
+    assert bootstrap.difference == pytest.approx(exact.difference)
+    assert bootstrap.error == pytest.approx(exact.error, rel=0.03)
+    assert (bootstrap.low, bootstrap.high) == pytest.approx(exact.interval(), abs=0.2 * exact.error)
+
+
+def test_effect_size_is_d_z_with_hedges_correction() -> None:
+    d = np.array([0.01, 0.02, 0.03])
+    assert statistics.effect_size(d) == pytest.approx(2.0 * (1 - 3 / 7))
+    assert statistics.effect_size([0.01]) is None
+
+
+def comparison(
+    difference: float, by_seeds: float = 0.0, by_examples: float = 0.0, seeds: int = 1, examples: int = 10**6
+) -> statistics.Comparison:
+    return statistics.Comparison("mcc", difference, by_seeds, by_examples, seeds, examples)
+
+
+def test_p_values_reach_into_the_tails() -> None:
+    assert comparison(0.0, by_examples=1e-6).p == 1
+    assert comparison(0.01, by_examples=1e-6).p == pytest.approx(2 * scipy.stats.t.sf(10, 10**6 - 1), rel=1e-6)
+    assert comparison(1.0, by_examples=1e-9).p == 0
+    assert comparison(0.01, by_seeds=1e-6, seeds=4, examples=0).p == pytest.approx(2 * scipy.stats.t.sf(10, 3))
+
+
+def test_two_one_sided_tests_of_the_margin() -> None:
+    near, far = comparison(0.002, by_examples=0.004**2), comparison(0.013, by_examples=0.004**2)
+    assert near.p_beyond(0.01) == pytest.approx(scipy.stats.norm.sf(2), rel=1e-4)
+    assert far.p_beyond(0.01) == pytest.approx(1 - scipy.stats.norm.sf(0.75), rel=1e-4)
+
+
+def test_verdicts() -> None:
+    assert statistics.verdict(0.02, 0.001, 0.9) == "better"
+    assert statistics.verdict(-0.02, 0.05, 0.01) == "worse"
+    assert statistics.verdict(0.02, 0.2, 0.04) == "indistinguishable"
+    assert statistics.verdict(0.02, 0.2, 0.3) == "undecided"
+
+
+def test_power_is_that_of_the_normal_test_and_detectable_inverts_it() -> None:
+    found = comparison(0.0, by_examples=0.004**2)
+    z = 1.959964
+    theory = scipy.stats.norm.sf(z - 2.5) + scipy.stats.norm.cdf(-z - 2.5)
+    assert found.power(0.01) == pytest.approx(theory, abs=1e-4)
+    assert found.detectable() == pytest.approx(0.004 * (z + 0.841621), rel=1e-3)
+    assert found.power(found.detectable()) == pytest.approx(0.8)
+    assert comparison(0.0).power(0.01) == 1
+
+
+def test_power_over_seeds_is_that_of_the_t_test() -> None:
+    found = comparison(0.0, by_seeds=0.004**2, seeds=5, examples=0)
+    critical = scipy.stats.t.ppf(0.975, 4)
+    theory = scipy.stats.nct.sf(critical, 4, 2.5) + scipy.stats.nct.cdf(-critical, 4, 2.5)
+    assert found.power(0.01) == pytest.approx(theory, abs=1e-3)
+
+
+@pytest.mark.parametrize("S", [2, 3, 5])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 0.95, 1.0])
+def test_the_test_keeps_its_size_whatever_share_the_seeds_have(S: int, share: float) -> None:
+    """20,000 differences and variances drawn as they come about: a standard error of 0.15 % at 5 %."""
+    rng = np.random.default_rng(8)
+    difference = rng.normal(0, 1, 20_000)
+    by_seeds = share * rng.chisquare(S - 1, 20_000) / (S - 1)
+    critical = np.array([comparison(0, v, 1 - share, S, 5000).half_width() for v in by_seeds[:2000]])
+    # P(|difference| > critical) for each variance, exactly: no noise but that of the variances.
+    rejected = 2 * scipy.stats.norm.sf(critical).mean()
+    assert 0.005 <= rejected <= 0.053
+    assert difference.std() == pytest.approx(1, abs=0.02)
+
+
+def simulated(rng: np.random.Generator, S: int, spread: float, own: float, gain: float = 0.0) -> statistics.Comparison:
+    """Two methods over 1,000 examples: hard ones for all, hard ones for a method, better and worse seeds."""
+    y = rng.random(1000) < 0.37
+    ease = rng.normal(3.0, 2.3, 1000)
+    predicted = []
+    for lift in (gain, 0.0):
+        found = ease + own * rng.normal(size=1000) + 0.7 * rng.normal(size=(S, 1000)) + spread * rng.normal(size=(S, 1))
+        predicted.append(y ^ (found + lift < 0))
+    return statistics.crossed_test(y, *predicted)
+
+
+@pytest.mark.parametrize(("S", "spread", "own"), [(3, 0.0, 0.7), (3, 0.2, 0.7), (2, 0.2, 0.0), (5, 0.1, 0.7)])
+def test_under_no_difference_the_crossed_test_keeps_its_size(S: int, spread: float, own: float) -> None:
+    """400 comparisons: 5 % has a standard error of 1.1 %; scripts/simulate_tests runs 2,000 of 5,000 examples."""
+    rng = np.random.default_rng(8)
+    assert np.mean([simulated(rng, S, spread, own).p <= 0.05 for _ in range(400)]) <= 0.06
+
+
+def test_a_difference_is_found_with_the_power_that_theory_gives() -> None:
+    rng = np.random.default_rng(9)
+    found = [simulated(rng, 3, 0.05, 0.7, gain=0.4) for _ in range(400)]
+    truth = float(np.mean([each.difference for each in found]))
+    typical = comparison(
+        0.0, float(np.mean([x.by_seeds for x in found])), float(np.mean([x.by_examples for x in found])), 3, 1000
+    )
+    assert 0.3 < typical.power(truth) < 0.95
+    assert np.mean([x.p <= 0.05 for x in found]) == pytest.approx(typical.power(truth), abs=0.07)
+
+
+def test_mcnemar_rejects_as_often_as_it_should_and_finds_what_theory_says() -> None:
+    rng = np.random.default_rng(9)
+
+    def rejects(only_a: float, only_b: float) -> float:
+        draws = rng.multinomial(5000, [only_a, only_b, 1 - only_a - only_b], size=2000)
+        return float((statistics._mid_p(draws[:, 0], draws[:, 1]) <= 0.05).mean())
+
+    assert rejects(0.04, 0.04) == pytest.approx(0.05, abs=0.01)
+    assert rejects(0.045, 0.035) == pytest.approx(statistics.mcnemar_power(5000, 0.045, 0.035), abs=0.03)

@@ -1,0 +1,58 @@
+"""The hub is asked once; where it does not answer, or is switched off, nothing touches the network again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from lora_bench.files import hub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(autouse=True)
+def _unasked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.ask.cache_clear()
+    yield
+    hub.ask.cache_clear()
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """The requests made, each answered."""
+    made: list[tuple[str, object]] = []
+    session = SimpleNamespace(head=lambda url, timeout: made.append((url, timeout)))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    return made
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def head(*_: object, **__: object) -> None:
+        raise error
+
+    return head
+
+
+def test_switched_off_no_request_is_made(monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, object]]) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.ask() is False
+    assert requests == []
+
+
+def test_an_answer_is_remembered(requests: list[tuple[str, object]]) -> None:
+    assert [hub.ask(), hub.ask()] == [True, True]
+    assert requests == [(constants.ENDPOINT, hub._TIMEOUT_SECONDS)]
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("error", [OSError("unreachable"), TimeoutError(), RuntimeError("of some HTTP client")])
+def test_silence_switches_the_libraries_offline(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=failing(error)))
+    assert hub.ask() is False
+    assert constants.HF_HUB_OFFLINE is True

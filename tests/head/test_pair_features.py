@@ -1,0 +1,124 @@
+"""Matching: its features by hand, its start against scikit-learn, and members with it beside members without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+
+from lora_bench.data.batching import Batch
+from lora_bench.errors import Code
+from lora_bench.head.pair_features import RIDGE, Matching, pair_features, regression
+from tests.command_line import lora_bench, refused, toy_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ASKED = toy_run("trainer.max_steps=6", "trainer.batch_size=8", "adapter.matching=true")
+
+
+def test_features_are_those_of_two_mean_vectors_at_length_one() -> None:
+    hidden = torch.tensor([[[9.0, 9.0], [3.0, 0.0], [1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
+    first, second = torch.tensor([[0, 1, 1, 0, 0]]), torch.tensor([[0, 0, 0, 1, 0]])
+    assert pair_features(hidden, first, second).tolist()[0] == pytest.approx([0, 0, 2**0.5, 2**0.5])
+    same = pair_features(hidden, first, first)[0]
+    assert same.tolist() == pytest.approx([2, 0, 0, 0])  # D · u ⊙ u, and no difference
+    assert torch.isfinite(pair_features(hidden, first, 0 * second)).all()  # a text without tokens
+
+
+def test_it_begins_as_the_regression_on_the_cosine() -> None:
+    cosines = np.random.default_rng(0).uniform(-0.2, 1, 300)
+    labels = np.random.default_rng(1).random(300) < 1 / (1 + np.exp(-(6 * cosines - 3)))
+    slope, intercept = regression(torch.from_numpy(cosines), torch.from_numpy(labels))
+    reference = LogisticRegression(C=1 / (RIDGE * 300), tol=1e-9).fit(cosines[:, None], labels)
+    assert slope == pytest.approx(reference.coef_[0, 0], rel=1e-3)
+    assert intercept == pytest.approx(reference.intercept_[0], rel=1e-3)
+    matching = Matching(4, torch.device("cpu"))
+    features = torch.cat([torch.from_numpy(cosines)[:, None].repeat(1, 4), torch.ones(300, 4)], 1).float()
+    matching.begin(features, torch.from_numpy(labels))
+    added = matching(features)
+    odds = torch.from_numpy(reference.decision_function(cosines[:, None])).float()
+    torch.testing.assert_close(added[:, 1] - added[:, 0], odds, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(8), torch.ones(8), (torch.arange(8) > 3).float()])
+def test_the_regression_is_finite_where_labels_are_alike_or_told_apart(labels: torch.Tensor) -> None:
+    slope, intercept = regression(torch.linspace(0, 1, 8).double(), labels)
+    assert np.isfinite([slope, intercept]).all()
+    assert abs(slope) < 100
+
+
+def test_where_it_can_see_one_label_alone_it_begins_at_zero_and_the_record_says_so(in_tmp: Path) -> None:
+    for split in ("train", "validation"):
+        rows = "".join(f"what is {i}\twhy is {i}\t1\n" for i in range(24))
+        Path(f"{split}.tsv").write_text(f"question1\tquestion2\tlabel\n{rows}")
+    asked = [text for text in ASKED if not text.startswith("data")]
+    asked += ["data=pairs", "data.path=.", "data.selection_size=8", "adapter=enhanced", "hydra.run.dir=run"]
+    answer = lora_bench("train", *asked)
+    assert answer.code == 0, answer
+    warnings = json.loads(Path("run/run.json").read_text())["data"]["warnings"]
+    for key, data in (("adapter", ("16 ", "label 1", "init=kaiming")), ("adapter.matching", ("16 ", "label 1"))):
+        (warning,) = (text for text in warnings if text.startswith(f"{key}: "))
+        assert warning in " ".join(answer.out.split())
+        for datum in data:
+            assert datum in warning
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_roberta"])
+def test_texts_are_told_apart(backbone: Callable[..., Any], model: str) -> None:
+    made = backbone(model)
+    pairs = [("what is it", "why"), ("who", "what is it not")]
+    read = made.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    ids = read["input_ids"]
+    batch = Batch(ids, read["attention_mask"], read.get("token_type_ids"), None, full=False)
+    for row, (pair, first, second) in enumerate(zip(pairs, *made.texts(batch), strict=True)):
+        whole = made.tokenizer(*pair)["input_ids"]
+        end = 2 + len(made.tokenizer(pair[0], add_special_tokens=False)["input_ids"])
+        assert ids[row][first].tolist() == whole[:end]
+        assert ids[row][second].tolist() == whole[end:]
+
+
+def test_a_member_with_it_and_one_without_learn_what_they_learn_alone(in_tmp: Path) -> None:
+    answer = lora_bench("train", "-m", *ASKED, "adapter.matching=true,false", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert answer.code == 0, answer
+    for job in range(4):
+        alone = [f"adapter.matching={('true', 'false')[job // 2]}", f"seed={job % 2}", f"hydra.run.dir=alone{job}"]
+        assert lora_bench("train", *ASKED, *alone).code == 0
+        one, other = (json.loads(Path(f"{f}/run.json").read_text()) for f in (f"sweep/{job}", f"alone{job}"))
+        assert one["cost"]["pack_size"] == 4
+        assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
+        assert one["cost"]["train_flops"] == other["cost"]["train_flops"]
+        saved = load_file(f"sweep/{job}/adapter/adapter_model.safetensors")
+        assert ("base_model.model.matching.weight" in saved) == (job < 2)
+        size = 2 * 32 + 1 if job < 2 else 0
+        assert one["params"]["head"] - other["params"]["head"] == 0
+        assert (sum(t.numel() for n, t in saved.items() if ".matching." in n)) == size
+
+
+@pytest.mark.parametrize("method", ["full", "head_only", "adalora"])
+def test_every_method_takes_it_and_is_put_together_again(in_tmp: Path, method: str) -> None:
+    answer = lora_bench("train", *ASKED, f"adapter={method}", "hydra.run.dir=run")
+    assert answer.code == 0, answer
+    Path("pairs.tsv").write_text("question1\tquestion2\nwhat is it\twhy is it\n")
+    assert lora_bench("predict", "run=run", "input=pairs.tsv", "output=out.tsv").code == 0
+    answer = lora_bench("eval", "run=run", "data=toy", "data.validation_rows=16")
+    assert answer.code == 0, answer
+    error = refused("export", "run=run", "format=merged", "output=x")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "adapter.matching", "true")
+
+
+def test_it_is_refused_where_there_are_no_two_texts(in_tmp: Path) -> None:
+    error = refused("train", *(o for o in ASKED if "model=" not in o), "model=tiny_t5")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "adapter.matching", "true")
+    for split in ("train", "validation"):
+        Path(f"{split}.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 20)
+    single = [o for o in ASKED if not o.startswith("data")]
+    error = refused("train", *single, "data=pairs", "data.path=.", "data.text_columns=[sentence]")
+    assert (error.code, error.key, error.value) == (Code.CONFLICT, "adapter.matching", "true")
+    assert "'sentence'" in str(error)

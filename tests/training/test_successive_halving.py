@@ -1,0 +1,127 @@
+"""Who goes on: the share that the schedule says, the best of them, and each as if nobody had been stopped."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_bench.training import loop
+from lora_bench.training.signals import Interruption
+from lora_bench.training.successive_halving import live, losers, places
+from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_bench.adapters.pack.pack import Pack
+
+
+def test_of_eight_four_two_and_one_go_on() -> None:
+    changes = {step: places(step, 800) for step in range(2, 801) if places(step, 800) != places(step - 1, 800)}
+    assert {step: left for step, left in changes.items() if left <= 4} == {100: 4, 200: 2, 400: 1}
+
+
+def test_eight_take_two_and_a_half_times_what_one_does() -> None:
+    assert sum(live(8, 800)) == 8 * 100 + 4 * 100 + 2 * 200 + 400
+    assert live(3, 8) == [3, 3, 2, 2, 1, 1, 1, 1]
+    assert live(1, 3) == [1, 1, 1]
+
+
+@given(st.integers(1, 10_000))
+def test_fewer_and_fewer_go_on_and_one_is_left(steps: int) -> None:
+    found = [places(step, steps) for step in range(1, steps + 1)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 1
+
+
+SCORE = st.tuples(st.sampled_from([0.0, 0.1]) | st.floats(-1, 1), st.floats(0, 1))
+
+
+@given(st.dictionaries(st.integers(0, 50), SCORE, min_size=1), st.integers(1, 60))
+def test_the_best_go_on(scores: dict[int, tuple[float, float]], left: int) -> None:
+    stopped = losers(scores, left)
+    kept = scores.keys() - set(stopped)
+    assert len(kept) == min(left, len(scores))
+    assert all(scores[k] >= scores[other] for k in kept for other in stopped)
+
+
+def test_of_those_that_still_answer_all_alike_the_better_ranking_goes_on() -> None:
+    assert losers({0: (0.0, 0.4), 1: (0.0, 0.7), 2: (-0.1, 0.9), 3: (0.0, 0.6)}, 2) == [0, 2]
+
+
+SCORES = ((0.1, 0.9), (0.4, 0.5), (0.3, 0.6), (0.2, 0.5))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halving is told these, whatever the members score."""
+    judge = loop.judge
+
+    def judged(pack: Pack, member: int, *arguments: Any) -> dict[str, Any]:
+        line = judge(pack, member, *arguments)
+        assert line is not None
+        return line | {"metrics": dict(zip(("mcc", "auroc"), SCORES[member], strict=True))}
+
+    monkeypatch.setattr(loop, "judge", judged)
+
+
+def four() -> Pack:
+    return pack("bert", *((adapter("lora", "rank=2"), seed) for seed in range(4)))
+
+
+@pytest.mark.usefixtures("scripted")
+@pytest.mark.parametrize("eval_every", [4, 5])
+def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(eval_every: int) -> None:
+    """Also where halving looks at the selection split in between, which then chooses nothing and tries no patience."""
+    halved, whole = four(), four()
+    train, selection = tables(halved.backbone)
+    settings, stopped = trainer(16, eval_every=eval_every), []
+    outcomes = loop.fit(
+        halved, [optimizer()] * 4, settings, train, selection, halving=True, ended=lambda who: stopped.append([*who])
+    )
+    undisturbed = loop.fit(whole, [optimizer()] * 4, settings, train, selection)[1]
+    assert stopped == [[0, 3], [2], [1]]
+    assert [(outcome.status, outcome.steps) for outcome in outcomes] == [
+        ("stopped", 4),
+        ("done", 16),
+        ("stopped", 8),
+        ("stopped", 4),
+    ]
+    assert outcomes[1].without_gain == undisturbed.without_gain
+    assert outcomes[1].best is not None
+    assert undisturbed.best is not None
+    assert outcomes[1].best["step"] == undisturbed.best["step"]
+    halved.live = whole.live = [1]
+    np.testing.assert_allclose(loop.predict(halved, selection, 8), loop.predict(whole, selection, 8), atol=1e-6)
+    assert_close(halved.state(1), whole.state(1), atol=1e-6)
+
+
+@pytest.mark.usefixtures("scripted")
+def test_ctrl_c_in_the_step_that_stops_some_leaves_them_stopped() -> None:
+    halved, interruption, stopped = four(), Interruption(), []
+    train, selection = tables(halved.backbone)
+
+    class Impatient:
+        def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
+            interruption.asked = signal.SIGINT if step == 4 else None
+
+        def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(
+            halved,
+            [optimizer()] * 4,
+            trainer(16, eval_every=4),
+            train,
+            selection,
+            halving=True,
+            watcher=Impatient(),
+            ended=lambda who: stopped.append([*who]),
+            interruption=interruption,
+        )
+    assert stopped == [[0, 3]]
