@@ -35,9 +35,9 @@ from lora_bench.records.backfill import model_places
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_folder import Run, discard, file_name
 from lora_bench.run.finished_run import FinishedRun
-from lora_bench.training.loop import predict
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
+from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

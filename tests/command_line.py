@@ -20,7 +20,7 @@ from lora_bench.config.groups import COMMANDS
 from lora_bench.console.signals import ENDING_SIGNALS
 from lora_bench.errors import Code, UserError
 from lora_bench.run.recorder import Recorder
-from lora_bench.training import loop
+from lora_bench.training import model_selection
 from tests import messages
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def stopped_and_gone_on_with(
     patch: pytest.MonkeyPatch, sweep: Sequence[str], predictions: Sequence[int]
 ) -> list[Answer]:
     """A sweep in the folder `sweep` that Ctrl-C stops in these predictions, counted from 1, resumed until it ends."""
-    predict, calls = loop.predict, 0
+    predict, calls = model_selection.predict, 0
 
     def stopping(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
@@ -77,7 +77,7 @@ def stopped_and_gone_on_with(
             raise KeyboardInterrupt
         return predict(*arguments, **keywords)
 
-    patch.setattr(loop, "predict", stopping)
+    patch.setattr(model_selection, "predict", stopping)
     answers = [lora_bench("train", *sweep)]
     while answers[-1].code == 130:
         answers.append(lora_bench("train", "-m", "resume=sweep"))

@@ -170,7 +170,7 @@ def test_a_failed_run_exits_1_and_keeps_its_traceback(in_tmp: Path, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the cable\nwas pulled")
 
-    monkeypatch.setattr(train, "fit_courses", broken)
+    monkeypatch.setattr(train.PackTraining, "fit", broken)
     answer = lora_bench("train", *TOY_RUN, "hydra.run.dir=run")
     assert answer.code == 1
     log = in_tmp / "run" / "run.log"

@@ -25,12 +25,12 @@ from lora_bench.errors import Code
 from lora_bench.records.job import Job
 from lora_bench.run.finished_run import FinishedRun
 from lora_bench.train import train
-from lora_bench.training.loop import prepare
 from tests.adapters.peft_tools import CLASSES, CLOSE, bodies, in_peft, logits_of, on_folder
 from tests.adapters.tools import adapter, stir, tables, trainer
 from tests.backbones.tools import FORMS, held, random_batch, spread
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import SMALL_TOY, composed
+from tests.training.tools import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from lora_bench.evaluation.metrics import score
 from lora_bench.records.job import Job
 from lora_bench.records.run_folder import LAYOUT
 from lora_bench.run import inputs, recorder
-from lora_bench.training import loop
+from lora_bench.training import model_selection
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed
 
@@ -298,28 +298,31 @@ def test_the_backbone_is_bitwise_what_it_was(tmp_path: Path, monkeypatch: pytest
 def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     during: list[bool] = []
-    ask, fit = loop.predict, story.fit_courses
+    ask, fit = model_selection.predict, story.PackTraining.fit
 
     def counting(pack: Pack, table: Any, *more: Any) -> Any:
         asked.append(len(table))
         return ask(pack, table, *more)
 
     def fitting(*arguments: Any, **more: Any) -> Any:
-        (course,) = arguments[3]
-        assert {len(pairs.train) for pairs in course.tasks.values()} != {40}
-        assert {len(pairs.selection) for pairs in course.tasks.values()} == {12}
+        (training,) = arguments
+        (mixture,) = training.mixtures
+        assert {len(data.train) for data in mixture.tasks.values()} != {40}
+        assert {len(data.selection) for data in mixture.tasks.values()} == {12}
+        score = training.observer.ended
 
         def ended(members: Any) -> None:
             during.append(40 in asked)
-            more["ended"](members)
+            score(members)
 
-        return fit(*arguments, **{**more, "ended": ended})
+        training.observer.ended = ended
+        return fit(*arguments, **more)
 
-    monkeypatch.setattr(loop, "predict", counting)
+    monkeypatch.setattr(model_selection, "predict", counting)
     monkeypatch.setattr(recorder, "predict", counting)
-    monkeypatch.setattr(story, "fit_courses", fitting)
+    monkeypatch.setattr(story.PackTraining, "fit", fitting)
     run = trained(tmp_path / "run", *QUICK)
-    assert asked == [12, 12, 12, 40]  # the selection split once more, for its temperature
+    assert asked == [12, 12, 40]
     assert during == [False]
     assert [line["split"] for line in run.lines] == ["selection", "selection", "validation"]
 
@@ -373,7 +376,7 @@ def fails(error: BaseException) -> Callable[..., Any]:
 def test_however_a_run_ends_its_record_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str, words: str
 ) -> None:
-    monkeypatch.setattr(story, "fit_courses", fails(error))
+    monkeypatch.setattr(story.PackTraining, "fit", fails(error))
     folder = tmp_path / "run"
     with pytest.raises(type(error)):
         trained(folder, *QUICK)
@@ -543,15 +546,14 @@ def test_extra_metrics_are_recorded_beside_the_standard_ones(runs: Callable[...,
 
 def test_micro_batches_and_threads_reach_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    fit = story.fit_courses
+    fit = story.PackTraining.fit
 
-    def fitting(pack: Any, optimizers: Any, trainer: Any, *rest: Any, **more: Any) -> Any:
-        seen["trainer"] = trainer
-        return fit(pack, optimizers, replace(trainer, max_steps=1), *rest, **more)
+    def fitting(training: Any, **more: Any) -> Any:
+        seen["trainer"] = training.trainer
+        return fit(training, **more)
 
-    monkeypatch.setattr(story, "fit_courses", fitting)
+    monkeypatch.setattr(story.PackTraining, "fit", fitting)
     threads = torch.get_num_threads()
     run = trained(tmp_path / "run", *QUICK, "trainer.micro_batch_size=5", f"trainer.threads={threads}")
     assert seen["trainer"].micro_batch_size == 5
     assert run.record["environment"]["threads"] == threads
-    assert run.record["cost"]["steps"] == 1

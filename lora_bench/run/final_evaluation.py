@@ -16,7 +16,7 @@ from lora_bench.evaluation.metrics import mean_metrics, score
 from lora_bench.evaluation.stress_splits import score_besides
 from lora_bench.records.run_folder import Run, adapter_folders
 from lora_bench.records.task_folders import folder_of
-from lora_bench.training.loop import predict
+from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ Predicted: TypeAlias = "dict[str, tuple[NDArray[Any], float]]"
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainedTask:
     """One task of a run that is over, with those members at their best states that learned it."""
 
     pack: Pack
@@ -112,7 +112,7 @@ class Learned:
         run.note_files(path for folder in folders for path in folder.glob("*.safetensors"))
 
 
-def report_tasks(run: Run, learned: Mapping[str, Learned], sections: Mapping[str, dict[str, Any]]) -> None:
+def report_tasks(run: Run, learned: Mapping[str, TrainedTask], sections: Mapping[str, dict[str, Any]]) -> None:
     """Leave a folder for each task of a run, and in the run's own record their figures and means.
 
     Args:

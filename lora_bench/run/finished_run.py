@@ -17,8 +17,8 @@ from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_folder import adapter_folders, altered_notes
 from lora_bench.run.inputs import attach
 from lora_bench.run.settings import Experiment
-from lora_bench.training.loop import predict
 from lora_bench.training.precision import resolve_device
+from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ from lora_bench.evaluation.stress_splits import describe
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device, resolve_precision
-from lora_bench.training.task_mixture import Course, Pairs
+from lora_bench.training.task_mixture import TaskData, TaskMixture
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
     from lora_bench.config import schema
     from lora_bench.data.examples import Examples
+    from lora_bench.run.packed_run import PackedRun
     from lora_bench.run.settings import Experiment
 
 SEEDS_APART = 1_000_000
@@ -51,9 +52,9 @@ class Task:
         return [name for name in self.tables if name not in ("train", "selection")]
 
     @property
-    def pairs(self) -> Pairs:
+    def pairs(self) -> TaskData:
         """What training looks at."""
-        return Pairs(self.tables["train"], self.tables["selection"], self.swapped)
+        return TaskData(self.tables["train"], self.tables["selection"], self.swapped)
 
     def with_tables(self, tables: Mapping[str, TokenTable]) -> Task:
         """The same with other tables for some: the same pairs, with more known of them."""
@@ -91,7 +92,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Common:
+class SharedInputs:
     """What runs have in common that may be packed: the backbone, and the pairs as its tokens."""
 
     backbone: Backbone
@@ -121,21 +122,15 @@ class Common:
         """Tokens of the longest training pair."""
         return max(int(task.tables["train"].lengths.max()) for task in self.tasks.values())
 
-    def courses(self, experiments: Sequence[Experiment], parts: Sequence[Sequence[int]]) -> list[Course]:
-        """What the members of these runs learn: all the same, or each a task of its own.
-
-        Args:
-            experiments: one per run, alike in their tasks.
-            parts: the pack's members of each.
-        """
-        pairs = {name: task.pairs for name, task in self.tasks.items()}
-        first = experiments[0]
-        if first.own_adapters:
-            return [Course([part[i] for part in parts], {name: pairs[name]}) for i, name in enumerate(pairs)]
-        return [Course([k for part in parts for k in part], pairs, first.data.temperature)]
+    def mixtures(self, runs: Sequence[PackedRun]) -> list[TaskMixture]:
+        """Return what the members of these runs learn: all the same tasks, or each a task of its own."""
+        data = {name: task.pairs for name, task in self.tasks.items()}
+        if runs[0].experiment.own_adapters:
+            return [TaskMixture([run.numbers[i] for run in runs], {name: data[name]}) for i, name in enumerate(data)]
+        return [TaskMixture([k for run in runs for k in run.numbers], data, runs[0].experiment.data.temperature)]
 
     @classmethod
-    def load(cls, experiment: Experiment) -> Common:
+    def load(cls, experiment: Experiment) -> SharedInputs:
         """What the experiment shares with others.
 
         Raises:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_bench.adapters.pack.pack import Pack
-    from lora_bench.run.inputs import Common
+    from lora_bench.run.inputs import SharedInputs
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
         return self.finished.targets
 
     @classmethod
-    def of(cls, experiment: Experiment, common: Common) -> Source | None:
+    def of(cls, experiment: Experiment, common: SharedInputs) -> Source | None:
         """What the experiment asks to begin from; None where it begins anew.
 
         Raises:

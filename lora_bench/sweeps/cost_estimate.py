@@ -21,13 +21,13 @@ from lora_bench.console.format import duration, human
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
-from lora_bench.run.inputs import Common
+from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.packing import grouped, known_ranks, needs, sized
 from lora_bench.sweeps.workers import Workers, cut
 from lora_bench.train import prefix_of
 from lora_bench.training.dummy_step import probe_step
-from lora_bench.training.loop import prepare
+from lora_bench.training.loop import prepare_task
 from lora_bench.training.rehearsal import Estimate, estimate
 from lora_bench.training.successive_halving import live
 
@@ -95,7 +95,7 @@ def show(job: Job, console: Console) -> None:
         UserError: the request cannot be met.
     """
     experiment = Experiment.build(job.cfg)
-    common = Common.load(experiment)
+    common = SharedInputs.load(experiment)
     found = expect(experiment, common)
     members = experiment.ensemble.size
     whole = _together([job], [experiment], common, {_kind(experiment): found}, set(), console)
@@ -112,21 +112,21 @@ def show(job: Job, console: Console) -> None:
     console.print(table)
 
 
-def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
+def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
     """What the experiment's run, or one member of its ensemble, would cost alone, preparation with training."""
     if experiment.tasks:
         remedy = "Estimate each by itself: data=NAME dry_run=true."
         raise UserError(
             "is known of one task at a time", key="dry_run", value="true", remedy=remedy, code=Code.UNSUPPORTED
         )
-    common = common or Common.load(experiment)
+    common = common or SharedInputs.load(experiment)
     (task,) = common.tasks.values()
     reset_peak_memory(common.backbone.device)
     pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed)])
     try:
         began = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
-            prepare(pack, experiment.trainer, task.tables["train"])
+            prepare_task(pack, experiment.trainer, task.tables["train"])
         seconds = time.perf_counter() - began
         prefix, shown_often = prefix_of(common, task, experiment.trainer)
         kept = prefix.keeps(pack, shown_often)
@@ -156,7 +156,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
     kinds: dict[str, Estimate] = {}
     for group in grouped(jobs):
         try:
-            common = Common.load(group.experiments[0])
+            common = SharedInputs.load(group.experiments[0])
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
             depths: set[int] = set()
             for part in cut(group, most):
@@ -173,7 +173,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
 def _together(
     jobs: Sequence[Job],
     experiments: Sequence[Experiment],
-    common: Common,
+    common: SharedInputs,
     kinds: dict[str, Estimate],
     depths: set[int],
     console: Console,
@@ -207,7 +207,7 @@ def _kind(experiment: Experiment) -> str:
     return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
 
 
-def _shared(experiments: Sequence[Experiment], common: Common) -> float:
+def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:
     """The share of the members' arithmetic that they do once for all."""
     found = [(member, each.adapter) for each in experiments for member in each.members()]
     if len(found) == 1 or len({member.seed_of("order") for member, _ in found}) > 1:

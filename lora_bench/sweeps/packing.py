@@ -12,7 +12,7 @@ from lora_bench.console.progress import Display
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import Run
-from lora_bench.run.inputs import Common
+from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.train import train_pack
 from lora_bench.training.checkpoint import Checkpoints
@@ -70,7 +70,7 @@ def run(
             so = ", so pack.halving does not stop it" if halving else ""
             console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
         try:
-            common = Common.load(group.experiments[0])
+            common = SharedInputs.load(group.experiments[0])
             packs = sized(group, common, ended, sharing)
         except Exception as error:
             for job in group.jobs:
@@ -134,7 +134,7 @@ class Need:
 
 
 def sized(
-    group: Group, common: Common, ended: Callable[[Job, Exception | None], None], sharing: int = 1
+    group: Group, common: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
 ) -> list[list[Job]]:
     """The group's jobs in packs that this process's share of the memory takes; jobs that do not fit the backbone end
     here.
@@ -169,7 +169,7 @@ def _within_memory(
     most: int | None,
     asked_bound: int | None,
     free: float,
-    common: Common,
+    common: SharedInputs,
     ended: Callable[[Job, Exception | None], None],
 ) -> list[list[Job]]:
     bound = asked_bound or free
@@ -200,7 +200,7 @@ def _within_memory(
     return packs
 
 
-def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
+def known_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
     """Ranks that let a pack measure the adapter without its start, which may be costly.
 
     Raises:
@@ -212,7 +212,7 @@ def known_ranks(adapter: Adapter, common: Common) -> dict[str, int]:
         raise error.under("adapter") from None
 
 
-def needs(common: Common, experiment: Experiment) -> Need:
+def needs(common: SharedInputs, experiment: Experiment) -> Need:
     """What the job's members need.
 
     Raises:
@@ -235,7 +235,7 @@ def needs(common: Common, experiment: Experiment) -> Need:
 
 def _train(
     jobs: list[Job],
-    common: Common,
+    common: SharedInputs,
     console: Console,
     ended: Callable[[Job, Exception | None], None],
     display: Shows,
@@ -246,7 +246,7 @@ def _train(
         console.print()
         console.print(shown(jobs[0].title, style="bold"))
     try:
-        errors = train_pack(jobs, console=console, common=common, brief=True, display=display, sharing=sharing)
+        errors = train_pack(jobs, console=console, inputs=common, brief=True, display=display, sharing=sharing)
     except Exception as error:
         if len(jobs) == 1:
             ended(jobs[0], error)

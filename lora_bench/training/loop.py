@@ -1,10 +1,10 @@
 """The training loop: a pack of K members, trained together, each as it would be alone.
 
-for every batch:  forward once, one loss per member, backward; then per member clip, hooks, step
-                  (members that learn tasks of their own have batches of their own, one after the other in each step)
-when due:         score the selection split, keep each member's best state, stop whom it no longer helps; checkpoint
+for every step:   forward once, one loss per member, backward; then per member clip, hooks, AdamW, weight average
+                  (members that learn different tasks have batches of their own, one after the other in each step)
+when due:         score the selection split, keep each member's best state, stop early; halve; save checkpoints
 
-What goes wrong with one member is its own end, and nobody else's; who has ended is computed no more.
+A failure of one member ends that member alone. Members that have ended are not computed any more.
 """
 
 from __future__ import annotations
@@ -12,76 +12,265 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-
-from lora_bench.data.batching import evaluation_batches, micro_batches
 from lora_bench.errors import LostFolderError, RunFailedError
 from lora_bench.training import head_initialisation
 from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.member_run import MemberRun, isolate_failure
 from lora_bench.training.micro_batching import in_portions
-from lora_bench.training.model_selection import Look, judge
-from lora_bench.training.optim import make_optimizer, set_rate
-from lora_bench.training.successive_halving import losers, places
-from lora_bench.training.task_mixture import Course, Pairs, steps_asked
-from lora_bench.training.training_state import Outcome, TrainingState, contained, diverge
-from lora_bench.training.weight_averaging import Average, averaged
+from lora_bench.training.model_selection import evaluate_members, update_best
+from lora_bench.training.successive_halving import eliminated, survivors
+from lora_bench.training.task_mixture import TaskData, TaskMixture, steps_asked
+from lora_bench.training.training_state import gather
+from lora_bench.training.weight_averaging import averaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-    from torch import Tensor
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Metric, Optimizer, Trainer
-    from lora_bench.data.batching import Batch
     from lora_bench.data.tokenization import TokenTable
     from lora_bench.evaluation.cost import FlopModel
-    from lora_bench.training.checkpoint import Checkpoint, Checkpoints
+    from lora_bench.training.member_run import MemberProgress
     from lora_bench.training.signals import Interruption
 
 
-class Watcher(Protocol):
-    """Who is told how training goes: the progress display and the record."""
+class Observer(Protocol):
+    """Follows the training: the record and the progress display."""
 
-    def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None: ...
+    def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
+        """A step was made: the loss of each active member, and the pairs of its batches."""
 
-    def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
+    def evaluated(self, member: int, line: dict[str, Any]) -> None:
+        """A member was evaluated on the selection split; `line` is for its log."""
+
+    def ended(self, members: Sequence[int]) -> None:
+        """These members have just ended; those that did not fail are at their best state."""
 
 
 def total_steps(trainer: Trainer, pairs: int) -> int:
-    """Optimizer updates that the settings ask for, on so many training pairs of one task."""
+    """Return the optimizer updates that the settings ask for, on so many training pairs of one task."""
     return steps_asked(trainer, math.ceil(pairs / trainer.batch_size))
 
 
-def prepare(pack: Pack, trainer: Trainer, train: TokenTable, members: Sequence[int] | None = None) -> list[str]:
-    """Let the methods of members (null: of all) look at training batches before the first step: starts and ranks.
+def prepare(
+    pack: Pack, trainer: Trainer, mixtures: Sequence[TaskMixture], members: Iterable[int] | None = None
+) -> list[str]:
+    """Initialise adapters, ranks and pair features from training batches, where a member's settings ask for it.
+
+    Args:
+        pack: before its first step.
+        trainer: gives the batch size.
+        mixtures: what the members learn.
+        members: whom to prepare; None: all.
 
     Returns:
-        What the record should say of those that the batches told too little.
+        Notes for the record on initialisations that had too few pairs.
     """
-    return prepare_courses(pack, trainer, [Course(range(pack.size), {"": Pairs(train, train)})], members)
+    chosen = range(pack.size) if members is None else list(members)
+    notes: list[str | None] = []
+    for mixture in mixtures:
+        for k in (k for k in mixture.members if k in chosen):
+            with pack.only([k]):
+                own = mixture.before(k)
+                notes.append(pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size)))
+                notes.append(head_initialisation.begin(pack, k, own.batches(pack, trainer.batch_size)))
+    return [note for note in notes if note]
 
 
-def prepare_courses(
-    pack: Pack, trainer: Trainer, courses: Sequence[Course], members: Sequence[int] | None = None
-) -> list[str]:
-    """The same where members learn tasks of their own, or several."""
-    told: list[str | None] = []
-    for course in courses:
-        for k in course.members:
-            if members is None or k in members:
-                with pack.only([k]):
-                    own = course.before(k)
-                    told.append(pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size)))
-                    told.append(head_initialisation.begin(pack, k, own.batches(pack, trainer.batch_size)))
-    return [each for each in told if each]
+class MixtureSteps:
+    """Training steps on one task mixture: its batches, and the gradients that they give the members who learn it."""
+
+    def __init__(
+        self, pack: Pack, mixture: TaskMixture, members: Sequence[MemberRun], trainer: Trainer, first_step: int
+    ) -> None:
+        self.pack, self.mixture, self.trainer = pack, mixture, trainer
+        self.members = [members[k] for k in mixture.members]
+        self.backward = mixture.backward(pack, trainer)
+        batches = mixture.batches(pack, trainer.batch_size, self.backward.multiple)
+        self.batches = islice(batches, first_step - 1, None)
+
+    def step(self, step: int, processes: Processes) -> tuple[dict[int, float], int]:
+        """Make one update of every running member.
+
+        Returns:
+            Each one's loss, and the pairs of its batch; no losses where all members of the mixture have ended.
+        """
+        pack, learning = self.pack, [member for member in self.members if member.is_running]
+        if not learning:
+            return {}, 0
+        numbers = [member.index for member in learning]
+        began = time.perf_counter()
+        with pack.only(numbers):
+            batch = next(self.batches).of([self.mixture.members.index(k) for k in numbers])
+            losses = dict.fromkeys(numbers, 0.0)
+            if (share := processes.share(batch)) is not None:
+                work = partial(self.backward, share, batch.pairs)
+                losses = in_portions(pack, share, self.trainer.micro_batch_size, work)
+            learned = (p for k in numbers for p in pack.trainable(k, batch.head).values())
+            losses = processes.add_up(learned, losses)
+        for member in learning:
+            with isolate_failure(member.progress):
+                member.optimizer_step(step, losses[member.index])
+        seconds = time.perf_counter() - began
+        for member, padding in zip(learning, batch.padding(len(learning)), strict=True):
+            member.count(step, batch, padding, seconds)
+        return losses, batch.pairs
+
+
+class PackTraining:
+    """A pack in training: K members, the task mixtures that they learn, and who follows them.
+
+    Args:
+        pack: K members on one backbone, prepared.
+        members: one per member of the pack, at the same step; only running ones are trained.
+        mixtures: what they learn; each member is in one of them.
+        trainer: durations, micro-batches and objective, shared by all members.
+        metrics: further metrics to log.
+        observer: who follows the training.
+        interruption: whether a signal asked to stop: then the step is completed, the state saved, and it acts.
+        processes: those that share each batch; all make the same steps.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        members: Sequence[MemberRun],
+        mixtures: Sequence[TaskMixture],
+        trainer: Trainer,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        observer: Observer | None = None,
+        interruption: Interruption | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.pack, self.members, self.mixtures, self.trainer = pack, members, mixtures, trainer
+        self.metrics, self.observer = metrics or {}, observer
+        self.interruption, self.processes = interruption, processes
+        self.last_step = max(member.schedule.last_step for member in members)
+
+    def fit(self, *, halving: bool = False) -> None:
+        """Train every running member, and leave it at its best selection MCC; of several tasks at the best mean.
+
+        Args:
+            halving: stop the worse half of the members at an eighth, a quarter and half of the steps.
+        """
+        pack, first_step = self.pack, 1 + max(member.progress.steps for member in self.members)
+        steps_of = [MixtureSteps(pack, mixture, self.members, self.trainer, first_step) for mixture in self.mixtures]
+        pack.train()
+        self.end(member for member in self.members if member.progress.status == "done")  # before the interruption
+        for step in range(first_step, self.last_step + 1):
+            active = self.running()
+            if not active:
+                break
+            losses: dict[int, float] = {}
+            pairs = 0
+            for mixture_steps in steps_of:
+                own, seen = mixture_steps.step(step, self.processes)
+                losses |= own
+                pairs += seen
+            if self.observer:
+                self.observer.stepped(step, losses, pairs)
+            losing = self.evaluate(step, halving)
+            for member in self.running():
+                if step == member.schedule.last_step < self.last_step:  # others have more to learn
+                    member.progress.status = "done"
+            # From here on all processes know of the same signals; a later one is acted on after the next step.
+            signal = self.processes.any_asked(self.interruption.asked) if self.interruption else None
+            self.save(step, active, needed=signal is not None or bool(losing))
+            losing = [member for member in losing if member.is_running]
+            for member in losing:
+                member.progress.status = "stopped"
+            self.end(losing)
+            if self.interruption and signal is not None:
+                self.interruption.act(signal)
+            self.end(member for member in active if member.progress.status not in ("running", "stopped"))
+        remaining = self.running()
+        for member in remaining:
+            member.progress.status = "done"
+        self.end(remaining)
+        pack.eval()
+
+    def running(self) -> list[MemberRun]:
+        """Return the members that still train; the pack computes these alone from here on."""
+        running = [member for member in self.members if member.is_running]
+        self.pack.live = [member.index for member in running]
+        return running
+
+    def evaluate(self, step: int, halving: bool) -> list[MemberRun]:
+        """Evaluate the members whose evaluation is due, keep their best states, and stop those that gain no more.
+
+        Returns:
+            The members that halving eliminates.
+        """
+        running = self.running()
+        left = survivors(step, self.last_step)
+        is_crowded = halving and step < self.last_step and len(running) > left
+        due = [member for member in running if member.schedule.evaluation_due(step)]
+        evaluated = running if is_crowded else due
+        if not evaluated:
+            return []
+        ranking: dict[int, tuple[float, float]] = {}
+        numbers = [member.index for member in evaluated]
+        with averaged(member.average for member in evaluated):
+            results = evaluate_members(self.pack, self.mixtures, numbers, self.trainer.eval_batch_size, self.processes)
+            for member in evaluated:
+                with isolate_failure(member.progress):
+                    # An evaluation that only halving asks for chooses no state: without halving there would be none.
+                    may_choose = member in due and member.ranks_are_final(step)
+                    line = update_best(member, step, results[member.index], self.metrics, may_choose=may_choose)
+                    if line is not None:
+                        ranking[member.index] = line["metrics"]["mcc"], line["metrics"]["auroc"] or 0.0
+                        if self.observer:
+                            self.observer.evaluated(member.index, line)
+                    self.stop_early(member)
+        if not is_crowded:
+            return []
+        still_running = {member.index: ranking[member.index] for member in self.running()}
+        return [self.members[k] for k in eliminated(still_running, left)]
+
+    def stop_early(self, member: MemberRun) -> None:
+        """End a member that gained nothing for `early_stopping_patience` evaluations, or that reached `stop_at`."""
+        progress, patience, target = member.progress, self.trainer.early_stopping_patience, self.trainer.stop_at
+        if patience is not None and progress.without_gain >= patience:
+            progress.status = "done"
+        if target is not None and progress.best and progress.best["metrics"]["mcc"] >= target:
+            progress.status = "done"
+
+    def save(self, step: int, active: Sequence[MemberRun], *, needed: bool) -> None:
+        """Save checkpoints if they are due, or if a member ends here: its scoring may be interrupted.
+
+        Args:
+            step: the update that was made.
+            active: the members that made it.
+            needed: a signal or an elimination asks for checkpoints, so a failure to write them is the member's end.
+        """
+        every = self.trainer.checkpoint_every or max(member.schedule.eval_every for member in self.members)
+        needed = needed or step % every == 0
+        ending = [member for member in active if member.progress.status == "done"]
+        if needed or ending or step == self.last_step:
+            alive = {member.index for member in [*self.running(), *ending]}
+            for member in self.members:
+                if member.checkpoints and not alive.isdisjoint(member.siblings):
+                    with isolate_failure(member.progress):
+                        try:
+                            member.checkpoints.save(step, *gather(member))
+                        except RunFailedError as error:
+                            if needed or isinstance(error, LostFolderError):
+                                raise  # else what was learned can still be scored and saved
+
+    def end(self, members: Iterable[MemberRun]) -> None:
+        """Put members that have ended at their best state and tell the observer, who scores them."""
+        ended = list(members)
+        for member in ended:
+            member.load_best()
+        if ended and self.observer:
+            is_scored = any(member.progress.status == "done" for member in ended)  # it takes time: signals act at once
+            with self.interruption.lifted() if self.interruption and is_scored else nullcontext():
+                self.observer.ended([member.index for member in ended])
 
 
 def fit(
@@ -92,250 +281,32 @@ def fit(
     selection: TokenTable,
     *,
     swapped: TokenTable | None = None,
-    **more: Any,
-) -> list[Outcome]:
-    """`fit_courses` where all members learn one task: its pairs, what choices are made on, and pairs exchanged."""
-    return fit_courses(
-        pack, optimizers, trainer, [Course(range(pack.size), {"": Pairs(train, selection, swapped)})], **more
-    )
-
-
-def fit_courses(
-    pack: Pack,
-    optimizers: Sequence[Optimizer],
-    trainer: Trainer,
-    courses: Sequence[Course],
-    *,
-    outcomes: list[Outcome] | None = None,
-    runs: Sequence[Sequence[int]] | None = None,
-    flop_models: Sequence[FlopModel] | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-    watcher: Watcher | None = None,
-    ended: Callable[[Sequence[int]], None] | None = None,
-    checkpoints: Sequence[Checkpoints] | None = None,
-    begun: Sequence[Checkpoint] | None = None,
-    interruption: Interruption | None = None,
-    processes: Processes = ALONE,
-    halving: bool = False,
-) -> list[Outcome]:
-    """Train every member of the pack and leave it at its best selection MCC, of several tasks at the best mean.
+    flop_models: Sequence[FlopModel] = (),
+    observer: Observer | None = None,
+) -> list[MemberProgress]:
+    """Train a pack on one task without records, as benchmarks do.
 
     Args:
         pack: K members on one backbone, prepared.
-        optimizers: one setting per member.
-        trainer: durations, portions and objective; shared by all members.
-        courses: what they learn, each member in one of them.
-        outcomes: what has become of the members so far; only those that are running are trained.
-        runs: members that make one run together; checkpoints are left for all while one of them trains. None: each
-            member is a run.
-        flop_models: FLOPs of one training step of each member, if they are to be counted.
-        metrics: extra metrics to log.
-        watcher: who is told.
-        ended: called with members that have just ended; those that did not fail are at their best state.
-        checkpoints: where to leave each member's state, as often as the settings say.
-        begun: the states of one step to go on from, one per member; the pack has its ranks.
-        interruption: whether someone asked to stop: the step is ended, the state left, and then it acts.
-        processes: those that share each batch; all go through the same steps.
-        halving: stop the worse half of the members at an eighth, a quarter and the half of the steps (halving.py).
+        optimizers: settings of each member's optimizer.
+        trainer: durations, micro-batches and objective.
+        train: the pairs to learn from.
+        selection: the pairs on which the best state is chosen.
+        swapped: second views of the training pairs, if the objective has any.
+        flop_models: FLOPs of a training step of each member, if they are to be counted.
+        observer: who follows the training.
 
     Returns:
-        One outcome per member; those that diverged or failed are among them, and do not disturb the others.
+        The progress of each member; those that diverged or failed are among them.
     """
-    members = range(pack.size)
-    course_of = {k: course for course in courses for k in course.members}
-    per_epoch = [course_of[k].steps_per_epoch(trainer.batch_size) for k in members]
-    last_step = [course_of[k].steps(trainer) for k in members]
-    look_every = [trainer.eval_every or of_epoch for of_epoch in per_epoch]
-    steps = max(last_step)
-    outcomes = outcomes or [Outcome() for _ in members]
-    runs = runs or [[k] for k in members]
-    adamw = [make_optimizer(settings, pack, k) for k, settings in enumerate(optimizers)]
-    averages = [Average(pack.trainable(k).values(), trainer.average) for k in members]
-    state = TrainingState(pack, outcomes, adamw, averages)
-    for k, checkpoint in enumerate(begun or ()):
-        if outcomes[k].status == "running":
-            state.put_back(k, checkpoint)
-            if outcomes[k].status == "done":  # before others of its run
-                pack.load_state(k, outcomes[k].state)
-    first = begun[0].step + 1 if begun else 1
-    passes = [course.backward(pack, trainer) for course in courses]
-    batches = [
-        islice(course.batches(pack, trainer.batch_size, backward.multiple), first - 1, None)
-        for course, backward in zip(courses, passes, strict=True)
-    ]
-    pack.train()
-
-    def running() -> list[int]:
-        return [k for k in members if outcomes[k].status == "running"]
-
-    def end(left: Sequence[int]) -> None:
-        for k in left:
-            if outcomes[k].state:
-                pack.load_state(k, outcomes[k].state)
-        if left and ended:
-            scored = any(outcomes[k].status == "done" for k in left)  # which takes time: a signal acts at once
-            with interruption.lifted() if interruption and scored else nullcontext():
-                ended(left)
-
-    end([k for k in members if outcomes[k].status == "done"])  # resumed after their last step: only to be scored
-    for step in range(first, steps + 1):
-        live = pack.live = running()
-        if not live:
-            break
-        told: dict[int, float] = {}
-        pairs = 0
-        for course, backward, stream in zip(courses, passes, batches, strict=True):
-            learning = [k for k in course.members if k in live]
-            if not learning:
-                continue
-            with pack.only(learning):
-                began = time.perf_counter()
-                batch = next(stream).of([course.members.index(k) for k in learning])
-                losses = dict.fromkeys(learning, 0.0)
-                if (own := processes.share(batch)) is not None:
-                    work = partial(backward, own, batch.pairs)
-                    losses = in_portions(pack, own, trainer.micro_batch_size, work)
-                learned = (p for k in learning for p in pack.trainable(k, batch.head).values())
-                losses = processes.add_up(learned, losses)
-            for k in learning:
-                with contained(outcomes[k]):
-                    if not math.isfinite(losses[k]):
-                        diverge(outcomes[k], step, f"loss {losses[k]} is not finite")
-                        continue
-                    norm = clip(pack, k, optimizers[k])
-                    if not math.isfinite(norm):
-                        diverge(outcomes[k], step, f"gradient norm {norm} is not finite")
-                        continue
-                    adapter, updates = pack.members[k].adapter, pack.updates[k]
-                    set_rate(adamw[k], optimizers[k], step, last_step[k])
-                    adapter.before_step(updates, step, last_step[k])
-                    adamw[k].step()
-                    adapter.after_step(updates, step, last_step[k])
-                    adamw[k].zero_grad(set_to_none=True)
-                    if adapter.settled(step, last_step[k]):
-                        averages[k].add()
-            seconds = time.perf_counter() - began
-            B, T = batch.pairs, batch.input_ids.shape[1]
-            for k, padding in zip(learning, batch.padding(len(learning)), strict=True):
-                outcomes[k].steps = step
-                outcomes[k].seconds += seconds
-                outcomes[k].pairs += B
-                outcomes[k].tokens += batch.orders * B * T
-                outcomes[k].padding += padding
-                outcomes[k].flops += flop_models[k](batch.orders * B, T) if flop_models else 0.0
-            told |= losses
-            pairs += B
-        if watcher:
-            watcher.stepped(step, told, pairs)
-
-        pack.live = running()
-        due = [k for k in pack.live if step % look_every[k] == 0 or step == last_step[k]]
-        crowded = halving and step < steps and len(pack.live) > places(step, steps)
-        losing: list[int] = []
-        looking = pack.live if crowded else due
-        if looking:
-            found: dict[int, tuple[float, float]] = {}
-            with averaged(averages[k] for k in looking):
-                for k, look in _look(pack, courses, looking, trainer.eval_batch_size, processes).items():
-                    with contained(outcomes[k]):
-                        # A look that only halving asks for chooses no state: without it there would have been none.
-                        settled = k in due and pack.members[k].adapter.settled(step, last_step[k])
-                        at = {"step": step, "epoch": round(step / per_epoch[k], 4)}
-                        line = judge(pack, k, outcomes[k], look, at, settled, metrics or {})
-                        if line is not None:
-                            found[k] = line["metrics"]["mcc"], line["metrics"]["auroc"] or 0.0
-                            if watcher:
-                                watcher.evaluated(k, line)
-                        patience = trainer.early_stopping_patience
-                        if patience is not None and outcomes[k].without_gain >= patience:
-                            outcomes[k].status = "done"
-                        best = outcomes[k].best
-                        if trainer.stop_at is not None and best and best["metrics"]["mcc"] >= trainer.stop_at:
-                            outcomes[k].status = "done"
-            if crowded:
-                losing = losers({k: found[k] for k in running()}, places(step, steps))
-        for k in running():
-            if step == last_step[k] < steps:  # others have more to learn
-                outcomes[k].status = "done"
-        # What all have heard of: a signal that comes from here on is acted on after the next step, by all of them.
-        asked = processes.any_asked(interruption.asked) if interruption else None
-        ending = [k for k in live if outcomes[k].status == "done"]
-        needed = asked is not None or losing or step % (trainer.checkpoint_every or max(look_every)) == 0
-        if checkpoints and (needed or ending or step == steps):
-            # Who loses too: it can be gone on with; and who ends: what stops the scoring costs no step.
-            going_on = {*running(), *ending}
-            for k in (k for run in runs if not going_on.isdisjoint(run) for k in run):
-                with contained(outcomes[k]):
-                    try:
-                        checkpoints[k].save(step, *state.gather(k))
-                    except RunFailedError as error:
-                        if needed or isinstance(error, LostFolderError):
-                            raise  # else what was learned can be scored and saved, if nothing stops that
-        for k in losing:
-            if outcomes[k].status == "running":
-                outcomes[k].status = "stopped"
-        end([k for k in losing if outcomes[k].status == "stopped"])
-        if interruption and asked is not None:
-            interruption.act(asked)
-        end([k for k in live if outcomes[k].status not in ("running", "stopped")])
-
-    last = running()
-    for k in last:
-        outcomes[k].status = "done"
-    end(last)
-    pack.eval()
-    return outcomes
+    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, swapped)})
+    members = [MemberRun.start(pack, k, settings, mixture, trainer) for k, settings in enumerate(optimizers)]
+    for member, model in zip(members, flop_models, strict=False):
+        member.flop_model = model
+    PackTraining(pack, members, [mixture], trainer, observer=observer).fit()
+    return [member.progress for member in members]
 
 
-@torch.no_grad()
-def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
-    """P(label 1) of every row for every live member: (K, N), in the table's order. Leaves the pack's mode as it was.
-
-    Of a table with its pairs exchanged, the mean of both orders.
-    """
-    if table.exchanged is not None:
-        one, other = replace(table, exchanged=None), table.exchanged
-        return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
-    scores = np.zeros((len(pack.live), len(table)))
-    mode = pack.training
-    pack.eval()
-    batches = evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id)
-    for rows, batch in processes.shared_rows(batches):
-        logits = in_portions(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
-        scores[:, rows] = torch.sigmoid(logits[..., 1] - logits[..., 0]).cpu().numpy()
-    pack.train(mode)
-    return processes.gather(scores)
-
-
-def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
-    """(K, B, 2), `pairs` of the B pairs at a time."""
-    return torch.cat([pack(micro.to(pack.backbone.device)) for micro in micro_batches(batch, pairs)], dim=1)
-
-
-def clip(pack: Pack, member: int, settings: Optimizer) -> float:
-    """The member's gradient norm before clipping; torch's own `clip_grad_norm_` calls an operator per parameter."""
-    gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) if gradients else 0.0
-    if settings.grad_clip_norm is not None and norm > settings.grad_clip_norm:
-        torch._foreach_mul_(gradients, settings.grad_clip_norm / (norm + 1e-6))
-    return norm
-
-
-def _look(
-    pack: Pack, courses: Sequence[Course], members: Sequence[int], batch_size: int, processes: Processes
-) -> dict[int, Look]:
-    found = {}
-    for course in courses:
-        looking = [k for k in course.members if k in members]
-        if not looking:
-            continue
-        began = time.perf_counter()
-        with pack.only(looking):
-            scores = {
-                name: predict(pack, pairs.selection, batch_size, processes) for name, pairs in course.tasks.items()
-            }
-        seconds = time.perf_counter() - began
-        labels = {name: p.selection.labels for name, p in course.tasks.items() if p.selection.labels is not None}
-        for i, k in enumerate(looking):
-            found[k] = Look({name: of_all[i] for name, of_all in scores.items()}, labels, seconds)
-    return {k: found[k] for k in members}
+def prepare_task(pack: Pack, trainer: Trainer, train: TokenTable) -> list[str]:
+    """Initialise all members from the training pairs of one task, where their settings ask for it: see `prepare`."""
+    return prepare(pack, trainer, [TaskMixture(range(pack.size), {"": TaskData(train, train)})])

@@ -1,28 +1,32 @@
-"""A look at the selection split: what a member says of it, and what follows for its best state."""
+"""Evaluation of the selection split: scores of each member, and which of its states is the best."""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import mean_metrics, score
-from lora_bench.training.training_state import diverge
+from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.member_run import diverge
+from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Metric
-    from lora_bench.training.training_state import Outcome
+    from lora_bench.training.member_run import MemberRun
+    from lora_bench.training.task_mixture import TaskMixture
 
 
 @dataclass(frozen=True)
-class Look:
+class EvaluationResult:
     """P(label 1) and labels of the selection split of each task that a member learns, and the seconds taken."""
 
     scores: dict[str, NDArray[np.float64]]
@@ -30,36 +34,57 @@ class Look:
     seconds: float
 
 
-def judge(
-    pack: Pack,
-    member: int,
-    outcome: Outcome,
-    look: Look,
-    at: Mapping[str, Any],
-    settled: bool,
-    metrics: Mapping[str, Metric],
+def evaluate_members(
+    pack: Pack, mixtures: Sequence[TaskMixture], members: Sequence[int], batch_size: int, processes: Processes = ALONE
+) -> dict[int, EvaluationResult]:
+    """Score the selection splits of all tasks that these members learn, as their weights are now."""
+    results = {}
+    for mixture in mixtures:
+        learners = [k for k in mixture.members if k in members]
+        if not learners:
+            continue
+        began = time.perf_counter()
+        with pack.only(learners):
+            scores = {
+                name: predict(pack, task.selection, batch_size, processes) for name, task in mixture.tasks.items()
+            }
+        seconds = time.perf_counter() - began
+        labels = {name: t.selection.labels for name, t in mixture.tasks.items() if t.selection.labels is not None}
+        for i, k in enumerate(learners):
+            results[k] = EvaluationResult({name: of_all[i] for name, of_all in scores.items()}, labels, seconds)
+    return {k: results[k] for k in members}
+
+
+def update_best(
+    member: MemberRun, step: int, result: EvaluationResult, metrics: Mapping[str, Metric], *, may_choose: bool
 ) -> dict[str, Any] | None:
-    """Score one member on the selection split; remember its state where it is settled and the best so far.
+    """Compute a member's selection metrics, and keep its state and scores if they are the best so far.
 
     Args:
-        at: step and epoch.
-        settled: whether its state may be chosen.
+        member: with the weights that were evaluated.
+        step: the update after which it was evaluated.
+        result: of the evaluation.
+        metrics: beside the standard ones.
+        may_choose: whether its state may be chosen.
 
     Returns:
         The line for the log, None where the member has diverged. Of several tasks its metrics are the means, and
         `tasks` has those of each.
     """
     try:
-        of_tasks = {name: score(scores, look.labels[name], metrics) for name, scores in look.scores.items()}
+        by_task = {name: score(scores, result.labels[name], metrics) for name, scores in result.scores.items()}
     except DivergedError as error:
-        diverge(outcome, at["step"], str(error))
+        diverge(member.progress, step, str(error))
         return None
-    values = mean_metrics(list(of_tasks.values()))
-    line = {**at, "split": "selection", "metrics": values, "seconds": round(look.seconds, 3)}
-    best = outcome.best["metrics"]["mcc"] if outcome.best else -math.inf
-    assert values["mcc"] is not None
-    if settled and values["mcc"] > best:
-        outcome.best, outcome.state, outcome.without_gain = line, pack.state(member), 0
-    elif settled:
-        outcome.without_gain += 1
-    return line | ({"tasks": of_tasks} if len(of_tasks) > 1 else {})
+    values = mean_metrics(list(by_task.values()))
+    position = {"step": step, "epoch": round(step / member.schedule.steps_per_epoch, 4)}
+    line = {**position, "split": "selection", "metrics": values, "seconds": round(result.seconds, 3)}
+    progress, mcc = member.progress, values["mcc"]
+    best = progress.best["metrics"]["mcc"] if progress.best else -math.inf
+    assert mcc is not None
+    if may_choose and mcc > best:
+        progress.best, progress.state, progress.without_gain = line, member.pack.state(member.index), 0
+        progress.scores = result.scores
+    elif may_choose:
+        progress.without_gain += 1
+    return line | ({"tasks": by_task} if len(by_task) > 1 else {})

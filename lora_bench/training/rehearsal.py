@@ -24,13 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_bench.data.batching import Batch, collate, evaluation_rows, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.dummy_step import probe_step
-from lora_bench.training.loop import clip, predict
+from lora_bench.training.member_run import MemberRun, clip_gradients
 from lora_bench.training.micro_batching import in_portions
-from lora_bench.training.optim import make_optimizer
+from lora_bench.training.prediction import predict
 from lora_bench.training.prefix_cache import ROWS
-from lora_bench.training.task_mixture import Course, Pairs
-from lora_bench.training.training_state import Outcome, TrainingState
-from lora_bench.training.weight_averaging import Average
+from lora_bench.training.task_mixture import TaskData, TaskMixture
+from lora_bench.training.training_state import gather
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -92,9 +91,9 @@ def estimate(
         filling: FLOPs of making it.
     """
     train, device = tables["train"], pack.backbone.device
-    pairs = Pairs(train, tables["selection"], swapped)
-    course = Course([0], {"": pairs})
-    steps, backward = course.steps(trainer), course.backward(pack, trainer)
+    pairs = TaskData(train, tables["selection"], swapped)
+    mixture = TaskMixture([0], {"": pairs})
+    steps, backward = mixture.steps(trainer), mixture.backward(pack, trainer)
     plan = pairs.plan(trainer.batch_size, backward.multiple)
     shapes = _shapes(plan, steps, pack.members[0].seed)
     flop_model = FlopModel.measure(partial(probe_step, pack))
@@ -102,7 +101,7 @@ def estimate(
     flops = {(rows, length): flop_model(orders * rows, length) for rows, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak
     batches = _batches(pack, plan, train, swapped, chosen)
-    rehearsal = _Rehearsal(pack, optimizer, trainer, backward)
+    rehearsal = _Rehearsal(pack, optimizer, trainer, mixture, backward)
     first, held = [], []
     for batch in batches:
         first.append(rehearsal.step(batch))
@@ -138,36 +137,35 @@ def estimate(
 class _Rehearsal:
     """Steps of the loop that change no weight, and what is held between them."""
 
-    def __init__(self, pack: Pack, optimizer: Optimizer, trainer: Trainer, backward: Backward) -> None:
-        self.pack, self.optimizer, self.trainer = pack, optimizer, trainer
-        self.backward = backward
-        self.adamw = make_optimizer(optimizer, pack, 0)
-        for group in self.adamw.param_groups:
+    def __init__(
+        self, pack: Pack, optimizer: Optimizer, trainer: Trainer, mixture: TaskMixture, backward: Backward
+    ) -> None:
+        self.pack, self.trainer, self.backward = pack, trainer, backward
+        self.member = MemberRun.start(pack, 0, optimizer, mixture, trainer)
+        for group in self.member.optimizer.param_groups:
             group["lr"] = 0.0
-        self.average = Average(pack.trainable(0).values(), trainer.average)
-        self.outcome = Outcome()
         pack.train()
 
     def step(self, batch: Batch) -> float:
-        """Seconds of one step."""
-        pack, adapter = self.pack, self.pack.members[0].adapter
+        """Make one step and return its seconds."""
+        pack, adapter, optimizer = self.pack, self.pack.members[0].adapter, self.member.optimizer
         began = time.perf_counter()
         work = partial(self.backward, batch, batch.pairs)
         in_portions(pack, batch, self.trainer.micro_batch_size, work)
-        clip(pack, 0, self.optimizer)
+        clip_gradients(pack, 0, self.member.settings)
         adapter.before_step(pack.updates[0], 1, 1000)
-        self.adamw.step()
+        optimizer.step()
         adapter.after_step(pack.updates[0], 1, 1000)
-        self.adamw.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         if pack.backbone.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
     def keep(self) -> None:
-        """Hold what the loop holds after its first look at the selection split, and for a moment a checkpoint."""
-        self.average.add()
-        self.outcome.state = self.pack.state(0)
-        TrainingState(self.pack, [self.outcome], [self.adamw], [self.average]).gather(0)
+        """Hold what the loop holds after its first evaluation, and for a moment a checkpoint."""
+        self.member.average.add()
+        self.member.progress.state = self.pack.state(0)
+        gather(self.member)
 
 
 def _shapes(plan: BatchPlan, steps: int, seed: int) -> Counter[tuple[int, int]]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def places(step: int, steps: int) -> int:
+def survivors(step: int, steps: int) -> int:
     """How many members may go on from update `step` of `steps`.
 
     It holds after every update, so that whoever should have been stopped before a kill is stopped soon after.
@@ -29,11 +29,11 @@ def live(members: int, steps: int) -> list[int]:
     for step in range(1, steps + 1):
         found.append(members)
         if step < steps:
-            members = min(members, places(step, steps))
+            members = min(members, survivors(step, steps))
     return found
 
 
-def losers(scores: Mapping[int, tuple[float, float]], left: int) -> list[int]:
+def eliminated(scores: Mapping[int, tuple[float, float]], left: int) -> list[int]:
     """Which members stop: all but the `left` best.
 
     Args:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class TaskData:
     """What training looks at of one task."""
 
     train: TokenTable
@@ -51,7 +51,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Course:
+class TaskMixture:
     """What some members of a pack learn together.
 
     Args:
@@ -61,10 +61,10 @@ class Course:
     """
 
     members: Sequence[int]
-    tasks: Mapping[str, Pairs]
+    tasks: Mapping[str, TaskData]
     temperature: float = 1.0
 
-    def before(self, member: int) -> Course:
+    def before(self, member: int) -> TaskMixture:
         """What one of its members looks at before the first step: each pair once."""
         return replace(self, members=[member], tasks={n: replace(p, swapped=None) for n, p in self.tasks.items()})
 
@@ -111,6 +111,6 @@ def allotted(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
     return shares
 
 
-def _endless(pairs: Pairs, plan: BatchPlan, seeds: Sequence[int], pad_id: int) -> Iterator[Batch]:
+def _endless(pairs: TaskData, plan: BatchPlan, seeds: Sequence[int], pad_id: int) -> Iterator[Batch]:
     for epoch in count():
         yield from training_batches(pairs.train, plan, seeds, epoch, pad_id, pairs.swapped)

@@ -17,10 +17,10 @@ from lora_bench.data import sources
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
 from lora_bench.run.settings import Experiment
-from lora_bench.training.loop import fit, prepare
 from tests.backbones.tools import FORMS, make, reference
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, composed
+from tests.training.tools import fit, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
     from lora_bench.config.schema import Optimizer, Trainer
     from lora_bench.data.batching import Batch
-    from lora_bench.training.loop import Outcome, Watcher
+    from lora_bench.training.loop import Observer
+    from lora_bench.training.member_run import MemberProgress
 
 State = dict[str, "Tensor"]
 
@@ -83,8 +84,8 @@ def train(
     made: Pack,
     optimizers: Sequence[Optimizer] | None = None,
     settings: Trainer | None = None,
-    watcher: Watcher | None = None,
-) -> tuple[list[Outcome], list[State]]:
+    watcher: Observer | None = None,
+) -> tuple[list[MemberProgress], list[State]]:
     """Prepare and fit a pack on the toy data; what became of its members, and the tensors they are left with.
 
     With the settings above these are the tensors of the last update: `fit` looks at the selection split only then.

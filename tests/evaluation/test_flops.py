@@ -22,9 +22,9 @@ from lora_bench.backbones.bert import Bert
 from lora_bench.config.groups import choices
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.training.dummy_step import probe_step
-from lora_bench.training.loop import prepare
 from tests.adapters.tools import adapter, make, pack, tables, trainer
 from tests.backbones.tools import FORMS
+from tests.training.tools import prepare
 
 if TYPE_CHECKING:
     from lora_bench.adapters.base import Adapter, Update

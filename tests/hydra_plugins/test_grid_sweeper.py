@@ -132,7 +132,7 @@ def test_all_jobs_wrong_is_a_wrong_request(in_tmp: Path) -> None:
 
 
 def test_every_kind_of_failure_is_recorded_and_told(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, failures = train.fit_courses, iter([RuntimeError("a cable"), DivergedError("the loss is nan"), None])
+    fit, failures = train.PackTraining.fit, iter([RuntimeError("a cable"), DivergedError("the loss is nan"), None])
 
     def sometimes(*arguments: Any, **keywords: Any) -> Any:
         failure = next(failures)
@@ -140,7 +140,7 @@ def test_every_kind_of_failure_is_recorded_and_told(in_tmp: Path, monkeypatch: p
             raise failure
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit_courses", sometimes)
+    monkeypatch.setattr(train.PackTraining, "fit", sometimes)
     answer = lora_bench("train", "-m", *toy_run(SWEEP, "pack.size=1"), "seed=0,1,2")
     assert answer.code == 1
     assert "2 of 3 jobs" in answer.err
@@ -153,14 +153,14 @@ def test_every_kind_of_failure_is_recorded_and_told(in_tmp: Path, monkeypatch: p
 
 
 def test_ctrl_c_keeps_what_is_finished(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, calls = train.fit_courses, iter(range(9))
+    fit, calls = train.PackTraining.fit, iter(range(9))
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit_courses", interrupted)
+    monkeypatch.setattr(train.PackTraining, "fit", interrupted)
     answer = lora_bench("train", "-m", *toy_run(SWEEP, "pack.size=1"), "seed=0,1,2")
     assert (answer.code, answer.err.count("\n")) == (130, 1), answer
     assert [each["status"] for each in records(in_tmp / "sweep").values()] == ["done", "interrupted"]

@@ -126,14 +126,14 @@ def test_one_adapter_for_all_tasks_stands_beside_those_of_each() -> None:
 
 @pytest.mark.usefixtures("tasks")
 def test_a_source_that_failed_is_gone_on_from_once_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, calls = train.fit_courses, iter(range(99))
+    fit, calls = train.PackTraining.fit, iter(range(99))
 
     def sometimes(*arguments: Any, **keywords: Any) -> Any:
         if next(calls) == 1:
             raise RuntimeError("a cable")
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit_courses", sometimes)
+    monkeypatch.setattr(train.PackTraining, "fit", sometimes)
     assert lora_bench("train", *as_choices("one", "two")).code == 1
     assert ("two_task", "one_task", "4") not in {(r["trained_on"], r["tested_on"], r["examples"]) for r in matrix()}
     begun = sorted(path.parent.name for path in Path("sweep/few").glob("*/run.json"))

@@ -17,6 +17,7 @@ from tests.command_line import lora_bench, refused, stopped_and_gone_on_with, to
 
 if TYPE_CHECKING:
     from lora_bench.adapters.base import Update
+    from lora_bench.training.member_run import MemberRun
 
 FEW = ["hydra.sweeper.tune.data.train_size=20", "hydra.sweeper.tune.trainer.epochs=1"]
 ASKED = toy_run("sweep=methods", "adapter=lora,head_only", "optimizer.lr=1e-3,1e-2", "seed=0,1", *FEW)
@@ -37,21 +38,16 @@ def table() -> list[dict[str, str]]:
 def scored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[bool, float], float]:
     """The selection MCC of a run by whether it has an adapter and its rate, in the place of what it would have."""
     wanted: dict[tuple[bool, float], float] = {}
-    judge = loop.judge
+    update_best = loop.update_best
 
-    def judged(pack: Any, member: int, outcome: Any, *arguments: Any) -> Any:
-        line = judge(pack, member, outcome, *arguments)
-        outcome.best["metrics"]["mcc"] = wanted[bool(pack.adapter_parameters(member)), pack.rates[member]]
+    def wanted_mcc(member: MemberRun, *arguments: Any, **options: Any) -> Any:
+        line = update_best(member, *arguments, **options)
+        assert member.progress.best is not None
+        has_adapter = bool(member.pack.adapter_parameters(member.index))
+        member.progress.best["metrics"]["mcc"] = wanted[has_adapter, member.settings.lr]
         return line
 
-    monkeypatch.setattr(loop, "judge", judged)
-    make = loop.make_optimizer
-
-    def noted(settings: Any, pack: Any, member: int) -> Any:
-        pack.rates = {**getattr(pack, "rates", {}), member: settings.lr}
-        return make(settings, pack, member)
-
-    monkeypatch.setattr(loop, "make_optimizer", noted)
+    monkeypatch.setattr(loop, "update_best", wanted_mcc)
     return wanted
 
 
@@ -112,16 +108,16 @@ def test_a_method_whose_rates_were_not_all_tried_is_reported_once_they_are(
     def broken(self: LoRA, updates: dict[str, Update], step: int, steps: int) -> None:
         raise RuntimeError("a cable")
 
-    make = train.fit_courses
+    make = train.PackTraining.fit
 
-    def sometimes(pack: Any, optimizers: Any, *arguments: Any, **keywords: Any) -> Any:
+    def sometimes(training: Any, **keywords: Any) -> Any:
         with monkeypatch.context() as patch:
-            if isinstance(pack.members[0].adapter, LoRA) and optimizers[0].lr == 1e-2:
+            if isinstance(training.pack.members[0].adapter, LoRA) and training.members[0].settings.lr == 1e-2:
                 patch.setattr(LoRA, "after_step", broken)
-            return make(pack, optimizers, *arguments, **keywords)
+            return make(training, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit_courses", sometimes)
+        patch.setattr(train.PackTraining, "fit", sometimes)
         answer = lora_bench("train", *(text for text in ASKED if text != "pack.size=16"), "pack.size=1")
     assert answer.code == 1
     assert "1 of 6 jobs" in answer.err
@@ -138,14 +134,14 @@ def test_a_chosen_rate_that_diverges_with_more_pairs_has_failed(
     scored: dict[tuple[bool, float], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored |= {(True, 1e-3): 0.5, (True, 1e-2): 0.4, (False, 1e-3): 0.1, (False, 1e-2): 0.2}
-    judge = loop.judge
+    update_best = loop.update_best
 
-    def judged(pack: Any, member: int, *arguments: Any) -> Any:
-        if pack.members[member].seed == 1:  # only what is reported has such a seed
+    def diverging(member: MemberRun, *arguments: Any, **options: Any) -> Any:
+        if member.pack.members[member.index].seed == 1:  # only what is reported has such a seed
             raise DivergedError("the loss is nan")
-        return judge(pack, member, *arguments)
+        return update_best(member, *arguments, **options)
 
-    monkeypatch.setattr(loop, "judge", judged)
+    monkeypatch.setattr(loop, "update_best", diverging)
     answer = lora_bench("train", *ASKED)
     assert answer.code == 1
     assert "2 of 8 jobs" in answer.err

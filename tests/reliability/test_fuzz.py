@@ -27,8 +27,9 @@ from lora_bench.run import inputs
 from lora_bench.run.settings import Experiment
 from lora_bench.training import checkpoint
 from lora_bench.training.checkpoint import Checkpoints
+from lora_bench.training.member_run import MemberProgress, MemberRun, Schedule
 from lora_bench.training.optim import make_optimizer
-from lora_bench.training.training_state import Outcome, TrainingState
+from lora_bench.training.training_state import gather, restore
 from lora_bench.training.weight_averaging import Average
 from tests.command_line import lora_bench, toy_run
 from tests.training.test_loop import Make, optimizer, packed, spy
@@ -210,10 +211,10 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
 ) -> None:
     """As somebody would write them on purpose: every hash is right, so only what they hold can tell."""
     state = trained(backbone, method)
-    Checkpoints(Path("checkpoints")).save(7, *state.gather(0))
+    Checkpoints(Path("checkpoints")).save(7, *gather(state))
     folder = Path("checkpoints/step-00000007")
     files = {path: path.read_bytes() for path in folder.iterdir()}
-    state.put_back(0, checkpoint._read(folder))  # as it is, it fits
+    restore(state, checkpoint._read(folder))  # as it is, it fits
     strange = st.one_of(st.none(), st.integers(-3, 10**30), st.floats(), st.sampled_from(["x", [], {}, [{}], {"0": 1}]))
 
     @given(st.sampled_from(["bytes", "facts", "tensors"]), mutations, st.data())
@@ -251,12 +252,12 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
             assert checkpoints.damaged
             return
         try:
-            state.put_back(0, found)
+            restore(state, found)
         except UserError as error:
             assert error.code == Code.MISMATCH  # noqa: PT017
             return
         step(state)  # what was taken can be trained on
-        state.gather(0)
+        gather(state)
 
     check()
 
@@ -301,29 +302,33 @@ def test_mutated_records_are_read_or_refused(in_tmp: Path) -> None:
     check()
 
 
-def trained(backbone: Make, method: str) -> TrainingState:
+def trained(backbone: Make, method: str) -> MemberRun:
     """A member after one step, its mean and its best weights kept."""
     from lora_bench.adapters.methods import method_class
     from tests.helpers import composed
 
     adapter = build(method_class(method), composed(f"adapter={method}").adapter, "adapter")
     pack = packed(backbone(), adapter)
-    state = TrainingState(
+    member = MemberRun(
+        0,
         pack,
-        [Outcome(state=pack.state(0))],
-        [make_optimizer(optimizer(), pack, 0)],
-        [Average(pack.trainable(0).values())],
+        optimizer(),
+        make_optimizer(optimizer(), pack, 0),
+        Average(pack.trainable(0).values()),
+        Schedule(10, 10, 10),
+        MemberProgress(state=pack.state(0)),
+        [0],
     )
-    step(state)
-    state.averages[0].add()
-    return state
+    step(member)
+    member.average.add()
+    return member
 
 
-def step(state: TrainingState) -> None:
-    for p in state.pack.trainable(0).values():
+def step(member: MemberRun) -> None:
+    for p in member.pack.trainable(0).values():
         p.grad = torch.ones_like(p)
-    state.adamw[0].step()
-    for p, mean in state.averages[0].means.items():
+    member.optimizer.step()
+    for p, mean in member.average.means.items():
         mean.lerp_(p.float(), 0.5)
 
 

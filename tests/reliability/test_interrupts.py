@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from lora_bench import train as story
 from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
-from lora_bench.run.final_evaluation import Learned
+from lora_bench.run import packed_run
+from lora_bench.run.final_evaluation import TrainedTask
 from lora_bench.training.cuda_graphs import Backward
 from tests import command_line
 from tests.adapters.tools import assert_close
@@ -140,7 +141,7 @@ def before_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, action: 
 def test_21_a_run_stopped_while_it_is_scored_is_only_scored_when_resumed(
     in_tmp: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    before_call(monkeypatch, Learned, "report", signalled(number))
+    before_call(monkeypatch, TrainedTask, "report", signalled(number))
     assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 128 + number
     assert record("run")["status"] == "interrupted"
     answer = lora_bench("train", "resume=run")
@@ -160,7 +161,7 @@ def test_21_so_is_one_that_stopped_early(in_tmp: Path, monkeypatch: pytest.Monke
     ]
     assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
     assert record("whole")["cost"]["steps"] == 4
-    before_call(monkeypatch, Learned, "report", signalled(signal.SIGTERM))
+    before_call(monkeypatch, TrainedTask, "report", signalled(signal.SIGTERM))
     assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
     answer = lora_bench("train", "resume=run")
     assert answer.code == 0, answer.err
@@ -170,7 +171,7 @@ def test_21_so_is_one_that_stopped_early(in_tmp: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.reliability(21)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", [(story.Common, "load"), (story, "prepare_courses")], ids=["loading", "start"])
+@pytest.mark.parametrize("moment", [(story.SharedInputs, "load"), (packed_run, "prepare")], ids=["loading", "start"])
 def test_21_a_run_stopped_before_its_first_step_leaves_nothing(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, moment: Any, number: int
 ) -> None:
@@ -181,7 +182,7 @@ def test_21_a_run_stopped_before_its_first_step_leaves_nothing(
 
 @pytest.mark.reliability(21)
 def test_21_a_sweep_stopped_before_its_first_step_has_no_jobs(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before_call(monkeypatch, story, "prepare_courses", signalled(signal.SIGTERM))
+    before_call(monkeypatch, packed_run, "prepare", signalled(signal.SIGTERM))
     assert lora_bench("train", "-m", *ASKED, "seed=0,1", "hydra.sweep.dir=sweep").code == 143
     assert {path.name for path in Path("sweep").iterdir()} == {"sweep.json", ".lock"}
 
@@ -370,7 +371,7 @@ def test_26_a_checkpoint_of_before_configs_were_kept_is_used(interrupted: Path, 
 def test_26_another_precision_is_refused_before_anything_is_loaded(
     interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(story.Common, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(story.SharedInputs, "load", lambda *_: pytest.fail("it was loaded"))
     edited(interrupted, lambda found: found["environment"].update(precision="bfloat16", device="cuda"))
     error = refused("train", f"resume={interrupted}")
     assert (error.code, error.key, error.value) == (Code.MISMATCH, "resume", interrupted)

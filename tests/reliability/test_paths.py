@@ -21,7 +21,7 @@ import pytest
 from lora_bench import train
 from lora_bench.errors import Code, LostFolderError, UserError
 from lora_bench.records.run_folder import Run, read
-from lora_bench.run.final_evaluation import Learned
+from lora_bench.run.final_evaluation import TrainedTask
 from tests.command_line import files_below, lora_bench, refused, refuses, toy_run
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ for arguments in ({toy_run("hydra.run.dir=run")}, ["resume=run"]):
 def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, lines = train.fit_courses, []
+    fit, lines = train.PackTraining.fit, []
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
     def second(*arguments: Any, **keywords: Any) -> Any:
@@ -102,7 +102,7 @@ def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
         assert Path("run/run.json").read_bytes() == before
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit_courses", second)
+    monkeypatch.setattr(train.PackTraining, "fit", second)
     assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
     assert lines == ["2 exists hydra.run.dir False", "2 in_use run False"]
     assert status("run") == "done"
@@ -147,7 +147,7 @@ def test_15_names_that_cannot_be_are_refused(in_tmp: Path, name: str, code: Code
 def test_16_an_unwritable_root_is_told_before_training(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, key: str, mode: list[str]
 ) -> None:
-    monkeypatch.setattr(train, "fit_courses", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(train.PackTraining, "fit", lambda *_, **__: pytest.fail("it trained"))
     Path("a_file").write_text("")
     locked = Path("locked")
     locked.mkdir(mode=0o500)
@@ -320,7 +320,7 @@ MOMENTS = {
     "checkpoint": (train.Checkpoints, "save"),
     "record": (Run, "update"),
     "predictions": (Run, "write_predictions"),
-    "adapter": (Learned, "save"),
+    "adapter": (TrainedTask, "save"),
     "end": (Run, "finish"),
     "cleanup": (train.Checkpoints, "clear"),
 }

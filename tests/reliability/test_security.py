@@ -205,7 +205,7 @@ def test_47_keys_in_errors_and_tracebacks(in_tmp: Path, monkeypatch: pytest.Monk
         raise RuntimeError("401: Incorrect API key: open.sesame.9, sent as Authorization: Bearer abcdefgh.ijkl")
 
     monkeypatch.setenv("LLM_API_KEY", "open.sesame.9")
-    monkeypatch.setattr(train, "fit_courses", failing)
+    monkeypatch.setattr(train.PackTraining, "fit", failing)
     answer = lora_bench("train", *RUN)
     assert answer.code == 1
     assert "Incorrect API key: ***" in Path("run/run.log").read_text()

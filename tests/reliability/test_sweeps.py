@@ -16,6 +16,7 @@ import pytest
 
 from lora_bench import train
 from lora_bench.errors import Code
+from lora_bench.run import packed_run
 from lora_bench.sweeps import packing
 from tests.command_line import lora_bench, refused, toy_run
 
@@ -44,7 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.reliability(29)
 @pytest.mark.parametrize("size", ["8", "1"])
 def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    prepare = train.prepare_courses
+    prepare = packed_run.prepare
 
     def sometimes(pack: Any, trainer: Any, table: Any, members: list[int]) -> list[str]:
         seed = pack.members[members[0]].seed
@@ -52,7 +53,7 @@ def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.
             raise RuntimeError(f"cable {seed}")
         return prepare(pack, trainer, table, members)
 
-    monkeypatch.setattr(train, "prepare_courses", sometimes)
+    monkeypatch.setattr(packed_run, "prepare", sometimes)
     answer = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep", f"pack.size={size}"), "seed=range(5)")
     assert answer.code == 1
     assert answer.err.startswith("lora-bench: 2 of 5 jobs ")
@@ -122,7 +123,7 @@ def test_30_a_sweep_of_24_jobs_killed_at_a_random_moment_ends_as_an_undisturbed_
 def test_31_a_resumed_sweep_runs_only_what_is_missing_or_failed(
     in_tmp: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, calls = train.fit_courses, iter(range(9))
+    fit, calls = train.PackTraining.fit, iter(range(9))
 
     def sometimes(*arguments: Any, **keywords: Any) -> Any:
         number = next(calls)
@@ -132,7 +133,7 @@ def test_31_a_resumed_sweep_runs_only_what_is_missing_or_failed(
             raise KeyboardInterrupt
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit_courses", sometimes)
+    monkeypatch.setattr(train.PackTraining, "fit", sometimes)
     answer = lora_bench("train", "-m", *SWEEP, "seed=range(6)")
     assert answer.code == 130
     assert "4 of 6 jobs" not in answer.err
@@ -140,7 +141,7 @@ def test_31_a_resumed_sweep_runs_only_what_is_missing_or_failed(
     assert statuses() == {"0": "done", "1": "failed", "2": "done", "3": "interrupted"}
     before = {number: Path(f"sweep/{number}/run.json").read_bytes() for number in (0, 2)}
 
-    monkeypatch.setattr(train, "fit_courses", fit)
+    monkeypatch.setattr(train.PackTraining, "fit", fit)
     trained.clear()
     assert lora_bench("train", "-m", "resume=sweep").code == 0
     assert trained == ["1", "3", "4", "5"]
@@ -216,14 +217,14 @@ def test_31_what_a_sweep_cannot_go_on_with_is_refused(in_tmp: Path) -> None:
 def test_32_ctrl_c_in_mid_sweep_keeps_finished_jobs_and_their_table(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, calls = train.fit_courses, iter(range(9))
+    fit, calls = train.PackTraining.fit, iter(range(9))
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
         return fit(*arguments, **keywords)
 
-    monkeypatch.setattr(train, "fit_courses", interrupted)
+    monkeypatch.setattr(train.PackTraining, "fit", interrupted)
     answer = lora_bench("train", "-m", *SWEEP, "seed=range(4)")
     assert answer.code == 130
     assert statuses() == {"0": "done", "1": "done", "2": "interrupted"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lora_bench.errors import Code
-from lora_bench.run.inputs import Common
+from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps import cost_estimate, packing, workers
 from lora_bench.sweeps.packing import Need
@@ -37,7 +37,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Methods that were rehearsed; each rank takes so many times what ALONE says."""
     found = []
 
-    def expect(experiment: Experiment, common: Common | None = None) -> Estimate:
+    def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
         rank = getattr(experiment.adapter, "rank", 1)
         found.append(f"{experiment.adapter.method} {rank}")
         return replace(ALONE, train_flops=rank * ALONE.train_flops, train_seconds=rank * ALONE.train_seconds)
@@ -82,7 +82,7 @@ def test_the_frozen_layers_are_counted_once_where_all_have_one_seed() -> None:
         asked = ["data=toy", "data.train_rows=40", "data.validation_rows=8", "trainer.precision=fp32"]
         return [Experiment.build(composed(*asked, "adapter.layers=top:1", f"seed={seed}")) for seed in seeds]
 
-    common = Common.load(experiments(0)[0])
+    common = SharedInputs.load(experiments(0)[0])
     one, two = (cost_estimate._shared(experiments(*[0] * n), common) for n in (2, 4))
     # Of a member's p + s two do p once: p / (2 (p + s)); of four 3 p / (4 (p + s)).
     assert 0.1 < one < 0.5

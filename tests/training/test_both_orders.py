@@ -14,7 +14,7 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import scoring_table, tokenize
 from lora_bench.records.predictions import read
 from lora_bench.run.inputs import load_splits
-from lora_bench.training.loop import predict
+from lora_bench.training.prediction import predict
 from tests import command_line
 from tests.adapters.tools import adapter, experiment, pack, stir
 from tests.command_line import toy_run

@@ -12,9 +12,9 @@ import torch
 
 from lora_bench.errors import Code
 from lora_bench.training.checkpoint import KEPT, Checkpoints
-from lora_bench.training.loop import fit, prepare
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.command_line import refuses
+from tests.training.tools import fit, prepare
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,18 +18,21 @@ from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.backbones.base import Backbone
 from lora_bench.config.build import build
 from lora_bench.config.schema import Optimizer, Trainer
-from lora_bench.data.batching import Batch
+from lora_bench.data.batching import Batch, evaluation_batches
 from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
 from lora_bench.training import cuda_graphs, loop, model_selection
-from lora_bench.training.loop import fit, predict, prepare, total_steps
-from lora_bench.training.task_mixture import Course, Pairs
+from lora_bench.training.loop import total_steps
+from lora_bench.training.prediction import predict
+from lora_bench.training.task_mixture import TaskData, TaskMixture
 from tests.helpers import composed
+from tests.training.tools import fit, prepare
 
 if TYPE_CHECKING:
     from lora_bench.adapters.base import Adapter, Update
+    from lora_bench.training.member_run import MemberRun
 
 Make = Callable[..., Backbone]
 
@@ -158,7 +161,7 @@ def test_the_reported_loss_is_the_mean_over_the_batch(backbone: Make) -> None:
     table = task(pack.backbone)
     with torch.no_grad():
         pack.eval()
-        for batch in Course([0], {"": Pairs(table, table)}).batches(pack, 8):
+        for batch in TaskMixture([0], {"": TaskData(table, table)}).batches(pack, 8):
             seen.append(float(torch.nn.functional.cross_entropy(pack(batch)[0], batch.labels)))
             if len(seen) == 3:
                 break
@@ -281,9 +284,14 @@ def test_a_better_look_before_it_is_settled_does_not_count(backbone: Make) -> No
 def test_a_member_stops_at_the_target_and_the_other_goes_on(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """MCC at the looks of steps 2, 4, …: the first reaches 0.6 at step 6, the second only while it is not settled."""
     looks = {0: iter([0.1, 0.59, 0.6, 0.9]), 1: iter([0.8, 0.5, 0.5, 0.5])}
-    judge, scored = loop.judge, model_selection.score
+    update_best, scored = loop.update_best, model_selection.score
     judged: list[int] = []
-    monkeypatch.setattr(loop, "judge", lambda pack, member, *rest: judged.append(member) or judge(pack, member, *rest))
+
+    def noted(member: MemberRun, *arguments: Any, **options: Any) -> Any:
+        judged.append(member.index)
+        return update_best(member, *arguments, **options)
+
+    monkeypatch.setattr(loop, "update_best", noted)
     monkeypatch.setattr(model_selection, "score", lambda *given: {**scored(*given), "mcc": next(looks[judged[-1]])})
     chosen = trainer(epochs=20, max_steps=8, eval_every=2, stop_at=0.6)
     first, second = run(packed(backbone(), spy(), spy(unsettled=3)), chosen=chosen, learn=optimizer(lr=1e-12))
@@ -303,8 +311,8 @@ def test_one_member_stops_early_and_the_other_goes_on(backbone: Make) -> None:
 def test_the_best_state_is_the_one_that_is_left(backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The method spoils its weights after step 9; what fit leaves behind predicts as at its best look."""
     seen: list[np.ndarray] = []
-    ask = loop.predict
-    monkeypatch.setattr(loop, "predict", lambda *arguments: seen.append(ask(*arguments)) or seen[-1])
+    ask = model_selection.predict
+    monkeypatch.setattr(model_selection, "predict", lambda *arguments: seen.append(ask(*arguments)) or seen[-1])
 
     def spoil(updates: dict[str, Update], step: int) -> None:
         if step > 9:
@@ -430,7 +438,7 @@ def test_predict_keeps_order_and_mode(backbone: Make) -> None:
     assert whole.shape == (2, 24)
     with torch.no_grad():
         for row in (0, 7, 23):
-            alone = loop.evaluation_batches(replace(table, **one_row(table, row)), 1, 0)
+            alone = evaluation_batches(replace(table, **one_row(table, row)), 1, 0)
             ((_, batch),) = alone
             np.testing.assert_allclose(pack(batch).softmax(-1)[:, 0, 1], whole[:, row], atol=1e-6)
 

@@ -10,8 +10,8 @@ import torch
 
 from lora_bench.errors import Code, RunFailedError
 from lora_bench.training import micro_batching
-from lora_bench.training.loop import predict
 from lora_bench.training.micro_batching import in_portions, is_out_of_memory
+from lora_bench.training.prediction import predict
 from tests.backbones.tools import random_batch
 from tests.command_line import refuses
 from tests.training.test_loop import Make, assert_close, packed, run, spy, task, trainer

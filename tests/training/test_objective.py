@@ -25,11 +25,12 @@ from lora_bench.evaluation.cost import FlopModel
 from lora_bench.records import run_folder
 from lora_bench.records.job import Job
 from lora_bench.run.settings import Experiment
-from lora_bench.training.loop import fit, predict
 from lora_bench.training.objective import check_objective, consistency, likelihood, log_odds, make_objective
+from lora_bench.training.prediction import predict
 from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, stir, trainer
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed
+from tests.training.tools import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.backbones.base import Backbone
     from lora_bench.config.schema import Optimizer, Trainer
-    from lora_bench.training.loop import Outcome
+    from lora_bench.training.member_run import MemberProgress
 
 COLUMNS = ["question1", "question2"]
 
@@ -85,7 +86,7 @@ def tables_of(backbone: Backbone, size: int = 40) -> tuple[TokenTable, TokenTabl
 
 def learn(
     made: Pack, settings: Trainer, rates: list[Optimizer] | None = None, *, exchanged: bool = False, size: int = 40
-) -> tuple[list[Outcome], Losses]:
+) -> tuple[list[MemberProgress], Losses]:
     """Fit on the toy pairs, which are their own selection split; with `exchanged` on data whose columns are."""
     as_is, swapped = tables_of(made.backbone, size)
     train, other = (swapped, as_is) if exchanged else (as_is, swapped)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from lora_bench.adapters.peft import files
 from lora_bench.data.batching import BatchPlan, training_batches
-from lora_bench.training.loop import fit, prepare
 from lora_bench.training.optim import rate_factor
 from tests.adapters.peft_tools import CLASSES, bodies, logits_of, on_folder
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
+from tests.training.tools import fit, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

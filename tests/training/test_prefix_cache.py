@@ -15,11 +15,12 @@ from lora_bench.data.batching import both_orders, collate, micro_batches
 from lora_bench.errors import Code, RunFailedError
 from lora_bench.files.cache import TRAILER_BYTES
 from lora_bench.training import prefix_cache
-from lora_bench.training.loop import fit, predict
+from lora_bench.training.prediction import predict
 from lora_bench.training.prefix_cache import PrefixCache
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.backbones.tools import FORMS
 from tests.command_line import refuses
+from tests.training.tools import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

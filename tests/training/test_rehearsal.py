@@ -21,10 +21,10 @@ from lora_bench.sweeps.cost_estimate import expect
 from lora_bench.training import rehearsal as module
 from lora_bench.training.cuda_graphs import Backward
 from lora_bench.training.dummy_step import probe_step
-from lora_bench.training.loop import fit
 from lora_bench.training.rehearsal import Estimate, estimate
 from tests.command_line import lora_bench
 from tests.helpers import SMALL_TOY, composed
+from tests.training.tools import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -55,9 +55,9 @@ def test_perturbed_pairs_train_another_adapter_and_the_same_again(plain_run: dic
 def test_an_interrupted_run_goes_on_with_the_pairs_of_its_epochs(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("data.augment=[typo,order]", "trainer.max_steps=16", "trainer.checkpoint_every=3")
     trained("whole", *asked)
-    from lora_bench.training import loop
+    from lora_bench.training import member_run
 
-    kept, steps = loop.clip, []
+    kept, steps = member_run.clip_gradients, []
 
     def clip(*args: Any) -> float:
         steps.append(1)
@@ -66,7 +66,7 @@ def test_an_interrupted_run_goes_on_with_the_pairs_of_its_epochs(in_tmp: Path, m
         return kept(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip", clip)
+        patch.setattr(member_run, "clip_gradients", clip)
         assert lora_bench("train", *QUICK, *asked, "hydra.run.dir=cut").code == 130
     answer = lora_bench("train", "resume=cut")
     assert answer.code == 0, answer.err

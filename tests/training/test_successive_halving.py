@@ -11,18 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_bench.training import loop
+from lora_bench.training.prediction import predict
 from lora_bench.training.signals import Interruption
-from lora_bench.training.successive_halving import live, losers, places
+from lora_bench.training.successive_halving import eliminated, live, survivors
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
+from tests.training.tools import fit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.training.member_run import MemberRun
 
 
 def test_of_eight_four_two_and_one_go_on() -> None:
-    changes = {step: places(step, 800) for step in range(2, 801) if places(step, 800) != places(step - 1, 800)}
+    changes = {step: survivors(step, 800) for step in range(2, 801) if survivors(step, 800) != survivors(step - 1, 800)}
     assert {step: left for step, left in changes.items() if left <= 4} == {100: 4, 200: 2, 400: 1}
 
 
@@ -34,7 +37,7 @@ def test_eight_take_two_and_a_half_times_what_one_does() -> None:
 
 @given(st.integers(1, 10_000))
 def test_fewer_and_fewer_go_on_and_one_is_left(steps: int) -> None:
-    found = [places(step, steps) for step in range(1, steps + 1)]
+    found = [survivors(step, steps) for step in range(1, steps + 1)]
     assert found == sorted(found, reverse=True)
     assert found[-1] == 1
 
@@ -44,14 +47,14 @@ SCORE = st.tuples(st.sampled_from([0.0, 0.1]) | st.floats(-1, 1), st.floats(0, 1
 
 @given(st.dictionaries(st.integers(0, 50), SCORE, min_size=1), st.integers(1, 60))
 def test_the_best_go_on(scores: dict[int, tuple[float, float]], left: int) -> None:
-    stopped = losers(scores, left)
+    stopped = eliminated(scores, left)
     kept = scores.keys() - set(stopped)
     assert len(kept) == min(left, len(scores))
     assert all(scores[k] >= scores[other] for k in kept for other in stopped)
 
 
 def test_of_those_that_still_answer_all_alike_the_better_ranking_goes_on() -> None:
-    assert losers({0: (0.0, 0.4), 1: (0.0, 0.7), 2: (-0.1, 0.9), 3: (0.0, 0.6)}, 2) == [0, 2]
+    assert eliminated({0: (0.0, 0.4), 1: (0.0, 0.7), 2: (-0.1, 0.9), 3: (0.0, 0.6)}, 2) == [0, 2]
 
 
 SCORES = ((0.1, 0.9), (0.4, 0.5), (0.3, 0.6), (0.2, 0.5))
@@ -60,14 +63,14 @@ SCORES = ((0.1, 0.9), (0.4, 0.5), (0.3, 0.6), (0.2, 0.5))
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halving is told these, whatever the members score."""
-    judge = loop.judge
+    update_best = loop.update_best
 
-    def judged(pack: Pack, member: int, *arguments: Any) -> dict[str, Any]:
-        line = judge(pack, member, *arguments)
+    def scripted_line(member: MemberRun, *arguments: Any, **options: Any) -> dict[str, Any]:
+        line = update_best(member, *arguments, **options)
         assert line is not None
-        return line | {"metrics": dict(zip(("mcc", "auroc"), SCORES[member], strict=True))}
+        return line | {"metrics": dict(zip(("mcc", "auroc"), SCORES[member.index], strict=True))}
 
-    monkeypatch.setattr(loop, "judge", judged)
+    monkeypatch.setattr(loop, "update_best", scripted_line)
 
 
 def four() -> Pack:
@@ -81,10 +84,10 @@ def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(eval_
     halved, whole = four(), four()
     train, selection = tables(halved.backbone)
     settings, stopped = trainer(16, eval_every=eval_every), []
-    outcomes = loop.fit(
+    outcomes = fit(
         halved, [optimizer()] * 4, settings, train, selection, halving=True, ended=lambda who: stopped.append([*who])
     )
-    undisturbed = loop.fit(whole, [optimizer()] * 4, settings, train, selection)[1]
+    undisturbed = fit(whole, [optimizer()] * 4, settings, train, selection)[1]
     assert stopped == [[0, 3], [2], [1]]
     assert [(outcome.status, outcome.steps) for outcome in outcomes] == [
         ("stopped", 4),
@@ -97,7 +100,7 @@ def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(eval_
     assert undisturbed.best is not None
     assert outcomes[1].best["step"] == undisturbed.best["step"]
     halved.live = whole.live = [1]
-    np.testing.assert_allclose(loop.predict(halved, selection, 8), loop.predict(whole, selection, 8), atol=1e-6)
+    np.testing.assert_allclose(predict(halved, selection, 8), predict(whole, selection, 8), atol=1e-6)
     assert_close(halved.state(1), whole.state(1), atol=1e-6)
 
 
@@ -113,7 +116,7 @@ def test_ctrl_c_in_the_step_that_stops_some_leaves_them_stopped() -> None:
         def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
 
     with pytest.raises(KeyboardInterrupt):
-        loop.fit(
+        fit(
             halved,
             [optimizer()] * 4,
             trainer(16, eval_every=4),

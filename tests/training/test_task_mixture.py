@@ -12,9 +12,9 @@ import torch
 
 from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.data.batching import BatchPlan
-from lora_bench.training.loop import fit_courses
-from lora_bench.training.task_mixture import Course, Pairs, allotted
+from lora_bench.training.task_mixture import TaskData, TaskMixture, allotted
 from tests.adapters.tools import adapter, make, optimizer, tables, trainer
+from tests.training.tools import fit_mixtures
 
 
 @pytest.mark.parametrize(
@@ -30,21 +30,21 @@ def test_turns_go_with_size_and_temperature(sizes: list[int], temperature: float
     assert allotted(sizes, temperature).tolist() == expected
 
 
-def two_tasks(size: int, seeds: tuple[int, ...] = (0,)) -> tuple[Pack, dict[str, Pairs]]:
+def two_tasks(size: int, seeds: tuple[int, ...] = (0,)) -> tuple[Pack, dict[str, TaskData]]:
     """A pack whose members have two heads, and two tasks of `size` and twice as many pairs."""
     made = Pack(make("tiny_bert"), [Member(adapter("lora"), seed, heads=2) for seed in seeds])
     train, selection = tables(made.backbone)
     rows = np.arange(3 * size)
     first, second = (train.take(part) for part in (rows[:size], rows[size:]))
     return made, {
-        "one": Pairs(first, selection),
-        "other": Pairs(replace(second, head=1), replace(selection, head=1)),
+        "one": TaskData(first, selection),
+        "other": TaskData(replace(second, head=1), replace(selection, head=1)),
     }
 
 
 def test_an_epoch_has_every_pair_once_in_batches_of_one_task_for_any_seed() -> None:
     made, tasks = two_tasks(8, seeds=(0, 1))
-    course = Course([0, 1], tasks)
+    course = TaskMixture([0, 1], tasks)
     assert course.steps_per_epoch(3) == 3 + 6
     assert course.steps(trainer(epochs=2, max_steps=None, batch_size=3)) == 18
     orders = {}
@@ -66,7 +66,7 @@ def test_an_epoch_has_every_pair_once_in_batches_of_one_task_for_any_seed() -> N
 
 def test_a_warmer_course_comes_to_the_small_task_more_often() -> None:
     made, tasks = two_tasks(8)
-    heads = [batch.head for batch in islice(Course([0], tasks, temperature=1e6).batches(made, 2), 12)]
+    heads = [batch.head for batch in islice(TaskMixture([0], tasks, temperature=1e6).batches(made, 2), 12)]
     assert Counter(heads) == {0: 6, 1: 6}  # 4 and 8 by size
 
 
@@ -74,9 +74,9 @@ def test_a_step_teaches_the_adapter_and_the_head_of_its_task() -> None:
     made, tasks = two_tasks(8)
     before = made.state(0)
     assert before.keys() == made.state(0, 0).keys() | {f"head_1.{name}" for name in made.head_parameters(0, 1)}
-    head = next(Course([0], tasks).batches(made, 8)).head
+    head = next(TaskMixture([0], tasks).batches(made, 8)).head
     settings = trainer(epochs=1, max_steps=1, batch_size=8)
-    fit_courses(made, [optimizer(1e-2)], settings, [Course([0], tasks)])
+    fit_mixtures(made, [optimizer(1e-2)], settings, [TaskMixture([0], tasks)])
     after = made.state(0)
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     heads = {name for name in after if name.removeprefix("head_1.") in made.head_parameters(0, 0)}
@@ -92,17 +92,17 @@ def test_members_with_tasks_of_their_own_learn_what_they_learn_alone() -> None:
         made, tasks = two_tasks(8)
         made.detach()
         single = Pack(made.backbone, [Member(adapter("lora"), 0)])
-        pairs = Pairs(*(replace(table, head=0) for table in (tasks[name].train, tasks[name].selection)))
-        (outcome,) = fit_courses(single, [optimizer(1e-2)], settings, [Course([0], {name: pairs})])
+        pairs = TaskData(*(replace(table, head=0) for table in (tasks[name].train, tasks[name].selection)))
+        (outcome,) = fit_mixtures(single, [optimizer(1e-2)], settings, [TaskMixture([0], {name: pairs})])
         alone[name] = single.state(0), outcome
     made, tasks = two_tasks(8)
     made.detach()
     both = Pack(made.backbone, [Member(adapter("lora"), 0), Member(adapter("lora"), 0)])
     courses = [
-        Course([k], {name: Pairs(replace(pairs.train, head=0), replace(pairs.selection, head=0))})
+        TaskMixture([k], {name: TaskData(replace(pairs.train, head=0), replace(pairs.selection, head=0))})
         for k, (name, pairs) in enumerate(tasks.items())
     ]
-    outcomes = fit_courses(both, [optimizer(1e-2)] * 2, settings, courses)
+    outcomes = fit_mixtures(both, [optimizer(1e-2)] * 2, settings, courses)
     for k, name in enumerate(("one", "other")):
         state, outcome = alone[name]
         assert (outcomes[k].steps, outcomes[k].pairs, outcomes[k].tokens) == (
@@ -119,6 +119,6 @@ def test_a_plan_looks_at_both_orders_of_a_pair() -> None:
     _, tasks = two_tasks(8)
     train = tasks["one"].train
     longer = replace(train, lengths=train.lengths + 1)
-    plan = Pairs(train, train, longer).plan(4)
+    plan = TaskData(train, train, longer).plan(4)
     assert isinstance(plan, BatchPlan)
     assert plan.lengths.tolist() == longer.lengths.tolist()

@@ -13,7 +13,7 @@ from lora_bench.config.build import build
 from lora_bench.config.schema import Trainer
 from lora_bench.errors import Code
 from lora_bench.evaluation.metrics import score
-from lora_bench.training.loop import predict
+from lora_bench.training.prediction import predict
 from lora_bench.training.weight_averaging import Average, averaged
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, train, trainer
 from tests.command_line import refuses

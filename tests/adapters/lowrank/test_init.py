@@ -19,9 +19,9 @@ from lora_bench.adapters.lowrank import init
 from lora_bench.adapters.lowrank.calibration_batches import weight_gradients
 from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.pack.pack import stream
-from lora_bench.training.loop import prepare
 from tests.adapters.tools import adapter, assert_close, pack, tables, trainer
 from tests.backbones.tools import FORMS, random_batch
+from tests.training.tools import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lora_bench.adapters.lowrank.linear import LowRank, keep_mask
 from lora_bench.adapters.pack.pack import stream
 from lora_bench.errors import Code
-from lora_bench.training.loop import prepare
 from tests.adapters.tools import adapter, assert_close, assert_out_of_range, doubled, pack, stir, tables, trainer
 from tests.adapters.tools import train as fit
 from tests.backbones.tools import FORMS, enliven, random_batch, reference
 from tests.command_line import refuses
+from tests.training.tools import prepare
 
 BASE = enliven(nn.Linear(48, 32))
 

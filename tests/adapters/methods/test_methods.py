@@ -17,7 +17,6 @@ from lora_bench.adapters.peft import files
 from lora_bench.cli import conf_folder
 from lora_bench.config.build import build
 from lora_bench.errors import Code
-from lora_bench.training.loop import prepare
 from tests.adapters.tools import (
     adapter,
     assert_close,
@@ -33,6 +32,7 @@ from tests.adapters.tools import (
 from tests.backbones.tools import FORMS, make, random_batch, spread
 from tests.command_line import refuses
 from tests.helpers import composed
+from tests.training.tools import prepare
 
 if TYPE_CHECKING:
     from pathlib import Path

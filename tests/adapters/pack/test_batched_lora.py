@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_bench.adapters.pack.batched_lora import Together
 from lora_bench.adapters.pack.pack import Member, Pack
-from lora_bench.training.loop import fit, prepare
 from tests.adapters.tools import adapter, assert_close, doubled, optimizer, pack, stir, tables, train, trainer
 from tests.backbones.tools import FORMS, make, random_batch
+from tests.training.tools import fit, prepare
 
 if TYPE_CHECKING:
     from lora_bench.adapters.base import Adapter

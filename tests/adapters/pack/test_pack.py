@@ -15,7 +15,7 @@ from lora_bench.adapters.methods.lora import LoRA
 from lora_bench.adapters.pack.member_modules import MemberHeads
 from lora_bench.adapters.pack.pack import stream
 from lora_bench.errors import Code
-from lora_bench.training.loop import predict
+from lora_bench.training.prediction import predict
 from tests.adapters.tools import adapter, assert_close, doubled, optimizer, pack, stir, tables, train, trainer
 from tests.backbones.tools import FORMS, make, random_batch, save
 from tests.command_line import refuses

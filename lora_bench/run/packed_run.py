@@ -1,0 +1,304 @@
+"""One run of a pack: its job and settings, the members that it trains, and the record that it leaves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_bench.errors import Code, UserError
+from lora_bench.evaluation.cost import peak_memory_bytes
+from lora_bench.run.settings import Experiment
+from lora_bench.run.warm_start import Source
+from lora_bench.training.checkpoint import Checkpoint, Checkpoints
+from lora_bench.training.loop import prepare
+from lora_bench.training.member_run import MemberProgress, MemberRun, isolate_failure
+from lora_bench.training.precision import resolve_device, resolve_precision
+from lora_bench.training.training_state import reject_foreign_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.adapters.pack.pack import Member, Pack
+    from lora_bench.config.schema import Trainer
+    from lora_bench.evaluation.cost import FlopModel
+    from lora_bench.records.job import Job
+    from lora_bench.records.run_folder import Run
+    from lora_bench.run.inputs import SharedInputs
+    from lora_bench.training.task_mixture import TaskMixture
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Costs and notes of what came before a member's first step."""
+
+    seconds: float = 0.0
+    """Of data-driven initialisation and rank allocation."""
+    flops: float = 0.0
+    prefix_seconds: float | None = None
+    """Of computing the cached prefix; None where it is not cached."""
+    prefix_flops: float | None = None
+    notes: Sequence[str] = ()
+    """Initialisations that had too few pairs."""
+
+
+@dataclass(eq=False)
+class PackedRun:
+    """One run of a pack.
+
+    A run trains one member, one for each of its tasks, or those of its ensemble; they start and end together.
+
+    Args:
+        job: the request, and the folder of its record.
+        experiment: its settings.
+        numbers: of its members in the pack.
+        folders: checkpoints of each member.
+        resumed_from: the checkpoint of each member that the run is resumed from, all of one step; None: a new run.
+    """
+
+    job: Job
+    experiment: Experiment
+    numbers: range
+    folders: list[Checkpoints]
+    resumed_from: list[Checkpoint] | None = None
+    warm_start: Source | None = None
+    """The finished run that its adapter is initialised from."""
+    members: list[MemberRun] = field(default_factory=list)
+    preparations: list[Preparation] = field(default_factory=list)
+    pack_size: int = 0
+    """Members of the largest pack that it trained in."""
+    record: Run | None = None
+    """Its folder, from the start of the run to its end."""
+
+    # -- before a pack exists --
+
+    @classmethod
+    def open_all(cls, jobs: Sequence[Job]) -> list[PackedRun]:
+        """Build the settings of these jobs and find the checkpoints that they are resumed from.
+
+        Raises:
+            UserError: a setting is wrong, a tracker is not installed, or a run cannot be resumed here.
+        """
+        experiments = [Experiment.build(job.cfg) for job in jobs]
+        for experiment in experiments:
+            for tracker in experiment.trackers.values():
+                tracker.check()
+        ends = list(accumulate(experiment.size for experiment in experiments))
+        runs = [
+            cls(
+                job,
+                experiment,
+                range(end - experiment.size, end),
+                Checkpoints.of_members(job.folder / "checkpoints", experiment.size),
+            )
+            for job, experiment, end in zip(jobs, experiments, ends, strict=True)
+        ]
+        _find_checkpoints(runs)
+        for run in runs:
+            for checkpoint in run.resumed_from or ():
+                run.job.check_record(checkpoint.facts.get("config"))
+                run.check_precision()
+        return runs
+
+    def check_precision(self) -> None:
+        """Refuse to resume a run in another number format, which would mix two trainings in one result."""
+        assert self.job.begun is not None
+        environment, trainer = self.job.begun.record["environment"], self.experiment.trainer
+        before = environment.get("precision")
+        device = resolve_device(trainer.device)
+        now = str(resolve_precision(trainer.precision, device)).removeprefix("torch.")
+        if before in (None, now):
+            return
+        remedy = f"Resume it where it was interrupted, or start a new run with trainer.precision={trainer.precision}."
+        if trainer.precision == "auto":
+            remedy = "Resume it on a device of the same kind, or start a new run and give trainer.precision."
+        raise UserError(
+            f"the run was interrupted in {before} on {environment.get('device')}, and "
+            f"trainer.precision={trainer.precision} is {now} on {device} here",
+            key="resume",
+            value=self.job.folder,
+            remedy=remedy,
+            code=Code.MISMATCH,
+        )
+
+    def adapters(self, inputs: SharedInputs) -> list[Member]:
+        """Return what the run's members are made of, with the ranks of the run that it is initialised from."""
+        if self.resumed_from is None:
+            self.warm_start = Source.of(self.experiment, inputs)
+        return self.experiment.members(self.warm_start.ranks if self.warm_start else None)
+
+    # -- before the first step --
+
+    def prepare(self, pack: Pack, mixtures: Sequence[TaskMixture], trainer: Trainer) -> None:
+        """Restore or initialise the run's adapters, and note what that cost.
+
+        A failure of a data-driven initialisation ends the run, and no other one.
+        """
+        progress = [MemberProgress() for _ in self.numbers]
+        for i, k in enumerate(self.numbers):
+            if self.resumed_from:
+                self.preparations.append(_restore_ranks(pack, k, self.resumed_from[i]))
+            elif self.warm_start:
+                self.preparations.append(Preparation())
+            else:
+                self.preparations.append(_initialise(pack, k, mixtures, trainer, progress[i]))
+        mixture_of = {k: mixture for mixture in mixtures for k in mixture.members}
+        for k, own in zip(self.numbers, progress, strict=True):
+            member = MemberRun.start(pack, k, self.experiment.optimizer, mixture_of[k], trainer, own)
+            member.siblings = self.numbers
+            self.members.append(member)
+        sizes = [checkpoint.facts["pack_size"] for checkpoint in self.resumed_from or ()]
+        self.pack_size = max(pack.size, *sizes) if sizes else pack.size
+
+    def note_prefix(self, seconds: float, flops: float) -> None:
+        """Count the cost of the cached prefix, which is computed once for all members."""
+        self.preparations = [
+            replace(preparation, prefix_seconds=seconds, prefix_flops=flops) for preparation in self.preparations
+        ]
+
+    def open_checkpoints(self, flop_models: Sequence[FlopModel]) -> None:
+        """Let each member save its checkpoints with the facts that a resumed run needs."""
+        config = self.record.record["config"] if self.record else None
+        for member, folder, preparation in zip(self.members, self.folders, self.preparations, strict=True):
+            facts = {"preparation": asdict(preparation), "pack_size": self.pack_size, "config": config}
+            member.checkpoints = replace(folder, facts=facts)
+            member.flop_model = flop_models[member.index]
+
+    # -- what has become of it --
+
+    @property
+    def progress(self) -> MemberProgress:
+        """The progress of the member that ended the run early, else of its first."""
+        of_members = [member.progress for member in self.members]
+        return next((progress for progress in of_members if progress.error is not None), of_members[0])
+
+    def end_together(self) -> None:
+        """End all members of the run if one of them has failed."""
+        decisive = self.progress
+        for member in self.members:
+            if decisive.error is not None and member.is_running:
+                member.progress.status, member.progress.error = decisive.status, decisive.error
+
+    @property
+    def has_failed(self) -> bool:
+        return self.progress.error is not None
+
+    @property
+    def has_ended(self) -> bool:
+        return not any(member.is_running for member in self.members)
+
+    @property
+    def is_done(self) -> bool:
+        return all(member.progress.status == "done" for member in self.members)
+
+    def learners(self, task: int) -> list[MemberRun]:
+        """Return the members that learned the task of this number."""
+        return [self.members[task]] if self.experiment.own_adapters else self.members
+
+    def member_name(self, member: int) -> str:
+        """Return the name of a member within its run, for logs: empty where the run has one member."""
+        number = self.numbers.index(member)
+        if self.experiment.own_adapters:
+            return list(self.experiment.tasks)[number]
+        return f"member_{number}" if len(self.numbers) > 1 else ""
+
+    def titles(self) -> list[str]:
+        """Return what the progress display calls the members."""
+        title, colon, overrides = self.job.title.partition(":")
+        names = [f" {self.member_name(k).replace('_', ' ')}".rstrip() for k in self.numbers]
+        if self.experiment.own_adapters:
+            names = [f" {task}" for task in self.experiment.tasks]
+        return [f"{title}{name}{colon}{overrides}".lstrip() for name in names]
+
+    # -- parts of the record --
+
+    def parameters(self, members: Sequence[MemberRun] | None = None, *, one_head: bool = False) -> dict[str, int]:
+        """Count the parameters of these members (None: of all), which share the backbone.
+
+        Args:
+            members: of the run.
+            one_head: count one head of each, where it has one for each task.
+        """
+        chosen = self.members if members is None else members
+        counts = [member.pack.count_parameters(member.index, head=0 if one_head else None) for member in chosen]
+        sums = {name: sum(count[name] for count in counts) for name in ("adapter", "head", "trainable")}
+        return sums | {"total": counts[0]["total"] + sums["trainable"] - counts[0]["trainable"]}
+
+    def ranks(self, members: Sequence[MemberRun] | None = None) -> dict[str, int | list[int]]:
+        """Return the rank of each target module; a list where the members differ in it."""
+        chosen = self.members if members is None else members
+        by_member = [member.pack.ranks(member.index) for member in chosen]
+        ranks = {name: [own[name] for own in by_member] for name in by_member[0]}
+        return {name: own[0] if len(set(own)) == 1 else own for name, own in ranks.items()}
+
+    def cost(self, members: Sequence[MemberRun] | None = None, *, alone: bool) -> dict[str, Any]:
+        """Return the training cost of these members (None: of all).
+
+        Seconds and FLOPs of training include data-driven initialisation and the cached prefix.
+
+        Args:
+            members: of the run.
+            alone: whether nothing else trained on the device; otherwise seconds and memory are null.
+        """
+        chosen = self.members if members is None else members
+        progress = [member.progress for member in chosen]
+        preparations = [self.preparations[self.numbers.index(member.index)] for member in chosen]
+        over = sum if self.experiment.own_adapters else max  # members of an ensemble share batches
+        seconds = over(own.seconds for own in progress)
+        prepare_seconds = sum(preparation.seconds for preparation in preparations)
+        prepare_flops = sum(preparation.flops for preparation in preparations)
+        prefix_seconds, prefix_flops = preparations[0].prefix_seconds, preparations[0].prefix_flops  # once for all
+        pairs_per_second = over(own.pairs for own in progress) / seconds if seconds else None
+        device = chosen[0].pack.backbone.device
+        return {
+            "train_seconds": prepare_seconds + (prefix_seconds or 0) + seconds if alone else None,
+            "train_flops": sum(own.flops for own in progress) + prepare_flops + (prefix_flops or 0),
+            "prepare_seconds": prepare_seconds if alone else None,
+            "prepare_flops": prepare_flops,
+            "prefix_fill_seconds": prefix_seconds if alone else None,
+            "prefix_fill_flops": prefix_flops,
+            "peak_memory_bytes": peak_memory_bytes(device) if alone else None,
+            "pairs_per_second": pairs_per_second if alone else None,
+            "steps": max(own.steps for own in progress),
+            "train_tokens": sum(own.tokens for own in progress),
+            "train_padding_tokens": sum(own.padding for own in progress),
+            "pack_size": self.pack_size,
+        }
+
+
+def _find_checkpoints(runs: Sequence[PackedRun]) -> None:
+    """Set the checkpoints that runs are resumed from: the newest of one step that all members of all runs have."""
+    folders = [(run, folder) for run in runs for folder in run.folders]
+    newest = [folder.newest() if run.job.begun else None for run, folder in folders]
+    if None in newest:
+        return
+    step = min(checkpoint.step for checkpoint in newest if checkpoint)
+    of_step = [
+        checkpoint if checkpoint and checkpoint.step == step else folder.newest(step)
+        for checkpoint, (_, folder) in zip(newest, folders, strict=True)
+    ]
+    together = [checkpoint for checkpoint in of_step if checkpoint and checkpoint.step == step]
+    if len(together) == len(folders):
+        for run in runs:
+            run.resumed_from = together[run.numbers.start : run.numbers.stop]
+
+
+def _restore_ranks(pack: Pack, member: int, checkpoint: Checkpoint) -> Preparation:
+    """Give a member the ranks of its checkpoint, and return what its preparation cost at the time."""
+    with reject_foreign_checkpoint():
+        if checkpoint.facts["ranks"]:
+            pack.set_ranks(member, checkpoint.facts["ranks"])
+        return Preparation(**checkpoint.facts["preparation"])
+
+
+def _initialise(
+    pack: Pack, member: int, mixtures: Sequence[TaskMixture], trainer: Trainer, progress: MemberProgress
+) -> Preparation:
+    """Let a member's method read training batches, if it does, and return what that cost."""
+    began, notes = time.perf_counter(), list[str]()
+    with isolate_failure(progress), FlopCounterMode(display=False) as counter:
+        notes = prepare(pack, trainer, mixtures, [member])
+    return Preparation(time.perf_counter() - began, counter.get_total_flops(), notes=notes)

@@ -1,0 +1,205 @@
+"""One member of a pack while it trains: settings, optimizer, weight average, schedule, progress and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_bench.errors import DivergedError
+from lora_bench.training.optim import make_optimizer, set_rate
+from lora_bench.training.weight_averaging import Average
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.config.schema import Optimizer, Trainer
+    from lora_bench.data.batching import Batch
+    from lora_bench.evaluation.cost import FlopModel
+    from lora_bench.training.checkpoint import Checkpoints
+    from lora_bench.training.task_mixture import TaskMixture
+
+
+@dataclass
+class MemberProgress:
+    """How far one member has come, and the best that it reached."""
+
+    status: str = "running"
+    """`done`, `diverged` when its loss, gradient or scores ceased to be finite, `failed`, or `stopped` by halving."""
+    error: Exception | None = None
+    """Why it diverged or failed."""
+    best: dict[str, Any] | None = None
+    """The log line of its best evaluation: step, epoch, metrics on the selection split."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """Its trained tensors at that evaluation."""
+    scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """P(label 1) of the selection split at that evaluation, by task: (N,) each."""
+    steps: int = 0
+    """Optimizer updates made."""
+    seconds: float = 0.0
+    """Wall time of the training steps, without evaluations."""
+    pairs: int = 0
+    """Training pairs seen; a pair that a step shows in both orders counts once."""
+    tokens: int = 0
+    """Tokens of the training steps, padding and both orders included."""
+    padding: int = 0
+    """Padding tokens among them."""
+    flops: float = 0.0
+    """Arithmetic of the training steps: forward, backward."""
+    without_gain: int = 0
+    """Consecutive evaluations without a better selection MCC; those before ranks are final do not count."""
+
+    @property
+    def is_running(self) -> bool:
+        return self.status == "running"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a member is evaluated and when it ends, in optimizer updates."""
+
+    steps_per_epoch: int
+    last_step: int
+    eval_every: int
+
+    @classmethod
+    def of(cls, mixture: TaskMixture, trainer: Trainer) -> Schedule:
+        """Return the schedule that the settings ask for on these tasks."""
+        per_epoch = mixture.steps_per_epoch(trainer.batch_size)
+        return cls(per_epoch, mixture.steps(trainer), trainer.eval_every or per_epoch)
+
+    def evaluation_due(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.last_step
+
+
+@dataclass
+class MemberRun:
+    """One member of a pack while it trains.
+
+    Args:
+        index: its number in the pack.
+        pack: the pack that holds its adapter and head.
+        settings: of its optimizer.
+        optimizer: AdamW over its trained tensors.
+        average: the mean of its weights.
+        schedule: when it is evaluated and ends.
+        progress: how far it has come.
+        siblings: numbers of the members that make one run with it, itself included.
+        flop_model: FLOPs of one of its training steps; None: they are not counted.
+        checkpoints: where its state is saved; None: nowhere.
+    """
+
+    index: int
+    pack: Pack
+    settings: Optimizer
+    optimizer: torch.optim.AdamW
+    average: Average
+    schedule: Schedule
+    progress: MemberProgress
+    siblings: Sequence[int]
+    flop_model: FlopModel | None = None
+    checkpoints: Checkpoints | None = None
+
+    @classmethod
+    def start(
+        cls,
+        pack: Pack,
+        index: int,
+        settings: Optimizer,
+        mixture: TaskMixture,
+        trainer: Trainer,
+        progress: MemberProgress | None = None,
+    ) -> MemberRun:
+        """Return a member before its first step, in a run of its own, with the optimizer that the settings ask for."""
+        return cls(
+            index,
+            pack,
+            settings,
+            make_optimizer(settings, pack, index),
+            Average(pack.trainable(index).values(), trainer.average),
+            Schedule.of(mixture, trainer),
+            progress or MemberProgress(),
+            [index],
+        )
+
+    @property
+    def is_running(self) -> bool:
+        return self.progress.is_running
+
+    def optimizer_step(self, step: int, loss: float) -> None:
+        """Clip the member's gradients, call its method's hooks, update its weights and average them.
+
+        A loss or gradient that is not finite ends the member.
+        """
+        if not math.isfinite(loss):
+            diverge(self.progress, step, f"loss {loss} is not finite")
+            return
+        norm = clip_gradients(self.pack, self.index, self.settings)
+        if not math.isfinite(norm):
+            diverge(self.progress, step, f"gradient norm {norm} is not finite")
+            return
+        adapter, updates = self.pack.members[self.index].adapter, self.pack.updates[self.index]
+        last_step = self.schedule.last_step
+        set_rate(self.optimizer, self.settings, step, last_step)
+        adapter.before_step(updates, step, last_step)
+        self.optimizer.step()
+        adapter.after_step(updates, step, last_step)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ranks_are_final(step):
+            self.average.add()
+
+    def count(self, step: int, batch: Batch, padding: int, seconds: float) -> None:
+        """Add a training step to the member's costs; it is measured as if the member had trained alone."""
+        B, T = batch.pairs, batch.input_ids.shape[1]
+        progress, rows = self.progress, batch.orders * B
+        progress.steps = step
+        progress.seconds += seconds
+        progress.pairs += B
+        progress.tokens += rows * T
+        progress.padding += padding
+        progress.flops += self.flop_model(rows, T) if self.flop_model else 0.0
+
+    def ranks_are_final(self, step: int) -> bool:
+        """Whether the method changes no rank any more: only then weights are averaged and a state is chosen."""
+        return self.pack.members[self.index].adapter.settled(step, self.schedule.last_step)
+
+    def load_best(self) -> None:
+        """Put the state of the best evaluation back into the pack, if there was one."""
+        if self.progress.state:
+            self.pack.load_state(self.index, self.progress.state)
+
+
+def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:
+    """Return a member's gradient norm before clipping, and clip the gradients to `grad_clip_norm`.
+
+    torch's own `clip_grad_norm_` calls an operator for each parameter.
+    """
+    gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
+    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) if gradients else 0.0
+    if settings.grad_clip_norm is not None and norm > settings.grad_clip_norm:
+        torch._foreach_mul_(gradients, settings.grad_clip_norm / (norm + 1e-6))
+    return norm
+
+
+@contextmanager
+def isolate_failure(progress: MemberProgress) -> Iterator[None]:
+    """Turn an exception into the end of this member; the others go on."""
+    try:
+        yield
+    except Exception as error:
+        progress.status = "diverged" if isinstance(error, DivergedError) else "failed"
+        progress.error = error
+
+
+def diverge(progress: MemberProgress, step: int, reason: str) -> None:
+    """End a member whose numbers ceased to be finite at this step."""
+    progress.status = "diverged"
+    progress.error = DivergedError(f"step {step}: {reason}; the learning rate may be too high (optimizer.lr)")

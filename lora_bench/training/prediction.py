@@ -1,0 +1,48 @@
+"""Scores of a token table, by the members of a pack."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lora_bench.data.batching import evaluation_batches, micro_batches
+from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.micro_batching import in_portions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.data.batching import Batch
+    from lora_bench.data.tokenization import TokenTable
+
+
+@torch.no_grad()
+def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
+    """Return P(label 1) of every row for every active member: (K, N), in the table's order.
+
+    A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. The pack's mode is as
+    it was afterwards.
+    """
+    if table.exchanged is not None:
+        one, other = replace(table, exchanged=None), table.exchanged
+        return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
+    scores = np.zeros((len(pack.live), len(table)))
+    mode = pack.training
+    pack.eval()
+    batches = evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id)
+    for rows, batch in processes.shared_rows(batches):
+        logits = in_portions(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
+        scores[:, rows] = torch.sigmoid(logits[..., 1] - logits[..., 0]).cpu().numpy()
+    pack.train(mode)
+    return processes.gather(scores)
+
+
+def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:
+    """Return logits (K, B, 2), computed for `pairs` of the B pairs at a time."""
+    return torch.cat([pack(micro.to(pack.backbone.device)) for micro in micro_batches(batch, pairs)], dim=1)
