@@ -13,11 +13,11 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from lora_bench import predict as predicting
 from lora_bench import train as training
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.errors import Code, DivergedError
 from lora_bench.evaluation.metrics import score
+from lora_bench.run import finished_run as predicting
 from lora_bench.run import recorder
 from lora_bench.training import loop
 from lora_bench.training.cuda_graphs import Backward
