@@ -193,7 +193,7 @@ def test_a_defect_before_the_run_exits_1_and_names_the_line(in_tmp: Path, monkey
     assert answer.code == 1
     assert answer.err.count("\n") == 1
     assert "ZeroDivisionError: oh" in answer.err
-    assert f"{Path(settings.__file__)}, line " in answer.err
+    assert f"{Path(inputs.__file__)}, line " in answer.err
     assert not any(in_tmp.iterdir())
 
 
