@@ -25,7 +25,7 @@ from lora_bench.training.model_selection import evaluate_members, update_best
 from lora_bench.training.successive_halving import eliminated, survivors
 from lora_bench.training.task_mixture import TaskData, TaskMixture, steps_asked
 from lora_bench.training.training_state import gather
-from lora_bench.training.weight_averaging import averaged
+from lora_bench.training.weight_averaging import averaged_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -215,7 +215,7 @@ class PackTraining:
             return []
         ranking: dict[int, tuple[float, float]] = {}
         numbers = [member.index for member in evaluated]
-        with averaged(member.average for member in evaluated):
+        with averaged_weights(member.average for member in evaluated):
             results = evaluate_members(self.pack, self.mixtures, numbers, self.trainer.eval_batch_size, self.processes)
             for member in evaluated:
                 with isolate_failure(member.progress):

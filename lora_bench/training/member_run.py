@@ -11,7 +11,7 @@ import torch
 
 from lora_bench.errors import DivergedError
 from lora_bench.training.optim import make_optimizer, set_rate
-from lora_bench.training.weight_averaging import Average
+from lora_bench.training.weight_averaging import WeightAverage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,7 +101,7 @@ class MemberRun:
     pack: Pack
     settings: Optimizer
     optimizer: torch.optim.AdamW
-    average: Average
+    average: WeightAverage
     schedule: Schedule
     progress: MemberProgress
     siblings: Sequence[int]
@@ -124,7 +124,7 @@ class MemberRun:
             pack,
             settings,
             make_optimizer(settings, pack, index),
-            Average(pack.trainable(index).values(), trainer.average),
+            WeightAverage(pack.trainable(index).values(), trainer.average),
             Schedule.of(mixture, trainer),
             progress or MemberProgress(),
             [index],

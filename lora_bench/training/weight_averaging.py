@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Average:
+class WeightAverage:
     """The mean, in fp32, of one member's trained tensors over about the latest share of its steps so far.
 
     Polynomial-decay averaging (Shamir and Zhang 2013, arXiv 1212.1824, section 4): with w̄_t after t steps,
@@ -52,7 +52,7 @@ class Average:
 
 @contextmanager
 @torch.no_grad()
-def averaged(averages: Iterable[Average]) -> Iterator[None]:
+def averaged_weights(averages: Iterable[WeightAverage]) -> Iterator[None]:
     """Within, parameters hold their means where they have any; afterwards they are bitwise what they were."""
     swaps = [(p, mean, p.clone()) for average in averages for p, mean in average.means.items()]
     for p, mean, _ in swaps:

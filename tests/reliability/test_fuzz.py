@@ -30,7 +30,7 @@ from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.member_run import MemberProgress, MemberRun, Schedule
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.training_state import gather, restore
-from lora_bench.training.weight_averaging import Average
+from lora_bench.training.weight_averaging import WeightAverage
 from tests.command_line import lora_bench, toy_run
 from tests.training.test_loop import Make, optimizer, packed, spy
 
@@ -314,7 +314,7 @@ def trained(backbone: Make, method: str) -> MemberRun:
         pack,
         optimizer(),
         make_optimizer(optimizer(), pack, 0),
-        Average(pack.trainable(0).values()),
+        WeightAverage(pack.trainable(0).values()),
         Schedule(10, 10, 10),
         MemberProgress(state=pack.state(0)),
         [0],

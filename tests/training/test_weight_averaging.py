@@ -14,7 +14,7 @@ from lora_bench.config.schema import Trainer
 from lora_bench.errors import Code
 from lora_bench.evaluation.metrics import score
 from lora_bench.training.prediction import predict
-from lora_bench.training.weight_averaging import Average, averaged
+from lora_bench.training.weight_averaging import WeightAverage, averaged_weights
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, train, trainer
 from tests.command_line import refuses
 from tests.helpers import composed
@@ -66,7 +66,7 @@ def same(one: State, other: State) -> bool:
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25, 0.1])
 def test_it_lies_as_far_back_as_the_mean_of_the_last_share_of_the_steps(share: float) -> None:
     p = nn.Parameter(torch.zeros(1))
-    average = Average([p], share)
+    average = WeightAverage([p], share)
     for step in range(1, 2001):
         p.data.fill_(step)
         average.add()
@@ -76,7 +76,7 @@ def test_it_lies_as_far_back_as_the_mean_of_the_last_share_of_the_steps(share: f
 
 def test_the_mean_is_kept_in_fp32_whatever_the_weights_are() -> None:
     p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    average, seen = Average([p]), []
+    average, seen = WeightAverage([p]), []
     for i in range(7):
         p.data.fill_(1 + i / 128)  # neighbours in bf16
         seen.append(p.detach().double())
@@ -88,14 +88,14 @@ def test_the_mean_is_kept_in_fp32_whatever_the_weights_are() -> None:
 
 def test_weights_come_back_bitwise_whatever_happens_within() -> None:
     p, untouched = nn.Parameter(torch.tensor([0.1, torch.nan, -0.0])), nn.Parameter(torch.ones(2))
-    average = Average([p])
+    average = WeightAverage([p])
     p.data[1] = 4.0
     average.add()
     p.data.copy_(torch.tensor([0.3, torch.nan, -0.0]))
     before = p.detach().clone().view(torch.int32)
 
     def fail() -> None:
-        with averaged([average, Average([untouched])]):
+        with averaged_weights([average, WeightAverage([untouched])]):
             assert p.tolist() == pytest.approx([0.1, 4.0, 0.0])
             assert untouched.tolist() == [1.0, 1.0]
             assert torch.is_grad_enabled()
