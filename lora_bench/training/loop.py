@@ -179,14 +179,14 @@ class PackTraining:
                 if step == member.schedule.last_step < self.last_step:  # others have more to learn
                     member.progress.status = "done"
             # From here on all processes know of the same signals; a later one is acted on after the next step.
-            signal = self.processes.any_asked(self.interruption.asked) if self.interruption else None
+            signal = self.processes.any_asked(self.interruption.requested_signal) if self.interruption else None
             self.save(step, active, needed=signal is not None or bool(losing))
             losing = [member for member in losing if member.is_running]
             for member in losing:
                 member.progress.status = "stopped"
             self.end(losing)
             if self.interruption and signal is not None:
-                self.interruption.act(signal)
+                self.interruption.raise_signal(signal)
             self.end(member for member in active if member.progress.status not in ("running", "stopped"))
         remaining = self.running()
         for member in remaining:
@@ -269,7 +269,7 @@ class PackTraining:
             member.load_best()
         if ended and self.observer:
             is_scored = any(member.progress.status == "done" for member in ended)  # it takes time: signals act at once
-            with self.interruption.lifted() if self.interruption and is_scored else nullcontext():
+            with self.interruption.signals_act_at_once() if self.interruption and is_scored else nullcontext():
                 self.observer.ended([member.index for member in ended])
 
 

@@ -18,7 +18,7 @@ class Interruption:
     """Within, the first signal is only noted; a second Ctrl-C ends the process at once, as it always does."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.requested_signal: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
@@ -33,11 +33,11 @@ class Interruption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        if self.asked is not None and kind is None:
-            self.act(self.asked)
+        if self.requested_signal is not None and kind is None:
+            self.raise_signal(self.requested_signal)
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def signals_act_at_once(self) -> Iterator[None]:
         """Within, a signal acts at once, as it does outside; so does one that was noted before."""
         self.__exit__(None, None, None)
         try:
@@ -45,13 +45,13 @@ class Interruption:
         finally:
             self.__enter__()
 
-    def act(self, asked: int) -> None:
+    def raise_signal(self, number: int) -> None:
         """End the run as this signal asks for: KeyboardInterrupt, or SystemExit with 128 and the signal's number."""
-        if asked == signal.SIGINT:
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + asked)
+        raise SystemExit(128 + number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked is not None:
+        if number == signal.SIGINT and self.requested_signal is not None:
             raise KeyboardInterrupt
-        self.asked = number
+        self.requested_signal = number

@@ -111,7 +111,7 @@ def test_ctrl_c_in_the_step_that_stops_some_leaves_them_stopped() -> None:
 
     class Impatient:
         def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-            interruption.asked = signal.SIGINT if step == 4 else None
+            interruption.requested_signal = signal.SIGINT if step == 4 else None
 
         def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
 
