@@ -20,7 +20,7 @@ from lora_bench.errors import LostFolderError, RunFailedError
 from lora_bench.training import head_initialisation
 from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.member_run import MemberRun, isolate_failure
-from lora_bench.training.micro_batching import in_portions
+from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.model_selection import evaluate_members, update_best
 from lora_bench.training.successive_halving import eliminated, survivors
 from lora_bench.training.task_mixture import TaskData, TaskMixture, steps_asked
@@ -109,7 +109,7 @@ class MixtureSteps:
             losses = dict.fromkeys(numbers, 0.0)
             if (share := processes.share(batch)) is not None:
                 work = partial(self.backward, share, batch.pairs)
-                losses = in_portions(pack, share, self.trainer.micro_batch_size, work)
+                losses = in_micro_batches(pack, share, self.trainer.micro_batch_size, work)
             learned = (p for k in numbers for p in pack.trainable(k, batch.head).values())
             losses = processes.add_up(learned, losses)
         for member in learning:

@@ -29,7 +29,7 @@ _SHORT = ("not enough memory", "can't allocate memory")
 """What torch's allocator for the CPU says, on Windows and elsewhere."""
 
 
-def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int], T]) -> T:
+def in_micro_batches(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int], T]) -> T:
     """The result of `work(pairs)`, with as many pairs per forward pass as memory has room for.
 
     Args:

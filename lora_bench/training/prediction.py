@@ -11,7 +11,7 @@ import torch
 
 from lora_bench.data.batching import evaluation_batches, micro_batches
 from lora_bench.training.distributed import ALONE, Processes
-from lora_bench.training.micro_batching import in_portions
+from lora_bench.training.micro_batching import in_micro_batches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +37,7 @@ def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes
     pack.eval()
     batches = evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id)
     for rows, batch in processes.shared_rows(batches):
-        logits = in_portions(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
+        logits = in_micro_batches(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
         scores[:, rows] = torch.sigmoid(logits[..., 1] - logits[..., 0]).cpu().numpy()
     pack.train(mode)
     return processes.gather(scores)

@@ -25,7 +25,7 @@ from lora_bench.data.batching import Batch, collate, evaluation_rows, training_b
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.dummy_step import probe_step
 from lora_bench.training.member_run import MemberRun, clip_gradients
-from lora_bench.training.micro_batching import in_portions
+from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.prediction import predict
 from lora_bench.training.prefix_cache import ROWS
 from lora_bench.training.task_mixture import TaskData, TaskMixture
@@ -151,7 +151,7 @@ class _Rehearsal:
         pack, adapter, optimizer = self.pack, self.pack.members[0].adapter, self.member.optimizer
         began = time.perf_counter()
         work = partial(self.backward, batch, batch.pairs)
-        in_portions(pack, batch, self.trainer.micro_batch_size, work)
+        in_micro_batches(pack, batch, self.trainer.micro_batch_size, work)
         clip_gradients(pack, 0, self.member.settings)
         adapter.before_step(pack.updates[0], 1, 1000)
         optimizer.step()

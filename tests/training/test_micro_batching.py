@@ -10,7 +10,7 @@ import torch
 
 from lora_bench.errors import Code, RunFailedError
 from lora_bench.training import micro_batching
-from lora_bench.training.micro_batching import in_portions, is_out_of_memory
+from lora_bench.training.micro_batching import in_micro_batches, is_out_of_memory
 from lora_bench.training.prediction import predict
 from tests.backbones.tools import random_batch
 from tests.command_line import refuses
@@ -59,7 +59,7 @@ def test_members_that_pass_one_after_another_have_portions_as_if_alone(
         pack = packed(backbone(), *[spy()] * size)
         batch, asked = random_batch(pack.backbone), []
         monkeypatch.setattr(micro_batching, "QUICK_TOKENS", 2 * batch.input_ids.shape[1])
-        in_portions(pack, batch, None, asked.append)
+        in_micro_batches(pack, batch, None, asked.append)
         assert asked == [2]
 
 

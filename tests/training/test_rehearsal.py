@@ -113,7 +113,7 @@ def test_seconds_are_those_of_each_shape_and_of_the_first_step_of_each(
         return {0: 0.0}
 
     monkeypatch.setattr(Backward, "__call__", backward)
-    monkeypatch.setattr(module, "in_portions", lambda pack, batch, asked, work: work(batch.pairs))
+    monkeypatch.setattr(module, "in_micro_batches", lambda pack, batch, asked, work: work(batch.pairs))
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(module, "SHAPES", 100)
     experiment = experiment_of("trainer.epochs=3", "trainer.batch_size=4", "data.max_length=200")
