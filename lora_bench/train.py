@@ -19,7 +19,7 @@ from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
 from lora_bench.run.recorder import Recorder
-from lora_bench.training.distributed import ALONE, Processes, together
+from lora_bench.training.distributed import ALONE, Processes, processes_of_torchrun
 from lora_bench.training.dummy_step import probe_step
 from lora_bench.training.loop import PackTraining, total_steps
 from lora_bench.training.prefix_cache import PrefixCache
@@ -45,7 +45,7 @@ def train(job: Job, *, console: Console) -> None:
         UserError: the request cannot be met; nothing is left behind.
         DivergedError: loss, gradient or scores ceased to be finite; the record says so.
     """
-    with together() as processes:
+    with processes_of_torchrun() as processes:
         (error,) = train_pack([job], console=console, processes=processes)
     if error is not None:
         raise error
@@ -107,7 +107,7 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
     mixtures = inputs.mixtures(runs)
     for run in runs:
         run.prepare(pack, mixtures, trainer)
-    processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
+    processes.broadcast(tensor for k in range(pack.size) for tensor in pack.tensors(k))
     inputs, seconds, flops = _with_prefixes(inputs, pack, trainer)
     for run in runs:
         if pack.cut is not None and run.resumed_from is None:

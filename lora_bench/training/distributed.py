@@ -57,7 +57,7 @@ class Processes:
             return batch
         return pick(batch, start, end) if start < end else None
 
-    def add_up(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
+    def all_reduce(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
         """Sum gradients over the processes, in place, and losses: each process's are shares of the global mean."""
         if self.size == 1:
             return losses
@@ -71,7 +71,7 @@ class Processes:
             p.grad = gradient.view_as(p).to(p.dtype)
         return dict(zip(losses, summed[-1].tolist(), strict=True))
 
-    def agree(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Take the leader's values."""
         if self.size > 1:
             with torch.no_grad():
@@ -88,7 +88,7 @@ class Processes:
             dist.all_reduce(torch.from_numpy(scores))
         return scores
 
-    def any_asked(self, signal: int | None) -> int | None:
+    def any_signal(self, signal: int | None) -> int | None:
         """The signal that any process got, so that all stop after the same step."""
         if self.size == 1:
             return signal
@@ -101,7 +101,7 @@ ALONE = Processes()
 
 
 @contextmanager
-def together() -> Iterator[Processes]:
+def processes_of_torchrun() -> Iterator[Processes]:
     """The processes that `torchrun` started; alone where it did not start this one.
 
     Raises:

@@ -111,7 +111,7 @@ class MixtureSteps:
                 work = partial(self.backward, share, batch.pairs)
                 losses = in_micro_batches(pack, share, self.trainer.micro_batch_size, work)
             learned = (p for k in numbers for p in pack.trainable(k, batch.head).values())
-            losses = processes.add_up(learned, losses)
+            losses = processes.all_reduce(learned, losses)
         for member in learning:
             with isolate_failure(member.progress):
                 member.optimizer_step(step, losses[member.index])
@@ -179,7 +179,7 @@ class PackTraining:
                 if step == member.schedule.last_step < self.last_step:  # others have more to learn
                     member.progress.status = "done"
             # From here on all processes know of the same signals; a later one is acted on after the next step.
-            signal = self.processes.any_asked(self.interruption.requested_signal) if self.interruption else None
+            signal = self.processes.any_signal(self.interruption.requested_signal) if self.interruption else None
             self.save(step, active, needed=signal is not None or bool(losing))
             losing = [member for member in losing if member.is_running]
             for member in losing:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.errors import Code
-from lora_bench.training.distributed import Processes, together
+from lora_bench.training.distributed import Processes, processes_of_torchrun
 from lora_bench.training.objective import likelihood
 from lora_bench.training.optim import make_optimizer
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables
@@ -37,7 +37,7 @@ def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
         with torch.no_grad():
             for p in made.trainable(0).values():
                 p.add_(1.0)
-    processes.agree(made.trainable(0).values())
+    processes.broadcast(made.trainable(0).values())
     table, _ = tables(made.backbone)
     adamw = make_optimizer(optimizer(), made, 0)
     losses = []
@@ -49,7 +49,7 @@ def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
             shared = likelihood(made(own), own.labels[None]).mean() * own.pairs / batch.pairs
             shared.backward()
             loss = float(shared.detach())
-        losses.append(processes.add_up(made.trainable(0).values(), {0: loss})[0])
+        losses.append(processes.all_reduce(made.trainable(0).values(), {0: loss})[0])
         adamw.step()
         adamw.zero_grad()
     return made.state(0), losses
@@ -59,10 +59,10 @@ def work(rank: int, port: int, folder: str) -> None:
     """One of two processes, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with together() as processes:
+    with processes_of_torchrun() as processes:
         assert (processes.rank, processes.size, processes.leads) == (rank, 2, rank == 0)
-        assert processes.any_asked(15 if rank == 1 else None) == 15
-        assert processes.any_asked(None) is None
+        assert processes.any_signal(15 if rank == 1 else None) == 15
+        assert processes.any_signal(None) is None
         state, losses = learn(processes)
     from safetensors.torch import save_file
 
@@ -97,10 +97,10 @@ def test_every_pair_is_in_one_share(size: int) -> None:
 
 def test_alone_there_is_nothing_to_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with together() as processes:
+    with processes_of_torchrun() as processes:
         assert processes == Processes()
-        assert processes.any_asked(2) == 2
-        assert processes.add_up([], {0: 0.5}) == {0: 0.5}
+        assert processes.any_signal(2) == 2
+        assert processes.all_reduce([], {0: 0.5}) == {0: 0.5}
 
 
 RUN = toy_run("trainer.max_steps=9", "trainer.eval_every=4", "data.train_rows=80", "trainer.precision=fp32")
