@@ -20,7 +20,7 @@ from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
 from lora_bench.run.recorder import Recorder
 from lora_bench.training.distributed import ALONE, Processes, processes_of_torchrun
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import PackTraining, total_steps
 from lora_bench.training.prefix_cache import PrefixCache
 from lora_bench.training.signals import Interruption
@@ -176,7 +176,7 @@ def _flop_models(pack: Pack) -> list[FlopModel]:
         settings = repr((member.adapter, pack.given_ranks[k]))
         if settings not in measured:
             with pack.only([k]):
-                measured[settings] = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+                measured[settings] = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
         models.append(measured[settings])
     return models
 

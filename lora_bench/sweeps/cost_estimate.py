@@ -26,7 +26,7 @@ from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.packing import grouped, known_ranks, needs, sized
 from lora_bench.sweeps.workers import Workers, cut
 from lora_bench.train import prefix_of
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import prepare_task
 from lora_bench.training.rehearsal import Estimate, estimate
 from lora_bench.training.successive_halving import live
@@ -227,7 +227,7 @@ def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:
 
 def _flops(pack: Pack) -> int:
     with FlopCounterMode(display=False) as counter:
-        probe_step(pack, 1, 32)
+        dummy_step(pack, 1, 32)
     return int(counter.get_total_flops())
 
 

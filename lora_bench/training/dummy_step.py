@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
 
 
-def probe_step(pack: Pack, rows: int, length: int) -> None:
+def dummy_step(pack: Pack, rows: int, length: int) -> None:
     """Run forward and backward on a made-up pair; leave weights, gradients and random streams as they were."""
     backbone = pack.backbone
     batch = probe_batch(backbone, rows, length)
@@ -47,6 +47,6 @@ def saved_bytes(pack: Pack, rows: int, length: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        probe_step(pack, rows, length)
+        dummy_step(pack, rows, length)
     weights = {tensor.untyped_storage().data_ptr() for tensor in [*pack.parameters(), *pack.buffers()]}
     return sum(size for pointer, size in kept.items() if pointer not in weights)

@@ -20,7 +20,7 @@ from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.cost_estimate import expect
 from lora_bench.training import rehearsal as module
 from lora_bench.training.cuda_graphs import Backward
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.rehearsal import Estimate, estimate
 from tests.command_line import lora_bench
 from tests.helpers import SMALL_TOY, composed
@@ -58,7 +58,7 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     experiment = experiment_of(*chosen, "trainer.batch_size=9", "data.train_size=108")
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     expected = estimated(experiment, pack)
-    model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+    model = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
     tables, swapped = given(experiment, pack)
     assert (swapped is None) == (objective == "cross_entropy")
     learned = (pack, [experiment.optimizer], experiment.trainer, tables["train"], tables["selection"])
