@@ -26,7 +26,7 @@ def dummy_step(pack: Pack, rows: int, length: int) -> None:
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None
-    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(len(pack.live))).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(len(pack.active))).backward()  # type: ignore[no-untyped-call]
     for p in pack.parameters():
         p.grad = None
 

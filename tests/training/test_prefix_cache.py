@@ -185,7 +185,7 @@ def test_a_pack_stays_cut_where_its_members_began_when_one_of_them_ends() -> Non
     made = pack("bert", (TOP, 0), (adapter("head_only"), 0))
     found, _ = served(made)
     depth = made.depth
-    made.live = [1]
+    made.active = [1]
     assert made.depth == depth
     expected = pack("bert", (adapter("head_only"), 0))
     np.testing.assert_allclose(
