@@ -59,7 +59,7 @@ def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "outcome": {name: getattr(progress, name) for name in _TYPES},
         "averaged": average.steps,
         "ranks": pack.given_ranks[k],
-        "room": pack.room,
+        "room": pack.max_micro_batch,
     }
     return copies, facts
 
@@ -75,7 +75,7 @@ def restore(member: MemberRun, checkpoint: Checkpoint) -> None:
         tensors = dict(checkpoint.tensors)
         max_pairs = dict(checkpoint.facts.get("room", {}))
         _require(all(type(pairs) is int and pairs >= 1 for pairs in max_pairs.values()), "room")
-        member.pack.room |= max_pairs
+        member.pack.max_micro_batch |= max_pairs
         _restore_weights(member, tensors)
         _restore_optimizer(member, tensors)
         _restore_average(member, tensors, checkpoint.facts["averaged"])

@@ -95,7 +95,7 @@ class Pack(nn.Module):
             raise error.under("adapter") from None
         self.given_ranks = [member.saved_ranks for member in members]
         """Ranks by module that each member's updates were made with, where not its method alone decided them."""
-        self.room: dict[str, int] = {}
+        self.max_micro_batch: dict[str, int] = {}
         """Pairs of each member per forward pass that memory has room for in `training` and in `evaluation`: known
         where fewer fitted than were asked for."""
         self.cut: int | None = None
