@@ -163,7 +163,7 @@ def _with_prefixes(inputs: SharedInputs, pack: Pack, trainer: Trainer) -> tuple[
     tasks, seconds, flops = {}, 0.0, 0.0
     for name, task in inputs.tasks.items():
         cache, repeated = prefix_of(inputs, task, trainer)
-        tasks[name] = task.with_tables(cache.serve(pack, repeated))
+        tasks[name] = task.with_tables(cache.with_cached_hidden_states(pack, repeated))
         seconds, flops = seconds + cache.seconds, flops + cache.flops
     return replace(inputs, tasks=tasks), seconds, flops
 

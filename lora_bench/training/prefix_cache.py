@@ -73,7 +73,7 @@ class PrefixCache:
         self.flops = _flops(pack, [tables[name] for name in kept]) if kept else 0.0
         return kept
 
-    def serve(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
+    def with_cached_hidden_states(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
         """The tables with their hidden states beside the tokens where they are kept; the pack is then cut there."""
         began = time.perf_counter()
         served, keys = dict(tables), list[str]()

@@ -42,7 +42,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def served(made: Pack, limit: float = LIMIT) -> tuple[dict[str, TokenTable], PrefixCache]:
     train, selection = tables(made.backbone)
     cache = PrefixCache("the tiny backbone", limit)
-    return cache.serve(made, {"train": train, "selection": selection}), cache
+    return cache.with_cached_hidden_states(made, {"train": train, "selection": selection}), cache
 
 
 def trained(made: Pack, train: TokenTable, selection: TokenTable, **changes: Any) -> list[dict[str, torch.Tensor]]:
@@ -84,7 +84,7 @@ def test_the_arithmetic_of_filling_is_counted() -> None:
     train, _ = tables(made.backbone)
     cache = PrefixCache("the tiny backbone", LIMIT)
     with FlopCounterMode(display=False) as counter:
-        cache.serve(made, {"train": train})
+        cache.with_cached_hidden_states(made, {"train": train})
     with FlopCounterMode(display=False) as probes:
         PrefixCache("the tiny backbone", LIMIT).keeps(made, {"train": train})
     assert cache.flops == pytest.approx(counter.get_total_flops() - probes.get_total_flops())
@@ -134,9 +134,9 @@ def test_another_depth_backbone_precision_or_text_has_files_of_its_own(store: Pa
     assert batch.hidden is not None
     assert batch.hidden.dtype == torch.bfloat16
     train, _ = tables(made.backbone)
-    PrefixCache("another backbone", LIMIT).serve(made, {"train": train})
+    PrefixCache("another backbone", LIMIT).with_cached_hidden_states(made, {"train": train})
     assert len(list(store.iterdir())) == 7
-    PrefixCache("another backbone", LIMIT).serve(made, {"train": replace(train, values=train.values + 1)})
+    PrefixCache("another backbone", LIMIT).with_cached_hidden_states(made, {"train": replace(train, values=train.values + 1)})
     assert len(list(store.iterdir())) == 8
 
 
