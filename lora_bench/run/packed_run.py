@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.run.settings import Experiment
-from lora_bench.run.warm_start import Source
+from lora_bench.run.warm_start import WarmStart
 from lora_bench.training.checkpoint import Checkpoint, Checkpoints
 from lora_bench.training.loop import prepare
 from lora_bench.training.member_run import MemberProgress, MemberRun, isolate_failure
@@ -64,7 +64,7 @@ class PackedRun:
     numbers: range
     folders: list[Checkpoints]
     resumed_from: list[Checkpoint] | None = None
-    warm_start: Source | None = None
+    warm_start: WarmStart | None = None
     """The finished run that its adapter is initialised from."""
     members: list[MemberRun] = field(default_factory=list)
     preparations: list[Preparation] = field(default_factory=list)
@@ -127,7 +127,7 @@ class PackedRun:
     def adapters(self, inputs: SharedInputs) -> list[Member]:
         """Return what the run's members are made of, with the ranks of the run that it is initialised from."""
         if self.resumed_from is None:
-            self.warm_start = Source.of(self.experiment, inputs)
+            self.warm_start = WarmStart.of(self.experiment, inputs)
         return self.experiment.members(self.warm_start.ranks if self.warm_start else None)
 
     # -- before the first step --

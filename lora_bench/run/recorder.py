@@ -142,7 +142,7 @@ class Recorder:
             notes += _notes(run, run.record.record)
             damaged = [checkpoint for folder in run.folders for checkpoint in folder.damaged]
             notes += [f"passed over a damaged checkpoint, {checkpoint}" for checkpoint in damaged]
-        notes += [run.warm_start.told() for run in self.runs if run.warm_start]
+        notes += [run.warm_start.note() for run in self.runs if run.warm_start]
         return list(dict.fromkeys(notes))
 
     # -- while they train --
