@@ -39,7 +39,7 @@ class Source:
         return self.finished.targets
 
     @classmethod
-    def of(cls, experiment: Experiment, common: SharedInputs) -> Source | None:
+    def of(cls, experiment: Experiment, inputs: SharedInputs) -> Source | None:
         """What the experiment asks to begin from; None where it begins anew.
 
         Raises:
@@ -57,14 +57,14 @@ class Source:
         theirs = Experiment.of_finished(source)
         for name, own, other in _settings(experiment, theirs):
             need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
-        here, recorded = common.backbone_sha256, source.backbone_sha256
+        here, recorded = inputs.backbone_sha256, source.backbone_sha256
         remedy = f"The weights here have hash {here[:12]}…, its record names {recorded[:12]}…."
         need(here == recorded, "was trained on another backbone", remedy)
 
         def refusal(reason: str, remedy: str) -> UserError:
             return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy, code=Code.MISMATCH)
 
-        refuse_another(source.record["environment"], common.backbone.tokenizer_identity, refusal)
+        refuse_another(source.record["environment"], inputs.backbone.tokenizer_identity, refusal)
         fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
         return cls(source, theirs.data.label_names, fits)
 
