@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class WarmStart:
     """A finished run that another begins from."""
 
     finished: FinishedRecord
@@ -39,7 +39,7 @@ class Source:
         return self.finished.targets
 
     @classmethod
-    def of(cls, experiment: Experiment, inputs: SharedInputs) -> Source | None:
+    def of(cls, experiment: Experiment, inputs: SharedInputs) -> WarmStart | None:
         """What the experiment asks to begin from; None where it begins anew.
 
         Raises:
@@ -83,7 +83,7 @@ class Source:
                 for name, p in heads.items():
                     p.data.copy_(drawn[name])
 
-    def told(self) -> str:
+    def note(self) -> str:
         """What the user should know of it."""
         if self.with_head:
             return f"adapter and head begin as those of {self.folder}."

@@ -136,7 +136,9 @@ def test_another_depth_backbone_precision_or_text_has_files_of_its_own(store: Pa
     train, _ = tables(made.backbone)
     PrefixCache("another backbone", LIMIT).with_cached_hidden_states(made, {"train": train})
     assert len(list(store.iterdir())) == 7
-    PrefixCache("another backbone", LIMIT).with_cached_hidden_states(made, {"train": replace(train, values=train.values + 1)})
+    PrefixCache("another backbone", LIMIT).with_cached_hidden_states(
+        made, {"train": replace(train, values=train.values + 1)}
+    )
     assert len(list(store.iterdir())) == 8
 
 
