@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_bench.errors import DivergedError
-from lora_bench.training.optim import make_optimizer, set_rate
+from lora_bench.training.optim import make_optimizer, set_learning_rate
 from lora_bench.training.weight_averaging import WeightAverage
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class MemberRun:
             return
         adapter, updates = self.pack.members[self.index].adapter, self.pack.updates[self.index]
         last_step = self.schedule.last_step
-        set_rate(self.optimizer, self.settings, step, last_step)
+        set_learning_rate(self.optimizer, self.settings, step, last_step)
         adapter.before_step(updates, step, last_step)
         self.optimizer.step()
         adapter.after_step(updates, step, last_step)

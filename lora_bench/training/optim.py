@@ -26,14 +26,14 @@ def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.
     )
 
 
-def set_rate(optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, steps: int) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, steps: int) -> None:
     """Set every group's rate for update number `step` (from 1) of `steps`."""
-    factor = rate_factor(settings, step, steps)
+    factor = learning_rate_factor(settings, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
-def rate_factor(settings: Optimizer, step: int, steps: int) -> float:
+def learning_rate_factor(settings: Optimizer, step: int, steps: int) -> float:
     """The share of the peak rate at update `step` (from 1): a linear climb over the warm-up, then the schedule."""
     warmup = math.ceil(settings.warmup * steps)
     if step <= warmup:

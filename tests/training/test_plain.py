@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lora_bench.adapters.peft import files
 from lora_bench.data.batching import BatchPlan, training_batches
-from lora_bench.training.optim import rate_factor
+from lora_bench.training.optim import learning_rate_factor
 from tests.adapters.peft_tools import CLASSES, bodies, logits_of, on_folder
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.training.tools import fit, prepare
@@ -61,7 +61,7 @@ def plainly(model: nn.Module, made: Pack, batches: Iterator[Batch]) -> list[floa
     losses = []
     for step, batch in enumerate(batches, 1):
         for group in adamw.param_groups:
-            group["lr"] = SETTINGS.lr * rate_factor(SETTINGS, step, STEPS)
+            group["lr"] = SETTINGS.lr * learning_rate_factor(SETTINGS, step, STEPS)
         assert batch.labels is not None
         loss = F.cross_entropy(logits_of(model, made.backbone, batch), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call]
