@@ -19,7 +19,7 @@ from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
 from lora_bench.run.recorder import Recorder
-from lora_bench.training.distributed import ALONE, Processes, processes_of_torchrun
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes, processes_of_torchrun
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import PackTraining, total_steps
 from lora_bench.training.prefix_cache import PrefixCache
@@ -58,7 +58,7 @@ def train_pack(
     inputs: SharedInputs | None = None,
     brief: bool = False,
     display: Shows = Display,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     sharing: int = 1,
 ) -> list[Exception | None]:
     """Train jobs that share data, backbone and trainer as one pack; each leaves a record as if it had run alone.

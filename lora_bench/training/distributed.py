@@ -46,11 +46,11 @@ class Processes:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether it is the one that writes and prints."""
         return self.rank == 0
 
-    def share(self, batch: Batch) -> Batch | None:
+    def shard(self, batch: Batch) -> Batch | None:
         """Its pairs of a global batch; None where there are fewer pairs than processes and none is left for it."""
         start, end = (batch.pairs * rank // self.size for rank in (self.rank, self.rank + 1))
         if self.size == 1:
@@ -78,7 +78,7 @@ class Processes:
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
-    def shared_rows(self, batches: Iterable[T]) -> Iterator[T]:
+    def shard_batches(self, batches: Iterable[T]) -> Iterator[T]:
         """Every so-manyth batch of an evaluation, beginning with its own."""
         return islice(batches, self.rank, None, self.size)
 
@@ -97,7 +97,7 @@ class Processes:
         return int(asked) or None
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def processes_of_torchrun() -> Iterator[Processes]:
     """
     launch = Launch.read()
     if launch.world_size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     launch.check()
     gpus = torch.cuda.is_available()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_bench.errors import LostFolderError, RunFailedError
 from lora_bench.training import head_initialisation
-from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import MemberRun, isolate_failure
 from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.model_selection import evaluate_members, update_best
@@ -107,7 +107,7 @@ class MixtureSteps:
         with pack.only(numbers):
             batch = next(self.batches).of([self.mixture.members.index(k) for k in numbers])
             losses = dict.fromkeys(numbers, 0.0)
-            if (share := processes.share(batch)) is not None:
+            if (share := processes.shard(batch)) is not None:
                 work = partial(self.backward, share, batch.pairs)
                 losses = in_micro_batches(pack, share, self.trainer.micro_batch_size, work)
             learned = (p for k in numbers for p in pack.trainable(k, batch.head).values())
@@ -145,7 +145,7 @@ class PackTraining:
         metrics: Mapping[str, Metric] | None = None,
         observer: Observer | None = None,
         interruption: Interruption | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.pack, self.members, self.mixtures, self.trainer = pack, members, mixtures, trainer
         self.metrics, self.observer = metrics or {}, observer

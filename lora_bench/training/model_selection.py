@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import mean_metrics, score
-from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import diverge
 from lora_bench.training.prediction import predict
 
@@ -35,7 +35,7 @@ class EvaluationResult:
 
 
 def evaluate_members(
-    pack: Pack, mixtures: Sequence[TaskMixture], members: Sequence[int], batch_size: int, processes: Processes = ALONE
+    pack: Pack, mixtures: Sequence[TaskMixture], members: Sequence[int], batch_size: int, processes: Processes = SINGLE_PROCESS
 ) -> dict[int, EvaluationResult]:
     """Score the selection splits of all tasks that these members learn, as their weights are now."""
     results = {}

@@ -33,7 +33,7 @@ STEPS = 10
 def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
     """A few steps of LoRA, in batches of 7 pairs that two processes cannot halve and a last one of 2."""
     made = pack("bert", (adapter("lora", "rank=4"), 0))
-    if not processes.leads:  # as a process that began otherwise would be: it takes the leader's start
+    if not processes.is_leader:  # as a process that began otherwise would be: it takes the leader's start
         with torch.no_grad():
             for p in made.trainable(0).values():
                 p.add_(1.0)
@@ -43,7 +43,7 @@ def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
     losses = []
     batches = list(training_batches(table, BatchPlan(table.lengths, 7), [0], 0, made.backbone.tokenizer.pad_token_id))
     for batch in batches[:STEPS]:
-        own, loss = processes.share(batch), 0.0
+        own, loss = processes.shard(batch), 0.0
         if own is not None:
             assert own.labels is not None
             shared = likelihood(made(own), own.labels[None]).mean() * own.pairs / batch.pairs
@@ -60,7 +60,7 @@ def work(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with processes_of_torchrun() as processes:
-        assert (processes.rank, processes.size, processes.leads) == (rank, 2, rank == 0)
+        assert (processes.rank, processes.size, processes.is_leader) == (rank, 2, rank == 0)
         assert processes.any_signal(15 if rank == 1 else None) == 15
         assert processes.any_signal(None) is None
         state, losses = learn(processes)
@@ -88,7 +88,7 @@ def test_every_pair_is_in_one_share(size: int) -> None:
     table, _ = tables(made.backbone)
     plan = BatchPlan(table.lengths, 7)
     batch = next(training_batches(table, plan, [0, 1], 0, made.backbone.tokenizer.pad_token_id))
-    shares = [share for rank in range(size) if (share := Processes(rank, size).share(batch))]
+    shares = [share for rank in range(size) if (share := Processes(rank, size).shard(batch))]
     assert sum(share.pairs for share in shares) == 7
     for member in range(2):  # each member's rows, in their order
         rows = torch.cat([share.input_ids.chunk(2)[member] for share in shares])
