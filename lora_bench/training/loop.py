@@ -23,7 +23,7 @@ from lora_bench.training.member_run import MemberRun, isolate_failure
 from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.model_selection import evaluate_members, update_best
 from lora_bench.training.successive_halving import eliminated, survivors
-from lora_bench.training.task_mixture import TaskData, TaskMixture, steps_asked
+from lora_bench.training.task_mixture import TaskData, TaskMixture, optimizer_steps
 from lora_bench.training.training_state import gather
 from lora_bench.training.weight_averaging import averaged_weights
 
@@ -53,7 +53,7 @@ class Observer(Protocol):
 
 def total_steps(trainer: Trainer, pairs: int) -> int:
     """Return the optimizer updates that the settings ask for, on so many training pairs of one task."""
-    return steps_asked(trainer, math.ceil(pairs / trainer.batch_size))
+    return optimizer_steps(trainer, math.ceil(pairs / trainer.batch_size))
 
 
 def prepare(
@@ -75,7 +75,7 @@ def prepare(
     for mixture in mixtures:
         for k in (k for k in mixture.members if k in chosen):
             with pack.only([k]):
-                own = mixture.before(k)
+                own = mixture.for_initialisation(k)
                 notes.append(pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size)))
                 notes.append(head_initialisation.begin(pack, k, own.batches(pack, trainer.batch_size)))
     return [note for note in notes if note]

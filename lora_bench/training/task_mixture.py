@@ -64,7 +64,7 @@ class TaskMixture:
     tasks: Mapping[str, TaskData]
     temperature: float = 1.0
 
-    def before(self, member: int) -> TaskMixture:
+    def for_initialisation(self, member: int) -> TaskMixture:
         """What one of its members looks at before the first step: each pair once."""
         return replace(self, members=[member], tasks={n: replace(p, swapped=None) for n, p in self.tasks.items()})
 
@@ -73,7 +73,7 @@ class TaskMixture:
 
     def steps(self, trainer: Trainer) -> int:
         """Optimizer updates that the settings ask for."""
-        return steps_asked(trainer, self.steps_per_epoch(trainer.batch_size))
+        return optimizer_steps(trainer, self.steps_per_epoch(trainer.batch_size))
 
     def backward(self, pack: Pack, trainer: Trainer) -> Backward:
         """What the batches add to gradients, by the objective that the settings name."""
@@ -89,20 +89,20 @@ class TaskMixture:
         pad_id = pack.backbone.tokenizer.pad_token_id
         plans = [pairs.plan(batch_size, multiple) for pairs in self.tasks.values()]
         streams = [_endless(pairs, plan, seeds, pad_id) for pairs, plan in zip(self.tasks.values(), plans, strict=True)]
-        shares = allotted([plan.steps_per_epoch for plan in plans], self.temperature)
+        shares = batches_per_task([plan.steps_per_epoch for plan in plans], self.temperature)
         for epoch in count():
             for task in np.random.default_rng(epoch).permutation(np.repeat(np.arange(len(plans)), shares)):
                 yield next(streams[task])
 
 
-def steps_asked(trainer: Trainer, steps_per_epoch: int) -> int:
+def optimizer_steps(trainer: Trainer, steps_per_epoch: int) -> int:
     """Optimizer updates that the settings ask for, where an epoch has so many."""
     exact = trainer.epochs * steps_per_epoch
     steps = max(1, math.ceil(round(exact, 6)))  # 1.1 epochs of 10 steps are 11, not 11.000000000000002
     return steps if trainer.max_steps is None else min(steps, trainer.max_steps)
 
 
-def allotted(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
+def batches_per_task(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
     """The sum of the sizes, shared out in proportion to size ** (1 / temperature), by largest remainder."""
     weights = np.array(sizes, np.float64) ** (1 / temperature)
     exact = sum(sizes) * weights / weights.sum()

@@ -12,7 +12,7 @@ import torch
 
 from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.data.batching import BatchPlan
-from lora_bench.training.task_mixture import TaskData, TaskMixture, allotted
+from lora_bench.training.task_mixture import TaskData, TaskMixture, batches_per_task
 from tests.adapters.tools import adapter, make, optimizer, tables, trainer
 from tests.training.tools import fit_mixtures
 
@@ -27,7 +27,7 @@ from tests.training.tools import fit_mixtures
     ],
 )
 def test_turns_go_with_size_and_temperature(sizes: list[int], temperature: float, expected: list[int]) -> None:
-    assert allotted(sizes, temperature).tolist() == expected
+    assert batches_per_task(sizes, temperature).tolist() == expected
 
 
 def two_tasks(size: int, seeds: tuple[int, ...] = (0,)) -> tuple[Pack, dict[str, TaskData]]:
