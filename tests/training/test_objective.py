@@ -102,7 +102,7 @@ def learn(
         settings,
         train,
         as_is,
-        swapped=views.get(settings.objective),
+        second_view=views.get(settings.objective),
         flop_models=[one_a_step_ten_a_row] * made.size,
         watcher=watcher,
     )
@@ -398,7 +398,7 @@ def test_the_shorter_order_is_padded_to_the_longer(monkeypatch: pytest.MonkeyPat
     shapes = []
     prefix = made.prefix
     monkeypatch.setattr(made, "prefix", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or prefix(batch))
-    fit(made, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, swapped=swapped)
+    fit(made, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, second_view=swapped)
     assert shapes[:2] == [(8, 9), (8, 9)]  # one bucket, and the longest row is in it
 
 

@@ -62,7 +62,7 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     tables, swapped = given(experiment, pack)
     assert (swapped is None) == (objective == "cross_entropy")
     learned = (pack, [experiment.optimizer], experiment.trainer, tables["train"], tables["selection"])
-    (outcome,) = fit(*learned, swapped=swapped, flop_models=[model])
+    (outcome,) = fit(*learned, second_view=swapped, flop_models=[model])
     assert expected.steps == outcome.steps == {"2": 24, "0.5": 6}[epochs]
     assert expected.train_flops == pytest.approx(outcome.flops, rel=1e-9)
     params = pack.count_parameters(0)
