@@ -56,13 +56,13 @@ class Expected:
 
     @property
     def train_flops(self) -> float:
-        steps = sum(member.train_flops - member.filling_flops for member in self.members)
-        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_flops
+        steps = sum(member.train_flops - member.prefix_flops for member in self.members)
+        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_flops
 
     @property
     def seconds(self) -> float:
-        steps = sum(member.train_seconds - member.filling_seconds for member in self.members)
-        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_seconds
+        steps = sum(member.train_seconds - member.prefix_seconds for member in self.members)
+        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_seconds
         return training + sum(map(self._evaluation, self.members))
 
     @property
@@ -80,11 +80,11 @@ class Expected:
         """Seconds of looking at the selection split and at the reported ones, as a mean over who is stopped when."""
         if not self.halving:
             return member.evaluation_seconds
-        counts, steps, looks = self._live, member.steps, member.looks
+        counts, steps, looks = self._live, member.steps, member.evaluations
         due = {math.ceil(steps * (i + 1) / looks) for i in range(looks)}
         crowded = {step for step in range(1, steps) if counts[step] < counts[step - 1]}
-        looked = sum(counts[step - 1] for step in due | crowded) * member.look_seconds
-        reported = member.evaluation_seconds - looks * member.look_seconds
+        looked = sum(counts[step - 1] for step in due | crowded) * member.seconds_per_evaluation
+        reported = member.evaluation_seconds - looks * member.seconds_per_evaluation
         return (looked + counts[-1] * reported) / len(self.members)
 
 
@@ -129,10 +129,10 @@ def expect(experiment: Experiment, inputs: SharedInputs | None = None) -> Estima
             prepare_task(pack, experiment.trainer, task.tables["train"])
         seconds = time.perf_counter() - began
         prefix, shown_often = prefix_of(inputs, task, experiment.trainer)
-        kept = prefix.keeps(pack, shown_often)
+        kept = prefix.cached_tables(pack, shown_often)
         pack.cut = pack.depth if kept else None
         settings = (experiment.optimizer, experiment.trainer, task.tables, task.second_view)
-        found = estimate(pack, *settings, kept=kept, filling=prefix.flops)
+        found = estimate(pack, *settings, cached=kept, prefix_flops=prefix.flops)
     finally:
         pack.detach()
     return replace(
@@ -197,7 +197,7 @@ def _together(
     beside = sum(need.kept + (0.0 if inputs.backbone.device.type == "cpu" else need.step) for need in others)
     fills = needed[0].depth not in depths
     depths.add(needed[0].depth)
-    shared = 0.0 if members[0].filling_flops else _shared(experiments, inputs)
+    shared = 0.0 if members[0].prefix_flops else _shared(experiments, inputs)
     halving = experiments[0].pack.halving and len(jobs) > 1
     return Expected(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside, halving)
 

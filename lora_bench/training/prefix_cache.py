@@ -51,7 +51,7 @@ class PrefixCache:
     used_bytes: int = 0
     """Of the files that this run reads."""
 
-    def keeps(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
+    def cached_tables(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
         """The names of those tables whose hidden states are kept, as far as the limit allows, in the order given.
 
         The first and what travels in its batches (`second_view`) are kept together, and others only beside them. Nothing
@@ -77,7 +77,7 @@ class PrefixCache:
         """The tables with their hidden states beside the tokens where they are kept; the pack is then cut there."""
         began = time.perf_counter()
         served, keys = dict(tables), list[str]()
-        for name in self.keeps(pack, tables):
+        for name in self.cached_tables(pack, tables):
             keys.append(self._key(pack, tables[name]))
             hidden = self._load_or_fill(pack, tables[name], keys)
             if hidden is None:

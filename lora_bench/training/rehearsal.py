@@ -61,13 +61,13 @@ class Estimate:
     evaluation_seconds: float
     """All looks at the selection split, and the reported splits."""
     peak_memory_bytes: float
-    looks: int = 1
+    evaluations: int = 1
     """At the selection split, while it trains; at its end there is another."""
-    look_seconds: float = 0.0
+    seconds_per_evaluation: float = 0.0
     """Of one of them."""
-    filling_flops: float = 0.0
+    prefix_flops: float = 0.0
     """Of those for training, what making the kept prefix takes; runs of a sweep can share it."""
-    filling_seconds: float = 0.0
+    prefix_seconds: float = 0.0
 
 
 def estimate(
@@ -76,8 +76,8 @@ def estimate(
     trainer: Trainer,
     tables: Mapping[str, TokenTable],
     second_view: TokenTable | None = None,
-    kept: Sequence[str] = (),
-    filling: float = 0.0,
+    cached: Sequence[str] = (),
+    prefix_flops: float = 0.0,
 ) -> Estimate:
     """Parameters, FLOPs, time and memory of training a pack of one, what was before counted in its memory.
 
@@ -88,7 +88,7 @@ def estimate(
         tables: `train`, `selection`, and every split to report.
         second_view: as in `fit`.
         kept: names of tables of which the prefix below the pack's cut is read and not computed.
-        filling: FLOPs of making it.
+        prefix_flops: FLOPs of making it.
     """
     train, device = tables["train"], pack.backbone.device
     pairs = TaskData(train, tables["selection"], second_view)
@@ -113,9 +113,9 @@ def estimate(
     seconds = sum(n * float(np.interp(flops[shape], of_chosen[::-1], again[::-1])) for shape, n in shapes.items())
     grown = _for_all(held, len(shapes))
     looks = -(-steps // (trainer.eval_every or plan.steps_per_epoch))
-    filling_seconds = filling * _of_prefix(pack, train).seconds_per_flop if filling else 0.0
+    filling_seconds = prefix_flops * _of_prefix(pack, train).seconds_per_flop if prefix_flops else 0.0
     scored, look, grown_scoring = _scoring(
-        pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, kept
+        pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, cached
     )
     params = pack.count_parameters(0)
     return Estimate(
@@ -123,14 +123,14 @@ def estimate(
         head=params["head"],
         total=params["total"],
         steps=steps,
-        train_flops=sum(n * flops[shape] for shape, n in shapes.items()) + filling,
+        train_flops=sum(n * flops[shape] for shape, n in shapes.items()) + prefix_flops,
         train_seconds=seconds + warming + filling_seconds,
         evaluation_seconds=scored,
         peak_memory_bytes=grown + max(peak_memory_bytes(device), held_memory_bytes(device) + grown_scoring),
-        looks=looks,
-        look_seconds=look,
-        filling_flops=filling,
-        filling_seconds=filling_seconds,
+        evaluations=looks,
+        seconds_per_evaluation=look,
+        prefix_flops=prefix_flops,
+        prefix_seconds=filling_seconds,
     )
 
 

@@ -86,7 +86,7 @@ def test_the_arithmetic_of_filling_is_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         cache.with_cached_hidden_states(made, {"train": train})
     with FlopCounterMode(display=False) as probes:
-        PrefixCache("the tiny backbone", LIMIT).keeps(made, {"train": train})
+        PrefixCache("the tiny backbone", LIMIT).cached_tables(made, {"train": train})
     assert cache.flops == pytest.approx(counter.get_total_flops() - probes.get_total_flops())
 
 
@@ -177,10 +177,10 @@ def test_both_orders_of_a_pair_are_kept_or_neither(store: Path) -> None:
     train, selection = tables(made.backbone)
     asked = {"train": train, "second_view": train, "selection": selection}
     one = len(train.values) * made.backbone.hidden_size * 4 + TRAILER_BYTES
-    assert PrefixCache("the tiny backbone", 1.5 * one).keeps(made, asked) == []
-    assert PrefixCache("the tiny backbone", 2 * one).keeps(made, asked) == ["train", "second_view"]
+    assert PrefixCache("the tiny backbone", 1.5 * one).cached_tables(made, asked) == []
+    assert PrefixCache("the tiny backbone", 2 * one).cached_tables(made, asked) == ["train", "second_view"]
     augmented = {**asked, "second_view": replace(train, augmentation=object())}  # type: ignore[arg-type]
-    assert PrefixCache("the tiny backbone", LIMIT).keeps(made, augmented) == []
+    assert PrefixCache("the tiny backbone", LIMIT).cached_tables(made, augmented) == []
 
 
 def test_a_pack_stays_cut_where_its_members_began_when_one_of_them_ends() -> None:

@@ -81,8 +81,8 @@ def test_a_kept_prefix_is_made_once_and_computed_in_no_step(in_tmp: Path) -> Non
         assert lora_bench("train", *command).code == 0
         cost = json.loads((in_tmp / f"run-{kept}" / "run.json").read_text())["cost"]
         assert found[-1].train_flops == pytest.approx(cost["train_flops"], rel=1e-9)
-        assert found[-1].filling_flops == (cost["prefix_fill_flops"] or 0)
-    assert found[0].filling_seconds > 0
+        assert found[-1].prefix_flops == (cost["prefix_fill_flops"] or 0)
+    assert found[0].prefix_seconds > 0
     assert found[0].train_flops < found[1].train_flops
 
 
