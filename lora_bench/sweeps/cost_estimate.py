@@ -29,7 +29,7 @@ from lora_bench.train import prefix_of
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import prepare_task
 from lora_bench.training.rehearsal import Estimate, estimate
-from lora_bench.training.successive_halving import live
+from lora_bench.training.successive_halving import members_by_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ class Expected:
     def _live(self) -> list[int]:
         """Members that compute each step."""
         steps, count = self.members[0].steps, len(self.members)
-        return live(count, steps) if self.halving else [count] * steps
+        return members_by_step(count, steps) if self.halving else [count] * steps
 
     @property
     def _trained(self) -> float:

@@ -23,7 +23,7 @@ def survivors(step: int, steps: int) -> int:
     return share // 2
 
 
-def live(members: int, steps: int) -> list[int]:
+def members_by_step(members: int, steps: int) -> list[int]:
     """How many of so many members compute each of the updates."""
     found = []
     for step in range(1, steps + 1):

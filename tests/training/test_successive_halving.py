@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_bench.training import loop
 from lora_bench.training.prediction import predict
 from lora_bench.training.signals import Interruption
-from lora_bench.training.successive_halving import eliminated, live, survivors
+from lora_bench.training.successive_halving import eliminated, members_by_step, survivors
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.training.tools import fit
 
@@ -30,9 +30,9 @@ def test_of_eight_four_two_and_one_go_on() -> None:
 
 
 def test_eight_take_two_and_a_half_times_what_one_does() -> None:
-    assert sum(live(8, 800)) == 8 * 100 + 4 * 100 + 2 * 200 + 400
-    assert live(3, 8) == [3, 3, 2, 2, 1, 1, 1, 1]
-    assert live(1, 3) == [1, 1, 1]
+    assert sum(members_by_step(8, 800)) == 8 * 100 + 4 * 100 + 2 * 200 + 400
+    assert members_by_step(3, 8) == [3, 3, 2, 2, 1, 1, 1, 1]
+    assert members_by_step(1, 3) == [1, 1, 1]
 
 
 @given(st.integers(1, 10_000))
