@@ -99,7 +99,7 @@ class PackedRun:
         _find_checkpoints(runs)
         for run in runs:
             for checkpoint in run.resumed_from or ():
-                run.job.check_record(checkpoint.facts.get("config"))
+                run.job.check_record(checkpoint.metadata.get("config"))
                 run.check_precision()
         return runs
 
@@ -150,7 +150,7 @@ class PackedRun:
             member = MemberRun.start(pack, k, self.experiment.optimizer, mixture_of[k], trainer, own)
             member.siblings = self.numbers
             self.members.append(member)
-        sizes = [checkpoint.facts["pack_size"] for checkpoint in self.resumed_from or ()]
+        sizes = [checkpoint.metadata["pack_size"] for checkpoint in self.resumed_from or ()]
         self.pack_size = max(pack.size, *sizes) if sizes else pack.size
 
     def note_prefix(self, seconds: float, flops: float) -> None:
@@ -164,7 +164,7 @@ class PackedRun:
         config = self.record.record["config"] if self.record else None
         for member, folder, preparation in zip(self.members, self.folders, self.preparations, strict=True):
             facts = {"preparation": asdict(preparation), "pack_size": self.pack_size, "config": config}
-            member.checkpoints = replace(folder, facts=facts)
+            member.checkpoints = replace(folder, metadata=facts)
             member.flop_model = flop_models[member.index]
 
     # -- what has become of it --
@@ -289,9 +289,9 @@ def _find_checkpoints(runs: Sequence[PackedRun]) -> None:
 def _restore_ranks(pack: Pack, member: int, checkpoint: Checkpoint) -> Preparation:
     """Give a member the ranks of its checkpoint, and return what its preparation cost at the time."""
     with reject_foreign_checkpoint():
-        if checkpoint.facts["ranks"]:
-            pack.set_ranks(member, checkpoint.facts["ranks"])
-        return Preparation(**checkpoint.facts["preparation"])
+        if checkpoint.metadata["ranks"]:
+            pack.set_ranks(member, checkpoint.metadata["ranks"])
+        return Preparation(**checkpoint.metadata["preparation"])
 
 
 def _initialise(

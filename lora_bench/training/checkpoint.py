@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-KEPT = 2
+MAX_CHECKPOINTS = 2
 """Checkpoints that a run keeps: the newest, and the one before in case the newest is damaged."""
 
 _FILES = ("tensors.safetensors", "state.json")
@@ -44,7 +44,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     """On the CPU."""
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """What JSON can say."""
 
 
@@ -59,7 +59,7 @@ class Checkpoints:
 
     folder: Path
     stem: str = "step"
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     """What every checkpoint says besides the training's own state."""
     damaged: list[str] = field(default_factory=list)
     """What `newest` passed over, and why."""
@@ -71,7 +71,7 @@ class Checkpoints:
         """Those of each member of a run, in its `checkpoints/`."""
         return [cls(folder, f"member_{i}-step" if members > 1 else "step") for i in range(members)]
 
-    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write a checkpoint and drop all but the newest few.
 
         Raises:
@@ -86,7 +86,7 @@ class Checkpoints:
                 self.folder.mkdir(exist_ok=True)  # not the run's: one that was deleted must not bring itself back
                 part.mkdir()
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "tensors.safetensors")
-                (part / "state.json").write_text(json.dumps({"step": step, **self.facts, **facts}), encoding="utf-8")
+                (part / "state.json").write_text(json.dumps({"step": step, **self.metadata, **metadata}), encoding="utf-8")
                 manifest = {name: _described(part / name) for name in _FILES}
                 (part / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
                 for name in (*_FILES, "manifest.json"):
@@ -101,7 +101,7 @@ class Checkpoints:
             ) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        for old in self._places()[KEPT:]:
+        for old in self._places()[MAX_CHECKPOINTS:]:
             shutil.rmtree(old, ignore_errors=True)
 
     def newest(self, step: int | None = None) -> Checkpoint | None:

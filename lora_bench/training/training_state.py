@@ -73,13 +73,13 @@ def restore(member: MemberRun, checkpoint: Checkpoint) -> None:
     """
     with reject_foreign_checkpoint():
         tensors = dict(checkpoint.tensors)
-        max_pairs = dict(checkpoint.facts.get("room", {}))
+        max_pairs = dict(checkpoint.metadata.get("room", {}))
         _require(all(type(pairs) is int and pairs >= 1 for pairs in max_pairs.values()), "room")
         member.pack.max_micro_batch |= max_pairs
         _restore_weights(member, tensors)
         _restore_optimizer(member, tensors)
-        _restore_average(member, tensors, checkpoint.facts["averaged"])
-        _restore_progress(member, tensors, checkpoint.facts["outcome"])
+        _restore_average(member, tensors, checkpoint.metadata["averaged"])
+        _restore_progress(member, tensors, checkpoint.metadata["outcome"])
         _restore_streams(member, tensors)
         if tensors:
             raise UserError(

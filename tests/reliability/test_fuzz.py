@@ -199,7 +199,7 @@ def test_mutated_checkpoints_are_passed_over(in_tmp: Path) -> None:
         if found is None:
             assert checkpoints.damaged
             return
-        assert (found.step, found.facts) == (7, {"fact": [1, None]})
+        assert (found.step, found.metadata) == (7, {"fact": [1, None]})
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in written.items())
 
     check()

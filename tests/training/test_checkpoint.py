@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_bench.errors import Code
-from lora_bench.training.checkpoint import KEPT, Checkpoints
+from lora_bench.training.checkpoint import MAX_CHECKPOINTS, Checkpoints
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.command_line import refuses
 from tests.training.tools import fit, prepare
@@ -38,11 +38,11 @@ def test_the_newest_comes_back_and_few_are_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 10, 20, 100, 30)
     found = checkpoints.newest()
     assert found is not None
-    assert (found.step, found.facts) == (100, {"n": 100})
+    assert (found.step, found.metadata) == (100, {"n": 100})
     assert_close({name: found.tensors[name] for name in STATE}, STATE, atol=0)
     assert found.tensors["b"].dtype == torch.uint8
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000100"]
-    assert KEPT == 2
+    assert MAX_CHECKPOINTS == 2
     checkpoints.clear()
     assert list(tmp_path.iterdir()) == []
 
@@ -159,8 +159,8 @@ def test_training_goes_on_bit_for_bit(case: str, killed: int, average: float, tm
     for k, checkpoint in enumerate(begun):
         assert checkpoint is not None
         assert checkpoint.step == (killed - 1) // 2 * 2
-        if checkpoint.facts["ranks"]:
-            again.set_ranks(k, checkpoint.facts["ranks"])
+        if checkpoint.metadata["ranks"]:
+            again.set_ranks(k, checkpoint.metadata["ranks"])
     outcomes, found = run(again, begun=begun)
     for one, other in zip(weights, found, strict=True):
         assert_close(one, other, atol=0)
@@ -200,8 +200,8 @@ def test_state_is_json_and_safetensors_alone(tmp_path: Path) -> None:
 
 
 def test_facts_of_the_run_go_along(tmp_path: Path) -> None:
-    checkpoints = replace(Checkpoints(tmp_path / "checkpoints"), facts={"preparation": {"seconds": 1.5}})
+    checkpoints = replace(Checkpoints(tmp_path / "checkpoints"), metadata={"preparation": {"seconds": 1.5}})
     checkpoints.save(1, STATE, {"n": 1})
     found = checkpoints.newest()
     assert found is not None
-    assert found.facts == {"preparation": {"seconds": 1.5}, "n": 1}
+    assert found.metadata == {"preparation": {"seconds": 1.5}, "n": 1}
