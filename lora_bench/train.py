@@ -102,7 +102,7 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
     experiment, trainer = runs[0].experiment, runs[0].experiment.trainer
     for run in runs:
         if run.warm_start:
-            run.warm_start.put_into(pack, run.numbers)
+            run.warm_start.load_into(pack, run.numbers)
     _seed_everything(experiment.seed)
     mixtures = inputs.mixtures(runs)
     for run in runs:

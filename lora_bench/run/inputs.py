@@ -125,7 +125,7 @@ class SharedInputs:
     def mixtures(self, runs: Sequence[PackedRun]) -> list[TaskMixture]:
         """Return what the members of these runs learn: all the same tasks, or each a task of its own."""
         data = {name: task.pairs for name, task in self.tasks.items()}
-        if runs[0].experiment.own_adapters:
+        if runs[0].experiment.has_adapter_per_task:
             return [TaskMixture([run.numbers[i] for run in runs], {name: data[name]}) for i, name in enumerate(data)]
         return [TaskMixture([k for run in runs for k in run.numbers], data, runs[0].experiment.data.temperature)]
 
@@ -140,13 +140,13 @@ class SharedInputs:
         keep_freed_memory()
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
-        loaded = {name: load_splits(each.data) for name, each in experiment.each.items()}
+        loaded = {name: load_splits(each.data) for name, each in experiment.by_task.items()}
         device = resolve_device(trainer.device)
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
         _refuse_unlike_labels(experiment, backbone)
         tasks = {
-            name: Task.read(each.data, *loaded[name], backbone, trainer, 0 if experiment.own_adapters else i)
-            for i, (name, each) in enumerate(experiment.each.items())
+            name: Task.read(each.data, *loaded[name], backbone, trainer, 0 if experiment.has_adapter_per_task else i)
+            for i, (name, each) in enumerate(experiment.by_task.items())
         }
         return cls(backbone, sha256, tasks)
 
@@ -192,7 +192,7 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
     """The frozen backbone on its device, and its hash as it was loaded."""
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
-    for each in experiment.each.values():
+    for each in experiment.by_task.values():
         backbone.need_room(each.data.max_length)
     check_padding(backbone)
     sha256 = backbone.hash()

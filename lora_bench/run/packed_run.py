@@ -175,7 +175,7 @@ class PackedRun:
         of_members = [member.progress for member in self.members]
         return next((progress for progress in of_members if progress.error is not None), of_members[0])
 
-    def end_together(self) -> None:
+    def propagate_failure(self) -> None:
         """End all members of the run if one of them has failed."""
         decisive = self.progress
         for member in self.members:
@@ -196,12 +196,12 @@ class PackedRun:
 
     def learners(self, task: int) -> list[MemberRun]:
         """Return the members that learned the task of this number."""
-        return [self.members[task]] if self.experiment.own_adapters else self.members
+        return [self.members[task]] if self.experiment.has_adapter_per_task else self.members
 
     def member_name(self, member: int) -> str:
         """Return the name of a member within its run, for logs: empty where the run has one member."""
         number = self.numbers.index(member)
-        if self.experiment.own_adapters:
+        if self.experiment.has_adapter_per_task:
             return list(self.experiment.tasks)[number]
         return f"member_{number}" if len(self.numbers) > 1 else ""
 
@@ -209,7 +209,7 @@ class PackedRun:
         """Return what the progress display calls the members."""
         title, colon, overrides = self.job.title.partition(":")
         names = [f" {self.member_name(k).replace('_', ' ')}".rstrip() for k in self.numbers]
-        if self.experiment.own_adapters:
+        if self.experiment.has_adapter_per_task:
             names = [f" {task}" for task in self.experiment.tasks]
         return [f"{title}{name}{colon}{overrides}".lstrip() for name in names]
 
@@ -246,7 +246,7 @@ class PackedRun:
         chosen = self.members if members is None else members
         progress = [member.progress for member in chosen]
         preparations = [self.preparations[self.numbers.index(member.index)] for member in chosen]
-        over = sum if self.experiment.own_adapters else max  # members of an ensemble share batches
+        over = sum if self.experiment.has_adapter_per_task else max  # members of an ensemble share batches
         seconds = over(own.seconds for own in progress)
         prepare_seconds = sum(preparation.seconds for preparation in preparations)
         prepare_flops = sum(preparation.flops for preparation in preparations)

@@ -84,12 +84,12 @@ class Recorder:
     def start_runs(self) -> None:
         """Claim each run's folder, or set its record back to the checkpoint that it is resumed from."""
         for run in self.runs:
-            run.end_together()
+            run.propagate_failure()
             if run.has_failed:
                 continue
             with isolate_failure(run.progress):
                 self._start(run)
-            run.end_together()
+            run.propagate_failure()
         for run in self.running:
             if run.has_failed:
                 self._close(run)
@@ -172,7 +172,7 @@ class Recorder:
         """Score, save and close the runs that have ended with these members."""
         runs = list(dict.fromkeys(map(self._run_of, members)))
         for run in runs:
-            run.end_together()
+            run.propagate_failure()
         ended = [run for run in runs if run.has_ended]
         trained = self._trained_tasks([run for run in ended if run.is_done])
         for run in ended:
@@ -247,7 +247,7 @@ class Recorder:
                 learners = run.learners(number)
                 trained[run][name] = TrainedTask(
                     self.pack,
-                    run.experiment.each[name],
+                    run.experiment.by_task[name],
                     task,
                     [member.index for member in learners],
                     [best for member in learners if (best := member.progress.best) is not None],
@@ -295,7 +295,7 @@ class Recorder:
         sections = {}
         for number, (name, task) in enumerate(trained.items()):
             learners = run.learners(number)
-            own_cost = run.cost(learners, alone=False) if experiment.own_adapters else {}
+            own_cost = run.cost(learners, alone=False) if experiment.has_adapter_per_task else {}
             sections[name] = {
                 "data": task.task.described,
                 "params": run.parameters(learners, one_head=True),

@@ -51,17 +51,17 @@ class Experiment:
     """By name, where the run learns several; `data` is then the first's."""
 
     @property
-    def own_adapters(self) -> bool:
+    def has_adapter_per_task(self) -> bool:
         """Whether each of several tasks has an adapter of its own."""
         return bool(self.tasks) and self.data.share == "backbone"
 
     @property
     def size(self) -> int:
         """Members that the run trains: one, one for each task, or those of its ensemble."""
-        return len(self.tasks) if self.own_adapters else self.ensemble.size
+        return len(self.tasks) if self.has_adapter_per_task else self.ensemble.size
 
     @property
-    def each(self) -> dict[str, Experiment]:
+    def by_task(self) -> dict[str, Experiment]:
         """By task, with its data; by an empty name itself, where there is one task."""
         return {name: replace(self, data=data, tasks={}) for name, data in self.tasks.items()} or {"": self}
 
@@ -81,9 +81,9 @@ class Experiment:
             saved_ranks: by module, where saved tensors are about to be put in; a list has one for each member.
         """
         found = []
-        heads = 1 if self.own_adapters else max(1, len(self.tasks))
+        heads = 1 if self.has_adapter_per_task else max(1, len(self.tasks))
         for i in range(self.size):
-            apart = 0 if self.own_adapters else i * SEEDS_APART
+            apart = 0 if self.has_adapter_per_task else i * SEEDS_APART
             seeds = dict.fromkeys(self.ensemble.vary, self.seed + apart)
             ranks = None
             if saved_ranks is not None:
@@ -114,7 +114,7 @@ class Experiment:
         _check_ensemble(made.ensemble, made.adapter, made.pack)
         _check_tasks(made)
         drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
-        for each in made.each.values():
+        for each in made.by_task.values():
             check_objective(each.trainer, each.data.text_columns, drops_out, each.adapter.matching is True)
             perturbations(each.data)
             augmentations(each.data, each.trainer.objective)
@@ -182,8 +182,8 @@ def _check_tasks(made: Experiment) -> None:
     remedy = "Take adapter.matching=false or data.share=backbone."
     asked = made.adapter.matching
     matching = "null" if asked is None else "true"
-    require(made.own_adapters or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT)
-    if made.own_adapters:
+    require(made.has_adapter_per_task or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT)
+    if made.has_adapter_per_task:
         reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
         remedy = "Take data.share=adapter."
         require(not made.adapter.trains_backbone, "data.share", data.share, reason, remedy, code=Code.UNSUPPORTED)

@@ -68,7 +68,7 @@ class WarmStart:
         fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
         return cls(source, theirs.data.label_names, fits)
 
-    def put_into(self, pack: Pack, members: Sequence[int]) -> None:
+    def load_into(self, pack: Pack, members: Sequence[int]) -> None:
         """Give these members, made with the source's ranks, its tensors; a head that does not fit stays as drawn.
 
         Raises:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
+def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     """Let a member's matching start from training batches, as its adapter is now; without one nothing is done.
 
     Returns:

@@ -77,7 +77,7 @@ def prepare(
             with pack.only([k]):
                 own = mixture.for_initialisation(k)
                 notes.append(pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size)))
-                notes.append(head_initialisation.begin(pack, k, own.batches(pack, trainer.batch_size)))
+                notes.append(head_initialisation.initialise(pack, k, own.batches(pack, trainer.batch_size)))
     return [note for note in notes if note]
 
 

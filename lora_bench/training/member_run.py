@@ -154,7 +154,7 @@ class MemberRun:
         adapter.after_step(updates, step, last_step)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ranks_are_final(step):
-            self.average.add()
+            self.average.update()
 
     def count(self, step: int, batch: Batch, padding: int, seconds: float) -> None:
         """Add a training step to the member's costs; it is measured as if the member had trained alone."""

@@ -163,7 +163,7 @@ class _Rehearsal:
 
     def keep(self) -> None:
         """Hold what the loop holds after its first evaluation, and for a moment a checkpoint."""
-        self.member.average.add()
+        self.member.average.update()
         self.member.progress.state = self.pack.state(0)
         gather(self.member)
 

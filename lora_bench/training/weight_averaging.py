@@ -37,7 +37,7 @@ class WeightAverage:
         self.steps = 0
 
     @torch.no_grad()
-    def add(self) -> None:
+    def update(self) -> None:
         """Let the weights as they are now count."""
         if not self.share:
             return

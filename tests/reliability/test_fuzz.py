@@ -320,7 +320,7 @@ def trained(backbone: Make, method: str) -> MemberRun:
         [0],
     )
     step(member)
-    member.average.add()
+    member.average.update()
     return member
 
 

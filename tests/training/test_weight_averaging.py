@@ -69,7 +69,7 @@ def test_it_lies_as_far_back_as_the_mean_of_the_last_share_of_the_steps(share: f
     average = WeightAverage([p], share)
     for step in range(1, 2001):
         p.data.fill_(step)
-        average.add()
+        average.update()
         if step in (400, 2000):
             assert average.means[p].item() == pytest.approx((1 - share / 2) * step, rel=0.01)
 
@@ -80,7 +80,7 @@ def test_the_mean_is_kept_in_fp32_whatever_the_weights_are() -> None:
     for i in range(7):
         p.data.fill_(1 + i / 128)  # neighbours in bf16
         seen.append(p.detach().double())
-        average.add()
+        average.update()
     (kept,) = average.means.values()
     assert kept.dtype == torch.float32
     torch.testing.assert_close(kept.double(), torch.stack(seen).mean(0), atol=1e-6, rtol=0)
@@ -90,7 +90,7 @@ def test_weights_come_back_bitwise_whatever_happens_within() -> None:
     p, untouched = nn.Parameter(torch.tensor([0.1, torch.nan, -0.0])), nn.Parameter(torch.ones(2))
     average = WeightAverage([p])
     p.data[1] = 4.0
-    average.add()
+    average.update()
     p.data.copy_(torch.tensor([0.3, torch.nan, -0.0]))
     before = p.detach().clone().view(torch.int32)
 
