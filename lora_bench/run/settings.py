@@ -182,7 +182,9 @@ def _check_tasks(made: Experiment) -> None:
     remedy = "Take adapter.matching=false or data.share=backbone."
     asked = made.adapter.matching
     matching = "null" if asked is None else "true"
-    require(made.has_adapter_per_task or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT)
+    require(
+        made.has_adapter_per_task or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT
+    )
     if made.has_adapter_per_task:
         reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
         remedy = "Take data.share=adapter."

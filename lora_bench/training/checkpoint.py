@@ -86,7 +86,9 @@ class Checkpoints:
                 self.folder.mkdir(exist_ok=True)  # not the run's: one that was deleted must not bring itself back
                 part.mkdir()
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "tensors.safetensors")
-                (part / "state.json").write_text(json.dumps({"step": step, **self.metadata, **metadata}), encoding="utf-8")
+                (part / "state.json").write_text(
+                    json.dumps({"step": step, **self.metadata, **metadata}), encoding="utf-8"
+                )
                 manifest = {name: _described(part / name) for name in _FILES}
                 (part / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
                 for name in (*_FILES, "manifest.json"):

@@ -35,7 +35,11 @@ class EvaluationResult:
 
 
 def evaluate_members(
-    pack: Pack, mixtures: Sequence[TaskMixture], members: Sequence[int], batch_size: int, processes: Processes = SINGLE_PROCESS
+    pack: Pack,
+    mixtures: Sequence[TaskMixture],
+    members: Sequence[int],
+    batch_size: int,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[int, EvaluationResult]:
     """Score the selection splits of all tasks that these members learn, as their weights are now."""
     results = {}

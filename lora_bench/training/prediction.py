@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS) -> NDArray[np.float64]:
+def predict(
+    pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS
+) -> NDArray[np.float64]:
     """Return P(label 1) of every row for every active member: (K, N), in the table's order.
 
     A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. The pack's mode is as

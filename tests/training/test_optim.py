@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_bench.adapters.methods.full import Full
 from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.config.schema import Optimizer
-from lora_bench.training.optim import make_optimizer, learning_rate_factor, set_learning_rate
+from lora_bench.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
 from tests.adapters.tools import adapter
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def test_the_rate_climbs_linearly_then_follows_the_schedule() -> None:
 
 def test_without_warm_up_the_first_step_is_almost_the_peak() -> None:
     for schedule in ("linear", "cosine", "constant"):
-        assert learning_rate_factor(replace(SETTINGS, warmup=0.0, schedule=schedule), 1, 1000) == pytest.approx(1, abs=0.002)
+        assert learning_rate_factor(replace(SETTINGS, warmup=0.0, schedule=schedule), 1, 1000) == pytest.approx(
+            1, abs=0.002
+        )
 
 
 def test_a_warm_up_that_ends_within_a_step_is_rounded_up() -> None:
