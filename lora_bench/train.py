@@ -150,7 +150,7 @@ def prefix_of(inputs: SharedInputs, task: Task, trainer: Trainer) -> tuple[Prefi
     Where no pair of the training split is seen twice in the same order, nothing is cached.
     """
     train, selection = task.tables["train"], task.tables["selection"]
-    second_view = train.exchanged if task.second_view is None or task.second_view is train else task.second_view
+    second_view = train.exchanged if task.second_view is None else task.second_view
     tables = {"train": train, "second_view": second_view, "selection": selection, "exchanged": selection.exchanged}
     orders = 1 if train.exchanged is None else 2
     is_repeated = total_steps(trainer, len(train)) * trainer.batch_size > orders * len(train)

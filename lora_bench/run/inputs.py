@@ -40,7 +40,7 @@ class Task:
     tables: dict[str, TokenTable]
     """`train`, `selection`, and every split to report."""
     second_view: TokenTable | None
-    """The training pairs once more, exchanged, perturbed or as they are, where the objective asks for it."""
+    """The second views of the training pairs, in reversed order or perturbed, if the objective has any."""
     described: dict[str, Any]
     """What records say of the data."""
     splits: dict[str, Examples]
@@ -59,8 +59,6 @@ class Task:
     def with_tables(self, tables: Mapping[str, TokenTable]) -> Task:
         """The same with other tables for some: the same pairs, with more known of them."""
         found = self.tables | dict(tables)
-        if self.second_view is self.tables["train"]:
-            found["second_view"] = found["train"]
         if "exchanged" in found:
             found["selection"] = replace(found["selection"], exchanged=found.pop("exchanged"))
         if found["train"].exchanged is not None and "second_view" in found:

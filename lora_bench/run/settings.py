@@ -113,9 +113,8 @@ class Experiment:
         )
         _check_ensemble(made.ensemble, made.adapter, made.pack)
         _check_tasks(made)
-        drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
         for each in made.by_task.values():
-            check_objective(each.trainer, each.data.text_columns, drops_out, each.adapter.matching is True)
+            check_objective(each.trainer, each.data.text_columns, matching=each.adapter.matching is True)
             perturbations(each.data)
             augmentations(each.data, each.trainer.objective)
         return made

@@ -79,7 +79,7 @@ class TaskMixture:
         """What the batches add to gradients, by the objective that the settings name."""
         objectives = {}
         for pairs in self.tasks.values():
-            objectives[pairs.train.head] = objective = make_objective(trainer, pairs.train.labels)
+            objectives[pairs.train.head] = objective = make_objective(trainer)
             assert objective.orders == (1 if pairs.second_view is None else 2)
         return Backward(pack, objectives, graphs=trainer.cuda_graphs)
 
