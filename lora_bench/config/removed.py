@@ -18,6 +18,9 @@ REMOVED_KEYS: dict[str, float] = {
 REMOVED_CHOICES = {("trainer.objective", "dropout_consistency"): "cross_entropy"}
 """Removed choices of keys that still exist, with the choice that a finished run is loaded with instead."""
 
+REMOVED_GROUPS = ("pack", "ensemble")
+"""Removed configuration groups, each with the single choice `default`; their keys still exist."""
+
 REMOVAL = "removed in version 0.2.0, because it improved no score over trainer.objective=cross_entropy"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.config.groups import choices, conf_folder
 from lora_bench.config.keys import flat
-from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_KEYS, removed_settings
+from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 from lora_bench.records.prompted import is_prompted
@@ -246,13 +246,19 @@ def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> Di
 
 def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
     """Runs by folder and record, with defaults for what they lack if runs of the same choices have unlike keys."""
+    found = [(folder, record | {"choices": _without_removed_groups(record["choices"])}) for folder, record in found]
     keys: dict[str, set[str]] = {}
     for _, record in found:
         own = {key: node.keys() if isinstance(node, dict) else 0 for key, node in record["config"].items()}
         keys.setdefault(str(record["choices"]), set()).add(str(own))
     if all(len(each) == 1 for each in keys.values()):
-        return list(found)
+        return found
     return [(folder, record | {"config": filled(record)}) for folder, record in found]
+
+
+def _without_removed_groups(choices_by_group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the choices of a record without those of configuration groups that were removed."""
+    return {group: choice for group, choice in choices_by_group.items() if group not in REMOVED_GROUPS}
 
 
 def _option(group: str, record: Mapping[str, Any], usual: str) -> str | None:

@@ -54,7 +54,7 @@ class PrefixCache:
     def cached_tables(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
         """The names of those tables whose hidden states are kept, as far as the limit allows, in the order given.
 
-        The first and what travels in its batches (`second_view`) are kept together, and others only beside them. Nothing
+        The first and its `second_view` travel in the same batches, so both are kept or neither; others only beside them. Nothing
         is for a pack that adapts the first layer, or whose backbone cannot be cut.
         """
         if not (self.limit_bytes and pack.depth and pack.backbone.can_be_cut):

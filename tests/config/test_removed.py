@@ -11,7 +11,7 @@ import pytest
 
 import lora_bench as package
 from lora_bench.analysis.summary import summarise
-from lora_bench.config.removed import REMOVED_CHOICES, REMOVED_KEYS, removal_note, removed_settings
+from lora_bench.config.removed import REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removal_note, removed_settings
 from lora_bench.errors import Code
 from tests.command_line import lora_bench, refused, toy_run
 
@@ -24,6 +24,7 @@ def give_old_settings(folder: str, status: str = "done", **settings: Any) -> Non
     record = json.loads(path.read_text())
     defaults = {key.removeprefix("trainer."): value for key, value in REMOVED_KEYS.items()}
     record["config"]["trainer"] |= defaults | settings
+    record["choices"] |= dict.fromkeys(REMOVED_GROUPS, "default")
     path.write_text(json.dumps(record | {"status": status}))
     shutil.rmtree(Path(folder, ".hydra"))
 
