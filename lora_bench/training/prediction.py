@@ -28,12 +28,12 @@ def predict(
 ) -> NDArray[np.float64]:
     """Return P(label 1) of every row for every active member: (K, N), in the table's order.
 
-    A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. The pack's mode is as
-    it was afterwards.
+    A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. Afterwards the pack
+    is in the mode (training or evaluation) that it was in before.
     """
     if table.exchanged is not None:
-        one, other = replace(table, exchanged=None), table.exchanged
-        return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
+        forward, reversed_view = replace(table, exchanged=None), table.exchanged
+        return (predict(pack, forward, batch_size, processes) + predict(pack, reversed_view, batch_size, processes)) / 2
     scores = np.zeros((len(pack.active), len(table)))
     mode = pack.training
     pack.eval()
