@@ -175,7 +175,7 @@ def test_it_goes_on_where_it_was_stopped(runs: Path, in_tmp: Path, monkeypatch: 
     assert record("run")["status"] == "interrupted"
     answer = command("train", "resume=run")
     assert answer.code == 0, answer
-    assert "going on from step 4" in answer.out
+    assert "resumed from step 4" in answer.out
     assert record("run")["metrics"] == record(runs / "ensemble")["metrics"]
     assert not Path("run/checkpoints").exists()
 

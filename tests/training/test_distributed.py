@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.errors import Code
 from lora_bench.training.distributed import Processes, processes_of_torchrun
-from lora_bench.training.objective import likelihood
+from lora_bench.training.objective import cross_entropy
 from lora_bench.training.optim import make_optimizer
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables
 from tests.command_line import lora_bench, refused, toy_run
@@ -46,7 +46,7 @@ def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
         own, loss = processes.shard(batch), 0.0
         if own is not None:
             assert own.labels is not None
-            shared = likelihood(made(own), own.labels[None]).mean() * own.pairs / batch.pairs
+            shared = cross_entropy(made(own), own.labels[None]).mean() * own.pairs / batch.pairs
             shared.backward()
             loss = float(shared.detach())
         losses.append(processes.all_reduce(made.trainable(0).values(), {0: loss})[0])
@@ -142,7 +142,7 @@ def test_a_run_of_two_processes_is_interrupted_and_gone_on_with(in_tmp: Path) ->
     reached = max(int(path.name[-8:]) for path in (in_tmp / "run/checkpoints").glob("step-*"))
     answer = torchrun(in_tmp, "resume=run")
     assert answer.returncode == 0, answer.stderr
-    assert f"going on from step {reached}" in answer.stdout
+    assert f"resumed from step {reached}" in answer.stdout
     assert json.loads((in_tmp / "run/run.json").read_text())["status"] == "done"
 
 
