@@ -32,27 +32,27 @@ STEPS = 10
 
 def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
     """A few steps of LoRA, in batches of 7 pairs that two processes cannot halve and a last one of 2."""
-    made = pack("bert", (adapter("lora", "rank=4"), 0))
+    a_pack = pack("bert", (adapter("lora", "rank=4"), 0))
     if not processes.is_leader:  # as a process that began otherwise would be: it takes the leader's start
         with torch.no_grad():
-            for p in made.trainable(0).values():
+            for p in a_pack.trainable(0).values():
                 p.add_(1.0)
-    processes.broadcast(made.trainable(0).values())
-    table, _ = tables(made.backbone)
-    adamw = make_optimizer(optimizer(), made, 0)
+    processes.broadcast(a_pack.trainable(0).values())
+    table, _ = tables(a_pack.backbone)
+    adamw = make_optimizer(optimizer(), a_pack, 0)
     losses = []
-    batches = list(training_batches(table, BatchPlan(table.lengths, 7), [0], 0, made.backbone.tokenizer.pad_token_id))
+    batches = list(training_batches(table, BatchPlan(table.lengths, 7), [0], 0, a_pack.backbone.tokenizer.pad_token_id))
     for batch in batches[:STEPS]:
-        own, loss = processes.shard(batch), 0.0
-        if own is not None:
-            assert own.labels is not None
-            shared = cross_entropy(made(own), own.labels[None]).mean() * own.pairs / batch.pairs
+        shard, loss = processes.shard(batch), 0.0
+        if shard is not None:
+            assert shard.labels is not None
+            shared = cross_entropy(a_pack(shard), shard.labels[None]).mean() * shard.pairs / batch.pairs
             shared.backward()
             loss = float(shared.detach())
-        losses.append(processes.all_reduce(made.trainable(0).values(), {0: loss})[0])
+        losses.append(processes.all_reduce(a_pack.trainable(0).values(), {0: loss})[0])
         adamw.step()
         adamw.zero_grad()
-    return made.state(0), losses
+    return a_pack.state(0), losses
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -75,19 +75,19 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(work, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
-    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
-    for state in found:
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    for state in states:
         torch.testing.assert_close(state.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=0)
         assert_close(alone, state, atol=5e-5)  # AdamW makes steps of what rounding leaves of a gradient
-    assert_close(found[0], found[1], atol=0.0)
+    assert_close(states[0], states[1], atol=0.0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 40])
 def test_every_pair_is_in_one_share(size: int) -> None:
-    made = pack("bert", (adapter("lora", "rank=4"), 0))
-    table, _ = tables(made.backbone)
+    a_pack = pack("bert", (adapter("lora", "rank=4"), 0))
+    table, _ = tables(a_pack.backbone)
     plan = BatchPlan(table.lengths, 7)
-    batch = next(training_batches(table, plan, [0, 1], 0, made.backbone.tokenizer.pad_token_id))
+    batch = next(training_batches(table, plan, [0, 1], 0, a_pack.backbone.tokenizer.pad_token_id))
     shares = [share for rank in range(size) if (share := Processes(rank, size).shard(batch))]
     assert sum(share.pairs for share in shares) == 7
     for member in range(2):  # each member's rows, in their order
@@ -113,10 +113,12 @@ def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
 
 
-@pytest.mark.parametrize("asked", [["adapter=lora", "adapter.dropout=0.0"], ["adapter=adalora", "trainer.average=0.5"]])
-def test_torchrun_makes_the_run_that_one_process_makes(asked: list[str], in_tmp: Path) -> None:
-    assert lora_bench("train", *RUN, *asked, "hydra.run.dir=one").code == 0
-    answer = torchrun(in_tmp, *RUN, *asked, "hydra.run.dir=two")
+@pytest.mark.parametrize(
+    "overrides", [["adapter=lora", "adapter.dropout=0.0"], ["adapter=adalora", "trainer.average=0.5"]]
+)
+def test_torchrun_makes_the_run_that_one_process_makes(overrides: list[str], in_tmp: Path) -> None:
+    assert lora_bench("train", *RUN, *overrides, "hydra.run.dir=one").code == 0
+    answer = torchrun(in_tmp, *RUN, *overrides, "hydra.run.dir=two")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("record: ") == 1  # one of the two tells
     one, two = (json.loads((in_tmp / name / "run.json").read_text()) for name in ("one", "two"))

@@ -40,15 +40,15 @@ def short_of_memory(pack: Any, pairs: int, error: Exception, *, halfway: bool = 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_a_step_short_of_memory_is_done_again_from_where_it_began(backbone: Make, error: Exception) -> None:
-    asked = packed(backbone(), spy(dropout=0.5))
-    run(asked, chosen=trainer(micro_batch_size=2, epochs=2))
+    small_batches = packed(backbone(), spy(dropout=0.5))
+    run(small_batches, chosen=trainer(micro_batch_size=2, epochs=2))
     halved = packed(backbone(), spy(dropout=0.5))
     failures = short_of_memory(halved, 2, error)
     (outcome,) = run(halved, chosen=trainer(micro_batch_size=None, epochs=2, eval_batch_size=2))
     assert failures() == 2  # 8, 4, and then 2 for good
     assert halved.max_micro_batch == {"training": 2}
     assert outcome.steps == 6
-    assert_close(halved.state(0), asked.state(0), 0.0)
+    assert_close(halved.state(0), small_batches.state(0), 0.0)
 
 
 def test_members_that_pass_one_after_another_have_portions_as_if_alone(
@@ -57,16 +57,16 @@ def test_members_that_pass_one_after_another_have_portions_as_if_alone(
     """So a member's dropout draws the same in any pack."""
     for size in (1, 3):
         pack = packed(backbone(), *[spy()] * size)
-        batch, asked = random_batch(pack.backbone), []
+        batch, requests = random_batch(pack.backbone), []
         monkeypatch.setattr(micro_batching, "QUICK_TOKENS", 2 * batch.input_ids.shape[1])
-        in_micro_batches(pack, batch, None, asked.append)
-        assert asked == [2]
+        in_micro_batches(pack, batch, None, requests.append)
+        assert requests == [2]
 
 
 def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:
     """The first portions of the step fit and leave gradients, a later one does not."""
-    asked = packed(backbone(), spy(dropout=0.5))
-    run(asked, chosen=trainer(micro_batch_size=2, max_steps=1))
+    small_batches = packed(backbone(), spy(dropout=0.5))
+    run(small_batches, chosen=trainer(micro_batch_size=2, max_steps=1))
     halved = packed(backbone(), spy(dropout=0.5))
     suffix, calls = halved.suffix, iter(range(99))
 
@@ -78,7 +78,7 @@ def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:
     halved.suffix = limited  # type: ignore[method-assign]
     run(halved, chosen=trainer(micro_batch_size=4, max_steps=1))
     assert halved.max_micro_batch == {"training": 2}
-    assert_close(halved.state(0), asked.state(0), 0.0)
+    assert_close(halved.state(0), small_batches.state(0), 0.0)
 
 
 def test_full_fine_tuning_draws_its_dropout_again(backbone: Make) -> None:

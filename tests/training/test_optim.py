@@ -35,9 +35,9 @@ def lora(**changed: Any) -> Adapter:
 def test_steps_are_adamw_as_published(backbone: Callable[..., Backbone], member: int) -> None:
     """Loshchilov and Hutter 2019, algorithm 2, written out in float64."""
     pack = Pack(backbone(), [Member(lora(), 0), Member(lora(), 1)])
-    own, other = pack.trainable(member), pack.state(1 - member)
+    trainable, other = pack.trainable(member), pack.state(1 - member)
     optimizer = make_optimizer(SETTINGS, pack, member)
-    start = {name: p.detach().double().clone() for name, p in own.items()}
+    start = {name: p.detach().double().clone() for name, p in trainable.items()}
     expected = {name: value.clone() for name, value in start.items()}
     first = {name: torch.zeros_like(value) for name, value in start.items()}
     second = {name: torch.zeros_like(value) for name, value in start.items()}
@@ -45,7 +45,7 @@ def test_steps_are_adamw_as_published(backbone: Callable[..., Backbone], member:
     for t in range(1, 6):
         set_learning_rate(optimizer, SETTINGS, t, 5)
         rate = SETTINGS.lr * learning_rate_factor(SETTINGS, t, 5)
-        for name, p in own.items():
+        for name, p in trainable.items():
             p.grad = torch.randn(p.shape, generator=generator)
             g = p.grad.double()
             first[name] = 0.8 * first[name] + 0.2 * g
@@ -54,7 +54,7 @@ def test_steps_are_adamw_as_published(backbone: Callable[..., Backbone], member:
             moment, scale = first[name] / (1 - 0.8**t), (second[name] / (1 - 0.95**t)).sqrt() + 1e-6
             expected[name] = expected[name] - rate * decay * expected[name] - rate * moment / scale
         optimizer.step()
-    for name, p in own.items():
+    for name, p in trainable.items():
         torch.testing.assert_close(p.detach().double(), expected[name], atol=1e-6, rtol=1e-5, msg=name)
         assert not torch.equal(p.detach().double(), start[name])
     for name, value in pack.state(1 - member).items():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def test_of_eight_four_two_and_one_go_on() -> None:
     changes = {step: survivors(step, 800) for step in range(2, 801) if survivors(step, 800) != survivors(step - 1, 800)}
-    assert {step: left for step, left in changes.items() if left <= 4} == {100: 4, 200: 2, 400: 1}
+    assert {step: limit for step, limit in changes.items() if limit <= 4} == {100: 4, 200: 2, 400: 1}
 
 
 def test_eight_take_two_and_a_half_times_what_one_does() -> None:
@@ -37,19 +37,19 @@ def test_eight_take_two_and_a_half_times_what_one_does() -> None:
 
 @given(st.integers(1, 10_000))
 def test_fewer_and_fewer_go_on_and_one_is_left(steps: int) -> None:
-    found = [survivors(step, steps) for step in range(1, steps + 1)]
-    assert found == sorted(found, reverse=True)
-    assert found[-1] == 1
+    limits = [survivors(step, steps) for step in range(1, steps + 1)]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[-1] == 1
 
 
 SCORE = st.tuples(st.sampled_from([0.0, 0.1]) | st.floats(-1, 1), st.floats(0, 1))
 
 
 @given(st.dictionaries(st.integers(0, 50), SCORE, min_size=1), st.integers(1, 60))
-def test_the_best_go_on(scores: dict[int, tuple[float, float]], left: int) -> None:
-    stopped = eliminated(scores, left)
+def test_the_best_go_on(scores: dict[int, tuple[float, float]], limit: int) -> None:
+    stopped = eliminated(scores, limit)
     kept = scores.keys() - set(stopped)
-    assert len(kept) == min(left, len(scores))
+    assert len(kept) == min(limit, len(scores))
     assert all(scores[k] >= scores[other] for k in kept for other in stopped)
 
 

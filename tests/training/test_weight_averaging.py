@@ -109,25 +109,25 @@ def test_weights_come_back_bitwise_whatever_happens_within() -> None:
 
 @pytest.mark.parametrize("form", ["bert", "t5"])
 def test_what_is_kept_is_the_mean_of_the_latest_steps(form: str) -> None:
-    made = pack(form, (adapter("lora", "rank=2"), 0), (adapter("lora", "rank=4"), 1))
-    keeper = Keeper(made)
-    outcomes, left = train(made, settings=trainer(10, average=0.35), watcher=keeper)
-    selection = tables(made.backbone)[1]
-    scores = predict(made, selection, 32)
+    a_pack = pack(form, (adapter("lora", "rank=2"), 0), (adapter("lora", "rank=4"), 1))
+    keeper = Keeper(a_pack)
+    outcomes, states = train(a_pack, settings=trainer(10, average=0.35), watcher=keeper)
+    selection = tables(a_pack.backbone)[1]
+    scores = predict(a_pack, selection, 32)
     for k, outcome in enumerate(outcomes):
         expected = mean(keeper.stepwise[k], 0.35)
         assert outcome.best is not None
-        assert same(outcome.state, left[k])
-        assert_close(left[k], expected, 1e-7)
-        assert max(float((left[k][n] - keeper.stepwise[k][-1][n]).abs().max()) for n in expected) > 1e-3
+        assert same(outcome.state, states[k])
+        assert_close(states[k], expected, 1e-7)
+        assert max(float((states[k][n] - keeper.stepwise[k][-1][n]).abs().max()) for n in expected) > 1e-3
         assert selection.labels is not None
         assert score(scores[k], selection.labels, {}) == outcome.best["metrics"]  # the mean was scored, too
 
 
 def test_every_look_sees_the_mean_so_far() -> None:
-    made = pack("bert", (adapter("lora"), 0))
-    keeper = Keeper(made)
-    ((outcome,), (left,)) = train(made, settings=trainer(9, average=0.5, eval_every=2), watcher=keeper)
+    a_pack = pack("bert", (adapter("lora"), 0))
+    keeper = Keeper(a_pack)
+    ((outcome,), (states,)) = train(a_pack, settings=trainer(9, average=0.5, eval_every=2), watcher=keeper)
     steps, looks = keeper.stepwise[0], keeper.scored[0]
     assert list(looks) == [2, 4, 6, 8, 9]
     for step, scored in looks.items():
@@ -135,7 +135,7 @@ def test_every_look_sees_the_mean_so_far() -> None:
     best = list(looks)[int(np.argmax(keeper.mcc[0]))]
     assert outcome.best is not None
     assert outcome.best["step"] == best
-    assert same(left, looks[best])
+    assert same(states, looks[best])
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head_only"])
@@ -144,9 +144,9 @@ def test_training_goes_its_way_bitwise(method: str) -> None:
     trajectories = []
     for average in (0.0, 1.0):
         torch.manual_seed(0)  # of the network's own dropout
-        made = pack("bert", (adapter(method, *options), 0))
-        keeper = Keeper(made)
-        train(made, settings=trainer(7, average=average, eval_every=2), watcher=keeper)
+        a_pack = pack("bert", (adapter(method, *options), 0))
+        keeper = Keeper(a_pack)
+        train(a_pack, settings=trainer(7, average=average, eval_every=2), watcher=keeper)
         trajectories.append(keeper.stepwise[0])
     assert len(trajectories[0]) == 7
     assert all(same(one, other) for one, other in zip(*trajectories, strict=True))
@@ -170,23 +170,23 @@ def test_one_that_diverges_and_one_that_stops_leave_the_others_mean_alone(backbo
         loop_tests.optimizer(lr=1e30, grad_clip_norm=None),
         loop_tests.optimizer(lr=1e-12),
     ]
-    made = loop_tests.packed(backbone(), spy(), spy(), spy(), seeds=(0, 0, 0))
-    keeper = Keeper(made)
-    fine, broken, still = loop_tests.run(made, chosen=chosen, learn=rates, watcher=keeper)
+    a_pack = loop_tests.packed(backbone(), spy(), spy(), spy(), seeds=(0, 0, 0))
+    keeper = Keeper(a_pack)
+    fine, broken, still = loop_tests.run(a_pack, chosen=chosen, learn=rates, watcher=keeper)
     assert (broken.status, broken.state) == ("diverged", {})
     assert (still.status, still.steps) == ("done", 18)
-    assert_close(made.state(2), mean(keeper.stepwise[2][:6]), 1e-7)
+    assert_close(a_pack.state(2), mean(keeper.stepwise[2][:6]), 1e-7)
     lone = loop_tests.packed(backbone(), spy())
     (alone,) = loop_tests.run(lone, chosen=chosen)
     assert (fine.status, fine.steps) == (alone.status, alone.steps)
     assert fine.steps > 18
-    assert_close(made.state(0), lone.state(0), 1e-4)
+    assert_close(a_pack.state(0), lone.state(0), 1e-4)
 
 
 def test_what_is_not_settled_does_not_count() -> None:
-    made = pack("bert", (spy(unsettled=4), 0), (spy(), 0))
-    keeper = Keeper(made)
-    _, (late, soon) = train(made, settings=trainer(8, average=0.75), watcher=keeper)
+    a_pack = pack("bert", (spy(unsettled=4), 0), (spy(), 0))
+    keeper = Keeper(a_pack)
+    _, (late, soon) = train(a_pack, settings=trainer(8, average=0.75), watcher=keeper)
     assert_close(late, mean(keeper.stepwise[0][4:], 0.75), 1e-7)
     assert_close(soon, mean(keeper.stepwise[1], 0.75), 1e-7)
 
