@@ -1,4 +1,4 @@
-"""What the benchmarks hold lora-bench against: PEFT and the Hugging Face Trainer, on the same pairs, at their quickest.
+"""The rival of the benchmarks: PEFT and the Hugging Face Trainer, on the same pairs, at their fastest.
 
 Batches are grouped by length and nothing is padded further than it must be, unless the work is `plain`. Needs the extra
 `dev` (peft, accelerate).
@@ -15,7 +15,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, for both sides."""
+    """The training work of both sides."""
 
     adapter: str = "lora"
     rank: int = 8

@@ -1,4 +1,4 @@
-"""What a GPU does, where there is one: every method with and without recorded passes, packs, resumed runs."""
+"""On a GPU: every method with and without CUDA graphs, packs, resumed runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def assert_alike(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each shape that came twice could be recorded."""
+    """Return for each shape that came twice whether it could be recorded."""
     replayed: list[bool] = []
     record = Graphs._record
 

@@ -400,7 +400,7 @@ def test_each_pair_comes_in_one_order_and_then_in_the_other() -> None:
 
 
 def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
-    """Where the two orders are one text twice, nothing is left of the difference."""
+    """Both orders of a pair are the same if its two texts are equal."""
     twice = Examples(np.arange(24), (["a b c d"] * 12 + ["e f"] * 12,) * 2, np.arange(24) % 2)
     losses = []
     for turns in (False, True):

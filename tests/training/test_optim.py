@@ -110,7 +110,7 @@ def test_without_warm_up_the_first_step_is_almost_the_peak() -> None:
 
 
 def test_a_warm_up_that_ends_within_a_step_is_rounded_up() -> None:
-    """Of 15 steps a tenth is 1.5: two steps climb, and the third is the first to fall."""
+    """A tenth of 15 steps is 1.5: the learning rate rises for two steps and falls from the third on."""
     assert [learning_rate_factor(SETTINGS, step, 15) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1 - 1 / 14])
     short = replace(SETTINGS, schedule="constant", warmup=0.01)
     assert [learning_rate_factor(short, step, 101) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1])

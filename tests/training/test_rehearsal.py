@@ -1,4 +1,4 @@
-"""What a rehearsal says is what the run then does, and it changes no weight."""
+"""An estimate agrees with the cost of the run, and a rehearsal changes no weight."""
 
 from __future__ import annotations
 

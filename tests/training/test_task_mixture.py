@@ -1,4 +1,4 @@
-"""What members learn together: whose turn it is, how often, and that a step teaches one head alone."""
+"""Task mixtures: the sequence of tasks, their shares of the batches, and one trained head per step."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_step_teaches_the_adapter_and_the_head_of_its_task() -> None:
 
 
 def test_members_with_tasks_of_their_own_learn_what_they_learn_alone() -> None:
-    """Of unlike sizes: one has done when the other is in its midst."""
+    """Mixtures of different sizes: one member ends while the other still trains."""
     settings = trainer(epochs=2, max_steps=None, batch_size=4, eval_every=None)
     alone = {}
     for name in ("one", "other"):
