@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def run_predict(request: PredictionRequest) -> None:
     """`lora-bench predict run=DIR input=pairs.tsv output=labelled.tsv`."""
-    run = FinishedRun.load(request.run, device=request.device, **request.places)
+    run = FinishedRun.load(request.run, device=request.device, **request.model_places)
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     scores_by_member = run.member_scores(request.examples)

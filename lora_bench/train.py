@@ -1,6 +1,6 @@
-"""The one entry point of training: settings become a backbone with adapters, and these become a record.
+"""The entry point of training: from settings to a backbone with adapters, trained, and a record of each run.
 
-A run is a pack of one. A sweep's jobs that may share a backbone are trained as one pack, each as it would be alone.
+A single run is a pack of one. Jobs of a sweep that may share a backbone are trained as one pack, each as a single run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
 from lora_bench.run.recorder import Recorder
-from lora_bench.training.distributed import ALONE, Processes, together
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes, processes_of_torchrun
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import PackTraining, total_steps
 from lora_bench.training.prefix_cache import PrefixCache
 from lora_bench.training.signals import Interruption
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 
 def train(job: Job, *, console: Console) -> None:
-    """Run one experiment and leave its record in the job's folder.
+    """Train one run, and write its record to the job's folder.
 
     Raises:
-        UserError: the request cannot be met; nothing is left behind.
-        DivergedError: loss, gradient or scores ceased to be finite; the record says so.
+        UserError: the request cannot be met; nothing is written.
+        DivergedError: a loss, gradient or score was not finite; this is in the record.
     """
-    with together() as processes:
+    with processes_of_torchrun() as processes:
         (error,) = train_pack([job], console=console, processes=processes)
     if error is not None:
         raise error
@@ -58,26 +58,26 @@ def train_pack(
     inputs: SharedInputs | None = None,
     brief: bool = False,
     display: Shows = Display,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     sharing: int = 1,
 ) -> list[Exception | None]:
-    """Train jobs that share data, backbone and trainer as one pack; each leaves a record as if it had run alone.
+    """Train jobs that share data, backbone and trainer as one pack; each writes the record of a single run.
 
     Args:
-        jobs: each brings one member, one for each of its tasks, or those of its ensemble.
-        console: where progress is shown.
-        inputs: what the jobs share, if it is loaded already; its backbone is given back as it was.
+        jobs: each has one member, one for each of its tasks, or those of its ensemble.
+        console: shows progress and results.
+        inputs: that the jobs share, if they are loaded already; the backbone is unchanged afterwards.
         brief: show one line for each result instead of a table.
-        display: makes the progress display.
-        processes: those that train the pack together; each keeps a record, and the leader's is the run's.
-        sharing: processes that train packs of their own on the device at the same time.
+        display: creates the progress display.
+        processes: that train the pack together; each writes a record, and the leader's is the record of the run.
+        sharing: number of processes that train on the device at the same time, each its own packs.
 
     Returns:
-        The error that ended each job early; None where it is done.
+        For each job the error that ended it, or None if it is done.
 
     Raises:
-        UserError: the request of all cannot be met.
-        Exception: an error in what the jobs share ended all of them.
+        UserError: the request cannot be met for any job.
+        Exception: an error in something that the jobs share ended all of them.
     """
     runs = PackedRun.open_all(jobs)
     inputs = inputs or SharedInputs.load(runs[0].experiment)
@@ -89,7 +89,7 @@ def train_pack(
             Recorder(pack, runs, inputs, console, processes, sharing, brief) as recorder,
             Interruption() as interruption,
         ):
-            recorder.start_runs()  # a folder is claimed and its record written, or it is not: signals wait
+            recorder.start_runs()  # signals wait until every folder is claimed and its record written
             if recorder.running:
                 _fit(recorder, display, interruption)
         return [run.progress.error for run in runs]
@@ -98,16 +98,16 @@ def train_pack(
 
 
 def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, processes: Processes) -> SharedInputs:
-    """Restore or initialise the pack's adapters and cache the frozen prefix; return the inputs with it."""
+    """Restore or initialise the pack's adapters, and return the inputs with the cached prefix."""
     experiment, trainer = runs[0].experiment, runs[0].experiment.trainer
     for run in runs:
         if run.warm_start:
-            run.warm_start.put_into(pack, run.numbers)
+            run.warm_start.load_into(pack, run.numbers)
     _seed_everything(experiment.seed)
     mixtures = inputs.mixtures(runs)
     for run in runs:
         run.prepare(pack, mixtures, trainer)
-    processes.agree(tensor for k in range(pack.size) for tensor in pack.tensors(k))
+    processes.broadcast(tensor for k in range(pack.size) for tensor in pack.tensors(k))
     inputs, seconds, flops = _with_prefixes(inputs, pack, trainer)
     for run in runs:
         if pack.cut is not None and run.resumed_from is None:
@@ -129,7 +129,7 @@ def _fit(recorder: Recorder, display: Shows, interruption: Interruption) -> None
             if member.is_running:
                 restore(member, checkpoint)
     if started.resumed_from:
-        console.print(shown(f"going on from step {started.resumed_from[0].step}"))
+        console.print(shown(f"resumed from step {started.resumed_from[0].step}"))
     training = PackTraining(
         pack,
         members,
@@ -147,11 +147,11 @@ def _fit(recorder: Recorder, display: Shows, interruption: Interruption) -> None
 def prefix_of(inputs: SharedInputs, task: Task, trainer: Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
     """Return the cache of the frozen prefix, and the tables that training reads more than once.
 
-    Where no pair of the training split is seen twice in the same order, nothing is cached.
+    Nothing is cached if the run sees no training pair twice in the same order.
     """
     train, selection = task.tables["train"], task.tables["selection"]
-    swapped = train.exchanged if task.swapped is None or task.swapped is train else task.swapped
-    tables = {"train": train, "swapped": swapped, "selection": selection, "exchanged": selection.exchanged}
+    second_view = train.exchanged if task.second_view is None else task.second_view
+    tables = {"train": train, "second_view": second_view, "selection": selection, "exchanged": selection.exchanged}
     orders = 1 if train.exchanged is None else 2
     is_repeated = total_steps(trainer, len(train)) * trainer.batch_size > orders * len(train)
     cache = PrefixCache(inputs.backbone_sha256, trainer.prefix_cache_bytes if is_repeated else 0)
@@ -163,26 +163,26 @@ def _with_prefixes(inputs: SharedInputs, pack: Pack, trainer: Trainer) -> tuple[
     tasks, seconds, flops = {}, 0.0, 0.0
     for name, task in inputs.tasks.items():
         cache, repeated = prefix_of(inputs, task, trainer)
-        tasks[name] = task.with_tables(cache.serve(pack, repeated))
+        tasks[name] = task.with_tables(cache.with_cached_hidden_states(pack, repeated))
         seconds, flops = seconds + cache.seconds, flops + cache.flops
     return replace(inputs, tasks=tasks), seconds, flops
 
 
 def _flop_models(pack: Pack) -> list[FlopModel]:
-    """Return the FLOPs of each member's step as it would be alone; equal members are measured once."""
+    """Return a FLOP model of each member's training step, as in a single run; equal members are measured once."""
     measured: dict[str, FlopModel] = {}
     models = []
     for k, member in enumerate(pack.members):
         settings = repr((member.adapter, pack.given_ranks[k]))
         if settings not in measured:
             with pack.only([k]):
-                measured[settings] = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+                measured[settings] = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
         models.append(measured[settings])
     return models
 
 
 def _seed_everything(seed: int) -> None:
-    """Seed the global streams, which only full fine-tuning's dropout draws from; all else has its own streams."""
+    """Seed the global random streams, which only the dropout of full fine-tuning uses."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What the benchmarks hold lora-bench against: PEFT and the Hugging Face Trainer, on the same pairs, at their quickest.
+"""The rival of the benchmarks: PEFT and the Hugging Face Trainer, on the same pairs, at their fastest.
 
 Batches are grouped by length and nothing is padded further than it must be, unless the work is `plain`. Needs the extra
 `dev` (peft, accelerate).
@@ -15,7 +15,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, for both sides."""
+    """The training work of both sides."""
 
     adapter: str = "lora"
     rank: int = 8
@@ -32,10 +32,16 @@ class Work:
     """As in a user's run, the selection split is scored after each epoch, and the reported split at the end."""
 
 
-def asked_of_both(data: str, pairs: int) -> list[str]:
+def shared_overrides(data: str, pairs: int) -> list[str]:
     """The overrides that say what both sides train on."""
-    asked = ["model=minilm", "data=pairs", f"data.path={data}", f"data.train_size={pairs}", "data.selection_size=1000"]
-    return [*asked, f"trainer.batch_size={BATCH}"]
+    overrides = [
+        "model=minilm",
+        "data=pairs",
+        f"data.path={data}",
+        f"data.train_size={pairs}",
+        "data.selection_size=1000",
+    ]
+    return [*overrides, f"trainer.batch_size={BATCH}"]
 
 
 def experiment_on(data: str, pairs: int, *overrides: str) -> Any:
@@ -46,9 +52,9 @@ def experiment_on(data: str, pairs: int, *overrides: str) -> Any:
     from lora_bench.run.settings import Experiment
 
     register_with_hydra()
-    asked = [*asked_of_both(data, pairs), "trainer.epochs=1", "optimizer.lr=1e-4"]
+    fixed = [*shared_overrides(data, pairs), "trainer.epochs=1", "optimizer.lr=1e-4"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return Experiment.build(compose("config", [*asked, *overrides]))
+        return Experiment.build(compose("config", [*fixed, *overrides]))
 
 
 def theirs(work: Work, data: str, pairs: int) -> dict[str, float]:
@@ -64,8 +70,8 @@ def theirs(work: Work, data: str, pairs: int) -> dict[str, float]:
     transformers.logging.set_verbosity_error()
     experiment = experiment_on(data, pairs)
     splits, _ = load_splits(experiment.data)
-    place = locate(experiment.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    folder = locate(experiment.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     padding = {"padding": "max_length"} if work.plain else {}
 
     def encode(name: str) -> Any:
@@ -76,7 +82,7 @@ def theirs(work: Work, data: str, pairs: int) -> dict[str, float]:
     def by_length(name: str) -> Any:
         return encode(name).map(lambda row: {"length": len(row["input_ids"])}).sort("length")
 
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     if work.adapter != "full":
         names = r"(query|value)" if work.targets == "qv" else r"(query|key|value|dense)"
         layers = "|".join(map(str, range(6 - work.top, 6))) if work.top else r"\d+"

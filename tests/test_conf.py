@@ -24,7 +24,7 @@ from tests.helpers import composed
 CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 AT_LEAST = {
-    ".": 5, "adapter": 21, "data": 10, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1, "pack": 1,
+    ".": 5, "adapter": 21, "data": 10, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1,
     "prompt": 3, "sweep": 2, "tracking": 2, "trainer": 1,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]

@@ -63,27 +63,27 @@ class Trained:
 
 
 def trained(folder: Path, *overrides: str, brief: bool = False, screen: io.StringIO | None = None) -> Trained:
-    shown = screen or io.StringIO()
+    output = screen or io.StringIO()
     chosen = dict(o.split("=", 1) for o in overrides if o.split("=")[0] in ("model", "adapter", "data"))
     choices = {"model": "tiny_bert", "adapter": "lora", "data": "toy", **chosen}
-    console = Console(file=shown, width=200)
+    console = Console(file=output, width=200)
     (error,) = story.train_pack(
         [Job(composed(*overrides), folder, choices, list(overrides))], console=console, brief=brief
     )
     if error:
         raise error
-    return Trained(folder, shown.getvalue())
+    return Trained(folder, output.getvalue())
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """Runs that are looked at and left alone, each made once: `runs("model=tiny_t5")`."""
-    made: dict[tuple[str, ...], Trained] = {}
+    runs: dict[tuple[str, ...], Trained] = {}
 
     def run(*overrides: str) -> Trained:
-        if overrides not in made:
-            made[overrides] = trained(tmp_path_factory.mktemp("runs") / "run", *QUICK, *overrides)
-        return made[overrides]
+        if overrides not in runs:
+            runs[overrides] = trained(tmp_path_factory.mktemp("runs") / "run", *QUICK, *overrides)
+        return runs[overrides]
 
     return run
 
@@ -210,8 +210,8 @@ def test_briefly_it_is_one_line_per_reported_split(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", *QUICK, "trainer.max_steps=1", brief=True)
     (line,) = [line for line in run.output.splitlines() if line.startswith("validation ")]
     metrics = run.record["metrics"]
-    shown = "  ".join(f"{name} {metrics[f'validation/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
-    assert line == f"validation  {shown}"
+    expected = "  ".join(f"{name} {metrics[f'validation/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
+    assert line == f"validation  {expected}"
     assert "nll" not in run.output
 
 
@@ -285,8 +285,8 @@ def test_the_backbone_is_bitwise_what_it_was(tmp_path: Path, monkeypatch: pytest
     backbones: list[Any] = []
     load = inputs.load
 
-    def keep(*arguments: Any, **more: Any) -> Any:
-        backbones.append(load(*arguments, **more))
+    def keep(*arguments: Any, **keywords: Any) -> Any:
+        backbones.append(load(*arguments, **keywords))
         return backbones[-1]
 
     monkeypatch.setattr(inputs, "load", keep)
@@ -296,15 +296,15 @@ def test_the_backbone_is_bitwise_what_it_was(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    batch_sizes: list[int] = []
     during: list[bool] = []
     ask, fit = model_selection.predict, story.PackTraining.fit
 
-    def counting(pack: Pack, table: Any, *more: Any) -> Any:
-        asked.append(len(table))
-        return ask(pack, table, *more)
+    def counting(pack: Pack, table: Any, *processes: Any) -> Any:
+        batch_sizes.append(len(table))
+        return ask(pack, table, *processes)
 
-    def fitting(*arguments: Any, **more: Any) -> Any:
+    def fitting(*arguments: Any, **keywords: Any) -> Any:
         (training,) = arguments
         (mixture,) = training.mixtures
         assert {len(data.train) for data in mixture.tasks.values()} != {40}
@@ -312,17 +312,17 @@ def test_the_reported_split_is_scored_once_and_never_chosen_on(tmp_path: Path, m
         score = training.observer.ended
 
         def ended(members: Any) -> None:
-            during.append(40 in asked)
+            during.append(40 in batch_sizes)
             score(members)
 
         training.observer.ended = ended
-        return fit(*arguments, **more)
+        return fit(*arguments, **keywords)
 
     monkeypatch.setattr(model_selection, "predict", counting)
     monkeypatch.setattr(recorder, "predict", counting)
     monkeypatch.setattr(story.PackTraining, "fit", fitting)
     run = trained(tmp_path / "run", *QUICK)
-    assert asked == [12, 12, 40]
+    assert batch_sizes == [12, 12, 40]
     assert during == [False]
     assert [line["split"] for line in run.lines] == ["selection", "selection", "validation"]
 
@@ -343,17 +343,17 @@ def test_a_run_whose_numbers_overflow_is_recorded_as_diverged(tmp_path: Path) ->
 
 
 def test_a_diverging_run_never_shows_a_loss_of_zero(tmp_path: Path) -> None:
-    shown = io.StringIO()
+    output = io.StringIO()
     options = [*QUICK, "optimizer.lr=1e18", "optimizer.warmup=0", "trainer.max_steps=10"]
     with pytest.raises(DivergedError):
-        trained(tmp_path / "run", *options, screen=shown)
-    losses = re.findall(r"loss (\S+)", shown.getvalue())
+        trained(tmp_path / "run", *options, screen=output)
+    losses = re.findall(r"loss (\S+)", output.getvalue())
     assert losses[-1] in ("nan", "inf")
     assert "0.000" not in losses
 
 
 def fails(error: BaseException) -> Callable[..., Any]:
-    def fit(*arguments: Any, **more: Any) -> Any:
+    def fit(*arguments: Any, **keywords: Any) -> Any:
         raise error
 
     return fit
@@ -548,9 +548,9 @@ def test_micro_batches_and_threads_reach_the_loop(tmp_path: Path, monkeypatch: p
     seen = {}
     fit = story.PackTraining.fit
 
-    def fitting(training: Any, **more: Any) -> Any:
+    def fitting(training: Any, **keywords: Any) -> Any:
         seen["trainer"] = training.trainer
-        return fit(training, **more)
+        return fit(training, **keywords)
 
     monkeypatch.setattr(story.PackTraining, "fit", fitting)
     threads = torch.get_num_threads()

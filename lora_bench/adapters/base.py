@@ -162,7 +162,7 @@ class Adapter(ABC):
     def after_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
         """Called after the optimizer's update, before gradients are cleared."""
 
-    def settled(self, step: int, steps: int) -> bool:
+    def ranks_final(self, step: int, steps: int) -> bool:
         """Whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
         True at the last update."""
         return True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_bench.config.removed import removal_note
 from lora_bench.config.schema import DATA, MODELS, OPTIONAL, Data, Metric, Model
 from lora_bench.errors import Code, UserError, nearest, require
 
@@ -63,7 +64,9 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
 def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
     for name in map(str, node):
         if name not in known:  # only then: to look for what was meant takes longer than all the rest
-            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, known), code=Code.UNKNOWN_KEY)
+            key = prefix + name
+            remedy = removal_note(key) or nearest(name, known)
+            raise UserError("is not a known key", key=key, remedy=remedy, code=Code.UNKNOWN_KEY)
 
 
 # OmegaConf's complaints about a type, in our words.

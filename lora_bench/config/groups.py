@@ -24,8 +24,6 @@ GROUPS = (
     "optimizer",
     "trainer",
     "metric",
-    "pack",
-    "ensemble",
     "tracking",
     "experiment",
     "sweep",

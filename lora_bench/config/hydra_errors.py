@@ -13,10 +13,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.compose import _LIST_GROUPS, Arguments, compose
-from lora_bench.config.overrides import (
-    parse_override,
-    unreadable,
-)
+from lora_bench.config.overrides import parse_override, unreadable
+from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, UserError, argument, nearest
 
 if TYPE_CHECKING:
@@ -67,8 +65,7 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
     found = re.search(r"Could not override '([^']+)'", message)
     if found:
         key = found.group(1).split("@")[0]
-        known = _known_keys(conf, config_name, arguments)
-        remedy = nearest(key, known) or _LIST_KEYS
+        remedy = removal_note(key) or nearest(key, _known_keys(conf, config_name, arguments)) or _LIST_KEYS
         return UserError(
             "is not a known key", key=key, remedy=remedy if len(remedy) < 300 else _LIST_KEYS, code=Code.UNKNOWN_KEY
         )

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, require, require_number, require_one_of
 
 
@@ -231,18 +232,9 @@ class Trainer:
     objective: str
     """`cross_entropy`; or that of each pair in one order of its texts, and in the next epoch in the other
     (`either_order`); or on both orders of each pair, and how far the two answers differ (`order_consistency`); or the
-    same on each pair as it is and perturbed (`perturb_consistency`), or under two dropout masks
-    (`dropout_consistency`: R-Drop)."""
+    same on each pair as it is and perturbed (`perturb_consistency`)."""
     consistency_weight: float
     """What that difference counts beside the cross-entropy; a symmetric Kullback-Leibler divergence, in nats."""
-    label_smoothing: float
-    """Share of the label that is spread evenly over both."""
-    focal_gamma: float
-    """How much less those pairs count whose label is likely already: (1 − p(label))^γ."""
-    margin: float
-    """By how much the label's logit must be ahead of the other."""
-    logit_adjustment: float
-    """τ: with τ log π added to the logits while training, π the labels' shares; 1 makes both count as frequent."""
     average: float
     """Share of the steps so far, the latest of them, over which weights are averaged: at each look the mean is scored
     and kept. 0: off."""
@@ -268,10 +260,11 @@ class Trainer:
         for name in ("max_steps", "micro_batch_size", "threads", *every):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 1)
-        require_one_of("objective", self.objective, OBJECTIVES)
-        for name in ("consistency_weight", "focal_gamma", "margin", "logit_adjustment"):
-            require_number(name, getattr(self, name), 0)
-        require_number("label_smoothing", self.label_smoothing, 0, 1)
+        reason = f"is not one of {', '.join(OBJECTIVES)}"
+        remedy = removal_note("trainer.objective", self.objective) or ""
+        is_known = self.objective in OBJECTIVES
+        require(is_known, "objective", self.objective, reason, remedy, code=Code.UNKNOWN_CHOICE)
+        require_number("consistency_weight", self.consistency_weight, 0)
         if self.stop_at is not None:
             require_number("stop_at", self.stop_at, 0, 1, open_low=True)
         require_number("average", self.average, 0, 1)
@@ -280,7 +273,7 @@ class Trainer:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 
 
-OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency", "dropout_consistency")
+OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,4 +141,4 @@ def training_tables(
         return replace(table, exchanged=looked_at(exchanged)), None
     if objective == "order_consistency":
         return table, looked_at(exchanged)
-    return table, table if objective == "dropout_consistency" else None
+    return table, None

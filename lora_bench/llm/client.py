@@ -299,9 +299,9 @@ async def ask_all(
     with Interruption() as interruption:
         workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(questions)))]
         while workers and (await asyncio.wait(workers, timeout=_LOOK_SECONDS))[1]:
-            if interruption.asked is not None and not client.stopped:
+            if interruption.requested_signal is not None and not client.stopped:
                 stop()
-        if interruption.asked is not None:
-            interruption.act(interruption.asked)
+        if interruption.requested_signal is not None:
+            interruption.raise_signal(interruption.requested_signal)
     if errors:
         raise errors[0]

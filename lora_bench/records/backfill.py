@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.config.groups import choices, conf_folder
 from lora_bench.config.keys import flat
+from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 from lora_bench.records.prompted import is_prompted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from omegaconf import DictConfig
@@ -32,7 +33,7 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record's config with defaults for the keys of `train` that it lacks; what it has is as it was."""
     if is_prompted(record):
         return dict(record["config"])
-    config, top, usual = dict(record["config"]), *_top()
+    config, top, usual = _without_neutral_settings(record["config"]), *_top()
     options = {group: _option(group, record, choice) for group, choice in usual.items()}
     today = _today(tuple((group, option) for group, option in options.items() if option))
     for group, defaults in today.items():
@@ -43,6 +44,51 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
         own = config.get(key, value)
         config[key] = value | own if isinstance(value, dict) and isinstance(own, dict) else own
     return config
+
+
+def _without_neutral_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded config without the removed keys whose values changed nothing."""
+    return _without(config, REMOVED_KEYS.keys() - removed_settings(config).keys())
+
+
+def without_removed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a finished run without removed training settings, on which its predictions do not depend."""
+    kept = _without(config, REMOVED_KEYS.keys())
+    for key, value in removed_settings(kept).items():  # only choices of keys that still exist
+        group, _, name = key.partition(".")
+        kept[group] = kept[group] | {name: REMOVED_CHOICES[key, value]}
+    return kept
+
+
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return a config without these keys, each `group.name`."""
+
+    def filtered(group: str, node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {name: value for name, value in node.items() if f"{group}.{name}" not in keys}
+
+    return {group: filtered(group, node) for group, node in config.items()}
+
+
+def refuse_removed_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to resume a run whose training was influenced by settings that were removed since.
+
+    Args:
+        folder: of the run.
+        config: of its record.
+
+    Raises:
+        UserError: there is such a setting; it is named with its value.
+    """
+    for key, value in removed_settings(config).items():
+        raise UserError(
+            f"the run was started with {key}={value}, which was {REMOVAL}",
+            key="resume",
+            value=folder,
+            remedy="Resume it with version 0.1, or start a new run without that setting.",
+            code=Code.NOT_RESUMABLE,
+        )
 
 
 class ModelPlaces(TypedDict):
@@ -184,7 +230,8 @@ def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> Di
         places: where its backbone and tokenizer lie now.
 
     Raises:
-        UserError: the record's config is damaged, or asks for what only a user may ask for; the backbone is gone.
+        UserError: the record's config is damaged, or asks for what only a user may ask for; it has settings that were
+            removed; the backbone is gone.
     """
     from omegaconf import OmegaConf
 
@@ -193,18 +240,25 @@ def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> Di
     except UserError as error:
         error.file = error.file or folder / "run.json"
         raise
+    refuse_removed_settings(folder, content)
     return OmegaConf.create(relocated(content, places["model_path"], places["tokenizer"]))
 
 
 def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
     """Runs by folder and record, with defaults for what they lack if runs of the same choices have unlike keys."""
+    found = [(folder, record | {"choices": _without_removed_groups(record["choices"])}) for folder, record in found]
     keys: dict[str, set[str]] = {}
     for _, record in found:
         own = {key: node.keys() if isinstance(node, dict) else 0 for key, node in record["config"].items()}
         keys.setdefault(str(record["choices"]), set()).add(str(own))
     if all(len(each) == 1 for each in keys.values()):
-        return list(found)
+        return found
     return [(folder, record | {"config": filled(record)}) for folder, record in found]
+
+
+def _without_removed_groups(choices_by_group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the choices of a record without those of configuration groups that were removed."""
+    return {group: choice for group, choice in choices_by_group.items() if group not in REMOVED_GROUPS}
 
 
 def _option(group: str, record: Mapping[str, Any], usual: str) -> str | None:

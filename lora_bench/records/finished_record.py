@@ -15,7 +15,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
 from lora_bench.records import run_folder
-from lora_bench.records.backfill import checked, refuse_edited, relocated
+from lora_bench.records.backfill import checked, refuse_edited, relocated, without_removed_settings
 from lora_bench.records.prompted import is_prompted
 from lora_bench.records.task_folders import refuse_several
 
@@ -34,7 +34,7 @@ class FinishedRecord:
     folder: Path
     record: dict[str, Any]
     config: dict[str, Any]
-    """With defaults for keys that have come since."""
+    """With defaults for keys that have come since, and without keys that were removed."""
     text_columns: list[str]
     members: int
     """Adapters in the folder: those of its ensemble, else one."""
@@ -121,7 +121,7 @@ class FinishedRecord:
             _need(isinstance(own.get(group, {}), dict), f"config.{group}", "is not a group of keys")
         for group in ("tasks", "tracking"):
             _need(isinstance(own.get(group) or {}, dict), f"config.{group}", "is not a group of keys")
-        config = checked(found)
+        config = without_removed_settings(checked(found))
         columns = config["data"].get("text_columns")
         named = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
         _need(named, "config.data.text_columns", "does not name one or two columns")

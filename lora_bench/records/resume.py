@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config import keys
+from lora_bench.config.removed import REMOVAL, removal_note
 from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redacted
 from lora_bench.errors import Code, UserError, argument, quoted
 from lora_bench.records import sweep_folder
@@ -77,6 +78,7 @@ def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
             f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder, code=Code.NOT_RESUMABLE
         )
     refuse_hidden(folder, begun.overrides)
+    _refuse_removed(folder, begun.overrides)
     overrides = [*begun.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
     again = type(arguments).read([])
     again.overrides, again.multirun, again.config_dir = overrides, True, begun.config_dir
@@ -97,6 +99,16 @@ def refuse_hidden(folder: Path, asked: Any) -> None:
         remedy = "Begin it anew, with the key in an environment variable: '${oc.env:NAME}'."
         reason = "was begun with a key, or what looks like one, and keys are not kept"
         raise UserError(reason, key="resume", value=folder, remedy=remedy, code=Code.NOT_RESUMABLE)
+
+
+def _refuse_removed(folder: Path, overrides: Sequence[str]) -> None:
+    """Refuse to resume a sweep that was started with keys or choices that were removed since."""
+    for override in overrides:
+        key, (_, _, value) = keys.key_of(override), override.partition("=")
+        if any(removal_note(key, choice) for choice in value.split(",")):
+            reason = f"the sweep was started with {override}, which was {REMOVAL}"
+            remedy = "Resume it with version 0.1, or start a new sweep without it."
+            raise UserError(reason, key="resume", value=folder, remedy=remedy, code=Code.NOT_RESUMABLE)
 
 
 def refuse_unloadable(cfg: DictConfig) -> None:

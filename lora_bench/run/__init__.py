@@ -1,1 +1,1 @@
-"""One run while it happens: its settings and inputs, the recorder, the final evaluation; and a finished run, loaded."""
+"""A run: its settings and inputs, its record while it trains, its final evaluation; and a finished run, loaded."""

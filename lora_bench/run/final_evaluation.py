@@ -1,4 +1,4 @@
-"""What a run leaves when its training is over: figures, predictions and adapters; of several tasks in a folder each."""
+"""Results of a run whose training has ended: metrics, predictions and adapters, with a folder for each task."""
 
 from __future__ import annotations
 
@@ -30,62 +30,67 @@ if TYPE_CHECKING:
     from lora_bench.training.distributed import Processes
 
 Predicted: TypeAlias = "dict[str, tuple[NDArray[Any], float]]"
-"""By split: scores (M, N) of the members that learned a task, and the seconds taken."""
+"""By split: scores (M, N) of the M members that learned a task, and the seconds taken."""
 
 
 @dataclass(frozen=True)
 class TrainedTask:
-    """One task of a run that is over, with those members at their best states that learned it."""
+    """One task of a run whose training has ended, and the members that learned it, at their best states."""
 
     pack: Pack
     experiment: Experiment
-    """Of this task alone."""
+    """The run's settings for this task."""
     task: Task
     members: Sequence[int]
+    """Numbers in the pack of the members that learned the task."""
     bests: Sequence[dict[str, Any]]
-    """The line of each member's best look."""
+    """The log line of each member's best evaluation."""
     predicted: Predicted
     processes: Processes
-    tell: Callable[[str], None]
+    print_line: Callable[[str], None]
+    """Prints a line about progress."""
 
     @property
     def head(self) -> int:
-        """Of the members' heads, the one that answers it."""
+        """Number of the head that learned the task."""
         return self.task.tables["selection"].head
 
     def report(self, run: Run) -> None:
-        """Every reported split is scored once, with the best state; an ensemble's by its members' mean probability."""
+        """Write metrics and predictions of the reported splits to the record, from the members' mean probability.
+
+        Calibration and threshold are fitted on the selection split, for the mean and for each member of an ensemble.
+        """
         task, extra = self.task, self.experiment.metrics
-        looks = [{key: best[key] for key in ("step", "epoch")} for best in self.bests]
-        best = max(looks, key=lambda look: look["step"])
+        steps = [{key: best[key] for key in ("step", "epoch")} for best in self.bests]
+        best = max(steps, key=lambda entry: entry["step"])
         selected, _ = self.predicted["selection"]  # (M, N)
         labels = task.tables["selection"].labels
         assert labels is not None
         calibration = Calibration.fit(selected.mean(axis=0), labels)
         chosen: dict[str, Any] = {**best, "metric": "mcc", **calibration.recorded()}
-        of_each: list[Calibration] = []
-        if len(looks) > 1:
-            of_each = [Calibration.fit(own, labels) for own in selected]
-            chosen["members"] = [look | own.recorded() for look, own in zip(looks, of_each, strict=True)]
-        alone = len(looks) == self.pack.members[self.members[0]].heads == 1
-        values = self.bests[0]["metrics"] if alone else score(selected.mean(axis=0), labels, extra)
+        by_member: list[Calibration] = []
+        if len(steps) > 1:
+            by_member = [Calibration.fit(scores, labels) for scores in selected]
+            chosen["members"] = [entry | fitted.recorded() for entry, fitted in zip(steps, by_member, strict=True)]
+        is_single = len(steps) == self.pack.members[self.members[0]].heads == 1
+        values = self.bests[0]["metrics"] if is_single else score(selected.mean(axis=0), labels, extra)
         metrics = {f"selection/{name}": value for name, value in values.items()}
         for name in task.reported:
             scores, seconds = self.predicted[name]
             pooled, table = scores.mean(axis=0), task.tables[name]
             assert table.labels is not None
             values = score(pooled, table.labels, extra)
-            more = score_calibrated(pooled, table.labels, calibration)
-            if of_each:
-                more |= score_members(scores, table.labels, extra, of_each)
-            more |= self._besides(name, pooled) if task.splits else {}
-            metrics |= {f"{name}/{key}": value for key, value in (values | more).items()}
+            further = score_calibrated(pooled, table.labels, calibration)
+            if by_member:
+                further |= score_members(scores, table.labels, extra, by_member)
+            further |= self._score_stress_splits(name, pooled) if task.splits else {}
+            metrics |= {f"{name}/{key}": value for key, value in (values | further).items()}
             run.log({**best, "split": name, "metrics": values, "seconds": seconds})
             run.write_predictions(name, table.ids, table.labels, pooled)
         run.update(metrics=metrics, selection=chosen)
 
-    def _besides(self, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
-        """A reported split on its unseen rows and perturbed, as far as the settings ask for it."""
+    def _score_stress_splits(self, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
+        """Return metrics of a reported split on its unseen rows and perturbed, if the settings ask for them."""
         data, splits, trainer = self.task.data, self.task.splits, self.experiment.trainer
         reader = self.pack.backbone.for_task(data.task)
 
@@ -93,62 +98,66 @@ class TrainedTask:
             both = trainer.score_both_orders
             table = scoring_table(examples, data, reader, both_orders=both, cached=False, head=self.head)
             with self.pack.only(self.members):
-                found = predict(self.pack, table, trainer.eval_batch_size, self.processes)
-            return found.mean(axis=0)  # type: ignore[no-any-return]
+                member_scores = predict(self.pack, table, trainer.eval_batch_size, self.processes)
+            return member_scores.mean(axis=0)  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiment.metrics
-        return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self.tell)
+        return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self.print_line)
 
     def save(self, run: Run) -> None:
-        """Each member's adapter and head."""
+        """Write each member's adapter and head."""
         run.check()
         folders = adapter_folders(run.folder, len(self.members))
         if len(self.members) > 1:
             folders[0].parent.mkdir(exist_ok=True)
         for k, folder in zip(self.members, folders, strict=True):
             run.check()
-            place, names = public_place(self.experiment.model), self.experiment.data.label_names
-            files.save(folder, self.pack, k, place, head=self.head, label_names=names)
+            base_model, names = public_place(self.experiment.model), self.experiment.data.label_names
+            files.save(folder, self.pack, k, base_model, head=self.head, label_names=names)
         run.note_files(path for folder in folders for path in folder.glob("*.safetensors"))
 
 
-def report_tasks(run: Run, learned: Mapping[str, TrainedTask], sections: Mapping[str, dict[str, Any]]) -> None:
-    """Leave a folder for each task of a run, and in the run's own record their figures and means.
+def report_tasks(run: Run, trained_tasks: Mapping[str, TrainedTask], sections: Mapping[str, dict[str, Any]]) -> None:
+    """Write a folder for each task of a run, and their metrics and means to the record of the run.
 
     Args:
         run: of several tasks.
-        learned: by task.
-        sections: by task, what its record says besides.
+        trained_tasks: by name.
+        sections: by task, further sections of its record.
     """
     run.check()
-    shutil.rmtree(run.folder / "tasks", ignore_errors=True)  # of a process that was stopped here
-    of_tasks: dict[str, dict[str, Any]] = {}
-    chosen: dict[str, Any] = {}
-    for name, each in learned.items():
+    shutil.rmtree(run.folder / "tasks", ignore_errors=True)  # left by a process that was stopped at this point
+    metrics_by_task: dict[str, dict[str, Any]] = {}
+    selections: dict[str, Any] = {}
+    for name, trained in trained_tasks.items():
         run.check()
-        own = _begun(run, name)
-        own.update(**sections[name])
-        each.report(own)
-        each.save(own)
-        own.finish("done")
-        of_tasks[name], chosen[name] = own.record["metrics"], own.record["selection"]
-    metrics = {f"{k.replace('/', f'/{name}/', 1)}": value for name, own in of_tasks.items() for k, value in own.items()}
-    everywhere = set.intersection(*(set(own) for own in of_tasks.values()))
-    means = mean_metrics([{k: v for k, v in own.items() if k in everywhere} for own in of_tasks.values()])
-    latest = max(chosen.values(), key=lambda own: own["step"])
-    looks = {key: latest[key] for key in ("step", "epoch", "metric")}
-    run.update(metrics=means | metrics, selection={**looks, "tasks": chosen})
+        task_run = _claim_task_folder(run, name)
+        task_run.update(**sections[name])
+        trained.report(task_run)
+        trained.save(task_run)
+        task_run.finish("done")
+        metrics_by_task[name], selections[name] = task_run.record["metrics"], task_run.record["selection"]
+    by_task = {
+        key.replace("/", f"/{name}/", 1): value
+        for name, metrics in metrics_by_task.items()
+        for key, value in metrics.items()
+    }
+    shared = set.intersection(*map(set, metrics_by_task.values()))
+    means = mean_metrics([{k: v for k, v in metrics.items() if k in shared} for metrics in metrics_by_task.values()])
+    latest = max(selections.values(), key=lambda selection: selection["step"])
+    position = {key: latest[key] for key in ("step", "epoch", "metric")}
+    run.update(metrics=means | by_task, selection={**position, "tasks": selections})
 
 
-def _begun(run: Run, task: str) -> Run:
-    """The folder of one task, with the run's own lines about it."""
-    asked = run.record
-    config = {key: value for key, value in asked["config"].items() if key != "tasks"}
-    config["data"] = asked["config"]["tasks"][task]
-    choices = asked["choices"] | {"data": task}
-    own = Run.claim(folder_of(run.folder, task), choices=choices, config=config, overrides=asked["overrides"])
+def _claim_task_folder(run: Run, task: str) -> Run:
+    """Claim the folder of one task of a run, and copy the task's lines of the run's log to it."""
+    record = run.record
+    config = {key: value for key, value in record["config"].items() if key != "tasks"}
+    config["data"] = record["config"]["tasks"][task]
+    choices = record["choices"] | {"data": task}
+    task_run = Run.claim(folder_of(run.folder, task), choices=choices, config=config, overrides=record["overrides"])
     for text in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line["split"] == f"selection/{task}":
-            own.log(line | {"split": "selection"})
-    return own
+            task_run.log(line | {"split": "selection"})
+    return task_run

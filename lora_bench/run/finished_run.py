@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.evaluation.calibration import Calibration
 
-_NOT_FINITE = "The run may have been trained in a precision that this device computes otherwise; try device=cpu."
+_NOT_FINITE = "The run may have been trained in a precision that this device computes differently; try device=cpu."
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run restored from its folder: the backbone with its adapter and head, or with those of its ensemble."""
+    """A finished run, loaded for prediction: the backbone with the adapter and head of each member."""
 
     finished: FinishedRecord
     experiment: Experiment
     pack: Pack
     notes: Sequence[str] = ()
-    """What the user should know of how it was restored."""
+    """Notes for the user on how it was loaded."""
 
     @classmethod
     def load(
@@ -52,17 +52,18 @@ class FinishedRun:
         model_path: str | None = None,
         tokenizer: str | None = None,
     ) -> FinishedRun:
-        """Restore a run.
+        """Load a finished run.
 
         Args:
-            folder: the run's; or its record, read already.
+            folder: of the run; or its record, if it has been read already.
             device: `cpu`, `cuda`, or `auto`.
-            dtype: the precision of products; None: that of its training.
-            model_path: where its backbone lies now; None: where the record says.
-            tokenizer: where its tokenizer lies now; None: where the record says.
+            dtype: of the matrix products; None: that of its training.
+            model_path: the present folder of its backbone; None: as in the record.
+            tokenizer: the present folder of its tokenizer; None: as in the record.
 
         Raises:
-            UserError: there is no finished run, its backbone cannot be had or is another one, or its files are damaged.
+            UserError: the folder has no finished run, its backbone cannot be loaded or has other weights, or its files
+                are damaged.
         """
         finished = folder if isinstance(folder, FinishedRecord) else FinishedRecord.read(folder)
         finished = finished.relocated(model_path, tokenizer)
@@ -78,7 +79,7 @@ class FinishedRun:
                 "the backbone is not the one that this run was trained on",
                 key="run",
                 value=finished.folder,
-                remedy=f"Its weights have hash {sha256[:12]}…, the record names {finished.backbone_sha256[:12]}….",
+                remedy=f"The weights have hash {sha256[:12]}…, the record names {finished.backbone_sha256[:12]}….",
                 code=Code.MISMATCH,
             )
 
@@ -94,25 +95,27 @@ class FinishedRun:
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return self.finished.folder
 
     @property
     def record(self) -> dict[str, Any]:
+        """The content of the run's `run.json`."""
         return self.finished.record
 
     @property
     def calibration(self) -> Calibration | None:
-        """Fitted on selection; None where an older run has none."""
+        """Temperature and threshold, fitted on the selection split; None if the record of an older run has none."""
         return self.finished.calibration
 
     def predict(self, pairs: Sequence[tuple[str, ...] | str]) -> NDArray[np.float64]:
-        """P(label 1) of each pair, (N,).
+        """Return P(label 1) of each row: (N,).
 
         Args:
-            pairs: pairs of texts, or single texts where the run was trained on single sentences.
+            pairs: pairs of texts; single texts if the run was trained on single sentences.
 
         Raises:
-            UserError: a row does not have as many texts as the run was trained on.
+            UserError: a row has another number of texts than the run was trained on.
         """
         columns = len(self.experiment.data.text_columns)
         rows = [(row,) if isinstance(row, str) else tuple(row) for row in pairs]
@@ -129,20 +132,29 @@ class FinishedRun:
 
     @property
     def member_calibrations(self) -> list[Calibration]:
-        """Of each member of an ensemble, fitted for it alone; empty for another run."""
+        """The calibration of each member of an ensemble, fitted on its own scores; empty for a run without one."""
         return self.finished.member_calibrations
 
     def score(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
-        """P(label 1) of each example, (N,): an ensemble's is the mean over its members."""
+        """Return P(label 1) of each example: (N,); an ensemble's is the mean over its members.
+
+        Args:
+            examples: with the text columns of the run.
+            cached: whether the token cache on disk is used.
+        """
         return self.member_scores(examples, cached=cached).mean(axis=0)  # type: ignore[no-any-return]
 
     def member_scores(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
-        """P(label 1) of each example from each member, (M, N); M is 1 but for an ensemble."""
-        data, trainer = self.experiment.data, self.experiment.trainer  # column names are part of what T5 reads
+        """Return P(label 1) of each example by each member: (M, N), with M = 1 without an ensemble.
+
+        Raises:
+            RunFailedError: a score is not finite.
+        """
+        data, trainer = self.experiment.data, self.experiment.trainer  # column names are part of T5's input
         both = trainer.score_both_orders
         table = scoring_table(examples, data, self.pack.backbone, both_orders=both, cached=cached)
         scores = predict(self.pack, table, trainer.eval_batch_size)
-        if not np.isfinite(scores).all():  # NaN would be labelled 0
+        if not np.isfinite(scores).all():  # NaN would silently get label 0
             raise RunFailedError(
                 "some scores are not finite numbers", file=self.folder, remedy=_NOT_FINITE, code=Code.DAMAGED
             )

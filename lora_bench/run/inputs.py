@@ -1,4 +1,4 @@
-"""What the members of a pack share: backbone, tokens, splits."""
+"""Inputs that the runs of a pack share: backbone, tokens, splits."""
 
 from __future__ import annotations
 
@@ -29,44 +29,46 @@ if TYPE_CHECKING:
     from lora_bench.run.settings import Experiment
 
 SEEDS_APART = 1_000_000
-"""Between the seeds of an ensemble's members: ensembles of neighbouring seeds have no member in common."""
+"""Distance between the seeds of an ensemble's members, so that ensembles of neighbouring seeds share no member."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The pairs of one task as the backbone's tokens."""
+    """The data of one task as the backbone's tokens."""
 
     data: schema.Data
     tables: dict[str, TokenTable]
     """`train`, `selection`, and every split to report."""
-    swapped: TokenTable | None
-    """The training pairs once more, exchanged, perturbed or as they are, where the objective asks for it."""
+    second_view: TokenTable | None
+    """The second views of the training pairs, in reversed order or perturbed, if the objective has any."""
     described: dict[str, Any]
-    """What records say of the data."""
+    """The description of the data for the record."""
     splits: dict[str, Examples]
-    """The texts, where reported splits are scored on more than themselves; otherwise empty."""
+    """The texts of all splits, if reported splits are also scored on unseen rows or perturbed; otherwise empty."""
 
     @property
     def reported(self) -> list[str]:
-        """The splits that are scored once, at the end."""
+        """Names of the splits that are scored once, at the end."""
         return [name for name in self.tables if name not in ("train", "selection")]
 
     @property
     def pairs(self) -> TaskData:
-        """What training looks at."""
-        return TaskData(self.tables["train"], self.tables["selection"], self.swapped)
+        """The splits that training uses."""
+        return TaskData(self.tables["train"], self.tables["selection"], self.second_view)
 
     def with_tables(self, tables: Mapping[str, TokenTable]) -> Task:
-        """The same with other tables for some: the same pairs, with more known of them."""
-        found = self.tables | dict(tables)
-        if self.swapped is self.tables["train"]:
-            found["swapped"] = found["train"]
-        if "exchanged" in found:
-            found["selection"] = replace(found["selection"], exchanged=found.pop("exchanged"))
-        if found["train"].exchanged is not None and "swapped" in found:
-            found["train"] = replace(found["train"], exchanged=found.pop("swapped"))
-        swapped = found.pop("swapped", self.swapped)
-        return replace(self, tables=found, swapped=swapped)
+        """Return the task with these tables in place of its own: the same pairs, with cached hidden states.
+
+        Args:
+            tables: by split; `second_view` is that of the training split, `exchanged` the reversed selection split.
+        """
+        merged = self.tables | dict(tables)
+        if "exchanged" in merged:
+            merged["selection"] = replace(merged["selection"], exchanged=merged.pop("exchanged"))
+        if merged["train"].exchanged is not None and "second_view" in merged:
+            merged["train"] = replace(merged["train"], exchanged=merged.pop("second_view"))
+        second_view = merged.pop("second_view", self.second_view)
+        return replace(self, tables=merged, second_view=second_view)
 
     @classmethod
     def read(
@@ -78,44 +80,53 @@ class Task:
         trainer: schema.Trainer,
         head: int,
     ) -> Task:
-        """What `load_splits` gave, as tokens that one of a member's heads answers."""
+        """Tokenize the result of `load_splits`.
+
+        Args:
+            data: settings of the task.
+            splits: by name.
+            described: the description of the data for the record; the numbers of truncated pairs are added to it.
+            backbone: gives the tokenizer.
+            trainer: objective, and whether both orders are scored.
+            head: number of the head that learns the task.
+        """
         reader = backbone.for_task(data.task)
-        train, swapped = training_tables(data, splits["train"], reader, trainer.objective, head)
-        others = {name: split for name, split in splits.items() if name != "train"}
+        train, second_view = training_tables(data, splits["train"], reader, trainer.objective, head)
         tables = {"train": train} | {
             name: scoring_table(split, data, reader, both_orders=trainer.score_both_orders, head=head)
-            for name, split in others.items()
+            for name, split in splits.items()
+            if name != "train"
         }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
-        asked = data.unseen or data.perturb is not None
-        return cls(data, tables, swapped, described, splits if asked else {})
+        needs_texts = data.unseen or data.perturb is not None
+        return cls(data, tables, second_view, described, splits if needs_texts else {})
 
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """What runs have in common that may be packed: the backbone, and the pairs as its tokens."""
+    """Inputs that all runs of a pack share: the backbone, and the data as its tokens."""
 
     backbone: Backbone
     backbone_sha256: str
-    """Of its weights as they were loaded."""
+    """Hash of its weights as loaded."""
     tasks: dict[str, Task]
-    """By name; one with an empty name where runs learn one task."""
+    """By name; a single task has the empty name."""
 
     @property
     def described(self) -> dict[str, Any]:
-        """What records say of the data; of several tasks, splits and warnings by task."""
+        """The description of the data for records; with several tasks, splits and warnings begin with the task."""
         if list(self.tasks) == [""]:
             return self.tasks[""].described
-        found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for name, task in self.tasks.items():
             for key, value in task.described.items():
                 if isinstance(value, dict):
-                    found.setdefault(key, {}).update({f"{name}/{split}": each for split, each in value.items()})
+                    merged.setdefault(key, {}).update({f"{name}/{split}": entry for split, entry in value.items()})
                 elif isinstance(value, list):
-                    found.setdefault(key, []).extend(f"{name}: {each}" for each in value)
+                    merged.setdefault(key, []).extend(f"{name}: {entry}" for entry in value)
                 else:
-                    found.setdefault(key, value)
-        return found
+                    merged.setdefault(key, value)
+        return merged
 
     @property
     def longest(self) -> int:
@@ -123,77 +134,77 @@ class SharedInputs:
         return max(int(task.tables["train"].lengths.max()) for task in self.tasks.values())
 
     def mixtures(self, runs: Sequence[PackedRun]) -> list[TaskMixture]:
-        """Return what the members of these runs learn: all the same tasks, or each a task of its own."""
+        """Return the task mixtures of these runs' members: one of all tasks, or one per task."""
         data = {name: task.pairs for name, task in self.tasks.items()}
-        if runs[0].experiment.own_adapters:
+        if runs[0].experiment.has_adapter_per_task:
             return [TaskMixture([run.numbers[i] for run in runs], {name: data[name]}) for i, name in enumerate(data)]
         return [TaskMixture([k for run in runs for k in run.numbers], data, runs[0].experiment.data.temperature)]
 
     @classmethod
     def load(cls, experiment: Experiment) -> SharedInputs:
-        """What the experiment shares with others.
+        """Load data and backbone, and tokenize the data.
 
         Raises:
-            UserError: data or backbone cannot be had, or do not fit one another.
+            UserError: the data or the backbone cannot be loaded, or they do not fit together.
         """
         trainer = experiment.trainer
         keep_freed_memory()
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
-        loaded = {name: load_splits(each.data) for name, each in experiment.each.items()}
+        loaded = {name: load_splits(single.data) for name, single in experiment.by_task.items()}
         device = resolve_device(trainer.device)
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
-        _refuse_unlike_labels(experiment, backbone)
+        _require_equal_label_names(experiment, backbone)
         tasks = {
-            name: Task.read(each.data, *loaded[name], backbone, trainer, 0 if experiment.own_adapters else i)
-            for i, (name, each) in enumerate(experiment.each.items())
+            name: Task.read(single.data, *loaded[name], backbone, trainer, 0 if experiment.has_adapter_per_task else i)
+            for i, (name, single) in enumerate(experiment.by_task.items())
         }
         return cls(backbone, sha256, tasks)
 
 
-def _refuse_unlike_labels(experiment: Experiment, backbone: Backbone) -> None:
-    """Tasks share what answers them where a backbone has no head: then their labels must be the same."""
+def _require_equal_label_names(experiment: Experiment, backbone: Backbone) -> None:
+    """Refuse tasks with different label names if the backbone is text-to-text, so that tasks share the label words."""
     names = {name: data.label_names for name, data in experiment.tasks.items()}
     if backbone.head_modules or len(set(map(tuple, names.values()))) < 2:
         return
-    told = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in names.items())
-    reason = f"have different labels ({told}), and this model answers all of them in the same two words"
-    remedy = "Take model.form=encoder, which has a head for each."
+    listed = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in names.items())
+    reason = f"have different labels ({listed}), and this text-to-text model uses the same label words for all tasks"
+    remedy = "Use model.form=encoder, which has a head for each task."
     raise UserError(reason, key="data.tasks", value=list(names), remedy=remedy, code=Code.UNSUPPORTED)
 
 
 def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Train, selection and every labelled split to report, and what the record says of them.
+    """Load train, selection and every labelled split to report, and describe them for the record.
 
     Raises:
         UserError: the source has no train split, or no labelled split to report.
     """
-    found = sources.load(data)
-    if "train" not in found:
+    loaded = sources.load(data)
+    if "train" not in loaded:
         raise UserError(
             "there is no train split",
             key="data",
-            remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
+            remedy=f"The data has only: {', '.join(loaded)}. Training needs a train file with labels.",
             code=Code.EMPTY,
         )
-    reported = sources.reported(found) if data.report else {}
+    reported = sources.reported(loaded) if data.report else {}
     if data.report and not reported:
         raise UserError(
             "there is no labelled split to report on",
             key="data",
-            remedy="Add a validation file: scores on the training pairs say nothing.",
+            remedy="Add a validation file with labels: scores on the training pairs are no evidence.",
             code=Code.EMPTY,
         )
-    train, selection = sources.carve(found["train"], data)
+    train, selection = sources.carve(loaded["train"], data)
     splits = {"train": train, "selection": selection, **reported}
     return splits, {**sources.describe(data, splits), **describe(data, reported, [train, selection])}
 
 
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
-    """The frozen backbone on its device, and its hash as it was loaded."""
+    """Load the backbone onto its device, frozen unless the method trains it; return it and the hash of its weights."""
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
-    for each in experiment.each.values():
-        backbone.need_room(each.data.max_length)
+    for single in experiment.by_task.values():
+        backbone.need_room(single.data.max_length)
     check_padding(backbone)
     sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
@@ -206,10 +217,13 @@ def attach(
     dtype: torch.dtype,
     saved_ranks: Mapping[str, int | list[int]] | None = None,
 ) -> tuple[Pack, str]:
-    """What the run trains on its backbone, and the backbone's hash as it was loaded.
+    """Load the backbone and attach the run's members; return the pack and the hash of the backbone's weights.
 
     Args:
-        saved_ranks: rank by module (of each member) where a saved adapter's tensors are about to be put in.
+        experiment: settings of the run.
+        device: of the backbone.
+        dtype: of the matrix products.
+        saved_ranks: rank by module (a list: of each member), if tensors of a saved adapter will be loaded.
     """
     backbone, sha256 = load_backbone(experiment, device, dtype)
     return Pack(backbone, experiment.members(saved_ranks)), sha256

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
 from lora_bench.run.settings import Experiment
-from lora_bench.run.warm_start import Source
+from lora_bench.run.warm_start import WarmStart
 from lora_bench.training.checkpoint import Checkpoint, Checkpoints
 from lora_bench.training.loop import prepare
 from lora_bench.training.member_run import MemberProgress, MemberRun, isolate_failure
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Costs and notes of what came before a member's first step."""
+    """Costs and notes of a member's preparation before its first step."""
 
     seconds: float = 0.0
-    """Of data-driven initialisation and rank allocation."""
+    """Seconds of data-driven initialisation and rank allocation."""
     flops: float = 0.0
+    """FLOPs of these."""
     prefix_seconds: float | None = None
-    """Of computing the cached prefix; None where it is not cached."""
+    """Seconds of computing the cached prefix; None if it is not cached."""
     prefix_flops: float | None = None
     notes: Sequence[str] = ()
-    """Initialisations that had too few pairs."""
+    """Notes on initialisations that had too few pairs."""
 
 
 @dataclass(eq=False)
@@ -64,7 +65,7 @@ class PackedRun:
     numbers: range
     folders: list[Checkpoints]
     resumed_from: list[Checkpoint] | None = None
-    warm_start: Source | None = None
+    warm_start: WarmStart | None = None
     """The finished run that its adapter is initialised from."""
     members: list[MemberRun] = field(default_factory=list)
     preparations: list[Preparation] = field(default_factory=list)
@@ -99,7 +100,7 @@ class PackedRun:
         _find_checkpoints(runs)
         for run in runs:
             for checkpoint in run.resumed_from or ():
-                run.job.check_record(checkpoint.facts.get("config"))
+                run.job.check_record(checkpoint.metadata.get("config"))
                 run.check_precision()
         return runs
 
@@ -125,17 +126,17 @@ class PackedRun:
         )
 
     def adapters(self, inputs: SharedInputs) -> list[Member]:
-        """Return what the run's members are made of, with the ranks of the run that it is initialised from."""
+        """Return the specifications of the run's members; on a warm start, with the ranks of the source run."""
         if self.resumed_from is None:
-            self.warm_start = Source.of(self.experiment, inputs)
+            self.warm_start = WarmStart.of(self.experiment, inputs)
         return self.experiment.members(self.warm_start.ranks if self.warm_start else None)
 
     # -- before the first step --
 
     def prepare(self, pack: Pack, mixtures: Sequence[TaskMixture], trainer: Trainer) -> None:
-        """Restore or initialise the run's adapters, and note what that cost.
+        """Restore or initialise the run's adapters, and note the cost of that.
 
-        A failure of a data-driven initialisation ends the run, and no other one.
+        A failure of a data-driven initialisation ends this run only.
         """
         progress = [MemberProgress() for _ in self.numbers]
         for i, k in enumerate(self.numbers):
@@ -146,11 +147,11 @@ class PackedRun:
             else:
                 self.preparations.append(_initialise(pack, k, mixtures, trainer, progress[i]))
         mixture_of = {k: mixture for mixture in mixtures for k in mixture.members}
-        for k, own in zip(self.numbers, progress, strict=True):
-            member = MemberRun.start(pack, k, self.experiment.optimizer, mixture_of[k], trainer, own)
+        for k, member_progress in zip(self.numbers, progress, strict=True):
+            member = MemberRun.start(pack, k, self.experiment.optimizer, mixture_of[k], trainer, member_progress)
             member.siblings = self.numbers
             self.members.append(member)
-        sizes = [checkpoint.facts["pack_size"] for checkpoint in self.resumed_from or ()]
+        sizes = [checkpoint.metadata["pack_size"] for checkpoint in self.resumed_from or ()]
         self.pack_size = max(pack.size, *sizes) if sizes else pack.size
 
     def note_prefix(self, seconds: float, flops: float) -> None:
@@ -160,14 +161,14 @@ class PackedRun:
         ]
 
     def open_checkpoints(self, flop_models: Sequence[FlopModel]) -> None:
-        """Let each member save its checkpoints with the facts that a resumed run needs."""
+        """Let each member save its checkpoints, with the metadata that a resumed run needs."""
         config = self.record.record["config"] if self.record else None
         for member, folder, preparation in zip(self.members, self.folders, self.preparations, strict=True):
-            facts = {"preparation": asdict(preparation), "pack_size": self.pack_size, "config": config}
-            member.checkpoints = replace(folder, facts=facts)
+            metadata = {"preparation": asdict(preparation), "pack_size": self.pack_size, "config": config}
+            member.checkpoints = replace(folder, metadata=metadata)
             member.flop_model = flop_models[member.index]
 
-    # -- what has become of it --
+    # -- progress --
 
     @property
     def progress(self) -> MemberProgress:
@@ -175,8 +176,8 @@ class PackedRun:
         of_members = [member.progress for member in self.members]
         return next((progress for progress in of_members if progress.error is not None), of_members[0])
 
-    def end_together(self) -> None:
-        """End all members of the run if one of them has failed."""
+    def propagate_failure(self) -> None:
+        """End all members of the run if one of them has failed, with its status and error."""
         decisive = self.progress
         for member in self.members:
             if decisive.error is not None and member.is_running:
@@ -184,32 +185,35 @@ class PackedRun:
 
     @property
     def has_failed(self) -> bool:
+        """True if a member has diverged or failed."""
         return self.progress.error is not None
 
     @property
     def has_ended(self) -> bool:
+        """True if no member trains any more."""
         return not any(member.is_running for member in self.members)
 
     @property
     def is_done(self) -> bool:
+        """True if all members have ended with status `done`."""
         return all(member.progress.status == "done" for member in self.members)
 
     def learners(self, task: int) -> list[MemberRun]:
         """Return the members that learned the task of this number."""
-        return [self.members[task]] if self.experiment.own_adapters else self.members
+        return [self.members[task]] if self.experiment.has_adapter_per_task else self.members
 
     def member_name(self, member: int) -> str:
         """Return the name of a member within its run, for logs: empty where the run has one member."""
         number = self.numbers.index(member)
-        if self.experiment.own_adapters:
+        if self.experiment.has_adapter_per_task:
             return list(self.experiment.tasks)[number]
         return f"member_{number}" if len(self.numbers) > 1 else ""
 
     def titles(self) -> list[str]:
-        """Return what the progress display calls the members."""
+        """Return the members' titles for the progress display."""
         title, colon, overrides = self.job.title.partition(":")
         names = [f" {self.member_name(k).replace('_', ' ')}".rstrip() for k in self.numbers]
-        if self.experiment.own_adapters:
+        if self.experiment.has_adapter_per_task:
             names = [f" {task}" for task in self.experiment.tasks]
         return [f"{title}{name}{colon}{overrides}".lstrip() for name in names]
 
@@ -231,40 +235,40 @@ class PackedRun:
         """Return the rank of each target module; a list where the members differ in it."""
         chosen = self.members if members is None else members
         by_member = [member.pack.ranks(member.index) for member in chosen]
-        ranks = {name: [own[name] for own in by_member] for name in by_member[0]}
-        return {name: own[0] if len(set(own)) == 1 else own for name, own in ranks.items()}
+        by_module = {name: [ranks[name] for ranks in by_member] for name in by_member[0]}
+        return {name: ranks[0] if len(set(ranks)) == 1 else ranks for name, ranks in by_module.items()}
 
-    def cost(self, members: Sequence[MemberRun] | None = None, *, alone: bool) -> dict[str, Any]:
+    def cost(self, members: Sequence[MemberRun] | None = None, *, exclusive: bool) -> dict[str, Any]:
         """Return the training cost of these members (None: of all).
 
         Seconds and FLOPs of training include data-driven initialisation and the cached prefix.
 
         Args:
             members: of the run.
-            alone: whether nothing else trained on the device; otherwise seconds and memory are null.
+            exclusive: whether nothing else trained on the device; otherwise seconds and memory are null.
         """
         chosen = self.members if members is None else members
         progress = [member.progress for member in chosen]
         preparations = [self.preparations[self.numbers.index(member.index)] for member in chosen]
-        over = sum if self.experiment.own_adapters else max  # members of an ensemble share batches
-        seconds = over(own.seconds for own in progress)
+        over = sum if self.experiment.has_adapter_per_task else max  # members of an ensemble share batches
+        seconds = over(member.seconds for member in progress)
         prepare_seconds = sum(preparation.seconds for preparation in preparations)
         prepare_flops = sum(preparation.flops for preparation in preparations)
-        prefix_seconds, prefix_flops = preparations[0].prefix_seconds, preparations[0].prefix_flops  # once for all
-        pairs_per_second = over(own.pairs for own in progress) / seconds if seconds else None
+        prefix_seconds, prefix_flops = preparations[0].prefix_seconds, preparations[0].prefix_flops  # computed once
+        pairs_per_second = over(member.pairs for member in progress) / seconds if seconds else None
         device = chosen[0].pack.backbone.device
         return {
-            "train_seconds": prepare_seconds + (prefix_seconds or 0) + seconds if alone else None,
-            "train_flops": sum(own.flops for own in progress) + prepare_flops + (prefix_flops or 0),
-            "prepare_seconds": prepare_seconds if alone else None,
+            "train_seconds": prepare_seconds + (prefix_seconds or 0) + seconds if exclusive else None,
+            "train_flops": sum(member.flops for member in progress) + prepare_flops + (prefix_flops or 0),
+            "prepare_seconds": prepare_seconds if exclusive else None,
             "prepare_flops": prepare_flops,
-            "prefix_fill_seconds": prefix_seconds if alone else None,
+            "prefix_fill_seconds": prefix_seconds if exclusive else None,
             "prefix_fill_flops": prefix_flops,
-            "peak_memory_bytes": peak_memory_bytes(device) if alone else None,
-            "pairs_per_second": pairs_per_second if alone else None,
-            "steps": max(own.steps for own in progress),
-            "train_tokens": sum(own.tokens for own in progress),
-            "train_padding_tokens": sum(own.padding for own in progress),
+            "peak_memory_bytes": peak_memory_bytes(device) if exclusive else None,
+            "pairs_per_second": pairs_per_second if exclusive else None,
+            "steps": max(member.steps for member in progress),
+            "train_tokens": sum(member.tokens for member in progress),
+            "train_padding_tokens": sum(member.padding for member in progress),
             "pack_size": self.pack_size,
         }
 
@@ -280,24 +284,24 @@ def _find_checkpoints(runs: Sequence[PackedRun]) -> None:
         checkpoint if checkpoint and checkpoint.step == step else folder.newest(step)
         for checkpoint, (_, folder) in zip(newest, folders, strict=True)
     ]
-    together = [checkpoint for checkpoint in of_step if checkpoint and checkpoint.step == step]
-    if len(together) == len(folders):
+    complete = [checkpoint for checkpoint in of_step if checkpoint and checkpoint.step == step]
+    if len(complete) == len(folders):
         for run in runs:
-            run.resumed_from = together[run.numbers.start : run.numbers.stop]
+            run.resumed_from = complete[run.numbers.start : run.numbers.stop]
 
 
 def _restore_ranks(pack: Pack, member: int, checkpoint: Checkpoint) -> Preparation:
-    """Give a member the ranks of its checkpoint, and return what its preparation cost at the time."""
+    """Give a member the ranks of its checkpoint, and return the cost of its preparation as it was then."""
     with reject_foreign_checkpoint():
-        if checkpoint.facts["ranks"]:
-            pack.set_ranks(member, checkpoint.facts["ranks"])
-        return Preparation(**checkpoint.facts["preparation"])
+        if checkpoint.metadata["ranks"]:
+            pack.set_ranks(member, checkpoint.metadata["ranks"])
+        return Preparation(**checkpoint.metadata["preparation"])
 
 
 def _initialise(
     pack: Pack, member: int, mixtures: Sequence[TaskMixture], trainer: Trainer, progress: MemberProgress
 ) -> Preparation:
-    """Let a member's method read training batches, if it does, and return what that cost."""
+    """Run a member's data-driven initialisation, if its settings ask for one, and return its cost."""
     began, notes = time.perf_counter(), list[str]()
     with isolate_failure(progress), FlopCounterMode(display=False) as counter:
         notes = prepare(pack, trainer, mixtures, [member])

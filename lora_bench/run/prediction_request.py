@@ -1,4 +1,4 @@
-"""What `lora-bench predict` was asked for, checked as far as it goes without the model: nothing heavy is imported."""
+"""The request of `lora-bench predict`, checked as far as possible without the model: no heavy imports."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 BYTES_PER_ROW = 24
-"""What predictions add to a row of the output, about."""
+"""Approximate bytes that predictions add to a row of the output."""
 
 
 @dataclass(frozen=True)
 class PredictionRequest:
-    """A run, the rows to label, and where to write them."""
+    """The request of `lora-bench predict`: a run, the rows to label, and the output."""
 
     run: FinishedRecord
     table: Table
-    """The input, every column of it."""
+    """The input with all its columns."""
     examples: Examples
-    """Its texts, in the run's order."""
+    """The texts of the input, in the order of the run's text columns."""
     output: str
     format: str
     threshold: float
-    """The least score, not calibrated, that is labelled 1."""
+    """The lowest uncalibrated score that gets label 1."""
     calibrated: bool
     uncertainty: bool
     device: str
-    places: ModelPlaces
-    """Where the run's backbone and tokenizer lie now."""
+    model_places: ModelPlaces
+    """The present folders of the run's backbone and tokenizer."""
 
     @classmethod
     def read(cls, cfg: DictConfig) -> PredictionRequest:
@@ -55,21 +55,23 @@ class PredictionRequest:
             UserError: naming the key, file or row that is wrong.
         """
         source, output = str(cfg.input), str(cfg.output)
-        kind = output_format(output)
+        file_format = output_format(output)
         for key in ("calibrated", "uncertainty"):
             require(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
         require_one_of("device", str(cfg.device), DEVICES)
         from_selection = cfg.threshold == "selection"
         if not from_selection:
             is_number = type(cfg.threshold) in (int, float)
-            require(is_number, "threshold", cfg.threshold, "is neither a number nor selection", "Give one from 0 to 1.")
+            require(
+                is_number, "threshold", cfg.threshold, "is neither a number nor selection", "Give a number from 0 to 1."
+            )
             require_number("threshold", cfg.threshold, 0, 1)
         if is_same_file(source, output):
             raise UserError(
-                "is the input, which stays as it is",
+                "is the input file, which is never overwritten",
                 key="output",
                 value=output,
-                remedy="Give another.",
+                remedy="Give another file.",
                 code=Code.EXISTS,
             )
         check_output(output, "output")
@@ -83,45 +85,49 @@ class PredictionRequest:
             )
         table = readers.read_table(source)
         examples = table.examples(columns, None, labels_may_hide=False)
-        labelled.check_texts(table, kind)
+        labelled.check_texts(table, file_format)
         size = sum(len(text) for column in examples.texts for text in column) + BYTES_PER_ROW * len(examples)
         check_output(output, "output", size)
         threshold = run.calibration.threshold if from_selection and run.calibration else float(cfg.threshold)
         flags = cfg.calibrated, cfg.uncertainty, str(cfg.device), model_places(cfg.model)
-        return cls(run, table, examples, output, kind, threshold, *flags)
+        return cls(run, table, examples, output, file_format, threshold, *flags)
 
     def write(self, predictions: dict[str, Sequence[Any]]) -> None:
-        """Write the input's columns with these behind them, and note what is not as it was."""
+        """Write the input's columns followed by the predictions, and note renamed columns and replaced characters.
+
+        Args:
+            predictions: values of each new column, in the order of the rows.
+        """
         names = labelled.free_names(list(predictions), self.table.names)
         renamed = [f"{name} as {new}" for name, new in names.items() if new != name]
         if renamed:
-            _note(f"the input has columns of these names, so predictions are written otherwise: {', '.join(renamed)}")
+            _note(f"the input has columns of the same names, so predictions are renamed: {', '.join(renamed)}")
         columns = {names[name]: values for name, values in predictions.items()}
         content, replaced = labelled.encode(self.table, columns, self.format)
         write_output(self.output, content, "output")
         if replaced:
-            remedy = "an output that ends in .csv, .jsonl or .parquet keeps them"
-            _note(f"tabs, line breaks and NUL in {replaced} texts are spaces in the output; {remedy}")
+            remedy = "use an output that ends in .csv, .jsonl or .parquet to keep them"
+            _note(f"tabs, line breaks and NUL in {replaced} texts were replaced by spaces; {remedy}")
 
 
 def output_format(output: str) -> str:
-    """Return the format that an output's ending names; a stream without one gets TSV."""
-    kind = readers.format_of(output)
-    if kind is None:
+    """Return the format that an output's ending names; a stream without an ending gets TSV."""
+    file_format = readers.format_of(output)
+    if file_format is None:
         reason = f"is none of {', '.join(labelled.FORMATS)}"
         raise UserError(
-            reason, key="output", value=output, remedy="Or - for standard output.", code=Code.UNKNOWN_CHOICE
+            reason, key="output", value=output, remedy="Or use - for standard output.", code=Code.UNKNOWN_CHOICE
         )
-    return kind
+    return file_format
 
 
-def _columns(asked: Any, trained: list[str]) -> list[str]:
-    """Return the columns to read: those that were asked for, else those that the run was trained on."""
-    if asked is None:
+def _columns(requested: Any, trained: list[str]) -> list[str]:
+    """Return the text columns to read: the requested ones, by default those that the run was trained on."""
+    if requested is None:
         return trained
-    columns = [str(name) for name in asked] if isinstance(asked, ListConfig) else [str(asked)]
+    columns = [str(name) for name in requested] if isinstance(requested, ListConfig) else [str(requested)]
     if len(columns) != len(trained):
-        reason = f"names {len(columns)} where the run was trained on {len(trained)}"
+        reason = f"names {len(columns)} columns, and the run was trained on {len(trained)}"
         raise UserError(reason, key="text_columns", value=columns, code=Code.MISMATCH)
     return columns
 

@@ -1,6 +1,6 @@
-"""Checks of a request that need neither torch nor a model: what is wrong with it is said before either is imported.
+"""Checks of a request that need neither torch nor a model, so that a wrong one is refused before they are imported.
 
-Whatever is checked here is checked again where it is used; this only answers sooner.
+All values are checked again where they are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Refuse settings outside their ranges, and folders of data and models that are not there."""
+    """Refuse settings outside their ranges, and folders of data and models that do not exist."""
     require(
         "method" in (cfg.get("adapter") or {}),
         "adapter",
@@ -40,31 +40,31 @@ def check_settings(cfg: DictConfig) -> None:
 
 
 def check_train(cfg: DictConfig, *, resumed: bool) -> None:
-    """Refuse the same, and a run to start from that is not there; a resumed run may have started already."""
+    """Check the settings, and for a new run also the finished run of `adapter.init_from`."""
     check_settings(cfg)
     if cfg.adapter.get("init_from") and not resumed:
         check_run(str(cfg.adapter.init_from), "adapter.init_from")
 
 
 def check_data(data: schema.Data) -> None:
-    """Refuse a path to data that is not there."""
+    """Refuse a path to data that does not exist."""
     if isinstance(data, schema.FileData) and not os.path.exists(data.path):
         remedy = "Give a folder with train, validation and test files, or one file."
         raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy, code=Code.NOT_FOUND)
 
 
 def check_run(folder: str, key: str = "run") -> None:
-    """Refuse what is not the folder of a finished run of one task."""
+    """Refuse a folder that has no finished run of one task, naming the key that gave it."""
     FinishedRecord.read(folder, key)
 
 
 def check_eval(cfg: DictConfig) -> None:
-    """Refuse a run, an adapter or data that are not there."""
+    """Refuse an evaluation of a run, an adapter or data that do not exist."""
     require(
         bool(cfg.run) != bool(cfg.peft),
         "eval",
         None,
-        "takes a finished run or an adapter made by PEFT",
+        "needs either a finished run or an adapter made by PEFT",
         "Give run=DIR or peft=DIR.",
         code=Code.CONFLICT if cfg.run else Code.MISSING,
     )
@@ -74,8 +74,8 @@ def check_eval(cfg: DictConfig) -> None:
 
 
 def check_export(cfg: DictConfig) -> None:
-    """Refuse a run that is not there, or a format that is none."""
-    run, output, kind = str(cfg.run), str(cfg.output), str(cfg.format)
-    require_one_of("format", kind, ("peft", "merged"))
+    """Refuse an export of a run that does not exist, or in an unknown format."""
+    run, output = str(cfg.run), str(cfg.output)
+    require_one_of("format", str(cfg.format), ("peft", "merged"))
     require(bool(output), "output", output, "names no folder")
     check_run(run)

@@ -1,4 +1,4 @@
-"""The records of a pack's runs: each is started, logged, scored and ended as if it had trained alone."""
+"""Records of the runs of a pack: each is started, logged, scored and ended as a single run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
 from lora_bench.run.final_evaluation import TrainedTask, report_tasks
 from lora_bench.tracking.base import TrackedRun, follow
-from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import isolate_failure
 from lora_bench.training.prediction import predict
 
@@ -56,7 +56,7 @@ class Recorder:
     runs: Sequence[PackedRun]
     inputs: SharedInputs
     console: Console
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
     sharing: int = 1
     brief: bool = False
     display: Display | None = None
@@ -67,7 +67,7 @@ class Recorder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
             self._fail(error)
@@ -76,7 +76,7 @@ class Recorder:
 
     @property
     def running(self) -> list[PackedRun]:
-        """The runs that have started and not ended."""
+        """Runs that have started and not ended."""
         return [run for run in self.runs if run.record is not None]
 
     # -- start --
@@ -84,12 +84,12 @@ class Recorder:
     def start_runs(self) -> None:
         """Claim each run's folder, or set its record back to the checkpoint that it is resumed from."""
         for run in self.runs:
-            run.end_together()
+            run.propagate_failure()
             if run.has_failed:
                 continue
             with isolate_failure(run.progress):
                 self._start(run)
-            run.end_together()
+            run.propagate_failure()
         for run in self.running:
             if run.has_failed:
                 self._close(run)
@@ -115,7 +115,7 @@ class Recorder:
             targets=run.ranks(),
             environment=self._environment(record.record["environment"], newest.step if newest else None),
         )
-        run.record = follow(record, run.experiment.trackers if self.processes.leads else {}, self.console)
+        run.record = follow(record, run.experiment.trackers if self.processes.is_leader else {}, self.console)
 
     def _environment(self, before: Mapping[str, Any], resumed_at: int | None) -> dict[str, Any]:
         """Describe the environment of the coming steps, and of a resumed run's earlier steps where it differs."""
@@ -135,27 +135,29 @@ class Recorder:
         return now | {"history": earlier} if earlier or "history" in before else now
 
     def notes(self) -> list[str]:
-        """Return what the user should know before the members train."""
+        """Return notes for the user before the members train."""
         notes = list(self.environment_notes)
         for run in self.running:
             assert run.record is not None
             notes += _notes(run, run.record.record)
             damaged = [checkpoint for folder in run.folders for checkpoint in folder.damaged]
-            notes += [f"passed over a damaged checkpoint, {checkpoint}" for checkpoint in damaged]
-        notes += [run.warm_start.told() for run in self.runs if run.warm_start]
+            notes += [f"skipped a damaged checkpoint, {checkpoint}" for checkpoint in damaged]
+        notes += [run.warm_start.note() for run in self.runs if run.warm_start]
         return list(dict.fromkeys(notes))
 
     # -- while they train --
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
+        """Pass a step's losses on to the trackers and the progress display."""
         for run in self.running:
-            own = [losses[k] for k in run.numbers if k in losses]
-            if own and isinstance(run.record, TrackedRun):
-                run.record.stepped(sum(own) / len(own))
+            run_losses = [losses[k] for k in run.numbers if k in losses]
+            if run_losses and isinstance(run.record, TrackedRun):
+                run.record.stepped(sum(run_losses) / len(run_losses))
         if self.display:
             self.display.stepped(step, losses, pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
+        """Log a member's evaluation in the record of its run, with several tasks a line for each."""
         run = self._run_of(member)
         assert run.record is not None
         name = run.member_name(member)
@@ -172,7 +174,7 @@ class Recorder:
         """Score, save and close the runs that have ended with these members."""
         runs = list(dict.fromkeys(map(self._run_of, members)))
         for run in runs:
-            run.end_together()
+            run.propagate_failure()
         ended = [run for run in runs if run.has_ended]
         trained = self._trained_tasks([run for run in ended if run.is_done])
         for run in ended:
@@ -214,16 +216,16 @@ class Recorder:
         record.update(selection={"stopped_at_step": steps})
         record.finish("interrupted", reason)
         name, command = run.job.title.partition(":")[0], f"lora-bench train {argument('resume', record.folder)}"
-        self.console.print(shown(f"{name}: {reason}; go on with it: {command}"))
+        self.console.print(shown(f"{name}: {reason}; resume it with: {command}"))
 
     def _fail(self, error: Exception) -> None:
-        """Close the runs that have not ended: what they share has failed."""
+        """Close all runs that have not ended, after an error in something that they share."""
         for run in self.running:
             run.progress.error = error
             self._close(run)
 
     def _interrupt(self) -> None:
-        """Record that the process was stopped: the runs that have not ended can be resumed."""
+        """Record the runs that have not ended as interrupted: the process was stopped, and they can be resumed."""
         for run in self.running:
             assert run.record is not None
             try:
@@ -233,7 +235,7 @@ class Recorder:
                 continue
             if not self.brief:
                 command = f"lora-bench train {argument('resume', run.record.folder)}"
-                self.console.print(shown(f"go on with: {command}"), soft_wrap=True)
+                self.console.print(shown(f"resume it with: {command}"), soft_wrap=True)
 
     def _run_of(self, member: int) -> PackedRun:
         return next(run for run in self.runs if member in run.numbers)
@@ -247,7 +249,7 @@ class Recorder:
                 learners = run.learners(number)
                 trained[run][name] = TrainedTask(
                     self.pack,
-                    run.experiment.each[name],
+                    run.experiment.by_task[name],
                     task,
                     [member.index for member in learners],
                     [best for member in learners if (best := member.progress.best) is not None],
@@ -270,13 +272,13 @@ class Recorder:
         """
         predicted = {}
         numbers = [member.index for member in members]
-        kept = {member.index: member.progress.scores.get(name) for member in members}
-        is_kept = all(scores is not None and len(scores) == len(task.tables["selection"]) for scores in kept.values())
+        best = {member.index: member.progress.scores.get(name) for member in members}
+        is_known = all(scores is not None and len(scores) == len(task.tables["selection"]) for scores in best.values())
         with self.pack.only(numbers):
             for split in ("selection", *task.reported):
                 began = time.perf_counter()
-                if split == "selection" and is_kept:
-                    by_member = {k: scores for k, scores in kept.items() if scores is not None}
+                if split == "selection" and is_known:
+                    by_member = {k: scores for k, scores in best.items() if scores is not None}
                 else:
                     batch_size = self.runs[0].experiment.trainer.eval_batch_size
                     scores = predict(self.pack, task.tables[split], batch_size, self.processes)  # (K, N)
@@ -295,25 +297,25 @@ class Recorder:
         sections = {}
         for number, (name, task) in enumerate(trained.items()):
             learners = run.learners(number)
-            own_cost = run.cost(learners, alone=False) if experiment.own_adapters else {}
+            task_cost = run.cost(learners, exclusive=False) if experiment.has_adapter_per_task else {}
             sections[name] = {
                 "data": task.task.described,
                 "params": run.parameters(learners, one_head=True),
                 "targets": run.ranks(learners),
                 "environment": record.record["environment"],
-                "cost": record.record["cost"] | own_cost,
+                "cost": record.record["cost"] | task_cost,
             }
         report_tasks(record, trained, sections)
 
     def _record_cost(self, run: PackedRun) -> None:
         assert run.record is not None
-        alone = run.pack_size == len(run.numbers) and self.sharing == 1
-        run.record.update(cost=run.cost(alone=alone), targets=run.ranks())  # a method may have pruned
+        exclusive = run.pack_size == len(run.numbers) and self.sharing == 1
+        run.record.update(cost=run.cost(exclusive=exclusive), targets=run.ranks())  # a method may have pruned
 
     def _record_micro_batches(self, run: PackedRun) -> None:
         """Record the pairs per forward pass, and print a note where memory made them fewer than requested."""
         assert run.record is not None
-        trainer, fitting = run.experiment.trainer, self.pack.room
+        trainer, fitting = run.experiment.trainer, self.pack.max_micro_batch
         sizes = {
             "micro_batch_size": fitting.get("training", trainer.micro_batch_size),
             "eval_batch_size": fitting.get("evaluation", trainer.eval_batch_size),
@@ -321,7 +323,9 @@ class Recorder:
         run.record.update(cost=sizes)
         for key, pairs in sizes.items():
             if pairs != getattr(trainer, key):
-                self.console.print(shown(f"note: memory was short, so the run went on with trainer.{key}={pairs}."))
+                self.console.print(
+                    shown(f"note: memory did not suffice, so the run continued with trainer.{key}={pairs}.")
+                )
 
     def _print(self, line: str) -> None:
         if not self.brief:
@@ -333,18 +337,18 @@ def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> lis
 
     Args:
         before: the record of the run.
-        inputs: of today.
+        inputs: of the resumed run.
 
     Returns:
-        Notes on what differs without changing anything.
+        Notes on differences that do not change the inputs.
     """
     for split, fingerprint in before["data"].get("fingerprint", {}).items():
         if inputs.described["fingerprint"].get(split) != fingerprint:
             raise UserError(
-                f"the {split} split is not the one that the run began with", key="resume", code=Code.MISMATCH
+                f"the {split} split is not the one that the run was started with", key="resume", code=Code.MISMATCH
             )
     if before["environment"].get("backbone_sha256") not in (None, inputs.backbone_sha256):
-        raise UserError("the backbone is not the one that the run began with", key="resume", code=Code.MISMATCH)
+        raise UserError("the backbone is not the one that the run was started with", key="resume", code=Code.MISMATCH)
 
     def refusal(reason: str, remedy: str) -> UserError:
         return UserError(reason, key="resume", remedy=remedy, code=Code.NOT_RESUMABLE)
@@ -353,7 +357,7 @@ def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> lis
 
 
 def _notes(run: PackedRun, record: Mapping[str, Any]) -> list[str]:
-    """Return what the user should know of a run before it trains."""
+    """Return notes for the user on a run before it trains."""
     notes = list(record["data"]["warnings"])
     truncated = sum(record["data"]["truncated"].values())
     if truncated:

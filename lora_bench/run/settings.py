@@ -1,4 +1,4 @@
-"""The settings of a run, typed and checked, and what runs have in common that train on one backbone."""
+"""All settings of a run, typed and checked."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lora_bench.tracking.base import Tracker
 
 _GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
-
-
 _KEYS = (*_GROUPS, "tasks", "seed", "resume", "dry_run")
 
 
@@ -48,58 +46,62 @@ class Experiment:
     trackers: dict[str, Tracker]
     seed: int
     tasks: dict[str, schema.Data] = field(default_factory=dict)
-    """By name, where the run learns several; `data` is then the first's."""
+    """By name, if the run learns several tasks; `data` then holds the settings of the first."""
 
     @property
-    def own_adapters(self) -> bool:
-        """Whether each of several tasks has an adapter of its own."""
+    def has_adapter_per_task(self) -> bool:
+        """True if the run learns several tasks with an adapter for each."""
         return bool(self.tasks) and self.data.share == "backbone"
 
     @property
     def size(self) -> int:
-        """Members that the run trains: one, one for each task, or those of its ensemble."""
-        return len(self.tasks) if self.own_adapters else self.ensemble.size
+        """Number of members that the run trains: one, one for each task, or those of its ensemble."""
+        return len(self.tasks) if self.has_adapter_per_task else self.ensemble.size
 
     @property
-    def each(self) -> dict[str, Experiment]:
-        """By task, with its data; by an empty name itself, where there is one task."""
+    def by_task(self) -> dict[str, Experiment]:
+        """The settings for each of several tasks, by name; itself under the empty name if there is one task."""
         return {name: replace(self, data=data, tasks={}) for name, data in self.tasks.items()} or {"": self}
 
     @property
     def identity(self) -> str:
-        """Equal for runs that would be the same: all that decides what is learned, and not how it is computed."""
+        """A text that is equal for runs that learn the same: without settings of how it is computed."""
         learned = (self.model, self.adapter, self.data, self.optimizer, self.trainer, self.ensemble)
         return repr((*learned, self.tasks, self.metrics, self.seed))
 
     def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
-        """What the run trains: one adapter, one for each task, or those of its ensemble.
+        """Return the members that the run trains: one, one for each task, or those of its ensemble.
 
-        Of an ensemble the first is what the run would train without one, the others what it would train with the seeds
-        `seed` + 1,000,000, `seed` + 2,000,000, … in whatever they differ.
+        The first member of an ensemble is the member of the run without an ensemble. The others have the seeds
+        `seed` + 1,000,000, `seed` + 2,000,000, … for everything that `ensemble.vary` lists.
 
         Args:
-            saved_ranks: by module, where saved tensors are about to be put in; a list has one for each member.
+            saved_ranks: by module, if saved tensors will be loaded; a list has the rank of each member.
         """
-        found = []
-        heads = 1 if self.own_adapters else max(1, len(self.tasks))
+        members = []
+        heads = 1 if self.has_adapter_per_task else max(1, len(self.tasks))
         for i in range(self.size):
-            apart = 0 if self.own_adapters else i * SEEDS_APART
-            seeds = dict.fromkeys(self.ensemble.vary, self.seed + apart)
+            offset = 0 if self.has_adapter_per_task else i * SEEDS_APART
+            seeds = dict.fromkeys(self.ensemble.vary, self.seed + offset)
             ranks = None
             if saved_ranks is not None:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
-            found.append(Member(self.adapter, self.seed, ranks, seeds, heads))
-        return found
+            members.append(Member(self.adapter, self.seed, ranks, seeds, heads))
+        return members
 
     @classmethod
     def build(cls, cfg: DictConfig) -> Experiment:
-        """From the composed config; refuses what is out of range, naming the key."""
+        """Build the settings from a composed config.
+
+        Raises:
+            UserError: a key is unknown or missing, or a value is out of range or excludes another.
+        """
         build.check_top(cfg, _KEYS)
         require("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         metrics = build.build_metrics(cfg.metric)
         check_metrics(metrics)
-        made = cls(
-            data=build.build_data(cfg.data),  # first: T5 takes its label words from it
+        settings = cls(
+            data=build.build_data(cfg.data),  # first, since T5 takes its label words from it
             model=build.build_model(cfg.model),
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
             optimizer=build.build(schema.Optimizer, cfg.optimizer, "optimizer"),
@@ -111,18 +113,21 @@ class Experiment:
             seed=cfg.seed,
             tasks={str(name): build.build_data(node) for name, node in (cfg.get("tasks") or {}).items()},
         )
-        _check_ensemble(made.ensemble, made.adapter, made.pack)
-        _check_tasks(made)
-        drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
-        for each in made.each.values():
-            check_objective(each.trainer, each.data.text_columns, drops_out, each.adapter.matching is True)
-            perturbations(each.data)
-            augmentations(each.data, each.trainer.objective)
-        return made
+        _check_ensemble(settings.ensemble, settings.adapter, settings.pack)
+        _check_tasks(settings)
+        for single in settings.by_task.values():
+            check_objective(single.trainer, single.data.text_columns, matching=single.adapter.matching is True)
+            perturbations(single.data)
+            augmentations(single.data, single.trainer.objective)
+        return settings
 
     @classmethod
     def of_finished(cls, finished: FinishedRecord) -> Experiment:
-        """Build the settings of a finished run; refuses what is out of range, naming the record and the key."""
+        """Build the settings of a finished run.
+
+        Raises:
+            UserError: the record's config is not that of a run; record and key are named.
+        """
         try:
             return cls.build(OmegaConf.create(finished.config))
         except UserError as error:
@@ -131,64 +136,63 @@ class Experiment:
 
 
 def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema.Packing) -> None:
-    """Refuse one whose members would all be the same, or have no backbone to share."""
+    """Refuse an ensemble whose members would all be equal, or whose method trains the shared backbone."""
     if ensemble.members is None:
         return
     if adapter.trains_backbone:
-        reason = f"{adapter.method} trains the backbone itself, which the members of an ensemble share"
+        reason = f"the members share the backbone, which {adapter.method} trains"
         raise UserError(
             reason,
             key="ensemble.members",
             value=ensemble.members,
-            remedy="Take an adapter such as lora.",
+            remedy="Use an adapter method such as adapter=lora.",
             code=Code.UNSUPPORTED,
         )
     if packing.halving:
-        reason = "stops jobs by their selection MCC, which the members of an ensemble do not have in common"
+        reason = "eliminates runs by their selection MCC, and each member of an ensemble has its own"
         raise UserError(
             reason,
             key="pack.halving",
             value="true",
-            remedy="Leave it out with ensemble.members.",
+            remedy="Leave out pack.halving or ensemble.members.",
             code=Code.CONFLICT,
         )
     if ensemble.vary == ["dropout"] and not getattr(adapter, "dropout", 0):
-        remedy = "Give adapter.dropout a value above 0, or let init or order vary too."
-        reason = "without dropout the members would all be the same"
+        remedy = "Set adapter.dropout above 0, or add init or order to ensemble.vary."
+        reason = "the adapter has no dropout, so all members would be equal"
         raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy, code=Code.CONFLICT)
 
 
-def _check_tasks(made: Experiment) -> None:
-    """Refuse tasks that cannot be learned together as asked."""
-    data, names = made.data, list(made.tasks)
+def _check_tasks(settings: Experiment) -> None:
+    """Refuse settings of several tasks that exclude one another, or that need several tasks if there is one."""
+    data, names = settings.data, list(settings.tasks)
+    temperature = data.temperature
     if not names:
-        said = data.tasks is not None  # of one task of a finished run
-        require(
-            said or data.share == "adapter",
-            "data.share",
-            data.share,
-            "needs data.tasks: there is nothing to share",
-            code=Code.CONFLICT,
-        )
-        reason = "says how often each of several tasks has its turn, and there is one"
-        remedy = "Give data.tasks."
-        require(said or data.temperature == 1, "data.temperature", data.temperature, reason, remedy, code=Code.CONFLICT)
+        is_one_of_several = data.tasks is not None  # the record of one task of a finished run
+        shares = is_one_of_several or data.share == "adapter"
+        require(shares, "data.share", data.share, "needs several tasks", "Set data.tasks.", code=Code.CONFLICT)
+        mixes = is_one_of_several or temperature == 1
+        reason = "sets the mixture of several tasks, and this run learns one"
+        require(mixes, "data.temperature", temperature, reason, "Set data.tasks.", code=Code.CONFLICT)
         return
-    reason = "has members that learn one task, so it cannot be one of the runs of several"
+    reason = "trains an ensemble on one task, and this run learns several tasks"
     remedy = "Leave out ensemble.members or data.tasks."
-    members = made.ensemble.members
+    members = settings.ensemble.members
     require(members is None, "ensemble.members", members, reason, remedy, code=Code.CONFLICT)
-    reason = "compares the texts beside one head, and a shared adapter has a head for each task"
-    remedy = "Take adapter.matching=false or data.share=backbone."
-    asked = made.adapter.matching
-    matching = "null" if asked is None else "true"
-    require(made.own_adapters or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT)
-    if made.own_adapters:
-        reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
-        remedy = "Take data.share=adapter."
-        require(not made.adapter.trains_backbone, "data.share", data.share, reason, remedy, code=Code.UNSUPPORTED)
-        reason = "stops jobs by their selection MCC, which a run with an adapter for each task has not one of"
-        require(not made.pack.halving, "pack.halving", "true", reason, "Leave it out.", code=Code.CONFLICT)
-        reason = "says how often each task has its turn in a shared adapter"
-        remedy = "With data.share=backbone each is trained as it would be alone."
-        require(data.temperature == 1, "data.temperature", data.temperature, reason, remedy, code=Code.CONFLICT)
+    reason = "works with a single head, and a shared adapter has a head for each task"
+    remedy = "Use adapter.matching=false or data.share=backbone."
+    matching = settings.adapter.matching
+    value = "null" if matching is None else "true"
+    fits = settings.has_adapter_per_task or matching is False
+    require(fits, "adapter.matching", value, reason, remedy, code=Code.CONFLICT)
+    if settings.has_adapter_per_task:
+        adapter = settings.adapter
+        reason = f"the tasks would share the backbone, which {adapter.method} trains"
+        remedy = "Use data.share=adapter."
+        require(not adapter.trains_backbone, "data.share", data.share, reason, remedy, code=Code.UNSUPPORTED)
+        reason = "eliminates runs by their selection MCC, and each adapter of this run has its own"
+        remedy = "Leave out pack.halving, or use data.share=adapter."
+        require(not settings.pack.halving, "pack.halving", "true", reason, remedy, code=Code.CONFLICT)
+        reason = "sets how often a shared adapter sees each task"
+        remedy = "Use data.share=adapter, or leave it out."
+        require(temperature == 1, "data.temperature", temperature, reason, remedy, code=Code.CONFLICT)

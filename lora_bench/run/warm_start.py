@@ -1,4 +1,4 @@
-"""`adapter.init_from=RUN`: the adapter begins as that of a finished run, and the head where labels are the same."""
+"""Warm start (`adapter.init_from=RUN`): initialisation from the adapter, and possibly the head, of a finished run."""
 
 from __future__ import annotations
 
@@ -21,85 +21,84 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A finished run that another begins from."""
+class WarmStart:
+    """A finished run that a new run is initialised from."""
 
     finished: FinishedRecord
     label_names: list[str]
     with_head: bool
-    """Whether its head answers with the labels of the run that begins."""
+    """True if the head is initialised too: both runs learn one task, with the same label names."""
 
     @property
     def folder(self) -> Path:
+        """The finished run's folder."""
         return self.finished.folder
 
     @property
     def ranks(self) -> dict[str, int | list[int]]:
-        """By module; of each member where an ensemble's differ."""
+        """Rank by module; a list with the rank of each member if the members of an ensemble differ in it."""
         return self.finished.targets
 
     @classmethod
-    def of(cls, experiment: Experiment, common: SharedInputs) -> Source | None:
-        """What the experiment asks to begin from; None where it begins anew.
+    def of(cls, experiment: Experiment, inputs: SharedInputs) -> WarmStart | None:
+        """Return the warm start that the settings ask for; None without `adapter.init_from`.
 
         Raises:
-            UserError: there is no such run, it is not done, or its backbone, method, ranks or members are others.
+            UserError: there is no such finished run, or its backbone, method, ranks or members differ from this run's.
         """
-        asked = experiment.adapter.init_from
-        if asked is None:
+        folder = experiment.adapter.init_from
+        if folder is None:
             return None
-        source = FinishedRecord.read(asked, "adapter.init_from")
-
-        def need(holds: bool, reason: str, remedy: str = "") -> None:
-            if not holds:
-                raise UserError(reason, key="adapter.init_from", value=asked, remedy=remedy, code=Code.MISMATCH)
-
-        theirs = Experiment.of_finished(source)
-        for name, own, other in _settings(experiment, theirs):
-            need(own == other, f"has {name}={other} where this run has {own}", f"Give {name}={other}.")
-        here, recorded = common.backbone_sha256, source.backbone_sha256
-        remedy = f"The weights here have hash {here[:12]}…, its record names {recorded[:12]}…."
-        need(here == recorded, "was trained on another backbone", remedy)
+        finished = FinishedRecord.read(folder, "adapter.init_from")
 
         def refusal(reason: str, remedy: str) -> UserError:
-            return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy, code=Code.MISMATCH)
+            return UserError(reason, key="adapter.init_from", value=folder, remedy=remedy, code=Code.MISMATCH)
 
-        refuse_another(source.record["environment"], common.backbone.tokenizer_identity, refusal)
-        fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
-        return cls(source, theirs.data.label_names, fits)
+        source = Experiment.of_finished(finished)
+        for key, value, source_value in _shared_settings(experiment, source):
+            if value != source_value:
+                raise refusal(f"has {key}={source_value} where this run has {value}", f"Set {key}={source_value}.")
+        sha256, recorded = inputs.backbone_sha256, finished.backbone_sha256
+        if sha256 != recorded:
+            remedy = f"The backbone of this run has hash {sha256[:12]}…, the record names {recorded[:12]}…."
+            raise refusal("was trained on another backbone", remedy)
+        refuse_another(finished.record["environment"], inputs.backbone.tokenizer_identity, refusal)
+        with_head = not experiment.tasks and source.data.label_names == experiment.data.label_names
+        return cls(finished, source.data.label_names, with_head)
 
-    def put_into(self, pack: Pack, members: Sequence[int]) -> None:
-        """Give these members, made with the source's ranks, its tensors; a head that does not fit stays as drawn.
+    def load_into(self, pack: Pack, members: Sequence[int]) -> None:
+        """Copy the finished run's tensors into these members, which have its ranks; heads only if `with_head`.
 
         Raises:
-            UserError: a file is damaged, or tensors do not fit.
+            UserError: a file is damaged, or its tensors do not fit.
         """
         for k, folder in zip(members, run_folder.adapter_folders(self.folder, len(members)), strict=True):
             heads = pack.head_parameters(k)
-            drawn = {name: p.detach().clone() for name, p in heads.items()}
+            initial = {name: p.detach().clone() for name, p in heads.items()}
             files.load(folder, pack, k)
             self.finished.check_weights(folder)
             if not self.with_head:
                 for name, p in heads.items():
-                    p.data.copy_(drawn[name])
+                    p.data.copy_(initial[name])
 
-    def told(self) -> str:
-        """What the user should know of it."""
+    def note(self) -> str:
+        """Return a note for the user on what is initialised."""
         if self.with_head:
-            return f"adapter and head begin as those of {self.folder}."
-        names = " and ".join(self.label_names)
-        return f"the adapter begins as that of {self.folder}, whose head answers {names}: the head begins anew."
+            return f"adapter and head are initialised from {self.folder}."
+        names = ", ".join(self.label_names)
+        return f"the adapter is initialised from {self.folder}; the head is not, as its labels there are {names}."
 
 
-def _settings(mine: Experiment, theirs: Experiment) -> list[tuple[str, Any, Any]]:
-    """What must be equal, with its values here and there: all that the saved tensors mean something by."""
-    found = [
-        (f"model.{name}", getattr(mine.model, name, None), getattr(theirs.model, name, None)) for name in _OF_MODEL
+def _shared_settings(experiment: Experiment, source: Experiment) -> list[tuple[str, Any, Any]]:
+    """Return the settings that both runs must share for saved tensors to fit: key, value, and the source's value."""
+    names = [field.name for field in fields(experiment.adapter) if field.name not in experiment.adapter.only_learning]
+    return [
+        *(_values(experiment.model, source.model, "model", name) for name in ("family", "form")),
+        *(_values(experiment.adapter, source.adapter, "adapter", name) for name in ("method", *names)),
+        _values(experiment.ensemble, source.ensemble, "ensemble", "members"),
     ]
-    found.append(("adapter.method", mine.adapter.method, theirs.adapter.method))
-    kept = [each.name for each in fields(mine.adapter) if each.name not in mine.adapter.only_learning]
-    found += [(f"adapter.{name}", getattr(mine.adapter, name), getattr(theirs.adapter, name, None)) for name in kept]
-    return [*found, ("ensemble.members", mine.ensemble.members, theirs.ensemble.members)]
 
 
-_OF_MODEL = ("family", "form")
+def _values(settings: object, source: object, group: str, name: str) -> tuple[str, Any, Any]:
+    """Return the key of a setting and its value in both runs; None for a run that does not have it."""
+    return f"{group}.{name}", getattr(settings, name, None), getattr(source, name, None)

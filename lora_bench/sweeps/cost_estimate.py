@@ -26,10 +26,10 @@ from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.packing import grouped, known_ranks, needs, sized
 from lora_bench.sweeps.workers import Workers, cut
 from lora_bench.train import prefix_of
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import prepare_task
 from lora_bench.training.rehearsal import Estimate, estimate
-from lora_bench.training.successive_halving import live
+from lora_bench.training.successive_halving import members_by_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,20 +56,20 @@ class Expected:
 
     @property
     def train_flops(self) -> float:
-        steps = sum(member.train_flops - member.filling_flops for member in self.members)
-        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_flops
+        steps = sum(member.train_flops - member.prefix_flops for member in self.members)
+        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_flops
 
     @property
     def seconds(self) -> float:
-        steps = sum(member.train_seconds - member.filling_seconds for member in self.members)
-        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_seconds
+        steps = sum(member.train_seconds - member.prefix_seconds for member in self.members)
+        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_seconds
         return training + sum(map(self._evaluation, self.members))
 
     @property
     def _live(self) -> list[int]:
         """Members that compute each step."""
         steps, count = self.members[0].steps, len(self.members)
-        return live(count, steps) if self.halving else [count] * steps
+        return members_by_step(count, steps) if self.halving else [count] * steps
 
     @property
     def _trained(self) -> float:
@@ -80,11 +80,11 @@ class Expected:
         """Seconds of looking at the selection split and at the reported ones, as a mean over who is stopped when."""
         if not self.halving:
             return member.evaluation_seconds
-        counts, steps, looks = self._live, member.steps, member.looks
+        counts, steps, looks = self._live, member.steps, member.evaluations
         due = {math.ceil(steps * (i + 1) / looks) for i in range(looks)}
         crowded = {step for step in range(1, steps) if counts[step] < counts[step - 1]}
-        looked = sum(counts[step - 1] for step in due | crowded) * member.look_seconds
-        reported = member.evaluation_seconds - looks * member.look_seconds
+        looked = sum(counts[step - 1] for step in due | crowded) * member.seconds_per_evaluation
+        reported = member.evaluation_seconds - looks * member.seconds_per_evaluation
         return (looked + counts[-1] * reported) / len(self.members)
 
 
@@ -95,10 +95,10 @@ def show(job: Job, console: Console) -> None:
         UserError: the request cannot be met.
     """
     experiment = Experiment.build(job.cfg)
-    common = SharedInputs.load(experiment)
-    found = expect(experiment, common)
+    inputs = SharedInputs.load(experiment)
+    found = expect(experiment, inputs)
     members = experiment.ensemble.size
-    whole = _together([job], [experiment], common, {_kind(experiment): found}, set(), console)
+    whole = _together([job], [experiment], inputs, {_kind(experiment): found}, set(), console)
     adapter, head = members * found.adapter, members * found.head
     total = found.total + adapter + head - found.adapter - found.head
     evaluation = members * found.evaluation_seconds
@@ -112,27 +112,27 @@ def show(job: Job, console: Console) -> None:
     console.print(table)
 
 
-def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
+def expect(experiment: Experiment, inputs: SharedInputs | None = None) -> Estimate:
     """What the experiment's run, or one member of its ensemble, would cost alone, preparation with training."""
     if experiment.tasks:
         remedy = "Estimate each by itself: data=NAME dry_run=true."
         raise UserError(
             "is known of one task at a time", key="dry_run", value="true", remedy=remedy, code=Code.UNSUPPORTED
         )
-    common = common or SharedInputs.load(experiment)
-    (task,) = common.tasks.values()
-    reset_peak_memory(common.backbone.device)
-    pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed)])
+    inputs = inputs or SharedInputs.load(experiment)
+    (task,) = inputs.tasks.values()
+    reset_peak_memory(inputs.backbone.device)
+    pack = Pack(inputs.backbone, [Member(experiment.adapter, experiment.seed)])
     try:
         began = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
             prepare_task(pack, experiment.trainer, task.tables["train"])
         seconds = time.perf_counter() - began
-        prefix, shown_often = prefix_of(common, task, experiment.trainer)
-        kept = prefix.keeps(pack, shown_often)
+        prefix, shown_often = prefix_of(inputs, task, experiment.trainer)
+        kept = prefix.cached_tables(pack, shown_often)
         pack.cut = pack.depth if kept else None
-        settings = (experiment.optimizer, experiment.trainer, task.tables, task.swapped)
-        found = estimate(pack, *settings, kept=kept, filling=prefix.flops)
+        settings = (experiment.optimizer, experiment.trainer, task.tables, task.second_view)
+        found = estimate(pack, *settings, cached=kept, prefix_flops=prefix.flops)
     finally:
         pack.detach()
     return replace(
@@ -156,13 +156,13 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
     kinds: dict[str, Estimate] = {}
     for group in grouped(jobs):
         try:
-            common = SharedInputs.load(group.experiments[0])
+            inputs = SharedInputs.load(group.experiments[0])
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
             depths: set[int] = set()
             for part in cut(group, most):
-                for together in sized(part, common, ended, workers.sharing):
+                for together in sized(part, inputs, ended, workers.sharing):
                     experiments = [members[job.title] for job in together]
-                    packs.append(_together(together, experiments, common, kinds, depths, console))
+                    packs.append(_together(together, experiments, inputs, kinds, depths, console))
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -173,7 +173,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
 def _together(
     jobs: Sequence[Job],
     experiments: Sequence[Experiment],
-    common: SharedInputs,
+    inputs: SharedInputs,
     kinds: dict[str, Estimate],
     depths: set[int],
     console: Console,
@@ -183,21 +183,21 @@ def _together(
         kind = _kind(experiment)
         if kind not in kinds:
             console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
-            kinds[kind] = expect(experiment, common)
+            kinds[kind] = expect(experiment, inputs)
     each = [kinds[_kind(experiment)] for experiment in experiments]
     members = [
         kind for kind, experiment in zip(each, experiments, strict=True) for _ in range(experiment.ensemble.size)
     ]
-    needed = [needs(common, experiment) for experiment in experiments]
+    needed = [needs(inputs, experiment) for experiment in experiments]
     largest = max(range(len(jobs)), key=lambda j: each[j].peak_memory_bytes)
     size = experiments[largest].ensemble.size
     inside = replace(needed[largest], kept=(size - 1) / size * needed[largest].kept, step=0.0)
     others = [need if j != largest else inside for j, need in enumerate(needed)]
     # On a CPU members pass the adapted layers one after another.
-    beside = sum(need.kept + (0.0 if common.backbone.device.type == "cpu" else need.step) for need in others)
+    beside = sum(need.kept + (0.0 if inputs.backbone.device.type == "cpu" else need.step) for need in others)
     fills = needed[0].depth not in depths
     depths.add(needed[0].depth)
-    shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
+    shared = 0.0 if members[0].prefix_flops else _shared(experiments, inputs)
     halving = experiments[0].pack.halving and len(jobs) > 1
     return Expected(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside, halving)
 
@@ -207,13 +207,13 @@ def _kind(experiment: Experiment) -> str:
     return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
 
 
-def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:
+def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:
     """The share of the members' arithmetic that they do once for all."""
     found = [(member, each.adapter) for each in experiments for member in each.members()]
     if len(found) == 1 or len({member.seed_of("order") for member, _ in found}) > 1:
         return 0.0
-    members = [replace(member, saved_ranks=known_ranks(adapter, common)) for member, adapter in found]
-    pack = Pack(common.backbone, members)
+    members = [replace(member, saved_ranks=known_ranks(adapter, inputs)) for member, adapter in found]
+    pack = Pack(inputs.backbone, members)
     try:
         together = _flops(pack)
         alone = 0
@@ -227,7 +227,7 @@ def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:
 
 def _flops(pack: Pack) -> int:
     with FlopCounterMode(display=False) as counter:
-        probe_step(pack, 1, 32)
+        dummy_step(pack, 1, 32)
     return int(counter.get_total_flops())
 
 

@@ -70,8 +70,8 @@ def run(
             so = ", so pack.halving does not stop it" if halving else ""
             console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
         try:
-            common = SharedInputs.load(group.experiments[0])
-            packs = sized(group, common, ended, sharing)
+            inputs = SharedInputs.load(group.experiments[0])
+            packs = sized(group, inputs, ended, sharing)
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -79,7 +79,7 @@ def run(
         if halving and len(packs) > 1:
             console.print(f"note: pack.halving leaves one job of each pack, and there are {len(packs)}")
         for pack in packs:
-            _train(pack, common, console, ended, display, sharing)
+            _train(pack, inputs, console, ended, display, sharing)
 
 
 def grouped(jobs: Sequence[Job]) -> list[Group]:
@@ -134,7 +134,7 @@ class Need:
 
 
 def sized(
-    group: Group, common: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
+    group: Group, inputs: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
 ) -> list[list[Job]]:
     """The group's jobs in packs that this process's share of the memory takes; jobs that do not fit the backbone end
     here.
@@ -149,18 +149,18 @@ def sized(
         kind = repr((experiment.adapter, experiment.size))
         try:
             if kind not in measured:
-                measured[kind] = needs(common, experiment)
+                measured[kind] = needs(inputs, experiment)
         except Exception as error:
             ended(job, error)
             continue
         fitting.setdefault(measured[kind].depth, []).append((job, measured[kind]))
     settings = group.experiments[0].pack
-    free = SHARE_OF_FREE * free_bytes(common.backbone.device) / sharing
-    unasked = settings.size is None and not settings.halving and common.backbone.device.type == "cpu"
+    free = SHARE_OF_FREE * free_bytes(inputs.backbone.device) / sharing
+    unasked = settings.size is None and not settings.halving and inputs.backbone.device.type == "cpu"
     packs = []
     for depth, alike in fitting.items():
         most = 1 if unasked and depth == 0 else settings.size
-        packs += _within_memory(alike, most, settings.memory_bytes, free, common, ended)
+        packs += _within_memory(alike, most, settings.memory_bytes, free, inputs, ended)
     return packs
 
 
@@ -169,7 +169,7 @@ def _within_memory(
     most: int | None,
     asked_bound: int | None,
     free: float,
-    common: SharedInputs,
+    inputs: SharedInputs,
     ended: Callable[[Job, Exception | None], None],
 ) -> list[list[Job]]:
     bound = asked_bound or free
@@ -178,7 +178,7 @@ def _within_memory(
     passing = 0.0
     for job, need in jobs:
         # On a CPU members pass the adapted layers one after another.
-        passing = max(passing, need.step) if common.backbone.device.type == "cpu" else passing + need.step
+        passing = max(passing, need.step) if inputs.backbone.device.type == "cpu" else passing + need.step
         used += need.kept
         if packs and len(packs[-1]) != most and used + passing <= bound:
             packs[-1].append(job)
@@ -200,34 +200,34 @@ def _within_memory(
     return packs
 
 
-def known_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
+def known_ranks(adapter: Adapter, inputs: SharedInputs) -> dict[str, int]:
     """Ranks that let a pack measure the adapter without its start, which may be costly.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
     try:
-        return dict.fromkeys(adapter.targets(common.backbone), getattr(adapter, "rank", 0))
+        return dict.fromkeys(adapter.targets(inputs.backbone), getattr(adapter, "rank", 0))
     except UserError as error:
         raise error.under("adapter") from None
 
 
-def needs(common: SharedInputs, experiment: Experiment) -> Need:
+def needs(inputs: SharedInputs, experiment: Experiment) -> Need:
     """What the job's members need.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
-    known = known_ranks(experiment.adapter, common)
-    pack = Pack(common.backbone, experiment.members(known)[:1])
+    known = known_ranks(experiment.adapter, inputs)
+    pack = Pack(inputs.backbone, experiment.members(known)[:1])
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = max(1 if task.swapped is None else 2 for task in common.tasks.values())
-        row = saved_bytes(pack, 1, common.longest)
+        orders = max(1 if task.second_view is None else 2 for task in inputs.tasks.values())
+        row = saved_bytes(pack, 1, inputs.longest)
         kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size
-        at_once = 1 if common.backbone.device.type == "cpu" else size
+        at_once = 1 if inputs.backbone.device.type == "cpu" else size
         return Need(size * kept, at_once * TRANSIENT * orders * pairs * row, pack.depth)
     finally:
         pack.detach()
@@ -235,7 +235,7 @@ def needs(common: SharedInputs, experiment: Experiment) -> Need:
 
 def _train(
     jobs: list[Job],
-    common: SharedInputs,
+    inputs: SharedInputs,
     console: Console,
     ended: Callable[[Job, Exception | None], None],
     display: Shows,
@@ -246,7 +246,7 @@ def _train(
         console.print()
         console.print(shown(jobs[0].title, style="bold"))
     try:
-        errors = train_pack(jobs, console=console, inputs=common, brief=True, display=display, sharing=sharing)
+        errors = train_pack(jobs, console=console, inputs=inputs, brief=True, display=display, sharing=sharing)
     except Exception as error:
         if len(jobs) == 1:
             ended(jobs[0], error)
@@ -255,7 +255,7 @@ def _train(
         again = [_reopened(job) for job in jobs]
         middle = len(again) // 2
         for half in (again[:middle], again[middle:]):
-            _train(half, common, console, ended, display, sharing)
+            _train(half, inputs, console, ended, display, sharing)
         return
     for job, ended_by in zip(jobs, errors, strict=True):
         ended(job, ended_by)

@@ -1,1 +1,1 @@
-"""The training step: loop, optimizer, precision."""
+"""Training of a pack: loop, objective, optimizer, checkpoints, distribution, memory and precision."""

@@ -4,8 +4,9 @@
                               state.json              everything else
                               manifest.json           sizes and sha256 of the two, written last
 
-Each is built beside its place, flushed to the disk and renamed into it, so that a kill at any moment leaves the older
-ones as they are. The newest that agrees with its manifest is used. Nothing is pickled.
+A checkpoint is written into a temporary folder beside its destination, flushed to the disk and renamed, so that a kill
+at any moment leaves the older checkpoints intact. The newest checkpoint that agrees with its manifest is used. Nothing
+is pickled.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-KEPT = 2
-"""Checkpoints that a run keeps: the newest, and the one before in case the newest is damaged."""
+MAX_CHECKPOINTS = 2
+"""Checkpoints that a run keeps: the newest, and its predecessor in case the newest is damaged."""
 
 _FILES = ("tensors.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state as it was after an update."""
+    """A training state, as it was after an optimizer update."""
 
     step: int
     tensors: dict[str, Tensor]
     """On the CPU."""
-    facts: dict[str, Any]
-    """What JSON can say."""
+    metadata: dict[str, Any]
+    """Everything that is no tensor, as JSON."""
 
 
 @dataclass
@@ -53,101 +54,109 @@ class Checkpoints:
     """The checkpoints of one run, or of one member of its ensemble.
 
     Args:
-        folder: the run's `checkpoints/`; made with the first one.
-        stem: what their names begin with.
+        folder: the run's `checkpoints/`; created with the first checkpoint.
+        stem: prefix of the checkpoints' names.
     """
 
     folder: Path
     stem: str = "step"
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What every checkpoint says besides the training's own state."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Written to every checkpoint beside the training state."""
     damaged: list[str] = field(default_factory=list)
-    """What `newest` passed over, and why."""
+    """Checkpoints that `newest` skipped, each with the reason."""
     check: Callable[[], None] = lambda: None
-    """Called before anything is written or removed; raises where the folder is another run's by now."""
+    """Called before anything is written or removed; raises if the folder belongs to another run by now."""
 
     @classmethod
     def of_members(cls, folder: Path, members: int) -> list[Checkpoints]:
-        """Those of each member of a run, in its `checkpoints/`."""
+        """Return the checkpoints of each member of a run, all in its `checkpoints/`."""
         return [cls(folder, f"member_{i}-step" if members > 1 else "step") for i in range(members)]
 
-    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write a checkpoint and drop all but the newest few.
+    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write a checkpoint and remove all but the newest `MAX_CHECKPOINTS`.
 
         Raises:
-            RunFailedError: it cannot be written, or the run's folder is gone; the older ones are as they were.
+            RunFailedError: it cannot be written, or the run's folder is gone; the older checkpoints are unchanged.
         """
         self.check()
-        place = self.folder / f"{self.stem}-{step:08d}"
-        part = self.folder / f".{place.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
+        destination = self.folder / f"{self.stem}-{step:08d}"
+        temporary = self.folder / f".{destination.name}.part"
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with writing(place):
-                self.folder.mkdir(exist_ok=True)  # not the run's: one that was deleted must not bring itself back
-                part.mkdir()
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "tensors.safetensors")
-                (part / "state.json").write_text(json.dumps({"step": step, **self.facts, **facts}), encoding="utf-8")
-                manifest = {name: _described(part / name) for name in _FILES}
-                (part / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+            with writing(destination):
+                self.folder.mkdir(exist_ok=True)  # without its parents: a deleted run's folder is not created again
+                temporary.mkdir()
+                contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(contiguous, temporary / "tensors.safetensors")
+                (temporary / "state.json").write_text(
+                    json.dumps({"step": step, **self.metadata, **metadata}), encoding="utf-8"
+                )
+                manifest = {name: _describe(temporary / name) for name in _FILES}
+                (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
                 for name in (*_FILES, "manifest.json"):
-                    _flush(part / name)
-                _flush(part)
-                shutil.rmtree(place, ignore_errors=True)  # a damaged one of the same step
-                os.replace(part, place)
+                    _flush(temporary / name)
+                _flush(temporary)
+                shutil.rmtree(destination, ignore_errors=True)  # a damaged checkpoint of the same step
+                os.replace(temporary, destination)
                 _flush(self.folder)
         except SafetensorError as error:
             raise RunFailedError(
-                f"cannot be written: {error}", file=place, remedy=MAKE_ROOM, code=Code.UNWRITABLE
+                f"cannot be written: {error}", file=destination, remedy=MAKE_ROOM, code=Code.UNWRITABLE
             ) from None
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-        for old in self._places()[KEPT:]:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self._newest_first()[MAX_CHECKPOINTS:]:
             shutil.rmtree(old, ignore_errors=True)
 
     def newest(self, step: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint (up to `step`) that is whole; None without any. `damaged` says what was passed over."""
-        for place in self._places():
-            if step is not None and self._step(place) > step:
+        """Return the newest undamaged checkpoint, up to `step` if that is given; None if there is none.
+
+        Damaged checkpoints that were skipped are added to `damaged`.
+        """
+        for folder in self._newest_first():
+            if step is not None and self._step(folder) > step:
                 continue
             try:
-                return _read(place)
+                return _read(folder)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                self.damaged.append(f"{place.name}: {error}")
+                self.damaged.append(f"{folder.name}: {error}")
         return None
 
     def clear(self) -> None:
-        """Remove all: a finished run has nothing to go on with."""
+        """Remove all checkpoints: a finished run is never resumed."""
         self.check()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _places(self) -> list[Path]:
-        """The folders of finished checkpoints, the newest first."""
+    def _newest_first(self) -> list[Path]:
+        """Return the folders of complete checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
         name = re.compile(rf"{self.stem}-\d+")
-        found = [place for place in self.folder.iterdir() if name.fullmatch(place.name)]
-        return sorted(found, key=self._step, reverse=True)
+        folders = [folder for folder in self.folder.iterdir() if name.fullmatch(folder.name)]
+        return sorted(folders, key=self._step, reverse=True)
 
-    def _step(self, place: Path) -> int:
-        return int(place.name.removeprefix(f"{self.stem}-"))
+    def _step(self, folder: Path) -> int:
+        return int(folder.name.removeprefix(f"{self.stem}-"))
 
 
-def _read(place: Path) -> Checkpoint:
-    manifest = untrusted.read_json(place / "manifest.json")
+def _read(folder: Path) -> Checkpoint:
+    """Read a checkpoint; raises an error of the file system or of a format if it does not agree with its manifest."""
+    manifest = untrusted.read_json(folder / "manifest.json")
     for name in _FILES:
-        if manifest[name] != _described(place / name):
-            raise ValueError(f"{name} is not what was written")
-    facts = untrusted.read_json(place / "state.json")
-    return Checkpoint(facts.pop("step"), load_file(place / "tensors.safetensors"), facts)
+        if manifest[name] != _describe(folder / name):
+            raise ValueError(f"{name} has another size or SHA-256 than manifest.json says")
+    metadata = untrusted.read_json(folder / "state.json")
+    return Checkpoint(metadata.pop("step"), load_file(folder / "tensors.safetensors"), metadata)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, Any]:
+    """Return the size and the SHA-256 of a file, as the manifest has them."""
     with untrusted.open_file(path, max_bytes=2**63) as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": file_digest(file, "sha256").hexdigest()}
 
 
 def _flush(path: Path) -> None:
-    """See to it that a file, or a folder's list of files, is on the disk."""
+    """Flush a file, or a folder's list of files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,9 @@
-"""Forward and backward pass of a batch, on a GPU as one CUDA graph per shape.
+"""Forward and backward pass of a batch, on a GPU as one CUDA graph per batch shape.
 
-A step of a small encoder is a thousand small kernels; a GPU has done each before Python has launched the next. What a
-graph has recorded is launched at once. It reads and writes the same memory each time, so batches are copied into its
-inputs and gradients gather in tensors that it knows; everything around the two passes works as without it.
+A step of a small encoder is a thousand small kernels; a GPU finishes each of them before Python has launched the next.
+A CUDA graph launches all kernels that it has recorded at once. It reads and writes the same memory each time, so
+batches are copied into its inputs, and gradients accumulate in tensors that the graph knows. Everything around the two
+passes works as without graphs.
 """
 
 from __future__ import annotations
@@ -25,134 +26,145 @@ if TYPE_CHECKING:
     from lora_bench.data.batching import Batch
     from lora_bench.training.objective import Objective
 
-MOST_GRAPHS = 64
-"""Kept at a time; each holds its inputs, and all of them share the memory of what they compute."""
-MULTIPLE = 8
-"""Batches for graphs are padded to multiples of so many tokens: fewer shapes, and fused attention likes it."""
+MAX_GRAPHS = 64
+"""Graphs held at a time. Each holds its inputs; all share the memory of intermediate results."""
+LENGTH_MULTIPLE = 8
+"""Batches for graphs are padded to a multiple of this many tokens: fewer shapes, and faster fused attention."""
 
 
 class Backward:
-    """What a batch adds to each live member's mean loss, and its gradients.
+    """Adds the gradients of a batch to the active members, and returns their losses.
 
     Args:
         pack: the members.
-        objectives: what is minimised, by the head that answers.
-        graphs: whether a GPU may replay what it has done before.
+        objectives: by number of the head that they are computed with.
+        graphs: replay CUDA graphs, if the pack is on a GPU.
     """
 
     def __init__(self, pack: Pack, objectives: Mapping[int, Objective], *, graphs: bool) -> None:
         self.pack = pack
         self.objectives = objectives
         graphs = graphs and pack.backbone.device.type == "cuda"
-        self._pass = Graphs(pack, self._add) if graphs else self._add_anew
-        self.multiple = MULTIPLE if graphs else 1
-        """Tokens that the length of a batch should be a multiple of."""
+        self._pass = Graphs(pack, self._add) if graphs else self._add_from_cpu
+        self.multiple = LENGTH_MULTIPLE if graphs else 1
+        """The length of a batch, in tokens, should be a multiple of this."""
 
     def __call__(self, batch: Batch, of_pairs: int, pairs: int) -> dict[int, float]:
-        """Add the gradients of a batch, `pairs` at a time; the losses are shares of means over `of_pairs` pairs.
+        """Accumulate the gradients of a batch in micro-batches.
 
-        Members are independent: their losses add up.
+        Members are independent, so one backward pass of the sum of their losses gives each its own gradients.
+
+        Args:
+            batch: of all active members, or one that they share.
+            of_pairs: pairs of the whole step, over which the loss is a mean; the batch may be a share of it.
+            pairs: pairs of each member per micro-batch.
+
+        Returns:
+            By member, the batch's contribution to its mean loss.
         """
-        losses = torch.zeros(len(self.pack.live), device=self.pack.backbone.device)
+        losses = torch.zeros(len(self.pack.active), device=self.pack.backbone.device)
         with self.pack.gathering_gradients():
             for micro in micro_batches(batch, pairs):
                 losses += self._pass(micro, micro.pairs / of_pairs)
-        return dict(zip(self.pack.live, losses.tolist(), strict=True))
+        return dict(zip(self.pack.active, losses.tolist(), strict=True))
 
-    def _add_anew(self, batch: Batch, share: float) -> Tensor:
+    def _add_from_cpu(self, batch: Batch, share: float) -> Tensor:
         return self._add(batch.to(self.pack.backbone.device), share)
 
     def _add(self, batch: Batch, share: float) -> Tensor:
-        """Gradients of `share` times the mean loss of a batch on the device, and these losses, (K,)."""
+        """Accumulate the gradients of `share` times the mean losses of a batch on the device; return these (K,)."""
         pack = self.pack
         assert batch.labels is not None
-        labels = batch.labels.view(batch.members, -1).expand(len(pack.live), -1)  # (K, orders · B)
+        labels = batch.labels.view(batch.members, -1).expand(len(pack.active), -1)  # (K, orders · B)
         hidden = pack.prefix(batch)
         losses: dict[int, Tensor] = {}
-        for part in pack.portions():
-            logits = pack.suffix(hidden, batch, part)  # (len(part), orders · B, 2)
-            own = torch.stack([labels[pack.live.index(k)] for k in part])
-            loss = self.objectives[batch.head].loss(logits, own) * share
-            penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
+        for members in pack.portions():
+            logits = pack.suffix(hidden, batch, members)  # (M, orders · B, 2) of M members
+            member_labels = torch.stack([labels[pack.active.index(k)] for k in members])  # (M, orders · B)
+            loss = self.objectives[batch.head].loss(logits, member_labels) * share  # (M,)
+            penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in members]
             extra = [penalty * share for penalty in penalties if penalty is not None]
             torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
-            losses |= zip(part, loss.detach(), strict=True)
-        return torch.stack([losses[k] for k in pack.live])
+            losses |= zip(members, loss.detach(), strict=True)
+        return torch.stack([losses[k] for k in pack.active])
 
 
 @dataclass
 class Graph:
-    """A recorded pass."""
+    """A recorded forward and backward pass."""
 
     recorded: Any
     batch: Batch
+    """Inputs of the graph, on the device."""
     losses: Tensor
-    learning: Sequence[nn.Parameter]
+    """Output of the graph: (K,)."""
+    parameters: Sequence[nn.Parameter]
+    """Parameters whose gradients the graph writes."""
 
     def __call__(self, batch: Batch) -> Tensor:
-        for name, place in vars(self.batch).items():
-            if isinstance(place, Tensor):
-                place.copy_(getattr(batch, name).pin_memory(), non_blocking=True)
+        for name, graph_input in vars(self.batch).items():
+            if isinstance(graph_input, Tensor):
+                graph_input.copy_(getattr(batch, name).pin_memory(), non_blocking=True)
         self.recorded.replay()
         return self.losses
 
 
 class Graphs:
-    """A pass over batches of the CPU: done as it is the first time that a shape is seen, then recorded and replayed.
+    """A pass over batches in CPU memory: the first batch of a shape is computed eagerly, later ones replay a graph.
 
     Args:
         pack: the members, on a GPU.
-        work: the pass over a batch on the device and its share of the step's pairs; gives the losses, (K,).
+        work: the pass; takes a batch on the device and its share of the step's pairs, and returns the losses (K,).
     """
 
     def __init__(self, pack: Pack, work: Callable[[Batch, float], Tensor]) -> None:
         self.pack = pack
         self.work = work
         self.pool = torch.cuda.graph_pool_handle()
-        self.learning: dict[Hashable, list[nn.Parameter]] = {}
-        """By shape, what the first pass gave gradients."""
+        self.trained: dict[Hashable, list[nn.Parameter]] = {}
+        """By shape, the parameters that the first pass gave gradients."""
         self.graphs: dict[Hashable, Graph | None] = {}
-        """By shape; None: it cannot be recorded."""
+        """By shape; None if it cannot be recorded."""
         self.gradients: dict[nn.Parameter, Tensor] = {}
-        """Where graphs gather them."""
+        """The tensors in which graphs accumulate gradients."""
 
     def __call__(self, batch: Batch, share: float) -> Tensor:
         pack, device = self.pack, self.pack.backbone.device
         batch = replace(batch, full=False)
         shape = (batch.members, batch.orders, *batch.input_ids.shape, batch.hidden is None)
-        key = (*pack.live, pack.joined, batch.head, share, shape)
-        if key not in self.learning:
+        key = (*pack.active, pack.joined, batch.head, share, shape)
+        if key not in self.trained:
             losses = self.work(batch.to(device), share)
-            trainable = (p for k in pack.live for p in pack.trainable(k).values())
-            self.learning[key] = [p for p in trainable if p.grad is not None]
+            trainable = (p for k in pack.active for p in pack.trainable(k).values())
+            self.trained[key] = [p for p in trainable if p.grad is not None]
             return losses
-        self._gather(self.learning[key])
+        self._use_graph_gradients(self.trained[key])
         if key not in self.graphs:
-            if len(self.graphs) == MOST_GRAPHS:
+            if len(self.graphs) == MAX_GRAPHS:
                 self.graphs.clear()
-            self.graphs[key] = self._record(batch.to(device), share, self.learning[key])
+            self.graphs[key] = self._record(batch.to(device), share, self.trained[key])
         graph = self.graphs[key]
         return self.work(batch.to(device), share) if graph is None else graph(batch)
 
-    def _gather(self, learning: Sequence[nn.Parameter]) -> None:
-        """Let gradients gather in the tensors that graphs know, on top of what has gathered in this step."""
-        fresh = []
-        for p in learning:
-            own = self.gradients.get(p)
-            if own is None:
-                own = self.gradients[p] = torch.zeros_like(p)
+    def _use_graph_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Move the gradients of this step so far into the tensors that graphs know."""
+        without_gradient = []
+        for p in parameters:
+            gradient = self.gradients.get(p)
+            if gradient is None:
+                gradient = self.gradients[p] = torch.zeros_like(p)
             if p.grad is None:
-                fresh.append(own)
-            elif p.grad is not own:
-                own.copy_(p.grad)
-            p.grad = own
-        if fresh:
-            torch._foreach_zero_(fresh)
+                without_gradient.append(gradient)
+            elif p.grad is not gradient:
+                gradient.copy_(p.grad)
+            p.grad = gradient
+        if without_gradient:
+            torch._foreach_zero_(without_gradient)
 
-    def _record(self, batch: Batch, share: float, learning: Sequence[nn.Parameter]) -> Graph | None:
-        """The pass over batches of this shape; None where something in it cannot be recorded."""
+    def _record(self, batch: Batch, share: float, parameters: Sequence[nn.Parameter]) -> Graph | None:
+        """Record the pass over batches of this shape; None if it contains something that cannot be recorded."""
         recorded = torch.cuda.CUDAGraph()
-        for k in self.pack.live:
+        for k in self.pack.active:
             recorded.register_generator_state(self.pack.dropout[k])
         torch.cuda.synchronize()
         try:
@@ -162,4 +174,4 @@ class Graphs:
             if is_out_of_memory(error):
                 raise
             return None
-        return Graph(recorded, batch, losses, learning)
+        return Graph(recorded, batch, losses, parameters)

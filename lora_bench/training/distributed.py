@@ -1,8 +1,8 @@
-"""Data-parallel training: each process takes its share of every global batch, and gradients are added up.
+"""Data-parallel training: each process computes its shard of every global batch, and gradients are all-reduced.
 
-Started by `torchrun`, which tells each process its rank through the environment. Only what the adapters and heads
-train is exchanged, as one flat tensor a step: the frozen backbone is the same everywhere, and is small enough for each
-process to hold, so that there is nothing for FSDP to shard.
+`torchrun` starts the processes and gives each its rank through the environment. Only the gradients of adapters and
+heads are exchanged, as one flat tensor per step: the frozen backbone is the same in every process and small enough for
+each to hold, so there is nothing for FSDP to shard.
 """
 
 from __future__ import annotations
@@ -40,82 +40,91 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together; by default it is alone, and nothing is exchanged."""
+    """The rank of this process, and the number of processes that train one run; by default a single process."""
 
     rank: int = 0
     size: int = 1
+    """With 1, every collective returns its argument unchanged."""
 
     @property
-    def leads(self) -> bool:
-        """Whether it is the one that writes and prints."""
+    def is_leader(self) -> bool:
+        """True in the one process that writes and prints."""
         return self.rank == 0
 
-    def share(self, batch: Batch) -> Batch | None:
-        """Its pairs of a global batch; None where there are fewer pairs than processes and none is left for it."""
+    def shard(self, batch: Batch) -> Batch | None:
+        """Return this process's pairs of a global batch; None if the batch has too few pairs for every process."""
         start, end = (batch.pairs * rank // self.size for rank in (self.rank, self.rank + 1))
         if self.size == 1:
             return batch
         return pick(batch, start, end) if start < end else None
 
-    def add_up(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
-        """Sum gradients over the processes, in place, and losses: each process's are shares of the global mean."""
+    def all_reduce(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
+        """Sum gradients (in place) and losses over the processes; each process holds its share of the global mean.
+
+        Args:
+            parameters: the same in every process; one without a gradient counts as zero.
+            losses: by member.
+
+        Returns:
+            The summed losses.
+        """
         if self.size == 1:
             return losses
         trained = [p for p in parameters if p.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        told = torch.tensor(list(losses.values()), dtype=torch.float32, device=trained[0].device)
-        flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), told])
+        flat_losses = torch.tensor(list(losses.values()), dtype=torch.float32, device=trained[0].device)
+        flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), flat_losses])
         dist.all_reduce(flat)
         summed = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(losses)])
         for p, gradient in zip(trained, summed[:-1], strict=True):
             p.grad = gradient.view_as(p).to(p.dtype)
         return dict(zip(losses, summed[-1].tolist(), strict=True))
 
-    def agree(self, tensors: Iterable[Tensor]) -> None:
-        """Take the leader's values."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with the leader's values."""
         if self.size > 1:
             with torch.no_grad():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
-    def shared_rows(self, batches: Iterable[T]) -> Iterator[T]:
-        """Every so-manyth batch of an evaluation, beginning with its own."""
+    def shard_batches(self, batches: Iterable[T]) -> Iterator[T]:
+        """Return this process's batches of an evaluation: every `size`-th, from number `rank` on."""
         return islice(batches, self.rank, None, self.size)
 
     def gather(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Scores of all processes, each of which left those that are not its own at zero."""
+        """Sum scores over the processes; each process leaves the rows of the other processes at zero."""
         if self.size > 1:
             dist.all_reduce(torch.from_numpy(scores))
         return scores
 
-    def any_asked(self, signal: int | None) -> int | None:
-        """The signal that any process got, so that all stop after the same step."""
+    def any_signal(self, signal: int | None) -> int | None:
+        """Return the signal that any process has received, so that all stop after the same step; None without one."""
         if self.size == 1:
             return signal
-        asked = torch.tensor(signal or 0)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return int(asked) or None
+        highest = torch.tensor(signal or 0)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest) or None
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 @contextmanager
-def together() -> Iterator[Processes]:
-    """The processes that `torchrun` started; alone where it did not start this one.
+def processes_of_torchrun() -> Iterator[Processes]:
+    """Join the processes that `torchrun` started, for the time of the context; a single process without `torchrun`.
 
     Raises:
-        UserError: they do not find one another.
+        UserError: the processes cannot reach one another in time.
     """
     launch = Launch.read()
     if launch.world_size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     launch.check()
     gpus = torch.cuda.is_available()
     if gpus and launch.local_rank is not None:
         torch.cuda.set_device(resolve_device("cuda"))
-    store = _Meeting(launch).join()
+    store = _Rendezvous(launch).join()
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
     try:
@@ -125,13 +134,13 @@ def together() -> Iterator[Processes]:
 
 
 JOIN_SECONDS = 45.0
-"""How long processes wait for one another; `torchrun` starts them within seconds."""
+"""Longest wait for the other processes; `torchrun` starts them within seconds."""
 NOTICE_SECONDS = 1.0
-"""After so long it is said what is waited for."""
+"""A process that waits longer than this prints a notice."""
 
 
-class _Meeting:
-    """Where the processes of a training find one another: a store that process 0, or `torchrun` itself, serves."""
+class _Rendezvous:
+    """Connects the processes through a store that process 0, or `torchrun` itself, serves."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
@@ -140,10 +149,10 @@ class _Meeting:
         self.served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def join(self) -> Any:
-        """Return the store when all processes have joined.
+        """Wait until all processes have joined, and return the store.
 
         Raises:
-            UserError: some have not in time, or the store cannot be reached or served.
+            UserError: a process has not joined in time, or the store cannot be reached or served.
         """
         serves = self.launch.rank == 0 and not self.served_by_torchrun
         if not serves:
@@ -159,17 +168,16 @@ class _Meeting:
             first = str(error).strip().partition("\n")[0]
             raise self._refusal(f"cannot be used ({first})") from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own = dist.PrefixStore(f"lora_bench/{attempt}", store)  # type: ignore[attr-defined]
-        joined = own.add("joined", 1)
+        store_of_attempt = dist.PrefixStore(f"lora_bench/{attempt}", store)  # type: ignore[attr-defined]
+        joined = store_of_attempt.add("joined", 1)
         while joined < self.launch.world_size:
-            said = f"{joined} of {self.launch.world_size} have joined"
-            self._wait(said, notice=self.launch.rank == 0)
-            joined = own.add("joined", 0)
-        own.set_timeout(dist.default_pg_timeout)  # from here on processes may be minutes apart
-        return own
+            self._wait(f"{joined} of {self.launch.world_size} have joined", notice=self.launch.rank == 0)
+            joined = store_of_attempt.add("joined", 0)
+        store_of_attempt.set_timeout(dist.default_pg_timeout)  # from here on processes may be minutes apart
+        return store_of_attempt
 
     def _reach(self) -> None:
-        """Wait until somebody serves the store."""
+        """Wait until the store accepts connections."""
         while True:
             try:
                 with socket.create_connection((self.launch.address, self.launch.port), timeout=2):
@@ -177,21 +185,27 @@ class _Meeting:
             except OSError as error:
                 self._wait(f"process 0 does not answer ({error.strerror or error})", notice=True)
 
-    def _wait(self, what: str, *, notice: bool) -> None:
+    @property
+    def _address(self) -> str:
+        return f"{self.launch.address}:{self.launch.port}"
+
+    def _wait(self, state: str, *, notice: bool) -> None:
+        """Sleep for a moment; refuse after `JOIN_SECONDS`, and print `state` once after `NOTICE_SECONDS`."""
         waited = time.monotonic() - self.since
         if waited > JOIN_SECONDS:
-            raise self._refusal(f"{what} after {JOIN_SECONDS:.0f} seconds")
+            raise self._refusal(f"{state} after {JOIN_SECONDS:.0f} seconds")
         if notice and waited > NOTICE_SECONDS and not self.noticed:
             self.noticed = True
-            place = f"{self.launch.address}:{self.launch.port}"
-            text = f"process {self.launch.rank} is waiting for {self.launch.world_size} processes at {place}: {what}"
+            text = (
+                f"process {self.launch.rank} is waiting for {self.launch.world_size} processes at {self._address}: "
+                f"{state}"
+            )
             Console(stderr=True, highlight=False, soft_wrap=True).print(shown(text))
         time.sleep(0.05)
 
     def _refusal(self, reason: str) -> UserError:
         remedy = (
-            f"WORLD_SIZE={self.launch.world_size} says that so many processes train together: start them all, as "
+            f"WORLD_SIZE={self.launch.world_size} asks for {self.launch.world_size} processes: start all of them, as "
             "torchrun does, or unset WORLD_SIZE to train in one process."
         )
-        place = f"{self.launch.address}:{self.launch.port}"
-        return UserError(reason, key="MASTER_ADDR:MASTER_PORT", value=place, remedy=remedy, code=Code.SERVER)
+        return UserError(reason, key="MASTER_ADDR:MASTER_PORT", value=self._address, remedy=remedy, code=Code.SERVER)

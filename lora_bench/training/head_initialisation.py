@@ -19,26 +19,28 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
-    """Let a member's matching start from training batches, as its adapter is now; without one nothing is done.
+def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
+    """Initialise a member's pair features from training batches, with its adapter as it is now.
+
+    Nothing happens if the member has no pair features.
 
     Returns:
-        Where the batches tell too little, why it begins at zero instead: a sentence for the record.
+        A note for the record if the batches have too few pairs, so that the pair features start at zero; else None.
     """
     if str(member) not in pack.matchings:
         return None
-    look = list(islice(batches, BATCHES))
-    if lacking := lack(look, member, of_labels=True):
-        return f"adapter.matching: {lacking}, so it begins at zero."
+    calibration_batches = list(islice(batches, BATCHES))
+    if shortage := lack(calibration_batches, member, of_labels=True):
+        return f"adapter.matching: {shortage}, so it starts at zero."
     matching: Any = pack.matchings[str(member)]
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    handle = matching.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+    handle = matching.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with handle, alone(pack, member):
-        for batch in look:
-            own = batch.of([member]).to(pack.backbone.device)
-            assert own.labels is not None
-            pack(own)
-            labels.append(own.labels)
+        for batch in calibration_batches:
+            member_batch = batch.of([member]).to(pack.backbone.device)
+            assert member_batch.labels is not None
+            pack(member_batch)
+            labels.append(member_batch.labels)
     matching.begin(torch.cat(features), torch.cat(labels))
     return None

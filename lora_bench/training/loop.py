@@ -1,4 +1,4 @@
-"""The training loop: a pack of K members, trained together, each as it would be alone.
+"""The training loop: a pack of K members, trained together, each as in a single run.
 
 for every step:   forward once, one loss per member, backward; then per member clip, hooks, AdamW, weight average
                   (members that learn different tasks have batches of their own, one after the other in each step)
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_bench.errors import LostFolderError, RunFailedError
 from lora_bench.training import head_initialisation
-from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import MemberRun, isolate_failure
-from lora_bench.training.micro_batching import in_portions
+from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.model_selection import evaluate_members, update_best
 from lora_bench.training.successive_halving import eliminated, survivors
-from lora_bench.training.task_mixture import TaskData, TaskMixture, steps_asked
+from lora_bench.training.task_mixture import TaskData, TaskMixture, optimizer_steps
 from lora_bench.training.training_state import gather
-from lora_bench.training.weight_averaging import averaged
+from lora_bench.training.weight_averaging import averaged_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -39,33 +39,33 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Follows the training: the record and the progress display."""
+    """Follows the training; implemented by the recorder and the progress display."""
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-        """A step was made: the loss of each active member, and the pairs of its batches."""
+        """Note an optimizer step: the loss of each active member, and the pairs of the step's batches."""
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
-        """A member was evaluated on the selection split; `line` is for its log."""
+        """Note a member's evaluation on the selection split; `line` is for its log."""
 
     def ended(self, members: Sequence[int]) -> None:
-        """These members have just ended; those that did not fail are at their best state."""
+        """Handle members that have just ended; those that did not fail are at their best state."""
 
 
 def total_steps(trainer: Trainer, pairs: int) -> int:
     """Return the optimizer updates that the settings ask for, on so many training pairs of one task."""
-    return steps_asked(trainer, math.ceil(pairs / trainer.batch_size))
+    return optimizer_steps(trainer, math.ceil(pairs / trainer.batch_size))
 
 
 def prepare(
     pack: Pack, trainer: Trainer, mixtures: Sequence[TaskMixture], members: Iterable[int] | None = None
 ) -> list[str]:
-    """Initialise adapters, ranks and pair features from training batches, where a member's settings ask for it.
+    """Initialise adapters, ranks and pair features from training batches, if a member's settings ask for it.
 
     Args:
         pack: before its first step.
         trainer: gives the batch size.
-        mixtures: what the members learn.
-        members: whom to prepare; None: all.
+        mixtures: the tasks that the members learn.
+        members: to prepare; None: all.
 
     Returns:
         Notes for the record on initialisations that had too few pairs.
@@ -75,14 +75,14 @@ def prepare(
     for mixture in mixtures:
         for k in (k for k in mixture.members if k in chosen):
             with pack.only([k]):
-                own = mixture.before(k)
-                notes.append(pack.members[k].adapter.prepare(pack, k, own.batches(pack, trainer.batch_size)))
-                notes.append(head_initialisation.begin(pack, k, own.batches(pack, trainer.batch_size)))
+                single = mixture.for_initialisation(k)
+                notes.append(pack.members[k].adapter.prepare(pack, k, single.batches(pack, trainer.batch_size)))
+                notes.append(head_initialisation.initialise(pack, k, single.batches(pack, trainer.batch_size)))
     return [note for note in notes if note]
 
 
 class MixtureSteps:
-    """Training steps on one task mixture: its batches, and the gradients that they give the members who learn it."""
+    """Training steps of the members that learn one task mixture, on its batches."""
 
     def __init__(
         self, pack: Pack, mixture: TaskMixture, members: Sequence[MemberRun], trainer: Trainer, first_step: int
@@ -97,7 +97,7 @@ class MixtureSteps:
         """Make one update of every running member.
 
         Returns:
-            Each one's loss, and the pairs of its batch; no losses where all members of the mixture have ended.
+            The loss by member, and the pairs of the batch; no losses and 0 if all members of the mixture have ended.
         """
         pack, learning = self.pack, [member for member in self.members if member.is_running]
         if not learning:
@@ -107,11 +107,11 @@ class MixtureSteps:
         with pack.only(numbers):
             batch = next(self.batches).of([self.mixture.members.index(k) for k in numbers])
             losses = dict.fromkeys(numbers, 0.0)
-            if (share := processes.share(batch)) is not None:
-                work = partial(self.backward, share, batch.pairs)
-                losses = in_portions(pack, share, self.trainer.micro_batch_size, work)
-            learned = (p for k in numbers for p in pack.trainable(k, batch.head).values())
-            losses = processes.add_up(learned, losses)
+            if (shard := processes.shard(batch)) is not None:
+                work = partial(self.backward, shard, batch.pairs)
+                losses = in_micro_batches(pack, shard, self.trainer.micro_batch_size, work)
+            trained = (p for k in numbers for p in pack.trainable(k, batch.head).values())
+            losses = processes.all_reduce(trained, losses)
         for member in learning:
             with isolate_failure(member.progress):
                 member.optimizer_step(step, losses[member.index])
@@ -122,17 +122,17 @@ class MixtureSteps:
 
 
 class PackTraining:
-    """A pack in training: K members, the task mixtures that they learn, and who follows them.
+    """A pack in training: K members, the task mixtures that they learn, and the observer.
 
     Args:
         pack: K members on one backbone, prepared.
         members: one per member of the pack, at the same step; only running ones are trained.
-        mixtures: what they learn; each member is in one of them.
+        mixtures: the tasks that they learn; each member is in one mixture.
         trainer: durations, micro-batches and objective, shared by all members.
         metrics: further metrics to log.
-        observer: who follows the training.
-        interruption: whether a signal asked to stop: then the step is completed, the state saved, and it acts.
-        processes: those that share each batch; all make the same steps.
+        observer: hears of steps, evaluations and ends.
+        interruption: defers signals: the step is completed and the state saved before a signal takes effect.
+        processes: the processes that share each batch; all make the same steps.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class PackTraining:
         metrics: Mapping[str, Metric] | None = None,
         observer: Observer | None = None,
         interruption: Interruption | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.pack, self.members, self.mixtures, self.trainer = pack, members, mixtures, trainer
         self.metrics, self.observer = metrics or {}, observer
@@ -169,24 +169,24 @@ class PackTraining:
             losses: dict[int, float] = {}
             pairs = 0
             for mixture_steps in steps_of:
-                own, seen = mixture_steps.step(step, self.processes)
-                losses |= own
-                pairs += seen
+                mixture_losses, mixture_pairs = mixture_steps.step(step, self.processes)
+                losses |= mixture_losses
+                pairs += mixture_pairs
             if self.observer:
                 self.observer.stepped(step, losses, pairs)
-            losing = self.evaluate(step, halving)
+            losers = self.evaluate(step, halving)
             for member in self.running():
                 if step == member.schedule.last_step < self.last_step:  # others have more to learn
                     member.progress.status = "done"
-            # From here on all processes know of the same signals; a later one is acted on after the next step.
-            signal = self.processes.any_asked(self.interruption.asked) if self.interruption else None
-            self.save(step, active, needed=signal is not None or bool(losing))
-            losing = [member for member in losing if member.is_running]
-            for member in losing:
+            # From here on all processes agree on the signal; one that arrives later takes effect after the next step.
+            signal = self.processes.any_signal(self.interruption.requested_signal) if self.interruption else None
+            self.save(step, active, needed=signal is not None or bool(losers))
+            losers = [member for member in losers if member.is_running]
+            for member in losers:
                 member.progress.status = "stopped"
-            self.end(losing)
+            self.end(losers)
             if self.interruption and signal is not None:
-                self.interruption.act(signal)
+                self.interruption.raise_signal(signal)
             self.end(member for member in active if member.progress.status not in ("running", "stopped"))
         remaining = self.running()
         for member in remaining:
@@ -195,31 +195,31 @@ class PackTraining:
         pack.eval()
 
     def running(self) -> list[MemberRun]:
-        """Return the members that still train; the pack computes these alone from here on."""
+        """Return the members that still train, and make them the active members of the pack."""
         running = [member for member in self.members if member.is_running]
-        self.pack.live = [member.index for member in running]
+        self.pack.active = [member.index for member in running]
         return running
 
     def evaluate(self, step: int, halving: bool) -> list[MemberRun]:
-        """Evaluate the members whose evaluation is due, keep their best states, and stop those that gain no more.
+        """Evaluate the members whose evaluation is due, keep their best states, and stop those that improve no more.
 
         Returns:
             The members that halving eliminates.
         """
         running = self.running()
-        left = survivors(step, self.last_step)
-        is_crowded = halving and step < self.last_step and len(running) > left
+        limit = survivors(step, self.last_step)
+        is_crowded = halving and step < self.last_step and len(running) > limit
         due = [member for member in running if member.schedule.evaluation_due(step)]
         evaluated = running if is_crowded else due
         if not evaluated:
             return []
         ranking: dict[int, tuple[float, float]] = {}
         numbers = [member.index for member in evaluated]
-        with averaged(member.average for member in evaluated):
+        with averaged_weights(member.average for member in evaluated):
             results = evaluate_members(self.pack, self.mixtures, numbers, self.trainer.eval_batch_size, self.processes)
             for member in evaluated:
                 with isolate_failure(member.progress):
-                    # An evaluation that only halving asks for chooses no state: without halving there would be none.
+                    # An evaluation that only halving needs chooses no state: without halving it would not take place.
                     may_choose = member in due and member.ranks_are_final(step)
                     line = update_best(member, step, results[member.index], self.metrics, may_choose=may_choose)
                     if line is not None:
@@ -230,10 +230,10 @@ class PackTraining:
         if not is_crowded:
             return []
         still_running = {member.index: ranking[member.index] for member in self.running()}
-        return [self.members[k] for k in eliminated(still_running, left)]
+        return [self.members[k] for k in eliminated(still_running, limit)]
 
     def stop_early(self, member: MemberRun) -> None:
-        """End a member that gained nothing for `early_stopping_patience` evaluations, or that reached `stop_at`."""
+        """End a member that has not improved for `early_stopping_patience` evaluations, or has reached `stop_at`."""
         progress, patience, target = member.progress, self.trainer.early_stopping_patience, self.trainer.stop_at
         if patience is not None and progress.without_gain >= patience:
             progress.status = "done"
@@ -241,12 +241,12 @@ class PackTraining:
             progress.status = "done"
 
     def save(self, step: int, active: Sequence[MemberRun], *, needed: bool) -> None:
-        """Save checkpoints if they are due, or if a member ends here: its scoring may be interrupted.
+        """Save checkpoints if they are due, or if a member ends at this step, because its scoring may be interrupted.
 
         Args:
-            step: the update that was made.
+            step: the update that was just made.
             active: the members that made it.
-            needed: a signal or an elimination asks for checkpoints, so a failure to write them is the member's end.
+            needed: a signal or an elimination requires checkpoints, so a failure to write them ends the member.
         """
         every = self.trainer.checkpoint_every or max(member.schedule.eval_every for member in self.members)
         needed = needed or step % every == 0
@@ -260,16 +260,16 @@ class PackTraining:
                             member.checkpoints.save(step, *gather(member))
                         except RunFailedError as error:
                             if needed or isinstance(error, LostFolderError):
-                                raise  # else what was learned can still be scored and saved
+                                raise  # otherwise training goes on, and its result can still be scored and saved
 
     def end(self, members: Iterable[MemberRun]) -> None:
-        """Put members that have ended at their best state and tell the observer, who scores them."""
+        """Load the best state of members that have ended, and report them to the observer, which scores them."""
         ended = list(members)
         for member in ended:
             member.load_best()
         if ended and self.observer:
-            is_scored = any(member.progress.status == "done" for member in ended)  # it takes time: signals act at once
-            with self.interruption.lifted() if self.interruption and is_scored else nullcontext():
+            is_scored = any(member.progress.status == "done" for member in ended)  # takes time, so signals act at once
+            with self.interruption.signals_act_at_once() if self.interruption and is_scored else nullcontext():
                 self.observer.ended([member.index for member in ended])
 
 
@@ -280,7 +280,7 @@ def fit(
     train: TokenTable,
     selection: TokenTable,
     *,
-    swapped: TokenTable | None = None,
+    second_view: TokenTable | None = None,
     flop_models: Sequence[FlopModel] = (),
     observer: Observer | None = None,
 ) -> list[MemberProgress]:
@@ -290,16 +290,16 @@ def fit(
         pack: K members on one backbone, prepared.
         optimizers: settings of each member's optimizer.
         trainer: durations, micro-batches and objective.
-        train: the pairs to learn from.
+        train: the training pairs.
         selection: the pairs on which the best state is chosen.
-        swapped: second views of the training pairs, if the objective has any.
+        second_view: second views of the training pairs, if the objective has any.
         flop_models: FLOPs of a training step of each member, if they are to be counted.
-        observer: who follows the training.
+        observer: hears of steps, evaluations and ends.
 
     Returns:
-        The progress of each member; those that diverged or failed are among them.
+        The progress of every member, also of those that diverged or failed.
     """
-    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, swapped)})
+    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, second_view)})
     members = [MemberRun.start(pack, k, settings, mixture, trainer) for k, settings in enumerate(optimizers)]
     for member, model in zip(members, flop_models, strict=False):
         member.flop_model = model
@@ -308,5 +308,5 @@ def fit(
 
 
 def prepare_task(pack: Pack, trainer: Trainer, train: TokenTable) -> list[str]:
-    """Initialise all members from the training pairs of one task, where their settings ask for it: see `prepare`."""
+    """Initialise all members from the training pairs of one task, if their settings ask for it: see `prepare`."""
     return prepare(pack, trainer, [TaskMixture(range(pack.size), {"": TaskData(train, train)})])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_bench.errors import DivergedError
-from lora_bench.training.optim import make_optimizer, set_rate
-from lora_bench.training.weight_averaging import Average
+from lora_bench.training.optim import make_optimizer, set_learning_rate
+from lora_bench.training.weight_averaging import WeightAverage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class MemberProgress:
-    """How far one member has come, and the best that it reached."""
+    """The progress of one member: its status, its best state and its costs so far."""
 
     status: str = "running"
-    """`done`, `diverged` when its loss, gradient or scores ceased to be finite, `failed`, or `stopped` by halving."""
+    """`running`, `done`, `diverged` (a loss, gradient or score was not finite), `failed`, or `stopped` by halving."""
     error: Exception | None = None
-    """Why it diverged or failed."""
+    """The reason why it diverged or failed."""
     best: dict[str, Any] | None = None
     """The log line of its best evaluation: step, epoch, metrics on the selection split."""
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -47,13 +47,13 @@ class MemberProgress:
     seconds: float = 0.0
     """Wall time of the training steps, without evaluations."""
     pairs: int = 0
-    """Training pairs seen; a pair that a step shows in both orders counts once."""
+    """Training pairs seen; a pair with two views in a step counts once."""
     tokens: int = 0
-    """Tokens of the training steps, padding and both orders included."""
+    """Tokens of the training steps, padding and both views included."""
     padding: int = 0
     """Padding tokens among them."""
     flops: float = 0.0
-    """Arithmetic of the training steps: forward, backward."""
+    """FLOPs of the training steps, forward and backward."""
     without_gain: int = 0
     """Consecutive evaluations without a better selection MCC; those before ranks are final do not count."""
 
@@ -64,7 +64,7 @@ class MemberProgress:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a member is evaluated and when it ends, in optimizer updates."""
+    """The steps of a member's evaluations and of its end, in optimizer updates."""
 
     steps_per_epoch: int
     last_step: int
@@ -77,6 +77,7 @@ class Schedule:
         return cls(per_epoch, mixture.steps(trainer), trainer.eval_every or per_epoch)
 
     def evaluation_due(self, step: int) -> bool:
+        """Return whether the member is evaluated after this step; the last step always is."""
         return step % self.eval_every == 0 or step == self.last_step
 
 
@@ -90,18 +91,18 @@ class MemberRun:
         settings: of its optimizer.
         optimizer: AdamW over its trained tensors.
         average: the mean of its weights.
-        schedule: when it is evaluated and ends.
-        progress: how far it has come.
-        siblings: numbers of the members that make one run with it, itself included.
+        schedule: steps of its evaluations and of its end.
+        progress: its status, best state and costs so far.
+        siblings: numbers of the members of the same run, itself included.
         flop_model: FLOPs of one of its training steps; None: they are not counted.
-        checkpoints: where its state is saved; None: nowhere.
+        checkpoints: the store of its states; None: its state is not saved.
     """
 
     index: int
     pack: Pack
     settings: Optimizer
     optimizer: torch.optim.AdamW
-    average: Average
+    average: WeightAverage
     schedule: Schedule
     progress: MemberProgress
     siblings: Sequence[int]
@@ -118,13 +119,13 @@ class MemberRun:
         trainer: Trainer,
         progress: MemberProgress | None = None,
     ) -> MemberRun:
-        """Return a member before its first step, in a run of its own, with the optimizer that the settings ask for."""
+        """Return a member before its first step, as the only member of its run."""
         return cls(
             index,
             pack,
             settings,
             make_optimizer(settings, pack, index),
-            Average(pack.trainable(index).values(), trainer.average),
+            WeightAverage(pack.trainable(index).values(), trainer.average),
             Schedule.of(mixture, trainer),
             progress or MemberProgress(),
             [index],
@@ -135,9 +136,11 @@ class MemberRun:
         return self.progress.is_running
 
     def optimizer_step(self, step: int, loss: float) -> None:
-        """Clip the member's gradients, call its method's hooks, update its weights and average them.
+        """Clip the member's gradients, call its method's hooks, update its weights and their average.
 
-        A loss or gradient that is not finite ends the member.
+        Args:
+            step: number of the update, from 1.
+            loss: of the step; a loss or gradient norm that is not finite ends the member without an update.
         """
         if not math.isfinite(loss):
             diverge(self.progress, step, f"loss {loss} is not finite")
@@ -148,16 +151,23 @@ class MemberRun:
             return
         adapter, updates = self.pack.members[self.index].adapter, self.pack.updates[self.index]
         last_step = self.schedule.last_step
-        set_rate(self.optimizer, self.settings, step, last_step)
+        set_learning_rate(self.optimizer, self.settings, step, last_step)
         adapter.before_step(updates, step, last_step)
         self.optimizer.step()
         adapter.after_step(updates, step, last_step)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ranks_are_final(step):
-            self.average.add()
+            self.average.update()
 
     def count(self, step: int, batch: Batch, padding: int, seconds: float) -> None:
-        """Add a training step to the member's costs; it is measured as if the member had trained alone."""
+        """Add a training step to the member's costs, counted as in a single run.
+
+        Args:
+            step: number of the step, from 1.
+            batch: of the step.
+            padding: padding tokens among the member's rows of it.
+            seconds: wall time of the step.
+        """
         B, T = batch.pairs, batch.input_ids.shape[1]
         progress, rows = self.progress, batch.orders * B
         progress.steps = step
@@ -168,19 +178,19 @@ class MemberRun:
         progress.flops += self.flop_model(rows, T) if self.flop_model else 0.0
 
     def ranks_are_final(self, step: int) -> bool:
-        """Whether the method changes no rank any more: only then weights are averaged and a state is chosen."""
-        return self.pack.members[self.index].adapter.settled(step, self.schedule.last_step)
+        """Return whether the method changes no more ranks; only then weights are averaged and a state is chosen."""
+        return self.pack.members[self.index].adapter.ranks_final(step, self.schedule.last_step)
 
     def load_best(self) -> None:
-        """Put the state of the best evaluation back into the pack, if there was one."""
+        """Load the state of the best evaluation into the pack, if there was an evaluation."""
         if self.progress.state:
             self.pack.load_state(self.index, self.progress.state)
 
 
 def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:
-    """Return a member's gradient norm before clipping, and clip the gradients to `grad_clip_norm`.
+    """Clip a member's gradients to a norm of `grad_clip_norm`, and return their norm before that.
 
-    torch's own `clip_grad_norm_` calls an operator for each parameter.
+    torch's `clip_grad_norm_` calls an operator for each parameter; this function calls one for all.
     """
     gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) if gradients else 0.0
@@ -191,7 +201,7 @@ def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:
 
 @contextmanager
 def isolate_failure(progress: MemberProgress) -> Iterator[None]:
-    """Turn an exception into the end of this member; the others go on."""
+    """Turn an exception into the end of this member, so that the other members train on."""
     try:
         yield
     except Exception as error:
@@ -200,6 +210,6 @@ def isolate_failure(progress: MemberProgress) -> Iterator[None]:
 
 
 def diverge(progress: MemberProgress, step: int, reason: str) -> None:
-    """End a member whose numbers ceased to be finite at this step."""
+    """End a member whose loss, gradient or scores are not finite at this step."""
     progress.status = "diverged"
-    progress.error = DivergedError(f"step {step}: {reason}; the learning rate may be too high (optimizer.lr)")
+    progress.error = DivergedError(f"step {step}: {reason}; the learning rate optimizer.lr may be too high")

@@ -1,4 +1,4 @@
-"""Memory of the process: what a step frees, the next step gets back without asking the system."""
+"""Memory of the process: reuse of freed blocks, and free memory of a device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LARGEST_REST = 1 << 30  # bytes
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep blocks of activations' size for the next step.
+    """Make glibc's allocator keep freed blocks of the size of activations for the next step.
 
-    By its defaults each is mapped, zeroed page by page and unmapped at every use. Elsewhere than on Linux with glibc
-    nothing happens. What is kept is given back when a run's measurement of peak memory begins.
+    By default each such block is mapped, zeroed page by page and unmapped at every use. The kept memory is returned to
+    the system when the measurement of a run's peak memory starts. Only effective on Linux with glibc.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device; for a CPU what the system calls available."""
+    """Return the bytes that can still be allocated on the device; for a CPU the system's available memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError):

@@ -1,7 +1,7 @@
-"""Portions: how many pairs go through the network at a time, and half as many whenever memory is short.
+"""Micro-batches: the pairs per forward pass, halved whenever memory does not suffice.
 
-A step that found too little memory is done again from where it began: gradients cleared, random streams put back. Its
-portions are smaller and its batch is the same, so what follows is what a run with that micro-batch would do.
+A step that ran out of memory is repeated from its start: gradients are cleared and random streams restored. Its batch
+is the same and its micro-batches are smaller, so the run continues as one with that micro-batch size would.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 QUICK_TOKENS = 2048
-"""So many tokens a CPU takes at a time where nothing else is asked for: what a layer makes of them stays in its cache,
-and long pairs need no more memory than short ones."""
+"""Tokens per forward pass on a CPU if no micro-batch size is set: a layer's output then stays in the CPU's cache, and
+long pairs need no more memory than short ones."""
 
-_SHORT = ("not enough memory", "can't allocate memory")
-"""What torch's allocator for the CPU says, on Windows and elsewhere."""
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
+"""Messages of torch's CPU allocator, on Windows and on other systems."""
 
 
-def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int], T]) -> T:
-    """The result of `work(pairs)`, with as many pairs per forward pass as memory has room for.
+def in_micro_batches(pack: Pack, batch: Batch, requested: int | None, work: Callable[[int], T]) -> T:
+    """Return the result of `work(pairs)`, with as many pairs per forward pass as memory allows.
 
     Args:
-        pack: remembers, in `room`, how many pairs fit where fewer did than were asked for.
-        batch: what is worked on.
-        asked: pairs of each member per forward pass; None: as many as are quick.
-        work: goes through the batch in portions of so many pairs per member.
+        pack: remembers in `max_micro_batch` the pairs that fit, if fewer than requested did.
+        batch: the batch to work on.
+        requested: pairs of each member per forward pass; None: a size that is fast.
+        work: processes the batch in micro-batches of the given number of pairs per member.
 
     Raises:
         RunFailedError: not even one pair fits.
     """
-    kind = "training" if torch.is_grad_enabled() else "evaluation"
-    if asked is None and pack.backbone.device.type == "cpu":
-        rows_of_a_pair = batch.orders * (pack.size if pack.batched else 1)  # else members pass one after another
-        asked = max(1, QUICK_TOKENS // (rows_of_a_pair * batch.input_ids.shape[1]))
-    began = [(stream, stream.get_state()) for stream in _streams(pack)]
+    phase = "training" if torch.is_grad_enabled() else "evaluation"
+    if requested is None and pack.backbone.device.type == "cpu":
+        rows_of_a_pair = batch.orders * (pack.size if pack.batched else 1)  # unbatched members pass one by one
+        requested = max(1, QUICK_TOKENS // (rows_of_a_pair * batch.input_ids.shape[1]))
+    states = [(stream, stream.get_state()) for stream in _streams(pack)]
     while True:
-        pairs = min(limit for limit in (batch.pairs, asked, pack.room.get(kind)) if limit is not None)
+        pairs = min(limit for limit in (batch.pairs, requested, pack.max_micro_batch.get(phase)) if limit is not None)
         try:
             return work(pairs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside the handler: the error held the frames, and these the activations.
+        # Outside the handler: the error held the stack frames, and these held the activations.
         if pairs == 1:
-            remedy = "Take trainer.precision=bf16, a smaller data.max_length or model, or a device with more memory."
+            remedy = "Use trainer.precision=bf16, a smaller data.max_length or model, or a device with more memory."
             raise RunFailedError(
-                f"memory does not suffice for the {kind} of a single pair", remedy=remedy, code=Code.OUT_OF_MEMORY
+                f"memory does not suffice for the {phase} of a single pair", remedy=remedy, code=Code.OUT_OF_MEMORY
             )
-        pack.room[kind] = -(-pairs // 2)
+        pack.max_micro_batch[phase] = -(-pairs // 2)
         for p in pack.parameters():
             p.grad = None
-        for stream, state in began:
+        for stream, state in states:
             stream.set_state(state)
         gc.collect()
         if torch.cuda.is_available():
@@ -70,16 +70,16 @@ def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of the device or of the machine, was too small."""
+    """Return whether an error says that the memory of the device or of the machine did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _streams(pack: Pack) -> list[torch.Generator]:
-    """What a forward pass draws from: torch's own streams (full fine-tuning) and the members' dropout."""
+    """Return the random streams of a forward pass: torch's global ones (full fine-tuning) and the members' dropout."""
     device: torch.device = pack.backbone.device
-    own: list[torch.Generator] = [torch.default_generator]
+    streams: list[torch.Generator] = [torch.default_generator]
     if device.type == "cuda":
-        own.append(torch.cuda.default_generators[device.index or 0])
-    return [*own, *pack.dropout]
+        streams.append(torch.cuda.default_generators[device.index or 0])
+    return [*streams, *pack.dropout]

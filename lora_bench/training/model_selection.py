@@ -1,4 +1,4 @@
-"""Evaluation of the selection split: scores of each member, and which of its states is the best."""
+"""Evaluation on the selection split, and the choice of each member's best state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.metrics import mean_metrics, score
-from lora_bench.training.distributed import ALONE, Processes
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import diverge
 from lora_bench.training.prediction import predict
 
@@ -35,9 +35,17 @@ class EvaluationResult:
 
 
 def evaluate_members(
-    pack: Pack, mixtures: Sequence[TaskMixture], members: Sequence[int], batch_size: int, processes: Processes = ALONE
+    pack: Pack,
+    mixtures: Sequence[TaskMixture],
+    members: Sequence[int],
+    batch_size: int,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[int, EvaluationResult]:
-    """Score the selection splits of all tasks that these members learn, as their weights are now."""
+    """Evaluate these members, with their current weights, on the selection splits of all tasks that they learn.
+
+    Returns:
+        The result by member, in the order of `members`.
+    """
     results = {}
     for mixture in mixtures:
         learners = [k for k in mixture.members if k in members]
@@ -51,25 +59,25 @@ def evaluate_members(
         seconds = time.perf_counter() - began
         labels = {name: t.selection.labels for name, t in mixture.tasks.items() if t.selection.labels is not None}
         for i, k in enumerate(learners):
-            results[k] = EvaluationResult({name: of_all[i] for name, of_all in scores.items()}, labels, seconds)
+            results[k] = EvaluationResult({name: rows[i] for name, rows in scores.items()}, labels, seconds)
     return {k: results[k] for k in members}
 
 
 def update_best(
     member: MemberRun, step: int, result: EvaluationResult, metrics: Mapping[str, Metric], *, may_choose: bool
 ) -> dict[str, Any] | None:
-    """Compute a member's selection metrics, and keep its state and scores if they are the best so far.
+    """Compute a member's selection metrics, and keep its state and scores if its MCC is the best so far.
 
     Args:
-        member: with the weights that were evaluated.
+        member: still has the weights that were evaluated.
         step: the update after which it was evaluated.
         result: of the evaluation.
-        metrics: beside the standard ones.
+        metrics: further metrics beside the standard ones.
         may_choose: whether its state may be chosen.
 
     Returns:
-        The line for the log, None where the member has diverged. Of several tasks its metrics are the means, and
-        `tasks` has those of each.
+        The line for the log; None if the member's scores are not finite, which ends it. With several tasks, its metrics
+        are their means, and `tasks` has the metrics of each task.
     """
     try:
         by_task = {name: score(scores, result.labels[name], metrics) for name, scores in result.scores.items()}

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, one optimizer per member, so that each steps, decays and stops as it would alone."""
+"""AdamW with warm-up: one optimizer per member, so that each steps, decays and stops as in a single run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.AdamW:
-    """AdamW over a member's adapter (grouped as its method asks) and its head; vectors are never decayed."""
+    """Build AdamW over a member's adapter, in the parameter groups of its method, and over its head.
+
+    Biases of the head, as other vectors, have no weight decay. Each group's peak learning rate is in `peak_lr`.
+    """
     groups = pack.members[member].adapter.param_groups(
         pack.adapter_parameters(member), settings.lr, settings.weight_decay
     )
@@ -26,19 +29,22 @@ def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.
     )
 
 
-def set_rate(optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, steps: int) -> None:
-    """Set every group's rate for update number `step` (from 1) of `steps`."""
-    factor = rate_factor(settings, step, steps)
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, steps: int) -> None:
+    """Set the learning rate of every parameter group for update number `step` (from 1) of `steps`."""
+    factor = learning_rate_factor(settings, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
-def rate_factor(settings: Optimizer, step: int, steps: int) -> float:
-    """The share of the peak rate at update `step` (from 1): a linear climb over the warm-up, then the schedule."""
+def learning_rate_factor(settings: Optimizer, step: int, steps: int) -> float:
+    """Return the learning rate of update `step` (from 1) of `steps`, as a share of the peak.
+
+    It rises linearly over the first `warmup * steps` updates, and then follows `schedule`.
+    """
     warmup = math.ceil(settings.warmup * steps)
     if step <= warmup:
         return step / warmup
     if settings.schedule == "constant":
         return 1.0
-    left = (steps - step + 1) / (steps - warmup + 1)  # 1 is the peak, 0 would be the step after the last
-    return left if settings.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    remaining = (steps - step + 1) / (steps - warmup + 1)  # 1 is the peak, 0 would be the step after the last
+    return remaining if settings.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * remaining))

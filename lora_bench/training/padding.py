@@ -1,4 +1,4 @@
-"""A check before training: a pair's score must not depend on the other pairs of its batch."""
+"""A check before training that a pair's score does not depend on the other pairs of its batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ TOLERANCE = 1e-4
 
 
 def check_padding(backbone: Backbone) -> None:
-    """Score two pairs alone and together in one batch.
-
-    Where the shorter pair's score depends on its batch, the backbone gets a note.
+    """Score a short pair by itself and in a batch with a long one; add a note to the backbone if the scores differ.
 
     Raises:
         UserError: the network cannot score a padded batch.
@@ -35,34 +33,35 @@ def check_padding(backbone: Backbone) -> None:
             padded = _logits(backbone, _batch(rows, backbone.tokenizer.pad_token_id))[:1]
     except Exception as error:
         raise UserError(
-            f"{type(network).__name__} cannot score two pairs of unlike length ({first_line(error)})",
+            f"{type(network).__name__} cannot score two pairs of different lengths in one batch ({first_line(error)})",
             file=network.config._name_or_path or None,
-            remedy="Its config.json and its tokenizer do not fit one another.",
+            remedy="Check that its config.json and its tokenizer belong together.",
             code=Code.UNSUPPORTED,
         ) from None
     difference = float((alone - padded).abs().max())
     if difference <= TOLERANCE * max(1.0, float(alone.abs().max())):
         return
     backbone.notes.append(
-        f"{type(network).__name__} gives a pair another score in a batch of longer ones (a probe's logits "
-        f"differ by {difference:.2g}), with transformers too; trainer.eval_batch_size=1 avoids it."
+        f"{type(network).__name__} scores a pair differently in a batch of longer ones (logits of a test pair "
+        f"differ by {difference:.2g}), also in transformers; trainer.eval_batch_size=1 avoids it."
     )
 
 
 def _rows(backbone: Backbone) -> list[list[int]]:
     """Return the token ids of a short and a long pair, as the backbone reads them."""
-    (short, other), (long, another) = ("Is it?", "Yes?"), (" ".join(PAIRS[0]), " ".join(PAIRS[1]))
-    first, second = backbone.render([("first", [short, long]), ("second", [other, another])])
+    short, long = ("Is it?", "Yes?"), (" ".join(PAIRS[0]), " ".join(PAIRS[1]))
+    first, second = backbone.render([("first", [short[0], long[0]]), ("second", [short[1], long[1]])])
     backend = backbone.tokenizer.backend_tokenizer
     backend.no_padding()
     limit = backbone.max_tokens or 64
-    backend.enable_truncation(min(limit, 64) if limit > 8 else 64, strategy="longest_first")  # XLNet's says -1
+    backend.enable_truncation(min(limit, 64) if limit > 8 else 64, strategy="longest_first")  # -1 for XLNet
     encoded = backend.encode_batch_fast(first if second is None else list(zip(first, second, strict=True)))
     backend.no_truncation()
     return [encoding.ids for encoding in encoded]
 
 
 def _batch(rows: list[list[int]], pad_id: int) -> Batch:
+    """Return rows of token ids as a batch, padded on the right to the longest."""
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
@@ -70,4 +69,5 @@ def _batch(rows: list[list[int]], pad_id: int) -> Batch:
 
 
 def _logits(backbone: Backbone, batch: Batch) -> Tensor:
+    """Return the logits (B, 2) of a batch without any adapter."""
     return backbone.suffix(backbone.prefix(batch, 0), batch, 0)

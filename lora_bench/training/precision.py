@@ -1,4 +1,4 @@
-"""Which device and which number format: `auto` takes bf16 only where the device multiplies it fast."""
+"""Resolution of `trainer.device` and `trainer.precision`: `auto` is bf16 only if the device computes it fast."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from lora_bench.errors import Code, UserError
 
 
 def resolve_device(device: str) -> torch.device:
-    """`cpu`, `cuda`, or the better one there is for `auto`.
+    """Return the device that `cpu`, `cuda` or `auto` (a GPU if there is one) names.
+
+    Each process of `torchrun` gets a GPU of its own.
 
     Raises:
-        UserError: CUDA is asked for and absent, or the environment names a GPU that is not there.
+        UserError: CUDA is requested and not available, or `LOCAL_RANK` is not set or names no existing GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "no CUDA device is usable here",
+            "no CUDA device is usable on this machine",
             key="trainer.device",
             value=device,
-            remedy="Take trainer.device=auto or cpu.",
+            remedy="Use trainer.device=auto or cpu.",
             code=Code.NO_DEVICE,
         )
     if device == "auto":
@@ -27,8 +29,8 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and (launch := Launch.read()).world_size > 1:  # torchrun: each process has a GPU of its own
         count = torch.cuda.device_count()
         if launch.local_rank is None or launch.local_rank >= count:
-            reason = "is not set" if launch.local_rank is None else f"has no GPU: there are {count} here"
-            remedy = "Start as many processes as there are GPUs with torchrun, or take trainer.device=cpu."
+            reason = "is not set" if launch.local_rank is None else f"has no GPU: this machine has {count}"
+            remedy = "Start as many processes as there are GPUs with torchrun, or use trainer.device=cpu."
             code = Code.MISSING if launch.local_rank is None else Code.NO_DEVICE
             raise UserError(reason, key="LOCAL_RANK", value=launch.local_rank, remedy=remedy, code=code)
         return torch.device("cuda", launch.local_rank)
@@ -36,19 +38,19 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The format of the large products.
+    """Return the dtype of the matrix products that `fp32`, `bf16` or `auto` names on this device.
 
     Raises:
-        UserError: bf16 is asked for on a CUDA device that has none.
+        UserError: bf16 is requested on a CUDA device that does not support it.
     """
     if precision == "fp32":
         return torch.float32
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
-            "this GPU has no bf16",
+            "this GPU does not support bf16",
             key="trainer.precision",
             value=precision,
-            remedy="Take trainer.precision=fp32.",
+            remedy="Use trainer.precision=fp32.",
             code=Code.NO_DEVICE,
         )
     if precision == "auto" and not has_fast_bf16(device):
@@ -57,7 +59,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products: on a CPU AVX512-BF16 or AMX, on a GPU Ampere or later."""
+    """Return whether the device has instructions for bf16 products: AVX512-BF16 or AMX, or a GPU from Ampere on."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from lora_bench.data.batching import evaluation_batches, micro_batches
-from lora_bench.training.distributed import ALONE, Processes
-from lora_bench.training.micro_batching import in_portions
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes
+from lora_bench.training.micro_batching import in_micro_batches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,21 +23,23 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
+def predict(
+    pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS
+) -> NDArray[np.float64]:
     """Return P(label 1) of every row for every active member: (K, N), in the table's order.
 
-    A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. The pack's mode is as
-    it was afterwards.
+    A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. Afterwards the pack
+    is in the mode (training or evaluation) that it was in before.
     """
     if table.exchanged is not None:
-        one, other = replace(table, exchanged=None), table.exchanged
-        return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
-    scores = np.zeros((len(pack.live), len(table)))
+        forward, reversed_view = replace(table, exchanged=None), table.exchanged
+        return (predict(pack, forward, batch_size, processes) + predict(pack, reversed_view, batch_size, processes)) / 2
+    scores = np.zeros((len(pack.active), len(table)))
     mode = pack.training
     pack.eval()
     batches = evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id)
-    for rows, batch in processes.shared_rows(batches):
-        logits = in_portions(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
+    for rows, batch in processes.shard_batches(batches):
+        logits = in_micro_batches(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, 2)
         scores[:, rows] = torch.sigmoid(logits[..., 1] - logits[..., 0]).cpu().numpy()
     pack.train(mode)
     return processes.gather(scores)

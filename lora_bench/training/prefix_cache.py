@@ -1,8 +1,8 @@
-"""The frozen prefix's output, computed once and kept: over epochs, over runs, over the members of a sweep.
+"""Cached outputs of the frozen prefix, shared by the epochs of a run, by runs, and by the members of a sweep.
 
-Layers below the first adapted one never change, so what they make of a pair is a constant. It is computed in one
-canonical pass, whatever the run's batches, and stored under a key made of the backbone's hash, the number of layers,
-the tokens and the precision: a run that finds it gets the same bits as the run that made it.
+Layers below the first adapted one never change, so their output for a pair is a constant. It is computed in one
+canonical pass that does not depend on the run's batches, and stored under a key made of the backbone's hash, the number
+of layers, the tokens and the precision. A run that reads it gets the same bits as the run that wrote it.
 """
 
 from __future__ import annotations
@@ -30,97 +30,107 @@ if TYPE_CHECKING:
     from lora_bench.data.tokenization import TokenTable
 
 ROWS = 64
-"""Pairs per forward pass of the canonical pass; part of what fixes its bits."""
+"""Pairs per forward pass of the canonical pass; the bits of its output depend on it."""
 
 
 @dataclass
 class PrefixCache:
-    """The store of prefixes, below the cache folder, and what filling it cost this run.
+    """The cache of prefix outputs on disk, below the cache folder, and its cost for one run.
 
     Args:
         backbone_sha256: the backbone's hash.
-        limit_bytes: most bytes that the whole store may hold; the least recently used files make room. 0: off.
+        limit_bytes: largest size of the whole cache; the least recently used files are removed first. 0: no caching.
     """
 
     backbone_sha256: str
     limit_bytes: float
     seconds: float = 0.0
-    """Spent here: next to nothing where an earlier run left the files."""
+    """Time that this run spent on the cache: little if an earlier run wrote the files."""
     flops: float = 0.0
-    """Of making what is kept, whether this run made it or an earlier one: a run's cost does not hang on the store."""
+    """FLOPs of computing the cached outputs, by whichever run: a run's cost does not depend on the cache."""
     used_bytes: int = 0
-    """Of the files that this run reads."""
+    """Size of the files that this run reads."""
 
-    def keeps(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
-        """The names of those tables whose hidden states are kept, as far as the limit allows, in the order given.
+    def cached_tables(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
+        """Return the names of the tables whose hidden states are cached, in the order of `tables`.
 
-        The first and what travels in its batches (`swapped`) are kept together, and others only beside them. Nothing
-        is for a pack that adapts the first layer, or whose backbone cannot be cut.
+        The first table and its `second_view` are used in the same batches, so both are cached or neither is. Further
+        tables are cached as long as the limit allows. The list is empty if the pack adapts the first layer or its
+        backbone cannot be cut.
         """
         if not (self.limit_bytes and pack.depth and pack.backbone.can_be_cut):
             return []
-        kept: list[str] = []
+        cached: list[str] = []
         used = 0
-        first, *others = tables
-        together = [first, *(name for name in others if name == "swapped")]
-        for names in (together, *([name] for name in others if name not in together)):
-            if any(tables[name].augmentation is not None for name in names):  # other pairs in each epoch
+        first, *further = tables
+        training = [first, *(name for name in further if name == "second_view")]
+        for names in (training, *([name] for name in further if name not in training)):
+            if any(tables[name].augmentation is not None for name in names):  # the inputs differ in each epoch
                 break
             used += sum(self._size(pack, tables[name]) for name in names)
             if used > self.limit_bytes:
                 break
-            kept += names
-        self.flops = _flops(pack, [tables[name] for name in kept]) if kept else 0.0
-        return kept
+            cached += names
+        self.flops = _flops(pack, [tables[name] for name in cached]) if cached else 0.0
+        return cached
 
-    def serve(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
-        """The tables with their hidden states beside the tokens where they are kept; the pack is then cut there."""
+    def with_cached_hidden_states(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
+        """Return the tables with hidden states beside the tokens of those that are cached, and cut the pack there.
+
+        Missing files are computed and written. If there is no room for a file, the tables are returned unchanged.
+        """
         began = time.perf_counter()
-        served, keys = dict(tables), list[str]()
-        for name in self.keeps(pack, tables):
+        extended, keys = dict(tables), list[str]()
+        for name in self.cached_tables(pack, tables):
             keys.append(self._key(pack, tables[name]))
             hidden = self._load_or_fill(pack, tables[name], keys)
             if hidden is None:
                 self.flops = 0.0
                 return tables
-            served[name] = replace(tables[name], hidden=hidden)
+            extended[name] = replace(tables[name], hidden=hidden)
         if keys:
             pack.cut = pack.depth
-        self.used_bytes = sum(self._size(pack, tables[name]) for name in tables if served[name] is not tables[name])
+        self.used_bytes = sum(self._size(pack, tables[name]) for name in tables if extended[name] is not tables[name])
         self.seconds = time.perf_counter() - began
-        return served
+        return extended
 
     @staticmethod
     def _size(pack: Pack, table: TokenTable) -> int:
-        """Bytes of a table's file."""
+        """Return the bytes of a table's file."""
         return len(table.values) * pack.backbone.hidden_size * pack.backbone.compute_dtype.itemsize + TRAILER_BYTES
 
     def _key(self, pack: Pack, table: TokenTable) -> str:
-        """Return a hash of all that fixes the bits: what is computed, of which tokens, by which programs, where."""
+        """Return a hash of everything that the bits depend on: network, tokens, layout, versions, processor."""
         backbone = pack.backbone
         attention = getattr(backbone.network.config, "_attn_implementation", None)
-        what = (self.backbone_sha256, type(backbone).__name__, attention, pack.depth, backbone.compute_dtype)
+        network = (self.backbone_sha256, type(backbone).__name__, attention, pack.depth, backbone.compute_dtype)
         layout = (ROWS, len(table), backbone.tokenizer.pad_token_id)
         programs = [torch.__version__, *map(version, ("transformers", "lora-bench"))]
-        digest = sha256(f"{what} {layout} {programs} {_processor(backbone.device)}\n".encode())
+        digest = sha256(f"{network} {layout} {programs} {_processor(backbone.device)}\n".encode())
         for array in (table.values, table.offsets, table.lengths, table.types):
             digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()[:40]
 
     def _load_or_fill(self, pack: Pack, table: TokenTable, keys: Collection[str]) -> HiddenStates | None:
-        """Open the file of the last of these keys, filled if it was not there; None where there is no room for it."""
+        """Open the file of the last of these keys, written first if it is missing; None if there is no room for it.
+
+        Args:
+            pack: computes a missing file.
+            table: of the last key.
+            keys: of this run; their files are not removed to make room.
+        """
         *_, key = keys
         files, size_bytes = CacheFiles("prefix", self.limit_bytes), self._size(pack, table) - TRAILER_BYTES
         file = files.open(key, size_bytes=size_bytes)
         if file is None:
-            file = files.write(key, lambda part: _fill(pack, table, part), size_bytes=size_bytes, keep=keys)
+            file = files.write(key, lambda output: _fill(pack, table, output), size_bytes=size_bytes, keep=keys)
         if file is None:
             return None
         return HiddenStates(files.path(key), file, pack.backbone.hidden_size, pack.backbone.compute_dtype)
 
 
 def _processor(device: torch.device) -> tuple[str, str]:
-    """Return what tells processors apart that may round otherwise."""
+    """Return the type and model of the processor, since processors may round differently."""
     if device.type == "cuda":
         return device.type, torch.cuda.get_device_name(device)
     return device.type, torch.backends.cpu.get_cpu_capability()
@@ -128,6 +138,7 @@ def _processor(device: torch.device) -> tuple[str, str]:
 
 @torch.no_grad()
 def _fill(pack: Pack, table: TokenTable, file: BinaryIO) -> None:
+    """Write the hidden states of a table, computed in the canonical pass, to a file."""
     backbone = pack.backbone
     writer = HiddenStatesWriter(file, len(table.values), backbone.hidden_size, backbone.compute_dtype)
     mode = pack.training
@@ -142,7 +153,7 @@ def _fill(pack: Pack, table: TokenTable, file: BinaryIO) -> None:
 
 @torch.no_grad()
 def _flops(pack: Pack, tables: Iterable[TokenTable]) -> float:
-    """Of the canonical pass over the tables."""
+    """Return the FLOPs of the canonical pass over the tables."""
 
     def prefix(rows: int, length: int) -> None:
         pack.backbone.prefix(probe_batch(pack.backbone, rows, length), pack.depth)

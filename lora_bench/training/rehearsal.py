@@ -1,11 +1,11 @@
-"""What a run would cost, from a rehearsal of a few of its steps.
+"""Estimated cost of a run, from a rehearsal of a few of its steps.
 
-The steps are the loop's own, on batches of the run, at a rate of 0. They are spread over the shapes that its batches
-have; what lies between is interpolated over FLOPs. Everything that a run holds is held once: moments, best weights and
-mean, the copies that a checkpoint takes.
+The steps are those of the training loop, on batches of the run, with a learning rate of 0. They are spread over the
+shapes of the run's batches; the seconds of other shapes are interpolated over FLOPs. Everything that a run holds in
+memory is held once: moments, best weights, mean weights, the copies for a checkpoint.
 
-On a CPU each shape of a batch costs memory and time of its own, for the libraries below torch make code for it and keep
-it: what the rehearsed shapes added is taken for the others too.
+On a CPU each batch shape costs additional memory and time, since the libraries below torch generate code for it and
+keep it. The mean addition of the rehearsed shapes is assumed for the other shapes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.data.batching import Batch, collate, evaluation_rows, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.member_run import MemberRun, clip_gradients
-from lora_bench.training.micro_batching import in_portions
+from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.prediction import predict
 from lora_bench.training.prefix_cache import ROWS
 from lora_bench.training.task_mixture import TaskData, TaskMixture
@@ -43,31 +43,34 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHAPES = 5
-"""So many of a run's shapes are rehearsed, for training and for evaluation."""
+"""Batch shapes that are rehearsed, of training and of evaluation."""
 ROUNDS = 2
-"""Timed steps of each shape, after one that is not; the quicker counts."""
+"""Timed steps of each shape, after an untimed one; the fastest counts."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is expected to cost."""
+    """The estimated cost of a run."""
 
     adapter: int
+    """Parameters of the adapter."""
     head: int
+    """Parameters of the head."""
     total: int
+    """All parameters, frozen ones included."""
     steps: int
     train_flops: float
     train_seconds: float
     evaluation_seconds: float
-    """All looks at the selection split, and the reported splits."""
+    """Time of all evaluations of the selection split, and of the reported splits."""
     peak_memory_bytes: float
-    looks: int = 1
-    """At the selection split, while it trains; at its end there is another."""
-    look_seconds: float = 0.0
-    """Of one of them."""
-    filling_flops: float = 0.0
-    """Of those for training, what making the kept prefix takes; runs of a sweep can share it."""
-    filling_seconds: float = 0.0
+    evaluations: int = 1
+    """Evaluations of the selection split during training; there is one more at the end."""
+    seconds_per_evaluation: float = 0.0
+    prefix_flops: float = 0.0
+    """FLOPs of computing the cached prefix, included in `train_flops`; runs of a sweep can share it."""
+    prefix_seconds: float = 0.0
+    """Seconds of computing the cached prefix, included in `train_seconds`."""
 
 
 def estimate(
@@ -75,67 +78,71 @@ def estimate(
     optimizer: Optimizer,
     trainer: Trainer,
     tables: Mapping[str, TokenTable],
-    swapped: TokenTable | None = None,
-    kept: Sequence[str] = (),
-    filling: float = 0.0,
+    second_view: TokenTable | None = None,
+    cached: Sequence[str] = (),
+    prefix_flops: float = 0.0,
 ) -> Estimate:
-    """Parameters, FLOPs, time and memory of training a pack of one, what was before counted in its memory.
+    """Estimate parameters, FLOPs, time and memory of training a pack of one member.
 
-    Weights are left as they were; a method's running statistics and the streams of dropout are not.
+    The peak memory includes whatever the process held before. Weights are unchanged afterwards; running statistics of
+    the method and random streams of dropout are not.
 
     Args:
-        pack: prepared.
+        pack: one member, prepared.
+        optimizer: settings of its optimizer.
+        trainer: durations, micro-batches and objective.
         tables: `train`, `selection`, and every split to report.
-        swapped: as in `fit`.
-        kept: names of tables of which the prefix below the pack's cut is read and not computed.
-        filling: FLOPs of making it.
+        second_view: second views of the training pairs, if the objective has any.
+        cached: names of the tables whose prefix is read from the cache instead of computed.
+        prefix_flops: FLOPs of computing the cached prefix.
     """
     train, device = tables["train"], pack.backbone.device
-    pairs = TaskData(train, tables["selection"], swapped)
-    mixture = TaskMixture([0], {"": pairs})
+    task = TaskData(train, tables["selection"], second_view)
+    mixture = TaskMixture([0], {"": task})
     steps, backward = mixture.steps(trainer), mixture.backward(pack, trainer)
-    plan = pairs.plan(trainer.batch_size, backward.multiple)
-    shapes = _shapes(plan, steps, pack.members[0].seed)
-    flop_model = FlopModel.measure(partial(probe_step, pack))
-    orders = 1 if swapped is None else 2
+    plan = task.plan(trainer.batch_size, backward.multiple)
+    shapes = _count_shapes(plan, steps, pack.members[0].seed)
+    flop_model = FlopModel.measure(partial(dummy_step, pack))
+    orders = 1 if second_view is None else 2
     flops = {(rows, length): flop_model(orders * rows, length) for rows, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak
-    batches = _batches(pack, plan, train, swapped, chosen)
+    batches = _batches_of_shapes(pack, plan, train, second_view, chosen)
     rehearsal = _Rehearsal(pack, optimizer, trainer, mixture, backward)
-    first, held = [], []
+    cold_seconds, held = [], []
     for batch in batches:
-        first.append(rehearsal.step(batch))
+        cold_seconds.append(rehearsal.step(batch))
         held.append(held_memory_bytes(device))
-    rehearsal.keep()
-    again = [min(rehearsal.step(batch) for _ in range(ROUNDS)) for batch in batches]
-    warming = max(0.0, float(np.mean(first) - np.mean(again))) * len(shapes)
-    of_chosen = [flops[shape] for shape in chosen]
-    seconds = sum(n * float(np.interp(flops[shape], of_chosen[::-1], again[::-1])) for shape, n in shapes.items())
-    grown = _for_all(held, len(shapes))
-    looks = -(-steps // (trainer.eval_every or plan.steps_per_epoch))
-    filling_seconds = filling * _of_prefix(pack, train).seconds_per_flop if filling else 0.0
-    scored, look, grown_scoring = _scoring(
-        pack, {k: t for k, t in tables.items() if k != "train"}, trainer, looks, kept
-    )
+    rehearsal.hold_state()
+    warm_seconds = [min(rehearsal.step(batch) for _ in range(ROUNDS)) for batch in batches]
+    warm_up_seconds = max(0.0, float(np.mean(cold_seconds) - np.mean(warm_seconds))) * len(shapes)
+    chosen_flops = [flops[shape] for shape in chosen]
+    step_seconds = {shape: float(np.interp(flops[shape], chosen_flops[::-1], warm_seconds[::-1])) for shape in shapes}
+    seconds = sum(n * step_seconds[shape] for shape, n in shapes.items())
+    unrehearsed_bytes = _unrehearsed_bytes(held, len(shapes))
+    evaluations = -(-steps // (trainer.eval_every or plan.steps_per_epoch))
+    prefix_seconds = prefix_flops * _measure_prefix(pack, train).seconds_per_flop if prefix_flops else 0.0
+    scored_tables = {name: table for name, table in tables.items() if name != "train"}
+    evaluation = _rehearse_evaluation(pack, scored_tables, trainer, evaluations, cached)
     params = pack.count_parameters(0)
     return Estimate(
         adapter=params["adapter"],
         head=params["head"],
         total=params["total"],
         steps=steps,
-        train_flops=sum(n * flops[shape] for shape, n in shapes.items()) + filling,
-        train_seconds=seconds + warming + filling_seconds,
-        evaluation_seconds=scored,
-        peak_memory_bytes=grown + max(peak_memory_bytes(device), held_memory_bytes(device) + grown_scoring),
-        looks=looks,
-        look_seconds=look,
-        filling_flops=filling,
-        filling_seconds=filling_seconds,
+        train_flops=sum(n * flops[shape] for shape, n in shapes.items()) + prefix_flops,
+        train_seconds=seconds + warm_up_seconds + prefix_seconds,
+        evaluation_seconds=evaluation.seconds,
+        peak_memory_bytes=unrehearsed_bytes
+        + max(peak_memory_bytes(device), held_memory_bytes(device) + evaluation.unrehearsed_bytes),
+        evaluations=evaluations,
+        seconds_per_evaluation=evaluation.seconds_per_evaluation,
+        prefix_flops=prefix_flops,
+        prefix_seconds=prefix_seconds,
     )
 
 
 class _Rehearsal:
-    """Steps of the loop that change no weight, and what is held between them."""
+    """Training steps that change no weight, with everything that a run holds in memory between steps."""
 
     def __init__(
         self, pack: Pack, optimizer: Optimizer, trainer: Trainer, mixture: TaskMixture, backward: Backward
@@ -151,7 +158,7 @@ class _Rehearsal:
         pack, adapter, optimizer = self.pack, self.pack.members[0].adapter, self.member.optimizer
         began = time.perf_counter()
         work = partial(self.backward, batch, batch.pairs)
-        in_portions(pack, batch, self.trainer.micro_batch_size, work)
+        in_micro_batches(pack, batch, self.trainer.micro_batch_size, work)
         clip_gradients(pack, 0, self.member.settings)
         adapter.before_step(pack.updates[0], 1, 1000)
         optimizer.step()
@@ -161,50 +168,52 @@ class _Rehearsal:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def keep(self) -> None:
-        """Hold what the loop holds after its first evaluation, and for a moment a checkpoint."""
-        self.member.average.add()
+    def hold_state(self) -> None:
+        """Allocate what a run holds after its first evaluation, and for a moment the copies for a checkpoint."""
+        self.member.average.update()
         self.member.progress.state = self.pack.state(0)
         gather(self.member)
 
 
-def _shapes(plan: BatchPlan, steps: int, seed: int) -> Counter[tuple[int, int]]:
-    """How many of the steps have so many pairs of so many tokens."""
+def _count_shapes(plan: BatchPlan, steps: int, seed: int) -> Counter[tuple[int, int]]:
+    """Count the steps of each batch shape (pairs, tokens)."""
     epochs = chain.from_iterable(plan.epoch(epoch, [seed]) for epoch in count())
     return Counter((len(rows), length) for (rows,), length in islice(epochs, steps))
 
 
-def _batches(
-    pack: Pack, plan: BatchPlan, train: TokenTable, swapped: TokenTable | None, chosen: Sequence[tuple[int, int]]
+def _batches_of_shapes(
+    pack: Pack, plan: BatchPlan, train: TokenTable, second_view: TokenTable | None, chosen: Sequence[tuple[int, int]]
 ) -> list[Batch]:
-    """A batch of each chosen shape, from the first epoch."""
+    """Return a batch of each chosen shape, from the first epoch."""
     seed, pad_id = pack.members[0].seed, pack.backbone.tokenizer.pad_token_id
-    found: dict[tuple[int, int], Batch] = {}
-    made = training_batches(train, plan, [seed], 0, pad_id, swapped)
-    for ((rows,), length), batch in zip(plan.epoch(0, [seed]), made, strict=True):
+    by_shape: dict[tuple[int, int], Batch] = {}
+    batches = training_batches(train, plan, [seed], 0, pad_id, second_view)
+    for ((rows,), length), batch in zip(plan.epoch(0, [seed]), batches, strict=True):
         if (len(rows), length) in chosen:
-            found.setdefault((len(rows), length), batch if pack.cut is None else _above_prefix(pack, batch))
-        if len(found) == len(chosen):
+            by_shape.setdefault((len(rows), length), batch if pack.cut is None else _with_cached_prefix(pack, batch))
+        if len(by_shape) == len(chosen):
             break
-    return [found[shape] for shape in chosen]
+    return [by_shape[shape] for shape in chosen]
 
 
-def _above_prefix(pack: Pack, batch: Batch) -> Batch:
-    """The batch as if what the prefix makes of it had been read."""
+def _with_cached_prefix(pack: Pack, batch: Batch) -> Batch:
+    """Return the batch with hidden states of zeros, as if its prefix had been read from the cache."""
     shape, backbone = (*batch.input_ids.shape, pack.backbone.hidden_size), pack.backbone
     return replace(batch, hidden=torch.zeros(shape, dtype=backbone.compute_dtype))
 
 
 @dataclass(frozen=True)
-class _Prefix:
+class _PrefixTime:
+    """Time of the frozen prefix."""
+
     seconds_per_flop: float
     share: float
-    """Of the seconds of a forward pass."""
+    """Share of the seconds of a forward pass."""
 
 
 @torch.no_grad()
-def _of_prefix(pack: Pack, table: TokenTable) -> _Prefix:
-    """What the prefix takes, on a middling batch."""
+def _measure_prefix(pack: Pack, table: TokenTable) -> _PrefixTime:
+    """Measure the time of the prefix on a batch of median length."""
     batches = evaluation_rows(table, ROWS)
     rows = batches[len(batches) // 2]
     pad_id = pack.backbone.tokenizer.pad_token_id
@@ -212,14 +221,26 @@ def _of_prefix(pack: Pack, table: TokenTable) -> _Prefix:
     with FlopCounterMode(display=False) as counter:
         pack.backbone.prefix(batch, pack.depth)
     calls = (partial(pack.backbone.prefix, batch, pack.depth), partial(pack, batch))
-    below, whole = (min(_seconds(call) for _ in range(ROUNDS)) for call in calls)
-    return _Prefix(below / max(1.0, float(counter.get_total_flops())), min(1.0, below / whole))
+    prefix_seconds, forward_seconds = (min(_seconds(call) for _ in range(ROUNDS)) for call in calls)
+    seconds_per_flop = prefix_seconds / max(1.0, float(counter.get_total_flops()))
+    return _PrefixTime(seconds_per_flop, min(1.0, prefix_seconds / forward_seconds))
 
 
-def _scoring(
-    pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, looks: int, kept: Sequence[str]
-) -> tuple[float, float, float]:
-    """Seconds of all evaluations and of one look, and bytes that shapes of theirs add which are not rehearsed."""
+@dataclass(frozen=True)
+class _EvaluationCost:
+    """Cost of scoring the selection split during training, and all splits at the end."""
+
+    seconds: float
+    seconds_per_evaluation: float
+    """Seconds of one evaluation of the selection split."""
+    unrehearsed_bytes: float
+    """Memory that the shapes add that are not rehearsed."""
+
+
+def _rehearse_evaluation(
+    pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, evaluations: int, cached: Sequence[str]
+) -> _EvaluationCost:
+    """Measure the cost of so many evaluations of the selection split, and of one final prediction of every table."""
     batches = [
         (name, rows) for name, table in tables.items() for rows in evaluation_rows(table, trainer.eval_batch_size)
     ]
@@ -228,33 +249,38 @@ def _scoring(
     held, seconds = [held_memory_bytes(pack.backbone.device)], []
     for shape in chosen:
         name, rows = by_shape[shape]
-        part = tables[name].take(rows)
-        seconds.append(min(_seconds(partial(predict, pack, part, trainer.eval_batch_size)) for _ in range(ROUNDS)))
+        table = tables[name].take(rows)
+        seconds.append(min(_seconds(partial(predict, pack, table, trainer.eval_batch_size)) for _ in range(ROUNDS)))
         held.append(held_memory_bytes(pack.backbone.device))
     tokens = [pairs * length for pairs, length in chosen]
-    once = dict.fromkeys(tables, 0.0)
-    computed = {name: 1 - _of_prefix(pack, tables[name]).share if name in kept else 1.0 for name in tables}
+    seconds_of = dict.fromkeys(tables, 0.0)
+    computed = {name: 1 - _measure_prefix(pack, tables[name]).share if name in cached else 1.0 for name in tables}
     for name, rows in batches:
         size = len(rows) * int(tables[name].lengths[rows[0]])
-        once[name] += computed[name] * float(np.interp(size, tokens[::-1], seconds[::-1]))
-    look = once["selection"]
-    total = looks * look + sum(once.values())  # once more at its best weights, with the reported splits
-    return total, look, _for_all(held[1:], len(by_shape))
+        seconds_of[name] += computed[name] * float(np.interp(size, tokens[::-1], seconds[::-1]))
+    total = evaluations * seconds_of["selection"] + sum(seconds_of.values())  # all splits once more at the end
+    return _EvaluationCost(total, seconds_of["selection"], _unrehearsed_bytes(held[1:], len(by_shape)))
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    """Return the wall time of a call."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
-def _for_all(held: Sequence[float], shapes: int) -> float:
-    """Bytes that the shapes which were not rehearsed add, if each adds what one did after the first and largest."""
+def _unrehearsed_bytes(held: Sequence[float], shapes: int) -> float:
+    """Return the bytes that the unrehearsed shapes add, if each adds the mean of the rehearsed ones after the first.
+
+    Args:
+        held: bytes held by the process after each rehearsed shape, the largest shape first.
+        shapes: number of all shapes.
+    """
     return max(0.0, held[-1] - held[0]) / max(1, len(held) - 1) * (shapes - len(held))
 
 
 def _spread(values: Sequence[T], most: int) -> list[T]:
-    """At most so many of the values, evenly spread, the first and the last among them."""
+    """Return at most `most` of the values, evenly spread, with the first and the last among them."""
     if len(values) <= most:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, most).round().astype(int)]

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a run trains: they ask for a stop, and the loop stops where it can go on from."""
+"""Ctrl-C, SIGTERM and SIGHUP while a run trains: the loop stops at a point from which the run can be resumed."""
 
 from __future__ import annotations
 
@@ -15,43 +15,47 @@ if TYPE_CHECKING:
 
 
 class Interruption:
-    """Within, the first signal is only noted; a second Ctrl-C ends the process at once, as it always does."""
+    """Defers signals: within the context, the first one is only noted; a second Ctrl-C raises KeyboardInterrupt.
+
+    A signal that was noted takes effect on leaving the context, unless an exception is raised.
+    """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self._before: dict[int, object] = {}
+        self.requested_signal: int | None = None
+        """The signal that was noted, if any."""
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # only there Python can handle signals
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only in this thread
             for number in (signal.SIGINT, *ENDING_SIGNALS):
-                if signal.getsignal(number) != signal.SIG_IGN:  # by `nohup`, or a script that runs it in the background
-                    self._before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # ignored by `nohup`, or in a script's background job
+                    self._previous_handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        if self.asked is not None and kind is None:
-            self.act(self.asked)
+        if self.requested_signal is not None and exc_type is None:
+            self.raise_signal(self.requested_signal)
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Within, a signal acts at once, as it does outside; so does one that was noted before."""
+    def signals_act_at_once(self) -> Iterator[None]:
+        """Within this context signals take effect at once, also one that was noted before."""
         self.__exit__(None, None, None)
         try:
             yield
         finally:
             self.__enter__()
 
-    def act(self, asked: int) -> None:
-        """End the run as this signal asks for: KeyboardInterrupt, or SystemExit with 128 and the signal's number."""
-        if asked == signal.SIGINT:
+    def raise_signal(self, number: int) -> None:
+        """Raise KeyboardInterrupt for SIGINT, and SystemExit with 128 + the signal's number for another signal."""
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + asked)
+        raise SystemExit(128 + number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked is not None:
+        if number == signal.SIGINT and self.requested_signal is not None:
             raise KeyboardInterrupt
-        self.asked = number
+        self.requested_signal = number

@@ -1,7 +1,7 @@
-"""Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): the better half of a pack goes on.
+"""Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): the worse half of a pack is eliminated.
 
-After 1/2^j of the steps at most 2^(j−1) members go on: of eight, four after an eighth of them, two after a quarter, one
-after the half. Eight so take 2.5 times the computation of one, in the place of 8 times.
+After 1/2^j of the steps at most 2^(j−1) members survive: of eight, four after an eighth of the steps, two after a
+quarter, one after half of them. Eight members then take 2.5 times the computation of one, instead of 8 times.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def survivors(step: int, steps: int) -> int:
-    """How many members may go on from update `step` of `steps`.
+    """Return the number of members that may survive update `step` of `steps`.
 
-    It holds after every update, so that whoever should have been stopped before a kill is stopped soon after.
+    The limit holds after every update, so that a member that should have been eliminated before the process was killed
+    is eliminated soon after it is resumed.
     """
     share = 2
     while steps // share > step:
@@ -23,22 +24,22 @@ def survivors(step: int, steps: int) -> int:
     return share // 2
 
 
-def live(members: int, steps: int) -> list[int]:
-    """How many of so many members compute each of the updates."""
-    found = []
+def members_by_step(members: int, steps: int) -> list[int]:
+    """Return the number of members that compute each of the `steps` updates, starting with `members`."""
+    counts = []
     for step in range(1, steps + 1):
-        found.append(members)
+        counts.append(members)
         if step < steps:
             members = min(members, survivors(step, steps))
-    return found
+    return counts
 
 
-def eliminated(scores: Mapping[int, tuple[float, float]], left: int) -> list[int]:
-    """Which members stop: all but the `left` best.
+def eliminated(scores: Mapping[int, tuple[float, float]], limit: int) -> list[int]:
+    """Return the members to eliminate, in ascending order: all but the `limit` best.
 
     Args:
-        scores: of each its MCC and AUROC; the second decides among equals, such as those that answer all alike so far,
-            whose MCC is 0.
-        left: how many go on.
+        scores: MCC and AUROC by member. AUROC decides among equal MCCs, for example among members that still predict
+            the same label for every pair, whose MCC is 0.
+        limit: number of survivors.
     """
-    return sorted(sorted(scores, key=lambda member: scores[member], reverse=True)[left:])
+    return sorted(sorted(scores, key=lambda member: scores[member], reverse=True)[limit:])

@@ -1,9 +1,9 @@
-"""What members of a pack learn: the pairs of one task, or of several in turn, each answered by a head of its own.
+"""Task mixtures: the training pairs of one task, or of several tasks in turn, each with a head of its own.
 
-A batch holds pairs of one task. An epoch has as many batches as the tasks have together; each task's share of them goes
-with its size, in batches, to the power 1 / temperature (Raffel et al. 2020, section 3.5.2, who mix so): at 1 each pair
-comes once in an epoch, far above 1 all tasks come alike, the small ones several times over. Which task a step is of
-depends on nothing else: members of other seeds have steps of the same tasks and shapes.
+A batch holds pairs of one task. An epoch has as many batches as all tasks together; each task's share of them is
+proportional to its size, in batches, to the power 1 / temperature (Raffel et al. 2020, section 3.5.2). At temperature 1
+each pair comes once in an epoch; far above 1 all tasks get equally many batches, so pairs of small tasks are repeated.
+The sequence of tasks depends on nothing else: members with different seeds have steps of the same tasks and shapes.
 """
 
 from __future__ import annotations
@@ -32,78 +32,93 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What training looks at of one task."""
+    """The splits of one task that training uses."""
 
     train: TokenTable
-    """What is learned from."""
+    """The training pairs."""
     selection: TokenTable
-    """What every choice is made on; never the reported split."""
-    swapped: TokenTable | None = None
-    """The second looks at pairs of `train` (exchanged, perturbed or themselves), if the objective has any."""
+    """The pairs on which every choice is made; never the reported split."""
+    second_view: TokenTable | None = None
+    """Second views of the pairs of `train` (in reversed order, or perturbed), if the objective has any."""
 
     def plan(self, batch_size: int, multiple: int = 1) -> BatchPlan:
-        """Which rows each batch holds, and how long it is: see `BatchPlan`."""
+        """Return the rows and the length of each batch; lengths are multiples of `multiple` tokens."""
         lengths = self.train.lengths
-        for other in (self.train.exchanged, self.swapped):
-            if other is not None:
-                lengths = np.maximum(lengths, other.lengths)
+        for view in (self.train.exchanged, self.second_view):
+            if view is not None:
+                lengths = np.maximum(lengths, view.lengths)
         return BatchPlan(lengths, batch_size, multiple)
 
 
 @dataclass(frozen=True)
 class TaskMixture:
-    """What some members of a pack learn together.
+    """The tasks that some members of a pack learn.
 
     Args:
-        members: their numbers in the pack.
-        tasks: by name; their tables say which head answers them.
-        temperature: from 1 on.
+        members: numbers of these members in the pack.
+        tasks: by name; each table names the head of its task.
+        temperature: of at least 1; above 1 small tasks get more than their share of the batches.
     """
 
     members: Sequence[int]
     tasks: Mapping[str, TaskData]
     temperature: float = 1.0
 
-    def before(self, member: int) -> TaskMixture:
-        """What one of its members looks at before the first step: each pair once."""
-        return replace(self, members=[member], tasks={n: replace(p, swapped=None) for n, p in self.tasks.items()})
+    def for_initialisation(self, member: int) -> TaskMixture:
+        """Return the mixture for one of its members, with a single view of each pair."""
+        tasks = {name: replace(task, second_view=None) for name, task in self.tasks.items()}
+        return replace(self, members=[member], tasks=tasks)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return sum(pairs.plan(batch_size).steps_per_epoch for pairs in self.tasks.values())
+        """Return the batches of an epoch over all tasks."""
+        return sum(task.plan(batch_size).steps_per_epoch for task in self.tasks.values())
 
     def steps(self, trainer: Trainer) -> int:
-        """Optimizer updates that the settings ask for."""
-        return steps_asked(trainer, self.steps_per_epoch(trainer.batch_size))
+        """Return the number of optimizer updates that the settings ask for."""
+        return optimizer_steps(trainer, self.steps_per_epoch(trainer.batch_size))
 
     def backward(self, pack: Pack, trainer: Trainer) -> Backward:
-        """What the batches add to gradients, by the objective that the settings name."""
-        objectives = {}
-        for pairs in self.tasks.values():
-            objectives[pairs.train.head] = objective = make_objective(trainer, pairs.train.labels)
-            assert objective.orders == (1 if pairs.swapped is None else 2)
+        """Return the backward pass for batches of these tasks, with the objective that the settings name."""
+        objective = make_objective(trainer)
+        assert all(objective.orders == (1 if task.second_view is None else 2) for task in self.tasks.values())
+        objectives = {task.train.head: objective for task in self.tasks.values()}
         return Backward(pack, objectives, graphs=trainer.cuda_graphs)
 
     def batches(self, pack: Pack, batch_size: int, multiple: int = 1) -> Iterator[Batch]:
-        """Those of its members, without end; a batch's length is a multiple of so many tokens, see `BatchPlan`."""
+        """Yield training batches for these members without end.
+
+        Args:
+            pack: gives the members' seeds and the padding token.
+            batch_size: pairs of each member per batch.
+            multiple: lengths of batches are multiples of this many tokens.
+        """
         seeds = [pack.members[k].seed_of("order") for k in self.members]
         pad_id = pack.backbone.tokenizer.pad_token_id
-        plans = [pairs.plan(batch_size, multiple) for pairs in self.tasks.values()]
-        streams = [_endless(pairs, plan, seeds, pad_id) for pairs, plan in zip(self.tasks.values(), plans, strict=True)]
-        shares = allotted([plan.steps_per_epoch for plan in plans], self.temperature)
+        plans = [task.plan(batch_size, multiple) for task in self.tasks.values()]
+        streams = [_endless(task, plan, seeds, pad_id) for task, plan in zip(self.tasks.values(), plans, strict=True)]
+        shares = batches_per_task([plan.steps_per_epoch for plan in plans], self.temperature)
         for epoch in count():
-            for task in np.random.default_rng(epoch).permutation(np.repeat(np.arange(len(plans)), shares)):
-                yield next(streams[task])
+            for number in np.random.default_rng(epoch).permutation(np.repeat(np.arange(len(plans)), shares)):
+                yield next(streams[number])
 
 
-def steps_asked(trainer: Trainer, steps_per_epoch: int) -> int:
-    """Optimizer updates that the settings ask for, where an epoch has so many."""
+def optimizer_steps(trainer: Trainer, steps_per_epoch: int) -> int:
+    """Return the optimizer updates that `epochs` and `max_steps` ask for; at least 1."""
     exact = trainer.epochs * steps_per_epoch
     steps = max(1, math.ceil(round(exact, 6)))  # 1.1 epochs of 10 steps are 11, not 11.000000000000002
     return steps if trainer.max_steps is None else min(steps, trainer.max_steps)
 
 
-def allotted(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
-    """The sum of the sizes, shared out in proportion to size ** (1 / temperature), by largest remainder."""
+def batches_per_task(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
+    """Divide the sum of the sizes in proportion to size ** (1 / temperature), by the largest-remainder method.
+
+    Args:
+        sizes: batches of an epoch of each task.
+        temperature: of at least 1.
+
+    Returns:
+        Batches of each task in an epoch of the mixture, with the sum of `sizes`.
+    """
     weights = np.array(sizes, np.float64) ** (1 / temperature)
     exact = sum(sizes) * weights / weights.sum()
     shares: NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
@@ -111,6 +126,7 @@ def allotted(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
     return shares
 
 
-def _endless(pairs: TaskData, plan: BatchPlan, seeds: Sequence[int], pad_id: int) -> Iterator[Batch]:
+def _endless(task: TaskData, plan: BatchPlan, seeds: Sequence[int], pad_id: int) -> Iterator[Batch]:
+    """Yield the batches of a task epoch by epoch, without end."""
     for epoch in count():
-        yield from training_batches(pairs.train, plan, seeds, epoch, pad_id, pairs.swapped)
+        yield from training_batches(task.train, plan, seeds, epoch, pad_id, task.second_view)

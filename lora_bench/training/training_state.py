@@ -1,13 +1,13 @@
-"""What a training step changes: gathered for a checkpoint, and put back so that training goes on bit for bit.
+"""The training state of a member: gathered for a checkpoint, and restored so that training resumes bit for bit.
 
-    weights/<name>    what the member trains           adamw/<i>/<key>   its optimizer's moments
-    buffers/<name>    what it keeps beside that        mean/<i>          its averaged weights
-    running/<name>    statistics of its method         best/<name>       its best weights so far
-    scores/<task>     its scores at the best            rng/<device>      torch's own stream
-    dropout           its stream of dropout
+    weights/<name>    trained tensors                  adamw/<i>/<key>   moments of the optimizer
+    buffers/<name>    fixed tensors of its updates     mean/<i>          averaged weights
+    running/<name>    statistics of its method         best/<name>       trained tensors at the best evaluation
+    scores/<task>     scores at the best evaluation    rng/<device>      torch's global random stream
+    dropout           random stream of its dropout
 
-Batches are a function of seed and step, and rates of the step, so neither is kept. Each member of a pack has a state of
-its own, so that it can go on alone or in another pack.
+Batches are a function of seed and step, and learning rates of the step, so neither is saved. Each member of a pack has
+a state of its own, so that it can be resumed in a single run or in another pack.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TYPES |= {"steps": int, "pairs": int, "tokens": int, "padding": int, "seconds":
 
 
 def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return copies on the CPU of all tensors of a member's training, and the facts that JSON can hold."""
+    """Return the training state of a member: copies of its tensors on the CPU, and the rest as JSON."""
     pack, k, progress, average = member.pack, member.index, member.progress, member.average
     sections: dict[str, dict[str, Tensor]] = {
         "rng": _torch_streams(pack),
@@ -55,35 +55,35 @@ def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"dropout": pack.dropout[k].get_state()}
     tensors |= {f"{section}/{name}": tensor for section, named in sections.items() for name, tensor in named.items()}
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    facts = {
+    metadata = {
         "outcome": {name: getattr(progress, name) for name in _TYPES},
         "averaged": average.steps,
         "ranks": pack.given_ranks[k],
-        "room": pack.room,
+        "room": pack.max_micro_batch,
     }
-    return copies, facts
+    return copies, metadata
 
 
 @torch.no_grad()
 def restore(member: MemberRun, checkpoint: Checkpoint) -> None:
-    """Put a member into the state of a checkpoint; its settings and given ranks are those of the checkpoint already.
+    """Restore the state of a checkpoint into a member, whose settings and ranks are already those of the checkpoint.
 
     Raises:
-        UserError: the tensors are not those of this training.
+        UserError: the tensors or metadata are not those of this member's training.
     """
     with reject_foreign_checkpoint():
         tensors = dict(checkpoint.tensors)
-        max_pairs = dict(checkpoint.facts.get("room", {}))
+        max_pairs = dict(checkpoint.metadata.get("room", {}))
         _require(all(type(pairs) is int and pairs >= 1 for pairs in max_pairs.values()), "room")
-        member.pack.room |= max_pairs
+        member.pack.max_micro_batch |= max_pairs
         _restore_weights(member, tensors)
         _restore_optimizer(member, tensors)
-        _restore_average(member, tensors, checkpoint.facts["averaged"])
-        _restore_progress(member, tensors, checkpoint.facts["outcome"])
+        _restore_average(member, tensors, checkpoint.metadata["averaged"])
+        _restore_progress(member, tensors, checkpoint.metadata["outcome"])
         _restore_streams(member, tensors)
         if tensors:
             raise UserError(
-                f"the checkpoint holds tensors of another training, for example {next(iter(tensors))}",
+                f"the checkpoint has tensors that this run does not have, for example {next(iter(tensors))}",
                 code=Code.MISMATCH,
             )
 
@@ -118,15 +118,15 @@ def _restore_average(member: MemberRun, tensors: dict[str, Tensor], steps: int) 
     _require(all(m.shape == p.shape and m.dtype == torch.float32 for p, m in average.means.items()), "mean")
 
 
-def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: dict[str, Any]) -> None:
     best, scores = _take(tensors, "best/"), _take(tensors, "scores/")
     shapes = {name: p.shape for name, p in member.pack.trainable(member.index).items()} if best else {}
     _require({name: tensor.shape for name, tensor in best.items()} == shapes, "best")
     _require(all(tensor.ndim == 1 and tensor.dtype == torch.float64 for tensor in scores.values()), "scores")
     _require(all(bool(torch.isfinite(tensor).all()) for tensor in scores.values()), "scores")
-    _require(facts.keys() == _TYPES.keys(), "the progress")
+    _require(outcome.keys() == _TYPES.keys(), "the progress")
     member.progress = MemberProgress(
-        **facts, state=best, scores={task: tensor.numpy() for task, tensor in scores.items()}
+        **outcome, state=best, scores={task: tensor.numpy() for task, tensor in scores.items()}
     )
     for name, types in _TYPES.items():
         _require(isinstance(getattr(member.progress, name), types), f"the outcome's {name}")
@@ -145,23 +145,24 @@ def _restore_streams(member: MemberRun, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def reject_foreign_checkpoint() -> Iterator[None]:
-    """Refuse a checkpoint in which something is missing or of another kind than this training would have written."""
+    """Turn the errors of reading a checkpoint that this run cannot have written into a UserError."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"the checkpoint is of another training ({type(error).__name__}: {first})", code=Code.MISMATCH
+            f"the checkpoint does not belong to this run ({type(error).__name__}: {first})", code=Code.MISMATCH
         ) from None
 
 
-def _require(holds: bool, what: str) -> None:
+def _require(holds: bool, name: str) -> None:
+    """Refuse a checkpoint unless the condition on the entry of this name holds."""
     if not holds:
-        raise UserError(f"the checkpoint is of another training: {what} does not fit", code=Code.MISMATCH)
+        raise UserError(f"the checkpoint does not belong to this run: {name} does not fit", code=Code.MISMATCH)
 
 
 def _torch_streams(pack: Pack) -> dict[str, Tensor]:
-    """torch's own streams, which only full fine-tuning's dropout draws from."""
+    """Return the states of torch's global random streams, which only the dropout of full fine-tuning uses."""
     streams = {"cpu": torch.get_rng_state()}
     if pack.backbone.device.type == "cuda":
         streams["cuda"] = torch.cuda.get_rng_state(pack.backbone.device)
@@ -169,7 +170,7 @@ def _torch_streams(pack: Pack) -> dict[str, Tensor]:
 
 
 def _buffers(pack: Pack, member: int) -> dict[str, Tensor]:
-    """What the member's updates keep beside their parameters: starts, projections, codes."""
+    """Return the fixed tensors of a member's updates: initial values, projections, quantisation codes."""
     return {
         f"{name}/{key}": tensor
         for name, update in pack.updates[member].items()
@@ -179,6 +180,7 @@ def _buffers(pack: Pack, member: int) -> dict[str, Tensor]:
 
 
 def _running_statistics(pack: Pack, member: int) -> dict[str, Tensor]:
+    """Return the running statistics that a member's method keeps of each update."""
     return {
         f"{name}/{key}": tensor
         for name, update in pack.updates[member].items()
@@ -187,14 +189,15 @@ def _running_statistics(pack: Pack, member: int) -> dict[str, Tensor]:
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Take the tensors whose names begin with `prefix` out of the whole."""
+    """Remove the tensors whose names begin with `prefix` from the dictionary, and return them without the prefix."""
     names = [name for name in tensors if name.startswith(prefix)]
     return {name.removeprefix(prefix): tensors.pop(name) for name in names}
 
 
-def _copy(tensors: dict[str, Tensor], prefix: str, own: Mapping[str, Tensor]) -> None:
-    found = _take(tensors, prefix)
-    wrong = sorted(found.keys() ^ own.keys()) or [n for n, p in own.items() if found[n].shape != p.shape]
+def _copy(tensors: dict[str, Tensor], prefix: str, targets: Mapping[str, Tensor]) -> None:
+    """Copy the tensors whose names begin with `prefix` into the targets, which have the names without it."""
+    saved = _take(tensors, prefix)
+    wrong = sorted(saved.keys() ^ targets.keys()) or [n for n, p in targets.items() if saved[n].shape != p.shape]
     _require(not wrong, ", ".join(wrong[:1]))
-    for name, p in own.items():
-        p.copy_(found[name])
+    for name, p in targets.items():
+        p.copy_(saved[name])

@@ -1,4 +1,4 @@
-"""Weight averaging: a member is scored and kept at the mean of its latest weights, at every look."""
+"""Weight averaging: at every evaluation a member is scored, and its state kept, with the mean of its latest weights."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Average:
-    """The mean, in fp32, of one member's trained tensors over about the latest share of its steps so far.
+class WeightAverage:
+    """The running mean, in fp32, of one member's trained tensors over about the latest share of its steps so far.
 
     Polynomial-decay averaging (Shamir and Zhang 2013, arXiv 1212.1824, section 4): with w̄_t after t steps,
 
         w̄_t = (1 − c) w̄_{t−1} + c w_t,    c = (η + 1) / (t + η),    η = 2 / share − 2
 
-    The mean of the last `share` of t steps lies as far back on average, but its sums would have to begin at a step that
-    depends on when one looks; this mean is ready at any time. A share of 1 weighs all steps alike (Izmailov et al.
-    2018, arXiv 1803.05407, algorithm 1, over steps). Each tensor is averaged by itself, as there. Where a method's
-    change is a product of tensors (LoRA's B A), the product of the means is not the mean of the products.
+    The plain mean of the last `share` of t steps has the same mean age of weights, but its sum would have to start at
+    a step that depends on t; this mean is available at any time. A share of 1 weighs all steps equally (Izmailov et al.
+    2018, arXiv 1803.05407, algorithm 1, over steps). Each tensor is averaged by itself, as there. If a method's update
+    is a product of tensors (LoRA's B A), the product of the means is not the mean of the products.
 
     Args:
         parameters: the tensors.
-        share: from 0, where nothing is averaged, to 1.
+        share: from 0 (no averaging) to 1.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], share: float = 1.0) -> None:
@@ -37,8 +37,8 @@ class Average:
         self.steps = 0
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Let the weights as they are now count."""
+    def update(self) -> None:
+        """Add the current weights to the mean."""
         if not self.share:
             return
         if not self.steps:
@@ -52,8 +52,8 @@ class Average:
 
 @contextmanager
 @torch.no_grad()
-def averaged(averages: Iterable[Average]) -> Iterator[None]:
-    """Within, parameters hold their means where they have any; afterwards they are bitwise what they were."""
+def averaged_weights(averages: Iterable[WeightAverage]) -> Iterator[None]:
+    """Within this context parameters hold their means, if there are any; afterwards their own values, bit for bit."""
     swaps = [(p, mean, p.clone()) for average in averages for p, mean in average.means.items()]
     for p, mean, _ in swaps:
         p.copy_(mean)

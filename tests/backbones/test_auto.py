@@ -15,7 +15,7 @@ from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.auto import Auto
 from lora_bench.errors import Code
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.padding import check_padding
 from tests.adapters.tools import adapter
 from tests.backbones.tools import cut_logits, enliven, make, own_logits, random_batch, save, spread
@@ -179,7 +179,7 @@ def test_top_layers_are_those_computed_last(xlm: Path, bart: Path) -> None:
 
 def test_a_probe_has_what_a_classifier_looks_for(bart: Path) -> None:
     pack = Pack(make("deberta", f"model.path={bart}"), [Member(adapter("lora"), 0)])
-    flops = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+    flops = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
     assert flops(1, 32) > flops(1, 16) > 0
 
 

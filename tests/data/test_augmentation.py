@@ -202,5 +202,5 @@ def test_a_prefix_is_not_kept_of_what_changes(encode: Callable[..., TokenTable],
             can_be_cut = True
 
     table = augmented(encode)
-    served = PrefixCache("hash", 1e9).serve(Cut(), {"train": table})  # type: ignore[arg-type]
+    served = PrefixCache("hash", 1e9).with_cached_hidden_states(Cut(), {"train": table})  # type: ignore[arg-type]
     assert served["train"] is table

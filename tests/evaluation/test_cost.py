@@ -21,7 +21,7 @@ from lora_bench.adapters.methods.full import Full
 from lora_bench.adapters.methods.head_only import HeadOnly
 from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from tests.adapters.tools import adapter
 from tests.helpers import TINY
 
@@ -42,7 +42,7 @@ def lora(layers: str = "all", rank: int = RANK) -> Adapter:
 
 
 def measured(pack: Pack) -> FlopModel:
-    return FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+    return FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
 
 
 def tokens(length: int, *, last: bool) -> list[int]:
@@ -116,7 +116,7 @@ def test_the_model_is_exact_on_unseen_shapes_for_every_family(backbone: Callable
     model = measured(pack)
     for rows, length in ((3, 21), (2, 50)):
         with FlopCounterMode(display=False) as counter:
-            probe_step(pack, rows, length)
+            dummy_step(pack, rows, length)
         assert model(rows, length) == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 

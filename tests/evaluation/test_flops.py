@@ -21,7 +21,7 @@ from lora_bench.adapters.methods.lora_xs import Between
 from lora_bench.backbones.bert import Bert
 from lora_bench.config.groups import choices
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from tests.adapters.tools import adapter, make, pack, tables, trainer
 from tests.backbones.tools import FORMS
 from tests.training.tools import prepare
@@ -146,5 +146,5 @@ def test_the_flops_of_a_step_are_those_of_the_formula(method: str, form: str) ->
     made: Any = pack(form, (settings, 0), backbone=make(*FORMS[form]))
     learned, _ = tables(made.backbone)
     prepare(made, trainer(), learned)
-    measured = FlopModel.measure(lambda rows, length: probe_step(made, rows, length))(N, T)
+    measured = FlopModel.measure(lambda rows, length: dummy_step(made, rows, length))(N, T)
     assert measured == pytest.approx(by_formula(made, settings, form), rel=0.02)

@@ -168,7 +168,7 @@ def test_it_goes_on_where_it_was_stopped(
     assert not Path("run/tasks").exists()
     answer = command("train", "resume=run")
     assert answer.code == 0, answer
-    assert f"going on from step {step}" in answer.out
+    assert f"resumed from step {step}" in answer.out
     undisturbed = runs / {"adapter": "shared", "backbone": "own"}[share]
     assert record("run")["metrics"] == record(undisturbed)["metrics"]
     for task in ROWS:
@@ -221,10 +221,10 @@ def test_an_adapter_goes_from_one_task_into_several_and_back(runs: Path, in_tmp:
     asked = [*conf, THREE, f"adapter.init_from={runs / 'alone/small'}", "hydra.run.dir=run"]
     answer = command("train", *asked)
     assert answer.code == 0, answer
-    assert "the head begins anew" in answer.out
+    assert "the head is not" in answer.out
     answer = command("train", *conf, "data=small", "adapter.init_from=run/tasks/small", "hydra.run.dir=again")
     assert answer.code == 0, answer
-    assert "adapter and head begin as those of" in answer.out
+    assert "adapter and head are initialised from" in answer.out
 
 
 def test_a_sweep_of_runs_of_several_tasks_is_packed(runs: Path, in_tmp: Path) -> None:
@@ -239,9 +239,9 @@ def test_a_sweep_of_runs_of_several_tasks_is_packed(runs: Path, in_tmp: Path) ->
 
 
 def test_both_orders_and_objectives_are_of_each_task(runs: Path, in_tmp: Path) -> None:
-    """The kept prefix, exchanged pairs and the likelihood's shift are of the task, and not of the first one."""
+    """The kept prefix and exchanged pairs are of the task, and not of the first one."""
     asked = ["trainer.max_steps=4", "adapter.layers=top:1", "trainer.score_both_orders=true"]
-    asked += ["trainer.objective=order_consistency", "trainer.logit_adjustment=1"]
+    asked += ["trainer.objective=order_consistency"]
     asked += ["data.task=qqp", "data.perturb=[order]"]
     own = train(runs, f"{in_tmp}/own", "data.tasks=[small,large]", "data.share=backbone", *asked)
     for task in ("small", "large"):
@@ -256,8 +256,8 @@ def test_both_orders_and_objectives_are_of_each_task(runs: Path, in_tmp: Path) -
         assert again == pytest.approx(scores(shared / "tasks" / task), abs=1e-6)
 
 
-def test_dropout_consistency_and_a_target_with_a_shared_adapter(runs: Path, in_tmp: Path) -> None:
-    asked = [THREE, "trainer.objective=dropout_consistency", "adapter.dropout=0.1", "trainer.stop_at=0.05"]
+def test_order_consistency_and_a_target_with_a_shared_adapter(runs: Path, in_tmp: Path) -> None:
+    asked = [THREE, "trainer.objective=order_consistency", "trainer.stop_at=0.05"]
     found = record(train(runs, f"{in_tmp}/run", *asked))
     means = {line["step"]: line["metrics"]["mcc"] for line in lines("run") if line["split"] == "selection"}
     reached = [step for step, mean in means.items() if mean >= 0.05]

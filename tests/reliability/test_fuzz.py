@@ -30,7 +30,7 @@ from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.member_run import MemberProgress, MemberRun, Schedule
 from lora_bench.training.optim import make_optimizer
 from lora_bench.training.training_state import gather, restore
-from lora_bench.training.weight_averaging import Average
+from lora_bench.training.weight_averaging import WeightAverage
 from tests.command_line import lora_bench, toy_run
 from tests.training.test_loop import Make, optimizer, packed, spy
 
@@ -199,7 +199,7 @@ def test_mutated_checkpoints_are_passed_over(in_tmp: Path) -> None:
         if found is None:
             assert checkpoints.damaged
             return
-        assert (found.step, found.facts) == (7, {"fact": [1, None]})
+        assert (found.step, found.metadata) == (7, {"fact": [1, None]})
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in written.items())
 
     check()
@@ -314,13 +314,13 @@ def trained(backbone: Make, method: str) -> MemberRun:
         pack,
         optimizer(),
         make_optimizer(optimizer(), pack, 0),
-        Average(pack.trainable(0).values()),
+        WeightAverage(pack.trainable(0).values()),
         Schedule(10, 10, 10),
         MemberProgress(state=pack.state(0)),
         [0],
     )
     step(member)
-    member.average.add()
+    member.average.update()
     return member
 
 

@@ -96,7 +96,7 @@ def stopped_and_gone_on(at_step: Any, method: str, number: int) -> int:
     at_step(0, lambda: None)
     gone_on = lora_bench("train", "resume=run")
     assert gone_on.code == 0, gone_on.err
-    assert "going on from step 7" in gone_on.out
+    assert "resumed from step 7" in gone_on.out
     assert_same_run("run", "whole")
     assert not Path("run/checkpoints").exists()
     assert not Path("outputs").exists()
@@ -146,7 +146,7 @@ def test_21_a_run_stopped_while_it_is_scored_is_only_scored_when_resumed(
     assert record("run")["status"] == "interrupted"
     answer = lora_bench("train", "resume=run")
     assert answer.code == 0, answer.err
-    assert "going on from step 9" in answer.out
+    assert "resumed from step 9" in answer.out
     assert_same_run("run", finished)
 
 
@@ -165,7 +165,7 @@ def test_21_so_is_one_that_stopped_early(in_tmp: Path, monkeypatch: pytest.Monke
     assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
     answer = lora_bench("train", "resume=run")
     assert answer.code == 0, answer.err
-    assert "going on from step 4" in answer.out
+    assert "resumed from step 4" in answer.out
     assert_same_run("run", "whole")
 
 
@@ -284,7 +284,7 @@ def test_24_the_run_goes_on_beside_a_half_written_checkpoint(interrupted: Path, 
     (part / "tensors.safetensors").write_bytes(b"half")
     answer = lora_bench("train", f"resume={interrupted}")
     assert answer.code == 0, answer
-    assert "going on from step 7" in answer.out
+    assert "resumed from step 7" in answer.out
     assert_same_run(interrupted, finished)
 
 
@@ -300,7 +300,7 @@ def test_25_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     answer = lora_bench("train", f"resume={interrupted}")
     assert answer.code == 0, answer
     assert re.search("^note: .*step-00000007", answer.out, re.MULTILINE)
-    assert "going on from step 6" in answer.out
+    assert "resumed from step 6" in answer.out
     assert_same_run(interrupted, finished)
 
 
@@ -363,7 +363,7 @@ def test_26_a_checkpoint_of_before_configs_were_kept_is_used(interrupted: Path, 
         (place / "manifest.json").write_text(json.dumps(manifest))
     answer = lora_bench("train", f"resume={interrupted}")
     assert answer.code == 0, answer.err
-    assert "going on from step 7" in answer.out
+    assert "resumed from step 7" in answer.out
     assert_same_run(interrupted, finished)
 
 

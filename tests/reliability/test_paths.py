@@ -196,7 +196,7 @@ def test_17_no_room_for_the_log_or_a_checkpoint(
     assert older.damaged == []
     answer = lora_bench("train", "resume=run")
     assert answer.code == 0, answer
-    assert "going on from step" in answer.out
+    assert "resumed from step" in answer.out
     for file in ("adapter/adapter_model.safetensors", "predictions/validation.parquet"):
         assert Path("run", file).read_bytes() == Path("whole", file).read_bytes()
 

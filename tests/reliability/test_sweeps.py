@@ -90,7 +90,7 @@ def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp:
     assert "killed: sweep/0" in lora_bench("compare", "sweep").out
     answer = lora_bench("train", "-m", "resume=sweep")
     assert answer.code == 0, answer
-    assert "going on from step 2" in answer.out
+    assert "resumed from step 2" in answer.out
     assert statuses() == {"0": "done", "1": "done", "2": "done"}
 
 

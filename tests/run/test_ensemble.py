@@ -68,37 +68,40 @@ def test_its_members_are_what_runs_of_their_seeds_learn(runs: Path) -> None:
     assert scores(runs / "ensemble") == pytest.approx(np.mean(alone, axis=0), abs=1e-4)
     assert np.std(alone, axis=0).max() > 1e-3
     for i in range(3):
-        found = load_file(runs / f"ensemble/adapter/member_{i}/adapter_model.safetensors")
+        weights = load_file(runs / f"ensemble/adapter/member_{i}/adapter_model.safetensors")
         expected = load_file(runs / f"{i}/adapter/adapter_model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all((found[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())
+        assert weights.keys() == expected.keys()
+        assert all((weights[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())
 
 
 def test_its_record_has_its_own_figures_and_its_members(runs: Path) -> None:
-    found = record(runs / "ensemble")
-    metrics, labels = found["metrics"], pq.read_table(runs / "ensemble/predictions/validation.parquet")["label"]
+    results = record(runs / "ensemble")
+    metrics, labels = (
+        results["metrics"],
+        pq.read_table(runs / "ensemble/predictions/validation.parquet")["label"],
+    )
     for name, value in score(scores(runs / "ensemble").copy(), labels.to_numpy().copy(), {}).items():
         assert metrics[f"validation/{name}"] == value
     for i in range(3):
-        own = record(runs / str(i))
+        single = record(runs / str(i))
         for name in ("accuracy", "mcc", "nll", "ece", "brier", "calibrated/nll"):
             assert metrics[f"validation/member_{i}/{name}"] == pytest.approx(
-                own["metrics"][f"validation/{name}"], abs=1e-3
+                single["metrics"][f"validation/{name}"], abs=1e-3
             )
-        member = found["selection"]["members"][i]
+        member = results["selection"]["members"][i]
         assert {"step": member["step"], "epoch": member["epoch"]} == {
-            key: own["selection"][key] for key in ("step", "epoch")
+            key: single["selection"][key] for key in ("step", "epoch")
         }
-        assert member["temperature"] == pytest.approx(own["selection"]["temperature"], rel=1e-2)
+        assert member["temperature"] == pytest.approx(single["selection"]["temperature"], rel=1e-2)
     of_members = np.stack([scores(runs / str(i)) for i in range(3)])
     assert metrics["validation/disagreement"] == pytest.approx(disagreement(of_members))
     assert {"validation/calibrated/nll", "validation/members/ece", "selection/mcc"} <= metrics.keys()
     one = record(runs / "0")
-    assert found["params"]["adapter"] == 3 * one["params"]["adapter"]
-    assert found["params"]["total"] == one["params"]["total"] + 2 * one["params"]["trainable"]
-    assert found["cost"]["train_flops"] == 3 * one["cost"]["train_flops"]
-    assert (found["cost"]["pack_size"], found["cost"]["steps"]) == (3, 6)
-    assert found["cost"]["train_seconds"] > 0
+    assert results["params"]["adapter"] == 3 * one["params"]["adapter"]
+    assert results["params"]["total"] == one["params"]["total"] + 2 * one["params"]["trainable"]
+    assert results["cost"]["train_flops"] == 3 * one["cost"]["train_flops"]
+    assert (results["cost"]["pack_size"], results["cost"]["steps"]) == (3, 6)
+    assert results["cost"]["train_seconds"] > 0
 
 
 def test_its_selection_lines_tell_members_apart_and_its_reported_split_is_scored_once(runs: Path) -> None:
@@ -109,8 +112,8 @@ def test_its_selection_lines_tell_members_apart_and_its_reported_split_is_scored
 
 @pytest.mark.parametrize("vary", [["init"], ["order"], ["dropout"], ["init", "order", "dropout"]])
 def test_members_differ_in_what_varies_and_in_nothing_else(vary: list[str]) -> None:
-    made = Experiment.build(composed(THREE, f"ensemble.vary=[{','.join(vary)}]", "adapter.dropout=0.1", "seed=7"))
-    for i, member in enumerate(made.members()):
+    experiment = Experiment.build(composed(THREE, f"ensemble.vary=[{','.join(vary)}]", "adapter.dropout=0.1", "seed=7"))
+    for i, member in enumerate(experiment.members()):
         for purpose in ("init", "order", "dropout"):
             assert member.seed_of(purpose) == 7 + 1_000_000 * i * (purpose in vary)
 
@@ -119,7 +122,7 @@ def test_with_one_order_members_see_the_same_batches_and_start_apart(in_tmp: Pat
     train("run", "ensemble.members=2", "ensemble.vary=[init]", "trainer.max_steps=1", "trainer.eval_every=1")
     train("0", "trainer.max_steps=1", "trainer.eval_every=1")
     tensors = [load_file(f"run/adapter/member_{i}/adapter_model.safetensors") for i in range(2)]
-    heads = [next(t for n, t in own.items() if n.endswith("classifier.weight")) for own in tensors]
+    heads = [next(t for n, t in named.items() if n.endswith("classifier.weight")) for named in tensors]
     assert (heads[0] - heads[1]).abs().max() > 1e-3
     one, both = record("0")["cost"], record("run")["cost"]
     assert both["train_padding_tokens"] == 2 * one["train_padding_tokens"]
@@ -128,25 +131,25 @@ def test_with_one_order_members_see_the_same_batches_and_start_apart(in_tmp: Pat
 def test_a_finished_ensemble_predicts_and_is_scored_again_as_in_its_record(runs: Path, in_tmp: Path) -> None:
     run = Path(shutil.copytree(runs / "ensemble", "run"))
     assert lora_bench.load(run).predict(PAIRS) == pytest.approx(scores(run), abs=1e-6)
-    asked = [f"run={run}", "data=toy", "data.train_rows=80", "data.validation_rows=16"]
-    assert command("eval", *asked).code == 0
+    request = [f"run={run}", "data=toy", "data.train_rows=80", "data.validation_rows=16"]
+    assert command("eval", *request).code == 0
     metrics = {k: v for k, v in record(run)["metrics"].items() if k.startswith("validation/")}
     assert json.loads((run / "evaluations/toy.json").read_text())["metrics"] == pytest.approx(metrics, abs=1e-6)
 
 
 def test_predict_writes_calibrated_probability_and_spread(runs: Path, in_tmp: Path) -> None:
     Path("pairs.tsv").write_text("question1\tquestion2\n" + "".join(f"{one}\t{two}\n" for one, two in PAIRS))
-    asked = ["input=pairs.tsv", "output=out.parquet", "uncertainty=true"]
-    assert command("predict", f"run={runs / 'ensemble'}", *asked).code == 0
-    found = pq.read_table("out.parquet")
-    assert found.column_names == ["question1", "question2", "label", "score", "calibrated", "spread"]
+    request = ["input=pairs.tsv", "output=out.parquet", "uncertainty=true"]
+    assert command("predict", f"run={runs / 'ensemble'}", *request).code == 0
+    labelled = pq.read_table("out.parquet")
+    assert labelled.column_names == ["question1", "question2", "label", "score", "calibrated", "spread"]
     of_members = np.stack([scores(runs / str(i)) for i in range(3)])
-    assert found["score"].to_numpy() == pytest.approx(of_members.mean(axis=0), abs=1e-4)
-    assert found["spread"].to_numpy() == pytest.approx(of_members.std(axis=0), abs=1e-4)
+    assert labelled["score"].to_numpy() == pytest.approx(of_members.mean(axis=0), abs=1e-4)
+    assert labelled["spread"].to_numpy() == pytest.approx(of_members.std(axis=0), abs=1e-4)
     logits = np.log(scores(runs / "ensemble")) - np.log1p(-scores(runs / "ensemble"))
     temperature = record(runs / "ensemble")["selection"]["temperature"]
-    assert found["calibrated"].to_numpy() == pytest.approx(1 / (1 + np.exp(-logits / temperature)), abs=1e-5)
-    assert command("predict", f"run={runs / '0'}", *asked).code == 0
+    assert labelled["calibrated"].to_numpy() == pytest.approx(1 / (1 + np.exp(-logits / temperature)), abs=1e-5)
+    assert command("predict", f"run={runs / '0'}", *request).code == 0
     assert pq.read_table("out.parquet").column_names[2:] == ["label", "score", "calibrated"]
 
 
@@ -157,13 +160,13 @@ def test_export_writes_every_member(runs: Path, in_tmp: Path, form: str) -> None
     assert "ensemble of 3" in answer.out
     for i in range(3):
         if form == "peft":
-            found = load_file(f"out/member_{i}/adapter_model.safetensors")
+            weights = load_file(f"out/member_{i}/adapter_model.safetensors")
             expected = load_file(runs / f"ensemble/adapter/member_{i}/adapter_model.safetensors")
-            assert found.keys() == expected.keys()
-            assert all(found[name].equal(tensor) for name, tensor in expected.items())
+            assert weights.keys() == expected.keys()
+            assert all(weights[name].equal(tensor) for name, tensor in expected.items())
             continue
         assert command("export", f"run={runs / str(i)}", "format=merged", f"output=alone{i}").code == 0
-        merged, alone = (load_file(f"{place}/model.safetensors") for place in (f"out/member_{i}", f"alone{i}"))
+        merged, alone = (load_file(f"{folder}/model.safetensors") for folder in (f"out/member_{i}", f"alone{i}"))
         assert all((merged[name] - tensor).abs().max() < 1e-4 for name, tensor in alone.items())
 
 
@@ -175,7 +178,7 @@ def test_it_goes_on_where_it_was_stopped(runs: Path, in_tmp: Path, monkeypatch: 
     assert record("run")["status"] == "interrupted"
     answer = command("train", "resume=run")
     assert answer.code == 0, answer
-    assert "going on from step 4" in answer.out
+    assert "resumed from step 4" in answer.out
     assert record("run")["metrics"] == record(runs / "ensemble")["metrics"]
     assert not Path("run/checkpoints").exists()
 
@@ -184,12 +187,12 @@ def test_a_member_that_diverges_ends_its_ensemble_and_no_other_run(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = scores(train("lone", "ensemble.members=2", "seed=1"))
-    begun: list[dict[str, Update]] = []
+    updates_by_member: list[dict[str, Update]] = []
 
     def break_second(self: LoRA, updates: dict[str, Update], step: int, steps: int) -> None:
-        if all(updates is not other for other in begun):
-            begun.append(updates)
-        if step == 2 and updates is begun[1]:
+        if all(updates is not other for other in updates_by_member):
+            updates_by_member.append(updates)
+        if step == 2 and updates is updates_by_member[1]:
             next(iter(updates.values())).lora_B.data.fill_(math.nan)
 
     monkeypatch.setattr(LoRA, "after_step", break_second)
@@ -211,7 +214,7 @@ def test_members_whose_ranks_differ_are_put_together_again(in_tmp: Path) -> None
 
 
 def test_what_it_would_cost_is_that_of_all_members(in_tmp: Path) -> None:
-    answers = [command("train", *ASKED, "dry_run=true", *more) for more in ([], ["ensemble.members=2"])]
+    answers = [command("train", *ASKED, "dry_run=true", *options) for options in ([], ["ensemble.members=2"])]
     sizes = [re.search(r"([\d.]+) k adapter \+ ([\d.]+) k head", answer.out) for answer in answers]
     assert sizes[0] is not None, answers[0]
     assert sizes[1] is not None, answers[1]

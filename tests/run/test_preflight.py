@@ -42,8 +42,8 @@ for command in json.loads(sys.argv[1]):
 
 def test_a_wrong_request_imports_nothing_heavy(in_tmp: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    asked = [sys.executable, "-c", SCRIPT, json.dumps(WRONG)]
-    answer = subprocess.run(asked, capture_output=True, text=True, timeout=300, check=True, env=environment)
+    command = [sys.executable, "-c", SCRIPT, json.dumps(WRONG)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environment)
     assert [json.loads(line) for line in answer.stdout.splitlines()] == [[command, 2, []] for command in WRONG]
     assert answer.stderr.count("\n") == len(WRONG), answer.stderr
     assert list(in_tmp.iterdir()) == []
@@ -131,7 +131,7 @@ def test_a_runs_record_is_untrusted(
 # -- resume=last --
 
 
-def begun(folder: str, created: Any) -> Path:
+def interrupted_run(folder: str, created: Any) -> Path:
     """Write the record of a run that was interrupted."""
     path = Path("outputs", folder)
     path.mkdir(parents=True)
@@ -144,9 +144,9 @@ FUTURE = (datetime.now(UTC) + timedelta(days=400)).date().isoformat() + "T00:00:
 
 @pytest.mark.parametrize("created", [FUTURE, "9999-12-31T23:59:59+00:00", "zzz", "", None])
 def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
-    begun("older", "2026-01-01T00:00:00.000+00:00")
-    newest = begun("newest", "2026-01-02T00:00:00.000+00:00")
-    other = begun("other", created)
+    interrupted_run("older", "2026-01-01T00:00:00.000+00:00")
+    newest = interrupted_run("newest", "2026-01-02T00:00:00.000+00:00")
+    other = interrupted_run("other", created)
     assert place("last", Path("outputs")) == newest
     for folder in (newest, newest.with_name("older")):
         (folder / "run.json").unlink()
@@ -157,8 +157,8 @@ def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
 
 
 def test_moments_are_compared_and_not_texts(in_tmp: Path) -> None:
-    begun("a", "2026-01-02T00:30:00.000+02:00")
-    newest = begun("b", "2026-01-01T23:00:00.000+00:00")
+    interrupted_run("a", "2026-01-02T00:30:00.000+02:00")
+    newest = interrupted_run("b", "2026-01-01T23:00:00.000+00:00")
     assert place("last", Path("outputs")) == newest
 
 
@@ -170,12 +170,12 @@ def test_relative_paths_mean_the_start_folder(in_tmp: Path) -> None:
     Path("data").mkdir()
     for split in ("train", "validation"):
         Path("data", f"{split}.tsv").write_text(f"question1\tquestion2\tlabel\n{rows}")
-    asked = [text for text in toy_run("data=pairs", "data.selection_size=4") if "_rows" not in text]
+    overrides = [text for text in toy_run("data=pairs", "data.selection_size=4") if "_rows" not in text]
     there = "hydra.job.chdir=true"
-    assert lora_bench("train", *asked, "data.path=data", "hydra.run.dir=run", there).code == 0
+    assert lora_bench("train", *overrides, "data.path=data", "hydra.run.dir=run", there).code == 0
     assert Path("run/run.json").is_file()
     started = ["data.path=data", "adapter.init_from=run", "hydra.run.dir=second"]
-    assert lora_bench("train", *asked, *started, there).code == 0
+    assert lora_bench("train", *overrides, *started, there).code == 0
     Path("in.tsv").write_text("question1\tquestion2\na\tb\n")
     assert lora_bench("predict", "run=run", "input=in.tsv", "output=out.tsv", there).code == 0
     assert Path("out.tsv").is_file()

@@ -25,8 +25,9 @@ STILL = ["optimizer.lr=1e-30", "trainer.max_steps=1"]
 
 
 def train(folder: Path | str, *overrides: str) -> Path:
-    asked = [each for each in ASKED if each.partition("=")[0] not in {more.partition("=")[0] for more in overrides}]
-    answer = lora_bench("train", *asked, *overrides, f"hydra.run.dir={folder}")
+    replaced = {override.partition("=")[0] for override in overrides}
+    arguments = [override for override in ASKED if override.partition("=")[0] not in replaced]
+    answer = lora_bench("train", *arguments, *overrides, f"hydra.run.dir={folder}")
     assert answer.code == 0, answer
     return Path(folder)
 
@@ -58,21 +59,23 @@ def test_it_begins_where_the_other_ended(method: str, in_tmp: Path) -> None:
 
 
 def test_ranks_that_the_other_was_given_are_taken(in_tmp: Path) -> None:
-    more = ["adapter=sensitivity", "adapter.rank=3"]
-    train("first", *more)
-    train("second", *more, "adapter.init_from=first", "data.generator_seed=3")
+    overrides = ["adapter=sensitivity", "adapter.rank=3"]
+    train("first", *overrides)
+    train("second", *overrides, "adapter.init_from=first", "data.generator_seed=3")
     assert len(set(record("first")["targets"].values())) > 1
     assert record("second")["targets"] == record("first")["targets"]
 
 
 def test_a_head_for_other_labels_begins_anew(source: Path, in_tmp: Path) -> None:
-    more = [f"adapter.init_from={source}", "data.label_names=[no,yes]", "seed=5", *STILL]
-    answer = lora_bench("train", *[each for each in ASKED if "lr" not in each], *more, "hydra.run.dir=other")
+    overrides = [f"adapter.init_from={source}", "data.label_names=[no,yes]", "seed=5", *STILL]
+    answer = lora_bench(
+        "train", *[argument for argument in ASKED if "lr" not in argument], *overrides, "hydra.run.dir=other"
+    )
     assert answer.code == 0, answer
-    assert "not_duplicate and duplicate: the head begins anew" in answer.out
+    assert "not_duplicate, duplicate" in answer.out
     train("fresh", "seed=5", *STILL)
-    begun, of_source, fresh = tensors("other"), tensors(source), tensors("fresh")
-    for name, tensor in begun.items():
+    initialised, of_source, fresh = tensors("other"), tensors(source), tensors("fresh")
+    for name, tensor in initialised.items():
         expected = fresh if "classifier" in name or "pooler" in name else of_source
         assert (tensor - expected[name]).abs().max() < 1e-6, name
 

@@ -37,7 +37,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Methods that were rehearsed; each rank takes so many times what ALONE says."""
     found = []
 
-    def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
+    def expect(experiment: Experiment, inputs: SharedInputs | None = None) -> Estimate:
         rank = getattr(experiment.adapter, "rank", 1)
         found.append(f"{experiment.adapter.method} {rank}")
         return replace(ALONE, train_flops=rank * ALONE.train_flops, train_seconds=rank * ALONE.train_seconds)
@@ -53,7 +53,7 @@ def rows(out: str) -> list[list[str]]:
 
 
 def test_a_row_for_each_pack_and_their_sum(in_tmp: Path, rehearsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_estimate, "needs", lambda common, experiment: Need(kept=1e8, step=1e9, depth=0))
+    monkeypatch.setattr(cost_estimate, "needs", lambda inputs, experiment: Need(kept=1e8, step=1e9, depth=0))
     asked = toy_run("adapter=lora", "adapter.rank=1,2", "seed=0,1", "dry_run=true")
     answer = lora_bench("train", "-m", *asked)
     assert (answer.code, answer.err) == (0, ""), answer
@@ -82,19 +82,19 @@ def test_the_frozen_layers_are_counted_once_where_all_have_one_seed() -> None:
         asked = ["data=toy", "data.train_rows=40", "data.validation_rows=8", "trainer.precision=fp32"]
         return [Experiment.build(composed(*asked, "adapter.layers=top:1", f"seed={seed}")) for seed in seeds]
 
-    common = SharedInputs.load(experiments(0)[0])
-    one, two = (cost_estimate._shared(experiments(*[0] * n), common) for n in (2, 4))
+    inputs = SharedInputs.load(experiments(0)[0])
+    one, two = (cost_estimate._shared(experiments(*[0] * n), inputs) for n in (2, 4))
     # Of a member's p + s two do p once: p / (2 (p + s)); of four 3 p / (4 (p + s)).
     assert 0.1 < one < 0.5
     assert two == pytest.approx(1.5 * one)
-    assert cost_estimate._shared(experiments(0, 1), common) == 0
-    assert cost_estimate._shared(experiments(0), common) == 0
+    assert cost_estimate._shared(experiments(0, 1), inputs) == 0
+    assert cost_estimate._shared(experiments(0), inputs) == 0
 
 
 @pytest.mark.usefixtures("in_tmp")
 def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(ALONE, filling_flops=5e8, filling_seconds=2.0)  # of 2 GFLOP and 8 s
-    monkeypatch.setattr(cost_estimate, "expect", lambda experiment, common: alone)
+    alone = replace(ALONE, prefix_flops=5e8, prefix_seconds=2.0)  # of 2 GFLOP and 8 s
+    monkeypatch.setattr(cost_estimate, "expect", lambda experiment, inputs: alone)
     asked = toy_run("adapter.layers=top:1", "adapter.rank=1,2,3,4", "pack.size=2", "dry_run=true")
     first, second, whole = rows(lora_bench("train", "-m", *asked).out)
     assert first[-3:-1] == ["3.5 GFLOP", "16 s"]  # 2 x 1.5 + 0.5; 2 x 6 + 2, and 2 evaluations of 1 s
@@ -104,8 +104,8 @@ def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("in_tmp")
 def test_what_halving_stops_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(ALONE, steps=80, looks=2, look_seconds=0.1)  # of 2 GFLOP, 8 s and 1 s of evaluation
-    monkeypatch.setattr(cost_estimate, "expect", lambda experiment, common: alone)
+    alone = replace(ALONE, steps=80, evaluations=2, seconds_per_evaluation=0.1)  # of 2 GFLOP, 8 s and 1 s of evaluation
+    monkeypatch.setattr(cost_estimate, "expect", lambda experiment, inputs: alone)
     asked = toy_run("adapter.rank=1,2,3,4,5,6,7,8", "pack.halving=true", "dry_run=true")
     pack, _ = rows(lora_bench("train", "-m", *asked).out)
     # As much as 2.5 of 8 train: 5 GFLOP, 20 s. Looks of 0.1 s: 8, 4 and 2 members where some are stopped (the half is

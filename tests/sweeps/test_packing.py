@@ -205,7 +205,7 @@ def test_a_kill_between_two_checkpoints_leaves_one_pack(monkeypatch: pytest.Monk
     answer = lora_bench("train", "-m", "resume=sweep")
     assert answer.code == 0, answer
     assert "3 jobs on one tiny_bert" in answer.out
-    assert "going on from step 2\n" in answer.out
+    assert "resumed from step 2\n" in answer.out
     assert [record(f"sweep/{k}")["cost"]["steps"] for k in range(3)] == [6, 6, 6]
 
 

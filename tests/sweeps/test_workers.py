@@ -169,7 +169,7 @@ def test_a_group_is_cut_evenly_but_not_where_its_jobs_are_compared() -> None:
 
 
 def test_several_on_one_device_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "needs", lambda common, experiment: packing.Need(kept=10.0, step=0.0, depth=0))
+    monkeypatch.setattr(packing, "needs", lambda inputs, experiment: packing.Need(kept=10.0, step=0.0, depth=0))
     monkeypatch.setattr(packing, "free_bytes", lambda device: 80.0 / packing.SHARE_OF_FREE)
     on_cpu: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cpu")))
     jobs: list[Any] = list(range(8))

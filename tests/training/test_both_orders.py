@@ -26,22 +26,22 @@ BOTH = "trainer.score_both_orders=true"
 @pytest.mark.parametrize("form", ["bert", "t5"])
 def test_scores_are_the_mean_of_both_orders(form: str) -> None:
     data = experiment().data
-    made = stir(pack(form, (adapter("lora"), 0), (adapter("lora", "rank=2"), 1)))
+    a_pack = stir(pack(form, (adapter("lora"), 0), (adapter("lora", "rank=2"), 1)))
     texts = tuple(list(column) for column in zip(*PAIRS, strict=True))
     of = partial(Examples, np.arange(3), labels=np.array([1, 0, 1]))
     one, other = (
-        predict(made, tokenize(of(t), data.text_columns, made.backbone, 128, cached=False), 2)
+        predict(a_pack, tokenize(of(t), data.text_columns, a_pack.backbone, 128, cached=False), 2)
         for t in (texts, texts[::-1])
     )
     assert np.abs(one - other).max() > 1e-3
     table, exchanged = (
-        scoring_table(of(t), data, made.backbone, both_orders=True, cached=False) for t in (texts, texts[::-1])
+        scoring_table(of(t), data, a_pack.backbone, both_orders=True, cached=False) for t in (texts, texts[::-1])
     )
-    np.testing.assert_allclose(predict(made, table, 2), (one + other) / 2, atol=1e-6)
-    np.testing.assert_allclose(predict(made, exchanged, 3), predict(made, table, 2), atol=1e-6)
-    part = table.take(np.array([2, 0]))
-    np.testing.assert_allclose(predict(made, part, 2), predict(made, table, 2)[:, [2, 0]], atol=1e-6)
-    alone = scoring_table(of(texts), data, made.backbone, both_orders=False, cached=False)
+    np.testing.assert_allclose(predict(a_pack, table, 2), (one + other) / 2, atol=1e-6)
+    np.testing.assert_allclose(predict(a_pack, exchanged, 3), predict(a_pack, table, 2), atol=1e-6)
+    two_rows = table.take(np.array([2, 0]))
+    np.testing.assert_allclose(predict(a_pack, two_rows, 2), predict(a_pack, table, 2)[:, [2, 0]], atol=1e-6)
+    alone = scoring_table(of(texts), data, a_pack.backbone, both_orders=False, cached=False)
     assert alone.exchanged is None
 
 
@@ -50,10 +50,12 @@ def test_scores_are_the_mean_of_both_orders(form: str) -> None:
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> None:
     """Also where the frozen layers' output is kept: of the selection split in both orders."""
-    asked = toy_run(BOTH, "trainer.max_steps=6", "trainer.eval_every=3", "adapter.layers=top:1", "data.perturb=[order]")
-    asked += [f"trainer.prefix_cache_bytes={4e9 if kept else 0}", "optimizer.lr=1e-2"]
-    asked += [f"trainer.objective={objective}", "hydra.run.dir=run"]
-    answer = command_line.lora_bench("train", *asked)
+    overrides = toy_run(
+        BOTH, "trainer.max_steps=6", "trainer.eval_every=3", "adapter.layers=top:1", "data.perturb=[order]"
+    )
+    overrides += [f"trainer.prefix_cache_bytes={4e9 if kept else 0}", "optimizer.lr=1e-2"]
+    overrides += [f"trainer.objective={objective}", "hydra.run.dir=run"]
+    answer = command_line.lora_bench("train", *overrides)
     assert (answer.code, answer.err) == (0, "")
     record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
     assert (record["cost"]["prefix_fill_flops"] is not None) == kept
@@ -61,15 +63,15 @@ def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> No
     assert run.predict(PAIRS) == pytest.approx(run.predict([pair[::-1] for pair in PAIRS]), abs=1e-6)
     splits, _ = load_splits(run.experiment.data)
     for name in ("validation", "selection"):
-        found = run.score(splits[name])
+        scores_again = run.score(splits[name])
         plain, swapped = (
             predict(run.pack, tokenize(splits[name], ["question1", "question2"], run.pack.backbone, 128, swapped=s), 32)
             for s in (False, True)
         )
-        np.testing.assert_allclose(found, (plain + swapped)[0] / 2, atol=1e-6)
+        np.testing.assert_allclose(scores_again, (plain + swapped)[0] / 2, atol=1e-6)
         labels = splits[name].labels
         assert labels is not None
-        nll = -np.log(np.where(labels == 1, found, 1 - found)).mean()
+        nll = -np.log(np.where(labels == 1, scores_again, 1 - scores_again)).mean()
         assert record["metrics"][f"{name}/nll"] == pytest.approx(nll, abs=1e-5)
     written = read(Path("run"), "validation")
     assert written is not None

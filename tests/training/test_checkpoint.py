@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_bench.errors import Code
-from lora_bench.training.checkpoint import KEPT, Checkpoints
+from lora_bench.training.checkpoint import MAX_CHECKPOINTS, Checkpoints
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.command_line import refuses
 from tests.training.tools import fit, prepare
@@ -36,13 +36,13 @@ def saved(folder: Path, *steps: int) -> Checkpoints:
 
 def test_the_newest_comes_back_and_few_are_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 10, 20, 100, 30)
-    found = checkpoints.newest()
-    assert found is not None
-    assert (found.step, found.facts) == (100, {"n": 100})
-    assert_close({name: found.tensors[name] for name in STATE}, STATE, atol=0)
-    assert found.tensors["b"].dtype == torch.uint8
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.metadata) == (100, {"n": 100})
+    assert_close({name: checkpoint.tensors[name] for name in STATE}, STATE, atol=0)
+    assert checkpoint.tensors["b"].dtype == torch.uint8
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000100"]
-    assert KEPT == 2
+    assert MAX_CHECKPOINTS == 2
     checkpoints.clear()
     assert list(tmp_path.iterdir()) == []
 
@@ -64,22 +64,22 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, file: str, damag
         path.write_bytes(content)
     else:
         path.write_bytes(content[: 0 if damage == "empty" else len(content) - 1])
-    found = checkpoints.newest()
-    assert found is not None
-    assert found.step == 1
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
+    assert checkpoint.step == 1
     assert [trouble.partition(":")[0] for trouble in checkpoints.damaged] == ["step-00000002"]
 
 
 def test_what_was_being_written_does_not_count(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
-    part = tmp_path / "checkpoints" / ".step-00000002.part"
-    part.mkdir()
-    (part / "tensors.safetensors").write_bytes(b"half")
-    found = checkpoints.newest()
-    assert found is not None
-    assert found.step == 1
+    temporary = tmp_path / "checkpoints" / ".step-00000002.part"
+    temporary.mkdir()
+    (temporary / "tensors.safetensors").write_bytes(b"half")
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
+    assert checkpoint.step == 1
     checkpoints.save(2, STATE, {})
-    assert not part.exists()
+    assert not temporary.exists()
 
 
 def test_a_write_that_fails_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,27 +142,27 @@ def test_training_goes_on_bit_for_bit(case: str, killed: int, average: float, tm
     def make() -> Pack:
         return pack("bert", *((adapter(*method), seed) for seed, method in enumerate(CASES[case])))
 
-    def run(made: Pack, **options: Any) -> tuple[list[Any], list[Any]]:
-        learned, selection = tables(made.backbone)
+    def run(a_pack: Pack, **options: Any) -> tuple[list[Any], list[Any]]:
+        learned, selection = tables(a_pack.backbone)
         torch.manual_seed(7)
-        if options.get("begun") is None:
-            prepare(made, settings, learned)
-        outcomes = fit(made, [optimizer(3e-3)] * made.size, settings, learned, selection, **options)
-        return outcomes, [made.state(k) for k in range(made.size)]
+        if options.get("resumed_from") is None:
+            prepare(a_pack, settings, learned)
+        outcomes = fit(a_pack, [optimizer(3e-3)] * a_pack.size, settings, learned, selection, **options)
+        return outcomes, [a_pack.state(k) for k in range(a_pack.size)]
 
     expected, weights = run(make())
     checkpoints = [Checkpoints(tmp_path / str(k)) for k in range(len(CASES[case]))]
     with pytest.raises(KilledError):
         run(make(), checkpoints=checkpoints, watcher=Killer(killed))
-    begun = [each.newest() for each in checkpoints]
+    checkpoints_to_resume = [store.newest() for store in checkpoints]
     again = make()
-    for k, checkpoint in enumerate(begun):
+    for k, checkpoint in enumerate(checkpoints_to_resume):
         assert checkpoint is not None
         assert checkpoint.step == (killed - 1) // 2 * 2
-        if checkpoint.facts["ranks"]:
-            again.set_ranks(k, checkpoint.facts["ranks"])
-    outcomes, found = run(again, begun=begun)
-    for one, other in zip(weights, found, strict=True):
+        if checkpoint.metadata["ranks"]:
+            again.set_ranks(k, checkpoint.metadata["ranks"])
+    outcomes, restored_weights = run(again, resumed_from=checkpoints_to_resume)
+    for one, other in zip(weights, restored_weights, strict=True):
         assert_close(one, other, atol=0)
     for one, other in zip(expected, outcomes, strict=True):
         assert one.best is not None
@@ -177,31 +177,31 @@ def test_training_goes_on_bit_for_bit(case: str, killed: int, average: float, tm
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     def run(method: tuple[str, ...], **options: Any) -> None:
-        made = pack("bert", (adapter(*method), 0))
-        fit(made, [optimizer()], trainer(4, checkpoint_every=2), *tables(made.backbone), **options)
+        a_pack = pack("bert", (adapter(*method), 0))
+        fit(a_pack, [optimizer()], trainer(4, checkpoint_every=2), *tables(a_pack.backbone), **options)
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     run(("lora", "rank=2"), checkpoints=[checkpoints])
-    begun = checkpoints.newest()
-    assert begun is not None
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
     for other in (("lora", "rank=3"), ("lora", "rank=2", "target_modules=qv"), ("adalora", "rank=2")):
         with refuses(Code.MISMATCH):
-            run(other, begun=[begun])
+            run(other, resumed_from=[checkpoint])
 
 
 def test_state_is_json_and_safetensors_alone(tmp_path: Path) -> None:
     saved(tmp_path, 3)
-    place = tmp_path / "checkpoints" / "step-00000003"
-    assert {p.name for p in place.iterdir()} == {"manifest.json", "state.json", "tensors.safetensors"}
-    manifest = json.loads((place / "manifest.json").read_text())
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    assert {p.name for p in folder.iterdir()} == {"manifest.json", "state.json", "tensors.safetensors"}
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert {name: entry["bytes"] for name, entry in manifest.items()} == {
-        name: (place / name).stat().st_size for name in manifest
+        name: (folder / name).stat().st_size for name in manifest
     }
 
 
 def test_facts_of_the_run_go_along(tmp_path: Path) -> None:
-    checkpoints = replace(Checkpoints(tmp_path / "checkpoints"), facts={"preparation": {"seconds": 1.5}})
+    checkpoints = replace(Checkpoints(tmp_path / "checkpoints"), metadata={"preparation": {"seconds": 1.5}})
     checkpoints.save(1, STATE, {"n": 1})
-    found = checkpoints.newest()
-    assert found is not None
-    assert found.facts == {"preparation": {"seconds": 1.5}, "n": 1}
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
+    assert checkpoint.metadata == {"preparation": {"seconds": 1.5}, "n": 1}

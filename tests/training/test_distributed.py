@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.errors import Code
-from lora_bench.training.distributed import Processes, together
-from lora_bench.training.objective import likelihood
+from lora_bench.training.distributed import Processes, processes_of_torchrun
+from lora_bench.training.objective import cross_entropy
 from lora_bench.training.optim import make_optimizer
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables
 from tests.command_line import lora_bench, refused, toy_run
@@ -32,37 +32,37 @@ STEPS = 10
 
 def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
     """A few steps of LoRA, in batches of 7 pairs that two processes cannot halve and a last one of 2."""
-    made = pack("bert", (adapter("lora", "rank=4"), 0))
-    if not processes.leads:  # as a process that began otherwise would be: it takes the leader's start
+    a_pack = pack("bert", (adapter("lora", "rank=4"), 0))
+    if not processes.is_leader:  # as a process that began otherwise would be: it takes the leader's start
         with torch.no_grad():
-            for p in made.trainable(0).values():
+            for p in a_pack.trainable(0).values():
                 p.add_(1.0)
-    processes.agree(made.trainable(0).values())
-    table, _ = tables(made.backbone)
-    adamw = make_optimizer(optimizer(), made, 0)
+    processes.broadcast(a_pack.trainable(0).values())
+    table, _ = tables(a_pack.backbone)
+    adamw = make_optimizer(optimizer(), a_pack, 0)
     losses = []
-    batches = list(training_batches(table, BatchPlan(table.lengths, 7), [0], 0, made.backbone.tokenizer.pad_token_id))
+    batches = list(training_batches(table, BatchPlan(table.lengths, 7), [0], 0, a_pack.backbone.tokenizer.pad_token_id))
     for batch in batches[:STEPS]:
-        own, loss = processes.share(batch), 0.0
-        if own is not None:
-            assert own.labels is not None
-            shared = likelihood(made(own), own.labels[None]).mean() * own.pairs / batch.pairs
+        shard, loss = processes.shard(batch), 0.0
+        if shard is not None:
+            assert shard.labels is not None
+            shared = cross_entropy(a_pack(shard), shard.labels[None]).mean() * shard.pairs / batch.pairs
             shared.backward()
             loss = float(shared.detach())
-        losses.append(processes.add_up(made.trainable(0).values(), {0: loss})[0])
+        losses.append(processes.all_reduce(a_pack.trainable(0).values(), {0: loss})[0])
         adamw.step()
         adamw.zero_grad()
-    return made.state(0), losses
+    return a_pack.state(0), losses
 
 
 def work(rank: int, port: int, folder: str) -> None:
     """One of two processes, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with together() as processes:
-        assert (processes.rank, processes.size, processes.leads) == (rank, 2, rank == 0)
-        assert processes.any_asked(15 if rank == 1 else None) == 15
-        assert processes.any_asked(None) is None
+    with processes_of_torchrun() as processes:
+        assert (processes.rank, processes.size, processes.is_leader) == (rank, 2, rank == 0)
+        assert processes.any_signal(15 if rank == 1 else None) == 15
+        assert processes.any_signal(None) is None
         state, losses = learn(processes)
     from safetensors.torch import save_file
 
@@ -75,20 +75,20 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(work, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
-    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
-    for state in found:
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    for state in states:
         torch.testing.assert_close(state.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=0)
         assert_close(alone, state, atol=5e-5)  # AdamW makes steps of what rounding leaves of a gradient
-    assert_close(found[0], found[1], atol=0.0)
+    assert_close(states[0], states[1], atol=0.0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 40])
 def test_every_pair_is_in_one_share(size: int) -> None:
-    made = pack("bert", (adapter("lora", "rank=4"), 0))
-    table, _ = tables(made.backbone)
+    a_pack = pack("bert", (adapter("lora", "rank=4"), 0))
+    table, _ = tables(a_pack.backbone)
     plan = BatchPlan(table.lengths, 7)
-    batch = next(training_batches(table, plan, [0, 1], 0, made.backbone.tokenizer.pad_token_id))
-    shares = [share for rank in range(size) if (share := Processes(rank, size).share(batch))]
+    batch = next(training_batches(table, plan, [0, 1], 0, a_pack.backbone.tokenizer.pad_token_id))
+    shares = [share for rank in range(size) if (share := Processes(rank, size).shard(batch))]
     assert sum(share.pairs for share in shares) == 7
     for member in range(2):  # each member's rows, in their order
         rows = torch.cat([share.input_ids.chunk(2)[member] for share in shares])
@@ -97,10 +97,10 @@ def test_every_pair_is_in_one_share(size: int) -> None:
 
 def test_alone_there_is_nothing_to_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with together() as processes:
+    with processes_of_torchrun() as processes:
         assert processes == Processes()
-        assert processes.any_asked(2) == 2
-        assert processes.add_up([], {0: 0.5}) == {0: 0.5}
+        assert processes.any_signal(2) == 2
+        assert processes.all_reduce([], {0: 0.5}) == {0: 0.5}
 
 
 RUN = toy_run("trainer.max_steps=9", "trainer.eval_every=4", "data.train_rows=80", "trainer.precision=fp32")
@@ -113,10 +113,12 @@ def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
 
 
-@pytest.mark.parametrize("asked", [["adapter=lora", "adapter.dropout=0.0"], ["adapter=adalora", "trainer.average=0.5"]])
-def test_torchrun_makes_the_run_that_one_process_makes(asked: list[str], in_tmp: Path) -> None:
-    assert lora_bench("train", *RUN, *asked, "hydra.run.dir=one").code == 0
-    answer = torchrun(in_tmp, *RUN, *asked, "hydra.run.dir=two")
+@pytest.mark.parametrize(
+    "overrides", [["adapter=lora", "adapter.dropout=0.0"], ["adapter=adalora", "trainer.average=0.5"]]
+)
+def test_torchrun_makes_the_run_that_one_process_makes(overrides: list[str], in_tmp: Path) -> None:
+    assert lora_bench("train", *RUN, *overrides, "hydra.run.dir=one").code == 0
+    answer = torchrun(in_tmp, *RUN, *overrides, "hydra.run.dir=two")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("record: ") == 1  # one of the two tells
     one, two = (json.loads((in_tmp / name / "run.json").read_text()) for name in ("one", "two"))
@@ -142,7 +144,7 @@ def test_a_run_of_two_processes_is_interrupted_and_gone_on_with(in_tmp: Path) ->
     reached = max(int(path.name[-8:]) for path in (in_tmp / "run/checkpoints").glob("step-*"))
     answer = torchrun(in_tmp, "resume=run")
     assert answer.returncode == 0, answer.stderr
-    assert f"going on from step {reached}" in answer.stdout
+    assert f"resumed from step {reached}" in answer.stdout
     assert json.loads((in_tmp / "run/run.json").read_text())["status"] == "done"
 
 

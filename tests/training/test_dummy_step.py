@@ -9,7 +9,7 @@ import torch
 
 from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.run.settings import Experiment
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from tests.helpers import TINY, composed
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def test_a_probe_leaves_no_trace(backbone: Callable[..., Backbone], family: str,
     weights = {name: tensor.clone() for name, tensor in pack.network.state_dict().items()}
     streams = [update.generator.get_state() for update in pack.updates[0].values()]
     torch.manual_seed(5)
-    probe_step(pack, 3, 9)
+    dummy_step(pack, 3, 9)
     assert torch.rand(3).tolist() == torch.rand(3, generator=torch.Generator().manual_seed(5)).tolist()
     assert all(p.grad is None for p in pack.parameters())
     for name, tensor in pack.network.state_dict().items():

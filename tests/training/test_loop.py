@@ -63,7 +63,7 @@ class Spy(LoRA):
         self.calls.append(("after_step", (step, steps)))
         self.after(updates, step)
 
-    def settled(self, step: int, steps: int) -> bool:
+    def ranks_final(self, step: int, steps: int) -> bool:
         return step > self.unsettled
 
     def names(self) -> list[str]:
@@ -119,12 +119,12 @@ def packed(backbone: Backbone, *members: Adapter, seeds: Iterable[int] = (0, 1, 
     return Pack(backbone, [Member(adapter, seed) for adapter, seed in zip(members, seeds, strict=False)])
 
 
-def run(pack: Pack, *, chosen: Trainer | None = None, learn: Any = None, rows: int = 24, **more: Any) -> Any:
+def run(pack: Pack, *, chosen: Trainer | None = None, learn: Any = None, rows: int = 24, **options: Any) -> Any:
     """Prepare and fit on the little task, which is its own selection split."""
     table, chosen = task(pack.backbone, rows), chosen or trainer()
     settings = learn if isinstance(learn, list) else [learn or optimizer()] * pack.size
     prepare(pack, chosen, table)
-    return fit(pack, settings, chosen, table, table, **more)
+    return fit(pack, settings, chosen, table, table, **options)
 
 
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
@@ -328,9 +328,9 @@ def test_the_best_state_is_the_one_that_is_left(backbone: Make, monkeypatch: pyt
     assert len(looks) == 12
     assert looks[-1] < looks[best]
     table = task(pack.backbone)
-    left = ask(pack, table, 128)
-    assert np.array_equal(left, seen[best])
-    assert score(left[0], table.labels, {}) == outcome.best["metrics"]
+    scores_after = ask(pack, table, 128)
+    assert np.array_equal(scores_after, seen[best])
+    assert score(scores_after[0], table.labels, {}) == outcome.best["metrics"]
     for name, tensor in pack.state(0).items():
         assert torch.equal(tensor, outcome.state[name])
 

@@ -10,7 +10,7 @@ import torch
 
 from lora_bench.errors import Code, RunFailedError
 from lora_bench.training import micro_batching
-from lora_bench.training.micro_batching import in_portions, is_out_of_memory
+from lora_bench.training.micro_batching import in_micro_batches, is_out_of_memory
 from lora_bench.training.prediction import predict
 from tests.backbones.tools import random_batch
 from tests.command_line import refuses
@@ -40,15 +40,15 @@ def short_of_memory(pack: Any, pairs: int, error: Exception, *, halfway: bool = 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_a_step_short_of_memory_is_done_again_from_where_it_began(backbone: Make, error: Exception) -> None:
-    asked = packed(backbone(), spy(dropout=0.5))
-    run(asked, chosen=trainer(micro_batch_size=2, epochs=2))
+    small_batches = packed(backbone(), spy(dropout=0.5))
+    run(small_batches, chosen=trainer(micro_batch_size=2, epochs=2))
     halved = packed(backbone(), spy(dropout=0.5))
     failures = short_of_memory(halved, 2, error)
     (outcome,) = run(halved, chosen=trainer(micro_batch_size=None, epochs=2, eval_batch_size=2))
     assert failures() == 2  # 8, 4, and then 2 for good
-    assert halved.room == {"training": 2}
+    assert halved.max_micro_batch == {"training": 2}
     assert outcome.steps == 6
-    assert_close(halved.state(0), asked.state(0), 0.0)
+    assert_close(halved.state(0), small_batches.state(0), 0.0)
 
 
 def test_members_that_pass_one_after_another_have_portions_as_if_alone(
@@ -57,16 +57,16 @@ def test_members_that_pass_one_after_another_have_portions_as_if_alone(
     """So a member's dropout draws the same in any pack."""
     for size in (1, 3):
         pack = packed(backbone(), *[spy()] * size)
-        batch, asked = random_batch(pack.backbone), []
+        batch, requests = random_batch(pack.backbone), []
         monkeypatch.setattr(micro_batching, "QUICK_TOKENS", 2 * batch.input_ids.shape[1])
-        in_portions(pack, batch, None, asked.append)
-        assert asked == [2]
+        in_micro_batches(pack, batch, None, requests.append)
+        assert requests == [2]
 
 
 def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:
     """The first portions of the step fit and leave gradients, a later one does not."""
-    asked = packed(backbone(), spy(dropout=0.5))
-    run(asked, chosen=trainer(micro_batch_size=2, max_steps=1))
+    small_batches = packed(backbone(), spy(dropout=0.5))
+    run(small_batches, chosen=trainer(micro_batch_size=2, max_steps=1))
     halved = packed(backbone(), spy(dropout=0.5))
     suffix, calls = halved.suffix, iter(range(99))
 
@@ -77,8 +77,8 @@ def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:
 
     halved.suffix = limited  # type: ignore[method-assign]
     run(halved, chosen=trainer(micro_batch_size=4, max_steps=1))
-    assert halved.room == {"training": 2}
-    assert_close(halved.state(0), asked.state(0), 0.0)
+    assert halved.max_micro_batch == {"training": 2}
+    assert_close(halved.state(0), small_batches.state(0), 0.0)
 
 
 def test_full_fine_tuning_draws_its_dropout_again(backbone: Make) -> None:
@@ -102,7 +102,7 @@ def test_members_have_the_room_of_one(backbone: Make) -> None:
     pack = packed(backbone(), spy(), spy())
     short_of_memory(pack, 4, OUT_OF_MEMORY[0])
     run(pack, chosen=trainer(max_steps=2))
-    assert pack.room == {"training": 4, "evaluation": 3}
+    assert pack.max_micro_batch == {"training": 4, "evaluation": 3}
 
 
 def test_at_one_pair_it_gives_up_and_says_what_to_do(backbone: Make) -> None:
@@ -121,7 +121,7 @@ def test_scores_are_the_same_from_smaller_portions(backbone: Make) -> None:
     whole = predict(pack, table, 24)
     failures = short_of_memory(pack, 5, OUT_OF_MEMORY[0])
     np.testing.assert_allclose(predict(pack, table, 24), whole, atol=1e-6)
-    assert pack.room == {"evaluation": 3}
+    assert pack.max_micro_batch == {"evaluation": 3}
     assert failures() == 3  # 24, 12, 6
     predict(pack, table, 24)
     assert failures() == 3  # it is remembered

@@ -25,9 +25,9 @@ from lora_bench.evaluation.cost import FlopModel
 from lora_bench.records import run_folder
 from lora_bench.records.job import Job
 from lora_bench.run.settings import Experiment
-from lora_bench.training.objective import check_objective, consistency, likelihood, log_odds, make_objective
+from lora_bench.training.objective import check_objective, consistency, cross_entropy, make_objective
 from lora_bench.training.prediction import predict
-from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, stir, trainer
+from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, trainer
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed
 from tests.training.tools import fit
@@ -85,25 +85,29 @@ def tables_of(backbone: Backbone, size: int = 40) -> tuple[TokenTable, TokenTabl
 
 
 def learn(
-    made: Pack, settings: Trainer, rates: list[Optimizer] | None = None, *, exchanged: bool = False, size: int = 40
+    a_pack: Pack,
+    settings: Trainer,
+    rates: list[Optimizer] | None = None,
+    *,
+    exchanged: bool = False,
+    size: int = 40,
 ) -> tuple[list[MemberProgress], Losses]:
     """Fit on the toy pairs, which are their own selection split; with `exchanged` on data whose columns are."""
-    as_is, swapped = tables_of(made.backbone, size)
+    as_is, swapped = tables_of(a_pack.backbone, size)
     train, other = (swapped, as_is) if exchanged else (as_is, swapped)
     if settings.objective == "either_order":
         train = replace(train, exchanged=other)
-    views = {"order_consistency": other, "dropout_consistency": train}
     watcher = Losses()
     one_a_step_ten_a_row = FlopModel((1.0, 10.0, 0.0, 0.0))
-    rates = rates or [optimizer(eps=1e-3)] * made.size
+    rates = rates or [optimizer(eps=1e-3)] * a_pack.size
     outcomes = fit(
-        made,
+        a_pack,
         rates,
         settings,
         train,
         as_is,
-        swapped=views.get(settings.objective),
-        flop_models=[one_a_step_ten_a_row] * made.size,
+        second_view=other if settings.objective == "order_consistency" else None,
+        flop_models=[one_a_step_ten_a_row] * a_pack.size,
         watcher=watcher,
     )
     return outcomes, watcher
@@ -111,57 +115,20 @@ def learn(
 
 # -- the loss --
 
-SETTINGS: list[dict[str, float]] = [
-    {},
-    {"label_smoothing": 0.2},
-    {"focal_gamma": 2.0},
-    {"focal_gamma": 0.5, "label_smoothing": 0.1},
-    {"margin": 0.7},
-    {"shift": -0.4},
-    {"label_smoothing": 0.3, "focal_gamma": 1.0, "margin": 0.2, "shift": 0.9},
-]
 
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_likelihood_of_a_row_is_that_of_the_papers(settings: dict[str, float]) -> None:
+def test_the_loss_of_a_row_is_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2, 7, 2, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 2, (2, 7), generator=generator)
-    changed = logits.clone()
-    changed[..., 1] += settings.get("shift", 0.0)
-    own = F.one_hot(labels, 2).bool()
-    changed[own] -= settings.get("margin", 0.0)
-    smoothed = settings.get("label_smoothing", 0.0)
-    expected = F.cross_entropy(changed.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=smoothed)
-    p = changed.softmax(-1)[own]
-    expected = (expected * (1 - p) ** settings.get("focal_gamma", 0.0)).view(2, 7)
-    torch.testing.assert_close(likelihood(logits, labels, **settings), expected)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 7)
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
 
 
-def test_the_likelihood_of_sure_answers_is_finite_and_so_are_its_gradients() -> None:
+def test_the_loss_of_sure_answers_is_finite_and_so_are_its_gradients() -> None:
     logits = torch.tensor([[[3e3, -3e3], [-3e3, 3e3]]], requires_grad=True)
-    for settings in SETTINGS:
-        likelihood(logits, torch.zeros(1, 2).long(), **settings).sum().backward()
+    cross_entropy(logits, torch.zeros(1, 2).long()).sum().backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
-
-
-def test_log_odds_are_those_of_the_labels_and_finite_where_one_is_missing() -> None:
-    labels = np.array([1] * 3_000 + [0] * 7_000)
-    assert log_odds(labels) == pytest.approx(np.log(3 / 7), abs=1e-3)
-    assert log_odds(1 - labels) == pytest.approx(-log_odds(labels))
-    assert log_odds(np.zeros(9, np.int64)) == pytest.approx(-np.log(10))
-
-
-def test_logit_adjustment_makes_a_rare_label_as_likely_as_a_frequent_one() -> None:
-    """The best constant answer to 1 of 5: its odds without, and even ones with, an adjustment of 1."""
-    labels = torch.tensor([[1, 0, 0, 0, 0] * 200])
-    for tau, odds in ((0.0, np.log(1 / 4)), (1.0, 0.0)):
-        made = make_objective(trainer(logit_adjustment=tau), labels[0].numpy())
-        logits = torch.tensor([0.0, odds], dtype=torch.float64, requires_grad=True)
-        made.loss(logits.expand(1, 1000, 2), labels).sum().backward()
-        assert logits.grad is not None
-        assert logits.grad.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 5.0])
@@ -170,9 +137,9 @@ def test_the_loss_is_its_formula(weight: float) -> None:
     p, q = rng.normal(0, 3, (2, 3, 5, 2))  # 3 members, 5 pairs
     labels = rng.integers(0, 2, (3, 5))
     logits = torch.from_numpy(np.concatenate([p, q], 1))
-    found = consistency(logits, torch.from_numpy(np.concatenate([labels, labels], 1)), weight=weight)
+    losses = consistency(logits, torch.from_numpy(np.concatenate([labels, labels], 1)), weight=weight)
     expected = [np.mean([written_out(p[k, i], q[k, i], labels[k, i], weight) for i in range(5)]) for k in range(3)]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
 
 
 def test_gradients_are_those_of_the_loss() -> None:
@@ -180,8 +147,7 @@ def test_gradients_are_those_of_the_loss() -> None:
     logits = torch.randn(2, 6, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0]])
     assert torch.autograd.gradcheck(lambda x: consistency(x, labels, weight=1.3), logits)
-    for settings in SETTINGS:
-        assert torch.autograd.gradcheck(lambda x, settings=settings: likelihood(x, labels, **settings), logits)
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, labels), logits)
 
 
 def test_neither_order_comes_first() -> None:
@@ -192,7 +158,7 @@ def test_neither_order_comes_first() -> None:
 
 def test_equal_answers_cost_nothing_and_opposite_ones_stay_finite() -> None:
     logits, labels = torch.tensor([[[3.0, -1.0]]]).repeat(1, 2, 1), torch.zeros(1, 2).long()
-    assert torch.equal(consistency(logits, labels, weight=9), likelihood(logits, labels).mean(1))
+    assert torch.equal(consistency(logits, labels, weight=9), cross_entropy(logits, labels).mean(1))
     sure = torch.tensor([[[3e3, -3e3], [-3e3, 3e3]]], requires_grad=True)
     loss = consistency(sure, labels, weight=1)
     assert loss.item() == pytest.approx(3000 + 6000)
@@ -202,18 +168,10 @@ def test_equal_answers_cost_nothing_and_opposite_ones_stay_finite() -> None:
 
 def test_settings_choose_the_loss() -> None:
     logits, labels = torch.randn(1, 4, 2, generator=torch.Generator().manual_seed(2)), torch.zeros(1, 4).long()
-    plain, consistent = (make_objective(each, None) for each in (trainer(), both(consistency_weight=3.0)))
+    plain, consistent = (make_objective(chosen) for chosen in (trainer(), both(consistency_weight=3.0)))
     assert (plain.orders, consistent.orders) == (1, 2)
-    assert torch.equal(plain.loss(logits, labels), likelihood(logits, labels).mean(1))
+    assert torch.equal(plain.loss(logits, labels), cross_entropy(logits, labels).mean(1))
     assert torch.equal(consistent.loss(logits, labels), consistency(logits, labels, weight=3.0))
-    own = {"label_smoothing": 0.1, "focal_gamma": 2.0, "margin": 0.5}
-    shifted = {**own, "shift": log_odds(np.array([1, 0, 0])) * 0.3}
-    expected = likelihood(logits, labels, **shifted)
-    asked = trainer(**own, logit_adjustment=0.3)
-    torch.testing.assert_close(make_objective(asked, np.array([1, 0, 0])).loss(logits, labels), expected.mean(1))
-    twice = make_objective(replace(asked, objective="dropout_consistency", consistency_weight=0.0), np.array([1, 0, 0]))
-    assert twice.orders == 2
-    torch.testing.assert_close(twice.loss(logits, labels), expected.mean(1))
 
 
 # -- the rows --
@@ -224,15 +182,15 @@ def test_settings_choose_the_loss() -> None:
 def test_exchanged_rows_are_pairs_in_their_own_right(
     backbone: Callable[..., Backbone], family: str, cached: bool
 ) -> None:
-    made = backbone(family)
+    reader = backbone(family)
     first, second = ["How do I learn Go?", "a"], ["What is the best way?", "b " * 40]
     given = Examples(np.array([7, 3]), (first, second), np.array([1, 0]))
-    table = tokenize(given, COLUMNS, made, 64, swapped=True, cached=cached)
+    table = tokenize(given, COLUMNS, reader, 64, swapped=True, cached=cached)
     if family == "tiny_t5":
         texts = ([f"qqp question1: {b} question2: {a}" for a, b in zip(first, second, strict=True)],)
     else:
         texts = (second, first)
-    expected = made.tokenizer(*texts, truncation="longest_first", max_length=64)
+    expected = reader.tokenizer(*texts, truncation="longest_first", max_length=64)
     ends = table.offsets + table.lengths
     assert [table.values[i:j].tolist() for i, j in zip(table.offsets, ends, strict=True)] == expected["input_ids"]
     if family == "tiny_bert":
@@ -265,11 +223,11 @@ def test_a_batch_goes_member_by_member_and_then_order_by_order(types: bool) -> N
     assert firsts(batch) == [100, 101, 200, 201, 102, 100, 202, 200]
     assert batch.labels.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
     assert batch.attention_mask.sum(1).tolist() == [3, 4, 3, 6, 4, 3, 4, 3]
-    for part, places in ((one, [0, 1, 4, 5]), (other, [2, 3, 6, 7])):
-        assert torch.equal(batch.input_ids[places], part.input_ids)
+    for view, places in ((one, [0, 1, 4, 5]), (other, [2, 3, 6, 7])):
+        assert torch.equal(batch.input_ids[places], view.input_ids)
         assert (batch.token_type_ids is None) == (not types)
         if types:
-            assert torch.equal(batch.token_type_ids[places], part.token_type_ids)
+            assert torch.equal(batch.token_type_ids[places], view.token_type_ids)
     halves = list(micro_batches(batch, 1))
     assert [firsts(half) for half in halves] == [[100, 200, 102, 202], [101, 201, 100, 200]]
     assert all((half.members, half.orders, half.pairs) == (2, 2, 1) for half in halves)
@@ -305,21 +263,25 @@ def test_an_epoch_brings_every_pair_in_both_orders(seeds: list[int]) -> None:
 # -- the step --
 
 
-def reference_losses(made: Pack, tables: tuple[TokenTable, TokenTable], size: int, weight: float) -> list[list[float]]:
+def reference_losses(
+    a_pack: Pack, tables: tuple[TokenTable, TokenTable], size: int, weight: float
+) -> list[list[float]]:
     """Each step's loss of every member over the first epoch, each row run by itself and without padding."""
     logits = []
     for table in tables:
         rows = [collate(table, np.array([i]), int(table.lengths[i]), 0) for i in range(len(table))]
         with torch.no_grad():
-            logits.append(torch.cat([made(row) for row in rows], 1).double().numpy())  # (K, N, 2)
+            logits.append(torch.cat([a_pack(row) for row in rows], 1).double().numpy())  # (K, N, 2)
     labels = tables[0].labels
     assert labels is not None
     lengths = np.maximum(tables[0].lengths, tables[1].lengths)
     losses = []
     p, q = logits
-    for chosen, _ in BatchPlan(lengths, size).epoch(0, [member.seed for member in made.members]):
-        own = [[written_out(p[k, i], q[k, i], labels[i], weight) for i in rows] for k, rows in enumerate(chosen)]
-        losses.append([float(np.mean(each)) for each in own])
+    for chosen, _ in BatchPlan(lengths, size).epoch(0, [member.seed for member in a_pack.members]):
+        pair_losses = [
+            [written_out(p[k, i], q[k, i], labels[i], weight) for i in rows] for k, rows in enumerate(chosen)
+        ]
+        losses.append([float(np.mean(of_member)) for of_member in pair_losses])
     return losses
 
 
@@ -330,9 +292,9 @@ def reference_losses(made: Pack, tables: tuple[TokenTable, TokenTable], size: in
 )
 def test_the_reported_loss_is_that_of_each_pair_by_itself(form: str, seeds: tuple[int, ...], micro: int | None) -> None:
     members = [(adapter("lora", f"rank={k + 2}"), seed) for k, seed in enumerate(seeds)]
-    made = pack(form, *members).eval()
-    expected = reference_losses(made, tables_of(made.backbone), 8, 0.7)
-    _, watcher = learn(made, both(steps=5, micro_batch_size=micro), [optimizer(1e-12)] * len(seeds))
+    a_pack = pack(form, *members).eval()
+    expected = reference_losses(a_pack, tables_of(a_pack.backbone), 8, 0.7)
+    _, watcher = learn(a_pack, both(steps=5, micro_batch_size=micro), [optimizer(1e-12)] * len(seeds))
     np.testing.assert_allclose(watcher.seen, expected, atol=2e-5)
     assert np.ptp(expected, axis=0).min() > 1e-3
     assert watcher.pairs == [8] * 5
@@ -342,9 +304,9 @@ def test_the_reported_loss_is_that_of_each_pair_by_itself(form: str, seeds: tupl
 def test_micro_batches_change_nothing(form: str) -> None:
     states = []
     for micro in (None, 3):
-        made = pack(form, (adapter("lora"), 0))
-        learn(made, both(steps=6, micro_batch_size=micro))
-        states.append(made.state(0))
+        a_pack = pack(form, (adapter("lora"), 0))
+        learn(a_pack, both(steps=6, micro_batch_size=micro))
+        states.append(a_pack.state(0))
     assert_close(states[0], states[1], 1e-5)
 
 
@@ -352,24 +314,18 @@ def test_micro_batches_change_nothing(form: str) -> None:
 def test_data_with_its_columns_exchanged_teaches_the_same(form: str) -> None:
     states, losses = [], []
     for exchanged in (False, True):
-        made = pack(form, (adapter("lora"), 0))
-        _, watcher = learn(made, both(steps=6), exchanged=exchanged)
-        states.append(made.state(0))
+        a_pack = pack(form, (adapter("lora"), 0))
+        _, watcher = learn(a_pack, both(steps=6), exchanged=exchanged)
+        states.append(a_pack.state(0))
         losses.append(watcher.seen)
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
     assert_close(states[0], states[1], 1e-5)
 
 
-ALL = {"label_smoothing": 0.1, "focal_gamma": 1.0, "margin": 0.3, "logit_adjustment": 0.5}
-
-
-@pytest.mark.parametrize("changes", [{}, ALL, {**ALL, "objective": "dropout_consistency"}], ids=len)
 @pytest.mark.parametrize("micro", [None, 6])
 @pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 2)], ids=str)
-def test_a_member_learns_what_it_would_alone(
-    seeds: tuple[int, ...], micro: int | None, changes: dict[str, Any]
-) -> None:
-    settings = both(steps=8, micro_batch_size=micro, average=0.5, **changes)
+def test_a_member_learns_what_it_would_alone(seeds: tuple[int, ...], micro: int | None) -> None:
+    settings = both(steps=8, micro_batch_size=micro, average=0.5)
     lora = [adapter("lora", "rank=2"), adapter("lora", "rank=4", "dropout=0.2"), adapter("head_only")]
     members = list(zip(lora, seeds, strict=True))
     if micro:
@@ -393,44 +349,31 @@ def test_flops_count_both_orders_and_pairs_count_once() -> None:
 
 
 def test_the_shorter_order_is_padded_to_the_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = pack("bert", (adapter("lora"), 0))
+    a_pack = pack("bert", (adapter("lora"), 0))
     as_is, swapped = simple_table([4] * 8, 5), simple_table([4] * 7 + [9], 5)
     shapes = []
-    prefix = made.prefix
-    monkeypatch.setattr(made, "prefix", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or prefix(batch))
-    fit(made, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, swapped=swapped)
+    prefix = a_pack.prefix
+    monkeypatch.setattr(a_pack, "prefix", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or prefix(batch))
+    fit(a_pack, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, second_view=swapped)
     assert shapes[:2] == [(8, 9), (8, 9)]  # one bucket, and the longest row is in it
 
 
 def test_answers_come_to_agree() -> None:
     gaps = []
     for settings in (trainer(steps=60), both(steps=60, consistency_weight=5.0)):
-        made = pack("bert", (adapter("lora"), 0))
-        learn(made, settings, [optimizer(3e-3)])
-        one, other = (predict(made, table, 32) for table in tables_of(made.backbone))
+        a_pack = pack("bert", (adapter("lora"), 0))
+        learn(a_pack, settings, [optimizer(3e-3)])
+        one, other = (predict(a_pack, table, 32) for table in tables_of(a_pack.backbone))
         gaps.append(np.abs(one - other).mean())
     assert gaps[1] < 0.5 * gaps[0]
-
-
-def test_two_masks_are_compared() -> None:
-    """The first step's loss is cross-entropy and the weight times a divergence, which is 0 where nothing drops out."""
-    for dropout in (0.0, 0.4):
-        losses = []
-        for weight in (0.0, 1.0, 3.0):
-            made = stir(pack("bert", (adapter("lora", f"dropout={dropout}", "rank=4"), 0)))
-            _, watcher = learn(made, both(steps=1, objective="dropout_consistency", consistency_weight=weight))
-            losses.append(watcher.seen[0][0])
-        divergence = losses[1] - losses[0]
-        assert divergence == (0 if dropout == 0 else pytest.approx((losses[2] - losses[0]) / 3, rel=1e-3))
-        assert (divergence > 1e-3) == (dropout > 0)
 
 
 # -- one order, by turns --
 
 
 def test_each_pair_comes_in_one_order_and_then_in_the_other() -> None:
-    made = pack("bert", (adapter("lora"), 0))
-    as_is, swapped = tables_of(made.backbone)
+    a_pack = pack("bert", (adapter("lora"), 0))
+    as_is, swapped = tables_of(a_pack.backbone)
     table = replace(as_is, exchanged=swapped)
     plan = BatchPlan(np.maximum(as_is.lengths, swapped.lengths), 8)
     seen: dict[int, list[int]] = {i: [] for i in range(40)}
@@ -438,17 +381,17 @@ def test_each_pair_comes_in_one_order_and_then_in_the_other() -> None:
         for seeds in ([0], [0, 1]):
             batches = training_batches(table, plan, seeds, epoch, 0)
             for batch, (rows, length) in zip(batches, plan.epoch(epoch, seeds), strict=True):
-                own = np.concatenate(rows)
-                one, other = (collate(each, own, length, 0, len(seeds)) for each in (as_is, swapped))
+                all_rows = np.concatenate(rows)
+                one, other = (collate(view, all_rows, length, 0, len(seeds)) for view in (as_is, swapped))
                 assert (batch.members, batch.orders) == (len(seeds), 1)
                 assert batch.labels is not None
-                assert batch.labels.tolist() == as_is.labels[own].tolist()  # type: ignore[index]
-                for place, row in enumerate(own.tolist()):
-                    orders = [torch.equal(batch.input_ids[place], each.input_ids[place]) for each in (one, other)]
+                assert batch.labels.tolist() == as_is.labels[all_rows].tolist()  # type: ignore[index]
+                for position, row in enumerate(all_rows.tolist()):
+                    orders = [torch.equal(batch.input_ids[position], view.input_ids[position]) for view in (one, other)]
                     assert sum(orders) == 1
                     assert batch.token_type_ids is not None
                     chosen = (one, other)[orders.index(True)]
-                    assert torch.equal(batch.token_type_ids[place], chosen.token_type_ids[place])  # type: ignore[index]
+                    assert torch.equal(batch.token_type_ids[position], chosen.token_type_ids[position])  # type: ignore[index]
                     if seeds == [0]:
                         seen[row].append(orders.index(True))
     turns = list(seen.values())
@@ -457,16 +400,16 @@ def test_each_pair_comes_in_one_order_and_then_in_the_other() -> None:
 
 
 def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
-    """Where the two orders are one text twice, nothing is left of the difference."""
+    """Both orders of a pair are the same if its two texts are equal."""
     twice = Examples(np.arange(24), (["a b c d"] * 12 + ["e f"] * 12,) * 2, np.arange(24) % 2)
     losses = []
     for turns in (False, True):
-        made = pack("bert", (adapter("lora"), 0))
-        table = tokenize(twice, COLUMNS, made.backbone, 40, cached=False)
+        a_pack = pack("bert", (adapter("lora"), 0))
+        table = tokenize(twice, COLUMNS, a_pack.backbone, 40, cached=False)
         watcher = Losses()
         table = replace(table, exchanged=table) if turns else table
         chosen = trainer(steps=5, objective="either_order" if turns else "cross_entropy")
-        fit(made, [optimizer()], chosen, table, replace(table, exchanged=None), watcher=watcher)
+        fit(a_pack, [optimizer()], chosen, table, replace(table, exchanged=None), watcher=watcher)
         losses.append(watcher.seen)
     assert losses[0] == losses[1]
 
@@ -475,8 +418,8 @@ def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
 
 
 def test_it_builds_and_what_is_out_of_range_does_not() -> None:
-    made = Experiment.build(composed("trainer.objective=order_consistency", "trainer.consistency_weight=0.5"))
-    assert (made.trainer.objective, made.trainer.consistency_weight) == ("order_consistency", 0.5)
+    settings = Experiment.build(composed("trainer.objective=order_consistency", "trainer.consistency_weight=0.5"))
+    assert (settings.trainer.objective, settings.trainer.consistency_weight) == ("order_consistency", 0.5)
     assert Experiment.build(composed()).trainer.objective == "cross_entropy"
     for code, key, value in (
         (Code.UNKNOWN_CHOICE, "trainer.objective", "margin"),
@@ -494,20 +437,11 @@ def test_single_sentences_are_refused() -> None:
         (trainer(objective="either_order"), "trainer.objective", "either_order"),
     ):
         with refuses(Code.CONFLICT, key=key) as caught:
-            check_objective(chosen, ["sentence"], False, False)
+            check_objective(chosen, ["sentence"], matching=False)
         assert caught.value.value == value
         assert "'sentence'" in str(caught.value)
-    check_objective(both(score_both_orders=True), COLUMNS, False, False)
-    check_objective(trainer(), ["sentence"], False, False)
-
-
-def test_two_masks_are_refused_where_nothing_drops_out() -> None:
-    asked = "trainer.objective=dropout_consistency"
-    with refuses(Code.CONFLICT, key="trainer.objective") as caught:
-        Experiment.build(composed(asked))
-    assert "adapter.dropout" in str(caught.value)
-    Experiment.build(composed(asked, "adapter.dropout=0.1"))
-    Experiment.build(composed(asked, "adapter=full"))
+    check_objective(both(score_both_orders=True), COLUMNS, matching=False)
+    check_objective(trainer(), ["sentence"], matching=False)
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:

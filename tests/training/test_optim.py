@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_bench.adapters.methods.full import Full
 from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.config.schema import Optimizer
-from lora_bench.training.optim import make_optimizer, rate_factor, set_rate
+from lora_bench.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
 from tests.adapters.tools import adapter
 
 if TYPE_CHECKING:
@@ -35,17 +35,17 @@ def lora(**changed: Any) -> Adapter:
 def test_steps_are_adamw_as_published(backbone: Callable[..., Backbone], member: int) -> None:
     """Loshchilov and Hutter 2019, algorithm 2, written out in float64."""
     pack = Pack(backbone(), [Member(lora(), 0), Member(lora(), 1)])
-    own, other = pack.trainable(member), pack.state(1 - member)
+    trainable, other = pack.trainable(member), pack.state(1 - member)
     optimizer = make_optimizer(SETTINGS, pack, member)
-    start = {name: p.detach().double().clone() for name, p in own.items()}
+    start = {name: p.detach().double().clone() for name, p in trainable.items()}
     expected = {name: value.clone() for name, value in start.items()}
     first = {name: torch.zeros_like(value) for name, value in start.items()}
     second = {name: torch.zeros_like(value) for name, value in start.items()}
     generator = torch.Generator().manual_seed(0)
     for t in range(1, 6):
-        set_rate(optimizer, SETTINGS, t, 5)
-        rate = SETTINGS.lr * rate_factor(SETTINGS, t, 5)
-        for name, p in own.items():
+        set_learning_rate(optimizer, SETTINGS, t, 5)
+        rate = SETTINGS.lr * learning_rate_factor(SETTINGS, t, 5)
+        for name, p in trainable.items():
             p.grad = torch.randn(p.shape, generator=generator)
             g = p.grad.double()
             first[name] = 0.8 * first[name] + 0.2 * g
@@ -54,7 +54,7 @@ def test_steps_are_adamw_as_published(backbone: Callable[..., Backbone], member:
             moment, scale = first[name] / (1 - 0.8**t), (second[name] / (1 - 0.95**t)).sqrt() + 1e-6
             expected[name] = expected[name] - rate * decay * expected[name] - rate * moment / scale
         optimizer.step()
-    for name, p in own.items():
+    for name, p in trainable.items():
         torch.testing.assert_close(p.detach().double(), expected[name], atol=1e-6, rtol=1e-5, msg=name)
         assert not torch.equal(p.detach().double(), start[name])
     for name, value in pack.state(1 - member).items():
@@ -79,47 +79,49 @@ def test_the_ratio_of_lora_plus_touches_one_factor_alone_and_keeps_its_decay(bac
     optimizer = make_optimizer(SETTINGS, pack, 0)
     names = {id(p): name for name, p in pack.trainable(0).items()}
     for step in (1, 30, 100):
-        set_rate(optimizer, SETTINGS, step, 100)
+        set_learning_rate(optimizer, SETTINGS, step, 100)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 ratio = 16 if names[id(p)].endswith(".lora_B") else 1
-                assert group["lr"] / rate_factor(SETTINGS, step, 100) == pytest.approx(0.01 * ratio)
+                assert group["lr"] / learning_rate_factor(SETTINGS, step, 100) == pytest.approx(0.01 * ratio)
                 assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
 def test_the_rate_climbs_linearly_then_follows_the_schedule() -> None:
-    linear = [rate_factor(SETTINGS, step, 100) for step in range(1, 101)]
+    linear = [learning_rate_factor(SETTINGS, step, 100) for step in range(1, 101)]
     assert linear[:10] == pytest.approx([k / 10 for k in range(1, 11)])
     assert linear[9:] == pytest.approx([1 - k / 91 for k in range(91)])
     assert linear[-1] < 0.02
-    cosine = [rate_factor(replace(SETTINGS, schedule="cosine"), step, 100) for step in range(1, 101)]
+    cosine = [learning_rate_factor(replace(SETTINGS, schedule="cosine"), step, 100) for step in range(1, 101)]
     assert cosine[:10] == linear[:10]
     assert cosine[54] == pytest.approx(0.5, abs=0.02)
     assert cosine[-1] < 0.001
-    constant = [rate_factor(replace(SETTINGS, schedule="constant"), step, 100) for step in range(1, 101)]
+    constant = [learning_rate_factor(replace(SETTINGS, schedule="constant"), step, 100) for step in range(1, 101)]
     assert constant[:10] == linear[:10]
     assert constant[10:] == [1.0] * 90
 
 
 def test_without_warm_up_the_first_step_is_almost_the_peak() -> None:
     for schedule in ("linear", "cosine", "constant"):
-        assert rate_factor(replace(SETTINGS, warmup=0.0, schedule=schedule), 1, 1000) == pytest.approx(1, abs=0.002)
+        assert learning_rate_factor(replace(SETTINGS, warmup=0.0, schedule=schedule), 1, 1000) == pytest.approx(
+            1, abs=0.002
+        )
 
 
 def test_a_warm_up_that_ends_within_a_step_is_rounded_up() -> None:
-    """Of 15 steps a tenth is 1.5: two steps climb, and the third is the first to fall."""
-    assert [rate_factor(SETTINGS, step, 15) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1 - 1 / 14])
+    """A tenth of 15 steps is 1.5: the learning rate rises for two steps and falls from the third on."""
+    assert [learning_rate_factor(SETTINGS, step, 15) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1 - 1 / 14])
     short = replace(SETTINGS, schedule="constant", warmup=0.01)
-    assert [rate_factor(short, step, 101) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1])
-    assert rate_factor(short, 1, 5) == 1
+    assert [learning_rate_factor(short, step, 101) for step in (1, 2, 3)] == pytest.approx([0.5, 1, 1])
+    assert learning_rate_factor(short, 1, 5) == 1
 
 
 @settings(deadline=None)
 @given(steps=st.integers(1, 200), warmup=st.floats(0, 1), schedule=st.sampled_from(["linear", "cosine", "constant"]))
 def test_every_step_learns_and_none_above_the_peak(steps: int, warmup: float, schedule: str) -> None:
     chosen = replace(SETTINGS, warmup=warmup, schedule=schedule)
-    factors = [rate_factor(chosen, step, steps) for step in range(1, steps + 1)]
+    factors = [learning_rate_factor(chosen, step, steps) for step in range(1, steps + 1)]
     assert all(0 < factor <= 1 for factor in factors)
     top = factors.index(max(factors))
     assert factors[: top + 1] == sorted(factors[: top + 1])  # up, then never up again

@@ -1,4 +1,4 @@
-"""What is asked for is what computes, and what the device cannot do is refused before anything is built."""
+"""The requested precision is the one of the products; one that the device lacks is refused before anything is built."""
 
 from __future__ import annotations
 

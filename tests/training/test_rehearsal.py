@@ -1,4 +1,4 @@
-"""What a rehearsal says is what the run then does, and it changes no weight."""
+"""An estimate agrees with the cost of the run, and a rehearsal changes no weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.cost_estimate import expect
 from lora_bench.training import rehearsal as module
 from lora_bench.training.cuda_graphs import Backward
-from lora_bench.training.dummy_step import probe_step
+from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.rehearsal import Estimate, estimate
 from tests.command_line import lora_bench
 from tests.helpers import SMALL_TOY, composed
@@ -58,11 +58,11 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     experiment = experiment_of(*chosen, "trainer.batch_size=9", "data.train_size=108")
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     expected = estimated(experiment, pack)
-    model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
+    model = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
     tables, swapped = given(experiment, pack)
     assert (swapped is None) == (objective == "cross_entropy")
     learned = (pack, [experiment.optimizer], experiment.trainer, tables["train"], tables["selection"])
-    (outcome,) = fit(*learned, swapped=swapped, flop_models=[model])
+    (outcome,) = fit(*learned, second_view=swapped, flop_models=[model])
     assert expected.steps == outcome.steps == {"2": 24, "0.5": 6}[epochs]
     assert expected.train_flops == pytest.approx(outcome.flops, rel=1e-9)
     params = pack.count_parameters(0)
@@ -73,32 +73,32 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
 
 
 def test_a_kept_prefix_is_made_once_and_computed_in_no_step(in_tmp: Path) -> None:
-    found = []
+    estimates = []
     for kept in ("1e9", "0"):
-        asked = ("adapter.layers=top:1", f"trainer.prefix_cache_bytes={kept}", "trainer.epochs=3")
-        found.append(expect(experiment_of(*asked)))
-        command = ["model=tiny_bert", *SMALL_TOY, "data.max_length=48", *asked, f"hydra.run.dir=run-{kept}"]
+        overrides = ("adapter.layers=top:1", f"trainer.prefix_cache_bytes={kept}", "trainer.epochs=3")
+        estimates.append(expect(experiment_of(*overrides)))
+        command = ["model=tiny_bert", *SMALL_TOY, "data.max_length=48", *overrides, f"hydra.run.dir=run-{kept}"]
         assert lora_bench("train", *command).code == 0
         cost = json.loads((in_tmp / f"run-{kept}" / "run.json").read_text())["cost"]
-        assert found[-1].train_flops == pytest.approx(cost["train_flops"], rel=1e-9)
-        assert found[-1].filling_flops == (cost["prefix_fill_flops"] or 0)
-    assert found[0].filling_seconds > 0
-    assert found[0].train_flops < found[1].train_flops
+        assert estimates[-1].train_flops == pytest.approx(cost["train_flops"], rel=1e-9)
+        assert estimates[-1].prefix_flops == (cost["prefix_fill_flops"] or 0)
+    assert estimates[0].prefix_seconds > 0
+    assert estimates[0].train_flops < estimates[1].train_flops
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full", "adalora", "lora_fa"])
 def test_a_rehearsal_changes_no_weight(backbone: Callable[..., Backbone], adapter: str) -> None:
     experiment = experiment_of(f"adapter={adapter}", "trainer.average=0.5", "optimizer.weight_decay=0.1")
-    made = backbone()
-    before = made.hash()
-    pack = Pack(made, [Member(experiment.adapter, 0)])
+    reader = backbone()
+    before = reader.hash()
+    pack = Pack(reader, [Member(experiment.adapter, 0)])
     trained = pack.state(0)
     estimated(experiment, pack)
     for name, tensor in pack.state(0).items():
         assert torch.equal(tensor, trained[name]), name
     assert all(p.grad is None for p in pack.parameters())
     pack.detach()
-    assert made.hash() == before
+    assert reader.hash() == before
 
 
 def test_seconds_are_those_of_each_shape_and_of_the_first_step_of_each(
@@ -113,7 +113,7 @@ def test_seconds_are_those_of_each_shape_and_of_the_first_step_of_each(
         return {0: 0.0}
 
     monkeypatch.setattr(Backward, "__call__", backward)
-    monkeypatch.setattr(module, "in_portions", lambda pack, batch, asked, work: work(batch.pairs))
+    monkeypatch.setattr(module, "in_micro_batches", lambda pack, batch, requested, work: work(batch.pairs))
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(module, "SHAPES", 100)
     experiment = experiment_of("trainer.epochs=3", "trainer.batch_size=4", "data.max_length=200")
@@ -121,13 +121,13 @@ def test_seconds_are_those_of_each_shape_and_of_the_first_step_of_each(
     tables, _ = given(experiment, pack)
     plan = BatchPlan(tables["train"].lengths, 4)
     tokens = [len(rows) * length for epoch in range(3) for (rows,), length in plan.epoch(epoch, [0])]
-    found = estimate(pack, experiment.optimizer, experiment.trainer, tables)
+    estimated = estimate(pack, experiment.optimizer, experiment.trainer, tables)
     assert len(seen) > 3
-    assert found.train_seconds == pytest.approx(sum(tokens) + 100 * len(seen))
+    assert estimated.train_seconds == pytest.approx(sum(tokens) + 100 * len(seen))
     monkeypatch.setattr(module, "SHAPES", 3)  # the others by interpolation; new shapes as before
     seen.clear()
     assert estimate(pack, experiment.optimizer, experiment.trainer, tables).train_seconds == pytest.approx(
-        found.train_seconds, rel=0.1
+        estimated.train_seconds, rel=0.1
     )
 
 
@@ -152,8 +152,8 @@ def test_shapes_that_were_not_rehearsed_add_memory_as_the_others_did(
     lengths = tables["train"].lengths
     shapes = {(len(rows), length) for (rows,), length in BatchPlan(lengths, 4).epoch(0, [0])}
     assert len(shapes) > module.SHAPES
-    found = estimate(pack, experiment.optimizer, experiment.trainer, tables)
-    assert found.peak_memory_bytes == 5000 + 7 * (len(shapes) - module.SHAPES)
+    estimated = estimate(pack, experiment.optimizer, experiment.trainer, tables)
+    assert estimated.peak_memory_bytes == 5000 + 7 * (len(shapes) - module.SHAPES)
 
 
 MEMORY = """
@@ -187,9 +187,17 @@ def test_memory_is_within_15_percent_of_the_run_s(tmp_path: Path) -> None:
     The backbone has 13 M weights of positions, which cost no arithmetic. What full fine-tuning holds of them, nine
     times with a checkpoint's copies and the mean, is about half of the whole.
     """
-    asked = ["adapter=full", "trainer.average=0.5", "trainer.max_steps=4", "trainer.eval_every=2", "data.max_length=16"]
-    asked += ["model.random.max_position_embeddings=100000", "model.random.hidden_size=128", *SMALL_TOY]
-    commands = [[sys.executable, "-c", MEMORY, what, str(tmp_path / "run"), *asked] for what in ("estimated", "ran")]
+    overrides = [
+        "adapter=full",
+        "trainer.average=0.5",
+        "trainer.max_steps=4",
+        "trainer.eval_every=2",
+        "data.max_length=16",
+    ]
+    overrides += ["model.random.max_position_embeddings=100000", "model.random.hidden_size=128", *SMALL_TOY]
+    commands = [
+        [sys.executable, "-c", MEMORY, what, str(tmp_path / "run"), *overrides] for what in ("estimated", "ran")
+    ]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    estimated, ran = (json.loads(each.communicate()[0].splitlines()[-1]) for each in running)
+    estimated, ran = (json.loads(process.communicate()[0].splitlines()[-1]) for process in running)
     assert estimated == pytest.approx(ran, rel=0.15)

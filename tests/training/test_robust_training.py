@@ -20,13 +20,13 @@ QUICK = toy_run("data.train_rows=60", "trainer.max_steps=6", "trainer.batch_size
 def trained(folder: str, *overrides: str) -> dict[str, Any]:
     answer = lora_bench("train", *QUICK, *overrides, f"hydra.run.dir={folder}")
     assert answer.code == 0, answer.err
-    found: dict[str, Any] = json.loads(Path(folder, "run.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads(Path(folder, "run.json").read_text())
+    return content
 
 
 def scores(folder: str) -> list[float]:
-    found: list[float] = pq.read_table(f"{folder}/predictions/validation.parquet").column("score").to_pylist()
-    return found
+    column: list[float] = pq.read_table(f"{folder}/predictions/validation.parquet").column("score").to_pylist()
+    return column
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plain_run(plain_folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((plain_folder / "run.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((plain_folder / "run.json").read_text())
+    return content
 
 
 def test_perturbed_pairs_train_another_adapter_and_the_same_again(plain_run: dict[str, Any], in_tmp: Path) -> None:
@@ -53,8 +53,8 @@ def test_perturbed_pairs_train_another_adapter_and_the_same_again(plain_run: dic
 
 
 def test_an_interrupted_run_goes_on_with_the_pairs_of_its_epochs(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("data.augment=[typo,order]", "trainer.max_steps=16", "trainer.checkpoint_every=3")
-    trained("whole", *asked)
+    overrides = ("data.augment=[typo,order]", "trainer.max_steps=16", "trainer.checkpoint_every=3")
+    trained("whole", *overrides)
     from lora_bench.training import member_run
 
     kept, steps = member_run.clip_gradients, []
@@ -67,45 +67,45 @@ def test_an_interrupted_run_goes_on_with_the_pairs_of_its_epochs(in_tmp: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(member_run, "clip_gradients", clip)
-        assert lora_bench("train", *QUICK, *asked, "hydra.run.dir=cut").code == 130
+        assert lora_bench("train", *QUICK, *overrides, "hydra.run.dir=cut").code == 130
     answer = lora_bench("train", "resume=cut")
     assert answer.code == 0, answer.err
     assert scores("cut") == scores("whole")
 
 
 def test_both_consistencies_take_perturbed_pairs(in_tmp: Path) -> None:
-    asked = ("data.augment=[character]", "trainer.max_steps=2")
-    found = [
-        trained(objective, f"trainer.objective={objective}", *asked)["metrics"]
+    overrides = ("data.augment=[character]", "trainer.max_steps=2")
+    metrics = [
+        trained(objective, f"trainer.objective={objective}", *overrides)["metrics"]
         for objective in ("order_consistency", "perturb_consistency")
     ]
-    assert found[0] != found[1]
+    assert metrics[0] != metrics[1]
 
 
 def test_a_run_is_scored_perturbed_as_a_later_evaluation_scores_it(plain_folder: Path, in_tmp: Path) -> None:
-    asked = ("data.perturb=[typo,order,number]", "data.perturb_seeds=2", "data.unseen=true")
+    overrides = ("data.perturb=[typo,order,number]", "data.perturb_seeds=2", "data.unseen=true")
     shutil.copytree(plain_folder, "plain")
-    plain, perturbed = json.loads(Path("plain/run.json").read_text()), trained("run", *asked)
+    plain, perturbed = json.loads(Path("plain/run.json").read_text()), trained("run", *overrides)
     assert {key: perturbed["metrics"][key] for key in plain["metrics"]} == plain["metrics"]
     assert perturbed["data"]["perturb"]["transforms"] == ["typo", "order", "number"]
     assert perturbed["data"]["unseen"] == {"validation": 16}
     data = [override for override in QUICK if override.startswith("data")]
-    answer = lora_bench("eval", "run=plain", *data, *asked)
+    answer = lora_bench("eval", "run=plain", *data, *overrides)
     assert answer.code == 0, answer.err
     later = json.loads(Path("plain/evaluations/toy.json").read_text())
-    own = {key: value for key, value in perturbed["metrics"].items() if key.startswith("validation/")}
-    assert later["metrics"] == pytest.approx(own)
-    assert "validation/perturbed/f1_drop" in own
+    validation_metrics = {key: value for key, value in perturbed["metrics"].items() if key.startswith("validation/")}
+    assert later["metrics"] == pytest.approx(validation_metrics)
+    assert "validation/perturbed/f1_drop" in validation_metrics
     table = lora_bench("compare", "plain", "run", "--format", "csv").out
     assert "perturbed/f1_drop" in table
     assert "typo" not in table.splitlines()[0]
 
 
 def test_each_member_of_a_pack_is_perturbed_by_itself(in_tmp: Path) -> None:
-    asked = ("data.augment=[typo]", "data.perturb=[typo,order]", "data.perturb_seeds=1")
-    answer = lora_bench("train", "-m", *QUICK, *asked, "seed=0,1", "hydra.sweep.dir=sweep")
+    overrides = ("data.augment=[typo]", "data.perturb=[typo,order]", "data.perturb_seeds=1")
+    answer = lora_bench("train", "-m", *QUICK, *overrides, "seed=0,1", "hydra.sweep.dir=sweep")
     assert answer.code == 0, answer.err
-    alone = trained("alone", *asked, "seed=1")
+    alone = trained("alone", *overrides, "seed=1")
     records = {path.parent: json.loads(path.read_text()) for path in Path("sweep").rglob("run.json")}
     ((folder, packed),) = [(folder, record) for folder, record in records.items() if record["config"]["seed"] == 1]
     assert packed["cost"]["pack_size"] == 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_bench.training import loop
 from lora_bench.training.prediction import predict
 from lora_bench.training.signals import Interruption
-from lora_bench.training.successive_halving import eliminated, live, survivors
+from lora_bench.training.successive_halving import eliminated, members_by_step, survivors
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.training.tools import fit
 
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 
 def test_of_eight_four_two_and_one_go_on() -> None:
     changes = {step: survivors(step, 800) for step in range(2, 801) if survivors(step, 800) != survivors(step - 1, 800)}
-    assert {step: left for step, left in changes.items() if left <= 4} == {100: 4, 200: 2, 400: 1}
+    assert {step: limit for step, limit in changes.items() if limit <= 4} == {100: 4, 200: 2, 400: 1}
 
 
 def test_eight_take_two_and_a_half_times_what_one_does() -> None:
-    assert sum(live(8, 800)) == 8 * 100 + 4 * 100 + 2 * 200 + 400
-    assert live(3, 8) == [3, 3, 2, 2, 1, 1, 1, 1]
-    assert live(1, 3) == [1, 1, 1]
+    assert sum(members_by_step(8, 800)) == 8 * 100 + 4 * 100 + 2 * 200 + 400
+    assert members_by_step(3, 8) == [3, 3, 2, 2, 1, 1, 1, 1]
+    assert members_by_step(1, 3) == [1, 1, 1]
 
 
 @given(st.integers(1, 10_000))
 def test_fewer_and_fewer_go_on_and_one_is_left(steps: int) -> None:
-    found = [survivors(step, steps) for step in range(1, steps + 1)]
-    assert found == sorted(found, reverse=True)
-    assert found[-1] == 1
+    limits = [survivors(step, steps) for step in range(1, steps + 1)]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[-1] == 1
 
 
 SCORE = st.tuples(st.sampled_from([0.0, 0.1]) | st.floats(-1, 1), st.floats(0, 1))
 
 
 @given(st.dictionaries(st.integers(0, 50), SCORE, min_size=1), st.integers(1, 60))
-def test_the_best_go_on(scores: dict[int, tuple[float, float]], left: int) -> None:
-    stopped = eliminated(scores, left)
+def test_the_best_go_on(scores: dict[int, tuple[float, float]], limit: int) -> None:
+    stopped = eliminated(scores, limit)
     kept = scores.keys() - set(stopped)
-    assert len(kept) == min(left, len(scores))
+    assert len(kept) == min(limit, len(scores))
     assert all(scores[k] >= scores[other] for k in kept for other in stopped)
 
 
@@ -99,7 +99,7 @@ def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(eval_
     assert outcomes[1].best is not None
     assert undisturbed.best is not None
     assert outcomes[1].best["step"] == undisturbed.best["step"]
-    halved.live = whole.live = [1]
+    halved.active = whole.active = [1]
     np.testing.assert_allclose(predict(halved, selection, 8), predict(whole, selection, 8), atol=1e-6)
     assert_close(halved.state(1), whole.state(1), atol=1e-6)
 
@@ -111,7 +111,7 @@ def test_ctrl_c_in_the_step_that_stops_some_leaves_them_stopped() -> None:
 
     class Impatient:
         def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-            interruption.asked = signal.SIGINT if step == 4 else None
+            interruption.requested_signal = signal.SIGINT if step == 4 else None
 
         def evaluated(self, member: int, line: dict[str, Any]) -> None: ...
 

@@ -48,7 +48,7 @@ def fit_mixtures(
     ended: Callable[[Sequence[int]], None] | None = None,
     flop_models: Sequence[FlopModel] | None = None,
     checkpoints: Sequence[Checkpoints] | None = None,
-    begun: Sequence[Checkpoint] | None = None,
+    resumed_from: Sequence[Checkpoint] | None = None,
     outcomes: Sequence[MemberProgress] | None = None,
     halving: bool = False,
     **options: Any,
@@ -60,8 +60,8 @@ def fit_mixtures(
         member = MemberRun.start(pack, k, settings, mixture_of[k], trainer, outcomes[k] if outcomes else None)
         member.flop_model = flop_models[k] if flop_models else None
         member.checkpoints = checkpoints[k] if checkpoints else None
-        if begun:
-            restore(member, begun[k])
+        if resumed_from:
+            restore(member, resumed_from[k])
         members.append(member)
     loop.PackTraining(pack, members, mixtures, trainer, observer=Follower(watcher, ended), **options).fit(
         halving=halving
@@ -76,11 +76,11 @@ def fit(
     train: TokenTable,
     selection: TokenTable,
     *,
-    swapped: TokenTable | None = None,
+    second_view: TokenTable | None = None,
     **options: Any,
 ) -> list[MemberProgress]:
     """Train a pack on one task."""
-    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, swapped)})
+    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, second_view)})
     return fit_mixtures(pack, optimizers, trainer, [mixture], **options)
 
 

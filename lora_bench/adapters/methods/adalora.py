@@ -171,7 +171,7 @@ class AdaLoRA(OnLinears):
             for name, update in triplets.items():
                 update.keep(kept[name])
 
-    def settled(self, step: int, steps: int) -> bool:
+    def ranks_final(self, step: int, steps: int) -> bool:
         return step >= self._phases(steps)[1]
 
     def _phases(self, steps: int) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Pack(nn.Module):
             raise error.under("adapter") from None
         self.given_ranks = [member.saved_ranks for member in members]
         """Ranks by module that each member's updates were made with, where not its method alone decided them."""
-        self.room: dict[str, int] = {}
+        self.max_micro_batch: dict[str, int] = {}
         """Pairs of each member per forward pass that memory has room for in `training` and in `evaluation`: known
         where fewer fitted than were asked for."""
         self.cut: int | None = None
@@ -124,25 +124,25 @@ class Pack(nn.Module):
         return len(self.members)
 
     @property
-    def live(self) -> list[int]:
+    def active(self) -> list[int]:
         """The members that are computed: all, but for those that training is over for."""
         return self._live.members
 
-    @live.setter
-    def live(self, members: Sequence[int]) -> None:
-        if members != self.live:
+    @active.setter
+    def active(self, members: Sequence[int]) -> None:
+        if members != self.active:
             self._live.members = list(members)
             self.depth = self._first_adapted_layer()
 
     @contextmanager
     def only(self, members: Sequence[int]) -> Iterator[None]:
         """Within, these members alone are computed."""
-        before = self.live
-        self.live = list(members)
+        before = self.active
+        self.active = list(members)
         try:
             yield
         finally:
-            self.live = before
+            self.active = before
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (K, B, 2) in fp32 of the K live members.
@@ -153,14 +153,14 @@ class Pack(nn.Module):
         portions = self.portions()
         logits = torch.cat([self.suffix(hidden, batch, part) for part in portions])
         order = [k for part in portions for k in part]
-        return logits if order == self.live else logits[[order.index(k) for k in self.live]]
+        return logits if order == self.active else logits[[order.index(k) for k in self.active]]
 
     def portions(self) -> list[list[int]]:
         """The live members by those that one pass through the adapted layers takes; those that are alike in a row.
 
         A CPU's products are at their peak for one member already; there one after the other needs least memory.
         """
-        return [sorted(self.live, key=self._likeness)] if self.batched else [[k] for k in self.live]
+        return [sorted(self.active, key=self._likeness)] if self.batched else [[k] for k in self.active]
 
     def _likeness(self, member: int) -> tuple[str, int]:
         first = next(iter(self.updates[member].values()), None)
@@ -198,7 +198,7 @@ class Pack(nn.Module):
 
     def suffix(self, hidden: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits (len(members), B, 2) in fp32 of some live members, from what `prefix` gave for the batch."""
-        K, live = len(members), self.live
+        K, live = len(members), self.active
         batch = replace(batch, hidden=None)
         if batch.members > 1 and live != members:
             places = [live.index(k) for k in members]
@@ -344,7 +344,7 @@ class Pack(nn.Module):
             return self.cut
         if self.trains_backbone:
             return 0
-        layers = [self.backbone.layer_of(name) for k in self.live for name in self.updates[k]]
+        layers = [self.backbone.layer_of(name) for k in self.active for name in self.updates[k]]
         return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
 
     def _attach_updates(self) -> None:

@@ -257,7 +257,7 @@ def test_the_schedule_by_hand() -> None:
     kept: list[int] = []
     walk(chosen, updates, 10, lambda step: kept.append(sum(made.rank for made in updates.values())))
     assert kept == [16, 16, 16, 6, 6, 4, 4, 4, 4, 4]
-    assert [chosen.settled(step, 10) for step in range(1, 11)] == [False] * 6 + [True] * 4
+    assert [chosen.ranks_final(step, 10) for step in range(1, 11)] == [False] * 6 + [True] * 4
 
 
 def test_a_pruned_triplet_may_come_back_until_the_choice_is_fixed() -> None:
@@ -284,7 +284,7 @@ def test_however_short_the_run_the_budget_is_met_and_settled(steps: int, shares:
     updates = two(chosen)
     walk(chosen, updates, steps)
     assert sum(made.rank for made in updates.values()) == 4
-    assert chosen.settled(steps, steps)
+    assert chosen.ranks_final(steps, steps)
 
 
 def test_nothing_is_pruned_where_the_initial_rank_is_the_target() -> None:
