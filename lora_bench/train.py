@@ -150,9 +150,14 @@ def prefix_of(inputs: SharedInputs, task: Task, trainer: Trainer) -> tuple[Prefi
     Where no pair of the training split is seen twice in the same order, nothing is cached.
     """
     train, selection = task.tables["train"], task.tables["selection"]
-    swapped = train.exchanged if task.swapped is None or task.swapped is train else task.swapped
-    tables = {"train": train, "swapped": swapped, "selection": selection, "exchanged": selection.exchanged}
-    orders = 1 if train.exchanged is None else 2
+    second_view = train.reversed_view if task.second_view is None or task.second_view is train else task.second_view
+    tables = {
+        "train": train,
+        "second_view": second_view,
+        "selection": selection,
+        "reversed_selection": selection.reversed_view,
+    }
+    orders = 1 if train.reversed_view is None else 2
     is_repeated = total_steps(trainer, len(train)) * trainer.batch_size > orders * len(train)
     cache = PrefixCache(inputs.backbone_sha256, trainer.prefix_cache_bytes if is_repeated else 0)
     return cache, {name: table for name, table in tables.items() if table is not None}

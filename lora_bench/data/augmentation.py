@@ -114,16 +114,16 @@ def training_tables(
 
     Where it takes each pair in one order, the other order goes along as what is exchanged.
     """
-    plain, exchanged = (
+    first_view, second_view = (
         partial(
             tokenize,
             columns=data.text_columns,
             backbone=backbone,
             max_length=data.max_length,
-            swapped=swapped,
+            reverse=reverse,
             head=head,
         )
-        for swapped in (False, True)
+        for reverse in (False, True)
     )
     chosen = augmentations(data, objective)
 
@@ -135,10 +135,10 @@ def training_tables(
         return replace(view(train), augmentation=how)
 
     if objective == "perturb_consistency":
-        return plain(train), looked_at(plain)
-    table = looked_at(plain)
+        return first_view(train), looked_at(first_view)
+    table = looked_at(first_view)
     if objective == "either_order":
-        return replace(table, exchanged=looked_at(exchanged)), None
+        return replace(table, reversed_view=looked_at(second_view)), None
     if objective == "order_consistency":
-        return table, looked_at(exchanged)
+        return table, looked_at(second_view)
     return table, table if objective == "dropout_consistency" else None

@@ -141,21 +141,21 @@ def training_batches(
     seeds: Sequence[int],
     epoch: int,
     pad_id: int,
-    swapped: TokenTable | None = None,
+    second_view: TokenTable | None = None,
 ) -> Iterator[Batch]:
     """The batches of one epoch for members of these seeds; rows are shared where all seeds are equal.
 
-    With `swapped`, the same pairs with their texts exchanged, each batch holds its pairs in both orders. With
-    `table.exchanged` it holds them in one: half of the pairs in each epoch as they are, in the next the other half.
+    With `second_view`, the same pairs with their texts exchanged, each batch holds its pairs in both orders. With
+    `table.reversed_view` it holds them in one: half of the pairs in each epoch as they are, in the next the other half.
     Where pairs are perturbed, a batch is as long as its longest pair has become.
     """
-    views = [each.in_epoch(epoch) for each in (table, table.exchanged, swapped) if each is not None]
+    views = [each.in_epoch(epoch) for each in (table, table.reversed_view, second_view) if each is not None]
     distinct = list(dict.fromkeys(seeds))
     for rows, length in plan.epoch(epoch, distinct):
         members = 1 if len(distinct) == 1 else len(seeds)
         own = np.concatenate([rows[distinct.index(seed)] for seed in seeds[:members]])
         longest = max(length, *(plan.padded(int(view.lengths[own].max())) for view in views))
-        if table.exchanged is not None:
+        if table.reversed_view is not None:
             turned = (own + epoch) % 2 == 1  # what was (N,) in one order is so many rows in each
             one, other = (
                 collate(view, own[turned == turn], longest, pad_id, members) for turn, view in enumerate(views)
@@ -166,11 +166,11 @@ def training_batches(
         yield both_orders(batch, *swaps) if swaps else batch
 
 
-def both_orders(batch: Batch, swapped: Batch) -> Batch:
+def both_orders(batch: Batch, second_view: Batch) -> Batch:
     """Each member's rows, and behind them the same pairs with their texts exchanged."""
     # (2, members, B) row numbers, read member by member
     places = torch.arange(2 * len(batch.input_ids)).view(2, batch.members, -1).transpose(0, 1).flatten()
-    return replace(_joined(batch, swapped, places), orders=2)
+    return replace(_joined(batch, second_view, places), orders=2)
 
 
 def _joined(one: Batch, other: Batch, places: Tensor) -> Batch:

@@ -61,7 +61,7 @@ class TokenTable:
     hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
     augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
     head: int = 0  # which of a member's heads answers it, where that has several
-    exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are looked at
+    reversed_view: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are looked at
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,7 +75,7 @@ class TokenTable:
             labels=None if self.labels is None else self.labels[rows],
             ids=self.ids[rows],
             augmentation=None,
-            exchanged=None if self.exchanged is None else self.exchanged.take(rows),
+            reversed_view=None if self.reversed_view is None else self.reversed_view.take(rows),
         )
 
     def in_epoch(self, epoch: int) -> TokenTable:
@@ -89,7 +89,7 @@ def tokenize(
     backbone: PairReader,
     max_length: int,
     *,
-    swapped: bool = False,
+    reverse: bool = False,
     cached: bool = True,
     head: int = 0,
 ) -> TokenTable:
@@ -100,11 +100,11 @@ def tokenize(
         columns: names of its text columns; T5's template shows them.
         backbone: whose template and tokenizer the model reads pairs with.
         max_length: tokens per pair; longer pairs lose tokens from their longer text.
-        swapped: exchange the two texts; the names of the columns stay where they are.
+        reverse: exchange the two texts; the names of the columns stay where they are.
         cached: look for it in the cache, and leave it there.
         head: which of a member's heads answers it.
     """
-    texts = examples.texts[::-1] if swapped else examples.texts
+    texts = examples.texts[::-1] if reverse else examples.texts
     first, second = backbone.render(list(zip(columns, texts, strict=True)))
     if cached:
         batch = _load_or_encode(first, second, backbone.tokenizer, max_length)
@@ -130,10 +130,10 @@ def scoring_table(
 ) -> TokenTable:
     """The token table of a split that is scored, with its exchanged pairs where both orders are."""
     one, *other = [
-        tokenize(examples, data.text_columns, backbone, data.max_length, swapped=swapped, cached=cached, head=head)
-        for swapped in ((False, True) if both_orders else (False,))
+        tokenize(examples, data.text_columns, backbone, data.max_length, reverse=reverse, cached=cached, head=head)
+        for reverse in ((False, True) if both_orders else (False,))
     ]
-    return replace(one, exchanged=other[0]) if other else one
+    return replace(one, reversed_view=other[0]) if other else one
 
 
 def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:

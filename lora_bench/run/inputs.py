@@ -39,7 +39,7 @@ class Task:
     data: schema.Data
     tables: dict[str, TokenTable]
     """`train`, `selection`, and every split to report."""
-    swapped: TokenTable | None
+    second_view: TokenTable | None
     """The training pairs once more, exchanged, perturbed or as they are, where the objective asks for it."""
     described: dict[str, Any]
     """What records say of the data."""
@@ -54,19 +54,19 @@ class Task:
     @property
     def pairs(self) -> TaskData:
         """What training looks at."""
-        return TaskData(self.tables["train"], self.tables["selection"], self.swapped)
+        return TaskData(self.tables["train"], self.tables["selection"], self.second_view)
 
     def with_tables(self, tables: Mapping[str, TokenTable]) -> Task:
         """The same with other tables for some: the same pairs, with more known of them."""
         found = self.tables | dict(tables)
-        if self.swapped is self.tables["train"]:
-            found["swapped"] = found["train"]
-        if "exchanged" in found:
-            found["selection"] = replace(found["selection"], exchanged=found.pop("exchanged"))
-        if found["train"].exchanged is not None and "swapped" in found:
-            found["train"] = replace(found["train"], exchanged=found.pop("swapped"))
-        swapped = found.pop("swapped", self.swapped)
-        return replace(self, tables=found, swapped=swapped)
+        if self.second_view is self.tables["train"]:
+            found["second_view"] = found["train"]
+        if "reversed_selection" in found:
+            found["selection"] = replace(found["selection"], reversed_view=found.pop("reversed_selection"))
+        if found["train"].reversed_view is not None and "second_view" in found:
+            found["train"] = replace(found["train"], reversed_view=found.pop("second_view"))
+        second_view = found.pop("second_view", self.second_view)
+        return replace(self, tables=found, second_view=second_view)
 
     @classmethod
     def read(
@@ -80,7 +80,7 @@ class Task:
     ) -> Task:
         """What `load_splits` gave, as tokens that one of a member's heads answers."""
         reader = backbone.for_task(data.task)
-        train, swapped = training_tables(data, splits["train"], reader, trainer.objective, head)
+        train, second_view = training_tables(data, splits["train"], reader, trainer.objective, head)
         others = {name: split for name, split in splits.items() if name != "train"}
         tables = {"train": train} | {
             name: scoring_table(split, data, reader, both_orders=trainer.score_both_orders, head=head)
@@ -88,7 +88,7 @@ class Task:
         }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
         asked = data.unseen or data.perturb is not None
-        return cls(data, tables, swapped, described, splits if asked else {})
+        return cls(data, tables, second_view, described, splits if asked else {})
 
 
 @dataclass(frozen=True)

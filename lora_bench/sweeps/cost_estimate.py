@@ -131,7 +131,7 @@ def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estima
         prefix, shown_often = prefix_of(common, task, experiment.trainer)
         kept = prefix.keeps(pack, shown_often)
         pack.cut = pack.depth if kept else None
-        settings = (experiment.optimizer, experiment.trainer, task.tables, task.swapped)
+        settings = (experiment.optimizer, experiment.trainer, task.tables, task.second_view)
         found = estimate(pack, *settings, kept=kept, filling=prefix.flops)
     finally:
         pack.detach()

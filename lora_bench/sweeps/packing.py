@@ -223,7 +223,7 @@ def needs(common: SharedInputs, experiment: Experiment) -> Need:
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = max(1 if task.swapped is None else 2 for task in common.tasks.values())
+        orders = max(1 if task.second_view is None else 2 for task in common.tasks.values())
         row = saved_bytes(pack, 1, common.longest)
         kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size

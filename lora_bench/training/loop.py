@@ -280,7 +280,7 @@ def fit(
     train: TokenTable,
     selection: TokenTable,
     *,
-    swapped: TokenTable | None = None,
+    second_view: TokenTable | None = None,
     flop_models: Sequence[FlopModel] = (),
     observer: Observer | None = None,
 ) -> list[MemberProgress]:
@@ -292,14 +292,14 @@ def fit(
         trainer: durations, micro-batches and objective.
         train: the pairs to learn from.
         selection: the pairs on which the best state is chosen.
-        swapped: second views of the training pairs, if the objective has any.
+        second_view: second views of the training pairs, if the objective has any.
         flop_models: FLOPs of a training step of each member, if they are to be counted.
         observer: who follows the training.
 
     Returns:
         The progress of each member; those that diverged or failed are among them.
     """
-    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, swapped)})
+    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, second_view)})
     members = [MemberRun.start(pack, k, settings, mixture, trainer) for k, settings in enumerate(optimizers)]
     for member, model in zip(members, flop_models, strict=False):
         member.flop_model = model

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes = ALONE) -> NDArray[np.float64]:
     """Return P(label 1) of every row for every active member: (K, N), in the table's order.
 
-    A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. The pack's mode is as
+    A table with a `reversed_view` is scored in both orders, and the mean is returned. The pack's mode is as
     it was afterwards.
     """
-    if table.exchanged is not None:
-        one, other = replace(table, exchanged=None), table.exchanged
+    if table.reversed_view is not None:
+        one, other = replace(table, reversed_view=None), table.reversed_view
         return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
     scores = np.zeros((len(pack.live), len(table)))
     mode = pack.training

@@ -54,15 +54,15 @@ class PrefixCache:
     def keeps(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
         """The names of those tables whose hidden states are kept, as far as the limit allows, in the order given.
 
-        The first and what travels in its batches (`swapped`) are kept together, and others only beside them. Nothing
-        is for a pack that adapts the first layer, or whose backbone cannot be cut.
+        The first and what travels in its batches (`second_view`) are kept together, and others only beside them.
+        Nothing is for a pack that adapts the first layer, or whose backbone cannot be cut.
         """
         if not (self.limit_bytes and pack.depth and pack.backbone.can_be_cut):
             return []
         kept: list[str] = []
         used = 0
         first, *others = tables
-        together = [first, *(name for name in others if name == "swapped")]
+        together = [first, *(name for name in others if name == "second_view")]
         for names in (together, *([name] for name in others if name not in together)):
             if any(tables[name].augmentation is not None for name in names):  # other pairs in each epoch
                 break

@@ -75,7 +75,7 @@ def estimate(
     optimizer: Optimizer,
     trainer: Trainer,
     tables: Mapping[str, TokenTable],
-    swapped: TokenTable | None = None,
+    second_view: TokenTable | None = None,
     kept: Sequence[str] = (),
     filling: float = 0.0,
 ) -> Estimate:
@@ -86,21 +86,21 @@ def estimate(
     Args:
         pack: prepared.
         tables: `train`, `selection`, and every split to report.
-        swapped: as in `fit`.
+        second_view: as in `fit`.
         kept: names of tables of which the prefix below the pack's cut is read and not computed.
         filling: FLOPs of making it.
     """
     train, device = tables["train"], pack.backbone.device
-    pairs = TaskData(train, tables["selection"], swapped)
+    pairs = TaskData(train, tables["selection"], second_view)
     mixture = TaskMixture([0], {"": pairs})
     steps, backward = mixture.steps(trainer), mixture.backward(pack, trainer)
     plan = pairs.plan(trainer.batch_size, backward.multiple)
     shapes = _shapes(plan, steps, pack.members[0].seed)
     flop_model = FlopModel.measure(partial(probe_step, pack))
-    orders = 1 if swapped is None else 2
+    orders = 1 if second_view is None else 2
     flops = {(rows, length): flop_model(orders * rows, length) for rows, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak
-    batches = _batches(pack, plan, train, swapped, chosen)
+    batches = _batches(pack, plan, train, second_view, chosen)
     rehearsal = _Rehearsal(pack, optimizer, trainer, mixture, backward)
     first, held = [], []
     for batch in batches:
@@ -175,12 +175,12 @@ def _shapes(plan: BatchPlan, steps: int, seed: int) -> Counter[tuple[int, int]]:
 
 
 def _batches(
-    pack: Pack, plan: BatchPlan, train: TokenTable, swapped: TokenTable | None, chosen: Sequence[tuple[int, int]]
+    pack: Pack, plan: BatchPlan, train: TokenTable, second_view: TokenTable | None, chosen: Sequence[tuple[int, int]]
 ) -> list[Batch]:
     """A batch of each chosen shape, from the first epoch."""
     seed, pad_id = pack.members[0].seed, pack.backbone.tokenizer.pad_token_id
     found: dict[tuple[int, int], Batch] = {}
-    made = training_batches(train, plan, [seed], 0, pad_id, swapped)
+    made = training_batches(train, plan, [seed], 0, pad_id, second_view)
     for ((rows,), length), batch in zip(plan.epoch(0, [seed]), made, strict=True):
         if (len(rows), length) in chosen:
             found.setdefault((len(rows), length), batch if pack.cut is None else _above_prefix(pack, batch))

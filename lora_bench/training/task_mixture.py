@@ -38,13 +38,13 @@ class TaskData:
     """What is learned from."""
     selection: TokenTable
     """What every choice is made on; never the reported split."""
-    swapped: TokenTable | None = None
+    second_view: TokenTable | None = None
     """The second looks at pairs of `train` (exchanged, perturbed or themselves), if the objective has any."""
 
     def plan(self, batch_size: int, multiple: int = 1) -> BatchPlan:
         """Which rows each batch holds, and how long it is: see `BatchPlan`."""
         lengths = self.train.lengths
-        for other in (self.train.exchanged, self.swapped):
+        for other in (self.train.reversed_view, self.second_view):
             if other is not None:
                 lengths = np.maximum(lengths, other.lengths)
         return BatchPlan(lengths, batch_size, multiple)
@@ -66,7 +66,7 @@ class TaskMixture:
 
     def before(self, member: int) -> TaskMixture:
         """What one of its members looks at before the first step: each pair once."""
-        return replace(self, members=[member], tasks={n: replace(p, swapped=None) for n, p in self.tasks.items()})
+        return replace(self, members=[member], tasks={n: replace(p, second_view=None) for n, p in self.tasks.items()})
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return sum(pairs.plan(batch_size).steps_per_epoch for pairs in self.tasks.values())
@@ -80,7 +80,7 @@ class TaskMixture:
         objectives = {}
         for pairs in self.tasks.values():
             objectives[pairs.train.head] = objective = make_objective(trainer, pairs.train.labels)
-            assert objective.orders == (1 if pairs.swapped is None else 2)
+            assert objective.orders == (1 if pairs.second_view is None else 2)
         return Backward(pack, objectives, graphs=trainer.cuda_graphs)
 
     def batches(self, pack: Pack, batch_size: int, multiple: int = 1) -> Iterator[Batch]:
@@ -113,4 +113,4 @@ def allotted(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
 
 def _endless(pairs: TaskData, plan: BatchPlan, seeds: Sequence[int], pad_id: int) -> Iterator[Batch]:
     for epoch in count():
-        yield from training_batches(pairs.train, plan, seeds, epoch, pad_id, pairs.swapped)
+        yield from training_batches(pairs.train, plan, seeds, epoch, pad_id, pairs.second_view)

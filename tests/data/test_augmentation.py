@@ -35,10 +35,10 @@ def encode(backbone: Callable[..., Any], request: pytest.FixtureRequest) -> Call
 
 
 def augmented(
-    encode: Callable[..., TokenTable], asked: Any = "all", share: float = 0.5, *, swapped: bool = False
+    encode: Callable[..., TokenTable], asked: Any = "all", share: float = 0.5, *, reverse: bool = False
 ) -> TokenTable:
     chosen = choose(asked, "qqp", 2, "data.augment")
-    how = partial(encode, swapped=swapped)
+    how = partial(encode, reverse=reverse)
     return replace(how(EXAMPLES), augmentation=Augmentation(EXAMPLES, chosen, share, 0.3, 0, how))
 
 
@@ -118,9 +118,9 @@ def test_members_of_a_pack_see_the_same_texts(encode: Callable[..., TokenTable])
 
 
 def test_both_orders_are_of_one_perturbed_pair(encode: Callable[..., TokenTable]) -> None:
-    table, swapped = augmented(encode, "typo", 1.0), augmented(encode, "typo", 1.0, swapped=True)
-    plan = BatchPlan(np.maximum(table.lengths, swapped.lengths), 8)
-    (batch, *_) = training_batches(table, plan, [0], 0, 0, swapped)
+    table, second_view = augmented(encode, "typo", 1.0), augmented(encode, "typo", 1.0, reverse=True)
+    plan = BatchPlan(np.maximum(table.lengths, second_view.lengths), 8)
+    (batch, *_) = training_batches(table, plan, [0], 0, 0, second_view)
     for one, other in zip(*batch.input_ids.chunk(2), strict=True):
         assert sorted(one.tolist()) == sorted(other.tolist())
         assert one.tolist() != other.tolist()
@@ -152,9 +152,9 @@ def test_each_objective_has_its_views(backbone: Callable[..., Any]) -> None:
     assert len(table.augmentation.perturbed(1).rows) <= 15
     table, other = views("either_order", "data.augment=typo")
     assert other is None
-    assert table.exchanged is not None
+    assert table.reversed_view is not None
     assert table.augmentation is not None
-    assert table.exchanged.augmentation is not None
+    assert table.reversed_view.augmentation is not None
     table, other = views("perturb_consistency", "data.augment=word")
     assert table.augmentation is None
     assert other is not None

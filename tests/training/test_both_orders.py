@@ -42,7 +42,7 @@ def test_scores_are_the_mean_of_both_orders(form: str) -> None:
     part = table.take(np.array([2, 0]))
     np.testing.assert_allclose(predict(made, part, 2), predict(made, table, 2)[:, [2, 0]], atol=1e-6)
     alone = scoring_table(of(texts), data, made.backbone, both_orders=False, cached=False)
-    assert alone.exchanged is None
+    assert alone.reversed_view is None
 
 
 @pytest.mark.usefixtures("in_tmp")
@@ -62,11 +62,11 @@ def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> No
     splits, _ = load_splits(run.experiment.data)
     for name in ("validation", "selection"):
         found = run.score(splits[name])
-        plain, swapped = (
-            predict(run.pack, tokenize(splits[name], ["question1", "question2"], run.pack.backbone, 128, swapped=s), 32)
+        plain, second_view = (
+            predict(run.pack, tokenize(splits[name], ["question1", "question2"], run.pack.backbone, 128, reverse=s), 32)
             for s in (False, True)
         )
-        np.testing.assert_allclose(found, (plain + swapped)[0] / 2, atol=1e-6)
+        np.testing.assert_allclose(found, (plain + second_view)[0] / 2, atol=1e-6)
         labels = splits[name].labels
         assert labels is not None
         nll = -np.log(np.where(labels == 1, found, 1 - found)).mean()

@@ -80,18 +80,18 @@ def examples(size: int) -> Examples:
 
 def tables_of(backbone: Backbone, size: int = 40) -> tuple[TokenTable, TokenTable]:
     """Toy pairs of unlike lengths, some of them truncated, as they are and exchanged."""
-    as_is, swapped = (tokenize(examples(size), COLUMNS, backbone, 40, swapped=way) for way in (False, True))
-    return as_is, swapped
+    as_is, second_view = (tokenize(examples(size), COLUMNS, backbone, 40, reverse=way) for way in (False, True))
+    return as_is, second_view
 
 
 def learn(
     made: Pack, settings: Trainer, rates: list[Optimizer] | None = None, *, exchanged: bool = False, size: int = 40
 ) -> tuple[list[MemberProgress], Losses]:
     """Fit on the toy pairs, which are their own selection split; with `exchanged` on data whose columns are."""
-    as_is, swapped = tables_of(made.backbone, size)
-    train, other = (swapped, as_is) if exchanged else (as_is, swapped)
+    as_is, second_view = tables_of(made.backbone, size)
+    train, other = (second_view, as_is) if exchanged else (as_is, second_view)
     if settings.objective == "either_order":
-        train = replace(train, exchanged=other)
+        train = replace(train, reversed_view=other)
     views = {"order_consistency": other, "dropout_consistency": train}
     watcher = Losses()
     one_a_step_ten_a_row = FlopModel((1.0, 10.0, 0.0, 0.0))
@@ -102,7 +102,7 @@ def learn(
         settings,
         train,
         as_is,
-        swapped=views.get(settings.objective),
+        second_view=views.get(settings.objective),
         flop_models=[one_a_step_ten_a_row] * made.size,
         watcher=watcher,
     )
@@ -227,7 +227,7 @@ def test_exchanged_rows_are_pairs_in_their_own_right(
     made = backbone(family)
     first, second = ["How do I learn Go?", "a"], ["What is the best way?", "b " * 40]
     given = Examples(np.array([7, 3]), (first, second), np.array([1, 0]))
-    table = tokenize(given, COLUMNS, made, 64, swapped=True, cached=cached)
+    table = tokenize(given, COLUMNS, made, 64, reverse=True, cached=cached)
     if family == "tiny_t5":
         texts = ([f"qqp question1: {b} question2: {a}" for a, b in zip(first, second, strict=True)],)
     else:
@@ -257,9 +257,9 @@ def firsts(batch: Batch) -> list[int]:
 
 @pytest.mark.parametrize("types", [True, False])
 def test_a_batch_goes_member_by_member_and_then_order_by_order(types: bool) -> None:
-    as_is, swapped = simple_table([3, 4, 4], 100, types=types), simple_table([3, 6, 4], 200, types=types)
+    as_is, second_view = simple_table([3, 4, 4], 100, types=types), simple_table([3, 6, 4], 200, types=types)
     rows = np.array([0, 1, 2, 0])  # two members, two pairs each
-    one, other = (collate(table, rows, 6, 0, members=2) for table in (as_is, swapped))
+    one, other = (collate(table, rows, 6, 0, members=2) for table in (as_is, second_view))
     batch = both_orders(one, other)
     assert (batch.members, batch.orders, batch.pairs) == (2, 2, 2)
     assert firsts(batch) == [100, 101, 200, 201, 102, 100, 202, 200]
@@ -289,10 +289,10 @@ def test_shared_rows_are_repeated_with_both_orders() -> None:
 @pytest.mark.parametrize("seeds", [[4, 4], [4, 5]])
 def test_an_epoch_brings_every_pair_in_both_orders(seeds: list[int]) -> None:
     lengths = np.random.default_rng(0).integers(3, 12, 23).tolist()
-    as_is, swapped = simple_table(lengths, 100), simple_table(lengths, 200)
+    as_is, second_view = simple_table(lengths, 100), simple_table(lengths, 200)
     plan = BatchPlan(as_is.lengths, 4)
     plain = list(training_batches(as_is, plan, seeds, 0, 0))
-    doubled = list(training_batches(as_is, plan, seeds, 0, 0, swapped))
+    doubled = list(training_batches(as_is, plan, seeds, 0, 0, second_view))
     assert len(plain) == len(doubled) == 6
     for one, two in zip(plain, doubled, strict=True):
         assert two.members == one.members == len(set(seeds))
@@ -394,11 +394,11 @@ def test_flops_count_both_orders_and_pairs_count_once() -> None:
 
 def test_the_shorter_order_is_padded_to_the_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     made = pack("bert", (adapter("lora"), 0))
-    as_is, swapped = simple_table([4] * 8, 5), simple_table([4] * 7 + [9], 5)
+    as_is, second_view = simple_table([4] * 8, 5), simple_table([4] * 7 + [9], 5)
     shapes = []
     prefix = made.prefix
     monkeypatch.setattr(made, "prefix", lambda batch: shapes.append(tuple(batch.input_ids.shape)) or prefix(batch))
-    fit(made, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, swapped=swapped)
+    fit(made, [optimizer()], both(steps=2, batch_size=4), as_is, as_is, second_view=second_view)
     assert shapes[:2] == [(8, 9), (8, 9)]  # one bucket, and the longest row is in it
 
 
@@ -430,16 +430,16 @@ def test_two_masks_are_compared() -> None:
 
 def test_each_pair_comes_in_one_order_and_then_in_the_other() -> None:
     made = pack("bert", (adapter("lora"), 0))
-    as_is, swapped = tables_of(made.backbone)
-    table = replace(as_is, exchanged=swapped)
-    plan = BatchPlan(np.maximum(as_is.lengths, swapped.lengths), 8)
+    as_is, second_view = tables_of(made.backbone)
+    table = replace(as_is, reversed_view=second_view)
+    plan = BatchPlan(np.maximum(as_is.lengths, second_view.lengths), 8)
     seen: dict[int, list[int]] = {i: [] for i in range(40)}
     for epoch in range(3):
         for seeds in ([0], [0, 1]):
             batches = training_batches(table, plan, seeds, epoch, 0)
             for batch, (rows, length) in zip(batches, plan.epoch(epoch, seeds), strict=True):
                 own = np.concatenate(rows)
-                one, other = (collate(each, own, length, 0, len(seeds)) for each in (as_is, swapped))
+                one, other = (collate(each, own, length, 0, len(seeds)) for each in (as_is, second_view))
                 assert (batch.members, batch.orders) == (len(seeds), 1)
                 assert batch.labels is not None
                 assert batch.labels.tolist() == as_is.labels[own].tolist()  # type: ignore[index]
@@ -464,9 +464,9 @@ def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
         made = pack("bert", (adapter("lora"), 0))
         table = tokenize(twice, COLUMNS, made.backbone, 40, cached=False)
         watcher = Losses()
-        table = replace(table, exchanged=table) if turns else table
+        table = replace(table, reversed_view=table) if turns else table
         chosen = trainer(steps=5, objective="either_order" if turns else "cross_entropy")
-        fit(made, [optimizer()], chosen, table, replace(table, exchanged=None), watcher=watcher)
+        fit(made, [optimizer()], chosen, table, replace(table, reversed_view=None), watcher=watcher)
         losses.append(watcher.seen)
     assert losses[0] == losses[1]
 

@@ -173,11 +173,11 @@ def test_what_exceeds_the_limit_is_computed_as_before_and_old_files_make_room(st
 def test_both_orders_of_a_pair_are_kept_or_neither(store: Path) -> None:
     made = pack("bert", (TOP, 0))
     train, selection = tables(made.backbone)
-    asked = {"train": train, "swapped": train, "selection": selection}
+    asked = {"train": train, "second_view": train, "selection": selection}
     one = len(train.values) * made.backbone.hidden_size * 4 + TRAILER_BYTES
     assert PrefixCache("the tiny backbone", 1.5 * one).keeps(made, asked) == []
-    assert PrefixCache("the tiny backbone", 2 * one).keeps(made, asked) == ["train", "swapped"]
-    augmented = {**asked, "swapped": replace(train, augmentation=object())}  # type: ignore[arg-type]
+    assert PrefixCache("the tiny backbone", 2 * one).keeps(made, asked) == ["train", "second_view"]
+    augmented = {**asked, "second_view": replace(train, augmentation=object())}  # type: ignore[arg-type]
     assert PrefixCache("the tiny backbone", LIMIT).keeps(made, augmented) == []
 
 

@@ -41,14 +41,14 @@ def given(experiment: Experiment, pack: Pack) -> tuple[dict[str, TokenTable], To
     """The tables, and the training pairs once more where the objective asks for it."""
     splits, _ = load_splits(experiment.data)
     columns, limit = experiment.data.text_columns, experiment.data.max_length
-    train, swapped = training_tables(experiment.data, splits["train"], pack.backbone, experiment.trainer.objective)
+    train, second_view = training_tables(experiment.data, splits["train"], pack.backbone, experiment.trainer.objective)
     others = {name: tokenize(split, columns, pack.backbone, limit) for name, split in splits.items() if name != "train"}
-    return {"train": train, **others}, swapped
+    return {"train": train, **others}, second_view
 
 
 def estimated(experiment: Experiment, pack: Pack) -> Estimate:
-    tables, swapped = given(experiment, pack)
-    return estimate(pack, experiment.optimizer, experiment.trainer, tables, swapped)
+    tables, second_view = given(experiment, pack)
+    return estimate(pack, experiment.optimizer, experiment.trainer, tables, second_view)
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "order_consistency"])
@@ -59,10 +59,10 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     expected = estimated(experiment, pack)
     model = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))
-    tables, swapped = given(experiment, pack)
-    assert (swapped is None) == (objective == "cross_entropy")
+    tables, second_view = given(experiment, pack)
+    assert (second_view is None) == (objective == "cross_entropy")
     learned = (pack, [experiment.optimizer], experiment.trainer, tables["train"], tables["selection"])
-    (outcome,) = fit(*learned, swapped=swapped, flop_models=[model])
+    (outcome,) = fit(*learned, second_view=second_view, flop_models=[model])
     assert expected.steps == outcome.steps == {"2": 24, "0.5": 6}[epochs]
     assert expected.train_flops == pytest.approx(outcome.flops, rel=1e-9)
     params = pack.count_parameters(0)

@@ -76,11 +76,11 @@ def fit(
     train: TokenTable,
     selection: TokenTable,
     *,
-    swapped: TokenTable | None = None,
+    second_view: TokenTable | None = None,
     **options: Any,
 ) -> list[MemberProgress]:
     """Train a pack on one task."""
-    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, swapped)})
+    mixture = TaskMixture(range(pack.size), {"": TaskData(train, selection, second_view)})
     return fit_mixtures(pack, optimizers, trainer, [mixture], **options)
 
 
