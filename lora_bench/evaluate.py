@@ -91,7 +91,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     title = str(cfg.name or (Path(data.path).stem if isinstance(data, schema.FileData) else data_choice))
     file_name(title)  # refuses what cannot be one
     finished = _check_run(cfg, data) if cfg.run else None
-    splits = sources.reported(sources.load(data))
+    splits = sources.reported_splits(sources.load(data))
     if not splits:
         raise UserError(
             "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.EMPTY
@@ -123,7 +123,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     described = {
         "path": getattr(data, "path", None),
         "choice": data_choice,
-        **sources.describe(data, splits),
+        **sources.describe_data(data, splits),
         **describe(data, splits, subject.seen),
     }
     content = {**subject.described, "data": described, "metrics": found}
@@ -164,7 +164,7 @@ def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, cons
 def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     """What the run was trained and chosen on, cut from its data again."""
     own = run.experiment.data
-    seen = train, selection = sources.carve(sources.load(own)["train"], own)
+    seen = train, selection = sources.split_selection(sources.load(own)["train"], own)
     recorded = run.record["data"].get("fingerprint")
     for split, found in (("train", train), ("selection", selection)):
         if not isinstance(recorded, dict) or found.fingerprint() != recorded.get(split):
@@ -191,7 +191,7 @@ def _made_by_peft(cfg: DictConfig, data: schema.Data) -> _Subject:
     model = _model(cfg.model, adapter)
     device = resolve_device(cfg.device)
     backbone = load(model, load_tokenizer(model), task=data.task, device=device)
-    backbone.need_room(data.max_length)
+    backbone.require_length(data.max_length)
     check_padding(backbone)
     backbone.to(device, torch.float32, trained=False)
     pack = importer.attach(adapter, backbone).eval()

@@ -37,11 +37,11 @@ class Auto(Backbone):
         UserError: the model shows no layers, cannot compute a pair, or leaves a layer out.
     """
 
-    can_be_cut = False
+    has_prefix = False
     query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q|v)"
     layer_paths = ()
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         base: Any = network.base_model
         self.head_modules = [
             name
@@ -57,7 +57,7 @@ class Auto(Backbone):
                 remedy="Take a model whose transformers class has a base model and a list of layers.",
                 code=Code.UNSUPPORTED,
             )
-        super().__init__(network, tokenizer, fresh)
+        super().__init__(network, tokenizer, new_parameters)
         self._layers, self._position_limit, self.can_be_batched = self._observe(lists)
         self.layers = [(paths[0], network.get_submodule(paths[0])) for paths in self._layers]
 
@@ -79,7 +79,7 @@ class Auto(Backbone):
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         return hidden  # (N, T)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         return self._logits(encoded, batch.attention_mask, batch.token_type_ids)
 
     def _logits(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_bench.backbones.identity import identity
+from lora_bench.backbones.identity import tokenizer_digests
 from lora_bench.errors import require
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Backbone(ABC):
     Args:
         network: the Hugging Face model, in fp32 and in evaluation mode.
         tokenizer: its fast tokenizer.
-        fresh: names of parameters that the checkpoint did not hold (the new head).
+        new_parameters: names of parameters that the checkpoint did not hold (the new head).
     """
 
     head_modules: Sequence[str]
@@ -42,7 +42,7 @@ class Backbone(ABC):
     """Regular expression of the linears that `target_modules=qv` means."""
     peft_task = "SEQ_CLS"
     """What peft calls the kind of task."""
-    can_be_cut = True
+    has_prefix = True
     """Whether the prefix computes anything: False where the whole network is suffix."""
     can_be_batched = True
     """Whether every linear takes one row per row of the batch: only then may rows of several members pass together."""
@@ -51,10 +51,10 @@ class Backbone(ABC):
     layer_paths: Sequence[str]
     """Names of the lists of layers, in the order of computation."""
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         self.network = network
         self.tokenizer = tokenizer
-        self.fresh = fresh
+        self.new_parameters = new_parameters
         self.compute_dtype = torch.float32
         self.notes: list[str] = []
         """What the user should know of how it reads and scores."""
@@ -73,19 +73,19 @@ class Backbone(ABC):
         """The layers from `depth` on: (N, T, D), or (N, 1, D) where the head looks at one position."""
 
     @abstractmethod
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         """The head: logits (N, 2) from what `encode` gave."""
 
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """The layers from `depth` on and the head: logits (N, 2)."""
-        return self.answer(self.encode(hidden, batch, depth), batch)
+        return self.classify(self.encode(hidden, batch, depth), batch)
 
     @property
-    def tells_texts_apart(self) -> bool:
-        """Whether `texts` can say which token belongs to which of a pair's texts."""
+    def separates_texts(self) -> bool:
+        """Whether `text_masks` can say which token belongs to which of a pair's texts."""
         return False
 
-    def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def text_masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which tokens make up the first and the second text, (N, T) each."""
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class Backbone(ABC):
         """Standard deviation of a new head's weights."""
         return float(getattr(self.network.config, "initializer_range", 0.02))
 
-    def plain_config(self, label_names: Sequence[str]) -> Any:
+    def export_config(self, label_names: Sequence[str]) -> Any:
         """Return the config of a plain Hugging Face model in fp32 with this network's weights and these labels.
 
         What config.json said of the checkpoint's own task and class is left behind.
@@ -133,7 +133,7 @@ class Backbone(ABC):
         """The longest input that the network takes; None where positions are relative."""
         return None
 
-    def need_room(self, max_length: int) -> None:
+    def require_length(self, max_length: int) -> None:
         """Refuse pairs of more tokens than the network takes."""
         longest = self.max_tokens
         reason = f"is more than the {longest} tokens that the model takes"
@@ -197,7 +197,7 @@ class Backbone(ABC):
     @cached_property
     def tokenizer_identity(self) -> dict[str, str]:
         """The digests by which a run knows its tokenizer again."""
-        return identity(self.tokenizer)
+        return tokenizer_digests(self.tokenizer)
 
     def hash(self) -> str:
         """sha256 over the names and bytes of every tensor outside the head; call it on a detached backbone."""

@@ -24,13 +24,13 @@ class Bert(Backbone):
 
     query_value = r".*\.(query|value)"
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         self.name = str(network.base_model_prefix)  # bert, roberta
         self.layer_paths = [f"{self.name}.encoder.layer"]
         self.encoder: Any = network.get_submodule(self.name)
         pooled = getattr(self.encoder, "pooler", None) is not None
         self.head_modules = [f"{self.name}.pooler", "classifier"] if pooled else ["classifier"]
-        super().__init__(network, tokenizer, fresh)
+        super().__init__(network, tokenizer, new_parameters)
 
     @property
     def max_tokens(self) -> int:
@@ -55,17 +55,17 @@ class Bert(Backbone):
             hidden = _run(self.layers[-1][1], asking, hidden, mask)
         return hidden  # (N, T, D) or (N, 1, D)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         network: Any = self.network
         if len(self.head_modules) == 1:  # RoBERTa's classifier picks the first token itself
             return network.classifier(encoded)  # type: ignore[no-any-return]
         return network.classifier(network.dropout(self.encoder.pooler(encoded)))  # type: ignore[no-any-return]
 
     @property
-    def tells_texts_apart(self) -> bool:
+    def separates_texts(self) -> bool:
         return self.tokenizer.sep_token_id is not None
 
-    def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def text_masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The first separator ends the first text, which the classification token opens; all behind it is the second's:
         sentence encoders (MiniLM) were trained to be averaged with these tokens among the others."""
         separators = (batch.input_ids == self.tokenizer.sep_token_id).long()  # (N, T)

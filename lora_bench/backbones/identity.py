@@ -61,7 +61,7 @@ def probe(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     return [(encoding.ids, encoding.type_ids) for encoding in backend.encode_batch_fast([*PAIRS, *TEXTS])]
 
 
-def identity(tokenizer: Any) -> dict[str, str]:
+def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
     """Return the two digests by which a run knows its tokenizer again.
 
     `tokenizer_sha256` covers the whole content. `tokenizer_probe_sha256` covers what decides token ids whatever the
@@ -85,14 +85,14 @@ def _digest(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def refuse_another(
+def refuse_other_tokenizer(
     recorded: Mapping[str, Any], current: Mapping[str, str], refusal: Callable[[str, str], UserError]
 ) -> list[str]:
     """Refuse a tokenizer that gives other token ids than the one that a run was trained with.
 
     Args:
         recorded: `environment` of the run's record; nothing is compared with a record that does not know.
-        current: what `identity` gives now.
+        current: what `tokenizer_digests` gives now.
         refusal: makes the error of a reason and a remedy.
 
     Returns:

@@ -22,7 +22,7 @@ from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
 from lora_bench.backbones.t5 import T5Encoder, T5TextToText
-from lora_bench.backbones.tokenizer import first_line, read
+from lora_bench.backbones.tokenizer import first_line, read_tokenizer
 from lora_bench.config.schema import Model, T5Model
 from lora_bench.errors import Code, UserError
 
@@ -56,7 +56,7 @@ def load_tokenizer(model: Model) -> Any:
         remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
         return UserError(reason, key=key, value=place, remedy=remedy, code=code)
 
-    tokenizer, notes = read(place, refusal, lambda: _reading(model, place))
+    tokenizer, notes = read_tokenizer(place, refusal, lambda: _reading(model, place))
     tokenizer.reading_notes = notes
     return tokenizer
 
@@ -96,13 +96,13 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
             network = hf_class._from_config(config, dtype=torch.float32, **options)
-        fresh = {name for name, _ in network.named_parameters()}
+        new_parameters = {name for name, _ in network.named_parameters()}
     else:
-        network, fresh = _pretrained(hf_class, model, place, config, options)
+        network, new_parameters = _pretrained(hf_class, model, place, config, options)
     network.eval()
     _refuse_unknown_tokens(network, tokenizer, model.tokenizer or place)
     _align_padding(network, tokenizer.pad_token_id)
-    backbone = _backbone(model, network, tokenizer, fresh, task)
+    backbone = _backbone(model, network, tokenizer, new_parameters, task)
     if not backbone.layers:
         raise UserError(
             "has no layers",
@@ -156,8 +156,8 @@ def _counts_positions_from_padding(network: Any) -> bool:
     )
 
 
-def _backbone(model: Model, network: Any, tokenizer: Any, fresh: set[str], task: str) -> Backbone:
-    arguments = (network, tokenizer, fresh)
+def _backbone(model: Model, network: Any, tokenizer: Any, new_parameters: set[str], task: str) -> Backbone:
+    arguments = (network, tokenizer, new_parameters)
     if isinstance(model, T5Model):
         if model.form == "encoder":
             return T5Encoder(*arguments, model.template, task)
@@ -165,7 +165,7 @@ def _backbone(model: Model, network: Any, tokenizer: Any, fresh: set[str], task:
     return Bert(*arguments) if model.family == "bert" else Auto(*arguments)
 
 
-def public_place(model: Model) -> str:
+def public_location(model: Model) -> str:
     """Where another program finds the weights: an id on the hub, else a local folder; empty for random ones."""
     if model.random is not None and not model.path:
         return ""
@@ -270,7 +270,7 @@ def _refuse_other_weights(model: Model, place: str) -> None:
 def _refuse_holes(backbone: Backbone, place: str) -> None:
     """A new head may be missing from a checkpoint, a layer may not: it would silently stay random."""
     heads = tuple(f"{head}." for head in backbone.head_modules)
-    holes = sorted(name for name in backbone.fresh if not name.startswith(heads))
+    holes = sorted(name for name in backbone.new_parameters if not name.startswith(heads))
     if holes:
         raise UserError(
             f"the checkpoint lacks {len(holes)} of the backbone's tensors in their shape, for example {holes[0]}",

@@ -22,7 +22,7 @@ def locate(model: Model) -> str:
     Raises:
         UserError: a local place is named but not there.
     """
-    place = local_place(model)
+    place = local_folder(model)
     if place is not None:
         return place
     assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
@@ -30,7 +30,7 @@ def locate(model: Model) -> str:
     return model.hub_id
 
 
-def local_place(model: Model) -> str | None:
+def local_folder(model: Model) -> str | None:
     """Return the local folder of the model's weights; None if they are on the hub or random.
 
     Raises:

@@ -29,8 +29,8 @@ class _T5(Backbone):
     query_value = r".*\.(q|v)"
     encoder: Any
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str) -> None:
-        super().__init__(network, tokenizer, fresh)
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: str, task: str) -> None:
+        super().__init__(network, tokenizer, new_parameters)
         self.template = template
         self.task = task
 
@@ -78,9 +78,15 @@ class T5TextToText(_T5):
     layer_paths = ("encoder.block", "decoder.block")
 
     def __init__(
-        self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str, label_words: list[str]
+        self,
+        network: nn.Module,
+        tokenizer: Any,
+        new_parameters: set[str],
+        template: str,
+        task: str,
+        label_words: list[str],
     ) -> None:
-        super().__init__(network, tokenizer, fresh, template, task)
+        super().__init__(network, tokenizer, new_parameters, template, task)
         self.encoder = network.encoder
         self.label_tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in label_words]
         if self.label_tokens[0] == self.label_tokens[1]:
@@ -98,10 +104,10 @@ class T5TextToText(_T5):
         return {name: linear for name, linear in super().linears().items() if not idle.fullmatch(name)}
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        # The decoder is run whole, by `answer`: its one step costs little.
+        # The decoder is run whole, by `classify`: its one step costs little.
         return self._encoded(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         network: Any = self.network
         start = torch.full((len(encoded), 1), network.config.decoder_start_token_id, device=encoded.device)
         decoded = network.decoder(
@@ -123,14 +129,14 @@ class T5Encoder(_T5):
     peft_task = "TOKEN_CLS"
     layer_paths = ("transformer.encoder.block",)
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str) -> None:
-        super().__init__(network, tokenizer, fresh, template, task)
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: str, task: str) -> None:
+        super().__init__(network, tokenizer, new_parameters, template, task)
         self.encoder = network.transformer.encoder  # type: ignore[union-attr]
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         return self._encoded(hidden, batch, depth)  # (N, T, D)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         kept = batch.attention_mask[:, :, None].to(encoded.dtype)  # (N, T, 1)
         pooled = (encoded * kept).sum(1) / kept.sum(1)  # (N, D); the head is linear, so this equals the mean of logits
         return self.network.classifier(pooled)  # type: ignore[no-any-return, operator]

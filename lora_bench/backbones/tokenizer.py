@@ -45,7 +45,7 @@ HARD = [
 """What patterns that backtrack take for ever for."""
 
 
-def read(
+def read_tokenizer(
     place: str, refusal: Callable[[str, str | None, Code], UserError], options: Callable[[], Mapping[str, Any]]
 ) -> tuple[Any, list[str]]:
     """Return the tokenizer of a folder or hub id, and what the user should know of how it is read.
@@ -59,13 +59,13 @@ def read(
         UserError: there is no fast tokenizer, or its files are damaged, contradict themselves or take too long.
     """
     if os.path.isdir(place):
-        refuse_odd_files(Path(place))
+        reject_special_files(Path(place))
     try:
         keywords = options()
         path = _file(place, keywords.get("revision"))
         added = [] if path is None else _refuse_contradictions(path)
-        by_class = bounded(lambda: _by_class(place, keywords, path), SECONDS)
-        tokenizer = by_class if path is None else bounded(lambda: _as_in_file(by_class, path), SECONDS)
+        by_class = call_with_timeout(lambda: _by_class(place, keywords, path), SECONDS)
+        tokenizer = by_class if path is None else call_with_timeout(lambda: _as_in_file(by_class, path), SECONDS)
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
@@ -75,7 +75,7 @@ def read(
         _refuse_other_ids(path, tokenizer, added)
     _refuse_unusable(tokenizer, refusal)
     try:
-        bounded(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
+        call_with_timeout(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
     except Exception as error:
         reason = f"its tokenizer fails on short texts ({first_line(error)})"
         remedy = "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever."
@@ -83,7 +83,7 @@ def read(
     return tokenizer, _notes(tokenizer, by_class)
 
 
-def refuse_odd_files(folder: Path) -> None:
+def reject_special_files(folder: Path) -> None:
     """Refuse a folder whose text files cannot be read at once: pipes, devices, links to nothing, huge files.
 
     Raises:
@@ -103,7 +103,7 @@ def refuse_odd_files(folder: Path) -> None:
             raise UserError(reason, file=path, code=Code.TOO_LARGE)
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T:
+def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
     """Return what `call` returns, with a limit on its time; for native code, which no signal stops.
 
     Raises:
@@ -283,7 +283,7 @@ def _notes(tokenizer: Any, by_class: Any) -> list[str]:
         return []
     texts = [*PAIRS, *TEXTS]
     try:
-        theirs = bounded(lambda: by_class.backend_tokenizer.encode_batch_fast(texts), SECONDS)
+        theirs = call_with_timeout(lambda: by_class.backend_tokenizer.encode_batch_fast(texts), SECONDS)
     except Exception:
         return ["tokenizer.json is read as it stands; transformers' class of it fails on short texts."]
     ours = tokenizer.backend_tokenizer.encode_batch_fast(texts)

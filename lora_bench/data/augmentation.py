@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import Perturbed, choose, perturb_row
+from lora_bench.data.perturb import PerturbedRows, choose_transforms, perturb_row
 from lora_bench.data.tokenization import PairReader, tokenize
 from lora_bench.errors import Code, UserError
 
@@ -47,7 +47,7 @@ class Augmentation:
     seed: int
     tokenize: Callable[[Examples], TokenTable]
 
-    def perturbed(self, epoch: int) -> Perturbed:
+    def perturb(self, epoch: int) -> PerturbedRows:
         """The rows that are perturbed in this epoch, with new texts and labels; a row that nothing changes is not."""
         random = Random(f"{self.seed} augment {epoch}")
         count = round(self.share * len(self.examples))
@@ -63,11 +63,11 @@ class Augmentation:
                     break
         places = np.array(rows, np.int64)
         columns = tuple([each[c] for each in texts] for c in range(len(self.examples.texts)))
-        return Perturbed(places, Examples(self.examples.ids[places], columns, np.array(labels, np.int64)))
+        return PerturbedRows(places, Examples(self.examples.ids[places], columns, np.array(labels, np.int64)))
 
     def table(self, table: TokenTable, epoch: int) -> TokenTable:
         """The table as it is in this epoch: perturbed rows hold other tokens, all others what they held."""
-        found = self.perturbed(epoch)
+        found = self.perturb(epoch)
         if not len(found.rows):
             return replace(table, augmentation=None)
         new = self.tokenize(found.examples)
@@ -94,7 +94,7 @@ class Augmentation:
         )
 
 
-def augmentations(data: Data, objective: str) -> list[Transform]:
+def choose_augmentations(data: Data, objective: str) -> list[Transform]:
     """What `data.augment` names; refuses what there is not, and what suits neither the data nor the objective."""
     compared = objective == "perturb_consistency"
     if data.augment is None:
@@ -104,7 +104,7 @@ def augmentations(data: Data, objective: str) -> list[Transform]:
                 "needs perturbed pairs", key="trainer.objective", value=objective, remedy=remedy, code=Code.CONFLICT
             )
         return []
-    return choose(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=compared)
+    return choose_transforms(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=compared)
 
 
 def training_tables(
@@ -125,7 +125,7 @@ def training_tables(
         )
         for reverse in (False, True)
     )
-    chosen = augmentations(data, objective)
+    chosen = choose_augmentations(data, objective)
 
     def looked_at(view: Callable[..., TokenTable]) -> TokenTable:
         if not chosen:

@@ -53,7 +53,7 @@ class Batch:
         """B, the pairs of each member."""
         return len(self.input_ids) // (self.members * self.orders)
 
-    def of(self, members: Sequence[int]) -> Batch:
+    def select_members(self, members: Sequence[int]) -> Batch:
         """The rows of these members alone, where each has rows of its own."""
         if self.members == 1 or len(members) == self.members:
             return self
@@ -117,14 +117,14 @@ class BatchPlan:
             start = end
         return buckets
 
-    def padded(self, length: int) -> int:
+    def padded_length(self, length: int) -> int:
         """The length of a batch whose longest pair has `length` tokens."""
         return max(length, min(-(-length // self.multiple) * self.multiple, int(self.lengths.max())))
 
     def epoch(self, epoch: int, seeds: Sequence[int]) -> Iterator[tuple[list[Rows], int]]:
         """The batches of one epoch in order: for each distinct seed its rows, and the length T to pad to."""
         buckets = self.buckets()
-        tops = [self.padded(int(self.lengths[bucket].max())) for bucket in buckets]
+        tops = [self.padded_length(int(self.lengths[bucket].max())) for bucket in buckets]
         shuffled = [
             [np.random.default_rng((seed, epoch, i)).permutation(bucket) for i, bucket in enumerate(buckets)]
             for seed in seeds
@@ -154,7 +154,7 @@ def training_batches(
     for rows, length in plan.epoch(epoch, distinct):
         members = 1 if len(distinct) == 1 else len(seeds)
         own = np.concatenate([rows[distinct.index(seed)] for seed in seeds[:members]])
-        longest = max(length, *(plan.padded(int(view.lengths[own].max())) for view in views))
+        longest = max(length, *(plan.padded_length(int(view.lengths[own].max())) for view in views))
         if table.reversed_view is not None:
             turned = (own + epoch) % 2 == 1  # what was (N,) in one order is so many rows in each
             one, other = (
@@ -163,10 +163,10 @@ def training_batches(
             yield _joined(one, other, torch.from_numpy(np.argsort(np.argsort(turned, kind="stable"))))
             continue
         batch, *swaps = [collate(view, own, longest, pad_id, members) for view in views]
-        yield both_orders(batch, *swaps) if swaps else batch
+        yield join_orders(batch, *swaps) if swaps else batch
 
 
-def both_orders(batch: Batch, second_view: Batch) -> Batch:
+def join_orders(batch: Batch, second_view: Batch) -> Batch:
     """Each member's rows, and behind them the same pairs with their texts exchanged."""
     # (2, members, B) row numbers, read member by member
     places = torch.arange(2 * len(batch.input_ids)).view(2, batch.members, -1).transpose(0, 1).flatten()
@@ -202,10 +202,10 @@ def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:
         yield batch
         return
     for i in range(0, B, pairs):
-        yield pick(batch, i, min(i + pairs, B))
+        yield slice_pairs(batch, i, min(i + pairs, B))
 
 
-def pick(batch: Batch, start: int, end: int) -> Batch:
+def slice_pairs(batch: Batch, start: int, end: int) -> Batch:
     """Pairs `start` to `end` of each member, in all their orders."""
     blocks = range(0, len(batch.input_ids), batch.pairs)  # one per member and order
     rows = torch.cat([torch.arange(block + start, block + end) for block in blocks])
@@ -214,7 +214,7 @@ def pick(batch: Batch, start: int, end: int) -> Batch:
 
 def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: int = 1) -> Batch:
     """Rows of the table as one padded batch, without a Python loop over rows."""
-    places, kept = places_of(table, rows, length)  # (N, T) each
+    places, kept = token_positions(table, rows, length)  # (N, T) each
     ids = np.where(kept, table.values[places], pad_id).astype(np.int64)
     types = None if table.types is None else np.where(kept, table.types[places], 0).astype(np.int64)
     return Batch(
@@ -229,7 +229,7 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
     )
 
 
-def places_of(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:
+def token_positions(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:
     """Where the table keeps each token of a padded batch (N, T), and whether there is one (N, T)."""
     columns = np.arange(length)
     kept = columns < table.lengths[rows][:, None]

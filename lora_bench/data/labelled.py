@@ -24,7 +24,7 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 _NOT_IN_TSV = re.compile("[\t\r\n\0]")
 
 
-def free_names(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+def unique_column_names(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
     """Name the columns of predictions so that none has the name of a column of the input.
 
     Returns:

@@ -151,7 +151,7 @@ def read(
 def read_table(path: str | Path) -> Table:
     """Read the columns of a file, values not yet checked; see `read`."""
     source = "standard input" if str(path) == STREAM else str(path)
-    kind = format_of(path)
+    kind = file_format(path)
     if kind is None:
         raise UserError(
             f"is none of {', '.join(READERS)}",
@@ -174,7 +174,7 @@ def read_table(path: str | Path) -> Table:
     return table
 
 
-def split_files(folder: str) -> dict[str, str]:
+def find_split_files(folder: str) -> dict[str, str]:
     """The paths of a folder's train, validation and test files, those that exist.
 
     Raises:
@@ -204,7 +204,7 @@ def split_files(folder: str) -> dict[str, str]:
     return found
 
 
-def format_of(path: str | Path) -> str | None:
+def file_format(path: str | Path) -> str | None:
     """Return the format that a path's ending names; None: none. Streams without an ending are TSV."""
     ending = Path(path).suffix
     return ending if ending in READERS else ".tsv" if is_stream(path) else None

@@ -44,7 +44,7 @@ def load(data: Data) -> dict[str, Examples]:
 
 def _from_files(data: FileData) -> dict[str, Examples]:
     if os.path.isdir(data.path):
-        paths = readers.split_files(data.path)
+        paths = readers.find_split_files(data.path)
     elif os.path.isfile(data.path):
         paths = {"test": data.path}
     else:
@@ -109,12 +109,12 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
     }
 
 
-def reported(splits: dict[str, Examples]) -> dict[str, Examples]:
+def reported_splits(splits: dict[str, Examples]) -> dict[str, Examples]:
     """The splits that figures are reported on: every labelled one but train."""
     return {name: split for name, split in splits.items() if name != "train" and split.labels is not None}
 
 
-def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
+def split_selection(train: Examples, data: Data) -> tuple[Examples, Examples]:
     """Set a selection split aside; then cut train to size, each with the share of each label that all rows have.
 
     Both depend on `split_seed` alone: the selection split is the same for every `train_size`, and a smaller train is a
@@ -163,7 +163,7 @@ def _depths(labels: NDArray[np.int64]) -> NDArray[np.float64]:
     return depths
 
 
-def examine(splits: dict[str, Examples]) -> dict[str, Any]:
+def inspect_splits(splits: dict[str, Examples]) -> dict[str, Any]:
     """What the run's record says about its data.
 
     Returns:
@@ -203,13 +203,13 @@ def examine(splits: dict[str, Examples]) -> dict[str, Any]:
     return {**found, "warnings": warnings}
 
 
-def describe(data: Data, splits: dict[str, Examples]) -> dict[str, Any]:
+def describe_data(data: Data, splits: dict[str, Examples]) -> dict[str, Any]:
     """What every record says of its data: where they are from, what they are, and what is notable of them."""
     fingerprint = {name: split.fingerprint() for name, split in splits.items()}
-    return {"source": data.source, "fingerprint": fingerprint, **examine(splits)}
+    return {"source": data.source, "fingerprint": fingerprint, **inspect_splits(splits)}
 
 
-def unseen(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:
+def unseen_rows(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:
     """(N,) whether none of a row's texts stands in any column of the examples that were seen."""
     known = {text for each in seen for column in each.texts for text in column}
     rows = [not known.intersection(texts) for texts in zip(*examples.texts, strict=True)]

@@ -22,7 +22,7 @@ RIDGE = 1e-3
 """Of the regression, per pair: keeps the slope finite where the calibration pairs can be told apart perfectly."""
 
 
-class Matching(nn.Module):
+class PairFeatureHead(nn.Module):
     """One member's weights, held in fp32.
 
     Args:
@@ -41,11 +41,11 @@ class Matching(nn.Module):
         return torch.stack([-s, s], -1)
 
     @torch.no_grad()
-    def begin(self, features: Tensor, labels: Tensor) -> None:
+    def initialise(self, features: Tensor, labels: Tensor) -> None:
         """Start as the regression of labels (N,) on the cosines that features (N, 2 D) hold."""
         D = len(self.weight) // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
-        slope, intercept = regression(cosines, labels)
+        slope, intercept = fit_logistic_regression(cosines, labels)
         self.weight[:D] = slope / 2 / D
         self.bias.fill_(intercept / 2)
 
@@ -62,7 +62,7 @@ def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:
     return (hidden * kept).sum(1) / kept.sum(1).clamp_min(1.0)
 
 
-def regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
+def fit_logistic_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
     X = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
     y = labels.to(X.dtype)

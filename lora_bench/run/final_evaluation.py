@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_bench.adapters.peft import files
-from lora_bench.backbones.load import public_place
+from lora_bench.backbones.load import public_location
 from lora_bench.data.tokenization import scoring_table
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
@@ -107,7 +107,7 @@ class TrainedTask:
             folders[0].parent.mkdir(exist_ok=True)
         for k, folder in zip(self.members, folders, strict=True):
             run.check()
-            place, names = public_place(self.experiment.model), self.experiment.data.label_names
+            place, names = public_location(self.experiment.model), self.experiment.data.label_names
             files.save(folder, self.pack, k, place, head=self.head, label_names=names)
         run.note_files(path for folder in folders for path in folder.glob("*.safetensors"))
 

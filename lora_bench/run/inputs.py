@@ -176,7 +176,7 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             remedy=f"Found: {', '.join(found)}. Training needs a train file with labels.",
             code=Code.EMPTY,
         )
-    reported = sources.reported(found) if data.report else {}
+    reported = sources.reported_splits(found) if data.report else {}
     if data.report and not reported:
         raise UserError(
             "there is no labelled split to report on",
@@ -184,16 +184,16 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             remedy="Add a validation file: scores on the training pairs say nothing.",
             code=Code.EMPTY,
         )
-    train, selection = sources.carve(found["train"], data)
+    train, selection = sources.split_selection(found["train"], data)
     splits = {"train": train, "selection": selection, **reported}
-    return splits, {**sources.describe(data, splits), **describe(data, reported, [train, selection])}
+    return splits, {**sources.describe_data(data, splits), **describe(data, reported, [train, selection])}
 
 
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
     """The frozen backbone on its device, and its hash as it was loaded."""
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
     for each in experiment.each.values():
-        backbone.need_room(each.data.max_length)
+        backbone.require_length(each.data.max_length)
     check_padding(backbone)
     sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)

@@ -92,7 +92,7 @@ class PredictionRequest:
 
     def write(self, predictions: dict[str, Sequence[Any]]) -> None:
         """Write the input's columns with these behind them, and note what is not as it was."""
-        names = labelled.free_names(list(predictions), self.table.names)
+        names = labelled.unique_column_names(list(predictions), self.table.names)
         renamed = [f"{name} as {new}" for name, new in names.items() if new != name]
         if renamed:
             _note(f"the input has columns of these names, so predictions are written otherwise: {', '.join(renamed)}")
@@ -106,7 +106,7 @@ class PredictionRequest:
 
 def output_format(output: str) -> str:
     """Return the format that an output's ending names; a stream without one gets TSV."""
-    kind = readers.format_of(output)
+    kind = readers.file_format(output)
     if kind is None:
         reason = f"is none of {', '.join(labelled.FORMATS)}"
         raise UserError(

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from lora_bench.adapters.methods import method_class
 from lora_bench.adapters.pack.pack import Member
 from lora_bench.config import build, schema
-from lora_bench.data.augmentation import augmentations
+from lora_bench.data.augmentation import choose_augmentations
 from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import perturbations
@@ -117,7 +117,7 @@ class Experiment:
         for each in made.each.values():
             check_objective(each.trainer, each.data.text_columns, drops_out, each.adapter.matching is True)
             perturbations(each.data)
-            augmentations(each.data, each.trainer.objective)
+            choose_augmentations(each.data, each.trainer.objective)
         return made
 
     @classmethod

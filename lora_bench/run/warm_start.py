@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.peft import files
-from lora_bench.backbones.identity import refuse_another
+from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.errors import Code, UserError
 from lora_bench.records import run_folder
 from lora_bench.records.finished_record import FinishedRecord
@@ -64,7 +64,7 @@ class Source:
         def refusal(reason: str, remedy: str) -> UserError:
             return UserError(reason, key="adapter.init_from", value=asked, remedy=remedy, code=Code.MISMATCH)
 
-        refuse_another(source.record["environment"], common.backbone.tokenizer_identity, refusal)
+        refuse_other_tokenizer(source.record["environment"], common.backbone.tokenizer_identity, refusal)
         fits = not experiment.tasks and theirs.data.label_names == experiment.data.label_names
         return cls(source, theirs.data.label_names, fits)
 

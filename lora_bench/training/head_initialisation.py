@@ -36,9 +36,9 @@ def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     handle = matching.register_forward_pre_hook(lambda _, given: features.append(given[0]))
     with handle, alone(pack, member):
         for batch in look:
-            own = batch.of([member]).to(pack.backbone.device)
+            own = batch.select_members([member]).to(pack.backbone.device)
             assert own.labels is not None
             pack(own)
             labels.append(own.labels)
-    matching.begin(torch.cat(features), torch.cat(labels))
+    matching.initialise(torch.cat(features), torch.cat(labels))
     return None

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_bench.data.labelled import FORMATS, check_texts, encode, free_names
+from lora_bench.data.labelled import FORMATS, check_texts, encode, unique_column_names
 from lora_bench.data.readers import read_table
 from lora_bench.errors import Code, UserError
 from tests.command_line import refuses
@@ -162,10 +162,10 @@ def test_half_characters_are_refused_where_only_json_can_hold_them(tmp_path: Pat
 
 
 def test_names_that_are_taken() -> None:
-    assert free_names(["label", "score"], ["a"]) == {"label": "label", "score": "score"}
-    assert free_names(["label", "score"], ["label"]) == {"label": "predicted_label", "score": "score"}
+    assert unique_column_names(["label", "score"], ["a"]) == {"label": "label", "score": "score"}
+    assert unique_column_names(["label", "score"], ["label"]) == {"label": "predicted_label", "score": "score"}
     taken = ["label", "predicted_label", "score"]
-    assert free_names(["label", "score"], taken) == {"label": "predicted_label_2", "score": "predicted_score"}
+    assert unique_column_names(["label", "score"], taken) == {"label": "predicted_label_2", "score": "predicted_score"}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -183,6 +183,6 @@ def test_whatever_is_read_is_written_in_every_format(tmp_path: Path, kind: str, 
             check_texts(table, output)
         except UserError:
             continue
-        new = free_names(["label"], table.names)["label"]
+        new = unique_column_names(["label"], table.names)["label"]
         written, _ = encode(table, {new: [0] * len(table.rows)}, output)
         assert len(table.rows) == 0 or written

@@ -17,7 +17,7 @@ from scipy.stats import entropy
 
 from lora_bench import train as story
 from lora_bench.data import sources
-from lora_bench.data.batching import Batch, BatchPlan, both_orders, collate, micro_batches, training_batches
+from lora_bench.data.batching import Batch, BatchPlan, collate, join_orders, micro_batches, training_batches
 from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
@@ -74,7 +74,7 @@ class Losses:
 @cache
 def examples(size: int) -> Examples:
     data = experiment(f"data.train_size={size}").data
-    train, _ = sources.carve(sources.load(data)["train"], data)
+    train, _ = sources.split_selection(sources.load(data)["train"], data)
     return train
 
 
@@ -260,7 +260,7 @@ def test_a_batch_goes_member_by_member_and_then_order_by_order(types: bool) -> N
     as_is, second_view = simple_table([3, 4, 4], 100, types=types), simple_table([3, 6, 4], 200, types=types)
     rows = np.array([0, 1, 2, 0])  # two members, two pairs each
     one, other = (collate(table, rows, 6, 0, members=2) for table in (as_is, second_view))
-    batch = both_orders(one, other)
+    batch = join_orders(one, other)
     assert (batch.members, batch.orders, batch.pairs) == (2, 2, 2)
     assert firsts(batch) == [100, 101, 200, 201, 102, 100, 202, 200]
     assert batch.labels.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
@@ -277,10 +277,10 @@ def test_a_batch_goes_member_by_member_and_then_order_by_order(types: bool) -> N
 
 def test_shared_rows_are_repeated_with_both_orders() -> None:
     one, other = (collate(simple_table([3, 3], start), np.arange(2), 3, 0) for start in (100, 200))
-    batch = both_orders(one, other)
+    batch = join_orders(one, other)
     assert batch.full
-    assert not both_orders(one, collate(simple_table([3, 2], 200), np.arange(2), 3, 0)).full
-    assert not both_orders(collate(simple_table([3, 2], 100), np.arange(2), 3, 0), other).full
+    assert not join_orders(one, collate(simple_table([3, 2], 200), np.arange(2), 3, 0)).full
+    assert not join_orders(collate(simple_table([3, 2], 100), np.arange(2), 3, 0), other).full
     repeated = batch.repeat(3)
     assert firsts(repeated) == [100, 101, 200, 201] * 3
     assert (repeated.members, repeated.orders, repeated.pairs) == (3, 2, 2)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_bench.data.examples import Examples
 from lora_bench.data.perturb import characters, sentences, words
-from lora_bench.data.perturb.transform import FORMS, PARAPHRASES, Transform
+from lora_bench.data.perturb.transform import FORM_TASKS, PARAPHRASE_TASKS, Transform
 from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ LEVELS = ("character", "word", "sentence")
 
 
 @dataclass(frozen=True)
-class Perturbed:
+class PerturbedRows:
     """Those rows of some examples that a transform changed."""
 
     rows: NDArray[np.int64]  # (M,) their positions
     examples: Examples  # M of them, with their new labels
 
 
-def perturb(examples: Examples, transform: Transform, *, seed: int | str, intensity: float) -> Perturbed:
+def perturb(examples: Examples, transform: Transform, *, seed: int | str, intensity: float) -> PerturbedRows:
     """The rows that the transform changes, changed; those whose new label would not be known are left out."""
     rows, texts, labels = [], [], []
     for row in range(len(examples)):
@@ -46,7 +46,7 @@ def perturb(examples: Examples, transform: Transform, *, seed: int | str, intens
     columns = tuple([each[c] for each in texts] for c in range(len(examples.texts)))
     places = np.array(rows, np.int64)
     new = None if examples.labels is None else np.array(labels, np.int64)
-    return Perturbed(places, Examples(examples.ids[places], columns, new))
+    return PerturbedRows(places, Examples(examples.ids[places], columns, new))
 
 
 def perturb_row(
@@ -62,7 +62,9 @@ def perturb_row(
     return None if changed == texts else (changed, new_label)
 
 
-def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_label: bool = False) -> list[Transform]:
+def choose_transforms(
+    asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_label: bool = False
+) -> list[Transform]:
     """The transforms that `asked` names.
 
     Args:
@@ -114,6 +116,10 @@ def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep
         raise UserError("needs pairs, and the data has single texts", key=key, value=transform.name, code=Code.CONFLICT)
     if transform.has_rule(task):
         return
-    reason = "changes the form of a text, which the label is about" if task in FORMS else "has no label rule"
-    remedy = "" if task in FORMS else f"What becomes of the label is known for {' and '.join(PARAPHRASES)} (data.task)."
+    reason = "changes the form of a text, which the label is about" if task in FORM_TASKS else "has no label rule"
+    remedy = (
+        ""
+        if task in FORM_TASKS
+        else f"What becomes of the label is known for {' and '.join(PARAPHRASE_TASKS)} (data.task)."
+    )
     raise UserError(f"{reason} in the task {task}", key=key, value=transform.name, remedy=remedy, code=Code.UNSUPPORTED)

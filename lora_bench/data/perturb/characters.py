@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lora_bench.data.perturb.transform import Edit, Transform, in_places
+from lora_bench.data.perturb.transform import Edit, Transform, apply_edits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,9 +87,9 @@ def _punctuation(text: str, random: Random) -> Iterator[Edit]:
 
 
 TRANSFORMS = (
-    Transform(name="typo", level="character", change=in_places(_typo)),
-    Transform(name="keyboard", level="character", change=in_places(_keyboard)),
-    Transform(name="swap", level="character", change=in_places(_swap)),
-    Transform(name="case", level="character", change=in_places(_case), settles=True),
-    Transform(name="punctuation", level="character", change=in_places(_punctuation)),
+    Transform(name="typo", level="character", change=apply_edits(_typo)),
+    Transform(name="keyboard", level="character", change=apply_edits(_keyboard)),
+    Transform(name="swap", level="character", change=apply_edits(_swap)),
+    Transform(name="case", level="character", change=apply_edits(_case), is_idempotent=True),
+    Transform(name="punctuation", level="character", change=apply_edits(_punctuation)),
 )

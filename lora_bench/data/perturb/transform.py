@@ -19,9 +19,9 @@ KEEPS: LabelRule = (0, 1)
 BREAKS: LabelRule = (None, 0)
 """A duplicate is one no more; a pair that was none may become anything."""
 
-PARAPHRASES = ("qqp", "mrpc")
+PARAPHRASE_TASKS = ("qqp", "mrpc")
 """Tasks whose label 1 says that two texts mean the same, whichever comes first."""
-FORMS = ("cola",)
+FORM_TASKS = ("cola",)
 """Tasks whose label is about the form of the text, which every transform changes."""
 
 
@@ -35,10 +35,10 @@ class Transform:
     change: Change
     labels: LabelRule = KEEPS
     paraphrases_only: bool = False
-    """Whether the label rule holds only in `PARAPHRASES`."""
-    drawn: bool = True
-    """Whether anything is drawn: without, every seed gives the same."""
-    settles: bool = False
+    """Whether the label rule holds only in `PARAPHRASE_TASKS`."""
+    is_random: bool = True
+    """Whether the change depends on the random stream; if not, every seed gives the same texts."""
+    is_idempotent: bool = False
     """Whether it changes nothing more when it is done again at full intensity (idempotent)."""
     texts: int = 1
     """How many texts a row must have."""
@@ -49,10 +49,10 @@ class Transform:
 
     def has_rule(self, task: str) -> bool:
         """Whether the label of a changed row is known in this task."""
-        return task in PARAPHRASES if self.paraphrases_only else task not in FORMS
+        return task in PARAPHRASE_TASKS if self.paraphrases_only else task not in FORM_TASKS
 
 
-def in_places(find: Callable[[str, Random], Iterable[Edit]]) -> Change:
+def apply_edits(find: Callable[[str, Random], Iterable[Edit]]) -> Change:
     """A change that makes a share `intensity`, rounded up, of the edits that `find` proposes over a row's texts.
 
     Args:

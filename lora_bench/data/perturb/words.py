@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lora_bench.data.perturb.transform import BREAKS, Edit, Texts, Transform, in_places, share
+from lora_bench.data.perturb.transform import BREAKS, Edit, Texts, Transform, apply_edits, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -132,9 +132,9 @@ def _exchanged(
 
 
 TRANSFORMS = (
-    Transform(name="contraction", level="word", change=in_places(_contraction)),
-    Transform(name="synonym", level="word", change=in_places(_synonym)),
-    Transform(name="stop_word", level="word", change=in_places(_stop_word), settles=True),
+    Transform(name="contraction", level="word", change=apply_edits(_contraction)),
+    Transform(name="synonym", level="word", change=apply_edits(_synonym)),
+    Transform(name="stop_word", level="word", change=apply_edits(_stop_word), is_idempotent=True),
     Transform(
         name="number_alike", level="word", change=_exchanged(_NUMBER, _another_number, alike=True), texts=2,
         paraphrases_only=True,
