@@ -18,7 +18,7 @@ import transformers
 
 from lora_bench.adapters.peft import importer
 from lora_bench.adapters.peft.config import PeftConfig
-from lora_bench.backbones.bert import MODEL_TYPES
+from lora_bench.backbones.families import build_model, family_class, family_of_type
 from lora_bench.backbones.load import load, load_tokenizer, locate
 from lora_bench.config import build, schema
 from lora_bench.console.progress import print_metrics
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
+    from lora_bench.backbones.family import Family
     from lora_bench.data.examples import Examples
 
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
@@ -220,27 +221,30 @@ def _output(asked: str | None, adapter: Path) -> Path:
     return Path(asked)
 
 
-def _model(node: DictConfig, adapter: PeftConfig) -> schema.Model:
+def _model(node: DictConfig, adapter: PeftConfig) -> Family:
     """The backbone that was asked for, else that which the adapter names, its family read from its config.json."""
     if "family" in node:
-        return build.build_model(node)
+        return build_model(node)
     place = node.path or adapter.base_model
     if not place:
         raise adapter.refusal("base_model_name_or_path", None, "names no backbone", "Give model.path=DIR.")
     local = bool(node.path) or Path(place).is_dir()
     where = {"path": place} if local else {"hub_id": place, "revision": adapter.revision}
-    unset = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer}
-    model_type = _model_type(schema.Model(**unset | where | {"family": "auto"}))
-    if model_type == "t5":
+    settings = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer} | where
+    family = family_of_type(model_type := _model_type(schema.Model(**settings)))
+    settings["family"] = family
+    cls = family_class(family)
+    missing_keys = [f"model.{field.name}" for field in fields(cls) if field.name not in settings]
+    if missing_keys:
         raise UserError(
-            "is an adapter of T5, and does not say through which template T5 reads and how it answers",
+            f"is an adapter of a {model_type}, and its files do not give {', '.join(missing_keys)}",
             key="peft",
             value=adapter.folder,
-            remedy=f"Add model=t5 with model.template=… and model.form=…, and model.path={place} if it lies there.",
+            remedy=f"Add model={family} with those of these keys that differ from its defaults, and model.path={place} "
+            "if it lies there.",
             code=Code.UNSUPPORTED,
         )
-    family = "bert" if model_type in MODEL_TYPES else "auto"
-    return schema.Model(**unset | where | {"family": family})
+    return cls(**settings)
 
 
 def _model_type(model: schema.Model) -> str | None:

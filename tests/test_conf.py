@@ -14,6 +14,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.adapters.methods import method_class, method_names
+from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
 from lora_bench.config.compose import compose, register_with_hydra
 from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, choices, conf_folder
@@ -175,7 +176,7 @@ def test_the_other_commands_configs(name: str) -> None:
             "tokenizer": None,
         }
         for model in (option for group, option in OPTIONS if group == "model"):
-            build.build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
+            build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
 
 
 @pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)

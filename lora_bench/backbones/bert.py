@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from lora_bench.data.batching import Batch
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
-
 
 class Bert(Backbone):
     """Any encoder built as `BertForSequenceClassification` or `RobertaForSequenceClassification` is."""

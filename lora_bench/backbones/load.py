@@ -16,18 +16,16 @@ import torch
 import transformers
 
 from lora_bench.backbones import tiny_tokenizers
-from lora_bench.backbones.auto import Auto
-from lora_bench.backbones.bert import MODEL_TYPES, Bert
 from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
-from lora_bench.backbones.t5 import T5Encoder, T5TextToText
 from lora_bench.backbones.tokenizer import first_line, read_tokenizer
-from lora_bench.config.schema import Model, T5Model
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
+    from lora_bench.backbones.family import Family
+    from lora_bench.config.schema import Model
 
 OFFLINE_REMEDY = (
     "Give model.path=DIR, a local Hugging Face folder with config.json, model.safetensors and the tokenizer's files; "
@@ -74,7 +72,7 @@ def _reading(model: Model, place: str) -> dict[str, Any]:
     return {"tokenizer_type": config.model_type}
 
 
-def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
+def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
     """The backbone in fp32 on the CPU, ready to be attached to.
 
     Args:
@@ -89,7 +87,7 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     _quiet()
     place = None if model.random is not None and not model.path else _checked_place(model)
     config = _config(model, place, tokenizer)
-    hf_class = _hf_class(model, config)
+    hf_class = _network_class(model, config)
     # On a CPU plain products beat torch's fused attention at these lengths; elsewhere transformers knows best.
     options = {"attn_implementation": "eager"} if device.type == "cpu" else {}
     if place is None:
@@ -102,7 +100,7 @@ def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU)
     network.eval()
     _refuse_unknown_tokens(network, tokenizer, model.tokenizer or place)
     _align_padding(network, tokenizer.pad_token_id)
-    backbone = _backbone(model, network, tokenizer, new_parameters, task)
+    backbone = model.make_backbone(network, tokenizer, new_parameters, task)
     if not backbone.layers:
         raise UserError(
             "has no layers",
@@ -156,15 +154,6 @@ def _counts_positions_from_padding(network: Any) -> bool:
     )
 
 
-def _backbone(model: Model, network: Any, tokenizer: Any, new_parameters: set[str], task: str) -> Backbone:
-    arguments = (network, tokenizer, new_parameters)
-    if isinstance(model, T5Model):
-        if model.form == "encoder":
-            return T5Encoder(*arguments, model.template, task)
-        return T5TextToText(*arguments, model.template, task, list(model.label_words))
-    return Bert(*arguments) if model.family == "bert" else Auto(*arguments)
-
-
 def public_location(model: Model) -> str:
     """Where another program finds the weights: an id on the hub, else a local folder; empty for random ones."""
     if model.random is not None and not model.path:
@@ -198,23 +187,18 @@ def _config(model: Model, place: str | None, tokenizer: Any) -> Any:
     return config
 
 
-def _hf_class(model: Model, config: Any) -> Any:
-    """The transformers class for the family; refuses weights of another kind."""
-    model_type = config.model_type
+def _network_class(model: Family, config: Any) -> Any:
+    """Return the transformers class for the family; refuse weights of another family."""
     classifiers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    allowed = {"bert": MODEL_TYPES, "t5": ("t5",), "auto": (model_type,)}[model.family]
-    if model_type not in allowed or type(config) not in classifiers:
+    if not model.serves(config.model_type) or type(config) not in classifiers:
         raise UserError(
-            f"the weights are those of a {model_type}, not of the family {model.family}",
+            f"the weights are those of a {config.model_type}, not of the family {model.family}",
             key="model.path" if model.path else "model.family",
             value=model.path or model.family,
             remedy="Choose the model option of that family; model=deberta with model.path=DIR loads any classifier.",
             code=Code.UNSUPPORTED,
         )
-    if isinstance(model, T5Model):
-        text = model.form == "text_to_text"
-        return transformers.T5ForConditionalGeneration if text else transformers.T5ForTokenClassification
-    return classifiers[type(config)]
+    return model.network_class(config)
 
 
 def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: dict[str, Any]) -> tuple[Any, set[str]]:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from lora_bench.adapters.methods import method_class
 from lora_bench.adapters.pack.pack import Member
+from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
 from lora_bench.data.augmentation import choose_augmentations
 from lora_bench.errors import Code, UserError, require
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.adapters.base import Adapter
+    from lora_bench.backbones.family import Family
     from lora_bench.records.finished_record import FinishedRecord
     from lora_bench.tracking.base import Tracker
 
@@ -37,7 +39,7 @@ _KEYS = (*_GROUPS, "tasks", "seed", "resume", "dry_run")
 class Experiment:
     """All settings of one run, typed and checked."""
 
-    model: schema.Model
+    model: Family
     adapter: Adapter
     data: schema.Data
     optimizer: schema.Optimizer
@@ -100,7 +102,7 @@ class Experiment:
         check_metrics(metrics)
         made = cls(
             data=build.build_data(cfg.data),  # first: T5 takes its label words from it
-            model=build.build_model(cfg.model),
+            model=build_model(cfg.model),
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
             optimizer=build.build(schema.Optimizer, cfg.optimizer, "optimizer"),
             trainer=build.build(schema.Trainer, cfg.trainer, "trainer"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.config.build import build_model
 from lora_bench.errors import Code
 from tests.command_line import refuses
 from tests.helpers import TINY, composed
