@@ -1,8 +1,8 @@
-"""Any Hugging Face sequence classifier, through its own forward pass: members share nothing but the weights.
+"""Any Hugging Face sequence classifier, through its own forward pass: members share the weights and no computation.
 
-Class names say little about an unknown model, so it is observed: it computes one made-up pair, and the order in which
-its modules are called and the rows that it takes from its position tables tell where its layers are and how many
-tokens it takes.
+The layers of an unknown model cannot be derived from class names, so they are observed: the model computes an
+artificial pair. The order in which its modules are called gives its layers, and the rows that it reads from its
+position tables give the longest input.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ class Auto(Backbone):
 
     @torch.no_grad()
     def _observe(self, lists: Sequence[Sequence[str]]) -> tuple[list[list[str]], int | None, bool]:
-        """Compute a few copies of a made-up pair.
+        """Compute a few copies of an artificial pair, and observe the modules.
 
         Returns:
             The layers in the order of computation, each as the names of its modules; the most tokens that the position
             tables have rows for, None where there are no such tables; and whether every linear takes the batch's rows,
             and not, as in DeBERTa, relative positions that all rows share.
         """
-        paths = [path for own in lists for path in own]
+        paths = [path for entries in lists for path in entries]
         first_calls: dict[str, int] = {}
         takes_rows: list[bool] = []
 
@@ -146,7 +146,7 @@ class Auto(Backbone):
 
 
 class _PositionTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects the most tokens for which embeddings that are looked up by position have rows.
+    """A recorder of how many tokens the position embeddings have rows for.
 
     The indices of such a lookup are consecutive numbers, one per token. The first one is the table's offset: 2 for
     RoBERTa's kind and BART's, 0 for BERT's.
@@ -176,7 +176,7 @@ def _outermost_lists(network: nn.Module, head_modules: Sequence[str]) -> Iterato
         if not isinstance(module, nn.ModuleList) or f"{name}.".startswith(tuple(outside)):
             continue
         outside.append(f"{name}.")
-        if any(_has_own_parameters(part) for part in module.modules()):
+        if any(_has_own_parameters(child) for child in module.modules()):
             yield list(_entries(name, module))
 
 

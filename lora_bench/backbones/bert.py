@@ -48,9 +48,9 @@ class Bert(Backbone):
         mask = additive_mask(batch, hidden.dtype)
         for _, layer in self.layers[depth:-1]:
             hidden = _run(layer, hidden, hidden, mask)
-        if depth < len(self.layers):  # the head looks at the first token alone: so its last layer makes no other
-            asking = hidden if self.all_positions else hidden[:, :1]
-            hidden = _run(self.layers[-1][1], asking, hidden, mask)
+        if depth < len(self.layers):  # the head reads the first token only, so the last layer computes only that
+            queries = hidden if self.all_positions else hidden[:, :1]
+            hidden = _run(self.layers[-1][1], queries, hidden, mask)
         return hidden  # (N, T, D) or (N, 1, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
@@ -64,17 +64,21 @@ class Bert(Backbone):
         return self.tokenizer.sep_token_id is not None
 
     def text_masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The first separator ends the first text, which the classification token opens; all behind it is the second's:
-        sentence encoders (MiniLM) were trained to be averaged with these tokens among the others."""
+        """Return the token masks (N, T) of the two texts, special tokens included.
+
+        The first text reaches from the classification token to the first separator. Special tokens are included because
+        sentence encoders (MiniLM) were trained with them in the average.
+        """
         separators = (batch.input_ids == self.tokenizer.sep_token_id).long()  # (N, T)
         first = (batch.attention_mask == 1) & (separators.cumsum(1) - separators == 0)
         return first, (batch.attention_mask == 1) & ~first
 
 
-def _run(layer: Any, asking: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """What a layer makes of some of its positions, (N, S, D), that look at all of them, (N, T, D)."""
-    own = layer.attention.self
-    dropout = own.dropout.p if own.training else 0.0
-    query, key, value = own.query(asking), own.key(hidden), own.value(hidden)
-    attended = layer.attention.output(attend(query, key, value, mask, own.num_attention_heads, dropout), asking)
+def _run(layer: Any, queries: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a layer's output (N, S, D) for S positions `queries` that attend to all T positions (N, T, D)."""
+    attention = layer.attention.self
+    dropout = attention.dropout.p if attention.training else 0.0
+    query, key, value = attention.query(queries), attention.key(hidden), attention.value(hidden)
+    attended = attend(query, key, value, mask, attention.num_attention_heads, dropout)  # (N, S, D)
+    attended = layer.attention.output(attended, queries)
     return layer.output(layer.intermediate(attended), attended)  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _T5(Backbone):
-    """What both forms share: the template, and the encoder with its one relative position bias."""
+    """The template and the encoder, with its one relative position bias, of both forms."""
 
     query_value = r".*\.(q|v)"
     encoder: Any
@@ -40,9 +40,9 @@ class _T5(Backbone):
         return [before + " ".join(fields) + after for fields in named], None
 
     def for_task(self, task: str) -> _T5:
-        found = copy.copy(self)
-        found.task = task
-        return found
+        backbone = copy.copy(self)
+        backbone.task = task
+        return backbone
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))
@@ -67,7 +67,7 @@ class _T5(Backbone):
 
 
 class T5TextToText(_T5):
-    """`T5ForConditionalGeneration` that answers with one of two words.
+    """`T5ForConditionalGeneration` whose logits are the scores of two label words.
 
     Raises:
         UserError: the two label words begin with the same token.

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a table's pairs are perturbed in an epoch.
+    """Perturbation of a table's pairs, drawn anew in each epoch.
 
     Args:
         examples: the table's N texts and labels.
-        transforms: of which each chosen pair gets one, drawn among those that change it.
-        share: of the pairs, chosen anew in each epoch.
-        intensity: of the transforms.
+        transforms: candidates; each chosen pair gets one, drawn among those that change it.
+        share: fraction of the pairs that is chosen in each epoch.
+        intensity: of the transforms, in (0, 1].
         seed: fixes all draws, together with the epoch.
-        tokenize: makes a table of examples.
+        tokenize: returns the token table of examples.
     """
 
     examples: Examples
@@ -48,35 +48,38 @@ class Augmentation:
     tokenize: Callable[[Examples], TokenTable]
 
     def perturb(self, epoch: int) -> PerturbedRows:
-        """The rows that are perturbed in this epoch, with new texts and labels; a row that nothing changes is not."""
+        """Return the rows that this epoch perturbs, with their new texts and labels.
+
+        A chosen row that no transform changes is left out.
+        """
         random = Random(f"{self.seed} augment {epoch}")
         count = round(self.share * len(self.examples))
         rows, texts, labels = [], [], []
         for row in sorted(random.sample(range(len(self.examples)), count)):
             for transform in random.sample(self.transforms, len(self.transforms)):
                 seed = f"{self.seed} {epoch}"
-                found = perturb_row(self.examples, row, transform, seed=seed, intensity=self.intensity)
-                if found is not None:
+                changed = perturb_row(self.examples, row, transform, seed=seed, intensity=self.intensity)
+                if changed is not None:
                     rows.append(row)
-                    texts.append(found[0])
-                    labels.append(found[1])
+                    texts.append(changed[0])
+                    labels.append(changed[1])
                     break
-        places = np.array(rows, np.int64)
-        columns = tuple([each[c] for each in texts] for c in range(len(self.examples.texts)))
-        return PerturbedRows(places, Examples(self.examples.ids[places], columns, np.array(labels, np.int64)))
+        indices = np.array(rows, np.int64)
+        columns = tuple([row_texts[c] for row_texts in texts] for c in range(len(self.examples.texts)))
+        return PerturbedRows(indices, Examples(self.examples.ids[indices], columns, np.array(labels, np.int64)))
 
     def table(self, table: TokenTable, epoch: int) -> TokenTable:
-        """The table as it is in this epoch: perturbed rows hold other tokens, all others what they held."""
-        found = self.perturb(epoch)
-        if not len(found.rows):
+        """Return a copy of the table in which the rows perturbed in this epoch have their new tokens and labels."""
+        perturbed = self.perturb(epoch)
+        if not len(perturbed.rows):
             return replace(table, augmentation=None)
-        new = self.tokenize(found.examples)
+        new = self.tokenize(perturbed.examples)
         offsets, lengths = table.offsets.copy(), table.lengths.copy()
-        offsets[found.rows] = new.offsets + len(table.values)  # behind the table's own tokens
-        lengths[found.rows] = new.lengths
+        offsets[perturbed.rows] = new.offsets + len(table.values)  # behind the table's own tokens
+        lengths[perturbed.rows] = new.lengths
         labels = None if table.labels is None else table.labels.copy()
         if labels is not None and new.labels is not None:
-            labels[found.rows] = new.labels
+            labels[perturbed.rows] = new.labels
         types = None
         if table.types is not None:
             types = np.concatenate(
@@ -95,24 +98,32 @@ class Augmentation:
 
 
 def choose_augmentations(data: Data, objective: str) -> list[Transform]:
-    """What `data.augment` names; refuses what there is not, and what suits neither the data nor the objective."""
-    compared = objective == "perturb_consistency"
+    """Return the transforms that `data.augment` names; an empty list if it is null.
+
+    Raises:
+        UserError: a name is unknown, a transform does not suit the data or the objective, or the objective needs
+            transforms and there are none.
+    """
+    keeps_labels = objective == "perturb_consistency"
     if data.augment is None:
-        if compared:
+        if keeps_labels:
             remedy = "Give data.augment=all, a level, or a list of transforms."
             raise UserError(
                 "needs perturbed pairs", key="trainer.objective", value=objective, remedy=remedy, code=Code.CONFLICT
             )
         return []
-    return choose_transforms(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=compared)
+    return choose_transforms(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=keeps_labels)
 
 
 def training_tables(
     data: Data, train: Examples, backbone: PairReader, objective: str, head: int = 0
 ) -> tuple[TokenTable, TokenTable | None]:
-    """The training pairs as tokens, and each again if the objective asks for it: exchanged, perturbed, or as it is.
+    """Tokenise the training pairs, and once more if the objective needs a second view.
 
-    Where it takes each pair in one order, the other order goes along as what is exchanged.
+    Returns:
+        (table, second view). The second view has the texts in reversed order (`order_consistency`), perturbed
+        (`perturb_consistency`) or unchanged (`dropout_consistency`); it is None for other objectives. With
+        `either_order`, the first table has the reversed order as its `reversed_view`.
     """
     first_view, second_view = (
         partial(
@@ -125,20 +136,20 @@ def training_tables(
         )
         for reverse in (False, True)
     )
-    chosen = choose_augmentations(data, objective)
+    transforms = choose_augmentations(data, objective)
 
-    def looked_at(view: Callable[..., TokenTable]) -> TokenTable:
-        if not chosen:
+    def augmented(view: Callable[..., TokenTable]) -> TokenTable:
+        if not transforms:
             return view(train)
-        once = partial(view, cached=False)
-        how = Augmentation(train, chosen, data.augment_share, data.intensity, data.split_seed, once)
-        return replace(view(train), augmentation=how)
+        uncached = partial(view, cached=False)
+        augmentation = Augmentation(train, transforms, data.augment_share, data.intensity, data.split_seed, uncached)
+        return replace(view(train), augmentation=augmentation)
 
     if objective == "perturb_consistency":
-        return first_view(train), looked_at(first_view)
-    table = looked_at(first_view)
+        return first_view(train), augmented(first_view)
+    table = augmented(first_view)
     if objective == "either_order":
-        return replace(table, reversed_view=looked_at(second_view)), None
+        return replace(table, reversed_view=augmented(second_view)), None
     if objective == "order_consistency":
-        return table, looked_at(second_view)
+        return table, augmented(second_view)
     return table, table if objective == "dropout_consistency" else None

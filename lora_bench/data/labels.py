@@ -1,4 +1,4 @@
-"""Advice for labels that are neither 0 nor 1: what to write in the file, or which key to give."""
+"""Remedies for labels that are neither 0 nor 1."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _repr.maxlist = 20
 
 
 def excerpt(value: Any) -> str:
-    """Return a foreign value as a message shows it: escaped and cut short."""
+    """Return a value of the user's data as messages print it: escaped and shortened."""
     return _repr.repr(value)
 
 
 def advise(values: Sequence[Any], bad: int, label_names: Sequence[str], may_hide: bool) -> str:
-    """Say how labels other than 0 and 1 become such.
+    """Return a sentence that explains how to turn these labels into 0 and 1; empty if there is no advice.
 
     Args:
         values: the column.
-        bad: the position of the first that is neither.
-        label_names: what the task calls 0 and 1.
-        may_hide: -1 may stand for no label.
+        bad: the index of the first label that is neither 0 nor 1.
+        label_names: the task's names of 0 and 1.
+        may_hide: -1 may stand for a hidden label.
     """
     label = values[bad]
     if label in label_names:

@@ -1,4 +1,4 @@
-"""The same question put otherwise: in the other order, politely, by another template."""
+"""Transforms of whole sentences: reversed order of the texts, a polite beginning, a paraphrase by template."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ TEMPLATES = tuple(
 
 
 def _order(texts: Texts, random: Random, intensity: float) -> Texts:
-    """The texts in the other order, whatever the intensity."""
+    """Return the texts in reversed order, whatever the intensity."""
     return texts[::-1]
 
 
 def _polite(text: str, random: Random) -> Iterator[Edit]:
-    """A polite beginning before a question in English."""
+    """Put a polite beginning before a question in English."""
     if _QUESTION.match(text) and not text.startswith(PREFIXES):
         yield 0, 0, random.choice(PREFIXES)
 
 
 def _paraphrase(text: str, random: Random) -> Iterator[Edit]:
-    """A question in English, by another of its templates."""
+    """Rewrite a question in English by another template."""
     for pattern, ways in TEMPLATES:
         if match := pattern.match(text):
             yield match.start(), match.end(), match.expand(random.choice(ways))
