@@ -34,7 +34,7 @@ class Auto(Backbone):
     make up layers that follow one another.
 
     Raises:
-        UserError: the model shows no layers, cannot compute a pair, or leaves a layer out.
+        UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
     """
 
     has_prefix = False
@@ -51,7 +51,7 @@ class Auto(Backbone):
         lists = [] if base is network else list(_outermost_lists(network, self.head_modules))
         if not lists:
             raise UserError(
-                f"{type(network).__name__} does not show its layers and its head",
+                f"{type(network).__name__} does not expose its layers and its head",
                 key="model.family",
                 value="auto",
                 remedy="Take a model whose transformers class has a base model and a list of layers.",
@@ -124,7 +124,7 @@ class Auto(Backbone):
                 self._logits(ids, torch.ones_like(ids), types)
         except Exception as error:  # whatever an unknown model raises
             reason = f"{type(self.network).__name__} cannot compute a pair of texts ({type(error).__name__}: {error})"
-            remedy = "Do the tokenizer and config.json belong to these weights?"
+            remedy = "Give the tokenizer and config.json of these weights."
             raise UserError(
                 " ".join(reason.split()), key="model.family", value="auto", remedy=remedy, code=Code.UNSUPPORTED
             ) from None
@@ -134,7 +134,7 @@ class Auto(Backbone):
                 hook.remove()
         idle = [path for path in paths if path not in first_calls]
         if idle:
-            reason = f"{idle[0]} of {type(self.network).__name__} takes no part in what the model computes"
+            reason = f"{idle[0]} of {type(self.network).__name__} is not used when the model computes a pair"
             raise UserError(
                 reason,
                 key="model.family",

@@ -103,7 +103,7 @@ def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU
     backbone = model.make_backbone(network, tokenizer, new_parameters, task)
     if not backbone.layers:
         raise UserError(
-            "has no layers",
+            "the model has no layers",
             key="model",
             value=location,
             remedy="Give a model of at least one layer.",
@@ -137,9 +137,9 @@ def _refuse_unknown_tokens(network: Any, tokenizer: Any, location: str | None) -
 
 
 def _align_padding(network: Any, pad_id: int) -> None:
-    """Let the network know the id that pairs are padded with: some classifiers find a pair's last token by it.
+    """Set the network's padding id to the tokenizer's: some classifiers find a pair's last token by it.
 
-    The id stays as it is where positions are counted from it: it then is part of what the weights mean.
+    It stays unchanged if positions are counted from it, because the weights then depend on it.
     """
     if not _counts_positions_from_padding(network):
         network.config.pad_token_id = pad_id
@@ -271,7 +271,7 @@ def _refuse_not_finite(network: Any, location: str) -> None:
     if bad:
         rest = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
-            f"the checkpoint's {', '.join(bad[:3])}{rest} hold numbers that are not finite",
+            f"the checkpoint's {', '.join(bad[:3])}{rest} contain NaN or infinite numbers",
             file=location,
             code=Code.DAMAGED,
         )
@@ -292,7 +292,7 @@ def _unreachable(model: Model, location: str, error: Exception) -> UserError:
 
 
 def _quiet() -> None:
-    """Loading reports and progress bars of the libraries are not for our users' screens; errors still are."""
+    """Silence loading reports and progress bars of the libraries; errors are still printed."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*weights.*tied.*")

@@ -1,8 +1,8 @@
 """Local model folders are untrusted input: what transformers would follow, wrap or allocate is checked beforehand.
 
 `from_pretrained` injects an adapter that lies beside a model, replaces layers where config.json names a quantisation,
-follows an index to any file and allocates what config.json asks for. A folder is read here first, a few kilobytes of
-each file, so that none of it happens without a word.
+follows an index to any file and allocates what config.json asks for. A few kilobytes of each file are read here
+first, and such folders are refused with the reason.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TensorInfo(NamedTuple):
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a local model folder that cannot be loaded as it stands, before anything large is read.
+    """Refuse a local model folder that cannot be loaded unchanged, before large files are read.
 
     Raises:
         UserError: a file is absent, damaged, or would change what is loaded; the message names it.

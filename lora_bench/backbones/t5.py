@@ -1,4 +1,4 @@
-"""T5, as it does a sentence-pair task itself (text to text), or as an encoder with a head.
+"""T5 text to text, as in its pretraining on sentence-pair tasks, or as an encoder with a head.
 
 Text to text (Raffel et al. 2020, appendix D): the encoder reads `qqp question1: … question2: …`, the decoder takes
 one step from its start token, and the scores of the first tokens of the two label words are the logits. There is no
@@ -91,7 +91,7 @@ class T5TextToText(_T5):
         self.label_tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in label_words]
         if self.label_tokens[0] == self.label_tokens[1]:
             raise UserError(
-                "both words begin with the same token, so their scores cannot differ",
+                "both words begin with the same token, so their scores are equal",
                 key="model.label_words",
                 value=label_words,
                 remedy="Give two words that begin differently, for example 'model.label_words=[no,yes]'.",
@@ -104,7 +104,7 @@ class T5TextToText(_T5):
         return {name: linear for name, linear in super().linears().items() if not idle.fullmatch(name)}
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        # The decoder is run whole, by `classify`: its one step costs little.
+        # `classify` runs the whole decoder: its one step costs little.
         return self._encoded(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:

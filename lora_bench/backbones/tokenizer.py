@@ -1,8 +1,8 @@
-"""Tokenizers read from files: `tokenizer.json` exactly as it stands, checked before anything is trained with it.
+"""Tokenizers read from files: `tokenizer.json` is used unchanged, and checked before anything is trained with it.
 
 transformers rebuilds some tokenizers from their vocabulary and takes normalizer, pre-tokenizer, template and decoder
-from the class of the model. Where that differs from the file, the file wins. A tokenizer comes from outside: its native
-code is called with a time limit, and what it panics at is refused like any other damaged file.
+from the class of the model. Where that differs from the file, the file wins. A tokenizer is untrusted input: its
+native code is called with a time limit, and a file on which it panics is refused as damaged.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def read_tokenizer(
         call_with_timeout(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
     except Exception as error:
         reason = f"its tokenizer fails on short texts ({first_line(error)})"
-        remedy = "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever."
+        remedy = (
+            "Replace its tokenizer.json: the patterns in normalizer and pre_tokenizer are damaged or do not terminate."
+        )
         raise refusal(reason, remedy, Code.DAMAGED) from None
     return tokenizer, _notes(tokenizer, by_class)
 
@@ -107,7 +109,7 @@ def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
     """Return what `call` returns, with a limit on its time; for native code, which no signal stops.
 
     Raises:
-        TimeoutError: it takes longer; it is left to itself in a thread that does not keep the process alive.
+        TimeoutError: it takes longer; it goes on in a thread that does not keep the process alive.
         ValueError: the native code panicked.
         Exception: what `call` raises.
     """
@@ -166,16 +168,16 @@ def _file(location: str, revision: str | None) -> Path | None:
 def _by_class(location: str, keywords: Mapping[str, Any], path: Path | None) -> Any:
     """Return the tokenizer as transformers reads it: it knows the special tokens that the file does not name."""
     if path is not None:
-        Tokenizer.from_file(str(path))  # a damaged file is told by its own error, not by that of a class
+        Tokenizer.from_file(str(path))  # so that the error of a damaged file is its own, and not that of a class
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **keywords)
     except Exception:
         if path is None:
             raise
-        try:  # the class can make nothing of this vocabulary; the file may stand alone
+        try:  # the class cannot read this vocabulary; the file alone may suffice
             generic_keywords = {name: value for name, value in keywords.items() if name != "tokenizer_type"}
             return TokenizersBackend.from_pretrained(location, **generic_keywords)
-        except Exception:  # what the class said is nearer to the cause
+        except Exception:  # the error of the class is nearer to the cause
             pass
         raise
 
@@ -223,7 +225,7 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     model, added = (
         (content.get(key) for key in ("model", "added_tokens")) if isinstance(content, dict) else (None, None)
     )
-    model = model if isinstance(model, dict) else {}  # whatever else it is, the library refuses it
+    model = model if isinstance(model, dict) else {}  # the library refuses anything else
     added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     vocabulary = model.get("vocab")
     vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
@@ -237,7 +239,10 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     if repeated is not None:
         names = [token for token, i in vocabulary.items() if str(i) == repeated]
         raise UserError(
-            f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY, code=Code.DAMAGED
+            f"gives the tokens {names[0]!r} and {names[1]!r} the same id, {repeated}",
+            file=path,
+            remedy=REMEDY,
+            code=Code.DAMAGED,
         )
     if model.get("dropout"):
         reason = f"has model.dropout={model['dropout']}: it would split the same text differently each time"
@@ -285,13 +290,13 @@ def _notes(tokenizer: Any, by_class: Any) -> list[str]:
     try:
         theirs = call_with_timeout(lambda: by_class.backend_tokenizer.encode_batch_fast(texts), SECONDS)
     except Exception:
-        return ["tokenizer.json is read as it stands; transformers' class of it fails on short texts."]
+        return ["tokenizer.json is read unchanged; the tokenizer class of transformers fails on short texts."]
     ours = tokenizer.backend_tokenizer.encode_batch_fast(texts)
     differing = sum(one.ids != other.ids for one, other in zip(ours, theirs, strict=True))
     if not differing:
         return []
     return [
-        f"tokenizer.json is read as it stands; transformers' {type(by_class).__name__} would read {differing} of "
+        f"tokenizer.json is read unchanged; transformers' {type(by_class).__name__} would read {differing} of "
         f"{len(texts)} probe texts differently."
     ]
 

@@ -1,8 +1,8 @@
-"""Training pairs perturbed on the fly: in each epoch another share of them, by other transforms.
+"""Perturbation of training pairs on the fly: each epoch perturbs another share of them with other transforms.
 
-What an epoch's pairs become depends on the data and `data.split_seed`, not on the run's seed: members of a pack that
-differ in their seeds see the same texts, each in its own order. Only what was perturbed is tokenised anew, and batches
-keep the rows that they would have without.
+The perturbed texts depend on the data, the epoch and `data.split_seed`, not on the run's seed: members of a pack with
+different seeds see the same texts in different orders. Only perturbed pairs are tokenised again. A batch has the
+same rows with and without perturbation.
 """
 
 from __future__ import annotations
@@ -109,7 +109,11 @@ def choose_augmentations(data: Data, objective: str) -> list[Transform]:
         if keeps_labels:
             remedy = "Give data.augment=all, a level, or a list of transforms."
             raise UserError(
-                "needs perturbed pairs", key="trainer.objective", value=objective, remedy=remedy, code=Code.CONFLICT
+                "compares each pair with a perturbed copy, and data.augment names no transform",
+                key="trainer.objective",
+                value=objective,
+                remedy=remedy,
+                code=Code.CONFLICT,
             )
         return []
     return choose_transforms(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=keeps_labels)

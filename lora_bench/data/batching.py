@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.int64]
 
-# As wide as about 5 % of padding allows: the narrower a bucket, the more its batches are alike, and where length tells
-# something of the content (templates, genres) training suffers. Measured in LOG.md.
+# As wide as about 5 % of padding allows. In a narrower bucket, batches resemble each other, and training suffers if
+# length depends on content (templates, genres). Measured in LOG.md.
 LENGTH_RATIO = 1.15
 SMALLEST_BUCKET = 2  # batches
 

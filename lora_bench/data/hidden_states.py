@@ -1,8 +1,8 @@
 """Cached output of the frozen prefix for every token of a table, in a file that is read row by row.
 
 The file holds (sum of lengths, D) numbers, without padding, in the order of the table. Rows are read for each batch, so
-that the system caches as much of it as there is room for and the process's own memory stays flat. It is not mapped: a
-mapped file that is cut short ends the process. The file is held open, so it may be deleted to make room.
+the operating system caches as much of it as memory allows, and the process's own memory does not grow. It is not
+mapped, because a mapped file that is truncated kills the process. The file is kept open, so it may be deleted to free space.
 """
 
 from __future__ import annotations

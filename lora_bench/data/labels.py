@@ -32,7 +32,7 @@ def advise(values: Sequence[Any], bad: int, label_names: Sequence[str], may_hide
     label = values[bad]
     if label in label_names:
         pairs = " and ".join(f"{i} for {excerpt(name)}" for i, name in enumerate(label_names))
-        return f"data.label_names only says what 0 and 1 are called: write {pairs} in the file."
+        return f"data.label_names only names the labels 0 and 1: write {pairs} in the file."
     distinct = {value: None for value in values[:10_000] if type(value) in (str, int, float, bool)}
     if type(label) is bool:
         return "Write 0 for false and 1 for true."

@@ -1,7 +1,7 @@
 """Token tables: tokenised texts in flat arrays, cached as Arrow streams under a hash of their content.
 
-The key covers the texts, the tokenizer and the length limit: a stale file cannot be met. A cached table is read into
-memory and checked against what the tokenizer can give, so that what is checked is what is used.
+The hash covers the texts, the tokenizer and the length limit, so a stale file is never read. A cached table is read
+into memory and checked there: its ids and types must be ones that the tokenizer can produce.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Perturbed texts: small, seeded, pure transforms at the level of characters, words and sentences.
 
-Each declares what it does to the label: most keep it, `number` and `entity` make a duplicate one that is none. A row's
-perturbation depends on its texts, its id, the transform, the intensity and the seed, on nothing else.
+Each declares its effect on the label: most keep it, `number` and `entity` make a duplicate a non-duplicate. The
+perturbation of a row depends only on its texts, its id, the transform, the intensity and the seed.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def choose_transforms(
 def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep_label: bool) -> None:
     if keep_label and not transform.keeps_label:
         raise UserError(
-            "changes labels where the answer is to stay the same",
+            "changes labels, which trainer.objective=perturb_consistency does not allow",
             key=key,
             value=transform.name,
             code=Code.CONFLICT,
@@ -125,6 +125,6 @@ def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep
     remedy = (
         ""
         if task in FORM_TASKS
-        else f"What becomes of the label is known for {' and '.join(PARAPHRASE_TASKS)} (data.task)."
+        else f"The new label is known only for the tasks {' and '.join(PARAPHRASE_TASKS)} (data.task)."
     )
     raise UserError(f"{reason} in the task {task}", key=key, value=transform.name, remedy=remedy, code=Code.UNSUPPORTED)

@@ -1,4 +1,4 @@
-"""Slips of the pen: typing errors, capitals, punctuation. Meaning and label stay.
+"""Transforms of characters: typing errors, capitals, punctuation. Meaning and label stay the same.
 
 Letters are changed inside words of four or more letters of a script with capitals (Latin, Greek, Cyrillic, …), never
 the first or last of a run, so that combining marks stay on their letters; other scripts, whose signs are words or

@@ -1,7 +1,7 @@
 """Transforms of words: synonyms, contractions, left-out words, other numbers and names.
 
-Numbers and names are changed only where both texts have them. Changed alike in both, the pair's relation stays; changed
-in one, a duplicate is one no more.
+Numbers and names are replaced only if both texts contain them. Replaced alike in both texts, the label stays;
+replaced in one, a duplicate becomes a non-duplicate.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ONE_WAY = (
 SYNONYMS = dict([*_BOTH_WAYS, *((there, back) for back, there in _BOTH_WAYS), *_ONE_WAY])
 _SYNONYM = re.compile(rf"(?<![\w-])({'|'.join(sorted(map(re.escape, SYNONYMS), key=len, reverse=True))})(?![\w-])")
 
-# Those without which a text says the same; "a few" is not "few", and the a of "vitamin a" is a name.
+# Words that can be left out without a change of meaning. "a few" is not "few", and the a of "vitamin a" is a name.
 _STOP_WORD = re.compile(r"(?<![\w'’-])(?:the|an?|actually|basically|please) (?!few|little|lot|bit|hell)(?=[a-z])")
 _NAMED_BY_LETTER = re.compile(
     r"(?:vitamin|hepatitis|grade|type|class|plan|group|team|section|level|option|part) $", re.I
