@@ -2,7 +2,8 @@
 
 The file holds (sum of lengths, D) numbers, without padding, in the order of the table. Rows are read for each batch, so
 the operating system caches as much of it as memory allows, and the process's own memory does not grow. It is not
-mapped, because a mapped file that is truncated kills the process. The file is kept open, so it may be deleted to free space.
+mapped, because a mapped file that is truncated kills the process. The file is kept open, so it may be deleted to free
+space.
 """
 
 from __future__ import annotations

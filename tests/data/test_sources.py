@@ -75,8 +75,8 @@ def test_take_keeps_rows_together() -> None:
 
 def test_fingerprint_tells_contents_apart() -> None:
     def of(*columns: list[str], labels: list[int] | None = None) -> str:
-        made = None if labels is None else np.array(labels, dtype=np.int64)
-        return Examples(np.arange(len(columns[0])), columns, made).fingerprint()
+        label_array = None if labels is None else np.array(labels, dtype=np.int64)
+        return Examples(np.arange(len(columns[0])), columns, label_array).fingerprint()
 
     contents = [
         of(["a", "b"]), of(["b", "a"]), of(["ab", ""]), of(["", "ab"]), of(["a"], ["b"]), of(["a", "b"], labels=[0, 1]),
@@ -94,10 +94,10 @@ def test_a_folder_gives_the_splits_it_has(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t1\n")
     (tmp_path / "validation.csv").write_text("question1,question2,label\nc,d,0\n")
     (tmp_path / "test.jsonl").write_text('{"question1": "e", "question2": "f"}\n')
-    found = load(files(tmp_path))
-    assert [*found] == ["train", "validation", "test"]
-    assert found["validation"].texts == (["c"], ["d"])
-    assert found["test"].labels is None
+    splits = load(files(tmp_path))
+    assert [*splits] == ["train", "validation", "test"]
+    assert splits["validation"].texts == (["c"], ["d"])
+    assert splits["test"].labels is None
     (tmp_path / "validation.csv").write_text("question1,question2\nc,d\n")
     with refuses(Code.INVALID_DATA) as caught:
         load(files(tmp_path))
@@ -109,11 +109,11 @@ def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\t4\ne\tf\t5.0\n")
     (tmp_path / "validation.jsonl").write_text('{"question1": "e", "question2": "f", "label": 4.5}\n')
     (tmp_path / "test.tsv").write_text(HEADER + "a\tb\t-1.0\n")
-    found = load(replace(files(tmp_path), label_threshold=4.0))
-    assert found["train"].labels is not None
-    assert found["validation"].labels is not None
-    assert (found["train"].labels.tolist(), found["validation"].labels.tolist()) == ([0, 1, 1], [1])
-    assert found["test"].labels is None
+    splits = load(replace(files(tmp_path), label_threshold=4.0))
+    assert splits["train"].labels is not None
+    assert splits["validation"].labels is not None
+    assert (splits["train"].labels.tolist(), splits["validation"].labels.tolist()) == ([0, 1, 1], [1])
+    assert splits["test"].labels is None
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\thigh\n")
     with refuses(Code.INVALID_DATA) as caught:
         load(replace(files(tmp_path), label_threshold=4.0))
@@ -174,13 +174,13 @@ def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> N
     calls = hub_holds(
         monkeypatch, DatasetDict(test=rows([-1, -1]), train=rows([0, 1, 1]), validation=rows([1]), other=rows([7]))
     )
-    found = load(replace(HUB, revision="v1"))
+    splits = load(replace(HUB, revision="v1"))
     assert calls == [("nyu-mll/glue", "qqp", "v1")]
-    assert [*found] == ["train", "validation", "test"]
-    assert found["train"].texts == (["t0", "t1", "t1"], ["t1", "t1", "t0"])
-    assert found["train"].labels is not None
-    assert found["train"].labels.tolist() == [0, 1, 1]
-    assert found["test"].labels is None
+    assert [*splits] == ["train", "validation", "test"]
+    assert splits["train"].texts == (["t0", "t1", "t1"], ["t1", "t1", "t0"])
+    assert splits["train"].labels is not None
+    assert splits["train"].labels.tolist() == [0, 1, 1]
+    assert splits["test"].labels is None
     hub_holds(monkeypatch, DatasetDict(train=rows([0, 2])))
     with refuses(Code.INVALID_DATA) as caught:
         load(HUB)
@@ -293,23 +293,23 @@ def test_train_without_labels_is_refused() -> None:
 
 
 def test_examine_counts_what_a_reader_of_the_record_must_know() -> None:
-    found = inspect_splits(
+    statistics = inspect_splits(
         {
             "train": pairs(("a", "b", 1), ("b", "a", 1), ("NA", "c", 0), ("", " ", 0), ("x", "y", 0)),
             "validation": pairs(("y", "x", 0), ("b", "a", 0), ("new", "pair", 0)),
             "test": Examples(np.arange(1), (["q"], ["r"]), None),
         }
     )
-    assert found["rows"] == {"train": 5, "validation": 3, "test": 1}
-    assert found["positives"] == {"train": 2, "validation": 0, "test": None}
-    assert found["empty_texts"] == {"train": 2, "validation": 0, "test": 0}
-    assert found["null_texts"] == {"train": 1, "validation": 0, "test": 0}
-    assert found["repeated"] == {"train": 1, "validation": 0, "test": 0}
-    assert found["shared"] == {"train/validation": 2, "train/test": 0, "validation/test": 0}
-    assert [warning.split(":")[0] for warning in found["warnings"]] == [
+    assert statistics["rows"] == {"train": 5, "validation": 3, "test": 1}
+    assert statistics["positives"] == {"train": 2, "validation": 0, "test": None}
+    assert statistics["empty_texts"] == {"train": 2, "validation": 0, "test": 0}
+    assert statistics["null_texts"] == {"train": 1, "validation": 0, "test": 0}
+    assert statistics["repeated"] == {"train": 1, "validation": 0, "test": 0}
+    assert statistics["shared"] == {"train/validation": 2, "train/test": 0, "validation/test": 0}
+    assert [warning.split(":")[0] for warning in statistics["warnings"]] == [
         *("validation", "train", "train", "train", "train/validation")
     ]
-    assert "label 0" in found["warnings"][0]
+    assert "label 0" in statistics["warnings"][0]
 
 
 def test_examine_has_nothing_to_say_of_clean_data() -> None:
@@ -318,9 +318,9 @@ def test_examine_has_nothing_to_say_of_clean_data() -> None:
 
 
 def test_toy_is_a_source_too() -> None:
-    found = load(sizes())
-    assert {split: len(examples) for split, examples in found.items()} == {"train": 8, "validation": 8}
-    assert inspect_splits(found)["shared"] == {"train/validation": 0}
+    splits = load(sizes())
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 8, "validation": 8}
+    assert inspect_splits(splits)["shared"] == {"train/validation": 0}
 
 
 def test_unseen_rows_share_no_text_with_what_was_seen() -> None:
