@@ -18,7 +18,7 @@ import transformers
 
 from lora_bench.adapters.peft import importer
 from lora_bench.adapters.peft.config import PeftConfig
-from lora_bench.backbones.bert import MODEL_TYPES
+from lora_bench.backbones.families import build_model, family_class, family_of_type
 from lora_bench.backbones.load import load, load_tokenizer, locate
 from lora_bench.config import build, schema
 from lora_bench.console.progress import print_metrics
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
+    from lora_bench.backbones.family import Family
     from lora_bench.data.examples import Examples
 
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
@@ -91,7 +92,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     title = str(cfg.name or (Path(data.path).stem if isinstance(data, schema.FileData) else data_choice))
     file_name(title)  # refuses what cannot be one
     finished = _check_run(cfg, data) if cfg.run else None
-    splits = sources.reported(sources.load(data))
+    splits = sources.reported_splits(sources.load(data))
     if not splits:
         raise UserError(
             "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.EMPTY
@@ -123,7 +124,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     described = {
         "path": getattr(data, "path", None),
         "choice": data_choice,
-        **sources.describe(data, splits),
+        **sources.describe_data(data, splits),
         **describe(data, splits, subject.seen),
     }
     content = {**subject.described, "data": described, "metrics": found}
@@ -164,7 +165,7 @@ def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, cons
 def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     """What the run was trained and chosen on, cut from its data again."""
     own = run.experiment.data
-    seen = train, selection = sources.carve(sources.load(own)["train"], own)
+    seen = train, selection = sources.split_selection(sources.load(own)["train"], own)
     recorded = run.record["data"].get("fingerprint")
     for split, found in (("train", train), ("selection", selection)):
         if not isinstance(recorded, dict) or found.fingerprint() != recorded.get(split):
@@ -191,7 +192,7 @@ def _made_by_peft(cfg: DictConfig, data: schema.Data) -> _Subject:
     model = _model(cfg.model, adapter)
     device = resolve_device(cfg.device)
     backbone = load(model, load_tokenizer(model), task=data.task, device=device)
-    backbone.need_room(data.max_length)
+    backbone.require_length(data.max_length)
     check_padding(backbone)
     backbone.to(device, torch.float32, trained=False)
     pack = importer.attach(adapter, backbone).eval()
@@ -220,27 +221,30 @@ def _output(asked: str | None, adapter: Path) -> Path:
     return Path(asked)
 
 
-def _model(node: DictConfig, adapter: PeftConfig) -> schema.Model:
+def _model(node: DictConfig, adapter: PeftConfig) -> Family:
     """The backbone that was asked for, else that which the adapter names, its family read from its config.json."""
     if "family" in node:
-        return build.build_model(node)
+        return build_model(node)
     place = node.path or adapter.base_model
     if not place:
         raise adapter.refusal("base_model_name_or_path", None, "names no backbone", "Give model.path=DIR.")
     local = bool(node.path) or Path(place).is_dir()
     where = {"path": place} if local else {"hub_id": place, "revision": adapter.revision}
-    unset = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer}
-    model_type = _model_type(schema.Model(**unset | where | {"family": "auto"}))
-    if model_type == "t5":
+    settings = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer} | where
+    family = family_of_type(model_type := _model_type(schema.Model(**settings)))
+    settings["family"] = family
+    cls = family_class(family)
+    missing_keys = [f"model.{field.name}" for field in fields(cls) if field.name not in settings]
+    if missing_keys:
         raise UserError(
-            "is an adapter of T5, and does not say through which template T5 reads and how it answers",
+            f"is an adapter of a {model_type}, and its files do not give {', '.join(missing_keys)}",
             key="peft",
             value=adapter.folder,
-            remedy=f"Add model=t5 with model.template=… and model.form=…, and model.path={place} if it lies there.",
+            remedy=f"Add model={family} with those of these keys that differ from its defaults, and model.path={place} "
+            "if it lies there.",
             code=Code.UNSUPPORTED,
         )
-    family = "bert" if model_type in MODEL_TYPES else "auto"
-    return schema.Model(**unset | where | {"family": family})
+    return cls(**settings)
 
 
 def _model_type(model: schema.Model) -> str | None:

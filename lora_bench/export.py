@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
-from lora_bench.backbones.load import public_place
+from lora_bench.backbones.load import public_location
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
@@ -62,7 +62,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     differences, reading = _differences(run), _reading(run)
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
-        base = public_place(run.experiment.model)
+        base = public_location(run.experiment.model)
         with _new_folder(output) as folder:
             for k, own in enumerate(_of_members(folder, run.pack.size)):
                 files.save(own, run.pack, k, base, for_peft=True)
@@ -141,7 +141,7 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
     network: Any = pack.network
     for name, tensor in merged.items():
         network.get_parameter(name).copy_(tensor)
-    network.config = pack.backbone.plain_config(label_names)
+    network.config = pack.backbone.export_config(label_names)
     network.save_pretrained(folder)
     pack.backbone.tokenizer.save_pretrained(folder)
 

@@ -136,7 +136,7 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     """Train and selection as `train` cuts them, where there is a train split; every split to ask about; and what the
     record says of them."""
     found = sources.load(request.data)
-    reported = sources.reported(found)
+    reported = sources.reported_splits(found)
     if request.split is not None:
         known = ", ".join(reported) or "none"
         reason = f"is no labelled split to report; there is {known}"
@@ -153,9 +153,9 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
         )
     splits = dict(reported)
     if "train" in found:
-        train, selection = sources.carve(found["train"], request.data)
+        train, selection = sources.split_selection(found["train"], request.data)
         splits = {"train": train, "selection": selection, **reported}
-    return splits, sources.describe(request.data, splits)
+    return splits, sources.describe_data(request.data, splits)
 
 
 def _reported(splits: dict[str, Examples]) -> dict[str, Examples]:

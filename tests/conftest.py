@@ -52,8 +52,8 @@ def backbone() -> Callable[..., Any]:
     """Makes a random tiny backbone: `backbone("tiny_t5", "model.form=encoder")`."""
 
     def make(model: str = "tiny_bert", *overrides: str) -> Any:
+        from lora_bench.backbones.families import build_model
         from lora_bench.backbones.load import load, load_tokenizer
-        from lora_bench.config.build import build_model
 
         settings = build_model(composed(f"model={model}", *overrides).model)
         return load(settings, load_tokenizer(settings), task="qqp")

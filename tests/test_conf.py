@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,12 +14,15 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.adapters.methods import method_class, method_names
+from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
 from lora_bench.config.compose import compose, register_with_hydra
-from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, conf_folder
+from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, choices, conf_folder
 from lora_bench.config.keys import flat
+from lora_bench.errors import Code
 from lora_bench.prompt import Request
 from lora_bench.run.settings import Experiment
+from tests.command_line import refused
 from tests.helpers import composed
 
 CONF = conf_folder()
@@ -27,7 +31,7 @@ AT_LEAST = {
     ".": 5, "adapter": 21, "data": 10, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1,
     "prompt": 3, "sweep": 2, "tracking": 2, "trainer": 1,
 }  # fmt: skip
-OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS]
+OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS and file.stem[0] != "_"]
 SWEEPS = {"ablation": 260, "baselines": 11, "lr": 6, "methods": 204, "rank": 6, "seeds": 5, "transfer": 6}
 PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experiment", "sweep")]
 
@@ -56,6 +60,15 @@ def test_none_is_overlooked() -> None:
     assert set(found) == {".", "hydra", "hydra/launcher", *GROUPS, *PROMPT_GROUPS}
     others = {path.name for path in CONF.rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")}
     assert others == {"__init__.py"}
+
+
+def test_a_shared_base_is_no_choice() -> None:
+    assert Path("data/_base.yaml") in FILES
+    assert "_base" not in choices("data")
+    error = refused("train", "data=bas")
+    assert (error.code, error.key) == (Code.UNKNOWN_CHOICE, "data")
+    assert "_base" not in str(error)
+    assert refused("train", "data=_base").key == "data.source"  # it is for each choice to give
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -163,7 +176,7 @@ def test_the_other_commands_configs(name: str) -> None:
             "tokenizer": None,
         }
         for model in (option for group, option in OPTIONS if group == "model"):
-            build.build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
+            build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
 
 
 @pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)

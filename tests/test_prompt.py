@@ -227,7 +227,9 @@ def test_few_shot_examples_are_balanced_and_from_train(in_tmp: Path) -> None:
         assert lora_bench("prompt", *asked(server, "prompt=few_shot", "prompt.shots=4", "seed=1")).code == 0
         assert lora_bench("prompt", *asked(server, "prompt.shots=4", "seed=2", "hydra.run.dir=b")).code == 0
     first, other = server.asked[0]["messages"], server.asked[-1]["messages"]
-    train, selection = sources.carve(toy.generate(40, 0, "train"), build_data(composed(*DATA, name="prompt").data))
+    train, selection = sources.split_selection(
+        toy.generate(40, 0, "train"), build_data(composed(*DATA, name="prompt").data)
+    )
     shown = [message["content"] for message in first[1:-1:2]]
     assert sorted(message["content"] for message in first[2:-1:2]) == ["no", "no", "yes", "yes"]
 

@@ -106,7 +106,7 @@ def test_keys_of_the_readme_exist() -> None:
 
 
 def options(group: str) -> set[str]:
-    return {path.stem for path in (conf_folder() / group).glob("*.yaml")}
+    return {path.stem for path in (conf_folder() / group).glob("*.yaml") if path.stem[0] != "_"}
 
 
 def test_choices_of_the_readme_exist() -> None:

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, RobertaModel
 
 from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.config.build import build_model
 from tests.command_line import unchanged_process
 from tests.helpers import composed
 

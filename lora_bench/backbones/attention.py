@@ -1,4 +1,4 @@
-"""Attention by the quickest exact route: plain products on a CPU, torch's fused kernels elsewhere.
+"""Exact attention, as fast as the device allows: batched products on a CPU, torch's fused kernels elsewhere.
 
 At the lengths of sentence pairs torch's fused attention for CPUs spends more time than all linears together; a few
 batched products cost a tenth of it. They are one function, so that each head is laid out once, and nothing is kept for
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEPT_LENGTH = 64
-"""Up to so many tokens probabilities are kept; beyond, they would outweigh all else and are computed again."""
+"""Up to this many tokens, attention probabilities are saved for the backward pass; beyond, they are recomputed."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v in each of the heads, side by side.
+    """Return multi-head attention, softmax(q kᵀ / √d + mask) v, with the heads concatenated.
 
     Args:
-        query: (N, S, D); the positions that ask.
+        query: (N, S, D).
         key, value: (N, T, D).
-        mask: (N, 1, 1, T), added to the scores; None: every token is seen.
-        heads: how many; d = D / heads.
-        dropout: probability with which a probability is dropped.
+        mask: (N, 1, 1, T), added to the scores; None: no position is masked.
+        heads: number of heads; d = D / heads.
+        dropout: dropout probability of the attention probabilities.
 
     Returns:
         (N, S, D).
@@ -50,8 +50,8 @@ class _Attention(torch.autograd.Function):
             mask = mask.expand(-1, heads, query.shape[1], -1).flatten(0, 1)  # (N·heads, S, T)
         p = _probabilities(q, k, mask)
         ctx.heads = heads
-        kept = key.shape[1] <= KEPT_LENGTH
-        ctx.save_for_backward(q, k, v, *((p, None) if kept else (None, mask)))
+        is_saved = key.shape[1] <= KEPT_LENGTH
+        ctx.save_for_backward(q, k, v, *((p, None) if is_saved else (None, mask)))
         return _join(torch.bmm(p, v), heads)
 
     @staticmethod
@@ -69,17 +69,17 @@ class _Attention(torch.autograd.Function):
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """(N·heads, S, T)."""
+    """Return the attention probabilities (N·heads, S, T)."""
     scale = q.shape[-1] ** -0.5
     added = q.new_zeros(1, 1, 1) if mask is None else mask
     return torch.baddbmm(added, q, k.transpose(1, 2), beta=float(mask is not None), alpha=scale).softmax(-1)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    """(N, T, D) to (N·heads, T, d)."""
+    """Reshape (N, T, D) to (N·heads, T, d)."""
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2).flatten(0, 1)
 
 
 def _join(x: Tensor, heads: int) -> Tensor:
-    """(N·heads, T, d) to (N, T, D)."""
+    """Reshape (N·heads, T, d) to (N, T, D)."""
     return x.view(-1, heads, *x.shape[1:]).transpose(1, 2).flatten(2)

@@ -1,8 +1,8 @@
-"""Any Hugging Face sequence classifier, through its own forward pass: members share nothing but the weights.
+"""Any Hugging Face sequence classifier, through its own forward pass: members share the weights and no computation.
 
-Class names say little about an unknown model, so it is observed: it computes one made-up pair, and the order in which
-its modules are called and the rows that it takes from its position tables tell where its layers are and how many
-tokens it takes.
+The layers of an unknown model cannot be derived from class names, so they are observed: the model computes an
+artificial pair. The order in which its modules are called gives its layers, and the rows that it reads from its
+position tables give the longest input.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Auto(Backbone):
     make up layers that follow one another.
 
     Raises:
-        UserError: the model shows no layers, cannot compute a pair, or leaves a layer out.
+        UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
     """
 
-    can_be_cut = False
+    has_prefix = False
     query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q|v)"
     layer_paths = ()
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         base: Any = network.base_model
         self.head_modules = [
             name
@@ -51,13 +51,13 @@ class Auto(Backbone):
         lists = [] if base is network else list(_outermost_lists(network, self.head_modules))
         if not lists:
             raise UserError(
-                f"{type(network).__name__} does not show its layers and its head",
+                f"{type(network).__name__} does not expose its layers and its head",
                 key="model.family",
                 value="auto",
                 remedy="Take a model whose transformers class has a base model and a list of layers.",
                 code=Code.UNSUPPORTED,
             )
-        super().__init__(network, tokenizer, fresh)
+        super().__init__(network, tokenizer, new_parameters)
         self._layers, self._position_limit, self.can_be_batched = self._observe(lists)
         self.layers = [(paths[0], network.get_submodule(paths[0])) for paths in self._layers]
 
@@ -79,7 +79,7 @@ class Auto(Backbone):
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         return hidden  # (N, T)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         return self._logits(encoded, batch.attention_mask, batch.token_type_ids)
 
     def _logits(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
@@ -90,14 +90,14 @@ class Auto(Backbone):
 
     @torch.no_grad()
     def _observe(self, lists: Sequence[Sequence[str]]) -> tuple[list[list[str]], int | None, bool]:
-        """Compute a few copies of a made-up pair.
+        """Compute a few copies of an artificial pair, and observe the modules.
 
         Returns:
             The layers in the order of computation, each as the names of its modules; the most tokens that the position
             tables have rows for, None where there are no such tables; and whether every linear takes the batch's rows,
             and not, as in DeBERTa, relative positions that all rows share.
         """
-        paths = [path for own in lists for path in own]
+        paths = [path for entries in lists for path in entries]
         first_calls: dict[str, int] = {}
         takes_rows: list[bool] = []
 
@@ -124,7 +124,7 @@ class Auto(Backbone):
                 self._logits(ids, torch.ones_like(ids), types)
         except Exception as error:  # whatever an unknown model raises
             reason = f"{type(self.network).__name__} cannot compute a pair of texts ({type(error).__name__}: {error})"
-            remedy = "Do the tokenizer and config.json belong to these weights?"
+            remedy = "Give the tokenizer and config.json of these weights."
             raise UserError(
                 " ".join(reason.split()), key="model.family", value="auto", remedy=remedy, code=Code.UNSUPPORTED
             ) from None
@@ -134,7 +134,7 @@ class Auto(Backbone):
                 hook.remove()
         idle = [path for path in paths if path not in first_calls]
         if idle:
-            reason = f"{idle[0]} of {type(self.network).__name__} takes no part in what the model computes"
+            reason = f"{idle[0]} of {type(self.network).__name__} is not used when the model computes a pair"
             raise UserError(
                 reason,
                 key="model.family",
@@ -146,7 +146,7 @@ class Auto(Backbone):
 
 
 class _PositionTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects the most tokens for which embeddings that are looked up by position have rows.
+    """A recorder of how many tokens the position embeddings have rows for.
 
     The indices of such a lookup are consecutive numbers, one per token. The first one is the table's offset: 2 for
     RoBERTa's kind and BART's, 0 for BERT's.
@@ -176,7 +176,7 @@ def _outermost_lists(network: nn.Module, head_modules: Sequence[str]) -> Iterato
         if not isinstance(module, nn.ModuleList) or f"{name}.".startswith(tuple(outside)):
             continue
         outside.append(f"{name}.")
-        if any(_has_own_parameters(part) for part in module.modules()):
+        if any(_has_own_parameters(child) for child in module.modules()):
             yield list(_entries(name, module))
 
 

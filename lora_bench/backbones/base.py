@@ -1,10 +1,10 @@
-"""What a backbone is: a pretrained network seen as a row of layers, with a cut anywhere between two of them.
+"""The backbone protocol: a pretrained network as a sequence of layers that can be cut between any two of them.
 
     prefix(batch, depth)          -> hidden   the layers below `depth`, once for all members
-    suffix(hidden, batch, depth)  -> logits   the rest, for every member's rows, and the head: encode, then answer
+    suffix(hidden, batch, depth)  -> logits   the rest, for every member's rows, and the head: encode, then classify
 
-The prefix is frozen, so its output may be shared. One file per family implements the two; their composition equals the
-Hugging Face model's own output.
+The prefix is frozen, so its output may be shared. A subclass per architecture implements the two; their composition
+equals the output of the Hugging Face model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_bench.backbones.identity import identity
+from lora_bench.backbones.identity import tokenizer_digests
 from lora_bench.errors import require
 
 if TYPE_CHECKING:
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
 
 
 class Backbone(ABC):
-    """A pretrained network and its tokenizer.
+    """A pretrained network with its tokenizer.
 
     Args:
         network: the Hugging Face model, in fp32 and in evaluation mode.
         tokenizer: its fast tokenizer.
-        fresh: names of parameters that the checkpoint did not hold (the new head).
+        new_parameters: names of parameters that the checkpoint did not hold (the new head).
     """
 
     head_modules: Sequence[str]
-    """Names of the modules that make up the head; trained by every member, never wrapped."""
+    """Names of the head's modules; every member trains its own copy, and adapters never wrap them."""
     query_value: str
-    """Regular expression of the linears that `target_modules=qv` means."""
+    """Regular expression for the linears that `target_modules=qv` selects."""
     peft_task = "SEQ_CLS"
-    """What peft calls the kind of task."""
-    can_be_cut = True
-    """Whether the prefix computes anything: False where the whole network is suffix."""
+    """PEFT's `task_type`."""
+    has_prefix = True
+    """True if the prefix computes something; False if the whole network is suffix."""
     can_be_batched = True
-    """Whether every linear takes one row per row of the batch: only then may rows of several members pass together."""
+    """True if the inputs of every linear have one row per row of the batch; only then can members be batched."""
     all_positions = False
-    """Whether the last layer makes every position, also where the head looks at one: for those who look at it."""
+    """True if the last layer computes every position even if the head reads only one; set by users of its output."""
     layer_paths: Sequence[str]
     """Names of the lists of layers, in the order of computation."""
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         self.network = network
         self.tokenizer = tokenizer
-        self.fresh = fresh
+        self.new_parameters = new_parameters
         self.compute_dtype = torch.float32
         self.notes: list[str] = []
-        """What the user should know of how it reads and scores."""
+        """Notes for the user about how it reads and scores texts."""
         self.layers: list[tuple[str, nn.Module]] = [
             (f"{path}.{i}", layer)
             for path in self.layer_paths
@@ -66,36 +66,36 @@ class Backbone(ABC):
 
     @abstractmethod
     def prefix(self, batch: Batch, depth: int) -> Tensor:
-        """Embeddings and the first `depth` layers: (N, T, D) for N rows."""
+        """Return the output of the embeddings and the first `depth` layers: (N, T, D) for N rows."""
 
     @abstractmethod
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        """The layers from `depth` on: (N, T, D), or (N, 1, D) where the head looks at one position."""
+        """Return the output of the layers from `depth` on: (N, T, D), or (N, 1, D) if the head reads one position."""
 
     @abstractmethod
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
-        """The head: logits (N, 2) from what `encode` gave."""
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
+        """Return the head's logits (N, 2) for the output of `encode`."""
 
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        """The layers from `depth` on and the head: logits (N, 2)."""
-        return self.answer(self.encode(hidden, batch, depth), batch)
+        """Return the logits (N, 2) of the layers from `depth` on and the head."""
+        return self.classify(self.encode(hidden, batch, depth), batch)
 
     @property
-    def tells_texts_apart(self) -> bool:
-        """Whether `texts` can say which token belongs to which of a pair's texts."""
+    def separates_texts(self) -> bool:
+        """True if `text_masks` is implemented and the tokenizer separates a pair's texts."""
         return False
 
-    def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which tokens make up the first and the second text, (N, T) each."""
+    def text_masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the token masks (N, T) of the first and of the second text."""
         raise NotImplementedError
 
     def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], list[str] | None]:
-        """What the tokenizer gets for named text columns: the first text and, for pairs, the second."""
+        """Return the tokenizer's input for named text columns: the first texts and, for pairs, the second texts."""
         texts = [text for _, text in columns]
         return texts[0], texts[1] if len(texts) > 1 else None
 
     def for_task(self, task: str) -> Backbone:
-        """The same network with this task's name in what it reads."""
+        """Return a backbone with the same network whose input names this task, if the family's input does."""
         return self
 
     @property
@@ -108,7 +108,7 @@ class Backbone(ABC):
         """Standard deviation of a new head's weights."""
         return float(getattr(self.network.config, "initializer_range", 0.02))
 
-    def plain_config(self, label_names: Sequence[str]) -> Any:
+    def export_config(self, label_names: Sequence[str]) -> Any:
         """Return the config of a plain Hugging Face model in fp32 with this network's weights and these labels.
 
         What config.json said of the checkpoint's own task and class is left behind.
@@ -130,11 +130,11 @@ class Backbone(ABC):
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest input that the network takes; None where positions are relative."""
+        """The largest number of tokens of an input; None if positions are relative."""
         return None
 
-    def need_room(self, max_length: int) -> None:
-        """Refuse pairs of more tokens than the network takes."""
+    def require_length(self, max_length: int) -> None:
+        """Refuse a `data.max_length` of more tokens than the network takes."""
         longest = self.max_tokens
         reason = f"is more than the {longest} tokens that the model takes"
         require(longest is None or max_length <= longest, "data.max_length", max_length, reason)
@@ -166,7 +166,7 @@ class Backbone(ABC):
             yield number, path, layer
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Every linear of the layers by its full name, in the order of computation: what an adapter may change."""
+        """Return every linear of the layers by its full name, in the order of computation: the possible targets."""
         return {
             f"{path}.{name}" if name else path: module
             for _, path, layer in self.layer_modules()
@@ -175,7 +175,7 @@ class Backbone(ABC):
         }
 
     def norms(self) -> dict[str, nn.LayerNorm]:
-        """Every LayerNorm of the layers that has a bias, by its full name, in the order of computation."""
+        """Return every LayerNorm of the layers that has a bias, by its full name, in the order of computation."""
         return {
             f"{path}.{name}" if name else path: module
             for _, path, layer in self.layer_modules()
@@ -184,7 +184,7 @@ class Backbone(ABC):
         }
 
     def layer_of(self, name: str) -> int | None:
-        """The number of the layer that module `name` lies in, from 0 in the order of computation."""
+        """Return the index, from 0, of the layer that contains module `name`; None if no layer does."""
         return next((i for i, path, _ in self.layer_modules() if f"{name}.".startswith(f"{path}.")), None)
 
     def to(self, device: torch.device, dtype: torch.dtype, *, trained: bool) -> None:
@@ -196,11 +196,11 @@ class Backbone(ABC):
 
     @cached_property
     def tokenizer_identity(self) -> dict[str, str]:
-        """The digests by which a run knows its tokenizer again."""
-        return identity(self.tokenizer)
+        """The digests by which a run recognises its tokenizer; see `tokenizer_digests`."""
+        return tokenizer_digests(self.tokenizer)
 
     def hash(self) -> str:
-        """sha256 over the names and bytes of every tensor outside the head; call it on a detached backbone."""
+        """Return the SHA-256 of the names and bytes of all tensors excluding the head; no adapter may be attached."""
         digest = sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             if not name.startswith(tuple(f"{head}." for head in self.head_modules)):
@@ -210,7 +210,7 @@ class Backbone(ABC):
 
 
 def additive_mask(batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """(N, 1, 1, T): 0 for a token, the type's lowest number for padding; None where there is no padding."""
+    """Return a mask (N, 1, 1, T): 0 for a token, the dtype's lowest number for padding; None without padding."""
     if batch.full:
         return None
     lowest = torch.finfo(dtype).min
@@ -219,6 +219,6 @@ def additive_mask(batch: Batch, dtype: torch.dtype) -> Tensor | None:
 
 
 def run_layer(layer: nn.Module, *arguments: Any) -> Tensor:
-    """A layer's hidden states; some releases of transformers return them alone, some as the first of a tuple."""
+    """Return a layer's hidden states, which some releases of transformers return as the first item of a tuple."""
     out = layer(*arguments)
     return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]

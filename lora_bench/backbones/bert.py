@@ -16,21 +16,19 @@ if TYPE_CHECKING:
 
     from lora_bench.data.batching import Batch
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
-
 
 class Bert(Backbone):
     """Any encoder built as `BertForSequenceClassification` or `RobertaForSequenceClassification` is."""
 
     query_value = r".*\.(query|value)"
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str]) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         self.name = str(network.base_model_prefix)  # bert, roberta
         self.layer_paths = [f"{self.name}.encoder.layer"]
         self.encoder: Any = network.get_submodule(self.name)
         pooled = getattr(self.encoder, "pooler", None) is not None
         self.head_modules = [f"{self.name}.pooler", "classifier"] if pooled else ["classifier"]
-        super().__init__(network, tokenizer, fresh)
+        super().__init__(network, tokenizer, new_parameters)
 
     @property
     def max_tokens(self) -> int:
@@ -50,33 +48,37 @@ class Bert(Backbone):
         mask = additive_mask(batch, hidden.dtype)
         for _, layer in self.layers[depth:-1]:
             hidden = _run(layer, hidden, hidden, mask)
-        if depth < len(self.layers):  # the head looks at the first token alone: so its last layer makes no other
-            asking = hidden if self.all_positions else hidden[:, :1]
-            hidden = _run(self.layers[-1][1], asking, hidden, mask)
+        if depth < len(self.layers):  # the head reads the first token only, so the last layer computes only that
+            queries = hidden if self.all_positions else hidden[:, :1]
+            hidden = _run(self.layers[-1][1], queries, hidden, mask)
         return hidden  # (N, T, D) or (N, 1, D)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         network: Any = self.network
         if len(self.head_modules) == 1:  # RoBERTa's classifier picks the first token itself
             return network.classifier(encoded)  # type: ignore[no-any-return]
         return network.classifier(network.dropout(self.encoder.pooler(encoded)))  # type: ignore[no-any-return]
 
     @property
-    def tells_texts_apart(self) -> bool:
+    def separates_texts(self) -> bool:
         return self.tokenizer.sep_token_id is not None
 
-    def texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The first separator ends the first text, which the classification token opens; all behind it is the second's:
-        sentence encoders (MiniLM) were trained to be averaged with these tokens among the others."""
+    def text_masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the token masks (N, T) of the two texts, special tokens included.
+
+        The first text reaches from the classification token to the first separator. Special tokens are included because
+        sentence encoders (MiniLM) were trained with them in the average.
+        """
         separators = (batch.input_ids == self.tokenizer.sep_token_id).long()  # (N, T)
         first = (batch.attention_mask == 1) & (separators.cumsum(1) - separators == 0)
         return first, (batch.attention_mask == 1) & ~first
 
 
-def _run(layer: Any, asking: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """What a layer makes of some of its positions, (N, S, D), that look at all of them, (N, T, D)."""
-    own = layer.attention.self
-    dropout = own.dropout.p if own.training else 0.0
-    query, key, value = own.query(asking), own.key(hidden), own.value(hidden)
-    attended = layer.attention.output(attend(query, key, value, mask, own.num_attention_heads, dropout), asking)
+def _run(layer: Any, queries: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a layer's output (N, S, D) for S positions `queries` that attend to all T positions (N, T, D)."""
+    attention = layer.attention.self
+    dropout = attention.dropout.p if attention.training else 0.0
+    query, key, value = attention.query(queries), attention.key(hidden), attention.value(hidden)
+    attended = attend(query, key, value, mask, attention.num_attention_heads, dropout)  # (N, S, D)
+    attended = layer.attention.output(attended, queries)
     return layer.output(layer.intermediate(attended), attended)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The identity of a tokenizer: digests by which a run refuses another one, over fixed probe texts and the content."""
+"""The identity of a tokenizer: digests of its content and of the token ids of fixed probe texts."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def probe(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     return [(encoding.ids, encoding.type_ids) for encoding in backend.encode_batch_fast([*PAIRS, *TEXTS])]
 
 
-def identity(tokenizer: Any) -> dict[str, str]:
-    """Return the two digests by which a run knows its tokenizer again.
+def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
+    """Return the two digests by which a run recognises its tokenizer.
 
     `tokenizer_sha256` covers the whole content. `tokenizer_probe_sha256` covers what decides token ids whatever the
     version of the libraries: the ids of the probe texts, the vocabulary and the merges.
@@ -85,18 +85,18 @@ def _digest(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def refuse_another(
+def refuse_other_tokenizer(
     recorded: Mapping[str, Any], current: Mapping[str, str], refusal: Callable[[str, str], UserError]
 ) -> list[str]:
     """Refuse a tokenizer that gives other token ids than the one that a run was trained with.
 
     Args:
-        recorded: `environment` of the run's record; nothing is compared with a record that does not know.
-        current: what `identity` gives now.
-        refusal: makes the error of a reason and a remedy.
+        recorded: `environment` of the run's record; a record without digests is accepted.
+        current: the result of `tokenizer_digests` for the tokenizer in use.
+        refusal: returns the error for a reason and a remedy.
 
     Returns:
-        Notes on what differs though the token ids agree.
+        Notes on differences that leave the token ids unchanged.
     """
     probe_sha256 = recorded.get("tokenizer_probe_sha256")
     if probe_sha256 is None:
@@ -111,8 +111,8 @@ def refuse_another(
         notes.append("the tokenizer's files have changed since the training; the token ids of the probe texts agree.")
     versions = recorded.get("versions")
     for library in (tokenizers, transformers):
-        name, here = library.__name__, library.__version__
+        name, version = library.__name__, library.__version__
         before = versions.get(name) if isinstance(versions, dict) else None
-        if before is not None and before != here:
-            notes.append(f"trained with {name} {before}, read with {here}; the token ids of the probe texts agree.")
+        if before is not None and before != version:
+            notes.append(f"trained with {name} {before}, read with {version}; the token ids of the probe texts agree.")
     return notes

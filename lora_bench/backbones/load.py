@@ -1,4 +1,4 @@
-"""From a model's settings to a backbone: where the weights lie, which class they are, which tokenizer reads for them.
+"""Loading of a backbone and its tokenizer from a model's settings.
 
 Weights come only from safetensors, always into fp32, and no code of a checkpoint is ever run.
 """
@@ -16,18 +16,16 @@ import torch
 import transformers
 
 from lora_bench.backbones import tiny_tokenizers
-from lora_bench.backbones.auto import Auto
-from lora_bench.backbones.bert import MODEL_TYPES, Bert
 from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
-from lora_bench.backbones.t5 import T5Encoder, T5TextToText
-from lora_bench.backbones.tokenizer import first_line, read
-from lora_bench.config.schema import Model, T5Model
+from lora_bench.backbones.tokenizer import first_line, read_tokenizer
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
+    from lora_bench.backbones.family import Family
+    from lora_bench.config.schema import Model
 
 OFFLINE_REMEDY = (
     "Give model.path=DIR, a local Hugging Face folder with config.json, model.safetensors and the tokenizer's files; "
@@ -38,15 +36,15 @@ RANDOM_SEED = 20210617  # a random network is the same one in every run, whateve
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The model's fast tokenizer.
+    """Load the model's fast tokenizer.
 
     Raises:
-        UserError: it cannot be had, or it is not a fast one.
+        UserError: it cannot be loaded, or it is not a fast one.
     """
     _quiet()
     if model.random is not None and not (model.tokenizer or model.path):
         return tiny_tokenizers.tokenizer(str(model.random["model_type"]))
-    place = model.tokenizer or locate(model)
+    location = model.tokenizer or locate(model)
 
     def refusal(reason: str, remedy: str | None, code: Code) -> UserError:
         key = "model.tokenizer"
@@ -54,18 +52,18 @@ def load_tokenizer(model: Model) -> Any:
             key = "model.path" if model.path else "model.hub_id"
             remedy = remedy or (None if model.path else OFFLINE_REMEDY)
         remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
-        return UserError(reason, key=key, value=place, remedy=remedy, code=code)
+        return UserError(reason, key=key, value=location, remedy=remedy, code=code)
 
-    tokenizer, notes = read(place, refusal, lambda: _reading(model, place))
+    tokenizer, notes = read_tokenizer(location, refusal, lambda: _reading(model, location))
     tokenizer.reading_notes = notes
     return tokenizer
 
 
-def _reading(model: Model, place: str) -> dict[str, Any]:
-    """How to read the tokenizer: a bare folder (only tokenizer.json, or vocab.json and merges.txt) names no class."""
+def _reading(model: Model, location: str) -> dict[str, Any]:
+    """Return the keywords for `AutoTokenizer`; a folder with only the tokenizer's files does not name its class."""
     if not model.tokenizer:
         return {"revision": model.revision}
-    folder = Path(place)
+    folder = Path(location)
     if not folder.is_dir() or any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
         return {}
     if model.random is not None and not model.path:
@@ -74,51 +72,51 @@ def _reading(model: Model, place: str) -> dict[str, Any]:
     return {"tokenizer_type": config.model_type}
 
 
-def load(model: Model, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
-    """The backbone in fp32 on the CPU, ready to be attached to.
+def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
+    """Load the backbone in fp32 on the CPU, without adapters.
 
     Args:
-        model: which one, and where it lies.
-        tokenizer: what `load_tokenizer` gave.
+        model: the family's settings.
+        tokenizer: the result of `load_tokenizer`.
         task: the task's short name, for T5's template.
-        device: where it will run; only its attention is chosen by that.
+        device: the device on which it will run; it decides the attention implementation.
 
     Raises:
-        UserError: the weights cannot be had, have another digest, or belong to another family.
+        UserError: the weights cannot be loaded, have another digest, or belong to another family.
     """
     _quiet()
-    place = None if model.random is not None and not model.path else _checked_place(model)
-    config = _config(model, place, tokenizer)
-    hf_class = _hf_class(model, config)
+    location = None if model.random is not None and not model.path else _checked_location(model)
+    config = _config(model, location, tokenizer)
+    hf_class = _network_class(model, config)
     # On a CPU plain products beat torch's fused attention at these lengths; elsewhere transformers knows best.
     options = {"attn_implementation": "eager"} if device.type == "cpu" else {}
-    if place is None:
+    if location is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
             network = hf_class._from_config(config, dtype=torch.float32, **options)
-        fresh = {name for name, _ in network.named_parameters()}
+        new_parameters = {name for name, _ in network.named_parameters()}
     else:
-        network, fresh = _pretrained(hf_class, model, place, config, options)
+        network, new_parameters = _pretrained(hf_class, model, location, config, options)
     network.eval()
-    _refuse_unknown_tokens(network, tokenizer, model.tokenizer or place)
+    _refuse_unknown_tokens(network, tokenizer, model.tokenizer or location)
     _align_padding(network, tokenizer.pad_token_id)
-    backbone = _backbone(model, network, tokenizer, fresh, task)
+    backbone = model.make_backbone(network, tokenizer, new_parameters, task)
     if not backbone.layers:
         raise UserError(
-            "has no layers",
+            "the model has no layers",
             key="model",
-            value=place,
+            value=location,
             remedy="Give a model of at least one layer.",
             code=Code.UNSUPPORTED,
         )
-    if place is not None:
-        _refuse_holes(backbone, place)
-        _refuse_not_finite(network, place)
+    if location is not None:
+        _refuse_holes(backbone, location)
+        _refuse_not_finite(network, location)
     backbone.notes += getattr(tokenizer, "reading_notes", [])
     return backbone
 
 
-def _refuse_unknown_tokens(network: Any, tokenizer: Any, place: str | None) -> None:
+def _refuse_unknown_tokens(network: Any, tokenizer: Any, location: str | None) -> None:
     """Refuse a tokenizer that can give ids for which the network has no row."""
     rows = network.get_input_embeddings().num_embeddings
     types = getattr(network.config, "type_vocab_size", None) or 0
@@ -135,13 +133,13 @@ def _refuse_unknown_tokens(network: Any, tokenizer: Any, place: str | None) -> N
     for fault, holds in faults.items():
         if holds:
             remedy = "Give the tokenizer that the weights were trained with."
-            raise UserError(fault, key="model.tokenizer", value=place, remedy=remedy, code=Code.MISMATCH)
+            raise UserError(fault, key="model.tokenizer", value=location, remedy=remedy, code=Code.MISMATCH)
 
 
 def _align_padding(network: Any, pad_id: int) -> None:
-    """Let the network know the id that pairs are padded with: some classifiers find a pair's last token by it.
+    """Set the network's padding id to the tokenizer's: some classifiers find a pair's last token by it.
 
-    The id stays as it is where positions are counted from it: it then is part of what the weights mean.
+    It stays unchanged if positions are counted from it, because the weights then depend on it.
     """
     if not _counts_positions_from_padding(network):
         network.config.pad_token_id = pad_id
@@ -156,17 +154,8 @@ def _counts_positions_from_padding(network: Any) -> bool:
     )
 
 
-def _backbone(model: Model, network: Any, tokenizer: Any, fresh: set[str], task: str) -> Backbone:
-    arguments = (network, tokenizer, fresh)
-    if isinstance(model, T5Model):
-        if model.form == "encoder":
-            return T5Encoder(*arguments, model.template, task)
-        return T5TextToText(*arguments, model.template, task, list(model.label_words))
-    return Bert(*arguments) if model.family == "bert" else Auto(*arguments)
-
-
-def public_place(model: Model) -> str:
-    """Where another program finds the weights: an id on the hub, else a local folder; empty for random ones."""
+def public_location(model: Model) -> str:
+    """Return where other programs find the weights: an id on the hub, or a local folder; empty for random ones."""
     if model.random is not None and not model.path:
         return ""
     if model.hub_id and not (model.path or model.folder):
@@ -174,57 +163,54 @@ def public_place(model: Model) -> str:
     return os.path.abspath(locate(model))
 
 
-def _checked_place(model: Model) -> str:
+def _checked_location(model: Model) -> str:
     """Return where the model's weights are loaded from; a folder that the user has named is checked first."""
-    place = locate(model)
+    location = locate(model)
     if model.path or model.folder:
-        check_model_folder(Path(place))
-    return place
+        check_model_folder(Path(location))
+    return location
 
 
-def _config(model: Model, place: str | None, tokenizer: Any) -> Any:
-    if place is None:
+def _config(model: Model, location: str | None, tokenizer: Any) -> Any:
+    if location is None:
         assert model.random is not None
         settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **model.random}
         return transformers.AutoConfig.for_model(**settings, num_labels=2)
     try:
-        config = transformers.AutoConfig.from_pretrained(place, revision=model.revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(location, revision=model.revision, trust_remote_code=False)
     except Exception as error:
-        raise _unreachable(model, place, error) from None
-    check_settings(vars(config), place)
+        raise _unreachable(model, location, error) from None
+    check_settings(vars(config), location)
     config.num_labels = 2
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     return config
 
 
-def _hf_class(model: Model, config: Any) -> Any:
-    """The transformers class for the family; refuses weights of another kind."""
-    model_type = config.model_type
+def _network_class(model: Family, config: Any) -> Any:
+    """Return the transformers class for the family; refuse weights of another family."""
     classifiers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    allowed = {"bert": MODEL_TYPES, "t5": ("t5",), "auto": (model_type,)}[model.family]
-    if model_type not in allowed or type(config) not in classifiers:
+    if not model.serves(config.model_type) or type(config) not in classifiers:
         raise UserError(
-            f"the weights are those of a {model_type}, not of the family {model.family}",
+            f"the weights are those of a {config.model_type}, not of the family {model.family}",
             key="model.path" if model.path else "model.family",
             value=model.path or model.family,
             remedy="Choose the model option of that family; model=deberta with model.path=DIR loads any classifier.",
             code=Code.UNSUPPORTED,
         )
-    if isinstance(model, T5Model):
-        text = model.form == "text_to_text"
-        return transformers.T5ForConditionalGeneration if text else transformers.T5ForTokenClassification
-    return classifiers[type(config)]
+    return model.network_class(config)
 
 
-def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: dict[str, Any]) -> tuple[Any, set[str]]:
+def _pretrained(
+    hf_class: Any, model: Model, location: str, config: Any, options: dict[str, Any]
+) -> tuple[Any, set[str]]:
     if model.sha256 and not model.path:
-        _refuse_other_weights(model, place)
+        _refuse_other_weights(model, location)
     try:
-        building = bounded_construction(Path(place)) if Path(place).is_dir() else nullcontext()
+        building = bounded_construction(Path(location)) if Path(location).is_dir() else nullcontext()
         with building, torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
             network, report = hf_class.from_pretrained(
-                place,
+                location,
                 config=config,
                 revision=model.revision,
                 dtype=torch.float32,
@@ -237,27 +223,27 @@ def _pretrained(hf_class: Any, model: Model, place: str, config: Any, options: d
     except UserError:
         raise
     except Exception as error:
-        raise _unreachable(model, place, error) from None
+        raise _unreachable(model, location, error) from None
     if getattr(network, "_hf_peft_config_loaded", False):  # of a repository on the hub: a local folder was checked
         reason = "holds an adapter beside the model, which transformers added to it"
         raise UserError(
             reason,
             key="model.hub_id",
-            value=place,
+            value=location,
             remedy="Merge the two into a model of its own.",
             code=Code.UNSUPPORTED,
         )
     return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
-def _refuse_other_weights(model: Model, place: str) -> None:
-    """The weights' digest must be the one that the settings name."""
+def _refuse_other_weights(model: Model, location: str) -> None:
+    """Refuse weights whose digest is not `model.sha256`."""
     try:
-        path = transformers.utils.cached_file(place, "model.safetensors", revision=model.revision)
+        path = transformers.utils.cached_file(location, "model.safetensors", revision=model.revision)
         with open(path, "rb") as weights:
             digest = file_digest(weights, "sha256").hexdigest()
     except Exception as error:
-        raise _unreachable(model, place, error) from None
+        raise _unreachable(model, location, error) from None
     if digest != model.sha256:
         raise UserError(
             f"has sha256 {digest}, not {model.sha256}",
@@ -267,46 +253,46 @@ def _refuse_other_weights(model: Model, place: str) -> None:
         )
 
 
-def _refuse_holes(backbone: Backbone, place: str) -> None:
-    """A new head may be missing from a checkpoint, a layer may not: it would silently stay random."""
+def _refuse_holes(backbone: Backbone, location: str) -> None:
+    """Refuse a checkpoint without a layer, which would silently stay random; only a head may be missing."""
     heads = tuple(f"{head}." for head in backbone.head_modules)
-    holes = sorted(name for name in backbone.fresh if not name.startswith(heads))
+    holes = sorted(name for name in backbone.new_parameters if not name.startswith(heads))
     if holes:
         raise UserError(
             f"the checkpoint lacks {len(holes)} of the backbone's tensors in their shape, for example {holes[0]}",
-            file=place,
+            file=location,
             remedy=f"Its tensors must have the names that transformers' {type(backbone.network).__name__} gives them.",
             code=Code.DAMAGED,
         )
 
 
-def _refuse_not_finite(network: Any, place: str) -> None:
+def _refuse_not_finite(network: Any, location: str) -> None:
     bad = [name for name, tensor in network.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        rest = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
-            f"the checkpoint's {', '.join(bad[:3])}{more} hold numbers that are not finite",
-            file=place,
+            f"the checkpoint's {', '.join(bad[:3])}{rest} contain NaN or infinite numbers",
+            file=location,
             code=Code.DAMAGED,
         )
 
 
-def _unreachable(model: Model, place: str, error: Exception) -> UserError:
+def _unreachable(model: Model, location: str, error: Exception) -> UserError:
     if model.path or model.package or model.folder:
         return UserError(
-            f"no model could be loaded from there ({first_line(error)})", file=place, code=Code.UNSUPPORTED
+            f"no model could be loaded from there ({first_line(error)})", file=location, code=Code.UNSUPPORTED
         )
     return UserError(
         f"could neither be downloaded nor found in the local cache ({first_line(error)})",
         key="model.hub_id",
-        value=place,
+        value=location,
         remedy=OFFLINE_REMEDY,
         code=Code.NOT_FOUND,
     )
 
 
 def _quiet() -> None:
-    """Loading reports and progress bars of the libraries are not for our users' screens; errors still are."""
+    """Silence loading reports and progress bars of the libraries; errors are still printed."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*weights.*tied.*")

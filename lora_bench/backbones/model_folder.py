@@ -1,8 +1,8 @@
 """Local model folders are untrusted input: what transformers would follow, wrap or allocate is checked beforehand.
 
 `from_pretrained` injects an adapter that lies beside a model, replaces layers where config.json names a quantisation,
-follows an index to any file and allocates what config.json asks for. A folder is read here first, a few kilobytes of
-each file, so that none of it happens without a word.
+follows an index to any file and allocates what config.json asks for. A few kilobytes of each file are read here
+first, and such folders are refused with the reason.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.
 LARGEST_JSON_BYTES = 64 * 2**20
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST_NUMBER = 2**21
-"""A setting may be larger only if a tensor of the checkpoint has a side so long."""
+"""The largest setting, unless a tensor of the checkpoint has a longer side."""
 MOST_LAYERS = 1000
-"""A checkpoint may have more layers only if it has so many tensors."""
+"""The largest number of layers, unless the checkpoint has more tensors."""
 SPARE_ELEMENTS = 2**26
-"""Elements that a network may have beside four times those of its checkpoint: a new head."""
+"""Elements that a network may have beyond four times those of its checkpoint, for a new head."""
 _FREE_NUMBERS = ("theta", "seed", "version")
-"""Parts of names of settings that may be as large as they like: nothing is allocated for them."""
+"""Settings whose names contain one of these may be of any size: nothing is allocated for them."""
 _CONVERT = (
     "import glob, sys, torch, safetensors.torch as s; d = sys.argv[1]; "
     "s.save_file({k: v.clone() for f in glob.glob(d + '/pytorch_model*.bin') for k, v in "
@@ -54,7 +54,7 @@ class TensorInfo(NamedTuple):
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a local model folder that cannot be loaded as it stands, before anything large is read.
+    """Refuse a local model folder that cannot be loaded unchanged, before large files are read.
 
     Raises:
         UserError: a file is absent, damaged, or would change what is loaded; the message names it.
@@ -203,7 +203,7 @@ def _header(path: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: TensorInfo(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+            return {name: TensorInfo(entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
     except (OSError, SafetensorError, ValueError) as error:
         remedy = "Copy or download the model's files once more."
         raise UserError(f"is damaged: {error}", file=path, remedy=remedy, code=Code.DAMAGED) from None
@@ -211,13 +211,13 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 
 def _without_safetensors(folder: Path) -> UserError:
     reason = f"holds no {WEIGHTS}"
-    others = [name for name in OTHER_WEIGHTS if (folder / name).exists()]
-    if not others:
+    other_weights = [name for name in OTHER_WEIGHTS if (folder / name).exists()]
+    if not other_weights:
         return UserError(
             reason, file=folder, remedy="Give the folder that save_pretrained of a model wrote.", code=Code.NOT_FOUND
         )
-    reason += f", only {others[0]}, which is not read here"
-    if others[0].startswith("pytorch_model"):
+    reason += f", only {other_weights[0]}, which is not read here"
+    if other_weights[0].startswith("pytorch_model"):
         command = f'python -c "{_CONVERT}" {shlex.quote(str(folder))}'
         return UserError(
             reason, file=folder, remedy=f"Convert it once, without running code of it: {command}", code=Code.UNSUPPORTED
@@ -231,8 +231,8 @@ def _refuse_adapted_tensors(tensors: Mapping[str, TensorInfo], folder: Path) -> 
     """Refuse the tensors of a network that peft had wrapped: they would be left out, or layers stay random."""
     wrappers = {"base_layer", "modules_to_save", "original_module"}
     for name in tensors:
-        parts = name.split(".")
-        if wrappers.intersection(parts) or any(part.startswith(("lora_", "vera_")) for part in parts):
+        modules = name.split(".")
+        if wrappers.intersection(modules) or any(module.startswith(("lora_", "vera_")) for module in modules):
             remedy = "Merge the adapter first: peft's merge_and_unload, then save_pretrained."
             raise UserError(
                 f"the checkpoint holds an adapter ({name})", file=folder, remedy=remedy, code=Code.UNSUPPORTED
@@ -256,7 +256,7 @@ def _refuse_impossible_numbers(settings: Mapping[str, Any], tensors: Mapping[str
     """Refuse sizes that no tensor has, and those below zero, before a list, a table or a network is made so large."""
     longest = max((side for info in tensors.values() for side in info.shape), default=0)
     for key, value in _numbers(settings):
-        if any(part in key for part in _FREE_NUMBERS) or key.endswith("_id"):
+        if any(word in key for word in _FREE_NUMBERS) or key.endswith("_id"):
             continue
         if "layer" in key and value > max(MOST_LAYERS, len(tensors)):
             reason = f"{key}: {str(value)[:20]} layers are more than the {len(tensors)} tensors of the checkpoint"
@@ -277,6 +277,6 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         if isinstance(value, dict):
             pending += value.items()
         elif isinstance(value, list):
-            pending += [(key, each) for each in value]
+            pending += [(key, item) for item in value]
         elif type(value) is int:
             yield key, value

@@ -1,4 +1,4 @@
-"""T5, as it does a sentence-pair task itself (text to text), or as an encoder with a head.
+"""T5 text to text, as in its pretraining on sentence-pair tasks, or as an encoder with a head.
 
 Text to text (Raffel et al. 2020, appendix D): the encoder reads `qqp question1: … question2: …`, the decoder takes
 one step from its start token, and the scores of the first tokens of the two label words are the logits. There is no
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class _T5(Backbone):
-    """What both forms share: the template, and the encoder with its one relative position bias."""
+    """The template and the encoder, with its one relative position bias, of both forms."""
 
     query_value = r".*\.(q|v)"
     encoder: Any
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str) -> None:
-        super().__init__(network, tokenizer, fresh)
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: str, task: str) -> None:
+        super().__init__(network, tokenizer, new_parameters)
         self.template = template
         self.task = task
 
@@ -40,9 +40,9 @@ class _T5(Backbone):
         return [before + " ".join(fields) + after for fields in named], None
 
     def for_task(self, task: str) -> _T5:
-        found = copy.copy(self)
-        found.task = task
-        return found
+        backbone = copy.copy(self)
+        backbone.task = task
+        return backbone
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))
@@ -67,7 +67,7 @@ class _T5(Backbone):
 
 
 class T5TextToText(_T5):
-    """`T5ForConditionalGeneration` that answers with one of two words.
+    """`T5ForConditionalGeneration` whose logits are the scores of two label words.
 
     Raises:
         UserError: the two label words begin with the same token.
@@ -78,14 +78,20 @@ class T5TextToText(_T5):
     layer_paths = ("encoder.block", "decoder.block")
 
     def __init__(
-        self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str, label_words: list[str]
+        self,
+        network: nn.Module,
+        tokenizer: Any,
+        new_parameters: set[str],
+        template: str,
+        task: str,
+        label_words: list[str],
     ) -> None:
-        super().__init__(network, tokenizer, fresh, template, task)
+        super().__init__(network, tokenizer, new_parameters, template, task)
         self.encoder = network.encoder
         self.label_tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in label_words]
         if self.label_tokens[0] == self.label_tokens[1]:
             raise UserError(
-                "both words begin with the same token, so their scores cannot differ",
+                "both words begin with the same token, so their scores are equal",
                 key="model.label_words",
                 value=label_words,
                 remedy="Give two words that begin differently, for example 'model.label_words=[no,yes]'.",
@@ -98,10 +104,10 @@ class T5TextToText(_T5):
         return {name: linear for name, linear in super().linears().items() if not idle.fullmatch(name)}
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        # The decoder is run whole, by `answer`: its one step costs little.
+        # `classify` runs the whole decoder: its one step costs little.
         return self._encoded(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         network: Any = self.network
         start = torch.full((len(encoded), 1), network.config.decoder_start_token_id, device=encoded.device)
         decoded = network.decoder(
@@ -123,14 +129,14 @@ class T5Encoder(_T5):
     peft_task = "TOKEN_CLS"
     layer_paths = ("transformer.encoder.block",)
 
-    def __init__(self, network: nn.Module, tokenizer: Any, fresh: set[str], template: str, task: str) -> None:
-        super().__init__(network, tokenizer, fresh, template, task)
+    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: str, task: str) -> None:
+        super().__init__(network, tokenizer, new_parameters, template, task)
         self.encoder = network.transformer.encoder  # type: ignore[union-attr]
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         return self._encoded(hidden, batch, depth)  # (N, T, D)
 
-    def answer(self, encoded: Tensor, batch: Batch) -> Tensor:
+    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         kept = batch.attention_mask[:, :, None].to(encoded.dtype)  # (N, T, 1)
         pooled = (encoded * kept).sum(1) / kept.sum(1)  # (N, D); the head is linear, so this equals the mean of logits
         return self.network.classifier(pooled)  # type: ignore[no-any-return, operator]

@@ -1,8 +1,8 @@
-"""Tokenizers read from files: `tokenizer.json` exactly as it stands, checked before anything is trained with it.
+"""Tokenizers read from files: `tokenizer.json` is used unchanged, and checked before anything is trained with it.
 
 transformers rebuilds some tokenizers from their vocabulary and takes normalizer, pre-tokenizer, template and decoder
-from the class of the model. Where that differs from the file, the file wins. A tokenizer comes from outside: its native
-code is called with a time limit, and what it panics at is refused like any other damaged file.
+from the class of the model. Where that differs from the file, the file wins. A tokenizer is untrusted input: its
+native code is called with a time limit, and a file on which it panics is refused as damaged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_BYTES = 256 * 2**20
 MAX_ID = 2**24
 """The highest token id that is read; the library walks through all ids up to the highest, used or not."""
 SECONDS = 20.0
-"""How long native code may take for the probe texts, which need milliseconds."""
+"""The longest time that native code may take for the probe texts, which need milliseconds."""
 
 HARD = [
     *(unit * (4000 // len(unit)) for unit in ("a", "A", "1", " ", "\n", "!", "é", "日", "ab ", "a1", "aA1_- ", "a\n")),
@@ -42,48 +42,50 @@ HARD = [
     " " * 4000 + "x",
     "ab" * 30 + "\u0000",
 ]
-"""What patterns that backtrack take for ever for."""
+"""Texts on which patterns that backtrack take for ever."""
 
 
-def read(
-    place: str, refusal: Callable[[str, str | None, Code], UserError], options: Callable[[], Mapping[str, Any]]
+def read_tokenizer(
+    location: str, refusal: Callable[[str, str | None, Code], UserError], options: Callable[[], Mapping[str, Any]]
 ) -> tuple[Any, list[str]]:
-    """Return the tokenizer of a folder or hub id, and what the user should know of how it is read.
+    """Return the tokenizer of a folder or hub id, and notes for the user about how it is read.
 
     Args:
-        place: a local folder or an id on the hub.
-        refusal: makes the error of a reason, a remedy and a code.
-        options: gives the keywords for `AutoTokenizer.from_pretrained`.
+        location: a local folder or an id on the hub.
+        refusal: returns the error for a reason, a remedy and a code.
+        options: returns the keywords for `AutoTokenizer.from_pretrained`.
 
     Raises:
         UserError: there is no fast tokenizer, or its files are damaged, contradict themselves or take too long.
     """
-    if os.path.isdir(place):
-        refuse_odd_files(Path(place))
+    if os.path.isdir(location):
+        reject_special_files(Path(location))
     try:
         keywords = options()
-        path = _file(place, keywords.get("revision"))
+        path = _file(location, keywords.get("revision"))
         added = [] if path is None else _refuse_contradictions(path)
-        by_class = bounded(lambda: _by_class(place, keywords, path), SECONDS)
-        tokenizer = by_class if path is None else bounded(lambda: _as_in_file(by_class, path), SECONDS)
+        by_class = call_with_timeout(lambda: _by_class(location, keywords, path), SECONDS)
+        tokenizer = by_class if path is None else call_with_timeout(lambda: _as_in_file(by_class, path), SECONDS)
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
-        code = Code.UNSUPPORTED if os.path.isdir(place) else Code.NOT_FOUND
+        code = Code.UNSUPPORTED if os.path.isdir(location) else Code.NOT_FOUND
         raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None, code) from None
     if path is not None:
         _refuse_other_ids(path, tokenizer, added)
     _refuse_unusable(tokenizer, refusal)
     try:
-        bounded(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
+        call_with_timeout(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
     except Exception as error:
         reason = f"its tokenizer fails on short texts ({first_line(error)})"
-        remedy = "Its patterns (normalizer, pre_tokenizer) are damaged or take for ever."
+        remedy = (
+            "Replace its tokenizer.json: the patterns in normalizer and pre_tokenizer are damaged or do not terminate."
+        )
         raise refusal(reason, remedy, Code.DAMAGED) from None
     return tokenizer, _notes(tokenizer, by_class)
 
 
-def refuse_odd_files(folder: Path) -> None:
+def reject_special_files(folder: Path) -> None:
     """Refuse a folder whose text files cannot be read at once: pipes, devices, links to nothing, huge files.
 
     Raises:
@@ -93,21 +95,21 @@ def refuse_odd_files(folder: Path) -> None:
         if path.suffix not in (".json", ".txt", ".model"):
             continue
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError as error:
             raise UserError(f"cannot be read ({error.strerror})", file=path, code=Code.UNREADABLE) from None
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise UserError("is not a regular file", file=path, code=Code.NOT_A_FILE)
-        if found.st_size > MAX_BYTES:
-            reason = f"has {found.st_size:,} bytes, and no file of a tokenizer or config has more than {MAX_BYTES:,}"
+        if status.st_size > MAX_BYTES:
+            reason = f"has {status.st_size:,} bytes, and no file of a tokenizer or config has more than {MAX_BYTES:,}"
             raise UserError(reason, file=path, code=Code.TOO_LARGE)
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T:
+def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
     """Return what `call` returns, with a limit on its time; for native code, which no signal stops.
 
     Raises:
-        TimeoutError: it takes longer; it is left to itself in a thread that does not keep the process alive.
+        TimeoutError: it takes longer; it goes on in a thread that does not keep the process alive.
         ValueError: the native code panicked.
         Exception: what `call` raises.
     """
@@ -135,7 +137,7 @@ def bounded(call: Callable[[], T], seconds: float) -> T:
 
 @contextmanager
 def _no_panic_messages() -> Iterator[None]:
-    """Keep what native code prints of a panic off the screen: the error says it."""
+    """Silence what native code prints when it panics: the error repeats it."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -147,35 +149,35 @@ def _no_panic_messages() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _file(place: str, revision: str | None) -> Path | None:
-    """Return where tokenizer.json lies; None where the tokenizer has other files."""
-    if os.path.isdir(place):
-        path = Path(place, FILE)
+def _file(location: str, revision: str | None) -> Path | None:
+    """Return the path of tokenizer.json; None if the tokenizer has other files."""
+    if os.path.isdir(location):
+        path = Path(location, FILE)
         return path if path.is_file() else None
-    found = transformers.utils.cached_file(
-        place,
+    path_in_cache = transformers.utils.cached_file(
+        location,
         FILE,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    return None if found is None else Path(found)
+    return None if path_in_cache is None else Path(path_in_cache)
 
 
-def _by_class(place: str, keywords: Mapping[str, Any], path: Path | None) -> Any:
+def _by_class(location: str, keywords: Mapping[str, Any], path: Path | None) -> Any:
     """Return the tokenizer as transformers reads it: it knows the special tokens that the file does not name."""
     if path is not None:
-        Tokenizer.from_file(str(path))  # a damaged file is told by its own error, not by that of a class
+        Tokenizer.from_file(str(path))  # so that the error of a damaged file is its own, and not that of a class
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **keywords)
     except Exception:
         if path is None:
             raise
-        try:  # the class can make nothing of this vocabulary; the file may stand alone
-            known = {name: value for name, value in keywords.items() if name != "tokenizer_type"}
-            return TokenizersBackend.from_pretrained(place, **known)
-        except Exception:  # what the class said is nearer to the cause
+        try:  # the class cannot read this vocabulary; the file alone may suffice
+            generic_keywords = {name: value for name, value in keywords.items() if name != "tokenizer_type"}
+            return TokenizersBackend.from_pretrained(location, **generic_keywords)
+        except Exception:  # the error of the class is nearer to the cause
             pass
         raise
 
@@ -190,7 +192,7 @@ def _as_in_file(by_class: Any, path: Path) -> Any:
     if json.loads(backend.to_str()) == json.loads(by_class.backend_tokenizer.to_str()):
         return by_class
     names = {name: token for name, token in by_class.special_tokens_map.items() if isinstance(token, str)}
-    made = TokenizersBackend(
+    tokenizer = TokenizersBackend(
         tokenizer_object=backend,
         model_max_length=by_class.model_max_length,
         model_input_names=by_class.model_input_names,
@@ -201,8 +203,8 @@ def _as_in_file(by_class: Any, path: Path) -> Any:
         **{name: token for name, token in names.items() if backend.token_to_id(token) is not None},
     )
     backend.encode_special_tokens = by_class.split_special_tokens
-    made._tokenizer = backend  # transformers' has been given a template and tokens that the file lacks
-    return made
+    tokenizer._tokenizer = backend  # transformers' has been given a template and tokens that the file lacks
+    return tokenizer
 
 
 def _refuse_contradictions(path: Path) -> list[Any]:
@@ -223,7 +225,7 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     model, added = (
         (content.get(key) for key in ("model", "added_tokens")) if isinstance(content, dict) else (None, None)
     )
-    model = model if isinstance(model, dict) else {}  # whatever else it is, the library refuses it
+    model = model if isinstance(model, dict) else {}  # the library refuses anything else
     added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     vocabulary = model.get("vocab")
     vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
@@ -237,7 +239,10 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     if repeated is not None:
         names = [token for token, i in vocabulary.items() if str(i) == repeated]
         raise UserError(
-            f"gives {names[0]!r} and {names[1]!r} the same id, {repeated}", file=path, remedy=REMEDY, code=Code.DAMAGED
+            f"gives the tokens {names[0]!r} and {names[1]!r} the same id, {repeated}",
+            file=path,
+            remedy=REMEDY,
+            code=Code.DAMAGED,
         )
     if model.get("dropout"):
         reason = f"has model.dropout={model['dropout']}: it would split the same text differently each time"
@@ -278,20 +283,20 @@ def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], 
 
 
 def _notes(tokenizer: Any, by_class: Any) -> list[str]:
-    """Say where the file and the class of transformers read a text differently: other programs may follow the class."""
+    """Return a note if the file and the class of transformers tokenise probe texts differently, else nothing."""
     if tokenizer is by_class:
         return []
     texts = [*PAIRS, *TEXTS]
     try:
-        theirs = bounded(lambda: by_class.backend_tokenizer.encode_batch_fast(texts), SECONDS)
+        theirs = call_with_timeout(lambda: by_class.backend_tokenizer.encode_batch_fast(texts), SECONDS)
     except Exception:
-        return ["tokenizer.json is read as it stands; transformers' class of it fails on short texts."]
+        return ["tokenizer.json is read unchanged; the tokenizer class of transformers fails on short texts."]
     ours = tokenizer.backend_tokenizer.encode_batch_fast(texts)
     differing = sum(one.ids != other.ids for one, other in zip(ours, theirs, strict=True))
     if not differing:
         return []
     return [
-        f"tokenizer.json is read as it stands; transformers' {type(by_class).__name__} would read {differing} of "
+        f"tokenizer.json is read unchanged; transformers' {type(by_class).__name__} would read {differing} of "
         f"{len(texts)} probe texts differently."
     ]
 

@@ -13,7 +13,7 @@ from lora_bench.config.schema import DATA, MODELS, OPTIONAL, Data, Metric, Model
 from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 T = TypeVar("T")
 
@@ -83,12 +83,22 @@ _TYPES = {
 }
 
 
-def build_model(node: DictConfig) -> Model:
-    return build(_kind(MODELS, node, "family", "model"), node, "model")
+def build_variant(class_of: Callable[[str], type[T]], node: DictConfig, group: str, key: str) -> T:
+    """Return the settings of a group whose dataclass depends on the value of one of its keys.
+
+    Args:
+        class_of: returns the dataclass for a value of that key, or raises a UserError.
+        node: the group in the config.
+        group: the group's name.
+        key: the key's name.
+    """
+    require(isinstance(node, DictConfig), group, node, "is not a group of keys")
+    return build(class_of(str(node.get(key))), node, group)
 
 
 def build_data(node: DictConfig) -> Data:
-    return build(_kind(DATA, node, "source", "data"), node, "data")
+    """Return the settings of the source of data that `data.source` names."""
+    return build_variant(_data_class, node, "data", "source")
 
 
 def build_metrics(node: DictConfig) -> dict[str, Metric]:
@@ -96,15 +106,13 @@ def build_metrics(node: DictConfig) -> dict[str, Metric]:
     return {str(name): build(Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
 
 
-def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
-    require(isinstance(node, DictConfig), group, node, "is not a group of keys")
-    name = str(node.get(field))
-    if name not in kinds:
+def _data_class(source: str) -> type[Data]:
+    if source not in DATA:
         raise UserError(
-            f"is not one of {', '.join(kinds)}",
-            key=f"{group}.{field}",
-            value=name,
-            remedy=nearest(name, kinds),
+            f"is not one of {', '.join(DATA)}",
+            key="data.source",
+            value=source,
+            remedy=nearest(source, DATA),
             code=Code.UNKNOWN_CHOICE,
         )
-    return kinds[name]
+    return DATA[source]

@@ -43,5 +43,5 @@ def conf_folder() -> Path:
 
 @cache
 def choices(group: str) -> tuple[str, ...]:
-    """The options of a config group that ship with the package."""
-    return tuple(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
+    """Return the choices of a config group that ship with the package; a name that begins with `_` is none."""
+    return tuple(sorted(path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")))

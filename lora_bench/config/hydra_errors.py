@@ -127,7 +127,7 @@ def _no_such_choice(group: str, option: str, options: list[str], config_dir: str
 def _options(conf: Path, config_dir: str | None, group: str) -> list[str]:
     folders = [str(conf), *([config_dir] if config_dir else [])]
     listed = [name for folder in folders if os.path.isdir(at := os.path.join(folder, group)) for name in os.listdir(at)]
-    return sorted({name.removesuffix(".yaml") for name in listed if name.endswith(".yaml")})
+    return sorted({name.removesuffix(".yaml") for name in listed if name.endswith(".yaml") and name[0] != "_"})
 
 
 def _known_keys(conf: Path, config_name: str, arguments: Arguments) -> set[str]:

@@ -16,10 +16,13 @@ from lora_bench.errors import Code, require, require_number, require_one_of
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which pretrained network is the frozen backbone, and where its weights lie. The first place given is used."""
+    """The pretrained network that is the frozen backbone. The first of the places that is given is used.
+
+    Each family has a subclass, with the keys that only this family has.
+    """
 
     family: str
-    """`bert` (BERT, RoBERTa, MiniLM), `t5`, or `auto` (any Hugging Face classifier, without the prefix split)."""
+    """The name of the module in `lora_bench/backbones/families/` that defines it; `auto` serves any classifier."""
     path: str | None
     """A local Hugging Face folder: config.json, weights in safetensors, tokenizer."""
     tokenizer: str | None
@@ -38,7 +41,6 @@ class Model:
     """Settings of a Hugging Face config from which a random network is made: for tests."""
 
     def __post_init__(self) -> None:
-        require_one_of("family", self.family, tuple(MODELS))
         places = (self.path, self.package, self.folder, self.hub_id, self.random)
         require(
             any(places),
@@ -48,31 +50,6 @@ class Model:
             "Give model.path=DIR, a local Hugging Face folder.",
             code=Code.MISSING,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Model(Model):
-    """T5 answers in words (encoder and one decoder step), or classifies from its encoder."""
-
-    form: str
-    """`text_to_text`: the label words' scores are the logits, no head. `encoder`: mean-pooled encoder and a head."""
-    template: str
-    """What the encoder reads; {task} and {fields} (`question1: … question2: …`) are filled in."""
-    label_words: list[str]
-    """The words for label 0 and 1; their first tokens are scored."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_one_of("form", self.form, ("text_to_text", "encoder"))
-        require(
-            "{fields}" in self.template,
-            "template",
-            self.template,
-            "has no {fields}",
-            "That is where the text goes.",
-            code=Code.INVALID_SYNTAX,
-        )
-        require(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,9 +263,6 @@ class Metric:
 
     def __post_init__(self) -> None:
         require_one_of("direction", self.direction, ("up", "down"))
-
-
-MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
 
 
 DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}

@@ -1,8 +1,8 @@
-"""Training pairs perturbed on the fly: in each epoch another share of them, by other transforms.
+"""Perturbation of training pairs on the fly: each epoch perturbs another share of them with other transforms.
 
-What an epoch's pairs become depends on the data and `data.split_seed`, not on the run's seed: members of a pack that
-differ in their seeds see the same texts, each in its own order. Only what was perturbed is tokenised anew, and batches
-keep the rows that they would have without.
+The perturbed texts depend on the data, the epoch and `data.split_seed`, not on the run's seed: members of a pack with
+different seeds see the same texts in different orders. Only perturbed pairs are tokenised again. A batch has the
+same rows with and without perturbation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import Perturbed, choose, perturb_row
+from lora_bench.data.perturb import PerturbedRows, choose_transforms, perturb_row
 from lora_bench.data.tokenization import PairReader, tokenize
 from lora_bench.errors import Code, UserError
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a table's pairs are perturbed in an epoch.
+    """Perturbation of a table's pairs, drawn anew in each epoch.
 
     Args:
         examples: the table's N texts and labels.
-        transforms: of which each chosen pair gets one, drawn among those that change it.
-        share: of the pairs, chosen anew in each epoch.
-        intensity: of the transforms.
+        transforms: candidates; each chosen pair gets one, drawn among those that change it.
+        share: fraction of the pairs that is chosen in each epoch.
+        intensity: of the transforms, in (0, 1].
         seed: fixes all draws, together with the epoch.
-        tokenize: makes a table of examples.
+        tokenize: returns the token table of examples.
     """
 
     examples: Examples
@@ -47,36 +47,39 @@ class Augmentation:
     seed: int
     tokenize: Callable[[Examples], TokenTable]
 
-    def perturbed(self, epoch: int) -> Perturbed:
-        """The rows that are perturbed in this epoch, with new texts and labels; a row that nothing changes is not."""
+    def perturb(self, epoch: int) -> PerturbedRows:
+        """Return the rows that this epoch perturbs, with their new texts and labels.
+
+        A chosen row that no transform changes is left out.
+        """
         random = Random(f"{self.seed} augment {epoch}")
         count = round(self.share * len(self.examples))
         rows, texts, labels = [], [], []
         for row in sorted(random.sample(range(len(self.examples)), count)):
             for transform in random.sample(self.transforms, len(self.transforms)):
                 seed = f"{self.seed} {epoch}"
-                found = perturb_row(self.examples, row, transform, seed=seed, intensity=self.intensity)
-                if found is not None:
+                changed = perturb_row(self.examples, row, transform, seed=seed, intensity=self.intensity)
+                if changed is not None:
                     rows.append(row)
-                    texts.append(found[0])
-                    labels.append(found[1])
+                    texts.append(changed[0])
+                    labels.append(changed[1])
                     break
-        places = np.array(rows, np.int64)
-        columns = tuple([each[c] for each in texts] for c in range(len(self.examples.texts)))
-        return Perturbed(places, Examples(self.examples.ids[places], columns, np.array(labels, np.int64)))
+        indices = np.array(rows, np.int64)
+        columns = tuple([row_texts[c] for row_texts in texts] for c in range(len(self.examples.texts)))
+        return PerturbedRows(indices, Examples(self.examples.ids[indices], columns, np.array(labels, np.int64)))
 
     def table(self, table: TokenTable, epoch: int) -> TokenTable:
-        """The table as it is in this epoch: perturbed rows hold other tokens, all others what they held."""
-        found = self.perturbed(epoch)
-        if not len(found.rows):
+        """Return a copy of the table in which the rows perturbed in this epoch have their new tokens and labels."""
+        perturbed = self.perturb(epoch)
+        if not len(perturbed.rows):
             return replace(table, augmentation=None)
-        new = self.tokenize(found.examples)
+        new = self.tokenize(perturbed.examples)
         offsets, lengths = table.offsets.copy(), table.lengths.copy()
-        offsets[found.rows] = new.offsets + len(table.values)  # behind the table's own tokens
-        lengths[found.rows] = new.lengths
+        offsets[perturbed.rows] = new.offsets + len(table.values)  # behind the table's own tokens
+        lengths[perturbed.rows] = new.lengths
         labels = None if table.labels is None else table.labels.copy()
         if labels is not None and new.labels is not None:
-            labels[found.rows] = new.labels
+            labels[perturbed.rows] = new.labels
         types = None
         if table.types is not None:
             types = np.concatenate(
@@ -94,51 +97,63 @@ class Augmentation:
         )
 
 
-def augmentations(data: Data, objective: str) -> list[Transform]:
-    """What `data.augment` names; refuses what there is not, and what suits neither the data nor the objective."""
-    compared = objective == "perturb_consistency"
+def choose_augmentations(data: Data, objective: str) -> list[Transform]:
+    """Return the transforms that `data.augment` names; an empty list if it is null.
+
+    Raises:
+        UserError: a name is unknown, a transform does not suit the data or the objective, or the objective needs
+            transforms and there are none.
+    """
+    keeps_labels = objective == "perturb_consistency"
     if data.augment is None:
-        if compared:
+        if keeps_labels:
             remedy = "Give data.augment=all, a level, or a list of transforms."
             raise UserError(
-                "needs perturbed pairs", key="trainer.objective", value=objective, remedy=remedy, code=Code.CONFLICT
+                "compares each pair with a perturbed copy, and data.augment names no transform",
+                key="trainer.objective",
+                value=objective,
+                remedy=remedy,
+                code=Code.CONFLICT,
             )
         return []
-    return choose(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=compared)
+    return choose_transforms(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=keeps_labels)
 
 
 def training_tables(
     data: Data, train: Examples, backbone: PairReader, objective: str, head: int = 0
 ) -> tuple[TokenTable, TokenTable | None]:
-    """The training pairs as tokens, and each again if the objective asks for it: exchanged, perturbed, or as it is.
+    """Tokenise the training pairs, and once more if the objective needs a second view.
 
-    Where it takes each pair in one order, the other order goes along as what is exchanged.
+    Returns:
+        (table, second view). The second view has the texts in reversed order (`order_consistency`), perturbed
+        (`perturb_consistency`) or unchanged (`dropout_consistency`); it is None for other objectives. With
+        `either_order`, the first table has the reversed order as its `reversed_view`.
     """
-    plain, exchanged = (
+    first_view, second_view = (
         partial(
             tokenize,
             columns=data.text_columns,
             backbone=backbone,
             max_length=data.max_length,
-            swapped=swapped,
+            reverse=reverse,
             head=head,
         )
-        for swapped in (False, True)
+        for reverse in (False, True)
     )
-    chosen = augmentations(data, objective)
+    transforms = choose_augmentations(data, objective)
 
-    def looked_at(view: Callable[..., TokenTable]) -> TokenTable:
-        if not chosen:
+    def augmented(view: Callable[..., TokenTable]) -> TokenTable:
+        if not transforms:
             return view(train)
-        once = partial(view, cached=False)
-        how = Augmentation(train, chosen, data.augment_share, data.intensity, data.split_seed, once)
-        return replace(view(train), augmentation=how)
+        uncached = partial(view, cached=False)
+        augmentation = Augmentation(train, transforms, data.augment_share, data.intensity, data.split_seed, uncached)
+        return replace(view(train), augmentation=augmentation)
 
     if objective == "perturb_consistency":
-        return plain(train), looked_at(plain)
-    table = looked_at(plain)
+        return first_view(train), augmented(first_view)
+    table = augmented(first_view)
     if objective == "either_order":
-        return replace(table, exchanged=looked_at(exchanged)), None
+        return replace(table, reversed_view=augmented(second_view)), None
     if objective == "order_consistency":
-        return table, looked_at(exchanged)
-    return table, None
+        return table, augmented(second_view)
+    return table, table if objective == "dropout_consistency" else None

@@ -1,4 +1,4 @@
-"""From token tables to batches: which pairs travel together, in which order, padded to which length.
+"""Batches from token tables: the pairs of each batch, their order, and the length to pad to.
 
 Batch shapes are fixed by the data, the order of pairs by the seed. Pairs are sorted by length into buckets of a few
 batches; the sequence of buckets is the same for every seed, and the seed permutes the pairs within each bucket. So
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.int64]
 
-# As wide as about 5 % of padding allows: the narrower a bucket, the more its batches are alike, and where length tells
-# something of the content (templates, genres) training suffers. Measured in LOG.md.
+# As wide as about 5 % of padding allows. In a narrower bucket, batches resemble each other, and training suffers if
+# length depends on content (templates, genres). Measured in LOG.md.
 LENGTH_RATIO = 1.15
 SMALLEST_BUCKET = 2  # batches
 
@@ -34,27 +34,26 @@ SMALLEST_BUCKET = 2  # batches
 class Batch:
     """N = members · orders · B rows of T tokens for B pairs, member by member and then order by order.
 
-    `members` is 1 where all members share the rows; `orders` is 2 where each pair comes a second time with its texts
-    exchanged.
+    `members` is 1 if all members share the rows. `orders` is 2 if each pair comes a second time, as its second view.
     """
 
     input_ids: Tensor  # (N, T) int64
     attention_mask: Tensor  # (N, T) int64, 1 for tokens, 0 for padding
-    token_type_ids: Tensor | None  # (N, T) int64; None where the tokenizer makes no difference
+    token_type_ids: Tensor | None  # (N, T) int64; None if the tokenizer has no token types
     labels: Tensor | None  # (N,) int64
     full: bool  # no padding anywhere
     members: int = 1
     orders: int = 1
-    hidden: Tensor | None = None  # (N, T, D) what the frozen prefix makes of the rows, where that is kept
-    head: int = 0  # which of its members' heads answers the rows, where they have one for each of several tasks
+    hidden: Tensor | None = None  # (N, T, D) output of the frozen prefix, if it is cached
+    head: int = 0  # index of the members' head that classifies the rows, if they have one per task
 
     @property
     def pairs(self) -> int:
-        """B, the pairs of each member."""
+        """Return B, the number of pairs of each member."""
         return len(self.input_ids) // (self.members * self.orders)
 
-    def of(self, members: Sequence[int]) -> Batch:
-        """The rows of these members alone, where each has rows of its own."""
+    def select_members(self, members: Sequence[int]) -> Batch:
+        """Return the batch with the rows of these members only; the batch itself if all members share the rows."""
         if self.members == 1 or len(members) == self.members:
             return self
 
@@ -65,35 +64,35 @@ class Batch:
         return replace(self.map(pick), members=len(members))
 
     def repeat(self, members: int) -> Batch:
-        """The same rows once per member."""
+        """Return the batch with its rows repeated once per member."""
         return replace(self.map(lambda t: t.repeat(members, *[1] * (t.ndim - 1))), members=members)
 
     def to(self, device: torch.device) -> Batch:
-        """On the device; from pinned memory, so that the copy overlaps with what the device still computes."""
+        """Copy the batch to a device, from pinned memory, so that the copy overlaps with computation there."""
         if device.type == "cpu":
             return self
         return self.map(lambda t: t.pin_memory().to(device, non_blocking=True))
 
     def padding(self, members: int) -> list[int]:
-        """Tokens that only fill up the rows of each member, where so many see the batch."""
+        """Return the number of padding tokens in the rows of each of `members` members."""
         rows = self.attention_mask.view(self.members, -1)  # one per member, or one for all
         missing: list[int] = (rows.shape[1] - rows.sum(1)).tolist()
         return missing * (members // self.members)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor of it changed in the same way."""
+        """Return the batch with a function applied to each of its tensors."""
         changed: dict[str, Any] = {name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **changed)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which rows each training batch holds.
+    """The assignment of rows to training batches.
 
     Args:
         lengths: (N,) tokens of each pair.
         batch_size: pairs per optimizer update.
-        multiple: tokens that a batch's length is a multiple of, as far as there are pairs so long.
+        multiple: batch lengths are rounded up to a multiple of this, but not beyond the longest pair.
     """
 
     lengths: Rows
@@ -105,7 +104,7 @@ class BatchPlan:
         return -(-len(self.lengths) // self.batch_size)
 
     def buckets(self) -> list[Rows]:
-        """Row numbers by length, cut at whole batches where the length has grown by LENGTH_RATIO."""
+        """Return row numbers sorted by length, split at batch boundaries where the length has grown by LENGTH_RATIO."""
         order = np.argsort(self.lengths, kind="stable")
         lengths, B = self.lengths[order], self.batch_size
         buckets, start = [], 0
@@ -117,14 +116,14 @@ class BatchPlan:
             start = end
         return buckets
 
-    def padded(self, length: int) -> int:
-        """The length of a batch whose longest pair has `length` tokens."""
+    def padded_length(self, length: int) -> int:
+        """Return the length to which a batch is padded whose longest pair has `length` tokens."""
         return max(length, min(-(-length // self.multiple) * self.multiple, int(self.lengths.max())))
 
     def epoch(self, epoch: int, seeds: Sequence[int]) -> Iterator[tuple[list[Rows], int]]:
-        """The batches of one epoch in order: for each distinct seed its rows, and the length T to pad to."""
+        """Yield the batches of one epoch in order: the rows of each of the distinct seeds, and the padded length T."""
         buckets = self.buckets()
-        tops = [self.padded(int(self.lengths[bucket].max())) for bucket in buckets]
+        lengths = [self.padded_length(int(self.lengths[bucket].max())) for bucket in buckets]
         shuffled = [
             [np.random.default_rng((seed, epoch, i)).permutation(bucket) for i, bucket in enumerate(buckets)]
             for seed in seeds
@@ -132,7 +131,7 @@ class BatchPlan:
         slots = [(i, start) for i, bucket in enumerate(buckets) for start in range(0, len(bucket), self.batch_size)]
         for slot in np.random.default_rng(epoch).permutation(len(slots)):  # the same for every seed
             i, start = slots[slot]
-            yield [own[i][start : start + self.batch_size] for own in shuffled], tops[i]
+            yield [rows[i][start : start + self.batch_size] for rows in shuffled], lengths[i]
 
 
 def training_batches(
@@ -141,96 +140,98 @@ def training_batches(
     seeds: Sequence[int],
     epoch: int,
     pad_id: int,
-    swapped: TokenTable | None = None,
+    second_view: TokenTable | None = None,
 ) -> Iterator[Batch]:
-    """The batches of one epoch for members of these seeds; rows are shared where all seeds are equal.
+    """Yield the batches of one epoch for members with these seeds; members share the rows if all seeds are equal.
 
-    With `swapped`, the same pairs with their texts exchanged, each batch holds its pairs in both orders. With
-    `table.exchanged` it holds them in one: half of the pairs in each epoch as they are, in the next the other half.
-    Where pairs are perturbed, a batch is as long as its longest pair has become.
+    With `second_view`, each batch holds its pairs twice: in their first and in their second view. With
+    `table.reversed_view`, half of the pairs are in reversed order in each epoch, the other half in the next. If pairs
+    are perturbed, a batch is as long as its longest perturbed pair.
     """
-    views = [each.in_epoch(epoch) for each in (table, table.exchanged, swapped) if each is not None]
+    views = [view.in_epoch(epoch) for view in (table, table.reversed_view, second_view) if view is not None]
     distinct = list(dict.fromkeys(seeds))
     for rows, length in plan.epoch(epoch, distinct):
         members = 1 if len(distinct) == 1 else len(seeds)
-        own = np.concatenate([rows[distinct.index(seed)] for seed in seeds[:members]])
-        longest = max(length, *(plan.padded(int(view.lengths[own].max())) for view in views))
-        if table.exchanged is not None:
-            turned = (own + epoch) % 2 == 1  # what was (N,) in one order is so many rows in each
-            one, other = (
-                collate(view, own[turned == turn], longest, pad_id, members) for turn, view in enumerate(views)
+        batch_rows = np.concatenate([rows[distinct.index(seed)] for seed in seeds[:members]])
+        longest = max(length, *(plan.padded_length(int(view.lengths[batch_rows].max())) for view in views))
+        if table.reversed_view is not None:
+            is_reversed = (batch_rows + epoch) % 2 == 1  # (N,)
+            in_order, in_reverse = (
+                collate(view, batch_rows[is_reversed == flag], longest, pad_id, members)
+                for flag, view in enumerate(views)
             )
-            yield _joined(one, other, torch.from_numpy(np.argsort(np.argsort(turned, kind="stable"))))
+            order = torch.from_numpy(np.argsort(np.argsort(is_reversed, kind="stable")))
+            yield _joined(in_order, in_reverse, order)
             continue
-        batch, *swaps = [collate(view, own, longest, pad_id, members) for view in views]
-        yield both_orders(batch, *swaps) if swaps else batch
+        batch, *second_batches = [collate(view, batch_rows, longest, pad_id, members) for view in views]
+        yield join_orders(batch, *second_batches) if second_batches else batch
 
 
-def both_orders(batch: Batch, swapped: Batch) -> Batch:
-    """Each member's rows, and behind them the same pairs with their texts exchanged."""
+def join_orders(batch: Batch, second_view: Batch) -> Batch:
+    """Return one batch with each member's rows, followed by the second view of the same pairs."""
     # (2, members, B) row numbers, read member by member
-    places = torch.arange(2 * len(batch.input_ids)).view(2, batch.members, -1).transpose(0, 1).flatten()
-    return replace(_joined(batch, swapped, places), orders=2)
+    order = torch.arange(2 * len(batch.input_ids)).view(2, batch.members, -1).transpose(0, 1).flatten()
+    return replace(_joined(batch, second_view, order), orders=2)
 
 
-def _joined(one: Batch, other: Batch, places: Tensor) -> Batch:
-    """The rows of both, the other's behind, taken in the order of `places`."""
+def _joined(first: Batch, second: Batch, order: Tensor) -> Batch:
+    """Return the rows of the first batch followed by those of the second, permuted by `order`."""
     both: dict[str, Any] = {
-        name: torch.cat([value, getattr(other, name)])[places]
-        for name, value in vars(one).items()
+        name: torch.cat([value, getattr(second, name)])[order]
+        for name, value in vars(first).items()
         if isinstance(value, Tensor)
     }
-    return replace(one, **both, full=one.full and other.full)
+    return replace(first, **both, full=first.full and second.full)
 
 
 def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
-    """Every row once, longest first, with the row numbers of each batch."""
+    """Yield every row once, longest first: the row numbers of each batch, and the batch."""
     for rows in evaluation_rows(table, batch_size):
         yield rows, collate(table, rows, int(table.lengths[rows].max()), pad_id)
 
 
 def evaluation_rows(table: TokenTable, batch_size: int) -> list[Rows]:
-    """The row numbers of each batch of an evaluation; none is longer than its first row."""
+    """Return the row numbers of each evaluation batch; the first row of a batch is its longest."""
     order = np.argsort(-table.lengths, kind="stable")
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:
-    """The batch in portions of at most `pairs` pairs per member, each in all its orders."""
+    """Yield the batch in micro-batches of at most `pairs` pairs per member, each pair in all its orders."""
     B = batch.pairs
     if pairs >= B:
         yield batch
         return
     for i in range(0, B, pairs):
-        yield pick(batch, i, min(i + pairs, B))
+        yield slice_pairs(batch, i, min(i + pairs, B))
 
 
-def pick(batch: Batch, start: int, end: int) -> Batch:
-    """Pairs `start` to `end` of each member, in all their orders."""
+def slice_pairs(batch: Batch, start: int, end: int) -> Batch:
+    """Return the pairs from `start` to `end` (exclusive) of each member, in all their orders."""
     blocks = range(0, len(batch.input_ids), batch.pairs)  # one per member and order
     rows = torch.cat([torch.arange(block + start, block + end) for block in blocks])
     return batch.map(lambda t: t[rows])
 
 
 def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: int = 1) -> Batch:
-    """Rows of the table as one padded batch, without a Python loop over rows."""
-    places, kept = places_of(table, rows, length)  # (N, T) each
-    ids = np.where(kept, table.values[places], pad_id).astype(np.int64)
-    types = None if table.types is None else np.where(kept, table.types[places], 0).astype(np.int64)
+    """Return rows of the table as one batch padded to `length`, without a Python loop over rows."""
+    positions, is_token = token_positions(table, rows, length)  # (N, T) each
+    ids = np.where(is_token, table.values[positions], pad_id).astype(np.int64)
+    types = None if table.types is None else np.where(is_token, table.types[positions], 0).astype(np.int64)
     return Batch(
         torch.from_numpy(ids),
-        torch.from_numpy(kept.astype(np.int64)),
+        torch.from_numpy(is_token.astype(np.int64)),
         None if types is None else torch.from_numpy(types),
         None if table.labels is None else torch.from_numpy(table.labels[rows]),
-        bool(kept.all()),
+        bool(is_token.all()),
         members,
-        hidden=None if table.hidden is None else table.hidden.read(places, kept),
+        hidden=None if table.hidden is None else table.hidden.read(positions, is_token),
         head=table.head,
     )
 
 
-def places_of(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:
-    """Where the table keeps each token of a padded batch (N, T), and whether there is one (N, T)."""
+def token_positions(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:
+    """Return the index in the table of each token of a padded batch (N, T), and False for padding (N, T)."""
     columns = np.arange(length)
-    kept = columns < table.lengths[rows][:, None]
-    return np.minimum(table.offsets[rows][:, None] + columns, len(table.values) - 1), kept
+    is_token = columns < table.lengths[rows][:, None]
+    return np.minimum(table.offsets[rows][:, None] + columns, len(table.values) - 1), is_token

@@ -1,4 +1,4 @@
-"""Texts with their labels: what every source gives and everything behind it takes."""
+"""Labelled texts: the format in which every source returns its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their labels: N rows of one split."""
+    """N labelled rows of one split."""
 
     ids: NDArray[np.int64]  # (N,) row in the source, from 0
     texts: tuple[list[str], ...]  # one list per text column, each N long
@@ -24,13 +24,13 @@ class Examples:
         return len(self.ids)
 
     def take(self, rows: NDArray[np.int64]) -> Examples:
-        """The examples at these positions (not ids), in this order."""
-        places = rows.tolist()
-        texts = tuple([column[place] for place in places] for column in self.texts)
+        """Return the examples at these positions (not ids), in this order."""
+        positions = rows.tolist()
+        texts = tuple([column[position] for position in positions] for column in self.texts)
         return Examples(self.ids[rows], texts, None if self.labels is None else self.labels[rows])
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of texts and labels in their order; lengths go in too, so that no two contents read alike."""
+        """Return the SHA-256 (hex) of texts and labels in order; lengths are hashed too, to tell any contents apart."""
         digest = hashlib.sha256(f"{len(self)} {len(self.texts)} {self.labels is not None}\n".encode())
         for column in self.texts:
             encoded = [text.encode() for text in column]

@@ -1,8 +1,9 @@
-"""The hidden states that a frozen prefix makes of every token of a table, in a file: read in rows, never held whole.
+"""Cached output of the frozen prefix for every token of a table, in a file that is read row by row.
 
 The file holds (sum of lengths, D) numbers, without padding, in the order of the table. Rows are read for each batch, so
-that the system caches as much of it as there is room for and the process's own memory stays flat. It is not mapped: a
-mapped file that is cut short ends the process. The file is held open, so it may be deleted to make room.
+the operating system caches as much of it as memory allows, and the process's own memory does not grow. It is not
+mapped, because a mapped file that is truncated kills the process. The file is kept open, so it may be deleted to free
+space.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 
 
 class HiddenStates:
-    """The stored output of a prefix.
+    """The cached output of a prefix.
 
     Args:
         path: of the file, for messages.
@@ -46,15 +47,15 @@ class HiddenStates:
         self._path, self._file = path, file
         self._close = weakref.finalize(self, file.close)
 
-    def read(self, places: NDArray[np.int64], kept: NDArray[np.bool_]) -> torch.Tensor:
-        """Tokens at `places` (N, T) as (N, T, D), zeros where `kept` (N, T) says that there is none.
+    def read(self, positions: NDArray[np.int64], is_token: NDArray[np.bool_]) -> torch.Tensor:
+        """Return the tokens at `positions` (N, T) as (N, T, D), zeros where `is_token` (N, T) is False.
 
         Raises:
             RunFailedError: the file was cut short, or can no longer be read.
         """
-        states = np.zeros((*places.shape, self.width), _NUMPY[self.dtype])
+        states = np.zeros((*positions.shape, self.width), _NUMPY[self.dtype])
         try:
-            for row, start, count in _rows(places, kept):
+            for row, start, count in _rows(positions, is_token):
                 stored = states[row, :count]
                 if os.preadv(self._file.fileno(), [stored.data], start * stored[0].nbytes) != stored.nbytes:
                     raise OSError(errno.EIO, "it was cut short")
@@ -66,10 +67,10 @@ class HiddenStates:
 
 
 class HiddenStatesWriter:
-    """Fills a file with hidden states: its room is taken at once, rows come in any order.
+    """A writer of hidden states to a file; space is allocated at once, rows are written in any order.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: the disk has too little space.
     """
 
     def __init__(self, file: BinaryIO, tokens: int, width: int, dtype: torch.dtype) -> None:
@@ -80,18 +81,18 @@ class HiddenStatesWriter:
         else:
             file.truncate(size_bytes)
 
-    def write(self, places: NDArray[np.int64], kept: NDArray[np.bool_], hidden: torch.Tensor) -> None:
-        """Put (N, T, D) at `places` (N, T), but for those tokens that `kept` calls padding."""
+    def write(self, positions: NDArray[np.int64], is_token: NDArray[np.bool_], hidden: torch.Tensor) -> None:
+        """Write hidden states (N, T, D) to `positions` (N, T), except where `is_token` (N, T) is False."""
         bits = hidden.contiguous().view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden.contiguous()
         states = bits.numpy()
-        for row, start, count in _rows(places, kept):
+        for row, start, count in _rows(positions, is_token):
             stored = states[row, :count]
             if os.pwrite(self._file.fileno(), stored.data, start * stored[0].nbytes) != stored.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _rows(places: NDArray[np.int64], kept: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
-    """Yield the number of each row that has tokens, where its first token lies, and how many it has."""
-    for row, (start, count) in enumerate(zip(places[:, 0].tolist(), kept.sum(1).tolist(), strict=True)):
+def _rows(positions: NDArray[np.int64], is_token: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
+    """Yield the index, the position of the first token and the number of tokens of each row that has tokens."""
+    for row, (start, count) in enumerate(zip(positions[:, 0].tolist(), is_token.sum(1).tolist(), strict=True)):
         if count:
             yield row, start, count

@@ -24,8 +24,8 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 _NOT_IN_TSV = re.compile("[\t\r\n\0]")
 
 
-def free_names(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
-    """Name the columns of predictions so that none has the name of a column of the input.
+def unique_column_names(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """Return names for the columns of predictions that no column of the input has.
 
     Returns:
         by name, the name to write: `label`, or `predicted_label` where the input has a `label`, or `predicted_label_2`
@@ -42,13 +42,13 @@ def free_names(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
     return written
 
 
-def check_texts(table: Table, kind: str) -> None:
+def check_texts(table: Table, suffix: str) -> None:
     """Refuse texts that a format cannot hold: half of a surrogate pair, which JSON alone can write.
 
     Raises:
         UserError: naming file and row.
     """
-    if table.objects is None or kind == ".jsonl":
+    if table.objects is None or suffix == ".jsonl":
         return
     for row, record in zip(table.rows, table.objects, strict=True):
         for name, value in record.items():
@@ -56,25 +56,25 @@ def check_texts(table: Table, kind: str) -> None:
                 (name + value if type(value) is str else name).encode()
             except UnicodeEncodeError:
                 remedy = "Give an output that ends in .jsonl."
-                reason = f"{name!a} holds half of a surrogate pair, which {kind[1:]} cannot hold"
+                reason = f"{name!a} holds half of a surrogate pair, which {suffix[1:]} cannot hold"
                 raise UserError(reason, file=table.source, row=row, remedy=remedy, code=Code.INVALID_DATA) from None
 
 
-def encode(table: Table, predictions: Mapping[str, Sequence[Any]], kind: str) -> tuple[bytes, int]:
+def encode(table: Table, predictions: Mapping[str, Sequence[Any]], suffix: str) -> tuple[bytes, int]:
     """Encode a table with predictions behind its columns.
 
     Args:
         table: the input.
         predictions: (N,) values by column; no name is one of the table's.
-        kind: one of `FORMATS`.
+        suffix: one of `FORMATS`.
 
     Returns:
-        the file's content, and how many of its texts are not as they were.
+        the file's content, and the number of its texts that had to be changed.
     """
-    if kind == ".parquet":
+    if suffix == ".parquet":
         return _parquet(table, predictions), 0
     records = _records(table)
-    if kind == ".jsonl":
+    if suffix == ".jsonl":
         rows = zip(records, zip(*predictions.values(), strict=True), strict=True)
         lines = (
             json.dumps({**record, **dict(zip(predictions, values, strict=True))}, ensure_ascii=False, default=_text)
@@ -85,8 +85,8 @@ def encode(table: Table, predictions: Mapping[str, Sequence[Any]], kind: str) ->
     columns = [[_cell(record.get(name)) for record in records] for name in table.names]
     lines_of_cells = [[*table.names, *predictions], *zip(*columns, *predictions.values(), strict=True)]
     text = io.StringIO()
-    if kind == ".csv":
-        # Quoting every text spares readers a guess: at spaces, at line breaks of all kinds, at NUL.
+    if suffix == ".csv":
+        # Quoting every text spares readers a guess: at spaces, at line breaks of all types, at NUL.
         csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(lines_of_cells)
         return text.getvalue().encode(), 0
     replaced = 0
@@ -143,8 +143,8 @@ def _arrow(values: list[Any]) -> Any:
     """Return a column of one type: the values' own where all are alike, else their JSON text."""
     import pyarrow as pa
 
-    kinds = {type(value) for value in values} - {type(None)}
-    if (len(kinds) == 1 and kinds <= {str, bool, float}) or (kinds == {int} and _fit(values)):
+    types = {type(value) for value in values} - {type(None)}
+    if (len(types) == 1 and types <= {str, bool, float}) or (types == {int} and _fit(values)):
         return pa.array(values)
     texts = (value if value is None or type(value) is str else json.dumps(value) for value in values)
     return pa.array(texts, pa.string())

@@ -1,4 +1,4 @@
-"""Advice for labels that are neither 0 nor 1: what to write in the file, or which key to give."""
+"""Remedies for labels that are neither 0 nor 1."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _repr.maxlist = 20
 
 
 def excerpt(value: Any) -> str:
-    """Return a foreign value as a message shows it: escaped and cut short."""
+    """Return a value of the user's data as messages print it: escaped and shortened."""
     return _repr.repr(value)
 
 
 def advise(values: Sequence[Any], bad: int, label_names: Sequence[str], may_hide: bool) -> str:
-    """Say how labels other than 0 and 1 become such.
+    """Return a sentence that explains how to turn these labels into 0 and 1; empty if there is no advice.
 
     Args:
         values: the column.
-        bad: the position of the first that is neither.
-        label_names: what the task calls 0 and 1.
-        may_hide: -1 may stand for no label.
+        bad: the index of the first label that is neither 0 nor 1.
+        label_names: the task's names of 0 and 1.
+        may_hide: -1 may stand for a hidden label.
     """
     label = values[bad]
     if label in label_names:
         pairs = " and ".join(f"{i} for {excerpt(name)}" for i, name in enumerate(label_names))
-        return f"data.label_names only says what 0 and 1 are called: write {pairs} in the file."
+        return f"data.label_names only names the labels 0 and 1: write {pairs} in the file."
     distinct = {value: None for value in values[:10_000] if type(value) in (str, int, float, bool)}
     if type(label) is bool:
         return "Write 0 for false and 1 for true."

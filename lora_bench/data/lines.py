@@ -1,4 +1,4 @@
-"""Lines of a text file: UTF-8 that ends them with line feeds, or a refusal that says what the file is instead."""
+"""Lines of a UTF-8 file with line feeds; files in other encodings or with other line ends are refused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def split_lines(source: str, raw: bytes, separator: str | None = None) -> list[s
     A carriage return before the line feed is still there. CSV alone may hold NUL, between quotes.
 
     Args:
-        source: what an error names.
+        source: the name of the file in error messages.
         raw: the file's content.
-        separator: what separates columns; None: lines are JSON.
+        separator: of columns; None: lines are JSON.
     """
     for mark, encoding in _ENCODINGS.items():
         if raw.startswith(mark):

@@ -1,4 +1,4 @@
-"""Readers of local files that do not guess: what is not plainly right is refused, naming file and row.
+"""Readers of local files; whatever is not exactly in the expected format is refused, naming file and row.
 
 TSV is read without any quoting: tabs separate, only a line feed (with or without a carriage return before it) ends a
 row, and `"`, `NA` and `null` are text. Blank lines at the end are no rows; others are refused, except in TSV of one
@@ -33,7 +33,7 @@ _LABELS = {"0": 0, "1": 1, 0: 0, 1: 1}
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns of a file or of a split on the hub, values not yet checked."""
+    """Named columns of a file or of a split on the hub; values are not yet checked."""
 
     source: str  # a file's path, or what else an error should name
     names: Sequence[str]
@@ -51,10 +51,10 @@ class Table:
         threshold: float | None = None,
         label_names: Sequence[str] = (),
     ) -> Examples:
-        """Checked examples; see `read` for the arguments.
+        """Check texts and labels, and return them; see `read` for the arguments and errors.
 
-        Labels become 1 from `threshold` on, where it is given; a column that is -1 throughout stays hidden. What
-        labels 0 and 1 are called (`label_names`) only helps to explain a refusal.
+        With `threshold`, labels from it on become 1, others 0; a column that is -1 throughout stays hidden.
+        `label_names`, the names of labels 0 and 1, are only used in messages.
         """
         if not self.rows:
             raise UserError(
@@ -67,7 +67,7 @@ class Table:
         return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
 
     def _texts(self, name: str) -> list[str]:
-        self._need_column(name, "data.text_columns")
+        self._require_column(name, "data.text_columns")
         values = list(self.column(name))
         for row, value in zip(self.rows, values, strict=True):
             if type(value) is not str:
@@ -84,7 +84,7 @@ class Table:
     ) -> NDArray[np.int64] | None:
         if may_hide and name not in self.names:
             return None
-        self._need_column(name, "data.label_column")
+        self._require_column(name, "data.label_column")
         values = self.column(name)
         if threshold is not None:
             numbers = self._numbers(name, values)
@@ -105,22 +105,22 @@ class Table:
         )
 
     def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
-        """(N,) the column's values, finite numbers all."""
-        found = np.full(len(values), np.nan)
+        """Return (N,) the column's values as finite numbers."""
+        numbers = np.full(len(values), np.nan)
         for i, value in enumerate(values):
             if type(value) in (str, int, float):
                 with suppress(ValueError, OverflowError):
-                    found[i] = float(value)
-        bad = np.flatnonzero(~np.isfinite(found))
+                    numbers[i] = float(value)
+        bad = np.flatnonzero(~np.isfinite(numbers))
         if len(bad):
             raise self._error(
                 f"label {excerpt(values[bad[0]])} is not a number",
                 self.rows[bad[0]],
                 f"data.label_threshold makes labels of numbers, which {name} must hold in every row.",
             )
-        return found
+        return numbers
 
-    def _need_column(self, name: str, key: str) -> None:
+    def _require_column(self, name: str, key: str) -> None:
         if name not in self.names:
             columns = list(self.names)
             hint = nearest(name, (repr(column)[1:-1][:60] for column in columns[:200]))
@@ -151,8 +151,8 @@ def read(
 def read_table(path: str | Path) -> Table:
     """Read the columns of a file, values not yet checked; see `read`."""
     source = "standard input" if str(path) == STREAM else str(path)
-    kind = format_of(path)
-    if kind is None:
+    suffix = file_format(path)
+    if suffix is None:
         raise UserError(
             f"is none of {', '.join(READERS)}",
             file=source,
@@ -164,7 +164,7 @@ def read_table(path: str | Path) -> Table:
         raise UserError(
             "is empty", file=source, remedy="Give a header row and at least one row of data.", code=Code.EMPTY
         )
-    table = READERS[kind](source, raw)
+    table = READERS[suffix](source, raw)
     names: set[str] = set()
     for name in table.names:
         if name in names:
@@ -174,15 +174,15 @@ def read_table(path: str | Path) -> Table:
     return table
 
 
-def split_files(folder: str) -> dict[str, str]:
-    """The paths of a folder's train, validation and test files, those that exist.
+def find_split_files(folder: str) -> dict[str, str]:
+    """Return the paths of the train, validation and test files that a folder has, by split.
 
     Raises:
         UserError: there are none, or two for one split.
     """
-    found: dict[str, str] = {}
+    path_by_split: dict[str, str] = {}
     for split in ("train", "validation", "test"):
-        paths = [path for kind in READERS if os.path.isfile(path := os.path.join(folder, split + kind))]
+        paths = [path for suffix in READERS if os.path.isfile(path := os.path.join(folder, split + suffix))]
         if len(paths) > 1:
             raise UserError(
                 f"has both {' and '.join(os.path.basename(path) for path in paths)}",
@@ -191,8 +191,9 @@ def split_files(folder: str) -> dict[str, str]:
                 remedy=f"Keep one file for {split}.",
                 code=Code.CONFLICT,
             )
-        found |= dict.fromkeys([split], paths[0]) if paths else {}
-    if not found:
+        if paths:
+            path_by_split[split] = paths[0]
+    if not path_by_split:
         raise UserError(
             "holds no train, validation or test file",
             key="data.path",
@@ -201,11 +202,11 @@ def split_files(folder: str) -> dict[str, str]:
             "other names (dev, valid, eval) are not guessed.",
             code=Code.NOT_FOUND,
         )
-    return found
+    return path_by_split
 
 
-def format_of(path: str | Path) -> str | None:
-    """Return the format that a path's ending names; None: none. Streams without an ending are TSV."""
+def file_format(path: str | Path) -> str | None:
+    """Return the suffix of `READERS` that a path has; `.tsv` for a stream without one; None for other paths."""
     ending = Path(path).suffix
     return ending if ending in READERS else ".tsv" if is_stream(path) else None
 
@@ -225,8 +226,8 @@ def _records(source: str, header: list[str], records: list[list[str]], rows: Seq
         raise UserError(counts, file=source, row=row, remedy=remedy, code=Code.INVALID_DATA)
 
     def column(name: str) -> list[str]:
-        place = header.index(name)
-        return [record[place] for record in records]
+        index = header.index(name)
+        return [record[index] for record in records]
 
     return Table(source, header, column, rows)
 
@@ -317,10 +318,10 @@ def _whole_number(digits: str) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         raise ValueError("a key is given twice")
-    return made
+    return members
 
 
 def _parquet(source: str, raw: bytes) -> Table:
@@ -334,11 +335,11 @@ def _parquet(source: str, raw: bytes) -> Table:
         raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
 
     def read_columns(columns: list[str] | None) -> Any:
-        found = file.read(columns=columns)
-        found.validate(full=True)  # strings that are not UTF-8
-        if len(found) != count:
-            raise ValueError(f"it has {len(found)} of {count} rows")
-        return found
+        table = file.read(columns=columns)
+        table.validate(full=True)  # strings that are not UTF-8
+        if len(table) != count:
+            raise ValueError(f"it has {len(table)} of {count} rows")
+        return table
 
     def column(name: str) -> list[Any]:
         try:

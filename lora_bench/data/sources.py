@@ -1,4 +1,4 @@
-"""Where labelled texts come from (hub, local files, generator), and how train is cut into train and selection."""
+"""Sources of labelled texts (hub, local files, generator), and the split of train into train and selection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NULLS = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none"})
 
 
 def load(data: Data) -> dict[str, Examples]:
-    """The splits that the source has, among train, validation and test.
+    """Load those of the splits train, validation and test that the source has.
 
     Raises:
         UserError: the source cannot be reached, is absent, or holds something other than texts and labels 0 and 1.
@@ -44,7 +44,7 @@ def load(data: Data) -> dict[str, Examples]:
 
 def _from_files(data: FileData) -> dict[str, Examples]:
     if os.path.isdir(data.path):
-        paths = readers.split_files(data.path)
+        paths = readers.find_split_files(data.path)
     elif os.path.isfile(data.path):
         paths = {"test": data.path}
     else:
@@ -84,8 +84,8 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
         )
         reason = f"{name} cannot be loaded from the hub: {reason}"
         raise UserError(reason, key="data.hub_id", value=data.hub_id, remedy=remedy, code=Code.NOT_FOUND) from None
-    found = {split: splits[split] for split in SPLITS if split in splits}
-    if not found:
+    present = {split: splits[split] for split in SPLITS if split in splits}
+    if not present:
         raise UserError(
             f"{name} has none of the splits {', '.join(SPLITS)}",
             key="data.hub_id",
@@ -105,24 +105,24 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
             threshold=data.label_threshold,
             label_names=data.label_names,
         )
-        for split, rows in found.items()
+        for split, rows in present.items()
     }
 
 
-def reported(splits: dict[str, Examples]) -> dict[str, Examples]:
-    """The splits that figures are reported on: every labelled one but train."""
+def reported_splits(splits: dict[str, Examples]) -> dict[str, Examples]:
+    """Return the splits on which metrics are reported: every labelled split except train."""
     return {name: split for name, split in splits.items() if name != "train" and split.labels is not None}
 
 
-def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
-    """Set a selection split aside; then cut train to size, each with the share of each label that all rows have.
+def split_selection(train: Examples, data: Data) -> tuple[Examples, Examples]:
+    """Split train into a smaller train and a selection split, both stratified by label.
 
     Both depend on `split_seed` alone: the selection split is the same for every `train_size`, and a smaller train is a
     prefix of a larger one.
 
     Returns:
-        (train, selection): `train_size` rows (null: all that are left), and `selection_size` rows; of each label as
-        many as its share, to within one.
+        (train, selection): `train_size` rows (null: all remaining ones) and `selection_size` rows. The number of rows
+        of each label is its share, to within one.
 
     Raises:
         UserError: train has no labels, or too few rows for the sizes asked for.
@@ -141,21 +141,24 @@ def carve(train: Examples, data: Data) -> tuple[Examples, Examples]:
     # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
     order = np.argsort(np.random.PCG64(data.split_seed).random_raw(len(train)), kind="stable")
     order = order[np.argsort(_depths(train.labels[order]), kind="stable")]
-    chosen, left = order[:size], order[size:]
-    wanted = len(left) if data.train_size is None else data.train_size
-    if wanted > len(left):
+    chosen, remaining = order[:size], order[size:]
+    train_size = len(remaining) if data.train_size is None else data.train_size
+    if train_size > len(remaining):
         raise UserError(
-            f"is more than the {len(left)} rows that the selection split leaves",
+            f"is more than the {len(remaining)} rows that the selection split leaves",
             key="data.train_size",
-            value=wanted,
-            remedy=f"Give at most {len(left)}, or a smaller data.selection_size.",
+            value=train_size,
+            remedy=f"Give at most {len(remaining)}, or a smaller data.selection_size.",
             code=Code.INVALID_VALUE,
         )
-    return train.take(left[:wanted]), train.take(chosen)
+    return train.take(remaining[:train_size]), train.take(chosen)
 
 
 def _depths(labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(N,) how far down its label's rows each row stands: in this order every stretch has each label's share."""
+    """Return (N,) the relative rank in (0, 1) of each row among the rows of its label.
+
+    Sorted by it, every stretch of rows has each label in proportion.
+    """
     depths = np.empty(len(labels))
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -163,8 +166,8 @@ def _depths(labels: NDArray[np.int64]) -> NDArray[np.float64]:
     return depths
 
 
-def examine(splits: dict[str, Examples]) -> dict[str, Any]:
-    """What the run's record says about its data.
+def inspect_splits(splits: dict[str, Examples]) -> dict[str, Any]:
+    """Return statistics of the splits, and warnings about them, for the run's record.
 
     Returns:
         `rows`, `positives` (None without labels), `empty_texts` (nothing but white space), `null_texts` (`NA`, `null`,
@@ -174,7 +177,7 @@ def examine(splits: dict[str, Examples]) -> dict[str, Any]:
     """
     pairs = {split: _unordered(examples.texts) for split, examples in splits.items()}
     distinct = {split: set(keys) for split, keys in pairs.items()}
-    found: dict[str, dict[str, Any]] = {
+    statistics: dict[str, dict[str, Any]] = {
         "rows": {split: len(examples) for split, examples in splits.items()},
         "positives": {
             split: None if examples.labels is None else int(examples.labels.sum()) for split, examples in splits.items()
@@ -187,37 +190,40 @@ def examine(splits: dict[str, Examples]) -> dict[str, Any]:
         },
     }
     warnings = [
-        f"{split}: all {found['rows'][split]} rows have label {int(positives > 0)}."
-        for split, positives in found["positives"].items()
-        if positives in (0, found["rows"][split])
+        f"{split}: all {statistics['rows'][split]} rows have label {int(positives > 0)}."
+        for split, positives in statistics["positives"].items()
+        if positives in (0, statistics["rows"][split])
     ]
-    says = {
+    descriptions = {
         "empty_texts": "empty texts",
         "null_texts": "texts such as NA or null, kept as text",
         "repeated": "rows repeat another (in either order of the texts)",
         "shared": "rows of the second are in the first too (in either order of the texts)",
     }
     warnings += [
-        f"{place}: {count} {what}." for kind, what in says.items() for place, count in found[kind].items() if count
+        f"{split}: {count} {description}."
+        for name, description in descriptions.items()
+        for split, count in statistics[name].items()
+        if count
     ]
-    return {**found, "warnings": warnings}
+    return {**statistics, "warnings": warnings}
 
 
-def describe(data: Data, splits: dict[str, Examples]) -> dict[str, Any]:
-    """What every record says of its data: where they are from, what they are, and what is notable of them."""
+def describe_data(data: Data, splits: dict[str, Examples]) -> dict[str, Any]:
+    """Return the `data` entry of a run's record: source, fingerprint of each split, statistics and warnings."""
     fingerprint = {name: split.fingerprint() for name, split in splits.items()}
-    return {"source": data.source, "fingerprint": fingerprint, **examine(splits)}
+    return {"source": data.source, "fingerprint": fingerprint, **inspect_splits(splits)}
 
 
-def unseen(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:
-    """(N,) whether none of a row's texts stands in any column of the examples that were seen."""
-    known = {text for each in seen for column in each.texts for text in column}
-    rows = [not known.intersection(texts) for texts in zip(*examples.texts, strict=True)]
+def unseen_rows(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:
+    """Return (N,) True for rows none of whose texts occurs in any column of the examples `seen`."""
+    seen_texts = {text for split in seen for column in split.texts for text in column}
+    rows = [not seen_texts.intersection(texts) for texts in zip(*examples.texts, strict=True)]
     return np.array(rows, dtype=np.bool_)
 
 
 def _unordered(texts: tuple[list[str], ...]) -> list[int]:
-    """A hash for each row that does not depend on the order of its texts."""
+    """Return a hash of each row that does not depend on the order of its texts."""
     if len(texts) == 1:
         return [hash(text) for text in texts[0]]
     return [hash((one, other) if one <= other else (other, one)) for one, other in zip(*texts, strict=True)]

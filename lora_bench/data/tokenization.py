@@ -1,7 +1,7 @@
-"""Tokenised once: texts to a flat table of tokens, cached as an Arrow stream under a key made of its content.
+"""Token tables: tokenised texts in flat arrays, cached as Arrow streams under a hash of their content.
 
-The key covers the texts, the tokenizer and the length limit: a stale file cannot be met. A cached table is read into
-memory and checked against what the tokenizer can give, so that what is checked is what is used.
+The hash covers the texts, the tokenizer and the length limit, so a stale file is never read. A cached table is read
+into memory and checked there: its ids and types must be ones that the tokenizer can produce.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHUNK = 8192  # pairs handed to the tokenizer at a time
 
 
 class PairReader(Protocol):
-    """The side of a backbone that reads text: its template and its tokenizer."""
+    """The text side of a backbone: its template and its tokenizer."""
 
     tokenizer: Any
 
@@ -58,16 +58,16 @@ class TokenTable:
     labels: NDArray[np.int64] | None  # (N,)
     ids: NDArray[np.int64]  # (N,) row in the source
     truncated: int  # rows that were longer than the limit
-    hidden: HiddenStates | None = None  # what a frozen prefix makes of the tokens, where that is kept
-    augmentation: Augmentation | None = None  # how its pairs are perturbed from epoch to epoch, where they are
-    head: int = 0  # which of a member's heads answers it, where that has several
-    exchanged: TokenTable | None = None  # the same rows with their texts exchanged, where both orders are looked at
+    hidden: HiddenStates | None = None  # output of the frozen prefix for the tokens, if it is cached
+    augmentation: Augmentation | None = None  # perturbation of its pairs in each epoch, if any
+    head: int = 0  # index of the member's head that classifies it
+    reversed_view: TokenTable | None = None  # the same rows with their texts in reversed order
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def take(self, rows: NDArray[np.int64]) -> TokenTable:
-        """The table of these rows alone, as they are."""
+        """Return the table with these rows only, without augmentation."""
         return replace(
             self,
             offsets=self.offsets[rows],
@@ -75,11 +75,11 @@ class TokenTable:
             labels=None if self.labels is None else self.labels[rows],
             ids=self.ids[rows],
             augmentation=None,
-            exchanged=None if self.exchanged is None else self.exchanged.take(rows),
+            reversed_view=None if self.reversed_view is None else self.reversed_view.take(rows),
         )
 
     def in_epoch(self, epoch: int) -> TokenTable:
-        """The table that an epoch trains on: itself, unless its pairs are perturbed."""
+        """Return the table for one epoch: the table itself, or a perturbed copy if it has an augmentation."""
         return self if self.augmentation is None else self.augmentation.table(self, epoch)
 
 
@@ -89,22 +89,22 @@ def tokenize(
     backbone: PairReader,
     max_length: int,
     *,
-    swapped: bool = False,
+    reverse: bool = False,
     cached: bool = True,
     head: int = 0,
 ) -> TokenTable:
-    """The token table of one split.
+    """Tokenise the examples of one split.
 
     Args:
         examples: the split's texts and labels.
         columns: names of its text columns; T5's template shows them.
-        backbone: whose template and tokenizer the model reads pairs with.
+        backbone: gives the template and the tokenizer.
         max_length: tokens per pair; longer pairs lose tokens from their longer text.
-        swapped: exchange the two texts; the names of the columns stay where they are.
-        cached: look for it in the cache, and leave it there.
-        head: which of a member's heads answers it.
+        reverse: tokenise the texts in reversed order; the names of the columns keep their order.
+        cached: read the tokens from the cache if it has them, else write them to it.
+        head: index of the member's head that classifies the rows.
     """
-    texts = examples.texts[::-1] if swapped else examples.texts
+    texts = examples.texts[::-1] if reverse else examples.texts
     first, second = backbone.render(list(zip(columns, texts, strict=True)))
     if cached:
         batch = _load_or_encode(first, second, backbone.tokenizer, max_length)
@@ -128,12 +128,12 @@ def tokenize(
 def scoring_table(
     examples: Examples, data: Data, backbone: PairReader, *, both_orders: bool, cached: bool = True, head: int = 0
 ) -> TokenTable:
-    """The token table of a split that is scored, with its exchanged pairs where both orders are."""
-    one, *other = [
-        tokenize(examples, data.text_columns, backbone, data.max_length, swapped=swapped, cached=cached, head=head)
-        for swapped in ((False, True) if both_orders else (False,))
+    """Tokenise a split for scoring; with `both_orders`, the table has a `reversed_view`."""
+    table, *reversed_tables = [
+        tokenize(examples, data.text_columns, backbone, data.max_length, reverse=reverse, cached=cached, head=head)
+        for reverse in ((False, True) if both_orders else (False,))
     ]
-    return replace(one, exchanged=other[0]) if other else one
+    return replace(table, reversed_view=reversed_tables[0]) if reversed_tables else table
 
 
 def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
@@ -146,11 +146,11 @@ def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_leng
     lengths: list[NDArray[np.int64]] = []
     truncated = 0
     for i in range(0, len(pairs), CHUNK):
-        found = _encode_chunk(backend, pairs[i : i + CHUNK])
-        lengths.append(np.array([len(encoding) for encoding in found]))
-        ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in found), np.int32))
-        types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in found), np.int8))
-        truncated += sum(bool(encoding.overflowing) for encoding in found)
+        encodings = _encode_chunk(backend, pairs[i : i + CHUNK])
+        lengths.append(np.array([len(encoding) for encoding in encodings]))
+        ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32))
+        types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in encodings), np.int8))
+        truncated += sum(bool(encoding.overflowing) for encoding in encodings)
     offsets = pa.array(np.concatenate([[0], *lengths]).cumsum(), pa.int32())
     columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))}
     flat_types = np.concatenate(types)
@@ -161,7 +161,7 @@ def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_leng
 
 
 def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
-    """Encode on all cores.
+    """Return the encodings of the pairs, computed on all cores.
 
     Raises:
         UserError: the tokenizer's native code panics, for example where a pattern of it backtracks for ever.
@@ -179,14 +179,14 @@ def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
 
 
 def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
-    """Return the tokens from the cache, or encode the texts and leave them there."""
+    """Return the tokens from the cache, or encode the texts and write them to it."""
     files = CacheFiles("tokens", token_limit_bytes())
     if not files.limit_bytes:
         return _encode(first, second, tokenizer, max_length)
     key = _key(first, second, tokenizer, max_length)
     parse = partial(_parse, rows=len(first), paired=second is not None, tokenizer=tokenizer, max_length=max_length)
-    most = len(first) * (max_length * 5 + 8) + (1 << 20)  # an id, a type; two offsets; the schema
-    batch = files.read(key, parse, max_bytes=most)
+    max_bytes = len(first) * (max_length * 5 + 8) + (1 << 20)  # an id, a type; two offsets; the schema
+    batch = files.read(key, parse, max_bytes=max_bytes)
     if batch is None:
         batch = _encode(first, second, tokenizer, max_length)
         if batch.nbytes <= files.limit_bytes:
@@ -218,9 +218,9 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
     if batch.schema.remove_metadata() not in (_IDS, _IDS.append(_TYPES)) or any(c.null_count for c in batch.columns):
         raise ValueError("holds other columns than tokens have")
     ids, *types = [column.values for column in batch.columns]
-    offsets, *others = [column.offsets.to_numpy() for column in batch.columns]
+    offsets, *type_offsets = [column.offsets.to_numpy() for column in batch.columns]
     flat = ids.null_count == 0 and offsets[0] == 0 and offsets[-1] == len(ids)
-    if not flat or np.diff(offsets).max(initial=0) > max_length or any((o != offsets).any() for o in others):
+    if not flat or np.diff(offsets).max(initial=0) > max_length or any((o != offsets).any() for o in type_offsets):
         raise ValueError("holds rows of other lengths than tokens have")
     backend = tokenizer.backend_tokenizer
     if _outside(ids, _highest_id(backend, ids)):

@@ -1,4 +1,4 @@
-"""English question pairs with structure, made by rule: nothing to download, and no bag of words can tell their labels.
+"""Generated English question pairs: nothing to download, and a bag of words cannot predict their labels.
 
 Each family below is given the label and writes a pair for it. Which words the questions hold, and how many they share,
 says next to nothing about the label: what counts is who does what to whom, and which words mean the same. Two devices
@@ -88,34 +88,37 @@ class Draw:
     """Random words for one split."""
 
     random: Random
-    unseen: bool  # whether the words that train never sees may come up
+    unseen: bool  # whether the words that never occur in train may be drawn
 
     def flip(self) -> bool:
+        """Return True or False, with equal probability."""
         return self.random.random() < 0.5
 
-    def known(self, pool: tuple[str, ...]) -> tuple[str, ...]:
+    def allowed(self, pool: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the words of the pool that may be drawn."""
         return pool if self.unseen else pool[: len(pool) * 3 // 4]
 
     def words(self, pool: tuple[str, ...], count: int) -> list[str]:
-        """Different words of the pool."""
-        return self.random.sample(self.known(pool), count)
+        """Return different words of the pool."""
+        return self.random.sample(self.allowed(pool), count)
 
     def word(self, pool: tuple[str, ...]) -> str:
-        return self.random.choice(self.known(pool))
+        """Return a word of the pool."""
+        return self.random.choice(self.allowed(pool))
 
     def two(self, wordings: tuple[str, ...]) -> tuple[str, str]:
-        """Two different wordings of one thing."""
+        """Return two different wordings."""
         first, second = self.random.sample(wordings, 2)
         return first, second
 
     def wordings(self, meanings: Meanings, same: bool) -> tuple[str, str]:
-        """Two different wordings, of one of the meanings or of two."""
+        """Return two different wordings, of the same meaning or of two meanings."""
         one, other = self.random.sample(meanings, 2)
         return self.two(one) if same else (self.random.choice(one), self.random.choice(other))
 
 
 def comparison(draw: Draw, same: bool) -> tuple[str, str]:
-    """Anna taller than Ben, Ben taller than Anna, Ben shorter than Anna: two flips cancel."""
+    """Return a pair about a comparison: swapped names or the inverse word flip its meaning, both together keep it."""
     a, b = draw.words(PEOPLE, 2)
     word, inverse = draw.two(draw.random.choice(COMPARISONS))
     first, second = draw.two(COMPARING)
@@ -125,7 +128,7 @@ def comparison(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def bond(draw: Draw, same: bool) -> tuple[str, str]:
-    """A relation that holds both ways: to swap the names changes nothing, to name another relation does."""
+    """Return a pair about a symmetric relation: swapped names keep its meaning, another relation changes it."""
     a, b = draw.words(PEOPLE, 2)
     one, other = draw.wordings(draw.random.choice(BONDS), same)
     first, second = draw.two(BONDING)
@@ -134,7 +137,7 @@ def bond(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def route(draw: Draw, same: bool) -> tuple[str, str]:
-    """From Rome to Oslo, or from Oslo to Rome."""
+    """Return a pair about a journey: swapped cities change its meaning."""
     a, b = draw.words(CITIES, 2)
     vehicle = draw.random.choice(VEHICLES)
     first, second = draw.two(TRAVELLING)
@@ -143,7 +146,7 @@ def route(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def permission(draw: Draw, same: bool) -> tuple[str, str]:
-    """Allow, forbid, not allow, not forbid: two flips cancel."""
+    """Return a pair about a rule: the opposite verb or a negation flips its meaning, both together keep it."""
     words = {"places": draw.random.choice(PLACES), "city": draw.word(CITIES), "guests": draw.word(GUESTS)}
     first, second = draw.two(ASKING)
     verb, opposite = draw.two(("allow", "forbid"))
@@ -157,17 +160,17 @@ def permission(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def intent(draw: Draw, same: bool) -> tuple[str, str]:
-    """How to begin, why, for how much, with whom."""
+    """Return a pair about a topic: how to begin, why, for how much, or with whom."""
     words = {"topic": draw.word(TOPICS), "city": draw.word(CITIES)}
     first, second = draw.wordings(INTENTS, same)
     return first.format(**words), second.format(**words)
 
 
 def slot_change(draw: Draw, first: str, second: str) -> tuple[str, str]:
-    """Of a duplicate, one word exchanged for another of its kind."""
+    """Return a duplicate with one word of the second question replaced by another of its pool: a non-duplicate."""
     slots = [(word, pool) for pool in (PEOPLE, CITIES, TOPICS, GUESTS) for word in pool if word in second]
     word, pool = draw.random.choice(slots)
-    other = draw.random.choice([other for other in draw.known(pool) if other not in second])
+    other = draw.random.choice([other for other in draw.allowed(pool) if other not in second])
     return first, second.replace(word, other)
 
 
@@ -175,7 +178,7 @@ FAMILIES: tuple[Callable[[Draw, bool], tuple[str, str]], ...] = (comparison, bon
 
 
 def generate(rows: int, seed: int, split: str) -> Examples:
-    """Make `rows` question pairs, about 40 % of them duplicates; no pair comes twice, in either order.
+    """Return `rows` generated question pairs, about 40 % of them duplicates; no pair comes twice, in either order.
 
     The same (rows, seed, split) gives the same pairs. Whatever the seeds, no pair of `train` is in `validation`, a
     quarter of whose names, cities, topics and guests never occur in train.

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_bench.data import sources
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import choose, perturb
+from lora_bench.data.perturb import choose_transforms, perturb
 from lora_bench.evaluation.metrics import score
 from lora_bench.evaluation.robustness import Trial, robustness
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_bench.config.schema import Data, Metric
-    from lora_bench.data.perturb import Perturbed
+    from lora_bench.data.perturb import PerturbedRows
     from lora_bench.data.perturb.transform import Transform
 
     Scorer = Callable[[Examples], NDArray[np.float64]]
@@ -28,7 +28,7 @@ def perturbations(data: Data) -> list[Transform]:
     """What `data.perturb` names; refuses transforms that there are not, or that do not suit the data."""
     if data.perturb is None:
         return []
-    return choose(data.perturb, data.task, len(data.text_columns), "data.perturb")
+    return choose_transforms(data.perturb, data.task, len(data.text_columns), "data.perturb")
 
 
 def score_besides(
@@ -58,7 +58,7 @@ def score_besides(
     assert split.labels is not None
     values: dict[str, float | None] = {}
     if data.unseen:
-        rows = sources.unseen(split, *seen)
+        rows = sources.unseen_rows(split, *seen)
         if rows.any():
             found = score(scores[rows], split.labels[rows], metrics)
             values |= {f"unseen/{name}": value for name, value in found.items()}
@@ -71,7 +71,7 @@ def describe(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples
     """What a record says of it: `unseen` rows by split, and the names of the transforms."""
     said: dict[str, object] = {}
     if data.unseen:
-        said["unseen"] = {name: int(sources.unseen(split, *seen).sum()) for name, split in splits.items()}
+        said["unseen"] = {name: int(sources.unseen_rows(split, *seen).sum()) for name, split in splits.items()}
     if transforms := perturbations(data):
         said["perturb"] = {
             "transforms": [transform.name for transform in transforms],
@@ -86,7 +86,7 @@ def _trials(
 ) -> Iterator[Trial]:
     """Every transform with the seeds 0, 1, …; with one where nothing is drawn."""
     for transform in transforms:
-        seeds = range(data.perturb_seeds if transform.drawn else 1)
+        seeds = range(data.perturb_seeds if transform.is_random else 1)
         found = [perturb(split, transform, seed=seed, intensity=data.intensity) for seed in seeds]
         tell(f"{transform.name}: {len(found[0].rows):,} of {len(split):,} rows perturbed")
         for each, scores in zip(found, _scores(found, scored), strict=True):
@@ -94,7 +94,7 @@ def _trials(
             yield Trial(transform.name, transform.keeps_label, each.rows, each.examples.labels, scores)
 
 
-def _scores(found: Sequence[Perturbed], scored: Scorer) -> list[NDArray[np.float64]]:
+def _scores(found: Sequence[PerturbedRows], scored: Scorer) -> list[NDArray[np.float64]]:
     """The scores of each, (M,); seeds often make the same of a row, which is then scored once."""
     texts = [list(zip(*each.examples.texts, strict=True)) for each in found]
     different = list(dict.fromkeys(row for rows in texts for row in rows))

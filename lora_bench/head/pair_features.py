@@ -1,11 +1,12 @@
-"""Matching: the two texts compared as two vectors, beside the head that reads them as one sequence.
+"""Pair features: products and differences of the two texts' mean vectors, classified beside the usual head.
 
     u, v = mean token vectors of the first and the second text (special tokens too) in the last layer, at length 1
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
 
 Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT
-(Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. It begins as
-the logistic regression of the label on the cosine u · v over a few training batches: equal weights of the products.
+(Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. It is
+initialised as the logistic regression of the label on the cosine u · v over a few training batches: equal weights of
+the products.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BATCHES = 8
-"""Training batches that the start looks at."""
-
+"""Training batches that the initialisation reads."""
 
 RIDGE = 1e-3
-"""Of the regression, per pair: keeps the slope finite where the calibration pairs can be told apart perfectly."""
+"""Ridge penalty of that regression, per pair; keeps the slope finite if the pairs are perfectly separable."""
 
 
-class Matching(nn.Module):
-    """One member's weights, held in fp32.
+class PairFeatureHead(nn.Module):
+    """One member's linear classifier of pair features, in fp32.
 
     Args:
         hidden_size: D.
@@ -36,34 +36,34 @@ class Matching(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """What is added to the two logits, (…, 2), from features (…, 2 D)."""
+        """Return the addend to the two logits, (…, 2), from features (…, 2 D)."""
         s = features @ self.weight + self.bias  # (…,)
         return torch.stack([-s, s], -1)
 
     @torch.no_grad()
-    def begin(self, features: Tensor, labels: Tensor) -> None:
-        """Start as the regression of labels (N,) on the cosines that features (N, 2 D) hold."""
+    def initialise(self, features: Tensor, labels: Tensor) -> None:
+        """Set the weights to the regression of labels (N,) on the cosines contained in features (N, 2 D)."""
         D = len(self.weight) // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
-        slope, intercept = regression(cosines, labels)
+        slope, intercept = fit_logistic_regression(cosines, labels)
         self.weight[:D] = slope / 2 / D
         self.bias.fill_(intercept / 2)
 
 
 def pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """(N, 2 D) in fp32, from hidden states (N, T, D) and which tokens make up each text, (N, T) each."""
+    """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and a token mask (N, T) for each text."""
     u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
     D = hidden.shape[-1]
     return torch.cat([D * u * v, D**0.5 * (u - v).abs()], -1)
 
 
 def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:
-    kept = tokens[..., None].to(hidden.dtype)  # (N, T, 1)
-    return (hidden * kept).sum(1) / kept.sum(1).clamp_min(1.0)
+    mask = tokens[..., None].to(hidden.dtype)  # (N, T, 1)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0)
 
 
-def regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
+def fit_logistic_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
     X = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
     y = labels.to(X.dtype)
     beta = X.new_zeros(2)

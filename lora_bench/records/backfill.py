@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 KINDS = {"model": "family", "adapter": "method", "data": "source"}
 """What tells which keys a group has."""
-OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
-"""A choice of the kind, where it is not called like the kind."""
 
 
 def filled(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,8 +265,23 @@ def _option(group: str, record: Mapping[str, Any], usual: str) -> str | None:
         return usual
     node = record["config"].get(group)
     kind = str(node.get(KINDS[group])) if group in KINDS and isinstance(node, dict) else usual
-    tried = (asked, OPTIONS.get(kind, kind))
-    return next((option for option in tried if option in choices(group)), None)
+    if asked in choices(group):
+        return str(asked)
+    return choice_of_kind(group, kind)
+
+
+@cache
+def choice_of_kind(group: str, kind: str) -> str | None:
+    """Return the choice of a group that has this kind: the one of that name, else the first whose YAML gives it."""
+    import yaml
+
+    if kind in choices(group):
+        return kind
+    for option in choices(group):
+        content = yaml.safe_load((conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        if content.get(KINDS.get(group)) == kind:
+            return option
+    return None
 
 
 @cache

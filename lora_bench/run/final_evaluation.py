@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_bench.adapters.peft import files
-from lora_bench.backbones.load import public_place
+from lora_bench.backbones.load import public_location
 from lora_bench.data.tokenization import scoring_table
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lora_bench.adapters.peft import files
-from lora_bench.backbones.identity import refuse_another
+from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import scoring_table
 from lora_bench.errors import Code, RunFailedError, UserError
@@ -86,7 +86,7 @@ class FinishedRun:
         def refusal(reason: str, remedy: str) -> UserError:
             return UserError(reason, key="run", value=finished.folder, remedy=remedy, code=Code.MISMATCH)
 
-        notes = refuse_another(finished.record["environment"], pack.backbone.tokenizer_identity, refusal)
+        notes = refuse_other_tokenizer(finished.record["environment"], pack.backbone.tokenizer_identity, refusal)
         altered = altered_notes([(finished.folder, finished.record)])
         for k, adapter in enumerate(adapters):
             files.load(adapter, pack, k)

@@ -197,7 +197,7 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
         )
     train, selection = sources.carve(loaded["train"], data)
     splits = {"train": train, "selection": selection, **reported}
-    return splits, {**sources.describe(data, splits), **describe(data, reported, [train, selection])}
+    return splits, {**sources.describe_data(data, splits), **describe(data, reported, [train, selection])}
 
 
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:

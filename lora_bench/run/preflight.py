@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from lora_bench.backbones.locate import local_place
+from lora_bench.backbones.families import build_model
+from lora_bench.backbones.locate import local_folder
 from lora_bench.config import build, schema
 from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.records.finished_record import FinishedRecord
@@ -29,7 +30,7 @@ def check_settings(cfg: DictConfig) -> None:
     )
     for node in (cfg.data, *(cfg.get("tasks") or {}).values()):
         check_data(build.build_data(node))
-    local_place(build.build_model(cfg.model))
+    local_folder(build_model(cfg.model))
     for name, settings in (
         ("optimizer", schema.Optimizer),
         ("trainer", schema.Trainer),

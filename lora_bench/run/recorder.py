@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lora_bench.adapters.targets import unmatched_alternatives
-from lora_bench.backbones.identity import refuse_another
+from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.console.progress import show_result
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, argument
@@ -353,7 +353,7 @@ def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> lis
     def refusal(reason: str, remedy: str) -> UserError:
         return UserError(reason, key="resume", remedy=remedy, code=Code.NOT_RESUMABLE)
 
-    return refuse_another(before["environment"], inputs.backbone.tokenizer_identity, refusal)
+    return refuse_other_tokenizer(before["environment"], inputs.backbone.tokenizer_identity, refusal)
 
 
 def _notes(run: PackedRun, record: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from lora_bench.adapters.methods import method_class
 from lora_bench.adapters.pack.pack import Member
+from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
-from lora_bench.data.augmentation import augmentations
+from lora_bench.data.augmentation import choose_augmentations
 from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import perturbations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.adapters.base import Adapter
+    from lora_bench.backbones.family import Family
     from lora_bench.records.finished_record import FinishedRecord
     from lora_bench.tracking.base import Tracker
 
@@ -35,7 +37,7 @@ _KEYS = (*_GROUPS, "tasks", "seed", "resume", "dry_run")
 class Experiment:
     """All settings of one run, typed and checked."""
 
-    model: schema.Model
+    model: Family
     adapter: Adapter
     data: schema.Data
     optimizer: schema.Optimizer

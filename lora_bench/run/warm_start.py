@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.peft import files
-from lora_bench.backbones.identity import refuse_another
+from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.errors import Code, UserError
 from lora_bench.records import run_folder
 from lora_bench.records.finished_record import FinishedRecord

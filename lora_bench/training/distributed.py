@@ -22,7 +22,7 @@ from rich.console import Console
 
 from lora_bench.config.launch import Launch
 from lora_bench.console.text import shown
-from lora_bench.data.batching import pick
+from lora_bench.data.batching import slice_pairs
 from lora_bench.errors import Code, UserError
 from lora_bench.training.precision import resolve_device
 
@@ -56,7 +56,7 @@ class Processes:
         start, end = (batch.pairs * rank // self.size for rank in (self.rank, self.rank + 1))
         if self.size == 1:
             return batch
-        return pick(batch, start, end) if start < end else None
+        return slice_pairs(batch, start, end) if start < end else None
 
     def all_reduce(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
         """Sum gradients (in place) and losses over the processes; each process holds its share of the global mean.

@@ -105,7 +105,7 @@ class MixtureSteps:
         numbers = [member.index for member in learning]
         began = time.perf_counter()
         with pack.only(numbers):
-            batch = next(self.batches).of([self.mixture.members.index(k) for k in numbers])
+            batch = next(self.batches).select_members([self.mixture.members.index(k) for k in numbers])
             losses = dict.fromkeys(numbers, 0.0)
             if (shard := processes.shard(batch)) is not None:
                 work = partial(self.backward, shard, batch.pairs)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_bench.data.batching import evaluation_batches, evaluation_rows, places_of
+from lora_bench.data.batching import evaluation_batches, evaluation_rows, token_positions
 from lora_bench.data.hidden_states import HiddenStates, HiddenStatesWriter
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.files.cache import TRAILER_BYTES, CacheFiles
@@ -58,7 +58,7 @@ class PrefixCache:
         tables are cached as long as the limit allows. The list is empty if the pack adapts the first layer or its
         backbone cannot be cut.
         """
-        if not (self.limit_bytes and pack.depth and pack.backbone.can_be_cut):
+        if not (self.limit_bytes and pack.depth and pack.backbone.has_prefix):
             return []
         cached: list[str] = []
         used = 0
@@ -146,7 +146,7 @@ def _fill(pack: Pack, table: TokenTable, file: BinaryIO) -> None:
     try:
         for rows, batch in evaluation_batches(table, ROWS, backbone.tokenizer.pad_token_id):
             hidden = backbone.prefix(batch.to(backbone.device), pack.depth)  # (N, T, D)
-            writer.write(*places_of(table, rows, batch.input_ids.shape[1]), hidden.cpu())
+            writer.write(*token_positions(table, rows, batch.input_ids.shape[1]), hidden.cpu())
     finally:
         pack.train(mode)
 

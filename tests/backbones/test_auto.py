@@ -84,7 +84,12 @@ def test_layers_and_head_of_deberta_are_found(deberta: Path) -> None:
     assert {backbone.layer_of(name) for name in names} == {0, 1}
     assert list(backbone.head_modules) == ["pooler", "classifier"]
     assert not [name for name in names if name.startswith(("pooler", "classifier"))]
-    assert backbone.fresh == {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert backbone.new_parameters == {
+        "pooler.dense.weight",
+        "pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_qv_means_query_and_value(deberta: Path, bert: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_head_by_another_name_may_be_new_too(tmp_path: Path) -> None:
     folder = save(tmp_path, transformers.DistilBertModel(config), tokenizer)
     backbone = make("deberta", f"model.path={folder}")
     assert list(backbone.head_modules) == ["pre_classifier", "classifier"]
-    assert {name.partition(".")[0] for name in backbone.fresh} == {"pre_classifier", "classifier"}
+    assert {name.partition(".")[0] for name in backbone.new_parameters} == {"pre_classifier", "classifier"}
 
 
 def test_a_pooler_that_would_stay_random_and_frozen_is_refused(tmp_path: Path) -> None:
@@ -110,7 +115,7 @@ def test_a_pooler_that_would_stay_random_and_frozen_is_refused(tmp_path: Path) -
         transformers.BertConfig(vocab_size=len(tokenizer), **SIZES), add_pooling_layer=False
     )
     folder = save(tmp_path, network, tokenizer)
-    assert make("bert", f"model.path={folder}").fresh >= {"bert.pooler.dense.weight"}  # there it is trained
+    assert make("bert", f"model.path={folder}").new_parameters >= {"bert.pooler.dense.weight"}  # there it is trained
     with refuses(Code.DAMAGED) as caught:
         make("deberta", f"model.path={folder}")
     assert caught.value.file == str(folder)
@@ -200,11 +205,11 @@ def test_the_longest_pair_is_what_the_position_table_has_rows_for(kind: str) -> 
     config = config_class(vocab_size=len(tokenizer), pad_token_id=1, max_position_embeddings=64, **names)
     backbone = Auto(network_class(config).eval(), tokenizer, set())
     assert backbone.max_tokens == limit
-    backbone.need_room(limit)
+    backbone.require_length(limit)
     ids, types = (row[None] for row in backbone.probe_row(limit))
     assert backbone._logits(ids, torch.ones_like(ids), types).isfinite().all()
     with refuses(Code.INVALID_VALUE, key="data.max_length") as caught:
-        backbone.need_room(limit + 1)
+        backbone.require_length(limit + 1)
     assert caught.value.value == limit + 1
     assert f" {limit} " in caught.value.reason
 

@@ -74,8 +74,8 @@ def test_layer_1_is_not_taken_for_layer_11() -> None:
 def test_qv_means_query_and_value(family: str) -> None:
     backbone = make(f"tiny_{family}")
     chosen = [name for name in backbone.linears() if re.fullmatch(backbone.query_value, name)]
-    kinds = ("attention.self.query", "attention.self.value")
-    assert chosen == [f"{family}.encoder.layer.{i}.{name}" for i in range(2) for name in kinds]
+    types = ("attention.self.query", "attention.self.value")
+    assert chosen == [f"{family}.encoder.layer.{i}.{name}" for i in range(2) for name in types]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

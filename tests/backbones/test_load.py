@@ -17,8 +17,8 @@ import transformers
 from safetensors.torch import save_file
 
 from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer, locate
-from lora_bench.config.build import build_model
 from lora_bench.errors import Code, UserError
 from tests.backbones.tools import (
     cut_logits,
@@ -89,7 +89,7 @@ def test_a_saved_model_gives_its_own_logits(kind: str, dtype: torch.dtype, tmp_p
     network = network_of(kind).to(dtype)
     backbone = make(kind, f"model.path={save(tmp_path, network, tiny_tokenizers.tokenizer(kind))}")
     assert {p.dtype for p in backbone.network.parameters()} == {torch.float32}
-    assert backbone.fresh == set()
+    assert backbone.new_parameters == set()
     batch = random_batch(backbone)
     twin = type(backbone)(network.float(), backbone.tokenizer, set(), *(t5_arguments(backbone) if kind == "t5" else ()))
     expected = own_logits(twin, batch)
@@ -115,7 +115,7 @@ def test_loading_draws_from_no_global_stream(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "form", "fresh"),
+    ("kind", "form", "new_parameters"),
     [
         ("bert", (), {"classifier.weight", "classifier.bias"}),
         ("roberta", (), {f"classifier.{part}.{p}" for part in ("dense", "out_proj") for p in ("weight", "bias")}),
@@ -124,15 +124,15 @@ def test_loading_draws_from_no_global_stream(tmp_path: Path) -> None:
     ],
 )
 def test_only_the_head_is_new_on_a_pretrained_body(
-    kind: str, form: tuple[str, ...], fresh: set[str], tmp_path: Path
+    kind: str, form: tuple[str, ...], new_parameters: set[str], tmp_path: Path
 ) -> None:
     network = network_of(kind)
     body = network if kind == "t5" else network.base_model
     backbone = make(kind, f"model.path={save(tmp_path, body, tiny_tokenizers.tokenizer(kind))}", *form)
-    assert backbone.fresh == fresh
+    assert backbone.new_parameters == new_parameters
     held = body.state_dict()
     for name, tensor in backbone.network.state_dict().items():
-        if name not in fresh:  # the pooler of BERT among them
+        if name not in new_parameters:  # the pooler of BERT among them
             short = name.removeprefix(f"{backbone.network.base_model_prefix}.")
             assert torch.equal(tensor, held[short])
 
@@ -327,7 +327,7 @@ def test_a_head_for_other_labels_is_drawn_anew(bert: Path) -> None:
     tensors |= {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
     save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
     made = make("bert", f"model.path={bert}")
-    assert made.fresh == {"classifier.weight", "classifier.bias"}
+    assert made.new_parameters == {"classifier.weight", "classifier.bias"}
     assert made.network.classifier.out_features == 2
 
 
@@ -347,7 +347,7 @@ def package(bert: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_minilm_comes_with_its_package() -> None:
     backbone = make("minilm")
-    assert backbone.fresh == {"classifier.weight", "classifier.bias"}  # the pooler is the checkpoint's
+    assert backbone.new_parameters == {"classifier.weight", "classifier.bias"}  # the pooler is the checkpoint's
     assert (len(backbone.layers), backbone.hidden_size) == (6, 384)
     backbone.tokenizer.backend_tokenizer.no_padding()
     encoded = backbone.tokenizer.backend_tokenizer.encode("How old is he?", "What is his age?")

@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.config.build import build_model
 from lora_bench.errors import Code
 from tests.command_line import refuses
 from tests.helpers import TINY, composed
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens", "types"),
+    ("model_type", "tokens", "types"),
     [
         ("bert", ["[CLS]", "a", "##b", "[SEP]", "c", "?", "[SEP]"], [0, 0, 0, 0, 1, 1, 1]),
         ("roberta", ["<s>", "a", "b", "</s>", "</s>", "c", "?", "</s>"], [0] * 8),
     ],
 )
-def test_pairs_get_the_special_tokens_of_their_family(kind: str, tokens: list[str], types: list[int]) -> None:
-    made = tiny_tokenizers.tokenizer(kind)
-    encoded = made.backend_tokenizer.encode("ab", "c?")
+def test_pairs_get_the_special_tokens_of_their_family(model_type: str, tokens: list[str], types: list[int]) -> None:
+    tokenizer = tiny_tokenizers.tokenizer(model_type)
+    encoded = tokenizer.backend_tokenizer.encode("ab", "c?")
     assert encoded.tokens == tokens
     assert encoded.type_ids == types
 
@@ -32,14 +32,14 @@ def test_t5_reads_one_text_with_its_end() -> None:
     assert encoded.tokens == ["▁a", "b", "▁c", "?", "</s>"]
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "t5"])
-def test_every_tokenizer_is_fast_pads_and_reads_any_text(kind: str) -> None:
-    made = tiny_tokenizers.tokenizer(kind)
-    assert made.is_fast
-    assert made.pad_token_id is not None
-    ids = made.backend_tokenizer.encode("漢 \x00 {é}").ids
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "t5"])
+def test_every_tokenizer_is_fast_pads_and_reads_any_text(model_type: str) -> None:
+    tokenizer = tiny_tokenizers.tokenizer(model_type)
+    assert tokenizer.is_fast
+    assert tokenizer.pad_token_id is not None
+    ids = tokenizer.backend_tokenizer.encode("漢 \x00 {é}").ids
     assert ids
-    assert max(ids) < len(made)
+    assert max(ids) < len(tokenizer)
 
 
 def test_an_unknown_kind_is_refused() -> None:

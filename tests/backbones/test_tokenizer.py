@@ -119,7 +119,7 @@ def test_a_truncation_and_padding_section_changes_nothing(tmp_path: Path) -> Non
         }
 
     one, other = (read(folder_of(tmp_path / name, how)) for name, how in (("a", change), ("b", lambda _: None)))
-    assert identities.identity(one) == identities.identity(other)
+    assert identities.tokenizer_digests(one) == identities.tokenizer_digests(other)
 
 
 # -- refused --
@@ -218,7 +218,7 @@ def test_native_code_that_does_not_end_is_left_alone() -> None:
     import threading
 
     with pytest.raises(TimeoutError):
-        tokenizers.bounded(threading.Event().wait, 0.05)
+        tokenizers.call_with_timeout(threading.Event().wait, 0.05)
 
 
 # -- ids that the network does not know --
@@ -318,7 +318,7 @@ def changed_vocabulary(content: dict[str, Any]) -> None:
 
 
 def other(recorded: dict[str, Any], current: dict[str, str]) -> list[str]:
-    return identities.refuse_another(
+    return identities.refuse_other_tokenizer(
         recorded, current, lambda reason, remedy: UserError(reason, remedy=remedy, code=Code.MISMATCH)
     )
 
@@ -326,7 +326,7 @@ def other(recorded: dict[str, Any], current: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize("change", [keep_case, split_at_spaces, drop_the_template, changed_vocabulary])
 def test_other_token_ids_are_refused(change: Any, tmp_path: Path) -> None:
     before, after = (
-        identities.identity(read(folder_of(tmp_path / name, how)))
+        identities.tokenizer_digests(read(folder_of(tmp_path / name, how)))
         for name, how in (("before", lambda _: None), ("after", change))
     )
     with refuses(Code.MISMATCH) as caught:
@@ -336,14 +336,14 @@ def test_other_token_ids_are_refused(change: Any, tmp_path: Path) -> None:
 
 def test_the_same_content_in_other_bytes_is_the_same_tokenizer(tmp_path: Path) -> None:
     before, after = (
-        identities.identity(read(folder_of(tmp_path / name, how)))
+        identities.tokenizer_digests(read(folder_of(tmp_path / name, how)))
         for name, how in (("before", lambda _: None), ("after", same_but_bytes))
     )
     assert other(before, after) == []
 
 
 def test_other_versions_are_noted_where_the_ids_agree() -> None:
-    now = identities.identity(tiny_tokenizers.tokenizer("bert"))
+    now = identities.tokenizer_digests(tiny_tokenizers.tokenizer("bert"))
     versions = {"tokenizers": "0.1", "transformers": transformers.__version__}
     (note,) = other({**now, "versions": versions}, now)
     assert "tokenizers 0.1" in note
@@ -352,7 +352,7 @@ def test_other_versions_are_noted_where_the_ids_agree() -> None:
 
 
 def test_an_older_record_says_nothing_of_its_tokenizer() -> None:
-    assert other({}, identities.identity(tiny_tokenizers.tokenizer("bert"))) == []
+    assert other({}, identities.tokenizer_digests(tiny_tokenizers.tokenizer("bert"))) == []
 
 
 def test_there_are_32_probe_texts() -> None:

@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.config.build import build_model
 from lora_bench.data.batching import Batch
 from tests.helpers import composed
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_bench.backbones.base import Backbone
-    from lora_bench.config.schema import Model
+    from lora_bench.backbones.family import Family
 
 FORMS = {
     "bert": ("tiny_bert",),
@@ -39,7 +39,7 @@ def make(model: str = "tiny_bert", *overrides: str) -> Any:
 
 
 @cache
-def model_settings(model: str, *overrides: str) -> Model:
+def model_settings(model: str, *overrides: str) -> Family:
     """What the command line makes of `model=… model.key=…`."""
     return build_model(composed(f"model={model}", *overrides).model)
 

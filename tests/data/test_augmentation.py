@@ -13,7 +13,7 @@ from lora_bench.config.build import build_data
 from lora_bench.data import toy
 from lora_bench.data.augmentation import Augmentation, training_tables
 from lora_bench.data.batching import BatchPlan, training_batches
-from lora_bench.data.perturb import choose
+from lora_bench.data.perturb import choose_transforms
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
 from lora_bench.run.settings import Experiment
@@ -35,10 +35,10 @@ def encode(backbone: Callable[..., Any], request: pytest.FixtureRequest) -> Call
 
 
 def augmented(
-    encode: Callable[..., TokenTable], asked: Any = "all", share: float = 0.5, *, swapped: bool = False
+    encode: Callable[..., TokenTable], asked: Any = "all", share: float = 0.5, *, reverse: bool = False
 ) -> TokenTable:
-    chosen = choose(asked, "qqp", 2, "data.augment")
-    how = partial(encode, swapped=swapped)
+    chosen = choose_transforms(asked, "qqp", 2, "data.augment")
+    how = partial(encode, reverse=reverse)
     return replace(how(EXAMPLES), augmentation=Augmentation(EXAMPLES, chosen, share, 0.3, 0, how))
 
 
@@ -51,7 +51,7 @@ def row(table: TokenTable, i: int) -> tuple[list[int], list[int] | None]:
 def test_an_epochs_table_is_that_of_its_texts(encode: Callable[..., TokenTable]) -> None:
     table = augmented(encode)
     assert table.augmentation is not None
-    found, now = table.augmentation.perturbed(3), table.in_epoch(3)
+    found, now = table.augmentation.perturb(3), table.in_epoch(3)
     assert 25 <= len(found.rows) <= 30
     texts = [list(column) for column in EXAMPLES.texts]
     assert EXAMPLES.labels is not None
@@ -73,13 +73,13 @@ def test_an_epochs_table_is_that_of_its_texts(encode: Callable[..., TokenTable])
 def test_epochs_differ_and_repeat_themselves(encode: Callable[..., TokenTable]) -> None:
     table = augmented(encode, ["typo", "order"])
     assert table.augmentation is not None
-    one, again, other = (table.augmentation.perturbed(epoch) for epoch in (0, 0, 1))
+    one, again, other = (table.augmentation.perturb(epoch) for epoch in (0, 0, 1))
     assert one.examples.fingerprint() == again.examples.fingerprint()
     assert one.rows.tolist() == again.rows.tolist() != other.rows.tolist()
     assert len(one.rows) == len(other.rows) == 30
     everything = augmented(encode, "typo", 1.0)
     assert everything.augmentation is not None
-    assert everything.augmentation.perturbed(0).rows.tolist() == list(range(60))
+    assert everything.augmentation.perturb(0).rows.tolist() == list(range(60))
 
 
 def test_labels_follow_and_a_plain_table_stays_itself(encode: Callable[..., TokenTable]) -> None:
@@ -118,9 +118,9 @@ def test_members_of_a_pack_see_the_same_texts(encode: Callable[..., TokenTable])
 
 
 def test_both_orders_are_of_one_perturbed_pair(encode: Callable[..., TokenTable]) -> None:
-    table, swapped = augmented(encode, "typo", 1.0), augmented(encode, "typo", 1.0, swapped=True)
-    plan = BatchPlan(np.maximum(table.lengths, swapped.lengths), 8)
-    (batch, *_) = training_batches(table, plan, [0], 0, 0, swapped)
+    table, second_view = augmented(encode, "typo", 1.0), augmented(encode, "typo", 1.0, reverse=True)
+    plan = BatchPlan(np.maximum(table.lengths, second_view.lengths), 8)
+    (batch, *_) = training_batches(table, plan, [0], 0, 0, second_view)
     for one, other in zip(*batch.input_ids.chunk(2), strict=True):
         assert sorted(one.tolist()) == sorted(other.tolist())
         assert one.tolist() != other.tolist()
@@ -145,16 +145,14 @@ def test_each_objective_has_its_views(backbone: Callable[..., Any]) -> None:
     assert other is not None
     assert table.augmentation is not None
     assert other.augmentation is not None
-    assert (
-        table.augmentation.perturbed(1).examples.fingerprint() == other.augmentation.perturbed(1).examples.fingerprint()
-    )
+    assert table.augmentation.perturb(1).examples.fingerprint() == other.augmentation.perturb(1).examples.fingerprint()
     assert row(table.in_epoch(1), 0) != row(other.in_epoch(1), 0)
-    assert len(table.augmentation.perturbed(1).rows) <= 15
+    assert len(table.augmentation.perturb(1).rows) <= 15
     table, other = views("either_order", "data.augment=typo")
     assert other is None
-    assert table.exchanged is not None
+    assert table.reversed_view is not None
     assert table.augmentation is not None
-    assert table.exchanged.augmentation is not None
+    assert table.reversed_view.augmentation is not None
     table, other = views("perturb_consistency", "data.augment=word")
     assert table.augmentation is None
     assert other is not None
@@ -199,7 +197,7 @@ def test_a_prefix_is_not_kept_of_what_changes(encode: Callable[..., TokenTable],
         depth = 1
 
         class backbone:  # noqa: N801
-            can_be_cut = True
+            has_prefix = True
 
     table = augmented(encode)
     served = PrefixCache("hash", 1e9).with_cached_hidden_states(Cut(), {"train": table})  # type: ignore[arg-type]

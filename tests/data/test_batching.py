@@ -219,5 +219,5 @@ def test_lengths_are_rounded_up_as_far_as_pairs_are_so_long() -> None:
     plan = BatchPlan(np.arange(9, 31), 4, multiple=8)
     lengths = {length for _, length in plan.epoch(0, [0])}
     assert lengths <= {16, 24, 30}
-    assert [plan.padded(n) for n in (9, 16, 17, 25, 30)] == [16, 16, 24, 30, 30]
-    assert plan.padded(40) == 40  # a perturbed pair
+    assert [plan.padded_length(n) for n in (9, 16, 17, 25, 30)] == [16, 16, 24, 30, 30]
+    assert plan.padded_length(40) == 40  # a perturbed pair

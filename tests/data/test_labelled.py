@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_bench.data.labelled import FORMATS, check_texts, encode, free_names
+from lora_bench.data.labelled import FORMATS, check_texts, encode, unique_column_names
 from lora_bench.data.readers import read_table
 from lora_bench.errors import Code, UserError
 from tests.command_line import refuses
@@ -28,11 +28,11 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 odd = "a\rb\n\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0\"',\t; "
 
 
-def written(folder: Path, source: Path, kind: str, **predictions: Any) -> tuple[Path, int]:
+def written(folder: Path, source: Path, suffix: str, **predictions: Any) -> tuple[Path, int]:
     table = read_table(source)
-    content, replaced = encode(table, predictions or {k: v * len(table.rows) for k, v in PREDICTIONS.items()}, kind)
-    (folder / f"out{kind}").write_bytes(content)
-    return folder / f"out{kind}", replaced
+    content, replaced = encode(table, predictions or {k: v * len(table.rows) for k, v in PREDICTIONS.items()}, suffix)
+    (folder / f"out{suffix}").write_bytes(content)
+    return folder / f"out{suffix}", replaced
 
 
 def jsonl(folder: Path, *rows: Any) -> Path:
@@ -40,18 +40,18 @@ def jsonl(folder: Path, *rows: Any) -> Path:
     return folder / "in.jsonl"
 
 
-@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
 @example([(odd, " "), ("", "\r"), ("NA", "null"), ("\ufeff", "=1+1")])
 @few
-def test_any_text_survives(tmp_path: Path, kind: str, rows: list[tuple[str, str]]) -> None:
+def test_any_text_survives(tmp_path: Path, suffix: str, rows: list[tuple[str, str]]) -> None:
     first = jsonl(tmp_path, *({"a": a, "b": b} for a, b in rows))
-    out, replaced = written(tmp_path, first, kind)
+    out, replaced = written(tmp_path, first, suffix)
     assert replaced == 0
     table = read_table(out)
     assert list(zip(table.column("a"), table.column("b"), strict=True)) == rows
     assert list(table.names) == ["a", "b", "label", "score"]
-    again = tmp_path / f"again{kind}"
+    again = tmp_path / f"again{suffix}"
     again.write_bytes(out.read_bytes())
     table = read_table(written(tmp_path, again, ".jsonl", more=[0] * len(rows))[0])
     assert list(zip(table.column("a"), table.column("b"), strict=True)) == rows
@@ -62,10 +62,10 @@ def test_any_text_survives(tmp_path: Path, kind: str, rows: list[tuple[str, str]
 @few
 def test_pandas_reads_the_csv(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     out, _ = written(tmp_path, jsonl(tmp_path, *({"a": a, "b": b} for a, b in rows)), ".csv")
-    found = pandas.read_csv(out, keep_default_na=False, dtype={"a": str, "b": str})
-    assert list(zip(found["a"], found["b"], strict=True)) == rows
-    assert found["label"].tolist() == [1] * len(rows)
-    assert found["score"].tolist() == PREDICTIONS["score"] * len(rows)
+    frame = pandas.read_csv(out, keep_default_na=False, dtype={"a": str, "b": str})
+    assert list(zip(frame["a"], frame["b"], strict=True)) == rows
+    assert frame["label"].tolist() == [1] * len(rows)
+    assert frame["score"].tolist() == PREDICTIONS["score"] * len(rows)
 
 
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
@@ -74,9 +74,11 @@ def test_pandas_reads_the_csv(tmp_path: Path, rows: list[tuple[str, str]]) -> No
 def test_tsv_says_how_many_texts_it_changed(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     out, replaced = written(tmp_path, jsonl(tmp_path, *({"a": a, "b": b} for a, b in rows)), ".tsv")
     table = read_table(out)
-    found = list(zip(table.column("a"), table.column("b"), strict=True))
-    assert len(found) == len(rows)
-    changed = [(x, y) for row, back in zip(rows, found, strict=True) for x, y in zip(row, back, strict=True) if x != y]
+    rows_read = list(zip(table.column("a"), table.column("b"), strict=True))
+    assert len(rows_read) == len(rows)
+    changed = [
+        (x, y) for row, back in zip(rows, rows_read, strict=True) for x, y in zip(row, back, strict=True) if x != y
+    ]
     assert replaced == len(changed)
     for text, back in changed:
         assert len(text) == len(back)
@@ -97,8 +99,8 @@ def test_jsonl_rows_keep_their_own_keys_and_values(tmp_path: Path) -> None:
 def test_what_is_no_text_is_json_in_csv_and_tsv(tmp_path: Path) -> None:
     rows = [{"a": "x", "b": [1, "é"], "c": None, "d": True, "e": 1.5}, {"a": "y", "b": {"k": 1}}]
     source = jsonl(tmp_path, *rows)
-    for kind in (".csv", ".tsv"):
-        table = read_table(written(tmp_path, source, kind)[0])
+    for suffix in (".csv", ".tsv"):
+        table = read_table(written(tmp_path, source, suffix)[0])
         assert [json.loads(cell) for cell in table.column("b")] == [[1, "é"], {"k": 1}]
         assert [list(table.column(name)) for name in "cde"] == [["", ""], ["true", ""], ["1.5", ""]]
 
@@ -129,8 +131,8 @@ def test_parquet_as_text(tmp_path: Path) -> None:
     source = tmp_path / "in.parquet"
     parquet.write_table(pa.table(columns), source)
     expected = ["x", "2020-02-29", "1.10", "ff00"]
-    for kind in (".csv", ".tsv", ".jsonl"):
-        table = read_table(written(tmp_path, source, kind)[0])
+    for suffix in (".csv", ".tsv", ".jsonl"):
+        table = read_table(written(tmp_path, source, suffix)[0])
         assert [table.column(name)[0] for name in list(columns)[:-1]] == expected
 
 
@@ -153,29 +155,31 @@ def test_jsonl_in_parquet_has_one_type_in_a_column(tmp_path: Path, values: list[
 def test_half_characters_are_refused_where_only_json_can_hold_them(tmp_path: Path) -> None:
     table = read_table(jsonl(tmp_path, {"a": "x"}, {"a": "\ud800"}))
     check_texts(table, ".jsonl")
-    for kind in set(FORMATS) - {".jsonl"}:
+    for suffix in set(FORMATS) - {".jsonl"}:
         with refuses(Code.INVALID_DATA) as caught:
-            check_texts(table, kind)
+            check_texts(table, suffix)
         assert (caught.value.file, caught.value.row) == (table.source, 2)
         assert "'a'" in caught.value.reason
         assert ".jsonl" in str(caught.value.remedy)
 
 
 def test_names_that_are_taken() -> None:
-    assert free_names(["label", "score"], ["a"]) == {"label": "label", "score": "score"}
-    assert free_names(["label", "score"], ["label"]) == {"label": "predicted_label", "score": "score"}
+    assert unique_column_names(["label", "score"], ["a"]) == {"label": "label", "score": "score"}
+    assert unique_column_names(["label", "score"], ["label"]) == {"label": "predicted_label", "score": "score"}
     taken = ["label", "predicted_label", "score"]
-    assert free_names(["label", "score"], taken) == {"label": "predicted_label_2", "score": "predicted_score"}
+    assert unique_column_names(["label", "score"], taken) == {"label": "predicted_label_2", "score": "predicted_score"}
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("suffix", FORMATS)
 @given(content=st.binary() | st.text('ab,\t\n\r"{}[]:01\0\ufeff\\').map(str.encode), as_body=st.booleans())
 @few
-def test_whatever_is_read_is_written_in_every_format(tmp_path: Path, kind: str, content: bytes, as_body: bool) -> None:
-    header = {".tsv": b"a\tb\n", ".csv": b"a,b\n", ".jsonl": b'{"a":"","b":""}\n', ".parquet": b"PAR1"}[kind]
-    (tmp_path / f"in{kind}").write_bytes(header + content if as_body else content)
+def test_whatever_is_read_is_written_in_every_format(
+    tmp_path: Path, suffix: str, content: bytes, as_body: bool
+) -> None:
+    header = {".tsv": b"a\tb\n", ".csv": b"a,b\n", ".jsonl": b'{"a":"","b":""}\n', ".parquet": b"PAR1"}[suffix]
+    (tmp_path / f"in{suffix}").write_bytes(header + content if as_body else content)
     try:
-        table = read_table(tmp_path / f"in{kind}")
+        table = read_table(tmp_path / f"in{suffix}")
     except UserError:
         return
     for output in FORMATS:
@@ -183,6 +187,6 @@ def test_whatever_is_read_is_written_in_every_format(tmp_path: Path, kind: str, 
             check_texts(table, output)
         except UserError:
             continue
-        new = free_names(["label"], table.names)["label"]
+        new = unique_column_names(["label"], table.names)["label"]
         written, _ = encode(table, {new: [0] * len(table.rows)}, output)
         assert len(table.rows) == 0 or written

@@ -81,10 +81,10 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
         write_parquet(tmp_path / "b.parquet", label=["0", "1", "1"], question2=second, question1=first),
     ]
     for path in files:
-        found = read(path, QUESTIONS, "label")
-        assert found.texts == (first, second), path
-        assert found.labels is not None
-        assert (found.labels.dtype, found.labels.tolist(), found.ids.tolist()) == (np.int64, labels, [0, 1, 2])
+        examples = read(path, QUESTIONS, "label")
+        assert examples.texts == (first, second), path
+        assert examples.labels is not None
+        assert (examples.labels.dtype, examples.labels.tolist(), examples.ids.tolist()) == (np.int64, labels, [0, 1, 2])
 
 
 # --- TSV: tabs and line feeds mean something, nothing else does ---
@@ -98,10 +98,10 @@ plain_rows = st.lists(st.tuples(plain_text, plain_text, st.sampled_from([0, 1]))
 @per_example
 def test_any_text_survives_tsv(tmp_path: Path, rows: list[tuple[str, str, int]], end: str) -> None:
     lines = ["question1\tquestion2\tlabel", *(f"{a}\t{b}\t{label}" for a, b, label in rows)]
-    found = read(write(tmp_path / "a.tsv", end.join(lines) + end), QUESTIONS, "label")
-    assert rows_of(found) == [(a, b) for a, b, _ in rows]
-    assert found.labels is not None
-    assert found.labels.tolist() == [label for *_, label in rows]
+    examples = read(write(tmp_path / "a.tsv", end.join(lines) + end), QUESTIONS, "label")
+    assert rows_of(examples) == [(a, b) for a, b, _ in rows]
+    assert examples.labels is not None
+    assert examples.labels.tolist() == [label for *_, label in rows]
 
 
 def test_byte_order_mark_and_a_last_line_without_its_end(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_standard_input_is_tsv(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_label_column_labels_are_not_looked_at(tmp_path: Path) -> None:
-    found = read(write(tmp_path / "a.tsv", HEADER + "a\tb\tmaybe\n"), QUESTIONS, None)
-    assert (rows_of(found), found.labels) == ([("a", "b")], None)
+    examples = read(write(tmp_path / "a.tsv", HEADER + "a\tb\tmaybe\n"), QUESTIONS, None)
+    assert (rows_of(examples), examples.labels) == ([("a", "b")], None)
 
 
 @pytest.mark.parametrize(
@@ -275,16 +275,16 @@ def outcome(path: Path) -> Examples | UserError:
         return error
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("suffix", READERS)
 @given(content=st.binary() | st.text('ab,\t\n\r"{}[]:01\0\ufeff').map(str.encode), as_body=st.booleans())
 @per_example
-def test_random_bytes_are_read_or_refused(tmp_path: Path, kind: str, content: bytes, as_body: bool) -> None:
-    header = {".tsv": b"a\tb\n", ".csv": b"a,b\n", ".jsonl": b'{"a":"","b":""}\n', ".parquet": b"PAR1"}[kind]
-    found = outcome(write(tmp_path / f"a{kind}", header + content if as_body else content))
-    if isinstance(found, Examples):
-        assert len(found) == len(found.texts[0]) == len(found.texts[1]) > 0
+def test_random_bytes_are_read_or_refused(tmp_path: Path, suffix: str, content: bytes, as_body: bool) -> None:
+    header = {".tsv": b"a\tb\n", ".csv": b"a,b\n", ".jsonl": b'{"a":"","b":""}\n', ".parquet": b"PAR1"}[suffix]
+    result = outcome(write(tmp_path / f"a{suffix}", header + content if as_body else content))
+    if isinstance(result, Examples):
+        assert len(result) == len(result.texts[0]) == len(result.texts[1]) > 0
     else:
-        assert str(tmp_path) in str(found)
+        assert str(tmp_path) in str(result)
 
 
 @given(place=st.integers(min_value=0), byte=st.integers(0, 255))
@@ -292,8 +292,8 @@ def test_random_bytes_are_read_or_refused(tmp_path: Path, kind: str, content: by
 def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, place: int, byte: int) -> None:
     raw = bytearray(write_parquet(tmp_path / "whole.parquet", a=["Why?", "How?"], b=["x", "y"]).read_bytes())
     raw[place % len(raw)] = byte
-    found = outcome(write(tmp_path / "a.parquet", bytes(raw)))
-    assert isinstance(found, Examples) or str(tmp_path) in str(found)
+    result = outcome(write(tmp_path / "a.parquet", bytes(raw)))
+    assert isinstance(result, Examples) or str(tmp_path) in str(result)
 
 
 # --- long fields, many columns, blank lines, odd places ---
@@ -301,24 +301,24 @@ def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, place: int, b
 KINDS = (".tsv", ".csv", ".jsonl")
 
 
-def as_text(kind: str, rows: list[dict[str, str]], end: str = "\n") -> str:
-    """Rows whose values need no quoting, as a file of this kind."""
-    if kind == ".jsonl":
+def as_text(suffix: str, rows: list[dict[str, str]], end: str = "\n") -> str:
+    """Rows whose values need no quoting, as a file of this suffix."""
+    if suffix == ".jsonl":
         return end.join(map(json.dumps, rows)) + end
-    separator = {".tsv": "\t", ".csv": ","}[kind]
+    separator = {".tsv": "\t", ".csv": ","}[suffix]
     return end.join([separator.join(rows[0]), *(separator.join(row.values()) for row in rows)]) + end
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_field_may_be_of_any_length(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_field_may_be_of_any_length(tmp_path: Path, suffix: str) -> None:
     long = "word " * 100_000
-    found = read(write(tmp_path / f"a{kind}", as_text(kind, [{"a": long, "b": "x"}])), ("a", "b"), None)
+    found = read(write(tmp_path / f"a{suffix}", as_text(suffix, [{"a": long, "b": "x"}])), ("a", "b"), None)
     assert found.texts == ([long], ["x"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_may_have_very_many_columns(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path / f"a{kind}", as_text(kind, [{str(i): f"v{i}" for i in range(50_000)}]))
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_file_may_have_very_many_columns(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a{suffix}", as_text(suffix, [{str(i): f"v{i}" for i in range(50_000)}]))
     assert read(path, ("49999", "0"), None).texts == (["v49999"], ["v0"])
 
 
@@ -332,11 +332,11 @@ def test_a_column_that_is_there_twice_among_very_many_is_named(tmp_path: Path) -
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("tail", ["", "\n", "\n\n\n", "\r\n", "  \n", "\n  "])
-@pytest.mark.parametrize("kind", KINDS)
-def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path, kind: str, tail: str, end: str) -> None:
+@pytest.mark.parametrize("suffix", KINDS)
+def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path, suffix: str, tail: str, end: str) -> None:
     rows = [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]
-    for content in (as_text(kind, rows, end) + tail, as_text(kind, rows, end).removesuffix(end)):
-        assert read(write(tmp_path / f"a{kind}", content), ("a", "b"), None).texts == (["1", "2"], ["x", "y"])
+    for content in (as_text(suffix, rows, end) + tail, as_text(suffix, rows, end).removesuffix(end)):
+        assert read(write(tmp_path / f"a{suffix}", content), ("a", "b"), None).texts == (["1", "2"], ["x", "y"])
 
 
 def test_blank_lines_of_single_texts(tmp_path: Path) -> None:
@@ -345,10 +345,10 @@ def test_blank_lines_of_single_texts(tmp_path: Path) -> None:
     assert refusal(write(tmp_path / "a.csv", "text\na\n\nb\n"), ("text",), None).row == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_old_mac_line_ends_are_named(tmp_path: Path, kind: str) -> None:
-    content = as_text(kind, [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}], "\r")
-    error = refusal(write(tmp_path / f"a{kind}", content), ("a", "b"), None)
+@pytest.mark.parametrize("suffix", KINDS)
+def test_old_mac_line_ends_are_named(tmp_path: Path, suffix: str) -> None:
+    content = as_text(suffix, [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}], "\r")
+    error = refusal(write(tmp_path / f"a{suffix}", content), ("a", "b"), None)
     assert error.row is None
     assert "tr '\\r' '\\n'" in str(error.remedy)
 

@@ -1,4 +1,4 @@
-"""Splits come from hub, files and generator alike; carve and examine keep what their docstrings promise."""
+"""Splits come from hub, files and generator alike; carve and inspect_splits keep what their docstrings promise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lora_bench.config.schema import Data, FileData, HubData, ToyData
 from lora_bench.data.examples import Examples
-from lora_bench.data.sources import carve, examine, load, unseen
+from lora_bench.data.sources import inspect_splits, load, split_selection, unseen_rows
 from lora_bench.errors import Code
 from tests.command_line import refuses
 
@@ -75,8 +75,8 @@ def test_take_keeps_rows_together() -> None:
 
 def test_fingerprint_tells_contents_apart() -> None:
     def of(*columns: list[str], labels: list[int] | None = None) -> str:
-        made = None if labels is None else np.array(labels, dtype=np.int64)
-        return Examples(np.arange(len(columns[0])), columns, made).fingerprint()
+        label_array = None if labels is None else np.array(labels, dtype=np.int64)
+        return Examples(np.arange(len(columns[0])), columns, label_array).fingerprint()
 
     contents = [
         of(["a", "b"]), of(["b", "a"]), of(["ab", ""]), of(["", "ab"]), of(["a"], ["b"]), of(["a", "b"], labels=[0, 1]),
@@ -94,10 +94,10 @@ def test_a_folder_gives_the_splits_it_has(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t1\n")
     (tmp_path / "validation.csv").write_text("question1,question2,label\nc,d,0\n")
     (tmp_path / "test.jsonl").write_text('{"question1": "e", "question2": "f"}\n')
-    found = load(files(tmp_path))
-    assert [*found] == ["train", "validation", "test"]
-    assert found["validation"].texts == (["c"], ["d"])
-    assert found["test"].labels is None
+    splits = load(files(tmp_path))
+    assert [*splits] == ["train", "validation", "test"]
+    assert splits["validation"].texts == (["c"], ["d"])
+    assert splits["test"].labels is None
     (tmp_path / "validation.csv").write_text("question1,question2\nc,d\n")
     with refuses(Code.INVALID_DATA) as caught:
         load(files(tmp_path))
@@ -109,11 +109,11 @@ def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\t4\ne\tf\t5.0\n")
     (tmp_path / "validation.jsonl").write_text('{"question1": "e", "question2": "f", "label": 4.5}\n')
     (tmp_path / "test.tsv").write_text(HEADER + "a\tb\t-1.0\n")
-    found = load(replace(files(tmp_path), label_threshold=4.0))
-    assert found["train"].labels is not None
-    assert found["validation"].labels is not None
-    assert (found["train"].labels.tolist(), found["validation"].labels.tolist()) == ([0, 1, 1], [1])
-    assert found["test"].labels is None
+    splits = load(replace(files(tmp_path), label_threshold=4.0))
+    assert splits["train"].labels is not None
+    assert splits["validation"].labels is not None
+    assert (splits["train"].labels.tolist(), splits["validation"].labels.tolist()) == ([0, 1, 1], [1])
+    assert splits["test"].labels is None
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\thigh\n")
     with refuses(Code.INVALID_DATA) as caught:
         load(replace(files(tmp_path), label_threshold=4.0))
@@ -174,13 +174,13 @@ def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> N
     calls = hub_holds(
         monkeypatch, DatasetDict(test=rows([-1, -1]), train=rows([0, 1, 1]), validation=rows([1]), other=rows([7]))
     )
-    found = load(replace(HUB, revision="v1"))
+    splits = load(replace(HUB, revision="v1"))
     assert calls == [("nyu-mll/glue", "qqp", "v1")]
-    assert [*found] == ["train", "validation", "test"]
-    assert found["train"].texts == (["t0", "t1", "t1"], ["t1", "t1", "t0"])
-    assert found["train"].labels is not None
-    assert found["train"].labels.tolist() == [0, 1, 1]
-    assert found["test"].labels is None
+    assert [*splits] == ["train", "validation", "test"]
+    assert splits["train"].texts == (["t0", "t1", "t1"], ["t1", "t1", "t0"])
+    assert splits["train"].labels is not None
+    assert splits["train"].labels.tolist() == [0, 1, 1]
+    assert splits["test"].labels is None
     hub_holds(monkeypatch, DatasetDict(train=rows([0, 2])))
     with refuses(Code.INVALID_DATA) as caught:
         load(HUB)
@@ -228,7 +228,7 @@ def test_carve_is_exact_stratified_and_disjoint(labels: list[int], seed: int, da
     n = len(labels)
     size = data.draw(st.integers(2, n - 1) if n > 2 else st.just(0.5))
     source = numbered(labels)
-    train, selection = carve(source, sizes(selection_size=size, split_seed=seed))
+    train, selection = split_selection(source, sizes(selection_size=size, split_seed=seed))
     wanted = 1 if size == 0.5 else size
     assert len(selection) == wanted
     assert sorted([*train.ids, *selection.ids]) == list(range(n))
@@ -243,9 +243,9 @@ def test_carve_is_exact_stratified_and_disjoint(labels: list[int], seed: int, da
 @given(label_lists, st.integers(0, 9), st.data())
 @settings(deadline=None)
 def test_a_smaller_train_is_a_prefix_and_selection_stays(labels: list[int], seed: int, data: st.DataObject) -> None:
-    whole, selection = carve(numbered(labels), sizes(selection_size=0.5, split_seed=seed))
+    whole, selection = split_selection(numbered(labels), sizes(selection_size=0.5, split_seed=seed))
     size = data.draw(st.integers(1, len(whole)))
-    train, same = carve(numbered(labels), sizes(selection_size=0.5, split_seed=seed, train_size=size))
+    train, same = split_selection(numbered(labels), sizes(selection_size=0.5, split_seed=seed, train_size=size))
     assert train.ids.tolist() == whole.ids[:size].tolist()
     assert same.ids.tolist() == selection.ids.tolist()
     assert train.labels is not None
@@ -255,16 +255,16 @@ def test_a_smaller_train_is_a_prefix_and_selection_stays(labels: list[int], seed
 def test_few_rows_have_the_share_of_each_label_whatever_was_set_aside() -> None:
     source = numbered([0, 0, 1] * 1000)
     for seed in range(20):
-        train, _ = carve(source, sizes(selection_size=200, train_size=15, split_seed=seed))
+        train, _ = split_selection(source, sizes(selection_size=200, train_size=15, split_seed=seed))
         assert train.labels is not None
         assert train.labels.sum() in (4, 5, 6)
 
 
 def test_the_cut_is_the_same_on_any_machine_and_another_for_another_seed() -> None:
     source = numbered([0, 1] * 10)
-    train, selection = carve(source, sizes(selection_size=4, train_size=3))
+    train, selection = split_selection(source, sizes(selection_size=4, train_size=3))
     assert (train.ids.tolist(), selection.ids.tolist()) == ([13, 8, 15], [11, 2, 3, 18])
-    cuts = {tuple(carve(source, sizes(selection_size=4, split_seed=seed))[1].ids) for seed in range(10)}
+    cuts = {tuple(split_selection(source, sizes(selection_size=4, split_seed=seed))[1].ids) for seed in range(10)}
     assert len(cuts) == 10
 
 
@@ -279,48 +279,48 @@ def test_the_cut_is_the_same_on_any_machine_and_another_for_another_seed() -> No
 )
 def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], key: str) -> None:
     with refuses(Code.INVALID_VALUE, key=key) as caught:
-        carve(numbered([0, 1] * 5), sizes(**settings))
+        split_selection(numbered([0, 1] * 5), sizes(**settings))
     assert caught.value.value == settings[key.removeprefix("data.")]
     assert key == "data.selection_size" or "6" in str(caught.value.remedy)
 
 
 def test_train_without_labels_is_refused() -> None:
     with refuses(Code.INVALID_DATA, key="data.label_column"):
-        carve(Examples(np.arange(9), (["a"] * 9,), None), sizes())
+        split_selection(Examples(np.arange(9), (["a"] * 9,), None), sizes())
 
 
-# --- examine ---
+# --- inspect_splits ---
 
 
 def test_examine_counts_what_a_reader_of_the_record_must_know() -> None:
-    found = examine(
+    statistics = inspect_splits(
         {
             "train": pairs(("a", "b", 1), ("b", "a", 1), ("NA", "c", 0), ("", " ", 0), ("x", "y", 0)),
             "validation": pairs(("y", "x", 0), ("b", "a", 0), ("new", "pair", 0)),
             "test": Examples(np.arange(1), (["q"], ["r"]), None),
         }
     )
-    assert found["rows"] == {"train": 5, "validation": 3, "test": 1}
-    assert found["positives"] == {"train": 2, "validation": 0, "test": None}
-    assert found["empty_texts"] == {"train": 2, "validation": 0, "test": 0}
-    assert found["null_texts"] == {"train": 1, "validation": 0, "test": 0}
-    assert found["repeated"] == {"train": 1, "validation": 0, "test": 0}
-    assert found["shared"] == {"train/validation": 2, "train/test": 0, "validation/test": 0}
-    assert [warning.split(":")[0] for warning in found["warnings"]] == [
+    assert statistics["rows"] == {"train": 5, "validation": 3, "test": 1}
+    assert statistics["positives"] == {"train": 2, "validation": 0, "test": None}
+    assert statistics["empty_texts"] == {"train": 2, "validation": 0, "test": 0}
+    assert statistics["null_texts"] == {"train": 1, "validation": 0, "test": 0}
+    assert statistics["repeated"] == {"train": 1, "validation": 0, "test": 0}
+    assert statistics["shared"] == {"train/validation": 2, "train/test": 0, "validation/test": 0}
+    assert [warning.split(":")[0] for warning in statistics["warnings"]] == [
         *("validation", "train", "train", "train", "train/validation")
     ]
-    assert "label 0" in found["warnings"][0]
+    assert "label 0" in statistics["warnings"][0]
 
 
 def test_examine_has_nothing_to_say_of_clean_data() -> None:
     single = {"train": Examples(np.arange(2), (["a", "b"],), np.array([0, 1]))}
-    assert examine(single)["warnings"] == []
+    assert inspect_splits(single)["warnings"] == []
 
 
 def test_toy_is_a_source_too() -> None:
-    found = load(sizes())
-    assert {split: len(examples) for split, examples in found.items()} == {"train": 8, "validation": 8}
-    assert examine(found)["shared"] == {"train/validation": 0}
+    splits = load(sizes())
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 8, "validation": 8}
+    assert inspect_splits(splits)["shared"] == {"train/validation": 0}
 
 
 def test_unseen_rows_share_no_text_with_what_was_seen() -> None:
@@ -328,5 +328,5 @@ def test_unseen_rows_share_no_text_with_what_was_seen() -> None:
         return Examples(np.arange(len(first)), (first, second), None)
 
     split = pairs(["a", "b", "c", "d"], ["x", "y", "a", "e"])
-    assert unseen(split).tolist() == [True] * 4
-    assert unseen(split, pairs(["y"], ["q"]), pairs(["q"], ["a"])).tolist() == [False, False, False, True]
+    assert unseen_rows(split).tolist() == [True] * 4
+    assert unseen_rows(split, pairs(["y"], ["q"]), pairs(["q"], ["a"])).tolist() == [False, False, False, True]

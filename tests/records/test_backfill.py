@@ -12,9 +12,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import lora_bench as package
+from lora_bench.adapters.methods import method_names
 from lora_bench.analysis.summary import summarise
+from lora_bench.backbones.families import family_names
+from lora_bench.config.schema import DATA
 from lora_bench.errors import Code
-from lora_bench.records.backfill import KINDS, OPTIONS, filled
+from lora_bench.records.backfill import KINDS, choice_of_kind, filled
 from tests.command_line import lora_bench, refused, toy_run
 from tests.helpers import composed
 
@@ -65,11 +68,10 @@ def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
 
 
 def test_every_kind_has_a_choice_that_is_one() -> None:
-    from lora_bench.config.schema import DATA, MODELS
-
-    for group, kinds in (("model", MODELS), ("data", DATA), ("adapter", ["lora", "adalora", "bitfit", "vera", "full"])):
+    for group, kinds in (("model", family_names()), ("data", DATA), ("adapter", method_names())):
         for kind in kinds:
-            node = composed(f"{group}={OPTIONS.get(kind, kind)}", *(["data.path=x"] if kind == "files" else []))[group]
+            choice = choice_of_kind(group, kind)
+            node = composed(f"{group}={choice}", *(["data.path=x"] if kind == "files" else []))[group]
             assert node[KINDS[group]] == kind
 
 

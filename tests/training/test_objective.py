@@ -17,7 +17,7 @@ from scipy.stats import entropy
 
 from lora_bench import train as story
 from lora_bench.data import sources
-from lora_bench.data.batching import Batch, BatchPlan, both_orders, collate, micro_batches, training_batches
+from lora_bench.data.batching import Batch, BatchPlan, collate, join_orders, micro_batches, training_batches
 from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
@@ -74,14 +74,14 @@ class Losses:
 @cache
 def examples(size: int) -> Examples:
     data = experiment(f"data.train_size={size}").data
-    train, _ = sources.carve(sources.load(data)["train"], data)
+    train, _ = sources.split_selection(sources.load(data)["train"], data)
     return train
 
 
 def tables_of(backbone: Backbone, size: int = 40) -> tuple[TokenTable, TokenTable]:
     """Toy pairs of unlike lengths, some of them truncated, as they are and exchanged."""
-    as_is, swapped = (tokenize(examples(size), COLUMNS, backbone, 40, swapped=way) for way in (False, True))
-    return as_is, swapped
+    as_is, second_view = (tokenize(examples(size), COLUMNS, backbone, 40, reverse=way) for way in (False, True))
+    return as_is, second_view
 
 
 def learn(
@@ -215,10 +215,10 @@ def firsts(batch: Batch) -> list[int]:
 
 @pytest.mark.parametrize("types", [True, False])
 def test_a_batch_goes_member_by_member_and_then_order_by_order(types: bool) -> None:
-    as_is, swapped = simple_table([3, 4, 4], 100, types=types), simple_table([3, 6, 4], 200, types=types)
+    as_is, second_view = simple_table([3, 4, 4], 100, types=types), simple_table([3, 6, 4], 200, types=types)
     rows = np.array([0, 1, 2, 0])  # two members, two pairs each
-    one, other = (collate(table, rows, 6, 0, members=2) for table in (as_is, swapped))
-    batch = both_orders(one, other)
+    one, other = (collate(table, rows, 6, 0, members=2) for table in (as_is, second_view))
+    batch = join_orders(one, other)
     assert (batch.members, batch.orders, batch.pairs) == (2, 2, 2)
     assert firsts(batch) == [100, 101, 200, 201, 102, 100, 202, 200]
     assert batch.labels.tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
@@ -235,10 +235,10 @@ def test_a_batch_goes_member_by_member_and_then_order_by_order(types: bool) -> N
 
 def test_shared_rows_are_repeated_with_both_orders() -> None:
     one, other = (collate(simple_table([3, 3], start), np.arange(2), 3, 0) for start in (100, 200))
-    batch = both_orders(one, other)
+    batch = join_orders(one, other)
     assert batch.full
-    assert not both_orders(one, collate(simple_table([3, 2], 200), np.arange(2), 3, 0)).full
-    assert not both_orders(collate(simple_table([3, 2], 100), np.arange(2), 3, 0), other).full
+    assert not join_orders(one, collate(simple_table([3, 2], 200), np.arange(2), 3, 0)).full
+    assert not join_orders(collate(simple_table([3, 2], 100), np.arange(2), 3, 0), other).full
     repeated = batch.repeat(3)
     assert firsts(repeated) == [100, 101, 200, 201] * 3
     assert (repeated.members, repeated.orders, repeated.pairs) == (3, 2, 2)
@@ -247,10 +247,10 @@ def test_shared_rows_are_repeated_with_both_orders() -> None:
 @pytest.mark.parametrize("seeds", [[4, 4], [4, 5]])
 def test_an_epoch_brings_every_pair_in_both_orders(seeds: list[int]) -> None:
     lengths = np.random.default_rng(0).integers(3, 12, 23).tolist()
-    as_is, swapped = simple_table(lengths, 100), simple_table(lengths, 200)
+    as_is, second_view = simple_table(lengths, 100), simple_table(lengths, 200)
     plan = BatchPlan(as_is.lengths, 4)
     plain = list(training_batches(as_is, plan, seeds, 0, 0))
-    doubled = list(training_batches(as_is, plan, seeds, 0, 0, swapped))
+    doubled = list(training_batches(as_is, plan, seeds, 0, 0, second_view))
     assert len(plain) == len(doubled) == 6
     for one, two in zip(plain, doubled, strict=True):
         assert two.members == one.members == len(set(seeds))
@@ -407,7 +407,7 @@ def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
         a_pack = pack("bert", (adapter("lora"), 0))
         table = tokenize(twice, COLUMNS, a_pack.backbone, 40, cached=False)
         watcher = Losses()
-        table = replace(table, exchanged=table) if turns else table
+        table = replace(table, reversed_view=table) if turns else table
         chosen = trainer(steps=5, objective="either_order" if turns else "cross_entropy")
         fit(a_pack, [optimizer()], chosen, table, replace(table, exchanged=None), watcher=watcher)
         losses.append(watcher.seen)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.data.batching import both_orders, collate, micro_batches
+from lora_bench.data.batching import collate, join_orders, micro_batches
 from lora_bench.errors import Code, RunFailedError
 from lora_bench.files.cache import TRAILER_BYTES
 from lora_bench.training import prefix_cache
@@ -118,7 +118,7 @@ def test_stored_states_are_the_prefix_of_each_row_whatever_it_travels_with() -> 
     kept = batch.attention_mask.bool()
     torch.testing.assert_close(batch.hidden[kept], expected[kept], atol=1e-5, rtol=0)
     assert not batch.hidden[~kept].any()
-    picked = list(micro_batches(both_orders(batch, batch), 2))
+    picked = list(micro_batches(join_orders(batch, batch), 2))
     assert picked[0].hidden is not None
     assert torch.equal(picked[0].hidden, batch.hidden[[0, 1, 0, 1]])
 

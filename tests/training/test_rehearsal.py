@@ -41,14 +41,14 @@ def given(experiment: Experiment, pack: Pack) -> tuple[dict[str, TokenTable], To
     """The tables, and the training pairs once more where the objective asks for it."""
     splits, _ = load_splits(experiment.data)
     columns, limit = experiment.data.text_columns, experiment.data.max_length
-    train, swapped = training_tables(experiment.data, splits["train"], pack.backbone, experiment.trainer.objective)
+    train, second_view = training_tables(experiment.data, splits["train"], pack.backbone, experiment.trainer.objective)
     others = {name: tokenize(split, columns, pack.backbone, limit) for name, split in splits.items() if name != "train"}
-    return {"train": train, **others}, swapped
+    return {"train": train, **others}, second_view
 
 
 def estimated(experiment: Experiment, pack: Pack) -> Estimate:
-    tables, swapped = given(experiment, pack)
-    return estimate(pack, experiment.optimizer, experiment.trainer, tables, swapped)
+    tables, second_view = given(experiment, pack)
+    return estimate(pack, experiment.optimizer, experiment.trainer, tables, second_view)
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "order_consistency"])

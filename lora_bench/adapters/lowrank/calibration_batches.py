@@ -30,7 +30,7 @@ def lack(batches: Sequence[Batch], member: int, *, of_labels: bool) -> str | Non
         member: whose rows of batches that members do not share.
         of_labels: whether what is begun goes by the labels.
     """
-    own = [batch.of([member]) for batch in batches]
+    own = [batch.select_members([member]) for batch in batches]
     rows = [zip(each.input_ids.tolist(), each.attention_mask.sum(1).tolist(), strict=True) for each in own]
     pairs = len({tuple(ids[:length]) for of_batch in rows for ids, length in of_batch})
     labels = {label for each in own if each.labels is not None for label in each.labels.tolist()}
@@ -71,7 +71,7 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
 
     with _observed(pack, member, observe):
         for batch in batches:
-            on_device = batch.of([member]).to(pack.backbone.device)
+            on_device = batch.select_members([member]).to(pack.backbone.device)
             mask = on_device.attention_mask.bool()  # (B, T)
             pack(on_device)
     return {name: moment / max(1, counts[name]) for name, moment in moments.items()}
@@ -105,7 +105,7 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
     count = 0
     with _observed(pack, member, observe):
         for batch in batches:
-            on_device = batch.of([member]).to(pack.backbone.device)
+            on_device = batch.select_members([member]).to(pack.backbone.device)
             assert on_device.labels is not None
             loss = F.cross_entropy(pack(on_device)[0], on_device.labels)
             torch.autograd.grad(loss, zero)

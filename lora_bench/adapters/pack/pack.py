@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lora_bench.adapters.pack.batched_lora import Copies, kind
 from lora_bench.adapters.pack.member_modules import Adapted, Live, MemberHeads
 from lora_bench.errors import Code, UserError
-from lora_bench.head.pair_features import Matching, pair_features
+from lora_bench.head.pair_features import PairFeatureHead, pair_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ class Pack(nn.Module):
         """Where the network is cut, whoever is live, once what lies below is read and not computed."""
         self._joined: tuple[list[int], Copies] | None = None
         size, device = backbone.hidden_size, backbone.device
-        apart = backbone.tells_texts_apart
+        apart = backbone.separates_texts
         asked = [apart if m.adapter.matching is None else m.adapter.matching for m in members]
         matching = [k for k, asks in enumerate(asked) if asks]
         if matching and not apart:
@@ -114,7 +114,7 @@ class Pack(nn.Module):
                 remedy="Take adapter.matching=false.",
                 code=Code.UNSUPPORTED,
             )
-        self.matchings = nn.ModuleDict({str(k): Matching(size, device) for k in matching})
+        self.matchings = nn.ModuleDict({str(k): PairFeatureHead(size, device) for k in matching})
         self._attach_heads()
         self._attach_updates()
 
@@ -204,7 +204,7 @@ class Pack(nn.Module):
             places = [live.index(k) for k in members]
             rows = hidden.view(len(live), -1, *hidden.shape[1:])
             hidden = torch.cat([rows[k] for k in places])
-            batch = batch.of(places)
+            batch = batch.select_members(places)
         elif batch.members == 1 and K > 1:
             batch = batch.repeat(K)
             hidden = hidden.repeat(K, *[1] * (hidden.ndim - 1))
@@ -216,14 +216,14 @@ class Pack(nn.Module):
             with self._autocast():
                 self.backbone.all_positions = everywhere or matching
                 encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
-                logits = self.backbone.answer(encoded, batch)  # (K·B, 2)
+                logits = self.backbone.classify(encoded, batch)  # (K·B, 2)
         finally:
             self._live.members = live
             self.backbone.all_positions = everywhere
         logits = logits.float().view(K, -1, logits.shape[-1])
         if not matching:
             return logits
-        features = pair_features(encoded, *self.backbone.texts(batch)).view(K, logits.shape[1], -1)
+        features = pair_features(encoded, *self.backbone.text_masks(batch)).view(K, logits.shape[1], -1)
         own = [
             own + self.matchings[str(k)](rows) if str(k) in self.matchings else own
             for k, own, rows in zip(members, logits, features, strict=True)
@@ -368,7 +368,7 @@ class Pack(nn.Module):
         init = stream(member.seed_of("init"), f"head/{name}")
         for key, p in head.named_parameters():
             # As transformers draws a new classifier: normal weights; zero biases and unit norms stay as they are.
-            if f"{name}.{key}" in self.backbone.fresh and p.ndim > 1:
+            if f"{name}.{key}" in self.backbone.new_parameters and p.ndim > 1:
                 drawn = torch.empty(p.shape).normal_(0.0, self.backbone.initializer_range, generator=init)
                 p.data.copy_(drawn)
         return head

@@ -57,7 +57,7 @@ def save(
     """
     folder.mkdir(exist_ok=True)
     if pack.trains_backbone:
-        pack.backbone.plain_config(label_names).save_pretrained(folder)
+        pack.backbone.export_config(label_names).save_pretrained(folder)
         pack.backbone.tokenizer.save_pretrained(folder)
         state = {name: tensor.contiguous() for name, tensor in pack.state(member, head).items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -124,7 +124,7 @@ def _saved_head(config: PeftConfig, backbone: Backbone) -> Tensors:
             asked = config.values.get("modules_to_save")
             raise config.refusal("modules_to_save", asked, f"takes in {name}, which is no part of the head")
     found = {name: p for name, p in backbone.network.named_parameters() if _within(name, modules)}
-    lacking = sorted(name for name in backbone.fresh - found.keys() if _within(name, backbone.head_modules))
+    lacking = sorted(name for name in backbone.new_parameters - found.keys() if _within(name, backbone.head_modules))
     if lacking:
         raise UserError(
             f"neither this adapter nor the backbone's checkpoint holds {lacking[0]}",

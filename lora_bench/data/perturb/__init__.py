@@ -1,7 +1,7 @@
 """Perturbed texts: small, seeded, pure transforms at the level of characters, words and sentences.
 
-Each declares what it does to the label: most keep it, `number` and `entity` make a duplicate one that is none. A row's
-perturbation depends on its texts, its id, the transform, the intensity and the seed, on nothing else.
+Each declares its effect on the label: most keep it, `number` and `entity` make a duplicate a non-duplicate. The
+perturbation of a row depends only on its texts, its id, the transform, the intensity and the seed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_bench.data.examples import Examples
 from lora_bench.data.perturb import characters, sentences, words
-from lora_bench.data.perturb.transform import FORMS, PARAPHRASES, Transform
+from lora_bench.data.perturb.transform import FORM_TASKS, PARAPHRASE_TASKS, Transform
 from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
@@ -22,37 +22,42 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-TRANSFORMS = {each.name: each for each in (*characters.TRANSFORMS, *words.TRANSFORMS, *sentences.TRANSFORMS)}
+TRANSFORMS = {
+    transform.name: transform for transform in (*characters.TRANSFORMS, *words.TRANSFORMS, *sentences.TRANSFORMS)
+}
 LEVELS = ("character", "word", "sentence")
 
 
 @dataclass(frozen=True)
-class Perturbed:
-    """Those rows of some examples that a transform changed."""
+class PerturbedRows:
+    """The rows that a transform changed, with their new texts and labels."""
 
     rows: NDArray[np.int64]  # (M,) their positions
     examples: Examples  # M of them, with their new labels
 
 
-def perturb(examples: Examples, transform: Transform, *, seed: int | str, intensity: float) -> Perturbed:
-    """The rows that the transform changes, changed; those whose new label would not be known are left out."""
+def perturb(examples: Examples, transform: Transform, *, seed: int | str, intensity: float) -> PerturbedRows:
+    """Apply a transform to every row, and return the changed rows.
+
+    Rows are left out if the transform does not change them, or if their new label is unknown.
+    """
     rows, texts, labels = [], [], []
     for row in range(len(examples)):
-        found = perturb_row(examples, row, transform, seed=seed, intensity=intensity)
-        if found is not None:
+        changed = perturb_row(examples, row, transform, seed=seed, intensity=intensity)
+        if changed is not None:
             rows.append(row)
-            texts.append(found[0])
-            labels.append(found[1])
-    columns = tuple([each[c] for each in texts] for c in range(len(examples.texts)))
-    places = np.array(rows, np.int64)
-    new = None if examples.labels is None else np.array(labels, np.int64)
-    return Perturbed(places, Examples(examples.ids[places], columns, new))
+            texts.append(changed[0])
+            labels.append(changed[1])
+    columns = tuple([row_texts[c] for row_texts in texts] for c in range(len(examples.texts)))
+    indices = np.array(rows, np.int64)
+    new_labels = None if examples.labels is None else np.array(labels, np.int64)
+    return PerturbedRows(indices, Examples(examples.ids[indices], columns, new_labels))
 
 
 def perturb_row(
     examples: Examples, row: int, transform: Transform, *, seed: int | str, intensity: float
 ) -> tuple[tuple[str, ...], int | None] | None:
-    """The row's new texts and label; None where the transform does not change it, or its label would be unknown."""
+    """Return a row's new texts and label; None if the transform does not change it, or its new label is unknown."""
     label = None if examples.labels is None else int(examples.labels[row])
     new_label = None if label is None else transform.labels[label]
     if new_label is None and not transform.keeps_label:
@@ -62,21 +67,24 @@ def perturb_row(
     return None if changed == texts else (changed, new_label)
 
 
-def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_label: bool = False) -> list[Transform]:
-    """The transforms that `asked` names.
+def choose_transforms(
+    names: str | Sequence[str], task: str, texts: int, key: str, *, keep_label: bool = False
+) -> list[Transform]:
+    """Return the transforms that names, levels or `all` stand for.
 
     Args:
-        asked: names, levels or `all`, as one or as a list. Of a level or of all, those that suit the data are taken.
-        task: the data's; label rules hold for some.
-        texts: how many texts a row of the data has.
-        key: the config key to blame.
-        keep_label: whether the label must stay.
+        names: names of transforms, levels or `all`, as one text or a list. A level and `all` stand for those of their
+            transforms that suit the data.
+        task: the task of the data; a label rule holds for some tasks.
+        texts: the number of texts of a row.
+        key: the config key that messages name.
+        keep_label: allow only transforms that keep the label.
 
     Raises:
-        UserError: a name is not known, or what it names does not suit the data.
+        UserError: a name is unknown, or its transform does not suit the data.
     """
     chosen: dict[str, Transform] = {}
-    for name in [asked] if isinstance(asked, str) else asked:
+    for name in [names] if isinstance(names, str) else names:
         if name in TRANSFORMS:
             chosen[name] = TRANSFORMS[name]
             _refuse_unsuited(TRANSFORMS[name], task, texts, key, keep_label)
@@ -84,9 +92,8 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_
         if name not in (*LEVELS, "all"):
             hint = nearest(name, [*TRANSFORMS, *LEVELS, "all"])
             raise UserError("is not a transform", key=key, value=name, remedy=hint, code=Code.UNKNOWN_CHOICE)
-        of_level = [each for each in TRANSFORMS.values() if name in (each.level, "all")]
-        suited = [each for each in of_level if each.has_rule(task) and each.texts <= texts]
-        suited = [each for each in suited if each.keeps_label or not keep_label]
+        of_level = [transform for transform in TRANSFORMS.values() if name in (transform.level, "all")]
+        suited = [t for t in of_level if t.has_rule(task) and t.texts <= texts and (t.keeps_label or not keep_label)]
         if not suited:
             raise UserError(
                 f"has no transform whose label rule holds for the task {task}",
@@ -94,7 +101,7 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_
                 value=name,
                 code=Code.UNSUPPORTED,
             )
-        chosen |= {each.name: each for each in suited}
+        chosen |= {transform.name: transform for transform in suited}
     if not chosen:
         raise UserError(
             "names no transform", key=key, value="[]", remedy="Give null for none, or all.", code=Code.INVALID_VALUE
@@ -105,7 +112,7 @@ def choose(asked: str | Sequence[str], task: str, texts: int, key: str, *, keep_
 def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep_label: bool) -> None:
     if keep_label and not transform.keeps_label:
         raise UserError(
-            "changes labels where the answer is to stay the same",
+            "changes labels, which trainer.objective=perturb_consistency does not allow",
             key=key,
             value=transform.name,
             code=Code.CONFLICT,
@@ -114,6 +121,10 @@ def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep
         raise UserError("needs pairs, and the data has single texts", key=key, value=transform.name, code=Code.CONFLICT)
     if transform.has_rule(task):
         return
-    reason = "changes the form of a text, which the label is about" if task in FORMS else "has no label rule"
-    remedy = "" if task in FORMS else f"What becomes of the label is known for {' and '.join(PARAPHRASES)} (data.task)."
+    reason = "changes the form of a text, which the label is about" if task in FORM_TASKS else "has no label rule"
+    remedy = (
+        ""
+        if task in FORM_TASKS
+        else f"The new label is known only for the tasks {' and '.join(PARAPHRASE_TASKS)} (data.task)."
+    )
     raise UserError(f"{reason} in the task {task}", key=key, value=transform.name, remedy=remedy, code=Code.UNSUPPORTED)

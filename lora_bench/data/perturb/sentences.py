@@ -1,11 +1,11 @@
-"""The same question put otherwise: in the other order, politely, by another template."""
+"""Transforms of whole sentences: reversed order of the texts, a polite beginning, a paraphrase by template."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
-from lora_bench.data.perturb.transform import Edit, Texts, Transform, in_places
+from lora_bench.data.perturb.transform import Edit, Texts, Transform, apply_edits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,18 +48,18 @@ TEMPLATES = tuple(
 
 
 def _order(texts: Texts, random: Random, intensity: float) -> Texts:
-    """The texts in the other order, whatever the intensity."""
+    """Return the texts in reversed order, whatever the intensity."""
     return texts[::-1]
 
 
 def _polite(text: str, random: Random) -> Iterator[Edit]:
-    """A polite beginning before a question in English."""
+    """Put a polite beginning before a question in English."""
     if _QUESTION.match(text) and not text.startswith(PREFIXES):
         yield 0, 0, random.choice(PREFIXES)
 
 
 def _paraphrase(text: str, random: Random) -> Iterator[Edit]:
-    """A question in English, by another of its templates."""
+    """Rewrite a question in English by another template."""
     for pattern, ways in TEMPLATES:
         if match := pattern.match(text):
             yield match.start(), match.end(), match.expand(random.choice(ways))
@@ -67,7 +67,7 @@ def _paraphrase(text: str, random: Random) -> Iterator[Edit]:
 
 
 TRANSFORMS = (
-    Transform(name="order", level="sentence", change=_order, texts=2, paraphrases_only=True, drawn=False),
-    Transform(name="polite", level="sentence", change=in_places(_polite), settles=True),
-    Transform(name="paraphrase", level="sentence", change=in_places(_paraphrase)),
+    Transform(name="order", level="sentence", change=_order, texts=2, paraphrases_only=True, is_random=False),
+    Transform(name="polite", level="sentence", change=apply_edits(_polite), is_idempotent=True),
+    Transform(name="paraphrase", level="sentence", change=apply_edits(_paraphrase)),
 )

@@ -1,4 +1,4 @@
-"""What a transform is: a small, pure change of a row's texts, and what it does to the row's label."""
+"""Transforms: small, pure changes of a row's texts, each with a rule for the row's label."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from random import Random
 
 Texts = tuple[str, ...]
 Change = Callable[[Texts, Random, float], Texts]
-"""Texts, a stream to draw from and an intensity in (0, 1] to new texts; the same texts where there is nothing to do."""
+"""A function of texts, a random stream and an intensity in (0, 1] that returns new texts, or the same ones."""
 Edit = tuple[int, int, str]
-"""From, to (exclusive), and what to write there."""
+"""Start, end (exclusive), and the new text of the span."""
 
 LabelRule = tuple[int | None, int | None]
-"""What becomes of label 0 and of label 1; None: not known, so rows with that label are left alone."""
+"""The new label of rows with label 0 and with label 1; None: unknown, so rows with that label are not changed."""
 KEEPS: LabelRule = (0, 1)
 BREAKS: LabelRule = (None, 0)
-"""A duplicate is one no more; a pair that was none may become anything."""
+"""A duplicate becomes a non-duplicate; the new label of a non-duplicate is unknown."""
 
-PARAPHRASES = ("qqp", "mrpc")
-"""Tasks whose label 1 says that two texts mean the same, whichever comes first."""
-FORMS = ("cola",)
-"""Tasks whose label is about the form of the text, which every transform changes."""
+PARAPHRASE_TASKS = ("qqp", "mrpc")
+"""Tasks whose label 1 means that two texts have the same meaning, in either order."""
+FORM_TASKS = ("cola",)
+"""Tasks whose label depends on the form of the text, which every transform changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """A change of texts with its label rule."""
+    """A named change of texts with its label rule."""
 
     name: str
     level: str
@@ -35,36 +35,36 @@ class Transform:
     change: Change
     labels: LabelRule = KEEPS
     paraphrases_only: bool = False
-    """Whether the label rule holds only in `PARAPHRASES`."""
-    drawn: bool = True
-    """Whether anything is drawn: without, every seed gives the same."""
-    settles: bool = False
-    """Whether it changes nothing more when it is done again at full intensity (idempotent)."""
+    """True if the label rule holds only in `PARAPHRASE_TASKS`."""
+    is_random: bool = True
+    """True if the change depends on the random stream; otherwise every seed gives the same texts."""
+    is_idempotent: bool = False
+    """True if a second application at full intensity changes nothing."""
     texts: int = 1
-    """How many texts a row must have."""
+    """The least number of texts of a row."""
 
     @property
     def keeps_label(self) -> bool:
         return self.labels == KEEPS
 
     def has_rule(self, task: str) -> bool:
-        """Whether the label of a changed row is known in this task."""
-        return task in PARAPHRASES if self.paraphrases_only else task not in FORMS
+        """Return whether the label of a changed row is known in this task."""
+        return task in PARAPHRASE_TASKS if self.paraphrases_only else task not in FORM_TASKS
 
 
-def in_places(find: Callable[[str, Random], Iterable[Edit]]) -> Change:
-    """A change that makes a share `intensity`, rounded up, of the edits that `find` proposes over a row's texts.
+def apply_edits(propose: Callable[[str, Random], Iterable[Edit]]) -> Change:
+    """Return a change that applies a random share of the proposed edits: `intensity` of them, rounded up.
 
     Args:
-        find: proposes edits of one text, in order and without overlap, each of which changes it.
+        propose: yields edits of one text, in order and without overlap, each of which changes the text.
     """
 
     def change(texts: Texts, random: Random, intensity: float) -> Texts:
-        edits = [(column, edit) for column, text in enumerate(texts) for edit in find(text, random)]
+        edits = [(column, edit) for column, text in enumerate(texts) for edit in propose(text, random)]
         chosen = random.sample(range(len(edits)), share(intensity, len(edits)))
         written = list(texts)
-        for place in sorted(chosen, reverse=True):  # from the end, so that places before stay where they are
-            column, (start, end, new) = edits[place]
+        for index in sorted(chosen, reverse=True):  # from the end, so that earlier positions stay valid
+            column, (start, end, new) = edits[index]
             written[column] = written[column][:start] + new + written[column][end:]
         return tuple(written)
 
@@ -72,5 +72,5 @@ def in_places(find: Callable[[str, Random], Iterable[Edit]]) -> Change:
 
 
 def share(intensity: float, count: int) -> int:
-    """`intensity` of `count`, rounded up."""
+    """Return `intensity` times `count`, rounded up."""
     return math.ceil(round(intensity * count, 9))  # 0.1 of 30 is 3, not 3.0000000000000004

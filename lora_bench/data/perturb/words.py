@@ -1,7 +1,7 @@
-"""Words exchanged, left out, shortened; numbers and names that become others.
+"""Transforms of words: synonyms, contractions, left-out words, other numbers and names.
 
-Numbers and names are changed only where both texts have them. Changed alike in both, the pair's relation stays; changed
-in one, a duplicate is one no more.
+Numbers and names are replaced only if both texts contain them. Replaced alike in both texts, the label stays;
+replaced in one, a duplicate becomes a non-duplicate.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lora_bench.data.perturb.transform import BREAKS, Edit, Texts, Transform, in_places, share
+from lora_bench.data.perturb.transform import BREAKS, Edit, Texts, Transform, apply_edits, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ _CONTRACTED = {
     "let us": "let's",
     **{f"{who} are": f"{who}'re" for who in ("you", "we", "they")},
     **{f"{who} will": f"{who}'ll" for who in ("i", "you", "he", "she", "we", "they")},
-    **{f"{what} is": f"{what}'s" for what in ("what", "who", "where", "how", "it", "that", "there", "he", "she")},
+    **{f"{word} is": f"{word}'s" for word in ("what", "who", "where", "how", "it", "that", "there", "he", "she")},
 }
 _EXPANDED = {short: long for long, short in _CONTRACTED.items()}
 # Only before another word: not "I know what it is". And "what's happened" is "what has happened".
@@ -53,7 +53,7 @@ _ONE_WAY = (
 SYNONYMS = dict([*_BOTH_WAYS, *((there, back) for back, there in _BOTH_WAYS), *_ONE_WAY])
 _SYNONYM = re.compile(rf"(?<![\w-])({'|'.join(sorted(map(re.escape, SYNONYMS), key=len, reverse=True))})(?![\w-])")
 
-# Those without which a text says the same; "a few" is not "few", and the a of "vitamin a" is a name.
+# Words that can be left out without a change of meaning. "a few" is not "few", and the a of "vitamin a" is a name.
 _STOP_WORD = re.compile(r"(?<![\w'’-])(?:the|an?|actually|basically|please) (?!few|little|lot|bit|hell)(?=[a-z])")
 _NAMED_BY_LETTER = re.compile(
     r"(?:vitamin|hepatitis|grade|type|class|plan|group|team|section|level|option|part) $", re.I
@@ -67,57 +67,58 @@ NAMES = (
     *(("Google", "Microsoft", "Amazon", "Apple", "Samsung", "Facebook", "Twitter", "Instagram", "Uber", "Netflix"),),
     *(("Java", "Python", "Ruby", "Perl", "Fortran", "Haskell"), ("Spanish", "French", "German", "Hindi", "Italian")),
 )
-"""Names by kind: each may stand for any other of its kind."""
-_NAME = re.compile(rf"\b(?:{'|'.join(name for kind in NAMES for name in kind)})\b")
+"""Groups of names; a name may be replaced by any other of its group."""
+_NAME = re.compile(rf"\b(?:{'|'.join(name for group in NAMES for name in group)})\b")
 
 
 def _like(original: str, new: str) -> str:
-    """`new` with the capital that the original begins with."""
+    """Return `new`, with a capital first letter if the original has one."""
     return new[:1].upper() + new[1:] if original[:1].isupper() else new
 
 
 def _contraction(text: str, random: Random) -> Iterator[Edit]:
-    """ "What is" as "what's", and "don't" as "do not"."""
-    found = [(match, _CONTRACTED) for match in _LONG.finditer(text)]
-    found += [(match, _EXPANDED) for match in _SHORT.finditer(text)]
-    for match, forms in sorted(found, key=lambda each: each[0].start()):
+    """Write "what is" as "what's" and "don't" as "do not"."""
+    matches = [(match, _CONTRACTED) for match in _LONG.finditer(text)]
+    matches += [(match, _EXPANDED) for match in _SHORT.finditer(text)]
+    for match, forms in sorted(matches, key=lambda item: item[0].start()):
         yield match.start(), match.end(), _like(match.group(), forms[match.group().lower().replace("’", "'")])
 
 
 def _synonym(text: str, random: Random) -> Iterator[Edit]:
-    """A word or phrase of the list by another that means the same."""
+    """Replace a word or phrase by its synonym in `SYNONYMS`."""
     for match in _SYNONYM.finditer(text):
         yield match.start(), match.end(), SYNONYMS[match.group()]
 
 
 def _stop_word(text: str, random: Random) -> Iterator[Edit]:
-    """An article or a filler left out, before a word in small letters."""
+    """Leave out an article or a filler before a word in small letters."""
     for match in _STOP_WORD.finditer(text):
         if not _NAMED_BY_LETTER.search(text, 0, match.start()):
             yield match.start(), match.end(), ""
 
 
 def _another_number(number: str, taken: set[str], random: Random) -> str:
-    """One that is at most nine away and not negative; with leading zeros where there were some."""
+    """Return a number at most nine away, not negative and not taken; leading zeros are kept."""
     value = int(number)
     near = [other for other in range(max(0, value - 9), value + 10) if str(other) not in taken and other != value]
     return str(random.choice(near)).zfill(len(number) if number.startswith("0") else 0)
 
 
 def _another_name(name: str, taken: set[str], random: Random) -> str:
-    kind = next(kind for kind in NAMES if name in kind)
-    return random.choice([other for other in kind if other not in taken] or [name])
+    """Return another name of the same group that is not taken; the name itself if all are."""
+    group = next(group for group in NAMES if name in group)
+    return random.choice([other for other in group if other not in taken] or [name])
 
 
-def _exchanged(
+def _replace(
     pattern: re.Pattern[str], another: Callable[[str, set[str], Random], str], *, alike: bool
 ) -> Callable[[Texts, Random, float], Texts]:
-    """A change that puts other numbers or names for those that both texts have: alike in both, or in one of the two."""
+    """Return a change that replaces numbers or names shared by both texts, alike in both or in a random one of them."""
 
     def change(texts: Texts, random: Random, intensity: float) -> Texts:
-        held = [list(dict.fromkeys(pattern.findall(text))) for text in texts]
-        shared = [each for each in held[0] if all(each in other for other in held[1:])]
-        taken = {each for found in held for each in found}
+        matches_by_text = [list(dict.fromkeys(pattern.findall(text))) for text in texts]
+        shared = [match for match in matches_by_text[0] if all(match in matches for matches in matches_by_text[1:])]
+        taken = {match for matches in matches_by_text for match in matches}
         new = {}
         for old in random.sample(shared, share(intensity, len(shared))):
             new[old] = another(old, taken, random)
@@ -132,23 +133,23 @@ def _exchanged(
 
 
 TRANSFORMS = (
-    Transform(name="contraction", level="word", change=in_places(_contraction)),
-    Transform(name="synonym", level="word", change=in_places(_synonym)),
-    Transform(name="stop_word", level="word", change=in_places(_stop_word), settles=True),
+    Transform(name="contraction", level="word", change=apply_edits(_contraction)),
+    Transform(name="synonym", level="word", change=apply_edits(_synonym)),
+    Transform(name="stop_word", level="word", change=apply_edits(_stop_word), is_idempotent=True),
     Transform(
-        name="number_alike", level="word", change=_exchanged(_NUMBER, _another_number, alike=True), texts=2,
+        name="number_alike", level="word", change=_replace(_NUMBER, _another_number, alike=True), texts=2,
         paraphrases_only=True,
     ),
     Transform(
-        name="entity_alike", level="word", change=_exchanged(_NAME, _another_name, alike=True), texts=2,
+        name="entity_alike", level="word", change=_replace(_NAME, _another_name, alike=True), texts=2,
         paraphrases_only=True,
     ),
     Transform(
-        name="number", level="word", change=_exchanged(_NUMBER, _another_number, alike=False), labels=BREAKS, texts=2,
+        name="number", level="word", change=_replace(_NUMBER, _another_number, alike=False), labels=BREAKS, texts=2,
         paraphrases_only=True,
     ),
     Transform(
-        name="entity", level="word", change=_exchanged(_NAME, _another_name, alike=False), labels=BREAKS, texts=2,
+        name="entity", level="word", change=_replace(_NAME, _another_name, alike=False), labels=BREAKS, texts=2,
         paraphrases_only=True,
     ),
 )  # fmt: skip

@@ -390,7 +390,7 @@ def test_new_norms_of_a_head_start_at_one() -> None:
     """Some heads (ModernBERT's) hold a norm: drawn as a bias would be, at zero, it would let nothing pass."""
     backbone = make("tiny_bert")
     backbone.network.classifier = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 2))
-    backbone.fresh |= {f"classifier.{name}" for name, _ in backbone.network.classifier.named_parameters()}
+    backbone.new_parameters |= {f"classifier.{name}" for name, _ in backbone.network.classifier.named_parameters()}
     state = pack("bert", (adapter("lora"), 0), backbone=backbone).state(0)
     assert torch.equal(state["classifier.0.weight"], torch.ones(32))
     assert not state["classifier.0.bias"].any()

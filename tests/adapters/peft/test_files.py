@@ -124,7 +124,7 @@ def test_full_fine_tuning_leaves_a_plain_model(form: str, folders: dict[str, Pat
     expected = reference(theirs, batch, getattr(made.backbone, "label_tokens", None))
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     again = on_folder(form, tmp_path / "adapter", (adapter("full"), 1)).eval()  # and is a backbone like any other
-    assert again.backbone.fresh == set()
+    assert again.backbone.new_parameters == set()
     torch.testing.assert_close(again(batch)[0], logits, atol=1e-6, rtol=0)
 
 

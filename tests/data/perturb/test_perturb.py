@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import LEVELS, TRANSFORMS, choose, perturb
+from lora_bench.data.perturb import LEVELS, TRANSFORMS, choose_transforms, perturb
 from lora_bench.data.perturb.characters import NEIGHBOURS
 from lora_bench.data.perturb.transform import BREAKS, KEEPS, Transform, share
 from lora_bench.errors import Code
@@ -81,9 +81,9 @@ def test_combining_marks_stay_on_their_letters(transform: Transform, texts: tupl
 @given(texts=PAIR, seed=st.integers(0, 99), again=st.integers(0, 99))
 def test_what_settles_changes_nothing_more(transform: Transform, texts: tuple[str, str], seed: int, again: int) -> None:
     once = transform.change(texts, Random(seed), 1.0)
-    if transform.settles:
+    if transform.is_idempotent:
         assert transform.change(once, Random(again), 1.0) == once
-    if not transform.drawn:
+    if not transform.is_random:
         assert transform.change(texts, Random(again), 1.0) == once
 
 
@@ -246,12 +246,12 @@ def test_intensity_is_a_share_rounded_up(intensity: float, count: int, expected:
 
 
 def test_levels_and_all_take_what_suits_the_data() -> None:
-    assert [each.name for each in choose("all", "qqp", 2, "k")] == list(TRANSFORMS)
-    assert {each.name for each in choose("all", "rte", 2, "k")} == {*NAMES} - {
+    assert [each.name for each in choose_transforms("all", "qqp", 2, "k")] == list(TRANSFORMS)
+    assert {each.name for each in choose_transforms("all", "rte", 2, "k")} == {*NAMES} - {
         "order", "number", "number_alike", "entity", "entity_alike",
     }  # fmt: skip
-    assert len(choose("all", "sst2", 1, "k")) == 10
-    assert [each.name for each in choose(["sentence", "polite", "typo"], "qqp", 2, "k")] == [
+    assert len(choose_transforms("all", "sst2", 1, "k")) == 10
+    assert [each.name for each in choose_transforms(["sentence", "polite", "typo"], "qqp", 2, "k")] == [
         "order", "polite", "paraphrase", "typo",
     ]  # fmt: skip
 
@@ -272,6 +272,6 @@ def test_what_cannot_be_is_refused(
     names: str | list[str], task: str, texts: int, code: Code, value: str, data: list[str]
 ) -> None:
     with refuses(code, key="data.perturb") as caught:
-        choose(names, task, texts, "data.perturb")
+        choose_transforms(names, task, texts, "data.perturb")
     assert caught.value.value == value
     assert all(datum in f"{caught.value.reason} {caught.value.remedy}" for datum in data)

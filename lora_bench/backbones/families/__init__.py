@@ -1,0 +1,67 @@
+"""Model families, one file each: every module here is a family, looked up by its name.
+
+A configuration is checked before torch is imported, because that takes seconds. So a family's module imports torch and
+its network (`backbones/bert.py`, `backbones/t5.py`, …) only inside the methods that need them. A family that has its
+network in the same file works as well; mistakes in its keys are then reported only after torch was imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import TYPE_CHECKING
+
+from lora_bench.backbones.family import Family
+from lora_bench.config.build import build_variant
+from lora_bench.errors import Code, UserError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["build_model", "family_class", "family_names", "family_of_type"]
+
+
+def family_names() -> list[str]:
+    """Return the names of the families: of the modules in this folder."""
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def family_class(name: str) -> type[Family]:
+    """Return the dataclass of a family: the one subclass of `Family` that its module defines.
+
+    Raises:
+        UserError: no module has this name.
+    """
+    names = family_names()
+    if name not in names:
+        raise UserError(
+            f"is not one of {', '.join(names)}",
+            key="model.family",
+            value=name,
+            remedy=nearest(name, names),
+            code=Code.UNKNOWN_CHOICE,
+        )
+    module = importlib.import_module(f"{__name__}.{name}")
+    (cls,) = (
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, Family) and member.__module__ == module.__name__
+    )
+    return cls
+
+
+def family_of_type(model_type: str | None) -> str:
+    """Return the name of the family that lists a model type; of one that serves every type if none lists it."""
+    classes = {name: family_class(name) for name in family_names()}
+    serving = [name for name, cls in classes.items() if model_type in cls.model_types]
+    return next(iter([*serving, *(name for name, cls in classes.items() if not cls.model_types)]))
+
+
+def build_model(node: DictConfig) -> Family:
+    """Return the settings of the family that `model.family` names.
+
+    Raises:
+        UserError: there is no such family, or a key is unknown, missing or out of range.
+    """
+    return build_variant(family_class, node, "model", "family")

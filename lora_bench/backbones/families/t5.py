@@ -1,0 +1,52 @@
+"""T5, text to text or as an encoder with a head; the networks are in `backbones/t5.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.backbones.family import Family
+from lora_bench.errors import Code, require, require_one_of
+
+if TYPE_CHECKING:
+    from lora_bench.backbones.base import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Family(Family):
+    """T5 answers with a word (encoder and one decoder step), or classifies from its encoder."""
+
+    model_types = ("t5",)
+
+    form: str
+    """`text_to_text`: the label words' scores are the logits, no head. `encoder`: mean-pooled encoder and a head."""
+    template: str
+    """The encoder's input; {task} and {fields} (`question1: … question2: …`) are filled in."""
+    label_words: list[str]
+    """The words for label 0 and 1; their first tokens are scored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("form", self.form, ("text_to_text", "encoder"))
+        require(
+            "{fields}" in self.template,
+            "template",
+            self.template,
+            "has no {fields}",
+            "Put {fields} where the text goes.",
+            code=Code.INVALID_SYNTAX,
+        )
+        require(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
+
+    def network_class(self, config: Any) -> Any:
+        import transformers
+
+        is_text_to_text = self.form == "text_to_text"
+        return transformers.T5ForConditionalGeneration if is_text_to_text else transformers.T5ForTokenClassification
+
+    def make_backbone(self, network: Any, tokenizer: Any, new_parameters: set[str], task: str) -> Backbone:
+        from lora_bench.backbones.t5 import T5Encoder, T5TextToText
+
+        if self.form == "encoder":
+            return T5Encoder(network, tokenizer, new_parameters, self.template, task)
+        return T5TextToText(network, tokenizer, new_parameters, self.template, task, list(self.label_words))
