@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.significance import MARGIN
-from lora_bench.analysis.summary import MAIN_METRICS, summarise
+from lora_bench.analysis.summary import summarise
 from lora_bench.analysis.terminal import render
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.console.format import clean
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, write_output

@@ -29,7 +29,7 @@ from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
-from lora_bench.evaluation.stress_splits import describe, perturbations, score_besides
+from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_transforms, score_stress_splits
 from lora_bench.files.paths import check_folder
 from lora_bench.records.backfill import model_places
 from lora_bench.records.finished_record import FinishedRecord
@@ -76,7 +76,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     data = build.build_data(cfg.data)
     metrics = build.build_metrics(cfg.metric)
     check_metrics(metrics)
-    perturbations(data)
+    resolve_transforms(data)
     require(data.augment is None, "data.augment", data.augment, "goes with lora-bench train", code=Code.CONFLICT)
     reason = "goes with lora-bench train: a run is scored on one data set at a time"
     require(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
@@ -109,14 +109,14 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             values |= score_calibrated(scores, split.labels, subject.calibration)
         if subject.member_calibrations:
             values |= score_members(of_members, split.labels, metrics, subject.member_calibrations)
-        values |= score_besides(
+        values |= score_stress_splits(
             data,
             split,
             scores,
             lambda examples: subject.scored(examples, False).mean(axis=0),
             seen=subject.seen,
             metrics=metrics,
-            tell=lambda line: console.print(shown(line)),
+            log=lambda line: console.print(shown(line)),
         )
         found |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
@@ -124,7 +124,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         "path": getattr(data, "path", None),
         "choice": data_choice,
         **sources.describe(data, splits),
-        **describe(data, splits, subject.seen),
+        **describe_stress_splits(data, splits, subject.seen),
     }
     content = {**subject.described, "data": described, "metrics": found}
     path = _write(subject.place, title, content, predictions)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.columns import NAMES
 from lora_bench.analysis.significance import (
     BASELINE,
     MARGIN,
@@ -23,6 +22,7 @@ from lora_bench.analysis.significance import (
     selection_mcc,
 )
 from lora_bench.analysis.table import Column, Row, Table, value_text
+from lora_bench.config.metric_names import display_name
 from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def judged(
         rows[chosen] = replace(rows[chosen], finding=Finding(name, BASELINE, measure))
         for i, finding in zip(rivals, tests, strict=True):
             rows[i] = replace(rows[i], finding=finding)
-        about = f"{split} {NAMES.get(measure, measure)} against {name}"
+        about = f"{split} {display_name(measure)} against {name}"
         notes += _notes(about, why if len(candidates) == 1 else f"{why}, the best on selection", tests, margin)
         notes += _choices_within(table, [table.rows[i] for i in block])
     for i, row in enumerate(rows):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-NAMES = {"mcc": "MCC", "f1": "F1"}
-"""Metrics that are written otherwise where people read."""
-
-
 BESIDES = {
     "unseen/f1": "↑",
     "unseen/mcc": "↑",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.evaluation.confusion import confusion, influence, measure_of
+from lora_bench.evaluation.confusion import compute_metric, confusion_counts, influence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -195,10 +195,10 @@ def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLi
 
 
 def _pseudo_values(y: NDArray[np.bool_], predicted: NDArray[np.bool_], measure: str) -> Floats:
-    counts = confusion(y, predicted)  # (S, 4)
+    counts = confusion_counts(y, predicted)  # (S, 4)
     kind = np.where(predicted, 0, 2) + np.where(y, 0, 1)  # (S, N): tp 0, fp 1, fn 2, tn 3
     added = np.take_along_axis(influence(counts, measure), kind, axis=1)  # (S, N)
-    return measure_of(counts, measure)[:, None] + added
+    return compute_metric(counts, measure)[:, None] + added
 
 
 def seeds_test(values_a: ArrayLike, values_b: ArrayLike) -> Comparison:
@@ -235,7 +235,7 @@ def paired_bootstrap(
         nnn, nnb, nan, nab, ynn, ynb, yan, yab = np.moveaxis(counts, -1, 0)  # label, a, b: who says 1
         of_a = np.stack([yan + yab, nan + nab, ynn + ynb, nnn + nnb], -1)
         of_b = np.stack([ynb + yab, nnb + nab, ynn + yan, nnn + nan], -1)
-        return measure_of(of_a, measure) - measure_of(of_b, measure)
+        return compute_metric(of_a, measure) - compute_metric(of_b, measure)
 
     found, resampled = float(difference(joint)), difference(draws)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])

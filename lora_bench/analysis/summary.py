@@ -24,6 +24,7 @@ from lora_bench.analysis.formats import to_csv, to_markdown
 from lora_bench.analysis.savings import with_costs
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.table import Column, Missing, Row, Stat, Table
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.errors import Code, UserError
 from lora_bench.files.atomic_io import write
 from lora_bench.records import prompted
@@ -35,10 +36,6 @@ from lora_bench.records.task_folders import by_task
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
-
-# The main metrics always have columns, and so does what the config adds; the other standard ones stay in run.json.
-MAIN_METRICS = ("accuracy", "f1", "mcc")
-
 
 OTHER_METRICS = ("precision", "recall", "auroc", "nll", "ece", "brier")
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRICS
 from lora_bench.errors import Code, UserError
-from lora_bench.evaluation.confusion import MEASURES, confusion, measure_of
-from lora_bench.evaluation.metrics import SMALLEST, need_finite, score
+from lora_bench.evaluation.confusion import compute_metric, confusion_counts
+from lora_bench.evaluation.metrics import SMALLEST, require_finite, score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-COLDEST, HOTTEST = 0.05, 20.0
-HALF = 0.5
-_OF_TEMPERATURE = ("nll", "ece", "brier")
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+_TEMPERATURE_METRICS = ("nll", "ece", "brier")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Calibration:
 
     temperature: float
     """What the scores' logits are divided by."""
-    threshold: float = HALF
+    threshold: float = DEFAULT_THRESHOLD
     """The least score that is labelled 1; of the scores as they are, not of those at the temperature."""
 
     @classmethod
@@ -55,16 +55,16 @@ class Calibration:
         Raises:
             UserError: the temperature or the threshold is not such that `fit` could have found it.
         """
-        temperature, threshold = chosen.get("temperature"), chosen.get("threshold", HALF)
+        temperature, threshold = chosen.get("temperature"), chosen.get("threshold", DEFAULT_THRESHOLD)
         if temperature is None:
             return None
-        bounds = {"temperature": (temperature, COLDEST, HOTTEST), "threshold": (threshold, 0, 1)}
+        bounds = {"temperature": (temperature, MIN_TEMPERATURE, MAX_TEMPERATURE), "threshold": (threshold, 0, 1)}
         for name, (value, low, high) in bounds.items():
             if type(value) not in (int, float) or not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
                 raise UserError(f"{place}.{name} is not a number from {low:g} to {high:g}", code=Code.DAMAGED)
         return cls(float(temperature), float(threshold))
 
-    def recorded(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float]:
         return asdict(self)
 
 
@@ -81,9 +81,9 @@ def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> f
     Raises:
         DivergedError: a score is not a finite number.
     """
-    need_finite(scores)
+    require_finite(scores)
     margins = np.where(labels == 1, 1.0, -1.0) * _logits(scores)  # (N,) above 0 where the answer is right
-    low, high = 1 / HOTTEST, 1 / COLDEST
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     for _ in range(60):
         middle = (low + high) / 2
         slope = -(margins * _sigmoid(-middle * margins)).mean()
@@ -103,7 +103,7 @@ def fit_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> flo
     Raises:
         DivergedError: a score is not a finite number.
     """
-    need_finite(scores)
+    require_finite(scores)
     order = np.argsort(-scores)
     ranked, right = scores[order], labels[order].cumsum()  # (N,) falling; ones among the first so many
     ends = np.flatnonzero(ranked[:-1] > ranked[1:])  # (C,) a cut lies behind each
@@ -112,13 +112,13 @@ def fit_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> flo
     tp, said = right[ends], ends + 1
     ones, rows = labels.sum(), len(labels)
     counts = np.stack([tp, said - tp, ones - tp, rows - said - ones + tp], -1)  # (C, 4)
-    mcc = np.append(measure_of(counts), measure_of(confusion(labels, scores >= HALF)))
-    cuts = np.append(cuts, HALF)
+    mcc = np.append(compute_metric(counts), compute_metric(confusion_counts(labels, scores >= DEFAULT_THRESHOLD)))
+    cuts = np.append(cuts, DEFAULT_THRESHOLD)
     best = cuts[mcc >= mcc.max()]
-    return float(best[np.abs(best - HALF).argmin()])
+    return float(best[np.abs(best - DEFAULT_THRESHOLD).argmin()])
 
 
-def calibrated(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+def apply_temperature(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
     """(N,) P(label 1) at the temperature: the scores' logits divided by it."""
     return _sigmoid(_logits(scores) / temperature)
 
@@ -127,9 +127,11 @@ def score_calibrated(
     scores: NDArray[np.float64], labels: NDArray[np.int64], calibration: Calibration
 ) -> dict[str, float | None]:
     """`calibrated/…`: `nll`, `ece` and `brier` at the temperature; `accuracy`, `f1` and `mcc` at the threshold."""
-    values = score(calibrated(scores, calibration.temperature), labels, {})
-    counts = confusion(labels, scores >= calibration.threshold)
-    values = {name: values[name] for name in _OF_TEMPERATURE} | {m: float(measure_of(counts, m)) for m in MEASURES}
+    values = score(apply_temperature(scores, calibration.temperature), labels, {})
+    counts = confusion_counts(labels, scores >= calibration.threshold)
+    values = {name: values[name] for name in _OF_TEMPERATURE} | {
+        m: float(compute_metric(counts, m)) for m in MAIN_METRICS
+    }
     return {f"calibrated/{name}": value for name, value in values.items()}
 
 

@@ -11,16 +11,14 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-MEASURES = ("accuracy", "f1", "mcc")
 
-
-def confusion(labels: ArrayLike, predicted: ArrayLike) -> Floats:
+def confusion_counts(labels: ArrayLike, predicted: ArrayLike) -> Floats:
     """True positives, false positives, false negatives, true negatives: (..., 4) for predictions (..., N)."""
     y, p = np.asarray(labels, bool), np.asarray(predicted, bool)
     return np.stack([(p & y).sum(-1), (p & ~y).sum(-1), (~p & y).sum(-1), (~p & ~y).sum(-1)], -1).astype(float)
 
 
-def measure_of(counts: ArrayLike, measure: str = "mcc") -> Floats:
+def compute_metric(counts: ArrayLike, measure: str = "mcc") -> Floats:
     """Accuracy, F1 or MCC of confusion counts (..., 4), for many at once: (...); 0 where it is 0 / 0."""
     tp, fp, fn, tn = np.moveaxis(np.asarray(counts, float), -1, 0)
     if measure == "accuracy":
@@ -43,9 +41,9 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
         right = _ratio(tp + tn, n)
         return np.stack([1 - right, -right, -right, 1 - right], -1)
     if measure == "f1":
-        f1, scale = measure_of(counts, "f1"), 2 * tp + fp + fn
+        f1, scale = compute_metric(counts, "f1"), 2 * tp + fp + fn
         return np.stack([_ratio(n * g, scale) for g in (2 - 2 * f1, -f1, -f1, np.zeros_like(f1))], -1)
-    mcc = measure_of(counts, "mcc")
+    mcc = compute_metric(counts, "mcc")
     said1, said0, are1, are0 = tp + fp, fn + tn, tp + fn, fp + tn
     root = np.sqrt(said1 * said0 * are1 * are0)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.evaluation.calibration import score_calibrated
 from lora_bench.evaluation.metrics import mean_metrics, score
 
@@ -54,10 +55,10 @@ def score_members(
 def disagreement(scores: NDArray[np.float64]) -> float:
     """The share of rows that two members label differently, over all pairs of the M members: (M, N) scores."""
     M = len(scores)
-    ones = (scores >= 0.5).sum(axis=0)  # (N,) members that say 1
+    ones = (scores >= DEFAULT_THRESHOLD).sum(axis=0)  # (N,) members that say 1
     return float((2 * ones * (M - ones) / (M * (M - 1))).mean())
 
 
-def spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def member_spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N,) how far the members' probabilities of a row lie apart: their standard deviation, from (M, N) scores."""
     return np.asarray(scores.std(axis=0))

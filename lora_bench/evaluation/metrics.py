@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.errors import Code, DivergedError, UserError, nearest
-from lora_bench.evaluation.confusion import confusion, measure_of
+from lora_bench.evaluation.confusion import compute_metric, confusion_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lora_bench.config.schema import Metric
 
 CALIBRATION_BINS = 15
-_BELOW_HALF = math.nextafter(0.5, 0.0)
+_BELOW_THRESHOLD = math.nextafter(DEFAULT_THRESHOLD, 0.0)
 SMALLEST = 1e-15  # a score of exactly 0 or 1 costs 34.5 nats, not infinity
 _TORCHMETRICS = {
     "accuracy": "BinaryAccuracy",
@@ -54,15 +55,15 @@ def score(
     Raises:
         DivergedError: a score is not a finite number.
     """
-    need_finite(scores)
-    predicted = scores >= 0.5
+    require_finite(scores)
+    predicted = scores >= DEFAULT_THRESHOLD
     import torch  # late: a bad record is refused without it
 
     p, y = torch.from_numpy(scores), torch.from_numpy(labels)
     values = {name: _compute(kind, p, y) for name, kind in _TORCHMETRICS.items()}
     if labels.min() == labels.max():
         values["auroc"] = None
-    values["mcc"] = float(measure_of(confusion(labels, predicted)))
+    values["mcc"] = float(compute_metric(confusion_counts(labels, predicted)))
     likelihood = np.where(labels == 1, scores, 1 - scores)
     values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
     values["brier"] = float(((scores - labels) ** 2).mean())
@@ -82,7 +83,7 @@ def mean_metrics(of_each: Sequence[Mapping[str, float | None]]) -> dict[str, flo
     return found
 
 
-def need_finite(scores: NDArray[np.float64]) -> None:
+def require_finite(scores: NDArray[np.float64]) -> None:
     """Refuse scores of which one is not a finite number."""
     if not np.isfinite(scores).all():
         raise DivergedError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite numbers")
@@ -91,7 +92,7 @@ def need_finite(scores: NDArray[np.float64]) -> None:
 def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """ECE over equal-width bins of the confidence in the predicted label (Guo et al. 2017, eq. 3)."""
     confidence = np.maximum(scores, 1 - scores)
-    correct = (scores >= 0.5) == (labels == 1)
+    correct = (scores >= DEFAULT_THRESHOLD) == (labels == 1)
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(scores))
@@ -132,7 +133,7 @@ def _compute(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> float | N
 
     metric: torchmetrics.Metric = getattr(torchmetrics.classification, kind)()
     if hasattr(metric, "threshold"):
-        metric.threshold = _BELOW_HALF
+        metric.threshold = _BELOW_THRESHOLD
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that only one label occurs: the data's own warnings say so
         metric.update(scores, labels)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRICS
 from lora_bench.evaluation.metrics import score
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-MAIN = ("accuracy", "f1", "mcc")
 Values = dict[str, float | None]
 
 
@@ -59,7 +59,7 @@ def robustness(scores: NDArray[np.float64], labels: NDArray[np.int64], trials: S
         DivergedError: a score is not a finite number.
     """
     clean = score(scores, labels, {})
-    right = (scores >= 0.5) == (labels == 1)
+    right = (scores >= DEFAULT_THRESHOLD) == (labels == 1)
     found: Values = {}
     kept: list[Values] = []
     attacked, fooled = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
@@ -90,7 +90,7 @@ def _attack(trials: Sequence[Trial], right: NDArray[np.bool_]) -> tuple[NDArray[
     touched, wrong = np.zeros(len(right), bool), np.zeros(len(right), bool)
     for trial in trials:
         touched[trial.rows] = True
-        wrong[trial.rows] |= (trial.scores >= 0.5) != (trial.labels == 1)
+        wrong[trial.rows] |= (trial.scores >= DEFAULT_THRESHOLD) != (trial.labels == 1)
     return touched & right, wrong & touched & right
 
 
@@ -102,9 +102,9 @@ def _kept(trials: Sequence[Trial], scores: NDArray[np.float64], labels: NDArray[
         after[trial.rows] = trial.scores
         seen.append(score(after, labels, {}))
         if len(trial.rows):
-            flips.append(float(((after >= 0.5) != (scores >= 0.5))[trial.rows].mean()))
-    values: Values = {name: float(np.mean([_number(each[name]) for each in seen])) for name in MAIN}
-    values |= {f"{name}_worst": min(_number(each[name]) for each in seen) for name in MAIN}
+            flips.append(float(((after >= DEFAULT_THRESHOLD) != (scores >= DEFAULT_THRESHOLD))[trial.rows].mean()))
+    values: Values = {name: float(np.mean([_number(each[name]) for each in seen])) for name in MAIN_METRICS}
+    values |= {f"{name}_worst": min(_number(each[name]) for each in seen) for name in MAIN_METRICS}
     return values | _drops(values, clean) | {"flip_rate": float(np.mean(flips)) if flips else None}
 
 
@@ -113,7 +113,7 @@ def _changed(trials: Sequence[Trial], right: NDArray[np.bool_]) -> Values:
     trials = [trial for trial in trials if len(trial.rows)]
     if not trials:
         return dict.fromkeys(("accuracy", "accuracy_worst", "accuracy_drop"))
-    seen = [float(((trial.scores >= 0.5) == (trial.labels == 1)).mean()) for trial in trials]
+    seen = [float(((trial.scores >= DEFAULT_THRESHOLD) == (trial.labels == 1)).mean()) for trial in trials]
     before = float(np.mean([right[trial.rows].mean() for trial in trials]))
     values: Values = {"accuracy": float(np.mean(seen)), "accuracy_worst": min(seen)}
     return values | {"accuracy_drop": _ratio(before - float(np.mean(seen)), before)}
@@ -122,16 +122,16 @@ def _changed(trials: Sequence[Trial], right: NDArray[np.bool_]) -> Values:
 def _overall(kept: Sequence[Values], clean: Values) -> Values:
     """Over transforms that keep labels, each counting the same."""
     values: Values = {}
-    for name in ("changed", *MAIN):
+    for name in ("changed", *MAIN_METRICS):
         values[name] = float(np.mean([_number(each[name]) for each in kept]))
-    values |= {f"{name}_worst": min(_number(each[f"{name}_worst"]) for each in kept) for name in MAIN}
+    values |= {f"{name}_worst": min(_number(each[f"{name}_worst"]) for each in kept) for name in MAIN_METRICS}
     flips = [_number(each["flip_rate"]) for each in kept if each["flip_rate"] is not None]
     return values | _drops(values, clean) | {"flip_rate": float(np.mean(flips)) if flips else None}
 
 
 def _drops(values: Values, clean: Values) -> Values:
-    before = {name: _number(clean[name]) for name in MAIN}
-    return {f"{name}_drop": _ratio(before[name] - _number(values[name]), before[name]) for name in MAIN}
+    before = {name: _number(clean[name]) for name in MAIN_METRICS}
+    return {f"{name}_drop": _ratio(before[name] - _number(values[name]), before[name]) for name in MAIN_METRICS}
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     Scorer = Callable[[Examples], NDArray[np.float64]]
 
 
-def perturbations(data: Data) -> list[Transform]:
+def resolve_transforms(data: Data) -> list[Transform]:
     """What `data.perturb` names; refuses transforms that there are not, or that do not suit the data."""
     if data.perturb is None:
         return []
     return choose(data.perturb, data.task, len(data.text_columns), "data.perturb")
 
 
-def score_besides(
+def score_stress_splits(
     data: Data,
     split: Examples,
     scores: NDArray[np.float64],
-    scored: Scorer,
+    score_examples: Scorer,
     *,
     seen: Sequence[Examples],
     metrics: Mapping[str, Metric],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, float | None]:
     """The figures that the settings ask for besides those of the whole split.
 
@@ -47,10 +47,10 @@ def score_besides(
         data: the settings.
         split: N labelled examples.
         scores: (N,) P(label 1) of them.
-        scored: gives those of other examples.
+        score_examples: gives those of other examples.
         seen: what was trained and chosen on, where `data.unseen` asks for it.
         metrics: extra metrics.
-        tell: is told what goes on, which may take minutes.
+        log: is told what goes on, which may take minutes.
 
     Returns:
         `unseen/<metric>`, and what `robustness` returns.
@@ -62,17 +62,17 @@ def score_besides(
         if rows.any():
             found = score(scores[rows], split.labels[rows], metrics)
             values |= {f"unseen/{name}": value for name, value in found.items()}
-    if transforms := perturbations(data):
-        values |= robustness(scores, split.labels, list(_trials(data, split, transforms, scored, tell)))
+    if transforms := resolve_transforms(data):
+        values |= robustness(scores, split.labels, list(_trials(data, split, transforms, score_examples, log)))
     return values
 
 
-def describe(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples]) -> dict[str, object]:
+def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples]) -> dict[str, object]:
     """What a record says of it: `unseen` rows by split, and the names of the transforms."""
     said: dict[str, object] = {}
     if data.unseen:
         said["unseen"] = {name: int(sources.unseen(split, *seen).sum()) for name, split in splits.items()}
-    if transforms := perturbations(data):
+    if transforms := resolve_transforms(data):
         said["perturb"] = {
             "transforms": [transform.name for transform in transforms],
             "seeds": data.perturb_seeds,
@@ -82,24 +82,26 @@ def describe(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples
 
 
 def _trials(
-    data: Data, split: Examples, transforms: Sequence[Transform], scored: Scorer, tell: Callable[[str], None]
+    data: Data, split: Examples, transforms: Sequence[Transform], score_examples: Scorer, log: Callable[[str], None]
 ) -> Iterator[Trial]:
     """Every transform with the seeds 0, 1, …; with one where nothing is drawn."""
     for transform in transforms:
         seeds = range(data.perturb_seeds if transform.drawn else 1)
         found = [perturb(split, transform, seed=seed, intensity=data.intensity) for seed in seeds]
-        tell(f"{transform.name}: {len(found[0].rows):,} of {len(split):,} rows perturbed")
-        for each, scores in zip(found, _scores(found, scored), strict=True):
+        log(f"{transform.name}: {len(found[0].rows):,} of {len(split):,} rows perturbed")
+        for each, scores in zip(found, _scores(found, score_examples), strict=True):
             assert each.examples.labels is not None
             yield Trial(transform.name, transform.keeps_label, each.rows, each.examples.labels, scores)
 
 
-def _scores(found: Sequence[Perturbed], scored: Scorer) -> list[NDArray[np.float64]]:
+def _scores(found: Sequence[Perturbed], score_examples: Scorer) -> list[NDArray[np.float64]]:
     """The scores of each, (M,); seeds often make the same of a row, which is then scored once."""
     texts = [list(zip(*each.examples.texts, strict=True)) for each in found]
     different = list(dict.fromkeys(row for rows in texts for row in rows))
     if not different:
         return [np.empty(0) for _ in found]
     columns = tuple(list(column) for column in zip(*different, strict=True))
-    scores = dict(zip(different, scored(Examples(np.arange(len(different)), columns, None)).tolist(), strict=True))
-    return [np.array([scores[row] for row in rows]) for rows in texts]
+    scores = dict(
+        zip(different, score_examples(Examples(np.arange(len(different)), columns, None)).tolist(), strict=True)
+    )
+    return [np.array([score_by_row[row] for row in rows]) for rows in texts]

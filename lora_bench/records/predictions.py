@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation import confusion
 from lora_bench.files import untrusted
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lora_bench.records.run_folder import Column
-
-THRESHOLD = 0.5
-"""A label is predicted 1 from this score on, in every metric of every run: nothing is tuned on a reported split."""
 
 MAX_BYTES = 2**30
 MAX_ROWS = 50_000_000
@@ -45,7 +43,7 @@ class Predictions:
     @property
     def predicted(self) -> NDArray[np.bool_]:
         """Which examples are labelled 1."""
-        predicted: NDArray[np.bool_] = np.greater_equal(self.scores, THRESHOLD)
+        predicted: NDArray[np.bool_] = np.greater_equal(self.scores, DEFAULT_THRESHOLD)
         return predicted
 
     @property
@@ -66,7 +64,7 @@ class Predictions:
 
     def value(self, measure: str) -> float:
         """Of a measure of `stats.MEASURES`."""
-        return float(confusion.measure_of(confusion.confusion(self.labels, self.predicted), measure))
+        return float(confusion.compute_metric(confusion.confusion_counts(self.labels, self.predicted), measure))
 
     def same_examples(self, other: Predictions) -> bool:
         return np.array_equal(self.ids, other.ids) and np.array_equal(self.labels, other.labels)

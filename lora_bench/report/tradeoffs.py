@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_bench.analysis.columns import NAMES
 from lora_bench.analysis.table import cell
+from lora_bench.config.metric_names import display_name
 from lora_bench.console.format import human
 from lora_bench.report import axes
 from lora_bench.report.charts import SERIES, Chart, legend, series_class
@@ -161,7 +161,7 @@ def mean_of(entry: Entry, column: Column) -> float:
 def spelt(column: Column) -> str:
     """A metric's name as papers spell it."""
     tail = column.name.rsplit("/", 1)[-1]
-    return column.name.removesuffix(tail) + NAMES.get(tail, tail)
+    return column.name.removesuffix(tail) + display_name(tail)
 
 
 def header(column: Column) -> str:

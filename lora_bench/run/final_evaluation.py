@@ -13,7 +13,7 @@ from lora_bench.data.tokenization import scoring_table
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import mean_metrics, score
-from lora_bench.evaluation.stress_splits import score_besides
+from lora_bench.evaluation.stress_splits import score_stress_splits
 from lora_bench.records.run_folder import Run, adapter_folders
 from lora_bench.records.task_folders import folder_of
 from lora_bench.training.prediction import predict
@@ -62,11 +62,11 @@ class TrainedTask:
         labels = task.tables["selection"].labels
         assert labels is not None
         calibration = Calibration.fit(selected.mean(axis=0), labels)
-        chosen: dict[str, Any] = {**best, "metric": "mcc", **calibration.recorded()}
+        chosen: dict[str, Any] = {**best, "metric": "mcc", **calibration.to_json()}
         of_each: list[Calibration] = []
         if len(looks) > 1:
             of_each = [Calibration.fit(own, labels) for own in selected]
-            chosen["members"] = [look | own.recorded() for look, own in zip(looks, of_each, strict=True)]
+            chosen["members"] = [look | own.to_json() for look, own in zip(looks, of_each, strict=True)]
         alone = len(looks) == self.pack.members[self.members[0]].heads == 1
         values = self.bests[0]["metrics"] if alone else score(selected.mean(axis=0), labels, extra)
         metrics = {f"selection/{name}": value for name, value in values.items()}
@@ -97,7 +97,7 @@ class TrainedTask:
             return found.mean(axis=0)  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiment.metrics
-        return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self.tell)
+        return score_stress_splits(data, splits[name], scores, scored, seen=seen, metrics=metrics, log=self.tell)
 
     def save(self, run: Run) -> None:
         """Each member's adapter and head."""

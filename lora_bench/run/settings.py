@@ -13,7 +13,7 @@ from lora_bench.config import build, schema
 from lora_bench.data.augmentation import augmentations
 from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
-from lora_bench.evaluation.stress_splits import perturbations
+from lora_bench.evaluation.stress_splits import resolve_transforms
 from lora_bench.run.inputs import SEEDS_APART
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.objective import check_objective
@@ -116,7 +116,7 @@ class Experiment:
         drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
         for each in made.each.values():
             check_objective(each.trainer, each.data.text_columns, drops_out, each.adapter.matching is True)
-            perturbations(each.data)
+            resolve_transforms(each.data)
             augmentations(each.data, each.trainer.objective)
         return made
 

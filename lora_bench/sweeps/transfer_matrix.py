@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config import keys
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.files.atomic_io import write as write_file
 from lora_bench.records import run_folder, sweep_folder
 from lora_bench.records.evaluations import evaluations
@@ -26,7 +27,7 @@ NOTHING = "nothing"
 """What was trained on before, where a task began from none."""
 EVERYTHING = "all tasks"
 """What was trained on where one run learned all tasks."""
-METRICS = ("mcc", "accuracy", "f1")
+METRICS = sorted(MAIN_METRICS, key="mcc".__ne__)  # MCC first
 
 
 @dataclass(frozen=True)

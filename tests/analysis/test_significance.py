@@ -42,7 +42,7 @@ def make(folder: Path, adapter: str, seed: int | None, said: np.ndarray, **secti
     config |= sections.pop("config", {})
     choices = {"model": "bert", "adapter": adapter, "data": "qqp"}
     run = Run.claim(folder, choices=choices, config=config, overrides=[f"adapter={adapter}", f"seed={seed}"])
-    mcc = float(confusion.measure_of(confusion.confusion(LABELS, said)))
+    mcc = float(confusion.compute_metric(confusion.confusion_counts(LABELS, said)))
     run.write_predictions("validation", np.arange(N), LABELS, np.where(said, 0.8, 0.3))
     run.update(metrics={"validation/mcc": mcc, "selection/mcc": mcc}, data={"fingerprint": "one"})
     run.update(**sections)
@@ -109,7 +109,8 @@ def test_another_measure_is_tested_where_it_is_asked_for(
         pytest.approx(test.p),
     )
     values = [
-        [confusion.measure_of(confusion.confusion(LABELS, one), measure) for one in side] for side in (ours, theirs)
+        [confusion.compute_metric(confusion.confusion_counts(LABELS, one), measure) for one in side]
+        for side in (ours, theirs)
     ]
     assert found.p_seeds == pytest.approx(statistics.seeds_test(*values).p)
     assert found.difference == pytest.approx(np.mean(values[0]) - np.mean(values[1]))

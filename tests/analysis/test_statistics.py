@@ -10,6 +10,7 @@ import scipy.stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lora_bench.analysis import statistics
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.evaluation import confusion
 
 
@@ -22,20 +23,20 @@ def made(seed: int, n: int = 400, seeds: int = 3) -> tuple[np.ndarray, np.ndarra
 
 def test_measures_are_those_of_scikit_learn_for_many_at_once() -> None:
     y, a, _ = made(0)
-    counts = confusion.confusion(y, a)
-    assert confusion.measure_of(counts, "mcc") == pytest.approx([matthews_corrcoef(y, p) for p in a])
-    assert confusion.measure_of(counts, "f1") == pytest.approx([f1_score(y, p) for p in a])
-    assert confusion.measure_of(counts, "accuracy") == pytest.approx((a == y).mean(1))
-    assert confusion.measure_of([0, 0, 10, 20], "mcc") == 0
+    counts = confusion.confusion_counts(y, a)
+    assert confusion.compute_metric(counts, "mcc") == pytest.approx([matthews_corrcoef(y, p) for p in a])
+    assert confusion.compute_metric(counts, "f1") == pytest.approx([f1_score(y, p) for p in a])
+    assert confusion.compute_metric(counts, "accuracy") == pytest.approx((a == y).mean(1))
+    assert confusion.compute_metric([0, 0, 10, 20], "mcc") == 0
 
 
-@pytest.mark.parametrize("measure", confusion.MEASURES)
+@pytest.mark.parametrize("measure", MAIN_METRICS)
 def test_influence_is_the_derivative_and_has_mean_zero(measure: str) -> None:
     counts = np.array([60.0, 20.0, 30.0, 90.0])
     h = 1e-5
     numeric = [
         counts.sum()
-        * (confusion.measure_of(counts + h * e, measure) - confusion.measure_of(counts - h * e, measure))
+        * (confusion.compute_metric(counts + h * e, measure) - confusion.compute_metric(counts - h * e, measure))
         / (2 * h)
         for e in np.eye(4)
     ]
@@ -111,7 +112,7 @@ def test_the_half_width_is_that_over_seeds_and_that_over_examples_in_quadrature(
 def test_where_only_seeds_differ_the_crossed_test_is_the_t_test_over_seeds() -> None:
     y, a, b = made(3, n=20_000)
     b = y ^ (np.random.default_rng(4).random((3, 20_000)) < np.array([[0.1], [0.2], [0.3]]))
-    values = [confusion.measure_of(confusion.confusion(y, x)) for x in (a, b)]
+    values = [confusion.compute_metric(confusion.confusion_counts(y, x)) for x in (a, b)]
     assert statistics.crossed_test(y, a, b).p == pytest.approx(statistics.seeds_test(*values).p, rel=0.05)
 
 
@@ -137,7 +138,7 @@ def ahead_by_ten(same: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_differences_that_are_equal_in_all_seeds_are_not_certain() -> None:
     y, a, b = ahead_by_ten(same=False)
-    values = [confusion.measure_of(confusion.confusion(y, x)) for x in (a, b)]
+    values = [confusion.compute_metric(confusion.confusion_counts(y, x)) for x in (a, b)]
     assert statistics.alike(values[0] - values[1])
     found = statistics.crossed_test(y, a, b)
     # What one seed's 190 answers that differ would spread by, by hand: MCC is 1 - 2 · wrong / N in this layout.

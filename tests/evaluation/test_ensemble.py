@@ -9,7 +9,7 @@ import pytest
 
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
-from lora_bench.evaluation.ensemble import disagreement, score_members, spread
+from lora_bench.evaluation.ensemble import disagreement, member_spread, score_members
 from lora_bench.evaluation.metrics import score
 
 SCORES = np.array([[0.9, 0.2, 0.6, 0.5], [0.8, 0.7, 0.4, 0.1], [0.3, 0.1, 0.7, 0.49]])
@@ -26,7 +26,7 @@ def test_disagreement_is_the_share_of_rows_over_all_pairs_of_members() -> None:
 
 
 def test_spread_is_the_standard_deviation_over_members() -> None:
-    assert spread(np.array([[0.2, 0.5], [0.4, 0.5]])) == pytest.approx([0.1, 0.0])
+    assert member_spread(np.array([[0.2, 0.5], [0.4, 0.5]])) == pytest.approx([0.1, 0.0])
 
 
 def test_each_member_has_its_figures_and_their_mean_stands_beside() -> None:

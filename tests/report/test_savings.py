@@ -7,12 +7,12 @@ from html import unescape
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.test_costs import make
 
 from lora_bench.analysis.published import derived_mcc, load, with_anchors
 from lora_bench.analysis.summary import summarise
 from lora_bench.compare import main
 from lora_bench.report import page
+from tests.analysis.test_savings import make
 
 if TYPE_CHECKING:
     from pathlib import Path
