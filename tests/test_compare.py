@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lora_bench.analysis.formats import _no_formula, to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.summary import summarise, write_tables
-from lora_bench.analysis.table import Column, Row, Stat, Table, value_text
+from lora_bench.analysis.table import Column, Row, Stat, Table, format_value
 from lora_bench.analysis.terminal import render
 from lora_bench.compare import main
 from lora_bench.console.format import clean, human
@@ -86,7 +86,7 @@ def test_seeds_share_a_row_with_mean_sample_std_and_n(tmp_path: Path) -> None:
     assert row.stats["mcc"].std == pytest.approx(statistics.stdev([0.5, 0.6, 0.8]))
     assert keys(table) == ["model", "adapter", "data"]
     assert values(table) == [("bert", "lora", "qqp")]
-    assert table.below == []
+    assert table.footnotes == []
     assert "0.6333 ± 0.1528" in to_markdown(table)
     # Student's t with two degrees of freedom: 4.3027 · 0.1528 / √3
     low, high = row.stats["mcc"].interval or (0, 0)
@@ -105,7 +105,7 @@ def test_later_evaluations_and_perturbed_figures_have_columns_only_where_there_a
     (run.folder / "evaluations" / "bad.json").write_text("{")
     (run.folder / "evaluations" / "odd.json").write_text('{"metrics": 3}')
     table = summarise([tmp_path])
-    names = [column.name for column in table.columns if column.kind == "metric"]
+    names = [column.name for column in table.columns if column.format == "metric"]
     of_split = ["accuracy", "f1", "mcc", "perturbed/f1", "perturbed/f1_drop", "unseen/mcc"]
     assert names == [*of_split, "paws:test/mcc"]
     stats = table.rows[0].stats
@@ -124,7 +124,7 @@ def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:
     assert "| n |" not in to_markdown(table)
     assert "95 %" not in to_markdown(table)
     assert json.loads(to_json(table))[0]["mcc_low"] is None
-    (note,) = table.below
+    (note,) = table.footnotes
     assert "one seed" in note
 
 
@@ -133,7 +133,7 @@ def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path: Path) -> None
     make(tmp_path / "a", 0.1, created="2026-01-01T00:00:00+00:00")
     table = summarise([tmp_path])
     assert [(row.n, row.stats["mcc"].mean) for row in table.rows] == [(1, 0.7)]
-    assert any("repeat an experiment" in line for line in table.below)
+    assert any("repeat an experiment" in line for line in table.footnotes)
 
 
 def test_equal_numbers_of_other_types_share_a_row(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_other_data_is_another_row_though_the_config_is_the_same(tmp_path: Path,
     for table in (summarise([tmp_path]), summarise([tmp_path], by="adapter")):
         assert [row.n for row in table.rows] == [1, 1]
         assert column in keys(table)
-    warned = any("not comparable" in line for line in summarise([tmp_path]).below)
+    warned = any("not comparable" in line for line in summarise([tmp_path]).footnotes)
     assert warned == (column == "data.fingerprint")
 
 
@@ -230,7 +230,7 @@ def test_several_reported_splits_and_extra_metrics(tmp_path: Path) -> None:
     run.update(metrics={"validation/specificity": 0.7, "validation/fpr": 0.2, "test/mcc": 0.3})
     make(tmp_path / "b", 0.4, config={"seed": 1})
     table = summarise([tmp_path])
-    headers = [column.header for column in table.columns if column.kind == "metric"]
+    headers = [column.header for column in table.columns if column.format == "metric"]
     assert headers[:5] == [
         "validation/accuracy ↑",
         "validation/f1 ↑",
@@ -244,7 +244,7 @@ def test_several_reported_splits_and_extra_metrics(tmp_path: Path) -> None:
 
 def test_another_split_than_validation_is_named(tmp_path: Path) -> None:
     make(tmp_path / "t/a", None, metrics={"test/mcc": 0.3, "train/mcc": 1})
-    assert any("test split" in line for line in summarise([tmp_path / "t"]).below)
+    assert any("test split" in line for line in summarise([tmp_path / "t"]).footnotes)
     make(tmp_path / "s/a", None, metrics={"selection/mcc": 0.3})
     assert "selection/mcc" in summarise([tmp_path / "s"]).rows[0].stats
 
@@ -358,8 +358,8 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
     (tmp_path / "bad/run.json").write_text("{")
     table = summarise([tmp_path])
     assert table.rows == []
-    failed, *rest, skipped = table.below[1:]
-    assert table.below[0] == "no finished run yet"
+    failed, *rest, skipped = table.footnotes[1:]
+    assert table.footnotes[0] == "no finished run yet"
     assert clean(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
     assert failed.endswith("x…")
     expected = [
@@ -380,7 +380,7 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
 def test_dirty_code_is_flagged(tmp_path: Path) -> None:
     for seed in range(5):
         make(tmp_path / str(seed), config={"seed": seed}, environment={"dirty": seed > 0})
-    (line,) = summarise([tmp_path]).below
+    (line,) = summarise([tmp_path]).footnotes
     assert "uncommitted changes" in line
     assert "4 of 5 runs" in line
     assert line.endswith("/3 and 1 more")
@@ -498,7 +498,7 @@ def test_csv_and_json_read_back(table: Table) -> None:
         assert (float(line["mcc"]) if line["mcc"] else None) == found["mcc"]
         for column in table.keys:
             assert found[column.name] == row.keys.get(column.name)
-            cell = value_text(row.keys[column.name]) if column.name in row.keys else ""
+            cell = format_value(row.keys[column.name]) if column.name in row.keys else ""
             assert line[clean(column.name)].removeprefix("'") == cell.removeprefix("'")
         assert not any(cell.startswith(("=", "@")) for cell in line.values())
 
@@ -549,7 +549,7 @@ def test_a_narrow_terminal_loses_costs_first_and_says_so(tmp_path: Path) -> None
     assert "widen the terminal" not in wide
     head = normal.splitlines()[0].split()
     assert head == ["adapter.rank", "adapter.alpha", "optimizer.lr", "f1", "↑", "mcc", "↑", "n"]
-    assert "use --format md for: accuracy, mcc 95 %, params.adapter," in normal
+    assert "md): accuracy, mcc 95 %, params.adapter," in " ".join(normal.split())
     assert narrow.splitlines()[0].split()[-3:] == ["mcc", "↑", "n"]
     assert "0.250 ± 0.071" in narrow
     assert "…" not in narrow

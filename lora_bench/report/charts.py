@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_bench.report.html import Markup, el, join
+from lora_bench.report.html import Markup, element, join
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +35,10 @@ _CHARACTER = 6.4  # width of an average character of a label, in the chart's uni
 
 def symbols() -> Markup:
     """The shapes, once for the whole page."""
-    shapes = [el("symbol", el("path", d=shape), id=f"m{i}", overflow="visible") for i, shape in enumerate(_SHAPES)]
-    return el("svg", *shapes, width=0, height=0, aria_hidden="true", class_="symbols")
+    shapes = [
+        element("symbol", element("path", d=shape), id=f"m{i}", overflow="visible") for i, shape in enumerate(_SHAPES)
+    ]
+    return element("svg", *shapes, width=0, height=0, aria_hidden="true", class_="symbols")
 
 
 def series_class(series: int | None) -> str:
@@ -48,11 +50,11 @@ def legend(entries: Sequence[tuple[int | None, str]], dashes: Sequence[int] | No
     items = []
     for i, (series, name) in enumerate(entries):
         width = 16 if dashes is None else 40
-        drawn = [el("use", href=f"#m{series or 0}", x=width / 2, y=8, class_=series_class(series))]
+        drawn = [element("use", href=f"#m{series or 0}", x=width / 2, y=8, class_=series_class(series))]
         if dashes is not None:
-            drawn.insert(0, el("path", d="M0 8H40", class_=f"line {series_class(series)} dash{dashes[i]}"))
-        items.append(el("li", el("svg", *drawn, width=width, height=16, aria_hidden="true"), name))
-    return el("ul", *items, class_="legend")
+            drawn.insert(0, element("path", d="M0 8H40", class_=f"line {series_class(series)} dash{dashes[i]}"))
+        items.append(element("li", element("svg", *drawn, width=width, height=16, aria_hidden="true"), name))
+    return element("ul", *items, class_="legend")
 
 
 @dataclass
@@ -80,22 +82,22 @@ class Chart:
 
     def line(self, points: Sequence[tuple[float, float]], class_: str, row: int | None = None) -> None:
         path = "".join(f"{'L' if i else 'M'}{self.px(x):.1f} {self.py(y):.1f}" for i, (x, y) in enumerate(points))
-        self.marks.append(el("path", d=path, class_=f"line {class_}", data_row=row))
+        self.marks.append(element("path", d=path, class_=f"line {class_}", data_row=row))
 
     def staircase(self, points: Sequence[tuple[float, float]], class_: str) -> None:
         """From left to right: each value holds until the next begins, the last to the chart's end."""
         path = ""
         for i, (x, y) in enumerate(points):
             path += f"H{self.px(x):.1f}V{self.py(y):.1f}" if i else f"M{self.px(x):.1f} {self.py(y):.1f}"
-        self.marks.append(el("path", d=f"{path}H{self.width - self.RIGHT:.1f}", class_=f"line {class_}"))
+        self.marks.append(element("path", d=f"{path}H{self.width - self.RIGHT:.1f}", class_=f"line {class_}"))
 
     def dot(self, x: float, y: float, series: int | None, tip: str, row: int | None = None, class_: str = "") -> None:
         left, top = self.px(x), self.py(y)
         self.taken.append((left - 5, top - 5, left + 5, top + 5))
         self.marks.append(
-            el(
+            element(
                 "use",
-                el("title", tip),
+                element("title", tip),
                 href=f"#m{series or 0}",
                 x=round(left, 1),
                 y=round(top, 1),
@@ -107,7 +109,7 @@ class Chart:
     def interval(self, x: float, low: float, high: float, class_: str, row: int | None = None) -> None:
         where, top, bottom = self.px(x), self.py(high), self.py(low)
         path = f"M{where:.1f} {top:.1f}V{bottom:.1f}M{where - 3.5:.1f} {top:.1f}h7M{where - 3.5:.1f} {bottom:.1f}h7"
-        self.marks.append(el("path", d=path, class_=f"line {class_}", data_row=row))
+        self.marks.append(element("path", d=path, class_=f"line {class_}", data_row=row))
 
     def name(self, x: float, y: float, words: str) -> None:
         """A label beside a point, where one fits that covers nothing; else none."""
@@ -119,28 +121,32 @@ class Chart:
             own = (left - 5, top - 5, left + 5, top + 5)
             if inside and not any(_overlap(box, other) for other in self.taken if other != own):
                 self.taken.append(box)
-                self.marks.append(el("text", words, x=left + dx, y=top + dy, text_anchor=anchor, class_="label"))
+                self.marks.append(element("text", words, x=left + dx, y=top + dy, text_anchor=anchor, class_="label"))
                 return
 
     def svg(self, description: Content, below: Sequence[Markup] = ()) -> Markup:
         """The chart as a picture that a screen reader calls by `description`."""
-        return picture(join([*below, *self._frame(), *self.marks]), self.width, self.height, description)
+        return svg_image(join([*below, *self._frame(), *self.marks]), self.width, self.height, description)
 
     def _frame(self) -> list[Markup]:
         bottom, right = self.height - self.BOTTOM, self.width - self.RIGHT
-        made = [el("text", self.y.label, x=0, y=13, class_="axis")]
-        made.append(el("text", self.x.label, x=right, y=self.height - 6, text_anchor="end", class_="axis"))
+        made = [element("text", self.y.label, x=0, y=13, class_="axis")]
+        made.append(element("text", self.x.label, x=right, y=self.height - 6, text_anchor="end", class_="axis"))
         grid = ""
         for value, words in self.y.ticks:
             grid += f"M{self.left:.1f} {self.py(value):.1f}H{right:.1f}"
-            made.append(el("text", words, x=self.left - 7, y=self.py(value) + 4, text_anchor="end", class_="tick"))
+            made.append(element("text", words, x=self.left - 7, y=self.py(value) + 4, text_anchor="end", class_="tick"))
         end = -1e9
         for value, words in self.x.ticks:
             where, half = self.px(value), len(words) * _CHARACTER / 2
             if where - half > end:
-                made.append(el("text", words, x=where, y=bottom + 18, text_anchor="middle", class_="tick"))
+                made.append(element("text", words, x=where, y=bottom + 18, text_anchor="middle", class_="tick"))
                 end = where + half + 4
-        return [el("path", d=grid, class_="grid"), el("path", d=f"M{self.left} {bottom}H{right}", class_="base"), *made]
+        return [
+            element("path", d=grid, class_="grid"),
+            element("path", d=f"M{self.left} {bottom}H{right}", class_="base"),
+            *made,
+        ]
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Lane:
     marks: list[Mark]
 
 
-def lanes(x: Axis, rows: Sequence[Lane], description: Content) -> Markup:
+def draw_lanes(x: Axis, rows: Sequence[Lane], description: Content) -> Markup:
     """Named lanes one below the other, all with the same axis, on which 0 is marked."""
     width, step, top, right = 560.0, 30.0, 12.0, 14.0
     names = [lane.name if len(lane.name) <= _LONGEST else lane.name[: _LONGEST - 1] + "…" for lane in rows]
@@ -169,28 +175,30 @@ def lanes(x: Axis, rows: Sequence[Lane], description: Content) -> Markup:
     def px(value: float) -> float:
         return left + x.at(value) * (width - left - right)
 
-    drawn = [el("path", d="".join(f"M{px(value):.1f} {top}V{bottom}" for value, _ in x.ticks), class_="grid")]
-    drawn.append(el("path", d=f"M{px(0):.1f} {top}V{bottom}", class_="zero"))
+    drawn = [element("path", d="".join(f"M{px(value):.1f} {top}V{bottom}" for value, _ in x.ticks), class_="grid")]
+    drawn.append(element("path", d=f"M{px(0):.1f} {top}V{bottom}", class_="zero"))
     for value, words in x.ticks:
-        drawn.append(el("text", words, x=px(value), y=bottom + 18, text_anchor="middle", class_="tick"))
-    drawn.append(el("text", x.label, x=width - right, y=bottom + 40, text_anchor="end", class_="axis"))
+        drawn.append(element("text", words, x=px(value), y=bottom + 18, text_anchor="middle", class_="tick"))
+    drawn.append(element("text", x.label, x=width - right, y=bottom + 40, text_anchor="end", class_="axis"))
     for i, (lane, name) in enumerate(zip(rows, names, strict=True)):
         y = top + step * (i + 0.5)
-        drawn.append(el("text", name, x=left - 14, y=y + 4, text_anchor="end", class_="label"))
+        drawn.append(element("text", name, x=left - 14, y=y + 4, text_anchor="end", class_="label"))
         for mark in lane.marks:
             class_ = series_class(mark.series)
             if mark.interval:
                 low, high = map(px, mark.interval)
                 bar = f"M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 4}v8M{high:.1f} {y - 4}v8"
-                drawn.append(el("path", d=bar, class_=f"line {class_}", data_row=mark.row))
+                drawn.append(element("path", d=bar, class_=f"line {class_}", data_row=mark.row))
             place = {"x": round(px(mark.value), 1), "y": y}
             symbol = f"#m{mark.series or 0}"
-            drawn.append(el("use", el("title", mark.tip), href=symbol, class_=class_, data_row=mark.row, **place))
-    return picture(join(drawn), width, bottom + 46, description)
+            drawn.append(
+                element("use", element("title", mark.tip), href=symbol, class_=class_, data_row=mark.row, **place)
+            )
+    return svg_image(join(drawn), width, bottom + 46, description)
 
 
-def picture(content: Markup, width: float, height: float, description: Content, class_: str | None = None) -> Markup:
-    return el(
+def svg_image(content: Markup, width: float, height: float, description: Content, class_: str | None = None) -> Markup:
+    return element(
         "svg",
         content,
         viewBox=f"0 0 {width:g} {height:g}",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.records import predictions
-from lora_bench.report.html import Content, Markup, el, table
+from lora_bench.report.html import Content, Markup, element, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,28 +62,28 @@ def disagreements(block: Block, split: str) -> Markup | None:
         for i in shown
     ]
     n = len(first.ids)
-    sentence = said(runs[0].name, runs[1].name, only_a, only_b, both_wrong, n, len(rows))
+    sentence = describe_pair(runs[0].name, runs[1].name, only_a, only_b, both_wrong, n, len(rows))
     names = ["id", "label", f"score of {runs[0].name}", f"score of {runs[1].name}", "right"]
-    choose = el(
+    choose = element(
         "p",
-        el("label", "Run A ", _select("run-a", runs, 0)),
+        element("label", "Run A ", _select("run-a", runs, 0)),
         " ",
-        el("label", "Run B ", _select("run-b", runs, 1)),
+        element("label", "Run B ", _select("run-b", runs, 1)),
         class_="controls script",
     )
     # Inside a script element only "</" has a meaning; JSON may spell "<" otherwise.
     payload = Markup(json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c"))
-    return el(
+    return element(
         "div",
         choose,
-        el("p", sentence, class_="said", role="status"),
+        element("p", sentence, class_="said", role="status"),
         table("Examples that one of two runs gets right", names, rows),
-        el("script", payload, type="application/json"),
+        element("script", payload, type="application/json"),
         class_="disagreements",
     )
 
 
-def said(a: str, b: str, only_a: int, only_b: int, both_wrong: int, n: int, shown: int) -> str:
+def describe_pair(a: str, b: str, only_a: int, only_b: int, both_wrong: int, n: int, shown: int) -> str:
     """The four-fold table in words; the page's script says the same of the runs that are chosen there."""
     told = f"Of {n:,} examples, {only_a:,} only {a} gets right, {only_b:,} only {b}, and {both_wrong:,} neither."
     return f"{told} Shown: the {shown:,} whose scores are farthest apart." if shown < only_a + only_b else told
@@ -116,5 +116,7 @@ def _apart(one: Predictions, other: Predictions) -> tuple[int, int, int, list[in
 
 
 def _select(name: str, runs: Sequence[_Candidate], chosen: int) -> Markup:
-    options = [el("option", run.name, value=i, selected=i == chosen, title=run.folder) for i, run in enumerate(runs)]
-    return el("select", *options, class_=name, autocomplete="off")
+    options = [
+        element("option", run.name, value=i, selected=i == chosen, title=run.folder) for i, run in enumerate(runs)
+    ]
+    return element("select", *options, class_=name, autocomplete="off")

@@ -31,7 +31,7 @@ def join(parts: Iterable[Content], between: str = "") -> Markup:
     return Markup(text(between).join(text(part) for part in parts))
 
 
-def el(tag: str, /, *children: Content, **attributes: str | float | bool | None) -> Markup:
+def element(tag: str, /, *children: Content, **attributes: str | float | bool | None) -> Markup:
     """An element. An attribute that is None or False is left out, True stands alone; `class_` is class."""
     written = ""
     for name, value in attributes.items():
@@ -54,29 +54,33 @@ def table(caption: Content, header: Sequence[Content], rows: Iterable[Sequence[C
 
     A float is shown with four decimals; numbers stand to the right.
     """
-    head = el("tr", *(el("th", cell, scope="col") for cell in header))
+    head = element("tr", *(element("th", cell, scope="col") for cell in header))
     body = []
     for first, *rest in rows:
-        body.append(el("tr", el("th", first, scope="row"), *(_cell(cell) for cell in rest)))
-    made = el("table", el("caption", caption), el("thead", head), el("tbody", *body), **attributes)
-    return el("div", made, class_="scroll", tabindex="0", role="region", aria_label=str(caption))
+        body.append(element("tr", element("th", first, scope="row"), *(_cell(cell) for cell in rest)))
+    made = element("table", element("caption", caption), element("thead", head), element("tbody", *body), **attributes)
+    return element("div", made, class_="scroll", tabindex="0", role="region", aria_label=str(caption))
 
 
 def _cell(cell: Content) -> Markup:
     if isinstance(cell, int | float):
-        return el("td", f"{cell:.4f}" if isinstance(cell, float) else f"{cell:,}", class_="number")
-    return el("td", cell)
+        return element("td", f"{cell:.4f}" if isinstance(cell, float) else f"{cell:,}", class_="number")
+    return element("td", cell)
 
 
 def figure(
     chart: Markup, caption: Content, data: Markup | None = None, *, title: Content = None, class_: str | None = None
 ) -> Markup:
     """A chart with its heading above, and below it what it shows in words and, folded away, in numbers."""
-    folded = el("details", el("summary", "The numbers"), data) if data else ""
-    said = el("figcaption", el("strong", title), " " if title and caption else "", caption) if title or caption else ""
-    return el("figure", said, chart, folded, class_=class_)
+    folded = element("details", element("summary", "The numbers"), data) if data else ""
+    said = (
+        element("figcaption", element("strong", title), " " if title and caption else "", caption)
+        if title or caption
+        else ""
+    )
+    return element("figure", said, chart, folded, class_=class_)
 
 
-def several(n: int, one: str, many: str | None = None) -> str:
+def pluralise(n: int, one: str, many: str | None = None) -> str:
     """`1 run`, `2 runs`."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"

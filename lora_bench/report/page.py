@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.report import appendix, disagreements, robustness, tradeoffs, training, verdicts
 from lora_bench.report.charts import symbols
-from lora_bench.report.html import Markup, el, join
+from lora_bench.report.html import Markup, element, join
 from lora_bench.report.leaderboard import leaderboard
-from lora_bench.report.series import blocks
+from lora_bench.report.series import group_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,25 +26,29 @@ DATA_SETS = 4
 
 def page(table: Table, margin: float = MARGIN) -> str:
     """`table` as one HTML page that needs nothing else; numbers are those that the other formats show."""
-    shown = blocks(table)[:DATA_SETS]
+    shown = group_blocks(table)[:DATA_SETS]
     title = verdicts.headline(shown[0]) if shown else "No finished run yet"
     if len(shown) > 1:
         title = "Runs on different data"
 
     def each(make: Callable[[Block], Markup | None]) -> Markup | None:
         made = [(block, part) for block in shown if (part := make(block)) is not None]
-        parts = [join([el("h3", block.name) if block.name else "", part]) for block, part in made]
+        parts = [join([element("h3", block.name) if block.name else "", part]) for block, part in made]
         return join(parts) if parts else None
 
     def summary(block: Block) -> Markup:
-        heading = el("p", el("strong", verdicts.headline(block)), class_="lead")
+        heading = element("p", element("strong", verdicts.headline(block)), class_="lead")
         return join([heading if len(shown) > 1 else "", verdicts.summary(block, margin)])
 
     sections = [
         ("summary", "Summary", each(summary)),
         ("leaderboard", "Leaderboard", leaderboard(table)),
         ("cost", "Quality against cost", each(tradeoffs.costs)),
-        ("savings", "Saved against full fine-tuning", appendix.beside(table.savings, "Shares of its FLOPs, by cause")),
+        (
+            "savings",
+            "Saved against full fine-tuning",
+            appendix.side_table(table.savings, "Shares of its FLOPs, by cause"),
+        ),
         ("rank", "Rank", each(tradeoffs.by_rank)),
         ("rate", "Learning rate", each(tradeoffs.by_rate)),
         ("curves", "Learning curves", each(training.curves)),
@@ -52,7 +56,7 @@ def page(table: Table, margin: float = MARGIN) -> str:
         ("allocation", "Where the ranks went", each(training.allocation)),
         ("robustness", "Robustness", each(robustness.robustness)),
         ("disagreements", "Disagreements", each(lambda block: disagreements.disagreements(block, _split(block)))),
-        ("published", "Published figures", appendix.beside(table.anchors, "Of GLUE's QQP dev set")),
+        ("published", "Published figures", appendix.side_table(table.published, "Of GLUE's QQP dev set")),
         ("configuration", "Configuration", appendix.differences(table)),
         ("environment", "Environment", appendix.environment(table)),
         ("missing", "Caveats and missing runs", appendix.missing(table)),
@@ -78,42 +82,42 @@ def _document(title: str, description: str, sections: Sequence[tuple[str, str, M
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    head = el(
+    head = element(
         "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="referrer", content="no-referrer"),
-        el("link", rel="icon", href="data:,"),
-        el("title", f"{title} · lora-bench"),
-        el("style", style),
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="referrer", content="no-referrer"),
+        element("link", rel="icon", href="data:,"),
+        element("title", f"{title} · lora-bench"),
+        element("style", style),
     )
-    links = [el("li", el("a", heading, href=f"#{name}")) for name, heading, _ in sections]
+    links = [element("li", element("a", heading, href=f"#{name}")) for name, heading, _ in sections]
     body = [
-        el("section", el("h2", heading, id=f"h-{name}"), content, id=name, aria_labelledby=f"h-{name}")
+        element("section", element("h2", heading, id=f"h-{name}"), content, id=name, aria_labelledby=f"h-{name}")
         for name, heading, content in sections
     ]
-    top = el("div", el("p", "lora-bench compare", class_="eyebrow"), _switch(), class_="top")
-    header = el("header", top, el("h1", title), el("p", description))
-    content = el(
+    top = element("div", element("p", "lora-bench compare", class_="eyebrow"), _switch(), class_="top")
+    header = element("header", top, element("h1", title), element("p", description))
+    content = element(
         "body",
-        el("a", "Skip to the content", href="#content", class_="skip"),
+        element("a", "Skip to the content", href="#content", class_="skip"),
         symbols(),
         header,
-        el("nav", el("ul", *links), aria_label="Sections"),
-        el("main", *body, id="content", tabindex="-1"),
-        el("div", id="tip", role="presentation", hidden=True),
-        el("script", script),
+        element("nav", element("ul", *links), aria_label="Sections"),
+        element("main", *body, id="content", tabindex="-1"),
+        element("div", id="tip", role="presentation", hidden=True),
+        element("script", script),
     )
-    return f"<!DOCTYPE html>\n{el('html', head, content, lang='en')}\n"
+    return f"<!DOCTYPE html>\n{element('html', head, content, lang='en')}\n"
 
 
 def _switch() -> Markup:
     """Light or dark, where the reader wants another than the system's."""
-    choices = [el("option", theme or "as the system", value=theme) for theme in ("", "light", "dark")]
-    select = el("select", *choices, id="theme", autocomplete="off")
-    return el("p", el("label", "Colours ", select), class_="script theme")
+    choices = [element("option", theme or "as the system", value=theme) for theme in ("", "light", "dark")]
+    select = element("select", *choices, id="theme", autocomplete="off")
+    return element("p", element("label", "Colours ", select), class_="script theme")
 
 
 def _hash(text: str) -> str:

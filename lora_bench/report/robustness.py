@@ -6,9 +6,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_bench.report import axes, folders
-from lora_bench.report.charts import Lane, Mark, lanes, legend
-from lora_bench.report.html import Content, Markup, el, figure, join, table
-from lora_bench.report.tradeoffs import spelt
+from lora_bench.report.charts import Lane, Mark, draw_lanes, legend
+from lora_bench.report.html import Content, Markup, element, figure, join, table
+from lora_bench.report.tradeoffs import column_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,10 +32,10 @@ def robustness(block: Block) -> Markup | None:
         before, after = fmean(a for a, _ in pairs), fmean(b for _, b in pairs)
         change = f"{after - before:+.4f}".replace("-", "−")
         rows.append([entry.name, place, len(pairs), before, after, change])
-    title = f"Change of {spelt(block.main)} where the texts are perturbed or the data is another"
+    title = f"Change of {column_name(block.main)} where the texts are perturbed or the data is another"
     left_out = f" The first {TABLE_ROWS} of {len(found)} rows are shown." if len(found) > TABLE_ROWS else ""
     names = ["experiment", "place", "runs", "reported split", "there", "change"]
-    numbers = join([el("p", left_out, class_="note") if left_out else "", table(title, names, rows)])
+    numbers = join([element("p", left_out, class_="note") if left_out else "", table(title, names, rows)])
     drawn = _drawn(block, found)
     if not drawn:
         return numbers
@@ -45,7 +45,7 @@ def robustness(block: Block) -> Markup | None:
         said += f" The {LANES} of {len(places)} places with the largest falls are drawn."
     made = [Lane(place, drawn[place]) for place in places[:LANES]]
     x = axes.linear([0.0, *(mark.value for lane in made for mark in lane.marks)], "points →")
-    chart = lanes(x, made, f"{title}. {said}")
+    chart = draw_lanes(x, made, f"{title}. {said}")
     rows_drawn = {mark.row for lane in made for mark in lane.marks}
     key = legend([(entry.series, entry.name) for entry in block.chosen if entry.number in rows_drawn])
     return join([key, figure(chart, said, numbers, title=title, class_="wide")])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.significance import BASELINE
-from lora_bench.analysis.table import cell
+from lora_bench.analysis.table import format_cell
 from lora_bench.console.format import clean
 from lora_bench.report.charts import SERIES
 
@@ -39,7 +39,7 @@ class Entry:
         return self.row.stats.get(column.name)
 
     @property
-    def selected_by(self) -> float:
+    def selection_mcc(self) -> float:
         """Mean MCC on the selection split, by which one row of several is chosen; -inf where there is none."""
         found = [record["metrics"].get("selection/mcc") for _, record in self.runs]
         numbers = [value for value in found if isinstance(value, int | float)]
@@ -48,7 +48,7 @@ class Entry:
     @property
     def order(self) -> tuple[float, int]:
         """Best on the selection split first; where there is none, as in the table."""
-        return -self.selected_by, self.number
+        return -self.selection_mcc, self.number
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Block:
         return next((e for e in self.entries if e.row.finding and e.row.finding.verdict == BASELINE), None)
 
     @property
-    def judged(self) -> list[Entry]:
+    def tested(self) -> list[Entry]:
         """Those with a verdict, best first."""
         return [entry for entry in self.entries if entry.row.finding and entry.row.finding.p_holm is not None]
 
@@ -82,13 +82,13 @@ class Block:
         if len(self.chosen) == len(self.entries):
             return ""
         what = "The best setting of each method" if len(self.methods) > 1 else f"The {len(self.chosen)} best settings"
-        selected = all(math.isfinite(entry.selected_by) for entry in self.chosen)
+        selected = all(math.isfinite(entry.selection_mcc) for entry in self.chosen)
         return f"{what}, by {'the selection split' if selected else self.main.name}, of {len(self.entries)}."
 
 
-def blocks(table: Table) -> list[Block]:
+def group_blocks(table: Table) -> list[Block]:
     """The table's rows as blocks of comparable ones; a row without the main metric is left out."""
-    main = [column for column in table.columns if column.kind == "metric" and column.name.endswith("mcc")]
+    main = [column for column in table.columns if column.format == "metric" and column.name.endswith("mcc")]
     if not main:
         return []
     told = _telling(table)
@@ -117,18 +117,20 @@ def _block(table: Table, entries: list[Entry], main: Column, n_blocks: int) -> B
         series = {entry.number: i for i, entry in enumerate(best)}
         entries = [replace(entry, series=series.get(entry.number)) for entry in entries]
         chosen = [entry for entry in entries if entry.series is not None]
-    costs = [c for c in table.columns if c.kind not in ("key", "metric") and any(e.stat(c) for e in entries)]
+    costs = [c for c in table.columns if c.format not in ("key", "metric") and any(e.stat(c) for e in entries)]
     chosen.sort(key=lambda entry: entry.number)
     return Block(_data_name(table, entries) if n_blocks > 1 else "", entries, main, costs, chosen, methods)
 
 
 def _entry(table: Table, number: int, row: Row, telling: Sequence[Column]) -> Entry:
     tails = Counter(column.name.rsplit(".", 1)[-1] for column in table.keys)
-    method = " ".join(cell(row, column) for column in table.keys if _is_choice(column) and column.name in row.keys)
+    method = " ".join(
+        format_cell(row, column) for column in table.keys if _is_choice(column) and column.name in row.keys
+    )
     settings = []
     for column in telling:
         tail = column.name.rsplit(".", 1)[-1]
-        settings.append(f"{clean(tail if tails[tail] == 1 else column.name)}={cell(row, column)}")
+        settings.append(f"{clean(tail if tails[tail] == 1 else column.name)}={format_cell(row, column)}")
     runs = sorted(((folder, table.records[folder]) for folder in row.folders), key=lambda run: _seed(run[1]))
     name = " ".join([method, *settings] if method else settings)
     return Entry(number, row, name or f"row {number + 1}", method, runs)
@@ -150,7 +152,7 @@ def _telling(table: Table) -> list[list[Column]]:
         by_value: dict[str | None, list[int]] = {}
         for number in alike:
             row = table.rows[number]
-            by_value.setdefault(cell(row, column) if column.name in row.keys else None, []).append(number)
+            by_value.setdefault(format_cell(row, column) if column.name in row.keys else None, []).append(number)
         for value, rows in by_value.items():
             if len(by_value) > 1 and value is not None:
                 for number in rows:
@@ -164,7 +166,7 @@ def _telling(table: Table) -> list[list[Column]]:
 
 def _data_name(table: Table, entries: Sequence[Entry]) -> str:
     keys = [column for column in table.keys if column.name.split(".")[0] == "data"]
-    return ", ".join(f"{clean(c.name)}={cell(entries[0].row, c)}" for c in keys if c.name in entries[0].row.keys)
+    return ", ".join(f"{clean(c.name)}={format_cell(entries[0].row, c)}" for c in keys if c.name in entries[0].row.keys)
 
 
 def _seed(record: dict[str, Any]) -> tuple[bool, int | str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_bench.analysis.table import cell
+from lora_bench.analysis.table import format_cell
 from lora_bench.config.metric_names import display_name
 from lora_bench.console.format import human
 from lora_bench.report import axes
 from lora_bench.report.charts import SERIES, Chart, legend, series_class
-from lora_bench.report.html import Content, Markup, el, figure, join, several, table
+from lora_bench.report.html import Content, Markup, element, figure, join, pluralise, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,11 +36,11 @@ def costs(block: Block) -> Markup | None:
     figures = []
     for column in block.costs:
         points = [(entry, stat.mean) for entry in block.entries if (stat := entry.stat(column))]
-        if len({shown_as(column)(cost) for _, cost in points}) > 1 and column.name != "params.head":
+        if len({cost_formatter(column)(cost) for _, cost in points}) > 1 and column.name != "params.head":
             figures.append(_cost(block, column, points))
     if not figures:
         return None
-    return join([_legend(block), el("div", *figures, class_="figures")])
+    return join([_legend(block), element("div", *figures, class_="figures")])
 
 
 def _legend(block: Block) -> Markup:
@@ -56,11 +56,11 @@ def _legend(block: Block) -> Markup:
 def _cost(block: Block, column: Column, points: list[tuple[Entry, float]]) -> Markup:
     what = _COSTS.get(column.name, column.name)
     values = {entry.number: mean_of(entry, block.main) for entry, _ in points}
-    show = shown_as(column)
+    show = cost_formatter(column)
     spread = max(cost for _, cost in points) / min((cost for _, cost in points if cost > 0), default=1.0)
     kind = axes.logarithmic if spread > 5 else axes.linear
     x = kind([cost for _, cost in points], f"{what} →", show, 4)
-    chart = Chart(x, axes.linear(values.values(), header(block.main)))
+    chart = Chart(x, axes.linear(values.values(), column_header(block.main)))
     front = pareto([(cost, values[entry.number]) for entry, cost in points])
     chart.staircase([(cost, values[entry.number]) for entry, cost in (points[i] for i in front)], "front")
     by_prominence = sorted(range(len(points)), key=lambda i: (i in front, points[i][0].series is not None))
@@ -74,11 +74,11 @@ def _cost(block: Block, column: Column, points: list[tuple[Entry, float]]) -> Ma
         chart.name(cost, values[entry.number], entry.name)
     members = [points[i] for i in front]
     rows: list[list[Content]] = [[entry.name, values[entry.number], show(cost)] for entry, cost in members]
-    title = f"{spelt(block.main)} against {what}"
+    title = f"{column_name(block.main)} against {what}"
     names = ", ".join(entry.name for entry, _ in members[:6]) + (" and more" if len(members) > 6 else "")
     said = f"On the front: {names}."
     numbers = table(f"The front: {title}", ["experiment", block.main.name, column.name], rows)
-    return figure(chart.svg(f"{title} of {several(len(points), 'experiment')}. {said}"), said, numbers, title=title)
+    return figure(chart.svg(f"{title} of {pluralise(len(points), 'experiment')}. {said}"), said, numbers, title=title)
 
 
 def pareto(points: list[tuple[float, float]]) -> list[int]:
@@ -118,7 +118,7 @@ def _by_key(block: Block, key: str, what: str, show: Callable[[float], str]) -> 
     }
     heights = [bound for line in stats.values() for _, stat in line for bound in bounds(stat)]
     x = axes.at_values([value for line in stats.values() for value, _ in line], f"{what} →", show)
-    chart = Chart(x, axes.linear(heights, header(block.main)), width=560, height=320)
+    chart = Chart(x, axes.linear(heights, column_header(block.main)), width=560, height=320)
     bars: list[list[Content]] = []
     for i, (name, line) in enumerate(drawn.items()):
         series = block.methods.get(name, i)
@@ -134,7 +134,7 @@ def _by_key(block: Block, key: str, what: str, show: Callable[[float], str]) -> 
             tip = f"{name}, {what} {show(value)}: {block.main.name} {stat.mean:.4f}"
             chart.dot(value, stat.mean, series, tip)
     chart.shift = 0
-    title = f"{spelt(block.main)} by {what}"
+    title = f"{column_name(block.main)} by {what}"
     best = {name: max(line, key=lambda point: point[1].mean)[0] for name, line in stats.items()}
     said = f"Highest at {what} " + ", ".join(f"{show(value)} ({name})" for name, value in best.items()) + "."
     if any(stat.n > 1 for line in stats.values() for _, stat in line):
@@ -158,24 +158,24 @@ def mean_of(entry: Entry, column: Column) -> float:
     return entry.row.stats[column.name].mean
 
 
-def spelt(column: Column) -> str:
+def column_name(column: Column) -> str:
     """A metric's name as papers spell it."""
     tail = column.name.rsplit("/", 1)[-1]
     return column.name.removesuffix(tail) + display_name(tail)
 
 
-def header(column: Column) -> str:
+def column_header(column: Column) -> str:
     """The same with the arrow that says which way is better."""
-    return f"{spelt(column)} {column.arrow}".strip()
+    return f"{column_name(column)} {column.arrow}".strip()
 
 
-def shown_as(column: Column) -> Callable[[float], str]:
+def cost_formatter(column: Column) -> Callable[[float], str]:
     """How the table shows a value of a column of costs."""
     from lora_bench.analysis.table import Row, Stat
 
     def show(value: float) -> str:
         if value == 0:
             return "0"
-        return cell(Row({}, {column.name: Stat(value, None, 1)}, 1, []), column)
+        return format_cell(Row({}, {column.name: Stat(value, None, 1)}, 1, []), column)
 
-    return show if column.kind != "count" else lambda value: human(value)
+    return show if column.format != "count" else lambda value: human(value)

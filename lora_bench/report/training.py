@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.analysis.savings import up_to
+from lora_bench.analysis.savings import cost_up_to
 from lora_bench.console.format import clean
 from lora_bench.records import predictions
 from lora_bench.report import axes, folders
 from lora_bench.report.axes import Axis
-from lora_bench.report.charts import SERIES, Chart, legend, picture, series_class
-from lora_bench.report.html import Content, Markup, el, figure, join, several, table
-from lora_bench.report.tradeoffs import header
+from lora_bench.report.charts import SERIES, Chart, legend, series_class, svg_image
+from lora_bench.report.html import Content, Markup, element, figure, join, pluralise, table
+from lora_bench.report.tradeoffs import column_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ def curves(block: Block) -> Markup | None:
     found: dict[int, list[_Curve]] = {}
     few = len(block.entries) <= SERIES
     for entry in block.entries if few else block.chosen:
-        lines = [(thinned(folders.curve(folder, metric)), record["cost"]) for folder, record in entry.runs[:CURVES]]
+        lines = [(thin_out(folders.curve(folder, metric)), record["cost"]) for folder, record in entry.runs[:CURVES]]
         found[entry.number] = [(line, cost) for line, cost in lines if len(line) > 1]
     shown = [entry for entry in (block.entries if few else block.chosen) if found[entry.number]]
     if not shown:
@@ -52,7 +52,7 @@ def curves(block: Block) -> Markup | None:
     how = "" if few else f" {block.chosen_how}"
     if any(len(lines) > 1 for lines in found.values()):
         how += " Thick: the mean over seeds; thin: each run."
-    label = f"{header(block.main)} on selection"
+    label = f"{column_header(block.main)} on selection"
     figures = [_curves(shown, found, dashes, label, lambda cost, step: step, "step", "step", how)]
     costs_told = all(_told(cost) for lines in found.values() for _, cost in lines)
     if costs_told and len(shown) > 1:
@@ -71,7 +71,7 @@ def _told(cost: dict[str, Any]) -> bool:
 
 
 def _teraflops(cost: dict[str, Any], step: float) -> float:
-    return up_to(cost, "flops", step) / 1e12
+    return cost_up_to(cost, "flops", step) / 1e12
 
 
 def _curves(
@@ -115,7 +115,7 @@ def _tidy(value: float) -> float | int:
     return int(value) if value == int(value) else float(f"{value:.4g}")
 
 
-def thinned(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def thin_out(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most `POINTS` of its points, ends included."""
     if len(line) <= POINTS:
         return line
@@ -148,7 +148,7 @@ def reliability(block: Block, split: str) -> Markup | None:
         "On the diagonal a probability means what it says; below it the model is too sure of label 1. "
         f"Bars: how the probabilities are spread. {block.chosen_how}"
     )
-    return join([el("p", said, class_="note"), el("div", *figures, class_="figures small")])
+    return join([element("p", said, class_="note"), element("div", *figures, class_="figures small")])
 
 
 def _reliability(entry: Entry, split: str, scores: np.ndarray, labels: np.ndarray) -> Markup:
@@ -165,13 +165,13 @@ def _reliability(entry: Entry, split: str, scores: np.ndarray, labels: np.ndarra
     for i in filled.tolist():
         height = 0.25 * counts[i] / tallest
         left, right, top, bottom = chart.px(i / BINS) + 1, chart.px((i + 1) / BINS) - 1, chart.py(height), chart.py(0)
-        bar = el("title", f"{several(int(counts[i]), 'prediction')} from {i / BINS:.1f} to {(i + 1) / BINS:.1f}")
-        bars.append(el("rect", bar, x=left, y=top, width=right - left, height=float(bottom - top), class_="bar"))
+        bar = element("title", f"{pluralise(int(counts[i]), 'prediction')} from {i / BINS:.1f} to {(i + 1) / BINS:.1f}")
+        bars.append(element("rect", bar, x=left, y=top, width=right - left, height=float(bottom - top), class_="bar"))
     chart.line([(0, 0), (1, 1)], "diagonal")
     series = entry.series
     chart.line(list(zip(said_1.tolist(), was_1.tolist(), strict=True)), series_class(series))
     for i, p, share in zip(filled.tolist(), said_1.tolist(), was_1.tolist(), strict=True):
-        tip = f"mean P {p:.3f}, label 1 in {share:.3f} of {several(int(counts[i]), 'prediction')}"
+        tip = f"mean P {p:.3f}, label 1 in {share:.3f} of {pluralise(int(counts[i]), 'prediction')}"
         chart.dot(p, share, series, tip)
     eces = [record["metrics"].get(f"{split}/ece") for _, record in entry.runs]
     numbers = [value for value in eces if isinstance(value, int | float)]
@@ -198,7 +198,7 @@ def allocation(block: Block) -> Markup | None:
     if not maps:
         return None
     note = f"The first {len(maps)} of {uneven} experiments with ranks that differ." if uneven > len(maps) else ""
-    return join([el("p", note, class_="note") if note else "", el("div", *maps, class_="figures")])
+    return join([element("p", note, class_="note") if note else "", element("div", *maps, class_="figures")])
 
 
 def _targets(runs: Sequence[tuple[Path, dict[str, object]]]) -> dict[str, float]:
@@ -226,25 +226,27 @@ def _heat_map(entry: Entry, ranks: dict[str, float]) -> Markup | None:
     size, left, top = 30.0, 8 + 6.4 * max(map(len, short)), 20.0
     width, height = left + size * len(layers) + 8, top + size * len(modules) + 24
     most = max(cells.values()) or 1.0
-    drawn = [el("text", "layer →", x=width - 8, y=height - 4, text_anchor="end", class_="axis")]
+    drawn = [element("text", "layer →", x=width - 8, y=height - 4, text_anchor="end", class_="axis")]
     for column, layer in enumerate(layers):
         middle = left + size * (column + 0.5)
-        drawn.append(el("text", layer, x=middle, y=top - 7, text_anchor="middle", class_="tick"))
+        drawn.append(element("text", layer, x=middle, y=top - 7, text_anchor="middle", class_="tick"))
         for row, module in enumerate(modules):
             if (layer, module) not in cells:
                 continue
             rank = cells[layer, module]
             y = top + size * row
             level = round(8 * rank / most)
-            tip = el("title", f"layer {layer}, {module}: rank {rank:.4g}")
-            box = el(
+            tip = element("title", f"layer {layer}, {module}: rank {rank:.4g}")
+            box = element(
                 "rect", tip, x=left + size * column + 1, y=y + 1, width=size - 2, height=size - 2, class_=f"h{level}"
             )
             shown = f"{rank:.0f}" if rank == round(rank) or rank >= 10 else f"{rank:.1f}"
             on = f"tick on{level > 4:d}"
-            drawn += [box, el("text", shown, x=middle, y=y + size / 2 + 4, text_anchor="middle", class_=on)]
+            drawn += [box, element("text", shown, x=middle, y=y + size / 2 + 4, text_anchor="middle", class_=on)]
     for row, tail in enumerate(short):
-        drawn.append(el("text", tail, x=left - 6, y=top + size * (row + 0.5) + 4, text_anchor="end", class_="tick"))
+        drawn.append(
+            element("text", tail, x=left - 6, y=top + size * (row + 0.5) + 4, text_anchor="end", class_="tick")
+        )
     total = sum(cells.values())
     high = max(cells, key=lambda place: cells[place])
     said = (
@@ -258,7 +260,7 @@ def _heat_map(entry: Entry, ranks: dict[str, float]) -> Markup | None:
         for module in modules
     ]
     data = table(f"Ranks of {entry.name}", ["module", *(f"layer {layer}" for layer in layers)], rows)
-    chart = picture(join(drawn), width, height, f"Heat map of the ranks of {entry.name}. {said}", "heat")
+    chart = svg_image(join(drawn), width, height, f"Heat map of the ranks of {entry.name}. {said}", "heat")
     return figure(chart, said, data, title=entry.name)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_bench.report import axes
-from lora_bench.report.charts import Lane, Mark, lanes
-from lora_bench.report.html import Content, Markup, el, figure, join, several, table
-from lora_bench.report.tradeoffs import bounds, mean_of, shown_as, spelt
+from lora_bench.report.charts import Lane, Mark, draw_lanes
+from lora_bench.report.html import Content, Markup, element, figure, join, pluralise, table
+from lora_bench.report.tradeoffs import bounds, column_name, cost_formatter, mean_of
 
 if TYPE_CHECKING:
     from lora_bench.analysis.significance import Finding
@@ -22,14 +22,14 @@ def headline(block: Block) -> str:
     leader = block.entries[0].name
     if len(block.entries) == 1:
         return f"One experiment: {leader}"
-    if block.baseline is None or not block.judged:
+    if block.baseline is None or not block.tested:
         return f"{leader} leads; whether by chance is not known"
     base = block.baseline.name
-    better = [entry for entry in block.judged if _finding(entry).verdict == "better"]
+    better = [entry for entry in block.tested if _finding(entry).verdict == "better"]
     if better:
         others = f", and so are {len(better) - 1} more" if len(better) > 1 else ""
         return f"{better[0].name} is better than {base}{others}"
-    verdicts = {_finding(entry).verdict for entry in block.judged}
+    verdicts = {_finding(entry).verdict for entry in block.tested}
     if verdicts == {"worse"}:
         return f"{base} is better than all its rivals"
     if verdicts == {"indistinguishable"}:
@@ -54,7 +54,10 @@ def _paragraph(block: Block, margin: float) -> Markup:
     leader = block.entries[0]
     stat = leader.row.stats[block.main.name]
     low, high = bounds(stat)
-    sentences: list[Content] = [el("strong", leader.name), f" has the highest {spelt(block.main)}: {stat.mean:.4f}"]
+    sentences: list[Content] = [
+        element("strong", leader.name),
+        f" has the highest {column_name(block.main)}: {stat.mean:.4f}",
+    ]
     if high > low:
         sentences.append(f" (95 % interval over {stat.n} seeds {low:.4f} to {high:.4f})")
     elif stat.n == 1:
@@ -64,13 +67,13 @@ def _paragraph(block: Block, margin: float) -> Markup:
         sentences.append("It is the baseline that the others are tested against. ")
     elif block.baseline is not None:
         lead = stat.mean - mean_of(block.baseline, block.main)
-        sentences += [f"That is {points(lead)} above the baseline ", el("strong", block.baseline.name)]
+        sentences += [f"That is {format_points(lead)} above the baseline ", element("strong", block.baseline.name)]
         sentences.append(f"{_sure(_finding(leader), margin)}. ")
     if len(block.entries) > 1:
         sentences.append(_price(block))
     if len(block.entries) > 1 and block.baseline is None:
         sentences.append(" No tests were made; name a row to compare with by --baseline.")
-    return el("p", *sentences, class_="lead")
+    return element("p", *sentences, class_="lead")
 
 
 def _sure(finding: Finding, margin: float) -> str:
@@ -80,7 +83,7 @@ def _sure(finding: Finding, margin: float) -> str:
     if finding.verdict in ("better", "worse"):
         return f", a difference larger than chance explains ({p})"
     if finding.verdict == "indistinguishable":
-        return f", a difference that surely lies within {points(margin)}: indistinguishable"
+        return f", a difference that surely lies within {format_points(margin)}: indistinguishable"
     return f", a difference that chance alone may explain ({p})"
 
 
@@ -97,17 +100,17 @@ def _price(block: Block) -> str:
         if mine is None or not others or column.name not in ("cost.train_seconds", "params.adapter"):
             continue
         cost, cheapest = min(others, key=lambda pair: pair[0])
-        show = shown_as(column)
-        what = "of training" if column.kind == "seconds" else "adapter parameters"
+        show = cost_formatter(column)
+        what = "of training" if column.format == "seconds" else "adapter parameters"
         if cost < mine.mean:
-            behind = points(mean_of(leader, block.main) - mean_of(cheapest, block.main))
+            behind = format_points(mean_of(leader, block.main) - mean_of(cheapest, block.main))
             told.append(f"{show(mine.mean)} {what}, against {show(cost)} for {cheapest.name}, which is {behind} behind")
         else:
             told.append(f"{show(mine.mean)} {what}, the least of all")
     return f"It costs {'; and '.join(told)}." if told else ""
 
 
-def points(difference: float) -> str:
+def format_points(difference: float) -> str:
     """A difference of MCC in hundredths."""
     size = abs(100 * difference)
     return f"{size:.1f} {'point' if f'{size:.1f}' == '1.0' else 'points'}" if size >= 0.05 else "less than 0.1 points"
@@ -117,36 +120,36 @@ def _tiles(block: Block) -> Markup:
     leader = block.entries[0]
     stat = leader.row.stats[block.main.name]
     low, high = bounds(stat)
-    spread = f"{low:.4f} to {high:.4f}" if high > low else several(stat.n, "seed")
-    tiles = [(f"highest {spelt(block.main)}", f"{stat.mean:.4f}", spread)]
+    spread = f"{low:.4f} to {high:.4f}" if high > low else pluralise(stat.n, "seed")
+    tiles = [(f"highest {column_name(block.main)}", f"{stat.mean:.4f}", spread)]
     other = block.baseline if block.baseline not in (None, leader) else next(iter(block.entries[1:]), None)
     if other is not None:
         lead = 100 * (stat.mean - mean_of(other, block.main))
         tiles.append(("lead in points", f"{lead:+.1f}".replace("-", "−"), f"over {other.name}"))
-    if block.judged:
-        better = sum(_finding(entry).verdict == "better" for entry in block.judged)
-        tiles.append(("better than the baseline", f"{better} of {len(block.judged)}", "p ≤ 0.05 after Holm"))
-    seen = [value for entry in block.judged if (value := _finding(entry).detectable) is not None]
+    if block.tested:
+        better = sum(_finding(entry).verdict == "better" for entry in block.tested)
+        tiles.append(("better than the baseline", f"{better} of {len(block.tested)}", "p ≤ 0.05 after Holm"))
+    seen = [value for entry in block.tested if (value := _finding(entry).detectable) is not None]
     if seen:
-        tiles.append(("could have missed", points(max(seen)), "80 % chance to find more"))
+        tiles.append(("could have missed", format_points(max(seen)), "80 % chance to find more"))
     shown = [
-        el("div", el("dt", name), el("dd", el("b", value), el("span", more)), class_="tile")
+        element("div", element("dt", name), element("dd", element("b", value), element("span", more)), class_="tile")
         for name, value, more in tiles
     ]
-    return el("dl", *shown, class_="tiles")
+    return element("dl", *shown, class_="tiles")
 
 
 def _unseen(block: Block) -> Content:
-    findings = [_finding(entry) for entry in block.judged]
+    findings = [_finding(entry) for entry in block.tested]
     seen = [finding.detectable for finding in findings if finding.detectable is not None]
     if not seen:
         return ""
-    least, most = points(min(seen)), points(max(seen))
+    least, most = format_points(min(seen)), format_points(max(seen))
     sizes = most if least == most else f"{least} to {most} (by rival)"
     seeds, examples = min(finding.paired_seeds or 1 for finding in findings), findings[0].examples
-    return el(
+    return element(
         "p",
-        f"What this comparison could not have seen: with {several(seeds, 'paired seed')} and {examples:,} examples a "
+        f"What this comparison could not have seen: with {pluralise(seeds, 'paired seed')} and {examples:,} examples a "
         f"true difference has to be as large as {sizes} to be found four times in five. Smaller ones may be there.",
         class_="note",
     )
@@ -165,7 +168,7 @@ def _forest(block: Block, baseline: Entry) -> Markup:
     values = [value for lane in drawn for mark in lane.marks for value in (mark.value, *(mark.interval or ()), 0.0)]
     x = axes.linear(values, "points above the baseline →")
     said = (
-        f"Difference of {spelt(block.main)} with its 95 % interval, not adjusted for the number of rivals; one that "
+        f"Difference of {column_name(block.main)} with its 95 % interval, not adjusted for the number of rivals; one that "
         "crosses 0 leaves open who is ahead. "
     )
     several_seeds = any((_finding(entry).paired_seeds or 0) > 1 for entry in rivals)
@@ -174,7 +177,7 @@ def _forest(block: Block, baseline: Entry) -> Markup:
     )
     if len(drawn) < len(rivals):
         said += f" {len(drawn)} of {len(rivals)} are drawn."
-    return join([figure(lanes(x, drawn, f"{title}. {said}"), said, title=title, class_="wide"), numbers])
+    return join([figure(draw_lanes(x, drawn, f"{title}. {said}"), said, title=title, class_="wide"), numbers])
 
 
 def _mark(entry: Entry, finding: Finding) -> Mark | None:
@@ -191,7 +194,7 @@ def _tests(title: str, rivals: list[Entry]) -> Markup:
     noted = any(_finding(entry).why for entry in rivals)
     for entry in rivals[: 4 * DRAWN]:
         finding = _finding(entry)
-        verdict = el("span", finding.verdict, class_=f"verdict {finding.verdict}")
+        verdict = element("span", finding.verdict, class_=f"verdict {finding.verdict}")
         between = f"{_signed(finding.difference_low)} to {_signed(finding.difference_high)}"
         numbers: list[Content] = [
             _signed(finding.difference),
@@ -211,7 +214,7 @@ def _tests(title: str, rivals: list[Entry]) -> Markup:
         return made
     titles = ["experiment", "p, not adjusted", "t test over seeds", "bootstrap, by seed", "McNemar mid-p, by seed"]
     folded = table("Other p values: the t test takes the examples for granted, the last two the models", titles, usual)
-    return join([made, el("details", el("summary", "What the usual tests say"), folded)])
+    return join([made, element("details", element("summary", "What the usual tests say"), folded)])
 
 
 def _signed(value: float | None, digits: int = 4) -> str:

@@ -58,7 +58,7 @@ def test_steps_and_flops_to_what_full_fine_tuning_ends_with_in_its_worst_seed(tm
     assert stats["steps_to_target"].mean == 150  # 200 and 100
     assert stats["flops_to_target"].mean == pytest.approx(150 * 2.1e9)
     assert row(table, "full").stats["steps_to_target"].mean == 250
-    assert any("target: selection MCC 0.5800" in line for line in table.below)
+    assert any("target: selection MCC 0.5800" in line for line in table.footnotes)
     assert row(table, "lora").stats["adapter_bytes"].mean == 1000.5
 
 
@@ -69,7 +69,7 @@ def test_a_target_that_is_asked_for_and_rows_that_do_not_reach_it(tmp_path: Path
     table = summarise([tmp_path], target=0.68)
     assert "steps_to_target" not in row(table, "lora").stats
     assert row(table, "dora").stats["steps_to_target"].mean == 100
-    assert any("target: selection MCC 0.6800" in line and "1 of 2 rows" in line for line in table.below)
+    assert any("target: selection MCC 0.6800" in line and "1 of 2 rows" in line for line in table.footnotes)
     assert "steps_to_target" in to_markdown(table)
     assert "steps_to_target" not in to_markdown(summarise([tmp_path]))
     with refuses(Code.INVALID_SYNTAX, key="compare") as caught:
@@ -83,9 +83,9 @@ def test_of_several_rows_of_full_fine_tuning_costs_are_against_the_baseline_or_t
         make(tmp_path / name, "full", 0, looks, 3e9, config=config)
     config = {"seed": 0, "trainer": {"objective": "cross_entropy"}}
     make(tmp_path / "l", "lora", 0, [0.6, 0.7], 2e9, config=config)
-    assert "target: selection MCC 0.7000" in summarise([tmp_path]).below[-1]
+    assert "target: selection MCC 0.7000" in summarise([tmp_path]).footnotes[-1]
     table = summarise([tmp_path], baseline="adapter=full,trainer.objective=cross_entropy")
-    assert any("target: selection MCC 0.5000" in line for line in table.below)
+    assert any("target: selection MCC 0.5000" in line for line in table.footnotes)
     assert row(table, "lora").saved["FLOPs saved"] == pytest.approx(1 - 1 / 2 * 2 / 3)
     with_both = summarise([tmp_path], baseline=str(tmp_path / "both"))
     assert row(with_both, "lora").saved["FLOPs saved"] == pytest.approx(1 - 2 / 3)

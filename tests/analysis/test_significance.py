@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_bench.analysis import statistics
-from lora_bench.analysis.baseline import judged
+from lora_bench.analysis.baseline import add_verdicts
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.summary import summarise
 from lora_bench.compare import main
@@ -68,9 +68,9 @@ def finding(table: Table, adapter: str) -> Any:
 # -- what is tested --
 
 
-def test_a_row_is_better_worse_or_undecided_against_full_fine_tuning(tmp_path: Path) -> None:
+def test_a_row_is_better_worse_or_inconclusive_against_full_fine_tuning(tmp_path: Path) -> None:
     table = summarise([sweep(tmp_path, {"full": 0.0, "dora": 2.0, "vera": -2.0, "lora": 0.02})])
-    assert verdicts(table) == {"full": "baseline", "dora": "better", "vera": "worse", "lora": "undecided"}
+    assert verdicts(table) == {"full": "baseline", "dora": "better", "vera": "worse", "lora": "inconclusive"}
     assert "against adapter=full" in table.notes[0]
     assert "--baseline" in table.notes[0]
     assert "3 paired seeds and 1,500 examples" in table.notes[0]
@@ -130,16 +130,16 @@ def test_a_measure_that_is_not_tested_is_refused(tmp_path: Path) -> None:
     assert "nll" in str(caught.value)
 
 
-def test_a_wide_margin_makes_rows_indistinguishable(tmp_path: Path) -> None:
+def test_a_wide_margin_makes_rows_equivalent(tmp_path: Path) -> None:
     sweep(tmp_path, {"full": 0.0, "lora": 0.02})
-    assert verdicts(summarise([tmp_path], margin=0.2))["lora"] == "indistinguishable"
+    assert verdicts(summarise([tmp_path], margin=0.2))["lora"] == "equivalent"
 
 
-def test_equal_predictions_are_indistinguishable(tmp_path: Path) -> None:
+def test_equal_predictions_are_equivalent(tmp_path: Path) -> None:
     for adapter in ("full", "lora"):
         for seed in range(2):
             make(tmp_path / f"{adapter}{seed}", adapter, seed, predicted(0.0, seed))
-    assert verdicts(summarise([tmp_path]))["lora"] == "indistinguishable"
+    assert verdicts(summarise([tmp_path]))["lora"] == "equivalent"
 
 
 def test_differences_that_are_equal_in_all_seeds_give_no_verdict_from_their_spread(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_differences_that_are_equal_in_all_seeds_give_no_verdict_from_their_spre
             make(tmp_path / f"{adapter}{seed}", adapter, seed, np.where(flipped, 1 - LABELS, LABELS) == 1)
             order = order[::-1]
     found = finding(summarise([tmp_path]), "lora")
-    assert (found.verdict, found.p_seeds, found.effect_size) == ("undecided", None, None)
+    assert (found.verdict, found.p_seeds, found.effect_size) == ("inconclusive", None, None)
     assert found.difference_low < 0 < found.difference < found.difference_high
     assert found.power < 0.5
 
@@ -164,7 +164,7 @@ def test_a_row_that_gives_every_example_the_same_answer_has_no_verdict(tmp_path:
         make(tmp_path / f"mute{seed}", "lora", seed, np.zeros_like(predicted(0.8, seed)))
     table = summarise([tmp_path])
     assert verdicts(table) == {"full": "baseline", "lora": "not tested"}
-    assert "all alike" in finding(table, "lora").why
+    assert "same label" in finding(table, "lora").why
 
 
 @pytest.mark.parametrize("name", ["dora", "adapter=dora", "FOLDER/dora-1"])
@@ -172,7 +172,7 @@ def test_a_baseline_is_named_by_value_key_or_folder(tmp_path: Path, name: str) -
     sweep(tmp_path, {"full": 0.0, "dora": 2.0})
     table = summarise([tmp_path], baseline=name.replace("FOLDER", str(tmp_path)))
     assert verdicts(table) == {"full": "worse", "dora": "baseline"}
-    assert "against adapter=dora (as asked)" in table.notes[0]
+    assert "against adapter=dora (--baseline)" in table.notes[0]
 
 
 def test_without_full_the_baseline_is_plain_lora_then_the_best_on_selection(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_of_several_rows_that_fit_the_best_on_selection_is_the_baseline(tmp_path
         2: "worse",
         4: "baseline",
     }
-    assert "(as asked, the best on selection)" in table.notes[0]
+    assert "(--baseline, the best on selection)" in table.notes[0]
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_by_a_key_the_experiment_that_is_best_on_selection_is_tested(tmp_path: P
             make(tmp_path / f"{adapter}{rank}{seed}", adapter, seed, predicted(quality, seed), config=config)
     table = summarise([tmp_path], by="adapter")
     assert verdicts(table)["lora"] == "better"
-    assert any("best on selection" in line for line in table.notes)
+    assert any("best selection MCC" in line for line in table.notes)
 
 
 # -- what cannot be tested says so --
@@ -248,8 +248,8 @@ def test_what_was_not_trained_stands_beside_every_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
-        ("missing", "no usable predictions"),
-        ("damaged", "no usable predictions"),
+        ("missing", "cannot be used"),
+        ("damaged", "cannot be used"),
         ("other", "other examples"),
         ("altered", "disagree about MCC"),
     ],
@@ -282,7 +282,7 @@ def test_rows_on_other_data_are_not_tested_together(tmp_path: Path) -> None:
         make(tmp_path / f"other{seed}", "dora", seed, predicted(0.0, seed), data={"fingerprint": "two"})
     table = summarise([tmp_path])
     assert verdicts(table) == {"full": "baseline", "lora": "better", "dora": "not tested"}
-    assert "other data" in finding(table, "dora").why
+    assert "same data" in finding(table, "dora").why
 
 
 def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,9 +290,9 @@ def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypat
     sweep(tmp_path, {"full": 0.0, "lora": 2.0})
     table = summarise([tmp_path])
     assert table.tests is None
-    assert any("6 runs" in line and "--baseline NAME" in line for line in table.below)
+    assert any("6 runs" in line and "--baseline NAME" in line for line in table.footnotes)
     assert verdicts(summarise([tmp_path], baseline="full"))["lora"] == "better"
-    assert judged(table, "validation", always=True).tests is not None
+    assert add_verdicts(table, "validation", always=True).tests is not None
 
 
 # -- the forms --

@@ -139,12 +139,12 @@ def ahead_by_ten(same: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_differences_that_are_equal_in_all_seeds_are_not_certain() -> None:
     y, a, b = ahead_by_ten(same=False)
     values = [confusion.compute_metric(confusion.confusion_counts(y, x)) for x in (a, b)]
-    assert statistics.alike(values[0] - values[1])
+    assert statistics.all_equal(values[0] - values[1])
     found = statistics.crossed_test(y, a, b)
     # What one seed's 190 answers that differ would spread by, by hand: MCC is 1 - 2 · wrong / N in this layout.
     assert math.sqrt(found.by_seeds * 3) == pytest.approx(2 * math.sqrt(190) / 1000, rel=0.1)
     assert found.p > 0.2
-    assert statistics.verdict(found.difference, found.p, found.p_beyond(0.01)) == "undecided"
+    assert statistics.choose_verdict(found.difference, found.p, found.p_beyond(0.01)) == "inconclusive"
     same = statistics.crossed_test(*ahead_by_ten(same=True))  # the seed changed no answer: the examples still count
     assert same.by_seeds == pytest.approx(0, abs=1e-15)
     assert same.error == pytest.approx(statistics.crossed_test(y, *(x[0] for x in ahead_by_ten(same=True)[1:])).error)
@@ -185,10 +185,10 @@ def test_two_one_sided_tests_of_the_margin() -> None:
 
 
 def test_verdicts() -> None:
-    assert statistics.verdict(0.02, 0.001, 0.9) == "better"
-    assert statistics.verdict(-0.02, 0.05, 0.01) == "worse"
-    assert statistics.verdict(0.02, 0.2, 0.04) == "indistinguishable"
-    assert statistics.verdict(0.02, 0.2, 0.3) == "undecided"
+    assert statistics.choose_verdict(0.02, 0.001, 0.9) == "better"
+    assert statistics.choose_verdict(-0.02, 0.05, 0.01) == "worse"
+    assert statistics.choose_verdict(0.02, 0.2, 0.04) == "equivalent"
+    assert statistics.choose_verdict(0.02, 0.2, 0.3) == "inconclusive"
 
 
 def test_power_is_that_of_the_normal_test_and_detectable_inverts_it() -> None:

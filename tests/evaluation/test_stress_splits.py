@@ -94,7 +94,7 @@ def test_no_unseen_row_leaves_no_figure() -> None:
 
 
 def test_the_record_names_the_transforms() -> None:
-    said = describe_stress_splits(
+    described = describe_stress_splits(
         settings("data.perturb=[order,word]", "data.perturb_seeds=2"), {"validation": SPLIT}, ()
     )
     words = ["contraction", "synonym", "stop_word", "number_alike", "entity_alike", "number", "entity"]

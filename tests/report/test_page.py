@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_the_table(runs: Path) -> None:
     table = summarise([runs])
     html = page(table)
     shown = [json.loads(found) for found in re.findall(r'data-value="([^"]*)">(?:<b>)?0\.\d{4} ± ', html)]
-    means = [row.stats[c.name].mean for row in table.rows for c in table.columns if c.kind == "metric"]
+    means = [row.stats[c.name].mean for row in table.rows for c in table.columns if c.format == "metric"]
     assert shown == pytest.approx(means, rel=1e-9)
 
 

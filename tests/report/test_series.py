@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.summary import summarise
-from lora_bench.report.series import blocks
+from lora_bench.report.series import group_blocks
 from tests.report.runs import make
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def test_a_methods_only_row_needs_no_settings_and_others_those_in_which_they_dif
     found = [(adapter, *settings) for adapter, each in rows.items() for settings in each]
     for number, (adapter, rank, lr) in enumerate(found):
         make(tmp_path / str(number), adapter, 0, 0.5, rank, lr)
-    (block,) = blocks(summarise([tmp_path]))
+    (block,) = group_blocks(summarise([tmp_path]))
     assert {entry.name for entry in block.entries} == {
         "full",
         "lora rank=2",
