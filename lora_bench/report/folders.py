@@ -1,4 +1,4 @@
-"""What run folders hold besides run.json, for the figures: what is missing, damaged or of another shape is left out."""
+"""Files of run folders that charts read besides run.json. A missing or damaged file, or entry, is left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def curve(folder: Path, metric: str) -> list[tuple[float, float]]:
-    """Step and value of `metric` at each look at the selection split."""
+    """Return step and value of a metric at each evaluation of the selection split."""
     points = {}
     with suppress(OSError, ValueError):
         for line in untrusted.read_json_lines(folder / "metrics.jsonl"):
@@ -30,8 +30,8 @@ def curve(folder: Path, metric: str) -> list[tuple[float, float]]:
 
 
 def evaluations_by_name(folder: Path) -> dict[str, Evaluation]:
-    """The later looks at a run by name."""
+    """Return the later evaluations of a run (`lora-bench eval`) by name."""
     return {
-        name: replace(each, metrics={key: float(value) for key, value in each.metrics.items()})
-        for name, each in evaluations.evaluations(folder).items()
+        name: replace(evaluation, metrics={key: float(value) for key, value in evaluation.metrics.items()})
+        for name, evaluation in evaluations.evaluations(folder).items()
     }
