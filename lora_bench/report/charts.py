@@ -150,7 +150,8 @@ class Chart:
             )
         free_from = -1e9
         for value, words in self.x.ticks:
-            x_center, half_width = self.px(value), len(words) * _CHARACTER / 2
+            half_width = len(words) * _CHARACTER / 2
+            x_center = min(self.px(value), self.width - half_width)
             if x_center - half_width > free_from:
                 drawn.append(element("text", words, x=x_center, y=bottom + 18, text_anchor="middle", class_="tick"))
                 free_from = x_center + half_width + 4

@@ -100,9 +100,9 @@ def _scores_of_run(
     for name, evaluation in evaluations.items():
         for key, after in evaluation.metrics.items():
             split, _, perturbed_metric = key.partition("/")
-            perturbation, _, name = perturbed_metric.rpartition("/")
+            perturbation, _, metric_name = perturbed_metric.rpartition("/")
             before = evaluation.metrics.get(f"{split}/{metric}")
-            if name != metric or before is None:
+            if metric_name != metric or before is None:
                 continue
             fingerprint = evaluation.fingerprints.get(split)
             same_data = (
@@ -110,10 +110,7 @@ def _scores_of_run(
             )
             split_suffix = "" if split == "validation" else f" ({split})"
             if perturbation:
-                yield (
-                    f"{perturbation}{split_suffix}" if same_data else f"{name}{split_suffix}: {perturbation}",
-                    before,
-                    after,
-                )
+                condition = f"{perturbation}{split_suffix}" if same_data else f"{name}{split_suffix}: {perturbation}"
+                yield condition, before, after
             elif not same_data and reported is not None:
                 yield f"{name}{split_suffix}", reported, after

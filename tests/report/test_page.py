@@ -197,11 +197,11 @@ def test_a_cost_that_rows_visibly_share_has_no_chart(tmp_path: Path) -> None:
 def test_axes() -> None:
     axis = linear([0.52, 0.58], "MCC")
     assert [words for _, words in axis.ticks] == ["0.52", "0.54", "0.56", "0.58"]
-    assert 0 < axis.at(0.52) < axis.at(0.58) < 1
+    assert 0 < axis.position(0.52) < axis.position(0.58) < 1
     axis = logarithmic([0, 1000, 1e6], "parameters", lambda value: f"{value:g}")
     assert axis.ticks[0] == (0.0, "0")
-    assert axis.at(0) == 0 < axis.at(1000) < axis.at(1e6) < 1
-    assert axis.at(31622.7766) == pytest.approx((axis.at(1000) + axis.at(1e6)) / 2, abs=1e-6)
+    assert axis.position(0) == 0 < axis.position(1000) < axis.position(1e6) < 1
+    assert axis.position(31622.7766) == pytest.approx((axis.position(1000) + axis.position(1e6)) / 2, abs=1e-6)
 
 
 # -- in words --
