@@ -89,6 +89,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = _Parser(
         prog="lora-bench compare",
         description="One table of all runs at or below the folders, best first: a row per experiment, mean ± sample "
@@ -143,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fraction(text: str) -> float:
+    """Return an argument as a number between 0 and 1, ends excluded.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not such a number.
+    """
     try:
         value = float(text)
     except ValueError:

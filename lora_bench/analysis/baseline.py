@@ -223,6 +223,7 @@ def _readable_tests(table: Table, measure: str) -> Table:
 
 
 def _header(name: str, measure: str) -> str:
+    """Return the header of a column; a difference is one of the tested metric."""
     return f"{measure} difference" if name == "difference" else name
 
 

@@ -37,7 +37,7 @@ class RecordedRun:
     keys: dict[str, Any]
     """Choices, flat configuration and `DATA_KEYS` (`data.fingerprint` is that of the reported splits)."""
     tokens: dict[str, str]
-    """The same keys with values as text, so that equal values have equal text (16 and 16.0)."""
+    """`keys` with values as text, so that equal values have equal text (16 and 16.0)."""
 
     @property
     def data(self) -> str | None:

@@ -51,7 +51,7 @@ def is_possible(metrics: Sequence[float], examples: int, positives: int) -> bool
 
 
 def load_published() -> dict[str, Any]:
-    """Return the published results (`figures`), with the size (`examples`) and `positives` of their set."""
+    """Return the published `results`, with the size (`examples`) and `positives` of their set."""
     import yaml
 
     content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def add_published_results(table: Table) -> Table:
     if not on_dev:
         note = f"no published results are shown: they are of GLUE's QQP dev set ({size[0]:,} pairs), and no run here is"
         return replace(table, notes=[*table.notes, note])
-    rows = [Row(_cells(result, *size), {}, 1, []) for result in content["figures"] if result["split"] == "dev"]
+    rows = [Row(_cells(result, *size), {}, 1, []) for result in content["results"] if result["split"] == "dev"]
     columns = [Column(name, "key" if name in ("published", "source") else "text") for name in _COLUMNS]
     notes = ["published: accuracy and F1 in per cent on GLUE's QQP dev set, often of the best epoch on it; MCC derived"]
     if len(on_dev) < len(table.rows):

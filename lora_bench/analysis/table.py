@@ -39,7 +39,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table."""
+    """A column: its header and the format of its cells."""
 
     name: str
     """The header: a configuration key, a metric, or a key of run.json."""

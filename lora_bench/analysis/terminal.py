@@ -84,7 +84,7 @@ class _Grid:
 
     rows: list[tuple[str, ...]]
     bold: list[list[bool]]
-    """Which cells are bold, for each row but the header."""
+    """Flags of the bold cells, for each row but the header."""
     n_left: int
     """Number of columns that are aligned left; the rest are numbers, aligned right."""
 

@@ -76,5 +76,6 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
 
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
+    """Return element-wise ratios; 0 where the denominator is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
     return np.asarray(np.divide(above, below, out=np.zeros(above.shape), where=below > 0))

@@ -61,7 +61,7 @@ def page(table: Table, margin: float = MARGIN) -> str:
         ("allocation", "Where the ranks went", per_block(training.allocation)),
         ("robustness", "Robustness", per_block(robustness.robustness)),
         ("disagreements", "Disagreements", per_block(lambda block: disagreements.disagreements(block, _split(block)))),
-        ("published", "Published figures", appendix.side_table(table.published, "Of GLUE's QQP dev set")),
+        ("published", "Published results", appendix.side_table(table.published, "Of GLUE's QQP dev set")),
         ("configuration", "Configuration", appendix.differences(table)),
         ("environment", "Environment", appendix.environment(table)),
         ("missing", "Caveats and missing runs", appendix.missing(table)),

@@ -81,7 +81,7 @@ if (board) {
     count.textContent = tests.length ? `${kept.size.toLocaleString("en")} of ${all}` : all;
   });
 
-  // The row under the pointer is marked in the figures, and the point under the pointer in the table.
+  // The row under the pointer is marked in the charts, and the point under the pointer in the table.
   const byRow = new Map();
   for (const mark of [...marks, ...first]) {
     if (!byRow.has(mark.dataset.row)) byRow.set(mark.dataset.row, []);

@@ -57,7 +57,7 @@ def test_every_triple_of_a_small_set_is_possible_and_others_are_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "result", load_published()["figures"], ids=lambda result: f"{result['model']} {result['method']}"
+    "result", load_published()["results"], ids=lambda result: f"{result['model']} {result['method']}"
 )
 def test_every_result_has_a_source_and_is_possible(result: dict[str, Any]) -> None:
     assert set(result) <= {"model", "method", "accuracy", "f1", "split", "source"}
@@ -71,7 +71,7 @@ def test_every_result_has_a_source_and_is_possible(result: dict[str, Any]) -> No
 def test_the_derived_mcc_is_that_of_known_counts_and_of_adaloras_table() -> None:
     content = load_published()
     assert (content["examples"], content["positives"]) == QQP_DEV
-    results = {(result["model"], result["method"]): result for result in content["figures"]}
+    results = {(result["model"], result["method"]): result for result in content["results"]}
     assert derived_mcc(results["BERT-base-uncased", "full"], *QQP_DEV) == pytest.approx(0.8073, abs=1e-4)
     for method, mcc in (("full", 0.838), ("BitFit", 0.758), ("LoRA r8 all linears", 0.830)):
         assert derived_mcc(results["DeBERTaV3-base", method], *QQP_DEV) == pytest.approx(mcc, abs=0.001)

@@ -68,7 +68,7 @@ def test_published_figures_beside_ours(tmp_path: Path) -> None:
     make(tmp_path / "runs/l", "lora", 0, [0.6], 1.1e9, data=of_dev)
     header, *rows = section(add_published_results(summarise([tmp_path / "runs"])), "published")
     assert header == ["published", "accuracy", "f1", "mcc", "source"]
-    figures = [figure for figure in content["figures"] if figure["split"] == "dev"]
+    figures = [figure for figure in content["results"] if figure["split"] == "dev"]
     assert [row[0] for row in rows] == [f"{figure['model']}, {figure['method']}" for figure in figures]
     for figure, row in zip(figures, rows, strict=True):
         assert row[1] == f"{figure['accuracy']:.2f}"
