@@ -96,11 +96,11 @@ def test_seeds_share_a_row_with_mean_sample_std_and_n(tmp_path: Path) -> None:
 
 def test_later_evaluations_and_perturbed_figures_have_columns_only_where_there_are_some(tmp_path: Path) -> None:
     data = {"fingerprint": {"validation": "own"}, "rows": {"train": 100}}
-    run, plain = make(tmp_path / "a", data=data), make(tmp_path / "b", 0.4, config={"adapter.rank": 2}, data=data)
-    assert not any("perturbed" in column.name for column in summarise([plain.folder]).columns)
+    run, without = make(tmp_path / "a", data=data), make(tmp_path / "b", 0.4, config={"adapter.rank": 2}, data=data)
+    assert not any("perturbed" in column.name for column in summarise([without.folder]).columns)
     perturbed = {"perturbed/f1": 0.7, "perturbed/f1_drop": 0.1, "typo/f1": 0.6, "perturbed/mcc": 0.3, "unseen/mcc": 0.2}
-    found = {"validation/mcc": 0.123} | {f"validation/{name}": value for name, value in perturbed.items()}
-    run.write_evaluation("anything", {"metrics": found, "data": {"fingerprint": {"validation": "own"}}})
+    metrics = {"validation/mcc": 0.123} | {f"validation/{name}": value for name, value in perturbed.items()}
+    run.write_evaluation("anything", {"metrics": metrics, "data": {"fingerprint": {"validation": "own"}}})
     run.write_evaluation("paws", {"metrics": {"test/mcc": 0.05}, "data": {"fingerprint": {"test": "other"}}})
     (run.folder / "evaluations" / "bad.json").write_text("{")
     (run.folder / "evaluations" / "odd.json").write_text('{"metrics": 3}')
@@ -368,8 +368,8 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
         (f"running: {tmp_path}/11: ",),
         (f"killed: {tmp_path}/12: ", "resume="),
     ]
-    for line, parts in zip(rest, expected, strict=True):
-        assert all(part in line for part in parts), line
+    for line, fragments in zip(rest, expected, strict=True):
+        assert all(fragment in line for fragment in fragments), line
     assert held.lock is not None
     assert skipped.startswith(f"skipped: {tmp_path}/bad: run.json ")
     assert (to_csv(table), to_json(table)) == ("", "[]\n")
@@ -407,9 +407,9 @@ def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main(["--help"])
-    assert left.value.code == 0
+    assert exit_info.value.code == 0
     assert "--by KEY" in capsys.readouterr().out
 
 
@@ -427,9 +427,9 @@ def test_each_format_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     }
     for form, start in starts.items():
         assert main([str(tmp_path), "--format", form]) == 0
-        shown = capsys.readouterr()
-        assert shown.out.startswith(start)
-        assert ("no spread" in shown.err) == (form in ("csv", "json"))
+        output = capsys.readouterr()
+        assert output.out.startswith(start)
+        assert ("no spread" in output.err) == (form in ("csv", "json"))
 
 
 def test_a_sweep_leaves_its_tables(tmp_path: Path) -> None:
@@ -448,9 +448,9 @@ def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.Cap
     table = summarise([tmp_path])
     for form in ("csv", "md", "latex", "json", "table"):
         main([str(tmp_path), "--format", form])
-        shown = capsys.readouterr()
-        assert not set(shown.out + shown.err) & {"\x1b", "\u202e"}
-        assert "[red]" in shown.out or form in ("md", "latex")
+        output = capsys.readouterr()
+        assert not set(output.out + output.err) & {"\x1b", "\u202e"}
+        assert "[red]" in output.out or form in ("md", "latex")
     markdown = to_markdown(table)
     assert "<script>" not in markdown
     assert "&lt;script&gt;\\|" in markdown
@@ -490,14 +490,14 @@ def test_csv_and_json_read_back(table: Table) -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(table)), strict=True))
     objects = json.loads(to_json(table))
     assert len(lines) == len(objects) == len(table.rows)
-    for line, found, row in zip(lines, objects, table.rows, strict=True):
+    for line, metrics, row in zip(lines, objects, table.rows, strict=True):
         stat = row.stats.get("mcc")
-        assert (found["mcc"], found["mcc_std"], found["n"]) == (
+        assert (metrics["mcc"], metrics["mcc_std"], metrics["n"]) == (
             (stat.mean, stat.std, row.n) if stat else (None, None, row.n)
         )
-        assert (float(line["mcc"]) if line["mcc"] else None) == found["mcc"]
+        assert (float(line["mcc"]) if line["mcc"] else None) == metrics["mcc"]
         for column in table.keys:
-            assert found[column.name] == row.keys.get(column.name)
+            assert metrics[column.name] == row.keys.get(column.name)
             cell = format_value(row.keys[column.name]) if column.name in row.keys else ""
             assert line[clean(column.name)].removeprefix("'") == cell.removeprefix("'")
         assert not any(cell.startswith(("=", "@")) for cell in line.values())
@@ -520,10 +520,10 @@ def test_markdown_and_latex_keep_their_shape(table: Table) -> None:
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(tables(), st.sampled_from([30, 80, 200]))
 def test_the_terminal_shows_any_table_within_its_width(table: Table, width: int) -> None:
-    shown = printed(table, width)
-    assert "\x1b" not in shown
+    output = printed(table, width)
+    assert "\x1b" not in output
     if width >= 80:
-        assert max((cell_len(line) for line in shown.splitlines()), default=0) <= width
+        assert max((cell_len(line) for line in output.splitlines()), default=0) <= width
 
 
 def printed(table: Table, width: int | None) -> str:
@@ -556,10 +556,10 @@ def test_a_narrow_terminal_loses_costs_first_and_says_so(tmp_path: Path) -> None
 
 
 def test_keys_share_a_column_where_they_leave_no_room(tmp_path: Path) -> None:
-    shown = printed(sweep(tmp_path, keys=8), 80)
-    assert "trainer.some_long_setting_4=8" in shown
-    assert "0.850 ± 0.071" in shown
-    assert "…" not in shown
+    output = printed(sweep(tmp_path, keys=8), 80)
+    assert "trainer.some_long_setting_4=8" in output
+    assert "0.850 ± 0.071" in output
+    assert "…" not in output
 
 
 def test_a_pipe_gets_all_columns_without_colours(tmp_path: Path) -> None:
@@ -629,6 +629,6 @@ def test_lone_surrogates_are_written_in_every_form(
 ) -> None:
     for name in ("a", "b"):
         make(tmp_path / name, 0.5, choices={"adapter": f"{name}\ud800"}, config={"adapter.x\udfff": f"{name}\udc80"})
-    asked = ["--html", str(tmp_path / "page.html")] if form == "html" else ["--format", form]
-    assert main([str(tmp_path), *asked]) == 0
+    arguments = ["--html", str(tmp_path / "page.html")] if form == "html" else ["--format", form]
+    assert main([str(tmp_path), *arguments]) == 0
     capsys.readouterr().out.encode()

@@ -75,13 +75,13 @@ def test_extremes_end_at_the_bounds() -> None:
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1, max_size=40))
 def test_no_threshold_has_a_greater_mcc(rows: list[tuple[float, int]]) -> None:
     scores, labels = (np.array(column) for column in zip(*rows, strict=True))
-    found = fit_threshold(scores.astype(float), labels)
+    threshold = fit_threshold(scores.astype(float), labels)
 
     def mcc(cut: float) -> float:
         return float(compute_metric(confusion_counts(labels, scores >= cut)))
 
     telling = [cut for cut in scores if (scores < cut).any()]
-    assert mcc(found) == pytest.approx(max(map(mcc, [*telling, 0.5])), abs=1e-9)
+    assert mcc(threshold) == pytest.approx(max(map(mcc, [*telling, 0.5])), abs=1e-9)
 
 
 def test_a_threshold_lies_halfway_and_as_near_to_one_half_as_may_be() -> None:
@@ -99,16 +99,16 @@ def test_a_threshold_lies_halfway_and_as_near_to_one_half_as_may_be() -> None:
 def test_labels_are_cut_at_the_threshold_of_the_scores_as_they_are() -> None:
     scores, labels = sample(500, 2.0)
     scores = scores**3  # too few ones at 0.5
-    own = Calibration.fit(scores, labels)
-    assert own.threshold < 0.4
-    found = score_calibrated(scores, labels, own)
-    assert found["calibrated/f1"] == pytest.approx(f1_score(labels, scores >= own.threshold))
-    assert found["calibrated/mcc"] == pytest.approx(matthews_corrcoef(labels, scores >= own.threshold))
-    assert found["calibrated/mcc"] > matthews_corrcoef(labels, scores >= 0.5)
+    calibration = Calibration.fit(scores, labels)
+    assert calibration.threshold < 0.4
+    metrics = score_calibrated(scores, labels, calibration)
+    assert metrics["calibrated/f1"] == pytest.approx(f1_score(labels, scores >= calibration.threshold))
+    assert metrics["calibrated/mcc"] == pytest.approx(matthews_corrcoef(labels, scores >= calibration.threshold))
+    assert metrics["calibrated/mcc"] > matthews_corrcoef(labels, scores >= 0.5)
 
 
 def test_records_are_read_as_written_and_older_ones_cut_at_one_half() -> None:
-    own = Calibration(1.5, 0.4)
-    assert Calibration.read({"step": 3, **own.to_json()}) == own
+    calibration = Calibration(1.5, 0.4)
+    assert Calibration.read({"step": 3, **calibration.to_json()}) == calibration
     assert Calibration.read({"temperature": 1.5}) == Calibration(1.5, 0.5)
     assert Calibration.read({"step": 3}) is None

@@ -33,13 +33,13 @@ class Scorer:
     """Answers 1 where the texts hold no typing error and no 'Please'; remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[list[tuple[str, ...]]] = []
+        self.requests: list[list[tuple[str, ...]]] = []
 
     def __call__(self, examples: Examples) -> Any:
         rows = list(zip(*examples.texts, strict=True))
-        self.asked.append(rows)
-        known = {text for column in SPLIT.texts for text in column}
-        return np.array([0.9 if set(row) <= known else 0.2 for row in rows])
+        self.requests.append(rows)
+        texts = {text for column in SPLIT.texts for text in column}
+        return np.array([0.9 if set(row) <= texts else 0.2 for row in rows])
 
 
 def figures(*overrides: str, seen: tuple[Examples, ...] = ()) -> tuple[dict[str, float | None], Scorer, list[str]]:
@@ -57,7 +57,7 @@ def test_nothing_more_is_scored_unless_asked() -> None:
 
 def test_only_what_a_transform_changed_is_scored_and_each_different_pair_once() -> None:
     metrics, scorer, lines = figures("data.perturb=[typo,order]", "data.perturb_seeds=5", "data.intensity=0.01")
-    typos, orders = scorer.asked
+    typos, orders = scorer.requests
     assert len(set(typos)) == len(typos) < 3 * 5  # the pair in Chinese has no word to mistype
     assert all("学習?" not in row for row in typos)
     assert orders == list(zip(SECOND, FIRST, strict=True))  # once: nothing is drawn
@@ -69,21 +69,21 @@ def test_only_what_a_transform_changed_is_scored_and_each_different_pair_once() 
 
 
 def test_a_changed_number_makes_a_duplicate_none() -> None:
-    found, scorer, _ = figures("data.perturb=number", "data.perturb_seeds=1")
-    assert len(scorer.asked[0]) == 1
-    assert found["number/changed"] == 1 / 4
-    assert found["number/accuracy"] == 1.0
-    assert found["number/attack_success"] == 0.0
+    metrics, scorer, _ = figures("data.perturb=number", "data.perturb_seeds=1")
+    assert len(scorer.requests[0]) == 1
+    assert metrics["number/changed"] == 1 / 4
+    assert metrics["number/accuracy"] == 1.0
+    assert metrics["number/attack_success"] == 0.0
 
 
 def test_unseen_rows_have_figures_of_their_own() -> None:
     seen = Examples(np.arange(1), (["Is 7 many?"], ["other"]), np.array([1]))
-    found, scorer, _ = figures("data.unseen=true", seen=(seen, seen))
+    metrics, scorer, _ = figures("data.unseen=true", seen=(seen, seen))
     rows = np.array([0, 2, 3])
-    assert scorer.asked == []
+    assert scorer.requests == []
     assert SPLIT.labels is not None
     expected = score(np.full(3, 0.9), SPLIT.labels[rows], {})
-    assert found == {f"unseen/{name}": value for name, value in expected.items()}
+    assert metrics == {f"unseen/{name}": value for name, value in expected.items()}
     assert describe_stress_splits(settings("data.unseen=true"), {"validation": SPLIT}, (seen,)) == {
         "unseen": {"validation": 3}
     }
