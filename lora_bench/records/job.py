@@ -36,7 +36,7 @@ class Job:
     """The option chosen of each group."""
     overrides: list[str]
     """As typed."""
-    begun: Run | None = None
+    resumed: Run | None = None
     """The run in `folder`, reopened, that began with this config."""
     title: str = ""
     """What a sweep calls it."""
@@ -95,10 +95,10 @@ class Job:
         Args:
             config: the record's, as its checkpoint has it; None in a checkpoint of an older version.
         """
-        if self.begun is None or config is None:
+        if self.resumed is None or config is None:
             return
-        for difference in differences(self.begun.record, config):
-            raise edited(self.begun.folder, *difference)
+        for difference in differences(self.resumed.record, config):
+            raise edited(self.resumed.folder, *difference)
 
     @property
     def config_as_written(self) -> Any:
@@ -113,7 +113,7 @@ class Job:
 
 
 @contextmanager
-def following(cfg: DictConfig, folder: Path) -> Iterator[Path]:
+def follower_folder(cfg: DictConfig, folder: Path) -> Iterator[Path]:
     """Where a process writes its record that `torchrun` started beside the leading one: away from the run's folder.
 
     A run to go on with is copied, so that all begin at the same step; the leader alone goes on in its folder.
@@ -141,6 +141,6 @@ def is_done(cfg: DictConfig) -> bool:
     return bool(record["status"] == "done")
 
 
-def titled(number: int, overrides: Sequence[str]) -> str:
+def job_title(number: int, overrides: Sequence[str]) -> str:
     """What a sweep calls its job: its number and what tells it from the others."""
     return f"job {number}: {' '.join(overrides)}"

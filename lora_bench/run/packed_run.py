@@ -105,8 +105,8 @@ class PackedRun:
 
     def check_precision(self) -> None:
         """Refuse to resume a run in another number format, which would mix two trainings in one result."""
-        assert self.job.begun is not None
-        environment, trainer = self.job.begun.record["environment"], self.experiment.trainer
+        assert self.job.resumed is not None
+        environment, trainer = self.job.resumed.record["environment"], self.experiment.trainer
         before = environment.get("precision")
         device = resolve_device(trainer.device)
         now = str(resolve_precision(trainer.precision, device)).removeprefix("torch.")
@@ -272,7 +272,7 @@ class PackedRun:
 def _find_checkpoints(runs: Sequence[PackedRun]) -> None:
     """Set the checkpoints that runs are resumed from: the newest of one step that all members of all runs have."""
     folders = [(run, folder) for run in runs for folder in run.folders]
-    newest = [folder.newest() if run.job.begun else None for run, folder in folders]
+    newest = [folder.newest() if run.job.resumed else None for run, folder in folders]
     if None in newest:
         return
     step = min(checkpoint.step for checkpoint in newest if checkpoint)

@@ -99,13 +99,13 @@ class Recorder:
         newest = run.resumed_from[0] if run.resumed_from else None
         if job.sweep:
             job.sweep.check()
-        differences = _refuse_other_inputs(job.begun.record, inputs) if job.begun else []
-        record = run.record = job.begun or Run.claim(
+        differences = _refuse_other_inputs(job.resumed.record, inputs) if job.resumed else []
+        record = run.record = job.resumed or Run.claim(
             job.folder, choices=job.choices, config=job.config, overrides=job.overrides
         )
         for folder in run.folders:
             folder.check = record.check
-        if job.begun:
+        if job.resumed:
             record.rewind(newest.step if newest else 0)
         notes = [note for preparation in run.preparations for note in preparation.notes]
         warnings = [*inputs.described["warnings"], *inputs.backbone.notes, *notes, *differences]

@@ -111,7 +111,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
 
 def _held(job: Job, experiment: Experiment) -> list[int]:
     """The steps that a job can go on from, the newest first; 0 where it begins."""
-    if not job.begun:
+    if not job.resumed:
         return [0]
     checkpoints = Checkpoints.of_members(job.folder / "checkpoints", experiment.size)[0]
     newest = checkpoints.newest()
@@ -262,6 +262,6 @@ def _train(
 
 
 def _reopened(job: Job) -> Job:
-    if job.begun:
-        job.begun.release()
-    return replace(job, begun=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job
+    if job.resumed:
+        job.resumed.release()
+    return replace(job, resumed=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job
