@@ -173,13 +173,13 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     from lora_bench.config.compose import compose
     from lora_bench.config.hydra_errors import translated
     from lora_bench.errors import quoted
-    from lora_bench.records.resume import arguments_of_sweep, place
+    from lora_bench.records.resume import sweep_arguments, resolve_folder
     from lora_bench.records.sweep_folder import FILE, is_sweep
 
-    folder = place(resume, Path("outputs"))
+    folder = resolve_folder(resume, Path("outputs"))
     if is_sweep(folder):
         try:
-            recorded = arguments_of_sweep(parsed, folder)
+            recorded = sweep_arguments(parsed, folder)
             with translated(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
                 compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
         except UserError as error:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora_bench.config.compose import Arguments
 
 
-def place(resume: str, top: Path) -> Path:
+def resolve_folder(resume: str, top: Path) -> Path:
     """Return the folder that `resume` names; for `last` that of the newest unfinished run or sweep below `top`.
 
     A record without a date, or with one in the future, is never the newest.
@@ -62,7 +62,7 @@ def _moment(created: object) -> datetime | None:
     return moment if moment <= datetime.now(UTC) else None
 
 
-def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
+def sweep_arguments(arguments: Arguments, folder: Path) -> Arguments:
     """The arguments that the sweep in `folder` was begun with, to run what it lacks.
 
     Raises:
