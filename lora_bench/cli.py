@@ -174,7 +174,7 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     from lora_bench.config.hydra_errors import translated
     from lora_bench.errors import quoted
     from lora_bench.records.resume import sweep_arguments, resolve_folder
-    from lora_bench.records.sweep_folder import FILE, is_sweep
+    from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
     folder = resolve_folder(resume, Path("outputs"))
     if is_sweep(folder):
@@ -183,7 +183,7 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
             with translated(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
                 compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
         except UserError as error:
-            error.file = error.file or folder / FILE
+            error.file = error.file or folder / SWEEP_FILE
             raise
         return recorded
     if parsed.multirun:

@@ -102,7 +102,7 @@ class GridSweeper(BasicSweeper):
             typed: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
             asked = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
             places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-            lock = sweep_folder.begin(folder, asked, places[0] if places else None, jobs)
+            lock = sweep_folder.create(folder, asked, places[0] if places else None, jobs)
         tried: set[int] = set()
         failures: list[Exception] = []
         try:
@@ -126,7 +126,7 @@ class GridSweeper(BasicSweeper):
             if any((folder / name / "run.json").exists() for name in begun):
                 write_tables(folder, self._baseline(folder, begun))
                 self._conclude(folder)
-            if lacking := len(sweep_folder.read(folder).lacks(folder)):
+            if lacking := len(sweep_folder.read(folder).unfinished_jobs(folder)):
                 command = f"lora-bench train -m {argument('resume', folder)}"
                 print(f"{lacking} of {len(begun)} jobs are lacking; run them with: {command}")
         _raise_failures(failures, len(tried))
@@ -208,7 +208,7 @@ class GridSweeper(BasicSweeper):
         asked: dict[str, list[str]] = {}
         for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
-            if sweep_folder.leads_out(name):
+            if sweep_folder.is_outside(name):
                 raise UserError("leads out of the sweep's folder", key=PLACE, value=name, code=Code.FORBIDDEN)
             if identity in asked:
                 reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
@@ -237,7 +237,7 @@ class GridSweeper(BasicSweeper):
     def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:
         """What the sweep lacks and was not tried yet, by number, as many at a time as the launcher may be given."""
         batch: Batch = {}
-        for number, is_begun in begun.lacks(folder).items():
+        for number, is_begun in begun.unfinished_jobs(folder).items():
             if number in tried:
                 continue
             if self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size:

@@ -93,7 +93,7 @@ class TunedSweeper(GridSweeper):
             if name.startswith("tune/"):
                 kind = self._kind(job)
                 found = run_folder.read(folder / name) if (folder / name / "run.json").exists() else None
-                if found is None or found["status"] not in sweep_folder.ENDED:
+                if found is None or found["status"] not in sweep_folder.FINAL_STATUSES:
                     lacking.add(kind)
                 mcc = found["metrics"].get("selection/mcc") if found and found["status"] == "done" else None
                 scores.setdefault(kind, {})[_value(job, CHOSEN)] = mcc

@@ -34,11 +34,11 @@ def resolve_folder(resume: str, top: Path) -> Path:
         return Path(resume)
     runs = find([top])[0] if top.exists() else []
     dated = [
-        *sweep_folder.unfinished(top),
+        *sweep_folder.unfinished_sweeps(top),
         *(
             (record["created"], folder)
             for folder, record in runs
-            if record["status"] not in sweep_folder.ENDED
+            if record["status"] not in sweep_folder.FINAL_STATUSES
             and not is_prompted(record)
             and not any(sweep_folder.is_sweep(above) for above in folder.parents)
         ),

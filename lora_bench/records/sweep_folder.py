@@ -16,14 +16,14 @@ from lora_bench.records import folder_lock, run_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
 
 
 TABLES = ("table.md", "table.csv")
 """What a finished sweep leaves beside it."""
 
 
-ENDED = ("done", "diverged")
+FINAL_STATUSES = ("done", "diverged")
 """Statuses of jobs that would end the same way again."""
 
 
@@ -39,7 +39,7 @@ class Sweep:
     jobs: dict[str, list[str]]
     """Each job's folder below the sweep's, and its overrides."""
 
-    def lacks(self, folder: Path) -> dict[int, bool]:
+    def unfinished_jobs(self, folder: Path) -> dict[int, bool]:
         """The numbers of the jobs that have not ended, and whether each has begun."""
         found = {}
         for number, name in enumerate(self.jobs):
@@ -52,10 +52,10 @@ class Sweep:
 def has_ended(run: dict[str, Any]) -> bool:
     """Whether nothing is left to do for the job of this record; one that halving stopped has ended for its sweep."""
     stopped = run["status"] == "interrupted" and "stopped_at_step" in (run["selection"] or {})
-    return run["status"] in ENDED or stopped
+    return run["status"] in FINAL_STATUSES or stopped
 
 
-def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> folder_lock.Claim:
+def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> folder_lock.Claim:
     """Claim `folder` for a new sweep.
 
     Raises:
@@ -66,14 +66,14 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
         run_folder.refuse_secret(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FILE).exists():
+        if (folder / SWEEP_FILE).exists():
             command = f"lora-bench train -m {argument('resume', folder)}"
             remedy = f"Give a folder that is not there yet. Or run what it lacks: {command}"
             raise UserError(
                 "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS
             )
         lock = _take(folder)
-        write(folder, FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(made)})).encode())
+        write(folder, SWEEP_FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(made)})).encode())
     except (OSError, RunFailedError) as error:
         reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
         remedy = "Give a folder where you may write."
@@ -85,7 +85,7 @@ def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
     """Add jobs that follow from how those before ended; whoever calls has the sweep's claim."""
     begun = read(folder)
     found = replace(begun, jobs=begun.jobs | jobs)
-    write(folder, FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(found)})).encode())
+    write(folder, SWEEP_FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(found)})).encode())
 
 
 def reopen(folder: Path) -> folder_lock.Claim:
@@ -120,18 +120,18 @@ def _take(folder: Path) -> folder_lock.Claim:
     return lock
 
 
-def leads_out(name: str) -> bool:
+def is_outside(name: str) -> bool:
     """Whether a job of this name would lie elsewhere than below the sweep's folder, or nowhere."""
     return Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
 
 
 def is_sweep(folder: Path) -> bool:
-    return (folder / FILE).exists()
+    return (folder / SWEEP_FILE).exists()
 
 
 def read(folder: Path) -> Sweep:
     """What the sweep in `folder` was asked for, or a refusal that names the file."""
-    path = folder / FILE
+    path = folder / SWEEP_FILE
     try:
         found = untrusted.read_json(path)
         if found.pop("schema") != run_folder.SCHEMA:
@@ -145,7 +145,7 @@ def read(folder: Path) -> Sweep:
             )
         real = os.path.realpath(folder)
         for name, job in sweep.jobs.items():
-            if leads_out(name) or not _is_texts(job):
+            if is_outside(name) or not _is_texts(job):
                 raise ValueError(f"job {name!r} is not one")
             if os.path.realpath(folder / name) != os.path.join(real, os.path.normpath(name)):
                 raise UserError(
@@ -160,12 +160,12 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def unfinished(top: Path) -> Iterator[tuple[str, Path]]:
+def unfinished_sweeps(top: Path) -> Iterator[tuple[str, Path]]:
     """When each sweep below `top` was made that has jobs left to run, and its folder."""
-    for path in top.rglob(FILE):
+    for path in top.rglob(SWEEP_FILE):
         try:
             sweep = read(path.parent)
-            if sweep.lacks(path.parent):
+            if sweep.unfinished_jobs(path.parent):
                 yield sweep.created, path.parent
         except UserError:
             continue
