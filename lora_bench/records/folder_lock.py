@@ -18,7 +18,7 @@ from lora_bench.errors import Code, LostFolderError
 if TYPE_CHECKING:
     from pathlib import Path
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 PATIENCE_SECONDS = 0.5
 """Whoever only asks whether a folder is taken holds its lock for a moment."""
 
@@ -34,7 +34,7 @@ class Identity:
     @classmethod
     def of(cls, folder: Path) -> Identity:
         """Return the identity of a folder that holds a lock file now."""
-        found = os.stat(folder / LOCK)
+        found = os.stat(folder / LOCK_FILE)
         return cls(folder, found.st_dev, found.st_ino)
 
     def check(self) -> None:
@@ -72,13 +72,13 @@ class Claim:
         self.lock.release()
 
 
-def take(folder: Path) -> Claim | None:
+def acquire(folder: Path) -> Claim | None:
     """Claim the folder; None where another owner holds it.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=0.05)
     except Timeout:
@@ -90,12 +90,12 @@ def take(folder: Path) -> Claim | None:
         raise
 
 
-def is_taken(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a living process writes there; also said where it cannot be found out."""
-    if not (folder / LOCK).exists():
+    if not (folder / LOCK_FILE).exists():
         return False
     try:
-        lock = take(folder)
+        lock = acquire(folder)
     except (OSError, NotImplementedError):
         return True
     if lock is not None:

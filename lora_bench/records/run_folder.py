@@ -90,7 +90,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_taken(folder)
-            lock = folder_lock.take(folder)
+            lock = folder_lock.acquire(folder)
         except (OSError, ValueError) as error:
             raise _unwritable(folder, why(error)) from None
         if lock is None:
@@ -103,7 +103,7 @@ class Run:
             write(folder, ".hydra/config.yaml", _yaml(record["config"]))
             write(folder, ".hydra/overrides.yaml", _yaml(record["overrides"]))
         except RunFailedError as error:
-            for name in ("run.json", folder_lock.LOCK):
+            for name in ("run.json", folder_lock.LOCK_FILE):
                 (folder / name).unlink(missing_ok=True)
             lock.release()
             raise _unwritable(folder, error.reason.removeprefix("cannot be written: ")) from None
@@ -121,7 +121,7 @@ class Run:
         """
         read(folder)  # so that a folder without a run is refused untouched
         try:
-            lock = folder_lock.take(folder)
+            lock = folder_lock.acquire(folder)
         except OSError as error:
             raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
         if lock is None:
@@ -310,7 +310,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 def is_killed(folder: Path, record: Mapping[str, Any]) -> bool:
     """Whether the run says that it is running, but no process does it."""
-    return record["status"] == "running" and not folder_lock.is_taken(folder)
+    return record["status"] == "running" and not folder_lock.is_locked(folder)
 
 
 def last_logged(folder: Path) -> dict[str, Any] | None:

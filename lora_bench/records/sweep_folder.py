@@ -109,7 +109,7 @@ def reopen(folder: Path) -> folder_lock.Claim:
 
 
 def _take(folder: Path) -> folder_lock.Claim:
-    lock = folder_lock.take(folder)
+    lock = folder_lock.acquire(folder)
     if lock is None:
         raise UserError(
             "another process is running this sweep",

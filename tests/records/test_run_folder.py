@@ -229,10 +229,10 @@ def test_finish_states_the_end(run: Run) -> None:
 
 
 def test_a_finished_run_has_given_up_its_claim(run: Run) -> None:
-    assert folder_lock.is_taken(run.folder)
+    assert folder_lock.is_locked(run.folder)
     assert not is_killed(run.folder, run.record)
     run.finish("done")
-    assert not folder_lock.is_taken(run.folder)
+    assert not folder_lock.is_locked(run.folder)
 
 
 def test_a_run_is_reopened_by_one_at_a_time_and_rewound(run: Run) -> None:
