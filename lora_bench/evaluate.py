@@ -31,7 +31,7 @@ from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.evaluation.stress_splits import describe, perturbations, score_besides
 from lora_bench.files.paths import check_folder
-from lora_bench.records.backfill import model_places
+from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_folder import Run, discard, file_name
 from lora_bench.run.finished_run import FinishedRun
@@ -148,7 +148,7 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
 
 
 def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
-    run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
+    run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
     for note in run.notes:
         console.print(shown(f"note: {note}"))
     return _Subject(

@@ -27,7 +27,7 @@ from lora_bench.analysis.table import Column, Missing, Row, Stat, Table
 from lora_bench.errors import Code, UserError
 from lora_bench.files.atomic_io import write
 from lora_bench.records import prompted
-from lora_bench.records.backfill import with_equal_keys
+from lora_bench.records.backfill import align_configs
 from lora_bench.records.evaluations import left_out_notes, with_evaluations
 from lora_bench.records.run_folder import altered_notes, find, is_killed, last_logged
 from lora_bench.records.task_folders import by_task
@@ -89,7 +89,7 @@ def summarise(
     """
     found, skipped = find(paths)
     found, of_tasks = by_task(found)
-    found = [(folder, with_evaluations(folder, record)) for folder, record in with_equal_keys(found)]
+    found = [(folder, with_evaluations(folder, record)) for folder, record in align_configs(found)]
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."

@@ -28,7 +28,7 @@ OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
 """A choice of the kind, where it is not called like the kind."""
 
 
-def filled(record: Mapping[str, Any]) -> dict[str, Any]:
+def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record's config with defaults for the keys of `train` that it lacks; what it has is as it was."""
     if is_prompted(record):
         return dict(record["config"])
@@ -45,20 +45,20 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-class ModelPlaces(TypedDict):
+class ModelPaths(TypedDict):
     """Where a finished run's backbone and tokenizer lie now; None where its record says."""
 
     model_path: str | None
     tokenizer: str | None
 
 
-def model_places(node: Mapping[str, Any]) -> ModelPlaces:
+def model_paths(node: Mapping[str, Any]) -> ModelPaths:
     """Return `model.path` and `model.tokenizer` of a command that takes a finished run."""
     path, tokenizer = (None if node[key] is None else str(node[key]) for key in ("path", "tokenizer"))
-    return ModelPlaces(model_path=path, tokenizer=tokenizer)
+    return ModelPaths(model_path=path, tokenizer=tokenizer)
 
 
-def relocated(config: dict[str, Any], path: str | None, tokenizer: str | None) -> dict[str, Any]:
+def relocate(config: dict[str, Any], path: str | None, tokenizer: str | None) -> dict[str, Any]:
     """Return a recorded config with its backbone and its tokenizer where they lie now.
 
     Args:
@@ -97,7 +97,7 @@ def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tu
         record: as it is read now.
         config: the copy.
     """
-    before, now = (dict(flat(filled({**record, "config": dict(each)}))) for each in (config, record["config"]))
+    before, now = (dict(flat(fill_defaults({**record, "config": dict(each)}))) for each in (config, record["config"]))
     return _differing(before | now, before, now)
 
 
@@ -149,7 +149,7 @@ def _copy(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+def load_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of a record with defaults for later keys, after a check of what it asks for.
 
     Raises:
@@ -161,7 +161,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     from lora_bench.config.overrides import check_config
 
     try:
-        content = filled(record)
+        content = fill_defaults(record)
         config = OmegaConf.create(content)
         check_config(config)
         for group in ("data", "model", "adapter", "optimizer", "trainer"):
@@ -175,7 +175,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> DictConfig:
+def restore_config(folder: Path, record: Mapping[str, Any], places: ModelPaths) -> DictConfig:
     """Return the config of a run to resume from its record, which is untrusted.
 
     Args:
@@ -189,14 +189,14 @@ def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> Di
     from omegaconf import OmegaConf
 
     try:
-        content = checked(record)
+        content = load_config(record)
     except UserError as error:
         error.file = error.file or folder / "run.json"
         raise
-    return OmegaConf.create(relocated(content, places["model_path"], places["tokenizer"]))
+    return OmegaConf.create(relocate(content, places["model_path"], places["tokenizer"]))
 
 
-def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+def align_configs(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
     """Runs by folder and record, with defaults for what they lack if runs of the same choices have unlike keys."""
     keys: dict[str, set[str]] = {}
     for _, record in found:
@@ -204,7 +204,7 @@ def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[
         keys.setdefault(str(record["choices"]), set()).add(str(own))
     if all(len(each) == 1 for each in keys.values()):
         return list(found)
-    return [(folder, record | {"config": filled(record)}) for folder, record in found]
+    return [(folder, record | {"config": fill_defaults(record)}) for folder, record in found]
 
 
 def _option(group: str, record: Mapping[str, Any], usual: str) -> str | None:

@@ -15,7 +15,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
 from lora_bench.records import run_folder
-from lora_bench.records.backfill import checked, refuse_edited, relocated
+from lora_bench.records.backfill import load_config, refuse_edited, relocate
 from lora_bench.records.prompted import is_prompted
 from lora_bench.records.task_folders import refuse_several
 
@@ -70,9 +70,9 @@ class FinishedRecord:
         """Rank by module; of each member where they differ."""
         return self.record["targets"]  # type: ignore[no-any-return]
 
-    def relocated(self, model_path: str | None, tokenizer: str | None) -> FinishedRecord:
+    def relocate(self, model_path: str | None, tokenizer: str | None) -> FinishedRecord:
         """Return the record with its backbone and its tokenizer where they lie now (`recorded.relocated`)."""
-        return replace(self, config=relocated(self.config, model_path, tokenizer))
+        return replace(self, config=relocate(self.config, model_path, tokenizer))
 
     @classmethod
     def read(cls, folder: str | Path, key: str = "run") -> FinishedRecord:
@@ -121,7 +121,7 @@ class FinishedRecord:
             _need(isinstance(own.get(group, {}), dict), f"config.{group}", "is not a group of keys")
         for group in ("tasks", "tracking"):
             _need(isinstance(own.get(group) or {}, dict), f"config.{group}", "is not a group of keys")
-        config = checked(found)
+        config = load_config(found)
         columns = config["data"].get("text_columns")
         named = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
         _need(named, "config.data.text_columns", "does not name one or two columns")

@@ -16,7 +16,7 @@ from lora_bench.config.groups import GROUPS
 from lora_bench.config.keys import key_of
 from lora_bench.config.multitask import compose_tasks
 from lora_bench.errors import LostFolderError
-from lora_bench.records.backfill import ModelPlaces, differences, edited, restored
+from lora_bench.records.backfill import ModelPaths, differences, edited, restore_config
 from lora_bench.records.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
 from lora_bench.records.run_folder import Run, discard, read
 
@@ -75,7 +75,7 @@ class Job:
             refuse_hidden(run.folder, run.record["config"])
             typed = {key_of(text) for text in overrides}
             path, tokenizer = (cfg.model.get(key) if f"model.{key}" in typed else None for key in ("path", "tokenizer"))
-            begun = restored(run.folder, run.record, ModelPlaces(model_path=path, tokenizer=tokenizer))
+            begun = restore_config(run.folder, run.record, ModelPaths(model_path=path, tokenizer=tokenizer))
             refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
         except BaseException:
             run.release()
