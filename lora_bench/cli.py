@@ -173,7 +173,7 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     from lora_bench.config.compose import compose
     from lora_bench.config.hydra_errors import translated
     from lora_bench.errors import quoted
-    from lora_bench.records.resume import sweep_arguments, resolve_folder
+    from lora_bench.records.resume import resolve_folder, sweep_arguments
     from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
     folder = resolve_folder(resume, Path("outputs"))

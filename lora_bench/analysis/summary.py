@@ -30,7 +30,7 @@ from lora_bench.records import prompted
 from lora_bench.records.backfill import align_configs
 from lora_bench.records.evaluations import left_out_notes, with_evaluations
 from lora_bench.records.run_folder import altered_notes, find, is_killed, last_logged
-from lora_bench.records.task_folders import by_task
+from lora_bench.records.task_folders import split_by_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -88,7 +88,7 @@ def summarise(
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
     """
     found, skipped = find(paths)
-    found, of_tasks = by_task(found)
+    found, of_tasks = split_by_task(found)
     found = [(folder, with_evaluations(folder, record)) for folder, record in align_configs(found)]
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""

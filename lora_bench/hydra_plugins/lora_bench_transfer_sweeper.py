@@ -16,7 +16,7 @@ from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError, quoted
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
 from lora_bench.records.sweep_folder import read
-from lora_bench.records.task_folders import folder_of
+from lora_bench.records.task_folders import task_folder
 from lora_bench.sweeps import transfer_matrix
 from lora_bench.sweeps.transfer_matrix import EVERYTHING, source_of, task_of, told_of
 
@@ -118,7 +118,7 @@ class TransferSweeper(GridSweeper):
             others = [k for k in sources if _fits(self.combinations[k], job)]
             places = {k: (folder / f"train/{k}").absolute() for k in others}
             several = [k for k in others if task_of(self.combinations[k]) == EVERYTHING]
-            places |= {k: folder_of(places[k], task_of(job)) for k in several}
+            places |= {k: task_folder(places[k], task_of(job)) for k in several}
             starts = [f"adapter.init_from={quoted(place)}" for place in places.values()]
             for shots in self.shots:
                 for start in ([], *([start] for start in starts)):

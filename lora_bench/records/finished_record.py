@@ -17,7 +17,7 @@ from lora_bench.files import untrusted
 from lora_bench.records import run_folder
 from lora_bench.records.backfill import load_config, refuse_edited, relocate
 from lora_bench.records.prompted import is_prompted
-from lora_bench.records.task_folders import refuse_several
+from lora_bench.records.task_folders import refuse_multitask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,7 @@ class FinishedRecord:
         return self.record["targets"]  # type: ignore[no-any-return]
 
     def relocate(self, model_path: str | None, tokenizer: str | None) -> FinishedRecord:
-        """Return the record with its backbone and its tokenizer where they lie now (`recorded.relocated`)."""
+        """Return the record with its backbone and its tokenizer where they lie now (`backfill.relocate`)."""
         return replace(self, config=relocate(self.config, model_path, tokenizer))
 
     @classmethod
@@ -94,7 +94,7 @@ class FinishedRecord:
             )
         if found["status"] != "done":
             raise UserError(f"the run is {found['status']}, not done", key=key, value=folder, code=Code.UNFINISHED)
-        refuse_several(path, found["config"], key)
+        refuse_multitask(path, found["config"], key)
         if found["checksum"] in (
             None,
             run_folder.ALTERED,

@@ -18,34 +18,34 @@ Recorded: TypeAlias = "tuple[Path, dict[str, Any]]"
 """A run's folder and record."""
 
 
-def names_of(config: Mapping[str, Any]) -> list[str]:
+def task_names(config: Mapping[str, Any]) -> list[str]:
     """The tasks that the run of this config learned together; none for a run of one, or for one task's folder."""
     tasks = config.get("tasks")
     return list(tasks) if isinstance(tasks, dict) else []
 
 
-def folder_of(run: Path, task: str) -> Path:
+def task_folder(run: Path, task: str) -> Path:
     """Where a finished run keeps what it has of a task."""
     return run / "tasks" / task
 
 
-def refuse_several(run: str | Path, config: Mapping[str, Any], key: str) -> None:
+def refuse_multitask(run: str | Path, config: Mapping[str, Any], key: str) -> None:
     """Refuse the folder of a run of several tasks where that of one is needed: its head must be chosen."""
-    if names := names_of(config):
-        places = ", ".join(str(folder_of(Path(run), name)) for name in names)
+    if names := task_names(config):
+        places = ", ".join(str(task_folder(Path(run), name)) for name in names)
         raise UserError(
             "learned several tasks", key=key, value=run, remedy=f"Choose one: {places}.", code=Code.UNSUPPORTED
         )
 
 
-def by_task(runs: Iterable[Recorded]) -> tuple[list[Recorded], list[tuple[Path, str]]]:
+def split_by_task(runs: Iterable[Recorded]) -> tuple[list[Recorded], list[tuple[Path, str]]]:
     """Return runs with those of several tasks replaced by a folder and record of each task, and what was skipped."""
     found: list[Recorded] = []
     skipped: list[tuple[Path, str]] = []
     for run, record in runs:
-        names = names_of(record["config"]) if record["status"] == "done" else []
+        names = task_names(record["config"]) if record["status"] == "done" else []
         found += [] if names else [(run, record)]
-        for folder in (folder_of(run, name) for name in names):
+        for folder in (task_folder(run, name) for name in names):
             try:
                 found.append((folder, read(folder)))
             except UserError as error:

@@ -15,7 +15,7 @@ from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import mean_metrics, score
 from lora_bench.evaluation.stress_splits import score_besides
 from lora_bench.records.run_folder import Run, adapter_folders
-from lora_bench.records.task_folders import folder_of
+from lora_bench.records.task_folders import task_folder
 from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _begun(run: Run, task: str) -> Run:
     config = {key: value for key, value in asked["config"].items() if key != "tasks"}
     config["data"] = asked["config"]["tasks"][task]
     choices = asked["choices"] | {"data": task}
-    own = Run.claim(folder_of(run.folder, task), choices=choices, config=config, overrides=asked["overrides"])
+    own = Run.claim(task_folder(run.folder, task), choices=choices, config=config, overrides=asked["overrides"])
     for text in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line["split"] == f"selection/{task}":

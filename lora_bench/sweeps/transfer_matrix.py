@@ -17,7 +17,7 @@ from lora_bench.config import keys
 from lora_bench.files.atomic_io import write as write_file
 from lora_bench.records import run_folder, sweep_folder
 from lora_bench.records.evaluations import evaluations
-from lora_bench.records.task_folders import folder_of, names_of
+from lora_bench.records.task_folders import task_folder, task_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -70,9 +70,9 @@ def _found(folder: Path) -> Iterator[Found]:
         if not (folder / name / "run.json").exists() or (run := run_folder.read(folder / name))["status"] != "done":
             continue
         own = _values(run["metrics"])
-        if learned := names_of(run["config"]):
+        if learned := task_names(run["config"]):
             for task in learned:
-                of_task = run_folder.read(folder_of(folder / name, task))
+                of_task = run_folder.read(task_folder(folder / name, task))
                 yield Found(EVERYTHING, task, 0, _values(of_task["metrics"]))
         elif name.startswith("train/"):
             yield Found(tasks[name], tasks[name], None, own)
