@@ -26,7 +26,7 @@ from lora_bench.llm.parsing import KINDS, Answer, read_label
 from lora_bench.llm.settings import LLM, Prompt
 from lora_bench.llm.template import Messages, Template
 from lora_bench.records import environment
-from lora_bench.records.run_folder import Run, refuse_taken
+from lora_bench.records.run_folder import Run, refuse_existing_run
 from lora_bench.tracking.base import follow
 from lora_bench.tracking.choices import build_trackers
 
@@ -202,7 +202,7 @@ def _ask(
         if dry_run:
             show_request(console, client, questions, known)
             return None
-        refuse_taken(begin.folder)  # before anything is paid for
+        refuse_existing_run(begin.folder)  # before anything is paid for
         runner.run(client.open())
         answers = _Answers(client, questions, known)
         try:

@@ -29,7 +29,7 @@ from lora_bench.files.atomic_io import write
 from lora_bench.records import prompted
 from lora_bench.records.backfill import align_configs
 from lora_bench.records.evaluations import left_out_notes, with_evaluations
-from lora_bench.records.run_folder import altered_notes, find, is_killed, last_logged
+from lora_bench.records.run_folder import altered_notes, find_runs, is_killed, last_logged
 from lora_bench.records.task_folders import split_by_task
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ KEEP = (
 
 def write_tables(folder: Path, baseline: str | None = None) -> None:
     """Leave `table.md` and `table.csv` of the runs below `folder`, a finished sweep, in it; nothing if it has none."""
-    if find([folder])[0]:
+    if find_runs([folder])[0]:
         table = summarise([folder], baseline=baseline)
         write(folder, "table.md", to_markdown(table).encode())
         write(folder, "table.csv", to_csv(table).encode())
@@ -87,7 +87,7 @@ def summarise(
     Raises:
         UserError: a path that is not there, no runs, an unknown key, or no such baseline.
     """
-    found, skipped = find(paths)
+    found, skipped = find_runs(paths)
     found, of_tasks = split_by_task(found)
     found = [(folder, with_evaluations(folder, record)) for folder, record in align_configs(found)]
     if not found:

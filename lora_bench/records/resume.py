@@ -15,7 +15,7 @@ from lora_bench.console.redaction import hides_secret, is_identifier, leaves, re
 from lora_bench.errors import Code, UserError, argument, quoted
 from lora_bench.records import sweep_folder
 from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
-from lora_bench.records.run_folder import find
+from lora_bench.records.run_folder import find_runs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def resolve_folder(resume: str, top: Path) -> Path:
     """
     if resume != "last":
         return Path(resume)
-    runs = find([top])[0] if top.exists() else []
+    runs = find_runs([top])[0] if top.exists() else []
     dated = [
         *sweep_folder.unfinished_sweeps(top),
         *(

@@ -84,12 +84,12 @@ class Run:
     @classmethod
     def claim(cls, folder: Path, *, choices: Mapping[str, str], config: Mapping[str, Any], overrides: list[str]) -> Run:
         """Take `folder` for a new run, or refuse and leave it as it was if it holds a run already."""
-        refuse_secret(folder)
+        refuse_secret_name(folder)
         asked = {"choices": choices, "config": config, "overrides": overrides}
         record = _sealed(plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            refuse_taken(folder)
+            refuse_existing_run(folder)
             lock = folder_lock.acquire(folder)
         except (OSError, ValueError) as error:
             raise _unwritable(folder, why(error)) from None
@@ -98,7 +98,7 @@ class Run:
                 "another process is writing it", key="hydra.run.dir", value=folder, remedy=_ANOTHER, code=Code.IN_USE
             )
         try:
-            refuse_taken(folder)
+            refuse_existing_run(folder)
             write(folder, "run.json", dump(record).encode())
             write(folder, ".hydra/config.yaml", _yaml(record["config"]))
             write(folder, ".hydra/overrides.yaml", _yaml(record["overrides"]))
@@ -329,7 +329,7 @@ def last_logged(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def find(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[tuple[Path, str]]]:
+def find_runs(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[tuple[Path, str]]]:
     """The runs at or below `paths`, job 10 after job 2, and what was skipped with the reason.
 
     Nothing below a run's folder is looked at, and links below the given paths are not followed.
@@ -382,7 +382,7 @@ def _empty() -> dict[str, Any]:
 _ANOTHER = "Give a folder that is not there yet."
 
 
-def refuse_taken(folder: Path) -> None:
+def refuse_existing_run(folder: Path) -> None:
     """Refuse a folder that holds a run; an empty record is what a process left that was killed as it started."""
     path = folder / "run.json"
     if not path.exists() or (path.is_file() and path.stat().st_size == 0):
@@ -396,7 +396,7 @@ def refuse_taken(folder: Path) -> None:
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy, code=Code.EXISTS)
 
 
-def refuse_secret(folder: str | Path) -> None:
+def refuse_secret_name(folder: str | Path) -> None:
     """A folder's name is on the disk and in every report: it may hold no key."""
     if redact_new_path(str(folder)) != str(folder):
         raise UserError(

@@ -63,7 +63,7 @@ def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dic
     """
     made = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs)
     for name in jobs:
-        run_folder.refuse_secret(folder / name)
+        run_folder.refuse_secret_name(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SWEEP_FILE).exists():

@@ -25,7 +25,7 @@ from lora_bench.console.redaction import redact
 from lora_bench.errors import Code, RunFailedError, UserError, argument
 from lora_bench.files import atomic_io
 from lora_bench.records import folder_lock, run_folder
-from lora_bench.records.run_folder import Run, discard, find, is_killed, last_logged, read
+from lora_bench.records.run_folder import Run, discard, find_runs, is_killed, last_logged, read
 from tests.command_line import refuses
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ def test_an_unreadable_record_is_named_and_skipped(tmp_path: Path, text: str, da
         read(tmp_path)
     assert caught.value.file == tmp_path / "run.json"
     assert datum in caught.value.reason
-    ((folder, why),) = find([tmp_path])[1]
+    ((folder, why),) = find_runs([tmp_path])[1]
     assert folder == tmp_path
     assert caught.value.reason in why
 
@@ -407,7 +407,7 @@ def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> No
     (tmp_path / "sweep/9").mkdir()
     (tmp_path / "sweep/9/run.json").write_text("{")
     (tmp_path / "sweep/loop").symlink_to(tmp_path)
-    runs, skipped = find([tmp_path / "sweep/10", tmp_path, tmp_path / "sweep"])
+    runs, skipped = find_runs([tmp_path / "sweep/10", tmp_path, tmp_path / "sweep"])
     assert [str(folder.relative_to(tmp_path)) for folder, _ in runs] == [
         "sweep/1",
         "sweep/2",
@@ -419,11 +419,11 @@ def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> No
 
 def test_find_names_paths_that_are_no_folders(tmp_path: Path) -> None:
     (tmp_path / "table.md").touch()
-    runs, ((skipped, reason),) = find([tmp_path / "table.md"])
+    runs, ((skipped, reason),) = find_runs([tmp_path / "table.md"])
     assert (runs, skipped) == ([], tmp_path / "table.md")
     assert "Not a directory" in reason
     with refuses(Code.NOT_FOUND) as caught:
-        find([tmp_path, tmp_path / "outptus"])
+        find_runs([tmp_path, tmp_path / "outptus"])
     assert caught.value.file == tmp_path / "outptus"
 
 
@@ -476,7 +476,7 @@ def test_find_skips_what_is_no_file_or_folder_with_the_reason(tmp_path: Path) ->
     with (tmp_path / "huge/run.json").open("wb") as file:
         file.truncate(10 * 2**30)
     (tmp_path / "self").symlink_to("self")
-    runs, skipped = find([tmp_path, tmp_path / "self"])
+    runs, skipped = find_runs([tmp_path, tmp_path / "self"])
     assert [folder.name for folder, _ in runs] == ["whole"]
     reasons = {folder.name: reason for folder, reason in skipped}
     assert set(reasons) == {"fifo", "loop", "folder", "huge", "self"}
