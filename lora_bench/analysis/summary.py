@@ -28,7 +28,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.files.atomic_io import write
 from lora_bench.records import prompted
 from lora_bench.records.backfill import align_configs
-from lora_bench.records.evaluations import left_out_notes, with_evaluations
+from lora_bench.records.evaluations import unreadable_notes, add_evaluations
 from lora_bench.records.run_folder import altered_notes, find_runs, is_killed, last_logged
 from lora_bench.records.task_folders import split_by_task
 
@@ -89,7 +89,7 @@ def summarise(
     """
     found, skipped = find_runs(paths)
     found, of_tasks = split_by_task(found)
-    found = [(folder, with_evaluations(folder, record)) for folder, record in align_configs(found)]
+    found = [(folder, add_evaluations(folder, record)) for folder, record in align_configs(found)]
     if not found:
         why = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
@@ -125,7 +125,7 @@ def summarise(
     # A row of several experiments, by a key, has no interval over seeds.
     interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
     columns = [*(Column(key, "key") for key in shown), *metrics.values(), *interval, *costs.values()]
-    notes = _caveats(rows, runs, len(finished) - len(runs), splits) + left_out_notes(run.record for run in runs)
+    notes = _caveats(rows, runs, len(finished) - len(runs), splits) + unreadable_notes(run.record for run in runs)
     notes += altered_notes((run.folder, run.record) for run in everything)
     if choosing:
         notes.append(f"{choosing} runs that only chose a rate (data.report=false) are not shown")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-LEFT_OUT = "left_out"
+UNREADABLE = "left_out"
 """Beside a record's own keys: which files of the run's folder cannot be read, and why."""
 
 
@@ -30,7 +30,7 @@ class Evaluation:
     """Of each split of its data."""
 
 
-def evaluations(folder: Path) -> dict[str, Evaluation]:
+def read_evaluations(folder: Path) -> dict[str, Evaluation]:
     """Return those of a run by name; what is damaged or of another shape is left out."""
     return _evaluations(folder)[0]
 
@@ -51,7 +51,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
     return found, left_out
 
 
-def with_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def add_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The record with the figures of `lora-bench eval` among its metrics, and with what is left out in `left_out`.
 
     Those of a split that the run itself reports stand below the split's name, where they are new; those of other data
@@ -70,12 +70,12 @@ def with_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
                 metrics[f"{title}:{split}/{name}"] = value
     if reason := untrusted.refusal(folder / "metrics.jsonl"):
         left_out.append(f"{folder / 'metrics.jsonl'}: {reason}")
-    return {**record, "metrics": metrics, LEFT_OUT: left_out}
+    return {**record, "metrics": metrics, UNREADABLE: left_out}
 
 
-def left_out_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
+def unreadable_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a line for each file of these runs that is not read and why; of many the first few."""
-    lines = [line for record in records for line in record[LEFT_OUT]]
+    lines = [line for record in records for line in record[UNREADABLE]]
     more = [f"{len(lines) - LISTED} more files cannot be read"] if len(lines) > LISTED else []
     return [f"left out: {line}" for line in lines[:LISTED]] + more
 

@@ -33,5 +33,5 @@ def evaluations_by_name(folder: Path) -> dict[str, Evaluation]:
     """The later looks at a run by name."""
     return {
         name: replace(each, metrics={key: float(value) for key, value in each.metrics.items()})
-        for name, each in evaluations.evaluations(folder).items()
+        for name, each in evaluations.read_evaluations(folder).items()
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.config import keys
 from lora_bench.files.atomic_io import write as write_file
 from lora_bench.records import run_folder, sweep_folder
-from lora_bench.records.evaluations import evaluations
+from lora_bench.records.evaluations import read_evaluations
 from lora_bench.records.task_folders import task_folder, task_names
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _found(folder: Path) -> Iterator[Found]:
                 yield Found(EVERYTHING, task, 0, _values(of_task["metrics"]))
         elif name.startswith("train/"):
             yield Found(tasks[name], tasks[name], None, own)
-            for title, evaluation in evaluations(folder / name).items():
+            for title, evaluation in read_evaluations(folder / name).items():
                 if title in tasks.values():
                     yield Found(tasks[name], title, 0, _values(evaluation.metrics))
         else:
