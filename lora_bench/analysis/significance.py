@@ -168,7 +168,7 @@ class _Pair:
             "effect_size": statistics.effect_size(differences),
             "p_seeds": None if statistics.alike(differences) else statistics.seeds_test(ours, theirs).p,
             "p_bootstrap": [statistics.paired_bootstrap(labels, a.predicted, b.predicted, measure).p for a, b in both],
-            "p_mcnemar": [statistics.mcnemar(a.right, b.right).p for a, b in both],
+            "p_mcnemar": [statistics.mcnemar(a.correct, b.correct).p for a, b in both],
         }
 
 
@@ -215,7 +215,7 @@ def _paired(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
                 pair.append(found)
         if len(pair) == 2:
             first = whole[0][0] if whole else pair[0]
-            if all(first.same_examples(each) for each in pair):
+            if all(first.has_same_examples(each) for each in pair):
                 whole.append((pair[0], pair[1]))
             else:
                 why = f"predictions of other examples than the baseline: {ours[seed]}"

@@ -54,7 +54,7 @@ class Predictions:
         return bool(self.predicted.all() or not self.predicted.any())
 
     @property
-    def right(self) -> NDArray[np.bool_]:
+    def correct(self) -> NDArray[np.bool_]:
         """Which labels were predicted."""
         right: NDArray[np.bool_] = np.equal(self.predicted, self.labels == 1)
         return right
@@ -68,7 +68,7 @@ class Predictions:
         """Of a measure of `stats.MEASURES`."""
         return float(confusion.measure_of(confusion.confusion(self.labels, self.predicted), measure))
 
-    def same_examples(self, other: Predictions) -> bool:
+    def has_same_examples(self, other: Predictions) -> bool:
         return np.array_equal(self.ids, other.ids) and np.array_equal(self.labels, other.labels)
 
 

@@ -57,7 +57,7 @@ def disagreements(block: Block, split: str) -> Markup | None:
             str(int(first.labels[i])),
             f"{runs[0].seen.scores[i]:.4f}",
             f"{runs[1].seen.scores[i]:.4f}",
-            runs[0].name if runs[0].seen.right[i] else runs[1].name,
+            runs[0].name if runs[0].seen.correct[i] else runs[1].name,
         ]
         for i in shown
     ]
@@ -98,7 +98,7 @@ def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
             if seen is None:
                 continue
             like = found[0].seen if found else seen
-            if like.same_examples(seen):
+            if like.has_same_examples(seen):
                 seed = record["config"].get("seed")
                 found.append(
                     _Candidate(f"{entry.name}, seed {seed}" if seed is not None else entry.name, str(folder), seen)
@@ -108,10 +108,10 @@ def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
 
 def _apart(one: Predictions, other: Predictions) -> tuple[int, int, int, list[int]]:
     """How many only the one gets right, only the other, neither; and which of the first two to show."""
-    only_one, only_other = one.right & ~other.right, other.right & ~one.right
+    only_one, only_other = one.correct & ~other.correct, other.correct & ~one.correct
     differ = np.flatnonzero(only_one | only_other)
     far = np.argsort(-np.abs(one.scores[differ] - other.scores[differ]), kind="stable")[:SHOWN]
-    neither = int((~one.right & ~other.right).sum())
+    neither = int((~one.correct & ~other.correct).sum())
     return int(only_one.sum()), int(only_other.sum()), neither, differ[far].tolist()
 
 
