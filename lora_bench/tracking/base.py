@@ -49,11 +49,11 @@ class Tracker(ABC):
             )
 
     @abstractmethod
-    def begin(self, run: Run) -> Following:
+    def start(self, run: Run) -> TrackerSession:
         """Begin to follow a run, or go on with it where it was followed before."""
 
 
-class Following(ABC):
+class TrackerSession(ABC):
     """One run as one tracker follows it. Any exception of its methods ends the following, and nothing else."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class Following(ABC):
 class TrackedRun(Run):
     """A run whose record is also told to trackers."""
 
-    trackers: dict[str, Following] = field(default_factory=dict)
+    trackers: dict[str, TrackerSession] = field(default_factory=dict)
     """By the name of the choice; one that failed is taken out."""
     console: Console | None = None
     losses: list[float] = field(default_factory=list)
@@ -93,7 +93,7 @@ class TrackedRun(Run):
         values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         self._tell(lambda each: each.finish(status, _finite(values)))
 
-    def _tell(self, what: Callable[[Following], None]) -> None:
+    def _tell(self, what: Callable[[TrackerSession], None]) -> None:
         for name, each in list(self.trackers.items()):
             try:
                 what(each)
@@ -102,14 +102,14 @@ class TrackedRun(Run):
                 note_failure(self.console, name, error)
 
 
-def follow(run: Run, trackers: Mapping[str, Tracker], console: Console) -> Run:
+def track_run(run: Run, trackers: Mapping[str, Tracker], console: Console) -> Run:
     """The run as it is told to `trackers` from now on; those that cannot begin are left out with a note."""
     if not trackers:
         return run
     following = {}
     for name, tracker in trackers.items():
         try:
-            following[name] = tracker.begin(run)
+            following[name] = tracker.start(run)
         except Exception as error:
             note_failure(console, name, error)
     return TrackedRun(run.folder, run.record, run.lock, following, console)

@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_bench.errors import Code, UserError
-from lora_bench.tracking.base import Following, Tracker, hyperparameters
+from lora_bench.tracking.base import TrackerSession, Tracker, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +48,7 @@ class MLflow(Tracker):
             remedy = "Give the server's address, or put it into the environment variable MLFLOW_TRACKING_URI."
             raise UserError("is needed", key="tracking.mlflow.uri", remedy=remedy, code=Code.MISSING)
 
-    def begin(self, run: Run) -> Following:
+    def start(self, run: Run) -> TrackerSession:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import mlflow  # late: seconds, and it reads the environment
@@ -74,7 +74,7 @@ class MLflow(Tracker):
         return _Remote(client, identifier)
 
 
-class _Remote(Following):
+class _Remote(TrackerSession):
     def __init__(self, client: MlflowClient, identifier: str) -> None:
         self.client = client
         self.identifier = identifier

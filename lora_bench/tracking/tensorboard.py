@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_bench.tracking.base import Following, Tracker, hyperparameters
+from lora_bench.tracking.base import TrackerSession, Tracker, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,13 +24,13 @@ class TensorBoard(Tracker):
     package: ClassVar[str] = "tensorboard"
     extra: ClassVar[str] = "tensorboard"
 
-    def begin(self, run: Run) -> Following:
+    def start(self, run: Run) -> TrackerSession:
         from torch.utils.tensorboard import SummaryWriter  # late: it imports torch and tensorboard
 
         return _Events(SummaryWriter(run.folder / FOLDER), run)
 
 
-class _Events(Following):
+class _Events(TrackerSession):
     def __init__(self, writer: SummaryWriter, run: Run) -> None:
         self.writer = writer
         self.run = run
