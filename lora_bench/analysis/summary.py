@@ -28,7 +28,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.files.atomic_io import write
 from lora_bench.records import prompted
 from lora_bench.records.backfill import align_configs
-from lora_bench.records.evaluations import unreadable_notes, add_evaluations
+from lora_bench.records.evaluations import add_evaluations, unreadable_notes
 from lora_bench.records.run_folder import altered_notes, find_runs, is_killed, last_logged
 from lora_bench.records.task_folders import split_by_task
 

@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_bench.errors import Code, UserError
-from lora_bench.tracking.base import TrackerSession, Tracker, hyperparameters
+from lora_bench.tracking.base import Tracker, TrackerSession, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

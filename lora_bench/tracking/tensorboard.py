@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_bench.tracking.base import TrackerSession, Tracker, hyperparameters
+from lora_bench.tracking.base import Tracker, TrackerSession, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lora_bench.tracking import choices
-from lora_bench.tracking.base import TrackerSession, Tracker
+from lora_bench.tracking.base import Tracker, TrackerSession
 from lora_bench.training.cuda_graphs import Backward
 from tests.command_line import lora_bench, toy_run
 

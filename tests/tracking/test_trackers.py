@@ -15,7 +15,7 @@ from lora_bench.errors import Code
 from lora_bench.records import run_folder
 from lora_bench.records.run_folder import Run
 from lora_bench.tracking import base
-from lora_bench.tracking.base import TrackerSession, Tracker, track_run
+from lora_bench.tracking.base import Tracker, TrackerSession, track_run
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.tracking.mlflow import MLflow
 from lora_bench.tracking.tensorboard import TensorBoard
