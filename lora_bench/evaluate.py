@@ -33,7 +33,7 @@ from lora_bench.evaluation.stress_splits import describe, perturbations, score_b
 from lora_bench.files.paths import check_folder
 from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
-from lora_bench.records.run_folder import Run, discard, file_name
+from lora_bench.records.run_folder import EVALUATIONS, Run, discard, file_name
 from lora_bench.run.finished_run import FinishedRun
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
@@ -143,7 +143,7 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
     if len(data.text_columns) != len(finished.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns, code=Code.MISMATCH)
-    check_folder(finished.folder / "evaluations", "run")
+    check_folder(finished.folder / EVALUATIONS, "run")
     return finished
 
 

@@ -12,10 +12,12 @@ from lora_bench.analysis.baseline import judged
 from lora_bench.analysis.columns import BESIDES, has_column
 from lora_bench.analysis.experiments import (
     OUTSIDE_THE_EXPERIMENT,
+    REQUEST_LIMITS,
     Recorded,
     all_keys,
     check_key,
     describe,
+    differs,
     follows,
     grouped,
     newest_of_each_seed,
@@ -26,10 +28,10 @@ from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.table import Column, Missing, Row, Stat, Table
 from lora_bench.errors import Code, UserError
 from lora_bench.files.atomic_io import write
-from lora_bench.records import prompted
+from lora_bench.records import metrics_log, sweep_folder
 from lora_bench.records.backfill import align_configs
 from lora_bench.records.evaluations import add_evaluations, unreadable_notes
-from lora_bench.records.run_folder import altered_notes, find_runs, is_killed, last_logged
+from lora_bench.records.run_folder import METRICS_FILE, altered_notes, find_runs, is_killed, is_prompted
 from lora_bench.records.task_folders import split_by_task
 
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ def write_tables(folder: Path, baseline: str | None = None) -> None:
     """Leave `table.md` and `table.csv` of the runs below `folder`, a finished sweep, in it; nothing if it has none."""
     if find_runs([folder])[0]:
         table = summarise([folder], baseline=baseline)
-        write(folder, "table.md", to_markdown(table).encode())
-        write(folder, "table.csv", to_csv(table).encode())
+        write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
+        write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
 
 
 def summarise(
@@ -104,10 +106,9 @@ def summarise(
         gone = {run.folder for run in finished} - {run.folder for run in reporting}
         everything, finished = [run for run in everything if run.folder not in gone], reporting
     keys = [key for key in all_keys(everything) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
-    keys = [key for key in keys if key not in prompted.OUTSIDE_THE_EXPERIMENT]
+    keys = [key for key in keys if key not in REQUEST_LIMITS]
     runs = newest_of_each_seed(finished, keys)
-    described = [(run.record, run.tokens) for run in runs]
-    varying = [key for key in keys if prompted.differs(key, described)]
+    varying = [key for key in keys if differs(key, runs)]
     shown = [key for key in varying if not follows(key, varying, runs)]
     if by is None:
         groups, shown = grouped(runs, keys), shown or [key for key in ("model", "adapter", "data") if key in keys]
@@ -245,11 +246,11 @@ def _unfinished(run: Recorded) -> Missing:
         reason = record["error"] or "no reason recorded"
         return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", asked)
     reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
-    logged = last_logged(run.folder) or {}
+    logged = metrics_log.last_line(run.folder / METRICS_FILE) or {}
     metrics = logged.get("metrics")
     mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
     if isinstance(mcc, float):
         reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
     again = "the same command again asks only for the rest"
-    goes_on = again if prompted.is_prompted(record) else "resume= goes on with it"
+    goes_on = again if is_prompted(record) else "resume= goes on with it"
     return Missing(status, run.folder, f"{reason}; its process is gone, {goes_on}" if killed else reason, asked)

@@ -69,6 +69,7 @@ class GridSweeper(BasicSweeper):
         """Run every job, or with `resume` those that have not ended; then the table, also after Ctrl-C."""
         from lora_bench.analysis.summary import write_tables
         from lora_bench.records import sweep_folder
+        from lora_bench.records.run_folder import holds_run
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -123,7 +124,7 @@ class GridSweeper(BasicSweeper):
             lock.release()
             lock.check()
             begun = sweep_folder.read(folder).jobs
-            if any((folder / name / "run.json").exists() for name in begun):
+            if any(holds_run(folder / name) for name in begun):
                 write_tables(folder, self._baseline(folder, begun))
                 self._conclude(folder)
             if lacking := len(sweep_folder.read(folder).unfinished_jobs(folder)):
@@ -165,7 +166,7 @@ class GridSweeper(BasicSweeper):
         for name, job in begun.items():
             if [text for text in job if not text.startswith(f"{PLACE}=")] in self.whole:
                 place = folder / name
-                if (place / "run.json").exists() and run_folder.read(place)["status"] == "done":
+                if run_folder.holds_run(place) and run_folder.read(place)["status"] == "done":
                     return str(place)
         return None
 

@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError, quoted
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
+from lora_bench.records.run_folder import EVALUATIONS
 from lora_bench.records.sweep_folder import read
 from lora_bench.records.task_folders import task_folder
 from lora_bench.sweeps import transfer_matrix
@@ -101,7 +102,7 @@ class TransferSweeper(GridSweeper):
         done = []
         for number in range(len(self.combinations)):
             place = folder / f"train/{number}"
-            if (place / "run.json").exists() and run_folder.read(place)["status"] == "done":
+            if run_folder.holds_run(place) and run_folder.read(place)["status"] == "done":
                 done.append(number)
                 self._score_elsewhere(place, self.combinations[number])
         known = [_without_place(job) for name, job in jobs.items() if name.startswith("few/")]
@@ -139,7 +140,7 @@ class TransferSweeper(GridSweeper):
             if name == EVERYTHING or not _fits(job, other) or (str(place), name) in self.scored:
                 continue
             self.scored.add((str(place), name))
-            if (place / f"evaluations/{name}.json").exists():
+            if (place / EVALUATIONS / f"{name}.json").exists():
                 continue
             asked = [text for text in other if key_of(text).split(".")[0] == "data" and "augment" not in key_of(text)]
             cfg = compose(conf_folder(), "eval", asked, read(place.parent.parent).config_dir)

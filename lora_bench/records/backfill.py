@@ -14,7 +14,7 @@ from lora_bench.config.groups import choices, conf_folder
 from lora_bench.config.keys import flat
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
-from lora_bench.records.prompted import is_prompted
+from lora_bench.records.run_folder import CONFIG_FILE, RECORD_FILE, is_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -111,7 +111,7 @@ def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: a key of both has another value; it is named with both.
     """
-    before, now = dict(flat(_copy(folder / ".hydra" / "config.yaml"))), dict(flat(record["config"]))
+    before, now = dict(flat(_copy(folder / CONFIG_FILE))), dict(flat(record["config"]))
     for difference in _differing([key for key in before if key in now], before, now):
         raise edited(folder, *difference)
 
@@ -120,7 +120,7 @@ def edited(folder: Path, key: str, before: object, now: object) -> UserError:
     """Return the refusal of a run whose record was edited."""
     reason = f"{key} was changed to {now} after the run began with {before}"
     remedy = "The run was trained as it began: change it back, or train another."
-    return UserError(reason, file=folder / "run.json", remedy=remedy, code=Code.DAMAGED)
+    return UserError(reason, file=folder / RECORD_FILE, remedy=remedy, code=Code.DAMAGED)
 
 
 def _differing(keys: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -191,7 +191,7 @@ def restore_config(folder: Path, record: Mapping[str, Any], places: ModelPaths) 
     try:
         content = load_config(record)
     except UserError as error:
-        error.file = error.file or folder / "run.json"
+        error.file = error.file or folder / RECORD_FILE
         raise
     return OmegaConf.create(relocate(content, places["model_path"], places["tokenizer"]))
 

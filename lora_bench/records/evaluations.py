@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import plain, why
 from lora_bench.files.untrusted import as_number
+from lora_bench.records.run_folder import EVALUATIONS, METRICS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +39,7 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
 def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
     """Return those of a run by name, and which file is left out, with the reason."""
     found, left_out = {}, []
-    for path in sorted((folder / "evaluations").glob("*.json")):
+    for path in sorted((folder / EVALUATIONS).glob("*.json")):
         try:
             content = plain(untrusted.read_json(path))
             if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
@@ -68,8 +69,8 @@ def add_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
                 metrics.setdefault(key, value)
             else:
                 metrics[f"{title}:{split}/{name}"] = value
-    if reason := untrusted.refusal(folder / "metrics.jsonl"):
-        left_out.append(f"{folder / 'metrics.jsonl'}: {reason}")
+    if reason := untrusted.refusal(log := folder / METRICS_FILE):
+        left_out.append(f"{log}: {reason}")
     return {**record, "metrics": metrics, UNREADABLE: left_out}
 
 

@@ -16,7 +16,7 @@ from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
 from lora_bench.records import run_folder
 from lora_bench.records.backfill import load_config, refuse_edited, relocate
-from lora_bench.records.prompted import is_prompted
+from lora_bench.records.run_folder import ADAPTER, RECORD_FILE, is_prompted, member_adapter_folder
 from lora_bench.records.task_folders import refuse_multitask
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class FinishedRecord:
             return cls._checked(path, found)
         except UserError as error:
             raise UserError(
-                f"is damaged: {str(error).removesuffix('.')}", file=path / "run.json", code=Code.DAMAGED
+                f"is damaged: {str(error).removesuffix('.')}", file=path / RECORD_FILE, code=Code.DAMAGED
             ) from None
 
     @classmethod
@@ -170,9 +170,9 @@ def _members(path: Path, members: Any, tasks: bool) -> int:
     if members > 1:
         for i in range(members):  # stops at the first that is missing, however many a damaged record promises
             _need(
-                (path / "adapter" / f"member_{i}").is_dir(),
+                member_adapter_folder(path, i).is_dir(),
                 "config.ensemble.members",
-                f"is {members}, and adapter/member_{i} is missing",
+                f"is {members}, and {ADAPTER}/member_{i} is missing",
             )
     return int(members)
 

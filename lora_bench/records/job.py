@@ -18,7 +18,7 @@ from lora_bench.config.multitask import compose_tasks
 from lora_bench.errors import LostFolderError
 from lora_bench.records.backfill import ModelPaths, differences, edited, restore_config
 from lora_bench.records.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
-from lora_bench.records.run_folder import Run, discard, read
+from lora_bench.records.run_folder import CHECKPOINTS, Run, discard, holds_run, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -107,7 +107,7 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """Leave a record of a job that could not begin; one that has begun says itself how it ended."""
-        if not isinstance(error, LostFolderError) and not (self.folder / "run.json").exists():
+        if not isinstance(error, LostFolderError) and not holds_run(self.folder):
             config = self.config_as_written
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
 
@@ -137,7 +137,7 @@ def is_done(cfg: DictConfig) -> bool:
     record = read(folder)
     refuse_prompted(folder, record)
     if record["status"] == "done":
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return bool(record["status"] == "done")
 
 

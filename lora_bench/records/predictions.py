@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation import confusion
 from lora_bench.files import untrusted
+from lora_bench.records.run_folder import PREDICTIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,7 +96,7 @@ def read(folder: Path, split: str) -> Predictions:
     Raises:
         UserError: there are none, or none that can be used; the reason names what is wrong with the file.
     """
-    path = folder / "predictions" / f"{split}.parquet"
+    path = folder / PREDICTIONS / f"{split}.parquet"
     try:
         # Not memory-mapped: a file that is cut short meanwhile would end the process.
         with untrusted.open_file(path, MAX_BYTES) as file:

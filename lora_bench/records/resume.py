@@ -14,8 +14,7 @@ from lora_bench.config import keys
 from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redacted
 from lora_bench.errors import Code, UserError, argument, quoted
 from lora_bench.records import sweep_folder
-from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
-from lora_bench.records.run_folder import find_runs
+from lora_bench.records.run_folder import PROMPT_AGAIN, find_runs, is_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,7 +86,7 @@ def refuse_prompted(folder: Path, record: Mapping[str, Any]) -> None:
     """A prompted run trains nothing that could be gone on with."""
     if is_prompted(record):
         raise UserError(
-            "is a run of lora-bench prompt", key="resume", value=folder, remedy=ASKS_THE_REST, code=Code.NOT_RESUMABLE
+            "is a run of lora-bench prompt", key="resume", value=folder, remedy=PROMPT_AGAIN, code=Code.NOT_RESUMABLE
         )
 
 

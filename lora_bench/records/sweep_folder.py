@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 SWEEP_FILE = "sweep.json"
 
 
-TABLES = ("table.md", "table.csv")
-"""What a finished sweep leaves beside it."""
+TABLE_MARKDOWN, TABLE_CSV = TABLES = "table.md", "table.csv"
+"""The tables that a finished sweep leaves beside its record."""
 
 
 FINAL_STATUSES = ("done", "diverged")
@@ -43,7 +43,7 @@ class Sweep:
         """The numbers of the jobs that have not ended, and whether each has begun."""
         found = {}
         for number, name in enumerate(self.jobs):
-            begun = (folder / name / "run.json").exists()
+            begun = run_folder.holds_run(folder / name)
             if not begun or not has_ended(run_folder.read(folder / name)):
                 found[number] = begun
         return found

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_bench.errors import Code, UserError
-from lora_bench.records.run_folder import read
+from lora_bench.records.run_folder import RECORD_FILE, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 Recorded: TypeAlias = "tuple[Path, dict[str, Any]]"
 """A run's folder and record."""
+
+
+TASKS = "tasks"
+"""The folder, inside a run's folder, of its tasks' folders."""
 
 
 def task_names(config: Mapping[str, Any]) -> list[str]:
@@ -26,7 +30,7 @@ def task_names(config: Mapping[str, Any]) -> list[str]:
 
 def task_folder(run: Path, task: str) -> Path:
     """Where a finished run keeps what it has of a task."""
-    return run / "tasks" / task
+    return run / TASKS / task
 
 
 def refuse_multitask(run: str | Path, config: Mapping[str, Any], key: str) -> None:
@@ -49,5 +53,5 @@ def split_by_task(runs: Iterable[Recorded]) -> tuple[list[Recorded], list[tuple[
             try:
                 found.append((folder, read(folder)))
             except UserError as error:
-                skipped.append((folder, f"run.json {error.reason}"))
+                skipped.append((folder, f"{RECORD_FILE} {error.reason}"))
     return found, skipped

@@ -10,8 +10,9 @@ import numpy as np
 
 from lora_bench.analysis.savings import up_to
 from lora_bench.console.format import clean
-from lora_bench.records import predictions
-from lora_bench.report import axes, folders
+from lora_bench.records import metrics_log, predictions
+from lora_bench.records.run_folder import METRICS_FILE
+from lora_bench.report import axes
 from lora_bench.report.axes import Axis
 from lora_bench.report.charts import SERIES, Chart, legend, picture, series_class
 from lora_bench.report.html import Content, Markup, el, figure, join, several, table
@@ -42,7 +43,10 @@ def curves(block: Block) -> Markup | None:
     found: dict[int, list[_Curve]] = {}
     few = len(block.entries) <= SERIES
     for entry in block.entries if few else block.chosen:
-        lines = [(thinned(folders.curve(folder, metric)), record["cost"]) for folder, record in entry.runs[:CURVES]]
+        lines = [
+            (thinned(metrics_log.selection_curve(folder / METRICS_FILE, metric)), record["cost"])
+            for folder, record in entry.runs[:CURVES]
+        ]
         found[entry.number] = [(line, cost) for line, cost in lines if len(line) > 1]
     shown = [entry for entry in (block.entries if few else block.chosen) if found[entry.number]]
     if not shown:

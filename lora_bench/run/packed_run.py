@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
+from lora_bench.records.run_folder import CHECKPOINTS
 from lora_bench.run.settings import Experiment
 from lora_bench.run.warm_start import Source
 from lora_bench.training.checkpoint import Checkpoint, Checkpoints
@@ -92,7 +93,7 @@ class PackedRun:
                 job,
                 experiment,
                 range(end - experiment.size, end),
-                Checkpoints.of_members(job.folder / "checkpoints", experiment.size),
+                Checkpoints.of_members(job.folder / CHECKPOINTS, experiment.size),
             )
             for job, experiment, end in zip(jobs, experiments, ends, strict=True)
         ]

@@ -25,7 +25,7 @@ from lora_bench.console.redaction import redact
 from lora_bench.errors import Code, RunFailedError, UserError, argument
 from lora_bench.files import atomic_io
 from lora_bench.records import folder_lock, run_folder
-from lora_bench.records.run_folder import Run, discard, find_runs, is_killed, last_logged, read
+from lora_bench.records.run_folder import Run, discard, find_runs, is_killed, read
 from tests.command_line import refuses
 
 if TYPE_CHECKING:
@@ -206,6 +206,13 @@ def test_a_failing_write_leaves_the_older_record_whole(run: Run, full_disk: Call
     assert run.record == json.loads(before)
 
 
+def test_the_log_has_a_line_for_each_evaluation(run: Run) -> None:
+    run.log({"step": 1, "loss": math.nan})
+    run.log({"step": 2, "split": "sélection"})
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": None}, {"step": 2, "split": "sélection"}]
+
+
 def test_a_deleted_folder_is_not_brought_back(run: Run) -> None:
     for path in sorted(run.folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -257,17 +264,6 @@ def test_an_empty_record_is_taken_over(tmp_path: Path) -> None:
     """A process was killed between making the file and writing it."""
     (tmp_path / "run.json").touch()
     assert read(take(tmp_path).folder)["status"] == "running"
-
-
-def test_metrics_lines(run: Run) -> None:
-    assert last_logged(run.folder) is None
-    run.log({"step": 1, "loss": math.nan})
-    run.log({"step": 2, "split": "sélection"})
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": None}, {"step": 2, "split": "sélection"}]
-    with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n{"step": 3, "sp')
-    assert last_logged(run.folder) == lines[-1]
 
 
 def test_predictions_have_fixed_types_and_unknown_labels(run: Run) -> None:
@@ -484,11 +480,6 @@ def test_find_skips_what_is_no_file_or_folder_with_the_reason(tmp_path: Path) ->
     assert "symbolic links" in reasons["loop"]
     assert "symbolic links" in reasons["self"]
     assert "10,737,418,240 bytes" in reasons["huge"]
-
-
-def test_the_last_line_of_a_log_that_is_no_file_is_unknown(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    assert last_logged(tmp_path) is None
 
 
 def test_a_log_that_cannot_be_read_is_not_rewound(run: Run) -> None:
