@@ -50,9 +50,13 @@ class Sweep:
 
 
 def has_ended(run: dict[str, Any]) -> bool:
-    """Whether nothing is left to do for the job of this record; one that halving stopped has ended for its sweep."""
-    stopped = run["status"] == "interrupted" and "stopped_at_step" in (run["selection"] or {})
-    return run["status"] in FINAL_STATUSES or stopped
+    """Return whether a sweep has no work left for the job of this record.
+
+    A job that successive halving eliminated has ended for its sweep, though it can be resumed by itself.
+    """
+    # In records of version 0.1 an eliminated run is `interrupted`, and this key distinguishes it.
+    was_eliminated = run["status"] == "interrupted" and "stopped_at_step" in (run["selection"] or {})
+    return run["status"] in (*FINAL_STATUSES, "eliminated") or was_eliminated
 
 
 def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> folder_lock.Claim:

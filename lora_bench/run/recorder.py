@@ -189,7 +189,7 @@ class Recorder:
         """Record how a run ended; a traceback goes to its log."""
         record, run.record = run.record, None
         assert record is not None
-        if run.progress.status == "stopped":
+        if run.progress.status == "eliminated":
             with isolate_failure(run.progress):
                 self._close_eliminated(run, record)
                 return
@@ -210,11 +210,11 @@ class Recorder:
     def _close_eliminated(self, run: PackedRun, record: Run) -> None:
         """Record that halving eliminated a run: it reports nothing, and can be resumed."""
         steps = run.progress.steps
-        reason = f"stopped by pack.halving at step {steps}: others had a better selection MCC"
+        reason = f"eliminated by pack.halving at step {steps}: others had a better selection MCC"
         record.update(selection={"stopped_at_step": steps})
-        record.finish("interrupted", reason)
+        record.finish("eliminated", reason)
         name, command = run.job.title.partition(":")[0], f"lora-bench train {argument('resume', record.folder)}"
-        self.console.print(shown(f"{name}: {reason}; go on with it: {command}"))
+        self.console.print(shown(f"{name}: {reason}; resume it with: {command}"))
 
     def _fail(self, error: Exception) -> None:
         """Close the runs that have not ended: what they share has failed."""

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     from lora_bench.records.run_folder import Run
 
-_STATUS = {"done": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}
+_STATUS = {
+    "done": "FINISHED",
+    "failed": "FAILED",
+    "diverged": "FAILED",
+    "interrupted": "KILLED",
+    "eliminated": "KILLED",
+}
 _PARAMS_PER_REQUEST = 100  # MLflow's limits
 _LONGEST_PARAM = 500
 _TAG = "lora_bench.run"

@@ -107,7 +107,13 @@ def found_at(store: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("status", "theirs"),
-    [("done", "FINISHED"), ("failed", "FAILED"), ("diverged", "FAILED"), ("interrupted", "KILLED")],
+    [
+        ("done", "FINISHED"),
+        ("failed", "FAILED"),
+        ("diverged", "FAILED"),
+        ("interrupted", "KILLED"),
+        ("eliminated", "KILLED"),
+    ],
 )
 def test_mlflow_run(tmp_path: Path, store: str, status: str, theirs: str) -> None:
     import mlflow
