@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import lora_bench as package
 from lora_bench.analysis.summary import summarise
 from lora_bench.errors import Code
-from lora_bench.records.backfill import KINDS, OPTIONS, fill_defaults
+from lora_bench.records.backfill import OPTIONS, TYPE_KEYS, fill_defaults
 from tests.command_line import lora_bench, refused, toy_run
 from tests.helpers import composed
 
@@ -70,7 +70,7 @@ def test_every_kind_has_a_choice_that_is_one() -> None:
     for group, kinds in (("model", MODELS), ("data", DATA), ("adapter", ["lora", "adalora", "bitfit", "vera", "full"])):
         for kind in kinds:
             node = composed(f"{group}={OPTIONS.get(kind, kind)}", *(["data.path=x"] if kind == "files" else []))[group]
-            assert node[KINDS[group]] == kind
+            assert node[TYPE_KEYS[group]] == kind
 
 
 def test_an_older_run_is_scored_labels_pairs_and_is_gone_on_with(in_tmp: Path) -> None:
