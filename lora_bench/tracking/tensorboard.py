@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's own folder, so that `tensorboard --logdir outputs` shows every run there is."""
+"""TensorBoard: event files in each run's folder, so that `tensorboard --logdir outputs` shows all runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = "tensorboard"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBoard(Tracker):
-    """It has nothing to set."""
+    """TensorBoard's event files; there are no settings."""
 
     package: ClassVar[str] = "tensorboard"
     extra: ClassVar[str] = "tensorboard"
@@ -27,14 +27,21 @@ class TensorBoard(Tracker):
     def start(self, run: Run) -> TrackerSession:
         from torch.utils.tensorboard import SummaryWriter  # late: it imports torch and tensorboard
 
-        return _Events(SummaryWriter(run.folder / FOLDER), run)
+        return _TensorBoardSession(SummaryWriter(run.folder / FOLDER), run)
 
 
-class _Events(TrackerSession):
+class _TensorBoardSession(TrackerSession):
+    """The event files of one run.
+
+    Args:
+        writer: of the event files.
+        run: gives the hyperparameters.
+    """
+
     def __init__(self, writer: SummaryWriter, run: Run) -> None:
         self.writer = writer
         self.run = run
-        self.newest: dict[str, float] = {}
+        self.newest: dict[str, float] = {}  # the last value of each metric
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
