@@ -31,9 +31,9 @@ from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
 from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_transforms, score_stress_splits
 from lora_bench.files.paths import check_folder
-from lora_bench.records.backfill import model_places
+from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
-from lora_bench.records.run_folder import Run, discard, file_name
+from lora_bench.records.run_folder import EVALUATIONS, Run, discard, file_name
 from lora_bench.run.finished_run import FinishedRun
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
@@ -143,12 +143,12 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
     if len(data.text_columns) != len(finished.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns, code=Code.MISMATCH)
-    check_folder(finished.folder / "evaluations", "run")
+    check_folder(finished.folder / EVALUATIONS, "run")
     return finished
 
 
 def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
-    run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
+    run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
     for note in run.notes:
         console.print(shown(f"note: {note}"))
     return _Subject(

@@ -632,3 +632,11 @@ def test_lone_surrogates_are_written_in_every_form(
     arguments = ["--html", str(tmp_path / "page.html")] if form == "html" else ["--format", form]
     assert main([str(tmp_path), *arguments]) == 0
     capsys.readouterr().out.encode()
+
+
+def test_an_eliminated_run_is_listed_with_its_reason(tmp_path: Path) -> None:
+    make(tmp_path / "0")
+    make(tmp_path / "1", None, status="eliminated", error="eliminated by pack.halving at step 2")
+    (missing,) = summarise([tmp_path]).missing
+    assert (missing.status, missing.folder) == ("eliminated", tmp_path / "1")
+    assert missing.reason == "eliminated by pack.halving at step 2"

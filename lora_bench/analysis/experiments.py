@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.keys import _level, flat
 from lora_bench.errors import Code, UserError, nearest
+from lora_bench.records.run_folder import is_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,18 @@ GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
 
 OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "pack", "tracking")
 """Groups and keys that may differ between runs of one experiment."""
+
+REQUEST_LIMITS = frozenset(
+    f"llm.{name}"
+    for name in (
+        *("api_key_env", "concurrency", "requests_per_minute", "timeout", "retries"),
+        *("max_requests", "max_cost", "input_price", "output_price"),
+    )
+)
+"""Keys of `lora-bench prompt` that limit requests and change no answer: runs that differ in them are one experiment."""
+
+NAMING_KEYS = ("model", "adapter", "prompt", "llm.model", "predictions")
+"""Keys that name a run: a table that holds both trained and prompted runs shows them."""
 
 DATA_KEYS = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 """Keys about the loaded data, taken from the record; all other keys are configuration keys."""
@@ -102,6 +115,22 @@ def keep_newest_per_seed(runs: Sequence[RecordedRun], keys: Sequence[str]) -> li
         repeats = group if "seed" in group[0].keys else []
         newest += [max(repeats, key=lambda run: run.record["created"] or "")] if repeats else group
     return newest
+
+
+def differs(key: str, runs: Sequence[RecordedRun]) -> bool:
+    """Return whether a table of these runs needs a column for a config key.
+
+    Trained runs, prompted runs and runs with predictions from a file have different keys. A key that some of these
+    types lack differs only if its values differ within a type. The naming keys differ wherever two types meet.
+    """
+    values_by_type: dict[tuple[bool, bool], set[str | None]] = {}
+    for run in runs:
+        type_ = (is_prompted(run.record), "predictions" in run.tokens)
+        values_by_type.setdefault(type_, set()).add(run.tokens.get(key))
+    if len(values_by_type) > 1 and key in NAMING_KEYS:
+        return True
+    values = set().union(*values_by_type.values()) - {None}
+    return len(values) > 1 or any(len(of_type) > 1 for of_type in values_by_type.values())
 
 
 def is_implied(key: str, varying: Sequence[str], runs: Sequence[RecordedRun]) -> bool:

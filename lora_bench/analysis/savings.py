@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import Column, Stat, Table
-from lora_bench.files import untrusted
 from lora_bench.files.untrusted import as_number
+from lora_bench.records.metrics_log import selection_curve
+from lora_bench.records.run_folder import ADAPTER, METRICS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +84,7 @@ def _add_bytes(row: Row) -> Row:
     sizes = []
     for folder in row.folders:
         try:
-            sizes.append(_bytes(folder / "adapter"))
+            sizes.append(_bytes(folder / ADAPTER))
         except OSError:
             return row
     return replace(row, stats=row.stats | {BYTES: Stat(fmean(sizes), None, row.n)})
@@ -115,17 +115,9 @@ def _comparable_group(table: Table, row: Row) -> tuple[Any, ...]:
     return row.data, record["choices"].get("model"), str(selection)
 
 
-def _selection_curve(folder: Path) -> list[tuple[int, float]]:
+def _selection_curve(folder: Path) -> list[tuple[float, float]]:
     """Return step and MCC of each evaluation of the selection split."""
-    points = []
-    with suppress(OSError, ValueError):
-        for evaluation in untrusted.read_json_lines(folder / "metrics.jsonl"):
-            metrics = evaluation.get("metrics")
-            mcc = as_number(metrics.get("mcc")) if isinstance(metrics, dict) else None
-            step = as_number(evaluation.get("step"))
-            if evaluation.get("split") == "selection" and mcc is not None and step is not None:
-                points.append((int(step), float(mcc)))
-    return sorted(points)
+    return selection_curve(folder / METRICS_FILE, "mcc")
 
 
 def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
@@ -136,7 +128,7 @@ def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
         cost = table.records[folder]["cost"]
         if reached is None or not _positive(cost.get("steps")) or not _positive(cost.get("train_flops")):
             return row
-        values_by_column[STEPS].append(float(reached))
+        values_by_column[STEPS].append(reached)
         for name, unit in ((FLOPS, "flops"), (SECONDS, "seconds")):
             if _positive(cost.get(f"train_{unit}")):
                 values_by_column[name].append(cost_up_to(cost, unit, reached))

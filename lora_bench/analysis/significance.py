@@ -184,7 +184,7 @@ class _Pair:
             "p_bootstrap": [
                 statistics.paired_bootstrap(labels, a.predicted, b.predicted, measure).p for a, b in seed_pairs
             ],
-            "p_mcnemar": [statistics.mcnemar(a.right, b.right).p for a, b in seed_pairs],
+            "p_mcnemar": [statistics.mcnemar(a.correct, b.correct).p for a, b in seed_pairs],
         }
 
 
@@ -234,7 +234,7 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair
                 pair.append(predictions)
         if len(pair) == 2:
             reference = pairs[0][0] if pairs else pair[0]
-            if all(reference.same_examples(predictions) for predictions in pair):
+            if all(reference.has_same_examples(predictions) for predictions in pair):
                 pairs.append((pair[0], pair[1]))
             else:
                 reason = f"predictions of other examples than the baseline: {ours[seed]}"

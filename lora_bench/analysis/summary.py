@@ -12,10 +12,12 @@ from lora_bench.analysis.baseline import add_verdicts
 from lora_bench.analysis.columns import STRESS_COLUMNS, has_column
 from lora_bench.analysis.experiments import (
     OUTSIDE_THE_EXPERIMENT,
+    REQUEST_LIMITS,
     RecordedRun,
     all_keys,
     check_key,
     describe_run,
+    differs,
     group_runs,
     is_implied,
     keep_newest_per_seed,
@@ -27,11 +29,11 @@ from lora_bench.analysis.table import Column, Missing, Row, Stat, Table
 from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.errors import Code, UserError
 from lora_bench.files.atomic_io import write
-from lora_bench.records import prompted
-from lora_bench.records.backfill import with_equal_keys
-from lora_bench.records.evaluations import left_out_notes, with_evaluations
-from lora_bench.records.run_folder import altered_notes, find, is_killed, last_logged
-from lora_bench.records.task_folders import by_task
+from lora_bench.records import metrics_log, sweep_folder
+from lora_bench.records.backfill import align_configs
+from lora_bench.records.evaluations import add_evaluations, unreadable_notes
+from lora_bench.records.run_folder import METRICS_FILE, altered_notes, find_runs, is_killed, is_prompted
+from lora_bench.records.task_folders import split_by_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -65,10 +67,10 @@ KEEP = (
 
 def write_tables(folder: Path, baseline: str | None = None) -> None:
     """Write `table.md` and `table.csv` of a finished sweep into its folder; nothing if it has no runs."""
-    if find([folder])[0]:
+    if find_runs([folder])[0]:
         table = summarise([folder], baseline=baseline)
-        write(folder, "table.md", to_markdown(table).encode())
-        write(folder, "table.csv", to_csv(table).encode())
+        write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
+        write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
 
 
 def summarise(
@@ -92,9 +94,9 @@ def summarise(
     Raises:
         UserError: a path does not exist, there are no runs, or a key or baseline is unknown.
     """
-    runs_found, skipped = find(paths)
-    runs_found, unread_tasks = by_task(runs_found)
-    runs_found = [(folder, with_evaluations(folder, record)) for folder, record in with_equal_keys(runs_found)]
+    runs_found, skipped = find_runs(paths)
+    runs_found, unread_tasks = split_by_task(runs_found)
+    runs_found = [(folder, add_evaluations(folder, record)) for folder, record in align_configs(runs_found)]
     if not runs_found:
         skipped_note = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
@@ -111,10 +113,9 @@ def summarise(
         hidden = {run.folder for run in finished} - {run.folder for run in reporting}
         all_runs, finished = [run for run in all_runs if run.folder not in hidden], reporting
     keys = [key for key in all_keys(all_runs) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
-    keys = [key for key in keys if key not in prompted.OUTSIDE_THE_EXPERIMENT]
+    keys = [key for key in keys if key not in REQUEST_LIMITS]
     runs = keep_newest_per_seed(finished, keys)
-    described = [(run.record, run.tokens) for run in runs]
-    varying = [key for key in keys if prompted.differs(key, described)]
+    varying = [key for key in keys if differs(key, runs)]
     shown_keys = [key for key in varying if not is_implied(key, varying, runs)]
     if by is None:
         groups, shown_keys = (
@@ -135,7 +136,7 @@ def summarise(
     # A row of `--by` may have several experiments, so it has no interval over seeds.
     interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
     columns = [*(Column(key, "key") for key in shown_keys), *metrics.values(), *interval, *costs.values()]
-    notes = _caveats(rows, runs, len(finished) - len(runs), splits) + left_out_notes(run.record for run in runs)
+    notes = _caveats(rows, runs, len(finished) - len(runs), splits) + unreadable_notes(run.record for run in runs)
     notes += altered_notes((run.folder, run.record) for run in all_runs)
     if n_hidden:
         notes.append(f"{n_hidden} runs that only chose a learning rate (data.report=false) are not shown")
@@ -266,10 +267,10 @@ def _unfinished(run: RecordedRun) -> Missing:
         reason = record["error"] or "no reason recorded"
         return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", overrides)
     reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
-    logged = last_logged(run.folder) or {}
+    logged = metrics_log.last_line(run.folder / METRICS_FILE) or {}
     metrics = logged.get("metrics")
     mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
     if isinstance(mcc, float):
         reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-    remedy = "run the same command again" if prompted.is_prompted(record) else f"resume it with resume={run.folder}"
+    remedy = "run the same command again" if is_prompted(record) else f"resume it with resume={run.folder}"
     return Missing(status, run.folder, f"{reason}; its process has ended: {remedy}" if killed else reason, overrides)

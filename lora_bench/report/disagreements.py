@@ -64,7 +64,7 @@ def disagreements(block: Block, split: str) -> Markup | None:
             str(int(reference.labels[i])),
             f"{runs[0].predictions.scores[i]:.4f}",
             f"{runs[1].predictions.scores[i]:.4f}",
-            runs[0].name if runs[0].predictions.right[i] else runs[1].name,
+            runs[0].name if runs[0].predictions.correct[i] else runs[1].name,
         ]
         for i in shown_rows
     ]
@@ -121,7 +121,7 @@ def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
             if predictions_of_run is None:
                 continue
             reference = candidates[0].predictions if candidates else predictions_of_run
-            if reference.same_examples(predictions_of_run):
+            if reference.has_same_examples(predictions_of_run):
                 seed = record["config"].get("seed")
                 candidates.append(
                     _Candidate(
@@ -138,10 +138,10 @@ def _compare_pair(one: Predictions, other: Predictions) -> tuple[int, int, int, 
 
     The examples to show are at most `SHOWN` of the first two groups, with the largest difference of scores first.
     """
-    only_one, only_other = one.right & ~other.right, other.right & ~one.right
+    only_one, only_other = one.correct & ~other.correct, other.correct & ~one.correct
     differing = np.flatnonzero(only_one | only_other)
     farthest = np.argsort(-np.abs(one.scores[differing] - other.scores[differing]), kind="stable")[:SHOWN]
-    neither = int((~one.right & ~other.right).sum())
+    neither = int((~one.correct & ~other.correct).sum())
     return int(only_one.sum()), int(only_other.sum()), neither, differing[farthest].tolist()
 
 

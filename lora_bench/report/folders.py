@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_bench.files import untrusted
-from lora_bench.files.untrusted import as_number
 from lora_bench.records import evaluations
 
 if TYPE_CHECKING:
@@ -16,22 +13,9 @@ if TYPE_CHECKING:
     from lora_bench.records.evaluations import Evaluation
 
 
-def curve(folder: Path, metric: str) -> list[tuple[float, float]]:
-    """Return step and value of a metric at each evaluation of the selection split."""
-    points = {}
-    with suppress(OSError, ValueError):
-        for line in untrusted.read_json_lines(folder / "metrics.jsonl"):
-            metrics = line.get("metrics")
-            step = as_number(line.get("step"))
-            value = as_number(metrics.get(metric)) if isinstance(metrics, dict) else None
-            if line.get("split") == "selection" and step is not None and value is not None:
-                points[float(step)] = float(value)
-    return sorted(points.items())
-
-
 def evaluations_by_name(folder: Path) -> dict[str, Evaluation]:
     """Return the later evaluations of a run (`lora-bench eval`) by name."""
     return {
         name: replace(evaluation, metrics={key: float(value) for key, value in evaluation.metrics.items()})
-        for name, evaluation in evaluations.evaluations(folder).items()
+        for name, evaluation in evaluations.read_evaluations(folder).items()
     }

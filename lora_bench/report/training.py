@@ -10,8 +10,9 @@ import numpy as np
 
 from lora_bench.analysis.savings import cost_up_to
 from lora_bench.console.format import clean
-from lora_bench.records import predictions
-from lora_bench.report import axes, folders
+from lora_bench.records import metrics_log, predictions
+from lora_bench.records.run_folder import METRICS_FILE
+from lora_bench.report import axes
 from lora_bench.report.axes import Axis
 from lora_bench.report.charts import SERIES, Chart, legend, series_class, svg_image
 from lora_bench.report.html import Content, Markup, element, figure, join, pluralise, table
@@ -44,7 +45,10 @@ def curves(block: Block) -> Markup | None:
     curves_by_entry: dict[int, list[_Curve]] = {}
     all_drawn = len(block.entries) <= SERIES
     for entry in block.entries if all_drawn else block.chosen:
-        lines = [(thin_out(folders.curve(folder, metric)), record["cost"]) for folder, record in entry.runs[:CURVES]]
+        lines = [
+            (thin_out(metrics_log.selection_curve(folder / METRICS_FILE, metric)), record["cost"])
+            for folder, record in entry.runs[:CURVES]
+        ]
         curves_by_entry[entry.number] = [(line, cost) for line, cost in lines if len(line) > 1]
     drawn_entries = [entry for entry in (block.entries if all_drawn else block.chosen) if curves_by_entry[entry.number]]
     if not drawn_entries:

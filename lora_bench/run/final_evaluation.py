@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,8 +13,9 @@ from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import mean_metrics, score
 from lora_bench.evaluation.stress_splits import score_stress_splits
-from lora_bench.records.run_folder import Run, adapter_folders
-from lora_bench.records.task_folders import folder_of
+from lora_bench.records import metrics_log
+from lora_bench.records.run_folder import METRICS_FILE, Run, adapter_folders
+from lora_bench.records.task_folders import TASKS, task_folder
 from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def report_tasks(run: Run, learned: Mapping[str, TrainedTask], sections: Mapping
         sections: by task, what its record says besides.
     """
     run.check()
-    shutil.rmtree(run.folder / "tasks", ignore_errors=True)  # of a process that was stopped here
+    shutil.rmtree(run.folder / TASKS, ignore_errors=True)  # of a process that was stopped here
     of_tasks: dict[str, dict[str, Any]] = {}
     chosen: dict[str, Any] = {}
     for name, each in learned.items():
@@ -146,9 +146,8 @@ def _begun(run: Run, task: str) -> Run:
     config = {key: value for key, value in asked["config"].items() if key != "tasks"}
     config["data"] = asked["config"]["tasks"][task]
     choices = asked["choices"] | {"data": task}
-    own = Run.claim(folder_of(run.folder, task), choices=choices, config=config, overrides=asked["overrides"])
-    for text in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    own = Run.claim(task_folder(run.folder, task), choices=choices, config=config, overrides=asked["overrides"])
+    for line in metrics_log.read_lines(run.folder / METRICS_FILE):
         if line["split"] == f"selection/{task}":
             own.log(line | {"split": "selection"})
     return own

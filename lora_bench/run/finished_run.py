@@ -65,7 +65,7 @@ class FinishedRun:
             UserError: there is no finished run, its backbone cannot be had or is another one, or its files are damaged.
         """
         finished = folder if isinstance(folder, FinishedRecord) else FinishedRecord.read(folder)
-        finished = finished.relocated(model_path, tokenizer)
+        finished = finished.relocate(model_path, tokenizer)
         experiment = Experiment.of_finished(finished)
         adapters = adapter_folders(finished.folder, finished.members)
         if not experiment.adapter.trains_backbone:

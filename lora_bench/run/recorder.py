@@ -17,7 +17,7 @@ from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, 
 from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
 from lora_bench.run.final_evaluation import TrainedTask, report_tasks
-from lora_bench.tracking.base import TrackedRun, follow
+from lora_bench.tracking.base import TrackedRun, track_run
 from lora_bench.training.distributed import ALONE, Processes
 from lora_bench.training.member_run import isolate_failure
 from lora_bench.training.prediction import predict
@@ -99,13 +99,13 @@ class Recorder:
         newest = run.resumed_from[0] if run.resumed_from else None
         if job.sweep:
             job.sweep.check()
-        differences = _refuse_other_inputs(job.begun.record, inputs) if job.begun else []
-        record = run.record = job.begun or Run.claim(
+        differences = _refuse_other_inputs(job.resumed.record, inputs) if job.resumed else []
+        record = run.record = job.resumed or Run.claim(
             job.folder, choices=job.choices, config=job.config, overrides=job.overrides
         )
         for folder in run.folders:
             folder.check = record.check
-        if job.begun:
+        if job.resumed:
             record.rewind(newest.step if newest else 0)
         notes = [note for preparation in run.preparations for note in preparation.notes]
         warnings = [*inputs.described["warnings"], *inputs.backbone.notes, *notes, *differences]
@@ -115,7 +115,7 @@ class Recorder:
             targets=run.ranks(),
             environment=self._environment(record.record["environment"], newest.step if newest else None),
         )
-        run.record = follow(record, run.experiment.trackers if self.processes.leads else {}, self.console)
+        run.record = track_run(record, run.experiment.trackers if self.processes.leads else {}, self.console)
 
     def _environment(self, before: Mapping[str, Any], resumed_at: int | None) -> dict[str, Any]:
         """Describe the environment of the coming steps, and of a resumed run's earlier steps where it differs."""
@@ -189,7 +189,7 @@ class Recorder:
         """Record how a run ended; a traceback goes to its log."""
         record, run.record = run.record, None
         assert record is not None
-        if run.progress.status == "stopped":
+        if run.progress.status == "eliminated":
             with isolate_failure(run.progress):
                 self._close_eliminated(run, record)
                 return
@@ -210,11 +210,11 @@ class Recorder:
     def _close_eliminated(self, run: PackedRun, record: Run) -> None:
         """Record that halving eliminated a run: it reports nothing, and can be resumed."""
         steps = run.progress.steps
-        reason = f"stopped by pack.halving at step {steps}: others had a better selection MCC"
+        reason = f"eliminated by pack.halving at step {steps}: others had a better selection MCC"
         record.update(selection={"stopped_at_step": steps})
-        record.finish("interrupted", reason)
+        record.finish("eliminated", reason)
         name, command = run.job.title.partition(":")[0], f"lora-bench train {argument('resume', record.folder)}"
-        self.console.print(shown(f"{name}: {reason}; go on with it: {command}"))
+        self.console.print(shown(f"{name}: {reason}; resume it with: {command}"))
 
     def _fail(self, error: Exception) -> None:
         """Close the runs that have not ended: what they share has failed."""

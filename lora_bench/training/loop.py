@@ -183,11 +183,11 @@ class PackTraining:
             self.save(step, active, needed=signal is not None or bool(losing))
             losing = [member for member in losing if member.is_running]
             for member in losing:
-                member.progress.status = "stopped"
+                member.progress.status = "eliminated"
             self.end(losing)
             if self.interruption and signal is not None:
                 self.interruption.act(signal)
-            self.end(member for member in active if member.progress.status not in ("running", "stopped"))
+            self.end(member for member in active if member.progress.status not in ("running", "eliminated"))
         remaining = self.running()
         for member in remaining:
             member.progress.status = "done"

@@ -33,7 +33,7 @@ class MemberProgress:
     """How far one member has come, and the best that it reached."""
 
     status: str = "running"
-    """`done`, `diverged` when its loss, gradient or scores ceased to be finite, `failed`, or `stopped` by halving."""
+    """`done`, `diverged` when its loss, gradient or scores became not finite, `failed`, or `eliminated` by halving."""
     error: Exception | None = None
     """Why it diverged or failed."""
     best: dict[str, Any] | None = None

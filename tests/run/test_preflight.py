@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lora_bench.errors import Code
-from lora_bench.records.resume import place
+from lora_bench.records.resume import resolve_folder
 from tests.command_line import lora_bench, refused, refuses, toy_run
 
 WRONG = [
@@ -147,11 +147,11 @@ def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
     begun("older", "2026-01-01T00:00:00.000+00:00")
     newest = begun("newest", "2026-01-02T00:00:00.000+00:00")
     other = begun("other", created)
-    assert place("last", Path("outputs")) == newest
+    assert resolve_folder("last", Path("outputs")) == newest
     for folder in (newest, newest.with_name("older")):
         (folder / "run.json").unlink()
     with refuses(Code.NOT_FOUND, key="resume") as caught:
-        place("last", Path("outputs"))
+        resolve_folder("last", Path("outputs"))
     assert (caught.value.value, caught.value.file) == ("last", other)
     assert f"resume={other}" in str(caught.value)
 
@@ -159,7 +159,7 @@ def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
 def test_moments_are_compared_and_not_texts(in_tmp: Path) -> None:
     begun("a", "2026-01-02T00:30:00.000+02:00")
     newest = begun("b", "2026-01-01T23:00:00.000+00:00")
-    assert place("last", Path("outputs")) == newest
+    assert resolve_folder("last", Path("outputs")) == newest
 
 
 # -- hydra.job.chdir --
