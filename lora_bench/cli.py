@@ -173,17 +173,17 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     from lora_bench.config.compose import compose
     from lora_bench.config.hydra_errors import translated
     from lora_bench.errors import quoted
-    from lora_bench.records.resume import arguments_of_sweep, place
-    from lora_bench.records.sweep_folder import FILE, is_sweep
+    from lora_bench.records.resume import resolve_folder, sweep_arguments
+    from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
-    folder = place(resume, Path("outputs"))
+    folder = resolve_folder(resume, Path("outputs"))
     if is_sweep(folder):
         try:
-            recorded = arguments_of_sweep(parsed, folder)
+            recorded = sweep_arguments(parsed, folder)
             with translated(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
                 compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
         except UserError as error:
-            error.file = error.file or folder / FILE
+            error.file = error.file or folder / SWEEP_FILE
             raise
         return recorded
     if parsed.multirun:
@@ -196,7 +196,7 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
 def _train(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from lora_bench.records.job import Job, following, is_done
+    from lora_bench.records.job import Job, follower_folder, is_done
     from lora_bench.records.run_folder import discard
     from lora_bench.run.preflight import check_train
 
@@ -210,10 +210,10 @@ def _train(cfg: DictConfig) -> None:
         return
     job = None
     beside = Launch.read().rank > 0  # torchrun: the leading process alone writes and prints
-    with following(cfg, folder) if beside else nullcontext(folder) as own:
+    with follower_folder(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)
-            check_train(job.cfg, resumed=job.begun is not None)
+            check_train(job.cfg, resumed=job.resumed is not None)
             if cfg.dry_run:
                 from lora_bench.sweeps import cost_estimate  # torch: late
 
@@ -228,8 +228,8 @@ def _train(cfg: DictConfig) -> None:
                 error.add_note(f"the traceback is in {own / 'run.log'}")
             raise
         finally:
-            if job is not None and job.begun:
-                job.begun.release()
+            if job is not None and job.resumed:
+                job.resumed.release()
     if cfg.dry_run:
         discard(folder)
 

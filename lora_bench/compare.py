@@ -1,9 +1,9 @@
 """`lora-bench compare`: the runs below some folders as one table, best first.
 
-Runs whose configs are equal but for the seed are one row: mean, standard deviation and n over the seeds. The first
-columns are what varies between rows, named as in the config: a header pasted into the shell is a valid override.
-What only follows from a choice that varies (`model.hub_id` from `model`) is left out. Runs on different data are never
-averaged.
+Runs whose configurations are equal except for the seed are one row: mean, standard deviation and n over the seeds. The
+first columns are the keys that vary between rows, named as in the configuration: a header pasted into the shell is a
+valid override. A key that only follows from a choice that varies (`model.hub_id` from `model`) has no column. Runs on
+different data are never averaged.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.significance import MARGIN
-from lora_bench.analysis.summary import MAIN_METRICS, summarise
+from lora_bench.analysis.summary import summarise
 from lora_bench.analysis.terminal import render
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.console.format import clean
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, write_output
@@ -27,31 +28,34 @@ if TYPE_CHECKING:
 
 
 FORMATS = {"csv": to_csv, "md": to_markdown, "latex": to_latex, "json": to_json}
+"""Formats of `--format` besides `table`."""
 
 
 def main(arguments: list[str]) -> int:
-    """The command: prints the table, and returns 0 also when runs have failed.
+    """Run the command: print the table, or write the page; return 0 also if runs have failed.
 
     Raises:
-        UserError: an unknown argument, folder or key, or no runs.
+        UserError: an argument, folder or key is unknown, or there are no runs.
     """
     options = _parser().parse_args(arguments)
     folders = [Path(folder) for folder in options.folders or ["outputs"]]
     if options.html is not None and options.measure != "mcc":
         raise UserError(
-            "goes with tables: the page is about MCC", key="--measure", value=options.measure, code=Code.CONFLICT
+            "applies to tables only: the page shows MCC", key="--measure", value=options.measure, code=Code.CONFLICT
         )
     if options.html is not None:
         check_output(options.html, "--html", make_folders=True)
-    asked = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target")}
-    table = summarise(folders, **asked)
+    settings = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target")}
+    table = summarise(folders, **settings)
     if options.anchors:
-        from lora_bench.analysis.published import with_anchors
+        from lora_bench.analysis.published import add_published_results
 
         if options.format in ("csv", "json") and options.html is None:
-            remedy = "csv and json hold the runs alone; take --format table, md or latex."
-            raise UserError("are shown for people only", key="--anchors", remedy=remedy, code=Code.CONFLICT)
-        table = with_anchors(table)
+            remedy = "csv and json contain runs only; use --format table, md or latex."
+            raise UserError(
+                f"cannot be used with --format {options.format}", key="--anchors", remedy=remedy, code=Code.CONFLICT
+            )
+        table = add_published_results(table)
     if options.html is not None:
         return _write_page(table, options.html, options.margin)
     if options.format == "table":
@@ -61,12 +65,13 @@ def main(arguments: list[str]) -> int:
         return 0
     print(FORMATS[options.format](table), end="")
     if options.format in ("csv", "json"):
-        for line in table.below:
+        for line in table.footnotes:
             print(clean(line), file=sys.stderr)
     return 0
 
 
 def _write_page(table: Table, file: Path, margin: float) -> int:
+    """Write the page of `--html` to a file and return 0."""
     from lora_bench.report import page  # late: numpy
 
     write_output(file, page(table, margin).encode(), "--html", make_folders=True)
@@ -75,13 +80,16 @@ def _write_page(table: Table, file: Path, margin: float) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that reports errors as `UserError`."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(
-            message, key="compare", remedy="`lora-bench compare --help` lists what there is.", code=Code.INVALID_SYNTAX
+            message, key="compare", remedy="`lora-bench compare --help` lists the arguments.", code=Code.INVALID_SYNTAX
         )
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
     parser = _Parser(
         prog="lora-bench compare",
         description="One table of all runs at or below the folders, best first: a row per experiment, mean ± sample "
@@ -102,40 +110,45 @@ def _parser() -> argparse.ArgumentParser:
         help="table (default) for people; csv and json with raw numbers; md and latex to paste",
     )
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with verdicts, figures and all tables; it opens offline"
+        "--html", type=Path, metavar="FILE", help="write a page with verdicts, charts and all tables; it opens offline"
     )
     parser.add_argument(
         "--baseline",
         metavar="NAME",
-        help="what the other rows are tested against: full, adapter=lora,adapter.rank=8, or a run's folder (default: "
-        "full fine-tuning, else plain LoRA, else the row best on selection)",
+        help="the row that the others are tested against: full, adapter=lora,adapter.rank=8, or a run's folder "
+        "(default: full fine-tuning, else plain LoRA, else the row best on selection)",
     )
     parser.add_argument(
         "--margin",
         type=_fraction,
         default=MARGIN,
         metavar="DIFFERENCE",
-        help=f"a difference up to this is indistinguishable (default: {MARGIN:g}, one point)",
+        help=f"the largest difference that counts as equivalent (default: {MARGIN:g}, one point)",
     )
     parser.add_argument(
         "--measure",
         choices=MAIN_METRICS,
         default="mcc",
-        help="what is tested (default: mcc; decide by one that was named before)",
+        help="the metric to test (default: mcc; name it before you see the results)",
     )
     parser.add_argument(
         "--target",
         type=_fraction,
         metavar="MCC",
-        help="count steps and FLOPs up to this selection MCC (default: what full fine-tuning ends with)",
+        help="count steps and FLOPs up to this selection MCC (default: the final one of full fine-tuning)",
     )
     parser.add_argument(
-        "--anchors", action="store_true", help="show published figures beside runs on GLUE's QQP dev set"
+        "--anchors", action="store_true", help="show published results beside runs on GLUE's QQP dev set"
     )
     return parser
 
 
 def _fraction(text: str) -> float:
+    """Return an argument as a number between 0 and 1, ends excluded.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not such a number.
+    """
     try:
         value = float(text)
     except ValueError:

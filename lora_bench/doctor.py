@@ -1,4 +1,4 @@
-"""`lora-bench doctor`: what is installed, what this machine computes fast, and which backbones can be had here."""
+"""`lora-bench doctor`: installed packages, devices and precisions of this machine, and the backbones it has."""
 
 from __future__ import annotations
 
@@ -24,48 +24,52 @@ EXTRAS = {
     "tracking=mlflow": ("mlflow", "mlflow"),
     "hydra/launcher=slurm": ("submitit", "slurm"),
 }
-"""What needs a package that is not always there: the package, and the extra that installs it."""
+"""Features that need an optional package: the name of the package, and the extra that installs it."""
 
 
 def run_doctor(console: Console) -> None:
-    """Print versions, devices, precisions, backbones and folders; what is missing comes with its remedy."""
+    """Print versions, devices, precisions, backbones and folders, and how to install what is missing."""
     import torch
 
     from lora_bench.files.cache import cache_folder
     from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
 
-    found = environment.describe()
+    described = environment.describe()
     device = resolve_device("auto")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
-    rows = [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows = [(name, version or "not installed") for name, version in described["versions"].items()]
     rows += [
-        ("platform", found["platform"]),
-        ("cpu", f"{found['cpu']}, {found['cpu_count']} cores, torch uses {torch.get_num_threads()} threads"),
+        ("platform", described["platform"]),
+        ("cpu", f"{described['cpu']}, {described['cpu_count']} cores, torch uses {torch.get_num_threads()} threads"),
         ("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "none usable"),
         ("fast bf16", "yes" if has_fast_bf16(device) else "no: trainer.precision=auto means fp32 here"),
         ("trainer.device=auto", str(device)),
         ("trainer.precision=auto", str(resolve_precision("auto", device)).removeprefix("torch.")),
         ("LORA_BENCH_BACKBONES", _backbones()),
-        ("hub", "switched off by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "asked when needed"),
+        ("hub", "disabled by HF_HUB_OFFLINE=1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "used when needed"),
         ("token cache", str(cache_folder())),
         (
             "peft",
-            "installed" if importlib.util.find_spec("peft") else "not installed: needed only to read adapters back",
+            "installed"
+            if importlib.util.find_spec("peft")
+            else "not installed: needed only to load adapters with PEFT",
         ),
     ]
-    rows += [(what, _extra(package, extra)) for what, (package, extra) in EXTRAS.items()]
+    rows += [(feature, _extra(package, extra)) for feature, (package, extra) in EXTRAS.items()]
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     console.print(table)
 
 
 def _extra(package: str, extra: str) -> str:
+    """Return whether a package is installed, or how to install it."""
     return "ready" if importlib.util.find_spec(package) else f"missing: pip install 'lora-bench[{extra}]'"
 
 
 def _backbones() -> str:
+    """Return the folder of local backbones and the names of those in it."""
     root = os.environ.get("LORA_BENCH_BACKBONES")
     if not root:
         return "not set: model=roberta_mini and model=t5_mini need it"
-    found = sorted(path.parent.name for path in Path(root).glob("*/config.json"))
-    return f"{root}: {', '.join(found) or 'no backbone below it'}"
+    names = sorted(path.parent.name for path in Path(root).glob("*/config.json"))
+    return f"{root}: {', '.join(names) or 'no backbone below it'}"

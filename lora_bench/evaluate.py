@@ -29,11 +29,11 @@ from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, score
-from lora_bench.evaluation.stress_splits import describe, perturbations, score_besides
+from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_transforms, score_stress_splits
 from lora_bench.files.paths import check_folder
-from lora_bench.records.backfill import model_places
+from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
-from lora_bench.records.run_folder import Run, discard, file_name
+from lora_bench.records.run_folder import EVALUATIONS, Run, discard, file_name
 from lora_bench.run.finished_run import FinishedRun
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
@@ -77,7 +77,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     data = build.build_data(cfg.data)
     metrics = build.build_metrics(cfg.metric)
     check_metrics(metrics)
-    perturbations(data)
+    resolve_transforms(data)
     require(data.augment is None, "data.augment", data.augment, "goes with lora-bench train", code=Code.CONFLICT)
     reason = "goes with lora-bench train: a run is scored on one data set at a time"
     require(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
@@ -110,14 +110,14 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             values |= score_calibrated(scores, split.labels, subject.calibration)
         if subject.member_calibrations:
             values |= score_members(of_members, split.labels, metrics, subject.member_calibrations)
-        values |= score_besides(
+        values |= score_stress_splits(
             data,
             split,
             scores,
             lambda examples: subject.scored(examples, False).mean(axis=0),
             seen=subject.seen,
             metrics=metrics,
-            tell=lambda line: console.print(shown(line)),
+            log=lambda line: console.print(shown(line)),
         )
         found |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
@@ -144,12 +144,12 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
     if len(data.text_columns) != len(finished.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns, code=Code.MISMATCH)
-    check_folder(finished.folder / "evaluations", "run")
+    check_folder(finished.folder / EVALUATIONS, "run")
     return finished
 
 
 def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
-    run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
+    run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
     for note in run.notes:
         console.print(shown(f"note: {note}"))
     return _Subject(

@@ -17,7 +17,7 @@ from lora_bench.backbones.load import public_location
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
-from lora_bench.records.backfill import model_places
+from lora_bench.records.backfill import model_paths
 from lora_bench.run.finished_run import FinishedRun
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     require_one_of("format", str(cfg.format), ("peft", "merged"))
     _refuse_taken(output)
     check_folder(output, "output")
-    places = model_places(cfg.model)
+    places = model_paths(cfg.model)
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
     for note in run.notes:
         console.print(shown(f"note: {note}"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from lora_bench.evaluation.calibration import calibrated
-from lora_bench.evaluation.ensemble import spread
+from lora_bench.evaluation.calibration import apply_temperature
+from lora_bench.evaluation.ensemble import member_spread
 from lora_bench.run.finished_run import FinishedRun
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def run_predict(request: PredictionRequest) -> None:
         print(f"note: {note}", file=sys.stderr)
     scores_by_member = run.member_scores(request.examples)
     scores = scores_by_member.mean(axis=0)
-    calibrated_scores = scores if run.calibration is None else calibrated(scores, run.calibration.temperature)
+    calibrated_scores = scores if run.calibration is None else apply_temperature(scores, run.calibration.temperature)
     columns = {
         "label": (scores >= request.threshold).astype(int).tolist(),
         "score": (calibrated_scores if request.calibrated else scores).tolist(),
@@ -28,5 +28,5 @@ def run_predict(request: PredictionRequest) -> None:
     if request.uncertainty:
         columns["calibrated"] = calibrated_scores.tolist()
         if len(scores_by_member) > 1:
-            columns["spread"] = spread(scores_by_member).tolist()
+            columns["spread"] = member_spread(scores_by_member).tolist()
     request.write(columns)

@@ -26,8 +26,8 @@ from lora_bench.llm.parsing import KINDS, Answer, read_label
 from lora_bench.llm.settings import LLM, Prompt
 from lora_bench.llm.template import Messages, Template
 from lora_bench.records import environment
-from lora_bench.records.run_folder import Run, refuse_taken
-from lora_bench.tracking.base import follow
+from lora_bench.records.run_folder import Run, refuse_existing_run
+from lora_bench.tracking.base import track_run
 from lora_bench.tracking.choices import build_trackers
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class _Begin:
         run = Run.claim(self.folder, choices=self.choices, config=self.config, overrides=self.overrides)
         nothing = dict.fromkeys(("adapter", "head", "trainable", "total"))
         run.update(data=self.data, params=nothing, environment=environment.describe())
-        return follow(run, self.trackers, self.console)
+        return track_run(run, self.trackers, self.console)
 
 
 def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
@@ -202,7 +202,7 @@ def _ask(
         if dry_run:
             show_request(console, client, questions, known)
             return None
-        refuse_taken(begin.folder)  # before anything is paid for
+        refuse_existing_run(begin.folder)  # before anything is paid for
         runner.run(client.open())
         answers = _Answers(client, questions, known)
         try:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "predict": "evaluation run",
     "export": "errors console files backbones records adapters run",
     "prompt": "errors config console files data evaluation records tracking llm",
-    "compare": "errors console files analysis report",
+    "compare": "errors config console files analysis report",
     "clean": "errors console files",
     "doctor": "files records training",
     "sweeps": "errors config console files evaluation records adapters training run train",

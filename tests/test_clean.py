@@ -72,7 +72,7 @@ def test_cache_files_are_removed_and_nothing_else(folder: Path) -> None:
 def test_one_kind_is_removed_alone(folder: Path) -> None:
     answer = lora_bench("clean", "prefix")
     assert answer.code == 0
-    assert listed(answer.out)["tokens"] == (2, "4.1 kB", "left as it is")
+    assert listed(answer.out)["tokens"] == (2, "4.1 kB", "kept")
     assert (len(TOKENS.complete()), len(PREFIX.complete())) == (2, 0)
 
 

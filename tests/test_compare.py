@@ -21,7 +21,7 @@ from rich.console import Console
 
 from lora_bench.analysis.formats import _no_formula, to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.summary import summarise, write_tables
-from lora_bench.analysis.table import Column, Row, Stat, Table, value_text
+from lora_bench.analysis.table import Column, Row, Stat, Table, format_value
 from lora_bench.analysis.terminal import render
 from lora_bench.compare import main
 from lora_bench.console.format import clean, human
@@ -86,7 +86,7 @@ def test_seeds_share_a_row_with_mean_sample_std_and_n(tmp_path: Path) -> None:
     assert row.stats["mcc"].std == pytest.approx(statistics.stdev([0.5, 0.6, 0.8]))
     assert keys(table) == ["model", "adapter", "data"]
     assert values(table) == [("bert", "lora", "qqp")]
-    assert table.below == []
+    assert table.footnotes == []
     assert "0.6333 ± 0.1528" in to_markdown(table)
     # Student's t with two degrees of freedom: 4.3027 · 0.1528 / √3
     low, high = row.stats["mcc"].interval or (0, 0)
@@ -96,16 +96,16 @@ def test_seeds_share_a_row_with_mean_sample_std_and_n(tmp_path: Path) -> None:
 
 def test_later_evaluations_and_perturbed_figures_have_columns_only_where_there_are_some(tmp_path: Path) -> None:
     data = {"fingerprint": {"validation": "own"}, "rows": {"train": 100}}
-    run, plain = make(tmp_path / "a", data=data), make(tmp_path / "b", 0.4, config={"adapter.rank": 2}, data=data)
-    assert not any("perturbed" in column.name for column in summarise([plain.folder]).columns)
+    run, without = make(tmp_path / "a", data=data), make(tmp_path / "b", 0.4, config={"adapter.rank": 2}, data=data)
+    assert not any("perturbed" in column.name for column in summarise([without.folder]).columns)
     perturbed = {"perturbed/f1": 0.7, "perturbed/f1_drop": 0.1, "typo/f1": 0.6, "perturbed/mcc": 0.3, "unseen/mcc": 0.2}
-    found = {"validation/mcc": 0.123} | {f"validation/{name}": value for name, value in perturbed.items()}
-    run.write_evaluation("anything", {"metrics": found, "data": {"fingerprint": {"validation": "own"}}})
+    metrics = {"validation/mcc": 0.123} | {f"validation/{name}": value for name, value in perturbed.items()}
+    run.write_evaluation("anything", {"metrics": metrics, "data": {"fingerprint": {"validation": "own"}}})
     run.write_evaluation("paws", {"metrics": {"test/mcc": 0.05}, "data": {"fingerprint": {"test": "other"}}})
     (run.folder / "evaluations" / "bad.json").write_text("{")
     (run.folder / "evaluations" / "odd.json").write_text('{"metrics": 3}')
     table = summarise([tmp_path])
-    names = [column.name for column in table.columns if column.kind == "metric"]
+    names = [column.name for column in table.columns if column.format == "metric"]
     of_split = ["accuracy", "f1", "mcc", "perturbed/f1", "perturbed/f1_drop", "unseen/mcc"]
     assert names == [*of_split, "paws:test/mcc"]
     stats = table.rows[0].stats
@@ -124,7 +124,7 @@ def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:
     assert "| n |" not in to_markdown(table)
     assert "95 %" not in to_markdown(table)
     assert json.loads(to_json(table))[0]["mcc_low"] is None
-    (note,) = table.below
+    (note,) = table.footnotes
     assert "one seed" in note
 
 
@@ -133,7 +133,7 @@ def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path: Path) -> None
     make(tmp_path / "a", 0.1, created="2026-01-01T00:00:00+00:00")
     table = summarise([tmp_path])
     assert [(row.n, row.stats["mcc"].mean) for row in table.rows] == [(1, 0.7)]
-    assert any("repeat an experiment" in line for line in table.below)
+    assert any("repeat an experiment" in line for line in table.footnotes)
 
 
 def test_equal_numbers_of_other_types_share_a_row(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_other_data_is_another_row_though_the_config_is_the_same(tmp_path: Path,
     for table in (summarise([tmp_path]), summarise([tmp_path], by="adapter")):
         assert [row.n for row in table.rows] == [1, 1]
         assert column in keys(table)
-    warned = any("not comparable" in line for line in summarise([tmp_path]).below)
+    warned = any("not comparable" in line for line in summarise([tmp_path]).footnotes)
     assert warned == (column == "data.fingerprint")
 
 
@@ -230,7 +230,7 @@ def test_several_reported_splits_and_extra_metrics(tmp_path: Path) -> None:
     run.update(metrics={"validation/specificity": 0.7, "validation/fpr": 0.2, "test/mcc": 0.3})
     make(tmp_path / "b", 0.4, config={"seed": 1})
     table = summarise([tmp_path])
-    headers = [column.header for column in table.columns if column.kind == "metric"]
+    headers = [column.header for column in table.columns if column.format == "metric"]
     assert headers[:5] == [
         "validation/accuracy ↑",
         "validation/f1 ↑",
@@ -244,7 +244,7 @@ def test_several_reported_splits_and_extra_metrics(tmp_path: Path) -> None:
 
 def test_another_split_than_validation_is_named(tmp_path: Path) -> None:
     make(tmp_path / "t/a", None, metrics={"test/mcc": 0.3, "train/mcc": 1})
-    assert any("test split" in line for line in summarise([tmp_path / "t"]).below)
+    assert any("test split" in line for line in summarise([tmp_path / "t"]).footnotes)
     make(tmp_path / "s/a", None, metrics={"selection/mcc": 0.3})
     assert "selection/mcc" in summarise([tmp_path / "s"]).rows[0].stats
 
@@ -358,8 +358,8 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
     (tmp_path / "bad/run.json").write_text("{")
     table = summarise([tmp_path])
     assert table.rows == []
-    failed, *rest, skipped = table.below[1:]
-    assert table.below[0] == "no finished run yet"
+    failed, *rest, skipped = table.footnotes[1:]
+    assert table.footnotes[0] == "no finished run yet"
     assert clean(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
     assert failed.endswith("x…")
     expected = [
@@ -368,8 +368,8 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
         (f"running: {tmp_path}/11: ",),
         (f"killed: {tmp_path}/12: ", "resume="),
     ]
-    for line, parts in zip(rest, expected, strict=True):
-        assert all(part in line for part in parts), line
+    for line, fragments in zip(rest, expected, strict=True):
+        assert all(fragment in line for fragment in fragments), line
     assert held.lock is not None
     assert skipped.startswith(f"skipped: {tmp_path}/bad: run.json ")
     assert (to_csv(table), to_json(table)) == ("", "[]\n")
@@ -380,7 +380,7 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
 def test_dirty_code_is_flagged(tmp_path: Path) -> None:
     for seed in range(5):
         make(tmp_path / str(seed), config={"seed": seed}, environment={"dirty": seed > 0})
-    (line,) = summarise([tmp_path]).below
+    (line,) = summarise([tmp_path]).footnotes
     assert "uncommitted changes" in line
     assert "4 of 5 runs" in line
     assert line.endswith("/3 and 1 more")
@@ -407,9 +407,9 @@ def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main(["--help"])
-    assert left.value.code == 0
+    assert exit_info.value.code == 0
     assert "--by KEY" in capsys.readouterr().out
 
 
@@ -427,9 +427,9 @@ def test_each_format_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     }
     for form, start in starts.items():
         assert main([str(tmp_path), "--format", form]) == 0
-        shown = capsys.readouterr()
-        assert shown.out.startswith(start)
-        assert ("no spread" in shown.err) == (form in ("csv", "json"))
+        output = capsys.readouterr()
+        assert output.out.startswith(start)
+        assert ("no spread" in output.err) == (form in ("csv", "json"))
 
 
 def test_a_sweep_leaves_its_tables(tmp_path: Path) -> None:
@@ -448,9 +448,9 @@ def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.Cap
     table = summarise([tmp_path])
     for form in ("csv", "md", "latex", "json", "table"):
         main([str(tmp_path), "--format", form])
-        shown = capsys.readouterr()
-        assert not set(shown.out + shown.err) & {"\x1b", "\u202e"}
-        assert "[red]" in shown.out or form in ("md", "latex")
+        output = capsys.readouterr()
+        assert not set(output.out + output.err) & {"\x1b", "\u202e"}
+        assert "[red]" in output.out or form in ("md", "latex")
     markdown = to_markdown(table)
     assert "<script>" not in markdown
     assert "&lt;script&gt;\\|" in markdown
@@ -490,15 +490,15 @@ def test_csv_and_json_read_back(table: Table) -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(table)), strict=True))
     objects = json.loads(to_json(table))
     assert len(lines) == len(objects) == len(table.rows)
-    for line, found, row in zip(lines, objects, table.rows, strict=True):
+    for line, metrics, row in zip(lines, objects, table.rows, strict=True):
         stat = row.stats.get("mcc")
-        assert (found["mcc"], found["mcc_std"], found["n"]) == (
+        assert (metrics["mcc"], metrics["mcc_std"], metrics["n"]) == (
             (stat.mean, stat.std, row.n) if stat else (None, None, row.n)
         )
-        assert (float(line["mcc"]) if line["mcc"] else None) == found["mcc"]
+        assert (float(line["mcc"]) if line["mcc"] else None) == metrics["mcc"]
         for column in table.keys:
-            assert found[column.name] == row.keys.get(column.name)
-            cell = value_text(row.keys[column.name]) if column.name in row.keys else ""
+            assert metrics[column.name] == row.keys.get(column.name)
+            cell = format_value(row.keys[column.name]) if column.name in row.keys else ""
             assert line[clean(column.name)].removeprefix("'") == cell.removeprefix("'")
         assert not any(cell.startswith(("=", "@")) for cell in line.values())
 
@@ -520,10 +520,10 @@ def test_markdown_and_latex_keep_their_shape(table: Table) -> None:
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(tables(), st.sampled_from([30, 80, 200]))
 def test_the_terminal_shows_any_table_within_its_width(table: Table, width: int) -> None:
-    shown = printed(table, width)
-    assert "\x1b" not in shown
+    output = printed(table, width)
+    assert "\x1b" not in output
     if width >= 80:
-        assert max((cell_len(line) for line in shown.splitlines()), default=0) <= width
+        assert max((cell_len(line) for line in output.splitlines()), default=0) <= width
 
 
 def printed(table: Table, width: int | None) -> str:
@@ -549,17 +549,17 @@ def test_a_narrow_terminal_loses_costs_first_and_says_so(tmp_path: Path) -> None
     assert "widen the terminal" not in wide
     head = normal.splitlines()[0].split()
     assert head == ["adapter.rank", "adapter.alpha", "optimizer.lr", "f1", "↑", "mcc", "↑", "n"]
-    assert "use --format md for: accuracy, mcc 95 %, params.adapter," in normal
+    assert "md): accuracy, mcc 95 %, params.adapter," in " ".join(normal.split())
     assert narrow.splitlines()[0].split()[-3:] == ["mcc", "↑", "n"]
     assert "0.250 ± 0.071" in narrow
     assert "…" not in narrow
 
 
 def test_keys_share_a_column_where_they_leave_no_room(tmp_path: Path) -> None:
-    shown = printed(sweep(tmp_path, keys=8), 80)
-    assert "trainer.some_long_setting_4=8" in shown
-    assert "0.850 ± 0.071" in shown
-    assert "…" not in shown
+    output = printed(sweep(tmp_path, keys=8), 80)
+    assert "trainer.some_long_setting_4=8" in output
+    assert "0.850 ± 0.071" in output
+    assert "…" not in output
 
 
 def test_a_pipe_gets_all_columns_without_colours(tmp_path: Path) -> None:
@@ -629,6 +629,14 @@ def test_lone_surrogates_are_written_in_every_form(
 ) -> None:
     for name in ("a", "b"):
         make(tmp_path / name, 0.5, choices={"adapter": f"{name}\ud800"}, config={"adapter.x\udfff": f"{name}\udc80"})
-    asked = ["--html", str(tmp_path / "page.html")] if form == "html" else ["--format", form]
-    assert main([str(tmp_path), *asked]) == 0
+    arguments = ["--html", str(tmp_path / "page.html")] if form == "html" else ["--format", form]
+    assert main([str(tmp_path), *arguments]) == 0
     capsys.readouterr().out.encode()
+
+
+def test_an_eliminated_run_is_listed_with_its_reason(tmp_path: Path) -> None:
+    make(tmp_path / "0")
+    make(tmp_path / "1", None, status="eliminated", error="eliminated by pack.halving at step 2")
+    (missing,) = summarise([tmp_path]).missing
+    assert (missing.status, missing.folder) == ("eliminated", tmp_path / "1")
+    assert missing.reason == "eliminated by pack.halving at step 2"

@@ -1,12 +1,8 @@
-"""Names and kinds of the columns that a comparison shows."""
+"""Metrics of stress splits and ensemble members that a comparison has columns for."""
 
 from __future__ import annotations
 
-NAMES = {"mcc": "MCC", "f1": "F1"}
-"""Metrics that are written otherwise where people read."""
-
-
-BESIDES = {
+STRESS_COLUMNS = {
     "unseen/f1": "↑",
     "unseen/mcc": "↑",
     "perturbed/f1": "↑",
@@ -16,9 +12,12 @@ BESIDES = {
     "perturbed/order_consistency": "↑",
     "members/mcc": "↑",
 }
-"""Of a split's figures besides its own, those that have columns, and which direction is better."""
+"""Metrics with a column in addition to the main ones, named without the split; the arrow is the better direction."""
 
 
 def has_column(name: str) -> bool:
-    """Whether a figure of a split, without the split's name, is shown in tables."""
-    return "/" not in name or name in BESIDES
+    """Return whether a metric, named without its split, has a column.
+
+    Every metric of the split itself may have one; of its stress splits and members only those in `STRESS_COLUMNS`.
+    """
+    return "/" not in name or name in STRESS_COLUMNS

@@ -1,7 +1,7 @@
-"""Which runs are one experiment, and what tells experiments apart.
+"""Experiments: which runs belong to one, and which keys distinguish them.
 
-Runs whose configs are equal but for the seed are one experiment. What only follows from a choice that varies
-(`model.hub_id` from `model`) tells nothing.
+Runs whose configurations are equal except for the seed are one experiment. A key that only follows from a choice that
+varies (`model.hub_id` from `model`) distinguishes nothing.
 """
 
 from __future__ import annotations
@@ -12,41 +12,60 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.keys import _level, flat
 from lora_bench.errors import Code, UserError, nearest
+from lora_bench.records.run_folder import is_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
+"""Configuration groups, in the order of their columns."""
 
 
-# What may differ between runs of one experiment: they still belong to one row.
 OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "pack", "tracking")
+"""Groups and keys that may differ between runs of one experiment."""
 
+REQUEST_LIMITS = frozenset(
+    f"llm.{name}"
+    for name in (
+        *("api_key_env", "concurrency", "requests_per_minute", "timeout", "retries"),
+        *("max_requests", "max_cost", "input_price", "output_price"),
+    )
+)
+"""Keys of `lora-bench prompt` that limit requests and change no answer: runs that differ in them are one experiment."""
 
-# What the data turned out to be, from the record; the rest are config keys.
-DATA_FOUND = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
+NAMING_KEYS = ("model", "adapter", "prompt", "llm.model", "predictions")
+"""Keys that name a run: a table that holds both trained and prompted runs shows them."""
+
+DATA_KEYS = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
+"""Keys about the loaded data, taken from the record; all other keys are configuration keys."""
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A run by its record: what was asked for, flat, so that runs can be told apart."""
+class RecordedRun:
+    """A run's folder and record, with its keys flattened so that runs can be compared."""
 
     folder: Path
     record: dict[str, Any]
     keys: dict[str, Any]
-    """Choices, flat config, and `DATA_FOUND` (`data.fingerprint` is that of the reported splits)."""
+    """Choices, flat configuration and `DATA_KEYS` (`data.fingerprint` is that of the reported splits)."""
     tokens: dict[str, str]
-    """The same as text in which equal values are equal (16 and 16.0)."""
+    """`keys` with values as text, so that equal values have equal text (16 and 16.0)."""
 
     @property
     def data(self) -> str | None:
-        """What must be equal for two scores to be comparable."""
+        """The identity of the data, which must be equal for two scores to be comparable."""
         return self.tokens.get("data.fingerprint", self.tokens.get("data"))
 
 
-def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Recorded:
-    """A run for comparison with others; `splits` are the reported ones, by which data are told apart."""
+def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> RecordedRun:
+    """Return a run prepared for comparison with others.
+
+    Args:
+        folder: the run's folder.
+        record: its `run.json`.
+        splits: the reported splits, whose fingerprint identifies the data.
+    """
     choices = {group: record["choices"][group] for group in GROUPS if record["choices"].get(group) is not None}
     keys = choices | {key: value for key, value in flat(record["config"]) if key not in GROUPS}
     fingerprint, rows = record["data"].get("fingerprint"), record["data"].get("rows")
@@ -58,48 +77,74 @@ def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Rec
         keys["data.fingerprint"] = fingerprint
     if isinstance(rows, dict) and "train" in rows:
         keys["data.rows.train"] = rows["train"]
-    return Recorded(folder, record, keys, {key: _text(_level(value)) for key, value in keys.items()})
+    return RecordedRun(folder, record, keys, {key: _encode(_level(value)) for key, value in keys.items()})
 
 
-def experiment_of(record: dict[str, Any]) -> str:
-    """What is equal for the runs of one experiment, by what was asked for: their seeds may differ."""
-    asked = {key: _level(value) for key, value in flat(record["config"])}
-    asked = {key: value for key, value in asked.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
-    return json.dumps([record["choices"], asked], sort_keys=True)
+def experiment_key(record: dict[str, Any]) -> str:
+    """Return a text that is equal for all runs of one experiment: choices and configuration without the seed."""
+    keys = {key: _level(value) for key, value in flat(record["config"])}
+    keys = {key: value for key, value in keys.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
+    return json.dumps([record["choices"], keys], sort_keys=True)
 
 
-_text = json.JSONEncoder(sort_keys=True).encode
+_encode = json.JSONEncoder(sort_keys=True).encode
 
 
-def all_keys(runs: Sequence[Recorded]) -> list[str]:
-    """Choices first, then the config's keys by group, as the records have them."""
+def all_keys(runs: Sequence[RecordedRun]) -> list[str]:
+    """Return the keys that any run has: choices first, then configuration keys by group in the records' order."""
     keys = dict.fromkeys(key for run in runs for key in run.keys)
     order = {group: i for i, group in enumerate(GROUPS)}
     return sorted(keys, key=lambda key: (key not in GROUPS, order.get(key.split(".")[0], len(GROUPS))))
 
 
-def grouped(runs: Sequence[Recorded], keys: Sequence[str]) -> list[list[Recorded]]:
-    groups: dict[tuple[str | None, ...], list[Recorded]] = {}
+def group_runs(runs: Sequence[RecordedRun], keys: Sequence[str]) -> list[list[RecordedRun]]:
+    """Return the runs in groups with equal values of `keys`, in the order of their first runs."""
+    groups: dict[tuple[str | None, ...], list[RecordedRun]] = {}
     for run in runs:
         groups.setdefault(tuple(run.tokens.get(key) for key in keys), []).append(run)
     return list(groups.values())
 
 
-def newest_of_each_seed(runs: Sequence[Recorded], keys: Sequence[str]) -> list[Recorded]:
-    """Of runs that repeat a seed, the newest: a repetition tells nothing about the spread over seeds."""
+def keep_newest_per_seed(runs: Sequence[RecordedRun], keys: Sequence[str]) -> list[RecordedRun]:
+    """Return the runs without repetitions: of runs with equal keys and seed only the newest remains.
+
+    A repetition has no information about the spread over seeds. Runs without a seed all remain.
+    """
     newest = []
-    for group in grouped(runs, [*keys, "seed"]):
+    for group in group_runs(runs, [*keys, "seed"]):
         repeats = group if "seed" in group[0].keys else []
         newest += [max(repeats, key=lambda run: run.record["created"] or "")] if repeats else group
     return newest
 
 
-def follows(key: str, varying: Sequence[str], runs: Sequence[Recorded]) -> bool:
-    """Whether a varying key only follows from another that is shown, so that a column of its own would be noise."""
+def differs(key: str, runs: Sequence[RecordedRun]) -> bool:
+    """Return whether a table of these runs needs a column for a config key.
+
+    Trained runs, prompted runs and runs with predictions from a file have different keys. A key that some of these
+    types lack differs only if its values differ within a type. The naming keys differ wherever two types meet.
+    """
+    values_by_type: dict[tuple[bool, bool], set[str | None]] = {}
+    for run in runs:
+        type_ = (is_prompted(run.record), "predictions" in run.tokens)
+        values_by_type.setdefault(type_, set()).add(run.tokens.get(key))
+    if len(values_by_type) > 1 and key in NAMING_KEYS:
+        return True
+    values = set().union(*values_by_type.values()) - {None}
+    return len(values) > 1 or any(len(of_type) > 1 for of_type in values_by_type.values())
+
+
+def is_implied(key: str, varying: Sequence[str], runs: Sequence[RecordedRun]) -> bool:
+    """Return whether a varying key only follows from another one, so that it needs no column.
+
+    Args:
+        key: a varying key.
+        varying: all keys that vary.
+        runs: the runs of the table.
+    """
     group = key.split(".")[0]
-    if key in DATA_FOUND:
-        givers = [k for k in varying if k.split(".")[0] == "data" and k not in DATA_FOUND]
-        return bool(givers) and _is_function_of(key, givers, runs)
+    if key in DATA_KEYS:
+        determining = [k for k in varying if k.split(".")[0] == "data" and k not in DATA_KEYS]
+        return bool(determining) and _is_function_of(key, determining, runs)
     if key == "optimizer.lr" and "adapter" in varying:
         at_default = all(
             run.tokens.get(key) == run.tokens.get("adapter.default_lr", run.tokens.get(key)) for run in runs
@@ -107,17 +152,28 @@ def follows(key: str, varying: Sequence[str], runs: Sequence[Recorded]) -> bool:
         return at_default and _is_function_of(key, ["adapter"], runs)
     if key in GROUPS or group not in varying or not _is_function_of(key, [group], runs):
         return False
-    # A hyperparameter that somebody set by hand for one choice is a difference of its own.
-    by_hand = {str(text).lstrip("+~").split("=")[0] for run in runs for text in run.record["overrides"]}
-    return group in ("model", "data") or key not in by_hand
+    # A hyperparameter that somebody set for one choice is a difference in its own right.
+    overridden = {str(text).lstrip("+~").split("=")[0] for run in runs for text in run.record["overrides"]}
+    return group in ("model", "data") or key not in overridden
 
 
-def _is_function_of(key: str, givers: Sequence[str], runs: Sequence[Recorded]) -> bool:
-    return all(len({run.tokens.get(key) for run in group}) == 1 for group in grouped(runs, givers))
+def _is_function_of(key: str, determining: Sequence[str], runs: Sequence[RecordedRun]) -> bool:
+    """Return whether runs with equal values of `determining` have equal values of `key`."""
+    return all(len({run.tokens.get(key) for run in group}) == 1 for group in group_runs(runs, determining))
 
 
-def check_key(by: str, known: Sequence[str], shown: Sequence[str]) -> None:
-    if by not in known:
-        hint = nearest(by, known)
-        hint = hint if hint.startswith("Did") else f"Varying here: {', '.join(shown) or 'nothing but seeds'}."
+def check_key(by: str, keys: Sequence[str], varying: Sequence[str]) -> None:
+    """Refuse a `--by` key that no run has.
+
+    Args:
+        by: the key.
+        keys: the keys that runs have.
+        varying: the keys that vary between rows, for the message.
+
+    Raises:
+        UserError: the key is unknown.
+    """
+    if by not in keys:
+        hint = nearest(by, keys)
+        hint = hint if hint.startswith("Did") else f"Varying here: {', '.join(varying) or 'nothing but seeds'}."
         raise UserError("is not a config key of these runs", key="--by", value=by, remedy=hint, code=Code.UNKNOWN_KEY)

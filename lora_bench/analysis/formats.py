@@ -9,62 +9,69 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.table import Table, cell, visible
+from lora_bench.analysis.table import Table, format_cell, visible_columns
 from lora_bench.console.format import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def _raw(table: Table) -> Iterator[dict[str, Any]]:
-    found = next((asdict(row.finding) for row in table.rows if row.finding), {})
-    over_seeds = any(column.kind == "interval" for column in table.columns)
-    saved = dict.fromkeys(name for row in table.rows for name in row.saved or ())
+def _rows_of_values(table: Table) -> Iterator[dict[str, Any]]:
+    """Yield the raw values of each row by name: keys, n, metrics with spread and interval, costs, savings, finding."""
+    finding_fields = next((asdict(row.finding) for row in table.rows if row.finding), {})
+    over_seeds = any(column.format == "interval" for column in table.columns)
+    saved_names = dict.fromkeys(name for row in table.rows for name in row.saved or ())
     for row in table.rows:
-        line: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
-        line["n"] = row.n
+        values: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
+        values["n"] = row.n
         for column in table.columns:
-            if column.kind not in ("key", "interval"):
+            if column.format not in ("key", "interval"):
                 stat = row.stats.get(column.name)
                 mean = stat.mean if stat else None
-                line[column.name] = int(mean) if mean and column.kind != "metric" and mean.is_integer() else mean
-                if column.kind == "metric":
+                values[column.name] = int(mean) if mean and column.format != "metric" and mean.is_integer() else mean
+                if column.format == "metric":
                     low, high = (stat.interval if stat and over_seeds else None) or (None, None)
-                    line[f"{column.name}_std"] = stat.std if stat else None
-                    line |= {f"{column.name}_low": low, f"{column.name}_high": high}
-        line |= {name: (row.saved or {}).get(name) for name in saved}
-        line |= asdict(row.finding) if row.finding else dict.fromkeys(found)
-        yield line | {"runs": [str(folder) for folder in row.folders]}
+                    values[f"{column.name}_std"] = stat.std if stat else None
+                    values |= {f"{column.name}_low": low, f"{column.name}_high": high}
+        values |= {name: (row.saved or {}).get(name) for name in saved_names}
+        values |= asdict(row.finding) if row.finding else dict.fromkeys(finding_fields)
+        yield values | {"runs": [str(folder) for folder in row.folders]}
 
 
 def to_json(table: Table) -> str:
-    return json.dumps(list(_raw(table)), indent=2, allow_nan=False) + "\n"
+    """Return the table as a JSON list of objects with raw values, one per row."""
+    return json.dumps(list(_rows_of_values(table)), indent=2, allow_nan=False) + "\n"
 
 
 def to_csv(table: Table) -> str:
-    """RFC 4180 with a header row; an empty cell where there is no value, `null` where the config says null."""
+    """Return the table as CSV (RFC 4180) with a header row.
+
+    A missing value is an empty cell; a configured null is `null`. Cells cannot be read as formulas.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    lines = [{name: value for name, value in line.items() if name != "runs"} for line in _raw(table)]
+    lines = [{name: value for name, value in line.items() if name != "runs"} for line in _rows_of_values(table)]
     for line, row in zip(lines, table.rows, strict=True):
-        line |= {column.name: cell(row, column) for column in table.keys}
+        line |= {column.name: format_cell(row, column) for column in table.keys}
     if lines:
         writer.writerow(_no_formula(clean(name)) for name in lines[0])
         writer.writerows(
-            [_no_formula("" if value is None else _flat(value)) for value in line.values()] for line in lines
+            [_no_formula("" if value is None else _to_text(value)) for value in line.values()] for line in lines
         )
     return out.getvalue()
 
 
-def _flat(value: Any) -> str:
+def _to_text(value: Any) -> str:
+    """Return a value as the text of a cell; the items of a list are separated by spaces."""
     return clean(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
-# What makes a spreadsheet run a cell as a formula, in full width too.
+# Characters, also in full width, that make a spreadsheet run a cell as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def _no_formula(cell: str) -> str:
+    """Return the text of a cell; one that a spreadsheet would run as a formula gets an apostrophe in front."""
     if not cell.lstrip(" ").startswith(_FORMULA):
         return cell
     try:
@@ -75,23 +82,26 @@ def _no_formula(cell: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    below = "".join(f"- {_markdown(clean(line))}\n" for line in table.below)
-    return "\n".join(part for part in (*map(_markdown_grid, (table, *table.beside)), below) if part)
+    """Return the table, its side tables and footnotes as Markdown."""
+    footnotes = "".join(f"- {_markdown(clean(line))}\n" for line in table.footnotes)
+    return "\n".join(filter(None, [*map(_markdown_grid, (table, *table.side_tables)), footnotes]))
 
 
 def _markdown_grid(table: Table) -> str:
-    columns = visible(table)
+    """Return one table as Markdown; an empty text if it has no rows."""
+    columns = visible_columns(table)
     lines = []
     if table.rows:
         lines.append([_markdown(column.header) for column in columns])
-        lines.append(["---" if column.kind == "key" else "---:" for column in columns])
+        lines.append(["---" if column.format == "key" else "---:" for column in columns])
     for row in table.rows:
-        cells = [_markdown(cell(row, column)) for column in columns]
+        cells = [_markdown(format_cell(row, column)) for column in columns]
         lines.append([f"**{x}**" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _markdown(text: str) -> str:
+    """Return a text with Markdown's special characters escaped."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
     # An underscore inside a word (train_size) has no meaning and stays, so that the header can be pasted.
@@ -99,18 +109,18 @@ def _markdown(text: str) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A `tabular` for the booktabs package; what stands below the table comes as comments."""
-    columns = visible(table)
-    align = "".join("l" if column.kind == "key" else "r" for column in columns)
+    """Return the table and its side tables as `tabular` of the booktabs package, with footnotes as comments."""
+    columns = visible_columns(table)
+    align = "".join("l" if column.format == "key" else "r" for column in columns)
     lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
     lines += [" & ".join(_latex(column.header) for column in columns) + r" \\", r"\midrule"]
     for row in table.rows:
-        cells = [_latex(cell(row, column)) for column in columns]
+        cells = [_latex(format_cell(row, column)) for column in columns]
         cells = [rf"\textbf{{{x}}}" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    beside = [to_latex(each).rstrip("\n") for each in table.beside]
-    return "\n".join([*lines, *beside, *(f"% {clean(line)}" for line in table.below)]) + "\n"
+    side_tables = [to_latex(side_table).rstrip("\n") for side_table in table.side_tables]
+    return "\n".join([*lines, *side_tables, *(f"% {clean(line)}" for line in table.footnotes)]) + "\n"
 
 
 _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {
@@ -128,4 +138,5 @@ _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {
 
 
 def _latex(text: str) -> str:
+    """Return a text with LaTeX's special characters escaped."""
     return "".join(_LATEX.get(char, char) for char in text)

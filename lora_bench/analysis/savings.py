@@ -1,32 +1,32 @@
-"""What a row takes on disk, what it cost to reach what full fine-tuning reaches, and which cause saved how much of it.
+"""Savings: bytes on disk, the cost of reaching the MCC of full fine-tuning, and the causes of what was saved.
 
-The target is the selection MCC that full fine-tuning of the same model on the same data ends with, in its worst seed,
-or one that is given. FLOPs and seconds to target are those of the steps up to it, and all that came before the first
-step. With `trainer.stop_at` that is the whole run.
+The target is the selection MCC that full fine-tuning of the same model on the same data ends with in its worst seed, or
+a given one. FLOPs and seconds to target are those of the steps up to it, and all that came before the first step. With
+`trainer.stop_at` that is the whole run.
 
-A step of full fine-tuning is a third forward, a third gradients of inputs, a third gradients of weights. An adapter
-saves the last third; one that leaves the lowest m of L layers alone saves m / L of the second, and where what they make
-is kept, m / L of the first, less what making it once takes. What batches pad less goes by their tokens, what a
-step takes in beyond full fine-tuning's by its pairs: an objective that looks at each pair twice has twice as many. What
-is left over is what the adapter computes itself, its start with it.
+A step of full fine-tuning is one third forward pass, one third gradients of inputs, one third gradients of weights. An
+adapter saves the last third. If it leaves the lowest m of L layers unadapted, it saves m / L of the second third, and
+with a cached prefix m / L of the first, less the cost of filling the cache. Less padding saves by the share of tokens
+that are no padding. An objective that passes each pair through the model twice has twice as many pairs per step. The
+remainder is the computation of the adapter itself, its initialisation included.
 
-Seconds are FLOPs by a rate: what of the time was saved beyond the FLOPs is the precision's, where the two differ in it,
-or else the rate's: of the machine, and of small products.
+Seconds are FLOPs divided by a rate. Time saved beyond the FLOPs is attributed to the precision where it differs, else
+to the rate, which depends on the machine and on the size of its products.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import Column, Stat, Table
-from lora_bench.files import untrusted
 from lora_bench.files.untrusted import as_number
+from lora_bench.records.metrics_log import selection_curve
+from lora_bench.records.run_folder import ADAPTER, METRICS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_bench.analysis.table import Row
 
 STEPS, FLOPS, SECONDS = "steps_to_target", "flops_to_target", "seconds_to_target"
+"""Names of the columns of costs up to the target."""
 BYTES = "adapter_bytes"
 COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"), Column(SECONDS, "seconds"))
 SAVED = "FLOPs saved"
@@ -46,179 +47,188 @@ TIME_SAVED = "time saved"
 TIME_CAUSES = ("precision", "rate")
 
 
-def with_costs(table: Table, target: float | None = None) -> Table:
-    """The table with bytes on disk, steps and FLOPs to target, and what was saved against full fine-tuning.
+def add_costs(table: Table, target: float | None = None) -> Table:
+    """Return the table with bytes on disk, costs to target, and savings against full fine-tuning.
 
-    Of several rows of full fine-tuning it is the one that the verdicts are against, else the best.
+    If several rows are full fine-tuning, savings are against the baseline of the verdicts, else against the best of
+    them.
 
     Args:
         table: rows with their findings, and the records of their runs.
-        target: a selection MCC; None takes what full fine-tuning ends with, where the table has it.
+        target: a selection MCC; None takes the final MCC of full fine-tuning, where the table has such a row.
     """
-    rows = [_on_disk(row) for row in table.rows]
+    rows = [_add_bytes(row) for row in table.rows]
     full: dict[Any, int] = {}
     for i, row in enumerate(rows):
         if _choice(table, row, "adapter") == "full":
-            kind = _kind(table, row)
-            full.setdefault(kind, i)  # the best comes first
+            group = _comparable_group(table, row)
+            full.setdefault(group, i)  # the best comes first
             if row.finding and row.finding.verdict == BASELINE:
-                full[kind] = i
-    targets = {kind: target or _end(rows[i]) for kind, i in full.items()}
+                full[group] = i
+    targets = {group: target or _final_mcc(rows[i]) for group, i in full.items()}
     for i, row in enumerate(rows):
-        wanted = target or targets.get(_kind(table, row))
-        rows[i] = row if wanted is None else _to_target(table, row, wanted)
+        row_target = target or targets.get(_comparable_group(table, row))
+        rows[i] = row if row_target is None else _add_costs_to_target(table, row, row_target)
     for i, row in enumerate(rows):
-        baseline = full.get(_kind(table, row), i)
+        baseline = full.get(_comparable_group(table, row), i)
         if baseline != i and _choice(table, row, "adapter") != "full":
             rows[i] = replace(row, saved=savings(table, row, rows[baseline]))
-    found = replace(table, rows=rows, columns=[*table.columns, *COLUMNS])
+    costed = replace(table, rows=rows, columns=[*table.columns, *COLUMNS])
     ends = sorted({end for end in targets.values() if end is not None}) if target is None else [target]
     notes = [_note(rows, ends, target)] if ends else []
-    return replace(found, savings=_for_people(found), notes=table.notes + notes)
+    return replace(costed, savings=_readable_savings(costed), notes=table.notes + notes)
 
 
-def _on_disk(row: Row) -> Row:
-    """The row with the mean size of what its runs would be loaded from."""
+def _add_bytes(row: Row) -> Row:
+    """Return the row with the mean size of the folders that its runs would be loaded from."""
     sizes = []
     for folder in row.folders:
         try:
-            sizes.append(_bytes(folder / "adapter"))
+            sizes.append(_bytes(folder / ADAPTER))
         except OSError:
             return row
     return replace(row, stats=row.stats | {BYTES: Stat(fmean(sizes), None, row.n)})
 
 
 def _bytes(folder: Path | os.DirEntry[str]) -> float:
-    """Of all files in it; an ensemble has a folder for each member."""
-    with os.scandir(folder) as found:
-        return float(sum(_bytes(each) if each.is_dir() else each.stat().st_size for each in found))
+    """Return the size of all files in a folder; an ensemble has a folder for each member."""
+    with os.scandir(folder) as entries:
+        return float(sum(_bytes(entry) if entry.is_dir() else entry.stat().st_size for entry in entries))
 
 
-def _end(row: Row) -> float | None:
-    """The selection MCC that its worst seed ends with."""
-    looks = [_looks(folder) for folder in row.folders]
-    return min(each[-1][1] for each in looks) if all(looks) else None
+def _final_mcc(row: Row) -> float | None:
+    """Return the selection MCC that the row's worst seed ends with; None if a run has no evaluations."""
+    evaluations = [_selection_curve(folder) for folder in row.folders]
+    return min(evaluation[-1][1] for evaluation in evaluations) if all(evaluations) else None
 
 
 def _choice(table: Table, row: Row, group: str) -> Any:
+    """Return the choice of a configuration group that a row was made with."""
     return table.records[row.folders[0]]["choices"].get(group)
 
 
-def _kind(table: Table, row: Row) -> tuple[Any, ...]:
-    """What must be equal for the costs of two rows to be compared."""
+def _comparable_group(table: Table, row: Row) -> tuple[Any, ...]:
+    """Return a key that is equal for two rows whose costs can be compared: data, model and selection split."""
     record = table.records[row.folders[0]]
     fingerprint = record["data"].get("fingerprint")
     selection = fingerprint.get("selection") if isinstance(fingerprint, dict) else None
     return row.data, record["choices"].get("model"), str(selection)
 
 
-def _looks(folder: Path) -> list[tuple[int, float]]:
-    """Step and MCC of each look at the selection split."""
-    found = []
-    with suppress(OSError, ValueError):
-        for look in untrusted.read_json_lines(folder / "metrics.jsonl"):
-            metrics = look.get("metrics")
-            mcc = as_number(metrics.get("mcc")) if isinstance(metrics, dict) else None
-            step = as_number(look.get("step"))
-            if look.get("split") == "selection" and mcc is not None and step is not None:
-                found.append((int(step), float(mcc)))
-    return sorted(found)
+def _selection_curve(folder: Path) -> list[tuple[float, float]]:
+    """Return step and MCC of each evaluation of the selection split."""
+    return selection_curve(folder / METRICS_FILE, "mcc")
 
 
-def _to_target(table: Table, row: Row, target: float) -> Row:
-    """The row with steps, FLOPs and seconds to target, where every seed reached it and as far as its runs tell."""
-    found: dict[str, list[float]] = {STEPS: [], FLOPS: [], SECONDS: []}
+def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
+    """Return the row with steps, FLOPs and seconds to target; unchanged if a seed did not reach it or has no costs."""
+    values_by_column: dict[str, list[float]] = {STEPS: [], FLOPS: [], SECONDS: []}
     for folder in row.folders:
-        reached = next((step for step, mcc in _looks(folder) if mcc >= target), None)
+        reached = next((step for step, mcc in _selection_curve(folder) if mcc >= target), None)
         cost = table.records[folder]["cost"]
         if reached is None or not _positive(cost.get("steps")) or not _positive(cost.get("train_flops")):
             return row
-        found[STEPS].append(float(reached))
+        values_by_column[STEPS].append(reached)
         for name, unit in ((FLOPS, "flops"), (SECONDS, "seconds")):
             if _positive(cost.get(f"train_{unit}")):
-                found[name].append(up_to(cost, unit, reached))
-    stats = {name: Stat(fmean(each), None, row.n) for name, each in found.items() if len(each) == len(row.folders)}
+                values_by_column[name].append(cost_up_to(cost, unit, reached))
+    stats = {
+        name: Stat(fmean(values), None, row.n)
+        for name, values in values_by_column.items()
+        if len(values) == len(row.folders)
+    }
     return replace(row, stats=row.stats | stats)
 
 
-def up_to(cost: dict[str, Any], unit: str, step: float) -> float:
-    """FLOPs or seconds of the steps up to this one, and of what came before: looking at data, filling the prefix."""
-    before = sum(cost.get(f"{what}_{unit}") or 0.0 for what in ("prepare", "prefix_fill"))
+def cost_up_to(cost: dict[str, Any], unit: str, step: float) -> float:
+    """Return the FLOPs or seconds up to a step, including calibration batches and filling the prefix cache.
+
+    Args:
+        cost: the section of a record.
+        unit: `flops` or `seconds`.
+        step: the number of optimizer steps.
+    """
+    before = sum(cost.get(f"{phase}_{unit}") or 0.0 for phase in ("prepare", "prefix_fill"))
     return float(before + (cost[f"train_{unit}"] - before) * step / cost["steps"])
 
 
 def _positive(value: Any) -> bool:
+    """Return whether a value is a number above 0."""
     return (as_number(value) or 0) > 0
 
 
 def _note(rows: Sequence[Row], ends: Sequence[float], given: float | None) -> str:
-    what = f"{ends[0]:.4f}" if ends[0] == ends[-1] else f"{ends[0]:.4f} to {ends[-1]:.4f}, by model and data"
-    whose = "what full fine-tuning ends with in its worst seed" if given is None else "as asked"
-    missed = sum(STEPS not in row.stats for row in rows)
-    late = f"; {missed} of {len(rows)} rows did not reach it with every seed" if missed else ""
-    return f"target: selection MCC {what} ({whose}){late}"
+    """Return the note about the target and the rows that did not reach it."""
+    targets = f"{ends[0]:.4f}" if ends[0] == ends[-1] else f"{ends[0]:.4f} to {ends[-1]:.4f}, by model and data"
+    source = "full fine-tuning's final MCC in its worst seed" if given is None else "--target"
+    n_missed = sum(STEPS not in row.stats for row in rows)
+    missed_note = f"; {n_missed} of {len(rows)} rows did not reach it with every seed" if n_missed else ""
+    return f"target: selection MCC {targets} ({source}){missed_note}"
 
 
 # -- what was saved, by cause --
 
 
 def savings(table: Table, row: Row, full: Row) -> dict[str, float] | None:
-    """Shares of full fine-tuning's FLOPs that each of `CAUSES` saved, and `FLOPs saved`, their sum; negative: added.
+    """Return the shares of full fine-tuning's FLOPs that each of `CAUSES` saved, and their sum `FLOPs saved`.
 
-    And where the seconds of both are known, what `TIME_CAUSES` saved of its time, and `time saved`, all of it together.
-    Both up to the target where both reach it, else both whole runs.
+    A negative share was added. If the seconds of both rows are recorded, the shares of time that `TIME_CAUSES` saved,
+    and their sum `time saved` with the FLOPs, are included. Costs are those to target if both rows reached it, else
+    those of whole runs. None if a cost is not recorded.
     """
     to_target = STEPS in row.stats and STEPS in full.stats
-    steps, full_steps = (_cost(table, each, "steps", to_target) for each in (row, full))
-    flops, full_flops = (_cost(table, each, "train_flops", to_target) for each in (row, full))
+    steps, full_steps = (_cost(table, any_row, "steps", to_target) for any_row in (row, full))
+    flops, full_flops = (_cost(table, any_row, "train_flops", to_target) for any_row in (row, full))
     if not (flops and full_flops and steps and full_steps):
         return None
-    length, idle = steps / full_steps, _idle_layers(table, row)
-    work = length * _pairs_a_step(table, row) / _pairs_a_step(table, full)
-    filled = _mean_cost(table, row, "prefix_fill_flops")
-    used, full_used = _token_share(table, row), _token_share(table, full)
-    more_padding = used / full_used if used and full_used else 1.0  # of mine, had I padded as it did
+    steps_share, idle_share = steps / full_steps, _idle_layers(table, row)
+    pairs_share = steps_share * _pairs_a_step(table, row) / _pairs_a_step(table, full)
+    fill_flops = _mean_cost(table, row, "prefix_fill_flops")
+    token_share, full_token_share = _token_share(table, row), _token_share(table, full)
+    padding_ratio = (
+        token_share / full_token_share if token_share and full_token_share else 1.0
+    )  # of the row's cost with full's padding
     shares = {
-        "fewer steps": 1 - length,
-        "pairs a step": length - work,
-        "no weight gradients": work / 3,
-        "fewer layers": work / 3 * idle,
-        "cached prefix": work * idle / 3 - filled / full_flops if filled else 0.0,
-        "less padding": flops / full_flops * (more_padding - 1),
+        "fewer steps": 1 - steps_share,
+        "pairs a step": steps_share - pairs_share,
+        "no weight gradients": pairs_share / 3,
+        "fewer layers": pairs_share / 3 * idle_share,
+        "cached prefix": pairs_share * idle_share / 3 - fill_flops / full_flops if fill_flops else 0.0,
+        "less padding": flops / full_flops * (padding_ratio - 1),
     }
     saved = 1 - flops / full_flops
     shares |= {"the adapter itself": saved - sum(shares.values()), SAVED: saved}
-    seconds, full_seconds = (_cost(table, each, "train_seconds", to_target) for each in (row, full))
+    seconds, full_seconds = (_cost(table, any_row, "train_seconds", to_target) for any_row in (row, full))
     if seconds and full_seconds:
         time_saved = 1 - seconds / full_seconds
-        differ = _precision(table, row) != _precision(table, full)
-        shares |= dict.fromkeys(TIME_CAUSES, 0.0) | {TIME_CAUSES[not differ]: time_saved - saved}
+        precisions_differ = _precision(table, row) != _precision(table, full)
+        shares |= dict.fromkeys(TIME_CAUSES, 0.0) | {TIME_CAUSES[not precisions_differ]: time_saved - saved}
         shares[TIME_SAVED] = time_saved
     return shares
 
 
 def _mean_cost(table: Table, row: Row, key: str) -> float | None:
-    """The mean over a row's runs; None where one of them has none."""
+    """Return the mean of a cost over a row's runs; None if a run has none."""
     costs = [table.records[folder]["cost"].get(key) for folder in row.folders]
     return fmean(costs) if all(map(_positive, costs)) else None
 
 
 def _cost(table: Table, row: Row, key: str, to_target: bool) -> float | None:
-    """The mean of a cost, of the whole runs or up to the target; None where one of the runs has none."""
+    """Return the mean of a cost, of whole runs or up to the target; None if a run has none."""
     stat = row.stats.get({"steps": STEPS, "train_flops": FLOPS, "train_seconds": SECONDS}[key])
     return (stat.mean if stat else None) if to_target else _mean_cost(table, row, key)
 
 
 def _pairs_a_step(table: Table, row: Row) -> float:
-    """Those that a step goes through, a pair that it looks at twice counted twice."""
+    """Return the pairs of a step; an objective that passes a pair through the model twice counts it twice."""
     trainer = table.records[row.folders[0]]["config"].get("trainer", {})
-    looks = 1 if trainer.get("objective", "cross_entropy") in ("cross_entropy", "either_order") else 2
+    views = 1 if trainer.get("objective", "cross_entropy") in ("cross_entropy", "either_order") else 2
     size = trainer.get("batch_size", 1)
-    return float(looks * size if _positive(size) else looks)
+    return float(views * size if _positive(size) else views)
 
 
 def _token_share(table: Table, row: Row) -> float | None:
-    """The share of the tokens that were no padding; None where a run does not tell, as older ones."""
+    """Return the share of tokens that are no padding; None if a run does not record it, as older ones."""
     tokens, padding = (_mean_cost(table, row, key) for key in ("train_tokens", "train_padding_tokens"))
     if tokens is None:
         return None
@@ -226,24 +236,26 @@ def _token_share(table: Table, row: Row) -> float | None:
 
 
 def _precision(table: Table, row: Row) -> set[str]:
+    """Return the precisions of a row's runs."""
     return {str(table.records[folder]["environment"].get("precision")) for folder in row.folders}
 
 
 def _idle_layers(table: Table, row: Row) -> float:
-    """The share of the layers below the first adapted one; the highest layer is taken to be adapted."""
+    """Return the share of layers below the first adapted one; the highest adapted layer counts as the last."""
     numbers = [
-        int(found[1]) for name in table.records[row.folders[0]]["targets"] if (found := re.search(r"\.(\d+)\.", name))
+        int(match[1]) for name in table.records[row.folders[0]]["targets"] if (match := re.search(r"\.(\d+)\.", name))
     ]
     return min(numbers) / (max(numbers) + 1) if numbers else 1.0
 
 
-def _for_people(table: Table) -> Table | None:
+def _readable_savings(table: Table) -> Table | None:
+    """Return the savings as a table of texts; None if no row has any."""
     rows = [
         replace(row, keys=row.keys | {name: f"{round(share, 2) + 0.0:+.0%}" for name, share in row.saved.items()}, n=1)
         for row in table.rows
         if row.saved
     ]
-    told = {name for row in rows if row.saved for name, share in row.saved.items() if round(share, 2)}
-    names = [name for name in (*CAUSES, SAVED, *TIME_CAUSES, TIME_SAVED) if name in told or name == SAVED]
+    visible_names = {name for row in rows if row.saved for name, share in row.saved.items() if round(share, 2)}
+    names = [name for name in (*CAUSES, SAVED, *TIME_CAUSES, TIME_SAVED) if name in visible_names or name == SAVED]
     columns = [*table.keys, *(Column(name, "text", keep=i) for i, name in enumerate(names))]
     return Table(columns, rows) if rows else None

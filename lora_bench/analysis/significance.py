@@ -1,8 +1,8 @@
-"""Whether the rows of a table differ from a baseline beyond chance: paired tests on the predictions of their runs.
+"""Significance: paired tests of the rows of a table against a baseline, on the predictions of their runs.
 
-The measure is MCC unless another is asked for. Seeds that two rows share are paired, the examples are the same, and
-both are counted as chance (`stats.crossed_test`); p values are adjusted by Holm for the number of rivals that were
-tested. What cannot be tested says why. Predictions are read only here, and only of rows that are tested.
+The metric is MCC by default. Seeds that two rows share are paired, the examples are equal, and both count as chance
+(`statistics.crossed_test`). p values are adjusted by Holm for the number of rivals that were tested. A row that cannot
+be tested has the reason. Predictions are read only here, and only those of tested rows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.experiments import experiment_of
-from lora_bench.analysis.table import value_text
+from lora_bench.analysis.experiments import experiment_key
+from lora_bench.analysis.table import format_value
 from lora_bench.console.format import clean
 from lora_bench.errors import UserError
 
@@ -27,71 +27,82 @@ if TYPE_CHECKING:
     from lora_bench.records.predictions import Predictions
 
 MARGIN = 0.01
+"""Default of the largest difference that counts as equivalent."""
 ALPHA = 0.05
+"""Level of the tests."""
 BASELINE = "baseline"
+"""Words in place of a verdict: for the baseline, for rows without predictions, and for rows of one seed."""
 NOT_TESTED = "not tested"
 NO_VERDICT = "no verdict"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A row against the baseline: the row's measure minus the baseline's. What could not be found out is None."""
+    """The test of a row against the baseline: the row's metric minus the baseline's. An unknown value is None."""
 
     baseline: str
     verdict: str
-    """A word of `stats.VERDICTS` about the row; `baseline`, `no verdict` or `not tested`."""
+    """One of `statistics.VERDICTS` about the row, or `baseline`, `no verdict` or `not tested`."""
     measure: str = "mcc"
-    """Of `stats.MEASURES`."""
+    """The metric that was tested, of `MAIN_METRICS`."""
     why: str | None = None
-    """Why there is no verdict or no test."""
+    """The reason that there is no verdict or no test."""
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
-    """95 % interval of the difference, over seeds and examples."""
+    """Bounds of the 95 % interval of the difference, over seeds and examples."""
     p: float | None = None
+    """Two-sided p value of no difference, not adjusted."""
     p_holm: float | None = None
+    """`p` adjusted by Holm."""
     p_margin: float | None = None
-    """Of a true difference of the margin or more, adjusted as `p_holm`: two one-sided tests."""
+    """p value of a true difference of the margin or more (two one-sided tests), adjusted by Holm."""
     effect_size: float | None = None
-    """Mean difference over its standard deviation over seeds (Hedges), from three seeds on."""
+    """Mean difference divided by its standard deviation over seeds (Hedges), from three seeds on."""
     power: float | None = None
-    """The chance that this comparison finds a true difference of the margin, at Holm's strictest level."""
+    """Probability of detecting a true difference of the margin, at Holm's strictest level."""
     detectable: float | None = None
-    """The true difference that it finds with a chance of 80 %, at the same level."""
+    """True difference that is detected with a probability of 80 %, at the same level."""
     paired_seeds: int | None = None
     examples: int | None = None
     p_seeds: float | None = None
-    """Paired t test over seeds; the examples are taken for granted. None where no spread shows."""
+    """Paired t test over seeds, which takes the examples as fixed. None where no spread shows."""
     p_bootstrap: list[float] | None = None
     p_mcnemar: list[float] | None = None
-    """Of each seed's pair of models; the models are taken for granted. The bootstrap asks about the measure,
-    McNemar's mid-p test about accuracy."""
+    """p values of each seed's pair of models, which take the models as fixed.
+
+    The bootstrap tests the metric, McNemar's mid-p test the accuracy.
+    """
 
 
-def against(
+def compare_with_baseline(
     table: Table, baseline: Row, rivals: Sequence[Row], split: str, margin: float = MARGIN, measure: str = "mcc"
 ) -> list[Finding]:
-    """Each rival against the baseline, with p values adjusted for those that could be tested.
+    """Return the test of each rival against the baseline, with p values adjusted for the number of rivals tested.
 
     Args:
-        table: whose rows they are, with the records of their runs.
+        table: the table of these rows, with the records of their runs.
         baseline: a row on the same data as the rivals.
-        split: whose predictions are compared.
-        margin: a difference up to this is of no account.
-        measure: what differs, of `stats.MEASURES`.
+        rivals: the rows to test.
+        split: the split whose predictions are compared.
+        margin: the largest difference that counts as equivalent.
+        measure: the metric to test, of `MAIN_METRICS`.
+
+    Returns:
+        A finding for each rival, in their order.
     """
     from lora_bench.analysis import statistics
 
     read = _Reader(split)
-    pairs = [_paired(table, read, rival, baseline) for rival in rivals]
+    pairs = [_pair_seeds(table, read, rival, baseline) for rival in rivals]
     tests = {i: pair.test(measure) for i, pair in enumerate(pairs) if pair.ours}
     counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
     p_holm = dict(zip(counted, statistics.holm([test.p for test in counted.values()]), strict=True))
     p_margin = dict(zip(counted, statistics.holm([test.p_beyond(margin) for test in counted.values()]), strict=True))
-    level, name, found = ALPHA / max(1, len(counted)), label(table, baseline), []
+    level, name, findings = ALPHA / max(1, len(counted)), row_label(table, baseline), []
     for i, pair in enumerate(pairs):
         if i not in tests:
-            found.append(Finding(name, NOT_TESTED, measure, pair.why))
+            findings.append(Finding(name, NOT_TESTED, measure, pair.why))
             continue
         test = tests[i]
         low, high = test.interval()
@@ -99,81 +110,89 @@ def against(
             baseline=name,
             verdict=NO_VERDICT,
             measure=measure,
-            why="one seed, so chance over seeds is not known",
+            why="only one seed, so the spread over seeds is unknown",
             difference=test.difference,
             difference_low=low,
             difference_high=high,
             p=test.p,
             paired_seeds=test.seeds,
             examples=test.examples,
-            **pair.habits(measure),
+            **pair.usual_tests(measure),
         )
         if i in counted:
             finding = replace(
                 finding,
-                verdict=statistics.verdict(test.difference, p_holm[i], p_margin[i], ALPHA),
+                verdict=statistics.choose_verdict(test.difference, p_holm[i], p_margin[i], ALPHA),
                 why=pair.why,
                 p_holm=p_holm[i],
                 p_margin=p_margin[i],
                 power=test.power(margin, level),
                 detectable=test.detectable(alpha=level),
             )
-        found.append(finding)
-    return found
+        findings.append(finding)
+    return findings
 
 
-def label(table: Table, row: Row) -> str:
-    """A row's name: what its key columns hold, as typed in an override."""
-    return ", ".join(f"{clean(c.name)}={value_text(row.keys[c.name])}" for c in table.keys if c.name in row.keys)
+def row_label(table: Table, row: Row) -> str:
+    """Return a row's name: its key columns as overrides."""
+    return ", ".join(f"{clean(c.name)}={format_value(row.keys[c.name])}" for c in table.keys if c.name in row.keys)
 
 
-# -- which runs are paired --
+# -- pairs of runs --
 
 
-def selection_mcc(table: Table, folders: Sequence[Path]) -> float:
-    """Mean MCC on the selection split, by which alone anything is chosen; -inf where a run has none."""
-    found = [table.records[folder]["metrics"].get("selection/mcc") for folder in folders]
-    numbers = [float(x) for x in found if isinstance(x, int | float) and not isinstance(x, bool)]
-    return fmean(numbers) if len(numbers) == len(found) else -math.inf
+def mean_selection_mcc(table: Table, folders: Sequence[Path]) -> float:
+    """Return the mean MCC on the selection split, the only score that anything is chosen by; -inf if a run has none."""
+    values = [table.records[folder]["metrics"].get("selection/mcc") for folder in folders]
+    numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+    return fmean(numbers) if len(numbers) == len(values) else -math.inf
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Predictions of a row and of the baseline, seed by seed, on the same examples."""
+    """Predictions of a row (`ours`) and of the baseline (`theirs`) on the same examples, seed by seed."""
 
     ours: list[Predictions]
     theirs: list[Predictions]
     fixed: bool = False
-    """Neither was trained, so there is no chance over seeds to miss."""
+    """Both are prompted runs, which trained nothing, so that there is no chance over seeds."""
     why: str | None = None
-    """Why there are none, or fewer than there are seeds."""
+    """The reason that there are none, or fewer than there are seeds."""
 
     def test(self, measure: str) -> Comparison:
+        """Return the crossed test of a metric."""
         import numpy as np
 
         from lora_bench.analysis import statistics
 
-        ours, theirs = (np.stack([each.predicted for each in side]) for side in (self.ours, self.theirs))  # (S, N)
+        ours, theirs = (
+            np.stack([predictions.predicted for predictions in side]) for side in (self.ours, self.theirs)
+        )  # (S, N)
         return statistics.crossed_test(self.ours[0].labels, ours, theirs, measure)
 
-    def habits(self, measure: str) -> dict[str, Any]:
-        """What the field reports beside: over seeds alone, and over the examples alone for each seed."""
+    def usual_tests(self, measure: str) -> dict[str, Any]:
+        """Return the other fields of a finding: tests over seeds alone, and over examples alone for each seed."""
         from lora_bench.analysis import statistics
 
         labels = self.ours[0].labels
-        both = list(zip(self.ours, self.theirs, strict=True))
-        ours, theirs = ([each.value(measure) for each in side] for side in (self.ours, self.theirs))
+        seed_pairs = list(zip(self.ours, self.theirs, strict=True))
+        ours, theirs = ([predictions.value(measure) for predictions in side] for side in (self.ours, self.theirs))
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         return {
             "effect_size": statistics.effect_size(differences),
-            "p_seeds": None if statistics.alike(differences) else statistics.seeds_test(ours, theirs).p,
-            "p_bootstrap": [statistics.paired_bootstrap(labels, a.predicted, b.predicted, measure).p for a, b in both],
-            "p_mcnemar": [statistics.mcnemar(a.right, b.right).p for a, b in both],
+            "p_seeds": None if statistics.all_equal(differences) else statistics.seeds_test(ours, theirs).p,
+            "p_bootstrap": [
+                statistics.paired_bootstrap(labels, a.predicted, b.predicted, measure).p for a, b in seed_pairs
+            ],
+            "p_mcnemar": [statistics.mcnemar(a.correct, b.correct).p for a, b in seed_pairs],
         }
 
 
 class _Reader:
-    """Reads each run's predictions once; what cannot be used is the reason for it."""
+    """A reader of predictions that reads each run once.
+
+    Calling it with a folder returns the predictions, or the reason that they cannot be used.
+    """
 
     def __init__(self, split: str) -> None:
         self.split = split
@@ -190,8 +209,8 @@ class _Reader:
         return self.seen[folder]
 
 
-def _paired(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
-    """The seeds that both have, with predictions of the same examples."""
+def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
+    """Return the predictions of the seeds that both rows have, on the same examples."""
     ours, theirs = (_by_seed(table, best_experiment(table, row)) for row in (rival, baseline))
     fixed = [all(_is_fixed(table.records[folder]) for folder in seeds.values()) for seeds in (ours, theirs)]
     if fixed == [True, True]:
@@ -201,47 +220,49 @@ def _paired(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
     elif fixed[1] and len(theirs) == 1:
         theirs = dict.fromkeys(ours, *theirs.values())
     seeds = [seed for seed in ours if seed in theirs]
-    whole: list[tuple[Predictions, Predictions]] = []
-    why = None if seeds else "no seed in common"
+    pairs: list[tuple[Predictions, Predictions]] = []
+    reason = None if seeds else "no seed in common"
     for seed in seeds:
         pair = []
         for folder in (ours[seed], theirs[seed]):
-            found = read(folder)
-            if isinstance(found, str):
-                why = f"no usable predictions of the {read.split} split: {folder} (its file {found})"
-            elif not _agrees(table.records[folder], read.split, found):
-                why = f"predictions and run.json disagree about MCC: {folder}"
+            predictions = read(folder)
+            if isinstance(predictions, str):
+                reason = f"predictions of the {read.split} split cannot be used: {folder} (its file {predictions})"
+            elif not _agrees(table.records[folder], read.split, predictions):
+                reason = f"predictions and run.json disagree about MCC: {folder}"
             else:
-                pair.append(found)
+                pair.append(predictions)
         if len(pair) == 2:
-            first = whole[0][0] if whole else pair[0]
-            if all(first.same_examples(each) for each in pair):
-                whole.append((pair[0], pair[1]))
+            reference = pairs[0][0] if pairs else pair[0]
+            if all(reference.has_same_examples(predictions) for predictions in pair):
+                pairs.append((pair[0], pair[1]))
             else:
-                why = f"predictions of other examples than the baseline: {ours[seed]}"
-    # A side that never tells two examples apart has MCC 0 by convention, and no spread shows.
-    if whole and any(all(each.is_constant for each in side) for side in zip(*whole, strict=True)):
-        return _Pair([], [], all(fixed), "the answers of one side are all alike, in every seed")
-    return _Pair([a for a, _ in whole], [b for _, b in whole], all(fixed), why)
+                reason = f"predictions of other examples than the baseline: {ours[seed]}"
+    # A side that predicts one label for all examples has MCC 0 by convention, and no spread shows.
+    if pairs and any(all(predictions.is_constant for predictions in side) for side in zip(*pairs, strict=True)):
+        return _Pair([], [], all(fixed), "one side predicts the same label for all examples, in every seed")
+    return _Pair([a for a, _ in pairs], [b for _, b in pairs], all(fixed), reason)
 
 
 def best_experiment(table: Table, row: Row) -> list[Path]:
-    """The row's runs; of several experiments in a row (`--by`), the runs of the one that is best on selection."""
+    """Return the row's runs; if it has several experiments (`--by`), those of the best one on selection."""
     experiments: dict[str, list[Path]] = {}
     for folder in row.folders:
-        experiments.setdefault(experiment_of(table.records[folder]), []).append(folder)
-    return max(experiments.values(), key=lambda folders: selection_mcc(table, folders))
+        experiments.setdefault(experiment_key(table.records[folder]), []).append(folder)
+    return max(experiments.values(), key=lambda folders: mean_selection_mcc(table, folders))
 
 
 def _by_seed(table: Table, folders: Sequence[Path]) -> dict[Any, Path]:
+    """Return the folders by seed."""
     return {json.dumps(table.records[folder]["config"].get("seed")): folder for folder in folders}
 
 
 def _is_fixed(record: Mapping[str, Any]) -> bool:
-    """Whether nothing was trained (`lora-bench prompt`): the same answers stand beside every seed of a rival."""
+    """Return whether a run trained nothing (`lora-bench prompt`), so that it pairs with every seed of a rival."""
     return "llm" in record["config"]
 
 
-def _agrees(record: Mapping[str, Any], split: str, found: Predictions) -> bool:
+def _agrees(record: Mapping[str, Any], split: str, predictions: Predictions) -> bool:
+    """Return whether the MCC of a run's predictions is the one in its record."""
     recorded = record["metrics"].get(f"{split}/mcc")
-    return isinstance(recorded, int | float) and abs(recorded - found.mcc) < 1e-6
+    return isinstance(recorded, int | float) and abs(recorded - predictions.mcc) < 1e-6

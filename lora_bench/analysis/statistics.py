@@ -1,11 +1,11 @@
-"""Whether a difference is real: intervals, paired tests, corrections, power. Pure functions; scipy comes late.
+"""Statistics of a comparison: intervals, paired tests, corrections, power. Pure functions that import scipy late.
 
-Two things are chance in a comparison of two methods: the seeds they were trained with and the examples they were
-scored on. A t test over seeds takes the examples for granted, a bootstrap or McNemar's test over examples takes the
-trained models for granted. `crossed_test` counts both and is the one that `compare` decides by; the others are the
-field's habit, right for what they ask, and kept beside it.
+Two sources of chance matter when two methods are compared: the seeds they were trained with and the examples they were
+scored on. A t test over seeds takes the examples as fixed; a bootstrap or McNemar's test over examples takes the
+trained models as fixed. `crossed_test` counts both and decides the verdicts of `compare`. The others are customary in
+the field and reported beside it.
 
-Predictions are boolean: `scores >= threshold`. A difference is always that of `a` from `b`: above 0, `a` is better.
+Predictions are boolean: `scores >= threshold`. A difference is `a - b`: above 0, `a` is better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.evaluation.confusion import confusion, influence, measure_of
+from lora_bench.evaluation.confusion import compute_metric, confusion_counts, influence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
+"""Default confidence of an interval."""
 
 
-VERDICTS = ("better", "worse", "indistinguishable", "undecided")
+VERDICTS = ("better", "worse", "equivalent", "inconclusive")
+"""Words that `choose_verdict` returns."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of `n` values, sample standard deviation, bounds of the mean; None: what no spread can tell."""
+    """The mean of `n` values, their sample standard deviation, and its bounds; None where no spread shows."""
 
     mean: float
     std: float | None
@@ -43,37 +45,37 @@ class Interval:
 
 
 def interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
-    """Student's t interval for the mean over seeds."""
+    """Return Student's t interval for the mean of values over seeds."""
     x = np.asarray(values, float)
-    return interval_of(float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else None, len(x), confidence)
+    return interval_from_std(float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else None, len(x), confidence)
 
 
-def interval_of(mean: float, std: float | None, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """The same from the mean, the sample standard deviation and the number of the values."""
+def interval_from_std(mean: float, std: float | None, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Return Student's t interval from the mean, the sample standard deviation and the number of values."""
     if not std:
         return Interval(mean, std, None, None, n)
     half = _t_quantile((1 - confidence) / 2, n - 1) * std / math.sqrt(n)
     return Interval(mean, std, mean - half, mean + half, n)
 
 
-def alike(values: ArrayLike) -> bool:
-    """Whether values over seeds show no spread: they are equal but for rounding."""
+def all_equal(values: ArrayLike) -> bool:
+    """Return whether values over seeds show no spread: they are equal up to rounding."""
     return float(np.ptp(np.asarray(values, float))) < 1e-10
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference `a - b` and the two parts of its variance: what the seeds add and what the examples add."""
+    """A difference `a - b` with the two terms of its variance: from seeds and from examples."""
 
     measure: str
     difference: float
     by_seeds: float
     """Variance of the difference as it shows between seeds; 0 for one seed, which cannot show any."""
     by_examples: float
-    """What that leaves out: some examples favour `a` whatever the seed."""
+    """Variance that remains: some examples favour `a` with every seed."""
     seeds: int
     examples: int
-    """0: taken for granted."""
+    """Number of examples; 0 if they are taken as fixed."""
 
     @property
     def error(self) -> float:
@@ -86,39 +88,40 @@ class Comparison:
         return self._p(abs(self.difference))
 
     def half_width(self, alpha: float = 1 - CONFIDENCE) -> float:
-        """Half of the interval that holds the true difference with probability 1 - alpha or more.
+        """Return half of the interval that contains the true difference with probability 1 - alpha or more.
 
-        The half-widths over seeds and over examples, in quadrature: Banerjee (1960) proved that such an interval never
-        covers less than it says, whatever the two variances are.
+        The half-widths over seeds and over examples are added in quadrature. Banerjee (1960) proved that such an
+        interval never covers less than it claims, whatever the two variances are.
         """
         return math.sqrt(float(self._squared(self.by_seeds, alpha)))
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Return the bounds of the interval of the difference."""
         half = self.half_width(1 - confidence)
         return self.difference - half, self.difference + half
 
     def p_beyond(self, margin: float) -> float:
-        """One-sided p value of a true difference of `margin` or more in size (Schuirmann 1987: two one-sided tests)."""
+        """Return the p value of a true difference of `margin` or more (Schuirmann 1987, two one-sided tests)."""
         nearer = margin - abs(self.difference)
         half = self._p(abs(nearer)) / 2
         return half if nearer > 0 else 1 - half
 
     def power(self, difference: float, alpha: float = 0.05) -> float:
-        """The chance that such a comparison finds a true `difference`, taking the two variances for the true ones."""
+        """Return the probability of detecting a true `difference`, with the two variances taken as the true ones."""
         from scipy.special import chdtri, ndtr
 
         if not self.error:
             return 1.0 if difference else alpha
         estimated = np.array([self.by_seeds])
-        if self.seeds > 1:  # the variance over seeds comes out as it happens: over its chi-squared distribution
+        if self.seeds > 1:  # the estimated variance over seeds varies: integrate over its chi-squared distribution
             ranks = (np.arange(1000) + 0.5) / 1000
             estimated = self.by_seeds * chdtri(self.seeds - 1, ranks) / (self.seeds - 1)
         critical, shift = np.sqrt(self._squared(estimated, alpha)), abs(difference)
-        found = ndtr((shift - critical) / self.error) + ndtr((-shift - critical) / self.error)
-        return float(found.mean())
+        detected = ndtr((shift - critical) / self.error) + ndtr((-shift - critical) / self.error)
+        return float(detected.mean())
 
     def detectable(self, chance: float = 0.8, alpha: float = 0.05) -> float:
-        """The smallest true difference that such a comparison finds with that chance."""
+        """Return the smallest true difference that such a comparison detects with a probability of `chance`."""
         if not self.error:
             return 0.0
         high = self.error
@@ -127,15 +130,16 @@ class Comparison:
         return _bisect(lambda difference: self.power(difference, alpha) - chance, 0.0, high)
 
     def _squared(self, by_seeds: ArrayLike, alpha: float) -> Floats:
+        """Return the squared half-width of the interval at a level, for variances over seeds."""
         over_seeds = _t_quantile(alpha / 2, self.seeds - 1) if self.seeds > 1 else 0.0
         over_examples = _t_quantile(alpha / 2, self.examples - 1) if self.examples > 1 else 0.0
         return np.asarray(over_seeds**2 * np.asarray(by_seeds) + over_examples**2 * self.by_examples)
 
     def _p(self, distance: float) -> float:
-        """The level at which the interval is as wide as `distance`."""
+        """Return the level at which the interval is as wide as `distance` on each side."""
         if not self.error:
             return float(distance == 0)
-        smallest = -300.0  # of log p: what is beyond is 0
+        smallest = -300.0  # log p; a smaller p counts as 0
         if distance == 0 or self.half_width(math.exp(smallest)) <= distance:
             return float(distance == 0)
         return math.exp(_bisect(lambda log_p: distance - self.half_width(math.exp(log_p)), smallest, 0.0))
@@ -143,7 +147,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Of the examples that one of two predictions got right alone: how many each, and the mid-p value."""
+    """The number of examples that only one of two models predicts correctly, for each model, and the mid-p value."""
 
     only_a: int
     only_b: int
@@ -162,22 +166,23 @@ class Bootstrap:
 
 
 def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLike, measure: str = "mcc") -> Comparison:
-    """Whether `a` beats `b`, with seeds and examples as two crossed sources of chance.
+    """Test whether `a` differs from `b`, with seeds and examples as two crossed sources of chance.
 
-    Each of S paired seeds scores the same N examples, as readers do in a multi-reader multi-case study. The
-    pseudo-values d[s, i] = difference of seed s + influence of example i on it follow a two-way random layout, whose
-    mean squares give Var(d..) = (MS_seed + max(MS_example - MS_rest, 0)) / (S N) (Dorfman, Berbaum & Metz 1992). Their
-    one t with Satterthwaite's degrees of freedom rejects up to 7 % of equal methods with three seeds and 13 % with two;
-    so each part has a t of its own here, see `Comparison.half_width`. Where seeds differ much it is the paired t test
-    over seeds, and with one seed (`seeds` is 1) only the examples are counted.
+    Each of S paired seeds scores the same N examples, as readers do in a multi-reader multi-case study. The pseudo-
+    values d[s, i] = difference of seed s + influence of example i on it follow a two-way random layout, whose mean
+    squares give Var(d..) = (MS_seed + max(MS_example - MS_rest, 0)) / (S N) (Dorfman, Berbaum & Metz 1992). Their
+    single t with Satterthwaite's degrees of freedom rejects up to 7 % of equal methods with three seeds and 13 % with
+    two. Therefore each term has its own t here, see `Comparison.half_width`. Where seeds differ much, the test is the
+    paired t test over seeds; with one seed (`seeds` is 1) only the examples are counted.
 
-    Differences that are equal in all seeds prove no lack of spread: counts are whole numbers. Then MS_rest stands in
-    for MS_seed, as if seeds were alike and only examples spread.
+    Differences that are equal in all seeds do not prove that there is no spread, because counts are whole numbers. Then
+    MS_rest replaces MS_seed, as if seeds were equal and only examples varied.
 
     Args:
         labels: (N,) 0 or 1.
-        predicted_a: (S, N), or (N,) for one seed: what each seed's model says, row s of both from the same seed.
-        predicted_b: the same of the rival.
+        predicted_a: (S, N), or (N,) for one seed: the predicted labels of each seed's model. Row s of both is the same
+            seed.
+        predicted_b: the predicted labels of the rival, in the same shape.
         measure: accuracy, f1 or mcc.
     """
     y, a, b = np.asarray(labels, bool), *(np.atleast_2d(np.asarray(x, bool)) for x in (predicted_a, predicted_b))
@@ -190,25 +195,31 @@ def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLi
     of_seeds = N * float(((by_seed - mean) ** 2).sum())
     ms_example = S * squares / max(N - 1, 1)
     ms_rest = max(0.0, float(((pseudo - mean) ** 2).sum()) - of_seeds - S * squares) / ((S - 1) * max(N - 1, 1))
-    ms_seed = ms_rest if alike(by_seed) else of_seeds / (S - 1)
+    ms_seed = ms_rest if all_equal(by_seed) else of_seeds / (S - 1)
     return Comparison(measure, mean, ms_seed / (S * N), max(0.0, ms_example - ms_rest) / (S * N), S, N)
 
 
 def _pseudo_values(y: NDArray[np.bool_], predicted: NDArray[np.bool_], measure: str) -> Floats:
-    counts = confusion(y, predicted)  # (S, 4)
-    kind = np.where(predicted, 0, 2) + np.where(y, 0, 1)  # (S, N): tp 0, fp 1, fn 2, tn 3
-    added = np.take_along_axis(influence(counts, measure), kind, axis=1)  # (S, N)
-    return measure_of(counts, measure)[:, None] + added
+    """Return (S, N): the metric of each seed plus the influence of each example on it."""
+    counts = confusion_counts(y, predicted)  # (S, 4)
+    cell = np.where(predicted, 0, 2) + np.where(y, 0, 1)  # (S, N): tp 0, fp 1, fn 2, tn 3
+    added = np.take_along_axis(influence(counts, measure), cell, axis=1)  # (S, N)
+    return compute_metric(counts, measure)[:, None] + added
 
 
 def seeds_test(values_a: ArrayLike, values_b: ArrayLike) -> Comparison:
-    """Paired t test over seeds (at least two); the examples are taken for granted."""
+    """Return the paired t test over seeds (at least two), which takes the examples as fixed."""
     d = np.asarray(values_a, float) - np.asarray(values_b, float)
     return Comparison("seeds", float(d.mean()), float(d.var(ddof=1)) / len(d), 0.0, len(d), 0)
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
-    """McNemar's test with the mid-p value (Fagerland et al. 2013); the exact one is conservative."""
+    """Return McNemar's test with the mid-p value (Fagerland et al. 2013); the exact one is conservative.
+
+    Args:
+        correct_a: (N,) whether `a` predicts each example correctly.
+        correct_b: (N,) whether `b` does.
+    """
     a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return McNemar(only_a, only_b, float(_mid_p(np.array([only_a]), np.array([only_b]))[0]))
@@ -223,38 +234,50 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Bootstrap:
-    """Percentile bootstrap over the examples of one pair of models (predictions (N,)).
+    """Return the percentile bootstrap over the examples of one pair of models.
 
-    A resample only matters through how often each (label, a, b) occurs, so it is one draw of eight counts.
+    A resample depends only on how often each (label, a, b) occurs, so it is one draw of eight counts.
+
+    Args:
+        labels: (N,) 0 or 1.
+        predicted_a: (N,) predicted labels.
+        predicted_b: (N,) predicted labels of the rival.
+        measure: accuracy, f1 or mcc.
+        confidence: of the interval.
+        resamples: number of resamples.
+        seed: of the random draws.
     """
     y, a, b = (np.asarray(x, bool) for x in (labels, predicted_a, predicted_b))
     joint = np.bincount(4 * y + 2 * a + b, minlength=8)  # (8,)
     draws = np.random.default_rng(seed).multinomial(len(y), joint / len(y), size=resamples)  # (R, 8)
 
     def difference(counts: NDArray[Any]) -> Floats:
-        nnn, nnb, nan, nab, ynn, ynb, yan, yab = np.moveaxis(counts, -1, 0)  # label, a, b: who says 1
+        nnn, nnb, nan, nab, ynn, ynb, yan, yab = np.moveaxis(counts, -1, 0)  # label, a, b: y, a, b where they are 1
         of_a = np.stack([yan + yab, nan + nab, ynn + ynb, nnn + nnb], -1)
         of_b = np.stack([ynb + yab, nnb + nab, ynn + yan, nnn + nan], -1)
-        return measure_of(of_a, measure) - measure_of(of_b, measure)
+        return compute_metric(of_a, measure) - compute_metric(of_b, measure)
 
-    found, resampled = float(difference(joint)), difference(draws)
+    observed, resampled = float(difference(joint)), difference(draws)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    beyond = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
-    p = min(1.0, 2 * (beyond + 1) / (resamples + 1))
-    return Bootstrap(found, float(low), float(high), p, float(resampled.std(ddof=1)))
+    n_beyond = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
+    p = min(1.0, 2 * (n_beyond + 1) / (resamples + 1))
+    return Bootstrap(observed, float(low), float(high), p, float(resampled.std(ddof=1)))
 
 
 def effect_size(differences: ArrayLike) -> float | None:
-    """Standardised mean of paired differences over seeds: Cohen's d_z with Hedges' correction.
+    """Return the standardised mean of paired differences over seeds: Cohen's d_z with Hedges' correction.
 
-    None for fewer than three seeds, where the correction leaves nothing, and where all differences are equal.
+    None for fewer than three seeds, for which the correction is not defined, and where all differences are equal.
     """
     d = np.asarray(differences, float)
-    return None if len(d) < 3 or alike(d) else float(d.mean() / d.std(ddof=1) * (1 - 3 / (4 * (len(d) - 1) - 1)))
+    return None if len(d) < 3 or all_equal(d) else float(d.mean() / d.std(ddof=1) * (1 - 3 / (4 * (len(d) - 1) - 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values (Holm 1979): reject those at most alpha, and one false rejection among all has chance alpha."""
+    """Return p values adjusted by Holm (1979).
+
+    If those at most alpha are rejected, the probability of one false rejection among all is at most alpha.
+    """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -263,21 +286,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(difference: float, p: float, p_beyond: float, alpha: float = 0.05) -> str:
-    """What a comparison says, in one word of `VERDICTS`, from its p values, adjusted if there were several rivals.
+def choose_verdict(difference: float, p: float, p_beyond: float, alpha: float = 0.05) -> str:
+    """Return one of `VERDICTS` for p values, adjusted if there were several rivals.
 
-    `better` or `worse` where the difference is surely not 0; else `indistinguishable` where it surely lies within the
-    margin that `p_beyond` was asked for; else `undecided`: the comparison was too small to tell.
+    `better` or `worse` if the difference is significant; else `equivalent` if it is significantly within the margin of
+    `p_beyond`; else `inconclusive`: the comparison was too small to decide.
     """
     if p <= alpha:
         return "better" if difference > 0 else "worse"
-    return "indistinguishable" if p_beyond <= alpha else "undecided"
+    return "equivalent" if p_beyond <= alpha else "inconclusive"
 
 
 def mcnemar_power(examples: int, only_a: float, only_b: float, alpha: float = 0.05) -> float:
-    """The chance that mid-p McNemar rejects, given the chances that an example is right for `a` alone or `b` alone.
+    """Return the probability that mid-p McNemar rejects, summed exactly over the number of discordant examples.
 
-    Exact: summed over how many examples could be discordant.
+    Args:
+        examples: number of examples.
+        only_a: probability that only `a` predicts an example correctly.
+        only_b: probability that only `b` does.
+        alpha: level of the test.
     """
     from scipy.special import bdtr
 
@@ -287,9 +314,9 @@ def mcnemar_power(examples: int, only_a: float, only_b: float, alpha: float = 0.
         below: Floats = np.where(k > 0, bdtr(k - 1.0, np.asarray(n), p), 0.0)
         return np.asarray(bdtr(k.astype(float), np.asarray(n), p) - below)
 
-    spread = 8 * math.sqrt(examples * rate * (1 - rate)) + 8
+    window = 8 * math.sqrt(examples * rate * (1 - rate)) + 8
     total = 0.0
-    for n in range(max(1, int(examples * rate - spread)), min(examples, int(examples * rate + spread)) + 1):
+    for n in range(max(1, int(examples * rate - window)), min(examples, int(examples * rate + window)) + 1):
         k = np.arange(n + 1)
         rejected = _mid_p(k, n - k) <= alpha
         total += float(pmf(np.array([n]), examples, rate)[0] * pmf(k, n, only_a / rate)[rejected].sum())
@@ -297,23 +324,24 @@ def mcnemar_power(examples: int, only_a: float, only_b: float, alpha: float = 0.
 
 
 def _mid_p(only_a: NDArray[Any], only_b: NDArray[Any]) -> Floats:
+    """Return the mid-p values of McNemar's test for discordant counts."""
     from scipy.special import bdtr
 
     fewer, n = np.minimum(only_a, only_b).astype(float), (only_a + only_b).astype(int)
-    up_to = bdtr(fewer, n, 0.5)
+    cumulative = bdtr(fewer, n, 0.5)
     below = np.where(fewer > 0, bdtr(np.maximum(fewer - 1, 0), n, 0.5), 0.0)
-    return np.asarray(np.minimum(1.0, up_to + below))  # 2 P(X < fewer) + P(X = fewer)
+    return np.asarray(np.minimum(1.0, cumulative + below))  # 2 P(X < fewer) + P(X = fewer)
 
 
 def _t_quantile(tail: float, degrees: float) -> float:
-    """What Student's t exceeds with probability `tail`."""
+    """Return the value that Student's t exceeds with probability `tail`."""
     from scipy.special import stdtrit
 
     return -float(stdtrit(degrees, tail))
 
 
 def _bisect(rises: Callable[[float], float], low: float, high: float) -> float:
-    """Where a rising function crosses 0 between `low` and `high`."""
+    """Return the point between `low` and `high` where a rising function crosses 0."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if rises(middle) < 0 else (low, middle)

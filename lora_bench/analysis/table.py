@@ -1,8 +1,9 @@
-"""A table of runs and the forms it takes: terminal, Markdown, LaTeX, CSV, JSON.
+"""A table of runs: rows, columns, notes, and the texts of its cells.
 
-Numbers meant for eyes are rounded and carry units; CSV and JSON hold them raw. Names and values come from run folders
-that anyone may have written, so every form escapes what it gives a meaning to: control characters (terminal escapes,
-reversed text), Markdown, HTML, TeX, and a cell that a spreadsheet would run as a formula.
+The forms it takes (terminal, Markdown, LaTeX, CSV, JSON, HTML) are elsewhere. Numbers in a cell are rounded and have
+units; CSV and JSON hold them raw. Names and values come from run folders that anyone may have written, so every form
+escapes what has a meaning in it: control characters (terminal escapes, reversed text), Markdown, HTML, TeX, and cells
+that a spreadsheet would run as a formula.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean of `n` values and their sample standard deviation (None for one value)."""
+    """The mean of `n` values and their sample standard deviation (None for one value)."""
 
     mean: float
     std: float | None
@@ -30,67 +31,74 @@ class Stat:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the mean (Student's t over seeds); None where no spread shows."""
-        from lora_bench.analysis.statistics import interval_of  # late: scipy
+        from lora_bench.analysis.statistics import interval_from_std  # late: scipy
 
-        found = interval_of(self.mean, self.std, self.n)
-        return None if found.low is None or found.high is None else (found.low, found.high)
+        bounds = interval_from_std(self.mean, self.std, self.n)
+        return None if bounds.low is None or bounds.high is None else (bounds.low, bounds.high)
 
 
 @dataclass(frozen=True)
 class Column:
+    """A column: its header and the format of its cells."""
+
     name: str
-    """A config key, a metric, or a key of run.json: the header."""
-    kind: str
-    """`key`, `text`, `metric`, `interval`, `count`, `seconds`, `flops` or `bytes`: how its cells are shown."""
+    """The header: a configuration key, a metric, or a key of run.json."""
+    format: str
+    """The format of its cells: `key`, `text`, `metric`, `interval`, `count`, `seconds`, `flops`, `bytes` or `n`."""
     arrow: str = ""
-    """Of a metric: ↑ where more is better, ↓ where less is."""
+    """For a metric: ↑ if higher is better, ↓ if lower is."""
     keep: int = 0
-    """In a narrow terminal the column with the smallest number goes first; keys stay."""
+    """Priority in a narrow terminal: columns with the smallest number are dropped first; keys never."""
     of: str = ""
-    """Of an interval: the metric."""
+    """For an interval: the name of its metric's column."""
 
     @property
     def header(self) -> str:
+        """The name with the arrow."""
         return f"{clean(self.name)} {self.arrow}".strip()
 
 
 @dataclass(frozen=True)
 class Row:
+    """A row: an experiment, or all runs with one value of a key."""
+
     keys: dict[str, Any]
     """Values of the key columns; a key that these runs do not have is absent."""
     stats: dict[str, Stat]
+    """Mean and spread by column; a column that the runs have no value for is absent."""
     n: int
-    """How many runs the row stands for."""
+    """Number of runs."""
     folders: list[Path]
     best: frozenset[str] = frozenset()
     """Metrics in which no comparable row is better."""
     data: str | None = None
-    """What is equal for comparable rows."""
+    """The identity of the data; rows are comparable if it is equal."""
     finding: Finding | None = None
-    """Whether it differs from the baseline."""
+    """The test against the baseline."""
     saved: dict[str, float] | None = None
     """Shares of full fine-tuning's FLOPs, by cause."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A run that is not done, or a folder that cannot be read: not in the table, and why."""
+    """A run that is not done, or a folder that cannot be read, with the reason that it is not in the table."""
 
     status: str
     """A status of run.json, `killed` or `skipped`."""
     folder: Path
     reason: str
-    asked: str = ""
-    """Its overrides."""
+    overrides: str = ""
+    """The run's overrides as one text."""
 
     @property
     def line(self) -> str:
-        return f"{self.status}: {self.folder}{f' ({self.asked})' * bool(self.asked)}: {self.reason}"
+        """The entry as a line of text."""
+        return f"{self.status}: {self.folder}{f' ({self.overrides})' * bool(self.overrides)}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of finished runs, best first, and what has to be said below them."""
+    """Rows of finished runs, best first, with notes and side tables."""
 
     columns: list[Column]
     rows: list[Row]
@@ -98,62 +106,64 @@ class Table:
     """Caveats."""
     missing: list[Missing] = field(default_factory=list)
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    """`run.json` of every run that was found, in the table or missing."""
-    tests: Table | None = None  # findings and savings of the rows, and published figures, for people
+    """`run.json` of every run below the given folders, in the table or missing."""
+    # Side tables of texts: the tests and savings of the rows, and published results.
+    tests: Table | None = None
     savings: Table | None = None
-    anchors: Table | None = None
+    published: Table | None = None
 
     @property
-    def beside(self) -> list[Table]:
-        """The tables that come after this one."""
-        return [each for each in (self.tests, self.savings, self.anchors) if each is not None]
+    def side_tables(self) -> list[Table]:
+        """The tables to print after this one."""
+        return [table for table in (self.tests, self.savings, self.published) if table is not None]
 
     @property
-    def below(self) -> list[str]:
-        """What stands below the table, one line each."""
+    def footnotes(self) -> list[str]:
+        """The lines to print below the table: notes, then missing runs."""
         return [*self.notes, *(missing.line for missing in self.missing)]
 
     @property
     def keys(self) -> list[Column]:
-        return [column for column in self.columns if column.kind == "key"]
+        """The key columns."""
+        return [column for column in self.columns if column.format == "key"]
 
 
-def value_text(value: Any) -> str:
-    """A config value as it is typed in an override; what is no printable text is escaped."""
+def format_value(value: Any) -> str:
+    """Return a configuration value as it is typed in an override; characters that cannot be printed are escaped."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, list):
-        return f"[{','.join(map(value_text, value))}]"
+        return f"[{','.join(map(format_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{clean(key)}:{value_text(item)}' for key, item in value.items())}}}"
+        return f"{{{','.join(f'{clean(key)}:{format_value(item)}' for key, item in value.items())}}}"
     return clean(str(value)) or "''"
 
 
-def cell(row: Row, column: Column, digits: int = 4) -> str:
-    """A value for eyes: rounded, with its unit."""
-    if column.kind in ("key", "text"):
-        return value_text(row.keys[column.name]) if column.name in row.keys else ""
-    if column.kind == "n":
+def format_cell(row: Row, column: Column, digits: int = 4) -> str:
+    """Return the text of a cell: rounded to `digits`, with its unit; empty if the row has no value."""
+    if column.format in ("key", "text"):
+        return format_value(row.keys[column.name]) if column.name in row.keys else ""
+    if column.format == "n":
         return str(row.n)
     stat = row.stats.get(column.of or column.name)
     if stat is None:
         return ""
-    if column.kind == "interval":
+    if column.format == "interval":
         return "{:.{d}f} to {:.{d}f}".format(*stat.interval, d=digits) if stat.interval else ""
-    if column.kind == "metric":
+    if column.format == "metric":
         spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
         fewer = "" if stat.n == row.n else f" (n={stat.n})"
         return f"{stat.mean:.{digits}f}{spread}{fewer}"
-    if column.kind == "seconds":
+    if column.format == "seconds":
         return duration(stat.mean)
-    return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
+    return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.format, ""))
 
 
-def visible(table: Table) -> list[Column]:
-    """The columns with anything to see; `n` stands behind the metrics where a row has more than one run."""
+def visible_columns(table: Table) -> list[Column]:
+    """Return the columns that have a value, key or metric. `n` follows the metrics if a row has more than one run."""
     always = ("key", "metric")
-    shown = [c for c in table.columns if c.kind in always or any(cell(row, c) for row in table.rows)]
+    columns = [c for c in table.columns if c.format in always or any(format_cell(row, c) for row in table.rows)]
     if any(row.n > 1 for row in table.rows):
-        last = max((i for i, c in enumerate(shown) if c.kind == "metric"), default=len(shown) - 1)
-        shown.insert(last + 1, Column("n", "n", keep=9))
-    return shown
+        last = max((i for i, c in enumerate(columns) if c.format == "metric"), default=len(columns) - 1)
+        columns.insert(last + 1, Column("n", "n", keep=9))
+    return columns

@@ -1,7 +1,7 @@
 """A table of runs on a terminal: within its width there, at full width in a file or a pipe.
 
-What has no room goes: costs first, then a digit, then metrics; then keys share a column, and at last cells are folded.
-Rows are laid out here, since rich's own tables take half a second for a thousand rows.
+If the width does not suffice, costs are dropped first, then a digit, then metrics; then keys share a column, and at
+last cells are folded. Rows are laid out here because rich's own tables take half a second for a thousand rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
-from lora_bench.analysis.table import Column, cell, visible
+from lora_bench.analysis.table import Column, format_cell, visible_columns
 from lora_bench.console.format import clean
 
 if TYPE_CHECKING:
@@ -25,19 +25,20 @@ GAP = 2
 
 
 def render(table: Table, console: Console) -> None:
-    """Print the table, those beside it, and what stands below."""
+    """Print the table, its side tables and its footnotes."""
     from rich.text import Text
 
     if table.rows:
         _print(table, console)
-    for each in table.beside:
+    for side_table in table.side_tables:
         console.print()
-        _print(each, console)
-    for i, line in enumerate(table.below):
+        _print(side_table, console)
+    for i, line in enumerate(table.footnotes):
         console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
 
 
 def _print(table: Table, console: Console) -> None:
+    """Print one table, and which columns are hidden."""
     from rich.text import Text
 
     width = console.width if console.is_terminal else sys.maxsize  # rich takes any file for 80 columns wide
@@ -45,31 +46,33 @@ def _print(table: Table, console: Console) -> None:
     console.print(Text("\n").join(grid.lines(width)), soft_wrap=True)
     if hidden:
         names = ", ".join(clean(column.name) for column in hidden)
-        console.print(Text(f"\nwiden the terminal or use --format md for: {names}", style="dim"))
+        console.print(Text(f"\nhidden columns (widen the terminal, or use --format md): {names}", style="dim"))
 
 
 def _fitted(table: Table, width: int) -> tuple[_Grid, list[Column]]:
-    """The fullest form within the width, and the columns that it leaves out."""
-    columns = visible(table)
-    keys = [column for column in columns if column.kind == "key"]
-    optional = sorted((c for c in columns if c.kind not in ("key", "n")), key=lambda column: column.keep)[:-1]
-    costs = sum(column.kind != "metric" for column in optional)
+    """Return the fullest grid that fits the width, and the columns that it leaves out."""
+    columns = visible_columns(table)
+    keys = [column for column in columns if column.format == "key"]
+    optional = sorted((c for c in columns if c.format not in ("key", "n")), key=lambda column: column.keep)[:-1]
+    costs = sum(column.format != "metric" for column in optional)
     steps = [(i, 4) for i in range(costs + 1)] + [(i, 3) for i in range(costs, len(optional) + 1)]
 
     @cache
     def cells(column: Column, digits: int) -> list[str]:
-        return [column.header, *(cell(row, column, digits) for row in table.rows)]
+        return [column.header, *(format_cell(row, column, digits) for row in table.rows)]
 
-    named = [[f"{clean(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys] for row in table.rows]
-    together = ["run", *map("\n".join, named)]
+    overrides_by_row = [
+        [f"{clean(c.name)}={format_cell(row, c)}" for c in keys if c.name in row.keys] for row in table.rows
+    ]
+    stacked_keys = ["run", *map("\n".join, overrides_by_row)]
     for stacked in (False, True):
         for dropped, digits in steps:
             hidden = [column for column in columns if column in optional[:dropped]]
-            shown = [column for column in columns if column not in hidden and not (stacked and column in keys)]
-            sides = [together] * stacked + [cells(column, digits) for column in shown]
-            names = [""] * stacked + [column.name for column in shown]
+            remaining = [column for column in columns if column not in hidden and not (stacked and column in keys)]
+            grid_columns = [stacked_keys] * stacked + [cells(column, digits) for column in remaining]
+            names = [""] * stacked + [column.name for column in remaining]
             best = [[name in row.best for name in names] for row in table.rows]
-            grid = _Grid(list(zip(*sides, strict=True)), best, left=1 if stacked else len(keys))
+            grid = _Grid(list(zip(*grid_columns, strict=True)), best, n_left=1 if stacked else len(keys))
             if grid.width <= width:
                 return grid, hidden
     return grid, hidden
@@ -81,13 +84,13 @@ class _Grid:
 
     rows: list[tuple[str, ...]]
     bold: list[list[bool]]
-    """Of each row but the header's, whether a cell is."""
-    left: int
-    """How many columns stand at their left edge; the others, of numbers, at their right."""
+    """Flags of the bold cells, for each row but the header."""
+    n_left: int
+    """Number of columns that are aligned left; the rest are numbers, aligned right."""
 
     @cached_property
     def widths(self) -> list[int]:
-        """Of each column."""
+        """Width of each column in terminal cells."""
         from rich.cells import cell_len
 
         return [
@@ -97,38 +100,44 @@ class _Grid:
 
     @property
     def width(self) -> int:
+        """Width of the grid in terminal cells."""
         return sum(self.widths) + GAP * (len(self.widths) - 1)
 
     def lines(self, width: int) -> list[Text]:
-        """The grid with a rule below its header; where it is wider than `width`, its widest cells are folded."""
+        """Return the grid with a rule below its header; the widest cells are folded if it is wider than `width`."""
         from rich.text import Text
 
         widths = self.widths
         if self.width > width:
-            room = width - GAP * (len(widths) - 1)
-            caps = (cap for cap in range(max(widths), 1, -1) if sum(min(each, cap) for each in widths) <= room)
+            free_width = width - GAP * (len(widths) - 1)
+            caps = (
+                cap
+                for cap in range(max(widths), 1, -1)
+                if sum(min(column_width, cap) for column_width in widths) <= free_width
+            )
             cap = next(caps, 2)  # a wide character takes two
-            widths = [min(each, cap) for each in widths]
+            widths = [min(column_width, cap) for column_width in widths]
         header, *rows = self.rows
         rule = Text("─" * (sum(widths) + GAP * (len(widths) - 1)))
-        below = [line for row, bold in zip(rows, self.bold, strict=True) for line in self._row(row, bold, widths)]
-        return [*self._row(header, [True] * len(header), widths), rule, *below]
+        lines = [line for row, bold in zip(rows, self.bold, strict=True) for line in self._row(row, bold, widths)]
+        return [*self._row(header, [True] * len(header), widths), rule, *lines]
 
     def _row(self, cells: tuple[str, ...], bold: list[bool], widths: list[int]) -> list[Text]:
+        """Return the lines of one row of cells, folded to the widths."""
         from rich.cells import cell_len, chop_cells
         from rich.text import Text
 
-        parts = [
+        pieces_by_column = [
             [piece for line in text.split("\n") for piece in (chop_cells(line, width) if line else [""])]
             for text, width in zip(cells, widths, strict=True)
         ]
-        made = []
-        for i in range(max(map(len, parts))):
+        lines = []
+        for i in range(max(map(len, pieces_by_column))):
             line = Text()
-            for j, (pieces, width) in enumerate(zip(parts, widths, strict=True)):
+            for j, (pieces, width) in enumerate(zip(pieces_by_column, widths, strict=True)):
                 piece = pieces[i] if i < len(pieces) else ""
                 pad = " " * (width - cell_len(piece))
-                line.append(" " * GAP if j else "").append(pad if j >= self.left else "")
-                line.append(piece, "bold" if bold[j] else None).append(pad if j < self.left else "")
-            made.append(line)
-        return made
+                line.append(" " * GAP if j else "").append(pad if j >= self.n_left else "")
+                line.append(piece, "bold" if bold[j] else None).append(pad if j < self.n_left else "")
+            lines.append(line)
+        return lines

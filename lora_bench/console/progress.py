@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.console.format import human
 from lora_bench.console.text import shown
 
@@ -107,7 +108,7 @@ class Display(Live):
         if self.names and self.console.is_terminal:  # its row says it
             return
         whose = f"{self.names[member].partition(':')[0]}  " if self.names else ""
-        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
+        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in MAIN_METRICS)
         text = f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"  # 60 columns at most
         self.console.print(Text(f"{whose}{text}"))
 
@@ -203,7 +204,7 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, ti
         for place in _places(metrics):
             split, _, task = place.partition("/")
             if split != "selection" and (not task or task in tasks):
-                main = "  ".join(f"{name} {metrics[f'{place}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
+                main = "  ".join(f"{name} {metrics[f'{place}/{name}']:.4f}" for name in MAIN_METRICS)
                 console.print(Text(f"{place}  {main}"))
     else:
         print_metrics(console, metrics)

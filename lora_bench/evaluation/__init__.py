@@ -1,1 +1,1 @@
-"""What a trained member is worth and what it cost: names and numbers; only the record writes them."""
+"""Evaluation: metrics of a trained member or ensemble, and what its training cost. Writes no files."""

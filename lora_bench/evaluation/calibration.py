@@ -1,8 +1,8 @@
-"""What is fitted on selection to use a run's scores well: one temperature and one threshold.
+"""Calibration of a run's scores on the selection split: one temperature and one threshold.
 
-Temperature scaling (Guo et al. 2017, section 4.2) makes the scores of all pairs less or more certain alike, so that
-confidence is honest; which label is the likelier does not change. The threshold is the score from which on the label is
-1, where the labels of both kinds are balanced otherwise than 0.5 would cut them.
+Temperature scaling (Guo et al. 2017, section 4.2) divides the logits of all scores by one number, so that a score of p
+is right with probability p. It does not change which label is the more likely. The threshold is the score from which on
+label 1 is predicted; it differs from 0.5 where another one gives a higher MCC.
 """
 
 from __future__ import annotations
@@ -12,32 +12,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRICS
 from lora_bench.errors import Code, UserError
-from lora_bench.evaluation.confusion import MEASURES, confusion, measure_of
-from lora_bench.evaluation.metrics import SMALLEST, need_finite, score
+from lora_bench.evaluation.confusion import compute_metric, confusion_counts
+from lora_bench.evaluation.metrics import SMALLEST, require_finite, score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-COLDEST, HOTTEST = 0.05, 20.0
-HALF = 0.5
-_OF_TEMPERATURE = ("nll", "ece", "brier")
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+"""Bounds of a fitted temperature."""
+_TEMPERATURE_METRICS = ("nll", "ece", "brier")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Fitted on a selection split, for any other."""
+    """A temperature and a threshold, fitted on the selection split and applied to other splits."""
 
     temperature: float
-    """What the scores' logits are divided by."""
-    threshold: float = HALF
-    """The least score that is labelled 1; of the scores as they are, not of those at the temperature."""
+    """The divisor of the scores' logits."""
+    threshold: float = DEFAULT_THRESHOLD
+    """The lowest score that is predicted as label 1. It applies to raw scores, not to those at the temperature."""
 
     @classmethod
     def fit(cls, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Calibration:
-        """Of (N,) P(label 1) and (N,) labels, 0 or 1.
+        """Fit the temperature and the threshold.
+
+        Args:
+            scores: (N,) P(label 1).
+            labels: (N,) 0 or 1.
 
         Raises:
             DivergedError: a score is not a finite number.
@@ -45,34 +50,35 @@ class Calibration:
         return cls(fit_temperature(scores, labels), fit_threshold(scores, labels))
 
     @classmethod
-    def read(cls, chosen: Mapping[str, Any], place: str = "selection") -> Calibration | None:
-        """Read what a record says of its selection; None where an older run was not calibrated.
+    def read(cls, selection: Mapping[str, Any], record_key: str = "selection") -> Calibration | None:
+        """Return the calibration that a record holds; None for an older run that was not calibrated.
 
         Args:
-            chosen: a part of the record.
-            place: where in the record it stands.
+            selection: the section of the record.
+            record_key: the key of that section in the record, for messages.
 
         Raises:
-            UserError: the temperature or the threshold is not such that `fit` could have found it.
+            UserError: the temperature or the threshold is outside the range of values that `fit` returns.
         """
-        temperature, threshold = chosen.get("temperature"), chosen.get("threshold", HALF)
+        temperature, threshold = selection.get("temperature"), selection.get("threshold", DEFAULT_THRESHOLD)
         if temperature is None:
             return None
-        bounds = {"temperature": (temperature, COLDEST, HOTTEST), "threshold": (threshold, 0, 1)}
+        bounds = {"temperature": (temperature, MIN_TEMPERATURE, MAX_TEMPERATURE), "threshold": (threshold, 0, 1)}
         for name, (value, low, high) in bounds.items():
             if type(value) not in (int, float) or not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-                raise UserError(f"{place}.{name} is not a number from {low:g} to {high:g}", code=Code.DAMAGED)
+                raise UserError(f"{record_key}.{name} is not a number from {low:g} to {high:g}", code=Code.DAMAGED)
         return cls(float(temperature), float(threshold))
 
-    def recorded(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float]:
+        """Return the two numbers by name, as a record holds them."""
         return asdict(self)
 
 
 def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """The temperature T in [COLDEST, HOTTEST] at which the scores' mean −log p(label) is least.
+    """Return the temperature T in [MIN_TEMPERATURE, MAX_TEMPERATURE] with the smallest mean −log p(label).
 
-    It is convex in 1 / T, so the sign of its slope tells on which side the minimum lies: bisection finds it. Answers
-    that are all right have theirs at COLDEST, answers no better than chance at HOTTEST.
+    The mean is convex in 1 / T, so bisection on the sign of its slope finds the minimum. If every prediction is right,
+    the minimum is at MIN_TEMPERATURE; if predictions are no better than chance, it is at MAX_TEMPERATURE.
 
     Args:
         scores: (N,) P(label 1).
@@ -81,9 +87,9 @@ def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> f
     Raises:
         DivergedError: a score is not a finite number.
     """
-    need_finite(scores)
-    margins = np.where(labels == 1, 1.0, -1.0) * _logits(scores)  # (N,) above 0 where the answer is right
-    low, high = 1 / HOTTEST, 1 / COLDEST
+    require_finite(scores)
+    margins = np.where(labels == 1, 1.0, -1.0) * _logits(scores)  # (N,) above 0 where the prediction is right
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     for _ in range(60):
         middle = (low + high) / 2
         slope = -(margins * _sigmoid(-middle * margins)).mean()
@@ -92,9 +98,9 @@ def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> f
 
 
 def fit_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """The threshold with the greatest MCC: halfway between two neighbouring scores; of equals the nearest to 0.5.
+    """Return the threshold with the highest MCC: halfway between two neighbouring scores; of equals the nearest to 0.5.
 
-    Where none is better than 0.5, as where all labels are alike, it is 0.5.
+    It is 0.5 if no other threshold is better, for example where all labels are equal.
 
     Args:
         scores: (N,) P(label 1).
@@ -103,40 +109,54 @@ def fit_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> flo
     Raises:
         DivergedError: a score is not a finite number.
     """
-    need_finite(scores)
+    require_finite(scores)
     order = np.argsort(-scores)
-    ranked, right = scores[order], labels[order].cumsum()  # (N,) falling; ones among the first so many
-    ends = np.flatnonzero(ranked[:-1] > ranked[1:])  # (C,) a cut lies behind each
-    cuts = (ranked[ends] + ranked[ends + 1]) / 2
-    cuts = np.where(cuts > ranked[ends + 1], cuts, ranked[ends])  # neighbours among floats have nothing between them
-    tp, said = right[ends], ends + 1
-    ones, rows = labels.sum(), len(labels)
-    counts = np.stack([tp, said - tp, ones - tp, rows - said - ones + tp], -1)  # (C, 4)
-    mcc = np.append(measure_of(counts), measure_of(confusion(labels, scores >= HALF)))
-    cuts = np.append(cuts, HALF)
-    best = cuts[mcc >= mcc.max()]
-    return float(best[np.abs(best - HALF).argmin()])
+    sorted_scores, ones_above = scores[order], labels[order].cumsum()  # (N,) descending; label 1 among the first n
+    ends = np.flatnonzero(sorted_scores[:-1] > sorted_scores[1:])  # (C,) a threshold lies after each
+    thresholds = (sorted_scores[ends] + sorted_scores[ends + 1]) / 2
+    # Adjacent floats have no midpoint.
+    thresholds = np.where(thresholds > sorted_scores[ends + 1], thresholds, sorted_scores[ends])
+    tp, n_predicted = ones_above[ends], ends + 1
+    n_ones, n_rows = labels.sum(), len(labels)
+    counts = np.stack([tp, n_predicted - tp, n_ones - tp, n_rows - n_predicted - n_ones + tp], -1)  # (C, 4)
+    mcc = np.append(compute_metric(counts), compute_metric(confusion_counts(labels, scores >= DEFAULT_THRESHOLD)))
+    thresholds = np.append(thresholds, DEFAULT_THRESHOLD)
+    best_thresholds = thresholds[mcc >= mcc.max()]
+    return float(best_thresholds[np.abs(best_thresholds - DEFAULT_THRESHOLD).argmin()])
 
 
-def calibrated(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """(N,) P(label 1) at the temperature: the scores' logits divided by it."""
+def apply_temperature(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """Return (N,) P(label 1) at the temperature: the logits of (N,) scores divided by it."""
     return _sigmoid(_logits(scores) / temperature)
 
 
 def score_calibrated(
     scores: NDArray[np.float64], labels: NDArray[np.int64], calibration: Calibration
 ) -> dict[str, float | None]:
-    """`calibrated/…`: `nll`, `ece` and `brier` at the temperature; `accuracy`, `f1` and `mcc` at the threshold."""
-    values = score(calibrated(scores, calibration.temperature), labels, {})
-    counts = confusion(labels, scores >= calibration.threshold)
-    values = {name: values[name] for name in _OF_TEMPERATURE} | {m: float(measure_of(counts, m)) for m in MEASURES}
+    """Return the calibrated metrics of one split.
+
+    Args:
+        scores: (N,) P(label 1), not calibrated.
+        labels: (N,) 0 or 1.
+        calibration: fitted on the selection split.
+
+    Returns:
+        `calibrated/nll`, `calibrated/ece` and `calibrated/brier` at the temperature; `calibrated/accuracy`,
+        `calibrated/f1` and `calibrated/mcc` at the threshold.
+    """
+    values = score(apply_temperature(scores, calibration.temperature), labels, {})
+    counts = confusion_counts(labels, scores >= calibration.threshold)
+    values = {name: values[name] for name in _TEMPERATURE_METRICS}
+    values |= {name: float(compute_metric(counts, name)) for name in MAIN_METRICS}
     return {f"calibrated/{name}": value for name, value in values.items()}
 
 
 def _logits(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return log(p / (1 - p)); a score of exactly 0 or 1 stays finite."""
     p = np.clip(scores, SMALLEST, 1 - SMALLEST)
     return np.log(p) - np.log1p(-p)
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1 / (1 + e⁻ˣ) without overflow."""
     return np.exp(-np.logaddexp(0, -x))

@@ -1,4 +1,4 @@
-"""Counts of a binary confusion matrix, and accuracy, F1 and MCC from them."""
+"""Confusion counts of binary predictions, and accuracy, F1 and MCC computed from them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-MEASURES = ("accuracy", "f1", "mcc")
 
+def confusion_counts(labels: ArrayLike, predicted: ArrayLike) -> Floats:
+    """Return true positives, false positives, false negatives and true negatives.
 
-def confusion(labels: ArrayLike, predicted: ArrayLike) -> Floats:
-    """True positives, false positives, false negatives, true negatives: (..., 4) for predictions (..., N)."""
+    Args:
+        labels: (N,) 0 or 1.
+        predicted: (..., N) 0 or 1.
+
+    Returns:
+        (..., 4) counts as floats.
+    """
     y, p = np.asarray(labels, bool), np.asarray(predicted, bool)
     return np.stack([(p & y).sum(-1), (p & ~y).sum(-1), (~p & y).sum(-1), (~p & ~y).sum(-1)], -1).astype(float)
 
 
-def measure_of(counts: ArrayLike, measure: str = "mcc") -> Floats:
-    """Accuracy, F1 or MCC of confusion counts (..., 4), for many at once: (...); 0 where it is 0 / 0."""
+def compute_metric(counts: ArrayLike, measure: str = "mcc") -> Floats:
+    """Return accuracy, F1 or MCC for confusion counts (..., 4), one value per row of counts (...); 0 / 0 gives 0."""
     tp, fp, fn, tn = np.moveaxis(np.asarray(counts, float), -1, 0)
     if measure == "accuracy":
         return _ratio(tp + tn, tp + fp + fn + tn)
@@ -31,32 +37,45 @@ def measure_of(counts: ArrayLike, measure: str = "mcc") -> Floats:
 
 
 def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
-    """What an example of each of the four kinds adds to the measure: N times its derivative by the kind's count.
+    """Return the influence of one example of each confusion cell on a metric: N times the derivative by its count.
 
-    The infinitesimal jackknife (Efron 1982, section 6): over the examples the influences have mean 0, and their
-    variance over N is that of the measure. (..., 4) for counts (..., 4); 0 where the measure is 0 / 0.
+    This is the infinitesimal jackknife (Efron 1982, section 6): over the examples the influences have mean 0, and their
+    variance over N estimates the variance of the metric.
+
+    Args:
+        counts: (..., 4) as `confusion_counts` returns them.
+        measure: accuracy, f1 or mcc.
+
+    Returns:
+        (..., 4) for tp, fp, fn, tn; 0 where the metric is 0 / 0.
     """
     counts = np.asarray(counts, float)
     tp, fp, fn, tn = np.moveaxis(counts, -1, 0)
     n = counts.sum(-1)
     if measure == "accuracy":
-        right = _ratio(tp + tn, n)
-        return np.stack([1 - right, -right, -right, 1 - right], -1)
+        accuracy = _ratio(tp + tn, n)
+        return np.stack([1 - accuracy, -accuracy, -accuracy, 1 - accuracy], -1)
     if measure == "f1":
-        f1, scale = measure_of(counts, "f1"), 2 * tp + fp + fn
+        f1, scale = compute_metric(counts, "f1"), 2 * tp + fp + fn
         return np.stack([_ratio(n * g, scale) for g in (2 - 2 * f1, -f1, -f1, np.zeros_like(f1))], -1)
-    mcc = measure_of(counts, "mcc")
-    said1, said0, are1, are0 = tp + fp, fn + tn, tp + fn, fp + tn
-    root = np.sqrt(said1 * said0 * are1 * are0)
+    mcc = compute_metric(counts, "mcc")
+    predicted_1, predicted_0, labelled_1, labelled_0 = tp + fp, fn + tn, tp + fn, fp + tn
+    root = np.sqrt(predicted_1 * predicted_0 * labelled_1 * labelled_0)
 
-    def gradient(product: Floats, said: Floats, are: Floats) -> Floats:
-        slope: Floats = n * (_ratio(product, root) - mcc / 2 * (_ratio(1.0, said) + _ratio(1.0, are)))
+    def gradient(product: Floats, predicted: Floats, labelled: Floats) -> Floats:
+        slope: Floats = n * (_ratio(product, root) - mcc / 2 * (_ratio(1.0, predicted) + _ratio(1.0, labelled)))
         return slope
 
-    kinds = [(tn, said1, are1), (-fn, said1, are0), (-fp, said0, are1), (tp, said0, are0)]
-    return np.asarray(np.where(root[..., None] > 0, np.stack([gradient(*kind) for kind in kinds], -1), 0.0))
+    cells = [
+        (tn, predicted_1, labelled_1),
+        (-fn, predicted_1, labelled_0),
+        (-fp, predicted_0, labelled_1),
+        (tp, predicted_0, labelled_0),
+    ]
+    return np.asarray(np.where(root[..., None] > 0, np.stack([gradient(*cell) for cell in cells], -1), 0.0))
 
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
+    """Return element-wise ratios; 0 where the denominator is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
     return np.asarray(np.divide(above, below, out=np.zeros(above.shape), where=below > 0))

@@ -1,8 +1,8 @@
-"""What training costs: arithmetic from torch's own counter, peak memory of this process.
+"""Cost of training: FLOPs from torch's own counter, and the memory of this process.
 
-Matrix products of a network are, for N rows of T tokens, exactly c0 + N (c1 + c2 T + c3 T²): linear layers go with T,
-attention with T², the head with N, products of weights with nothing. Four small probes give the four numbers, for any
-family and method; the rest is a sum over the batches that were run.
+The FLOPs of a network on N rows of T tokens are exactly c0 + N (c1 + c2 T + c3 T²): linear layers grow with T,
+attention with T², the head with N, products of weights with neither. Four small probes determine the four coefficients
+for any model family and method. The total is a sum over the batches that were run.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class FlopModel:
     """FLOPs of one call as a function of rows and tokens; a multiplication and an addition count as two."""
 
     coefficients: tuple[float, float, float, float]
+    """(c0, c1, c2, c3) of c0 + N (c1 + c2 T + c3 T²)."""
 
     @classmethod
     def measure(cls, call: Callable[[int, int], object]) -> FlopModel:
-        """Fit the four numbers from `call(N, T)`, run on batches of those sizes."""
+        """Fit the four coefficients by counting the FLOPs of `call(N, T)` for four sizes of batch."""
         counts = []
         for rows, length in _PROBES:
             with FlopCounterMode(display=False) as counter:
@@ -45,12 +46,13 @@ class FlopModel:
         return cls((float(c0), float(c1), float(c2), float(c3)))
 
     def __call__(self, rows: int, length: int) -> float:
+        """Return the FLOPs of one call on `rows` rows of `length` tokens."""
         c0, c1, c2, c3 = self.coefficients
         return c0 + rows * (c1 + c2 * length + c3 * length * length)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the measurement of peak memory anew, where the system lets us."""
+    """Start the measurement of peak memory anew, where the operating system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -62,26 +64,26 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held since the reset: allocated on the GPU, or resident in this process."""
+    """Return the highest memory since the reset: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    told = _told_by_linux("VmHWM")
-    if told is not None:
-        return told
+    resident_bytes = _linux_process_bytes("VmHWM")
+    if resident_bytes is not None:
+        return resident_bytes
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def held_memory_bytes(device: torch.device) -> int:
-    """Memory held now, as `peak_memory_bytes` counts it; the peak where the system does not tell."""
+    """Return the memory held now, measured as by `peak_memory_bytes`; the peak where the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    told = _told_by_linux("VmRSS")
-    return peak_memory_bytes(device) if told is None else told
+    resident_bytes = _linux_process_bytes("VmRSS")
+    return peak_memory_bytes(device) if resident_bytes is None else resident_bytes
 
 
-def _told_by_linux(name: str) -> int | None:
-    """A size of this process, in bytes; None where the system does not tell."""
+def _linux_process_bytes(name: str) -> int | None:
+    """Return a size from /proc/self/status in bytes; None where the system has no such file or entry."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):

@@ -1,8 +1,8 @@
-"""Figures of an ensemble: of its members, beside those of their averaged probabilities, and how far they differ.
+"""Metrics of an ensemble: those of its members, reported beside those of their averaged probabilities.
 
-member_<i>/<name>    each member's own, `calibrated/…` by a calibration of its own among them
-members/<name>       their mean over the members
-disagreement         over pairs of members and rows, the share that the two label differently
+member_<i>/<name>    a member's metric; `calibrated/…` use a calibration of that member alone
+members/<name>       the mean over the members
+disagreement         the share of rows that two members label differently, averaged over pairs of members
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.evaluation.calibration import score_calibrated
 from lora_bench.evaluation.metrics import mean_metrics, score
 
@@ -29,35 +30,38 @@ def score_members(
     metrics: Mapping[str, Metric],
     calibrations: Sequence[Calibration],
 ) -> dict[str, float | None]:
-    """The figures of an ensemble's members on one split.
+    """Return the metrics of an ensemble's members on one split.
 
     Args:
-        scores: (M, N) P(label 1), M of at least 2.
+        scores: (M, N) P(label 1); M is at least 2.
         labels: (N,) 0 or 1.
         metrics: extra metrics.
-        calibrations: M, each fitted for one member.
+        calibrations: M, one fitted for each member.
+
+    Returns:
+        The values by the names that the module describes.
 
     Raises:
         DivergedError: a score is not a finite number.
     """
-    of_each = [
-        score(own, labels, metrics) | score_calibrated(own, labels, calibration)
-        for own, calibration in zip(scores, calibrations, strict=True)
+    metrics_by_member = [
+        score(member_scores, labels, metrics) | score_calibrated(member_scores, labels, calibration)
+        for member_scores, calibration in zip(scores, calibrations, strict=True)
     ]
-    found: dict[str, float | None] = {"disagreement": disagreement(scores)}
-    found |= {f"members/{name}": value for name, value in mean_metrics(of_each).items()}
-    for i, each in enumerate(of_each):
-        found |= {f"member_{i}/{name}": value for name, value in each.items()}
-    return found
+    values: dict[str, float | None] = {"disagreement": disagreement(scores)}
+    values |= {f"members/{name}": value for name, value in mean_metrics(metrics_by_member).items()}
+    for i, member_values in enumerate(metrics_by_member):
+        values |= {f"member_{i}/{name}": value for name, value in member_values.items()}
+    return values
 
 
 def disagreement(scores: NDArray[np.float64]) -> float:
-    """The share of rows that two members label differently, over all pairs of the M members: (M, N) scores."""
+    """Return the share of rows that two members label differently, over all pairs of members, from (M, N) scores."""
     M = len(scores)
-    ones = (scores >= 0.5).sum(axis=0)  # (N,) members that say 1
+    ones = (scores >= DEFAULT_THRESHOLD).sum(axis=0)  # (N,) members that predict label 1
     return float((2 * ones * (M - ones) / (M * (M - 1))).mean())
 
 
-def spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N,) how far the members' probabilities of a row lie apart: their standard deviation, from (M, N) scores."""
+def member_spread(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard deviation of each row's probability over the members: (N,) from (M, N) scores."""
     return np.asarray(scores.std(axis=0))

@@ -1,17 +1,17 @@
-"""How answers hold when texts are perturbed: names and numbers from scores before and after.
+"""Robustness metrics: how predictions change when texts are perturbed, from scores before and after.
 
-A split's figures are `<transform>/<name>` for each transform and `perturbed/<name>` over all that keep labels:
+A split's metrics are `<transform>/<name>` for each transform, and `perturbed/<name>` over all that keep labels:
 
     changed           share of rows that the transform changes
-    accuracy f1 mcc   of the whole split, rows that are not changed as they were: mean over seeds
-    …_worst           the worst of these over seeds (and over transforms, below `perturbed`)
+    accuracy f1 mcc   of the whole split, unchanged rows included: mean over seeds
+    …_worst           the lowest over seeds (below `perturbed`: over seeds and transforms)
     …_drop            (clean - perturbed) / clean
-    flip_rate         share of changed rows whose answer is another: mean over seeds (and transforms)
-    attack_success    of changed rows that were answered rightly, the share that some seed (or transform) makes wrong
-    order_consistency of pairs, the share whose answer does not depend on the order of their texts (below `perturbed`)
+    flip_rate         share of changed rows whose predicted label changes: mean over seeds (and transforms)
+    attack_success    share of changed, correctly predicted rows that some seed (or transform) makes wrong
+    order_consistency share of pairs whose prediction does not depend on the order of their texts (only `perturbed`)
 
-Of a transform that changes labels there are changed, accuracy (with its worst and its drop) and attack_success, all
-over the changed rows alone and with the new labels: there an answer that stays is wrong.
+A transform that changes labels has changed, accuracy (with worst and drop) and attack_success. They are computed over
+the changed rows alone and with the new labels, so that a prediction that does not change is wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRICS
 from lora_bench.evaluation.metrics import score
 
 if TYPE_CHECKING:
@@ -29,115 +30,126 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-MAIN = ("accuracy", "f1", "mcc")
 Values = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of the M rows that one transform changed with one seed."""
+    """The M rows that one transform changed with one seed."""
 
     transform: str
     keeps_label: bool
-    rows: NDArray[np.int64]  # (M,) their positions in the split
+    rows: NDArray[np.int64]  # (M,) positions in the split
     labels: NDArray[np.int64]  # (M,) after the change
     scores: NDArray[np.float64]  # (M,) P(label 1) after the change
 
 
 def robustness(scores: NDArray[np.float64], labels: NDArray[np.int64], trials: Sequence[Trial]) -> Values:
-    """All figures of one split.
+    """Return all robustness metrics of one split.
 
     Args:
-        scores: (N,) P(label 1) of the split as it is.
+        scores: (N,) P(label 1) of the unperturbed split.
         labels: (N,) 0 or 1.
-        trials: those of one transform one after the other.
+        trials: grouped by transform.
 
     Returns:
-        The values by `<transform>/<name>` and `perturbed/<name>`; None where nothing was changed to judge by.
+        The values by `<transform>/<name>` and `perturbed/<name>`; None where no row was changed.
 
     Raises:
         DivergedError: a score is not a finite number.
     """
     clean = score(scores, labels, {})
-    right = (scores >= 0.5) == (labels == 1)
-    found: Values = {}
-    kept: list[Values] = []
+    correct = (scores >= DEFAULT_THRESHOLD) == (labels == 1)
+    metrics: Values = {}
+    kept_by_transform: list[Values] = []
     attacked, fooled = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
     for (name, keeps_label), group in groupby(trials, key=lambda trial: (trial.transform, trial.keeps_label)):
-        of_name = list(group)
-        touched, wrong = _attack(of_name, right)
-        values: Values = {"changed": float(np.mean([len(trial.rows) for trial in of_name]) / len(labels))}
+        trials_of_transform = list(group)
+        attacked_now, fooled_now = _attacked_rows(trials_of_transform, correct)
+        values: Values = {"changed": float(np.mean([len(trial.rows) for trial in trials_of_transform]) / len(labels))}
         if keeps_label:
-            values |= _kept(of_name, scores, labels, clean)
-            kept.append(values)
-            attacked |= touched
-            fooled |= wrong
+            values |= _label_keeping_metrics(trials_of_transform, scores, labels, clean)
+            kept_by_transform.append(values)
+            attacked |= attacked_now
+            fooled |= fooled_now
         else:
-            values |= _changed(of_name, right)
-        values["attack_success"] = _ratio(wrong.sum(), touched.sum())
-        found |= {f"{name}/{key}": value for key, value in values.items()}
-    if kept:
-        overall = _overall(kept, clean)
+            values |= _label_changing_metrics(trials_of_transform, correct)
+        values["attack_success"] = _ratio(fooled_now.sum(), attacked_now.sum())
+        metrics |= {f"{name}/{key}": value for key, value in values.items()}
+    if kept_by_transform:
+        overall = _mean_over_transforms(kept_by_transform, clean)
         overall["attack_success"] = _ratio(fooled.sum(), attacked.sum())
-        if found.get("order/flip_rate") is not None:
-            overall["order_consistency"] = 1 - _number(found["order/flip_rate"])
-        found |= {f"perturbed/{key}": value for key, value in overall.items()}
-    return found
+        if metrics.get("order/flip_rate") is not None:
+            overall["order_consistency"] = 1 - _require_value(metrics["order/flip_rate"])
+        metrics |= {f"perturbed/{key}": value for key, value in overall.items()}
+    return metrics
 
 
-def _attack(trials: Sequence[Trial], right: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(N,) each: rows answered rightly that some trial changes, and those of them that some trial makes wrong."""
-    touched, wrong = np.zeros(len(right), bool), np.zeros(len(right), bool)
+def _attacked_rows(trials: Sequence[Trial], correct: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return two (N,) masks: correctly predicted rows that a trial changes, and those that a trial makes wrong."""
+    changed_rows, misled = np.zeros(len(correct), bool), np.zeros(len(correct), bool)
     for trial in trials:
-        touched[trial.rows] = True
-        wrong[trial.rows] |= (trial.scores >= 0.5) != (trial.labels == 1)
-    return touched & right, wrong & touched & right
+        changed_rows[trial.rows] = True
+        misled[trial.rows] |= (trial.scores >= DEFAULT_THRESHOLD) != (trial.labels == 1)
+    return changed_rows & correct, misled & changed_rows & correct
 
 
-def _kept(trials: Sequence[Trial], scores: NDArray[np.float64], labels: NDArray[np.int64], clean: Values) -> Values:
-    """A transform that keeps labels: the whole split's metrics, and how often answers flip."""
-    seen, flips = [], []
+def _label_keeping_metrics(
+    trials: Sequence[Trial], scores: NDArray[np.float64], labels: NDArray[np.int64], clean: Values
+) -> Values:
+    """Return the metrics of a transform that keeps labels: those of the whole split, and the flip rate."""
+    metrics_by_trial, flips = [], []
     for trial in trials:
-        after = scores.copy()
-        after[trial.rows] = trial.scores
-        seen.append(score(after, labels, {}))
+        perturbed = scores.copy()
+        perturbed[trial.rows] = trial.scores
+        metrics_by_trial.append(score(perturbed, labels, {}))
         if len(trial.rows):
-            flips.append(float(((after >= 0.5) != (scores >= 0.5))[trial.rows].mean()))
-    values: Values = {name: float(np.mean([_number(each[name]) for each in seen])) for name in MAIN}
-    values |= {f"{name}_worst": min(_number(each[name]) for each in seen) for name in MAIN}
+            flips.append(float(((perturbed >= DEFAULT_THRESHOLD) != (scores >= DEFAULT_THRESHOLD))[trial.rows].mean()))
+    values: Values = {
+        name: float(np.mean([_require_value(metrics[name]) for metrics in metrics_by_trial])) for name in MAIN_METRICS
+    }
+    values |= {
+        f"{name}_worst": min(_require_value(metrics[name]) for metrics in metrics_by_trial) for name in MAIN_METRICS
+    }
     return values | _drops(values, clean) | {"flip_rate": float(np.mean(flips)) if flips else None}
 
 
-def _changed(trials: Sequence[Trial], right: NDArray[np.bool_]) -> Values:
-    """A transform that changes labels: accuracy on the rows that it changes, before and after."""
+def _label_changing_metrics(trials: Sequence[Trial], correct: NDArray[np.bool_]) -> Values:
+    """Return the metrics of a transform that changes labels: accuracy on the rows that it changes, before and after."""
     trials = [trial for trial in trials if len(trial.rows)]
     if not trials:
         return dict.fromkeys(("accuracy", "accuracy_worst", "accuracy_drop"))
-    seen = [float(((trial.scores >= 0.5) == (trial.labels == 1)).mean()) for trial in trials]
-    before = float(np.mean([right[trial.rows].mean() for trial in trials]))
-    values: Values = {"accuracy": float(np.mean(seen)), "accuracy_worst": min(seen)}
-    return values | {"accuracy_drop": _ratio(before - float(np.mean(seen)), before)}
+    accuracies = [float(((trial.scores >= DEFAULT_THRESHOLD) == (trial.labels == 1)).mean()) for trial in trials]
+    before = float(np.mean([correct[trial.rows].mean() for trial in trials]))
+    values: Values = {"accuracy": float(np.mean(accuracies)), "accuracy_worst": min(accuracies)}
+    return values | {"accuracy_drop": _ratio(before - float(np.mean(accuracies)), before)}
 
 
-def _overall(kept: Sequence[Values], clean: Values) -> Values:
-    """Over transforms that keep labels, each counting the same."""
+def _mean_over_transforms(by_transform: Sequence[Values], clean: Values) -> Values:
+    """Return the means over the transforms that keep labels; all have equal weight."""
     values: Values = {}
-    for name in ("changed", *MAIN):
-        values[name] = float(np.mean([_number(each[name]) for each in kept]))
-    values |= {f"{name}_worst": min(_number(each[f"{name}_worst"]) for each in kept) for name in MAIN}
-    flips = [_number(each["flip_rate"]) for each in kept if each["flip_rate"] is not None]
+    for name in ("changed", *MAIN_METRICS):
+        values[name] = float(np.mean([_require_value(metrics[name]) for metrics in by_transform]))
+    values |= {
+        f"{name}_worst": min(_require_value(metrics[f"{name}_worst"]) for metrics in by_transform)
+        for name in MAIN_METRICS
+    }
+    flips = [_require_value(metrics["flip_rate"]) for metrics in by_transform if metrics["flip_rate"] is not None]
     return values | _drops(values, clean) | {"flip_rate": float(np.mean(flips)) if flips else None}
 
 
 def _drops(values: Values, clean: Values) -> Values:
-    before = {name: _number(clean[name]) for name in MAIN}
-    return {f"{name}_drop": _ratio(before[name] - _number(values[name]), before[name]) for name in MAIN}
+    """Return the relative loss of each main metric: (clean - perturbed) / clean."""
+    before = {name: _require_value(clean[name]) for name in MAIN_METRICS}
+    return {f"{name}_drop": _ratio(before[name] - _require_value(values[name]), before[name]) for name in MAIN_METRICS}
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return float(part / whole) if whole > 0 else None
+def _ratio(numerator: float, denominator: float) -> float | None:
+    """Return a ratio; None if the denominator is not above 0."""
+    return float(numerator / denominator) if denominator > 0 else None
 
 
-def _number(value: float | None) -> float:
+def _require_value(value: float | None) -> float:
+    """Return a value that cannot be None here."""
     assert value is not None
     return value

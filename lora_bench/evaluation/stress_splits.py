@@ -1,4 +1,4 @@
-"""What a reported split is scored on besides itself: the rows not seen in training, and its texts perturbed."""
+"""Stress splits: further scores of a reported split, on rows that training has not seen and on perturbed texts."""
 
 from __future__ import annotations
 
@@ -24,82 +24,87 @@ if TYPE_CHECKING:
     Scorer = Callable[[Examples], NDArray[np.float64]]
 
 
-def perturbations(data: Data) -> list[Transform]:
-    """What `data.perturb` names; refuses transforms that there are not, or that do not suit the data."""
+def resolve_transforms(data: Data) -> list[Transform]:
+    """Return the transforms that `data.perturb` names; none if it is null.
+
+    Raises:
+        UserError: a name is unknown, or a transform does not suit the task or its number of texts.
+    """
     if data.perturb is None:
         return []
     return choose_transforms(data.perturb, data.task, len(data.text_columns), "data.perturb")
 
 
-def score_besides(
+def score_stress_splits(
     data: Data,
     split: Examples,
     scores: NDArray[np.float64],
-    scored: Scorer,
+    score_examples: Scorer,
     *,
     seen: Sequence[Examples],
     metrics: Mapping[str, Metric],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, float | None]:
-    """The figures that the settings ask for besides those of the whole split.
+    """Return the metrics of a reported split on the stress splits that the settings ask for.
 
     Args:
         data: the settings.
         split: N labelled examples.
         scores: (N,) P(label 1) of them.
-        scored: gives those of other examples.
-        seen: what was trained and chosen on, where `data.unseen` asks for it.
+        score_examples: returns P(label 1) of other examples.
+        seen: the examples of training and selection, used if `data.unseen` is true.
         metrics: extra metrics.
-        tell: is told what goes on, which may take minutes.
+        log: receives a line per transform, since perturbing may take minutes.
 
     Returns:
-        `unseen/<metric>`, and what `robustness` returns.
+        `unseen/<metric>`, and the metrics that `robustness` returns.
     """
     assert split.labels is not None
     values: dict[str, float | None] = {}
     if data.unseen:
         rows = sources.unseen_rows(split, *seen)
         if rows.any():
-            found = score(scores[rows], split.labels[rows], metrics)
-            values |= {f"unseen/{name}": value for name, value in found.items()}
-    if transforms := perturbations(data):
-        values |= robustness(scores, split.labels, list(_trials(data, split, transforms, scored, tell)))
+            metrics_of_unseen = score(scores[rows], split.labels[rows], metrics)
+            values |= {f"unseen/{name}": value for name, value in metrics_of_unseen.items()}
+    if transforms := resolve_transforms(data):
+        values |= robustness(scores, split.labels, list(_trials(data, split, transforms, score_examples, log)))
     return values
 
 
-def describe(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples]) -> dict[str, object]:
-    """What a record says of it: `unseen` rows by split, and the names of the transforms."""
-    said: dict[str, object] = {}
+def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples]) -> dict[str, object]:
+    """Return the section of a record about stress splits: `unseen` rows by split, and the `perturb` settings."""
+    description: dict[str, object] = {}
     if data.unseen:
-        said["unseen"] = {name: int(sources.unseen_rows(split, *seen).sum()) for name, split in splits.items()}
-    if transforms := perturbations(data):
-        said["perturb"] = {
+        description["unseen"] = {name: int(sources.unseen(split, *seen).sum()) for name, split in splits.items()}
+    if transforms := resolve_transforms(data):
+        description["perturb"] = {
             "transforms": [transform.name for transform in transforms],
             "seeds": data.perturb_seeds,
             "intensity": data.intensity,
         }
-    return said
+    return description
 
 
 def _trials(
-    data: Data, split: Examples, transforms: Sequence[Transform], scored: Scorer, tell: Callable[[str], None]
+    data: Data, split: Examples, transforms: Sequence[Transform], score_examples: Scorer, log: Callable[[str], None]
 ) -> Iterator[Trial]:
-    """Every transform with the seeds 0, 1, …; with one where nothing is drawn."""
+    """Yield a trial for each transform and each of the seeds 0, 1, …; one trial if the transform is not random."""
     for transform in transforms:
-        seeds = range(data.perturb_seeds if transform.is_random else 1)
-        found = [perturb(split, transform, seed=seed, intensity=data.intensity) for seed in seeds]
-        tell(f"{transform.name}: {len(found[0].rows):,} of {len(split):,} rows perturbed")
-        for each, scores in zip(found, _scores(found, scored), strict=True):
-            assert each.examples.labels is not None
-            yield Trial(transform.name, transform.keeps_label, each.rows, each.examples.labels, scores)
+        seeds = range(data.perturb_seeds if transform.drawn else 1)
+        perturbed_by_seed = [perturb(split, transform, seed=seed, intensity=data.intensity) for seed in seeds]
+        log(f"{transform.name}: {len(perturbed_by_seed[0].rows):,} of {len(split):,} rows perturbed")
+        for perturbed, scores in zip(perturbed_by_seed, _scores(perturbed_by_seed, score_examples), strict=True):
+            assert perturbed.examples.labels is not None
+            yield Trial(transform.name, transform.keeps_label, perturbed.rows, perturbed.examples.labels, scores)
 
 
-def _scores(found: Sequence[PerturbedRows], scored: Scorer) -> list[NDArray[np.float64]]:
-    """The scores of each, (M,); seeds often make the same of a row, which is then scored once."""
-    texts = [list(zip(*each.examples.texts, strict=True)) for each in found]
-    different = list(dict.fromkeys(row for rows in texts for row in rows))
-    if not different:
-        return [np.empty(0) for _ in found]
-    columns = tuple(list(column) for column in zip(*different, strict=True))
-    scores = dict(zip(different, scored(Examples(np.arange(len(different)), columns, None)).tolist(), strict=True))
-    return [np.array([scores[row] for row in rows]) for rows in texts]
+def _scores(perturbed_by_seed: Sequence[Perturbed], score_examples: Scorer) -> list[NDArray[np.float64]]:
+    """Return (M,) scores for each seed's perturbed rows. Texts that several seeds produce are scored once."""
+    texts = [list(zip(*perturbed.examples.texts, strict=True)) for perturbed in perturbed_by_seed]
+    distinct_texts = list(dict.fromkeys(row for rows in texts for row in rows))
+    if not distinct_texts:
+        return [np.empty(0) for _ in perturbed_by_seed]
+    columns = tuple(list(column) for column in zip(*distinct_texts, strict=True))
+    scores = score_examples(Examples(np.arange(len(distinct_texts)), columns, None))
+    score_by_row = dict(zip(distinct_texts, scores.tolist(), strict=True))
+    return [np.array([score_by_row[row] for row in rows]) for rows in texts]

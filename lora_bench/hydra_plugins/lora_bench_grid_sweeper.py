@@ -69,6 +69,7 @@ class GridSweeper(BasicSweeper):
         """Run every job, or with `resume` those that have not ended; then the table, also after Ctrl-C."""
         from lora_bench.analysis.summary import write_tables
         from lora_bench.records import sweep_folder
+        from lora_bench.records.run_folder import holds_run
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -102,7 +103,7 @@ class GridSweeper(BasicSweeper):
             typed: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
             asked = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
             places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-            lock = sweep_folder.begin(folder, asked, places[0] if places else None, jobs)
+            lock = sweep_folder.create(folder, asked, places[0] if places else None, jobs)
         tried: set[int] = set()
         failures: list[Exception] = []
         try:
@@ -123,10 +124,10 @@ class GridSweeper(BasicSweeper):
             lock.release()
             lock.check()
             begun = sweep_folder.read(folder).jobs
-            if any((folder / name / "run.json").exists() for name in begun):
+            if any(holds_run(folder / name) for name in begun):
                 write_tables(folder, self._baseline(folder, begun))
                 self._conclude(folder)
-            if lacking := len(sweep_folder.read(folder).lacks(folder)):
+            if lacking := len(sweep_folder.read(folder).unfinished_jobs(folder)):
                 command = f"lora-bench train -m {argument('resume', folder)}"
                 print(f"{lacking} of {len(begun)} jobs are lacking; run them with: {command}")
         _raise_failures(failures, len(tried))
@@ -165,7 +166,7 @@ class GridSweeper(BasicSweeper):
         for name, job in begun.items():
             if [text for text in job if not text.startswith(f"{PLACE}=")] in self.whole:
                 place = folder / name
-                if (place / "run.json").exists() and run_folder.read(place)["status"] == "done":
+                if run_folder.holds_run(place) and run_folder.read(place)["status"] == "done":
                     return str(place)
         return None
 
@@ -208,7 +209,7 @@ class GridSweeper(BasicSweeper):
         asked: dict[str, list[str]] = {}
         for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
-            if sweep_folder.leads_out(name):
+            if sweep_folder.is_outside(name):
                 raise UserError("leads out of the sweep's folder", key=PLACE, value=name, code=Code.FORBIDDEN)
             if identity in asked:
                 reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
@@ -237,7 +238,7 @@ class GridSweeper(BasicSweeper):
     def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:
         """What the sweep lacks and was not tried yet, by number, as many at a time as the launcher may be given."""
         batch: Batch = {}
-        for number, is_begun in begun.lacks(folder).items():
+        for number, is_begun in begun.unfinished_jobs(folder).items():
             if number in tried:
                 continue
             if self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size:

@@ -17,7 +17,7 @@ from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
 from lora_bench.console.text import shown
 from lora_bench.records.folder_lock import Identity
-from lora_bench.records.job import Job, is_done, titled
+from lora_bench.records.job import Job, is_done, job_title
 
 
 @dataclass
@@ -53,7 +53,7 @@ class PackedLauncher(BasicLauncher):
             alike = set.intersection(*map(set, jobs_by_number.values())) if len(jobs_by_number) > 1 else set()
             for number, overrides in jobs_by_number.items():
                 told = [text for text in overrides if not text.startswith(("resume=", "hydra.")) and text not in alike]
-                titles.append(titled(number, told))
+                titles.append(job_title(number, told))
                 try:
                     jobs += self._composed(number, list(overrides), titles[-1])
                 except Exception as error:
@@ -63,8 +63,8 @@ class PackedLauncher(BasicLauncher):
             (cost_estimate.run if self.config.dry_run else self._train)(jobs, console, end)
         finally:
             for job in jobs:
-                if job.begun:
-                    job.begun.release()
+                if job.resumed:
+                    job.resumed.release()
         return [JobReturn(_return_value=ended.get(title), status=JobStatus.COMPLETED) for title in titles]
 
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:

@@ -15,8 +15,9 @@ from hydra.core.config_store import ConfigStore
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError, quoted
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
+from lora_bench.records.run_folder import EVALUATIONS
 from lora_bench.records.sweep_folder import read
-from lora_bench.records.task_folders import folder_of
+from lora_bench.records.task_folders import task_folder
 from lora_bench.sweeps import transfer_matrix
 from lora_bench.sweeps.transfer_matrix import EVERYTHING, source_of, task_of, told_of
 
@@ -101,7 +102,7 @@ class TransferSweeper(GridSweeper):
         done = []
         for number in range(len(self.combinations)):
             place = folder / f"train/{number}"
-            if (place / "run.json").exists() and run_folder.read(place)["status"] == "done":
+            if run_folder.holds_run(place) and run_folder.read(place)["status"] == "done":
                 done.append(number)
                 self._score_elsewhere(place, self.combinations[number])
         known = [_without_place(job) for name, job in jobs.items() if name.startswith("few/")]
@@ -118,7 +119,7 @@ class TransferSweeper(GridSweeper):
             others = [k for k in sources if _fits(self.combinations[k], job)]
             places = {k: (folder / f"train/{k}").absolute() for k in others}
             several = [k for k in others if task_of(self.combinations[k]) == EVERYTHING]
-            places |= {k: folder_of(places[k], task_of(job)) for k in several}
+            places |= {k: task_folder(places[k], task_of(job)) for k in several}
             starts = [f"adapter.init_from={quoted(place)}" for place in places.values()]
             for shots in self.shots:
                 for start in ([], *([start] for start in starts)):
@@ -139,7 +140,7 @@ class TransferSweeper(GridSweeper):
             if name == EVERYTHING or not _fits(job, other) or (str(place), name) in self.scored:
                 continue
             self.scored.add((str(place), name))
-            if (place / f"evaluations/{name}.json").exists():
+            if (place / EVALUATIONS / f"{name}.json").exists():
                 continue
             asked = [text for text in other if key_of(text).split(".")[0] == "data" and "augment" not in key_of(text)]
             cfg = compose(conf_folder(), "eval", asked, read(place.parent.parent).config_dir)

@@ -92,8 +92,8 @@ class TunedSweeper(GridSweeper):
         for name, job in jobs.items():
             if name.startswith("tune/"):
                 kind = self._kind(job)
-                found = run_folder.read(folder / name) if (folder / name / "run.json").exists() else None
-                if found is None or found["status"] not in sweep_folder.ENDED:
+                found = run_folder.read(folder / name) if run_folder.holds_run(folder / name) else None
+                if found is None or found["status"] not in sweep_folder.FINAL_STATUSES:
                     lacking.add(kind)
                 mcc = found["metrics"].get("selection/mcc") if found and found["status"] == "done" else None
                 scores.setdefault(kind, {})[_value(job, CHOSEN)] = mcc

@@ -1,7 +1,7 @@
-"""The config of a recorded run, as today's code takes it: keys that have come since have their defaults.
+"""The config of a recorded run for today's code: keys that are newer than the run get their defaults.
 
-A record holds every key that there was when its run began. What it lacks is taken from the choice that it names, else
-(a choice from a folder of the user's) from one of the same method, family or source.
+A record holds every key that existed when its run started. A missing key gets the default of the option that the record
+names; an option of the user's own is replaced by a built-in one of the same method, family or source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_bench.config.keys import flat
 from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
-from lora_bench.records.prompted import is_prompted
+from lora_bench.records.run_folder import CONFIG_FILE, RECORD_FILE, is_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,109 +23,74 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-KINDS = {"model": "family", "adapter": "method", "data": "source"}
-"""What tells which keys a group has."""
+TYPE_KEYS = {"model": "family", "adapter": "method", "data": "source"}
+"""The key of a group on which its other keys depend."""
+OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
+"""An option with each family, method or source that has no option of its own name."""
 
 
-def filled(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's config with defaults for the keys of `train` that it lacks; what it has is as it was."""
+def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record's config with defaults for the keys of `train` that it lacks; its values are unchanged.
+
+    The config of a prompted run is returned unchanged, and the seed is never filled in.
+    """
     if is_prompted(record):
         return dict(record["config"])
-    config, top, usual = _without_neutral_settings(record["config"]), *_top()
-    options = {group: _option(group, record, choice) for group, choice in usual.items()}
-    today = _today(tuple((group, option) for group, option in options.items() if option))
-    for group, defaults in today.items():
-        own, kind = config.get(group, {}), KINDS.get(group)
-        if isinstance(own, dict) and (kind is None or own.get(kind) == defaults[kind]):
-            config[group] = own | {key: value for key, value in defaults.items() if key not in own}
-    for key, value in top.items():
-        own = config.get(key, value)
-        config[key] = value | own if isinstance(value, dict) and isinstance(own, dict) else own
+    config, top, default_options = dict(record["config"]), *_top_level_defaults()
+    options = {group: _option(group, record, option) for group, option in default_options.items()}
+    defaults_by_group = _group_defaults(tuple((group, option) for group, option in options.items() if option))
+    for group, defaults in defaults_by_group.items():
+        recorded, type_key = config.get(group, {}), TYPE_KEYS.get(group)
+        if isinstance(recorded, dict) and (type_key is None or recorded.get(type_key) == defaults[type_key]):
+            config[group] = recorded | {key: value for key, value in defaults.items() if key not in recorded}
+    for key, default in top.items():
+        value = config.get(key, default)
+        config[key] = default | value if isinstance(default, dict) and isinstance(value, dict) else value
     return config
 
 
-def _without_neutral_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded config without the removed keys whose values changed nothing."""
-    return _without(config, REMOVED_KEYS.keys() - removed_settings(config).keys())
-
-
-def without_removed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a finished run without removed training settings, on which its predictions do not depend."""
-    kept = _without(config, REMOVED_KEYS.keys())
-    for key, value in removed_settings(kept).items():  # only choices of keys that still exist
-        group, _, name = key.partition(".")
-        kept[group] = kept[group] | {name: REMOVED_CHOICES[key, value]}
-    return kept
-
-
-def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """Return a config without these keys, each `group.name`."""
-
-    def filtered(group: str, node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        return {name: value for name, value in node.items() if f"{group}.{name}" not in keys}
-
-    return {group: filtered(group, node) for group, node in config.items()}
-
-
-def refuse_removed_settings(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse to resume a run whose training was influenced by settings that were removed since.
-
-    Args:
-        folder: of the run.
-        config: of its record.
-
-    Raises:
-        UserError: there is such a setting; it is named with its value.
-    """
-    for key, value in removed_settings(config).items():
-        raise UserError(
-            f"the run was started with {key}={value}, which was {REMOVAL}",
-            key="resume",
-            value=folder,
-            remedy="Resume it with version 0.1, or start a new run without that setting.",
-            code=Code.NOT_RESUMABLE,
-        )
-
-
-class ModelPlaces(TypedDict):
-    """Where a finished run's backbone and tokenizer lie now; None where its record says."""
+class ModelPaths(TypedDict):
+    """New paths of a finished run's backbone and tokenizer; None keeps the recorded one."""
 
     model_path: str | None
     tokenizer: str | None
 
 
-def model_places(node: Mapping[str, Any]) -> ModelPlaces:
-    """Return `model.path` and `model.tokenizer` of a command that takes a finished run."""
-    path, tokenizer = (None if node[key] is None else str(node[key]) for key in ("path", "tokenizer"))
-    return ModelPlaces(model_path=path, tokenizer=tokenizer)
-
-
-def relocated(config: dict[str, Any], path: str | None, tokenizer: str | None) -> dict[str, Any]:
-    """Return a recorded config with its backbone and its tokenizer where they lie now.
+def model_paths(node: Mapping[str, Any]) -> ModelPaths:
+    """Return the paths that a command was given for a finished run.
 
     Args:
-        config: as `filled` gives it.
-        path, tokenizer: the new places; None where they are those of the config.
+        node: the command's `model` group, with the keys `path` and `tokenizer`.
+    """
+    path, tokenizer = (None if node[key] is None else str(node[key]) for key in ("path", "tokenizer"))
+    return ModelPaths(model_path=path, tokenizer=tokenizer)
+
+
+def relocate(config: dict[str, Any], path: str | None, tokenizer: str | None) -> dict[str, Any]:
+    """Return a recorded config with new paths of its backbone and tokenizer; existing paths are made absolute.
+
+    Args:
+        config: as `fill_defaults` returns it.
+        path: of the backbone; None keeps the recorded one.
+        tokenizer: a path or hub id; None keeps the recorded one.
 
     Raises:
-        UserError: the backbone is neither where the record says nor is another place given.
+        UserError: a recorded folder does not exist any more, and no new one is given.
     """
     if not isinstance(config.get("model"), dict):
         return config
-    given = {"path": path, "tokenizer": tokenizer}
-    places = {key: os.path.abspath(place) for key, place in given.items() if place and os.path.exists(place)}
-    model = config["model"] | {key: place for key, place in given.items() if place} | places
+    paths = {"path": path, "tokenizer": tokenizer}
+    absolute = {key: os.path.abspath(value) for key, value in paths.items() if value and os.path.exists(value)}
+    model = config["model"] | {key: value for key, value in paths.items() if value} | absolute
     for key in ("path", "tokenizer"):
-        place = model.get(key)
-        moved = isinstance(place, str) and os.path.isabs(place) and not os.path.isdir(place)
-        if moved and given[key] is None:
-            remedy = f"If it was moved, give model.{key}=DIR, its new place: that it is the same is checked."
+        folder = model.get(key)
+        is_missing = isinstance(folder, str) and os.path.isabs(folder) and not os.path.isdir(folder)
+        if is_missing and paths[key] is None:
+            remedy = f"If it was moved, give its new path, model.{key}=DIR. Its content is checked."
             raise UserError(
-                "the folder that this run was trained with is gone",
+                "the folder that this run was trained with does not exist any more",
                 key=f"model.{key}",
-                value=place,
+                value=folder,
                 remedy=remedy,
                 code=Code.NOT_FOUND,
             )
@@ -133,50 +98,59 @@ def relocated(config: dict[str, Any], path: str | None, tokenizer: str | None) -
 
 
 def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the keys whose values differ between a record's config and an earlier copy of it, with both values.
+    """Return each key whose value differs between an earlier copy of a record's config and the record.
 
-    Keys that either lacks have their defaults. Places of files are left out: what lies there is checked by its hash.
+    A key that one of them lacks has its default there. Paths of files are not compared: the content of the files is
+    checked by its hash.
 
     Args:
         record: as it is read now.
         config: the copy.
+
+    Returns:
+        (key, value in the copy, value in the record) of each.
     """
-    before, now = (dict(flat(filled({**record, "config": dict(each)}))) for each in (config, record["config"]))
+    before, now = (
+        dict(flat(fill_defaults({**record, "config": dict(values)}))) for values in (config, record["config"])
+    )
     return _differing(before | now, before, now)
 
 
 def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
-    """Refuse a run whose record's config was edited by hand since it began, as far as its copy can be read.
+    """Refuse a run whose record disagrees with the copy of its config, `.hydra/config.yaml`.
+
+    Only keys of both are compared. A copy that is absent or damaged is ignored.
 
     Args:
-        folder: the run's.
+        folder: of the run.
         record: as it is read now.
 
     Raises:
-        UserError: a key of both has another value; it is named with both.
+        UserError: the values of a key differ; it is named with both values.
     """
-    before, now = dict(flat(_copy(folder / ".hydra" / "config.yaml"))), dict(flat(record["config"]))
+    before, now = dict(flat(_copy(folder / CONFIG_FILE))), dict(flat(record["config"]))
     for difference in _differing([key for key in before if key in now], before, now):
         raise edited(folder, *difference)
 
 
 def edited(folder: Path, key: str, before: object, now: object) -> UserError:
-    """Return the refusal of a run whose record was edited."""
-    reason = f"{key} was changed to {now} after the run began with {before}"
-    remedy = "The run was trained as it began: change it back, or train another."
-    return UserError(reason, file=folder / "run.json", remedy=remedy, code=Code.DAMAGED)
+    """Return the error for a run whose record was edited: a key's value before and now."""
+    reason = f"{key} was edited: it was {before} when the run started, and is {now} now"
+    remedy = "The run was trained with the earlier value: restore it, or train a new run."
+    return UserError(reason, file=folder / RECORD_FILE, remedy=remedy, code=Code.DAMAGED)
 
 
 def _differing(keys: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (key, before, now) of the keys whose values differ, paths excluded."""
     keys = [key for key in keys if key.rpartition(".")[2] not in ("path", "init_from")]
     return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
 
-_COPY_BYTES = 100_000
+_COPY_BYTES = 100_000  # a larger copy is ignored
 
 
 def _copy(path: Path) -> dict[str, Any]:
-    """Read the copy of a config that lies beside the record; empty where it is absent, damaged or none of ours."""
+    """Return the copy of a config beside its record; empty if it is absent, damaged or not written by lora-bench."""
     import yaml
 
     from lora_bench.config.overrides import MAX_DEPTH, yaml_nesting
@@ -187,17 +161,17 @@ def _copy(path: Path) -> dict[str, Any]:
             isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)
         ):
             return {}
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def checked(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a record with defaults for later keys, after a check of what it asks for.
+def load_config(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record's config with defaults for newer keys (`fill_defaults`), after a check: a record is untrusted.
 
     Raises:
-        UserError: it cannot be read, or asks for what only a user may ask for (`overrides.check_config`).
+        UserError: it is damaged, or holds a value that only the command line may give (`overrides.check_config`).
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -205,7 +179,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     from lora_bench.config.overrides import check_config
 
     try:
-        content = filled(record)
+        content = fill_defaults(record)
         config = OmegaConf.create(content)
         check_config(config)
         for group in ("data", "model", "adapter", "optimizer", "trainer"):
@@ -219,88 +193,68 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def restored(folder: Path, record: Mapping[str, Any], places: ModelPlaces) -> DictConfig:
-    """Return the config of a run to resume from its record, which is untrusted.
+def restore_config(folder: Path, record: Mapping[str, Any], paths: ModelPaths) -> DictConfig:
+    """Return the config with which a run is resumed, from its record.
 
     Args:
-        folder: the run's.
+        folder: of the run.
         record: as it is read.
-        places: where its backbone and tokenizer lie now.
+        paths: of its backbone and tokenizer.
 
     Raises:
-        UserError: the record's config is damaged, or asks for what only a user may ask for; it has settings that were
-            removed; the backbone is gone.
+        UserError: as `load_config` and `relocate`.
     """
     from omegaconf import OmegaConf
 
     try:
-        content = checked(record)
+        content = load_config(record)
     except UserError as error:
-        error.file = error.file or folder / "run.json"
+        error.file = error.file or folder / RECORD_FILE
         raise
-    refuse_removed_settings(folder, content)
-    return OmegaConf.create(relocated(content, places["model_path"], places["tokenizer"]))
+    return OmegaConf.create(relocate(content, paths["model_path"], paths["tokenizer"]))
 
 
-def with_equal_keys(found: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
-    """Runs by folder and record, with defaults for what they lack if runs of the same choices have unlike keys."""
-    found = [(folder, record | {"choices": _without_removed_groups(record["choices"])}) for folder, record in found]
-    keys: dict[str, set[str]] = {}
-    for _, record in found:
-        own = {key: node.keys() if isinstance(node, dict) else 0 for key, node in record["config"].items()}
-        keys.setdefault(str(record["choices"]), set()).add(str(own))
-    if all(len(each) == 1 for each in keys.values()):
-        return found
-    return [(folder, record | {"config": filled(record)}) for folder, record in found]
+def align_configs(runs: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return runs (folder, record) whose configs can be compared.
 
-
-def _without_removed_groups(choices_by_group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the choices of a record without those of configuration groups that were removed."""
-    return {group: choice for group, choice in choices_by_group.items() if group not in REMOVED_GROUPS}
-
-
-def _option(group: str, record: Mapping[str, Any], usual: str) -> str | None:
-    asked = record["choices"].get(group)
-    if asked is None and group not in KINDS:
-        return usual
-    node = record["config"].get(group)
-    kind = str(node.get(KINDS[group])) if group in KINDS and isinstance(node, dict) else usual
-    if asked in choices(group):
-        return str(asked)
-    return choice_of_kind(group, kind)
-
-
-@cache
-def choice_of_kind(group: str, kind: str) -> str | None:
-    """Return the choice of a group that has this kind: the one of that name, else the first whose YAML gives it."""
-    import yaml
-
-    if kind in choices(group):
-        return kind
-    for option in choices(group):
-        content = yaml.safe_load((conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8"))
-        if content.get(KINDS.get(group)) == kind:
-            return option
-    return None
-
-
-@cache
-def _top() -> tuple[dict[str, Any], dict[str, str]]:
-    """Top-level keys with their defaults, and the usual choice of each group that has keys.
-
-    Which seed a run had is never guessed.
+    If runs of the same choices have different keys, defaults are filled in for all runs; otherwise nothing changes.
     """
+    keys_by_choices: dict[str, set[str]] = {}
+    for _, record in runs:
+        keys = {key: node.keys() if isinstance(node, dict) else 0 for key, node in record["config"].items()}
+        keys_by_choices.setdefault(str(record["choices"]), set()).add(str(keys))
+    if all(len(variants) == 1 for variants in keys_by_choices.values()):
+        return list(runs)
+    return [(folder, record | {"config": fill_defaults(record)}) for folder, record in runs]
+
+
+def _option(group: str, record: Mapping[str, Any], default: str) -> str | None:
+    """Return the built-in option with the keys of a record's group: the one it names, else one of the same type."""
+    option = record["choices"].get(group)
+    if option is None and group not in TYPE_KEYS:
+        return default
+    node = record["config"].get(group)
+    type_ = str(node.get(TYPE_KEYS[group])) if group in TYPE_KEYS and isinstance(node, dict) else default
+    candidates = (option, OPTIONS.get(type_, type_))
+    return next((candidate for candidate in candidates if candidate in choices(group)), None)
+
+
+@cache
+def _top_level_defaults() -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the top-level keys with their defaults, without the seed, and the default option of each group."""
     import yaml
 
     top = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
-    del top["seed"]
-    usual = {group: choice for each in top.pop("defaults") if isinstance(each, dict) for group, choice in each.items()}
-    return top, {group: choice for group, choice in usual.items() if group != "hydra" and isinstance(choice, str)}
+    del top["seed"]  # the seed of a run is never guessed
+    options = {
+        group: option for entry in top.pop("defaults") if isinstance(entry, dict) for group, option in entry.items()
+    }
+    return top, {group: option for group, option in options.items() if group != "hydra" and isinstance(option, str)}
 
 
 @cache
-def _today(options: tuple[tuple[str, str], ...]) -> dict[str, dict[str, Any]]:
-    """The keys of these choices with their defaults, group by group."""
+def _group_defaults(options: tuple[tuple[str, str], ...]) -> dict[str, dict[str, Any]]:
+    """Return the keys of these (group, option) pairs with their defaults, by group."""
     from omegaconf import OmegaConf
 
     from lora_bench.config.compose import compose

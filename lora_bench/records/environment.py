@@ -1,4 +1,4 @@
-"""Where a run ran: versions, commit, device. Part of every record, and what `lora-bench doctor` prints."""
+"""The environment of a run: versions, commit, device. It is part of every record; `lora-bench doctor` prints it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ PACKAGES = (
     "scipy",
     "safetensors",
 )
+"""The packages that results depend on."""
 
 
 def describe() -> dict[str, Any]:
-    """Python, platform, package versions, and the commit of lora-bench's own source; None where it is not in git."""
+    """Return platform, CPU, versions of Python and packages, and the commit of lora-bench (None outside of git)."""
     commit, dirty = _commit()
     return {
         "commit": commit,
@@ -43,18 +44,18 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version of every package that results depend on."""
-    found: dict[str, str | None] = {}
+    """Return the installed version of every package of `PACKAGES`; None where it is not installed."""
+    installed: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the checkout that this package lies in, if it lies in its own."""
+    """Return commit and dirty flag of the checkout that this package belongs to; None if git does not track it."""
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
     tracked = _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
@@ -64,6 +65,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    """Return the output of a git command in a folder; None if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -72,6 +74,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _cpu() -> str | None:
+    """Return the model name of the CPU."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -80,36 +83,39 @@ def _cpu() -> str | None:
 
 
 COMPARED = ("commit", "versions", "device", "precision", "threads", "processes", "cpu")
-"""What may make steps come out otherwise."""
+"""Keys of an environment that can change the numbers of a training step."""
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two recorded environments: `torch 2.9.0 (before: 2.8.0)`."""
-    found = []
+    """Return the differences between two recorded environments as text: `torch 2.9.0 (before: 2.8.0)`."""
+    differences = []
     for key in COMPARED:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             names = [name for name in old | new if old.get(name) != new.get(name)]
-            found += [f"{name} {new.get(name)} (before: {old.get(name)})" for name in names]
+            differences += [f"{name} {new.get(name)} (before: {old.get(name)})" for name in names]
         elif old != new:
-            found.append(f"{key} {new} (before: {old})")
-    return found
+            differences.append(f"{key} {new} (before: {old})")
+    return differences
 
 
 def history(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
-    """Return the environments of a resumed run's earlier steps, the oldest first; empty while all had the same.
+    """Return the environments of a resumed run's earlier steps, the oldest first; empty while it has not changed.
 
     Args:
-        before: as the run's record has it, with its history.
-        now: of the steps to come.
-        step: the last of the earlier steps.
+        before: the recorded environment, with its `history`.
+        now: the environment of the coming steps.
+        step: the step that the run is resumed from.
+
+    Returns:
+        Entries with `first_step`, `last_step` and the keys of `COMPARED`.
     """
     entries = before.get("history") if isinstance(before.get("history"), list) else []
-    found = []
+    earlier = []
     for entry in entries or []:
         if isinstance(entry, dict) and isinstance(entry.get("first_step"), int) and entry["first_step"] <= step:
-            found.append(entry | {"last_step": min(step, int(entry.get("last_step") or step))})
-    first = found[-1]["last_step"] + 1 if found else 1
+            earlier.append(entry | {"last_step": min(step, int(entry.get("last_step") or step))})
+    first = earlier[-1]["last_step"] + 1 if earlier else 1
     if first <= step and changes(before, now):
-        found.append({"first_step": first, "last_step": step} | {key: before.get(key) for key in COMPARED})
-    return found
+        earlier.append({"first_step": first, "last_step": step} | {key: before.get(key) for key in COMPARED})
+    return earlier

@@ -1,4 +1,4 @@
-"""Which of a run's many figures have columns of their own in tables, its later evaluations among them."""
+"""The later evaluations of finished runs (`lora-bench eval`), as they are recorded."""
 
 from __future__ import annotations
 
@@ -8,79 +8,82 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import plain, why
 from lora_bench.files.untrusted import as_number
+from lora_bench.records.run_folder import EVALUATIONS, METRICS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-LEFT_OUT = "left_out"
-"""Beside a record's own keys: which files of the run's folder cannot be read, and why."""
+UNREADABLE = "unreadable_files"
+"""A key that `add_evaluations` adds to a record: files of the run's folder that cannot be read, with the reasons."""
 
 
-LISTED = 5
-"""Of them, those that are named."""
+MAX_NOTES = 5
+"""Unreadable files that are named in notes."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A later look at a finished run (`lora-bench eval`), as it was written."""
+    """A later evaluation of a finished run."""
 
     metrics: dict[str, Any]
+    """Numbers by `split/metric`."""
     fingerprints: dict[str, Any]
-    """Of each split of its data."""
+    """Fingerprint of the data, by split."""
 
 
-def evaluations(folder: Path) -> dict[str, Evaluation]:
-    """Return those of a run by name; what is damaged or of another shape is left out."""
+def read_evaluations(folder: Path) -> dict[str, Evaluation]:
+    """Return the evaluations in a run's folder, by name; damaged files are skipped."""
     return _evaluations(folder)[0]
 
 
 def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
-    """Return those of a run by name, and which file is left out, with the reason."""
-    found, left_out = {}, []
-    for path in sorted((folder / "evaluations").glob("*.json")):
+    """Return the evaluations in a run's folder, by name, and a line for each damaged file."""
+    by_name, unreadable = {}, []
+    for path in sorted((folder / EVALUATIONS).glob("*.json")):
         try:
             content = plain(untrusted.read_json(path))
             if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
                 raise ValueError("it holds no metrics")
         except (OSError, ValueError) as error:
-            left_out.append(f"{path}: {why(error)}")
+            unreadable.append(f"{path}: {why(error)}")
             continue
         metrics = {key: number for key, value in content["metrics"].items() if (number := as_number(value)) is not None}
-        found[path.stem] = Evaluation(metrics, _fingerprints(content))
-    return found, left_out
+        by_name[path.stem] = Evaluation(metrics, _fingerprints(content))
+    return by_name, unreadable
 
 
-def with_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the figures of `lora-bench eval` among its metrics, and with what is left out in `left_out`.
+def add_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the metrics of the run's later evaluations, and with the key `UNREADABLE`.
 
-    Those of a split that the run itself reports stand below the split's name, where they are new; those of other data
-    below `<evaluation>:<split>`.
+    A metric on the run's own data is added as `split/metric`, unless the run reports it already. A metric on other data
+    is added as `<evaluation>:split/metric`.
     """
     metrics: dict[str, Any] = dict(record["metrics"])
-    own = _fingerprints(record)
-    later, left_out = _evaluations(folder)
-    for title, evaluation in later.items():
-        theirs = evaluation.fingerprints
+    run_fingerprints = _fingerprints(record)
+    evaluations, unreadable = _evaluations(folder)
+    for title, evaluation in evaluations.items():
+        fingerprints = evaluation.fingerprints
         for key, value in evaluation.metrics.items():
             split, _, name = key.partition("/")
-            if split in theirs and theirs[split] == own.get(split):
+            if split in fingerprints and fingerprints[split] == run_fingerprints.get(split):
                 metrics.setdefault(key, value)
             else:
                 metrics[f"{title}:{split}/{name}"] = value
-    if reason := untrusted.refusal(folder / "metrics.jsonl"):
-        left_out.append(f"{folder / 'metrics.jsonl'}: {reason}")
-    return {**record, "metrics": metrics, LEFT_OUT: left_out}
+    if reason := untrusted.refusal(log := folder / METRICS_FILE):
+        unreadable.append(f"{log}: {reason}")
+    return {**record, "metrics": metrics, UNREADABLE: unreadable}
 
 
-def left_out_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each file of these runs that is not read and why; of many the first few."""
-    lines = [line for record in records for line in record[LEFT_OUT]]
-    more = [f"{len(lines) - LISTED} more files cannot be read"] if len(lines) > LISTED else []
-    return [f"left out: {line}" for line in lines[:LISTED]] + more
+def unreadable_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a note for each unreadable file of these runs; beyond `MAX_NOTES` files, a count of the rest."""
+    lines = [line for record in records for line in record[UNREADABLE]]
+    rest = [f"{len(lines) - MAX_NOTES} more files cannot be read"] if len(lines) > MAX_NOTES else []
+    return [f"left out: {line}" for line in lines[:MAX_NOTES]] + rest
 
 
 def _fingerprints(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of each split of a record or evaluation; empty if it has none."""
     data = content.get("data")
-    found = data.get("fingerprint") if isinstance(data, dict) else None
-    return found if isinstance(found, dict) else {}
+    fingerprints = data.get("fingerprint") if isinstance(data, dict) else None
+    return fingerprints if isinstance(fingerprints, dict) else {}

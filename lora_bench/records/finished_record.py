@@ -1,6 +1,6 @@
-"""The record of a finished run, checked once for whatever predicts with it: files of a run's folder are untrusted.
+"""The record of a finished run, checked once for all code that predicts with it: files of a run's folder are untrusted.
 
-Nothing heavy is imported, so that a folder that is no finished run is refused at once.
+torch is not imported, so that a folder without a finished run is refused quickly.
 """
 
 from __future__ import annotations
@@ -15,44 +15,48 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
 from lora_bench.records import run_folder
-from lora_bench.records.backfill import checked, refuse_edited, relocated, without_removed_settings
-from lora_bench.records.prompted import is_prompted
-from lora_bench.records.task_folders import refuse_several
+from lora_bench.records.backfill import load_config, refuse_edited, relocate
+from lora_bench.records.run_folder import ADAPTER, RECORD_FILE, is_prompted, member_adapter_folder
+from lora_bench.records.task_folders import refuse_multitask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble")
+"""Config groups that a finished run may have."""
 PRECISIONS = ("float32", "bfloat16")
-HIGHEST_RANK = 1 << 20
+MAX_RANK = 1 << 20
+"""A record with a higher rank is damaged."""
 
 
 @dataclass(frozen=True)
 class FinishedRecord:
-    """A finished run as its record has it, every part of the type that its users rely on."""
+    """The record of a finished run, with the values that loading it needs, each checked and of its type."""
 
     folder: Path
     record: dict[str, Any]
     config: dict[str, Any]
-    """With defaults for keys that have come since, and without keys that were removed."""
+    """The config, with defaults for keys that are newer than the run."""
     text_columns: list[str]
+    """Names of one or two columns."""
     members: int
-    """Adapters in the folder: those of its ensemble, else one."""
+    """Number of adapters: the size of an ensemble, otherwise 1."""
     precision: str
-    """The name of the dtype of its products."""
+    """Compute dtype, one of `PRECISIONS`."""
     backbone_sha256: str
+    """Hash of the backbone's weights."""
     calibration: Calibration | None
-    """Fitted on selection; None where an older run has none."""
+    """Calibration fitted on the selection split; None for an older run without one."""
     member_calibrations: list[Calibration]
-    """Of each member of an ensemble, fitted for it alone; empty for another run."""
+    """Calibration of each member of an ensemble; empty for other runs."""
 
     def check_weights(self, adapter: Path) -> None:
-        """Refuse an adapter's folder whose weights are not those that the run wrote.
+        """Refuse an adapter's folder whose weight files were changed after the run wrote them.
 
-        Whoever has loaded them knows already that they are whole: this tells a changed number from the right one.
+        Files that the record has no SHA-256 of, as in older records, are accepted.
 
         Raises:
-            UserError: a file has another SHA-256 than the record names; an older record names none.
+            UserError: the SHA-256 of a file differs from the record, or the file cannot be read.
         """
         for path in adapter.glob("*.safetensors"):
             digest = self.record["files"].get(path.relative_to(self.folder).as_posix())
@@ -67,76 +71,75 @@ class FinishedRecord:
 
     @property
     def targets(self) -> dict[str, int | list[int]]:
-        """Rank by module; of each member where they differ."""
+        """Rank of each target module; a list with one rank per member where an ensemble's members differ."""
         return self.record["targets"]  # type: ignore[no-any-return]
 
-    def relocated(self, model_path: str | None, tokenizer: str | None) -> FinishedRecord:
-        """Return the record with its backbone and its tokenizer where they lie now (`recorded.relocated`)."""
-        return replace(self, config=relocated(self.config, model_path, tokenizer))
+    def relocate(self, model_path: str | None, tokenizer: str | None) -> FinishedRecord:
+        """Return the record with new paths of its backbone and tokenizer (`backfill.relocate`)."""
+        return replace(self, config=relocate(self.config, model_path, tokenizer))
 
     @classmethod
     def read(cls, folder: str | Path, key: str = "run") -> FinishedRecord:
         """Read and check the record in `folder`.
 
         Args:
-            folder: the run's.
-            key: what the command line calls it.
+            folder: of the run.
+            key: the command-line option that names the folder, for messages.
 
         Raises:
-            UserError: there is no record, the run is not done, learned several tasks, is one of `lora-bench prompt`,
-                or the record is damaged.
+            UserError: there is no record or it is damaged, or the run is not done, has several tasks, or is a run of
+                `lora-bench prompt`.
         """
         path = Path(str(folder))
-        found = run_folder.read(path)
-        if is_prompted(found):
+        record = run_folder.read(path)
+        if is_prompted(record):
             raise UserError(
                 "is a run of lora-bench prompt, which leaves no model", key=key, value=folder, code=Code.UNSUPPORTED
             )
-        if found["status"] != "done":
-            raise UserError(f"the run is {found['status']}, not done", key=key, value=folder, code=Code.UNFINISHED)
-        refuse_several(path, found["config"], key)
-        if found["checksum"] in (
-            None,
-            run_folder.ALTERED,
-        ):  # else the record is as it was written, whatever its copy is
-            refuse_edited(path, found)
+        if record["status"] != "done":
+            raise UserError(f"the run is {record['status']}, not done", key=key, value=folder, code=Code.UNFINISHED)
+        refuse_multitask(path, record["config"], key)
+        if record["checksum"] in (None, run_folder.ALTERED):  # otherwise the record is as it was written
+            refuse_edited(path, record)
         try:
-            return cls._checked(path, found)
+            return cls._checked(path, record)
         except UserError as error:
             raise UserError(
-                f"is damaged: {str(error).removesuffix('.')}", file=path / "run.json", code=Code.DAMAGED
+                f"is damaged: {str(error).removesuffix('.')}", file=path / RECORD_FILE, code=Code.DAMAGED
             ) from None
 
     @classmethod
-    def _checked(cls, path: Path, found: dict[str, Any]) -> FinishedRecord:
-        for group, choice in found["choices"].items():
-            _need(choice is None or type(choice) is str, f"choices.{group}", "is no text")
-        own = found["config"]
-        for key, text in _texts(own, "config"):
-            # A record's config is resolved: what looks like an interpolation would read this machine's environment.
-            _need("${" not in text, key, "is an interpolation")
+    def _checked(cls, path: Path, record: dict[str, Any]) -> FinishedRecord:
+        """Return the checked record of a run, or raise a `UserError` that names the value that is wrong."""
+        for group, choice in record["choices"].items():
+            _require(choice is None or type(choice) is str, f"choices.{group}", "is not text")
+        recorded = record["config"]
+        for key, text in _texts(recorded, "config"):
+            # A record's config is resolved. An interpolation in it would read this machine's environment.
+            _require("${" not in text, key, "is an interpolation")
         for group in ("model", "adapter", "data", "trainer"):
-            _need(group in own, f"config.{group}", "is missing")
+            _require(group in recorded, f"config.{group}", "is missing")
         for group in GROUPS:
-            _need(isinstance(own.get(group, {}), dict), f"config.{group}", "is not a group of keys")
+            _require(isinstance(recorded.get(group, {}), dict), f"config.{group}", "is not a group of keys")
         for group in ("tasks", "tracking"):
-            _need(isinstance(own.get(group) or {}, dict), f"config.{group}", "is not a group of keys")
-        config = without_removed_settings(checked(found))
+            _require(isinstance(recorded.get(group) or {}, dict), f"config.{group}", "is not a group of keys")
+        config = load_config(record)
         columns = config["data"].get("text_columns")
-        named = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
-        _need(named, "config.data.text_columns", "does not name one or two columns")
-        members = _members(path, config["ensemble"].get("members"), bool(own.get("tasks")))
-        _check_targets(found["targets"], members)
-        environment = found["environment"]
+        is_valid = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
+        _require(is_valid, "config.data.text_columns", "does not name one or two columns")
+        members = _members(path, config["ensemble"].get("members"), bool(recorded.get("tasks")))
+        _check_targets(record["targets"], members)
+        environment = record["environment"]
         precision, sha256 = environment.get("precision"), environment.get("backbone_sha256")
-        _need(precision in PRECISIONS, "environment.precision", f"is none of {', '.join(PRECISIONS)}")
+        _require(precision in PRECISIONS, "environment.precision", f"is not one of {', '.join(PRECISIONS)}")
         is_hash = type(sha256) is str and re.fullmatch("[0-9a-f]{64}", sha256) is not None
-        _need(is_hash, "environment.backbone_sha256", "is no SHA-256")
-        fitted = _calibrations(found["selection"], members)
-        return cls(path, found, config, columns, members, precision, sha256, *fitted)
+        _require(is_hash, "environment.backbone_sha256", "is not a SHA-256")
+        calibrations = _calibrations(record["selection"], members)
+        return cls(path, record, config, columns, members, precision, sha256, *calibrations)
 
 
 def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
     try:
         with untrusted.open_file(path, max_bytes=2**63) as file:
             return file_digest(file, "sha256").hexdigest()
@@ -144,13 +147,14 @@ def _sha256(path: Path) -> str:
         raise UserError(f"cannot be read: {error.strerror}", file=path, code=Code.UNREADABLE) from None
 
 
-def _need(holds: bool, name: str, reason: str) -> None:
+def _require(holds: bool, name: str, reason: str) -> None:
+    """Raise a `UserError` about the value of this name, unless a condition holds."""
     if not holds:
         raise UserError(f"{name} {reason}", code=Code.DAMAGED)
 
 
 def _texts(node: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Walk over every text below a node, keys included, with its place."""
+    """Yield (path of keys, text) of every text below a node, keys included."""
     if isinstance(node, str):
         yield name, node
     elif isinstance(node, dict):
@@ -163,31 +167,33 @@ def _texts(node: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _members(path: Path, members: Any, tasks: bool) -> int:
-    """Return how many adapters the folder holds; of an ensemble, each member's is looked for."""
+    """Return the number of adapters in the folder, after a check that an ensemble has one for each member."""
     if members is None or tasks:
         return 1
-    _need(type(members) is int and members >= 1, "config.ensemble.members", "is no number of members")
+    _require(type(members) is int and members >= 1, "config.ensemble.members", "is not a number of members")
     if members > 1:
-        for i in range(members):  # stops at the first that is missing, however many a damaged record promises
-            _need(
-                (path / "adapter" / f"member_{i}").is_dir(),
+        for i in range(members):  # stops at the first missing one: a damaged record may name any number
+            _require(
+                member_adapter_folder(path, i).is_dir(),
                 "config.ensemble.members",
-                f"is {members}, and adapter/member_{i} is missing",
+                f"is {members}, and {ADAPTER}/member_{i} is missing",
             )
     return int(members)
 
 
 def _check_targets(targets: dict[str, Any], members: int) -> None:
+    """Raise a `UserError` unless each target has a rank, or a list of one rank per member."""
     for name, ranks in targets.items():
-        each = ranks if isinstance(ranks, list) else [ranks] * members
-        right = len(each) == members and all(type(rank) is int and 0 <= rank <= HIGHEST_RANK for rank in each)
-        _need(right, f"targets.{name}", "is no rank, nor one for each member")
+        by_member = ranks if isinstance(ranks, list) else [ranks] * members
+        is_valid = len(by_member) == members and all(type(rank) is int and 0 <= rank <= MAX_RANK for rank in by_member)
+        _require(is_valid, f"targets.{name}", "is neither a rank nor a list of one rank per member")
 
 
 def _calibrations(selection: dict[str, Any], members: int) -> tuple[Calibration | None, list[Calibration]]:
-    own = Calibration.read(selection)
+    """Return the calibration of a run, and those of its ensemble's members (empty unless all have one)."""
+    calibration = Calibration.read(selection)
     entries = selection.get("members", [])
     is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
-    _need(is_list and len(entries) in (0, members), "selection.members", "has not one entry for each member")
-    found = [each for entry in entries if (each := Calibration.read(entry, "selection.members"))]
-    return own, found if len(found) == members else []
+    _require(is_list and len(entries) in (0, members), "selection.members", "does not have one entry per member")
+    of_members = [fitted for entry in entries if (fitted := Calibration.read(entry, "selection.members"))]
+    return calibration, of_members if len(of_members) == members else []

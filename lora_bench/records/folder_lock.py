@@ -1,8 +1,8 @@
-"""Which process may write a folder: one at a time, and only while it lives.
+"""The lock of a folder: one process at a time may write it, and only while that process lives.
 
-The claim is a lock of the operating system's on the file `.lock` in the folder. It ends with its process however that
-ends, so what a killed process leaves behind is in nobody's way, and no process number has to be trusted. A path can
-come to name another folder while its process runs: `Claim.check` notices that, and is called before every write.
+The lock is an operating-system lock on the file `.lock` in the folder. It ends with its process, however the process
+ends, so a killed process blocks nobody, and no process number has to be trusted. While a process runs, its path can be
+made to lead to another folder: `Claim.check` detects that, and is called before every write.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lora_bench.errors import Code, LostFolderError
 if TYPE_CHECKING:
     from pathlib import Path
 
-LOCK = ".lock"
-PATIENCE_SECONDS = 0.5
-"""Whoever only asks whether a folder is taken holds its lock for a moment."""
+LOCK_FILE = ".lock"
+TIMEOUT_SECONDS = 0.5
+"""Time to wait for a lock: `is_locked` holds it for a moment."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The lock file of a folder as the file system knows it, whatever its path names later."""
+    """The identity of a folder's lock file in the file system, which stays the same if the folder is moved."""
 
     folder: Path
     device: int
@@ -33,15 +33,19 @@ class Identity:
 
     @classmethod
     def of(cls, folder: Path) -> Identity:
-        """Return the identity of a folder that holds a lock file now."""
-        found = os.stat(folder / LOCK)
-        return cls(folder, found.st_dev, found.st_ino)
-
-    def check(self) -> None:
-        """Refuse to write where the path does not lead to this folder any more.
+        """Return the identity of a folder that holds a lock file.
 
         Raises:
-            LostFolderError: the folder is gone, or another one has its place.
+            OSError: there is no lock file.
+        """
+        status = os.stat(folder / LOCK_FILE)
+        return cls(folder, status.st_dev, status.st_ino)
+
+    def check(self) -> None:
+        """Refuse to write if the path does not lead to this folder any more.
+
+        Raises:
+            LostFolderError: the folder was deleted or moved, or another folder has its path.
         """
         try:
             if Identity.of(self.folder) == self:
@@ -51,36 +55,37 @@ class Identity:
                 raise LostFolderError(
                     "was deleted or moved while the run trained", file=self.folder, code=Code.LOST
                 ) from None
-        reason = "was replaced by another folder while the run trained, and nothing is written into that one"
+        reason = "was replaced by another folder while the run trained; nothing is written into the new folder"
         raise LostFolderError(
-            reason, file=self.folder, remedy="Look for the first one where it was moved to.", code=Code.LOST
+            reason, file=self.folder, remedy="Look for the original folder where it was moved to.", code=Code.LOST
         )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The right of this process to write a folder, to be released by its owner or by the owner's end."""
+    """The right of this process to write a folder, until it is released or the process ends."""
 
     lock: FileLock
     identity: Identity
 
     def check(self) -> None:
-        """Refuse to write where the path does not lead to the claimed folder any more (`Identity.check`)."""
+        """Refuse to write if the path does not lead to the claimed folder any more (`Identity.check`)."""
         self.identity.check()
 
     def release(self) -> None:
+        """Give up the right, so that another process can claim the folder."""
         self.lock.release()
 
 
-def take(folder: Path) -> Claim | None:
-    """Claim the folder; None where another owner holds it.
+def acquire(folder: Path) -> Claim | None:
+    """Claim a folder; None if another process holds its lock after `TIMEOUT_SECONDS`.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=0.05)
+        lock.acquire(timeout=TIMEOUT_SECONDS, poll_interval=0.05)
     except Timeout:
         return None
     try:
@@ -90,12 +95,12 @@ def take(folder: Path) -> Claim | None:
         raise
 
 
-def is_taken(folder: Path) -> bool:
-    """Whether a living process writes there; also said where it cannot be found out."""
-    if not (folder / LOCK).exists():
+def is_locked(folder: Path) -> bool:
+    """Return whether a living process holds the lock of a folder; True also if that cannot be determined."""
+    if not (folder / LOCK_FILE).exists():
         return False
     try:
-        lock = take(folder)
+        lock = acquire(folder)
     except (OSError, NotImplementedError):
         return True
     if lock is not None:

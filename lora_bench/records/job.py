@@ -1,4 +1,4 @@
-"""A job: one run to make or to go on with, from what the command line composed."""
+"""A job: one run to start or to resume, with the config that the command line composed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from lora_bench.config.groups import GROUPS
 from lora_bench.config.keys import key_of
 from lora_bench.config.multitask import compose_tasks
 from lora_bench.errors import LostFolderError
-from lora_bench.records.backfill import ModelPlaces, differences, edited, restored
+from lora_bench.records.backfill import ModelPaths, differences, edited, restore_config
+from lora_bench.records.folder_lock import LOCK_FILE
 from lora_bench.records.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
-from lora_bench.records.run_folder import Run, discard, read
+from lora_bench.records.run_folder import CHECKPOINTS, Run, discard, holds_run, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -28,42 +29,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked for, and where its record goes."""
+    """One run to start or to resume."""
 
     cfg: DictConfig
+    """The composed config; of a resumed run the config in its record."""
     folder: Path
+    """The folder of its record."""
     choices: dict[str, str]
-    """The option chosen of each group."""
+    """The chosen option of each config group."""
     overrides: list[str]
-    """As typed."""
-    begun: Run | None = None
-    """The run in `folder`, reopened, that began with this config."""
+    """The overrides as typed."""
+    resumed: Run | None = None
+    """The run to resume, reopened; None for a new run."""
     title: str = ""
-    """What a sweep calls it."""
+    """Its name within a sweep: `job 3: seed=1`."""
     sweep: Identity | None = None
-    """The folder of its sweep, as it was when the sweep was claimed."""
+    """The folder of its sweep, as it was when the sweep was claimed; None outside of sweeps."""
 
     @classmethod
     def composed(
         cls, cfg: DictConfig, hydra: DictConfig, folder: Path, title: str = "", sweep: Identity | None = None
     ) -> Job:
-        """The job of a composed config.
+        """Return the job of a composed config, and reopen the run that its key `resume` names.
+
+        Paths in the config are made absolute, so that the record can be used from any folder.
 
         Args:
-            cfg: the config without its `hydra` node, which is the next argument.
-            folder: where a new run's record goes; `resume` in the config names another.
-            title: what a sweep calls it.
+            cfg: the config without its `hydra` node.
+            hydra: that node.
+            folder: for a new run; a resumed run has its own.
+            title: its name within a sweep.
             sweep: the folder of its sweep.
 
         Raises:
-            UserError: the run to go on with is not there, is another's, or began with another config.
+            UserError: the run to resume does not exist, is in use by another process, or started with another config.
         """
         choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)}
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # as typed
         compose_tasks(cfg, overrides, hydra.runtime.config_sources)
         for node, key in ((cfg.model, "path"), (cfg.data, "path"), (cfg.adapter, "init_from")):
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
-                node[key] = os.path.abspath(str(node[key]))  # so that the record can be used from any folder
+                node[key] = os.path.abspath(str(node[key]))
         tokenizer = cfg.model.get("tokenizer")
         if isinstance(tokenizer, str | int | float) and os.path.exists(str(tokenizer)):  # else it may be a hub id
             cfg.model.tokenizer = os.path.abspath(str(tokenizer))
@@ -75,72 +81,84 @@ class Job:
             refuse_hidden(run.folder, run.record["config"])
             typed = {key_of(text) for text in overrides}
             path, tokenizer = (cfg.model.get(key) if f"model.{key}" in typed else None for key in ("path", "tokenizer"))
-            begun = restored(run.folder, run.record, ModelPlaces(model_path=path, tokenizer=tokenizer))
-            refuse_difference(run.record["choices"], begun, cfg, overrides, GROUPS)
+            recorded = restore_config(run.folder, run.record, ModelPaths(model_path=path, tokenizer=tokenizer))
+            refuse_difference(run.record["choices"], recorded, cfg, overrides, GROUPS)
         except BaseException:
             run.release()
             raise
-        return cls(begun, run.folder, run.record["choices"], run.record["overrides"], run, title, sweep)
+        return cls(recorded, run.folder, run.record["choices"], run.record["overrides"], run, title, sweep)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config resolved, as the record has it."""
+        """The config for the record, with its interpolations resolved."""
         resolved = OmegaConf.to_container(self.cfg, resolve=True)
         assert isinstance(resolved, dict)
         return {str(key): value for key, value in resolved.items()}
 
     def check_record(self, config: Mapping[str, Any] | None) -> None:
-        """Refuse to resume a run whose record was edited since.
+        """Refuse to resume a run whose record was edited; a new run passes.
 
         Args:
-            config: the record's, as its checkpoint has it; None in a checkpoint of an older version.
+            config: the copy of its config in a checkpoint; None in a checkpoint of an older version, which passes.
+
+        Raises:
+            UserError: a value differs between the two.
         """
-        if self.begun is None or config is None:
+        if self.resumed is None or config is None:
             return
-        for difference in differences(self.begun.record, config):
-            raise edited(self.begun.folder, *difference)
+        for difference in differences(self.resumed.record, config):
+            raise edited(self.resumed.folder, *difference)
 
     @property
     def config_as_written(self) -> Any:
-        """The config with its interpolations."""
+        """The config with its interpolations, not resolved."""
         return OmegaConf.to_container(self.cfg, resolve=False)
 
     def fail(self, error: Exception) -> None:
-        """Leave a record of a job that could not begin; one that has begun says itself how it ended."""
-        if not isinstance(error, LostFolderError) and not (self.folder / "run.json").exists():
+        """Leave a failed record of a job that could not start, unless its folder holds a run or is lost."""
+        if not isinstance(error, LostFolderError) and not holds_run(self.folder):
             config = self.config_as_written
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
 
 
 @contextmanager
-def following(cfg: DictConfig, folder: Path) -> Iterator[Path]:
-    """Where a process writes its record that `torchrun` started beside the leading one: away from the run's folder.
+def follower_folder(cfg: DictConfig, folder: Path) -> Iterator[Path]:
+    """Yield a temporary run folder for a follower: a process that `torchrun` started and that is not the leader.
 
-    A run to go on with is copied, so that all begin at the same step; the leader alone goes on in its folder.
+    Only the leader writes the run's own folder. A run to resume is copied into the temporary one, and `cfg.resume` is
+    set to the copy, so that all processes start at the same step.
+
+    Args:
+        cfg: the composed config.
+        folder: the folder that Hydra made for this process; it is removed at the end if it is empty.
     """
     try:
-        with tempfile.TemporaryDirectory() as place:
-            own = Path(place, "run")
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(temporary, "run")
             if cfg.resume:
-                shutil.copytree(cfg.resume, own, ignore=shutil.ignore_patterns(".lock"))
-                cfg.resume = str(own)
-            yield own
+                shutil.copytree(cfg.resume, copy, ignore=shutil.ignore_patterns(LOCK_FILE))
+                cfg.resume = str(copy)
+            yield copy
     finally:
         discard(folder)
 
 
 def is_done(cfg: DictConfig) -> bool:
-    """Whether nothing is left of the run to go on with; then what a kill after its end left of its checkpoints goes."""
+    """Return whether the run to resume is done already; then checkpoints that a kill left behind are removed.
+
+    Raises:
+        UserError: the run to resume does not exist, or is a run of `lora-bench prompt`.
+    """
     if not cfg.resume:
         return False
     folder = Path(cfg.resume)
     record = read(folder)
     refuse_prompted(folder, record)
     if record["status"] == "done":
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return bool(record["status"] == "done")
 
 
-def titled(number: int, overrides: Sequence[str]) -> str:
-    """What a sweep calls its job: its number and what tells it from the others."""
+def job_title(number: int, overrides: Sequence[str]) -> str:
+    """Return the name of a sweep's job: its number and the overrides in which it differs from the other jobs."""
     return f"job {number}: {' '.join(overrides)}"

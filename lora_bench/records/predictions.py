@@ -1,4 +1,4 @@
-"""The predictions of a run on one split: as the bytes of a file in its folder, and read from there."""
+"""The predictions of a run on one split: their Parquet file, encoded and read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation import confusion
 from lora_bench.files import untrusted
+from lora_bench.records.run_folder import PREDICTIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,12 +23,10 @@ if TYPE_CHECKING:
 
     from lora_bench.records.run_folder import Column
 
-THRESHOLD = 0.5
-"""A label is predicted 1 from this score on, in every metric of every run: nothing is tuned on a reported split."""
-
 MAX_BYTES = 2**30
+"""Size of the largest file that is read."""
 MAX_ROWS = 50_000_000
-"""A file may declare any number of rows, and take no room for them."""
+"""Rows of the largest file that is read: a small file can declare any number of rows."""
 _COLUMNS = (
     ("id", pa.types.is_integer, "integers"),
     ("label", pa.types.is_integer, "integers"),
@@ -36,28 +36,31 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of one split, by id: (N,) each; only rows with a label."""
+    """The predictions of N examples of one split, sorted by id; only examples with a label."""
 
     ids: NDArray[np.int64]
+    """Rows in the source: (N,)."""
     labels: NDArray[np.int64]
+    """0 or 1: (N,)."""
     scores: NDArray[np.float64]
+    """P(label 1): (N,)."""
 
     @property
     def predicted(self) -> NDArray[np.bool_]:
-        """Which examples are labelled 1."""
-        predicted: NDArray[np.bool_] = np.greater_equal(self.scores, THRESHOLD)
+        """Predictions of label 1, score at least `DEFAULT_THRESHOLD`: (N,)."""
+        predicted: NDArray[np.bool_] = np.greater_equal(self.scores, DEFAULT_THRESHOLD)
         return predicted
 
     @property
     def is_constant(self) -> bool:
-        """Whether all examples are labelled alike."""
+        """True if the same label is predicted for all examples."""
         return bool(self.predicted.all() or not self.predicted.any())
 
     @property
-    def right(self) -> NDArray[np.bool_]:
-        """Which labels were predicted."""
-        right: NDArray[np.bool_] = np.equal(self.predicted, self.labels == 1)
-        return right
+    def correct(self) -> NDArray[np.bool_]:
+        """Examples whose predicted label is the true one: (N,)."""
+        correct: NDArray[np.bool_] = np.equal(self.predicted, self.labels == 1)
+        return correct
 
     @property
     def mcc(self) -> float:
@@ -65,15 +68,16 @@ class Predictions:
         return self.value("mcc")
 
     def value(self, measure: str) -> float:
-        """Of a measure of `stats.MEASURES`."""
-        return float(confusion.measure_of(confusion.confusion(self.labels, self.predicted), measure))
+        """Return the value of one of `MAIN_METRICS`, such as `f1`."""
+        return float(confusion.compute_metric(confusion.confusion_counts(self.labels, self.predicted), measure))
 
-    def same_examples(self, other: Predictions) -> bool:
+    def has_same_examples(self, other: Predictions) -> bool:
+        """Return whether ids and labels agree, so that a paired test can be made."""
         return np.array_equal(self.ids, other.ids) and np.array_equal(self.labels, other.labels)
 
 
 def encode(ids: Column, labels: Column, scores: Column) -> bytes:
-    """Return the Parquet file of a split's predictions, with a checksum of each page.
+    """Return the bytes of a Parquet file of a split's predictions, with a checksum of each page.
 
     Args:
         ids: (N,) rows in the source.
@@ -85,19 +89,19 @@ def encode(ids: Column, labels: Column, scores: Column) -> bytes:
     table = pa.table(columns | {"score": pa.array(scores, pa.float64())})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, write_page_checksum=True)
-    written: bytes = sink.getvalue().to_pybytes()
-    return written
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def read(folder: Path, split: str) -> Predictions:
-    """Return the predictions of a run on a split.
+    """Return the predictions of the run in `folder` on a split.
 
     Raises:
-        UserError: there are none, or none that can be used; the reason names what is wrong with the file.
+        UserError: the file is missing, cannot be read, or its content is invalid.
     """
-    path = folder / "predictions" / f"{split}.parquet"
+    path = folder / PREDICTIONS / f"{split}.parquet"
     try:
-        # Not memory-mapped: a file that is cut short meanwhile would end the process.
+        # Not memory-mapped: if the file were truncated while it is read, the process would crash.
         with untrusted.open_file(path, MAX_BYTES) as file:
             return _read(file)
     except FileNotFoundError:
@@ -113,7 +117,7 @@ def read(folder: Path, split: str) -> Predictions:
 
 
 def read_if_usable(folder: Path, split: str) -> Predictions | None:
-    """Return the predictions of a run on a split; None where there are none that can be used."""
+    """Return the predictions of the run in `folder` on a split; None where `read` raises an error."""
     try:
         return read(folder, split)
     except UserError:
@@ -121,29 +125,31 @@ def read_if_usable(folder: Path, split: str) -> Predictions | None:
 
 
 def _read(file: IO[bytes]) -> Predictions:
+    """Return the predictions in an open file; raises `ValueError` if they are invalid."""
     source = pq.ParquetFile(file, page_checksum_verification=True)
     rows = source.metadata.num_rows
-    _require(0 < rows <= MAX_ROWS, f"it declares {rows:,} rows, and 1 to {MAX_ROWS:,} are read")
+    _require(0 < rows <= MAX_ROWS, f"it declares {rows:,} rows; 1 to {MAX_ROWS:,} are allowed")
     schema = source.schema_arrow
-    for name, is_kind, kind in _COLUMNS:
+    for name, is_type, type_name in _COLUMNS:
         fields = [schema.field(i) for i in schema.get_all_field_indices(name)]
-        _require(len(fields) == 1 and is_kind(fields[0].type), f"column {name} is not one of {kind}")
+        _require(len(fields) == 1 and is_type(fields[0].type), f"column {name} does not hold {type_name}")
     batches, count = [], 0
     for batch in source.iter_batches(columns=[name for name, _, _ in _COLUMNS], use_threads=False):
         count += batch.num_rows
-        _require(count <= rows, f"it holds more rows than the {rows:,} that it declares")
+        _require(count <= rows, f"it holds more than the {rows:,} rows that it declares")
         batches.append(batch)
-    found = pa.Table.from_batches(batches).drop_null()
-    ids, labels, scores = (found[name].to_numpy() for name, _, _ in _COLUMNS)
+    labelled = pa.Table.from_batches(batches).drop_null()
+    ids, labels, scores = (labelled[name].to_numpy() for name, _, _ in _COLUMNS)
     _require(len(ids) > 0, "no row has a label and a score")
     _require(bool(np.isin(labels, (0, 1)).all()), "a label is neither 0 nor 1")
-    _require(bool(((scores >= 0) & (scores <= 1)).all()), "a score is not a number from 0 to 1")
+    _require(bool(((scores >= 0) & (scores <= 1)).all()), "a score is not between 0 and 1")
     order = np.argsort(ids, kind="stable")
     ids = ids[order].astype(np.int64)
-    _require(bool((ids[1:] > ids[:-1]).all()), "an id stands twice")
+    _require(bool((ids[1:] > ids[:-1]).all()), "an id occurs twice")
     return Predictions(ids, labels[order].astype(np.int64), scores[order].astype(np.float64))
 
 
 def _require(holds: bool, reason: str) -> None:
+    """Raise a `ValueError` unless a condition holds."""
     if not holds:
         raise ValueError(reason)

@@ -1,4 +1,4 @@
-"""The types of what a run's record holds: whoever reads one may rely on them, whoever wrote it."""
+"""The types of a run's record, checked as it is read: records are untrusted, and their readers rely on types."""
 
 from __future__ import annotations
 
@@ -12,49 +12,53 @@ if TYPE_CHECKING:
 
 _NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
 _MEASURED = ("metrics", "params", "cost")
-"""Sections of numbers: what is none is absent."""
+"""Sections of numbers; a value that is not a number becomes null."""
 _GROUPS = ("model", "adapter", "data", "optimizer", "trainer")
-"""Keys of a finished run's config that have keys of their own."""
+"""Groups of a finished run's config."""
 
 
 def with_types(record: Any, layout: Mapping[str, type], *, schema: int, statuses: Sequence[str]) -> dict[str, Any]:
-    """Return the record with every key of the layout.
+    """Return a record with every key of the layout; absent keys are empty or null.
 
     Args:
-        record: what `run.json` holds.
+        record: the content of `run.json`; keys are added to it.
         layout: the type of each key.
-        schema: the one that is read here.
-        statuses: those that a run can have.
+        schema: the number of the supported schema.
+        statuses: all statuses of a run.
 
     Raises:
-        ValueError: it is no record of this schema, or holds something of another type than its readers rely on.
+        ValueError: it is not a record of this schema, or a value has another type than its readers rely on.
     """
     if not isinstance(record, dict):
-        raise ValueError("is not a run's record: it holds no object")
+        raise ValueError("is not a run's record: it is not an object")
     if record.get("schema") != schema:
-        found = f"schema {str(record['schema'])[:40]}" if "schema" in record else "no schema"
-        raise ValueError(f"has {found}, where this version of lora-bench reads {schema}")
+        actual = f"schema {str(record['schema'])[:40]}" if "schema" in record else "no schema"
+        raise ValueError(f"has {actual}; this version of lora-bench reads schema {schema}")
     if record.get("status") not in statuses:
-        raise ValueError(f"has no status among {', '.join(statuses)}")
-    for key, kind in layout.items():
+        raise ValueError(f"has a status that is not one of {', '.join(statuses)}")
+    for key, type_ in layout.items():
         if record.get(key) is None:
-            record[key] = kind() if kind in (dict, list) else None
-        _require(record[key] is None or isinstance(record[key], kind), f"{key} is not {_NAMES[kind]}")
+            record[key] = type_() if type_ in (dict, list) else None
+        _require(record[key] is None or isinstance(record[key], type_), f"{key} is not {_NAMES[type_]}")
     for group, choice in record["choices"].items():
         _require(choice is None or isinstance(choice, str), f"choices.{group[:80]} is not text")
-    _require(all(isinstance(text, str) for text in record["overrides"]), "overrides holds what is not text")
+    _require(all(isinstance(text, str) for text in record["overrides"]), "overrides has an entry that is not text")
     for name, ranks in record["targets"].items():
-        each = ranks if isinstance(ranks, list) else [ranks]  # an ensemble's members may differ
-        _require(all(as_number(rank) is not None for rank in each), f"targets.{name[:80]} is no rank")
+        by_member = ranks if isinstance(ranks, list) else [ranks]  # an ensemble's members may differ
+        _require(all(as_number(rank) is not None for rank in by_member), f"targets.{name[:80]} is not a rank")
     config = record["config"]
     if record["status"] == "done":
         for group in _GROUPS:
             _require(isinstance(config.get(group, {}), dict), f"config.{group} is not an object")
     if isinstance(tasks := config.get("tasks"), dict):
-        _require(all(re.fullmatch(r"\w[\w.-]*", name) for name in tasks), "config.tasks has a name that is not plain")
+        _require(
+            all(re.fullmatch(r"\w[\w.-]*", name) for name in tasks),
+            "config.tasks has a name of other characters than letters, digits, . - and _",
+        )
     return record | {key: {name: as_number(value) for name, value in record[key].items()} for key in _MEASURED}
 
 
 def _require(holds: bool, reason: str) -> None:
+    """Raise a `ValueError` unless a condition holds."""
     if not holds:
         raise ValueError(f"is damaged: {reason}")

@@ -1,4 +1,4 @@
-"""What `resume=` means: a run to go on with, or a sweep of which to run what it lacks."""
+"""The option `resume=DIR`: resume a run, or run the unfinished jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from lora_bench.config.removed import REMOVAL, removal_note
 from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redacted
 from lora_bench.errors import Code, UserError, argument, quoted
 from lora_bench.records import sweep_folder
-from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
-from lora_bench.records.run_folder import find
+from lora_bench.records.run_folder import PROMPT_AGAIN, find_runs, is_prompted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,20 +25,24 @@ if TYPE_CHECKING:
     from lora_bench.config.compose import Arguments
 
 
-def place(resume: str, top: Path) -> Path:
-    """Return the folder that `resume` names; for `last` that of the newest unfinished run or sweep below `top`.
+def resolve_folder(resume: str, top: Path) -> Path:
+    """Return the folder that `resume` names; for `last` the newest unfinished run or sweep below `top`.
 
-    A record without a date, or with one in the future, is never the newest.
+    Runs of a sweep and of `lora-bench prompt` do not count. A record without a date, or with one in the future, is
+    never the newest.
+
+    Raises:
+        UserError: there is no unfinished run or sweep, or none has a valid date.
     """
     if resume != "last":
         return Path(resume)
-    runs = find([top])[0] if top.exists() else []
+    runs = find_runs([top])[0] if top.exists() else []
     dated = [
-        *sweep_folder.unfinished(top),
+        *sweep_folder.unfinished_sweeps(top),
         *(
             (record["created"], folder)
             for folder, record in runs
-            if record["status"] not in sweep_folder.ENDED
+            if record["status"] not in sweep_folder.FINAL_STATUSES
             and not is_prompted(record)
             and not any(sweep_folder.is_sweep(above) for above in folder.parents)
         ),
@@ -48,14 +51,14 @@ def place(resume: str, top: Path) -> Path:
         raise UserError(f"there is no unfinished run below {top}", key="resume", value="last", code=Code.NOT_FOUND)
     moments = {folder: moment for created, folder in dated if (moment := _moment(created))}
     if not moments:
-        reason = "has no date, or one in the future, so it cannot be said which is the last"
+        reason = "has no date, or one in the future, so the newest run cannot be determined"
         remedy = f"Name the folder: {argument('resume', dated[0][1])}"
         raise UserError(reason, key="resume", value="last", file=dated[0][1], remedy=remedy, code=Code.NOT_FOUND)
     return max(moments, key=lambda folder: (moments[folder], str(folder)))
 
 
 def _moment(created: object) -> datetime | None:
-    """Return when a record says that it was made; None if it does not say, or names a time that is yet to come."""
+    """Return the time at which a record says it was created; None if it has none or one in the future."""
     try:
         moment = datetime.fromisoformat(str(created)).astimezone(UTC)
     except (ValueError, OverflowError):
@@ -63,41 +66,48 @@ def _moment(created: object) -> datetime | None:
     return moment if moment <= datetime.now(UTC) else None
 
 
-def arguments_of_sweep(arguments: Arguments, folder: Path) -> Arguments:
-    """The arguments that the sweep in `folder` was begun with, to run what it lacks.
+def sweep_arguments(arguments: Arguments, folder: Path) -> Arguments:
+    """Return the arguments that the sweep in `folder` was started with, to run its unfinished jobs.
+
+    Args:
+        arguments: as typed now; they may repeat arguments of the sweep.
+        folder: of the sweep.
 
     Raises:
-        UserError: more is asked for than to go on; what the sweep was begun with may be repeated.
+        UserError: an argument is new, or the sweep was started with a secret.
     """
-    begun = sweep_folder.read(folder)
+    sweep = sweep_folder.read(folder)
     typed = [override for override in arguments.overrides if keys.key_of(override) != "resume"]
-    more = [override for override in typed if override not in begun.overrides]
-    if more or (arguments.config_dir and os.path.abspath(arguments.config_dir) != begun.config_dir):
-        asked = more[0] if more else "--config-dir"
+    new = [override for override in typed if override not in sweep.overrides]
+    if new or (arguments.config_dir and os.path.abspath(arguments.config_dir) != sweep.config_dir):
+        argument_text = new[0] if new else "--config-dir"
         raise UserError(
-            f"goes on as it began, so {asked!r} cannot be given", key="resume", value=folder, code=Code.NOT_RESUMABLE
+            f"a sweep is resumed with its own settings, so {argument_text!r} cannot be given",
+            key="resume",
+            value=folder,
+            remedy="Leave it out, or start a new sweep.",
+            code=Code.NOT_RESUMABLE,
         )
-    refuse_hidden(folder, begun.overrides)
-    _refuse_removed(folder, begun.overrides)
-    overrides = [*begun.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
-    again = type(arguments).read([])
-    again.overrides, again.multirun, again.config_dir = overrides, True, begun.config_dir
-    return again
+    refuse_hidden(folder, sweep.overrides)
+    recorded = type(arguments).read([])
+    recorded.overrides = [*sweep.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
+    recorded.multirun, recorded.config_dir = True, sweep.config_dir
+    return recorded
 
 
 def refuse_prompted(folder: Path, record: Mapping[str, Any]) -> None:
-    """A prompted run trains nothing that could be gone on with."""
+    """Refuse to resume a run of `lora-bench prompt`: it trains nothing."""
     if is_prompted(record):
         raise UserError(
-            "is a run of lora-bench prompt", key="resume", value=folder, remedy=ASKS_THE_REST, code=Code.NOT_RESUMABLE
+            "is a run of lora-bench prompt", key="resume", value=folder, remedy=PROMPT_AGAIN, code=Code.NOT_RESUMABLE
         )
 
 
-def refuse_hidden(folder: Path, asked: Any) -> None:
-    """What a record hides cannot be gone on with."""
-    if hides_secret(asked):
-        remedy = "Begin it anew, with the key in an environment variable: '${oc.env:NAME}'."
-        reason = "was begun with a key, or what looks like one, and keys are not kept"
+def refuse_hidden(folder: Path, recorded: Any) -> None:
+    """Refuse to resume a run or sweep whose recorded config or overrides hide a secret, so that they are incomplete."""
+    if hides_secret(recorded):
+        remedy = "Start a new one, with the secret in an environment variable: '${oc.env:NAME}'."
+        reason = "was started with a secret, or text that looks like one, and records do not keep secrets"
         raise UserError(reason, key="resume", value=folder, remedy=remedy, code=Code.NOT_RESUMABLE)
 
 
@@ -112,49 +122,52 @@ def _refuse_removed(folder: Path, overrides: Sequence[str]) -> None:
 
 
 def refuse_unloadable(cfg: DictConfig) -> None:
-    """Refuse a new run whose record would hide what loading the run needs: a path, a name or a column.
+    """Refuse a new run whose record would hide a value that loading the run needs: a path, a name or a column.
 
     Raises:
-        UserError: such a value is a secret, or looks like one.
+        UserError: such a value is a secret, or looks like one; it is named by its key.
     """
     try:
         content = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException:  # whoever builds the settings names the key
+    except OmegaConfBaseException:  # building the settings will name the key
         return
     for key, value in leaves(content):
         if is_identifier(key) and hides_secret(redacted(value, key)) and not hides_secret(value):
-            reason = (
-                "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"
+            reason = "holds a secret, or text that looks like one; records hide secrets, so the run could not load"
+            raise UserError(
+                reason, key=key, remedy="Rename it, or use a symbolic link of another name.", code=Code.FORBIDDEN
             )
-            raise UserError(reason, key=key, remedy="Rename it, or use a link of another name.", code=Code.FORBIDDEN)
 
 
 def refuse_difference(
-    choices: Mapping[str, Any], began: DictConfig, cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
+    choices: Mapping[str, Any], recorded: DictConfig, cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
 ) -> None:
-    """A run goes on as it began: refuse overrides that would have made another one.
+    """Refuse overrides that would change a resumed run; overrides that repeat its config pass.
 
     Args:
-        choices: of the run that began, by group.
-        began: its config.
-        cfg: what the overrides compose now.
-        overrides: as typed.
-        groups: names of the config's groups.
+        choices: the run's recorded option of each group.
+        recorded: its config.
+        cfg: the config that the overrides compose now.
+        overrides: as typed now.
+        groups: names of the config groups.
+
+    Raises:
+        UserError: an override has another value than the record.
     """
     for override in overrides:
         key, _, value = str(override).lstrip("+~").partition("=")
-        if key in ("resume", "model.path", "model.tokenizer"):  # the same files at another place are checked by hash
+        if key in ("resume", "model.path", "model.tokenizer"):  # moved files are checked by their hash
             continue
         if key in groups:
             before, differs = choices.get(key), choices.get(key) != value
         else:
-            before = OmegaConf.select(began, key)
+            before = OmegaConf.select(recorded, key)
             differs = before != OmegaConf.select(cfg, key)
         if differs:
             raise UserError(
-                f"the run began with {before}",
+                f"the run to resume was started with {before}",
                 key=key,
                 value=value,
-                remedy="It goes on as it began.",
+                remedy="Leave it out: a run is resumed with its own settings.",
                 code=Code.NOT_RESUMABLE,
             )

@@ -1,13 +1,15 @@
-"""The run folder: claimed, written and read here, and nowhere else.
+"""The folder of a run: the only code that claims and writes it, and the only reader of its record.
 
-    run.json                      what was asked for, what came out, what it cost (the keys of `LAYOUT`, in that order)
-    metrics.jsonl                 one line per evaluation
+    run.json                      the record: request, results and costs (the keys of `LAYOUT`, in that order)
+    metrics.jsonl                 one line per evaluation (`metrics_log`)
     predictions/<split>.parquet   id, label and score of every example
-    evaluations/<name>.json       a later look at the finished run; its predictions: evaluations/<name>/<split>.parquet
+    evaluations/<name>.json       a later evaluation of the finished run, its predictions in evaluations/<name>/
+    adapter/                      the trained adapter; of an ensemble adapter/member_<i>/
+    checkpoints/                  the state of training, while the run is resumable
     .hydra/                       config.yaml and overrides.yaml
     .lock                         locked by the process that trains
 
-A folder belongs to one run, and to one process at a time: of two that want it the second is refused.
+A folder belongs to one run, and one process at a time may write it: a second one is refused.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import dump, plain, why, write, writing
-from lora_bench.records import folder_lock
-from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
+from lora_bench.records import folder_lock, metrics_log
 from lora_bench.records.record_types import with_types
 
 if TYPE_CHECKING:
@@ -41,10 +42,18 @@ if TYPE_CHECKING:
 
     from lora_bench.records.folder_lock import Claim
 
-SCHEMA = 1
-STATUSES = ("running", "done", "failed", "diverged", "interrupted")
+RECORD_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+PREDICTIONS, EVALUATIONS, ADAPTER, CHECKPOINTS = "predictions", "evaluations", "adapter", "checkpoints"
+"""Folders inside a run's folder."""
+CONFIG_FILE, OVERRIDES_FILE = ".hydra/config.yaml", ".hydra/overrides.yaml"
+"""Copies of parts of the record, named as Hydra names them."""
 
-# Every key of run.json, in the order it is written, with its type; what is not a dict or a list may be null.
+SCHEMA = 1
+STATUSES = ("running", "done", "failed", "diverged", "interrupted", "eliminated")
+"""`eliminated`: stopped by successive halving; such a run is `interrupted` in records of version 0.1."""
+PROMPT_AGAIN = "Run the same `lora-bench prompt` command again: it requests only the answers that are missing."
+
 LAYOUT: dict[str, type] = {
     "schema": int,
     "status": str,
@@ -65,45 +74,62 @@ LAYOUT: dict[str, type] = {
     "error": str,
     "checksum": str,
 }
+"""Every key of `run.json` with its type, in the order they are written; a value that is no dict or list may be null."""
 ALTERED = "altered"
-"""What `read` gives as the checksum of a record that was changed after it was written."""
+"""The checksum that `read` gives to a record that was changed after it was written."""
 
 Column: TypeAlias = "Sequence[int | None] | Sequence[float] | np.ndarray[Any, Any] | None"
 Predictions: TypeAlias = tuple[Column, Column, Column]
-"""ids, labels and scores of one split."""
+"""Ids, labels and scores of one split."""
 
 
 @dataclass
 class Run:
-    """A run folder to write: claimed, reopened, or `Run(folder, read(folder))` to add to a finished one."""
+    """A run's folder, open for writing.
+
+    It is claimed for a new run (`claim`), reopened to resume one (`reopen`), or `Run(folder, read(folder))` to add to a
+    finished one.
+    """
 
     folder: Path
     record: dict[str, Any]
+    """The content of `run.json`."""
     lock: Claim | None = None
+    """The right to write the folder; None for a finished run."""
 
     @classmethod
     def claim(cls, folder: Path, *, choices: Mapping[str, str], config: Mapping[str, Any], overrides: list[str]) -> Run:
-        """Take `folder` for a new run, or refuse and leave it as it was if it holds a run already."""
-        refuse_secret(folder)
-        asked = {"choices": choices, "config": config, "overrides": overrides}
-        record = _sealed(plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked))
+        """Claim `folder` for a new run, and write its record with status `running` and copies of the config.
+
+        Args:
+            folder: is created where it does not exist.
+            choices: the chosen option of each config group.
+            config: resolved.
+            overrides: as typed.
+
+        Raises:
+            UserError: the folder holds a run, is claimed by another process, or cannot be written. It is unchanged.
+        """
+        refuse_secret_name(folder)
+        request = {"choices": choices, "config": config, "overrides": overrides}
+        record = _sealed(plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | request))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            refuse_taken(folder)
-            lock = folder_lock.take(folder)
+            refuse_existing_run(folder)
+            lock = folder_lock.acquire(folder)
         except (OSError, ValueError) as error:
             raise _unwritable(folder, why(error)) from None
         if lock is None:
             raise UserError(
-                "another process is writing it", key="hydra.run.dir", value=folder, remedy=_ANOTHER, code=Code.IN_USE
+                "another process is writing it", key="hydra.run.dir", value=folder, remedy=_NEW_FOLDER, code=Code.IN_USE
             )
         try:
-            refuse_taken(folder)
-            write(folder, "run.json", dump(record).encode())
-            write(folder, ".hydra/config.yaml", _yaml(record["config"]))
-            write(folder, ".hydra/overrides.yaml", _yaml(record["overrides"]))
+            refuse_existing_run(folder)
+            write(folder, RECORD_FILE, dump(record).encode())
+            write(folder, CONFIG_FILE, _yaml(record["config"]))
+            write(folder, OVERRIDES_FILE, _yaml(record["overrides"]))
         except RunFailedError as error:
-            for name in ("run.json", folder_lock.LOCK):
+            for name in (RECORD_FILE, folder_lock.LOCK_FILE):
                 (folder / name).unlink(missing_ok=True)
             lock.release()
             raise _unwritable(folder, error.reason.removeprefix("cannot be written: ")) from None
@@ -114,14 +140,14 @@ class Run:
 
     @classmethod
     def reopen(cls, folder: Path) -> Run:
-        """Take the folder of a run that has begun, to go on with it.
+        """Claim the folder of an existing run, to resume it.
 
         Raises:
-            UserError: there is no run, or another process is training it.
+            UserError: there is no run, another process is training it, or the folder cannot be written.
         """
         read(folder)  # so that a folder without a run is refused untouched
         try:
-            lock = folder_lock.take(folder)
+            lock = folder_lock.acquire(folder)
         except OSError as error:
             raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
         if lock is None:
@@ -130,65 +156,71 @@ class Run:
         return cls(folder, read(folder), lock)
 
     def rewind(self, step: int) -> None:
-        """Set the record back to the end of update number `step`: later lines of its log are dropped."""
-        path = self.folder / "metrics.jsonl"
-        if os.path.lexists(path):
-            kept = []
+        """Set the record back to the end of update number `step`: status `running`, and no later line in the log.
+
+        Raises:
+            UserError: the log cannot be read.
+        """
+        log = self.folder / METRICS_FILE
+        if os.path.lexists(log):
             try:
-                for line in untrusted.read_json_lines(path):
-                    split, at = str(line.get("split")), untrusted.as_number(line.get("step"))
-                    if split.partition("/")[0] == "selection" and at is not None and at <= step:
-                        kept.append(json.dumps(plain(line)) + "\n")
+                lines = metrics_log.lines_up_to(log, step)
             except OSError as error:
-                raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
-            self._write("metrics.jsonl", "".join(kept).encode())
+                raise UserError(f"cannot be read: {why(error)}", file=log, code=Code.UNREADABLE) from None
+            self._write(METRICS_FILE, "".join(json.dumps(plain(line)) + "\n" for line in lines).encode())
         self.update(status="running", finished=None, error=None, selection=None)
 
     def check(self) -> None:
-        """Refuse to write where the path leads to the folder of another run by now.
+        """Refuse to write where the path leads to another run's folder by now.
 
         Raises:
-            LostFolderError: the folder is gone, or another one has its place.
+            LostFolderError: the folder is gone, or another one has its path.
         """
         if self.lock is not None:
             self.lock.check()
-        elif self.record:  # to be added to: the record as it was read
-            found = read(self.folder)
-            if any(found[key] != self.record[key] for key in ("created", "config")):
+        elif self.record:  # a finished run to add to
+            on_disk = read(self.folder)
+            if any(on_disk[key] != self.record[key] for key in ("created", "config")):
                 raise LostFolderError(
                     "holds another run by now, and nothing is written into it", file=self.folder, code=Code.LOST
                 )
 
     def release(self) -> None:
-        """Give up the claim."""
+        """Give up the claim, if there is one."""
         if self.lock is not None:
             self.lock.release()
 
     @property
     def log_file(self) -> Path:
+        """The file of the traceback of an unexpected error."""
         return self.folder / "run.log"
 
     def update(self, **sections: Any) -> None:
-        """Set keys of `run.json`; a dict is merged, one level deep, into the dict that is there."""
+        """Set keys of `run.json`, and write it; a dict is merged, one level deep, into the present one.
+
+        Raises:
+            TypeError: there is no such key.
+            RunFailedError: it cannot be written; the file and `record` are unchanged.
+        """
         record = dict(self.record)
         for name, new in sections.items():
             if name not in LAYOUT:
-                raise TypeError(f"run.json has no key {name!r}")
+                raise TypeError(f"{RECORD_FILE} has no key {name!r}")
             old, new = record.get(name), plain(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
         record = _sealed(record)
-        self._write("run.json", dump(record).encode())
+        self._write(RECORD_FILE, dump(record).encode())
         self.record = record
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
+        """Append one line to `metrics.jsonl`; numbers that are not finite become null."""
         self.check()
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS_FILE
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(line), allow_nan=False) + "\n")
 
     def note_files(self, paths: Iterable[Path]) -> None:
-        """Record the SHA-256 of files in the run's folder, by their names below it."""
+        """Record the SHA-256 of files in the run's folder, keyed by their paths below it."""
         digests = {}
         for path in paths:
             with path.open("rb") as file:
@@ -196,24 +228,45 @@ class Run:
         self.update(files=digests)
 
     def write_predictions(self, split: str, ids: Column, labels: Column, scores: Column) -> None:
-        """Write `predictions/<split>.parquet`; `labels` is None, or an entry of it, where a label is unknown."""
-        self._write(f"predictions/{file_name(split)}.parquet", _encoded(ids, labels, scores))
+        """Write `predictions/<split>.parquet`.
+
+        Args:
+            split: its name.
+            ids: (N,) rows in the source.
+            labels: (N,); None, or an entry of it, where a label is unknown.
+            scores: (N,) P(label 1).
+        """
+        self._write(f"{PREDICTIONS}/{file_name(split)}.parquet", _encoded(ids, labels, scores))
 
     def write_evaluation(
         self, name: str, content: Mapping[str, Any], predictions: Mapping[str, Predictions] | None = None
     ) -> Path:
-        """Write `evaluations/<name>.json`, in place of an older one of that name; its predictions come first."""
-        place = f"evaluations/{file_name(name)}"
-        written = {f"{file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
-        for file, columns in written.items():
-            self._write(f"{place}/{file}", _encoded(*columns))
-        for old in (self.folder / place).glob("*.parquet"):
-            if old.name not in written:
+        """Write `evaluations/<name>.json` after its predictions, replacing an older evaluation of that name.
+
+        Args:
+            name: of the evaluation.
+            content: metrics, data and settings.
+            predictions: by split.
+
+        Returns:
+            The path of the JSON file.
+        """
+        stem = f"{EVALUATIONS}/{file_name(name)}"
+        columns_by_file = {f"{file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
+        for file, columns in columns_by_file.items():
+            self._write(f"{stem}/{file}", _encoded(*columns))
+        for old in (self.folder / stem).glob("*.parquet"):
+            if old.name not in columns_by_file:
                 old.unlink()
-        return self._write(f"{place}.json", dump(plain(content)).encode())
+        return self._write(f"{stem}.json", dump(plain(content)).encode())
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Say how the run ended (`done`, `failed`, `diverged` or `interrupted`) and why, and give up the claim."""
+        """Record how the run ended, and give up the claim.
+
+        Args:
+            status: one of `STATUSES` except `running`.
+            error: the reason; None for `done`.
+        """
         if status not in STATUSES[1:]:
             raise ValueError(f"a run cannot end as {status!r}")
         try:
@@ -222,9 +275,10 @@ class Run:
             self.release()
 
     def fail(self, error: Exception) -> None:
-        """Record an exception as the run's end; one that is no wrong request leaves its traceback in the log.
+        """Record an exception as the run's end: `diverged` for a `DivergedError`, otherwise `failed`.
 
-        What stopped the run may also be in the way of saying so: then its record stays as it was.
+        The traceback of an unexpected error is written to `run.log`. If the record cannot be written either, for
+        example because the disk is full, it keeps its content.
         """
         with suppress(RunFailedError):
             if isinstance(error, DivergedError):
@@ -242,28 +296,43 @@ class Run:
 
 
 def adapter_folders(folder: Path, members: int) -> list[Path]:
-    """Where a run keeps its adapter, or those of its ensemble's members."""
-    place = folder / "adapter"
-    return [place] if members == 1 else [place / f"member_{i}" for i in range(members)]
+    """Return the folder of a run's adapter, or one folder for each member of its ensemble."""
+    return [folder / ADAPTER] if members == 1 else [member_adapter_folder(folder, i) for i in range(members)]
+
+
+def member_adapter_folder(folder: Path, member: int) -> Path:
+    """Return the folder of the adapter of one member of an ensemble."""
+    return folder / ADAPTER / f"member_{member}"
 
 
 def discard(folder: Path) -> None:
-    """After a refused request: remove the folder if it is empty, then empty ones above it inside the current folder."""
+    """Remove the folder of a refused request if it is empty, then its empty parents inside the current folder."""
     with suppress(OSError, ValueError):
-        here = Path.cwd().resolve()
+        current = Path.cwd().resolve()
         folder = folder.parent.resolve() / folder.name
-        if folder == here:
+        if folder == current:
             return
         folder.rmdir()
         for parent in folder.parents:
-            if here not in parent.parents:
+            if current not in parent.parents:
                 return
             parent.rmdir()
 
 
+def holds_run(folder: Path) -> bool:
+    """Return whether the folder holds a record, readable or not."""
+    return (folder / RECORD_FILE).exists()
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """The run's record with every key of `LAYOUT`, each of its type, or a refusal that names the file."""
-    path = folder / "run.json"
+    """Return a run's record with every key of `LAYOUT`, each of its type.
+
+    Numbers that are not finite become null. The checksum of a record that was changed is `ALTERED`.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or is damaged; the error names it.
+    """
+    path = folder / RECORD_FILE
     try:
         text = untrusted.read_text(path)
     except FileNotFoundError:
@@ -281,80 +350,75 @@ def read(folder: Path) -> dict[str, Any]:
     if isinstance(content, dict) and content.get("checksum") not in (None, _checksum(content)):
         content["checksum"] = ALTERED
     try:
-        # What is not finite (1e999, or a NaN of someone else's writing) is absent.
+        # `plain` removes numbers that are not finite, such as 1e999.
         return with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
 
 
 def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:
-    """Return a line that names the runs whose records were changed after they were written, if there are any."""
+    """Return a note that names runs whose records were changed after they were written; none if there are none."""
     folders = [str(folder) for folder, record in runs if record["checksum"] == ALTERED]
     if not folders:
         return []
-    more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
-    return [f"changed after it was written, by hand or by damage: run.json of {', '.join(folders[:3])}{more}"]
+    rest = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
+    return [f"{RECORD_FILE} was edited or damaged after it was written, in: {', '.join(folders[:3])}{rest}"]
 
 
 def _sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with its checksum, as it is read back."""
+    """Return a record in the types that JSON gives back, with its checksum."""
     content: dict[str, Any] = json.loads(dump(record))
     return content | {"checksum": _checksum(content)}
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """Return the XXH3 checksum of a record without its own; it tells of damage and edits, not of forgery."""
+    """Return the XXH3 checksum of a record, its key `checksum` excluded; it detects damage and edits, not forgery."""
     rest = {key: value for key, value in content.items() if key != "checksum"}
     return xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 def is_killed(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the run says that it is running, but no process does it."""
-    return record["status"] == "running" and not folder_lock.is_taken(folder)
+    """Return whether the status is `running` but no living process holds the folder's lock."""
+    return record["status"] == "running" and not folder_lock.is_locked(folder)
 
 
-def last_logged(folder: Path) -> dict[str, Any] | None:
-    """The newest whole line of `metrics.jsonl` (a run may be writing one, or was killed in it); None without any."""
-    try:
-        with untrusted.open_file(folder / "metrics.jsonl", max_bytes=2**63) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-            lines = file.read().splitlines()
-    except (OSError, ValueError):
-        return None
-    for line in reversed(lines):
-        with suppress(ValueError):
-            found = plain(untrusted.parse_json(line.decode()))
-            if isinstance(found, dict):
-                return found
-    return None
+def is_prompted(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is that of `lora-bench prompt`, which queries a language model and trains nothing."""
+    return "llm" in record["config"]
 
 
-def find(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[tuple[Path, str]]]:
-    """The runs at or below `paths`, job 10 after job 2, and what was skipped with the reason.
+def find_runs(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[tuple[Path, str]]]:
+    """Find the runs at or below `paths`.
 
-    Nothing below a run's folder is looked at, and links below the given paths are not followed.
+    Folders inside a run's folder are not searched, and links below the given paths are not followed.
+
+    Returns:
+        Folder and record of each run, job 10 after job 2; and the folders that were skipped, with the reason.
+
+    Raises:
+        UserError: a path does not exist.
     """
     runs, skipped, seen = [], [], set()
     for path in paths:
         if not os.path.lexists(path):
             raise UserError("there is no such folder", file=path, code=Code.NOT_FOUND)
-        for folder, trouble in _walk(path):
+        for folder, reason in _walk(path):
             real = os.path.realpath(folder)  # Path.resolve raises on a link to itself
             if real in seen:
                 continue
             seen.add(real)
-            if trouble is not None:
-                skipped.append((folder, trouble))
+            if reason is not None:
+                skipped.append((folder, reason))
                 continue
             try:
                 runs.append((folder, read(folder)))
             except UserError as error:
-                skipped.append((folder, f"run.json {error.reason}"))
+                skipped.append((folder, f"{RECORD_FILE} {error.reason}"))
     return sorted(runs, key=lambda run: _natural(run[0])), sorted(skipped, key=lambda skip: _natural(skip[0]))
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yield folders that hold a run.json, whatever it is (None), and those that cannot be listed (why)."""
+    """Yield folders that hold a `run.json` of any type, with None, and those that cannot be listed, with the reason."""
     folders = [top]
     while folders:
         folder = folders.pop()
@@ -364,51 +428,60 @@ def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
         except OSError as error:
             yield folder, f"cannot be read: {why(error)}"
             continue
-        if "run.json" in below:
+        if RECORD_FILE in below:
             yield folder, None
         else:
             folders += [folder / name for name, is_folder in below.items() if is_folder]
 
 
 def _natural(path: Path) -> list[list[str | int]]:
-    # re.split with a group alternates text and digits, so that like is compared with like.
-    return [[int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", part))] for part in path.parts]
+    """Return a key that sorts numbers in file names by value."""
+    # re.split with a group alternates text and digits, so that text is compared with text.
+    return [[int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))] for name in path.parts]
 
 
 def _empty() -> dict[str, Any]:
-    return {key: kind() if kind in (dict, list) else None for key, kind in LAYOUT.items()}
+    """Return a record without content."""
+    return {key: type_() if type_ in (dict, list) else None for key, type_ in LAYOUT.items()}
 
 
-_ANOTHER = "Give a folder that is not there yet."
+_NEW_FOLDER = "Give a folder that does not exist yet."
 
 
-def refuse_taken(folder: Path) -> None:
-    """Refuse a folder that holds a run; an empty record is what a process left that was killed as it started."""
-    path = folder / "run.json"
+def refuse_existing_run(folder: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    An empty record does not count: a process that is killed as it starts leaves one.
+
+    Raises:
+        UserError: with the command that resumes the run, if its process was killed.
+    """
+    path = folder / RECORD_FILE
     if not path.exists() or (path.is_file() and path.stat().st_size == 0):
         return
-    reason, remedy = "already holds a run", _ANOTHER
+    reason, remedy = "already holds a run", _NEW_FOLDER
     with suppress(UserError):
-        if is_killed(folder, found := read(folder)):
+        if is_killed(folder, record := read(folder)):
             reason = "holds a run whose process was killed"
-            remedy = f"{_ANOTHER} Or resume it: lora-bench train {argument('resume', folder)}"
-            remedy = f"{_ANOTHER} {ASKS_THE_REST}" if is_prompted(found) else remedy
+            remedy = f"{_NEW_FOLDER} Or resume it: lora-bench train {argument('resume', folder)}"
+            remedy = f"{_NEW_FOLDER} {PROMPT_AGAIN}" if is_prompted(record) else remedy
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy, code=Code.EXISTS)
 
 
-def refuse_secret(folder: str | Path) -> None:
-    """A folder's name is on the disk and in every report: it may hold no key."""
+def refuse_secret_name(folder: str | Path) -> None:
+    """Refuse a folder whose name holds a secret: the name is visible on the disk and in every report."""
     if redact_new_path(str(folder)) != str(folder):
         raise UserError(
-            "the folder's name holds a key, or what looks like one",
+            "the folder's name holds a key or password, or text that looks like one",
             key="hydra.run.dir",
             value=folder,
+            remedy="Give a folder of another name.",
             code=Code.FORBIDDEN,
         )
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:
-    remedy = "Give a folder where you may write."
+    remedy = "Give a folder that you may write."
     return UserError(
         f"cannot be written: {reason}", key="hydra.run.dir", value=folder, remedy=remedy, code=Code.UNWRITABLE
     )
@@ -419,8 +492,8 @@ def _now() -> str:
 
 
 def _yaml(content: Any) -> bytes:
-    written: bytes = yaml.safe_dump(content, sort_keys=False, encoding="ascii")
-    return written
+    encoded: bytes = yaml.safe_dump(content, sort_keys=False, encoding="ascii")
+    return encoded
 
 
 def _encoded(*columns: Column) -> bytes:
@@ -430,7 +503,11 @@ def _encoded(*columns: Column) -> bytes:
 
 
 def file_name(name: str) -> str:
-    """`name` as the stem of a file: what is no letter, digit, dot, dash or underscore becomes a dash."""
+    """Return `name` as the stem of a file: characters other than letters, digits, `.`, `-` and `_` become dashes.
+
+    Raises:
+        UserError: it holds a slash or `..`, begins with a dot, is longer than 200 characters, or nothing remains.
+    """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
     if "/" in name or "\\" in name or ".." in name or not slug.strip(".") or slug.startswith(".") or len(slug) > 200:
         raise UserError(

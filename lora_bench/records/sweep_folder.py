@@ -1,4 +1,4 @@
-"""A sweep's folder: `sweep.json` says which jobs it has, each job is a run below it, and `table.*` are its result."""
+"""The folder of a sweep: `sweep.json` lists its jobs, each job is a run below it, and `table.*` hold the results."""
 
 from __future__ import annotations
 
@@ -16,100 +16,116 @@ from lora_bench.records import folder_lock, run_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
 
 
-TABLES = ("table.md", "table.csv")
-"""What a finished sweep leaves beside it."""
+TABLE_MARKDOWN, TABLE_CSV = TABLES = "table.md", "table.csv"
+"""The tables that a finished sweep leaves beside its record."""
 
 
-ENDED = ("done", "diverged")
-"""Statuses of jobs that would end the same way again."""
+FINAL_STATUSES = ("done", "diverged")
+"""Statuses of jobs that would end the same way if they were run again."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep was asked for, as it stands in its folder."""
+    """The content of `sweep.json`: the request and the jobs of a sweep."""
 
     created: str
+    """Time in ISO format, UTC."""
     overrides: list[str]
-    """As typed."""
+    """The overrides as typed."""
     config_dir: str | None
-    """A folder with further choices of the groups."""
+    """A folder with further options of the config groups (`--config-dir`)."""
     jobs: dict[str, list[str]]
-    """Each job's folder below the sweep's, and its overrides."""
+    """Overrides of each job, by its folder below the sweep's."""
 
-    def lacks(self, folder: Path) -> dict[int, bool]:
-        """The numbers of the jobs that have not ended, and whether each has begun."""
-        found = {}
+    def unfinished_jobs(self, folder: Path) -> dict[int, bool]:
+        """Return the numbers of the jobs that have not ended, each with whether its run has started.
+
+        Raises:
+            UserError: the record of a job is damaged.
+        """
+        unfinished = {}
         for number, name in enumerate(self.jobs):
-            begun = (folder / name / "run.json").exists()
-            if not begun or not has_ended(run_folder.read(folder / name)):
-                found[number] = begun
-        return found
+            has_started = run_folder.holds_run(folder / name)
+            if not has_started or not has_ended(run_folder.read(folder / name)):
+                unfinished[number] = has_started
+        return unfinished
 
 
 def has_ended(run: dict[str, Any]) -> bool:
-    """Whether nothing is left to do for the job of this record; one that halving stopped has ended for its sweep."""
-    stopped = run["status"] == "interrupted" and "stopped_at_step" in (run["selection"] or {})
-    return run["status"] in ENDED or stopped
+    """Return whether a sweep has no work left for the job of this record.
+
+    A job that successive halving eliminated has ended for its sweep, though it can be resumed by itself.
+    """
+    # In records of version 0.1 an eliminated run is `interrupted`, and this key distinguishes it.
+    was_eliminated = run["status"] == "interrupted" and "stopped_at_step" in (run["selection"] or {})
+    return run["status"] in (*FINAL_STATUSES, "eliminated") or was_eliminated
 
 
-def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> folder_lock.Claim:
-    """Claim `folder` for a new sweep.
+def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> folder_lock.Claim:
+    """Claim `folder` for a new sweep, and write its record.
+
+    Args:
+        folder: is created where it does not exist.
+        overrides: as typed.
+        config_dir: a folder with further options of the config groups.
+        jobs: overrides of each job, by its folder below the sweep's.
 
     Raises:
-        UserError: it holds a sweep, or cannot be written.
+        UserError: the folder holds a sweep, is in use, cannot be written, or the name of a job's folder holds a secret.
     """
-    made = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs)
+    sweep = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs)
     for name in jobs:
-        run_folder.refuse_secret(folder / name)
+        run_folder.refuse_secret_name(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FILE).exists():
+        if (folder / SWEEP_FILE).exists():
             command = f"lora-bench train -m {argument('resume', folder)}"
-            remedy = f"Give a folder that is not there yet. Or run what it lacks: {command}"
+            remedy = f"Give a folder that does not exist yet. Or run the unfinished jobs: {command}"
             raise UserError(
                 "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS
             )
-        lock = _take(folder)
-        write(folder, FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(made)})).encode())
+        lock = _claim(folder)
+        write(folder, SWEEP_FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(sweep)})).encode())
     except (OSError, RunFailedError) as error:
         reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
-        remedy = "Give a folder where you may write."
+        remedy = "Give a folder that you may write."
         raise UserError(reason, key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.UNWRITABLE) from None
     return lock
 
 
 def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
-    """Add jobs that follow from how those before ended; whoever calls has the sweep's claim."""
-    begun = read(folder)
-    found = replace(begun, jobs=begun.jobs | jobs)
-    write(folder, FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(found)})).encode())
+    """Add jobs of a later stage to the record of a sweep; the caller holds the sweep's claim."""
+    sweep = read(folder)
+    extended = replace(sweep, jobs=sweep.jobs | jobs)
+    write(folder, SWEEP_FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(extended)})).encode())
 
 
 def reopen(folder: Path) -> folder_lock.Claim:
-    """Claim the folder of a sweep that has begun.
+    """Claim the folder of an existing sweep.
 
     Raises:
-        UserError: another process is at it, or it cannot be written.
+        UserError: another process is running the sweep, the folder cannot be written, or a table's path is a folder.
     """
     for path in (folder / name for name in TABLES):
         if path.is_dir():
             raise UserError(
-                "is a folder, where the sweep's table belongs",
+                "is a folder, but the sweep writes its table to a file of this name",
                 file=path,
-                remedy="Move it elsewhere.",
+                remedy="Move the folder away.",
                 code=Code.NOT_A_FILE,
             )
     try:
-        return _take(folder)
+        return _claim(folder)
     except OSError as error:
         raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
 
 
-def _take(folder: Path) -> folder_lock.Claim:
-    lock = folder_lock.take(folder)
+def _claim(folder: Path) -> folder_lock.Claim:
+    """Claim the folder, or raise a `UserError` if another process holds it."""
+    lock = folder_lock.acquire(folder)
     if lock is None:
         raise UserError(
             "another process is running this sweep",
@@ -120,36 +136,43 @@ def _take(folder: Path) -> folder_lock.Claim:
     return lock
 
 
-def leads_out(name: str) -> bool:
-    """Whether a job of this name would lie elsewhere than below the sweep's folder, or nowhere."""
+def is_outside(name: str) -> bool:
+    """Return whether a job's folder of this name would not lie below the sweep's folder."""
     return Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
 
 
 def is_sweep(folder: Path) -> bool:
-    return (folder / FILE).exists()
+    """Return whether the folder holds the record of a sweep."""
+    return (folder / SWEEP_FILE).exists()
 
 
 def read(folder: Path) -> Sweep:
-    """What the sweep in `folder` was asked for, or a refusal that names the file."""
-    path = folder / FILE
+    """Return the record of the sweep in `folder`; it is untrusted and fully checked.
+
+    Raises:
+        UserError: it is missing, damaged or of another version, or the folder of a job leads out of the sweep's.
+    """
+    path = folder / SWEEP_FILE
     try:
-        found = untrusted.read_json(path)
-        if found.pop("schema") != run_folder.SCHEMA:
-            raise UserError("is of another version of lora-bench", file=path, code=Code.MISMATCH)
-        sweep = Sweep(**found)
+        content = untrusted.read_json(path)
+        if content.pop("schema") != run_folder.SCHEMA:
+            raise UserError("was written by another version of lora-bench", file=path, code=Code.MISMATCH)
+        sweep = Sweep(**content)
         if not (isinstance(sweep.created, str) and _is_texts(sweep.overrides) and isinstance(sweep.jobs, dict)):
-            raise ValueError("a key is of another type")
+            raise ValueError("a key has a value of another type")
         if sweep.config_dir is not None and not (isinstance(sweep.config_dir, str) and os.path.isdir(sweep.config_dir)):
             raise UserError(
-                f"names a folder of choices that is not there: {sweep.config_dir!r}", file=path, code=Code.NOT_FOUND
+                f"names a --config-dir that does not exist: {sweep.config_dir!r}", file=path, code=Code.NOT_FOUND
             )
         real = os.path.realpath(folder)
         for name, job in sweep.jobs.items():
-            if leads_out(name) or not _is_texts(job):
-                raise ValueError(f"job {name!r} is not one")
+            if is_outside(name) or not _is_texts(job):
+                raise ValueError(f"job {name!r} is not valid")
             if os.path.realpath(folder / name) != os.path.join(real, os.path.normpath(name)):
                 raise UserError(
-                    f"the folder of job {name!r} is a link that leads elsewhere", file=path, code=Code.NOT_A_FILE
+                    f"the folder of job {name!r} is a symbolic link out of the sweep's folder",
+                    file=path,
+                    code=Code.NOT_A_FILE,
                 )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"is damaged: {why(error)}", file=path, code=Code.DAMAGED) from None
@@ -157,15 +180,16 @@ def read(folder: Path) -> Sweep:
 
 
 def _is_texts(value: object) -> bool:
+    """Return whether a value is a list of texts."""
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def unfinished(top: Path) -> Iterator[tuple[str, Path]]:
-    """When each sweep below `top` was made that has jobs left to run, and its folder."""
-    for path in top.rglob(FILE):
+def unfinished_sweeps(top: Path) -> Iterator[tuple[str, Path]]:
+    """Yield (creation time, folder) of each sweep below `top` with unfinished jobs; damaged ones are skipped."""
+    for path in top.rglob(SWEEP_FILE):
         try:
             sweep = read(path.parent)
-            if sweep.lacks(path.parent):
+            if sweep.unfinished_jobs(path.parent):
                 yield sweep.created, path.parent
         except UserError:
             continue

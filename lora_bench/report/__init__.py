@@ -1,7 +1,7 @@
-"""`lora-bench compare --html FILE`: what was compared as one page that opens offline.
+"""`lora-bench compare --html FILE`: a comparison as one page that opens offline.
 
-A section of the page is a function of the table, or of one block of comparable rows, that returns its HTML, or None
-where the runs have nothing for it. Charts are SVG of our own; script and style are two files in the page itself.
+A section of the page is a function of the table, or of one block of comparable rows. It returns its HTML, or None if
+the runs have no data for it. Charts are SVG drawn here. Script and style are two files that are embedded in the page.
 """
 
 from lora_bench.report.page import page

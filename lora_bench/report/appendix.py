@@ -1,4 +1,4 @@
-"""What a reviewer checks: how configurations differ, where runs were made, and what is not in the table."""
+"""Sections for a reviewer: how configurations differ, where runs were made, and what is not in the table."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lora_bench.analysis.table import cell, value_text, visible
+from lora_bench.analysis.table import format_cell, format_value, visible_columns
 from lora_bench.config.keys import flat
-from lora_bench.report.html import Content, Markup, el, join, several, table
+from lora_bench.report.html import Content, Markup, element, join, pluralise, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,38 +18,46 @@ if TYPE_CHECKING:
 LISTED = 200
 """Runs that are listed one by one."""
 VALUES = 12
-"""Different values of a key that are written out."""
+"""Values of a key that are written out."""
 
 
 def differences(table_: Table) -> Markup | None:
-    """Every config key in which finished runs differ, with its values; what all share is folded away."""
+    """Return the configuration keys in which finished runs differ, with their values; shared keys are folded away."""
     runs = [table_.records[folder] for row in table_.rows for folder in row.folders]
     if not runs:
         return None
     configs = [{**record["choices"], **dict(flat(record["config"]))} for record in runs]
     keys = list(dict.fromkeys(key for config in configs for key in config))
-    counts = {key: Counter(value_text(config[key]) for config in configs if key in config) for key in keys}
+    counts = {key: Counter(format_value(config[key]) for config in configs if key in config) for key in keys}
     differ = [key for key in keys if len(counts[key]) > 1 or sum(counts[key].values()) < len(configs)]
     rows: list[list[Content]] = [[key, _values(counts[key], len(configs))] for key in differ]
-    made = (
-        table("Keys that differ between runs", ["key", "values (runs)"], rows) if rows else el("p", "No key differs.")
+    varying_table = (
+        table("Keys that differ between runs", ["key", "values (runs)"], rows)
+        if rows
+        else element("p", "No key differs.")
     )
-    shared: list[list[Content]] = [[key, next(iter(counts[key]))] for key in keys if key not in differ]
-    common = table("Keys that all runs share", ["key", "value"], shared)
-    return join([made, el("details", el("summary", f"{len(shared)} keys that all runs share"), common)])
+    shared_rows: list[list[Content]] = [[key, next(iter(counts[key]))] for key in keys if key not in differ]
+    shared_table = table("Keys that all runs share", ["key", "value"], shared_rows)
+    return join(
+        [
+            varying_table,
+            element("details", element("summary", f"{len(shared_rows)} keys that all runs share"), shared_table),
+        ]
+    )
 
 
 def _values(counts: Counter[str], runs: int) -> Markup:
-    shown = counts.most_common(VALUES)
-    parts: list[Content] = [join([el("code", value), f" ({n})"]) for value, n in shown]
+    """Return the values of a key with the number of runs that have each, most common first."""
+    most_common = counts.most_common(VALUES)
+    items: list[Content] = [join([element("code", value), f" ({n})"]) for value, n in most_common]
     if len(counts) > VALUES:
-        parts.append(f"and {len(counts) - VALUES} more values")
+        items.append(f"and {len(counts) - VALUES} more values")
     absent = runs - sum(counts.values())
-    return join([*parts, *([f"absent ({absent})"] if absent else [])], ", ")
+    return join([*items, *([f"absent ({absent})"] if absent else [])], ", ")
 
 
 def environment(table_: Table) -> Markup | None:
-    """Commit, device, versions and data of the finished runs; where they differ, how many runs have which."""
+    """Return commit, device, versions and data of the finished runs, with the number of runs that have each value."""
     runs = [table_.records[folder] for row in table_.rows for folder in row.folders]
     if not runs:
         return None
@@ -57,60 +65,66 @@ def environment(table_: Table) -> Markup | None:
     for record in runs:
         data = {key: record["data"].get(key) for key in ("source", "fingerprint", "rows")}
         for key, value in flat({**record["environment"], "data": data}):
-            counts.setdefault(key, Counter())[value_text(value)] += 1
-    rows: list[list[Content]] = [[key, _values(found, len(runs))] for key, found in counts.items()]
-    made = table("Environment and data", ["key", "value (runs)"], rows)
-    mixed = [key for key, found in counts.items() if len(found) > 1 and not key.startswith("data.")]
-    times = "device" in mixed or "threads" in mixed or "cpu" in mixed
+            counts.setdefault(key, Counter())[format_value(value)] += 1
+    rows: list[list[Content]] = [[key, _values(value_counts, len(runs))] for key, value_counts in counts.items()]
+    settings_table = table("Environment and data", ["key", "value (runs)"], rows)
+    mixed = [key for key, value_counts in counts.items() if len(value_counts) > 1 and not key.startswith("data.")]
+    times_differ = "device" in mixed or "threads" in mixed or "cpu" in mixed
     note = f"Runs differ in {', '.join(mixed)}." if mixed else "All runs were made in the same environment."
-    note += " Their times are not comparable." if times else ""
-    return join([el("p", note, class_="note"), made])
+    note += " Their times are not comparable." if times_differ else ""
+    return join([element("p", note, class_="note"), settings_table])
 
 
 def missing(table_: Table) -> Markup | None:
-    """Runs that failed, diverged or are not done, folders that cannot be read, and caveats."""
-    parts = []
+    """Return the caveats, the runs that failed, diverged or are not done, and the folders that cannot be read."""
+    sections = []
     if table_.notes:
-        parts.append(el("ul", *(el("li", note) for note in table_.notes)))
+        sections.append(element("ul", *(element("li", note) for note in table_.notes)))
     if table_.missing:
         rows: list[list[Content]] = [
-            [el("code", str(m.folder)), m.status, el("code", m.asked) if m.asked else "", m.reason]
+            [element("code", str(m.folder)), m.status, element("code", m.overrides) if m.overrides else "", m.reason]
             for m in table_.missing[:LISTED]
         ]
-        counted = ", ".join(f"{n} {status}" for status, n in Counter(m.status for m in table_.missing).most_common())
-        more = f" The first {LISTED} are listed." if len(table_.missing) > LISTED else ""
-        parts.append(el("p", f"Not in the table: {counted}.{more}"))
-        parts.append(table("Not in the table", ["folder", "status", "asked for", "why"], rows))
-    return join(parts) if parts else None
+        status_counts = ", ".join(
+            f"{n} {status}" for status, n in Counter(m.status for m in table_.missing).most_common()
+        )
+        limit_note = f" The first {LISTED} are listed." if len(table_.missing) > LISTED else ""
+        sections.append(element("p", f"Not in the table: {status_counts}.{limit_note}"))
+        sections.append(table("Not in the table", ["folder", "status", "overrides", "reason"], rows))
+    return join(sections) if sections else None
 
 
-def beside(other: Table | None, caption: str) -> Markup | None:
-    """A table that `compare` prints below its own, as it is."""
+def side_table(other: Table | None, caption: str) -> Markup | None:
+    """Return a side table of `compare`; None if there is none."""
     if other is None or not other.rows:
         return None
-    columns = visible(other)
-    rows: list[list[Content]] = [[cell(row, column) for column in columns] for row in other.rows]
+    columns = visible_columns(other)
+    rows: list[list[Content]] = [[format_cell(row, column) for column in columns] for row in other.rows]
     return table(caption, [column.header for column in columns], rows)
 
 
 def folders(table_: Table) -> Markup | None:
-    """Where each row's runs lie."""
+    """Return the run folders of each row, folded away."""
     keys = table_.keys
     rows: Iterable[list[Content]] = (
         [
-            ", ".join(cell(row, key) for key in keys) or str(i + 1),
-            join([el("code", str(f)) for f in row.folders[:20]], " "),
+            ", ".join(format_cell(row, key) for key in keys) or str(i + 1),
+            join([element("code", str(f)) for f in row.folders[:20]], " "),
         ]
         for i, row in enumerate(table_.rows[:LISTED])
     )
-    made = table("Run folders", ["experiment", "folders"], rows)
+    folder_table = table("Run folders", ["experiment", "folders"], rows)
     runs = sum(len(row.folders) for row in table_.rows)
-    return el("details", el("summary", f"Folders of the {several(runs, 'run')}"), made) if table_.rows else None
+    return (
+        element("details", element("summary", f"Folders of the {pluralise(runs, 'run')}"), folder_table)
+        if table_.rows
+        else None
+    )
 
 
 def description(table_: Table) -> str:
-    """How much was compared, in one line."""
+    """Return the number of experiments, runs and seeds that were compared, in one line."""
     runs = sum(row.n for row in table_.rows)
     seeds = {json.dumps(table_.records[f]["config"].get("seed")) for row in table_.rows for f in row.folders}
-    told = f"{several(len(table_.rows), 'experiment')}, {several(runs, 'run')}, {several(len(seeds), 'seed')}"
-    return told + (f"; {several(len(table_.missing), 'run')} not in the table" if table_.missing else "")
+    counts = f"{pluralise(len(table_.rows), 'experiment')}, {pluralise(runs, 'run')}, {pluralise(len(seeds), 'seed')}"
+    return counts + (f"; {pluralise(len(table_.missing), 'run')} not in the table" if table_.missing else "")

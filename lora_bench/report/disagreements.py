@@ -1,4 +1,4 @@
-"""What happened to single examples: where one of two runs is right and the other wrong."""
+"""Disagreements: single examples that one of two runs predicts correctly and the other does not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.records import predictions
-from lora_bench.report.html import Content, Markup, el, table
+from lora_bench.report.html import Content, Markup, element, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,102 +20,134 @@ if TYPE_CHECKING:
     from lora_bench.report.series import Block, Entry
 
 RUNS = 8
-"""Runs to choose two from."""
+"""Runs that can be chosen."""
 SHOWN = 50
-"""Disagreements kept of each pair: those whose scores are farthest apart."""
+"""Disagreements shown for each pair of runs: those whose scores are farthest apart."""
 
 
 @dataclass(frozen=True)
 class _Candidate:
     name: str
     folder: str
-    seen: Predictions
+    predictions: Predictions
 
 
 def disagreements(block: Block, split: str) -> Markup | None:
-    """Two runs, chosen on the page: where one is right and the other wrong. At first the best two rows' first runs."""
+    """Return the section with the examples that one of two runs gets right and the other wrong.
+
+    The two runs are chosen on the page; at first they are the first runs of the two best rows.
+    """
     runs = _candidates(block.chosen if len(block.chosen) > 1 else block.entries, split)
     if len(runs) < 2:
         return None
-    pairs = {(a, b): _apart(runs[a].seen, runs[b].seen) for a, b in combinations(range(len(runs)), 2)}
-    kept = sorted({int(i) for _, _, _, shown in pairs.values() for i in shown})
-    at = {i: n for n, i in enumerate(kept)}
-    first = runs[0].seen
+    pairs = {
+        (a, b): _compare_pair(runs[a].predictions, runs[b].predictions) for a, b in combinations(range(len(runs)), 2)
+    }
+    row_numbers = sorted({int(i) for _, _, _, shown_rows in pairs.values() for i in shown_rows})
+    index_by_row = {i: n for n, i in enumerate(row_numbers)}
+    reference = runs[0].predictions
     data = {
         "runs": [run.name for run in runs],
-        "rows": [[int(first.ids[i]), int(first.labels[i])] for i in kept],
-        "scores": [[round(float(run.seen.scores[i]), 4) for i in kept] for run in runs],
+        "rows": [[int(reference.ids[i]), int(reference.labels[i])] for i in row_numbers],
+        "scores": [[round(float(run.predictions.scores[i]), 4) for i in row_numbers] for run in runs],
         "pairs": {
-            f"{a},{b}": [only_a, only_b, both_wrong, [at[int(i)] for i in shown]]
-            for (a, b), (only_a, only_b, both_wrong, shown) in pairs.items()
+            f"{a},{b}": [only_a, only_b, both_wrong, [index_by_row[int(i)] for i in shown_rows]]
+            for (a, b), (only_a, only_b, both_wrong, shown_rows) in pairs.items()
         },
-        "examples": len(first.ids),
+        "examples": len(reference.ids),
+        "threshold": DEFAULT_THRESHOLD,
     }
-    only_a, only_b, both_wrong, shown = pairs[0, 1]
+    only_a, only_b, both_wrong, shown_rows = pairs[0, 1]
     rows: list[list[Content]] = [
         [
-            str(int(first.ids[i])),
-            str(int(first.labels[i])),
-            f"{runs[0].seen.scores[i]:.4f}",
-            f"{runs[1].seen.scores[i]:.4f}",
-            runs[0].name if runs[0].seen.right[i] else runs[1].name,
+            str(int(reference.ids[i])),
+            str(int(reference.labels[i])),
+            f"{runs[0].predictions.scores[i]:.4f}",
+            f"{runs[1].predictions.scores[i]:.4f}",
+            runs[0].name if runs[0].predictions.correct[i] else runs[1].name,
         ]
-        for i in shown
+        for i in shown_rows
     ]
-    n = len(first.ids)
-    sentence = said(runs[0].name, runs[1].name, only_a, only_b, both_wrong, n, len(rows))
+    n = len(reference.ids)
+    sentence = describe_pair(runs[0].name, runs[1].name, only_a, only_b, both_wrong, n, len(rows))
     names = ["id", "label", f"score of {runs[0].name}", f"score of {runs[1].name}", "right"]
-    choose = el(
+    controls = element(
         "p",
-        el("label", "Run A ", _select("run-a", runs, 0)),
+        element("label", "Run A ", _select("run-a", runs, 0)),
         " ",
-        el("label", "Run B ", _select("run-b", runs, 1)),
+        element("label", "Run B ", _select("run-b", runs, 1)),
         class_="controls script",
     )
     # Inside a script element only "</" has a meaning; JSON may spell "<" otherwise.
     payload = Markup(json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c"))
-    return el(
+    return element(
         "div",
-        choose,
-        el("p", sentence, class_="said", role="status"),
+        controls,
+        element("p", sentence, class_="said", role="status"),
         table("Examples that one of two runs gets right", names, rows),
-        el("script", payload, type="application/json"),
+        element("script", payload, type="application/json"),
         class_="disagreements",
     )
 
 
-def said(a: str, b: str, only_a: int, only_b: int, both_wrong: int, n: int, shown: int) -> str:
-    """The four-fold table in words; the page's script says the same of the runs that are chosen there."""
-    told = f"Of {n:,} examples, {only_a:,} only {a} gets right, {only_b:,} only {b}, and {both_wrong:,} neither."
-    return f"{told} Shown: the {shown:,} whose scores are farthest apart." if shown < only_a + only_b else told
+def describe_pair(a: str, b: str, only_a: int, only_b: int, both_wrong: int, n: int, n_shown: int) -> str:
+    """Return a sentence about the number of examples that only one of two runs, or neither, predicts correctly.
+
+    The page's script writes the same sentence for the runs that are chosen there.
+
+    Args:
+        a: name of run A.
+        b: name of run B.
+        only_a: examples that only run A predicts correctly.
+        only_b: examples that only run B predicts correctly.
+        both_wrong: examples that neither does.
+        n: all examples.
+        n_shown: disagreements in the table below.
+    """
+    sentence = (
+        f"Of {n:,} examples, only {a} predicts {only_a:,} correctly, only {b} {only_b:,}, neither {both_wrong:,}."
+    )
+    if n_shown == only_a + only_b:
+        return sentence
+    return f"{sentence} The {n_shown:,} with the largest difference of scores are shown."
 
 
 def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
-    """The first run of each row that has predictions of the same examples as the first of all."""
-    found: list[_Candidate] = []
+    """Return the first run of each row, if its predictions are of the same examples as those of the first row."""
+    candidates: list[_Candidate] = []
     for entry in entries[: 4 * RUNS]:
         for folder, record in entry.runs[:1]:
-            seen = predictions.read_if_usable(folder, split)
-            if seen is None:
+            predictions_of_run = predictions.read_if_usable(folder, split)
+            if predictions_of_run is None:
                 continue
-            like = found[0].seen if found else seen
-            if like.same_examples(seen):
+            reference = candidates[0].predictions if candidates else predictions_of_run
+            if reference.has_same_examples(predictions_of_run):
                 seed = record["config"].get("seed")
-                found.append(
-                    _Candidate(f"{entry.name}, seed {seed}" if seed is not None else entry.name, str(folder), seen)
+                candidates.append(
+                    _Candidate(
+                        f"{entry.name}, seed {seed}" if seed is not None else entry.name,
+                        str(folder),
+                        predictions_of_run,
+                    )
                 )
-    return found[:RUNS]
+    return candidates[:RUNS]
 
 
-def _apart(one: Predictions, other: Predictions) -> tuple[int, int, int, list[int]]:
-    """How many only the one gets right, only the other, neither; and which of the first two to show."""
-    only_one, only_other = one.right & ~other.right, other.right & ~one.right
-    differ = np.flatnonzero(only_one | only_other)
-    far = np.argsort(-np.abs(one.scores[differ] - other.scores[differ]), kind="stable")[:SHOWN]
-    neither = int((~one.right & ~other.right).sum())
-    return int(only_one.sum()), int(only_other.sum()), neither, differ[far].tolist()
+def _compare_pair(one: Predictions, other: Predictions) -> tuple[int, int, int, list[int]]:
+    """Return how many examples only `one`, only `other` and neither predicts correctly, and which to show.
+
+    The examples to show are at most `SHOWN` of the first two groups, with the largest difference of scores first.
+    """
+    only_one, only_other = one.correct & ~other.correct, other.correct & ~one.correct
+    differing = np.flatnonzero(only_one | only_other)
+    farthest = np.argsort(-np.abs(one.scores[differing] - other.scores[differing]), kind="stable")[:SHOWN]
+    neither = int((~one.correct & ~other.correct).sum())
+    return int(only_one.sum()), int(only_other.sum()), neither, differing[farthest].tolist()
 
 
 def _select(name: str, runs: Sequence[_Candidate], chosen: int) -> Markup:
-    options = [el("option", run.name, value=i, selected=i == chosen, title=run.folder) for i, run in enumerate(runs)]
-    return el("select", *options, class_=name, autocomplete="off")
+    """Return a menu of the runs."""
+    options = [
+        element("option", run.name, value=i, selected=i == chosen, title=run.folder) for i, run in enumerate(runs)
+    ]
+    return element("select", *options, class_=name, autocomplete="off")

@@ -1,4 +1,4 @@
-"""The page: its sections in order, those without data left out, and a policy that lets nothing leave it."""
+"""The page: its sections in order, and a policy that lets nothing leave it. Sections without data are left out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.report import appendix, disagreements, robustness, tradeoffs, training, verdicts
 from lora_bench.report.charts import symbols
-from lora_bench.report.html import Markup, el, join
+from lora_bench.report.html import Markup, element, join
 from lora_bench.report.leaderboard import leaderboard
-from lora_bench.report.series import blocks
+from lora_bench.report.series import group_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,38 +21,47 @@ if TYPE_CHECKING:
     from lora_bench.report.series import Block
 
 DATA_SETS = 4
-"""Data sets with figures of their own; the leaderboard has all."""
+"""Data sets that have charts; the leaderboard has all."""
 
 
 def page(table: Table, margin: float = MARGIN) -> str:
-    """`table` as one HTML page that needs nothing else; numbers are those that the other formats show."""
-    shown = blocks(table)[:DATA_SETS]
-    title = verdicts.headline(shown[0]) if shown else "No finished run yet"
-    if len(shown) > 1:
+    """Return the table as one HTML page that needs no other file; its numbers are those of the other formats.
+
+    Args:
+        table: as `summarise` returns it.
+        margin: the largest difference that counts as equivalent, for the summary.
+    """
+    visible_blocks = group_blocks(table)[:DATA_SETS]
+    title = verdicts.headline(visible_blocks[0]) if visible_blocks else "No finished run yet"
+    if len(visible_blocks) > 1:
         title = "Runs on different data"
 
-    def each(make: Callable[[Block], Markup | None]) -> Markup | None:
-        made = [(block, part) for block in shown if (part := make(block)) is not None]
-        parts = [join([el("h3", block.name) if block.name else "", part]) for block, part in made]
-        return join(parts) if parts else None
+    def per_block(make: Callable[[Block], Markup | None]) -> Markup | None:
+        contents = [(block, content) for block in visible_blocks if (content := make(block)) is not None]
+        sections = [join([element("h3", block.name) if block.name else "", content]) for block, content in contents]
+        return join(sections) if sections else None
 
     def summary(block: Block) -> Markup:
-        heading = el("p", el("strong", verdicts.headline(block)), class_="lead")
-        return join([heading if len(shown) > 1 else "", verdicts.summary(block, margin)])
+        heading = element("p", element("strong", verdicts.headline(block)), class_="lead")
+        return join([heading if len(visible_blocks) > 1 else "", verdicts.summary(block, margin)])
 
     sections = [
-        ("summary", "Summary", each(summary)),
+        ("summary", "Summary", per_block(summary)),
         ("leaderboard", "Leaderboard", leaderboard(table)),
-        ("cost", "Quality against cost", each(tradeoffs.costs)),
-        ("savings", "Saved against full fine-tuning", appendix.beside(table.savings, "Shares of its FLOPs, by cause")),
-        ("rank", "Rank", each(tradeoffs.by_rank)),
-        ("rate", "Learning rate", each(tradeoffs.by_rate)),
-        ("curves", "Learning curves", each(training.curves)),
-        ("calibration", "Calibration", each(lambda block: training.reliability(block, _split(block)))),
-        ("allocation", "Where the ranks went", each(training.allocation)),
-        ("robustness", "Robustness", each(robustness.robustness)),
-        ("disagreements", "Disagreements", each(lambda block: disagreements.disagreements(block, _split(block)))),
-        ("published", "Published figures", appendix.beside(table.anchors, "Of GLUE's QQP dev set")),
+        ("cost", "Quality against cost", per_block(tradeoffs.costs)),
+        (
+            "savings",
+            "Saved against full fine-tuning",
+            appendix.side_table(table.savings, "Shares of its FLOPs, by cause"),
+        ),
+        ("rank", "Rank", per_block(tradeoffs.by_rank)),
+        ("rate", "Learning rate", per_block(tradeoffs.by_learning_rate)),
+        ("curves", "Learning curves", per_block(training.curves)),
+        ("calibration", "Calibration", per_block(lambda block: training.reliability(block, _split(block)))),
+        ("allocation", "Where the ranks went", per_block(training.allocation)),
+        ("robustness", "Robustness", per_block(robustness.robustness)),
+        ("disagreements", "Disagreements", per_block(lambda block: disagreements.disagreements(block, _split(block)))),
+        ("published", "Published results", appendix.side_table(table.published, "Of GLUE's QQP dev set")),
         ("configuration", "Configuration", appendix.differences(table)),
         ("environment", "Environment", appendix.environment(table)),
         ("missing", "Caveats and missing runs", appendix.missing(table)),
@@ -63,7 +72,7 @@ def page(table: Table, margin: float = MARGIN) -> str:
 
 
 def _split(block: Block) -> str:
-    """The reported split that the block's main metric is of."""
+    """Return the reported split of the block's main metric."""
     metrics = block.entries[0].runs[0][1]["metrics"]
     if "/" in block.main.name:
         return block.main.name.split("/")[0]
@@ -71,6 +80,7 @@ def _split(block: Block) -> str:
 
 
 def _document(title: str, description: str, sections: Sequence[tuple[str, str, Markup]]) -> str:
+    """Return the whole document, with a content security policy that allows only its own style and script."""
     style, script = (
         Markup(files(__package__).joinpath(name).read_text("utf-8")) for name in ("style.css", "script.js")
     )
@@ -78,43 +88,44 @@ def _document(title: str, description: str, sections: Sequence[tuple[str, str, M
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    head = el(
+    head = element(
         "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="referrer", content="no-referrer"),
-        el("link", rel="icon", href="data:,"),
-        el("title", f"{title} · lora-bench"),
-        el("style", style),
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="referrer", content="no-referrer"),
+        element("link", rel="icon", href="data:,"),
+        element("title", f"{title} · lora-bench"),
+        element("style", style),
     )
-    links = [el("li", el("a", heading, href=f"#{name}")) for name, heading, _ in sections]
+    links = [element("li", element("a", heading, href=f"#{name}")) for name, heading, _ in sections]
     body = [
-        el("section", el("h2", heading, id=f"h-{name}"), content, id=name, aria_labelledby=f"h-{name}")
+        element("section", element("h2", heading, id=f"h-{name}"), content, id=name, aria_labelledby=f"h-{name}")
         for name, heading, content in sections
     ]
-    top = el("div", el("p", "lora-bench compare", class_="eyebrow"), _switch(), class_="top")
-    header = el("header", top, el("h1", title), el("p", description))
-    content = el(
+    top = element("div", element("p", "lora-bench compare", class_="eyebrow"), _switch(), class_="top")
+    header = element("header", top, element("h1", title), element("p", description))
+    content = element(
         "body",
-        el("a", "Skip to the content", href="#content", class_="skip"),
+        element("a", "Skip to the content", href="#content", class_="skip"),
         symbols(),
         header,
-        el("nav", el("ul", *links), aria_label="Sections"),
-        el("main", *body, id="content", tabindex="-1"),
-        el("div", id="tip", role="presentation", hidden=True),
-        el("script", script),
+        element("nav", element("ul", *links), aria_label="Sections"),
+        element("main", *body, id="content", tabindex="-1"),
+        element("div", id="tip", role="presentation", hidden=True),
+        element("script", script),
     )
-    return f"<!DOCTYPE html>\n{el('html', head, content, lang='en')}\n"
+    return f"<!DOCTYPE html>\n{element('html', head, content, lang='en')}\n"
 
 
 def _switch() -> Markup:
-    """Light or dark, where the reader wants another than the system's."""
-    choices = [el("option", theme or "as the system", value=theme) for theme in ("", "light", "dark")]
-    select = el("select", *choices, id="theme", autocomplete="off")
-    return el("p", el("label", "Colours ", select), class_="script theme")
+    """Return the menu of light and dark colours, for a reader who does not want the system's."""
+    choices = [element("option", theme or "as the system", value=theme) for theme in ("", "light", "dark")]
+    select = element("select", *choices, id="theme", autocomplete="off")
+    return element("p", element("label", "Colours ", select), class_="script theme")
 
 
 def _hash(text: str) -> str:
+    """Return the hash of a style or script for the content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -81,7 +81,7 @@ if (board) {
     count.textContent = tests.length ? `${kept.size.toLocaleString("en")} of ${all}` : all;
   });
 
-  // The row under the pointer is marked in the figures, and the point under the pointer in the table.
+  // The row under the pointer is marked in the charts, and the point under the pointer in the table.
   const byRow = new Map();
   for (const mark of [...marks, ...first]) {
     if (!byRow.has(mark.dataset.row)) byRow.set(mark.dataset.row, []);
@@ -137,15 +137,15 @@ for (const part of document.querySelectorAll(".disagreements")) {
       const [nameA, nameB] = [data.runs[i], data.runs[j]];
       const more = shown.length < onlyA + onlyB;
       said.textContent =
-        `Of ${number(data.examples)} examples, ${number(onlyA)} only ${nameA} gets right, ` +
-        `${number(onlyB)} only ${nameB}, and ${number(neither)} neither.` +
-        (more ? ` Shown: the ${number(shown.length)} whose scores are farthest apart.` : "");
+        `Of ${number(data.examples)} examples, only ${nameA} predicts ${number(onlyA)} correctly, ` +
+        `only ${nameB} ${number(onlyB)}, neither ${number(neither)}.` +
+        (more ? ` The ${number(shown.length)} with the largest difference of scores are shown.` : "");
       table.tHead.rows[0].cells[2].textContent = `score of ${nameA}`;
       table.tHead.rows[0].cells[3].textContent = `score of ${nameB}`;
       for (const n of shown) {
         const [id, label] = data.rows[n];
         const [x, y] = [data.scores[i][n], data.scores[j][n]];
-        const right = (x >= 0.5) === (label === 1) ? nameA : nameB;
+        const right = (x >= data.threshold) === (label === 1) ? nameA : nameB;
         const row = document.createElement("tr");
         for (const [k, text] of [id, label, x.toFixed(4), y.toFixed(4), right].entries()) {
           const cell = document.createElement(k ? "td" : "th");

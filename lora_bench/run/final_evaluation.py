@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,9 +12,10 @@ from lora_bench.data.tokenization import scoring_table
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import mean_metrics, score
-from lora_bench.evaluation.stress_splits import score_besides
-from lora_bench.records.run_folder import Run, adapter_folders
-from lora_bench.records.task_folders import folder_of
+from lora_bench.evaluation.stress_splits import score_stress_splits
+from lora_bench.records import metrics_log
+from lora_bench.records.run_folder import METRICS_FILE, Run, adapter_folders
+from lora_bench.records.task_folders import TASKS, task_folder
 from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ class FinishedRun:
                 are damaged.
         """
         finished = folder if isinstance(folder, FinishedRecord) else FinishedRecord.read(folder)
-        finished = finished.relocated(model_path, tokenizer)
+        finished = finished.relocate(model_path, tokenizer)
         experiment = Experiment.of_finished(finished)
         adapters = adapter_folders(finished.folder, finished.members)
         if not experiment.adapter.trains_backbone:

@@ -13,7 +13,7 @@ from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
 from lora_bench.data.tokenization import TokenTable, scoring_table
 from lora_bench.errors import Code, UserError
-from lora_bench.evaluation.stress_splits import describe
+from lora_bench.evaluation.stress_splits import describe_stress_splits
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device, resolve_precision

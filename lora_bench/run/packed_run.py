@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
+from lora_bench.records.run_folder import CHECKPOINTS
 from lora_bench.run.settings import Experiment
 from lora_bench.run.warm_start import WarmStart
 from lora_bench.training.checkpoint import Checkpoint, Checkpoints
@@ -93,7 +94,7 @@ class PackedRun:
                 job,
                 experiment,
                 range(end - experiment.size, end),
-                Checkpoints.of_members(job.folder / "checkpoints", experiment.size),
+                Checkpoints.of_members(job.folder / CHECKPOINTS, experiment.size),
             )
             for job, experiment, end in zip(jobs, experiments, ends, strict=True)
         ]
@@ -106,8 +107,8 @@ class PackedRun:
 
     def check_precision(self) -> None:
         """Refuse to resume a run in another number format, which would mix two trainings in one result."""
-        assert self.job.begun is not None
-        environment, trainer = self.job.begun.record["environment"], self.experiment.trainer
+        assert self.job.resumed is not None
+        environment, trainer = self.job.resumed.record["environment"], self.experiment.trainer
         before = environment.get("precision")
         device = resolve_device(trainer.device)
         now = str(resolve_precision(trainer.precision, device)).removeprefix("torch.")
@@ -276,7 +277,7 @@ class PackedRun:
 def _find_checkpoints(runs: Sequence[PackedRun]) -> None:
     """Set the checkpoints that runs are resumed from: the newest of one step that all members of all runs have."""
     folders = [(run, folder) for run in runs for folder in run.folders]
-    newest = [folder.newest() if run.job.begun else None for run, folder in folders]
+    newest = [folder.newest() if run.job.resumed else None for run, folder in folders]
     if None in newest:
         return
     step = min(checkpoint.step for checkpoint in newest if checkpoint)

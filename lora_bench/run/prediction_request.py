@@ -11,7 +11,7 @@ from omegaconf import ListConfig
 from lora_bench.data import labelled, readers
 from lora_bench.errors import Code, UserError, require, require_number, require_one_of
 from lora_bench.files.paths import check_output, is_same_file, write_output
-from lora_bench.records.backfill import model_places
+from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lora_bench.data.examples import Examples
     from lora_bench.data.readers import Table
-    from lora_bench.records.backfill import ModelPlaces
+    from lora_bench.records.backfill import ModelPaths
 
 DEVICES = ("auto", "cpu", "cuda")
 BYTES_PER_ROW = 24

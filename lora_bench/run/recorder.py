@@ -99,13 +99,13 @@ class Recorder:
         newest = run.resumed_from[0] if run.resumed_from else None
         if job.sweep:
             job.sweep.check()
-        differences = _refuse_other_inputs(job.begun.record, inputs) if job.begun else []
-        record = run.record = job.begun or Run.claim(
+        differences = _refuse_other_inputs(job.resumed.record, inputs) if job.resumed else []
+        record = run.record = job.resumed or Run.claim(
             job.folder, choices=job.choices, config=job.config, overrides=job.overrides
         )
         for folder in run.folders:
             folder.check = record.check
-        if job.begun:
+        if job.resumed:
             record.rewind(newest.step if newest else 0)
         notes = [note for preparation in run.preparations for note in preparation.notes]
         warnings = [*inputs.described["warnings"], *inputs.backbone.notes, *notes, *differences]
@@ -191,7 +191,7 @@ class Recorder:
         """Record how a run ended; a traceback goes to its log."""
         record, run.record = run.record, None
         assert record is not None
-        if run.progress.status == "stopped":
+        if run.progress.status == "eliminated":
             with isolate_failure(run.progress):
                 self._close_eliminated(run, record)
                 return
@@ -212,9 +212,9 @@ class Recorder:
     def _close_eliminated(self, run: PackedRun, record: Run) -> None:
         """Record that halving eliminated a run: it reports nothing, and can be resumed."""
         steps = run.progress.steps
-        reason = f"stopped by pack.halving at step {steps}: others had a better selection MCC"
+        reason = f"eliminated by pack.halving at step {steps}: others had a better selection MCC"
         record.update(selection={"stopped_at_step": steps})
-        record.finish("interrupted", reason)
+        record.finish("eliminated", reason)
         name, command = run.job.title.partition(":")[0], f"lora-bench train {argument('resume', record.folder)}"
         self.console.print(shown(f"{name}: {reason}; resume it with: {command}"))
 

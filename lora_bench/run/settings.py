@@ -14,7 +14,8 @@ from lora_bench.config import build, schema
 from lora_bench.data.augmentation import choose_augmentations
 from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
-from lora_bench.evaluation.stress_splits import perturbations
+from lora_bench.evaluation.stress_splits import resolve_transforms
+from lora_bench.records.run_folder import RECORD_FILE
 from lora_bench.run.inputs import SEEDS_APART
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.objective import check_objective
@@ -134,7 +135,7 @@ class Experiment:
             return cls.build(OmegaConf.create(finished.config))
         except UserError as error:
             reason = f"is damaged: {str(error).removesuffix('.')}"
-            raise UserError(reason, file=finished.folder / "run.json", code=Code.DAMAGED) from None
+            raise UserError(reason, file=finished.folder / RECORD_FILE, code=Code.DAMAGED) from None
 
 
 def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema.Packing) -> None:

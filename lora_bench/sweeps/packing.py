@@ -11,7 +11,7 @@ from lora_bench.console.format import human
 from lora_bench.console.progress import Display
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
-from lora_bench.records.run_folder import Run
+from lora_bench.records.run_folder import CHECKPOINTS, Run, holds_run
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.train import train_pack
@@ -111,9 +111,9 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
 
 def _held(job: Job, experiment: Experiment) -> list[int]:
     """The steps that a job can go on from, the newest first; 0 where it begins."""
-    if not job.begun:
+    if not job.resumed:
         return [0]
-    checkpoints = Checkpoints.of_members(job.folder / "checkpoints", experiment.size)[0]
+    checkpoints = Checkpoints.of_members(job.folder / CHECKPOINTS, experiment.size)[0]
     newest = checkpoints.newest()
     if newest is None:
         return [0]
@@ -262,6 +262,6 @@ def _train(
 
 
 def _reopened(job: Job) -> Job:
-    if job.begun:
-        job.begun.release()
-    return replace(job, begun=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job
+    if job.resumed:
+        job.resumed.release()
+    return replace(job, resumed=Run.reopen(job.folder)) if holds_run(job.folder) else job

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, RunFailedError, UserError, require, require_number, require_one_of
-from lora_bench.records.run_folder import read
+from lora_bench.records.run_folder import holds_run, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -209,7 +209,7 @@ class _Submitted:
         reason = f"Slurm job {self.given.job_id}, which trained it, ended before it did ({self.given.state.lower()})"
         remedy = f"Run what the sweep lacks with resume=DIR. What Slurm says of it: {self.given.paths.stderr}"
         for job in self.jobs:
-            done = (job.folder / "run.json").exists() and read(job.folder)["status"] == "done"
+            done = holds_run(job.folder) and read(job.folder)["status"] == "done"
             ended(
                 job,
                 told[job.title]

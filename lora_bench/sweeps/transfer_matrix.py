@@ -14,10 +14,11 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config import keys
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.files.atomic_io import write as write_file
 from lora_bench.records import run_folder, sweep_folder
-from lora_bench.records.evaluations import evaluations
-from lora_bench.records.task_folders import folder_of, names_of
+from lora_bench.records.evaluations import read_evaluations
+from lora_bench.records.task_folders import TASKS, task_folder, task_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ NOTHING = "nothing"
 """What was trained on before, where a task began from none."""
 EVERYTHING = "all tasks"
 """What was trained on where one run learned all tasks."""
-METRICS = ("mcc", "accuracy", "f1")
+METRICS = sorted(MAIN_METRICS, key="mcc".__ne__)  # MCC first
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,16 @@ def _found(folder: Path) -> Iterator[Found]:
     jobs = sweep_folder.read(folder).jobs
     tasks = {name: task_of(job) for name, job in jobs.items()}
     for name in jobs:
-        if not (folder / name / "run.json").exists() or (run := run_folder.read(folder / name))["status"] != "done":
+        if not run_folder.holds_run(folder / name) or (run := run_folder.read(folder / name))["status"] != "done":
             continue
         own = _values(run["metrics"])
-        if learned := names_of(run["config"]):
+        if learned := task_names(run["config"]):
             for task in learned:
-                of_task = run_folder.read(folder_of(folder / name, task))
+                of_task = run_folder.read(task_folder(folder / name, task))
                 yield Found(EVERYTHING, task, 0, _values(of_task["metrics"]))
         elif name.startswith("train/"):
             yield Found(tasks[name], tasks[name], None, own)
-            for title, evaluation in evaluations(folder / name).items():
+            for title, evaluation in read_evaluations(folder / name).items():
                 if title in tasks.values():
                     yield Found(tasks[name], title, 0, _values(evaluation.metrics))
         else:
@@ -88,7 +89,7 @@ def _found(folder: Path) -> Iterator[Found]:
 def source_of(start: str | Path) -> Path:
     """The folder, below the sweep's, of the run that `start` is of: a run's own folder, or that of one of its tasks."""
     parts = Path(start).parts
-    return Path(*(parts[-4:-2] if parts[-2] == "tasks" else parts[-2:]))
+    return Path(*(parts[-4:-2] if parts[-2] == TASKS else parts[-2:]))
 
 
 def _values(metrics: dict[str, Any]) -> dict[str, float]:

@@ -132,9 +132,9 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
 def handed_over(jobs: Sequence[Job]) -> list[Job]:
     """The jobs for another process to train, which takes their folders itself: this one gives up those that it has."""
     for job in jobs:
-        if job.begun:
-            job.begun.release()
-    return [replace(job, begun=job.begun and Run(job.begun.folder, job.begun.record)) for job in jobs]
+        if job.resumed:
+            job.resumed.release()
+    return [replace(job, resumed=job.resumed and Run(job.resumed.folder, job.resumed.record)) for job in jobs]
 
 
 class _Worker:
@@ -286,7 +286,7 @@ def train(
     try:
         for job in jobs:
             try:
-                taken.append(replace(job, begun=job.begun and Run.reopen(job.folder)))
+                taken.append(replace(job, resumed=job.resumed and Run.reopen(job.folder)))
             except UserError as error:
                 end(job, error)
         packing.run(taken, console, end, **settings)
@@ -295,8 +295,8 @@ def train(
             end(job, error)
     finally:
         for job in taken:
-            if job.begun:
-                job.begun.release()
+            if job.resumed:
+                job.resumed.release()
 
 
 class _Lines(io.TextIOBase):

@@ -1,1 +1,1 @@
-"""Tracking servers and viewers (TensorBoard, MLflow) beside the run folder: they are told what the record is told."""
+"""Tracking servers and viewers (TensorBoard, MLflow): they receive the metrics that the run folder records."""

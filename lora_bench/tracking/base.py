@@ -1,7 +1,7 @@
-"""What every tracker does, and the run that tells them.
+"""The interface of trackers, and a run that sends its metrics to them.
 
-A tracker is a convenience: the run's folder is the record. One that fails is left behind with a note, and the run goes
-on. Trackers get the config as `run.json` has it, where secrets are hidden.
+A tracker is a convenience: the run's folder is the record. A tracker that fails is dropped with a note, and the run
+continues. Trackers receive the config as it is in `run.json`, where secrets are hidden.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 class Tracker(ABC):
-    """Where a run can be followed; its fields are the keys below `tracking.NAME`."""
+    """A tracking server or viewer; the fields of a subclass are its keys below `tracking.NAME`."""
 
     package: ClassVar[str]
-    """What has to be importable."""
+    """The package that must be installed."""
     extra: ClassVar[str]
-    """The extra of lora-bench that installs it."""
+    """The extra of lora-bench that installs the package."""
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything runs.
+        """Check, before anything runs, that the tracker can work.
 
         Raises:
-            UserError: a package is missing, or a setting.
+            UserError: the package or a setting is missing.
         """
         if find_spec(self.package) is None:
             remedy = f"Install it: pip install 'lora-bench[{self.extra}]'."
@@ -49,34 +49,45 @@ class Tracker(ABC):
             )
 
     @abstractmethod
-    def begin(self, run: Run) -> Following:
-        """Begin to follow a run, or go on with it where it was followed before."""
+    def start(self, run: Run) -> TrackerSession:
+        """Start a session for a run; a resumed run continues its earlier session."""
 
 
-class Following(ABC):
-    """One run as one tracker follows it. Any exception of its methods ends the following, and nothing else."""
+class TrackerSession(ABC):
+    """One run at one tracker. Any exception of its methods ends the session, and nothing else."""
 
     @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Finite numbers of one evaluation, named as `run.json` names its metrics: `selection/mcc`."""
+        """Log one evaluation.
+
+        Args:
+            step: the update after which it was made.
+            values: finite numbers, named as in `run.json`: `selection/mcc`.
+        """
 
     @abstractmethod
     def finish(self, status: str, values: Mapping[str, float]) -> None:
-        """The run has ended with this status; what it cost (`cost.train_seconds`, `params.adapter`)."""
+        """Close the session.
+
+        Args:
+            status: how the run ended, one of `run_folder.STATUSES`.
+            values: finite numbers of its cost: `cost.train_seconds`, `params.adapter`.
+        """
 
 
 @dataclass
 class TrackedRun(Run):
-    """A run whose record is also told to trackers."""
+    """A run that also sends its metrics to trackers."""
 
-    trackers: dict[str, Following] = field(default_factory=dict)
-    """By the name of the choice; one that failed is taken out."""
+    sessions: dict[str, TrackerSession] = field(default_factory=dict)
+    """Sessions by the name of the tracker; one that fails is removed."""
     console: Console | None = None
+    """The console for notes on failures; None: no notes."""
     losses: list[float] = field(default_factory=list)
-    """Of the steps since the last evaluation."""
+    """Losses of the steps since the last evaluation."""
 
     def stepped(self, loss: float) -> None:
-        """An update was made; its loss goes into the mean `train/loss` that is told with the next evaluation."""
+        """Take the loss of an update into the mean `train/loss`, which is sent with the next evaluation."""
         self.losses.append(loss)
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -85,49 +96,54 @@ class TrackedRun(Run):
         if self.losses:
             values["train/loss"] = sum(self.losses) / len(self.losses)
             self.losses.clear()
-        self._tell(lambda each: each.log(line["step"] or 0, _finite(values)))
+        self._send(lambda session: session.log(line["step"] or 0, _finite(values)))
 
     def finish(self, status: str, error: str | None = None) -> None:
         super().finish(status, error)
         sections = {name: self.record[name] for name in ("params", "cost")}
         values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-        self._tell(lambda each: each.finish(status, _finite(values)))
+        self._send(lambda session: session.finish(status, _finite(values)))
 
-    def _tell(self, what: Callable[[Following], None]) -> None:
-        for name, each in list(self.trackers.items()):
+    def _send(self, call: Callable[[TrackerSession], None]) -> None:
+        """Make a call to every session; drop sessions that fail."""
+        for name, session in list(self.sessions.items()):
             try:
-                what(each)
+                call(session)
             except Exception as error:
-                del self.trackers[name]
+                del self.sessions[name]
                 note_failure(self.console, name, error)
 
 
-def follow(run: Run, trackers: Mapping[str, Tracker], console: Console) -> Run:
-    """The run as it is told to `trackers` from now on; those that cannot begin are left out with a note."""
+def track_run(run: Run, trackers: Mapping[str, Tracker], console: Console) -> Run:
+    """Return a run that sends its metrics to these trackers; without trackers, the run itself.
+
+    A tracker that fails to start is left out with a note.
+    """
     if not trackers:
         return run
-    following = {}
+    sessions = {}
     for name, tracker in trackers.items():
         try:
-            following[name] = tracker.begin(run)
+            sessions[name] = tracker.start(run)
         except Exception as error:
             note_failure(console, name, error)
-    return TrackedRun(run.folder, run.record, run.lock, following, console)
+    return TrackedRun(run.folder, run.record, run.lock, sessions, console)
 
 
 def note_failure(console: Console | None, name: str, error: Exception) -> None:
-    """One line on the screen: the run goes on without this tracker."""
+    """Print one line: the run continues without this tracker."""
     if console is not None:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
-        console.print(shown(f"note: tracking={name} has stopped: {reason}. The run goes on; its record is whole."))
+        console.print(shown(f"note: tracking={name} failed: {reason}. The run continues; its record is complete."))
 
 
 def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
-    """A config's keys as the shell spells them, with values that a table of hyperparameters can hold."""
+    """Yield (key, value) of a config: dotted keys, and lists and nulls as JSON text."""
     for key, value in flat(config):
         yield key, value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers among values."""
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}

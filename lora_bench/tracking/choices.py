@@ -1,4 +1,4 @@
-"""The trackers there are, and the ones that a config chooses."""
+"""The available trackers, and those that a config chooses."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLfl
 
 
 def build_trackers(node: DictConfig | None) -> dict[str, Tracker]:
-    """The chosen trackers by name; None, as in records older than tracking, is none."""
+    """Return the chosen trackers by name.
+
+    Args:
+        node: the config group `tracking`; None, as in records older than tracking, chooses no tracker.
+
+    Raises:
+        UserError: there is no tracker of a name, or a setting is wrong.
+    """
     chosen = {}
     for name, settings in (node or {}).items():
-        kind = TRACKERS.get(str(name))
+        tracker_class = TRACKERS.get(str(name))
         require(
-            kind is not None,
+            tracker_class is not None,
             f"tracking.{name!s}",
             None,
-            "is no tracker",
+            "is not a tracker",
             nearest(str(name), TRACKERS),
             code=Code.UNKNOWN_CHOICE,
         )
-        assert kind is not None
-        chosen[str(name)] = build(kind, settings, f"tracking.{name!s}")
+        assert tracker_class is not None
+        chosen[str(name)] = build(tracker_class, settings, f"tracking.{name!s}")
     return chosen

@@ -1,4 +1,4 @@
-"""MLflow: a run of ours is a run of an experiment at a tracking server."""
+"""MLflow: each run of lora-bench is a run of an experiment at a tracking server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_bench.errors import Code, UserError
-from lora_bench.tracking.base import Following, Tracker, hyperparameters
+from lora_bench.tracking.base import Tracker, TrackerSession, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 
     from lora_bench.records.run_folder import Run
 
-_STATUS = {"done": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}
+_STATUS = {
+    "done": "FINISHED",
+    "failed": "FAILED",
+    "diverged": "FAILED",
+    "interrupted": "KILLED",
+    "eliminated": "KILLED",
+}
+"""MLflow's name of each status."""
 _PARAMS_PER_REQUEST = 100  # MLflow's limits
-_LONGEST_PARAM = 500
+_MAX_PARAM_LENGTH = 500
 _TAG = "lora_bench.run"
-# Unless the user says otherwise: a server that is away costs seconds, not minutes, and nobody is told that we run.
+"""The tag that identifies a run, so that a resumed run continues its MLflow run."""
+# Defaults of environment variables: an absent server costs seconds instead of minutes, and no telemetry is sent.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -32,49 +40,56 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class MLflow(Tracker):
-    """Where MLflow keeps runs."""
+    """An experiment at an MLflow tracking server."""
 
     package: ClassVar[str] = "mlflow"
     extra: ClassVar[str] = "mlflow"
 
     uri: str | None
-    """`http://localhost:5000`, or what else MLflow takes; null: the environment variable MLFLOW_TRACKING_URI."""
+    """`http://localhost:5000`, or another tracking URI; null: the environment variable MLFLOW_TRACKING_URI."""
     experiment: str
-    """Made where it is not there yet."""
+    """Name of the experiment; it is created where it does not exist."""
 
     def check(self) -> None:
         super().check()
         if not (self.uri or os.environ.get("MLFLOW_TRACKING_URI")):
-            remedy = "Give the server's address, or put it into the environment variable MLFLOW_TRACKING_URI."
+            remedy = "Give the server's address, or set the environment variable MLFLOW_TRACKING_URI."
             raise UserError("is needed", key="tracking.mlflow.uri", remedy=remedy, code=Code.MISSING)
 
-    def begin(self, run: Run) -> Following:
+    def start(self, run: Run) -> TrackerSession:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import mlflow  # late: seconds, and it reads the environment
 
         client = mlflow.MlflowClient(self.uri)
-        found = client.get_experiment_by_name(self.experiment)
-        experiment = found.experiment_id if found else client.create_experiment(self.experiment)
+        existing = client.get_experiment_by_name(self.experiment)
+        experiment = existing.experiment_id if existing else client.create_experiment(self.experiment)
         identity = sha256(f"{run.record['created']} {run.folder.name}".encode()).hexdigest()
-        before = client.search_runs([experiment], f"tags.`{_TAG}` = '{identity}'", max_results=1)
-        if before:
-            identifier = before[0].info.run_id
+        earlier = client.search_runs([experiment], f"tags.`{_TAG}` = '{identity}'", max_results=1)
+        if earlier:
+            identifier = earlier[0].info.run_id
             client.update_run(identifier, "RUNNING")
-            return _Remote(client, identifier)
+            return _MLflowSession(client, identifier)
         name = "/".join(run.folder.resolve().parts[-2:])
         tags = {_TAG: identity, "lora_bench.folder": str(run.folder.resolve())}
         identifier = client.create_run(experiment, run_name=name, tags=tags).info.run_id
         params = [
-            mlflow.entities.Param(key, str(value)[:_LONGEST_PARAM])
+            mlflow.entities.Param(key, str(value)[:_MAX_PARAM_LENGTH])
             for key, value in hyperparameters(run.record["config"])
         ]
         for first in range(0, len(params), _PARAMS_PER_REQUEST):
             client.log_batch(identifier, params=params[first : first + _PARAMS_PER_REQUEST])
-        return _Remote(client, identifier)
+        return _MLflowSession(client, identifier)
 
 
-class _Remote(Following):
+class _MLflowSession(TrackerSession):
+    """One MLflow run.
+
+    Args:
+        client: of the tracking server.
+        identifier: MLflow's id of the run.
+    """
+
     def __init__(self, client: MlflowClient, identifier: str) -> None:
         self.client = client
         self.identifier = identifier

@@ -1,11 +1,11 @@
-"""TensorBoard: event files in the run's own folder, so that `tensorboard --logdir outputs` shows every run there is."""
+"""TensorBoard: event files in each run's folder, so that `tensorboard --logdir outputs` shows all runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_bench.tracking.base import Following, Tracker, hyperparameters
+from lora_bench.tracking.base import Tracker, TrackerSession, hyperparameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,22 +19,29 @@ FOLDER = "tensorboard"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBoard(Tracker):
-    """It has nothing to set."""
+    """TensorBoard's event files; there are no settings."""
 
     package: ClassVar[str] = "tensorboard"
     extra: ClassVar[str] = "tensorboard"
 
-    def begin(self, run: Run) -> Following:
+    def start(self, run: Run) -> TrackerSession:
         from torch.utils.tensorboard import SummaryWriter  # late: it imports torch and tensorboard
 
-        return _Events(SummaryWriter(run.folder / FOLDER), run)
+        return _TensorBoardSession(SummaryWriter(run.folder / FOLDER), run)
 
 
-class _Events(Following):
+class _TensorBoardSession(TrackerSession):
+    """The event files of one run.
+
+    Args:
+        writer: of the event files.
+        run: gives the hyperparameters.
+    """
+
     def __init__(self, writer: SummaryWriter, run: Run) -> None:
         self.writer = writer
         self.run = run
-        self.newest: dict[str, float] = {}
+        self.newest: dict[str, float] = {}  # the last value of each metric
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

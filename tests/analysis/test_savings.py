@@ -25,17 +25,17 @@ LAYERS = 6
 
 
 def make(
-    folder: Path, adapter: str, seed: int, looks: list[float], flops: float, first: int = 0, **sections: Any
+    folder: Path, adapter: str, seed: int, curve: list[float], flops: float, first: int = 0, **sections: Any
 ) -> Run:
     """A finished run of 100 steps for each look at the selection split, adapted from layer `first` on."""
     choices = {"model": "bert", "adapter": adapter, "data": "qqp"}
     run = Run.claim(folder, choices=choices, config={"seed": seed}, overrides=[])
-    steps = 100 * len(looks)
-    for i, mcc in enumerate(looks):
+    steps = 100 * len(curve)
+    for i, mcc in enumerate(curve):
         run.log({"step": 100 * (i + 1), "split": "selection", "metrics": {"mcc": mcc}})
     run.log({"step": steps, "split": "validation", "metrics": {"mcc": 0.99}})
     targets = {f"bert.encoder.layer.{i}.attention.self.query": 8 for i in range(first, LAYERS)}
-    run.update(metrics={"validation/mcc": looks[-1], "selection/mcc": max(looks)}, targets=targets)
+    run.update(metrics={"validation/mcc": curve[-1], "selection/mcc": max(curve)}, targets=targets)
     run.update(cost={"steps": steps, "train_flops": flops * steps}, data={"fingerprint": {"validation": "v"}})
     run.update(**sections)
     (folder / "adapter").mkdir()
@@ -45,7 +45,7 @@ def make(
 
 
 def row(table: Table, adapter: str) -> Any:
-    return next(each for each in table.rows if each.keys["adapter"] == adapter)
+    return next(candidate for candidate in table.rows if candidate.keys["adapter"] == adapter)
 
 
 def test_steps_and_flops_to_what_full_fine_tuning_ends_with_in_its_worst_seed(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_steps_and_flops_to_what_full_fine_tuning_ends_with_in_its_worst_seed(tm
     assert stats["steps_to_target"].mean == 150  # 200 and 100
     assert stats["flops_to_target"].mean == pytest.approx(150 * 2.1e9)
     assert row(table, "full").stats["steps_to_target"].mean == 250
-    assert any("target: selection MCC 0.5800" in line for line in table.below)
+    assert any("target: selection MCC 0.5800" in line for line in table.footnotes)
     assert row(table, "lora").stats["adapter_bytes"].mean == 1000.5
 
 
@@ -69,7 +69,7 @@ def test_a_target_that_is_asked_for_and_rows_that_do_not_reach_it(tmp_path: Path
     table = summarise([tmp_path], target=0.68)
     assert "steps_to_target" not in row(table, "lora").stats
     assert row(table, "dora").stats["steps_to_target"].mean == 100
-    assert any("target: selection MCC 0.6800" in line and "1 of 2 rows" in line for line in table.below)
+    assert any("target: selection MCC 0.6800" in line and "1 of 2 rows" in line for line in table.footnotes)
     assert "steps_to_target" in to_markdown(table)
     assert "steps_to_target" not in to_markdown(summarise([tmp_path]))
     with refuses(Code.INVALID_SYNTAX, key="compare") as caught:
@@ -78,14 +78,14 @@ def test_a_target_that_is_asked_for_and_rows_that_do_not_reach_it(tmp_path: Path
 
 
 def test_of_several_rows_of_full_fine_tuning_costs_are_against_the_baseline_or_the_best(tmp_path: Path) -> None:
-    for name, objective, looks in (("plain", "cross_entropy", [0.4, 0.5]), ("both", "order_consistency", [0.5, 0.7])):
+    for name, objective, curve in (("plain", "cross_entropy", [0.4, 0.5]), ("both", "order_consistency", [0.5, 0.7])):
         config = {"seed": 0, "trainer": {"objective": objective}}
-        make(tmp_path / name, "full", 0, looks, 3e9, config=config)
+        make(tmp_path / name, "full", 0, curve, 3e9, config=config)
     config = {"seed": 0, "trainer": {"objective": "cross_entropy"}}
     make(tmp_path / "l", "lora", 0, [0.6, 0.7], 2e9, config=config)
-    assert "target: selection MCC 0.7000" in summarise([tmp_path]).below[-1]
+    assert "target: selection MCC 0.7000" in summarise([tmp_path]).footnotes[-1]
     table = summarise([tmp_path], baseline="adapter=full,trainer.objective=cross_entropy")
-    assert any("target: selection MCC 0.5000" in line for line in table.below)
+    assert any("target: selection MCC 0.5000" in line for line in table.footnotes)
     assert row(table, "lora").saved["FLOPs saved"] == pytest.approx(1 - 1 / 2 * 2 / 3)
     with_both = summarise([tmp_path], baseline=str(tmp_path / "both"))
     assert row(with_both, "lora").saved["FLOPs saved"] == pytest.approx(1 - 2 / 3)
@@ -109,50 +109,50 @@ def test_what_was_saved_by_cause_adds_up(tmp_path: Path) -> None:
     assert (head["fewer steps"], head["fewer layers"]) == pytest.approx((0, 1 / 3))
     assert head["FLOPs saved"] == pytest.approx(2 / 3)
     assert row(table, "full").saved is None
-    for each in (half, top, head):
-        assert sum(each.values()) == pytest.approx(2 * each["FLOPs saved"])
-        assert each["cached prefix"] == each["less padding"] == 0  # of which these runs tell nothing
-        assert "time saved" not in each
+    for shares in (half, top, head):
+        assert sum(shares.values()) == pytest.approx(2 * shares["FLOPs saved"])
+        assert shares["cached prefix"] == shares["less padding"] == 0  # of which these runs tell nothing
+        assert "time saved" not in shares
     text = to_markdown(table)
     assert "| adapter | fewer steps | no weight gradients | fewer layers | the adapter itself | FLOPs saved |" in text
     assert "| lora | +33% | +22% | +0% | -2% | +53% |" in text
     saved = {line["adapter"]: line["FLOPs saved"] for line in json.loads(to_json(table))}
-    told = {line["adapter"]: line["FLOPs saved"] for line in csv.DictReader(io.StringIO(to_csv(table)))}
-    assert saved["lora"] == float(told["lora"]) == half["FLOPs saved"]
-    assert (saved["full"], told["full"]) == (None, "")
+    csv_shares = {line["adapter"]: line["FLOPs saved"] for line in csv.DictReader(io.StringIO(to_csv(table)))}
+    assert saved["lora"] == float(csv_shares["lora"]) == half["FLOPs saved"]
+    assert (saved["full"], csv_shares["full"]) == (None, "")
 
 
 def test_a_cached_prefix_less_padding_and_precision_are_causes_of_their_own(tmp_path: Path) -> None:
     """100 steps each; full: 3 GFLOP and 2 s a step, of 1,000 tokens 200 padding, in fp32."""
-    told = {"train_tokens": 1000, "train_padding_tokens": 200, "train_seconds": 200.0, "prefix_fill_flops": None}
-    full = {"cost": told, "environment": {"precision": "float32"}}
+    cost = {"train_tokens": 1000, "train_padding_tokens": 200, "train_seconds": 200.0, "prefix_fill_flops": None}
+    full = {"cost": cost, "environment": {"precision": "float32"}}
     make(tmp_path / "f", "full", 0, [0.6], 3e9, **full)
-    cached = told | {"prefix_fill_flops": 2e10, "train_seconds": 50.0}
+    cached = cost | {"prefix_fill_flops": 2e10, "train_seconds": 50.0}
     half = {"cost": cached, "environment": {"precision": "float32"}}
     make(tmp_path / "l", "lora", 0, [0.6], 1.1e9, first=3, **half)  # 0.5 for the upper half and 0.4 for its gradients
     dense = {
-        "cost": told | {"train_padding_tokens": 0, "train_seconds": 60.0},
+        "cost": cost | {"train_padding_tokens": 0, "train_seconds": 60.0},
         "environment": {"precision": "bfloat16"},
     }
     make(tmp_path / "d", "dora", 0, [0.6], 1.6e9, **dense)
     table = summarise([tmp_path])
-    found = row(table, "lora").saved
-    assert found["fewer layers"] == pytest.approx(1 / 6)
-    assert found["cached prefix"] == pytest.approx(1 / 6 - 0.2 / 3)  # half of the forward third, less its making
-    assert found["less padding"] == 0
-    assert found["FLOPs saved"] == pytest.approx(1 - 1.1 / 3)
-    assert found["the adapter itself"] == pytest.approx(1 - 1.1 / 3 - (1 / 3 + 1 / 6 + 1 / 6 - 0.2 / 3))
-    assert found["time saved"] == pytest.approx(0.75)
-    assert (found["precision"], found["rate"]) == pytest.approx((0, 0.75 - found["FLOPs saved"]))
-    found = row(table, "dora").saved
+    saved = row(table, "lora").saved
+    assert saved["fewer layers"] == pytest.approx(1 / 6)
+    assert saved["cached prefix"] == pytest.approx(1 / 6 - 0.2 / 3)  # half of the forward third, less its making
+    assert saved["less padding"] == 0
+    assert saved["FLOPs saved"] == pytest.approx(1 - 1.1 / 3)
+    assert saved["the adapter itself"] == pytest.approx(1 - 1.1 / 3 - (1 / 3 + 1 / 6 + 1 / 6 - 0.2 / 3))
+    assert saved["time saved"] == pytest.approx(0.75)
+    assert (saved["precision"], saved["rate"]) == pytest.approx((0, 0.75 - saved["FLOPs saved"]))
+    saved = row(table, "dora").saved
     # With as much padding it would have had 1.25 times its tokens: 2 GFLOP a step, what lacks gradients of weights.
-    assert found["less padding"] == pytest.approx(0.4 / 3)
-    assert found["the adapter itself"] == pytest.approx(0, abs=1e-12)
-    assert found["time saved"] == pytest.approx(0.7)
-    assert (found["precision"], found["rate"]) == pytest.approx((0.7 - found["FLOPs saved"], 0))
-    for each in (row(table, "lora").saved, found):
-        causes = sum(share for name, share in each.items() if name not in ("FLOPs saved", "time saved"))
-        assert causes == pytest.approx(each["time saved"])
+    assert saved["less padding"] == pytest.approx(0.4 / 3)
+    assert saved["the adapter itself"] == pytest.approx(0, abs=1e-12)
+    assert saved["time saved"] == pytest.approx(0.7)
+    assert (saved["precision"], saved["rate"]) == pytest.approx((0.7 - saved["FLOPs saved"], 0))
+    for shares in (row(table, "lora").saved, saved):
+        causes = sum(share for name, share in shares.items() if name not in ("FLOPs saved", "time saved"))
+        assert causes == pytest.approx(shares["time saved"])
     lines = {line["adapter"]: line for line in csv.DictReader(io.StringIO(to_csv(table)))}
     assert float(lines["lora"]["cached prefix"]) == row(table, "lora").saved["cached prefix"]
     assert "| cached prefix | less padding | the adapter itself | FLOPs saved | precision | rate |" in to_markdown(
@@ -167,16 +167,16 @@ def test_what_came_before_the_first_step_counts_whole_and_a_second_look_is_a_cau
     run = make(tmp_path / "l", "lora", 0, [0.6, 0.6, 0.6, 0.6], 0.0, cost=before)
     run.update(cost={"train_flops": 400 * 4e9 + 4e10, "train_seconds": 400.0 + 10})
     run.update(config={"seed": 0, "trainer": {"objective": "order_consistency", "batch_size": 1}})
-    stats, found = row(summarise([tmp_path]), "lora").stats, row(summarise([tmp_path]), "lora").saved
+    stats, saved = row(summarise([tmp_path]), "lora").stats, row(summarise([tmp_path]), "lora").saved
     assert stats["steps_to_target"].mean == 100
     assert stats["flops_to_target"].mean == pytest.approx(100 * 4e9 + 4e10)
     assert stats["seconds_to_target"].mean == pytest.approx(100 + 10)
-    assert found["FLOPs saved"] == pytest.approx(1 - 4.4e11 / 6e11)
-    assert found["time saved"] == pytest.approx(1 - 110 / 400)
-    assert (found["fewer steps"], found["pairs a step"]) == pytest.approx((0.5, -0.5))
-    assert found["no weight gradients"] == pytest.approx(1 / 3)
-    assert found["cached prefix"] == pytest.approx(-1 / 60)  # filled, and of no use: all layers are adapted
-    assert found["the adapter itself"] == pytest.approx(1 - 4.4 / 6 - 1 / 3 + 1 / 60)
+    assert saved["FLOPs saved"] == pytest.approx(1 - 4.4e11 / 6e11)
+    assert saved["time saved"] == pytest.approx(1 - 110 / 400)
+    assert (saved["fewer steps"], saved["pairs a step"]) == pytest.approx((0.5, -0.5))
+    assert saved["no weight gradients"] == pytest.approx(1 / 3)
+    assert saved["cached prefix"] == pytest.approx(-1 / 60)  # filled, and of no use: all layers are adapted
+    assert saved["the adapter itself"] == pytest.approx(1 - 4.4 / 6 - 1 / 3 + 1 / 60)
 
 
 def test_packed_runs_whose_seconds_are_no_run_s_own_tell_of_flops_alone(tmp_path: Path) -> None:
@@ -185,8 +185,8 @@ def test_packed_runs_whose_seconds_are_no_run_s_own_tell_of_flops_alone(tmp_path
     make(tmp_path / "d", "dora", 0, [0.6], 2e9, cost={"train_seconds": 100.0})
     table = summarise([tmp_path])
     assert "time saved" not in row(table, "lora").saved
-    told = {line["adapter"]: line["time saved"] for line in json.loads(to_json(table))}
-    assert told == {"full": None, "lora": None, "dora": 0.5}
+    time_saved = {line["adapter"]: line["time saved"] for line in json.loads(to_json(table))}
+    assert time_saved == {"full": None, "lora": None, "dora": 0.5}
 
 
 def test_another_model_or_selection_has_a_target_of_its_own_or_none(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_bench.analysis import statistics
-from lora_bench.analysis.baseline import judged
+from lora_bench.analysis.baseline import add_verdicts
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.summary import summarise
 from lora_bench.compare import main
@@ -31,19 +31,19 @@ EASE = np.random.default_rng(1).normal(3.0, 2.3, N)
 
 
 def predicted(quality: float, seed: int) -> np.ndarray:
-    """Which examples a model labels 1: more of them right with a higher quality; the hard ones are hard for all."""
+    """Return the labels that a model of some quality predicts; difficult examples are difficult for all models."""
     right = EASE + quality + 0.5 * np.random.default_rng(100 + seed).normal(size=N) > 0
     return np.where(right, LABELS == 1, LABELS == 0)
 
 
-def make(folder: Path, adapter: str, seed: int | None, said: np.ndarray, **sections: Any) -> Path:
+def make(folder: Path, adapter: str, seed: int | None, answers: np.ndarray, **sections: Any) -> Path:
     """A finished run with these predictions; `seed` None has no such key, as what was not trained."""
     config = {"adapter": {"method": adapter, "rank": 8}} | ({} if seed is None else {"seed": seed})
     config |= sections.pop("config", {})
     choices = {"model": "bert", "adapter": adapter, "data": "qqp"}
     run = Run.claim(folder, choices=choices, config=config, overrides=[f"adapter={adapter}", f"seed={seed}"])
-    mcc = float(confusion.measure_of(confusion.confusion(LABELS, said)))
-    run.write_predictions("validation", np.arange(N), LABELS, np.where(said, 0.8, 0.3))
+    mcc = float(confusion.compute_metric(confusion.confusion_counts(LABELS, answers)))
+    run.write_predictions("validation", np.arange(N), LABELS, np.where(answers, 0.8, 0.3))
     run.update(metrics={"validation/mcc": mcc, "selection/mcc": mcc}, data={"fingerprint": "one"})
     run.update(**sections)
     run.finish("done")
@@ -68,9 +68,9 @@ def finding(table: Table, adapter: str) -> Any:
 # -- what is tested --
 
 
-def test_a_row_is_better_worse_or_undecided_against_full_fine_tuning(tmp_path: Path) -> None:
+def test_a_row_is_better_worse_or_inconclusive_against_full_fine_tuning(tmp_path: Path) -> None:
     table = summarise([sweep(tmp_path, {"full": 0.0, "dora": 2.0, "vera": -2.0, "lora": 0.02})])
-    assert verdicts(table) == {"full": "baseline", "dora": "better", "vera": "worse", "lora": "undecided"}
+    assert verdicts(table) == {"full": "baseline", "dora": "better", "vera": "worse", "lora": "inconclusive"}
     assert "against adapter=full" in table.notes[0]
     assert "--baseline" in table.notes[0]
     assert "3 paired seeds and 1,500 examples" in table.notes[0]
@@ -85,14 +85,14 @@ def test_the_numbers_are_those_of_the_crossed_test_and_holm(tmp_path: Path) -> N
         tests[adapter] = statistics.crossed_test(LABELS, ours, np.stack([predicted(0.0, seed) for seed in range(3)]))
     adjusted = dict(zip(tests, statistics.holm([test.p for test in tests.values()]), strict=True))
     for adapter, test in tests.items():
-        found = finding(table, adapter)
-        assert found.difference == pytest.approx(test.difference)
-        assert (found.difference_low, found.difference_high) == pytest.approx(test.interval())
-        assert (found.p, found.p_holm) == pytest.approx((test.p, adjusted[adapter]))
-        assert found.power == pytest.approx(test.power(0.01, 0.025))
+        result = finding(table, adapter)
+        assert result.difference == pytest.approx(test.difference)
+        assert (result.difference_low, result.difference_high) == pytest.approx(test.interval())
+        assert (result.p, result.p_holm) == pytest.approx((test.p, adjusted[adapter]))
+        assert result.power == pytest.approx(test.power(0.01, 0.025))
         means = {row.keys["adapter"]: row.stats["mcc"].mean for row in table.rows}
-        assert found.difference == pytest.approx(means[adapter] - means["full"])
-        assert len(found.p_mcnemar) == len(found.p_bootstrap) == 3
+        assert result.difference == pytest.approx(means[adapter] - means["full"])
+        assert len(result.p_mcnemar) == len(result.p_bootstrap) == 3
 
 
 @pytest.mark.parametrize("measure", ["f1", "accuracy"])
@@ -100,19 +100,20 @@ def test_another_measure_is_tested_where_it_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], measure: str
 ) -> None:
     sweep(tmp_path, {"full": 0.0, "dora": 0.5})
-    found = finding(summarise([tmp_path], measure=measure), "dora")
+    result = finding(summarise([tmp_path], measure=measure), "dora")
     ours, theirs = (np.stack([predicted(q, i + seed) for seed in range(3)]) for q, i in ((0.5, 10), (0.0, 0)))
     test = statistics.crossed_test(LABELS, ours, theirs, measure)
-    assert (found.measure, found.difference, found.p) == (
+    assert (result.measure, result.difference, result.p) == (
         measure,
         pytest.approx(test.difference),
         pytest.approx(test.p),
     )
     values = [
-        [confusion.measure_of(confusion.confusion(LABELS, one), measure) for one in side] for side in (ours, theirs)
+        [confusion.compute_metric(confusion.confusion_counts(LABELS, one), measure) for one in side]
+        for side in (ours, theirs)
     ]
-    assert found.p_seeds == pytest.approx(statistics.seeds_test(*values).p)
-    assert found.difference == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
+    assert result.p_seeds == pytest.approx(statistics.seeds_test(*values).p)
+    assert result.difference == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
     assert main([str(tmp_path), "--measure", measure, "--format", "md"]) == 0
     output = capsys.readouterr().out
     assert f"| {measure} difference |" in output
@@ -129,16 +130,16 @@ def test_a_measure_that_is_not_tested_is_refused(tmp_path: Path) -> None:
     assert "nll" in str(caught.value)
 
 
-def test_a_wide_margin_makes_rows_indistinguishable(tmp_path: Path) -> None:
+def test_a_wide_margin_makes_rows_equivalent(tmp_path: Path) -> None:
     sweep(tmp_path, {"full": 0.0, "lora": 0.02})
-    assert verdicts(summarise([tmp_path], margin=0.2))["lora"] == "indistinguishable"
+    assert verdicts(summarise([tmp_path], margin=0.2))["lora"] == "equivalent"
 
 
-def test_equal_predictions_are_indistinguishable(tmp_path: Path) -> None:
+def test_equal_predictions_are_equivalent(tmp_path: Path) -> None:
     for adapter in ("full", "lora"):
         for seed in range(2):
             make(tmp_path / f"{adapter}{seed}", adapter, seed, predicted(0.0, seed))
-    assert verdicts(summarise([tmp_path]))["lora"] == "indistinguishable"
+    assert verdicts(summarise([tmp_path]))["lora"] == "equivalent"
 
 
 def test_differences_that_are_equal_in_all_seeds_give_no_verdict_from_their_spread(tmp_path: Path) -> None:
@@ -148,10 +149,10 @@ def test_differences_that_are_equal_in_all_seeds_give_no_verdict_from_their_spre
             flipped = np.isin(np.arange(N), [i for y in (0, 1) for i in order[LABELS[order] == y][:wrong]])
             make(tmp_path / f"{adapter}{seed}", adapter, seed, np.where(flipped, 1 - LABELS, LABELS) == 1)
             order = order[::-1]
-    found = finding(summarise([tmp_path]), "lora")
-    assert (found.verdict, found.p_seeds, found.effect_size) == ("undecided", None, None)
-    assert found.difference_low < 0 < found.difference < found.difference_high
-    assert found.power < 0.5
+    result = finding(summarise([tmp_path]), "lora")
+    assert (result.verdict, result.p_seeds, result.effect_size) == ("inconclusive", None, None)
+    assert result.difference_low < 0 < result.difference < result.difference_high
+    assert result.power < 0.5
 
 
 # -- which row is the baseline --
@@ -163,7 +164,7 @@ def test_a_row_that_gives_every_example_the_same_answer_has_no_verdict(tmp_path:
         make(tmp_path / f"mute{seed}", "lora", seed, np.zeros_like(predicted(0.8, seed)))
     table = summarise([tmp_path])
     assert verdicts(table) == {"full": "baseline", "lora": "not tested"}
-    assert "all alike" in finding(table, "lora").why
+    assert "same label" in finding(table, "lora").why
 
 
 @pytest.mark.parametrize("name", ["dora", "adapter=dora", "FOLDER/dora-1"])
@@ -171,7 +172,7 @@ def test_a_baseline_is_named_by_value_key_or_folder(tmp_path: Path, name: str) -
     sweep(tmp_path, {"full": 0.0, "dora": 2.0})
     table = summarise([tmp_path], baseline=name.replace("FOLDER", str(tmp_path)))
     assert verdicts(table) == {"full": "worse", "dora": "baseline"}
-    assert "against adapter=dora (as asked)" in table.notes[0]
+    assert "against adapter=dora (--baseline)" in table.notes[0]
 
 
 def test_without_full_the_baseline_is_plain_lora_then_the_best_on_selection(tmp_path: Path) -> None:
@@ -182,14 +183,16 @@ def test_without_full_the_baseline_is_plain_lora_then_the_best_on_selection(tmp_
 def test_of_several_rows_that_fit_the_best_on_selection_is_the_baseline(tmp_path: Path) -> None:
     for rank, quality in ((2, 0.0), (4, 2.0)):
         for seed in range(3):
-            said = predicted(quality, seed)
-            make(tmp_path / f"{rank}{seed}", "lora", seed, said, config={"adapter": {"method": "lora", "rank": rank}})
+            answers = predicted(quality, seed)
+            make(
+                tmp_path / f"{rank}{seed}", "lora", seed, answers, config={"adapter": {"method": "lora", "rank": rank}}
+            )
     table = summarise([tmp_path], baseline="lora")
     assert {row.keys["adapter.rank"]: row.finding.verdict for row in table.rows if row.finding} == {
         2: "worse",
         4: "baseline",
     }
-    assert "(as asked, the best on selection)" in table.notes[0]
+    assert "(--baseline, the best on selection)" in table.notes[0]
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_by_a_key_the_experiment_that_is_best_on_selection_is_tested(tmp_path: P
             make(tmp_path / f"{adapter}{rank}{seed}", adapter, seed, predicted(quality, seed), config=config)
     table = summarise([tmp_path], by="adapter")
     assert verdicts(table)["lora"] == "better"
-    assert any("best on selection" in line for line in table.notes)
+    assert any("best selection MCC" in line for line in table.notes)
 
 
 # -- what cannot be tested says so --
@@ -222,10 +225,10 @@ def test_by_a_key_the_experiment_that_is_best_on_selection_is_tested(tmp_path: P
 
 def test_one_seed_has_numbers_of_the_examples_but_no_verdict(tmp_path: Path) -> None:
     table = summarise([sweep(tmp_path, {"full": 0.0, "lora": 2.0}, seeds=1)])
-    found = finding(table, "lora")
-    assert (found.verdict, found.p_holm, found.power) == ("no verdict", None, None)
-    assert found.p < 0.001
-    assert found.p_seeds is None
+    result = finding(table, "lora")
+    assert (result.verdict, result.p_holm, result.power) == ("no verdict", None, None)
+    assert result.p < 0.001
+    assert result.p_seeds is None
     assert any("1 of 1 rows" in line and "one seed" in line for line in table.notes)
 
 
@@ -247,8 +250,8 @@ def test_what_was_not_trained_stands_beside_every_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
-        ("missing", "no usable predictions"),
-        ("damaged", "no usable predictions"),
+        ("missing", "cannot be used"),
+        ("damaged", "cannot be used"),
         ("other", "other examples"),
         ("altered", "disagree about MCC"),
     ],
@@ -259,20 +262,20 @@ def test_predictions_that_cannot_be_used_are_told_and_left_out(tmp_path: Path, h
         folder = tmp_path / f"lora-{seed}"
         run = Run(folder, json.loads((folder / "run.json").read_text()))
         file = folder / "predictions/validation.parquet"
-        said = predicted(2.0, 10 + seed)
+        answers = predicted(2.0, 10 + seed)
         if harm == "missing":
             file.unlink()
         elif harm == "damaged":
             file.write_bytes(file.read_bytes()[:-100])
         elif harm == "other":
-            run.write_predictions("validation", np.arange(N) + 1, LABELS, np.where(said, 0.8, 0.3))
+            run.write_predictions("validation", np.arange(N) + 1, LABELS, np.where(answers, 0.8, 0.3))
         else:
-            run.write_predictions("validation", np.arange(N), LABELS, np.where(said, 0.3, 0.8))
+            run.write_predictions("validation", np.arange(N), LABELS, np.where(answers, 0.3, 0.8))
         table = summarise([tmp_path])
-        found = finding(table, "lora")
-        assert found.paired_seeds == 3 - seed
+        result = finding(table, "lora")
+        assert result.paired_seeds == 3 - seed
         assert any("1 of 1 rows" in line and (why in line or seed == 2) for line in table.notes)
-    assert found.verdict == "no verdict"
+    assert result.verdict == "no verdict"
 
 
 def test_rows_on_other_data_are_not_tested_together(tmp_path: Path) -> None:
@@ -281,7 +284,7 @@ def test_rows_on_other_data_are_not_tested_together(tmp_path: Path) -> None:
         make(tmp_path / f"other{seed}", "dora", seed, predicted(0.0, seed), data={"fingerprint": "two"})
     table = summarise([tmp_path])
     assert verdicts(table) == {"full": "baseline", "lora": "better", "dora": "not tested"}
-    assert "other data" in finding(table, "dora").why
+    assert "same data" in finding(table, "dora").why
 
 
 def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,9 +292,9 @@ def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypat
     sweep(tmp_path, {"full": 0.0, "lora": 2.0})
     table = summarise([tmp_path])
     assert table.tests is None
-    assert any("6 runs" in line and "--baseline NAME" in line for line in table.below)
+    assert any("6 runs" in line and "--baseline NAME" in line for line in table.footnotes)
     assert verdicts(summarise([tmp_path], baseline="full"))["lora"] == "better"
-    assert judged(table, "validation", always=True).tests is not None
+    assert add_verdicts(table, "validation", always=True).tests is not None
 
 
 # -- the forms --
@@ -299,16 +302,16 @@ def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypat
 
 def test_every_form_has_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = summarise([sweep(tmp_path, {"full": 0.0, "lora": 2.0})])
-    found = finding(table, "lora")
+    result = finding(table, "lora")
     lines = {line["adapter"]: line for line in csv.DictReader(io.StringIO(to_csv(table)))}
-    objects = {each["adapter"]: each for each in json.loads(to_json(table))}
-    assert float(lines["lora"]["difference"]) == objects["lora"]["difference"] == found.difference
-    assert float(lines["lora"]["p_holm"]) == objects["lora"]["p_holm"] == found.p_holm
+    objects = {line["adapter"]: line for line in json.loads(to_json(table))}
+    assert float(lines["lora"]["difference"]) == objects["lora"]["difference"] == result.difference
+    assert float(lines["lora"]["p_holm"]) == objects["lora"]["p_holm"] == result.p_holm
     assert [float(p) for p in lines["lora"]["p_mcnemar"].split()] == objects["lora"]["p_mcnemar"]
     assert (lines["full"]["verdict"], objects["full"]["p"]) == ("baseline", None)
-    shown = f"{found.difference:+.4f}"
-    assert f"| lora | {shown} |" in to_markdown(table)
-    assert rf"lora & {shown} & " in to_latex(table)
+    difference = f"{result.difference:+.4f}"
+    assert f"| lora | {difference} |" in to_markdown(table)
+    assert rf"lora & {difference} & " in to_latex(table)
     assert to_latex(table).count(r"\begin{tabular}") == 2
     assert main([str(tmp_path)]) == 0
-    assert shown in capsys.readouterr().out
+    assert difference in capsys.readouterr().out

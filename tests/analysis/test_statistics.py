@@ -10,10 +10,11 @@ import scipy.stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lora_bench.analysis import statistics
+from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.evaluation import confusion
 
 
-def made(seed: int, n: int = 400, seeds: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_predictions(seed: int, n: int = 400, seeds: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     y = rng.random(n) < 0.4
     a, b = (y ^ (rng.random((seeds, n)) < error) for error in (0.15, 0.2))
@@ -21,34 +22,34 @@ def made(seed: int, n: int = 400, seeds: int = 3) -> tuple[np.ndarray, np.ndarra
 
 
 def test_measures_are_those_of_scikit_learn_for_many_at_once() -> None:
-    y, a, _ = made(0)
-    counts = confusion.confusion(y, a)
-    assert confusion.measure_of(counts, "mcc") == pytest.approx([matthews_corrcoef(y, p) for p in a])
-    assert confusion.measure_of(counts, "f1") == pytest.approx([f1_score(y, p) for p in a])
-    assert confusion.measure_of(counts, "accuracy") == pytest.approx((a == y).mean(1))
-    assert confusion.measure_of([0, 0, 10, 20], "mcc") == 0
+    y, a, _ = draw_predictions(0)
+    counts = confusion.confusion_counts(y, a)
+    assert confusion.compute_metric(counts, "mcc") == pytest.approx([matthews_corrcoef(y, p) for p in a])
+    assert confusion.compute_metric(counts, "f1") == pytest.approx([f1_score(y, p) for p in a])
+    assert confusion.compute_metric(counts, "accuracy") == pytest.approx((a == y).mean(1))
+    assert confusion.compute_metric([0, 0, 10, 20], "mcc") == 0
 
 
-@pytest.mark.parametrize("measure", confusion.MEASURES)
+@pytest.mark.parametrize("measure", MAIN_METRICS)
 def test_influence_is_the_derivative_and_has_mean_zero(measure: str) -> None:
     counts = np.array([60.0, 20.0, 30.0, 90.0])
     h = 1e-5
     numeric = [
         counts.sum()
-        * (confusion.measure_of(counts + h * e, measure) - confusion.measure_of(counts - h * e, measure))
+        * (confusion.compute_metric(counts + h * e, measure) - confusion.compute_metric(counts - h * e, measure))
         / (2 * h)
         for e in np.eye(4)
     ]
-    found = confusion.influence(counts, measure)
-    assert found == pytest.approx(numeric, abs=1e-6)
-    assert (counts * found).sum() == pytest.approx(0, abs=1e-9)
+    result = confusion.influence(counts, measure)
+    assert result == pytest.approx(numeric, abs=1e-6)
+    assert (counts * result).sum() == pytest.approx(0, abs=1e-9)
 
 
 def test_the_interval_is_scipys_and_one_value_has_none() -> None:
     x = [0.5, 0.53, 0.49, 0.55]
-    found = statistics.interval(x)
+    result = statistics.interval(x)
     low, high = scipy.stats.t.interval(0.95, 3, np.mean(x), scipy.stats.sem(x))
-    assert (found.low, found.high) == pytest.approx((low, high))
+    assert (result.low, result.high) == pytest.approx((low, high))
     assert statistics.interval([0.5]) == statistics.Interval(0.5, None, None, None, 1)
     assert statistics.interval([0.5, 0.5]) == statistics.Interval(0.5, 0.0, None, None, 2)
 
@@ -62,11 +63,11 @@ def test_mid_p_is_the_exact_test_less_half_the_chance_of_what_was_seen() -> None
     for only_a, only_b in [(0, 0), (5, 5), (3, 12), (0, 7), (40, 61)]:
         a = np.repeat([True, False, True], [only_a, only_b, 10])
         b = np.repeat([False, True, True], [only_a, only_b, 10])
-        found = statistics.mcnemar(a, b)
+        result = statistics.mcnemar(a, b)
         exact = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
         half = scipy.stats.binom.pmf(only_a, only_a + only_b, 0.5)
-        assert (found.only_a, found.only_b) == (only_a, only_b)
-        assert found.p == pytest.approx(exact - half if only_a != only_b else 1.0)
+        assert (result.only_a, result.only_b) == (only_a, only_b)
+        assert result.p == pytest.approx(exact - half if only_a != only_b else 1.0)
 
 
 def test_holm_steps_down_by_hand() -> None:
@@ -75,51 +76,51 @@ def test_holm_steps_down_by_hand() -> None:
 
 
 def test_one_seed_of_accuracy_is_the_paired_t_test_over_examples() -> None:
-    y, a, b = made(1)
-    found = statistics.crossed_test(y, a[0], b[0], "accuracy")
-    assert found.p == pytest.approx(scipy.stats.ttest_rel((a[0] == y) * 1.0, (b[0] == y) * 1.0).pvalue)
-    assert found.seeds == 1
+    y, a, b = draw_predictions(1)
+    result = statistics.crossed_test(y, a[0], b[0], "accuracy")
+    assert result.p == pytest.approx(scipy.stats.ttest_rel((a[0] == y) * 1.0, (b[0] == y) * 1.0).pvalue)
+    assert result.seeds == 1
 
 
 def test_the_crossed_variance_is_that_of_the_two_way_layout() -> None:
     """On accuracy the pseudo-values are the outcomes themselves, so the mean squares are those of a plain ANOVA."""
-    y, a, b = made(2)
+    y, a, b = draw_predictions(2)
     b[:, :40] = ~y[:40]  # hard for b, whatever the seed
     d = (a == y).astype(float) - (b == y)
     S, N = d.shape
     seed = N * d.mean(1).var(ddof=1)
     example = S * d.mean(0).var(ddof=1)
     rest = ((d - d.mean(1, keepdims=True) - d.mean(0) + d.mean()) ** 2).sum() / ((S - 1) * (N - 1))
-    found = statistics.crossed_test(y, a, b, "accuracy")
-    assert found.difference == pytest.approx(d.mean())
-    assert found.by_seeds == pytest.approx(seed / (S * N))
-    assert found.by_examples == pytest.approx((example - rest) / (S * N))
-    assert found.error == pytest.approx(math.sqrt((seed + example - rest) / (S * N)))
+    result = statistics.crossed_test(y, a, b, "accuracy")
+    assert result.difference == pytest.approx(d.mean())
+    assert result.by_seeds == pytest.approx(seed / (S * N))
+    assert result.by_examples == pytest.approx((example - rest) / (S * N))
+    assert result.error == pytest.approx(math.sqrt((seed + example - rest) / (S * N)))
 
 
 def test_the_half_width_is_that_over_seeds_and_that_over_examples_in_quadrature() -> None:
-    found = comparison(0.02, 0.003**2, 0.004**2, seeds=3, examples=5000)
+    result = comparison(0.02, 0.003**2, 0.004**2, seeds=3, examples=5000)
     over_seeds, over_examples = scipy.stats.t.ppf(0.975, 2) * 0.003, scipy.stats.t.ppf(0.975, 4999) * 0.004
     half = math.hypot(over_seeds, over_examples)
-    assert found.interval() == pytest.approx((0.02 - half, 0.02 + half))
+    assert result.interval() == pytest.approx((0.02 - half, 0.02 + half))
     # The p value is the level at which the interval ends at 0.
-    low, _ = found.interval(1 - found.p)
+    low, _ = result.interval(1 - result.p)
     assert low == pytest.approx(0, abs=1e-9)
     assert comparison(half, 0.003**2, 0.004**2, seeds=3, examples=5000).p == pytest.approx(0.05)
 
 
 def test_where_only_seeds_differ_the_crossed_test_is_the_t_test_over_seeds() -> None:
-    y, a, b = made(3, n=20_000)
+    y, a, b = draw_predictions(3, n=20_000)
     b = y ^ (np.random.default_rng(4).random((3, 20_000)) < np.array([[0.1], [0.2], [0.3]]))
-    values = [confusion.measure_of(confusion.confusion(y, x)) for x in (a, b)]
+    values = [confusion.compute_metric(confusion.confusion_counts(y, x)) for x in (a, b)]
     assert statistics.crossed_test(y, a, b).p == pytest.approx(statistics.seeds_test(*values).p, rel=0.05)
 
 
 def test_equal_predictions_differ_by_nothing() -> None:
-    y, a, _ = made(5)
-    found = statistics.crossed_test(y, a, a)
-    assert (found.difference, *found.interval(), found.p) == (0, 0, 0, 1)
-    assert (found.p_beyond(0.005), found.power(0.005)) == (0, 1)
+    y, a, _ = draw_predictions(5)
+    result = statistics.crossed_test(y, a, a)
+    assert (result.difference, *result.interval(), result.p) == (0, 0, 0, 1)
+    assert (result.p_beyond(0.005), result.power(0.005)) == (0, 1)
 
 
 def ahead_by_ten(same: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,13 +138,13 @@ def ahead_by_ten(same: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_differences_that_are_equal_in_all_seeds_are_not_certain() -> None:
     y, a, b = ahead_by_ten(same=False)
-    values = [confusion.measure_of(confusion.confusion(y, x)) for x in (a, b)]
-    assert statistics.alike(values[0] - values[1])
-    found = statistics.crossed_test(y, a, b)
+    values = [confusion.compute_metric(confusion.confusion_counts(y, x)) for x in (a, b)]
+    assert statistics.all_equal(values[0] - values[1])
+    result = statistics.crossed_test(y, a, b)
     # What one seed's 190 answers that differ would spread by, by hand: MCC is 1 - 2 · wrong / N in this layout.
-    assert math.sqrt(found.by_seeds * 3) == pytest.approx(2 * math.sqrt(190) / 1000, rel=0.1)
-    assert found.p > 0.2
-    assert statistics.verdict(found.difference, found.p, found.p_beyond(0.01)) == "undecided"
+    assert math.sqrt(result.by_seeds * 3) == pytest.approx(2 * math.sqrt(190) / 1000, rel=0.1)
+    assert result.p > 0.2
+    assert statistics.choose_verdict(result.difference, result.p, result.p_beyond(0.01)) == "inconclusive"
     same = statistics.crossed_test(*ahead_by_ten(same=True))  # the seed changed no answer: the examples still count
     assert same.by_seeds == pytest.approx(0, abs=1e-15)
     assert same.error == pytest.approx(statistics.crossed_test(y, *(x[0] for x in ahead_by_ten(same=True)[1:])).error)
@@ -151,7 +152,7 @@ def test_differences_that_are_equal_in_all_seeds_are_not_certain() -> None:
 
 
 def test_the_bootstrap_spreads_as_the_influences_say() -> None:
-    y, a, b = made(6, n=3000)
+    y, a, b = draw_predictions(6, n=3000)
     bootstrap, exact = statistics.paired_bootstrap(y, a[0], b[0]), statistics.crossed_test(y, a[0], b[0])
     assert bootstrap.difference == pytest.approx(exact.difference)
     assert bootstrap.error == pytest.approx(exact.error, rel=0.03)
@@ -184,27 +185,27 @@ def test_two_one_sided_tests_of_the_margin() -> None:
 
 
 def test_verdicts() -> None:
-    assert statistics.verdict(0.02, 0.001, 0.9) == "better"
-    assert statistics.verdict(-0.02, 0.05, 0.01) == "worse"
-    assert statistics.verdict(0.02, 0.2, 0.04) == "indistinguishable"
-    assert statistics.verdict(0.02, 0.2, 0.3) == "undecided"
+    assert statistics.choose_verdict(0.02, 0.001, 0.9) == "better"
+    assert statistics.choose_verdict(-0.02, 0.05, 0.01) == "worse"
+    assert statistics.choose_verdict(0.02, 0.2, 0.04) == "equivalent"
+    assert statistics.choose_verdict(0.02, 0.2, 0.3) == "inconclusive"
 
 
 def test_power_is_that_of_the_normal_test_and_detectable_inverts_it() -> None:
-    found = comparison(0.0, by_examples=0.004**2)
+    result = comparison(0.0, by_examples=0.004**2)
     z = 1.959964
     theory = scipy.stats.norm.sf(z - 2.5) + scipy.stats.norm.cdf(-z - 2.5)
-    assert found.power(0.01) == pytest.approx(theory, abs=1e-4)
-    assert found.detectable() == pytest.approx(0.004 * (z + 0.841621), rel=1e-3)
-    assert found.power(found.detectable()) == pytest.approx(0.8)
+    assert result.power(0.01) == pytest.approx(theory, abs=1e-4)
+    assert result.detectable() == pytest.approx(0.004 * (z + 0.841621), rel=1e-3)
+    assert result.power(result.detectable()) == pytest.approx(0.8)
     assert comparison(0.0).power(0.01) == 1
 
 
 def test_power_over_seeds_is_that_of_the_t_test() -> None:
-    found = comparison(0.0, by_seeds=0.004**2, seeds=5, examples=0)
+    result = comparison(0.0, by_seeds=0.004**2, seeds=5, examples=0)
     critical = scipy.stats.t.ppf(0.975, 4)
     theory = scipy.stats.nct.sf(critical, 4, 2.5) + scipy.stats.nct.cdf(-critical, 4, 2.5)
-    assert found.power(0.01) == pytest.approx(theory, abs=1e-3)
+    assert result.power(0.01) == pytest.approx(theory, abs=1e-3)
 
 
 @pytest.mark.parametrize("S", [2, 3, 5])
@@ -221,33 +222,44 @@ def test_the_test_keeps_its_size_whatever_share_the_seeds_have(S: int, share: fl
     assert difference.std() == pytest.approx(1, abs=0.02)
 
 
-def simulated(rng: np.random.Generator, S: int, spread: float, own: float, gain: float = 0.0) -> statistics.Comparison:
+def simulated(
+    rng: np.random.Generator, S: int, spread: float, by_example: float, gain: float = 0.0
+) -> statistics.Comparison:
     """Two methods over 1,000 examples: hard ones for all, hard ones for a method, better and worse seeds."""
     y = rng.random(1000) < 0.37
     ease = rng.normal(3.0, 2.3, 1000)
     predicted = []
     for lift in (gain, 0.0):
-        found = ease + own * rng.normal(size=1000) + 0.7 * rng.normal(size=(S, 1000)) + spread * rng.normal(size=(S, 1))
-        predicted.append(y ^ (found + lift < 0))
+        result = (
+            ease
+            + by_example * rng.normal(size=1000)
+            + 0.7 * rng.normal(size=(S, 1000))
+            + spread * rng.normal(size=(S, 1))
+        )
+        predicted.append(y ^ (result + lift < 0))
     return statistics.crossed_test(y, *predicted)
 
 
-@pytest.mark.parametrize(("S", "spread", "own"), [(3, 0.0, 0.7), (3, 0.2, 0.7), (2, 0.2, 0.0), (5, 0.1, 0.7)])
-def test_under_no_difference_the_crossed_test_keeps_its_size(S: int, spread: float, own: float) -> None:
+@pytest.mark.parametrize(("S", "spread", "by_example"), [(3, 0.0, 0.7), (3, 0.2, 0.7), (2, 0.2, 0.0), (5, 0.1, 0.7)])
+def test_under_no_difference_the_crossed_test_keeps_its_size(S: int, spread: float, by_example: float) -> None:
     """400 comparisons: 5 % has a standard error of 1.1 %; scripts/simulate_tests runs 2,000 of 5,000 examples."""
     rng = np.random.default_rng(8)
-    assert np.mean([simulated(rng, S, spread, own).p <= 0.05 for _ in range(400)]) <= 0.06
+    assert np.mean([simulated(rng, S, spread, by_example).p <= 0.05 for _ in range(400)]) <= 0.06
 
 
 def test_a_difference_is_found_with_the_power_that_theory_gives() -> None:
     rng = np.random.default_rng(9)
-    found = [simulated(rng, 3, 0.05, 0.7, gain=0.4) for _ in range(400)]
-    truth = float(np.mean([each.difference for each in found]))
+    comparisons = [simulated(rng, 3, 0.05, 0.7, gain=0.4) for _ in range(400)]
+    truth = float(np.mean([result.difference for result in comparisons]))
     typical = comparison(
-        0.0, float(np.mean([x.by_seeds for x in found])), float(np.mean([x.by_examples for x in found])), 3, 1000
+        0.0,
+        float(np.mean([x.by_seeds for x in comparisons])),
+        float(np.mean([x.by_examples for x in comparisons])),
+        3,
+        1000,
     )
     assert 0.3 < typical.power(truth) < 0.95
-    assert np.mean([x.p <= 0.05 for x in found]) == pytest.approx(typical.power(truth), abs=0.07)
+    assert np.mean([x.p <= 0.05 for x in comparisons]) == pytest.approx(typical.power(truth), abs=0.07)
 
 
 def test_mcnemar_rejects_as_often_as_it_should_and_finds_what_theory_says() -> None:

@@ -11,15 +11,15 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.calibration import (
-    COLDEST,
-    HOTTEST,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     Calibration,
-    calibrated,
+    apply_temperature,
     fit_temperature,
     fit_threshold,
     score_calibrated,
 )
-from lora_bench.evaluation.confusion import confusion, measure_of
+from lora_bench.evaluation.confusion import compute_metric, confusion_counts
 from lora_bench.evaluation.metrics import score
 
 RANDOM = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def test_the_least_negative_log_likelihood(temperature: float) -> None:
     scores, labels = sample(400, temperature)
 
     def nll(log_t: float) -> float:
-        value = score(calibrated(scores, float(np.exp(log_t))), labels, {})["nll"]
+        value = score(apply_temperature(scores, float(np.exp(log_t))), labels, {})["nll"]
         assert value is not None
         return value
 
@@ -61,27 +61,27 @@ def test_what_made_the_labels_is_found_again() -> None:
 
 def test_one_changes_nothing_and_none_changes_a_label() -> None:
     scores = np.array([0.0, 1e-9, 0.3, 0.5, 0.7, 1.0])
-    np.testing.assert_allclose(calibrated(scores, 1.0), scores, atol=1e-14)
-    for temperature in (COLDEST, 0.5, 3.0, HOTTEST):
-        assert ((calibrated(scores, temperature) >= 0.5) == (scores >= 0.5)).all()
+    np.testing.assert_allclose(apply_temperature(scores, 1.0), scores, atol=1e-14)
+    for temperature in (MIN_TEMPERATURE, 0.5, 3.0, MAX_TEMPERATURE):
+        assert ((apply_temperature(scores, temperature) >= 0.5) == (scores >= 0.5)).all()
 
 
 def test_extremes_end_at_the_bounds() -> None:
     labels = np.array([0, 1, 0, 1])
-    assert fit_temperature(np.array([0.1, 0.9, 0.2, 1.0]), labels) == pytest.approx(COLDEST)  # all right
-    assert fit_temperature(np.array([0.9, 0.1, 0.8, 0.0]), labels) == pytest.approx(HOTTEST)  # all wrong
+    assert fit_temperature(np.array([0.1, 0.9, 0.2, 1.0]), labels) == pytest.approx(MIN_TEMPERATURE)  # all right
+    assert fit_temperature(np.array([0.9, 0.1, 0.8, 0.0]), labels) == pytest.approx(MAX_TEMPERATURE)  # all wrong
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1, max_size=40))
 def test_no_threshold_has_a_greater_mcc(rows: list[tuple[float, int]]) -> None:
     scores, labels = (np.array(column) for column in zip(*rows, strict=True))
-    found = fit_threshold(scores.astype(float), labels)
+    threshold = fit_threshold(scores.astype(float), labels)
 
     def mcc(cut: float) -> float:
-        return float(measure_of(confusion(labels, scores >= cut)))
+        return float(compute_metric(confusion_counts(labels, scores >= cut)))
 
     telling = [cut for cut in scores if (scores < cut).any()]
-    assert mcc(found) == pytest.approx(max(map(mcc, [*telling, 0.5])), abs=1e-9)
+    assert mcc(threshold) == pytest.approx(max(map(mcc, [*telling, 0.5])), abs=1e-9)
 
 
 def test_a_threshold_lies_halfway_and_as_near_to_one_half_as_may_be() -> None:
@@ -99,16 +99,16 @@ def test_a_threshold_lies_halfway_and_as_near_to_one_half_as_may_be() -> None:
 def test_labels_are_cut_at_the_threshold_of_the_scores_as_they_are() -> None:
     scores, labels = sample(500, 2.0)
     scores = scores**3  # too few ones at 0.5
-    own = Calibration.fit(scores, labels)
-    assert own.threshold < 0.4
-    found = score_calibrated(scores, labels, own)
-    assert found["calibrated/f1"] == pytest.approx(f1_score(labels, scores >= own.threshold))
-    assert found["calibrated/mcc"] == pytest.approx(matthews_corrcoef(labels, scores >= own.threshold))
-    assert found["calibrated/mcc"] > matthews_corrcoef(labels, scores >= 0.5)
+    calibration = Calibration.fit(scores, labels)
+    assert calibration.threshold < 0.4
+    metrics = score_calibrated(scores, labels, calibration)
+    assert metrics["calibrated/f1"] == pytest.approx(f1_score(labels, scores >= calibration.threshold))
+    assert metrics["calibrated/mcc"] == pytest.approx(matthews_corrcoef(labels, scores >= calibration.threshold))
+    assert metrics["calibrated/mcc"] > matthews_corrcoef(labels, scores >= 0.5)
 
 
 def test_records_are_read_as_written_and_older_ones_cut_at_one_half() -> None:
-    own = Calibration(1.5, 0.4)
-    assert Calibration.read({"step": 3, **own.recorded()}) == own
+    calibration = Calibration(1.5, 0.4)
+    assert Calibration.read({"step": 3, **calibration.to_json()}) == calibration
     assert Calibration.read({"temperature": 1.5}) == Calibration(1.5, 0.5)
     assert Calibration.read({"step": 3}) is None

@@ -46,7 +46,7 @@ def measured(pack: Pack) -> FlopModel:
 
 
 def tokens(length: int, *, last: bool) -> list[int]:
-    """Of how many tokens a layer's linears make something."""
+    """Return the number of tokens that a layer's linears process."""
     return [1, length, length, 1, 1, 1] if last else [length] * 6
 
 
@@ -64,12 +64,12 @@ def lora_step(rows: int, length: int, adapted: int) -> int:
     total = 4 * HEAD
     for i in range(LAYERS - adapted, LAYERS):
         seen = tokens(length, last=i == LAYERS - 1)
-        for place, (n, (a, b)) in enumerate(zip(seen, LINEARS, strict=True)):
+        for position, (n, (a, b)) in enumerate(zip(seen, LINEARS, strict=True)):
             low_rank = RANK * (a + b)
             total += 2 * n * low_rank  # forward
             total += 2 * n * low_rank  # the gradients of A and B
             # The lowest adapted layer's query, key and value need no gradient of their input: nothing below is trained.
-            unneeded = i == LAYERS - adapted and place < 3
+            unneeded = i == LAYERS - adapted and position < 3
             total += 2 * n * (RANK * b if unneeded else a * b + low_rank)
         total += 8 * seen[0] * length * D
     return forward(rows, length) + rows * total

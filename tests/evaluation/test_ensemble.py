@@ -9,7 +9,7 @@ import pytest
 
 from lora_bench.errors import DivergedError
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
-from lora_bench.evaluation.ensemble import disagreement, score_members, spread
+from lora_bench.evaluation.ensemble import disagreement, member_spread, score_members
 from lora_bench.evaluation.metrics import score
 
 SCORES = np.array([[0.9, 0.2, 0.6, 0.5], [0.8, 0.7, 0.4, 0.1], [0.3, 0.1, 0.7, 0.49]])
@@ -18,32 +18,34 @@ AS_IT_IS = Calibration(1.0)
 
 
 def test_disagreement_is_the_share_of_rows_over_all_pairs_of_members() -> None:
-    said = SCORES >= 0.5
-    by_hand = np.mean([(one != other).mean() for one, other in combinations(said, 2)])
+    predicted = SCORES >= 0.5
+    by_hand = np.mean([(one != other).mean() for one, other in combinations(predicted, 2)])
     assert disagreement(SCORES) == pytest.approx(by_hand)
     assert disagreement(SCORES[[0, 0]]) == 0
     assert disagreement(np.array([[0.9, 0.1], [0.1, 0.9]])) == 1
 
 
 def test_spread_is_the_standard_deviation_over_members() -> None:
-    assert spread(np.array([[0.2, 0.5], [0.4, 0.5]])) == pytest.approx([0.1, 0.0])
+    assert member_spread(np.array([[0.2, 0.5], [0.4, 0.5]])) == pytest.approx([0.1, 0.0])
 
 
 def test_each_member_has_its_figures_and_their_mean_stands_beside() -> None:
     own_ones = [Calibration(0.5), Calibration(1.0, 0.3), Calibration(2.0)]
-    found = score_members(SCORES, LABELS, {}, own_ones)
-    for i, own in enumerate(SCORES):
-        for name, value in (score(own, LABELS, {}) | score_calibrated(own, LABELS, own_ones[i])).items():
-            assert found[f"member_{i}/{name}"] == value
+    metrics = score_members(SCORES, LABELS, {}, own_ones)
+    for i, member_scores in enumerate(SCORES):
+        for name, value in (
+            score(member_scores, LABELS, {}) | score_calibrated(member_scores, LABELS, own_ones[i])
+        ).items():
+            assert metrics[f"member_{i}/{name}"] == value
     for name in ("mcc", "nll", "calibrated/ece"):
-        assert found[f"members/{name}"] == pytest.approx(np.mean([found[f"member_{i}/{name}"] for i in range(3)]))
-    assert found["disagreement"] == disagreement(SCORES)
+        assert metrics[f"members/{name}"] == pytest.approx(np.mean([metrics[f"member_{i}/{name}"] for i in range(3)]))
+    assert metrics["disagreement"] == disagreement(SCORES)
 
 
 def test_the_mean_of_what_one_member_has_no_value_for_is_none() -> None:
-    found = score_members(SCORES, np.ones(4, int), {}, [AS_IT_IS] * 3)
-    assert found["member_0/auroc"] is None
-    assert found["members/auroc"] is None
+    metrics = score_members(SCORES, np.ones(4, int), {}, [AS_IT_IS] * 3)
+    assert metrics["member_0/auroc"] is None
+    assert metrics["members/auroc"] is None
 
 
 def test_the_mean_probability_is_never_less_likely_than_the_members_on_average() -> None:

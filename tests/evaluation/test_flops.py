@@ -51,9 +51,9 @@ class Linear:
         return 2 * self.module.in_features * self.module.out_features * self.tokens
 
 
-def linears(made: Pack, method: Adapter) -> list[Linear]:
-    found, decoder = [], 0
-    for path, layer in made.backbone.layers:
+def linears(packed: Pack, method: Adapter) -> list[Linear]:
+    linears_of_pack, decoder = [], 0
+    for path, layer in packed.backbone.layers:
         decoder += path.startswith("decoder")
         first = path.endswith(".0")
         for name, module in layer.named_modules():
@@ -63,25 +63,25 @@ def linears(made: Pack, method: Adapter) -> list[Linear]:
             full = f"{path}.{name}"
             cross = "EncDecAttention" in full and full.endswith((".k", ".v"))
             seen = T if cross or not path.startswith("decoder") else 1
-            seen = 1 if asks_once(made, path) and not name.endswith((".key", ".value")) else seen
+            seen = 1 if asks_once(packed, path) and not name.endswith((".key", ".value")) else seen
             reads = name.endswith((".query", ".key", ".value", ".q", ".k", ".v")) and "EncDec" not in name
-            found.append(Linear(full, base, seen, not (first and reads)))
+            linears_of_pack.append(Linear(full, base, seen, not (first and reads)))
     if method.trains_backbone:  # the embeddings too
-        return [Linear(each.name, each.module, each.tokens, True) for each in found]
-    return found
+        return [Linear(linear.name, linear.module, linear.tokens, True) for linear in linears_of_pack]
+    return linears_of_pack
 
 
-def asks_once(made: Pack, path: str) -> bool:
-    """Whether the head sees one position of this layer, and the others are not made."""
-    layers = made.backbone.layers
-    return isinstance(made.backbone, Bert) and path == layers[-1][0] and made.depth < len(layers)
+def asks_once(packed: Pack, path: str) -> bool:
+    """Return whether the head reads one position of this layer, and the others are not computed."""
+    layers = packed.backbone.layers
+    return isinstance(packed.backbone, Bert) and path == layers[-1][0] and packed.depth < len(layers)
 
 
-def attention(made: Pack) -> int:
+def attention(packed: Pack) -> int:
     """Scores and sums of values of one row, forward."""
     total = 0
-    for path, _ in made.backbone.layers:
-        seen = 1 if asks_once(made, path) else T
+    for path, _ in packed.backbone.layers:
+        seen = 1 if asks_once(packed, path) else T
         total += 4 * INNER * (1 + T) if path.startswith("decoder") else 4 * seen * T * INNER
     return total
 
@@ -96,43 +96,43 @@ def head(form: str) -> tuple[int, int]:
     return dense + out, 2 * (dense + out)
 
 
-def added(update: Update, each: Linear) -> tuple[float, float]:
-    """What an adapter adds per row, and what per step whatever the rows."""
-    a, b, t = each.module.in_features, each.module.out_features, each.tokens
+def added(update: Update, linear: Linear) -> tuple[float, float]:
+    """Return what an adapter adds per row, and per step whatever the rows."""
+    a, b, t = linear.module.in_features, linear.module.out_features, linear.tokens
     if isinstance(update, LowRank):
         r = update.factors()[0].shape[0]
-        forward, to_low, to_input = 2 * r * (a + b) * t, 2 * r * b * t, 2 * r * a * t * each.below
+        forward, to_low, to_input = 2 * r * (a + b) * t, 2 * r * b * t, 2 * r * a * t * linear.below
         of_A = 0 if not update.lora_A.requires_grad else 2 * r * a * t
         once = 2 * a * b * r + 2 * r * r * a + 2 * r * r * b if update.magnitude is not None else 0
         return forward + to_low + to_input + of_A + 2 * r * b * t, once
     if isinstance(update, Between):
         r = update.rank
-        return 2 * r * (a + b + r) * t + 2 * r * b * t + 2 * r * r * t + (2 * r * r + 2 * r * a) * t * each.below, 0
+        return 2 * r * (a + b + r) * t + 2 * r * b * t + 2 * r * r * t + (2 * r * r + 2 * r * a) * t * linear.below, 0
     if type(update).__name__ == "Triplets":
         r = len(update.lora_A)  # type: ignore[arg-type]
-        return 2 * r * (a + b) * t + 2 * r * b * t * 2 + 2 * r * a * t * (1 + each.below), 0
+        return 2 * r * (a + b) * t + 2 * r * b * t * 2 + 2 * r * a * t * (1 + linear.below), 0
     if type(update).__name__ == "Scaled":
         r = update.rank
-        return 2 * r * (a + b) * t + 2 * r * b * t + 2 * r * a * t * each.below, 0
+        return 2 * r * (a + b) * t + 2 * r * b * t + 2 * r * a * t * linear.below, 0
     return 0, 0  # BitFit: a sum
 
 
-def by_formula(made: Pack, method: Adapter, form: str) -> float:
-    every, updates = linears(made, method), made.updates[0]
+def by_formula(packed: Pack, method: Adapter, form: str) -> float:
+    every, updates = linears(packed, method), packed.updates[0]
     ahead, back = head(form)
     trains_layers = bool(updates) or method.trains_backbone
-    row = sum(each.product for each in every) + attention(made) + ahead + back
+    row = sum(linear.product for linear in every) + attention(packed) + ahead + back
     once = 0.0
     if trains_layers:
-        row += sum(each.product * each.below for each in every) + 2 * attention(made)
+        row += sum(linear.product * linear.below for linear in every) + 2 * attention(packed)
     else:
         row -= ahead if form == "t5_encoder" else 2 * D * D  # nothing below the head's first product asks
     if method.trains_backbone:
-        row += sum(each.product for each in every)
+        row += sum(linear.product for linear in every)
         row += 2 * D * 2 if form == "t5" else 0
-    for each in every:
-        if each.name in updates:
-            per_row, per_step = added(updates[each.name], each)
+    for linear in every:
+        if linear.name in updates:
+            per_row, per_step = added(updates[linear.name], linear)
             row, once = row + per_row, once + per_step
     return N * row + once
 
@@ -143,8 +143,8 @@ def test_the_flops_of_a_step_are_those_of_the_formula(method: str, form: str) ->
     if (method, form) in UNFIT:
         pytest.skip("does not go together")
     settings = adapter(method, *SMALL.get(method, ()))
-    made: Any = pack(form, (settings, 0), backbone=make(*FORMS[form]))
-    learned, _ = tables(made.backbone)
-    prepare(made, trainer(), learned)
-    measured = FlopModel.measure(lambda rows, length: dummy_step(made, rows, length))(N, T)
-    assert measured == pytest.approx(by_formula(made, settings, form), rel=0.02)
+    packed: Any = pack(form, (settings, 0), backbone=make(*FORMS[form]))
+    learned, _ = tables(packed.backbone)
+    prepare(packed, trainer(), learned)
+    measured = FlopModel.measure(lambda rows, length: probe_step(packed, rows, length))(N, T)
+    assert measured == pytest.approx(by_formula(packed, settings, form), rel=0.02)

@@ -39,8 +39,8 @@ def plain_ece(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
     for s, y in zip(scores.tolist(), labels.tolist(), strict=True):
         confidence = max(s, 1 - s)
-        place = next(i for i in range(15) if confidence <= (i + 1) / 15)
-        bins[place].append((confidence, (s >= 0.5) == (y == 1)))
+        bin_number = next(i for i in range(15) if confidence <= (i + 1) / 15)
+        bins[bin_number].append((confidence, (s >= 0.5) == (y == 1)))
     total = 0.0
     for members in bins:
         if members:
@@ -166,9 +166,9 @@ ROWS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60
 
 
 def mcc(predicted: np.ndarray, labels: np.ndarray) -> float:
-    found = score(predicted.astype(np.float64), labels, {})["mcc"]
-    assert found is not None
-    return found
+    value = score(predicted.astype(np.float64), labels, {})["mcc"]
+    assert value is not None
+    return value
 
 
 @settings(deadline=None)

@@ -16,9 +16,9 @@ SCORES = np.array([0.9, 0.8, 0.6, 0.1, 0.2, 0.7, 0.4, 0.3])  # right but for row
 
 
 def trial(name: str, rows: list[int], scores: list[float], labels: list[int] | None = None) -> Trial:
-    places = np.array(rows, dtype=np.int64)
-    new = LABELS[places] if labels is None else np.array(labels, dtype=np.int64)
-    return Trial(name, labels is None, places, new, np.array(scores, dtype=np.float64))
+    positions = np.array(rows, dtype=np.int64)
+    new = LABELS[positions] if labels is None else np.array(labels, dtype=np.int64)
+    return Trial(name, labels is None, positions, new, np.array(scores, dtype=np.float64))
 
 
 def f1(answers: list[int]) -> float:
@@ -27,28 +27,28 @@ def f1(answers: list[int]) -> float:
 
 def test_a_transform_that_keeps_labels() -> None:
     # Seed 0 makes rows 0 and 3 wrong and mends row 5; seed 1 makes row 0 wrong; row 1 stays right in both.
-    found = robustness(
+    metrics = robustness(
         SCORES,
         LABELS,
         [trial("typo", [0, 1, 3, 5], [0.2, 0.7, 0.6, 0.4]), trial("typo", [0, 1], [0.1, 0.9])],
     )
     clean, first, second = [1, 1, 1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1, 0, 0]
-    assert found["typo/changed"] == pytest.approx((4 + 2) / 2 / 8)
-    assert found["typo/accuracy"] == pytest.approx((5 / 8 + 5 / 8) / 2)
-    assert found["typo/accuracy_drop"] == pytest.approx((6 / 8 - 5 / 8) / (6 / 8))
-    assert found["typo/f1"] == pytest.approx((f1(first) + f1(second)) / 2)
-    assert found["typo/f1_worst"] == pytest.approx(min(f1(first), f1(second)))
-    assert found["typo/f1_drop"] == pytest.approx(1 - (f1(first) + f1(second)) / 2 / f1(clean))
+    assert metrics["typo/changed"] == pytest.approx((4 + 2) / 2 / 8)
+    assert metrics["typo/accuracy"] == pytest.approx((5 / 8 + 5 / 8) / 2)
+    assert metrics["typo/accuracy_drop"] == pytest.approx((6 / 8 - 5 / 8) / (6 / 8))
+    assert metrics["typo/f1"] == pytest.approx((f1(first) + f1(second)) / 2)
+    assert metrics["typo/f1_worst"] == pytest.approx(min(f1(first), f1(second)))
+    assert metrics["typo/f1_drop"] == pytest.approx(1 - (f1(first) + f1(second)) / 2 / f1(clean))
     mcc = [sklearn.metrics.matthews_corrcoef(LABELS, answers) for answers in (first, second)]
-    assert found["typo/mcc"] == pytest.approx(np.mean(mcc))
-    assert found["typo/mcc_worst"] == pytest.approx(min(mcc))
-    assert found["typo/flip_rate"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert metrics["typo/mcc"] == pytest.approx(np.mean(mcc))
+    assert metrics["typo/mcc_worst"] == pytest.approx(min(mcc))
+    assert metrics["typo/flip_rate"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     # Rows 0, 1, 3 were right and are changed; 0 and 3 are made wrong by some seed.
-    assert found["typo/attack_success"] == pytest.approx(2 / 3)
+    assert metrics["typo/attack_success"] == pytest.approx(2 / 3)
 
 
 def test_over_all_transforms_that_keep_labels() -> None:
-    found = robustness(
+    metrics = robustness(
         SCORES,
         LABELS,
         [
@@ -57,20 +57,20 @@ def test_over_all_transforms_that_keep_labels() -> None:
             trial("number", [0, 2, 6], [0.4, 0.9, 0.1], [0, 0, 0]),
         ],
     )
-    assert found["perturbed/changed"] == pytest.approx((2 / 8 + 1) / 2)
+    assert metrics["perturbed/changed"] == pytest.approx((2 / 8 + 1) / 2)
     for name in ("accuracy", "f1", "mcc", "flip_rate"):
-        parts = [found["typo/" + name], found["order/" + name]]
-        assert found["perturbed/" + name] == pytest.approx(sum(x for x in parts if x is not None) / 2)
-    assert found["perturbed/accuracy_worst"] == pytest.approx(5 / 8)
-    assert found["perturbed/accuracy_drop"] == pytest.approx((6 / 8 - (5 / 8 + 6 / 8) / 2) / (6 / 8))
-    assert found["order/flip_rate"] == pytest.approx(2 / 8)
-    assert found["perturbed/order_consistency"] == pytest.approx(6 / 8)
-    assert found["perturbed/attack_success"] == pytest.approx(2 / 6)  # rows 0 and 2 of the six that were right
+        values = [metrics["typo/" + name], metrics["order/" + name]]
+        assert metrics["perturbed/" + name] == pytest.approx(sum(x for x in values if x is not None) / 2)
+    assert metrics["perturbed/accuracy_worst"] == pytest.approx(5 / 8)
+    assert metrics["perturbed/accuracy_drop"] == pytest.approx((6 / 8 - (5 / 8 + 6 / 8) / 2) / (6 / 8))
+    assert metrics["order/flip_rate"] == pytest.approx(2 / 8)
+    assert metrics["perturbed/order_consistency"] == pytest.approx(6 / 8)
+    assert metrics["perturbed/attack_success"] == pytest.approx(2 / 6)  # rows 0 and 2 of the six that were right
 
 
 def test_a_transform_that_changes_labels() -> None:
-    found = robustness(SCORES, LABELS, [trial("number", [0, 2, 6], [0.4, 0.9, 0.1], [0, 0, 0])])
-    assert found == {
+    metrics = robustness(SCORES, LABELS, [trial("number", [0, 2, 6], [0.4, 0.9, 0.1], [0, 0, 0])])
+    assert metrics == {
         "number/changed": pytest.approx(3 / 8),
         "number/accuracy": pytest.approx(2 / 3),
         "number/accuracy_worst": pytest.approx(2 / 3),
@@ -91,9 +91,9 @@ def test_what_changes_nothing_or_makes_nothing_worse() -> None:
 
 
 def test_a_drop_from_nothing_has_no_value() -> None:
-    found = robustness(np.full(8, 0.1), LABELS, [trial("typo", [0], [0.9])])
-    assert found["typo/f1_drop"] is found["typo/mcc_drop"] is None
-    assert found["typo/accuracy_drop"] == pytest.approx(-1 / 4)
+    metrics = robustness(np.full(8, 0.1), LABELS, [trial("typo", [0], [0.9])])
+    assert metrics["typo/f1_drop"] is metrics["typo/mcc_drop"] is None
+    assert metrics["typo/accuracy_drop"] == pytest.approx(-1 / 4)
 
 
 def test_scores_that_are_not_numbers_are_refused() -> None:

@@ -13,7 +13,7 @@ from lora_bench.config.build import build_data
 from lora_bench.data.examples import Examples
 from lora_bench.errors import Code
 from lora_bench.evaluation.metrics import score
-from lora_bench.evaluation.stress_splits import describe, perturbations, score_besides
+from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_transforms, score_stress_splits
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, composed
 
@@ -33,31 +33,31 @@ class Scorer:
     """Answers 1 where the texts hold no typing error and no 'Please'; remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[list[tuple[str, ...]]] = []
+        self.requests: list[list[tuple[str, ...]]] = []
 
     def __call__(self, examples: Examples) -> Any:
         rows = list(zip(*examples.texts, strict=True))
-        self.asked.append(rows)
-        known = {text for column in SPLIT.texts for text in column}
-        return np.array([0.9 if set(row) <= known else 0.2 for row in rows])
+        self.requests.append(rows)
+        texts = {text for column in SPLIT.texts for text in column}
+        return np.array([0.9 if set(row) <= texts else 0.2 for row in rows])
 
 
 def figures(*overrides: str, seen: tuple[Examples, ...] = ()) -> tuple[dict[str, float | None], Scorer, list[str]]:
     scorer, lines = Scorer(), list[str]()
     data = settings(*overrides)
     scores = np.array([0.9, 0.9, 0.9, 0.9])
-    metrics = score_besides(data, SPLIT, scores, scorer, seen=seen, metrics={}, tell=lines.append)
+    metrics = score_stress_splits(data, SPLIT, scores, scorer, seen=seen, metrics={}, log=lines.append)
     return metrics, scorer, lines
 
 
 def test_nothing_more_is_scored_unless_asked() -> None:
     assert figures()[0] == {}
-    assert describe(settings(), {"validation": SPLIT}, ()) == {}
+    assert describe_stress_splits(settings(), {"validation": SPLIT}, ()) == {}
 
 
 def test_only_what_a_transform_changed_is_scored_and_each_different_pair_once() -> None:
     metrics, scorer, lines = figures("data.perturb=[typo,order]", "data.perturb_seeds=5", "data.intensity=0.01")
-    typos, orders = scorer.asked
+    typos, orders = scorer.requests
     assert len(set(typos)) == len(typos) < 3 * 5  # the pair in Chinese has no word to mistype
     assert all("学習?" not in row for row in typos)
     assert orders == list(zip(SECOND, FIRST, strict=True))  # once: nothing is drawn
@@ -69,22 +69,24 @@ def test_only_what_a_transform_changed_is_scored_and_each_different_pair_once() 
 
 
 def test_a_changed_number_makes_a_duplicate_none() -> None:
-    found, scorer, _ = figures("data.perturb=number", "data.perturb_seeds=1")
-    assert len(scorer.asked[0]) == 1
-    assert found["number/changed"] == 1 / 4
-    assert found["number/accuracy"] == 1.0
-    assert found["number/attack_success"] == 0.0
+    metrics, scorer, _ = figures("data.perturb=number", "data.perturb_seeds=1")
+    assert len(scorer.requests[0]) == 1
+    assert metrics["number/changed"] == 1 / 4
+    assert metrics["number/accuracy"] == 1.0
+    assert metrics["number/attack_success"] == 0.0
 
 
 def test_unseen_rows_have_figures_of_their_own() -> None:
     seen = Examples(np.arange(1), (["Is 7 many?"], ["other"]), np.array([1]))
-    found, scorer, _ = figures("data.unseen=true", seen=(seen, seen))
+    metrics, scorer, _ = figures("data.unseen=true", seen=(seen, seen))
     rows = np.array([0, 2, 3])
-    assert scorer.asked == []
+    assert scorer.requests == []
     assert SPLIT.labels is not None
     expected = score(np.full(3, 0.9), SPLIT.labels[rows], {})
-    assert found == {f"unseen/{name}": value for name, value in expected.items()}
-    assert describe(settings("data.unseen=true"), {"validation": SPLIT}, (seen,)) == {"unseen": {"validation": 3}}
+    assert metrics == {f"unseen/{name}": value for name, value in expected.items()}
+    assert describe_stress_splits(settings("data.unseen=true"), {"validation": SPLIT}, (seen,)) == {
+        "unseen": {"validation": 3}
+    }
 
 
 def test_no_unseen_row_leaves_no_figure() -> None:
@@ -92,18 +94,20 @@ def test_no_unseen_row_leaves_no_figure() -> None:
 
 
 def test_the_record_names_the_transforms() -> None:
-    said = describe(settings("data.perturb=[order,word]", "data.perturb_seeds=2"), {"validation": SPLIT}, ())
+    described = describe_stress_splits(
+        settings("data.perturb=[order,word]", "data.perturb_seeds=2"), {"validation": SPLIT}, ()
+    )
     words = ["contraction", "synonym", "stop_word", "number_alike", "entity_alike", "number", "entity"]
-    assert said == {"perturb": {"transforms": ["order", *words], "seeds": 2, "intensity": 0.2}}
+    assert described == {"perturb": {"transforms": ["order", *words], "seeds": 2, "intensity": 0.2}}
 
 
 def test_unknown_and_unsuited_transforms_are_refused() -> None:
-    assert perturbations(settings()) == []
+    assert resolve_transforms(settings()) == []
     with refuses(Code.UNKNOWN_CHOICE, key="data.perturb") as caught:
-        perturbations(settings("data.perturb=tipo"))
+        resolve_transforms(settings("data.perturb=tipo"))
     assert caught.value.value == "tipo"
     assert "typo" in str(caught.value.remedy)
     with refuses(Code.UNSUPPORTED, key="data.perturb") as caught:
-        perturbations(replace(settings("data.perturb=[entity]"), task="rte"))
+        resolve_transforms(replace(settings("data.perturb=[entity]"), task="rte"))
     assert caught.value.value == "entity"
     assert "rte" in caught.value.reason

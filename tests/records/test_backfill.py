@@ -17,7 +17,7 @@ from lora_bench.analysis.summary import summarise
 from lora_bench.backbones.families import family_names
 from lora_bench.config.schema import DATA
 from lora_bench.errors import Code
-from lora_bench.records.backfill import KINDS, choice_of_kind, filled
+from lora_bench.records.backfill import OPTIONS, TYPE_KEYS, fill_defaults
 from tests.command_line import lora_bench, refused, toy_run
 from tests.helpers import composed
 
@@ -45,34 +45,33 @@ def record_of(*overrides: str, **choices: str) -> dict[str, Any]:
 def test_what_is_there_stays_and_what_is_not_has_its_default() -> None:
     record = record_of("adapter=dora", "adapter.rank=3", "trainer.average=0.25", "data.perturb=typo", adapter="dora")
     whole = json.loads(json.dumps(record["config"]))
-    assert filled(record) == whole
+    assert fill_defaults(record) == whole
     for group, key in (("adapter", "magnitude"), ("data", "augment"), ("trainer", "precision"), ("optimizer", "eps")):
         del record["config"][group][key]
     del record["config"]["pack"], record["config"]["tracking"]
-    assert filled(record) == whole  # of dora, not of lora: magnitude is true
+    assert fill_defaults(record) == whole  # of dora, not of lora: magnitude is true
     assert "pack" not in record["config"]
 
 
 def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
     record = record_of("adapter=adalora", adapter="mine", model="mine", data="mine")
     del record["config"]["adapter"]["beta1"], record["config"]["model"]["revision"], record["config"]["data"]["unseen"]
-    found = filled(record)
+    found = fill_defaults(record)
     assert (found["adapter"]["beta1"], found["model"]["revision"], found["data"]["unseen"]) == (0.85, None, False)
     every = {"init_from": None, "matching": False}
     strange = record_of(adapter="mine")
     strange["config"]["adapter"] = {"method": "bias", "default_lr": 1e-3}
-    assert filled(strange)["adapter"] == {"method": "bias", "default_lr": 1e-3, **every}
+    assert fill_defaults(strange)["adapter"] == {"method": "bias", "default_lr": 1e-3, **every}
     shadowed = record_of(adapter="lora")  # a file of the user's that is called like one of ours
     shadowed["config"]["adapter"] = {"method": "bias", "default_lr": 1e-3}
-    assert filled(shadowed)["adapter"] == {"method": "bias", "default_lr": 1e-3, **every}
+    assert fill_defaults(shadowed)["adapter"] == {"method": "bias", "default_lr": 1e-3, **every}
 
 
 def test_every_kind_has_a_choice_that_is_one() -> None:
     for group, kinds in (("model", family_names()), ("data", DATA), ("adapter", method_names())):
         for kind in kinds:
-            choice = choice_of_kind(group, kind)
-            node = composed(f"{group}={choice}", *(["data.path=x"] if kind == "files" else []))[group]
-            assert node[KINDS[group]] == kind
+            node = composed(f"{group}={OPTIONS.get(kind, kind)}", *(["data.path=x"] if kind == "files" else []))[group]
+            assert node[TYPE_KEYS[group]] == kind
 
 
 def test_an_older_run_is_scored_labels_pairs_and_is_gone_on_with(in_tmp: Path) -> None:

@@ -25,7 +25,7 @@ from lora_bench.console.redaction import redact
 from lora_bench.errors import Code, RunFailedError, UserError, argument
 from lora_bench.files import atomic_io
 from lora_bench.records import folder_lock, run_folder
-from lora_bench.records.run_folder import Run, discard, find, is_killed, last_logged, read
+from lora_bench.records.run_folder import Run, discard, find_runs, is_killed, read
 from tests.command_line import refuses
 
 if TYPE_CHECKING:
@@ -206,6 +206,13 @@ def test_a_failing_write_leaves_the_older_record_whole(run: Run, full_disk: Call
     assert run.record == json.loads(before)
 
 
+def test_the_log_has_a_line_for_each_evaluation(run: Run) -> None:
+    run.log({"step": 1, "loss": math.nan})
+    run.log({"step": 2, "split": "sélection"})
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": None}, {"step": 2, "split": "sélection"}]
+
+
 def test_a_deleted_folder_is_not_brought_back(run: Run) -> None:
     for path in sorted(run.folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -229,10 +236,10 @@ def test_finish_states_the_end(run: Run) -> None:
 
 
 def test_a_finished_run_has_given_up_its_claim(run: Run) -> None:
-    assert folder_lock.is_taken(run.folder)
+    assert folder_lock.is_locked(run.folder)
     assert not is_killed(run.folder, run.record)
     run.finish("done")
-    assert not folder_lock.is_taken(run.folder)
+    assert not folder_lock.is_locked(run.folder)
 
 
 def test_a_run_is_reopened_by_one_at_a_time_and_rewound(run: Run) -> None:
@@ -257,17 +264,6 @@ def test_an_empty_record_is_taken_over(tmp_path: Path) -> None:
     """A process was killed between making the file and writing it."""
     (tmp_path / "run.json").touch()
     assert read(take(tmp_path).folder)["status"] == "running"
-
-
-def test_metrics_lines(run: Run) -> None:
-    assert last_logged(run.folder) is None
-    run.log({"step": 1, "loss": math.nan})
-    run.log({"step": 2, "split": "sélection"})
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": None}, {"step": 2, "split": "sélection"}]
-    with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n{"step": 3, "sp')
-    assert last_logged(run.folder) == lines[-1]
 
 
 def test_predictions_have_fixed_types_and_unknown_labels(run: Run) -> None:
@@ -376,7 +372,7 @@ def test_an_unreadable_record_is_named_and_skipped(tmp_path: Path, text: str, da
         read(tmp_path)
     assert caught.value.file == tmp_path / "run.json"
     assert datum in caught.value.reason
-    ((folder, why),) = find([tmp_path])[1]
+    ((folder, why),) = find_runs([tmp_path])[1]
     assert folder == tmp_path
     assert caught.value.reason in why
 
@@ -407,7 +403,7 @@ def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> No
     (tmp_path / "sweep/9").mkdir()
     (tmp_path / "sweep/9/run.json").write_text("{")
     (tmp_path / "sweep/loop").symlink_to(tmp_path)
-    runs, skipped = find([tmp_path / "sweep/10", tmp_path, tmp_path / "sweep"])
+    runs, skipped = find_runs([tmp_path / "sweep/10", tmp_path, tmp_path / "sweep"])
     assert [str(folder.relative_to(tmp_path)) for folder, _ in runs] == [
         "sweep/1",
         "sweep/2",
@@ -419,11 +415,11 @@ def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> No
 
 def test_find_names_paths_that_are_no_folders(tmp_path: Path) -> None:
     (tmp_path / "table.md").touch()
-    runs, ((skipped, reason),) = find([tmp_path / "table.md"])
+    runs, ((skipped, reason),) = find_runs([tmp_path / "table.md"])
     assert (runs, skipped) == ([], tmp_path / "table.md")
     assert "Not a directory" in reason
     with refuses(Code.NOT_FOUND) as caught:
-        find([tmp_path, tmp_path / "outptus"])
+        find_runs([tmp_path, tmp_path / "outptus"])
     assert caught.value.file == tmp_path / "outptus"
 
 
@@ -476,7 +472,7 @@ def test_find_skips_what_is_no_file_or_folder_with_the_reason(tmp_path: Path) ->
     with (tmp_path / "huge/run.json").open("wb") as file:
         file.truncate(10 * 2**30)
     (tmp_path / "self").symlink_to("self")
-    runs, skipped = find([tmp_path, tmp_path / "self"])
+    runs, skipped = find_runs([tmp_path, tmp_path / "self"])
     assert [folder.name for folder, _ in runs] == ["whole"]
     reasons = {folder.name: reason for folder, reason in skipped}
     assert set(reasons) == {"fifo", "loop", "folder", "huge", "self"}
@@ -484,11 +480,6 @@ def test_find_skips_what_is_no_file_or_folder_with_the_reason(tmp_path: Path) ->
     assert "symbolic links" in reasons["loop"]
     assert "symbolic links" in reasons["self"]
     assert "10,737,418,240 bytes" in reasons["huge"]
-
-
-def test_the_last_line_of_a_log_that_is_no_file_is_unknown(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    assert last_logged(tmp_path) is None
 
 
 def test_a_log_that_cannot_be_read_is_not_rewound(run: Run) -> None:

@@ -31,11 +31,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 def browser() -> Iterator[Browser]:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        found = next(filter(None, map(shutil.which, (*NAMES, own))), None)
-        if found is None:
+        installed = playwright.chromium.executable_path
+        executable = next(filter(None, map(shutil.which, (*NAMES, installed))), None)
+        if executable is None:
             pytest.skip("no Chromium is installed here")
-        browser = playwright.chromium.launch(executable_path=found)
+        browser = playwright.chromium.launch(executable_path=executable)
         yield browser
         browser.close()
 
@@ -53,8 +53,8 @@ class Opened:
         self.page.goto(file.as_uri())
 
     def rows(self) -> list[str]:
-        shown = self.page.locator(".leaderboard tbody tr:visible")
-        return [" ".join(row.locator("td").all_inner_texts()[:2]) for row in shown.all()]
+        rows = self.page.locator(".leaderboard tbody tr:visible")
+        return [" ".join(row.locator("td").all_inner_texts()[:2]) for row in rows.all()]
 
     def is_quiet(self) -> None:
         assert {url.split(":")[0] for url in self.requests} <= {"file", "data"}
@@ -63,17 +63,17 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def file(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("page") / "report.html"
-    made.write_text(report(summarise([runs])), encoding="utf-8")
-    return made
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(report(summarise([runs])), encoding="utf-8")
+    return path
 
 
 @pytest.fixture
 def opened(browser: Browser, file: Path) -> Iterator[Opened]:
-    made = Opened(browser, file)
-    yield made
-    made.is_quiet()
-    made.page.context.close()
+    opened_page = Opened(browser, file)
+    yield opened_page
+    opened_page.is_quiet()
+    opened_page.page.context.close()
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_the_policy_stops_what_would_leave(browser: Browser, file: Path) -> None
         "() => { document.body.append(Object.assign(document.createElement('script'), {text: '1'})); }"
     )
     opened.page.wait_for_timeout(50)
-    assert len([each for each in opened.complaints if "Content Security Policy" in each]) == 2
+    assert len([complaint for complaint in opened.complaints if "Content Security Policy" in complaint]) == 2
     opened.page.context.close()
 
 

@@ -70,9 +70,9 @@ def test_no_finished_run(tmp_path: Path) -> None:
 def test_the_numbers_are_those_of_the_table(runs: Path) -> None:
     table = summarise([runs])
     html = page(table)
-    shown = [json.loads(found) for found in re.findall(r'data-value="([^"]*)">(?:<b>)?0\.\d{4} ± ', html)]
-    means = [row.stats[c.name].mean for row in table.rows for c in table.columns if c.kind == "metric"]
-    assert shown == pytest.approx(means, rel=1e-9)
+    values = [json.loads(text) for text in re.findall(r'data-value="([^"]*)">(?:<b>)?0\.\d{4} ± ', html)]
+    means = [row.stats[c.name].mean for row in table.rows for c in table.columns if c.format == "metric"]
+    assert values == pytest.approx(means, rel=1e-9)
 
 
 def test_names_cannot_break_out(runs: Path, tmp_path: Path) -> None:
@@ -116,29 +116,29 @@ def test_damaged_files_are_left_out(tmp_path: Path) -> None:
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1\nnull\n[1]\n{"step": "x", "metrics": []}\n')
         (tmp_path / name / "evaluations" / "paws.json").write_text("{")
         (tmp_path / name / "evaluations" / "qqp.json").write_text('{"metrics": {"validation/mcc": "high"}, "data": []}')
-    found = Outline(page(summarise([tmp_path]))).sections
-    assert not {"curves", "calibration", "robustness", "disagreements"} & set(found)
+    sections = Outline(page(summarise([tmp_path]))).sections
+    assert not {"curves", "calibration", "robustness", "disagreements"} & set(sections)
 
 
 def test_scores_fall_from_those_of_the_same_data(tmp_path: Path) -> None:
-    """What is perturbed is compared with its own data as it is, other data with the reported split."""
+    """Perturbed texts are compared with their own data unperturbed, other data with the reported split."""
     make(tmp_path / "a", "lora", 0, 0.6)
     html = page(summarise([tmp_path]))
-    for place, before, there, change in (
+    for condition, before, after, change in (
         ("paws", "0.6000", "0.3500", "−0.2500"),
         ("typo", "0.6000", "0.5500", "−0.0500"),
         ("paws: typo", "0.3500", "0.2500", "−0.1000"),
     ):
-        numbers = "".join(f'<td class="number">{number}</td>' for number in (before, there))
-        assert f'<td>{place}</td><td class="number">1</td>{numbers}<td>{change}</td>' in html
+        numbers = "".join(f'<td class="number">{number}</td>' for number in (before, after))
+        assert f'<td>{condition}</td><td class="number">1</td>{numbers}<td>{change}</td>' in html
 
 
 def test_every_key_that_differs_is_told(runs: Path) -> None:
     html = page(summarise([runs]))
-    told = html[html.index('<section id="configuration"') : html.index('<section id="environment"')]
-    differ = re.findall(r'<th scope="row">([^<]*)</th><td>(.*?)</td>', told.partition("<details>")[0])
-    found = {key: re.findall(r"<code>([^<]*)</code> \((\d+)\)", values) for key, values in differ}
-    assert found == {
+    section = html[html.index('<section id="configuration"') : html.index('<section id="environment"')]
+    differ = re.findall(r'<th scope="row">([^<]*)</th><td>(.*?)</td>', section.partition("<details>")[0])
+    values_by_key = {key: re.findall(r"<code>([^<]*)</code> \((\d+)\)", values) for key, values in differ}
+    assert values_by_key == {
         "adapter": [("dora", "4"), ("lora", "4")],
         "seed": [("0", "4"), ("1", "4")],
         "adapter.rank": [("8", "4"), ("2", "4")],
@@ -152,9 +152,9 @@ def test_curves_are_drawn_by_step_and_by_what_was_computed(tmp_path: Path) -> No
         run = Run(tmp_path / name, json.loads((tmp_path / name / "run.json").read_text()))
         run.update(cost={"steps": 50, "train_flops": flops, "prepare_flops": 5e12 if name == "b" else None})
     html = page(summarise([tmp_path]))
-    told = html[html.index("Learning curves by TFLOP, mean over runs") :]
+    section = html[html.index("Learning curves by TFLOP, mean over runs") :]
     rows = re.findall(
-        r'<tr>(?:<t[hd][^>]*>)(\w+)</t[hd]><td class="number">([\d.]+)</td>', told.partition("</table>")[0]
+        r'<tr>(?:<t[hd][^>]*>)(\w+)</t[hd]><td class="number">([\d.]+)</td>', section.partition("</table>")[0]
     )
     assert [(name, float(at)) for name, at in rows if name == "lora"] == [("lora", 10.0 * i) for i in range(1, 6)]
     assert [(name, float(at)) for name, at in rows if name == "dora"] == [("dora", 5.0 + i) for i in range(1, 6)]
@@ -166,8 +166,8 @@ def test_curves_are_drawn_by_step_and_by_what_was_computed(tmp_path: Path) -> No
 
 def test_rows_of_one_method_share_a_colour_and_have_dashes_of_their_own(runs: Path) -> None:
     html = page(summarise([runs]))
-    told = html[html.index('<section id="curves"') : html.index('<section id="calibration"')]
-    assert sorted(re.findall(r'class="line (s\d dash\d)"', told.partition("</ul>")[0])) == [
+    section = html[html.index('<section id="curves"') : html.index('<section id="calibration"')]
+    assert sorted(re.findall(r'class="line (s\d dash\d)"', section.partition("</ul>")[0])) == [
         *("s0 dash0", "s0 dash1", "s1 dash0", "s1 dash1")
     ]
 
@@ -197,25 +197,25 @@ def test_a_cost_that_rows_visibly_share_has_no_chart(tmp_path: Path) -> None:
 def test_axes() -> None:
     axis = linear([0.52, 0.58], "MCC")
     assert [words for _, words in axis.ticks] == ["0.52", "0.54", "0.56", "0.58"]
-    assert 0 < axis.at(0.52) < axis.at(0.58) < 1
+    assert 0 < axis.position(0.52) < axis.position(0.58) < 1
     axis = logarithmic([0, 1000, 1e6], "parameters", lambda value: f"{value:g}")
     assert axis.ticks[0] == (0.0, "0")
-    assert axis.at(0) == 0 < axis.at(1000) < axis.at(1e6) < 1
-    assert axis.at(31622.7766) == pytest.approx((axis.at(1000) + axis.at(1e6)) / 2, abs=1e-6)
+    assert axis.position(0) == 0 < axis.position(1000) < axis.position(1e6) < 1
+    assert axis.position(31622.7766) == pytest.approx((axis.position(1000) + axis.position(1e6)) / 2, abs=1e-6)
 
 
 # -- in words --
 
 
-def verdict_of(tmp_path: Path, *rivals: tuple[str, list[float]], **asked: str) -> tuple[str, str]:
+def verdict_of(tmp_path: Path, *rivals: tuple[str, list[float]], **settings: str) -> tuple[str, str]:
     """Heading and summary, as text, of lora with 0.5 beside rivals with an MCC for each of three seeds."""
     for adapter, values in (("lora", [0.5, 0.5, 0.5]), *rivals):
         for seed, mcc in enumerate(values):
             make(tmp_path / adapter / str(seed), adapter, seed, mcc)
-    html = page(summarise([tmp_path], **asked))
-    found = re.search(r"<h1>(.*?)</h1>.*?(<p class=\"lead\">.*?</p>)", html, re.DOTALL)
-    assert found
-    return found[1], re.sub("<[^>]*>", "", found[2])
+    html = page(summarise([tmp_path], **settings))
+    match = re.search(r"<h1>(.*?)</h1>.*?(<p class=\"lead\">.*?</p>)", html, re.DOTALL)
+    assert match
+    return match[1], re.sub("<[^>]*>", "", match[2])
 
 
 def test_a_rival_that_is_better(tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_a_baseline_that_nothing_beats(tmp_path: Path) -> None:
 
 
 def test_a_difference_that_may_be_chance(tmp_path: Path) -> None:
-    heading, said = verdict_of(tmp_path, ("dora", [0.36, 0.52, 0.68]))
+    heading, summary = verdict_of(tmp_path, ("dora", [0.36, 0.52, 0.68]))
     assert heading == "Nothing is surely better than lora"
-    assert "chance alone may explain" in said
+    assert "chance alone may explain" in summary
 
 
 def test_another_baseline(tmp_path: Path) -> None:

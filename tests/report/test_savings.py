@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_bench.analysis.published import derived_mcc, load, with_anchors
+from lora_bench.analysis.published import add_published_results, derived_mcc, load_published
 from lora_bench.analysis.summary import summarise
 from lora_bench.compare import main
 from lora_bench.report import page
@@ -58,7 +58,7 @@ def test_there_is_no_such_section_without_full_fine_tuning_or_published_figures(
 
 
 def test_published_figures_beside_ours(tmp_path: Path) -> None:
-    known = load()
+    content = load_published()
     of_dev = {
         "fingerprint": "dev",
         "source": "hub",
@@ -66,17 +66,16 @@ def test_published_figures_beside_ours(tmp_path: Path) -> None:
         "positives": {"validation": 14_885},
     }
     make(tmp_path / "runs/l", "lora", 0, [0.6], 1.1e9, data=of_dev)
-    header, *rows = section(with_anchors(summarise([tmp_path / "runs"])), "published")
+    header, *rows = section(add_published_results(summarise([tmp_path / "runs"])), "published")
     assert header == ["published", "accuracy", "f1", "mcc", "source"]
-    figures = [figure for figure in known["figures"] if figure["split"] == "dev"]
+    figures = [figure for figure in content["results"] if figure["split"] == "dev"]
     assert [row[0] for row in rows] == [f"{figure['model']}, {figure['method']}" for figure in figures]
     for figure, row in zip(figures, rows, strict=True):
         assert row[1] == f"{figure['accuracy']:.2f}"
         assert row[4] == figure["source"]
         if "f1" in figure:
-            found = derived_mcc(figure)
-            assert found is not None
-            assert float(row[3]) == pytest.approx((found.low + found.high) / 2, abs=0.0006)
+            mcc = derived_mcc(figure, content["examples"], content["positives"])
+            assert float(row[3]) == pytest.approx(mcc, abs=0.0006)
     assert main([str(tmp_path / "runs"), "--anchors", "--html", str(tmp_path / "page.html")]) == 0
     assert 'id="published"' in (tmp_path / "page.html").read_text(encoding="utf-8")
 

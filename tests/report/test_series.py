@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.summary import summarise
-from lora_bench.report.series import blocks
+from lora_bench.report.series import group_blocks
 from tests.report.runs import make
 
 if TYPE_CHECKING:
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 def test_a_methods_only_row_needs_no_settings_and_others_those_in_which_they_differ(tmp_path: Path) -> None:
     rows = {"full": [(8, 1e-4)], "lora": [(2, 1e-3), (8, 1e-3)], "dora": [(8, 1e-3), (8, 2e-3)]}
-    found = [(adapter, *settings) for adapter, each in rows.items() for settings in each]
-    for number, (adapter, rank, lr) in enumerate(found):
+    settings_by_run = [
+        (adapter, *settings) for adapter, settings_of_method in rows.items() for settings in settings_of_method
+    ]
+    for number, (adapter, rank, lr) in enumerate(settings_by_run):
         make(tmp_path / str(number), adapter, 0, 0.5, rank, lr)
-    (block,) = blocks(summarise([tmp_path]))
+    (block,) = group_blocks(summarise([tmp_path]))
     assert {entry.name for entry in block.entries} == {
         "full",
         "lora rank=2",

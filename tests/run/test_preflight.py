@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lora_bench.errors import Code
-from lora_bench.records.resume import place
+from lora_bench.records.resume import resolve_folder
 from tests.command_line import lora_bench, refused, refuses, toy_run
 
 WRONG = [
@@ -151,7 +151,7 @@ def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
     for folder in (newest, newest.with_name("older")):
         (folder / "run.json").unlink()
     with refuses(Code.NOT_FOUND, key="resume") as caught:
-        place("last", Path("outputs"))
+        resolve_folder("last", Path("outputs"))
     assert (caught.value.value, caught.value.file) == ("last", other)
     assert f"resume={other}" in str(caught.value)
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_bench.adapters.methods.lora import LoRA
+from lora_bench.analysis.summary import summarise
 from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
 from lora_bench.training import prefix_cache
@@ -116,7 +117,7 @@ def test_on_a_cpu_jobs_go_together_where_they_share_layers_or_it_is_asked_for() 
     assert_same("asked/0", "sweep/0", 1e-4)
     answer = lora_bench("train", "-m", *unasked, "hydra.sweep.dir=halved", "seed=0,1", "pack.halving=true")
     assert answer.code == 0, answer
-    assert sorted(record(f"halved/{k}")["status"] for k in range(2)) == ["done", "interrupted"]
+    assert sorted(record(f"halved/{k}")["status"] for k in range(2)) == ["done", "eliminated"]
 
 
 @pytest.mark.usefixtures("in_tmp")
@@ -146,18 +147,24 @@ def test_halving_leaves_one_and_who_was_stopped_can_be_gone_on_with() -> None:
     found = [record(f"sweep/{k}") for k in range(4)]
     assert sorted((each["status"], each["cost"]["steps"]) for each in found) == [
         ("done", 8),
-        ("interrupted", 2),
-        ("interrupted", 2),
-        ("interrupted", 4),
+        ("eliminated", 2),
+        ("eliminated", 2),
+        ("eliminated", 4),
     ]
-    winner, loser = ([each["status"] for each in found].index(status) for status in ("done", "interrupted"))
+    winner = [each["status"] for each in found].index("done")
+    loser, older = (k for k in range(4) if found[k]["status"] == "eliminated" and found[k]["cost"]["steps"] == 2)
     assert not found[loser]["metrics"]
     assert re.search(rf"job {loser}\b.* pack\.halving at step \d", answer.out)
-    assert lora_bench("train", "-m", "resume=sweep").code == 0  # nothing is lacking
-    assert record(f"sweep/{loser}")["status"] == "interrupted"
-    assert lora_bench("train", f"resume=sweep/{loser}").code == 0
+    missing = summarise([Path("sweep")]).missing
+    assert {(run.status, "pack.halving at step" in run.reason) for run in missing} == {("eliminated", True)}
+    found[older]["status"] = "interrupted"  # as version 0.1 recorded it
+    Path(f"sweep/{older}/run.json").write_text(json.dumps(found[older]))
+    assert lora_bench("train", "-m", "resume=sweep").code == 0  # no job is left to run
+    assert [record(f"sweep/{k}")["status"] for k in (loser, older)] == ["eliminated", "interrupted"]
+    for k in (loser, older):
+        assert lora_bench("train", f"resume=sweep/{k}").code == 0
     assert lora_bench("train", "-m", *asked, "hydra.sweep.dir=whole", RATE, *ranks).code == 0
-    for k in (winner, loser):
+    for k in (winner, loser, older):
         assert_same(f"sweep/{k}", f"whole/{k}", 1e-4)
 
 
@@ -169,7 +176,7 @@ def test_halving_says_what_it_does_not_stop() -> None:
     assert re.search(r"job 3\b.* full\b.* pack\.halving\b", answer.out)
     assert re.search(r"note: pack\.halving\b.* 2\b", answer.out)
     statuses = [record(f"sweep/{k}")["status"] for k in range(6)]
-    assert sorted(statuses[:2]) == ["done", "interrupted"]
+    assert sorted(statuses[:2]) == ["done", "eliminated"]
     assert statuses[2:] == ["done"] * 4
     error = refused("train", "-m", *toy_run(SWEEP, halving, "pack.size=1"), "seed=0,1")
     assert (error.code, error.key, error.value) == (Code.CONFLICT, "pack.halving", "true")

@@ -125,9 +125,9 @@ def test_no_process_outlives_a_killed_sweep() -> None:
     killed = subprocess.run(command, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 60
-    while any(folder_lock.is_taken(folder) for folder in Path("sweep").iterdir()) and time.monotonic() < deadline:
+    while any(folder_lock.is_locked(folder) for folder in Path("sweep").iterdir()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(folder_lock.is_taken(folder) for folder in Path("sweep").iterdir())
+    assert not any(folder_lock.is_locked(folder) for folder in Path("sweep").iterdir())
     assert set(statuses().values()) == {"running"}  # killed, that is
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lora_bench.tracking import choices
-from lora_bench.tracking.base import Following, Tracker
+from lora_bench.tracking.base import Tracker, TrackerSession
 from lora_bench.training.cuda_graphs import Backward
 from tests.command_line import lora_bench, toy_run
 
@@ -41,12 +41,12 @@ class Stub(Tracker):
     extra = "stub"
     breaks: bool
 
-    def begin(self, run: Run) -> Following:
+    def start(self, run: Run) -> TrackerSession:
         TOLD.append(Told(run.folder, run.record["status"], run.record["config"]))
-        return StubFollowing(TOLD[-1], self.breaks)
+        return StubSession(TOLD[-1], self.breaks)
 
 
-class StubFollowing(Following):
+class StubSession(TrackerSession):
     def __init__(self, told: Told, breaks: bool) -> None:
         self.told, self.breaks = told, breaks
 

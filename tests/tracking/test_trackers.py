@@ -15,7 +15,7 @@ from lora_bench.errors import Code
 from lora_bench.records import run_folder
 from lora_bench.records.run_folder import Run
 from lora_bench.tracking import base
-from lora_bench.tracking.base import Following, Tracker, follow
+from lora_bench.tracking.base import Tracker, TrackerSession, track_run
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.tracking.mlflow import MLflow
 from lora_bench.tracking.tensorboard import TensorBoard
@@ -50,7 +50,7 @@ LINES = [
 
 def begin(folder: Path, trackers: Mapping[str, Tracker]) -> Run:
     run = Run.claim(folder, choices={"adapter": "lora"}, config=CONFIG, overrides=[])
-    return follow(run, trackers, Console(highlight=False, soft_wrap=True))
+    return track_run(run, trackers, Console(highlight=False, soft_wrap=True))
 
 
 def end(run: Run, lines: list[dict[str, Any]] = LINES, status: str = "done") -> None:
@@ -107,7 +107,13 @@ def found_at(store: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("status", "theirs"),
-    [("done", "FINISHED"), ("failed", "FAILED"), ("diverged", "FAILED"), ("interrupted", "KILLED")],
+    [
+        ("done", "FINISHED"),
+        ("failed", "FAILED"),
+        ("diverged", "FAILED"),
+        ("interrupted", "KILLED"),
+        ("eliminated", "KILLED"),
+    ],
 )
 def test_mlflow_run(tmp_path: Path, store: str, status: str, theirs: str) -> None:
     import mlflow
@@ -126,7 +132,7 @@ def test_mlflow_run(tmp_path: Path, store: str, status: str, theirs: str) -> Non
 def test_mlflow_goes_on_with_a_run_that_was_interrupted(tmp_path: Path, store: str) -> None:
     trackers = {"mlflow": MLflow(uri=store, experiment="mine")}
     end(begin(tmp_path / "run", trackers), LINES[:1], "interrupted")
-    again = follow(Run.reopen(tmp_path / "run"), trackers, Console())
+    again = track_run(Run.reopen(tmp_path / "run"), trackers, Console())
     again.rewind(5)
     end(again, LINES[1:])
     (found,) = found_at(store)
@@ -161,9 +167,9 @@ class Failing(Tracker):
     def __init__(self, moment: str, told: list[str]) -> None:
         self.moment, self.told = moment, told
 
-    def begin(self, run: Run) -> Following:
+    def start(self, run: Run) -> TrackerSession:
         self._at("begin")
-        return _FailingFollowing(self)
+        return _FailingSession(self)
 
     def _at(self, moment: str) -> None:
         self.told.append(moment)
@@ -171,7 +177,7 @@ class Failing(Tracker):
             raise ConnectionError("no\nanswer from sk-abcdefgh12345678")
 
 
-class _FailingFollowing(Following):
+class _FailingSession(TrackerSession):
     def __init__(self, owner: Failing) -> None:
         self.owner = owner
 
@@ -205,7 +211,7 @@ def test_a_failure_is_noted_once_and_stops_nothing_else(
 def test_a_line_without_a_step_counts_as_the_first(tmp_path: Path) -> None:
     steps: list[int] = []
 
-    class Steps(_FailingFollowing):
+    class Steps(_FailingSession):
         def log(self, step: int, values: Mapping[str, float]) -> None:
             steps.append(step)
 

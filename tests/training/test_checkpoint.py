@@ -189,6 +189,20 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
             run(other, resumed_from=[checkpoint])
 
 
+def test_a_member_that_version_0_1_calls_stopped_is_eliminated(tmp_path: Path) -> None:
+    def run(**options: Any) -> str:
+        made = pack("bert", (adapter("lora", "rank=2"), 0))
+        (progress,) = fit(made, [optimizer()], trainer(4, checkpoint_every=2), *tables(made.backbone), **options)
+        return progress.status
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    run(checkpoints=[checkpoints])
+    checkpoint = checkpoints.newest(2)
+    assert checkpoint is not None
+    checkpoint.facts["outcome"]["status"] = "stopped"
+    assert run(begun=[checkpoint]) == "eliminated"
+
+
 def test_state_is_json_and_safetensors_alone(tmp_path: Path) -> None:
     saved(tmp_path, 3)
     folder = tmp_path / "checkpoints" / "step-00000003"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_bench.errors import Code
-from lora_bench.evaluation.calibration import COLDEST, HOTTEST
+from lora_bench.evaluation.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE
 from tests.command_line import lora_bench, refused, toy_run
 
 QUICK = toy_run("data.train_rows=60", "trainer.max_steps=6", "trainer.batch_size=8", "optimizer.lr=0.02")
@@ -115,7 +115,7 @@ def test_each_member_of_a_pack_is_perturbed_by_itself(in_tmp: Path) -> None:
 
 def test_the_temperature_is_that_of_the_selection_split(plain_run: dict[str, Any]) -> None:
     temperature = plain_run["selection"]["temperature"]
-    assert COLDEST <= temperature <= HOTTEST
+    assert MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
     for name in ("nll", "ece", "brier"):
         assert plain_run["metrics"][f"validation/calibrated/{name}"] is not None
     assert "selection/calibrated/nll" not in plain_run["metrics"]  # it was chosen there

@@ -90,10 +90,10 @@ def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(eval_
     undisturbed = fit(whole, [optimizer()] * 4, settings, train, selection)[1]
     assert stopped == [[0, 3], [2], [1]]
     assert [(outcome.status, outcome.steps) for outcome in outcomes] == [
-        ("stopped", 4),
+        ("eliminated", 4),
         ("done", 16),
-        ("stopped", 8),
-        ("stopped", 4),
+        ("eliminated", 8),
+        ("eliminated", 4),
     ]
     assert outcomes[1].without_gain == undisturbed.without_gain
     assert outcomes[1].best is not None

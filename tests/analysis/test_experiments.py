@@ -1,0 +1,31 @@
+"""Keys that distinguish the rows of a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_bench.analysis.summary import summarise
+from tests.test_compare import keys, make, values
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_key_that_only_some_runs_of_a_type_have_distinguishes_them(tmp_path: Path) -> None:
+    """One value among trained runs, and none in the others, is a difference; a type without the key is not."""
+    make(tmp_path / "a", 0.5, config={"trainer.extra": 1})
+    make(tmp_path / "b", 0.6)
+    table = summarise([tmp_path])
+    assert keys(table) == ["trainer.extra"]
+    assert values(table) == [(None,), (1,)]
+
+
+def test_a_key_that_a_whole_type_of_runs_lacks_does_not(tmp_path: Path) -> None:
+    prompt = {"model": None, "adapter": None, "prompt": "zero_shot"}
+    make(tmp_path / "a", 0.5, config={"trainer.extra": 1})
+    make(tmp_path / "b", 0.6, config={"trainer.extra": 1}, choices={"adapter": "dora"})
+    make(tmp_path / "c", 0.4, config={"llm.model": "m"}, choices=prompt)
+    table = summarise([tmp_path])
+    assert "adapter" in keys(table)
+    assert "trainer.extra" not in keys(table)
+    assert len(table.rows) == 3
