@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def listed(text: str) -> dict[str, tuple[int, str, str]]:
     """Number of files, size and outcome by kind."""
     rows = re.findall(r"^ (\w+) +(\d+) +(\d\S* \w*B) +(\S.*?) *$", text, re.MULTILINE)
-    return {kind: (int(count), size, outcome) for kind, count, size, outcome in rows}
+    return {cache: (int(count), size, outcome) for cache, count, size, outcome in rows}
 
 
 def test_a_dry_run_lists_sizes_and_removes_nothing(folder: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def rows() -> dict[str, str]:
-    """What the doctor says, by the name in the first column."""
+    """Return the second column of the doctor's table, by the name in the first."""
     out = io.StringIO()
     doctor.run_doctor(Console(file=out, width=400))
     lines = [line.strip().split("  ", 1) for line in out.getvalue().splitlines() if line.strip()]

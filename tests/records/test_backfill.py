@@ -24,10 +24,10 @@ from tests.helpers import composed
 SINCE = ("data.perturb", "data.intensity", "trainer.average", "trainer.consistency_weight", "adapter.magnitude", "pack")
 
 
-def aged(folder: str | Path, *changes: str, without: tuple[str, ...] = SINCE, **others: Any) -> None:
+def aged(folder: str | Path, *changes: str, without: tuple[str, ...] = SINCE, **sections: Any) -> None:
     """Make the run's record one of before those keys."""
     path = Path(folder, "run.json")
-    record = json.loads(path.read_text()) | others
+    record = json.loads(path.read_text()) | sections
     for key in without:
         node = record["config"]
         *groups, name = key.split(".")
@@ -56,8 +56,8 @@ def test_what_is_there_stays_and_what_is_not_has_its_default() -> None:
 def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
     record = record_of("adapter=adalora", adapter="mine", model="mine", data="mine")
     del record["config"]["adapter"]["beta1"], record["config"]["model"]["revision"], record["config"]["data"]["unseen"]
-    found = fill_defaults(record)
-    assert (found["adapter"]["beta1"], found["model"]["revision"], found["data"]["unseen"]) == (0.85, None, False)
+    config = fill_defaults(record)
+    assert (config["adapter"]["beta1"], config["model"]["revision"], config["data"]["unseen"]) == (0.85, None, False)
     every = {"init_from": None, "matching": False}
     strange = record_of(adapter="mine")
     strange["config"]["adapter"] = {"method": "bias", "default_lr": 1e-3}
@@ -68,15 +68,18 @@ def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
 
 
 def test_every_kind_has_a_choice_that_is_one() -> None:
-    for group, kinds in (("model", family_names()), ("data", DATA), ("adapter", method_names())):
-        for kind in kinds:
-            node = composed(f"{group}={OPTIONS.get(kind, kind)}", *(["data.path=x"] if kind == "files" else []))[group]
-            assert node[TYPE_KEYS[group]] == kind
+    from lora_bench.config.schema import DATA, MODELS
+
+    for group, types in (("model", MODELS), ("data", DATA), ("adapter", ["lora", "adalora", "bitfit", "vera", "full"])):
+        for type_ in types:
+            path = ["data.path=x"] if type_ == "files" else []
+            node = composed(f"{group}={OPTIONS.get(type_, type_)}", *path)[group]
+            assert node[TYPE_KEYS[group]] == type_
 
 
 def test_an_older_run_is_scored_labels_pairs_and_is_gone_on_with(in_tmp: Path) -> None:
-    asked = toy_run("trainer.max_steps=4", "trainer.eval_every=2", "hydra.run.dir=run")
-    assert lora_bench("train", *asked).code == 0
+    arguments = toy_run("trainer.max_steps=4", "trainer.eval_every=2", "hydra.run.dir=run")
+    assert lora_bench("train", *arguments).code == 0
     before = package.load("run").predict([("a", "b"), ("c", "c")])
     aged("run")
     assert package.load("run").predict([("a", "b"), ("c", "c")]).tolist() == before.tolist()
@@ -101,7 +104,7 @@ def test_older_and_newer_runs_are_one_experiment() -> None:
 
 
 def test_older_newer_and_current_schemas_in_one_comparison(in_tmp: Path) -> None:
-    """What another version wrote in another form is told and left out; the rest is compared as ever."""
+    """A record of another schema is listed and left out; the other runs are compared as usual."""
     for name in ("older", "newer", "nameless", "current", "sparse"):
         assert lora_bench("train", *toy_run(f"seed={len(name)}", f"hydra.run.dir=runs/{name}")).code == 0
     aged("runs/older", schema=0)

@@ -1,4 +1,4 @@
-"""What a record says of where a run ran: all versions, and the commit only of lora-bench's own checkout."""
+"""The environment in a record: all versions, and the commit only of lora-bench's own checkout."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_versions_of_every_package_that_results_depend_on() -> None:
-    found = environment.versions()
-    assert found == {name: version(name) for name in environment.PACKAGES}
+    described = environment.versions()
+    assert described == {name: version(name) for name in environment.PACKAGES}
     named = [re.split("[<>=!~; ]", line)[0] for line in requires("lora-bench") or [] if "extra" not in line]
     required = {name for name in named if name}
     no_figure_depends_on = {"rich", "pyyaml", "sentencepiece", "filelock", "xxhash"}  # screen, files, locks
@@ -38,10 +38,10 @@ def test_a_package_that_is_not_there_is_null(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_description_goes_into_json() -> None:
-    found = environment.describe()
-    assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"commit", "dirty", "versions", "platform", "cpu", "cpu_count"}
-    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    described = environment.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert set(described) == {"commit", "dirty", "versions", "platform", "cpu", "cpu_count"}
+    assert described["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_commit_of_a_checkout(checkout: Path) -> None:
     git(checkout, "init", "-q")
     git(checkout, "add", ".")
     git(checkout, "commit", "-qm", "first")
-    found = environment.describe()
-    assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
+    described = environment.describe()
+    assert (described["commit"], described["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
     (checkout / "notes.txt").write_text("untracked files change no result")
     assert environment.describe()["dirty"] is False
     (checkout / "lora_bench" / "errors.py").write_text("changed")
@@ -69,8 +69,8 @@ def test_commit_of_a_checkout(checkout: Path) -> None:
 
 
 def test_outside_git_the_commit_is_null(checkout: Path) -> None:
-    found = environment.describe()
-    assert (found["commit"], found["dirty"]) == (None, None)
+    described = environment.describe()
+    assert (described["commit"], described["dirty"]) == (None, None)
 
 
 def test_someone_elses_repository_is_not_ours(checkout: Path) -> None:

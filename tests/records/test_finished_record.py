@@ -18,7 +18,7 @@ from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.run.settings import Experiment
 from tests.command_line import refuses
 from tests.helpers import composed
-from tests.reliability.test_fuzz import places
+from tests.reliability.test_fuzz import positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,12 +57,12 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_what_a_whole_record_says(tmp_path: Path) -> None:
-    found = read(tmp_path, RECORD)
-    assert (found.members, found.precision, found.text_columns) == (2, "float32", ["question1", "question2"])
-    assert found.calibration is not None
-    assert (found.calibration.temperature, found.calibration.threshold) == (2.0, 0.4)
-    assert [each.temperature for each in found.member_calibrations] == [1.5, 3.0]
-    assert Experiment.of_finished(found).ensemble.members == 2
+    finished = read(tmp_path, RECORD)
+    assert (finished.members, finished.precision, finished.text_columns) == (2, "float32", ["question1", "question2"])
+    assert finished.calibration is not None
+    assert (finished.calibration.temperature, finished.calibration.threshold) == (2.0, 0.4)
+    assert [calibration.temperature for calibration in finished.member_calibrations] == [1.5, 3.0]
+    assert Experiment.of_finished(finished).ensemble.members == 2
     older = read(tmp_path, changed("selection", {"step": 3}))
     assert (older.calibration, older.member_calibrations) == (None, [])
 
@@ -131,7 +131,7 @@ def test_settings_that_are_out_of_range_are_refused_by_record_and_key(tmp_path: 
 
 def test_changed_records_are_used_or_refused(tmp_path: Path) -> None:
     strange = st.sampled_from([None, 0, -1, 1.5, True, 10**30, 1e308, "x", "", [], {}, [{}], {"a": {"b": [1]}}])
-    number = len(list(places(RECORD)))
+    number = len(list(positions(RECORD)))
 
     @given(st.integers(0, number - 1), st.booleans(), strange)
     @settings(
@@ -139,7 +139,7 @@ def test_changed_records_are_used_or_refused(tmp_path: Path) -> None:
     )
     def check(which: int, removed: bool, value: Any) -> None:
         record = copy.deepcopy(RECORD)
-        node, key = list(places(record))[which]
+        node, key = list(positions(record))[which]
         if removed:
             del node[key]
         else:
@@ -154,5 +154,5 @@ def test_changed_records_are_used_or_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_request_is_refused_without_torch() -> None:
     code = "import lora_bench.run.prediction_request, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert found.stdout.strip() == "[]"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert finished.stdout.strip() == "[]"

@@ -54,8 +54,8 @@ def test_the_last_whole_line(log: Path) -> None:
 def test_a_curve_has_the_newest_value_of_each_step(log: Path) -> None:
     assert selection_curve(log, "mcc") == [(5, 0.25), (10, 0.75), (15, 0.5)]
     assert selection_curve(log, "f1") == []
-    more = [line(10, 0.9), line(12, "high"), line("x", 0.5), {"step": 3, "split": "selection", "metrics": []}]
-    log.write_text("".join(f"{json.dumps(content)}\n" for content in [line(10, 0.75), line(2, 0.5), *more]))
+    lines = [line(10, 0.9), line(12, "high"), line("x", 0.5), {"step": 3, "split": "selection", "metrics": []}]
+    log.write_text("".join(f"{json.dumps(content)}\n" for content in [line(10, 0.75), line(2, 0.5), *lines]))
     assert selection_curve(log, "mcc") == [(2, 0.5), (10, 0.9)]
 
 

@@ -30,8 +30,8 @@ def write(columns: dict[str, Any]) -> None:
 
 def test_rows_with_a_label_come_by_id(in_tmp: Path) -> None:
     write(COLUMNS)
-    found = predictions.read(in_tmp, "test")
-    assert (found.ids.tolist(), found.labels.tolist(), found.scores.tolist()) == ([1, 3], [0, 1], [0.2, 0.9])
+    stored = predictions.read(in_tmp, "test")
+    assert (stored.ids.tolist(), stored.labels.tolist(), stored.scores.tolist()) == ([1, 3], [0, 1], [0.2, 0.9])
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_no_bit_of_a_file_raises_anything_else(in_tmp: Path) -> None:
     write({"id": np.arange(50), "label": np.arange(50) % 2, "score": np.linspace(0, 1, 50)})
     original = FILE.read_bytes()
     chance = np.random.default_rng(0)
-    for place in chance.integers(0, len(original), 300):
+    for position in chance.integers(0, len(original), 300):
         content = bytearray(original)
-        content[place] ^= 1 << chance.integers(8)
+        content[position] ^= 1 << chance.integers(8)
         FILE.write_bytes(content)
         predictions.read_if_usable(in_tmp, "test")
 

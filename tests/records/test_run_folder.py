@@ -52,12 +52,12 @@ def run(tmp_path: Path) -> Run:
 
 def test_a_claim_leaves_a_running_record_and_the_config(run: Run) -> None:
     assert files(run.folder) == {"run.json", ".lock", ".hydra/config.yaml", ".hydra/overrides.yaml"}
-    found = read(run.folder)
-    assert found == run.record
-    assert list(found) == list(run_folder.LAYOUT)
-    assert (found["schema"], found["status"], found["choices"], found["error"]) == (1, "running", CHOICES, None)
-    assert found["created"].endswith("+00:00")
-    assert found["finished"] is None
+    record = read(run.folder)
+    assert record == run.record
+    assert list(record) == list(run_folder.LAYOUT)
+    assert (record["schema"], record["status"], record["choices"], record["error"]) == (1, "running", CHOICES, None)
+    assert record["created"].endswith("+00:00")
+    assert record["finished"] is None
     assert yaml.safe_load((run.folder / ".hydra/config.yaml").read_text()) == {"seed": 0}
     assert yaml.safe_load((run.folder / ".hydra/overrides.yaml").read_text()) == ["seed=0"]
 
@@ -143,10 +143,10 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_update_merges_one_level_deep(run: Run) -> None:
     run.update(metrics={"validation/mcc": 0.5}, data={"rows": {"train": 8}})
     run.update(metrics={"validation/f1": 0.6}, data={"rows": {"validation": 4}}, error="x")
-    found = read(run.folder)
-    assert found["metrics"] == {"validation/mcc": 0.5, "validation/f1": 0.6}
-    assert found["data"] == {"rows": {"validation": 4}}
-    assert found["error"] == "x"
+    record = read(run.folder)
+    assert record["metrics"] == {"validation/mcc": 0.5, "validation/f1": 0.6}
+    assert record["data"] == {"rows": {"validation": 4}}
+    assert record["error"] == "x"
     with pytest.raises(TypeError, match="metric"):
         run.update(metric={})
 
@@ -183,8 +183,8 @@ def test_whatever_the_config_it_reads_back(
     assume((atomic_io.plain(config), redact(override)) == (config, override))  # no secret, such as {"password": 0}
     run = Run.claim(tmp_path_factory.mktemp("x"), choices={}, config=config, overrides=[override])
     run.finish(status, error=override)
-    found = read(run.folder)
-    assert (found["config"], found["overrides"], found["error"]) == (config, [override], override)
+    record = read(run.folder)
+    assert (record["config"], record["overrides"], record["error"]) == (config, [override], override)
     assert set(yaml.safe_load((run.folder / ".hydra/config.yaml").read_text())) == set(config)
 
 
@@ -227,9 +227,9 @@ def test_a_deleted_folder_is_not_brought_back(run: Run) -> None:
 
 def test_finish_states_the_end(run: Run) -> None:
     run.finish("failed", "out of\nmemory")
-    found = read(run.folder)
-    assert (found["status"], found["error"]) == ("failed", "out of\nmemory")
-    assert found["finished"] >= found["created"]
+    record = read(run.folder)
+    assert (record["status"], record["error"]) == ("failed", "out of\nmemory")
+    assert record["finished"] >= record["created"]
     for status in ("running", "finished"):
         with pytest.raises(ValueError, match="cannot end as"):
             run.finish(status)
@@ -320,15 +320,15 @@ def test_a_file_name_is_plain_or_refused(name: str) -> None:
 
 
 def test_discard_removes_empty_folders_inside_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = tmp_path / "here"
-    (here / "outputs/day/run").mkdir(parents=True)
-    monkeypatch.chdir(here)
+    current = tmp_path / "here"
+    (current / "outputs/day/run").mkdir(parents=True)
+    monkeypatch.chdir(current)
     discard(Path("outputs/day/run"))
-    assert here.is_dir()
-    assert not any(here.iterdir())
-    discard(here)
+    assert current.is_dir()
+    assert not any(current.iterdir())
+    discard(current)
     discard(Path("."))
-    assert here.is_dir()
+    assert current.is_dir()
 
 
 def test_discard_keeps_what_is_not_empty_and_what_lies_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,9 +391,9 @@ def test_reading_fills_absent_keys_and_drops_what_is_not_finite(tmp_path: Path) 
     (tmp_path / "run.json").write_text(
         '{"schema": 1, "status": "done", "cost": null, "metrics": {"a": NaN, "b": 1e999}}'
     )
-    found = read(tmp_path)
-    assert set(found) == set(run_folder.LAYOUT)
-    assert (found["metrics"], found["cost"], found["overrides"]) == ({"a": None, "b": None}, {}, [])
+    record = read(tmp_path)
+    assert set(record) == set(run_folder.LAYOUT)
+    assert (record["metrics"], record["cost"], record["overrides"]) == ({"a": None, "b": None}, {}, [])
 
 
 def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> None:
@@ -457,9 +457,9 @@ def test_measurements_that_are_no_numbers_are_absent(tmp_path: Path) -> None:
     measured = {"a": "high", "b": True, "c": [1], "d": 10**400, "e": 1e300, "f": 0.5}
     sections = {"metrics": measured, "cost": measured, "params": measured, "targets": {"a": 4, "b": [2, 4]}}
     (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "status": "done"} | sections))
-    found = read(tmp_path)
-    assert found["metrics"] == found["cost"] == found["params"] == dict.fromkeys("abcde") | {"f": 0.5}
-    assert found["targets"] == sections["targets"]
+    record = read(tmp_path)
+    assert record["metrics"] == record["cost"] == record["params"] == dict.fromkeys("abcde") | {"f": 0.5}
+    assert record["targets"] == sections["targets"]
 
 
 def test_find_skips_what_is_no_file_or_folder_with_the_reason(tmp_path: Path) -> None:

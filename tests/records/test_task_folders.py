@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 ROWS = {"small": 48, "middle": 96, "large": 160}
 ASKED = [
-    each for each in toy_run("trainer.epochs=1", "optimizer.lr=1e-2") if not each.startswith(("data", "trainer.max"))
+    override
+    for override in toy_run("trainer.epochs=1", "optimizer.lr=1e-2")
+    if not override.startswith(("data", "trainer.max"))
 ]
 ASKED += ["trainer.batch_size=16", "trainer.eval_every=4", "trainer.micro_batch_size=16"]
 THREE = "data.tasks=[small,middle,large]"
@@ -76,32 +78,32 @@ def lines(folder: Path | str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("share", ["shared", "own"])
 def test_its_record_has_the_figures_of_each_task_and_their_means(runs: Path, share: str) -> None:
-    found = record(runs / share)
+    run_record = record(runs / share)
     for split in ("selection", "validation"):
         for name in ("accuracy", "f1", "mcc", "nll"):
-            own = [found["metrics"][f"{split}/{task}/{name}"] for task in ROWS]
-            assert found["metrics"][f"{split}/{name}"] == pytest.approx(fmean(own))
-            assert own == [record(runs / share / "tasks" / task)["metrics"][f"{split}/{name}"] for task in ROWS]
-    assert found["data"]["rows"]["large/train"] == 144
-    assert found["config"]["data"]["tasks"] == list(ROWS)
-    assert list(found["selection"]["tasks"]) == list(ROWS)
+            values = [run_record["metrics"][f"{split}/{task}/{name}"] for task in ROWS]
+            assert run_record["metrics"][f"{split}/{name}"] == pytest.approx(fmean(values))
+            assert values == [record(runs / share / "tasks" / task)["metrics"][f"{split}/{name}"] for task in ROWS]
+    assert run_record["data"]["rows"]["large/train"] == 144
+    assert run_record["config"]["data"]["tasks"] == list(ROWS)
+    assert list(run_record["selection"]["tasks"]) == list(ROWS)
     assert not (runs / share / "checkpoints").exists()
 
 
 def test_a_shared_adapter_is_one_with_a_head_for_each(runs: Path) -> None:
-    found, alone = record(runs / "shared"), record(runs / "alone/small")
-    assert found["params"]["adapter"] == alone["params"]["adapter"]
-    assert found["params"]["head"] == 3 * alone["params"]["head"]
-    assert found["cost"]["steps"] == sum(record(runs / f"alone/{task}")["cost"]["steps"] for task in ROWS)
+    shared, single = record(runs / "shared"), record(runs / "alone/small")
+    assert shared["params"]["adapter"] == single["params"]["adapter"]
+    assert shared["params"]["head"] == 3 * single["params"]["head"]
+    assert shared["cost"]["steps"] == sum(record(runs / f"alone/{task}")["cost"]["steps"] for task in ROWS)
     tensors = [load_file(runs / f"shared/tasks/{task}/adapter/adapter_model.safetensors") for task in ROWS]
     for name, tensor in tensors[0].items():
         same = [bool((other[name] == tensor).all()) for other in tensors[1:]]
         assert same == ([True, True] if "lora_" in name else [False, False])
     for task in ROWS:
-        own = record(runs / f"shared/tasks/{task}")
-        assert own["params"] == alone["params"]
-        assert (own["choices"]["data"], own["config"]["data"]["task"]) == (task, task)
-        assert own["cost"] == found["cost"]
+        of_task = record(runs / f"shared/tasks/{task}")
+        assert of_task["params"] == single["params"]
+        assert (of_task["choices"]["data"], of_task["config"]["data"]["task"]) == (task, task)
+        assert of_task["cost"] == shared["cost"]
     splits = [line["split"] for line in lines(runs / "shared")]
     assert splits[:4] == ["selection", *(f"selection/{task}" for task in ROWS)]
     assert [line["split"] for line in lines(runs / "shared/tasks/small")] == ["selection"] * 5 + ["validation"]
@@ -109,15 +111,15 @@ def test_a_shared_adapter_is_one_with_a_head_for_each(runs: Path) -> None:
 
 def test_adapters_of_their_own_are_those_that_each_task_learns_alone(runs: Path) -> None:
     for task in ROWS:
-        own, alone = runs / "own/tasks" / task, runs / "alone" / task
-        assert scores(own) == pytest.approx(scores(alone), abs=1e-4)
+        of_task, single = runs / "own/tasks" / task, runs / "alone" / task
+        assert scores(of_task) == pytest.approx(scores(single), abs=1e-4)
         for name in ("steps", "train_flops", "train_tokens"):
-            assert record(own)["cost"][name] == record(alone)["cost"][name]
-        assert record(own)["cost"]["train_seconds"] is None
-        one, other = (load_file(place / "adapter/adapter_model.safetensors") for place in (own, alone))
+            assert record(of_task)["cost"][name] == record(single)["cost"][name]
+        assert record(of_task)["cost"]["train_seconds"] is None
+        one, other = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (of_task, single))
         assert all((one[name] - tensor).abs().max() < 1e-4 for name, tensor in other.items())
-        assert {k: record(own)[k] for k in ("params", "targets", "data")} == {
-            k: record(alone)[k] for k in ("params", "targets", "data")
+        assert {k: record(of_task)[k] for k in ("params", "targets", "data")} == {
+            k: record(single)[k] for k in ("params", "targets", "data")
         }
     assert record(runs / "own")["params"]["adapter"] == 3 * record(runs / "alone/small")["params"]["adapter"]
     assert record(runs / "own")["cost"]["train_flops"] == sum(
@@ -146,8 +148,8 @@ def test_the_folder_of_a_task_is_used_like_a_run(runs: Path, in_tmp: Path, share
 
 
 def test_of_several_tasks_one_must_be_chosen(runs: Path, in_tmp: Path) -> None:
-    for asked in (["eval", "data=toy"], ["predict", "input=x"], ["export", "format=merged", "output=x"]):
-        error = refused(*asked, f"run={runs / 'shared'}")
+    for arguments in (["eval", "data=toy"], ["predict", "input=x"], ["export", "format=merged", "output=x"]):
+        error = refused(*arguments, f"run={runs / 'shared'}")
         assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "run", runs / "shared")
         assert str(runs / "shared/tasks/middle") in str(error)
     error = refused("train", *toy_run(), f"adapter.init_from={runs / 'shared'}")
@@ -160,10 +162,10 @@ def test_it_goes_on_where_it_was_stopped(
     runs: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, share: str, step: int
 ) -> None:
     """With adapters of their own the smallest task is done by then."""
-    asked = ["--config-dir", str(runs / "conf"), *ASKED, THREE, f"data.share={share}", "hydra.run.dir=run"]
+    arguments = ["--config-dir", str(runs / "conf"), *ASKED, THREE, f"data.share={share}", "hydra.run.dir=run"]
     with monkeypatch.context() as patch:
         at_step(patch, step, signalled(signal.SIGTERM))
-        assert command("train", *asked).code == 143
+        assert command("train", *arguments).code == 143
     assert record("run")["status"] == "interrupted"
     assert not Path("run/tasks").exists()
     answer = command("train", "resume=run")
@@ -188,10 +190,10 @@ def test_what_a_kill_left_of_its_folders_is_written_anew(
         report_tasks(run, dict(list(learned.items())[:2]), sections)
         raise KeyboardInterrupt
 
-    asked = ["--config-dir", str(runs / "conf"), *ASKED, THREE, "hydra.run.dir=run"]
+    arguments = ["--config-dir", str(runs / "conf"), *ASKED, THREE, "hydra.run.dir=run"]
     with monkeypatch.context() as patch:
         patch.setattr("lora_bench.run.recorder.report_tasks", killed)
-        assert command("train", *asked).code == 130
+        assert command("train", *arguments).code == 130
     assert len(list(Path("run/tasks").iterdir())) == 2
     assert command("train", "resume=run").code == 0
     assert record("run")["metrics"] == record(runs / "shared")["metrics"]
@@ -199,17 +201,20 @@ def test_what_a_kill_left_of_its_folders_is_written_anew(
 
 def test_compare_has_a_row_for_each_task_beside_runs_of_it_alone(runs: Path) -> None:
     table = summarise([runs])
-    found = {(row.keys["data"], str(row.keys["data.tasks"]), row.keys["data.share"]): row for row in table.rows}
+    rows_by_key = {(row.keys["data"], str(row.keys["data.tasks"]), row.keys["data.share"]): row for row in table.rows}
     three = str(list(ROWS))
-    assert found.keys() == {
-        (task, *kind) for task in ROWS for kind in ((three, "adapter"), (three, "backbone"), ("None", "adapter"))
+    assert rows_by_key.keys() == {
+        (task, *setting) for task in ROWS for setting in ((three, "adapter"), (three, "backbone"), ("None", "adapter"))
     }
     for task in ROWS:
         mcc = record(runs / "shared")["metrics"][f"validation/{task}/mcc"]
-        assert found[task, three, "adapter"].stats["mcc"].mean == mcc
-        alike = {found[task, *kind].data for kind in ((three, "adapter"), (three, "backbone"), ("None", "adapter"))}
+        assert rows_by_key[task, three, "adapter"].stats["mcc"].mean == mcc
+        alike = {
+            rows_by_key[task, *setting].data
+            for setting in ((three, "adapter"), (three, "backbone"), ("None", "adapter"))
+        }
         assert len(alike) == 1
-        assert all(found[key].finding is not None for key in found)
+        assert all(rows_by_key[key].finding is not None for key in rows_by_key)
     assert any("a row for each" in note for note in table.notes)
     text = page(table)
     assert "data.tasks" in text
@@ -218,8 +223,8 @@ def test_compare_has_a_row_for_each_task_beside_runs_of_it_alone(runs: Path) -> 
 
 def test_an_adapter_goes_from_one_task_into_several_and_back(runs: Path, in_tmp: Path) -> None:
     conf = ["--config-dir", str(runs / "conf"), *ASKED, "trainer.max_steps=1"]
-    asked = [*conf, THREE, f"adapter.init_from={runs / 'alone/small'}", "hydra.run.dir=run"]
-    answer = command("train", *asked)
+    arguments = [*conf, THREE, f"adapter.init_from={runs / 'alone/small'}", "hydra.run.dir=run"]
+    answer = command("train", *arguments)
     assert answer.code == 0, answer
     assert "the head is not" in answer.out
     answer = command("train", *conf, "data=small", "adapter.init_from=run/tasks/small", "hydra.run.dir=again")
@@ -239,41 +244,41 @@ def test_a_sweep_of_runs_of_several_tasks_is_packed(runs: Path, in_tmp: Path) ->
 
 
 def test_both_orders_and_objectives_are_of_each_task(runs: Path, in_tmp: Path) -> None:
-    """The kept prefix and exchanged pairs are of the task, and not of the first one."""
-    asked = ["trainer.max_steps=4", "adapter.layers=top:1", "trainer.score_both_orders=true"]
-    asked += ["trainer.objective=order_consistency"]
-    asked += ["data.task=qqp", "data.perturb=[order]"]
-    own = train(runs, f"{in_tmp}/own", "data.tasks=[small,large]", "data.share=backbone", *asked)
+    """The kept prefix, exchanged pairs and the likelihood's shift are of the task, and not of the first one."""
+    arguments = ["trainer.max_steps=4", "adapter.layers=top:1", "trainer.score_both_orders=true"]
+    arguments += ["trainer.objective=order_consistency", "trainer.logit_adjustment=1"]
+    arguments += ["data.task=qqp", "data.perturb=[order]"]
+    several = train(runs, f"{in_tmp}/own", "data.tasks=[small,large]", "data.share=backbone", *arguments)
     for task in ("small", "large"):
-        alone = train(runs, f"{in_tmp}/{task}", f"data={task}", *asked)
-        assert scores(own / "tasks" / task) == pytest.approx(scores(alone), abs=1e-4)
-        found = record(own / "tasks" / task)["metrics"]
-        assert found == pytest.approx(record(alone)["metrics"], abs=1e-3)
-        assert found["validation/perturbed/order_consistency"] == 1
-    shared = train(runs, f"{in_tmp}/shared", "data.tasks=[small,large]", *asked, "trainer.objective=cross_entropy")
+        single = train(runs, f"{in_tmp}/{task}", f"data={task}", *arguments)
+        assert scores(several / "tasks" / task) == pytest.approx(scores(single), abs=1e-4)
+        metrics = record(several / "tasks" / task)["metrics"]
+        assert metrics == pytest.approx(record(single)["metrics"], abs=1e-3)
+        assert metrics["validation/perturbed/order_consistency"] == 1
+    shared = train(runs, f"{in_tmp}/shared", "data.tasks=[small,large]", *arguments, "trainer.objective=cross_entropy")
     for task in ("small", "large"):
         again = lora_bench.load(shared / "tasks" / task).score(generate(16, list(ROWS).index(task), "validation"))
         assert again == pytest.approx(scores(shared / "tasks" / task), abs=1e-6)
 
 
-def test_order_consistency_and_a_target_with_a_shared_adapter(runs: Path, in_tmp: Path) -> None:
-    asked = [THREE, "trainer.objective=order_consistency", "trainer.stop_at=0.05"]
-    found = record(train(runs, f"{in_tmp}/run", *asked))
+def test_dropout_consistency_and_a_target_with_a_shared_adapter(runs: Path, in_tmp: Path) -> None:
+    arguments = [THREE, "trainer.objective=dropout_consistency", "adapter.dropout=0.1", "trainer.stop_at=0.05"]
+    run_record = record(train(runs, f"{in_tmp}/run", *arguments))
     means = {line["step"]: line["metrics"]["mcc"] for line in lines("run") if line["split"] == "selection"}
     reached = [step for step, mean in means.items() if mean >= 0.05]
-    assert found["cost"]["steps"] == (reached[0] if reached else 18)
+    assert run_record["cost"]["steps"] == (reached[0] if reached else 18)
 
 
 def test_t5_reads_each_task_under_its_name_and_answers_with_one_head_only_the_same_labels(
     runs: Path, in_tmp: Path
 ) -> None:
-    asked = ["--config-dir", str(runs / "conf"), *ASKED[1:], "model=tiny_t5", "trainer.max_steps=2"]
-    error = refused("train", *asked, THREE)
+    arguments = ["--config-dir", str(runs / "conf"), *ASKED[1:], "model=tiny_t5", "trainer.max_steps=2"]
+    error = refused("train", *arguments, THREE)
     assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "data.tasks", list(ROWS))
     assert "small: not_duplicate, duplicate; middle: no, yes" in str(error)
     assert "model.form=encoder" in str(error)
-    assert command("train", *asked, "data.tasks=[small,large]", "hydra.run.dir=words").code == 0
-    assert command("train", *asked, THREE, "model.form=encoder", "hydra.run.dir=heads").code == 0
+    assert command("train", *arguments, "data.tasks=[small,large]", "hydra.run.dir=words").code == 0
+    assert command("train", *arguments, THREE, "model.form=encoder", "hydra.run.dir=heads").code == 0
     run = lora_bench.load("heads/tasks/large")
     texts, _ = run.pack.backbone.render([("question1", ["a"]), ("question2", ["b"])])
     assert texts == ["large question1: a question2: b"]

@@ -136,11 +136,11 @@ def test_41_what_is_odd_about_the_splits_is_warned_of_and_counted() -> None:
     ones = "".join(f"only {i}\tone label {i}\t1\n" for i in range(9))
     Path("pairs/validation.tsv").write_text(HEADER + ones + swapped + "long " * 600 + "\tx\t1\n")
     record, screen = trained("data.max_length=16")
-    found = record["data"]
-    assert found["positives"]["validation"] == found["rows"]["validation"] == 11
-    assert found["repeated"]["train"] + found["repeated"]["selection"] + found["shared"]["train/selection"] == 1
-    assert found["shared"]["train/validation"] + found["shared"]["selection/validation"] >= 1
-    assert found["truncated"]["validation"] >= 1
+    data = record["data"]
+    assert data["positives"]["validation"] == data["rows"]["validation"] == 11
+    assert data["repeated"]["train"] + data["repeated"]["selection"] + data["shared"]["train/selection"] == 1
+    assert data["shared"]["train/validation"] + data["shared"]["selection/validation"] >= 1
+    assert data["truncated"]["validation"] >= 1
     assert record["metrics"]["validation/auroc"] is None
     assert record["metrics"]["validation/mcc"] == 0
     assert re.search(r"note: validation: .*\b11\b.*\b1\b", screen)

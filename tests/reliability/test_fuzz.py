@@ -109,24 +109,24 @@ def test_random_data_files_are_read_or_refused(in_tmp: Path) -> None:
     from tests.helpers import composed
 
     Path("validation.tsv").write_bytes(HEADER + b"a\tb\t0\nc\td\t1\n")
-    asked = {
+    settings_by_size = {
         size: build_data(composed("data=pairs", "data.path=.", f"data.selection_size={size}").data) for size in (0.2, 2)
     }
 
     @given(st.sampled_from([".tsv", ".csv", ".jsonl", ".parquet"]), rows, damage, st.sampled_from([0.2, 2]))
     @examples("DATA", 60)
-    def check(ending: str, found: list[tuple[str, str, str]], bytes_at: Any, size: float) -> None:
+    def check(ending: str, table: list[tuple[str, str, str]], bytes_at: Any, size: float) -> None:
         separator = "," if ending == ".csv" else "\t"
         content = bytearray(HEADER.replace(b"\t", separator.encode()))
-        content += "".join(separator.join(row) + "\n" for row in found).encode()
+        content += "".join(separator.join(row) + "\n" for row in table).encode()
         content = content if ending not in (".jsonl", ".parquet") else bytearray(valid(ending))
-        for place, put in bytes_at:
-            content[place : place + len(put)] = put
+        for offset, put in bytes_at:
+            content[offset : offset + len(put)] = put
         for old in Path().glob("train.*"):
             old.unlink()
         Path("train" + ending).write_bytes(content)
         try:
-            splits, described = inputs.load_splits(asked[size])
+            splits, described = inputs.load_splits(settings_by_size[size])
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017
             return
@@ -154,9 +154,9 @@ mutations = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1
 
 def mutated(original: bytes, changes: Any, cut: float | None) -> bytes:
     content = bytearray(original)
-    for place, value in changes:
+    for offset, value in changes:
         # half of the places lie in the header, where a change does more than to a weight
-        content[int(place * (len(content) - 1)) if value % 2 else int(place * min(999, len(content) - 1))] = value
+        content[int(offset * (len(content) - 1)) if value % 2 else int(offset * min(999, len(content) - 1))] = value
     return bytes(content if cut is None else content[: int(cut * len(content))])
 
 
@@ -191,16 +191,16 @@ def test_mutated_checkpoints_are_passed_over(in_tmp: Path) -> None:
     @given(st.sampled_from(sorted(files)), mutations, st.one_of(st.none(), st.floats(0, 1)))
     @examples("CHECKPOINTS", 40)
     def check(path: Path, changes: Any, cut: float | None) -> None:
-        for each, content in files.items():
-            each.write_bytes(content)
+        for file, content in files.items():
+            file.write_bytes(content)
         path.write_bytes(mutated(files[path], changes, cut))
         checkpoints = Checkpoints(Path("checkpoints"))
-        found = checkpoints.newest()
-        if found is None:
+        newest = checkpoints.newest()
+        if newest is None:
             assert checkpoints.damaged
             return
-        assert (found.step, found.metadata) == (7, {"fact": [1, None]})
-        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in written.items())
+        assert (newest.step, newest.facts) == (7, {"fact": [1, None]})
+        assert all(torch.equal(newest.tensors[name], tensor) for name, tensor in written.items())
 
     check()
 
@@ -209,7 +209,7 @@ def test_mutated_checkpoints_are_passed_over(in_tmp: Path) -> None:
 def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
     method: str, in_tmp: Path, backbone: Make
 ) -> None:
-    """As somebody would write them on purpose: every hash is right, so only what they hold can tell."""
+    """The manifests are rewritten too, so that every hash is right and only the content is wrong."""
     state = trained(backbone, method)
     Checkpoints(Path("checkpoints")).save(7, *gather(state))
     folder = Path("checkpoints/step-00000007")
@@ -219,21 +219,21 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
 
     @given(st.sampled_from(["bytes", "facts", "tensors"]), mutations, st.data())
     @examples("MANIFESTS", 20)
-    def check(kind: str, changes: Any, data: st.DataObject) -> None:
-        for each, content in files.items():
-            each.write_bytes(content)
+    def check(target: str, changes: Any, data: st.DataObject) -> None:
+        for file, content in files.items():
+            file.write_bytes(content)
         tensors, facts = folder / "tensors.safetensors", folder / "state.json"
-        if kind == "bytes":
+        if target == "bytes":
             path = data.draw(st.sampled_from([tensors, facts]))
             path.write_bytes(mutated(files[path], changes, None))
-        elif kind == "facts":
-            known = json.loads(files[facts])
-            node, key = data.draw(st.sampled_from(list(places(known))))
+        elif target == "facts":
+            values = json.loads(files[facts])
+            node, key = data.draw(st.sampled_from(list(positions(values))))
             if data.draw(st.booleans()):
                 del node[key]
             else:
                 node[key] = data.draw(strange)
-            facts.write_text(json.dumps(known))
+            facts.write_text(json.dumps(values))
         else:
             held = load(files[tensors])
             name = data.draw(st.sampled_from(sorted(held)))
@@ -241,18 +241,18 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
             name = data.draw(st.sampled_from([name, name, name + "x", "0/adamw/99/exp_avg", "0/mean/x", "rng/cuda"]))
             shape = data.draw(st.sampled_from([(), (0,), (3,), (2, 2), tuple(tensor.shape)]))
             if data.draw(st.booleans()):
-                kinds = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool])
-                held[name] = torch.ones(shape, dtype=data.draw(kinds))
+                dtypes = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool])
+                held[name] = torch.ones(shape, dtype=data.draw(dtypes))
             save_file(held, tensors)
         manifest = {path.name: checkpoint._described(path) for path in (tensors, facts)}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         checkpoints = Checkpoints(Path("checkpoints"))
-        found = checkpoints.newest()
-        if found is None:
+        newest = checkpoints.newest()
+        if newest is None:
             assert checkpoints.damaged
             return
         try:
-            restore(state, found)
+            restore(state, newest)
         except UserError as error:
             assert error.code == Code.MISMATCH  # noqa: PT017
             return
@@ -291,7 +291,7 @@ def test_mutated_records_are_read_or_refused(in_tmp: Path) -> None:
             path.write_bytes(mutated(path.read_bytes(), changes, None))
         else:
             content = json.loads(path.read_text())
-            node, key = data.draw(st.sampled_from(list(places(content))))
+            node, key = data.draw(st.sampled_from(list(positions(content))))
             if data.draw(st.booleans()):
                 del node[key]
             else:
@@ -332,9 +332,9 @@ def step(member: MemberRun) -> None:
         mean.lerp_(p.float(), 0.5)
 
 
-def places(node: Any) -> Iterator[tuple[Any, Any]]:
+def positions(node: Any) -> Iterator[tuple[Any, Any]]:
     """Every place in a JSON value, as a container and the key in it."""
     for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
         yield node, key
         if isinstance(value, dict | list):
-            yield from places(value)
+            yield from positions(value)

@@ -24,6 +24,7 @@ from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
 from lora_bench.run import packed_run
 from lora_bench.run.final_evaluation import TrainedTask
+from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.cuda_graphs import Backward
 from tests import command_line
 from tests.adapters.tools import assert_close
@@ -40,8 +41,8 @@ def record(folder: str | Path) -> dict[str, Any]:
 
 
 def lines(folder: str | Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{**line, "seconds": 0} for line in found]
+    entries = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{**line, "seconds": 0} for line in entries]
 
 
 def assert_same_run(one: str | Path, other: str | Path) -> None:
@@ -50,8 +51,8 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
         assert record(one)[key] == record(other)[key], key
     for cost in ("steps", "train_flops", "pack_size"):
         assert record(one)["cost"][cost] == record(other)["cost"][cost], cost
-    found, expected = (load_file(*Path(folder, "adapter").glob("*model.safetensors")) for folder in (one, other))
-    assert_close(found, expected, atol=0)
+    tensors, expected = (load_file(*Path(folder, "adapter").glob("*model.safetensors")) for folder in (one, other))
+    assert_close(tensors, expected, atol=0)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, interrupted after step 7; not to be changed."""
+    """The run of `finished`, interrupted after step 7; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         command_line.at_step(patch, 7, signalled(signal.SIGTERM))
@@ -86,10 +87,10 @@ def interrupted(in_tmp: Path, stopped: Path) -> Path:
 
 def stopped_and_gone_on(at_step: Any, method: str, number: int) -> int:
     """The exit code of a run that got a signal in step 7 and then went on as if nothing had happened."""
-    asked = [*ASKED, *f"adapter={method}".split(), *([] if method == "full" else ["adapter.dropout=0.2"])]
-    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    arguments = [*ASKED, *f"adapter={method}".split(), *([] if method == "full" else ["adapter.dropout=0.2"])]
+    assert lora_bench("train", *arguments, "hydra.run.dir=whole").code == 0
     at_step(7, signalled(number))
-    answer = lora_bench("train", *asked, "hydra.run.dir=run")
+    answer = lora_bench("train", *arguments, "hydra.run.dir=run")
     assert record("run")["status"] == "interrupted"
     assert "lora-bench train resume=" in answer.out
     assert [p.name for p in Path("run/checkpoints").iterdir() if p.name == "step-00000007"]
@@ -152,17 +153,17 @@ def test_21_a_run_stopped_while_it_is_scored_is_only_scored_when_resumed(
 
 @pytest.mark.reliability(21)
 def test_21_so_is_one_that_stopped_early(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [
+    arguments = [
         *ASKED,
         "trainer.eval_every=2",
         "trainer.early_stopping_patience=1",
         "optimizer.lr=1e-9",
         "trainer.checkpoint_every=7",
     ]
-    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    assert lora_bench("train", *arguments, "hydra.run.dir=whole").code == 0
     assert record("whole")["cost"]["steps"] == 4
     before_call(monkeypatch, TrainedTask, "report", signalled(signal.SIGTERM))
-    assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
+    assert lora_bench("train", *arguments, "hydra.run.dir=run").code == 143
     answer = lora_bench("train", "resume=run")
     assert answer.code == 0, answer.err
     assert "resumed from step 4" in answer.out
@@ -219,8 +220,8 @@ def test_22_a_second_ctrl_c_ends_at_once(in_tmp: Path, at_step: Any) -> None:
 
 @pytest.mark.reliability(23)
 def test_23_a_run_killed_at_a_random_step_ends_as_the_undisturbed_one(in_tmp: Path) -> None:
-    asked = [*ASKED, "trainer.max_steps=400", "trainer.epochs=100", "adapter.dropout=0.1"]
-    command = [sys.executable, "-m", "lora_bench", "train", *asked, "hydra.run.dir=run"]
+    arguments = [*ASKED, "trainer.max_steps=400", "trainer.epochs=100", "adapter.dropout=0.1"]
+    command = [sys.executable, "-m", "lora_bench", "train", *arguments, "hydra.run.dir=run"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(Path("run").glob("checkpoints/step-*")) and time.monotonic() < deadline:
@@ -230,7 +231,7 @@ def test_23_a_run_killed_at_a_random_step_ends_as_the_undisturbed_one(in_tmp: Pa
     assert process.wait() == -signal.SIGKILL
     assert record("run")["status"] == "running"
     assert lora_bench("train", "resume=run").code == 0
-    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    assert lora_bench("train", *arguments, "hydra.run.dir=whole").code == 0
     assert_same_run("run", "whole")
 
 
@@ -268,20 +269,20 @@ def test_24_a_kill_inside_a_checkpoints_writing_leaves_the_one_before(in_tmp: Pa
     assert len(written) == 20
     half_written = 0
     for number, steps in enumerate(written):
-        checkpoints = story.Checkpoints(in_tmp / str(number) / "checkpoints")
-        found = checkpoints.newest()
-        assert found is not None
+        checkpoints = Checkpoints(in_tmp / str(number) / "checkpoints")
+        run_record = checkpoints.newest()
+        assert run_record is not None
         assert checkpoints.damaged == []
-        assert found.step in (steps, steps + 1)  # renamed into its place, and killed before it could say so
+        assert run_record.step in (steps, steps + 1)  # renamed into its place, and killed before it could say so
         half_written += any(checkpoints.folder.glob(".*.part"))
     assert half_written
 
 
 @pytest.mark.reliability(24)
 def test_24_the_run_goes_on_beside_a_half_written_checkpoint(interrupted: Path, finished: Path) -> None:
-    part = interrupted / "checkpoints" / ".step-00000009.part"
-    part.mkdir()
-    (part / "tensors.safetensors").write_bytes(b"half")
+    unfinished = interrupted / "checkpoints" / ".step-00000009.part"
+    unfinished.mkdir()
+    (unfinished / "tensors.safetensors").write_bytes(b"half")
     answer = lora_bench("train", f"resume={interrupted}")
     assert answer.code == 0, answer
     assert "resumed from step 7" in answer.out
@@ -321,46 +322,46 @@ def test_26_another_config_is_refused_with_the_difference() -> None:
 @pytest.mark.reliability(26)
 @pytest.mark.parametrize("changed", ["data", "backbone"])
 def test_26_other_data_or_another_backbone_are_refused(interrupted: Path, changed: str) -> None:
-    found = record(interrupted)
+    run_record = record(interrupted)
     if changed == "data":
-        found["data"]["fingerprint"]["train"] = "0" * 64
+        run_record["data"]["fingerprint"]["train"] = "0" * 64
     else:
-        found["environment"]["backbone_sha256"] = "0" * 64
-    (interrupted / "run.json").write_text(json.dumps(found))
+        run_record["environment"]["backbone_sha256"] = "0" * 64
+    (interrupted / "run.json").write_text(json.dumps(run_record))
     error = refused("train", f"resume={interrupted}")
     assert (error.code, error.key) == (Code.MISMATCH, "resume")
     assert ("train split" if changed == "data" else "backbone") in str(error)
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    found = record(folder)
-    edit(found)
-    (folder / "run.json").write_text(json.dumps(found))
+    run_record = record(folder)
+    edit(run_record)
+    (folder / "run.json").write_text(json.dumps(run_record))
 
 
 @pytest.mark.reliability(26)
 def test_26_a_record_edited_by_hand_is_refused_with_the_difference(interrupted: Path) -> None:
-    edited(interrupted, lambda found: found["config"]["optimizer"].update(lr=0.5))
+    edited(interrupted, lambda run_record: run_record["config"]["optimizer"].update(lr=0.5))
     error = refused("train", f"resume={interrupted}")
     assert (error.code, error.file) == (Code.DAMAGED, interrupted / "run.json")
-    assert re.search(r"\boptimizer\.lr\b.* 0\.5 .* 0\.0005\.", str(error))
-    edited(interrupted, lambda found: found["config"]["optimizer"].update(lr=0.0005))
-    edited(interrupted, lambda found: found["config"]["trainer"].pop("max_steps"))
+    assert re.search(r"\boptimizer\.lr\b.* 0\.0005 .* 0\.5\b", str(error))
+    edited(interrupted, lambda run_record: run_record["config"]["optimizer"].update(lr=0.0005))
+    edited(interrupted, lambda run_record: run_record["config"]["trainer"].pop("max_steps"))
     error = refused("train", f"resume={interrupted}")
     assert (error.code, error.file) == (Code.DAMAGED, interrupted / "run.json")
-    assert re.search(r"\btrainer\.max_steps\b.* None .* 14\.", str(error))
+    assert re.search(r"\btrainer\.max_steps\b.* 14 .* None\b", str(error))
 
 
 @pytest.mark.reliability(26)
 def test_26_a_checkpoint_of_before_configs_were_kept_is_used(interrupted: Path, finished: Path) -> None:
-    for place in (interrupted / "checkpoints").iterdir():
-        facts = json.loads((place / "state.json").read_text())
+    for folder in (interrupted / "checkpoints").iterdir():
+        facts = json.loads((folder / "state.json").read_text())
         assert facts.pop("config") == record(interrupted)["config"]
-        (place / "state.json").write_text(json.dumps(facts))
-        manifest = json.loads((place / "manifest.json").read_text())
-        content = (place / "state.json").read_bytes()
+        (folder / "state.json").write_text(json.dumps(facts))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        content = (folder / "state.json").read_bytes()
         manifest["state.json"] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
-        (place / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     answer = lora_bench("train", f"resume={interrupted}")
     assert answer.code == 0, answer.err
     assert "resumed from step 7" in answer.out
@@ -372,7 +373,7 @@ def test_26_another_precision_is_refused_before_anything_is_loaded(
     interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(story.SharedInputs, "load", lambda *_: pytest.fail("it was loaded"))
-    edited(interrupted, lambda found: found["environment"].update(precision="bfloat16", device="cuda"))
+    edited(interrupted, lambda run_record: run_record["environment"].update(precision="bfloat16", device="cuda"))
     error = refused("train", f"resume={interrupted}")
     assert (error.code, error.key, error.value) == (Code.MISMATCH, "resume", interrupted)
     assert re.search(r"\bbfloat16\b.* cuda\b.* trainer\.precision=fp32 .*\bfloat32\b.* cpu\b", str(error))
@@ -380,15 +381,15 @@ def test_26_another_precision_is_refused_before_anything_is_loaded(
 
 @pytest.mark.reliability(26)
 def test_26_steps_of_another_environment_stay_on_record(interrupted: Path, finished: Path) -> None:
-    edited(interrupted, lambda found: found["environment"]["versions"].update(torch="1.0"))
-    edited(interrupted, lambda found: found["environment"].update(device="cuda:3"))
+    edited(interrupted, lambda environment: environment["environment"]["versions"].update(torch="1.0"))
+    edited(interrupted, lambda environment: environment["environment"].update(device="cuda:3"))
     answer = lora_bench("train", f"resume={interrupted}")
     assert answer.code == 0, answer.err
     now = record(finished)["environment"]
     assert f"torch {now['versions']['torch']} (before: 1.0), device cpu (before: cuda:3)" in answer.out
-    found = record(interrupted)["environment"]
-    (earlier,) = found.pop("history")
-    assert found == now
+    environment = record(interrupted)["environment"]
+    (earlier,) = environment.pop("history")
+    assert environment == now
     assert (earlier["first_step"], earlier["last_step"]) == (1, 7)
     assert (earlier["versions"]["torch"], earlier["device"]) == ("1.0", "cuda:3")
     assert "resumed in another environment" in lora_bench("compare", str(interrupted)).out
@@ -409,7 +410,7 @@ def test_27_a_run_killed_after_its_end_loses_what_nobody_needs(
     in_tmp: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(story.Checkpoints, "clear", signalled(signal.SIGINT))
+        patch.setattr(Checkpoints, "clear", signalled(signal.SIGINT))
         assert lora_bench("train", *ASKED, "hydra.run.dir=run").code == 130
     assert record("run")["status"] == "done"
     assert Path("run/checkpoints").exists()
@@ -425,19 +426,19 @@ def test_28_the_same_batches_follow(in_tmp: Path, at_step: Any, monkeypatch: pyt
     seen: list[str] = []
     backward = Backward.__call__
 
-    def noting(self: Backward, batch: Any, *more: Any, **options: Any) -> Any:
+    def noting(self: Backward, batch: Any, *rest: Any, **options: Any) -> Any:
         seen.append(sha256(batch.input_ids.numpy().tobytes()).hexdigest())
-        return backward(self, batch, *more, **options)
+        return backward(self, batch, *rest, **options)
 
     monkeypatch.setattr(Backward, "__call__", noting)
-    asked = [*ASKED, "adapter.dropout=0.5"]
-    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    arguments = [*ASKED, "adapter.dropout=0.5"]
+    assert lora_bench("train", *arguments, "hydra.run.dir=whole").code == 0
     whole = seen.copy()
     assert lines("whole")[0]["epoch"] == pytest.approx(5 / 3, abs=1e-4)
     assert len(set(whole[:6])) == 6  # the second epoch brings other batches
     seen.clear()
     at_step(step, signalled(signal.SIGTERM))
-    assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
+    assert lora_bench("train", *arguments, "hydra.run.dir=run").code == 143
     assert seen == whole[:step]
     at_step(0, lambda: None)
     assert lora_bench("train", "resume=run").code == 0

@@ -17,9 +17,8 @@ from lora_bench import train as training
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.errors import Code, DivergedError
 from lora_bench.evaluation.metrics import score
-from lora_bench.run import finished_run as predicting
-from lora_bench.run import recorder
-from lora_bench.training import loop
+from lora_bench.run import finished_run, recorder
+from lora_bench.training import model_selection
 from lora_bench.training.cuda_graphs import Backward
 from tests.command_line import at_step, lora_bench, refused, signalled, toy_run
 
@@ -30,39 +29,39 @@ def record(folder: str = "run") -> dict[str, Any]:
     return json.loads((Path(folder) / "run.json").read_text())  # type: ignore[no-any-return]
 
 
-def spoilt(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def spoilt(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Let the loss, the gradient or the scores of the first step be NaN."""
     backward = Backward.__call__
 
     def spoiling(self: Backward, *arguments: Any, **keywords: Any) -> dict[int, float]:
         losses = backward(self, *arguments, **keywords)
-        if what == "gradient":
+        if fault == "gradient":
             next(iter(self.pack.trainable(0).values())).grad.fill_(torch.inf)
-        return dict.fromkeys(losses, torch.nan) if what == "loss" else losses
+        return dict.fromkeys(losses, torch.nan) if fault == "loss" else losses
 
-    if what == "scores":
-        monkeypatch.setattr(loop, "predict", lambda pack, table, *more: np.full((1, len(table)), np.nan))
+    if fault == "scores":
+        monkeypatch.setattr(model_selection, "predict", lambda pack, table, *rest: np.full((1, len(table)), np.nan))
     else:
         monkeypatch.setattr(Backward, "__call__", spoiling)
 
 
 @pytest.mark.reliability(42)
 @pytest.mark.parametrize(
-    ("what", "numbers"),
+    ("fault", "numbers"),
     [("loss", "loss nan"), ("gradient", "gradient norm inf"), ("scores", "22 of 22 scores")],
 )
 def test_42_what_is_not_finite_stops_the_run(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, what: str, numbers: str
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, fault: str, numbers: str
 ) -> None:
-    spoilt(monkeypatch, what)
+    spoilt(monkeypatch, fault)
     answer = lora_bench("train", *toy_run("hydra.run.dir=run", "data.selection_size=22"))
     assert answer.code == 1
     assert f": step 1: {numbers} " in answer.err
     assert "optimizer.lr" in answer.err
     assert "loss 0.0" not in answer.out
-    found = record()
-    assert (found["status"], found["metrics"]) == ("diverged", {})
-    assert found["error"].startswith(f"step 1: {numbers} ")
+    run_record = record()
+    assert (run_record["status"], run_record["metrics"]) == ("diverged", {})
+    assert run_record["error"].startswith(f"step 1: {numbers} ")
     assert not Path("run/metrics.jsonl").exists()
     assert not Path("run/adapter").exists()
 
@@ -82,8 +81,8 @@ def test_43_nan_scores_never_reach_metrics(in_tmp: Path, monkeypatch: pytest.Mon
         with pytest.raises(DivergedError, match=r"\b1 of 3\b"):
             score(np.array([0.1, bad, 0.9]), labels, {})
     assert lora_bench("train", *RUN).code == 0
-    nan = lambda pack, table, *more: np.full((1, len(table)), np.nan)  # noqa: E731
-    monkeypatch.setattr(predicting, "predict", nan)
+    nan = lambda pack, table, *rest: np.full((1, len(table)), np.nan)  # noqa: E731
+    monkeypatch.setattr(finished_run, "predict", nan)
     Path("pairs.tsv").write_text("question1\tquestion2\na\tb\n")
     for command in (["predict", "input=pairs.tsv", "output=out.tsv"], ["eval", "data=toy", "data.validation_rows=16"]):
         answer = lora_bench(command[0], "run=run", *command[1:])
@@ -122,11 +121,11 @@ def limited(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 
 @pytest.mark.reliability(44)
 def test_44_out_of_memory_halves_portions_and_keeps_the_batch(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["trainer.batch_size=8", "trainer.max_steps=3", "trainer.eval_batch_size=16", "adapter.dropout=0.3"]
-    assert lora_bench("train", *toy_run(*asked, "trainer.micro_batch_size=4", "hydra.run.dir=asked")).code == 0
+    arguments = ["trainer.batch_size=8", "trainer.max_steps=3", "trainer.eval_batch_size=16", "adapter.dropout=0.3"]
+    assert lora_bench("train", *toy_run(*arguments, "trainer.micro_batch_size=4", "hydra.run.dir=asked")).code == 0
     with monkeypatch.context() as patch:
         limited(patch, 5)
-        answer = lora_bench("train", *toy_run(*asked, "hydra.run.dir=run"))
+        answer = lora_bench("train", *toy_run(*arguments, "hydra.run.dir=run"))
         Path("pairs.tsv").write_text("question1\tquestion2\n" + "a\tb\n" * 9)
         assert lora_bench("predict", "run=run", "input=pairs.tsv", "output=out.tsv").code == 0
         assert len(Path("out.tsv").read_text().splitlines()) == 10
@@ -147,8 +146,10 @@ def test_44_out_of_memory_halves_portions_and_keeps_the_batch(in_tmp: Path, monk
 def test_44_a_checkpoint_remembers_the_smaller_portions(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limited(monkeypatch, 5)
     at_step(monkeypatch, 2, signalled(signal.SIGINT))
-    asked = toy_run("trainer.batch_size=8", "trainer.max_steps=3", "trainer.checkpoint_every=1", "hydra.run.dir=run")
-    assert lora_bench("train", *asked).code == 130
+    arguments = toy_run(
+        "trainer.batch_size=8", "trainer.max_steps=3", "trainer.checkpoint_every=1", "hydra.run.dir=run"
+    )
+    assert lora_bench("train", *arguments).code == 130
     (newest, _) = sorted(Path("run/checkpoints").iterdir(), reverse=True)
     assert json.loads((newest / "state.json").read_text())["room"] == {"training": 4}
     assert lora_bench("train", "resume=run").code == 0
@@ -180,8 +181,8 @@ def test_44_an_unsupported_precision(in_tmp: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.reliability(45)
 def test_45_the_same_seed_twice(in_tmp: Path) -> None:
     for folder in ("one", "two"):
-        asked = ["adapter.dropout=0.1", "trainer.max_steps=4", "trainer.eval_every=2", f"hydra.run.dir={folder}"]
-        assert lora_bench("train", *toy_run(*asked)).code == 0
+        arguments = ["adapter.dropout=0.1", "trainer.max_steps=4", "trainer.eval_every=2", f"hydra.run.dir={folder}"]
+        assert lora_bench("train", *toy_run(*arguments)).code == 0
     logs = []
     for folder in ("one", "two"):
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]

@@ -22,6 +22,7 @@ from lora_bench import train
 from lora_bench.errors import Code, LostFolderError, UserError
 from lora_bench.records.run_folder import Run, read
 from lora_bench.run.final_evaluation import TrainedTask
+from lora_bench.training.checkpoint import Checkpoints
 from tests.command_line import files_below, lora_bench, refused, refuses, toy_run
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def full_disk(limit: int) -> Iterator[None]:
 
 @pytest.mark.reliability(12)
 def test_12_runs_of_the_same_second_have_folders_of_their_own(in_tmp: Path) -> None:
-    asked = ["train", "--cfg", "hydra", "-p", "hydra.run", "--resolve"]
-    folders = [line for _ in range(4) for line in lora_bench(*asked).out.splitlines() if line.startswith("dir: ")]
+    arguments = ["train", "--cfg", "hydra", "-p", "hydra.run", "--resolve"]
+    folders = [line for _ in range(4) for line in lora_bench(*arguments).out.splitlines() if line.startswith("dir: ")]
     assert len(set(folders)) == len(folders) == 4
     assert all(re.search(r"/\d\d-\d\d-\d\d-\d{6}-[0-9a-f]{6}$", folder) for folder in folders)
 
@@ -171,7 +172,7 @@ def test_17_no_room_for_the_config(in_tmp: Path) -> None:
 @pytest.mark.reliability(17)
 @pytest.mark.parametrize(
     ("owner", "name", "limit", "path"),
-    [(Run, "log", 300, "metrics.jsonl"), (train.Checkpoints, "save", 20_000, "checkpoints/step-00000002")],
+    [(Run, "log", 300, "metrics.jsonl"), (Checkpoints, "save", 20_000, "checkpoints/step-00000002")],
     ids=["log", "checkpoint"],
 )
 def test_17_no_room_for_the_log_or_a_checkpoint(
@@ -191,7 +192,7 @@ def test_17_no_room_for_the_log_or_a_checkpoint(
     assert (answer.error.code, answer.error.file) == (Code.UNWRITABLE, in_tmp / "run" / path)
     assert "lora-bench train resume=DIR" in answer.err
     assert status("run") == "failed"
-    older = train.Checkpoints(Path("run/checkpoints"))
+    older = Checkpoints(Path("run/checkpoints"))
     assert older.newest() is not None
     assert older.damaged == []
     answer = lora_bench("train", "resume=run")
@@ -205,14 +206,14 @@ def test_17_no_room_for_the_log_or_a_checkpoint(
 def test_17_no_room_for_the_checkpoint_before_scoring_ends_no_run(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, tried = train.Checkpoints.save, []
+    save, tried = Checkpoints.save, []
 
     def full(*arguments: Any) -> None:
         tried.append(arguments[1])
         with full_disk(20_000):
             save(*arguments)
 
-    monkeypatch.setattr(train.Checkpoints, "save", full)
+    monkeypatch.setattr(Checkpoints, "save", full)
     answer = lora_bench("train", *toy_run("trainer.max_steps=4", "trainer.checkpoint_every=99", "hydra.run.dir=run"))
     assert answer.code == 0, answer
     assert tried == [4]
@@ -232,7 +233,7 @@ def test_17_a_disk_that_is_really_full(in_tmp: Path) -> None:
         assert answer.error is not None
         assert answer.error.code == Code.UNWRITABLE
         assert os.strerror(errno.ENOSPC) in answer.err
-        assert train.Checkpoints(Path("small/run/checkpoints")).newest() is not None
+        assert Checkpoints(Path("small/run/checkpoints")).newest() is not None
         subprocess.run(["mount", "-o", "remount,size=9m", "small"], check=True)
         assert lora_bench("train", "resume=small/run").code == 0
         assert status("small/run") == "done"
@@ -255,21 +256,23 @@ def test_19_a_moved_or_renamed_run_still_compares(in_tmp: Path) -> None:
 
 @pytest.mark.reliability(18)
 def test_18_the_claim_of_a_killed_process_is_recovered(in_tmp: Path) -> None:
-    asked = toy_run("trainer.epochs=9999", "trainer.max_steps=9999", "trainer.checkpoint_every=5", "hydra.run.dir=run")
-    command = [sys.executable, "-m", "lora_bench", "train", *asked]
+    arguments = toy_run(
+        "trainer.epochs=9999", "trainer.max_steps=9999", "trainer.checkpoint_every=5", "hydra.run.dir=run"
+    )
+    command = [sys.executable, "-m", "lora_bench", "train", *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 120
         while not list(Path("run/checkpoints").glob("step-*")) and time.monotonic() < until:
             time.sleep(0.02)
         error = refusal_here("resume=run")
         assert (error.code, error.file) == (Code.IN_USE, Path("run"))
-        error = refusal_here(*asked)
+        error = refusal_here(*arguments)
         assert (error.code, error.key) == (Code.EXISTS, "hydra.run.dir")
         assert "lora-bench train resume=" not in str(error)
         assert "running: run" in lora_bench("compare", "run").out
         process.send_signal(signal.SIGKILL)
     assert status("run") == "running"
-    error = refused("train", *asked)
+    error = refused("train", *arguments)
     assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", in_tmp / "run")
     assert f"lora-bench train resume={in_tmp / 'run'}" in str(error)
     assert "killed: run" in lora_bench("compare", "run").out
@@ -303,9 +306,7 @@ def test_20_a_folder_deleted_while_running_stops_the_run_cleanly(
 
         return call
 
-    owner, name = {"evaluation": (Run, "log"), "checkpoint": (train.Checkpoints, "save"), "end": (Run, "finish")}[
-        moment
-    ]
+    owner, name = {"evaluation": (Run, "log"), "checkpoint": (Checkpoints, "save"), "end": (Run, "finish")}[moment]
     monkeypatch.setattr(owner, name, deleting(getattr(owner, name)))
     answer = lora_bench("train", *toy_run("hydra.run.dir=run", "trainer.checkpoint_every=1"))
     assert answer.code == 1, answer
@@ -317,12 +318,12 @@ def test_20_a_folder_deleted_while_running_stops_the_run_cleanly(
 
 MOMENTS = {
     "evaluation": (Run, "log"),
-    "checkpoint": (train.Checkpoints, "save"),
+    "checkpoint": (Checkpoints, "save"),
     "record": (Run, "update"),
     "predictions": (Run, "write_predictions"),
     "adapter": (TrainedTask, "save"),
     "end": (Run, "finish"),
-    "cleanup": (train.Checkpoints, "clear"),
+    "cleanup": (Checkpoints, "clear"),
 }
 
 
@@ -359,8 +360,8 @@ def test_20_a_folder_that_another_run_took_the_place_of_is_not_written(
 def test_20_a_sweep_s_folder_that_another_one_took_the_place_of_is_not_written(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = toy_run("hydra.sweep.dir=sweep", "pack.size=1")
-    assert lora_bench("train", "-m", *asked, "seed=7,8").code == 0
+    arguments = toy_run("hydra.sweep.dir=sweep", "pack.size=1")
+    assert lora_bench("train", "-m", *arguments, "seed=7,8").code == 0
     Path("sweep").rename("other")
 
     def replace(run: Run, *_: Any) -> None:
@@ -369,7 +370,7 @@ def test_20_a_sweep_s_folder_that_another_one_took_the_place_of_is_not_written(
             shutil.copytree("other", "sweep")
 
     before_call(monkeypatch, Run, "finish", replace)
-    answer = lora_bench("train", "-m", *asked, "seed=0,1,2")
+    answer = lora_bench("train", "-m", *arguments, "seed=0,1,2")
     assert answer.code == 1, answer
     assert f"job 2 failed: {in_tmp / 'sweep'}: " in answer.out
     assert isinstance(answer.error, LostFolderError)

@@ -10,15 +10,17 @@ from tests.reliability.score import CASES, tell
 
 def marked() -> dict[str, set[int]]:
     """Each test function of the suite, and the cases that its marks name."""
-    found: dict[str, set[int]] = {}
+    cases_by_test: dict[str, set[int]] = {}
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 marks = [
                     mark for mark in node.decorator_list if ast.unparse(mark).startswith("pytest.mark.reliability")
                 ]
-                found[node.name] = {ast.literal_eval(mark.args[0]) for mark in marks if isinstance(mark, ast.Call)}
-    return found
+                cases_by_test[node.name] = {
+                    ast.literal_eval(mark.args[0]) for mark in marks if isinstance(mark, ast.Call)
+                }
+    return cases_by_test
 
 
 def test_a_case_counts_when_all_its_tests_passed() -> None:

@@ -174,7 +174,7 @@ def test_47_keys_given_as_values_reach_no_file_and_no_screen(in_tmp: Path) -> No
     sweep = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep"), *given, "adapter.rank=2,4")
     tables = [lora_bench("compare", ".", "--format", form).out for form in ("table", "csv", "md", "latex", "json")]
     for key in KEYS:
-        nowhere(key, *(text for each in (answer, wrong, sweep) for text in (each.out, each.err)), *tables)
+        nowhere(key, *(text for override in (answer, wrong, sweep) for text in (override.out, override.err)), *tables)
     assert "***" in Path("run/run.json").read_text()
     assert "***" in Path("sweep/sweep.json").read_text()
     error = refused("train", "-m", "resume=sweep")
@@ -189,9 +189,9 @@ def test_47_the_process_works_with_the_true_value(in_tmp: Path) -> None:
     content = f"question1\tquestion2\t{key}\n" + "".join(f"a {i}\tb\t{i % 2}\n" for i in range(16))
     for split in ("train", "validation"):
         Path(f"pairs/{split}.tsv").write_text(content)
-    asked = toy_run("data=pairs", "data.path=pairs", f"data.label_column={key}", "hydra.run.dir=run")
-    asked = [each for each in asked if "_rows" not in each]
-    answer = lora_bench("train", *asked, "data.selection_size=4")
+    arguments = toy_run("data=pairs", "data.path=pairs", f"data.label_column={key}", "hydra.run.dir=run")
+    arguments = [override for override in arguments if "_rows" not in override]
+    answer = lora_bench("train", *arguments, "data.selection_size=4")
     assert answer.code == 0, answer
     shutil.rmtree("pairs")
     nowhere(key, answer.out, answer.err)
@@ -221,8 +221,8 @@ def test_47_keys_in_errors_and_tracebacks(in_tmp: Path, monkeypatch: pytest.Monk
 def test_47_keys_in_names_of_folders(in_tmp: Path) -> None:
     error = refused("train", *toy_run(f"hydra.run.dir=outputs/{KEYS[0]}"))
     assert (error.code, error.key) == (Code.FORBIDDEN, "hydra.run.dir")
-    asked = toy_run("hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.override_dirname}")
-    answer = lora_bench("train", "-m", *asked, f"data.label_column={KEYS[0]}", "seed=0,1")
+    arguments = toy_run("hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.override_dirname}")
+    answer = lora_bench("train", "-m", *arguments, f"data.label_column={KEYS[0]}", "seed=0,1")
     assert answer.code == 2
     assert answer.error is not None
     assert (answer.error.code, answer.error.key) == (Code.FORBIDDEN, "hydra.run.dir")
@@ -245,16 +245,18 @@ def test_48_hostile_strings_are_escaped_in_every_report(in_tmp: Path) -> None:
     record["status"], record["error"] = "failed", HOSTILE
     shutil.copytree("runs/1", "runs/\x1b[31mred")
     Path("runs/\x1b[31mred/run.json").write_text(json.dumps(record))
-    shown = {form: lora_bench("compare", "runs", "--format", form) for form in ("table", "csv", "md", "latex", "json")}
-    for answer in shown.values():
+    answers = {
+        form: lora_bench("compare", "runs", "--format", form) for form in ("table", "csv", "md", "latex", "json")
+    }
+    for answer in answers.values():
         assert answer.code == 0, answer
         assert "\x1b" not in answer.out + answer.err
-    assert "<script>" not in shown["md"].out
-    assert "**x**" not in shown["md"].out.replace("\\*", "")
-    cells = [cell for line in csv.reader(io.StringIO(shown["csv"].out)) for cell in line]
+    assert "<script>" not in answers["md"].out
+    assert "**x**" not in answers["md"].out.replace("\\*", "")
+    cells = [cell for line in csv.reader(io.StringIO(answers["csv"].out)) for cell in line]
     assert any(FORMULA in cell for cell in cells)
     assert not [cell for cell in cells if cell.startswith(("=", "+", "@"))]
-    assert json.loads(shown["json"].out)
+    assert json.loads(answers["json"].out)
 
 
 @pytest.mark.reliability(48)
@@ -265,8 +267,8 @@ def test_48_nothing_of_the_data_or_of_a_name_drives_the_terminal(in_tmp: Path) -
     assert "/\\x1b[31mrun" in answer.out
     Path("pairs").mkdir()
     Path("pairs/train.tsv").write_text("question1\tquestion2\tlabel\na\tb\t\x1b]0;title\x07\n")
-    asked = [each for each in toy_run("data=pairs", "data.path=pairs") if "_rows" not in each]
-    answer = lora_bench("train", *asked)
+    arguments = [override for override in toy_run("data=pairs", "data.path=pairs") if "_rows" not in override]
+    answer = lora_bench("train", *arguments)
     assert (answer.code, "\x1b" in answer.err, "\x07" in answer.err) == (2, False, False)
     assert answer.error is not None
     assert (answer.error.code, str(answer.error.file), answer.error.row) == (
@@ -299,8 +301,8 @@ def test_48_offline_nothing_touches_the_network(in_tmp: Path, monkeypatch: pytes
         ("model=roberta", "model.hub_id", "FacebookAI/roberta-base", "model.path=DIR"),
         ("data=qqp", "data.hub_id", "nyu-mll/glue", "data.path=DIR"),
     ):
-        asked = [each for each in toy_run(override) if not (override == "data=qqp" and "_rows" in each)]
-        error = refused("train", *asked)
+        arguments = [text for text in toy_run(override) if not (override == "data=qqp" and "_rows" in text)]
+        error = refused("train", *arguments)
         assert (error.code, error.key, error.value) == (Code.NOT_FOUND, key, value)
         assert remedy in str(error)
     assert touched == []
@@ -308,7 +310,7 @@ def test_48_offline_nothing_touches_the_network(in_tmp: Path, monkeypatch: pytes
 
 @pytest.mark.reliability(46)
 def test_46_scores_of_a_good_adapter_are_those_of_its_training(finished: Path) -> None:
-    """What is refused above is refused for its damage: untouched, the same run predicts."""
+    """The run that is refused above when damaged predicts when it is undamaged."""
     answer = lora_bench("predict", "run=run", "input=pairs.tsv", "output=out.tsv")
     assert answer.code == 0
     (line,) = Path("out.tsv").read_text().splitlines()[1:]

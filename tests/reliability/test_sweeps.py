@@ -81,12 +81,12 @@ main(sys.argv[1:])
 @pytest.mark.reliability(30)
 @pytest.mark.parametrize("size", ["8", "1"])
 def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp: Path, size: str) -> None:
-    asked = ["hydra.sweep.dir=sweep", "trainer.max_steps=4", "trainer.checkpoint_every=2", "seed=0,1,2"]
-    asked = toy_run(*asked, f"pack.size={size}")
-    killed = subprocess.run([sys.executable, "-c", KILLED, "train", "-m", *asked], capture_output=True)
+    arguments = ["hydra.sweep.dir=sweep", "trainer.max_steps=4", "trainer.checkpoint_every=2", "seed=0,1,2"]
+    arguments = toy_run(*arguments, f"pack.size={size}")
+    killed = subprocess.run([sys.executable, "-c", KILLED, "train", "-m", *arguments], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    begun = ["0"] if size == "1" else ["0", "1", "2"]
-    assert statuses() == dict.fromkeys(begun, "running")
+    started = ["0"] if size == "1" else ["0", "1", "2"]
+    assert statuses() == dict.fromkeys(started, "running")
     assert "killed: sweep/0" in lora_bench("compare", "sweep").out
     answer = lora_bench("train", "-m", "resume=sweep")
     assert answer.code == 0, answer
@@ -96,10 +96,10 @@ def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp:
 
 @pytest.mark.reliability(30)
 def test_30_a_sweep_of_24_jobs_killed_at_a_random_moment_ends_as_an_undisturbed_one(in_tmp: Path) -> None:
-    asked = toy_run("trainer.max_steps=4", "trainer.epochs=20", "trainer.eval_every=2", "data.train_rows=80")
-    asked += ["adapter.rank=1,2,4,8", "optimizer.lr=1e-3,3e-3,1e-2", "seed=0,1"]
-    assert lora_bench("train", "-m", *asked, "hydra.sweep.dir=whole").code == 0
-    command = [sys.executable, "-m", "lora_bench", "train", "-m", *asked, "hydra.sweep.dir=sweep"]
+    arguments = toy_run("trainer.max_steps=4", "trainer.epochs=20", "trainer.eval_every=2", "data.train_rows=80")
+    arguments += ["adapter.rank=1,2,4,8", "optimizer.lr=1e-3,3e-3,1e-2", "seed=0,1"]
+    assert lora_bench("train", "-m", *arguments, "hydra.sweep.dir=whole").code == 0
+    command = [sys.executable, "-m", "lora_bench", "train", "-m", *arguments, "hydra.sweep.dir=sweep"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while len(statuses()) < 24 and time.monotonic() < deadline:
@@ -159,19 +159,19 @@ def test_31_a_resumed_sweep_runs_only_what_is_missing_or_failed(
 def test_31_a_preset_with_further_choices_is_resumed_as_it_began(in_tmp: Path) -> None:
     Path("mine/adapter").mkdir(parents=True)
     Path("mine/adapter/small.yaml").write_text("defaults: [lora, _self_]\nrank: 2\n")
-    asked = [*SWEEP, "--config-dir", "mine", "sweep=rank", "adapter=small", "adapter.rank=1,3", "seed=0,1"]
-    assert lora_bench("train", *asked).code == 0
+    arguments = [*SWEEP, "--config-dir", "mine", "sweep=rank", "adapter=small", "adapter.rank=1,3", "seed=0,1"]
+    assert lora_bench("train", *arguments).code == 0
     Path("sweep/2/run.json").unlink()
     assert lora_bench("train", "-m", "resume=last").code == 2  # not below outputs
     assert lora_bench("train", "-m", "resume=sweep").code == 0
-    found = [json.loads(Path(f"sweep/{number}/run.json").read_text()) for number in range(4)]
-    assert [(each["config"]["adapter"]["rank"], each["config"]["seed"]) for each in found] == [
+    run_records = [json.loads(Path(f"sweep/{number}/run.json").read_text()) for number in range(4)]
+    assert [(run_record["config"]["adapter"]["rank"], run_record["config"]["seed"]) for run_record in run_records] == [
         (1, 0),
         (1, 1),
         (3, 0),
         (3, 1),
     ]
-    assert all(each["choices"]["adapter"] == "small" for each in found)
+    assert all(run_record["choices"]["adapter"] == "small" for run_record in run_records)
     Path("mine/adapter/small.yaml").unlink()
     Path("sweep/2/run.json").unlink()
     error = refused("train", "-m", "resume=sweep")
@@ -182,8 +182,8 @@ def test_31_a_preset_with_further_choices_is_resumed_as_it_began(in_tmp: Path) -
 @pytest.mark.reliability(31)
 def test_31_the_last_unfinished_sweep_is_found(in_tmp: Path, trained: list[str]) -> None:
     for sweep in ("one", "two"):
-        asked = toy_run(f"hydra.sweep.dir=outputs/sweeps/{sweep}", "seed=0,1")
-        assert lora_bench("train", "-m", *asked).code == 0
+        arguments = toy_run(f"hydra.sweep.dir=outputs/sweeps/{sweep}", "seed=0,1")
+        assert lora_bench("train", "-m", *arguments).code == 0
         Path(f"outputs/sweeps/{sweep}/1/run.json").unlink()
     trained.clear()
     assert lora_bench("train", "resume=last").code == 0
@@ -260,14 +260,14 @@ def test_33_what_cannot_be_compared_is_skipped_with_the_reason(in_tmp: Path) -> 
 
 @pytest.mark.reliability(33)
 def test_33_a_diverging_member_does_not_disturb_the_others(in_tmp: Path) -> None:
-    asked = toy_run("trainer.max_steps=8", "hydra.sweep.dir=sweep", "optimizer.warmup=0")
-    assert lora_bench("train", "-m", *asked, "optimizer.lr=1e-3,1e30,2e-3").code == 1
+    arguments = toy_run("trainer.max_steps=8", "hydra.sweep.dir=sweep", "optimizer.warmup=0")
+    assert lora_bench("train", "-m", *arguments, "optimizer.lr=1e-3,1e30,2e-3").code == 1
     assert statuses() == {"0": "done", "1": "diverged", "2": "done"}
-    found = json.loads(Path("sweep/1/run.json").read_text())
-    assert "not finite" in found["error"]
-    assert not any(key.startswith("validation/") for key in found["metrics"])
+    run_record = json.loads(Path("sweep/1/run.json").read_text())
+    assert "not finite" in run_record["error"]
+    assert not any(key.startswith("validation/") for key in run_record["metrics"])
     for number, lr in ((0, "1e-3"), (2, "2e-3")):
-        alone = [override for override in asked if not override.startswith("hydra.")]
+        alone = [override for override in arguments if not override.startswith("hydra.")]
         assert lora_bench("train", *alone, f"optimizer.lr={lr}", f"hydra.run.dir=alone{number}").code == 0
         records = [json.loads(Path(folder, "run.json").read_text()) for folder in (f"sweep/{number}", f"alone{number}")]
         assert records[0]["metrics"] == pytest.approx(records[1]["metrics"], abs=1e-4)

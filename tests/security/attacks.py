@@ -197,8 +197,10 @@ JSON_FILE = (hostile_keys, absurd_numbers, wrong_types, deep)
 
 
 def damages_of(target: Target) -> tuple[Callable[[Path], None], ...]:
-    more = JSON_FILE if Path(target.path).suffix == ".json" else ()
-    return ANY_FILE + more + ((code_in_overrides,) if Path(target.path).name in ("run.json", "sweep.json") else ())
+    json_damages = JSON_FILE if Path(target.path).suffix == ".json" else ()
+    return (
+        ANY_FILE + json_damages + ((code_in_overrides,) if Path(target.path).name in ("run.json", "sweep.json") else ())
+    )
 
 
 # -- commands and what they read --
@@ -209,7 +211,7 @@ class Command:
     name: str
     arguments: tuple[str, ...]
     result: Callable[[Answer], Any]
-    """What must be as in the undamaged world."""
+    """The part of the answer that must be as in the undamaged world."""
     keys: tuple[str, ...] = ()
     """Keys that a refusal may name in the place of the file."""
 
@@ -219,7 +221,7 @@ class Target:
     path: str
     """In the world; `*` stands for what is different each time."""
     commands: tuple[str, ...]
-    """Those that read it, the cheapest first: the one that the test suite takes."""
+    """The commands that read it, the cheapest first; the test suite runs only the first."""
 
 
 def rows(answer: Answer) -> Any:
@@ -326,7 +328,7 @@ TARGETS = (
     Target("cache/prefix/*.hidden", ("train",)),
 )
 IGNORED = ("runs/a/.hydra", "runs/a/run.log", "model/special_tokens_map.json", "sweep/table.csv")
-"""What is not read: damage there changes nothing."""
+"""Files that no command reads: damage there changes nothing."""
 INPUTS = ("model/", "peft/")
 TAKES_ANY_MODEL = ("train", "eval peft")
 """Another weight or token there is another model, which no record knows: these commands may give another result."""
@@ -373,7 +375,7 @@ class World:
         shutil.rmtree("whole")
         self._do("train", *TRAIN, "hydra.run.dir=runs/a")
         self._do("train", *TRAIN, "adapter.rank=2", "hydra.run.dir=runs/b")
-        tasks = [each for each in TRAIN if not each.startswith("data")]
+        tasks = [override for override in TRAIN if not override.startswith("data")]
         self._do("train", "--config-dir=conf", *tasks, "data.tasks=[one,other]", "hydra.run.dir=runs/several")
         self._do("eval", "run=runs/a", "data=toy", "name=toy", "data.validation_rows=12")
         self._do("export", "run=runs/a", "format=peft", "output=peft")
@@ -392,9 +394,9 @@ class World:
 
         with pytest.MonkeyPatch.context() as patch:
             at_step(patch, 3, signalled(signal.SIGINT))
-            asked = [each for each in TRAIN if "max_steps" not in each]
+            arguments = [override for override in TRAIN if "max_steps" not in override]
             answer = lora_bench(
-                *("train", *asked, "trainer.max_steps=4", "trainer.checkpoint_every=1"),
+                *("train", *arguments, "trainer.max_steps=4", "trainer.checkpoint_every=1"),
                 "hydra.run.dir=outputs/stopped",
             )
         assert answer.code == 130, answer
@@ -426,9 +428,9 @@ class World:
         return self._wrong(target, command, answer, outside, time.monotonic() - began)
 
     def _path(self, target: Target) -> Path:
-        found = sorted(Path().glob(target.path))
-        if found:
-            return found[-1]
+        paths = sorted(Path().glob(target.path))
+        if paths:
+            return paths[-1]
         path = Path(target.path)  # a file that need not be there: a valid one that means nothing
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
@@ -466,17 +468,17 @@ class World:
             is_named = answer.error.key is not None or any(name in answer.err for name in names)
             return None if is_named else f"names neither file nor key: {last_line}"
         if command.result is not rows:
-            found = command.result(answer)
+            result = command.result(answer)
             is_input = target.path.startswith(INPUTS) and command.name in TAKES_ANY_MODEL
-            return None if is_input or found == self.expected[command.name] else "exit 0 with another result"
-        found = rows(answer)
+            return None if is_input or result == self.expected[command.name] else "exit 0 with another result"
+        result = rows(answer)
         hurt = Path(target.path.split("/*")[0])
-        lost = [row for row in self.expected[command.name] if row not in found]
+        lost = [row for row in self.expected[command.name] if row not in result]
         lost = [row for row in lost if not any(is_touched(Path(run), hurt) for run in row[0])]
         return f"rows of other runs are lost: {lost}" if lost else None
 
     def _small_files(self) -> Iterator[bytes]:
-        """What the command may have written."""
+        """Yield the content of every small file, which the command may have written."""
         for path in Path().rglob("*"):
             if path.is_file() and not path.is_symlink() and path.stat().st_size < 1_000_000:
                 yield path.read_bytes()

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder, cache, threads = os.getcwd(), os.environ["LORA_BENCH_CACHE"], torch.get_num_threads()
     torch.set_num_threads(1)
-    made = World(tmp_path_factory.mktemp("attacks") / "top")
-    made.build({target.commands[0] for target in TARGETS})
-    yield made
+    attacked = World(tmp_path_factory.mktemp("attacks") / "top")
+    attacked.build({target.commands[0] for target in TARGETS})
+    yield attacked
     os.chdir(folder)
     torch.set_num_threads(threads)
     os.environ["LORA_BENCH_CACHE"] = cache
@@ -41,11 +41,11 @@ def test_a_damaged_file_is_refused_or_changes_nothing(world: World, target: Targ
     for damage in chosen_damages(target):
         world.restore()
         try:
-            found = world.attack(target, damage, COMMANDS[target.commands[0]])
+            verdict = world.attack(target, damage, COMMANDS[target.commands[0]])
         except TimeoutError as error:
-            found = str(error)
-        if found is not None:
-            wrong[damage.__name__] = found
+            verdict = str(error)
+        if verdict is not None:
+            wrong[damage.__name__] = verdict
     assert not wrong, "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
 
 

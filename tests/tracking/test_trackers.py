@@ -73,7 +73,7 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     end(begin(tmp_path / "run", {"tensorboard": TensorBoard()}))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    scalars = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    scalars = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert scalars["selection/mcc"][:2] == [(5, 0.25), (10, 0.5)]
     assert scalars["selection/nll"][:1] == [(10, 0.625)]
     assert scalars["validation/mcc"][:1] == [(10, 0.375)]
@@ -119,14 +119,14 @@ def test_mlflow_run(tmp_path: Path, store: str, status: str, theirs: str) -> Non
     import mlflow
 
     end(begin(tmp_path / "run", {"mlflow": MLflow(uri=store, experiment="mine")}), status=status)
-    (found,) = found_at(store)
-    assert found.info.status == theirs
-    assert found.info.run_name.endswith("/run")
-    assert found.data.params == {name: str(value) for name, value in FLAT.items()}
+    (stored,) = found_at(store)
+    assert stored.info.status == theirs
+    assert stored.info.run_name.endswith("/run")
+    assert stored.data.params == {name: str(value) for name, value in FLAT.items()}
     expected = {"selection/mcc": 0.5, "selection/nll": 0.625, "validation/mcc": 0.375}
-    assert found.data.metrics == expected | {"cost.train_seconds": 1.5, "params.adapter": 64}
-    history = mlflow.MlflowClient(store).get_metric_history(found.info.run_id, "selection/mcc")
-    assert [(each.step, each.value) for each in history] == [(5, 0.25), (10, 0.5)]
+    assert stored.data.metrics == expected | {"cost.train_seconds": 1.5, "params.adapter": 64}
+    history = mlflow.MlflowClient(store).get_metric_history(stored.info.run_id, "selection/mcc")
+    assert [(point.step, point.value) for point in history] == [(5, 0.25), (10, 0.5)]
 
 
 def test_mlflow_goes_on_with_a_run_that_was_interrupted(tmp_path: Path, store: str) -> None:
@@ -135,9 +135,9 @@ def test_mlflow_goes_on_with_a_run_that_was_interrupted(tmp_path: Path, store: s
     again = track_run(Run.reopen(tmp_path / "run"), trackers, Console())
     again.rewind(5)
     end(again, LINES[1:])
-    (found,) = found_at(store)
-    assert found.info.status == "FINISHED"
-    assert found.data.metrics["validation/mcc"] == 0.375
+    (stored,) = found_at(store)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.metrics["validation/mcc"] == 0.375
 
 
 def test_a_server_that_is_away_costs_a_note_and_no_minutes(
@@ -164,15 +164,15 @@ def test_a_server_that_is_away_costs_a_note_and_no_minutes(
 class Failing(Tracker):
     """Fails at the moment that it is made for."""
 
-    def __init__(self, moment: str, told: list[str]) -> None:
-        self.moment, self.told = moment, told
+    def __init__(self, moment: str, calls: list[str]) -> None:
+        self.moment, self.calls = moment, calls
 
     def start(self, run: Run) -> TrackerSession:
         self._at("begin")
         return _FailingSession(self)
 
     def _at(self, moment: str) -> None:
-        self.told.append(moment)
+        self.calls.append(moment)
         if moment == self.moment:
             raise ConnectionError("no\nanswer from sk-abcdefgh12345678")
 
@@ -189,16 +189,16 @@ class _FailingSession(TrackerSession):
 
 
 @pytest.mark.parametrize(
-    ("moment", "told"),
+    ("moment", "calls"),
     [("begin", ["begin"]), ("log", ["begin", "log"]), ("finish", ["begin", "log", "log", "log", "finish"])],
 )
 def test_a_failure_is_noted_once_and_stops_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], moment: str, told: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], moment: str, calls: list[str]
 ) -> None:
     failing: list[str] = []
     sound: list[str] = []
     end(begin(tmp_path / "run", {"a": Failing(moment, failing), "b": Failing("never", sound)}))
-    assert failing == told
+    assert failing == calls
     assert sound == ["begin", "log", "log", "log", "finish"]
     out = capsys.readouterr().out
     assert out.startswith("note: tracking=a ")
