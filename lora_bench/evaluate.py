@@ -19,7 +19,8 @@ import transformers
 from lora_bench.adapters.peft import importer
 from lora_bench.adapters.peft.config import PeftConfig
 from lora_bench.backbones.families import build_model, family_class, family_of_type
-from lora_bench.backbones.load import load, load_tokenizer, locate
+from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.backbones.locate import locate
 from lora_bench.config import build, schema
 from lora_bench.console.progress import print_metrics
 from lora_bench.console.text import shown
@@ -125,7 +126,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         "path": getattr(data, "path", None),
         "choice": data_choice,
         **sources.describe_data(data, splits),
-        **describe(data, splits, subject.seen),
+        **describe_stress_splits(data, splits, subject.seen),
     }
     content = {**subject.described, "data": described, "metrics": found}
     path = _write(subject.place, title, content, predictions)

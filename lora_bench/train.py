@@ -150,9 +150,14 @@ def prefix_of(inputs: SharedInputs, task: Task, trainer: Trainer) -> tuple[Prefi
     Nothing is cached if the run sees no training pair twice in the same order.
     """
     train, selection = task.tables["train"], task.tables["selection"]
-    second_view = train.exchanged if task.second_view is None else task.second_view
-    tables = {"train": train, "second_view": second_view, "selection": selection, "exchanged": selection.exchanged}
-    orders = 1 if train.exchanged is None else 2
+    second_view = train.reversed_view if task.second_view is None else task.second_view
+    tables = {
+        "train": train,
+        "second_view": second_view,
+        "selection": selection,
+        "reversed_selection": selection.reversed_view,
+    }
+    orders = 1 if train.reversed_view is None else 2
     is_repeated = total_steps(trainer, len(train)) * trainer.batch_size > orders * len(train)
     cache = PrefixCache(inputs.backbone_sha256, trainer.prefix_cache_bytes if is_repeated else 0)
     return cache, {name: table for name, table in tables.items() if table is not None}

@@ -64,7 +64,7 @@ def theirs(work: Work, data: str, pairs: int) -> dict[str, float]:
     import torch
     import transformers
 
-    from lora_bench.backbones.load import locate
+    from lora_bench.backbones.locate import locate
     from lora_bench.run.inputs import load_splits
 
     transformers.logging.set_verbosity_error()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import lora_bench.adapters.methods
-from lora_bench.cli import COMMANDS, conf_folder
+from lora_bench.config.groups import COMMANDS, conf_folder
 from lora_bench.records import run_folder
 from tests.command_line import lora_bench as run
 from tests.command_line import toy_run

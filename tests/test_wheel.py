@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_bench.cli import conf_folder
+from lora_bench.config.groups import conf_folder
 from tests.command_line import TOY_RUN
 
 ROOT = Path(__file__).parent.parent

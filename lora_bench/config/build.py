@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.removed import removal_note
-from lora_bench.config.schema import DATA, MODELS, OPTIONAL, Data, Metric, Model
+from lora_bench.config.schema import DATA, OPTIONAL, Data, Metric
 from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:

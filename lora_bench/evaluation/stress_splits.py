@@ -75,7 +75,7 @@ def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Seq
     """Return the section of a record about stress splits: `unseen` rows by split, and the `perturb` settings."""
     description: dict[str, object] = {}
     if data.unseen:
-        description["unseen"] = {name: int(sources.unseen(split, *seen).sum()) for name, split in splits.items()}
+        description["unseen"] = {name: int(sources.unseen_rows(split, *seen).sum()) for name, split in splits.items()}
     if transforms := resolve_transforms(data):
         description["perturb"] = {
             "transforms": [transform.name for transform in transforms],
@@ -90,7 +90,7 @@ def _trials(
 ) -> Iterator[Trial]:
     """Yield a trial for each transform and each of the seeds 0, 1, …; one trial if the transform is not random."""
     for transform in transforms:
-        seeds = range(data.perturb_seeds if transform.drawn else 1)
+        seeds = range(data.perturb_seeds if transform.is_random else 1)
         perturbed_by_seed = [perturb(split, transform, seed=seed, intensity=data.intensity) for seed in seeds]
         log(f"{transform.name}: {len(perturbed_by_seed[0].rows):,} of {len(split):,} rows perturbed")
         for perturbed, scores in zip(perturbed_by_seed, _scores(perturbed_by_seed, score_examples), strict=True):
@@ -98,7 +98,7 @@ def _trials(
             yield Trial(transform.name, transform.keeps_label, perturbed.rows, perturbed.examples.labels, scores)
 
 
-def _scores(perturbed_by_seed: Sequence[Perturbed], score_examples: Scorer) -> list[NDArray[np.float64]]:
+def _scores(perturbed_by_seed: Sequence[PerturbedRows], score_examples: Scorer) -> list[NDArray[np.float64]]:
     """Return (M,) scores for each seed's perturbed rows. Texts that several seeds produce are scored once."""
     texts = [list(zip(*perturbed.examples.texts, strict=True)) for perturbed in perturbed_by_seed]
     distinct_texts = list(dict.fromkeys(row for rows in texts for row in rows))

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.config.groups import choices, conf_folder
 from lora_bench.config.keys import flat
-from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 from lora_bench.records.run_folder import CONFIG_FILE, RECORD_FILE, is_prompted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from omegaconf import DictConfig

@@ -15,7 +15,7 @@ from lora_bench.evaluation.metrics import mean_metrics, score
 from lora_bench.evaluation.stress_splits import score_stress_splits
 from lora_bench.records import metrics_log
 from lora_bench.records.run_folder import METRICS_FILE, Run, adapter_folders
-from lora_bench.records.task_folders import TASKS, task_folder
+from lora_bench.records.task_folders import task_folder
 from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ class TrainedTask:
         labels = task.tables["selection"].labels
         assert labels is not None
         calibration = Calibration.fit(selected.mean(axis=0), labels)
-        chosen: dict[str, Any] = {**best, "metric": "mcc", **calibration.recorded()}
+        chosen: dict[str, Any] = {**best, "metric": "mcc", **calibration.to_json()}
         by_member: list[Calibration] = []
         if len(steps) > 1:
             by_member = [Calibration.fit(scores, labels) for scores in selected]
-            chosen["members"] = [entry | fitted.recorded() for entry, fitted in zip(steps, by_member, strict=True)]
+            chosen["members"] = [entry | fitted.to_json() for entry, fitted in zip(steps, by_member, strict=True)]
         is_single = len(steps) == self.pack.members[self.members[0]].heads == 1
         values = self.bests[0]["metrics"] if is_single else score(selected.mean(axis=0), labels, extra)
         metrics = {f"selection/{name}": value for name, value in values.items()}
@@ -102,7 +102,7 @@ class TrainedTask:
             return member_scores.mean(axis=0)  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiment.metrics
-        return score_besides(data, splits[name], scores, scored, seen=seen, metrics=metrics, tell=self.print_line)
+        return score_stress_splits(data, splits[name], scores, scored, seen=seen, metrics=metrics, log=self.print_line)
 
     def save(self, run: Run) -> None:
         """Write each member's adapter and head."""
@@ -112,7 +112,7 @@ class TrainedTask:
             folders[0].parent.mkdir(exist_ok=True)
         for k, folder in zip(self.members, folders, strict=True):
             run.check()
-            base_model, names = public_place(self.experiment.model), self.experiment.data.label_names
+            base_model, names = public_location(self.experiment.model), self.experiment.data.label_names
             files.save(folder, self.pack, k, base_model, head=self.head, label_names=names)
         run.note_files(path for folder in folders for path in folder.glob("*.safetensors"))
 
@@ -155,9 +155,8 @@ def _claim_task_folder(run: Run, task: str) -> Run:
     config = {key: value for key, value in record["config"].items() if key != "tasks"}
     config["data"] = record["config"]["tasks"][task]
     choices = record["choices"] | {"data": task}
-    task_run = Run.claim(folder_of(run.folder, task), choices=choices, config=config, overrides=record["overrides"])
-    for text in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    task_run = Run.claim(task_folder(run.folder, task), choices=choices, config=config, overrides=record["overrides"])
+    for line in metrics_log.read_lines(run.folder / METRICS_FILE):
         if line["split"] == f"selection/{task}":
             task_run.log(line | {"split": "selection"})
     return task_run

@@ -64,9 +64,9 @@ class Task:
         """
         merged = self.tables | dict(tables)
         if "exchanged" in merged:
-            merged["selection"] = replace(merged["selection"], exchanged=merged.pop("exchanged"))
-        if merged["train"].exchanged is not None and "second_view" in merged:
-            merged["train"] = replace(merged["train"], exchanged=merged.pop("second_view"))
+            merged["selection"] = replace(merged["selection"], reversed_view=merged.pop("exchanged"))
+        if merged["train"].reversed_view is not None and "second_view" in merged:
+            merged["train"] = replace(merged["train"], reversed_view=merged.pop("second_view"))
         second_view = merged.pop("second_view", self.second_view)
         return replace(self, tables=merged, second_view=second_view)
 
@@ -187,7 +187,7 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             remedy=f"The data has only: {', '.join(loaded)}. Training needs a train file with labels.",
             code=Code.EMPTY,
         )
-    reported = sources.reported(loaded) if data.report else {}
+    reported = sources.reported_splits(loaded) if data.report else {}
     if data.report and not reported:
         raise UserError(
             "there is no labelled split to report on",
@@ -195,16 +195,16 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             remedy="Add a validation file with labels: scores on the training pairs are no evidence.",
             code=Code.EMPTY,
         )
-    train, selection = sources.carve(loaded["train"], data)
+    train, selection = sources.split_selection(loaded["train"], data)
     splits = {"train": train, "selection": selection, **reported}
-    return splits, {**sources.describe_data(data, splits), **describe(data, reported, [train, selection])}
+    return splits, {**sources.describe_data(data, splits), **describe_stress_splits(data, reported, [train, selection])}
 
 
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
     """Load the backbone onto its device, frozen unless the method trains it; return it and the hash of its weights."""
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
     for single in experiment.by_task.values():
-        backbone.need_room(single.data.max_length)
+        backbone.require_length(single.data.max_length)
     check_padding(backbone)
     sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)

@@ -44,7 +44,7 @@ class PredictionRequest:
     calibrated: bool
     uncertainty: bool
     device: str
-    model_places: ModelPlaces
+    model_places: ModelPaths
     """The present folders of the run's backbone and tokenizer."""
 
     @classmethod
@@ -89,7 +89,7 @@ class PredictionRequest:
         size = sum(len(text) for column in examples.texts for text in column) + BYTES_PER_ROW * len(examples)
         check_output(output, "output", size)
         threshold = run.calibration.threshold if from_selection and run.calibration else float(cfg.threshold)
-        flags = cfg.calibrated, cfg.uncertainty, str(cfg.device), model_places(cfg.model)
+        flags = cfg.calibrated, cfg.uncertainty, str(cfg.device), model_paths(cfg.model)
         return cls(run, table, examples, output, file_format, threshold, *flags)
 
     def write(self, predictions: dict[str, Sequence[Any]]) -> None:
@@ -98,7 +98,7 @@ class PredictionRequest:
         Args:
             predictions: values of each new column, in the order of the rows.
         """
-        names = labelled.free_names(list(predictions), self.table.names)
+        names = labelled.unique_column_names(list(predictions), self.table.names)
         renamed = [f"{name} as {new}" for name, new in names.items() if new != name]
         if renamed:
             _note(f"the input has columns of the same names, so predictions are renamed: {', '.join(renamed)}")
@@ -112,7 +112,7 @@ class PredictionRequest:
 
 def output_format(output: str) -> str:
     """Return the format that an output's ending names; a stream without an ending gets TSV."""
-    file_format = readers.format_of(output)
+    file_format = readers.file_format(output)
     if file_format is None:
         reason = f"is none of {', '.join(labelled.FORMATS)}"
         raise UserError(

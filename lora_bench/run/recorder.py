@@ -17,7 +17,7 @@ from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, 
 from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
 from lora_bench.run.final_evaluation import TrainedTask, report_tasks
-from lora_bench.tracking.base import TrackedRun, follow
+from lora_bench.tracking.base import TrackedRun, track_run
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import isolate_failure
 from lora_bench.training.prediction import predict
@@ -115,7 +115,7 @@ class Recorder:
             targets=run.ranks(),
             environment=self._environment(record.record["environment"], newest.step if newest else None),
         )
-        run.record = follow(record, run.experiment.trackers if self.processes.is_leader else {}, self.console)
+        run.record = track_run(record, run.experiment.trackers if self.processes.is_leader else {}, self.console)
 
     def _environment(self, before: Mapping[str, Any], resumed_at: int | None) -> dict[str, Any]:
         """Describe the environment of the coming steps, and of a resumed run's earlier steps where it differs."""

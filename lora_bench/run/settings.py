@@ -105,7 +105,7 @@ class Experiment:
         check_metrics(metrics)
         settings = cls(
             data=build.build_data(cfg.data),  # first, since T5 takes its label words from it
-            model=build.build_model(cfg.model),
+            model=build_model(cfg.model),
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
             optimizer=build.build(schema.Optimizer, cfg.optimizer, "optimizer"),
             trainer=build.build(schema.Trainer, cfg.trainer, "trainer"),
@@ -120,8 +120,8 @@ class Experiment:
         _check_tasks(settings)
         for single in settings.by_task.values():
             check_objective(single.trainer, single.data.text_columns, matching=single.adapter.matching is True)
-            perturbations(single.data)
-            augmentations(single.data, single.trainer.objective)
+            resolve_transforms(single.data)
+            choose_augmentations(single.data, single.trainer.objective)
         return settings
 
     @classmethod

@@ -62,7 +62,7 @@ class WarmStart:
         if sha256 != recorded:
             remedy = f"The backbone of this run has hash {sha256[:12]}…, the record names {recorded[:12]}…."
             raise refusal("was trained on another backbone", remedy)
-        refuse_another(finished.record["environment"], inputs.backbone.tokenizer_identity, refusal)
+        refuse_other_tokenizer(finished.record["environment"], inputs.backbone.tokenizer_identity, refusal)
         with_head = not experiment.tasks and source.data.label_names == experiment.data.label_names
         return cls(finished, source.data.label_names, with_head)
 

@@ -38,9 +38,9 @@ def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     handle = matching.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with handle, alone(pack, member):
         for batch in calibration_batches:
-            member_batch = batch.of([member]).to(pack.backbone.device)
+            member_batch = batch.select_members([member]).to(pack.backbone.device)
             assert member_batch.labels is not None
             pack(member_batch)
             labels.append(member_batch.labels)
-    matching.begin(torch.cat(features), torch.cat(labels))
+    matching.initialise(torch.cat(features), torch.cat(labels))
     return None

@@ -31,8 +31,8 @@ def predict(
     A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. Afterwards the pack
     is in the mode (training or evaluation) that it was in before.
     """
-    if table.exchanged is not None:
-        forward, reversed_view = replace(table, exchanged=None), table.exchanged
+    if table.reversed_view is not None:
+        forward, reversed_view = replace(table, reversed_view=None), table.reversed_view
         return (predict(pack, forward, batch_size, processes) + predict(pack, reversed_view, batch_size, processes)) / 2
     scores = np.zeros((len(pack.active), len(table)))
     mode = pack.training

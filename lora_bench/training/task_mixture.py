@@ -44,7 +44,7 @@ class TaskData:
     def plan(self, batch_size: int, multiple: int = 1) -> BatchPlan:
         """Return the rows and the length of each batch; lengths are multiples of `multiple` tokens."""
         lengths = self.train.lengths
-        for view in (self.train.exchanged, self.second_view):
+        for view in (self.train.reversed_view, self.second_view):
             if view is not None:
                 lengths = np.maximum(lengths, view.lengths)
         return BatchPlan(lengths, batch_size, multiple)

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.families import build_model
-from lora_bench.backbones.load import load, load_tokenizer, locate
+from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.backbones.locate import locate
 from lora_bench.errors import Code, UserError
 from tests.backbones.tools import (
     cut_logits,

@@ -12,9 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import lora_bench as package
-from lora_bench.adapters.methods import method_names
 from lora_bench.analysis.summary import summarise
-from lora_bench.backbones.families import family_names
 from lora_bench.config.schema import DATA
 from lora_bench.errors import Code
 from lora_bench.records.backfill import OPTIONS, TYPE_KEYS, fill_defaults
@@ -68,7 +66,7 @@ def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
 
 
 def test_every_kind_has_a_choice_that_is_one() -> None:
-    from lora_bench.config.schema import DATA, MODELS
+    from lora_bench.config.schema import MODELS
 
     for group, types in (("model", MODELS), ("data", DATA), ("adapter", ["lora", "adalora", "bitfit", "vera", "full"])):
         for type_ in types:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_bench.cli import conf_folder
+from lora_bench.config.groups import conf_folder
 from lora_bench.errors import Code
 from tests.command_line import lora_bench, refused, toy_run
 

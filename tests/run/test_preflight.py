@@ -147,7 +147,7 @@ def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
     interrupted_run("older", "2026-01-01T00:00:00.000+00:00")
     newest = interrupted_run("newest", "2026-01-02T00:00:00.000+00:00")
     other = interrupted_run("other", created)
-    assert place("last", Path("outputs")) == newest
+    assert resolve_folder("last", Path("outputs")) == newest
     for folder in (newest, newest.with_name("older")):
         (folder / "run.json").unlink()
     with refuses(Code.NOT_FOUND, key="resume") as caught:
@@ -159,7 +159,7 @@ def test_the_last_run_is_none_of_the_future(in_tmp: Path, created: Any) -> None:
 def test_moments_are_compared_and_not_texts(in_tmp: Path) -> None:
     interrupted_run("a", "2026-01-02T00:30:00.000+02:00")
     newest = interrupted_run("b", "2026-01-01T23:00:00.000+00:00")
-    assert place("last", Path("outputs")) == newest
+    assert resolve_folder("last", Path("outputs")) == newest
 
 
 # -- hydra.job.chdir --

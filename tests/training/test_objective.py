@@ -96,7 +96,7 @@ def learn(
     as_is, swapped = tables_of(a_pack.backbone, size)
     train, other = (swapped, as_is) if exchanged else (as_is, swapped)
     if settings.objective == "either_order":
-        train = replace(train, exchanged=other)
+        train = replace(train, reversed_view=other)
     watcher = Losses()
     one_a_step_ten_a_row = FlopModel((1.0, 10.0, 0.0, 0.0))
     rates = rates or [optimizer(eps=1e-3)] * a_pack.size

@@ -14,8 +14,8 @@ from lora_bench.adapters.base import Adapter
 from lora_bench.adapters.methods import method_class, method_names
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
-from lora_bench.cli import conf_folder
 from lora_bench.config.build import build
+from lora_bench.config.groups import conf_folder
 from lora_bench.errors import Code
 from tests.adapters.tools import (
     adapter,
