@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.config.groups import choices, conf_folder
 from lora_bench.config.keys import flat
+from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 from lora_bench.records.run_folder import CONFIG_FILE, RECORD_FILE, is_prompted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from omegaconf import DictConfig
@@ -35,7 +36,7 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_prompted(record):
         return dict(record["config"])
-    config, top, default_options = dict(record["config"]), *_top_level_defaults()
+    config, top, default_options = _without_neutral_settings(record["config"]), *_top_level_defaults()
     options = {group: _option(group, record, option) for group, option in default_options.items()}
     defaults_by_group = _group_defaults(tuple((group, option) for group, option in options.items() if option))
     for group, defaults in defaults_by_group.items():
@@ -46,6 +47,51 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(key, default)
         config[key] = default | value if isinstance(default, dict) and isinstance(value, dict) else value
     return config
+
+
+def _without_neutral_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded config without the removed keys whose values changed nothing."""
+    return _without(config, REMOVED_KEYS.keys() - removed_settings(config).keys())
+
+
+def without_removed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a finished run without removed training settings, on which its predictions do not depend."""
+    kept = _without(config, REMOVED_KEYS.keys())
+    for key, value in removed_settings(kept).items():  # only choices of keys that still exist
+        group, _, name = key.partition(".")
+        kept[group] = kept[group] | {name: REMOVED_CHOICES[key, value]}
+    return kept
+
+
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return a config without these keys, each `group.name`."""
+
+    def filtered(group: str, node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {name: value for name, value in node.items() if f"{group}.{name}" not in keys}
+
+    return {group: filtered(group, node) for group, node in config.items()}
+
+
+def refuse_removed_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to resume a run whose training was influenced by settings that were removed since.
+
+    Args:
+        folder: of the run.
+        config: of its record.
+
+    Raises:
+        UserError: there is such a setting; it is named with its value.
+    """
+    for key, value in removed_settings(config).items():
+        raise UserError(
+            f"the run was started with {key}={value}, which was {REMOVAL}",
+            key="resume",
+            value=folder,
+            remedy="Resume it with version 0.1, or start a new run without that setting.",
+            code=Code.NOT_RESUMABLE,
+        )
 
 
 class ModelPaths(TypedDict):
@@ -201,7 +247,7 @@ def restore_config(folder: Path, record: Mapping[str, Any], paths: ModelPaths) -
         paths: of its backbone and tokenizer.
 
     Raises:
-        UserError: as `load_config` and `relocate`.
+        UserError: as `load_config` and `relocate`; the run has settings that were removed.
     """
     from omegaconf import OmegaConf
 
@@ -210,6 +256,7 @@ def restore_config(folder: Path, record: Mapping[str, Any], paths: ModelPaths) -
     except UserError as error:
         error.file = error.file or folder / RECORD_FILE
         raise
+    refuse_removed_settings(folder, content)
     return OmegaConf.create(relocate(content, paths["model_path"], paths["tokenizer"]))
 
 
@@ -218,13 +265,19 @@ def align_configs(runs: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Pat
 
     If runs of the same choices have different keys, defaults are filled in for all runs; otherwise nothing changes.
     """
+    runs = [(folder, record | {"choices": _without_removed_groups(record["choices"])}) for folder, record in runs]
     keys_by_choices: dict[str, set[str]] = {}
     for _, record in runs:
         keys = {key: node.keys() if isinstance(node, dict) else 0 for key, node in record["config"].items()}
         keys_by_choices.setdefault(str(record["choices"]), set()).add(str(keys))
     if all(len(variants) == 1 for variants in keys_by_choices.values()):
-        return list(runs)
+        return runs
     return [(folder, record | {"config": fill_defaults(record)}) for folder, record in runs]
+
+
+def _without_removed_groups(choices_by_group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the choices of a record without those of configuration groups that were removed."""
+    return {group: choice for group, choice in choices_by_group.items() if group not in REMOVED_GROUPS}
 
 
 def _option(group: str, record: Mapping[str, Any], default: str) -> str | None:

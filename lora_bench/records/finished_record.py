@@ -15,7 +15,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
 from lora_bench.records import run_folder
-from lora_bench.records.backfill import load_config, refuse_edited, relocate
+from lora_bench.records.backfill import load_config, refuse_edited, relocate, without_removed_settings
 from lora_bench.records.run_folder import ADAPTER, RECORD_FILE, is_prompted, member_adapter_folder
 from lora_bench.records.task_folders import refuse_multitask
 
@@ -123,7 +123,7 @@ class FinishedRecord:
             _require(isinstance(recorded.get(group, {}), dict), f"config.{group}", "is not a group of keys")
         for group in ("tasks", "tracking"):
             _require(isinstance(recorded.get(group) or {}, dict), f"config.{group}", "is not a group of keys")
-        config = load_config(record)
+        config = without_removed_settings(load_config(record))
         columns = config["data"].get("text_columns")
         is_valid = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
         _require(is_valid, "config.data.text_columns", "does not name one or two columns")
