@@ -47,20 +47,20 @@ class Update(nn.Module, ABC):
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias (out,) of a plain linear that says the same, from the frozen ones, in fp32."""
 
-    def saved(self) -> dict[str, Tensor]:
+    def to_tensors(self) -> dict[str, Tensor]:
         """What an adapter file holds of this update: peft's names and meanings where peft has the method."""
         return self.state_dict()
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `saved` gave."""
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `to_tensors` gave."""
         self.load_state_dict(tensors)
 
-    def running(self) -> dict[str, Tensor]:
+    def training_statistics(self) -> dict[str, Tensor]:
         """Statistics that training goes on with and an adapter file has no use for: what a checkpoint holds besides."""
         return {}
 
-    def put_back_running(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `running` gave."""
+    def load_training_statistics(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `training_statistics` gave."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Adapter(ABC):
     matching: bool | None
     """Beside the head, compare the texts' mean token vectors (matching.py); null: where the model tells them apart."""
 
-    only_learning = frozenset({"default_lr", "init_from", "dropout"})
+    training_settings = frozenset({"default_lr", "init_from", "dropout"})
     """Settings that say how it learns, and not what its tensors mean."""
     trains_backbone = False
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
@@ -125,17 +125,21 @@ class Adapter(ABC):
         """The trained method in peft's words (`peft_type`, `r`, …); empty where peft cannot express it."""
         return {}
 
-    def saved(self, updates: dict[str, Update]) -> dict[str, Tensor]:
+    def to_tensors(self, updates: dict[str, Update]) -> dict[str, Tensor]:
         """What an adapter file holds of all updates: `model.<module>.<tensor>`, and what the modules share."""
         return {
-            f"model.{name}.{key}": tensor for name, update in updates.items() for key, tensor in update.saved().items()
+            f"model.{name}.{key}": tensor
+            for name, update in updates.items()
+            for key, tensor in update.to_tensors().items()
         }
 
-    def restore(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
-        """Put back what `saved` gave; names, shapes and finiteness have been checked against it."""
+    def load_tensors(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
+        """Put back what `to_tensors` gave; names, shapes and finiteness have been checked against it."""
         for name, update in updates.items():
             prefix = f"model.{name}."
-            update.restore({k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)})
+            update.load_tensors(
+                {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
+            )
 
     def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> str | None:
         """Called once before the first step, with training batches to look at: data-driven start, rank allocation.
@@ -162,7 +166,7 @@ class Adapter(ABC):
     def after_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
         """Called after the optimizer's update, before gradients are cleared."""
 
-    def settled(self, step: int, steps: int) -> bool:
+    def ranks_final(self, step: int, steps: int) -> bool:
         """Whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
         True at the last update."""
         return True

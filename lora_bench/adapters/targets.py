@@ -21,7 +21,7 @@ _LAYERS_REMEDY = "For example adapter.layers=top:2 or 'adapter.layers=[0,1]'."
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnLinears(Adapter):
+class LinearAdapter(Adapter):
     """A method that adapts linears which the user chooses by name and layer."""
 
     target_modules: str
@@ -45,7 +45,7 @@ def largest_rank(linear: nn.Linear) -> int:
     return min(linear.in_features, linear.out_features)
 
 
-def need_rank(key: str, rank: int, name: str, linear: nn.Linear, remedy: str = "") -> None:
+def require_rank(key: str, rank: int, name: str, linear: nn.Linear, remedy: str = "") -> None:
     """Refuse a rank, given by `key`, that is above the smaller side of the linear called `name`."""
     largest, shape = largest_rank(linear), f"{linear.out_features} by {linear.in_features}"
     require(rank <= largest, key, rank, f"is above {largest}, the smaller side of {name} ({shape})", remedy)

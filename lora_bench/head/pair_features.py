@@ -1,4 +1,4 @@
-"""Matching: the two texts compared as two vectors, beside the head that reads them as one sequence.
+"""PairFeatures: the two texts compared as two vectors, beside the head that reads them as one sequence.
 
     u, v = mean token vectors of the first and the second text (special tokens too) in the last layer, at length 1
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
@@ -22,7 +22,7 @@ RIDGE = 1e-3
 """Of the regression, per pair: keeps the slope finite where the calibration pairs can be told apart perfectly."""
 
 
-class Matching(nn.Module):
+class PairFeatures(nn.Module):
     """One member's weights, held in fp32.
 
     Args:
@@ -41,16 +41,16 @@ class Matching(nn.Module):
         return torch.stack([-s, s], -1)
 
     @torch.no_grad()
-    def begin(self, features: Tensor, labels: Tensor) -> None:
+    def initialise(self, features: Tensor, labels: Tensor) -> None:
         """Start as the regression of labels (N,) on the cosines that features (N, 2 D) hold."""
         D = len(self.weight) // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
-        slope, intercept = regression(cosines, labels)
+        slope, intercept = fit_logistic_regression(cosines, labels)
         self.weight[:D] = slope / 2 / D
         self.bias.fill_(intercept / 2)
 
 
-def pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """(N, 2 D) in fp32, from hidden states (N, T, D) and which tokens make up each text, (N, T) each."""
     u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
     D = hidden.shape[-1]
@@ -62,7 +62,7 @@ def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:
     return (hidden * kept).sum(1) / kept.sum(1).clamp_min(1.0)
 
 
-def regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
+def fit_logistic_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
     X = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
     y = labels.to(X.dtype)

@@ -313,7 +313,7 @@ class Recorder:
     def _record_micro_batches(self, run: PackedRun) -> None:
         """Record the pairs per forward pass, and print a note where memory made them fewer than requested."""
         assert run.record is not None
-        trainer, fitting = run.experiment.trainer, self.pack.room
+        trainer, fitting = run.experiment.trainer, self.pack.max_micro_batch
         sizes = {
             "micro_batch_size": fitting.get("training", trainer.micro_batch_size),
             "eval_batch_size": fitting.get("evaluation", trainer.eval_batch_size),

@@ -97,7 +97,7 @@ def _settings(mine: Experiment, theirs: Experiment) -> list[tuple[str, Any, Any]
         (f"model.{name}", getattr(mine.model, name, None), getattr(theirs.model, name, None)) for name in _OF_MODEL
     ]
     found.append(("adapter.method", mine.adapter.method, theirs.adapter.method))
-    kept = [each.name for each in fields(mine.adapter) if each.name not in mine.adapter.only_learning]
+    kept = [each.name for each in fields(mine.adapter) if each.name not in mine.adapter.training_settings]
     found += [(f"adapter.{name}", getattr(mine.adapter, name), getattr(theirs.adapter, name, None)) for name in kept]
     return [*found, ("ensemble.members", mine.ensemble.members, theirs.ensemble.members)]
 

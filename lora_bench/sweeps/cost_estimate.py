@@ -130,7 +130,7 @@ def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estima
         seconds = time.perf_counter() - began
         prefix, shown_often = prefix_of(common, task, experiment.trainer)
         kept = prefix.keeps(pack, shown_often)
-        pack.cut = pack.depth if kept else None
+        pack.prefix_depth = pack.depth if kept else None
         settings = (experiment.optimizer, experiment.trainer, task.tables, task.swapped)
         found = estimate(pack, *settings, kept=kept, filling=prefix.flops)
     finally:

@@ -53,11 +53,11 @@ class Backward:
 
         Members are independent: their losses add up.
         """
-        losses = torch.zeros(len(self.pack.live), device=self.pack.backbone.device)
-        with self.pack.gathering_gradients():
+        losses = torch.zeros(len(self.pack.active), device=self.pack.backbone.device)
+        with self.pack.accumulating_gradients():
             for micro in micro_batches(batch, pairs):
                 losses += self._pass(micro, micro.pairs / of_pairs)
-        return dict(zip(self.pack.live, losses.tolist(), strict=True))
+        return dict(zip(self.pack.active, losses.tolist(), strict=True))
 
     def _add_anew(self, batch: Batch, share: float) -> Tensor:
         return self._add(batch.to(self.pack.backbone.device), share)
@@ -66,18 +66,18 @@ class Backward:
         """Gradients of `share` times the mean loss of a batch on the device, and these losses, (K,)."""
         pack = self.pack
         assert batch.labels is not None
-        labels = batch.labels.view(batch.members, -1).expand(len(pack.live), -1)  # (K, orders · B)
+        labels = batch.labels.view(batch.members, -1).expand(len(pack.active), -1)  # (K, orders · B)
         hidden = pack.prefix(batch)
         losses: dict[int, Tensor] = {}
-        for part in pack.portions():
+        for part in pack.member_groups():
             logits = pack.suffix(hidden, batch, part)  # (len(part), orders · B, 2)
-            own = torch.stack([labels[pack.live.index(k)] for k in part])
+            own = torch.stack([labels[pack.active.index(k)] for k in part])
             loss = self.objectives[batch.head].loss(logits, own) * share
             penalties = [pack.members[k].adapter.penalty(pack.updates[k]) for k in part]
             extra = [penalty * share for penalty in penalties if penalty is not None]
             torch.stack([loss.sum(), *extra]).sum().backward()  # type: ignore[no-untyped-call]
             losses |= zip(part, loss.detach(), strict=True)
-        return torch.stack([losses[k] for k in pack.live])
+        return torch.stack([losses[k] for k in pack.active])
 
 
 @dataclass
@@ -120,10 +120,10 @@ class Graphs:
         pack, device = self.pack, self.pack.backbone.device
         batch = replace(batch, full=False)
         shape = (batch.members, batch.orders, *batch.input_ids.shape, batch.hidden is None)
-        key = (*pack.live, pack.joined, batch.head, share, shape)
+        key = (*pack.active, pack.parameter_sync, batch.head, share, shape)
         if key not in self.learning:
             losses = self.work(batch.to(device), share)
-            trainable = (p for k in pack.live for p in pack.trainable(k).values())
+            trainable = (p for k in pack.active for p in pack.trainable(k).values())
             self.learning[key] = [p for p in trainable if p.grad is not None]
             return losses
         self._gather(self.learning[key])
@@ -152,7 +152,7 @@ class Graphs:
     def _record(self, batch: Batch, share: float, learning: Sequence[nn.Parameter]) -> Graph | None:
         """The pass over batches of this shape; None where something in it cannot be recorded."""
         recorded = torch.cuda.CUDAGraph()
-        for k in self.pack.live:
+        for k in self.pack.active:
             recorded.register_generator_state(self.pack.dropout[k])
         torch.cuda.synchronize()
         try:

@@ -20,13 +20,13 @@ def probe_step(pack: Pack, rows: int, length: int) -> None:
     backbone = pack.backbone
     batch = probe_batch(backbone, rows, length)
     hidden = None  # what is kept is read, at no arithmetic
-    if pack.cut is not None:
+    if pack.prefix_depth is not None:
         hidden = torch.zeros(rows, length, backbone.hidden_size, dtype=backbone.compute_dtype, device=backbone.device)
     batch = replace(batch, hidden=hidden)
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None
-    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(len(pack.live))).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(len(pack.active))).backward()  # type: ignore[no-untyped-call]
     for p in pack.parameters():
         p.grad = None
 

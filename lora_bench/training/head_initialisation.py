@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_bench.adapters.lowrank.calibration_batches import alone, lack
+from lora_bench.adapters.lowrank.calibration_batches import evaluation_of, explain_insufficient_data
 from lora_bench.head.pair_features import BATCHES
 
 if TYPE_CHECKING:
@@ -25,20 +25,20 @@ def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     Returns:
         Where the batches tell too little, why it begins at zero instead: a sentence for the record.
     """
-    if str(member) not in pack.matchings:
+    if str(member) not in pack.pair_features:
         return None
     look = list(islice(batches, BATCHES))
-    if lacking := lack(look, member, of_labels=True):
+    if lacking := explain_insufficient_data(look, member, of_labels=True):
         return f"adapter.matching: {lacking}, so it begins at zero."
-    matching: Any = pack.matchings[str(member)]
+    matching: Any = pack.pair_features[str(member)]
     features: list[Tensor] = []
     labels: list[Tensor] = []
     handle = matching.register_forward_pre_hook(lambda _, given: features.append(given[0]))
-    with handle, alone(pack, member):
+    with handle, evaluation_of(pack, member):
         for batch in look:
             own = batch.of([member]).to(pack.backbone.device)
             assert own.labels is not None
             pack(own)
             labels.append(own.labels)
-    matching.begin(torch.cat(features), torch.cat(labels))
+    matching.initialise(torch.cat(features), torch.cat(labels))
     return None

@@ -197,7 +197,7 @@ class PackTraining:
     def running(self) -> list[MemberRun]:
         """Return the members that still train; the pack computes these alone from here on."""
         running = [member for member in self.members if member.is_running]
-        self.pack.live = [member.index for member in running]
+        self.pack.active = [member.index for member in running]
         return running
 
     def evaluate(self, step: int, halving: bool) -> list[MemberRun]:

@@ -169,7 +169,7 @@ class MemberRun:
 
     def ranks_are_final(self, step: int) -> bool:
         """Whether the method changes no rank any more: only then weights are averaged and a state is chosen."""
-        return self.pack.members[self.index].adapter.settled(step, self.schedule.last_step)
+        return self.pack.members[self.index].adapter.ranks_final(step, self.schedule.last_step)
 
     def load_best(self) -> None:
         """Put the state of the best evaluation back into the pack, if there was one."""

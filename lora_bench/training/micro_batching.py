@@ -47,7 +47,7 @@ def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int
         asked = max(1, QUICK_TOKENS // (rows_of_a_pair * batch.input_ids.shape[1]))
     began = [(stream, stream.get_state()) for stream in _streams(pack)]
     while True:
-        pairs = min(limit for limit in (batch.pairs, asked, pack.room.get(kind)) if limit is not None)
+        pairs = min(limit for limit in (batch.pairs, asked, pack.max_micro_batch.get(kind)) if limit is not None)
         try:
             return work(pairs)
         except (RuntimeError, MemoryError) as error:
@@ -59,7 +59,7 @@ def in_portions(pack: Pack, batch: Batch, asked: int | None, work: Callable[[int
             raise RunFailedError(
                 f"memory does not suffice for the {kind} of a single pair", remedy=remedy, code=Code.OUT_OF_MEMORY
             )
-        pack.room[kind] = -(-pairs // 2)
+        pack.max_micro_batch[kind] = -(-pairs // 2)
         for p in pack.parameters():
             p.grad = None
         for stream, state in began:

@@ -32,7 +32,7 @@ def predict(pack: Pack, table: TokenTable, batch_size: int, processes: Processes
     if table.exchanged is not None:
         one, other = replace(table, exchanged=None), table.exchanged
         return (predict(pack, one, batch_size, processes) + predict(pack, other, batch_size, processes)) / 2
-    scores = np.zeros((len(pack.live), len(table)))
+    scores = np.zeros((len(pack.active), len(table)))
     mode = pack.training
     pack.eval()
     batches = evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id)

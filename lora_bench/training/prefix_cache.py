@@ -85,7 +85,7 @@ class PrefixCache:
                 return tables
             served[name] = replace(tables[name], hidden=hidden)
         if keys:
-            pack.cut = pack.depth
+            pack.prefix_depth = pack.depth
         self.used_bytes = sum(self._size(pack, tables[name]) for name in tables if served[name] is not tables[name])
         self.seconds = time.perf_counter() - began
         return served

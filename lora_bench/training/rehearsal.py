@@ -183,7 +183,7 @@ def _batches(
     made = training_batches(train, plan, [seed], 0, pad_id, swapped)
     for ((rows,), length), batch in zip(plan.epoch(0, [seed]), made, strict=True):
         if (len(rows), length) in chosen:
-            found.setdefault((len(rows), length), batch if pack.cut is None else _above_prefix(pack, batch))
+            found.setdefault((len(rows), length), batch if pack.prefix_depth is None else _above_prefix(pack, batch))
         if len(found) == len(chosen):
             break
     return [found[shape] for shape in chosen]

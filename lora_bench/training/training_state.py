@@ -58,8 +58,8 @@ def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = {
         "outcome": {name: getattr(progress, name) for name in _TYPES},
         "averaged": average.steps,
-        "ranks": pack.given_ranks[k],
-        "room": pack.room,
+        "ranks": pack.assigned_ranks[k],
+        "room": pack.max_micro_batch,
     }
     return copies, facts
 
@@ -75,7 +75,7 @@ def restore(member: MemberRun, checkpoint: Checkpoint) -> None:
         tensors = dict(checkpoint.tensors)
         max_pairs = dict(checkpoint.facts.get("room", {}))
         _require(all(type(pairs) is int and pairs >= 1 for pairs in max_pairs.values()), "room")
-        member.pack.room |= max_pairs
+        member.pack.max_micro_batch |= max_pairs
         _restore_weights(member, tensors)
         _restore_optimizer(member, tensors)
         _restore_average(member, tensors, checkpoint.facts["averaged"])
@@ -92,7 +92,7 @@ def _restore_weights(member: MemberRun, tensors: dict[str, Tensor]) -> None:
     pack, k = member.pack, member.index
     _copy(tensors, "weights/", dict(pack.trainable(k)))
     for name, update in pack.updates[k].items():
-        update.put_back_running(_take(tensors, f"running/{name}/"))
+        update.load_training_statistics(_take(tensors, f"running/{name}/"))
     _copy(tensors, "buffers/", _buffers(pack, k))
 
 
@@ -182,7 +182,7 @@ def _running_statistics(pack: Pack, member: int) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": tensor
         for name, update in pack.updates[member].items()
-        for key, tensor in update.running().items()
+        for key, tensor in update.training_statistics().items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Matching: its features by hand, its start against scikit-learn, and members with it beside members without."""
+"""PairFeatures: its features by hand, its start against scikit-learn, and members with it beside members without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from lora_bench.data.batching import Batch
 from lora_bench.errors import Code
-from lora_bench.head.pair_features import RIDGE, Matching, pair_features, regression
+from lora_bench.head.pair_features import RIDGE, PairFeatures, compute_pair_features, fit_logistic_regression
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
@@ -26,22 +26,22 @@ ASKED = toy_run("trainer.max_steps=6", "trainer.batch_size=8", "adapter.matching
 def test_features_are_those_of_two_mean_vectors_at_length_one() -> None:
     hidden = torch.tensor([[[9.0, 9.0], [3.0, 0.0], [1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
     first, second = torch.tensor([[0, 1, 1, 0, 0]]), torch.tensor([[0, 0, 0, 1, 0]])
-    assert pair_features(hidden, first, second).tolist()[0] == pytest.approx([0, 0, 2**0.5, 2**0.5])
-    same = pair_features(hidden, first, first)[0]
+    assert compute_pair_features(hidden, first, second).tolist()[0] == pytest.approx([0, 0, 2**0.5, 2**0.5])
+    same = compute_pair_features(hidden, first, first)[0]
     assert same.tolist() == pytest.approx([2, 0, 0, 0])  # D · u ⊙ u, and no difference
-    assert torch.isfinite(pair_features(hidden, first, 0 * second)).all()  # a text without tokens
+    assert torch.isfinite(compute_pair_features(hidden, first, 0 * second)).all()  # a text without tokens
 
 
 def test_it_begins_as_the_regression_on_the_cosine() -> None:
     cosines = np.random.default_rng(0).uniform(-0.2, 1, 300)
     labels = np.random.default_rng(1).random(300) < 1 / (1 + np.exp(-(6 * cosines - 3)))
-    slope, intercept = regression(torch.from_numpy(cosines), torch.from_numpy(labels))
+    slope, intercept = fit_logistic_regression(torch.from_numpy(cosines), torch.from_numpy(labels))
     reference = LogisticRegression(C=1 / (RIDGE * 300), tol=1e-9).fit(cosines[:, None], labels)
     assert slope == pytest.approx(reference.coef_[0, 0], rel=1e-3)
     assert intercept == pytest.approx(reference.intercept_[0], rel=1e-3)
-    matching = Matching(4, torch.device("cpu"))
+    matching = PairFeatures(4, torch.device("cpu"))
     features = torch.cat([torch.from_numpy(cosines)[:, None].repeat(1, 4), torch.ones(300, 4)], 1).float()
-    matching.begin(features, torch.from_numpy(labels))
+    matching.initialise(features, torch.from_numpy(labels))
     added = matching(features)
     odds = torch.from_numpy(reference.decision_function(cosines[:, None])).float()
     torch.testing.assert_close(added[:, 1] - added[:, 0], odds, atol=1e-2, rtol=0)
@@ -49,7 +49,7 @@ def test_it_begins_as_the_regression_on_the_cosine() -> None:
 
 @pytest.mark.parametrize("labels", [torch.zeros(8), torch.ones(8), (torch.arange(8) > 3).float()])
 def test_the_regression_is_finite_where_labels_are_alike_or_told_apart(labels: torch.Tensor) -> None:
-    slope, intercept = regression(torch.linspace(0, 1, 8).double(), labels)
+    slope, intercept = fit_logistic_regression(torch.linspace(0, 1, 8).double(), labels)
     assert np.isfinite([slope, intercept]).all()
     assert abs(slope) < 100
 

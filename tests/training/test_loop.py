@@ -63,7 +63,7 @@ class Spy(LoRA):
         self.calls.append(("after_step", (step, steps)))
         self.after(updates, step)
 
-    def settled(self, step: int, steps: int) -> bool:
+    def ranks_final(self, step: int, steps: int) -> bool:
         return step > self.unsettled
 
     def names(self) -> list[str]:

@@ -46,7 +46,7 @@ def test_a_step_short_of_memory_is_done_again_from_where_it_began(backbone: Make
     failures = short_of_memory(halved, 2, error)
     (outcome,) = run(halved, chosen=trainer(micro_batch_size=None, epochs=2, eval_batch_size=2))
     assert failures() == 2  # 8, 4, and then 2 for good
-    assert halved.room == {"training": 2}
+    assert halved.max_micro_batch == {"training": 2}
     assert outcome.steps == 6
     assert_close(halved.state(0), asked.state(0), 0.0)
 
@@ -77,7 +77,7 @@ def test_what_a_portion_left_behind_is_cleared(backbone: Make) -> None:
 
     halved.suffix = limited  # type: ignore[method-assign]
     run(halved, chosen=trainer(micro_batch_size=4, max_steps=1))
-    assert halved.room == {"training": 2}
+    assert halved.max_micro_batch == {"training": 2}
     assert_close(halved.state(0), asked.state(0), 0.0)
 
 
@@ -102,7 +102,7 @@ def test_members_have_the_room_of_one(backbone: Make) -> None:
     pack = packed(backbone(), spy(), spy())
     short_of_memory(pack, 4, OUT_OF_MEMORY[0])
     run(pack, chosen=trainer(max_steps=2))
-    assert pack.room == {"training": 4, "evaluation": 3}
+    assert pack.max_micro_batch == {"training": 4, "evaluation": 3}
 
 
 def test_at_one_pair_it_gives_up_and_says_what_to_do(backbone: Make) -> None:
@@ -121,7 +121,7 @@ def test_scores_are_the_same_from_smaller_portions(backbone: Make) -> None:
     whole = predict(pack, table, 24)
     failures = short_of_memory(pack, 5, OUT_OF_MEMORY[0])
     np.testing.assert_allclose(predict(pack, table, 24), whole, atol=1e-6)
-    assert pack.room == {"evaluation": 3}
+    assert pack.max_micro_batch == {"evaluation": 3}
     assert failures() == 3  # 24, 12, 6
     predict(pack, table, 24)
     assert failures() == 3  # it is remembered

@@ -185,7 +185,7 @@ def test_a_pack_stays_cut_where_its_members_began_when_one_of_them_ends() -> Non
     made = pack("bert", (TOP, 0), (adapter("head_only"), 0))
     found, _ = served(made)
     depth = made.depth
-    made.live = [1]
+    made.active = [1]
     assert made.depth == depth
     expected = pack("bert", (adapter("head_only"), 0))
     np.testing.assert_allclose(
@@ -205,7 +205,7 @@ def test_without_room_on_the_disk_nothing_is_kept_and_nothing_left(
             patch.setattr(os, name, full)
             found, cache = served(made)
         assert all(table.hidden is None for table in found.values())
-        assert (made.cut, made.training, cache.flops, cache.used_bytes) == (None, True, 0, 0)
+        assert (made.prefix_depth, made.training, cache.flops, cache.used_bytes) == (None, True, 0, 0)
         assert not list(store.iterdir())
         assert "No space left on device" in capfd.readouterr().err
 

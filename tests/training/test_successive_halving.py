@@ -99,7 +99,7 @@ def test_members_are_stopped_by_their_scores_and_who_is_left_is_as_without(eval_
     assert outcomes[1].best is not None
     assert undisturbed.best is not None
     assert outcomes[1].best["step"] == undisturbed.best["step"]
-    halved.live = whole.live = [1]
+    halved.active = whole.active = [1]
     np.testing.assert_allclose(predict(halved, selection, 8), predict(whole, selection, 8), atol=1e-6)
     assert_close(halved.state(1), whole.state(1), atol=1e-6)
 

@@ -22,7 +22,7 @@ FEWEST = 8
 """Pairs: of fewer, a start or an allocation would tell what they happen to be."""
 
 
-def lack(batches: Sequence[Batch], member: int, *, of_labels: bool) -> str | None:
+def explain_insufficient_data(batches: Sequence[Batch], member: int, *, of_labels: bool) -> str | None:
     """Why nothing should be begun from these training batches; None: they will do.
 
     Args:
@@ -114,7 +114,7 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
 
 
 @contextmanager
-def alone(pack: Pack, member: int) -> Iterator[None]:
+def evaluation_of(pack: Pack, member: int) -> Iterator[None]:
     """The member alone is computed, and nothing is dropped out."""
     mode = pack.training
     try:
@@ -134,7 +134,7 @@ def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
         pack.backbone.all_positions = True
         for name in pack.updates[member]:
             handles.append(pack.network.get_submodule(name).register_forward_hook(_hook(name, observe)))
-        with alone(pack, member):
+        with evaluation_of(pack, member):
             yield
     finally:
         for handle in handles:

@@ -75,7 +75,7 @@ class LowRank(Update):
     # -- how it begins --
 
     @torch.no_grad()
-    def begin(self, lora_A: Tensor, lora_B: Tensor, *, subtract: bool) -> None:
+    def initialise(self, lora_A: Tensor, lora_B: Tensor, *, subtract: bool) -> None:
         """Set the factors that training starts from; with `subtract` the function stays that of the frozen weight."""
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
@@ -145,7 +145,7 @@ class LowRank(Update):
 
     # -- what is kept of it --
 
-    def saved(self) -> dict[str, Tensor]:
+    def to_tensors(self) -> dict[str, Tensor]:
         """peft's tensors: less a start, a LoRA of twice the rank that says the same, B A − B₀ A₀ = [B, −B₀] [A; A₀]."""
         A, B = self.lora_A.detach(), self.lora_B.detach()
         if self.start_A is not None and self.start_B is not None:
@@ -158,7 +158,7 @@ class LowRank(Update):
         return tensors
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
         self.lora_A.copy_(A[: self.rank])
         self.lora_B.copy_(B[:, : self.rank])

@@ -22,7 +22,7 @@ from lora_bench.adapters.lowrank import allocation, calibration_batches
 from lora_bench.adapters.lowrank import init as starts
 from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.lowrank.quantization import KINDS, loftq, quantize
-from lora_bench.adapters.targets import OnLinears, largest_rank, need_rank
+from lora_bench.adapters.targets import LinearAdapter, largest_rank, require_rank
 from lora_bench.errors import Code, UserError, require, require_number, require_one_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(OnLinears):
+class LoRA(LinearAdapter):
     """Settings of LoRA."""
 
     rank: int
@@ -68,7 +68,7 @@ class LoRA(OnLinears):
     """Take the frozen weights quantised: `nf4`, `int8`, `int4`, `int2` (QLoRA, Dettmers et al. 2023, arXiv 2305.14314);
     null: as they are."""
 
-    only_learning = OnLinears.only_learning | {"lr_ratio", "weight_decay_B", "calibration_batches"}
+    training_settings = LinearAdapter.training_settings | {"lr_ratio", "weight_decay_B", "calibration_batches"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,7 +161,7 @@ class LoRA(OnLinears):
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> LowRank:
         assert isinstance(base, nn.Linear)
-        need_rank("rank", self.rank, name, base)
+        require_rank("rank", self.rank, name, base)
         zero_A, zero_B = torch.zeros(self.rank, base.in_features), torch.zeros(base.out_features, self.rank)
         made = LowRank(base, zero_A, zero_B, self.factor, self.dropout, dropout, freeze_A=self.freeze_A)
         self._begin(made, base, init)
@@ -177,7 +177,7 @@ class LoRA(OnLinears):
                 quantized, A, B = loftq(weight, self.rank, self.quantize, starts.LOFTQ_ITERATIONS)
                 made.quantize_base(quantized)
                 root = math.sqrt(self.factor)
-                made.begin(A / root, B / root, subtract=False)
+                made.initialise(A / root, B / root, subtract=False)
                 return
             made.quantize_base(quantize(weight, self.quantize))
         if generator is None:
@@ -186,7 +186,7 @@ class LoRA(OnLinears):
             A, B = starts.FROM_WEIGHT[self.init](made.frozen_weight().float(), self.rank, self.factor)
         else:
             A, B = starts.random_A(self.init, self.rank, base.in_features, generator), made.lora_B
-        made.begin(A, B, subtract=self.init in starts.SUBTRACTED)
+        made.initialise(A, B, subtract=self.init in starts.SUBTRACTED)
 
     # -- looking at data before the first step --
 
@@ -196,7 +196,7 @@ class LoRA(OnLinears):
             return None
         look = list(islice(batches, self.calibration_batches))
         needs = {starts.FROM_DATA.get(self.init), _DATA_DRIVEN.get(str(self.allocation))}
-        if lacking := calibration_batches.lack(look, member, of_labels="gradients" in needs):
+        if lacking := calibration_batches.explain_insufficient_data(look, member, of_labels="gradients" in needs):
             return f"adapter: {lacking}, so it begins with init=kaiming and allocation=uniform."
         moments = calibration_batches.input_moments(pack, member, look) if "moments" in needs else {}
         gradients = calibration_batches.weight_gradients(pack, member, look) if "gradients" in needs else {}
@@ -210,12 +210,12 @@ class LoRA(OnLinears):
         for name, update in pack.updates[member].items():
             assert isinstance(update, LowRank)
             if self.init == "eva":
-                update.begin(starts.eva(moments[name], update.rank), update.lora_B, subtract=False)
+                update.initialise(starts.eva(moments[name], update.rank), update.lora_B, subtract=False)
             else:
                 assert self.init_gamma is not None
                 start = {"lora_ga": starts.lora_ga, "lora_one": starts.lora_one}[self.init]
                 A, B = start(gradients[name], update.rank, self.factor, self.init_gamma)
-                update.begin(A, B, subtract=self.init in starts.SUBTRACTED)
+                update.initialise(A, B, subtract=self.init in starts.SUBTRACTED)
         return None
 
     def _allocate(

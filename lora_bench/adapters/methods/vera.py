@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.targets import OnLinears
+from lora_bench.adapters.targets import LinearAdapter
 from lora_bench.errors import require, require_number
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(OnLinears):
+class VeRA(LinearAdapter):
     """Settings of VeRA."""
 
     rank: int
@@ -61,7 +61,7 @@ class VeRA(OnLinears):
                 nn.init.kaiming_uniform_(projection, generator=init)  # within ±√(6 / columns), as in the paper
         shared = A.to(backbone.device), B.to(backbone.device)
         return {
-            name: Scaled(shared, linear.out_features, self.d_initial, self.dropout, dropout)
+            name: VeRAUpdate(shared, linear.out_features, self.d_initial, self.dropout, dropout)
             for name, linear in linears.items()
         }
 
@@ -75,18 +75,18 @@ class VeRA(OnLinears):
             "bias": "none",
         }
 
-    def saved(self, updates: dict[str, Update]) -> dict[str, Tensor]:
+    def to_tensors(self, updates: dict[str, Update]) -> dict[str, Tensor]:
         A, B = _shared(updates)
-        return {"vera_A": A, "vera_B": B, **super().saved(updates)}
+        return {"vera_A": A, "vera_B": B, **super().to_tensors(updates)}
 
-    def restore(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
         A, B = _shared(updates)
         A.copy_(tensors["vera_A"])
         B.copy_(tensors["vera_B"])
-        super().restore(updates, tensors)
+        super().load_tensors(updates, tensors)
 
 
-class Scaled(Update):
+class VeRAUpdate(Update):
     """Λ_b B Λ_d A, with b and d in fp32 whatever the backbone's precision.
 
     Args:
@@ -132,4 +132,4 @@ class Scaled(Update):
 
 def _shared(updates: dict[str, Update]) -> tuple[Tensor, Tensor]:
     """The projections that all of a member's updates refer to."""
-    return cast("Scaled", next(iter(updates.values()))).shared
+    return cast("VeRAUpdate", next(iter(updates.values()))).shared

@@ -26,7 +26,7 @@ LIKE_RANKS = 8
 """The largest rank of a stack over its smallest: ranks 1 to 128 stand in two."""
 
 
-def kind(update: Update | None) -> tuple[bool, ...] | None:
+def batching_key(update: Update | None) -> tuple[bool, ...] | None:
     """Members whose updates are of one kind compute together; None: this one computes by itself."""
     if type(update) is not LowRank or update.quantized is not None:
         return None
@@ -34,7 +34,7 @@ def kind(update: Update | None) -> tuple[bool, ...] | None:
     return (update.magnitude is not None, update.start_A is not None, frozen, update.dropout > 0)
 
 
-class Together:
+class BatchedLoRA:
     """Members of one kind at one linear.
 
     Args:
@@ -113,7 +113,7 @@ class Stack:
         return self.magnitude / norm
 
 
-class Copies:
+class ParameterSync:
     """All members' tensors to the stacks, and the stacks' gradients back: a call or two each."""
 
     def __init__(self, stacks: Sequence[Stack]) -> None:

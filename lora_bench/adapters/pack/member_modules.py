@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_bench.adapters.pack.batched_lora import Together, kind
+from lora_bench.adapters.pack.batched_lora import BatchedLoRA, batching_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Live:
+class ActiveMembers:
     """The members that a forward pass computes, told to every module that has rows of each."""
 
     members: list[int]
@@ -37,14 +37,14 @@ class Unchanged(nn.Module):
         return y
 
 
-class Adapted(nn.Module):
+class AdaptedLinear(nn.Module):
     """A frozen module with each member's update beside it."""
 
-    def __init__(self, base: nn.Module, updates: Sequence[Update | None], live: Live) -> None:
+    def __init__(self, base: nn.Module, updates: Sequence[Update | None], live: ActiveMembers) -> None:
         super().__init__()
         self.base = base
-        self.live = live
-        self.runs: list[tuple[list[int], Together | None]] = []
+        self.active = live
+        self.runs: list[tuple[list[int], BatchedLoRA | None]] = []
         self.updates = nn.ModuleList([update if update is not None else Unchanged() for update in updates])
 
     @property
@@ -59,17 +59,17 @@ class Adapted(nn.Module):
     def join(self, members: Sequence[int]) -> list[Stack]:
         """Prepare for rows of these members in this order; what has to be filled before each pass."""
         updates: Any = self.updates
-        runs = [list(run) for _, run in groupby(members, key=lambda k: kind(updates[k]))]
+        runs = [list(run) for _, run in groupby(members, key=lambda k: batching_key(updates[k]))]
         self.runs = [
-            (run, Together([updates[k] for k in run]) if len(run) > 1 and kind(updates[run[0]]) else None)
+            (run, BatchedLoRA([updates[k] for k in run]) if len(run) > 1 and batching_key(updates[run[0]]) else None)
             for run in runs
         ]
         return [stack for _, together in self.runs if together for stack in together.stacks]
 
     def forward(self, x: Tensor) -> Tensor:
-        K = len(self.live.members)
+        K = len(self.active.members)
         if K == 1:
-            return self._alone(self.live.members[0], x)
+            return self._alone(self.active.members[0], x)
         parts = torch.split(x, [len(x) // K * len(run) for run, _ in self.runs]) if len(self.runs) > 1 else (x,)
         adapted = []
         for (run, together), part in zip(self.runs, parts, strict=True):
@@ -85,11 +85,11 @@ class Adapted(nn.Module):
 
 
 class MemberHeads(nn.Module):
-    """Copies of a head module, one for each member and each task that it answers; each sees its own rows, in fp32."""
+    """ParameterSync of a head module, one for each member and each task that it answers; each sees its own rows, in fp32."""
 
-    def __init__(self, original: nn.Module, copies: Sequence[Sequence[nn.Module]], live: Live) -> None:
+    def __init__(self, original: nn.Module, copies: Sequence[Sequence[nn.Module]], live: ActiveMembers) -> None:
         super().__init__()
-        self.live = live
+        self.active = live
         self.original = [original]  # in a list: not a submodule, never trained
         self.copies = nn.ModuleList(nn.ModuleList(own) for own in copies)
 
@@ -99,7 +99,7 @@ class MemberHeads(nn.Module):
         return own[head]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = [self.of(k, self.live.head) for k in self.live.members]
+        heads = [self.of(k, self.active.head) for k in self.active.members]
         if len(heads) == 1:
             return heads[0](x.float())  # type: ignore[no-any-return]
         rows = x.float().view(len(heads), -1, *x.shape[1:])

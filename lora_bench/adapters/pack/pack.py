@@ -3,7 +3,7 @@
 A single run is a pack of one. `Pack` replaces two kinds of leaves of the backbone's network, and `detach` puts them
 back:
 
-    a target (a linear)       ->  Adapted          each member's frozen product and its update
+    a target (a linear)       ->  AdaptedLinear          each member's frozen product and its update
     a head module             ->  MemberHeads      one copy per member, in fp32
 
 Everything between them works row by row, so the network itself need not know of K. A method's mathematics is written
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.adapters.pack.batched_lora import Copies, kind
-from lora_bench.adapters.pack.member_modules import Adapted, Live, MemberHeads
+from lora_bench.adapters.pack.batched_lora import ParameterSync, batching_key
+from lora_bench.adapters.pack.member_modules import ActiveMembers, AdaptedLinear, MemberHeads
 from lora_bench.errors import Code, UserError
-from lora_bench.head.pair_features import Matching, pair_features
+from lora_bench.head.pair_features import PairFeatures, compute_pair_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +78,7 @@ class Pack(nn.Module):
         self.backbone = backbone
         self.network = backbone.network
         self.members = list(members)
-        self._live = Live(list(range(len(members))))
+        self._live = ActiveMembers(list(range(len(members))))
         self.trains_backbone = any(member.adapter.trains_backbone for member in members)
         if self.trains_backbone and len(members) > 1:
             raise UserError(
@@ -93,14 +93,14 @@ class Pack(nn.Module):
             self.updates = [self._make_updates(k, member.saved_ranks) for k, member in enumerate(members)]
         except UserError as error:
             raise error.under("adapter") from None
-        self.given_ranks = [member.saved_ranks for member in members]
+        self.assigned_ranks = [member.saved_ranks for member in members]
         """Ranks by module that each member's updates were made with, where not its method alone decided them."""
-        self.room: dict[str, int] = {}
+        self.max_micro_batch: dict[str, int] = {}
         """Pairs of each member per forward pass that memory has room for in `training` and in `evaluation`: known
         where fewer fitted than were asked for."""
-        self.cut: int | None = None
+        self.prefix_depth: int | None = None
         """Where the network is cut, whoever is live, once what lies below is read and not computed."""
-        self._joined: tuple[list[int], Copies] | None = None
+        self._joined: tuple[list[int], ParameterSync] | None = None
         size, device = backbone.hidden_size, backbone.device
         apart = backbone.tells_texts_apart
         asked = [apart if m.adapter.matching is None else m.adapter.matching for m in members]
@@ -114,7 +114,7 @@ class Pack(nn.Module):
                 remedy="Take adapter.matching=false.",
                 code=Code.UNSUPPORTED,
             )
-        self.matchings = nn.ModuleDict({str(k): Matching(size, device) for k in matching})
+        self.pair_features = nn.ModuleDict({str(k): PairFeatures(size, device) for k in matching})
         self._attach_heads()
         self._attach_updates()
 
@@ -124,25 +124,25 @@ class Pack(nn.Module):
         return len(self.members)
 
     @property
-    def live(self) -> list[int]:
+    def active(self) -> list[int]:
         """The members that are computed: all, but for those that training is over for."""
         return self._live.members
 
-    @live.setter
-    def live(self, members: Sequence[int]) -> None:
-        if members != self.live:
+    @active.setter
+    def active(self, members: Sequence[int]) -> None:
+        if members != self.active:
             self._live.members = list(members)
             self.depth = self._first_adapted_layer()
 
     @contextmanager
     def only(self, members: Sequence[int]) -> Iterator[None]:
         """Within, these members alone are computed."""
-        before = self.live
-        self.live = list(members)
+        before = self.active
+        self.active = list(members)
         try:
             yield
         finally:
-            self.live = before
+            self.active = before
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (K, B, 2) in fp32 of the K live members.
@@ -150,26 +150,26 @@ class Pack(nn.Module):
         A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
         """
         hidden = self.prefix(batch)
-        portions = self.portions()
+        portions = self.member_groups()
         logits = torch.cat([self.suffix(hidden, batch, part) for part in portions])
         order = [k for part in portions for k in part]
-        return logits if order == self.live else logits[[order.index(k) for k in self.live]]
+        return logits if order == self.active else logits[[order.index(k) for k in self.active]]
 
-    def portions(self) -> list[list[int]]:
+    def member_groups(self) -> list[list[int]]:
         """The live members by those that one pass through the adapted layers takes; those that are alike in a row.
 
         A CPU's products are at their peak for one member already; there one after the other needs least memory.
         """
-        return [sorted(self.live, key=self._likeness)] if self.batched else [[k] for k in self.live]
+        return [sorted(self.active, key=self._likeness)] if self.batched else [[k] for k in self.active]
 
     def _likeness(self, member: int) -> tuple[str, int]:
         first = next(iter(self.updates[member].values()), None)
-        return str(first and kind(first)), first.rank if first else 0
+        return str(first and batching_key(first)), first.rank if first else 0
 
     @contextmanager
-    def gathering_gradients(self) -> Iterator[None]:
+    def accumulating_gradients(self) -> Iterator[None]:
         """Backward passes within it gather gradients; when it ends the members' parameters have them."""
-        copies = [self._copies(part) for part in self.portions() if len(part) > 1]
+        copies = [self._copies(part) for part in self.member_groups() if len(part) > 1]
         for each in copies:
             each.clear()
         yield
@@ -177,15 +177,15 @@ class Pack(nn.Module):
             each.give()
 
     @property
-    def joined(self) -> Copies | None:
+    def parameter_sync(self) -> ParameterSync | None:
         """What holds copies of members' tensors at present: passes that it is not part of are other passes."""
         return self._joined and self._joined[1]
 
-    def _copies(self, members: list[int]) -> Copies:
+    def _copies(self, members: list[int]) -> ParameterSync:
         """What holds copies of these members' tensors while they are computed together."""
         if self._joined is None or self._joined[0] != members:
-            adapted = [module for module in self.network.modules() if isinstance(module, Adapted)]
-            self._joined = members, Copies([stack for module in adapted for stack in module.join(members)])
+            adapted = [module for module in self.network.modules() if isinstance(module, AdaptedLinear)]
+            self._joined = members, ParameterSync([stack for module in adapted for stack in module.join(members)])
         return self._joined[1]
 
     def prefix(self, batch: Batch) -> Tensor:
@@ -198,7 +198,7 @@ class Pack(nn.Module):
 
     def suffix(self, hidden: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Logits (len(members), B, 2) in fp32 of some live members, from what `prefix` gave for the batch."""
-        K, live = len(members), self.live
+        K, live = len(members), self.active
         batch = replace(batch, hidden=None)
         if batch.members > 1 and live != members:
             places = [live.index(k) for k in members]
@@ -211,7 +211,7 @@ class Pack(nn.Module):
         if K > 1:
             self._copies(members).take()
         self._live.members, self._live.head = members, batch.head
-        everywhere, matching = self.backbone.all_positions, any(str(k) in self.matchings for k in members)
+        everywhere, matching = self.backbone.all_positions, any(str(k) in self.pair_features for k in members)
         try:
             with self._autocast():
                 self.backbone.all_positions = everywhere or matching
@@ -223,9 +223,9 @@ class Pack(nn.Module):
         logits = logits.float().view(K, -1, logits.shape[-1])
         if not matching:
             return logits
-        features = pair_features(encoded, *self.backbone.texts(batch)).view(K, logits.shape[1], -1)
+        features = compute_pair_features(encoded, *self.backbone.texts(batch)).view(K, logits.shape[1], -1)
         own = [
-            own + self.matchings[str(k)](rows) if str(k) in self.matchings else own
+            own + self.pair_features[str(k)](rows) if str(k) in self.pair_features else own
             for k, own, rows in zip(members, logits, features, strict=True)
         ]
         return torch.stack(own)
@@ -260,8 +260,8 @@ class Pack(nn.Module):
             for name, heads in packed.items()
             if isinstance(heads, MemberHeads)
         }
-        if str(member) in self.matchings:
-            own["matching"] = self.matchings[str(member)]
+        if str(member) in self.pair_features:
+            own["matching"] = self.pair_features[str(member)]
         return {f"{name}.{key}": p for name, module in own.items() for key, p in module.named_parameters()}
 
     def trainable(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
@@ -309,9 +309,9 @@ class Pack(nn.Module):
 
     def set_ranks(self, member: int, ranks: dict[str, int]) -> None:
         """Make the member's updates anew with these ranks by module; 0 leaves a module as it is."""
-        self._detach(Adapted)
+        self._detach(AdaptedLinear)
         self.updates[member] = self._make_updates(member, ranks)
-        self.given_ranks[member] = ranks
+        self.assigned_ranks[member] = ranks
         self._attach_updates()
 
     def merged(self, member: int) -> dict[str, Tensor]:
@@ -326,12 +326,12 @@ class Pack(nn.Module):
 
     def detach(self) -> None:
         """Give the backbone its own modules back, as they were."""
-        self._detach(Adapted, MemberHeads)
+        self._detach(AdaptedLinear, MemberHeads)
 
-    def _detach(self, *kinds: type[Adapted | MemberHeads]) -> None:
+    def _detach(self, *kinds: type[AdaptedLinear | MemberHeads]) -> None:
         for name, module in list(self.network.named_modules()):
             if isinstance(module, kinds):
-                _replace(self.network, name, module.base if isinstance(module, Adapted) else module.original[0])
+                _replace(self.network, name, module.base if isinstance(module, AdaptedLinear) else module.original[0])
 
     def _make_updates(self, member: int, ranks: dict[str, int] | None) -> dict[str, Update]:
         own = self.members[member]
@@ -340,17 +340,19 @@ class Pack(nn.Module):
 
     def _first_adapted_layer(self) -> int:
         """How many layers run once for all live members; with `full` none, not even the embeddings, is frozen."""
-        if self.cut is not None:
-            return self.cut
+        if self.prefix_depth is not None:
+            return self.prefix_depth
         if self.trains_backbone:
             return 0
-        layers = [self.backbone.layer_of(name) for k in self.live for name in self.updates[k]]
+        layers = [self.backbone.layer_of(name) for k in self.active for name in self.updates[k]]
         return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
 
     def _attach_updates(self) -> None:
         for name in dict.fromkeys(name for updates in self.updates for name in updates):
             base = self.network.get_submodule(name)
-            _replace(self.network, name, Adapted(base, [updates.get(name) for updates in self.updates], self._live))
+            _replace(
+                self.network, name, AdaptedLinear(base, [updates.get(name) for updates in self.updates], self._live)
+            )
         self.depth = self._first_adapted_layer()
         self._joined = None
 

@@ -78,7 +78,7 @@ class PeftConfig:
         return config
 
     @property
-    def kind(self) -> str:
+    def peft_type(self) -> str:
         """`peft_type`: LORA, ADALORA or VERA."""
         return str(self.values["peft_type"])
 
@@ -93,7 +93,7 @@ class PeftConfig:
         return self.values.get("revision") or None
 
     @property
-    def trained_whole(self) -> list[str]:
+    def saved_modules(self) -> list[str]:
         """Ends of the names of modules that are trained and saved whole; for a classifier peft adds its own."""
         added = ["classifier", "score"] if self.values.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else []
         return [*(self.values.get("modules_to_save") or []), *added]
@@ -101,7 +101,7 @@ class PeftConfig:
     def adapts(self, name: str) -> bool:
         """Whether peft adapts module `name`: by expression, or by suffix and layer number."""
         targets, excluded = self.values["target_modules"], self.values.get("exclude_modules") or []
-        if _fits(excluded, name) or any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in self.trained_whole):
+        if _fits(excluded, name) or any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in self.saved_modules):
             return False
         layers = self.values.get("layers_to_transform")
         if isinstance(targets, str) or name in targets or layers is None or layers == []:

@@ -100,12 +100,12 @@ def load(folder: Path, pack: Pack, member: int) -> None:
     with torch.no_grad():
         for name, p in heads.items():
             p.copy_(own.pop(name))
-    pack.members[member].adapter.restore(pack.updates[member], own)
+    pack.members[member].adapter.load_tensors(pack.updates[member], own)
 
 
 def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
     """The member's adapter and one of its heads by the names they have in the file."""
-    adapter = pack.members[member].adapter.saved(pack.updates[member])
+    adapter = pack.members[member].adapter.to_tensors(pack.updates[member])
     own = {f"model.{name}": p.detach() for name, p in pack.head_parameters(member, head).items()}
     return {f"{PREFIX}{name}": tensor for name, tensor in {**adapter, **own}.items()}
 

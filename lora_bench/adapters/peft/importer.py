@@ -60,7 +60,7 @@ def attach(config: PeftConfig, backbone: Backbone) -> Pack:
     with limited_matching("adapter", file=config.folder / CONFIG_FILE):
         linears = _linears(config, backbone)
         whole = _saved_head(config, backbone)
-        kind = _KINDS[config.kind](config, linears)
+        kind = _KINDS[config.peft_type](config, linears)
     path = config.folder / files.TENSORS
     tensors = files.read(path)
     files.refuse_misfits(path, tensors, {name: tuple(p.shape) for name, p in whole.items()} | kind.shapes())
@@ -118,7 +118,7 @@ def _linears(config: PeftConfig, backbone: Backbone) -> Linears:
 
 def _saved_head(config: PeftConfig, backbone: Backbone) -> Tensors:
     """The head's parameters that the file holds, by their names in it, as the backbone has them."""
-    modules = [name for name, _ in backbone.network.named_modules() if name.endswith(tuple(config.trained_whole))]
+    modules = [name for name, _ in backbone.network.named_modules() if name.endswith(tuple(config.saved_modules))]
     for name in modules:
         if not _within(name, backbone.head_modules):
             asked = config.values.get("modules_to_save")
@@ -159,7 +159,7 @@ def _low_rank(linear: nn.Linear, product: Product, start: object) -> LowRank:
     A, B, scaling, magnitude = product
     made = LowRank(linear, torch.zeros_like(A), torch.zeros_like(B), scaling, 0.0, torch.Generator())
     if start in SUBTRACTED_STARTS:
-        made.begin(*init.FROM_WEIGHT[start](linear.weight.detach().float(), made.rank, scaling), subtract=True)
+        made.initialise(*init.FROM_WEIGHT[start](linear.weight.detach().float(), made.rank, scaling), subtract=True)
     with torch.no_grad():
         made.lora_A.copy_(A)
         made.lora_B.copy_(B)

@@ -213,7 +213,7 @@ def test_the_first_step_of_lora_ga_goes_along_the_best_approximation_of_twice_th
     made = ours(base, settings)
     s = settings.factor
     assert s == pytest.approx(16 / math.sqrt(5))
-    made.begin(*init.lora_ga(G, 5, s, gamma), subtract=True)
+    made.initialise(*init.lora_ga(G, 5, s, gamma), subtract=True)
     made.double()
     base.double()
     x = torch.eye(shape[1]).double()
