@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.targets import match_targets
 from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.auto import Auto

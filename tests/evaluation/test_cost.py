@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.methods.full import Full
 from lora_bench.adapters.methods.head_only import HeadOnly
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
 from lora_bench.training.dummy_step import probe_step
 from tests.adapters.tools import adapter

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lora_bench.adapters.methods.full import Full
 from lora_bench.adapters.methods.lora import LoRA
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones.base import Backbone
 from lora_bench.config.build import build
 from lora_bench.config.schema import Optimizer, Trainer

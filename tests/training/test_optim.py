@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_bench.adapters.methods.full import Full
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.schema import Optimizer
 from lora_bench.training.optim import make_optimizer, rate_factor, set_rate
 from tests.adapters.tools import adapter

@@ -124,19 +124,19 @@ class ParameterSync:
         self.returns = _by_layout(list(zip((own for _, own in self.given), sources, strict=True)))
 
     @torch.no_grad()
-    def take(self) -> None:
+    def copy_parameters(self) -> None:
         """Copy the members' tensors as they are now."""
         for places, own in self.places:
             torch._foreach_copy_(places, own)
 
     @torch.no_grad()
-    def clear(self) -> None:
+    def zero_gradients(self) -> None:
         """Before gradients gather."""
         if self.gathered:
             torch._foreach_zero_(self.gathered)
 
     @torch.no_grad()
-    def give(self) -> None:
+    def copy_gradients(self) -> None:
         """Give the members' parameters the gradients that have gathered."""
         for gradients, sources in self.returns:
             torch._foreach_copy_(gradients, sources)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lora_bench.adapters.base import Adapter, Update
 from lora_bench.adapters.lowrank import init
 from lora_bench.adapters.lowrank.linear import LowRank
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.patterns import limited_matching
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.config import FILE as CONFIG_FILE

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_bench.adapters.lowrank import init
 from lora_bench.adapters.lowrank.calibration_batches import weight_gradients
 from lora_bench.adapters.lowrank.linear import LowRank
-from lora_bench.adapters.pack.pack import stream
+from lora_bench.adapters.pack.member import stream
 from tests.adapters.tools import adapter, assert_close, pack, tables, trainer
 from tests.backbones.tools import FORMS, random_batch
 from tests.training.tools import prepare

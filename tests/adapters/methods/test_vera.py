@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import transformers
 
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.pack.pack import Member, Pack, stream
+from lora_bench.adapters.pack.member import Member, stream
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
 from tests.adapters.tools import (
     adapter,
