@@ -28,7 +28,7 @@ def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     if str(member) not in pack.pair_features:
         return None
     look = list(islice(batches, BATCHES))
-    if lacking := explain_insufficient_data(look, member, of_labels=True):
+    if lacking := explain_insufficient_data(look, member, reads_labels=True):
         return f"adapter.matching: {lacking}, so it begins at zero."
     matching: Any = pack.pair_features[str(member)]
     features: list[Tensor] = []

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PREFIX = "base_model."
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TENSORS = "adapter_model.safetensors"
-_OF_PEFT = re.compile(r".*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
+_OF_PEFT = re.compile(r"(?!.*\.variant\.).*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
 
 
 def save(
