@@ -53,9 +53,9 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         reason = "compares the two texts beside the head, for which neither PEFT nor a plain classifier has a place"
         raise UserError(
             reason,
-            key="adapter.matching",
+            key="head.pair_features",
             value="true",
-            remedy="Train with adapter.matching=false.",
+            remedy="Train with head.pair_features=false.",
             code=Code.UNSUPPORTED,
         )
     one = output if run.pack.size == 1 else output / "member_0"

@@ -173,7 +173,7 @@ def _flop_models(pack: Pack) -> list[FlopModel]:
     measured: dict[str, FlopModel] = {}
     models = []
     for k, member in enumerate(pack.members):
-        settings = repr((member.adapter, pack.assigned_ranks[k]))
+        settings = repr((member.adapter, member.pair_features, pack.assigned_ranks[k]))
         if settings not in measured:
             with pack.only([k]):
                 measured[settings] = FlopModel.measure(lambda rows, length: probe_step(pack, rows, length))

@@ -74,9 +74,6 @@ class Adapter(ABC):
     init_from: str | None
     """The folder of a finished run whose adapter this one begins as, of the same backbone, method and ranks."""
 
-    matching: bool | None
-    """Beside the head, compare the texts' mean token vectors (matching.py); null: where the model tells them apart."""
-
     training_settings = frozenset({"default_lr", "init_from", "dropout"})
     """Settings that say how it learns, and not what its tensors mean."""
     trains_backbone = False

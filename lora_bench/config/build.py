@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_bench.config.keys import RENAMED, renamed_key
 from lora_bench.config.schema import DATA, MODELS, OPTIONAL, Data, Metric, Model
 from lora_bench.errors import Code, UserError, nearest, require
 
@@ -62,6 +63,8 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
 
 def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
     for name in map(str, node):
+        if prefix + name in RENAMED:
+            raise renamed_key(prefix + name)
         if name not in known:  # only then: to look for what was meant takes longer than all the rest
             raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, known), code=Code.UNKNOWN_KEY)
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.config.groups import choices, conf_folder
-from lora_bench.config.keys import flat
+from lora_bench.config.keys import RENAMED, flat
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 from lora_bench.records.prompted import is_prompted
@@ -32,7 +32,7 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record's config with defaults for the keys of `train` that it lacks; what it has is as it was."""
     if is_prompted(record):
         return dict(record["config"])
-    config, top, usual = dict(record["config"]), *_top()
+    config, top, usual = moved(record["config"]), *_top()
     options = {group: _option(group, record, choice) for group, choice in usual.items()}
     today = _today(tuple((group, option) for group, option in options.items() if option))
     for group, defaults in today.items():
@@ -43,6 +43,19 @@ def filled(record: Mapping[str, Any]) -> dict[str, Any]:
         own = config.get(key, value)
         config[key] = value | own if isinstance(value, dict) and isinstance(own, dict) else own
     return config
+
+
+def moved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded config in which renamed keys have their present names; one that has both keeps the present."""
+    present = dict(config)
+    for old, new in RENAMED.items():
+        (old_group, old_name), (group, name) = old.split("."), new.split(".")
+        if isinstance(node := present.get(old_group), dict) and old_name in node:
+            present[old_group] = {key: value for key, value in node.items() if key != old_name}
+            target = present.get(group, {})
+            if isinstance(target, dict):
+                present[group] = {name: node[old_name]} | target
+    return present
 
 
 class ModelPlaces(TypedDict):
@@ -111,7 +124,7 @@ def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: a key of both has another value; it is named with both.
     """
-    before, now = dict(flat(_copy(folder / ".hydra" / "config.yaml"))), dict(flat(record["config"]))
+    before, now = dict(flat(moved(_copy(folder / ".hydra" / "config.yaml")))), dict(flat(record["config"]))
     for difference in _differing([key for key in before if key in now], before, now):
         raise edited(folder, *difference)
 

@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import yaml
 from xxhash import xxh3_128_hexdigest
 
+from lora_bench.config.keys import with_present_keys
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import dump, plain, why, write, writing
 from lora_bench.records import folder_lock
+from lora_bench.records.backfill import moved
 from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.records.record_types import with_types
 
@@ -282,9 +284,11 @@ def read(folder: Path) -> dict[str, Any]:
         content["checksum"] = ALTERED
     try:
         # What is not finite (1e999, or a NaN of someone else's writing) is absent.
-        return with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
+        record = with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
+    overrides = [with_present_keys(text) for text in record["overrides"]]
+    return record | {"config": moved(record["config"]), "overrides": overrides}
 
 
 def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:

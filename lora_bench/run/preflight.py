@@ -31,6 +31,7 @@ def check_settings(cfg: DictConfig) -> None:
         check_data(build.build_data(node))
     local_place(build.build_model(cfg.model))
     for name, settings in (
+        ("head", schema.Head),
         ("optimizer", schema.Optimizer),
         ("trainer", schema.Trainer),
         ("pack", schema.Packing),

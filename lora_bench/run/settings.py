@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lora_bench.records.finished_record import FinishedRecord
     from lora_bench.tracking.base import Tracker
 
-_GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
+_GROUPS = ("model", "adapter", "head", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
 
 
 _KEYS = (*_GROUPS, "tasks", "seed", "resume", "dry_run")
@@ -39,6 +39,7 @@ class Experiment:
 
     model: schema.Model
     adapter: Adapter
+    head: schema.Head
     data: schema.Data
     optimizer: schema.Optimizer
     trainer: schema.Trainer
@@ -68,7 +69,7 @@ class Experiment:
     @property
     def identity(self) -> str:
         """Equal for runs that would be the same: all that decides what is learned, and not how it is computed."""
-        learned = (self.model, self.adapter, self.data, self.optimizer, self.trainer, self.ensemble)
+        learned = (self.model, self.adapter, self.head, self.data, self.optimizer, self.trainer, self.ensemble)
         return repr((*learned, self.tasks, self.metrics, self.seed))
 
     def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
@@ -88,7 +89,7 @@ class Experiment:
             ranks = None
             if saved_ranks is not None:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
-            found.append(Member(self.adapter, self.seed, ranks, seeds, heads))
+            found.append(Member(self.adapter, self.seed, ranks, seeds, heads, self.head.pair_features))
         return found
 
     @classmethod
@@ -102,6 +103,7 @@ class Experiment:
             data=build.build_data(cfg.data),  # first: T5 takes its label words from it
             model=build.build_model(cfg.model),
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
+            head=build.build(schema.Head, cfg["head"], "head"),
             optimizer=build.build(schema.Optimizer, cfg.optimizer, "optimizer"),
             trainer=build.build(schema.Trainer, cfg.trainer, "trainer"),
             pack=build.build(schema.Packing, cfg.pack, "pack"),
@@ -115,7 +117,7 @@ class Experiment:
         _check_tasks(made)
         drops_out = made.adapter.trains_backbone or bool(getattr(made.adapter, "dropout", 0))
         for each in made.each.values():
-            check_objective(each.trainer, each.data.text_columns, drops_out, each.adapter.matching is True)
+            check_objective(each.trainer, each.data.text_columns, drops_out, each.head.pair_features is True)
             perturbations(each.data)
             augmentations(each.data, each.trainer.objective)
         return made
@@ -179,10 +181,10 @@ def _check_tasks(made: Experiment) -> None:
     members = made.ensemble.members
     require(members is None, "ensemble.members", members, reason, remedy, code=Code.CONFLICT)
     reason = "compares the texts beside one head, and a shared adapter has a head for each task"
-    remedy = "Take adapter.matching=false or data.share=backbone."
-    asked = made.adapter.matching
-    matching = "null" if asked is None else "true"
-    require(made.own_adapters or asked is False, "adapter.matching", matching, reason, remedy, code=Code.CONFLICT)
+    remedy = "Set head.pair_features=false or data.share=backbone."
+    requested = made.head.pair_features
+    text = "null" if requested is None else "true"
+    require(made.own_adapters or requested is False, "head.pair_features", text, reason, remedy, code=Code.CONFLICT)
     if made.own_adapters:
         reason = f"{made.adapter.method} trains the backbone itself, which the tasks would share"
         remedy = "Take data.share=adapter."

@@ -99,6 +99,7 @@ def _settings(mine: Experiment, theirs: Experiment) -> list[tuple[str, Any, Any]
     found.append(("adapter.method", mine.adapter.method, theirs.adapter.method))
     kept = [each.name for each in fields(mine.adapter) if each.name not in mine.adapter.training_settings]
     found += [(f"adapter.{name}", getattr(mine.adapter, name), getattr(theirs.adapter, name, None)) for name in kept]
+    found.append(("head.pair_features", mine.head.pair_features, theirs.head.pair_features))
     return [*found, ("ensemble.members", mine.ensemble.members, theirs.ensemble.members)]
 
 

@@ -123,7 +123,9 @@ def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estima
     common = common or SharedInputs.load(experiment)
     (task,) = common.tasks.values()
     reset_peak_memory(common.backbone.device)
-    pack = Pack(common.backbone, [Member(experiment.adapter, experiment.seed)])
+    pack = Pack(
+        common.backbone, [Member(experiment.adapter, experiment.seed, pair_features=experiment.head.pair_features)]
+    )
     try:
         began = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
@@ -205,7 +207,7 @@ def _together(
 
 def _kind(experiment: Experiment) -> str:
     """Equal for runs that cost the same."""
-    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
+    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter, experiment.head))
 
 
 def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:

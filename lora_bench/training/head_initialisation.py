@@ -29,7 +29,7 @@ def begin(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
         return None
     look = list(islice(batches, BATCHES))
     if lacking := explain_insufficient_data(look, member, reads_labels=True):
-        return f"adapter.matching: {lacking}, so it begins at zero."
+        return f"head.pair_features: {lacking}, so their weights start at zero."
     matching: Any = pack.pair_features[str(member)]
     features: list[Tensor] = []
     labels: list[Tensor] = []

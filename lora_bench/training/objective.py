@@ -61,12 +61,12 @@ def make_objective(trainer: Trainer, labels: NDArray[np.int64] | None) -> Object
     return Objective(partial(consistency, weight=trainer.consistency_weight, of_rows=of_rows), orders=2)
 
 
-def check_objective(trainer: Trainer, text_columns: Sequence[str], drops_out: bool, matching: bool) -> None:
+def check_objective(trainer: Trainer, text_columns: Sequence[str], drops_out: bool, pair_features: bool) -> None:
     """Refuse to ask for two texts where they come alone, or for two dropout masks where nothing drops out."""
     for key, value, asked in (
         ("trainer.objective", trainer.objective, trainer.objective in ("either_order", "order_consistency")),
         ("trainer.score_both_orders", "true", trainer.score_both_orders),
-        ("adapter.matching", "true", matching),
+        ("head.pair_features", "true", pair_features),
     ):
         if asked and len(text_columns) < 2:
             raise UserError(

@@ -20,7 +20,7 @@ from tests.command_line import lora_bench, refused, toy_run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ASKED = toy_run("trainer.max_steps=6", "trainer.batch_size=8", "adapter.matching=true")
+ASKED = toy_run("trainer.max_steps=6", "trainer.batch_size=8", "head.pair_features=true")
 
 
 def test_features_are_those_of_two_mean_vectors_at_length_one() -> None:
@@ -63,7 +63,7 @@ def test_where_it_can_see_one_label_alone_it_begins_at_zero_and_the_record_says_
     answer = lora_bench("train", *asked)
     assert answer.code == 0, answer
     warnings = json.loads(Path("run/run.json").read_text())["data"]["warnings"]
-    for key, data in (("adapter", ("16 ", "label 1", "init=kaiming")), ("adapter.matching", ("16 ", "label 1"))):
+    for key, data in (("adapter", ("16 ", "label 1", "init=kaiming")), ("head.pair_features", ("16 ", "label 1"))):
         (warning,) = (text for text in warnings if text.startswith(f"{key}: "))
         assert warning in " ".join(answer.out.split())
         for datum in data:
@@ -85,10 +85,10 @@ def test_texts_are_told_apart(backbone: Callable[..., Any], model: str) -> None:
 
 
 def test_a_member_with_it_and_one_without_learn_what_they_learn_alone(in_tmp: Path) -> None:
-    answer = lora_bench("train", "-m", *ASKED, "adapter.matching=true,false", "seed=0,1", "hydra.sweep.dir=sweep")
+    answer = lora_bench("train", "-m", *ASKED, "head.pair_features=true,false", "seed=0,1", "hydra.sweep.dir=sweep")
     assert answer.code == 0, answer
     for job in range(4):
-        alone = [f"adapter.matching={('true', 'false')[job // 2]}", f"seed={job % 2}", f"hydra.run.dir=alone{job}"]
+        alone = [f"head.pair_features={('true', 'false')[job // 2]}", f"seed={job % 2}", f"hydra.run.dir=alone{job}"]
         assert lora_bench("train", *ASKED, *alone).code == 0
         one, other = (json.loads(Path(f"{f}/run.json").read_text()) for f in (f"sweep/{job}", f"alone{job}"))
         assert one["cost"]["pack_size"] == 4
@@ -110,15 +110,15 @@ def test_every_method_takes_it_and_is_put_together_again(in_tmp: Path, method: s
     answer = lora_bench("eval", "run=run", "data=toy", "data.validation_rows=16")
     assert answer.code == 0, answer
     error = refused("export", "run=run", "format=merged", "output=x")
-    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "adapter.matching", "true")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "head.pair_features", "true")
 
 
 def test_it_is_refused_where_there_are_no_two_texts(in_tmp: Path) -> None:
     error = refused("train", *(o for o in ASKED if "model=" not in o), "model=tiny_t5")
-    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "adapter.matching", "true")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "head.pair_features", "true")
     for split in ("train", "validation"):
         Path(f"{split}.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 20)
     single = [o for o in ASKED if not o.startswith("data")]
     error = refused("train", *single, "data=pairs", "data.path=.", "data.text_columns=[sentence]")
-    assert (error.code, error.key, error.value) == (Code.CONFLICT, "adapter.matching", "true")
+    assert (error.code, error.key, error.value) == (Code.CONFLICT, "head.pair_features", "true")
     assert "'sentence'" in str(error)

@@ -26,6 +26,8 @@ class Member:
     """Seeds of `init`, `order` and `dropout` that differ from `seed`."""
     heads: int = 1
     """Number of heads: one for each task that the member learns; `Batch.head` chooses among them."""
+    pair_features: bool | None = False
+    """Add pair features to the logits; None: if the backbone can tell the two texts apart."""
 
     def seed_of(self, purpose: str) -> int:
         """Return the seed of `init`, `order` (of the pairs) or `dropout`."""

@@ -171,13 +171,13 @@ class PackState(nn.Module):
 
 def _has_pair_features(member: Member, backbone: Backbone) -> bool:
     """Return whether a member has pair features; refuse them where the backbone reads both texts as one."""
-    requested, possible = member.adapter.matching, backbone.tells_texts_apart
+    requested, possible = member.pair_features, backbone.tells_texts_apart
     if requested and not possible:
         raise UserError(
             "needs to know where the second text begins, and this model reads both as one",
-            key="adapter.matching",
+            key="head.pair_features",
             value="true",
-            remedy="Take adapter.matching=false.",
+            remedy="Set head.pair_features=false.",
             code=Code.UNSUPPORTED,
         )
     return possible if requested is None else requested

@@ -88,7 +88,6 @@ class _Imported(Adapter):
     method: str = "peft"
     default_lr: float = 1.0
     init_from: str | None = None
-    matching: bool | None = False
     made: dict[str, LowRank]
 
     def targets(self, backbone: Backbone) -> list[str]:
