@@ -1,11 +1,12 @@
-"""PairFeatures: the two texts compared as two vectors, beside the head that reads them as one sequence.
+"""Pair features: products and differences of the two texts' mean vectors, added to the head's logits.
 
     u, v = mean token vectors of the first and the second text (special tokens too) in the last layer, at length 1
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
 
 Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT
-(Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. It begins as
-the logistic regression of the label on the cosine u · v over a few training batches: equal weights of the products.
+(Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. They are
+initialised as the logistic regression of the label on the cosine u · v over a few training batches: equal weights of
+the products.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BATCHES = 8
-"""Training batches that the start looks at."""
+"""Training batches that the initialisation reads."""
 
 
 RIDGE = 1e-3
-"""Of the regression, per pair: keeps the slope finite where the calibration pairs can be told apart perfectly."""
+"""Ridge penalty of the regression, per pair: keeps the slope finite where the pairs are perfectly separable."""
 
 
 class PairFeatures(nn.Module):
-    """One member's weights, held in fp32.
+    """One member's weights of the pair features, held in fp32.
 
     Args:
         hidden_size: D.
@@ -36,13 +37,13 @@ class PairFeatures(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """What is added to the two logits, (…, 2), from features (…, 2 D)."""
+        """Return the part of the two logits, (…, 2), that features (…, 2 D) give."""
         s = features @ self.weight + self.bias  # (…,)
         return torch.stack([-s, s], -1)
 
     @torch.no_grad()
     def initialise(self, features: Tensor, labels: Tensor) -> None:
-        """Start as the regression of labels (N,) on the cosines that features (N, 2 D) hold."""
+        """Initialise as the logistic regression of labels (N,) on the cosines that features (N, 2 D) hold."""
         D = len(self.weight) // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
         slope, intercept = fit_logistic_regression(cosines, labels)
@@ -51,7 +52,7 @@ class PairFeatures(nn.Module):
 
 
 def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """(N, 2 D) in fp32, from hidden states (N, T, D) and which tokens make up each text, (N, T) each."""
+    """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and the two texts' token masks, (N, T) each."""
     u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
     D = hidden.shape[-1]
     return torch.cat([D * u * v, D**0.5 * (u - v).abs()], -1)
@@ -63,7 +64,7 @@ def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:
 
 
 def fit_logistic_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
+    """Return slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
     X = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
     y = labels.to(X.dtype)
     beta = X.new_zeros(2)

@@ -177,7 +177,7 @@ class AdaLoRA(LinearAdapter):
         return step >= self._phases(steps)[1]
 
     def _phases(self, steps: int) -> tuple[int, int]:
-        """The last step before pruning begins, and that of the last allocation."""
+        """Return the last step before pruning and the step of the last allocation."""
         warmup, final = (int(round(share * steps, 6)) for share in (self.warmup, self.final))
         return warmup, steps - final
 
@@ -197,7 +197,7 @@ class AdaLoRAUpdate(Update):
         self.generator = generator
         self.rank = len(lora_A)
         self.kept = torch.ones(self.rank, dtype=torch.bool, device=lora_A.device)
-        """Which triplets the last allocation kept, (rank,)."""
+        """Mask of the triplets that the last allocation kept, (rank,)."""
         self.sensitivity: dict[str, Tensor] = {}
         """Ī of every element, by parameter; empty before the first step."""
         self.uncertainty: dict[str, Tensor] = {}
@@ -232,7 +232,7 @@ class AdaLoRAUpdate(Update):
             self.uncertainty.setdefault(name, torch.zeros_like(p)).lerp_((now - smooth).abs(), 1 - beta2)
 
     def scores(self) -> Tensor:
-        """Importance of each triplet, (rank,): s(E_i) + mean of s over row i of Q + mean of s over column i of P.
+        """Return each triplet's importance, (rank,): s(E_i) + mean of s over row i of Q + mean over column i of P.
 
         Eq. 7, with s = Ī Ū of each element, eq. 11.
         """
@@ -258,19 +258,19 @@ class AdaLoRAUpdate(Update):
 
     def load_training_statistics(self, tensors: dict[str, Tensor]) -> None:
         moved = {name: tensor.to(self.lora_A.device) for name, tensor in tensors.items()}
-        kept, own = moved.pop("kept"), dict(self.named_parameters())
+        kept, parameters = moved.pop("kept"), dict(self.named_parameters())
         if kept.shape != self.kept.shape or kept.dtype != torch.bool:
             raise ValueError("kept does not mark the triplets")
         self.kept = kept
         self.rank = int(self.kept.sum())
         for name, tensor in moved.items():
-            kind, _, parameter = name.partition("/")
-            if tensor.shape != own[parameter].shape:
+            statistic, _, parameter = name.partition("/")
+            if tensor.shape != parameters[parameter].shape:
                 raise ValueError(f"{name} has another shape")
-            {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}[kind][parameter] = tensor
+            {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}[statistic][parameter] = tensor
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The kept triplets alone, as peft saves them."""
+        """Return the kept triplets only, as peft saves them."""
         A, E, B = self.lora_A.detach(), self.lora_E.detach(), self.lora_B.detach()
         return {"lora_A": A[self.kept], "lora_E": E[self.kept], "lora_B": B[:, self.kept]}
 

@@ -48,7 +48,7 @@ class BitFit(LinearAdapter):
 
 
 class BitFitUpdate(Update):
-    """What is added to a frozen bias (out,): zeros at the start, in fp32 whatever the backbone's precision."""
+    """The trained shift of a frozen bias (out,): zeros at the start, in fp32 whatever the backbone's precision."""
 
     def __init__(self, bias: Tensor) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from lora_bench.adapters.targets import LinearAdapter, require_rank
 from lora_bench.errors import require, require_number
 
 SIGMA = 1e-5
-"""Standard deviation that R begins with, as in the paper."""
+"""Standard deviation of the initial R, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ class LoRAXS(LinearAdapter):
     ) -> LoRAXSUpdate:
         assert isinstance(base, nn.Linear)
         require_rank("rank", self.rank, name, base)
-        made = LoRAXSUpdate(base, self.rank, self.alpha / self.rank, self.dropout, dropout)
+        update = LoRAXSUpdate(base, self.rank, self.alpha / self.rank, self.dropout, dropout)
         if init is not None:
-            made.initialise(torch.empty(self.rank, self.rank).normal_(0.0, SIGMA, generator=init))
-        return made
+            update.initialise(torch.empty(self.rank, self.rank).normal_(0.0, SIGMA, generator=init))
+        return update
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
         return {
@@ -67,7 +67,7 @@ class LoRAXS(LinearAdapter):
 
 
 class LoRAXSUpdate(Update):
-    """scaling · B R A, held in fp32 whatever the backbone's precision; zeros until `begin` or `restore`.
+    """scaling · B R A, held in fp32 whatever the backbone's precision; zeros until `initialise` or `load_tensors`.
 
     Args:
         base: the frozen linear beside it; never written to.
@@ -91,14 +91,14 @@ class LoRAXSUpdate(Update):
 
     @torch.no_grad()
     def initialise(self, latent: Tensor) -> None:
-        """Take the first singular triplets of the frozen weight, and `latent` (rank, rank) as R."""
-        left, _, _ = singular_triplets(self.base[0].weight.detach(), 0, self.rank)  # (out, rank)
-        self._place(left)
+        """Set A and B from the first singular triplets of the frozen weight, and `latent` (rank, rank) as R."""
+        U, _, _ = singular_triplets(self.base[0].weight.detach(), 0, self.rank)  # (out, rank)
+        self._set_factors(U)
         self.latent.copy_(latent)
 
-    def _place(self, left: Tensor) -> None:
-        """B = U_r and A = U_rᵀ W = Σ_r V_rᵀ, computed in fp64: on another machine it rounds to the same A."""
-        self.lora_B.copy_(left)
+    def _set_factors(self, U: Tensor) -> None:
+        """Set B = U_r and A = U_rᵀ W = Σ_r V_rᵀ, computed in fp64: on another machine it rounds to the same A."""
+        self.lora_B.copy_(U)
         self.lora_A.copy_(self.lora_B.double().T @ self.base[0].weight.double())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -117,5 +117,5 @@ class LoRAXSUpdate(Update):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self._place(tensors["lora_B.weight"])
+        self._set_factors(tensors["lora_B.weight"])
         self.latent.copy_(tensors["latent"])

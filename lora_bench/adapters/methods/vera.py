@@ -35,7 +35,7 @@ class VeRA(LinearAdapter):
     rank: int
     """Rank of the shared projections, the length of d."""
     d_initial: float
-    """What every element of d begins at."""
+    """Initial value of every element of d."""
     dropout: float
     """Probability with which an input feature of A is dropped in training."""
 
@@ -92,7 +92,7 @@ class VeRAUpdate(Update):
     Args:
         shared: A (rank, in or more) and B (out or more, rank), the same two tensors for all modules of a member.
         out_features: the length of b.
-        d_initial: what d begins at.
+        d_initial: initial value of d.
         dropout: probability with which an input feature of A is dropped in training.
         generator: the member's stream of dropout.
     """
@@ -125,11 +125,11 @@ class VeRAUpdate(Update):
         return weight + self.vera_lambda_b[:, None] * B @ (self.vera_lambda_d[:, None] * A), bias  # (out, in)
 
     def _fitting(self, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-        """The module's part of the projections: (rank, in) and (out, rank)."""
+        """Return the projections' columns and rows for one module: (rank, in) and (out, rank)."""
         A, B = self.shared
         return A[:, :in_features], B[:out_features]
 
 
 def _shared(updates: dict[str, Update]) -> tuple[Tensor, Tensor]:
-    """The projections that all of a member's updates refer to."""
+    """Return the projections that all of a member's updates refer to."""
     return cast("VeRAUpdate", next(iter(updates.values()))).shared
