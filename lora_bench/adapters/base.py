@@ -164,6 +164,6 @@ class Adapter(ABC):
         """Called after the optimizer's update, before gradients are cleared."""
 
     def ranks_final(self, step: int, steps: int) -> bool:
-        """Whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
+        """Return whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
         True at the last update."""
         return True

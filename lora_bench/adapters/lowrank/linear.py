@@ -166,7 +166,7 @@ class LowRank(Update):
 
     @property
     def is_product(self) -> bool:
-        """Whether the update is s times the product of `factors`: False for a subclass with another forward pass."""
+        """True if the update is s times the product of `factors`: False for a subclass with another forward pass."""
         cls = type(self)
         return cls.forward is LowRank.forward and cls.factors is LowRank.factors
 

@@ -163,7 +163,7 @@ class ParameterSync:
         self.stack_gradients = [leaf.grad for stack in stacks for leaf in stack.trained if leaf.grad is not None]
         self.gradients = [(p, torch.empty_like(p)) for stack in stacks for _, p in stack.gradient_slices]
         """The members' parameters, each with the tensor that becomes its gradient."""
-        sources = [part for stack in stacks for part, _ in stack.gradient_slices]
+        sources = [gradient for stack in stacks for gradient, _ in stack.gradient_slices]
         self.gradient_copies = _by_layout(list(zip((grad for _, grad in self.gradients), sources, strict=True)))
 
     @torch.no_grad()
