@@ -207,7 +207,7 @@ def _made_by_peft(cfg: DictConfig, data: schema.Data) -> _Subject:
             )
         return scores
 
-    described = {"folder": os.path.abspath(adapter.folder), "peft_type": adapter.kind, "backbone": locate(model)}
+    described = {"folder": os.path.abspath(adapter.folder), "peft_type": adapter.peft_type, "backbone": locate(model)}
     return _Subject(scored, Run(output, {}), {"peft": described})
 
 

@@ -49,13 +49,13 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         console.print(shown(f"note: {note}"))
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
-    if run.pack.matchings:
+    if run.pack.pair_features:
         reason = "compares the two texts beside the head, for which neither PEFT nor a plain classifier has a place"
         raise UserError(
             reason,
-            key="adapter.matching",
+            key="head.pair_features",
             value="true",
-            remedy="Train with adapter.matching=false.",
+            remedy="Train with head.pair_features=false.",
             code=Code.UNSUPPORTED,
         )
     one = output if run.pack.size == 1 else output / "member_0"

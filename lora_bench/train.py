@@ -110,7 +110,7 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
     processes.broadcast(tensor for k in range(pack.size) for tensor in pack.tensors(k))
     inputs, seconds, flops = _with_prefixes(inputs, pack, trainer)
     for run in runs:
-        if pack.cut is not None and run.resumed_from is None:
+        if pack.prefix_depth is not None and run.resumed_from is None:
             run.note_prefix(seconds, flops)
     return inputs
 
@@ -178,7 +178,7 @@ def _flop_models(pack: Pack) -> list[FlopModel]:
     measured: dict[str, FlopModel] = {}
     models = []
     for k, member in enumerate(pack.members):
-        settings = repr((member.adapter, pack.given_ranks[k]))
+        settings = repr((member.adapter, member.pair_features, pack.assigned_ranks[k]))
         if settings not in measured:
             with pack.only([k]):
                 measured[settings] = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))

@@ -16,7 +16,8 @@ import transformers
 from rich.console import Console
 
 from lora_bench import export
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files, importer
 from lora_bench.adapters.peft.config import PeftConfig
 from lora_bench.config.groups import choices

@@ -1,4 +1,4 @@
-"""What an adapter method is: settings, the update it puts beside a frozen linear, and the hooks that the loop calls.
+"""The interface of adapter methods: settings, the update beside a frozen linear, and the hooks that the loop calls.
 
 The training loop calls every hook of every member unconditionally and never asks which method it has. A method whose
 mathematics is LoRA's with another initialisation or scaling needs only a YAML; one with new mathematics needs a file
@@ -41,26 +41,26 @@ class Update(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output (B, T, out), from the input x (B, T, in) and the frozen module's output y (B, T, out)."""
+        """Return the adapted output (B, T, out) from the input x (B, T, in) and the frozen output y (B, T, out)."""
 
     @abstractmethod
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight (out, in) and bias (out,) of a plain linear that says the same, from the frozen ones, in fp32."""
+        """Return weight (out, in) and bias (out,) of an equivalent plain linear, from the frozen ones, in fp32."""
 
-    def saved(self) -> dict[str, Tensor]:
-        """What an adapter file holds of this update: peft's names and meanings where peft has the method."""
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of an adapter file, with PEFT's names and meanings where PEFT has the method."""
         return self.state_dict()
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `saved` gave."""
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load tensors that `to_tensors` returned."""
         self.load_state_dict(tensors)
 
-    def running(self) -> dict[str, Tensor]:
-        """Statistics that training goes on with and an adapter file has no use for: what a checkpoint holds besides."""
+    def training_statistics(self) -> dict[str, Tensor]:
+        """Return statistics that a resumed training needs and an adapter file does not: saved in checkpoints only."""
         return {}
 
-    def put_back_running(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `running` gave."""
+    def load_training_statistics(self, tensors: dict[str, Tensor]) -> None:
+        """Load tensors that `training_statistics` returned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,10 @@ class Adapter(ABC):
     default_lr: float
     """The learning rate to start from where none is given."""
     init_from: str | None
-    """The folder of a finished run whose adapter this one begins as, of the same backbone, method and ranks."""
+    """The folder of a finished run whose adapter initialises this one, of the same backbone, method and ranks."""
 
-    matching: bool | None
-    """Beside the head, compare the texts' mean token vectors (matching.py); null: where the model tells them apart."""
-
-    only_learning = frozenset({"default_lr", "init_from", "dropout"})
-    """Settings that say how it learns, and not what its tensors mean."""
+    training_settings = frozenset({"default_lr", "init_from", "dropout"})
+    """Settings that affect training only, not the meaning of saved tensors."""
     trains_backbone = False
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
 
@@ -90,7 +87,7 @@ class Adapter(ABC):
         return []
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> Update:
-        """The update for one target.
+        """Return the update for one target.
 
         Args:
             name: the module's full name, for error messages.
@@ -108,7 +105,7 @@ class Adapter(ABC):
         dropout: torch.Generator,
         ranks: dict[str, int] | None = None,
     ) -> dict[str, Update]:
-        """The updates of all targets by module name.
+        """Return the updates of all targets by module name.
 
         Args:
             backbone: with its own modules in place.
@@ -122,38 +119,42 @@ class Adapter(ABC):
         }
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
-        """The trained method in peft's words (`peft_type`, `r`, …); empty where peft cannot express it."""
+        """Return PEFT's settings of the trained method (`peft_type`, `r`, …); empty where PEFT has no such method."""
         return {}
 
-    def saved(self, updates: dict[str, Update]) -> dict[str, Tensor]:
-        """What an adapter file holds of all updates: `model.<module>.<tensor>`, and what the modules share."""
+    def to_tensors(self, updates: dict[str, Update]) -> dict[str, Tensor]:
+        """Return the tensors of an adapter file for all updates: `model.<module>.<tensor>`, and shared ones."""
         return {
-            f"model.{name}.{key}": tensor for name, update in updates.items() for key, tensor in update.saved().items()
+            f"model.{name}.{key}": tensor
+            for name, update in updates.items()
+            for key, tensor in update.to_tensors().items()
         }
 
-    def restore(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
-        """Put back what `saved` gave; names, shapes and finiteness have been checked against it."""
+    def load_tensors(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
+        """Load tensors that `to_tensors` returned; names, shapes and finiteness are already checked."""
         for name, update in updates.items():
             prefix = f"model.{name}."
-            update.restore({k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)})
+            update.load_tensors(
+                {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
+            )
 
     def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> str | None:
-        """Called once before the first step, with training batches to look at: data-driven start, rank allocation.
+        """Initialise from training batches and allocate ranks; called once before the first step.
 
         Returns:
-            Where the batches tell too little, why, and what was done instead: a sentence for the record.
+            A sentence for the record where the batches are insufficient: why, and what was done instead; else None.
         """
         return None
 
     def param_groups(self, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> list[ParamGroup]:
-        """Optimizer groups of the adapter's (not the head's) parameters; matrices decay, vectors don't."""
+        """Return optimizer groups of the adapter's (not the head's) parameters; matrices decay, vectors don't."""
         matrices = [p for p in parameters.values() if p.ndim > 1]
         vectors = [p for p in parameters.values() if p.ndim <= 1]
         groups = [(matrices, weight_decay), (vectors, 0.0)]
         return [{"params": params, "lr": lr, "weight_decay": decay} for params, decay in groups if params]
 
     def penalty(self, updates: dict[str, Update]) -> Tensor | None:
-        """A term to add to this member's loss, or None."""
+        """Return a term to add to this member's loss, or None."""
         return None
 
     def before_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
@@ -163,6 +164,6 @@ class Adapter(ABC):
         """Called after the optimizer's update, before gradients are cleared."""
 
     def ranks_final(self, step: int, steps: int) -> bool:
-        """Whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
+        """Return whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
         True at the last update."""
         return True

@@ -1,4 +1,4 @@
-"""Which linears an adapter changes: by regular expression on full module names, by layer, never the head."""
+"""Choose the linears that an adapter changes: by regular expression on full module names, by layer, never the head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAYERS_REMEDY = "For example adapter.layers=top:2 or 'adapter.layers=[0,1]'."
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnLinears(Adapter):
+class LinearAdapter(Adapter):
     """A method that adapts linears which the user chooses by name and layer."""
 
     target_modules: str
@@ -41,11 +41,11 @@ class OnLinears(Adapter):
 
 
 def largest_rank(linear: nn.Linear) -> int:
-    """The highest rank that means anything beside a linear."""
+    """Return the highest useful rank beside a linear: its smaller side."""
     return min(linear.in_features, linear.out_features)
 
 
-def need_rank(key: str, rank: int, name: str, linear: nn.Linear, remedy: str = "") -> None:
+def require_rank(key: str, rank: int, name: str, linear: nn.Linear, remedy: str = "") -> None:
     """Refuse a rank, given by `key`, that is above the smaller side of the linear called `name`."""
     largest, shape = largest_rank(linear), f"{linear.out_features} by {linear.in_features}"
     require(rank <= largest, key, rank, f"is above {largest}, the smaller side of {name} ({shape})", remedy)
@@ -54,7 +54,7 @@ def need_rank(key: str, rank: int, name: str, linear: nn.Linear, remedy: str = "
 def match_targets(
     backbone: Backbone, target_modules: str, layers: Any, candidates: Iterable[str] | None = None
 ) -> list[str]:
-    """Full names of the linears that both settings choose, in the order of computation.
+    """Return the full names of the linears that both settings choose, in the order of computation.
 
     Args:
         target_modules: `all` (every linear of the layers), `qv` (query and value of every attention; the words mean
@@ -111,7 +111,7 @@ def _match_names(names: list[str], pattern: str, target_modules: str) -> list[st
 
 
 def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
-    """Top-level or bracketed alternatives of the expression that none of the matched names needs.
+    """Return top-level or bracketed alternatives of the expression that none of the matched names needs.
 
     `.*(query|value|qurey)` leaves `qurey` behind: almost surely a typing error, so it is said.
     """
@@ -148,5 +148,5 @@ def _match_layers(layers: Any, count: int) -> set[int]:
 
 
 def _patterns(names: list[str]) -> list[str]:
-    """The names with their numbers blanked, each once: short enough to print."""
+    """Return the names with their numbers blanked, each once: short enough to print."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))

@@ -63,6 +63,8 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
 
 def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
     for name in map(str, node):
+        if prefix + name in RENAMED:
+            raise renamed_key(prefix + name)
         if name not in known:  # only then: to look for what was meant takes longer than all the rest
             key = prefix + name
             remedy = removal_note(key) or nearest(name, known)

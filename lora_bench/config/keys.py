@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from typing import TYPE_CHECKING, Any
+
+from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +18,22 @@ def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+RENAMED = {"adapter.matching": "head.pair_features"}
+"""Keys of older versions with their present names: records are read with these, the command line refuses them."""
+
+
+def with_present_keys(override: str) -> str:
+    """Return an override of an older record with the present names of its keys, those inside its value included."""
+    for old, new in RENAMED.items():
+        override = re.sub(rf"(?<![\w.]){re.escape(old)}(?==)", new, override)
+    return override
+
+
+def renamed_key(key: str) -> UserError:
+    """Return the refusal of a key that has another name now."""
+    return UserError("is not a known key", key=key, remedy=f"It is called {RENAMED[key]} now.", code=Code.UNKNOWN_KEY)
 
 
 def _level(value: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Pair features: products and differences of the two texts' mean vectors, classified beside the usual head.
+"""Pair features: products and differences of the two texts' mean vectors, added to the head's logits.
 
     u, v = mean token vectors of the first and the second text (special tokens too) in the last layer, at length 1
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
 
 Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT
-(Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. It is
+(Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. They are
 initialised as the logistic regression of the label on the cosine u · v over a few training batches: equal weights of
 the products.
 """
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 BATCHES = 8
 """Training batches that the initialisation reads."""
 
+
 RIDGE = 1e-3
-"""Ridge penalty of that regression, per pair; keeps the slope finite if the pairs are perfectly separable."""
+"""Ridge penalty of the regression, per pair: keeps the slope finite where the pairs are perfectly separable."""
 
 
-class PairFeatureHead(nn.Module):
-    """One member's linear classifier of pair features, in fp32.
+class PairFeatures(nn.Module):
+    """One member's weights of the pair features, held in fp32.
 
     Args:
         hidden_size: D.
@@ -36,13 +37,13 @@ class PairFeatureHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the addend to the two logits, (…, 2), from features (…, 2 D)."""
+        """Return the part of the two logits, (…, 2), that features (…, 2 D) give."""
         s = features @ self.weight + self.bias  # (…,)
         return torch.stack([-s, s], -1)
 
     @torch.no_grad()
     def initialise(self, features: Tensor, labels: Tensor) -> None:
-        """Set the weights to the regression of labels (N,) on the cosines contained in features (N, 2 D)."""
+        """Initialise as the logistic regression of labels (N,) on the cosines that features (N, 2 D) hold."""
         D = len(self.weight) // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
         slope, intercept = fit_logistic_regression(cosines, labels)
@@ -50,8 +51,8 @@ class PairFeatureHead(nn.Module):
         self.bias.fill_(intercept / 2)
 
 
-def pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and a token mask (N, T) for each text."""
+def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and the two texts' token masks, (N, T) each."""
     u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
     D = hidden.shape[-1]
     return torch.cat([D * u * v, D**0.5 * (u - v).abs()], -1)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.config.keys import with_present_keys
 from lora_bench.errors import Code, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import dump, plain, why, write
@@ -176,7 +177,11 @@ def read(folder: Path) -> Sweep:
                 )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"is damaged: {why(error)}", file=path, code=Code.DAMAGED) from None
-    return sweep
+    return replace(
+        sweep,
+        overrides=[with_present_keys(text) for text in sweep.overrides],
+        jobs={name: [with_present_keys(text) for text in job] for name, job in sweep.jobs.items()},
+    )
 
 
 def _is_texts(value: object) -> bool:

@@ -23,7 +23,8 @@ from lora_bench.training.training_state import reject_foreign_checkpoint
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lora_bench.adapters.pack.pack import Member, Pack
+    from lora_bench.adapters.pack.member import Member
+    from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Trainer
     from lora_bench.evaluation.cost import FlopModel
     from lora_bench.records.job import Job

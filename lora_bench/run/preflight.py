@@ -32,6 +32,7 @@ def check_settings(cfg: DictConfig) -> None:
         check_data(build.build_data(node))
     local_folder(build_model(cfg.model))
     for name, settings in (
+        ("head", schema.Head),
         ("optimizer", schema.Optimizer),
         ("trainer", schema.Trainer),
         ("pack", schema.Packing),

@@ -40,6 +40,7 @@ class Experiment:
 
     model: Family
     adapter: Adapter
+    head: schema.Head
     data: schema.Data
     optimizer: schema.Optimizer
     trainer: schema.Trainer
@@ -107,6 +108,7 @@ class Experiment:
             data=build.build_data(cfg.data),  # first, since T5 takes its label words from it
             model=build_model(cfg.model),
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
+            head=build.build(schema.Head, cfg["head"], "head"),
             optimizer=build.build(schema.Optimizer, cfg.optimizer, "optimizer"),
             trainer=build.build(schema.Trainer, cfg.trainer, "trainer"),
             pack=build.build(schema.Packing, cfg.pack, "pack"),

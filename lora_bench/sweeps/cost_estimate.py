@@ -16,7 +16,8 @@ from rich import box
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.console.format import duration, human
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
@@ -204,7 +205,7 @@ def _together(
 
 def _kind(experiment: Experiment) -> str:
     """Equal for runs that cost the same."""
-    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
+    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter, experiment.head))
 
 
 def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:

@@ -146,7 +146,7 @@ def sized(
     fitting: dict[int, list[tuple[Job, Need]]] = {}
     measured: dict[str, Need] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        kind = repr((experiment.adapter, experiment.size))
+        kind = repr((experiment.adapter, experiment.head, experiment.size))
         try:
             if kind not in measured:
                 measured[kind] = needs(inputs, experiment)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_bench.adapters.lowrank.calibration_batches import alone, lack
+from lora_bench.adapters.lowrank.calibration_batches import evaluation_of, explain_insufficient_data
 from lora_bench.head.pair_features import BATCHES
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     Returns:
         A note for the record if the batches have too few pairs, so that the pair features start at zero; else None.
     """
-    if str(member) not in pack.matchings:
+    if str(member) not in pack.pair_features:
         return None
     calibration_batches = list(islice(batches, BATCHES))
     if shortage := lack(calibration_batches, member, of_labels=True):

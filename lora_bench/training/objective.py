@@ -62,7 +62,7 @@ def check_objective(trainer: Trainer, text_columns: Sequence[str], *, matching: 
     for key, value, needs_pairs in (
         ("trainer.objective", trainer.objective, trainer.objective in ("either_order", "order_consistency")),
         ("trainer.score_both_orders", "true", trainer.score_both_orders),
-        ("adapter.matching", "true", matching),
+        ("head.pair_features", "true", pair_features),
     ):
         if needs_pairs and len(text_columns) < 2:
             raise UserError(

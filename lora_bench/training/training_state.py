@@ -92,7 +92,7 @@ def _restore_weights(member: MemberRun, tensors: dict[str, Tensor]) -> None:
     pack, k = member.pack, member.index
     _copy(tensors, "weights/", dict(pack.trainable(k)))
     for name, update in pack.updates[k].items():
-        update.put_back_running(_take(tensors, f"running/{name}/"))
+        update.load_training_statistics(_take(tensors, f"running/{name}/"))
     _copy(tensors, "buffers/", _buffers(pack, k))
 
 
@@ -184,7 +184,7 @@ def _running_statistics(pack: Pack, member: int) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": tensor
         for name, update in pack.updates[member].items()
-        for key, tensor in update.running().items()
+        for key, tensor in update.training_statistics().items()
     }
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_bench.adapters.methods import method_class
+from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.member_modules import MemberHeads
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.build import build
 from lora_bench.data import sources
 from lora_bench.data.tokenization import TokenTable, tokenize

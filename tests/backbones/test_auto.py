@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.targets import match_targets
 from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.auto import Auto
@@ -239,7 +240,7 @@ def test_a_model_that_changes_outputs_in_place_learns(option: str) -> None:
     network = enliven(transformers.DebertaForSequenceClassification(config)).eval()
     members = [Member(adapter(option), seed) for seed in (0, 1)]
     pack = Pack(Auto(network, tokenizer, set()), members, batched=True)
-    with pack.gathering_gradients():
+    with pack.accumulating_gradients():
         pack(random_batch(pack.backbone)).square().sum().backward()
     assert all(p.grad is not None for k in (0, 1) for p in pack.adapter_parameters(k).values())
     assert not pack.batched  # all rows share what its linears make of relative positions

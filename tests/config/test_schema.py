@@ -46,6 +46,7 @@ def every_dataclass() -> list[tuple[type[Any], str, dict[str, Any]]]:
     found.append((BertFamily, "model", files["model"]))  # type: ignore[index, call-overload]
     found.append((schema.Metric, "metric.specificity", files["metric"]["specificity"]))  # type: ignore[index, call-overload]
     found.append((schema.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
+    found.append((schema.Head, "head", toy["head"]))  # type: ignore[index, call-overload]
     found.append((schema.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
     found.append((schema.Ensemble, "ensemble", toy["ensemble"]))  # type: ignore[index, call-overload]
     found.append((schema.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
@@ -230,7 +231,7 @@ RANGES = [
     ("pack", "halving", [True, False], [None, "yes please"]),
     ("trainer", "prefix_cache_bytes", [0.0, 4e9], [-1.0, math.inf]),
     ("trainer", "cuda_graphs", [True, False], [None, "yes please"]),
-    ("adapter", "matching", [True, False, None], ["yes please"]),
+    ("head", "pair_features", [True, False, None], ["yes please"]),
     ("adapter", "weight_decay_B", [None, 0, 100.0], [-1, math.inf]),
     ("ensemble", "members", [None, 2, 5], [1, 0, 101]),
     ("ensemble", "vary", [["init"], ["order", "dropout"]], [[], ["luck"]]),

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.methods.full import Full
 from lora_bench.adapters.methods.head_only import HeadOnly
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
 from lora_bench.training.dummy_step import dummy_step
 from tests.adapters.tools import adapter
@@ -87,14 +88,12 @@ def test_a_step_of_lora(backbone: Callable[..., Backbone], layers: str, adapted:
 
 @pytest.mark.parametrize(("rows", "length"), SHAPES)
 def test_a_step_of_full_adds_the_weight_gradients(backbone: Callable[..., Backbone], rows: int, length: int) -> None:
-    model = measured(
-        Pack(backbone(), [Member(Full(method="full", default_lr=1e-4, init_from=None, matching=False), 0)])
-    )
+    model = measured(Pack(backbone(), [Member(Full(method="full", default_lr=1e-4, init_from=None), 0)]))
     assert model(rows, length) == pytest.approx(3 * forward(rows, length), rel=1e-9)
 
 
 def test_lora_saves_about_a_third_of_full(backbone: Callable[..., Backbone]) -> None:
-    full = measured(Pack(backbone(), [Member(Full(method="full", default_lr=1e-4, init_from=None, matching=False), 0)]))
+    full = measured(Pack(backbone(), [Member(Full(method="full", default_lr=1e-4, init_from=None), 0)]))
     small = measured(Pack(backbone(), [Member(lora(rank=1), 0)]))
     assert 0.25 < 1 - small(32, 16) / full(32, 16) < 0.42
 
@@ -103,9 +102,7 @@ def test_lora_saves_about_a_third_of_full(backbone: Callable[..., Backbone]) -> 
 def test_a_step_of_the_head_alone_goes_back_through_the_head_only(
     backbone: Callable[..., Backbone], rows: int, length: int
 ) -> None:
-    model = measured(
-        Pack(backbone(), [Member(HeadOnly(method="head_only", default_lr=1e-3, init_from=None, matching=False), 0)])
-    )
+    model = measured(Pack(backbone(), [Member(HeadOnly(method="head_only", default_lr=1e-3, init_from=None), 0)]))
     head_backward = 2 * HEAD + 2 * 2 * D  # both weights, and the classifier's input
     assert model(rows, length) == pytest.approx(forward(rows, length, every=True) + rows * head_backward, rel=1e-9)
 

@@ -17,7 +17,7 @@ import pytest
 from torch import nn
 
 from lora_bench.adapters.lowrank.linear import LowRank
-from lora_bench.adapters.methods.lora_xs import Between
+from lora_bench.adapters.methods.lora_xs import LoRAXSUpdate
 from lora_bench.backbones.bert import Bert
 from lora_bench.config.groups import choices
 from lora_bench.evaluation.cost import FlopModel
@@ -105,7 +105,7 @@ def added(update: Update, linear: Linear) -> tuple[float, float]:
         of_A = 0 if not update.lora_A.requires_grad else 2 * r * a * t
         once = 2 * a * b * r + 2 * r * r * a + 2 * r * r * b if update.magnitude is not None else 0
         return forward + to_low + to_input + of_A + 2 * r * b * t, once
-    if isinstance(update, Between):
+    if isinstance(update, LoRAXSUpdate):
         r = update.rank
         return 2 * r * (a + b + r) * t + 2 * r * b * t + 2 * r * r * t + (2 * r * r + 2 * r * a) * t * linear.below, 0
     if type(update).__name__ == "Triplets":

@@ -1,4 +1,4 @@
-"""Matching: its features by hand, its start against scikit-learn, and members with it beside members without."""
+"""PairFeatures: its features by hand, its start against scikit-learn, and members with it beside members without."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from sklearn.linear_model import LogisticRegression
 
 from lora_bench.data.batching import Batch
 from lora_bench.errors import Code
-from lora_bench.head.pair_features import RIDGE, PairFeatureHead, fit_logistic_regression, pair_features
+from lora_bench.head.pair_features import RIDGE, PairFeatures, compute_pair_features, fit_logistic_regression
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ASKED = toy_run("trainer.max_steps=6", "trainer.batch_size=8", "adapter.matching=true")
+ASKED = toy_run("trainer.max_steps=6", "trainer.batch_size=8", "head.pair_features=true")
 
 
 def test_features_are_those_of_two_mean_vectors_at_length_one() -> None:
     hidden = torch.tensor([[[9.0, 9.0], [3.0, 0.0], [1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
     first, second = torch.tensor([[0, 1, 1, 0, 0]]), torch.tensor([[0, 0, 0, 1, 0]])
-    assert pair_features(hidden, first, second).tolist()[0] == pytest.approx([0, 0, 2**0.5, 2**0.5])
-    same = pair_features(hidden, first, first)[0]
+    assert compute_pair_features(hidden, first, second).tolist()[0] == pytest.approx([0, 0, 2**0.5, 2**0.5])
+    same = compute_pair_features(hidden, first, first)[0]
     assert same.tolist() == pytest.approx([2, 0, 0, 0])  # D · u ⊙ u, and no difference
-    assert torch.isfinite(pair_features(hidden, first, 0 * second)).all()  # a text without tokens
+    assert torch.isfinite(compute_pair_features(hidden, first, 0 * second)).all()  # a text without tokens
 
 
 def test_it_begins_as_the_regression_on_the_cosine() -> None:
@@ -39,7 +39,7 @@ def test_it_begins_as_the_regression_on_the_cosine() -> None:
     reference = LogisticRegression(C=1 / (RIDGE * 300), tol=1e-9).fit(cosines[:, None], labels)
     assert slope == pytest.approx(reference.coef_[0, 0], rel=1e-3)
     assert intercept == pytest.approx(reference.intercept_[0], rel=1e-3)
-    matching = PairFeatureHead(4, torch.device("cpu"))
+    matching = PairFeatures(4, torch.device("cpu"))
     features = torch.cat([torch.from_numpy(cosines)[:, None].repeat(1, 4), torch.ones(300, 4)], 1).float()
     matching.initialise(features, torch.from_numpy(labels))
     added = matching(features)
@@ -63,7 +63,7 @@ def test_where_it_can_see_one_label_alone_it_begins_at_zero_and_the_record_says_
     answer = lora_bench("train", *asked)
     assert answer.code == 0, answer
     warnings = json.loads(Path("run/run.json").read_text())["data"]["warnings"]
-    for key, data in (("adapter", ("16 ", "label 1", "init=kaiming")), ("adapter.matching", ("16 ", "label 1"))):
+    for key, data in (("adapter", ("16 ", "label 1", "init=kaiming")), ("head.pair_features", ("16 ", "label 1"))):
         (warning,) = (text for text in warnings if text.startswith(f"{key}: "))
         assert warning in " ".join(answer.out.split())
         for datum in data:
@@ -85,10 +85,10 @@ def test_texts_are_told_apart(backbone: Callable[..., Any], model: str) -> None:
 
 
 def test_a_member_with_it_and_one_without_learn_what_they_learn_alone(in_tmp: Path) -> None:
-    answer = lora_bench("train", "-m", *ASKED, "adapter.matching=true,false", "seed=0,1", "hydra.sweep.dir=sweep")
+    answer = lora_bench("train", "-m", *ASKED, "head.pair_features=true,false", "seed=0,1", "hydra.sweep.dir=sweep")
     assert answer.code == 0, answer
     for job in range(4):
-        alone = [f"adapter.matching={('true', 'false')[job // 2]}", f"seed={job % 2}", f"hydra.run.dir=alone{job}"]
+        alone = [f"head.pair_features={('true', 'false')[job // 2]}", f"seed={job % 2}", f"hydra.run.dir=alone{job}"]
         assert lora_bench("train", *ASKED, *alone).code == 0
         one, other = (json.loads(Path(f"{f}/run.json").read_text()) for f in (f"sweep/{job}", f"alone{job}"))
         assert one["cost"]["pack_size"] == 4
@@ -110,15 +110,15 @@ def test_every_method_takes_it_and_is_put_together_again(in_tmp: Path, method: s
     answer = lora_bench("eval", "run=run", "data=toy", "data.validation_rows=16")
     assert answer.code == 0, answer
     error = refused("export", "run=run", "format=merged", "output=x")
-    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "adapter.matching", "true")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "head.pair_features", "true")
 
 
 def test_it_is_refused_where_there_are_no_two_texts(in_tmp: Path) -> None:
     error = refused("train", *(o for o in ASKED if "model=" not in o), "model=tiny_t5")
-    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "adapter.matching", "true")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "head.pair_features", "true")
     for split in ("train", "validation"):
         Path(f"{split}.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 20)
     single = [o for o in ASKED if not o.startswith("data")]
     error = refused("train", *single, "data=pairs", "data.path=.", "data.text_columns=[sentence]")
-    assert (error.code, error.key, error.value) == (Code.CONFLICT, "adapter.matching", "true")
+    assert (error.code, error.key, error.value) == (Code.CONFLICT, "head.pair_features", "true")
     assert "'sentence'" in str(error)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -150,3 +153,101 @@ def test_a_finished_run_whose_record_was_edited_is_refused(in_tmp: Path) -> None
     copy.unlink()
     os.mkfifo(copy)
     assert lora_bench(*request).code == 0
+
+
+# -- renamed keys --
+
+
+def in_old_form(folder: Path) -> None:
+    """Rewrite a run's record, its copy of the config and its checkpoints as version 0.1 wrote them."""
+    for path in [folder / "run.json", *folder.glob("checkpoints/*/state.json")]:
+        content = json.loads(path.read_text())
+        content["config"] = old_config(content["config"])
+        if path.name == "run.json":
+            content["overrides"] = [
+                text.replace("head.pair_features", "adapter.matching") for text in content["overrides"]
+            ]
+            content = run_folder._sealed(content)
+        path.write_text(json.dumps(content))
+    for checkpoint in folder.glob("checkpoints/*"):
+        manifest = {name: _described(checkpoint / name) for name in ("tensors.safetensors", "state.json")}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    copy = folder / ".hydra/config.yaml"
+    copy.write_text(yaml.safe_dump(old_config(yaml.safe_load(copy.read_text()))))
+
+
+def old_config(config: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in config.items() if key != "head"}
+    return rest | {"adapter": config["adapter"] | {"matching": config["head"]["pair_features"]}}
+
+
+def test_a_run_of_an_older_version_is_read_with_the_present_names(in_tmp: Path) -> None:
+    asked = toy_run("trainer.max_steps=4", "head.pair_features=true", "adapter.target_modules=qv")
+    for seed in (0, 1):
+        assert lora_bench("train", *asked, f"seed={seed}", f"hydra.run.dir=run{seed}").code == 0
+    in_old_form(Path("run0"))
+    assert "matching" in Path("run0/run.json").read_text()
+    record = run_folder.read(Path("run0"))
+    assert record["checksum"] != run_folder.ALTERED
+    assert record["config"]["head"] == {"pair_features": True}
+    assert "matching" not in record["config"]["adapter"]
+    assert lora_bench("eval", "run=run0", "data=toy", "data.validation_rows=16").code == 0
+    assert lora_bench("train", *asked, "adapter.init_from=run0", "hydra.run.dir=second").code == 0
+    compared = json.loads(lora_bench("compare", "run0", "run1", "--format", "json").out)
+    assert "matching" not in json.dumps(compared)
+    refused_export = refused("export", "run=run0", "format=merged", "output=x")
+    assert refused_export.key == "head.pair_features"
+
+
+def test_a_run_of_an_older_version_is_resumed_to_the_same_end(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = toy_run("trainer.max_steps=4", "head.pair_features=true", "trainer.checkpoint_every=1")
+    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, signalled(signal.SIGTERM))
+        assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
+    in_old_form(Path("run"))
+    assert list(Path("run/checkpoints").glob("*/state.json"))
+    answer = lora_bench("train", "resume=run")
+    assert answer.code == 0, answer.err
+    assert "damaged" not in answer.out + answer.err
+    one, other = (json.loads(Path(f"{name}/run.json").read_text()) for name in ("run", "whole"))
+    assert one["metrics"] == other["metrics"]
+    assert one["config"]["head"] == {"pair_features": True}
+
+
+def test_a_record_of_an_older_version_that_was_edited_is_refused(in_tmp: Path) -> None:
+    assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
+    in_old_form(Path("run"))
+    record = json.loads(Path("run/run.json").read_text())
+    record["config"]["adapter"]["matching"] = True
+    Path("run/run.json").write_text(json.dumps(record))
+    error = refused("eval", "run=run", "data=toy")
+    assert error.code == Code.DAMAGED
+    assert "head.pair_features" in str(error)
+
+
+def test_a_sweep_of_an_older_version_runs_what_it_lacks(in_tmp: Path) -> None:
+    asked = toy_run("head.pair_features=true,false", "hydra.sweep.dir=sweep")
+    assert lora_bench("train", "-m", *asked).code == 0
+    path = Path("sweep/sweep.json")
+    path.write_text(path.read_text().replace("head.pair_features", "adapter.matching"))
+    in_old_form(Path("sweep/0"))
+    shutil.rmtree("sweep/1")
+    answer = lora_bench("train", "-m", "resume=sweep")
+    assert answer.code == 0, answer.err
+    assert [run_folder.read(Path(f"sweep/{job}"))["config"]["head"]["pair_features"] for job in (0, 1)] == [True, False]
+
+
+@pytest.mark.parametrize("arguments", [["adapter.matching=true"], ["-m", "adapter.matching=true,false"]])
+def test_an_old_name_is_refused_with_the_present_one(arguments: list[str], in_tmp: Path) -> None:
+    error = refused("train", *arguments[:-1], *toy_run(arguments[-1]))
+    assert (error.code, error.key) == (Code.UNKNOWN_KEY, "adapter.matching")
+    assert "head.pair_features" in str(error.remedy)
+
+
+def test_an_old_name_in_a_file_of_the_user_s_is_refused_with_the_present_one(in_tmp: Path) -> None:
+    Path("conf/adapter").mkdir(parents=True)
+    Path("conf/adapter/mine.yaml").write_text("defaults: [lora, _self_]\nmatching: true\n")
+    error = refused("train", "--config-dir", "conf", *toy_run("adapter=mine"))
+    assert (error.code, error.key) == (Code.UNKNOWN_KEY, "adapter.matching")
+    assert "head.pair_features" in str(error.remedy)

@@ -294,8 +294,8 @@ def test_t5_reads_each_task_under_its_name_and_answers_with_one_head_only_the_sa
         (["data.tasks=[small,smal]"], (Code.UNKNOWN_CHOICE, "data", "smal"), "Did you mean small?"),
         (["data.tasks=small"], (Code.INVALID_VALUE, "data.tasks", "small"), ""),
         (["data.tasks=[small,'../x']"], (Code.INVALID_VALUE, "data.tasks", ["small", "../x"]), "'../x' is"),
-        ([THREE, "adapter.matching=true"], (Code.CONFLICT, "adapter.matching", "true"), "data.share=backbone"),
-        ([THREE, "adapter.matching=null"], (Code.CONFLICT, "adapter.matching", "null"), "data.share=backbone"),
+        ([THREE, "head.pair_features=true"], (Code.CONFLICT, "head.pair_features", "true"), "data.share=backbone"),
+        ([THREE, "head.pair_features=null"], (Code.CONFLICT, "head.pair_features", "null"), "data.share=backbone"),
         ([THREE, "ensemble.members=3"], (Code.CONFLICT, "ensemble.members", 3), "data.tasks"),
         (
             [THREE, "data.share=backbone", "adapter=full"],

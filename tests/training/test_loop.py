@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lora_bench.adapters.methods.full import Full
 from lora_bench.adapters.methods.lora import LoRA
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones.base import Backbone
 from lora_bench.config.build import build
 from lora_bench.config.schema import Optimizer, Trainer
@@ -148,7 +149,7 @@ def test_it_learns(backbone: Make, family: str) -> None:
 
 def test_full_learns_too(backbone: Make) -> None:
     watcher = Recorder()
-    full = Full(method="full", default_lr=1e-4, init_from=None, matching=False)
+    full = Full(method="full", default_lr=1e-4, init_from=None)
     torch.manual_seed(0)  # of the network's own dropout
     (outcome,) = run(packed(backbone(), full), chosen=trainer(epochs=20), learn=optimizer(lr=3e-3), watcher=watcher)
     assert np.mean(watcher.losses[-3:]) < 0.5 * np.mean(watcher.losses[:3])

@@ -88,7 +88,7 @@ def test_full_fine_tuning_draws_its_dropout_again(backbone: Make) -> None:
     for micro, limit in ((2, 99), (None, 2)):
         pack = packed(
             backbone("tiny_bert", "+model.random.hidden_dropout_prob=0.5"),
-            Full(method="full", default_lr=1e-4, init_from=None, matching=False),
+            Full(method="full", default_lr=1e-4, init_from=None),
         )
         short_of_memory(pack, limit, OUT_OF_MEMORY[0])
         torch.manual_seed(0)

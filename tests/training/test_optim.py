@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_bench.adapters.methods.full import Full
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.schema import Optimizer
 from lora_bench.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
 from tests.adapters.tools import adapter
@@ -63,7 +64,7 @@ def test_steps_are_adamw_as_published(backbone: Callable[..., Backbone], member:
 
 def test_every_trained_tensor_is_in_one_group_and_vectors_are_not_decayed(backbone: Callable[..., Backbone]) -> None:
     for family in ("tiny_bert", "tiny_t5"):
-        for method in (lora(), Full(method="full", default_lr=1e-4, init_from=None, matching=False)):
+        for method in (lora(), Full(method="full", default_lr=1e-4, init_from=None)):
             pack = Pack(backbone(family), [Member(method, 0)])
             groups = make_optimizer(SETTINGS, pack, 0).param_groups
             held = [id(p) for group in groups for p in group["params"]]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.data.augmentation import training_tables
 from lora_bench.data.batching import BatchPlan
 from lora_bench.data.tokenization import TokenTable, tokenize

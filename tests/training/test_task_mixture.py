@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.data.batching import BatchPlan
 from lora_bench.training.task_mixture import TaskData, TaskMixture, batches_per_task
 from tests.adapters.tools import adapter, make, optimizer, tables, trainer

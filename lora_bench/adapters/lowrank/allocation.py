@@ -1,7 +1,7 @@
-"""How many ranks each module gets: numbers in, ranks out, nothing known of models.
+"""Distribute ranks over modules, from numbers alone; nothing here depends on a model.
 
-Every function returns the rank by module name, in the order that the modules were given in. Rank 0 leaves a module as
-it is. `caps` is the largest rank that each module can take. Ties go to the earlier module, never to chance.
+Every function returns the rank by module name, in the order of the given modules. A module of rank 0 is not
+adapted. `caps` is the largest rank that each module can take. Ties go to the earlier module, never to chance.
 
 The last two functions are AdaLoRA's, which prunes single ranks during training.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def largest_remainder(shares: dict[str, float], total: int, caps: dict[str, int]) -> dict[str, int]:
-    """Whole ranks in proportion to the shares, `total` of them exactly (Hamilton's method).
+    """Return whole ranks in proportion to the shares, exactly `total` of them (Hamilton's method).
 
     A module whose part exceeds its cap gets its cap; what it cannot take goes to the others in proportion to their
     shares, and evenly to those with share 0 once nobody else has room. Each of the others gets its part rounded down,
@@ -34,37 +34,37 @@ def largest_remainder(shares: dict[str, float], total: int, caps: dict[str, int]
     Raises:
         UserError: a share is negative or not finite, all are 0, or the caps leave no room for so many.
     """
-    _need_sound(shares.items(), "share")
+    _require_non_negative(shares.items(), "share")
     if not any(shares.values()):
         raise UserError("the share of every module is 0", key="allocation", code=Code.INVALID_VALUE)
-    _need_room(total, caps)
-    parts = {name: Fraction(share) for name, share in shares.items()}
+    _require_capacity(total, caps)
+    remaining_shares = {name: Fraction(share) for name, share in shares.items()}
     ranks: dict[str, int] = {}
-    left = total
+    unassigned = total
     while True:
-        if not any(parts.values()):
-            parts = dict.fromkeys(parts, Fraction(1))
-        whole = sum(parts.values())
-        quotas = {name: left * part / whole for name, part in parts.items()}
+        if not any(remaining_shares.values()):
+            remaining_shares = dict.fromkeys(remaining_shares, Fraction(1))
+        whole = sum(remaining_shares.values())
+        quotas = {name: unassigned * share / whole for name, share in remaining_shares.items()}
         full = [name for name, quota in quotas.items() if quota >= caps[name]]
         if not full:
             break
         for name in full:
             ranks[name] = caps[name]
-            left -= caps[name]
-            del parts[name]
+            unassigned -= caps[name]
+            del remaining_shares[name]
     # A quota below its cap, rounded down, has room for one more: the caps are whole.
     ranks |= {name: math.floor(quota) for name, quota in quotas.items()}
     remainders = sorted(quotas, key=lambda name: quotas[name] - ranks[name], reverse=True)
-    for name in remainders[: left - sum(ranks[name] for name in quotas)]:
+    for name in remainders[: unassigned - sum(ranks[name] for name in quotas)]:
         ranks[name] += 1
     return {name: ranks[name] for name in shares}
 
 
 def pattern(names: Iterable[str], rules: list[str], default: int, caps: dict[str, int]) -> dict[str, int]:
-    """Ranks by explicit rules: `.*query=16` gives rank 16 to every module whose whole name matches `.*query`.
+    """Return ranks by explicit rules: `.*query=16` gives rank 16 to every module whose whole name matches `.*query`.
 
-    The first rule that matches a name holds; a name without a rule gets `default`.
+    The first rule that matches a name applies; a name without a rule gets `default`.
 
     Raises:
         UserError: a rule is not of that form, matches no name, or decides nothing because earlier rules match all of
@@ -105,7 +105,7 @@ def pattern(names: Iterable[str], rules: list[str], default: int, caps: dict[str
 def sensitivity(
     diagonals: dict[str, Tensor], total: int, caps: dict[str, int], *, energy: float = 0.85, top_share: float = 0.5
 ) -> dict[str, int]:
-    """Ranks in proportion to a module's sensitivity: Sensitivity-LoRA (Zhang et al. 2025, arXiv 2509.09119).
+    """Return ranks in proportion to each module's sensitivity: Sensitivity-LoRA (Zhang et al. 2025, arXiv 2509.09119).
 
     With h the diagonal of X Xᵀ, the surrogate of the Hessian's diagonal, and N = len(h), each module has
 
@@ -132,7 +132,7 @@ def sensitivity(
     Raises:
         UserError: an element is negative or not finite, or the caps leave no room for so many.
     """
-    _need_sound(diagonals.items(), "diagonal of X Xᵀ")
+    _require_non_negative(diagonals.items(), "diagonal of X Xᵀ")
     ordered = [h.double().cpu().sort(descending=True).values for h in diagonals.values()]  # M of (in,)
     trace = torch.stack([h.sum() for h in ordered])  # (M,)
     top = torch.stack([h[: max(1, int(len(h) * top_share))].mean() for h in ordered])  # (M,)
@@ -147,7 +147,7 @@ def sensitivity(
 
 
 def explained_variance(ratios: dict[str, Tensor], total: int, caps: dict[str, int]) -> dict[str, int]:
-    """One rank for each of the `total` largest ratios over all modules: EVA (Paischer et al. 2024, arXiv 2410.07170).
+    """Give one rank to each of the `total` largest ratios of all modules: EVA (Paischer et al. 2024, arXiv 2410.07170).
 
     Args:
         ratios: share of the variance of its inputs that each component of a module explains, (components,).
@@ -157,9 +157,9 @@ def explained_variance(ratios: dict[str, Tensor], total: int, caps: dict[str, in
     Raises:
         UserError: a ratio is negative or not finite, or caps and components leave no room for so many.
     """
-    _need_sound(ratios.items(), "explained variance")
-    room = {name: min(caps[name], len(each)) for name, each in ratios.items()}
-    _need_room(total, room)
+    _require_non_negative(ratios.items(), "explained variance")
+    room = {name: min(caps[name], len(ratio)) for name, ratio in ratios.items()}
+    _require_capacity(total, room)
     ranks = dict.fromkeys(ratios, 0)
     for _, name in _best_first(ratios, room)[:total]:
         ranks[name] += 1
@@ -169,7 +169,7 @@ def explained_variance(ratios: dict[str, Tensor], total: int, caps: dict[str, in
 def gradient(
     singular_values: dict[str, Tensor], costs: dict[str, float], budget: float, caps: dict[str, int]
 ) -> dict[str, int]:
-    """Ranks where a unit of cost promises the largest decrease of the loss.
+    """Give ranks where a unit of cost promises the largest decrease of the loss.
 
     With G = Σ σ_i u_i v_iᵀ the averaged gradient of the task's loss for a module's weight, the step -η σ_i u_i v_iᵀ
     changes the loss by -η σ_i² to first order, and the steps of several i and modules add up. So rank i of module m
@@ -188,7 +188,7 @@ def gradient(
     Raises:
         UserError: a singular value is negative or not finite, all are 0, or the budget does not pay for one rank.
     """
-    _need_sound(singular_values.items(), "singular values of the gradient")
+    _require_non_negative(singular_values.items(), "singular values of the gradient")
     promised = {name: sigma.double() ** 2 / costs[name] for name, sigma in singular_values.items()}
     units = [name for promise, name in _best_first(promised, caps) if promise > 0]
     if not units:
@@ -212,7 +212,7 @@ def gradient(
 
 
 def cubic_budget(step: int, steps: int, initial: int, target: int, warmup: int, final: int) -> int:
-    """How many ranks AdaLoRA keeps at a step: the schedule of Zhang et al. 2023 (arXiv 2303.10512), eq. 12.
+    """Return how many ranks AdaLoRA keeps at a step: the schedule of Zhang et al. 2023 (arXiv 2303.10512), eq. 12.
 
         b₀                                                     for t ≤ t_i
         b_T + (b₀ - b_T) · (1 - (t - t_i) / (T - t_i - t_f))³    between, rounded down
@@ -231,12 +231,12 @@ def cubic_budget(step: int, steps: int, initial: int, target: int, warmup: int, 
     if step <= warmup:
         return initial
     span = steps - warmup - final
-    left = steps - final - step
-    return target + (initial - target) * left**3 // span**3
+    remaining = steps - final - step
+    return target + (initial - target) * remaining**3 // span**3
 
 
 def keep_top(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """Masks (rank,) that keep the `budget` largest scores (rank,) of all modules together: exactly so many.
+    """Return masks (rank,) that keep the `budget` largest scores (rank,) of all modules together: exactly so many.
 
     Among equal scores the earlier is kept. With a budget above the number of scores all are kept.
     """
@@ -244,19 +244,21 @@ def keep_top(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
     best = flat.sort(descending=True, stable=True).indices[:budget]
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[best] = True
-    return dict(zip(scores, torch.split(mask, [len(each) for each in scores.values()]), strict=True))
+    return dict(zip(scores, torch.split(mask, [len(score) for score in scores.values()]), strict=True))
 
 
-def _need_sound(numbers: Iterable[tuple[str, Tensor | float]], what: str) -> None:
-    for name, each in numbers:
-        values = torch.as_tensor(each, dtype=torch.float64)
+def _require_non_negative(numbers: Iterable[tuple[str, Tensor | float]], quantity: str) -> None:
+    for name, number in numbers:
+        values = torch.as_tensor(number, dtype=torch.float64)
         if not (torch.isfinite(values) & (values >= 0)).all():
             raise UserError(
-                f"the {what} of {name} is negative or not a finite number", key="allocation", code=Code.INVALID_VALUE
+                f"the {quantity} of {name} is negative or not a finite number",
+                key="allocation",
+                code=Code.INVALID_VALUE,
             )
 
 
-def _need_room(total: int, caps: Mapping[str, int]) -> None:
+def _require_capacity(total: int, caps: Mapping[str, int]) -> None:
     room = sum(caps.values())
     if not 0 <= total <= room:
         raise UserError(
@@ -267,16 +269,18 @@ def _need_room(total: int, caps: Mapping[str, int]) -> None:
 
 
 def _weight(values: Tensor) -> Tensor:
-    """σ / μ² of (M,) non-negative values; 0 where they are all the same."""
+    """Return σ / μ² of (M,) non-negative values; 0 where they are all the same."""
     if values.max() == values.min():
         return values.new_zeros(())
     return values.std(correction=0) / values.mean() ** 2
 
 
 def _best_first(values: Mapping[str, Tensor], room: Mapping[str, int]) -> list[tuple[float, str]]:
-    """(value, module) of the largest `room` values of each module, in falling order; of equals the earlier first."""
+    """Return (value, module) of each module's largest `room` values, in falling order; of equals the earlier first."""
     units = [
-        (value, name) for name, each in values.items() for value in sorted(each.tolist(), reverse=True)[: room[name]]
+        (value, name)
+        for name, of_module in values.items()
+        for value in sorted(of_module.tolist(), reverse=True)[: room[name]]
     ]
     return sorted(units, key=lambda unit: unit[0], reverse=True)
 
@@ -300,9 +304,9 @@ def _parse(rule: str) -> tuple[re.Pattern[str], int]:
 
 
 def _hint(expression: re.Pattern[str], rank: int, names: list[str]) -> str:
-    """What was likely meant by an expression that matches no name."""
+    """Return a suggestion for an expression that matches no name."""
     near = next((name for name in names if expression.search(name)), None)
     if near:
         return f"It matches a part of {near}: the whole name must match, so try '.*({expression.pattern}).*={rank}'."
-    kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
-    return f"Names there are: {', '.join(kinds)}."
+    patterns = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return f"Names there are: {', '.join(patterns)}."

@@ -1,4 +1,4 @@
-"""What training batches tell about the adapted linears before the first step: their inputs and their gradients."""
+"""Statistics of training batches before the first step: inputs and weight gradients of the adapted linears."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ if TYPE_CHECKING:
     Hook = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
-FEWEST = 8
-"""Pairs: of fewer, a start or an allocation would tell what they happen to be."""
+MIN_PAIRS = 8
+"""Different training pairs below which an initialisation or allocation would fit chance."""
 
 
-def lack(batches: Sequence[Batch], member: int, *, of_labels: bool) -> str | None:
-    """Why nothing should be begun from these training batches; None: they will do.
+def explain_insufficient_data(batches: Sequence[Batch], member: int, *, reads_labels: bool) -> str | None:
+    """Return why these training batches are too few for a data-driven initialisation; None: they suffice.
 
     Args:
-        batches: of an endless row, so that pairs may come again.
-        member: whose rows of batches that members do not share.
-        of_labels: whether what is begun goes by the labels.
+        batches: of an endless sequence, so that pairs may repeat.
+        member: the member whose rows count, where members do not share them.
+        reads_labels: True if the initialisation depends on labels; then both must occur.
     """
-    own = [batch.select_members([member]) for batch in batches]
-    rows = [zip(each.input_ids.tolist(), each.attention_mask.sum(1).tolist(), strict=True) for each in own]
+    own_rows = [batch.of([member]) for batch in batches]
+    rows = [zip(batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist(), strict=True) for batch in own_rows]
     pairs = len({tuple(ids[:length]) for of_batch in rows for ids, length in of_batch})
-    labels = {label for each in own if each.labels is not None for label in each.labels.tolist()}
-    if pairs < FEWEST:
-        return f"{pairs} different training pairs are too few to begin from (fewer than {FEWEST})"
-    if of_labels and len(labels) < 2:
-        return f"the {pairs} training pairs that it would begin from all have label {min(labels)}"
+    labels = {label for batch in own_rows if batch.labels is not None for label in batch.labels.tolist()}
+    if pairs < MIN_PAIRS:
+        return f"{pairs} different training pairs are too few for the initialisation (fewer than {MIN_PAIRS})"
+    if reads_labels and len(labels) < 2:
+        return f"the {pairs} training pairs of the initialisation all have label {min(labels)}"
     return None
 
 
 @torch.no_grad()
 def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """The mean of x xᵀ over the tokens that each adapted linear sees, padding left out: (in, in), in fp32.
+    """Return the mean of x xᵀ over the tokens that each adapted linear sees, excluding padding: (in, in), in fp32.
 
     A linear that sees other rows than the batch's tokens (T5's decoder, at its one position) is measured on all of
     them.
 
     Args:
-        pack: left as it was.
-        member: whose linears, and whose rows of batches that members do not share.
+        pack: not changed.
+        member: the member whose linears are measured, on its own rows where members do not share them.
         batches: training batches.
     """
     moments = {
@@ -58,14 +58,14 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
     }
     counts = dict.fromkeys(moments, 0)
     mask = torch.empty(0)
-    seen, product, count = torch.empty(0), torch.empty(0), 0
+    last_input, product, count = torch.empty(0), torch.empty(0), 0
 
     def observe(name: str, x: Tensor, y: Tensor) -> None:
-        nonlocal seen, product, count
-        if x is not seen:  # query, key and value see one tensor
+        nonlocal last_input, product, count
+        if x is not last_input:  # query, key and value see one tensor
             rows = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
             rows = rows.float()
-            seen, product, count = x, rows.T @ rows, len(rows)
+            last_input, product, count = x, rows.T @ rows, len(rows)  # (in, in)
         moments[name] += product
         counts[name] += count
 
@@ -79,26 +79,26 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
 
 @torch.enable_grad()
 def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """∂L/∂W of each frozen weight W that the member adapts, (out, in), in fp32, averaged over the batches.
+    """Return ∂L/∂W of each frozen weight W that the member adapts, (out, in), in fp32, averaged over the batches.
 
     L is the mean cross-entropy of the member's pairs. No weight requires a gradient for it: while the update beside W
     changes nothing, y = W x + bias, and ∂L/∂W is the sum of ∂L/∂y xᵀ over tokens.
 
     Args:
-        pack: left as it was; no parameter's `.grad` is written. The member's updates still begin at zero.
-        member: whose linears and rows.
+        pack: not changed; no parameter's `.grad` is written. The member's updates must still compute zero.
+        member: the member whose linears and rows count.
         batches: training batches, with labels.
     """
     gradients = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in _weights(pack, member)}
     zero = torch.zeros((), device=pack.backbone.device, requires_grad=True)
 
     def observe(name: str, x: Tensor, y: Tensor) -> Tensor:
-        own = x.detach().flatten(0, -2)  # (B·T, in)
+        rows = x.detach().flatten(0, -2)  # (B·T, in)
 
         def add(dy: Tensor) -> None:
-            gradients[name] += dy.flatten(0, -2).float().T @ own.float()
+            gradients[name] += dy.flatten(0, -2).float().T @ rows.float()  # (out, in)
 
-        y = y + zero  # so that there is a gradient to pass by, even where nothing below is trained
+        y = y + zero  # so that y has a gradient even where nothing below it is trained
         y.register_hook(add)  # type: ignore[no-untyped-call]
         return y
 
@@ -114,8 +114,8 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
 
 
 @contextmanager
-def alone(pack: Pack, member: int) -> Iterator[None]:
-    """The member alone is computed, and nothing is dropped out."""
+def evaluation_of(pack: Pack, member: int) -> Iterator[None]:
+    """Compute this member only, without dropout, within the context."""
     mode = pack.training
     try:
         pack.eval()
@@ -127,14 +127,13 @@ def alone(pack: Pack, member: int) -> Iterator[None]:
 
 @contextmanager
 def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
-    """Call `observe` with name, input and output of each linear that the member adapts; it alone is computed,
-    and nothing is dropped out."""
+    """Compute this member only, without dropout, and call `observe` with name, input and output of its linears."""
     handles = []
     try:
         pack.backbone.all_positions = True
         for name in pack.updates[member]:
             handles.append(pack.network.get_submodule(name).register_forward_hook(_hook(name, observe)))
-        with alone(pack, member):
+        with evaluation_of(pack, member):
             yield
     finally:
         for handle in handles:
@@ -150,6 +149,6 @@ def _hook(name: str, observe: Hook) -> Callable[[nn.Module, tuple[Any, ...], Ten
 
 
 def _weights(pack: Pack, member: int) -> Iterator[tuple[str, Tensor]]:
-    """Name and frozen weight, (out, in), of each linear that the member adapts."""
+    """Yield the name and frozen weight, (out, in), of each linear that the member adapts."""
     for name in pack.updates[member]:
         yield name, pack.network.get_submodule(name).weight.detach()  # type: ignore[operator]

@@ -1,9 +1,9 @@
-"""How A and B begin: pure functions of a shape, of the frozen weight, or of what calibration.py saw of the data.
+"""Initialise A and B: pure functions of a shape, the frozen weight, or statistics of calibration_batches.py.
 
     h = W x + s · B A x        A: (rank, in), B: (out, rank), W: (out, in), s the scaling
 
-Starts with B A ≠ 0 come in two kinds. Those in `SUBTRACTED` are published with W − s B A in the frozen weight's place,
-so that the function is the backbone's own at step 0; `lora_one` is a first step away from it.
+Initialisations with B A ≠ 0 are of two sorts. Those in `SUBTRACTED` are published with W − s B A in the frozen weight's
+place, so that the function is the backbone's own at step 0; `lora_one` is a first step away from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EVA_RHO = 2
 
 
 def random_A(name: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:  # noqa: N802
-    """The random A, (rank, in), that stands beside a B of zeros; where data decide, what holds until they are seen.
+    """Return the random A, (rank, in), of a B of zeros; a data-driven initialisation replaces it later.
 
     `gaussian` draws with standard deviation 1/rank, as peft does. All others draw as microsoft/LoRA's
     `loralib/layers.py`: Kaiming-uniform with a = √5.
@@ -39,7 +39,7 @@ def random_A(name: str, rank: int, in_features: int, generator: torch.Generator)
 
 
 def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The largest singular triplets of W: s B A is its best approximation of that rank.
+    """Return the largest singular triplets of W: s B A is its best approximation of that rank.
 
     PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2 and 3), A = √(S_r/s) V_rᵀ and B = U_r √(S_r/s).
 
@@ -53,7 +53,7 @@ def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The smallest singular triplets of W, so that what is trained lies where the backbone says least.
+    """Return the smallest singular triplets of W, so that training starts in its least important directions.
 
     MiLoRA (Wang et al. 2024, arXiv 2406.09044, section 3), shared out between A and B as in `pissa`.
 
@@ -67,7 +67,7 @@ def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The first columns of Q and rows of R in W = Q R: B is orthonormal, A = Bᵀ W.
+    """Return the first columns of Q and rows of R in W = Q R: B is orthonormal, A = Bᵀ W.
 
     OLoRA (Büyükakyüz 2024, arXiv 2406.01775, algorithm 1). The scaling has no part in it. R's diagonal is made
     positive, which makes the decomposition unique.
@@ -95,7 +95,7 @@ FROM_WEIGHT: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = 
 
 
 def eva(moment: Tensor, rank: int) -> Tensor:
-    """The directions in which the linear's inputs vary most, as orthonormal rows of A; B stays zero.
+    """Return the directions in which the linear's inputs vary most, as orthonormal rows of A; B stays zero.
 
     EVA (Paischer et al. 2024, arXiv 2410.07170, section 3.2): the first right singular vectors of the inputs X
     (tokens, in), which are the first eigenvectors of Xᵀ X.
@@ -111,12 +111,12 @@ def eva(moment: Tensor, rank: int) -> Tensor:
 
 
 def explained_variance_ratios(moments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The share of each linear's input variance that each singular direction holds, (in,), the largest first."""
+    """Return the share of each linear's input variance that each singular direction holds, (in,), the largest first."""
     return {name: _ratios(moment) for name, moment in moments.items()}
 
 
 def lora_ga(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """A and B whose first step of gradient descent changes s B A as nearly as that rank can to what G would change W.
+    """Return A and B whose first gradient step changes s B A as closely as the rank allows to how G would change W.
 
     LoRA-GA (Wang et al. 2024, arXiv 2407.05000, theorem 3.1 and algorithm 1): with G = U S Vᵀ, A = c V[:, :r]ᵀ and
     B = c U[:, r:2r], c = out^¼ / √γ for both. The scaling has no part in it; the paper takes alpha / √rank.
@@ -135,7 +135,7 @@ def lora_ga(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple[
 
 
 def lora_one(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """s B A is one step of gradient descent on W, cut to the rank: −(s / γ σ₁) G_r, with G_r the best approximation.
+    """Return A and B so that s B A is one gradient step of this rank: −(s / γ σ₁) G_r, G_r the best approximation.
 
     LoRA-One (Zhang et al. 2025, arXiv 2502.01235, algorithm 1): with −G = U S Vᵀ, A = √(S_r/σ₁γ) V_rᵀ and
     B = U_r √(S_r/σ₁γ). Dividing by the largest singular value σ₁ makes the step independent of the loss's scale.
@@ -154,11 +154,11 @@ def lora_one(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple
 
 
 FROM_DATA = {"eva": "moments", "lora_ga": "gradients", "lora_one": "gradients"}
-"""What a data-driven start asks of calibration.py."""
+"""The statistics of calibration_batches.py that a data-driven initialisation reads."""
 DAMPED = ("lora_ga", "lora_one")
-"""Starts with a γ."""
+"""Initialisations with a γ."""
 SUBTRACTED = frozenset({"pissa", "milora", "olora", "lora_ga"})
-"""Starts that are subtracted again, so that the function begins as the backbone's own."""
+"""Initialisations that are subtracted again, so that the function begins as the backbone's own."""
 NAMES = ("kaiming", "gaussian", *FROM_WEIGHT, "loftq", *FROM_DATA)
 
 
@@ -185,21 +185,21 @@ def singular_triplets(matrix: Tensor, first: int, count: int) -> tuple[Tensor, T
 
 
 def _of_tall(M: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    squares, vectors = (each.flip(-1) for each in torch.linalg.eigh(M.T @ M))
+    squares, vectors = (output.flip(-1) for output in torch.linalg.eigh(M.T @ M))
     last = first + count
-    # What lies below is rounding in an fp32 matrix: its vectors would differ between a pack and a lone run.
-    known = min(last, int((squares > _NOISE**2 * squares[0]).sum()))
-    start = first if known == last else 0
-    V = _completed(vectors[:, start:known], last - start)
+    # What lies below is rounding in an fp32 matrix: its vectors would differ between a pack and a single run.
+    significant = min(last, int((squares > _NOISE**2 * squares[0]).sum()))
+    start = first if significant == last else 0
+    V = _completed(vectors[:, start:significant], last - start)
     product = M @ V
-    U = _completed(product[:, : known - start], last - start)
+    U = _completed(product[:, : significant - start], last - start)
     S = (U * product).sum(0)  # (last - start,)
-    S[known - start :] = 0
+    S[significant - start :] = 0
     return U[:, first - start :], S[first - start :], V[:, first - start :]
 
 
 def _completed(columns: Tensor, count: int) -> Tensor:
-    """These orthogonal columns at length 1, (n, count), and, where they are too few, axes made orthogonal to them."""
+    """Return these orthogonal columns normalised, (n, count); missing ones are axes made orthogonal to them."""
     n, given = columns.shape
     axes = torch.eye(n, count - given, dtype=columns.dtype, device=columns.device)
     Q, R = torch.linalg.qr(torch.cat([columns, axes], 1))
@@ -208,18 +208,18 @@ def _completed(columns: Tensor, count: int) -> Tensor:
 
 
 def _balanced(U: Tensor, S: Tensor, V: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) with B A = U S Vᵀ / divisor, half of it in each."""
+    """Return A (rank, in) and B (out, rank) with B A = U S Vᵀ / divisor, half of it in each."""
     root = (S / divisor).sqrt()  # (rank,)
     return (V * root).T.float(), (U * root).float()
 
 
 def _signs(values: Tensor) -> Tensor:
-    """1 or −1, never 0."""
+    """Return 1 or −1 for each value, never 0."""
     return torch.where(values < 0, -1.0, 1.0).to(values)
 
 
 def _largest_positive(vectors: Tensor) -> Tensor:
-    """For each column the sign that makes its largest component positive."""
+    """Return for each column the sign that makes its largest component positive."""
     return _signs(vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0])
 
 

@@ -1,11 +1,15 @@
-"""The low-rank linear: a trained B A beside a frozen weight, alone, less a start, or under a trained magnitude.
+"""The low-rank linear: a trained B A beside a frozen weight.
 
     h = W x + s · B A x                           LoRA (Hu et al. 2021, arXiv 2106.09685, eq. 3)
-    h = W x + s · (B A − B₀ A₀) x                 a start that is not zero and leaves the function as it was (PiSSA, …)
+    h = W x + s · (B A − B₀ A₀) x                 an initialisation that leaves the function unchanged (PiSSA, …)
     h = m ⊙ (W + s · B A) x / ‖W + s · B A‖       DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5), norms of output rows
 
-A: (rank, in), B: (out, rank), s the scaling, m: (out,). What the literature does by writing W − s B₀ A₀ into the frozen
-weight is kept beside it.
+A: (rank, in), B: (out, rank), s the scaling, m: (out,). The literature writes W − s B₀ A₀ into the frozen weight; here
+B₀ A₀ is kept beside it.
+
+A LoRA variant with another trained tensor (a gate, a scale per rank) is a subclass of `LowRank` that registers the
+tensor and overrides `trained_factors`. It keeps initialisation, magnitude, quantisation, batching in packs, adapter
+files, merging and PEFT export.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ class LowRank(Update):
         lora_B: (out, rank).
         scaling: the factor s.
         dropout: probability with which an input feature of A is dropped in training.
-        generator: the member's stream of dropout.
-        freeze_A: keep lora_A as it is (LoRA-FA).
+        generator: the member's random stream of dropout.
+        freeze_A: do not train lora_A (LoRA-FA).
     """
 
     takes_output = False  # its products add up in place
@@ -41,8 +45,11 @@ class LowRank(Update):
     lora_A: Tensor
     lora_B: Tensor
     start_A: Tensor | None
+    """A₀, (rank, in); None where nothing is subtracted."""
     start_B: Tensor | None
+    """B₀, (out, rank)."""
     magnitude: Tensor | None
+    """m, (out,); None without DoRA's magnitude."""
 
     def __init__(
         self,
@@ -72,46 +79,60 @@ class LowRank(Update):
         self.dropout = dropout
         self.generator = generator
 
-    # -- how it begins --
+    # -- what a variant may override --
+
+    def trained_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (rank, in) and B (out, rank) as functions of the trained tensors, with gradients.
+
+        A variant overrides it, for example `return self.lora_A, self.lora_B * self.gate`. In a pack it is called with
+        the tensors of several members at once (`torch.vmap`), so it must not depend on their values by `if`.
+        """
+        return self.lora_A, self.lora_B
+
+    # -- initialisation --
 
     @torch.no_grad()
-    def begin(self, lora_A: Tensor, lora_B: Tensor, *, subtract: bool) -> None:
-        """Set the factors that training starts from; with `subtract` the function stays that of the frozen weight."""
+    def initialise(self, lora_A: Tensor, lora_B: Tensor, *, subtract: bool) -> None:
+        """Set lora_A (rank, in) and lora_B (out, rank).
+
+        Args:
+            lora_A, lora_B: the new values.
+            subtract: subtract their product from now on, so that the function stays that of the frozen weight.
+        """
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
         if subtract:
-            self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+            self.start_A, self.start_B = (factor.detach().clone() for factor in self.trained_factors())
         if self.magnitude is not None:
             self.magnitude.copy_(self._norm(*self.factors()))
 
     @torch.no_grad()
     def add_magnitude(self) -> None:
-        """Train the norms of the output rows apart from their directions; they start at what they are."""
+        """Train the norms of the output rows apart from their directions, from their present values on (DoRA)."""
         self.register_buffer("squared_norm", self.frozen_weight().float().square().sum(1), persistent=False)  # (out,)
         self.magnitude = nn.Parameter(self._norm(*self.factors()))
 
     @torch.no_grad()
     def quantize_base(self, quantized: Quantized) -> None:
-        """Take a quantised weight in the frozen weight's stead."""
+        """Use a quantised weight in place of the frozen one."""
         self.quantized = QuantizedLinear(quantized, self.base[0])
 
-    # -- what it computes --
+    # -- computation --
 
     def frozen_weight(self) -> Tensor:
-        """W, (out, in), in the precision that products are computed in: the backbone's, or the quantised one."""
+        """Return W (out, in) in the precision of the products: the backbone's weight, or the dequantised one."""
         return (self.quantized or self.base[0]).weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(R, in) and (out, R) whose product, times the scaling, is added to the frozen weight.
+        """Return (R, in) and (out, R) whose product, times the scaling, is added to the frozen weight.
 
-        Less a start, B A − B₀ A₀ is taken as (B − B₀) A + B₀ (A − A₀): the same, but small steps away from a large
-        start survive a product in bf16, and the start itself gives exactly zero.
+        With a subtracted initialisation, B A − B₀ A₀ is computed as (B − B₀) A + B₀ (A − A₀). The two are equal, but
+        small steps away from a large B₀ A₀ survive a product in bf16, and B₀ A₀ itself gives exactly zero.
         """
+        A, B = self.trained_factors()
         if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B
-        A = torch.cat([self.lora_A, self.lora_A - self.start_A])  # (2 rank, in)
-        B = torch.cat([self.lora_B - self.start_B, self.start_B], 1)  # (out, 2 rank)
-        return A, B
+            return A, B
+        return torch.cat([A, A - self.start_A]), torch.cat([B - self.start_B, self.start_B], 1)  # R = 2 rank
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self.factors()
@@ -119,16 +140,16 @@ class LowRank(Update):
         ratio = None if self.magnitude is None else self.magnitude / self._norm(A, B)  # (out,)
         rows = dropped = x.flatten(0, -2)  # (N, in)
         if self.dropout and self.training:
-            dropped = (x * keep_mask(x, self.dropout, self.generator)).flatten(0, -2)
+            dropped = (x * keep_mask(x, self.dropout, self.generator)).flatten(0, -2)  # (N, in)
         out = _LowRankLinear.apply(rows, dropped, W, self.base[0].bias, A, B, self.scaling, ratio)  # type: ignore[no-untyped-call]
-        # Laid out here: some models (DeBERTa) change it in place, which a view made inside the function forbids.
-        return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        # Some models (DeBERTa) change the output in place, which a view made inside the function forbids.
+        return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]  # (B, T, out)
 
     @torch.no_grad()
     def _norm(self, A: Tensor, B: Tensor) -> Tensor:
-        """‖W + s B A‖ of each output row, (out,), without forming B A; a constant for gradients (DoRA, sec. 4.3).
+        """Return ‖W + s B A‖ of each output row, (out,), without forming B A.
 
-        ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B (A Aᵀ), B⟩, row by row.
+        ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B (A Aᵀ), B⟩, row by row; a constant for gradients (DoRA, sec. 4.3).
         """
         W, s = self.frozen_weight(), self.scaling
         cross = F.linear(W, (2 * s * A).to(W.dtype)).to(B.dtype)  # (out, R)
@@ -143,43 +164,64 @@ class LowRank(Update):
             adapted = adapted * (self.magnitude / adapted.norm(dim=1))[:, None]
         return adapted, bias
 
-    # -- what is kept of it --
+    @property
+    def is_product(self) -> bool:
+        """True if the update is s times the product of `factors`: False for a subclass with another forward pass."""
+        cls = type(self)
+        return cls.forward is LowRank.forward and cls.factors is LowRank.factors
 
-    def saved(self) -> dict[str, Tensor]:
-        """peft's tensors: less a start, a LoRA of twice the rank that says the same, B A − B₀ A₀ = [B, −B₀] [A; A₀]."""
-        A, B = self.lora_A.detach(), self.lora_B.detach()
+    # -- saving and loading --
+
+    def variant_tensors(self) -> dict[str, Tensor]:
+        """Return lora_A, lora_B and the parameters and buffers that a subclass adds, by name; empty for plain LoRA."""
+        if type(self) is LowRank:
+            return {}
+        others = {"start_A", "start_B", "magnitude", "quantized"}
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in others}
+
+    @torch.no_grad()
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return PEFT's tensors, and those that PEFT has no name for.
+
+        A subtracted initialisation is a LoRA of twice the rank: B A − B₀ A₀ = [B, −B₀] [A; A₀]. `lora_A.weight` and
+        `lora_B.weight` of a variant are its `trained_factors`, and its own tensors follow as `variant.<name>`.
+        """
+        A, B = (factor.detach() for factor in self.trained_factors())
         if self.start_A is not None and self.start_B is not None:
-            A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], 1)
+            A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], 1)  # (2 rank, in), (out, 2 rank)
         tensors = {"lora_A.weight": A, "lora_B.weight": B}
         if self.magnitude is not None:
             tensors["lora_magnitude_vector"] = self.magnitude.detach()
         if self.quantized is not None:
             tensors |= {"base.codes": self.quantized.codes, "base.scales": self.quantized.scales}
-        return tensors
+        return tensors | {f"variant.{name}": tensor.detach().clone() for name, tensor in self.variant_tensors().items()}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
         self.lora_A.copy_(A[: self.rank])
         self.lora_B.copy_(B[:, : self.rank])
+        for name, tensor in self.variant_tensors().items():
+            tensor.copy_(tensors[f"variant.{name}"])
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(A[self.rank :])
             self.start_B.copy_(-B[:, self.rank :])
         if self.magnitude is not None:
             self.magnitude.copy_(tensors["lora_magnitude_vector"])
         if self.quantized is not None:
-            self.quantized.restore(tensors["base.codes"], tensors["base.scales"])
+            self.quantized.load(tensors["base.codes"], tensors["base.scales"])
             if self.magnitude is not None:
                 self.squared_norm.copy_(self.frozen_weight().float().square().sum(1))  # type: ignore[operator]
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """ratio ⊙ (W x + s · B A x′) + bias, with x′ the x that dropout left; without a ratio 1 stands for it.
+    """Compute ratio ⊙ (W x + s · B A x′) + bias, with x′ the x that dropout left; a ratio of None means 1.
 
-    x, x′ (N, in), W (out, in), bias (out,), A (R, in), B (out, R), ratio (out,). One function, so that products add up
-    in place and a backward pass needs x, A x′ and, for the ratio, the output. The ratio scales weights, not
-    activations; W · (ratio − 1) is added to W, so that in bf16, whose numbers around 1 lie far apart, it is not rounded
-    beforehand.
+    x, x′ (N, in), W (out, in), bias (out,), A (R, in), B (out, R), ratio (out,). In one function products add up in
+    place, and the backward pass needs only x, A x′ and, for the ratio, the output. The ratio scales weights, not
+    activations. W · (ratio − 1) is added to W, so that the ratio is not rounded to bf16, whose numbers around 1 lie far
+    apart.
     """
 
     @staticmethod
@@ -195,18 +237,18 @@ class _LowRankLinear(torch.autograd.Function):
         ratio: Tensor | None,
     ) -> Tensor:
         scale = scaling * lora_B if ratio is None else scaling * ratio[:, None] * lora_B
-        # Laid out and multiplied in the order in which thin products are quickest: up to five times.
+        # Thin products are up to five times as fast with this layout and order.
         A, B = lora_A.to(x.dtype), scale.T.contiguous().to(x.dtype)  # (R, in), (R, out)
         if ratio is not None:
             weight = torch.addcmul(weight, weight, (ratio - 1).to(weight.dtype)[:, None])  # (out, in)
         low = dropped @ A.T  # (N, R)
         y = F.linear(x, weight, bias if ratio is None else None)  # (N, out)
-        torch.addmm(y, low, B, out=y)  # in place; `addmm_` is unknown to the FLOP counter
+        torch.addmm(y, low, B, out=y)  # (N, out), in place; the FLOP counter does not know `addmm_`
         ctx.save_for_backward(dropped, low, weight, A, B, ratio, None if ratio is None else y)
-        ctx.alone, ctx.scaling, ctx.dtype = dropped is x, scaling, lora_A.dtype
+        ctx.without_dropout, ctx.scaling, ctx.dtype = dropped is x, scaling, lora_A.dtype
         if ratio is None:
             return y
-        return y.clone() if bias is None else y + bias  # what the backward pass needs is not given away
+        return y.clone() if bias is None else y + bias  # the caller may change it; the saved y must stay
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,7 +257,7 @@ class _LowRankLinear(torch.autograd.Function):
         x_grad = dropped_grad = ratio_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = grad @ weight  # (N, in)
-            if ctx.alone:
+            if ctx.without_dropout:
                 torch.addmm(x_grad, low_grad, A, out=x_grad)
             else:
                 dropped_grad = low_grad @ A
@@ -228,12 +270,19 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """The quantised weight of a frozen linear. It is dequantised once, into the precision of products: what is measured
-    is what quantisation costs in quality, not what it saves in memory, since the backbone stays for other members."""
+    """The quantised weight of a frozen linear, dequantised once into the precision of the products.
+
+    It shows what quantisation costs in quality. It saves no memory, since other members keep the backbone's weight.
+
+    Args:
+        quantized: codes and scales.
+        original: the linear that it replaces; never written to.
+    """
 
     codes: Tensor
     scales: Tensor
     weight: Tensor
+    """(out, in), dequantised."""
 
     def __init__(self, quantized: Quantized, original: nn.Linear) -> None:
         super().__init__()
@@ -244,8 +293,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", quantized.dequantize().to(original.weight), persistent=False)  # (out, in)
 
     @torch.no_grad()
-    def restore(self, codes: Tensor, scales: Tensor) -> None:
-        """Take the codes and scales of an adapter file."""
+    def load(self, codes: Tensor, scales: Tensor) -> None:
+        """Load the codes and scales of an adapter file."""
         self.quantized = dataclasses.replace(self.quantized, codes=codes.cpu(), scales=scales.cpu())
         self.codes.copy_(codes)
         self.scales.copy_(scales)
@@ -253,6 +302,9 @@ class QuantizedLinear(nn.Module):
 
 
 def keep_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """Inverted-dropout mask from the member's own stream, so that a member of a pack drops what it would drop alone."""
+    """Return an inverted-dropout mask of x's shape: 0 with probability `dropout`, else 1 / (1 − dropout).
+
+    It is drawn from the member's own stream, so that a member of a pack drops what a single run would drop.
+    """
     keep = 1.0 - dropout
     return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.allocation import cubic_budget, keep_top
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.targets import OnLinears, need_rank
+from lora_bench.adapters.targets import LinearAdapter, require_rank
 from lora_bench.errors import Code, require, require_number
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(OnLinears):
+class AdaLoRA(LinearAdapter):
     """Settings of AdaLoRA."""
 
     rank: int
-    """Triplets per module that are left at the end, on average over the modules."""
+    """AdaLoRAUpdate per module that are left at the end, on average over the modules."""
     init_rank: int | None
-    """Triplets per module at the start; null: one and a half times `rank`, rounded up."""
+    """AdaLoRAUpdate per module at the start; null: one and a half times `rank`, rounded up."""
     alpha: float
     """Numerator of the scaling alpha / (initial rank + 1e-5)."""
     dropout: float
@@ -87,7 +87,7 @@ class AdaLoRA(OnLinears):
 
     @property
     def first_rank(self) -> int:
-        """Triplets per module at the start."""
+        """AdaLoRAUpdate per module at the start."""
         return (3 * self.rank + 1) // 2 if self.init_rank is None else self.init_rank
 
     # -- making updates --
@@ -104,22 +104,24 @@ class AdaLoRA(OnLinears):
         ranks = ranks or dict.fromkeys(names, self.first_rank)
         return {name: self._update(name, linears[name], init, dropout, ranks[name]) for name in names}
 
-    def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> Triplets:
+    def update(
+        self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator
+    ) -> AdaLoRAUpdate:
         return self._update(name, base, init, dropout, self.first_rank)
 
     def _update(
         self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator, rank: int
-    ) -> Triplets:
+    ) -> AdaLoRAUpdate:
         assert isinstance(base, nn.Linear)
         remedy = "It is one and a half times adapter.rank where it is not given." if self.init_rank is None else ""
-        need_rank("init_rank", self.first_rank, name, base, remedy)
+        require_rank("init_rank", self.first_rank, name, base, remedy)
         lora_A, lora_B = torch.zeros(rank, base.in_features), torch.zeros(base.out_features, rank)
         if init is not None:
             lora_A.normal_(0.0, 0.02, generator=init)
             lora_B.normal_(0.0, 0.02, generator=init)
         scaling = self.alpha / (self.first_rank + 1e-5)
         device = base.weight.device
-        return Triplets(lora_A.to(device), lora_B.to(device), scaling, self.dropout, dropout)
+        return AdaLoRAUpdate(lora_A.to(device), lora_B.to(device), scaling, self.dropout, dropout)
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
         return {
@@ -175,12 +177,12 @@ class AdaLoRA(OnLinears):
         return step >= self._phases(steps)[1]
 
     def _phases(self, steps: int) -> tuple[int, int]:
-        """The last step before pruning begins, and that of the last allocation."""
+        """Return the last step before pruning and the step of the last allocation."""
         warmup, final = (int(round(share * steps, 6)) for share in (self.warmup, self.final))
         return warmup, steps - final
 
 
-class Triplets(Update):
+class AdaLoRAUpdate(Update):
     """scaling · P diag(E) Q, held in fp32 whatever the backbone's precision."""
 
     def __init__(
@@ -195,7 +197,7 @@ class Triplets(Update):
         self.generator = generator
         self.rank = len(lora_A)
         self.kept = torch.ones(self.rank, dtype=torch.bool, device=lora_A.device)
-        """Which triplets the last allocation kept, (rank,)."""
+        """Mask of the triplets that the last allocation kept, (rank,)."""
         self.sensitivity: dict[str, Tensor] = {}
         """Ī of every element, by parameter; empty before the first step."""
         self.uncertainty: dict[str, Tensor] = {}
@@ -230,7 +232,7 @@ class Triplets(Update):
             self.uncertainty.setdefault(name, torch.zeros_like(p)).lerp_((now - smooth).abs(), 1 - beta2)
 
     def scores(self) -> Tensor:
-        """Importance of each triplet, (rank,): s(E_i) + mean of s over row i of Q + mean of s over column i of P.
+        """Return each triplet's importance, (rank,): s(E_i) + mean of s over row i of Q + mean over column i of P.
 
         Eq. 7, with s = Ī Ū of each element, eq. 11.
         """
@@ -250,34 +252,34 @@ class Triplets(Update):
 
     # -- what is kept of it --
 
-    def running(self) -> dict[str, Tensor]:
+    def training_statistics(self) -> dict[str, Tensor]:
         sums = {f"sensitivity/{name}": tensor for name, tensor in self.sensitivity.items()}
         return {"kept": self.kept, **sums, **{f"uncertainty/{name}": t for name, t in self.uncertainty.items()}}
 
-    def put_back_running(self, tensors: dict[str, Tensor]) -> None:
+    def load_training_statistics(self, tensors: dict[str, Tensor]) -> None:
         moved = {name: tensor.to(self.lora_A.device) for name, tensor in tensors.items()}
-        kept, own = moved.pop("kept"), dict(self.named_parameters())
+        kept, parameters = moved.pop("kept"), dict(self.named_parameters())
         if kept.shape != self.kept.shape or kept.dtype != torch.bool:
             raise ValueError("kept does not mark the triplets")
         self.kept = kept
         self.rank = int(self.kept.sum())
         for name, tensor in moved.items():
-            kind, _, parameter = name.partition("/")
-            if tensor.shape != own[parameter].shape:
+            statistic, _, parameter = name.partition("/")
+            if tensor.shape != parameters[parameter].shape:
                 raise ValueError(f"{name} has another shape")
-            {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}[kind][parameter] = tensor
+            {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}[statistic][parameter] = tensor
 
-    def saved(self) -> dict[str, Tensor]:
-        """The kept triplets alone, as peft saves them."""
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the kept triplets only, as peft saves them."""
         A, E, B = self.lora_A.detach(), self.lora_E.detach(), self.lora_B.detach()
         return {"lora_A": A[self.kept], "lora_E": E[self.kept], "lora_B": B[:, self.kept]}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.lora_A[self.kept] = tensors["lora_A"].to(self.lora_A)
         self.lora_E[self.kept] = tensors["lora_E"].to(self.lora_E)
         self.lora_B[:, self.kept] = tensors["lora_B"].to(self.lora_B)
 
 
-def _triplets(updates: dict[str, Update]) -> dict[str, Triplets]:
-    return cast("dict[str, Triplets]", updates)
+def _triplets(updates: dict[str, Update]) -> dict[str, AdaLoRAUpdate]:
+    return cast("dict[str, AdaLoRAUpdate]", updates)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
-from lora_bench.adapters.targets import OnLinears, match_targets
+from lora_bench.adapters.targets import LinearAdapter, match_targets
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFit(OnLinears):
+class BitFit(LinearAdapter):
     """Settings of BitFit. Both settings choose among linears and LayerNorms that have a bias."""
 
     def targets(self, backbone: Backbone) -> list[str]:
@@ -41,12 +41,14 @@ class BitFit(OnLinears):
         ordered = dict.fromkeys(name for name, _ in backbone.network.named_modules() if name in biased)
         return match_targets(backbone, self.target_modules, self.layers, ordered)
 
-    def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> Shift:
-        return Shift(cast("Tensor", base.bias))
+    def update(
+        self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator
+    ) -> BitFitUpdate:
+        return BitFitUpdate(cast("Tensor", base.bias))
 
 
-class Shift(Update):
-    """What is added to a frozen bias (out,): zeros at the start, in fp32 whatever the backbone's precision."""
+class BitFitUpdate(Update):
+    """The trained shift of a frozen bias (out,): zeros at the start, in fp32 whatever the backbone's precision."""
 
     def __init__(self, bias: Tensor) -> None:
         super().__init__()

@@ -1,10 +1,25 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) and what differs from it in one choice.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) and the methods that differ from it in one choice.
 
     h = W x + s · B A x        eq. 3, with A: (rank, in), B: (out, rank), W frozen
 
-Each choice is an axis of its own, and they combine: how A and B begin (`init`, see init.py), the scaling s, where ranks
-go (`allocation`, see allocation.py), a trained magnitude (DoRA), a rate of its own for B (LoRA+), a frozen A (LoRA-FA),
-a quantised W (QLoRA, LoftQ). A published method that is one such choice is one YAML under conf/adapter/.
+Each choice is a setting of its own, and they combine: the initialisation of A and B (`init`, see lowrank/init.py), the
+scaling s, the rank of each linear (`allocation`, see lowrank/allocation.py), a trained magnitude (DoRA), a learning
+rate of its own for B (LoRA+), a frozen A (LoRA-FA), a quantised W (QLoRA, LoftQ). A published method that is one such
+choice is one YAML under conf/adapter/.
+
+A variant with another trained tensor is a subclass in a file of its own, which names the class of its layer:
+
+    class GatedLowRank(LowRank):                      h = W x + s · B diag(g) A x
+        def __init__(self, base, *arguments, **options):
+            super().__init__(base, *arguments, **options)
+            self.gate = nn.Parameter(torch.ones(self.rank, device=base.weight.device))
+
+        def trained_factors(self):
+            return self.lora_A, self.lora_B * self.gate
+
+    @dataclass(frozen=True, kw_only=True)
+    class GatedLoRA(LoRA):
+        layer_class = GatedLowRank
 """
 
 from __future__ import annotations
@@ -19,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.adapters.lowrank import allocation, calibration_batches
-from lora_bench.adapters.lowrank import init as starts
+from lora_bench.adapters.lowrank import init as inits
 from lora_bench.adapters.lowrank.linear import LowRank
-from lora_bench.adapters.lowrank.quantization import KINDS, loftq, quantize
-from lora_bench.adapters.targets import OnLinears, largest_rank, need_rank
+from lora_bench.adapters.lowrank.quantization import QUANT_TYPES, loftq, quantize
+from lora_bench.adapters.targets import LinearAdapter, largest_rank, require_rank
 from lora_bench.errors import Code, UserError, require, require_number, require_one_of
 
 if TYPE_CHECKING:
@@ -35,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(OnLinears):
+class LoRA(LinearAdapter):
     """Settings of LoRA."""
 
     rank: int
@@ -47,28 +62,30 @@ class LoRA(OnLinears):
     scaling: str
     """`standard`: alpha / rank. `rank_stable`: alpha / √rank (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732, eq. 5)."""
     init: str
-    """How A and B begin: `kaiming`, `gaussian` (B at zero), or a name in init.py."""
+    """Initialisation of A and B: `kaiming` or `gaussian` (B at zero), or a name in lowrank/init.py."""
     init_gamma: float | None
-    """The damping γ of `lora_ga` and `lora_one`: the larger, the smaller the start."""
+    """The damping γ of `lora_ga` and `lora_one`: the larger, the smaller the initial A and B."""
     allocation: Any
-    """Where ranks go under the same total: `uniform`, `sensitivity`, `eva`, `gradient`, or a list of
-    `expression=rank`, matched against full names; 0 leaves a linear as it is."""
+    """Distribution of ranks under the same total: `uniform`, `sensitivity`, `eva`, `gradient`, or a list of
+    `expression=rank`, matched against full names; a linear of rank 0 is not adapted."""
     calibration_batches: int
-    """Training batches that a data-driven start or allocation looks at."""
+    """Training batches that a data-driven initialisation or allocation reads."""
     magnitude: bool
     """Train the norms of the output rows apart from their directions (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
     lr_ratio: float
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354)."""
     weight_decay_B: float | None
-    """Weight decay of B, which then does without `optimizer.weight_decay`: strong, it keeps the members of an ensemble
-    near the backbone (Wang et al. 2023, arXiv 2310.00035); null: as of all else."""
+    """Weight decay of B, in place of `optimizer.weight_decay`: a strong one keeps the members of an ensemble near the
+    backbone (Wang et al. 2023, arXiv 2310.00035); null: `optimizer.weight_decay`."""
     freeze_A: bool
     """Train B alone, its gradient corrected by (A Aᵀ)⁻¹ (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
     quantize: str | None
-    """Take the frozen weights quantised: `nf4`, `int8`, `int4`, `int2` (QLoRA, Dettmers et al. 2023, arXiv 2305.14314);
-    null: as they are."""
+    """Quantise the frozen weights: `nf4`, `int8`, `int4`, `int2` (QLoRA, Dettmers et al. 2023, arXiv 2305.14314);
+    null: not quantised."""
 
-    only_learning = OnLinears.only_learning | {"lr_ratio", "weight_decay_B", "calibration_batches"}
+    training_settings = LinearAdapter.training_settings | {"lr_ratio", "weight_decay_B", "calibration_batches"}
+    layer_class = LowRank
+    """The update of one linear; a variant names a subclass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,45 +93,49 @@ class LoRA(OnLinears):
         require_number("alpha", self.alpha, 0, open_low=True)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
         require_one_of("scaling", self.scaling, tuple(_SCALINGS))
-        require_one_of("init", self.init, starts.NAMES)
+        require_one_of("init", self.init, inits.NAMES)
         require_number("calibration_batches", self.calibration_batches, 1)
         require_number("lr_ratio", self.lr_ratio, 0, open_low=True)
         if self.weight_decay_B is not None:
             require_number("weight_decay_B", self.weight_decay_B, 0)
         if self.quantize is not None:
-            require_one_of("quantize", self.quantize, KINDS)
+            require_one_of("quantize", self.quantize, QUANT_TYPES)
         if self.init_gamma is not None:
             require_number("init_gamma", self.init_gamma, 0, open_low=True)
-        self._refuse_what_does_not_combine()
+        self._check_allocation()
+        self._check_combinations()
 
-    def _refuse_what_does_not_combine(self) -> None:
-        if isinstance(self.allocation, str):
-            require(
-                self.allocation != "adalora",
-                "allocation",
-                self.allocation,
-                "prunes while it trains, which takes P diag(E) Q in the place of B A",
-                "Take adapter=adalora.",
-                code=Code.CONFLICT,
-            )
-            require_one_of("allocation", self.allocation, ("uniform", *_DATA_DRIVEN))
-        else:
+    def _check_allocation(self) -> None:
+        if not isinstance(self.allocation, str):
             listed = isinstance(self.allocation, list | tuple) and all(isinstance(r, str) for r in self.allocation)
             require(listed, "allocation", self.allocation, "is neither a name nor a list of expression=rank")
-        damped = self.init in starts.DAMPED
+            return
+        require(
+            self.allocation != "adalora",
+            "allocation",
+            self.allocation,
+            "prunes ranks during training, which needs P diag(E) Q in place of B A",
+            "Take adapter=adalora.",
+            code=Code.CONFLICT,
+        )
+        require_one_of("allocation", self.allocation, ("uniform", *_DATA_DRIVEN))
+
+    def _check_combinations(self) -> None:
+        """Refuse settings that contradict each other."""
+        damped = self.init in inits.DAMPED
         require(
             damped == (self.init_gamma is not None),
             "init_gamma",
             self.init_gamma,
-            f"{'must be a number' if damped else 'means nothing'} with init={self.init}",
-            "The papers' are 16 for lora_ga and 128 for lora_one; elsewhere it is null.",
+            f"{'must be a number' if damped else 'has no meaning'} with init={self.init}",
+            "The papers take 16 for lora_ga and 128 for lora_one; with any other init it is null.",
             code=Code.CONFLICT,
         )
         require(
             self.init != "loftq" or self.quantize is not None,
             "init",
             self.init,
-            "makes up for what quantisation takes away, and nothing is quantised",
+            "corrects the error of quantisation, and adapter.quantize is null",
             "Add adapter.quantize=nf4.",
             code=Code.CONFLICT,
         )
@@ -122,22 +143,22 @@ class LoRA(OnLinears):
             not self.freeze_A or self.lr_ratio == 1,
             "lr_ratio",
             self.lr_ratio,
-            "is a ratio to the rate of A, which freeze_A=true keeps from learning",
+            "is a ratio to the learning rate of A, which freeze_A=true does not train",
             "Set optimizer.lr instead.",
             code=Code.CONFLICT,
         )
 
     @property
     def factor(self) -> float:
-        """s, the factor of B A."""
+        """The scaling s of B A."""
         return self.alpha / _SCALINGS[self.scaling](self.rank)
 
     def at_rank(self, rank: int) -> LoRA:
-        """The same settings with another rank in one module; the scaling stays, so that a direction counts the same."""
-        factor = _SCALINGS[self.scaling]
-        return dataclasses.replace(self, rank=rank, alpha=self.alpha * factor(rank) / factor(self.rank))
+        """Return the same settings with another rank and the same scaling s, so that a direction counts the same."""
+        divisor = _SCALINGS[self.scaling]
+        return dataclasses.replace(self, rank=rank, alpha=self.alpha * divisor(rank) / divisor(self.rank))
 
-    # -- making updates --
+    # -- building updates --
 
     def updates(
         self,
@@ -151,92 +172,106 @@ class LoRA(OnLinears):
         settings = self
         if ranks is None and isinstance(self.allocation, str):
             ranks = dict.fromkeys(names, self.rank)
-            if self.allocation != "uniform":
-                settings = dataclasses.replace(self, init="kaiming", init_gamma=None)  # made anew once ranks are known
+            if self.allocation != "uniform":  # they are rebuilt once the ranks are known
+                settings = dataclasses.replace(self, init="kaiming", init_gamma=None)
         elif ranks is None:
-            ranks = allocation.pattern(
-                names, list(self.allocation), self.rank, {n: largest_rank(linears[n]) for n in names}
-            )
-        return {n: settings.at_rank(ranks[n]).update(n, linears[n], init, dropout) for n in names if ranks[n]}
+            caps = {name: largest_rank(linears[name]) for name in names}
+            ranks = allocation.pattern(names, list(self.allocation), self.rank, caps)
+        return {
+            name: settings.at_rank(ranks[name]).update(name, linears[name], init, dropout)
+            for name in names
+            if ranks[name]
+        }
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> LowRank:
         assert isinstance(base, nn.Linear)
-        need_rank("rank", self.rank, name, base)
+        require_rank("rank", self.rank, name, base)
         zero_A, zero_B = torch.zeros(self.rank, base.in_features), torch.zeros(base.out_features, self.rank)
-        made = LowRank(base, zero_A, zero_B, self.factor, self.dropout, dropout, freeze_A=self.freeze_A)
-        self._begin(made, base, init)
+        update = self.layer_class(base, zero_A, zero_B, self.factor, self.dropout, dropout, freeze_A=self.freeze_A)
+        self._initialise(update, base, init)
         if self.magnitude:
-            made.add_magnitude()
-        return made
+            update.add_magnitude()
+        return update
 
-    def _begin(self, made: LowRank, base: nn.Linear, generator: torch.Generator | None) -> None:
-        """The start that the frozen weight alone decides; data-driven ones come in `prepare`, on a Kaiming one."""
+    def _initialise(self, update: LowRank, base: nn.Linear, generator: torch.Generator | None) -> None:
+        """Initialise A and B from the frozen weight or at random.
+
+        A data-driven initialisation follows in `prepare`; until then A is Kaiming-uniform and B zero.
+        """
         if self.quantize:
             weight = base.weight.detach().float()
             if self.init == "loftq" and generator is not None:
-                quantized, A, B = loftq(weight, self.rank, self.quantize, starts.LOFTQ_ITERATIONS)
-                made.quantize_base(quantized)
+                quantized, A, B = loftq(weight, self.rank, self.quantize, inits.LOFTQ_ITERATIONS)
+                update.quantize_base(quantized)
                 root = math.sqrt(self.factor)
-                made.begin(A / root, B / root, subtract=False)
+                update.initialise(A / root, B / root, subtract=False)
                 return
-            made.quantize_base(quantize(weight, self.quantize))
+            update.quantize_base(quantize(weight, self.quantize))
         if generator is None:
-            A, B = made.lora_A, made.lora_B
-        elif self.init in starts.FROM_WEIGHT:
-            A, B = starts.FROM_WEIGHT[self.init](made.frozen_weight().float(), self.rank, self.factor)
+            A, B = update.lora_A, update.lora_B
+        elif self.init in inits.FROM_WEIGHT:
+            A, B = inits.FROM_WEIGHT[self.init](update.frozen_weight().float(), self.rank, self.factor)
         else:
-            A, B = starts.random_A(self.init, self.rank, base.in_features, generator), made.lora_B
-        made.begin(A, B, subtract=self.init in starts.SUBTRACTED)
+            A, B = inits.random_A(self.init, self.rank, base.in_features, generator), update.lora_B
+        update.initialise(A, B, subtract=self.init in inits.SUBTRACTED)
 
-    # -- looking at data before the first step --
+    # -- data-driven initialisation and allocation --
 
     def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> str | None:
         allocates = isinstance(self.allocation, str) and self.allocation != "uniform"
-        if not allocates and self.init not in starts.FROM_DATA:
+        if not allocates and self.init not in inits.FROM_DATA:
             return None
-        look = list(islice(batches, self.calibration_batches))
-        needs = {starts.FROM_DATA.get(self.init), _DATA_DRIVEN.get(str(self.allocation))}
-        if lacking := calibration_batches.lack(look, member, of_labels="gradients" in needs):
-            return f"adapter: {lacking}, so it begins with init=kaiming and allocation=uniform."
-        moments = calibration_batches.input_moments(pack, member, look) if "moments" in needs else {}
-        gradients = calibration_batches.weight_gradients(pack, member, look) if "gradients" in needs else {}
+        calibration = list(islice(batches, self.calibration_batches))
+        statistics = {inits.FROM_DATA.get(self.init), _DATA_DRIVEN.get(str(self.allocation))}
+        reason = calibration_batches.explain_insufficient_data(
+            calibration, member, reads_labels="gradients" in statistics
+        )
+        if reason:
+            return f"adapter: {reason}, so it is initialised with init=kaiming and allocation=uniform."
+        moments = calibration_batches.input_moments(pack, member, calibration) if "moments" in statistics else {}
+        gradients = calibration_batches.weight_gradients(pack, member, calibration) if "gradients" in statistics else {}
         try:
             if allocates:
                 pack.set_ranks(member, self._allocate(pack, member, moments, gradients))
         except UserError as error:
             raise error.under("adapter") from None
-        if self.init not in starts.FROM_DATA:
-            return None
-        for name, update in pack.updates[member].items():
+        if self.init in inits.FROM_DATA:
+            self._initialise_from_data(pack.updates[member], moments, gradients)
+        return None
+
+    def _initialise_from_data(
+        self, updates: dict[str, Update], moments: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> None:
+        for name, update in updates.items():
             assert isinstance(update, LowRank)
             if self.init == "eva":
-                update.begin(starts.eva(moments[name], update.rank), update.lora_B, subtract=False)
+                update.initialise(inits.eva(moments[name], update.rank), update.lora_B, subtract=False)
             else:
                 assert self.init_gamma is not None
-                start = {"lora_ga": starts.lora_ga, "lora_one": starts.lora_one}[self.init]
-                A, B = start(gradients[name], update.rank, self.factor, self.init_gamma)
-                update.begin(A, B, subtract=self.init in starts.SUBTRACTED)
-        return None
+                factors_of = {"lora_ga": inits.lora_ga, "lora_one": inits.lora_one}[self.init]
+                A, B = factors_of(gradients[name], update.rank, self.factor, self.init_gamma)
+                update.initialise(A, B, subtract=self.init in inits.SUBTRACTED)
 
     def _allocate(
         self, pack: Pack, member: int, moments: dict[str, Tensor], gradients: dict[str, Tensor]
     ) -> dict[str, int]:
+        """Return the rank of each adapted linear."""
         bases = {name: update.base[0] for name, update in pack.updates[member].items() if isinstance(update, LowRank)}
         caps = {name: largest_rank(base) for name, base in bases.items()}
         total = self.rank * len(bases)
         if self.allocation == "sensitivity":
             return allocation.sensitivity({name: m.diagonal() for name, m in moments.items()}, total, caps)
         if self.allocation == "eva":
-            capped = {name: min(cap, starts.EVA_RHO * self.rank) for name, cap in caps.items()}
-            return allocation.explained_variance(starts.explained_variance_ratios(moments), total, capped)
+            capped = {name: min(cap, inits.EVA_RHO * self.rank) for name, cap in caps.items()}
+            return allocation.explained_variance(inits.explained_variance_ratios(moments), total, capped)
         # Each unit of rank in a low layer makes the backward pass run through all layers above it.
         depth = len(pack.backbone.layers)
         above = {name: depth - 1 - (pack.backbone.layer_of(name) or 0) for name in bases}
         costs = {name: float(base.in_features + base.out_features) for name, base in bases.items()}
-        promised = {name: torch.linalg.svdvals(G) * (1 + above[name] / depth) ** -0.5 for name, G in gradients.items()}
-        return allocation.gradient(promised, costs, self.rank * sum(costs.values()), caps)
+        gains = {name: torch.linalg.svdvals(G) * (1 + above[name] / depth) ** -0.5 for name, G in gradients.items()}
+        return allocation.gradient(gains, costs, self.rank * sum(costs.values()), caps)
 
-    # -- in training --
+    # -- training --
 
     def param_groups(self, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> list[ParamGroup]:
         if self.lr_ratio == 1 and self.weight_decay_B is None:
@@ -247,7 +282,10 @@ class LoRA(OnLinears):
         return super().param_groups(of_B, lr * self.lr_ratio, decay) + super().param_groups(rest, lr, weight_decay)
 
     def before_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
-        """With A frozen, the gradient of B that moves B A as full fine-tuning would: (1/s²) ∂L/∂B (A Aᵀ)⁻¹."""
+        """Correct the gradient of B where A is frozen, so that B A moves as in full fine-tuning.
+
+        It becomes (1/s²) ∂L/∂B (A Aᵀ)⁻¹ (LoRA-FA).
+        """
         if not self.freeze_A:
             return
         for update in updates.values():
@@ -257,23 +295,24 @@ class LoRA(OnLinears):
                 gram = A @ A.T + 1e-8 * torch.eye(update.rank, device=A.device)  # (rank, rank)
                 update.lora_B.grad = torch.linalg.solve(gram, update.lora_B.grad, left=False) / update.scaling**2
 
-    # -- in peft's words --
+    # -- in PEFT's terms --
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
-        if self.quantize:
+        products = all(isinstance(update, LowRank) and update.is_product for update in updates.values())
+        if self.quantize or not products:
             return {}
-        doubled = 2 if self.init in starts.SUBTRACTED else 1  # the start goes along as ranks of its own
+        doubled = 2 if self.init in inits.SUBTRACTED else 1  # the subtracted A₀ and B₀ are saved as further ranks
         ranks = {name: doubled * update.rank for name, update in updates.items()}
         uniform = set(ranks.values()) <= {doubled * self.rank}
-        plain = doubled == 1 and uniform
+        standard = doubled == 1 and uniform
         settings: dict[str, Any] = {
             "peft_type": "LORA",
             "r": doubled * self.rank,
-            "lora_alpha": self.alpha if plain else self.factor * doubled * self.rank,
+            "lora_alpha": self.alpha if standard else self.factor * doubled * self.rank,
             "lora_dropout": self.dropout,
             "bias": "none",
         }
-        if plain and self.scaling == "rank_stable":
+        if standard and self.scaling == "rank_stable":
             settings["use_rslora"] = True
         if self.magnitude:
             settings["use_dora"] = True
@@ -284,5 +323,5 @@ class LoRA(OnLinears):
 
 
 _SCALINGS = {"standard": float, "rank_stable": math.sqrt}
-# Allocations that look at data, and at what.
+# Data-driven allocations, with the statistics that they read.
 _DATA_DRIVEN = {"sensitivity": "moments", "eva": "moments", "gradient": "gradients"}

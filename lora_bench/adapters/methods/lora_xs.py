@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.init import singular_triplets
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.targets import OnLinears, need_rank
+from lora_bench.adapters.targets import LinearAdapter, require_rank
 from lora_bench.errors import require, require_number
 
 SIGMA = 1e-5
-"""Standard deviation that R begins with, as in the paper."""
+"""Standard deviation of the initial R, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAXS(OnLinears):
+class LoRAXS(LinearAdapter):
     """Settings of LoRA-XS."""
 
     rank: int
@@ -46,13 +46,15 @@ class LoRAXS(OnLinears):
         require_number("alpha", self.alpha, 0, open_low=True)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
 
-    def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> Between:
+    def update(
+        self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator
+    ) -> LoRAXSUpdate:
         assert isinstance(base, nn.Linear)
-        need_rank("rank", self.rank, name, base)
-        made = Between(base, self.rank, self.alpha / self.rank, self.dropout, dropout)
+        require_rank("rank", self.rank, name, base)
+        update = LoRAXSUpdate(base, self.rank, self.alpha / self.rank, self.dropout, dropout)
         if init is not None:
-            made.begin(torch.empty(self.rank, self.rank).normal_(0.0, SIGMA, generator=init))
-        return made
+            update.initialise(torch.empty(self.rank, self.rank).normal_(0.0, SIGMA, generator=init))
+        return update
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
         return {
@@ -64,8 +66,8 @@ class LoRAXS(OnLinears):
         }
 
 
-class Between(Update):
-    """scaling · B R A, held in fp32 whatever the backbone's precision; zeros until `begin` or `restore`.
+class LoRAXSUpdate(Update):
+    """scaling · B R A, held in fp32 whatever the backbone's precision; zeros until `initialise` or `load_tensors`.
 
     Args:
         base: the frozen linear beside it; never written to.
@@ -88,15 +90,15 @@ class Between(Update):
         self.generator = generator
 
     @torch.no_grad()
-    def begin(self, latent: Tensor) -> None:
-        """Take the first singular triplets of the frozen weight, and `latent` (rank, rank) as R."""
-        left, _, _ = singular_triplets(self.base[0].weight.detach(), 0, self.rank)  # (out, rank)
-        self._place(left)
+    def initialise(self, latent: Tensor) -> None:
+        """Set A and B from the first singular triplets of the frozen weight, and `latent` (rank, rank) as R."""
+        U, _, _ = singular_triplets(self.base[0].weight.detach(), 0, self.rank)  # (out, rank)
+        self._set_factors(U)
         self.latent.copy_(latent)
 
-    def _place(self, left: Tensor) -> None:
-        """B = U_r and A = U_rᵀ W = Σ_r V_rᵀ, computed in fp64: on another machine it rounds to the same A."""
-        self.lora_B.copy_(left)
+    def _set_factors(self, U: Tensor) -> None:
+        """Set B = U_r and A = U_rᵀ W = Σ_r V_rᵀ, computed in fp64: on another machine it rounds to the same A."""
+        self.lora_B.copy_(U)
         self.lora_A.copy_(self.lora_B.double().T @ self.base[0].weight.double())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -109,11 +111,11 @@ class Between(Update):
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scaling * self.lora_B @ self.latent @ self.lora_A, bias  # (out, in)
 
-    def saved(self) -> dict[str, Tensor]:
+    def to_tensors(self) -> dict[str, Tensor]:
         latent = self.latent.detach()
         return {"lora_A.weight": latent @ self.lora_A, "lora_B.weight": self.lora_B, "latent": latent}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self._place(tensors["lora_B.weight"])
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._set_factors(tensors["lora_B.weight"])
         self.latent.copy_(tensors["latent"])

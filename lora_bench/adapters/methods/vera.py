@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.targets import OnLinears
+from lora_bench.adapters.targets import LinearAdapter
 from lora_bench.errors import require, require_number
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(OnLinears):
+class VeRA(LinearAdapter):
     """Settings of VeRA."""
 
     rank: int
     """Rank of the shared projections, the length of d."""
     d_initial: float
-    """What every element of d begins at."""
+    """Initial value of every element of d."""
     dropout: float
     """Probability with which an input feature of A is dropped in training."""
 
@@ -61,7 +61,7 @@ class VeRA(OnLinears):
                 nn.init.kaiming_uniform_(projection, generator=init)  # within ±√(6 / columns), as in the paper
         shared = A.to(backbone.device), B.to(backbone.device)
         return {
-            name: Scaled(shared, linear.out_features, self.d_initial, self.dropout, dropout)
+            name: VeRAUpdate(shared, linear.out_features, self.d_initial, self.dropout, dropout)
             for name, linear in linears.items()
         }
 
@@ -75,24 +75,24 @@ class VeRA(OnLinears):
             "bias": "none",
         }
 
-    def saved(self, updates: dict[str, Update]) -> dict[str, Tensor]:
+    def to_tensors(self, updates: dict[str, Update]) -> dict[str, Tensor]:
         A, B = _shared(updates)
-        return {"vera_A": A, "vera_B": B, **super().saved(updates)}
+        return {"vera_A": A, "vera_B": B, **super().to_tensors(updates)}
 
-    def restore(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
         A, B = _shared(updates)
         A.copy_(tensors["vera_A"])
         B.copy_(tensors["vera_B"])
-        super().restore(updates, tensors)
+        super().load_tensors(updates, tensors)
 
 
-class Scaled(Update):
+class VeRAUpdate(Update):
     """Λ_b B Λ_d A, with b and d in fp32 whatever the backbone's precision.
 
     Args:
         shared: A (rank, in or more) and B (out or more, rank), the same two tensors for all modules of a member.
         out_features: the length of b.
-        d_initial: what d begins at.
+        d_initial: initial value of d.
         dropout: probability with which an input feature of A is dropped in training.
         generator: the member's stream of dropout.
     """
@@ -125,11 +125,11 @@ class Scaled(Update):
         return weight + self.vera_lambda_b[:, None] * B @ (self.vera_lambda_d[:, None] * A), bias  # (out, in)
 
     def _fitting(self, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-        """The module's part of the projections: (rank, in) and (out, rank)."""
+        """Return the projections' columns and rows for one module: (rank, in) and (out, rank)."""
         A, B = self.shared
         return A[:, :in_features], B[:out_features]
 
 
 def _shared(updates: dict[str, Update]) -> tuple[Tensor, Tensor]:
-    """The projections that all of a member's updates refer to."""
-    return cast("Scaled", next(iter(updates.values()))).shared
+    """Return the projections that all of a member's updates refer to."""
+    return cast("VeRAUpdate", next(iter(updates.values()))).shared

@@ -1,175 +1,223 @@
-"""The low-rank work of all members at a linear in a few products, however many they are.
+"""The low-rank products of all members at a linear in a few batched products.
 
     h_k = W x_k + s_k · B_k A_k x_k        one product with W for all rows, batched ones with A and B
 
-The members' own tensors stay what is trained, saved and loaded. Before a pass all of them are copied into stacks
-by one call; after a backward pass the stacks' gradients are copied back by another. A stack has the largest rank
-among members of like rank: those of very unlike rank stand in stacks of their own, because padding costs arithmetic.
+Each member's own tensors stay what is trained, saved and loaded. Before a pass one call copies all of them into stacks;
+after a backward pass another call copies the stacks' gradients back. A stack is padded to the largest rank among
+members of similar rank; very different ranks get stacks of their own, because padding costs arithmetic.
 """
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lora_bench.adapters.lowrank.linear import LowRank, keep_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from lora_bench.adapters.base import Update
 
-LIKE_RANKS = 8
-"""The largest rank of a stack over its smallest: ranks 1 to 128 stand in two."""
+MAX_RANK_RATIO = 8
+"""Largest rank of a stack over its smallest: ranks 1 to 128 need two stacks."""
 
 
-def kind(update: Update | None) -> tuple[bool, ...] | None:
-    """Members whose updates are of one kind compute together; None: this one computes by itself."""
-    if type(update) is not LowRank or update.quantized is not None:
+def batching_key(update: Update | None) -> Hashable:
+    """Return a key that is equal for updates which one `BatchedLoRA` can compute; None: this one is computed alone.
+
+    Members of a LoRA variant (a subclass of `LowRank`) are batched where their ranks are equal, so that no variant need
+    cope with padding.
+    """
+    if not isinstance(update, LowRank) or not update.is_product or update.quantized is not None:
         return None
+    variant = (
+        "" if type(update) is LowRank else f"{type(update).__module__}.{type(update).__qualname__}, rank {update.rank}"
+    )
     frozen = not isinstance(update.lora_A, nn.Parameter)
-    return (update.magnitude is not None, update.start_A is not None, frozen, update.dropout > 0)
+    return (variant, update.magnitude is not None, update.start_A is not None, frozen, update.dropout > 0)
 
 
-class Together:
-    """Members of one kind at one linear.
+class BatchedLoRA:
+    """The updates of several members at one linear, computed together.
 
     Args:
-        updates: one per member, in the order of their rows; ranks ascend.
+        updates: one per member, of one batching key, in the order of their rows; ranks ascend.
     """
 
     def __init__(self, updates: Sequence[LowRank]) -> None:
         self.updates = list(updates)
-        self.stacks = [Stack(part) for part in _of_like_rank(updates)]
+        self.stacks = [Stack(group) for group in _of_similar_rank(updates)]
         self.sizes = [len(stack.updates) for stack in self.stacks]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(K·B, …, in) to (K·B, …, out)."""
+        """Map (K·B, …, in) to (K·B, …, out)."""
         first = self.updates[0]
         W, bias = first.frozen_weight(), first.base[0].bias
         rows = x.reshape(len(self.updates), -1, x.shape[-1])  # (K, N, in)
         dropped = rows
         if first.dropout and first.training:
             masks = [
-                keep_mask(own, update.dropout, update.generator) for own, update in zip(rows, self.updates, strict=True)
+                keep_mask(of_member, update.dropout, update.generator)
+                for of_member, update in zip(rows, self.updates, strict=True)
             ]
-            dropped = rows * torch.stack(masks)
+            dropped = rows * torch.stack(masks)  # (K, N, in)
         factors = [stack.factors() for stack in self.stacks]
         cast = [factor.to(x.dtype) for pair in factors for factor in pair]
         scaled = first.magnitude is not None
         y = _Products.apply(rows, dropped, W, None if scaled else bias, self.sizes, *cast)  # type: ignore[no-untyped-call]
         if scaled:
             ratios = [stack.ratio(*pair) for stack, pair in zip(self.stacks, factors, strict=True)]
-            # 1 taken away: in bf16 the numbers around it lie far apart.
-            y = torch.addcmul(y, y, (torch.cat(ratios) - 1).to(y.dtype)[:, None])
+            # y + y (ratio − 1): in bf16 the numbers around 1 lie far apart.
+            y = torch.addcmul(y, y, (torch.cat(ratios) - 1).to(y.dtype)[:, None])  # (K, N, out)
             y = y if bias is None else y + bias
-        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]  # (K·B, …, out)
 
 
 class Stack:
-    """Factors of members of like rank, filled up with zeros: A (K, R, in) and B (K, out, R)."""
+    """The tensors of members of similar rank, padded with zeros and stacked: A (K, R, in), B (K, out, R) and the rest.
+
+    Args:
+        updates: one per member, of one batching key.
+    """
 
     def __init__(self, updates: Sequence[LowRank]) -> None:
         self.updates = updates
-        self.places: list[tuple[Tensor, Tensor]] = []
-        """Places in the stacks, and the members' tensors that belong there."""
-        self.gradients: list[tuple[Tensor, nn.Parameter]] = []
-        """Places in the stacks' gradients, and whose they are."""
-        self.leaves: list[Tensor] = []
-        self.A, self.B = self._stack("lora_A"), self._stack("lora_B")
-        self.start = None if updates[0].start_A is None else (self._stack("start_A"), self._stack("start_B"))
-        self.magnitude = None if updates[0].magnitude is None else self._stack("magnitude")
-        self.scaling = self.A.new_tensor([update.scaling for update in updates])[:, None, None]
+        self.slices: list[tuple[Tensor, Tensor]] = []
+        """Slices of the stacks, each with the member's tensor that belongs there."""
+        self.gradient_slices: list[tuple[Tensor, nn.Parameter]] = []
+        """Slices of the stacks' gradients, each with the member's parameter."""
+        self.trained: list[Tensor] = []
+        """Stacks that get gradients."""
+        first = updates[0]
+        names = ["lora_A", "lora_B"] if type(first) is LowRank else list(first.variant_tensors())
+        self.inputs = {name: self._stack(name) for name in names}
+        """What `LowRank.trained_factors` reads, by name."""
+        self.start = None if first.start_A is None else (self._stack("start_A"), self._stack("start_B"))
+        self.magnitude = None if first.magnitude is None else self._stack("magnitude")
+        self.scaling = self.inputs["lora_A"].new_tensor([update.scaling for update in updates])[:, None, None]
 
     def _stack(self, name: str) -> Tensor:
-        own: list[Tensor] = [getattr(update, name) for update in self.updates]
-        shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in own), strict=True)]
-        stack = own[0].detach().new_zeros(len(own), *shape)
-        self.places += _slices(stack, own)
-        if own[0].requires_grad:
+        tensors: list[Tensor] = [attrgetter(name)(update) for update in self.updates]
+        shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+        stack = tensors[0].detach().new_zeros(len(tensors), *shape)
+        self.slices += _slices(stack, tensors)
+        if tensors[0].requires_grad:
             stack.grad = torch.zeros_like(stack)
-            self.gradients += _slices(stack.grad, own)
-            self.leaves.append(stack.requires_grad_())
+            self.gradient_slices += _slices(stack.grad, tensors)
+            self.trained.append(stack.requires_grad_())
         return stack
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """As `LowRank.factors`, (K, R, in) and (K, out, R), with the scaling in the second."""
-        A, B = self.A, self.B
+        """Return the factors of `LowRank.factors`, (K, R, in) and (K, out, R), with the scaling in the second."""
+        A, B = self._trained_factors()
         if self.start:
             A, B = torch.cat([A, A - self.start[0]], 1), torch.cat([B - self.start[1], self.start[1]], 2)
         return A, B * self.scaling
 
+    def _trained_factors(self) -> tuple[Tensor, Tensor]:
+        first = self.updates[0]
+        if type(first) is LowRank:
+            return self.inputs["lora_A"], self.inputs["lora_B"]
+        module = _TrainedFactors(first)
+        of_member = torch.vmap(lambda tensors: functional_call(module, tensors, ()))
+        A, B = of_member({f"update.{name}": stack for name, stack in self.inputs.items()})
+        return A, B  # (K, R, in), (K, out, R)
+
     def ratio(self, A: Tensor, B: Tensor) -> Tensor:
-        """magnitude / ‖W + s B A‖ of every output row, (K, out); the norm is a constant, as in `LowRank`."""
+        """Return magnitude / ‖W + s B A‖ of every output row, (K, out); the norm is a constant, as in `LowRank`."""
         assert self.magnitude is not None
         with torch.no_grad():
             W = self.updates[0].frozen_weight()
             cross = F.linear((2 * A).to(W.dtype), W).to(B.dtype).transpose(1, 2)  # (K, out, R)
-            cross = torch.baddbmm(cross, B, torch.bmm(A, A.transpose(1, 2)))
+            cross = torch.baddbmm(cross, B, torch.bmm(A, A.transpose(1, 2)))  # (K, out, R)
             norm = (self.updates[0].squared_norm + (cross * B).sum(2)).clamp_min(1e-12).sqrt()  # type: ignore[operator]
         return self.magnitude / norm
 
 
-class Copies:
-    """All members' tensors to the stacks, and the stacks' gradients back: a call or two each."""
+class _TrainedFactors(nn.Module):
+    """Call an update's `trained_factors` as a forward pass, so that `functional_call` can replace its tensors."""
+
+    def __init__(self, update: LowRank) -> None:
+        super().__init__()
+        self.update = update
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.update.trained_factors()
+
+
+class ParameterSync:
+    """Copies of all members' tensors in the stacks, and of the stacks' gradients in the members' parameters.
+
+    Args:
+        stacks: of all linears of a pack.
+    """
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
-        self.places = _by_layout([pair for stack in stacks for pair in stack.places])
-        self.gathered = [leaf.grad for stack in stacks for leaf in stack.leaves if leaf.grad is not None]
-        self.given = [(p, torch.empty_like(p)) for stack in stacks for _, p in stack.gradients]
-        sources = [place for stack in stacks for place, _ in stack.gradients]
-        self.returns = _by_layout(list(zip((own for _, own in self.given), sources, strict=True)))
+        self.copies = _by_layout([pair for stack in stacks for pair in stack.slices])
+        self.stack_gradients = [leaf.grad for stack in stacks for leaf in stack.trained if leaf.grad is not None]
+        self.gradients = [(p, torch.empty_like(p)) for stack in stacks for _, p in stack.gradient_slices]
+        """The members' parameters, each with the tensor that becomes its gradient."""
+        sources = [gradient for stack in stacks for gradient, _ in stack.gradient_slices]
+        self.gradient_copies = _by_layout(list(zip((grad for _, grad in self.gradients), sources, strict=True)))
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Copy the members' tensors as they are now."""
-        for places, own in self.places:
-            torch._foreach_copy_(places, own)
+    def copy_parameters(self) -> None:
+        """Copy the members' tensors, as they are now, into the stacks."""
+        for targets, sources in self.copies:
+            torch._foreach_copy_(targets, sources)
 
     @torch.no_grad()
-    def clear(self) -> None:
-        """Before gradients gather."""
-        if self.gathered:
-            torch._foreach_zero_(self.gathered)
+    def zero_gradients(self) -> None:
+        """Set the stacks' gradients to zero, before gradients accumulate."""
+        if self.stack_gradients:
+            torch._foreach_zero_(self.stack_gradients)
 
     @torch.no_grad()
-    def give(self) -> None:
-        """Give the members' parameters the gradients that have gathered."""
-        for gradients, sources in self.returns:
-            torch._foreach_copy_(gradients, sources)
-        for p, own in self.given:
-            p.grad = own
+    def copy_gradients(self) -> None:
+        """Give the members' parameters the gradients that the stacks have accumulated."""
+        for targets, sources in self.gradient_copies:
+            torch._foreach_copy_(targets, sources)
+        for p, grad in self.gradients:
+            p.grad = grad
 
 
-def _slices(stack: Tensor, own: Sequence[Any]) -> list[tuple[Tensor, Any]]:
-    return [(whole[tuple(map(slice, t.shape))], t) for whole, t in zip(stack, own, strict=True)]
+def _slices(stack: Tensor, tensors: Sequence[Any]) -> list[tuple[Tensor, Any]]:
+    """Return the slice of a stack that each tensor fills, with the tensor."""
+    return [(padded[tuple(map(slice, t.shape))], t) for padded, t in zip(stack, tensors, strict=True)]
 
 
 def _by_layout(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Those that are laid out alike, which a GPU copies in one kernel, apart from the rest."""
-    alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
-    others = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
-    return [([to for to, _ in part], [of.detach() for _, of in part]) for part in (alike, others) if part]
+    """Return targets and sources of copies, those of equal strides apart: a GPU copies these in one kernel."""
+    equal = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
+    unequal = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
+    return [
+        ([target for target, _ in group], [source.detach() for _, source in group])
+        for group in (equal, unequal)
+        if group
+    ]
 
 
-def _of_like_rank(updates: Sequence[LowRank]) -> list[list[LowRank]]:
-    """The members in turn, in parts whose ranks are not too unlike."""
-    parts: list[list[LowRank]] = []
+def _of_similar_rank(updates: Sequence[LowRank]) -> list[list[LowRank]]:
+    """Split the members, in their order, into groups whose ranks differ by at most `MAX_RANK_RATIO`."""
+    groups: list[list[LowRank]] = []
     for update in updates:
-        ranks = [each.rank for each in [*(parts[-1] if parts else []), update]]
-        if not parts or max(ranks) > LIKE_RANKS * min(ranks):
-            parts.append([])
-        parts[-1].append(update)
-    return parts
+        ranks = [member.rank for member in [*(groups[-1] if groups else []), update]]
+        if not groups or max(ranks) > MAX_RANK_RATIO * min(ranks):
+            groups.append([])
+        groups[-1].append(update)
+    return groups
 
 
 class _Products(torch.autograd.Function):
-    """W x + bias + (s B) A x′ with x, x′ (K, N, in), and A (k, R, in), s B (k, out, R) of every stack of k members.
+    """Compute W x + bias + (s B) A x′ for all members, in one function, so that products add up in place.
 
-    One function, so that products add up in place, as in the layer of one member.
+    x, x′ (K, N, in), with x′ the x that dropout left; A (k, R, in) and s B (k, out, R) of every stack of k members.
     """
 
     @staticmethod
@@ -178,34 +226,35 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         y = F.linear(x, weight, bias)  # (K, N, out)
         lows = []
-        for rest, out, A, B in zip(
+        for rows, out, A, B in zip(
             torch.split(dropped, sizes), torch.split(y, sizes), factors[::2], factors[1::2], strict=True
         ):
-            lows.append(torch.bmm(rest, A.transpose(1, 2)))  # (k, N, R)
-            torch.baddbmm(out, lows[-1], B.transpose(1, 2), out=out)
+            lows.append(torch.bmm(rows, A.transpose(1, 2)))  # (k, N, R)
+            torch.baddbmm(out, lows[-1], B.transpose(1, 2), out=out)  # (k, N, out)
         ctx.save_for_backward(dropped, weight, *lows, *factors)
-        ctx.alone, ctx.sizes = dropped is x, sizes
+        ctx.without_dropout, ctx.sizes = dropped is x, sizes
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sizes = ctx.sizes
-        dropped, weight, *rest = ctx.saved_tensors
-        lows, factors = rest[: len(sizes)], rest[len(sizes) :]
-        x_grad = dropped_grad = into = None
+        dropped, weight, *saved = ctx.saved_tensors
+        lows, factors = saved[: len(sizes)], saved[len(sizes) :]
+        x_grad = dropped_grad = low_rank_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = into = grad @ weight  # (K, N, in)
-            if not ctx.alone:
-                into = dropped_grad = torch.zeros_like(x_grad)
-        parts = [None] * len(sizes) if into is None else torch.split(into, sizes)
-        found: list[Tensor | None] = []
-        for k, (own, rows, part) in enumerate(
-            zip(torch.split(dropped, sizes), torch.split(grad, sizes), parts, strict=True)
+            x_grad = low_rank_grad = grad @ weight  # (K, N, in)
+            if not ctx.without_dropout:
+                low_rank_grad = dropped_grad = torch.zeros_like(x_grad)
+        input_grads = [None] * len(sizes) if low_rank_grad is None else torch.split(low_rank_grad, sizes)
+        factor_grads: list[Tensor | None] = []
+        for i, (rows, row_grads, input_grad) in enumerate(
+            zip(torch.split(dropped, sizes), torch.split(grad, sizes), input_grads, strict=True)
         ):
-            A, B = factors[2 * k], factors[2 * k + 1]
-            low_grad = torch.bmm(rows, B)  # (k, N, R)
-            if part is not None:
-                torch.baddbmm(part, low_grad, A, out=part)
-            found.append(torch.bmm(low_grad.transpose(1, 2), own) if ctx.needs_input_grad[5 + 2 * k] else None)
-            found.append(torch.bmm(rows.transpose(1, 2), lows[k]))
-        return (x_grad, dropped_grad, None, None, None, *found)
+            A, B = factors[2 * i], factors[2 * i + 1]
+            low_grad = torch.bmm(row_grads, B)  # (k, N, R)
+            if input_grad is not None:
+                torch.baddbmm(input_grad, low_grad, A, out=input_grad)  # (k, N, in)
+            needs_A = ctx.needs_input_grad[5 + 2 * i]
+            factor_grads.append(torch.bmm(low_grad.transpose(1, 2), rows) if needs_A else None)  # (k, R, in)
+            factor_grads.append(torch.bmm(row_grads.transpose(1, 2), lows[i]))  # (k, out, R)
+        return (x_grad, dropped_grad, None, None, None, *factor_grads)

@@ -1,4 +1,4 @@
-"""The leaves of a network that a pack replaces: linears with each member's update beside them, and members' heads."""
+"""The modules that a pack puts into a network: linears with each member's update, and the members' heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_bench.adapters.pack.batched_lora import Together, kind
+from lora_bench.adapters.pack.batched_lora import BatchedLoRA, batching_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Live:
-    """The members that a forward pass computes, told to every module that has rows of each."""
+class ActiveMembers:
+    """The members that a forward pass computes; every module that has rows of each member holds this object."""
 
     members: list[int]
     head: int = 0
-    """Which of each member's heads answers."""
+    """The number of the head that answers, of each member."""
 
 
-class Unchanged(nn.Module):
-    """What stands beside a linear for a member that does not adapt it."""
+class NoUpdate(nn.Module):
+    """Stands beside a linear for a member that does not adapt it: returns the frozen output."""
 
     takes_output = True
 
@@ -37,19 +37,26 @@ class Unchanged(nn.Module):
         return y
 
 
-class Adapted(nn.Module):
-    """A frozen module with each member's update beside it."""
+class AdaptedLinear(nn.Module):
+    """A frozen linear (or LayerNorm) with each member's update beside it.
 
-    def __init__(self, base: nn.Module, updates: Sequence[Update | None], live: Live) -> None:
+    Args:
+        base: the frozen module.
+        updates: one per member; None where the member does not adapt the module.
+        active: the members that a forward pass computes.
+    """
+
+    def __init__(self, base: nn.Module, updates: Sequence[Update | None], active: ActiveMembers) -> None:
         super().__init__()
         self.base = base
-        self.live = live
-        self.runs: list[tuple[list[int], Together | None]] = []
-        self.updates = nn.ModuleList([update if update is not None else Unchanged() for update in updates])
+        self.active = active
+        self.groups: list[tuple[list[int], BatchedLoRA | None]] = []
+        """Neighbouring members with one batching key, and what computes them together; None: one after another."""
+        self.updates = nn.ModuleList([update if update is not None else NoUpdate() for update in updates])
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight: T5's feed-forward asks for its type."""
+        """The frozen weight; T5's feed-forward layer reads its dtype."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
@@ -57,53 +64,72 @@ class Adapted(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def join(self, members: Sequence[int]) -> list[Stack]:
-        """Prepare for rows of these members in this order; what has to be filled before each pass."""
+        """Prepare for rows of these members in this order.
+
+        Returns:
+            The stacks that must be filled before each pass.
+        """
         updates: Any = self.updates
-        runs = [list(run) for _, run in groupby(members, key=lambda k: kind(updates[k]))]
-        self.runs = [
-            (run, Together([updates[k] for k in run]) if len(run) > 1 and kind(updates[run[0]]) else None)
-            for run in runs
+        groups = [list(group) for _, group in groupby(members, key=lambda k: batching_key(updates[k]))]
+        self.groups = [
+            (
+                group,
+                BatchedLoRA([updates[k] for k in group])
+                if len(group) > 1 and batching_key(updates[group[0]])
+                else None,
+            )
+            for group in groups
         ]
-        return [stack for _, together in self.runs if together for stack in together.stacks]
+        return [stack for _, batched in self.groups if batched for stack in batched.stacks]
 
     def forward(self, x: Tensor) -> Tensor:
-        K = len(self.live.members)
+        """Map (K·B, …, in) to (K·B, …, out), rows of each active member in turn."""
+        K = len(self.active.members)
         if K == 1:
-            return self._alone(self.live.members[0], x)
-        parts = torch.split(x, [len(x) // K * len(run) for run, _ in self.runs]) if len(self.runs) > 1 else (x,)
-        adapted = []
-        for (run, together), part in zip(self.runs, parts, strict=True):
-            if together:
-                adapted.append(together(part))
+            return self._single(self.active.members[0], x)
+        sizes = [len(x) // K * len(group) for group, _ in self.groups]
+        inputs = torch.split(x, sizes) if len(sizes) > 1 else (x,)
+        outputs: list[Tensor] = []
+        for (group, batched), rows in zip(self.groups, inputs, strict=True):
+            if batched:
+                outputs.append(batched(rows))
             else:
-                adapted += [self._alone(k, xk) for k, xk in zip(run, part.chunk(len(run)), strict=True)]
-        return adapted[0] if len(adapted) == 1 else torch.cat(adapted)
+                by_member = rows.chunk(len(group))  # (B, …, in) each
+                outputs += [self._single(k, x_k) for k, x_k in zip(group, by_member, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _alone(self, member: int, x: Tensor) -> Tensor:
+    def _single(self, member: int, x: Tensor) -> Tensor:
         update = self.updates[member]
         return update(x, self.base(x) if update.takes_output else x)  # type: ignore[no-any-return]
 
 
 class MemberHeads(nn.Module):
-    """Copies of a head module, one for each member and each task that it answers; each sees its own rows, in fp32."""
+    """Copies of a head module, one for each member and each of its tasks; each sees its member's rows only, in fp32.
 
-    def __init__(self, original: nn.Module, copies: Sequence[Sequence[nn.Module]], live: Live) -> None:
+    Args:
+        original: the network's own module; not trained.
+        copies: by member, then by task.
+        active: the members that a forward pass computes.
+    """
+
+    def __init__(self, original: nn.Module, copies: Sequence[Sequence[nn.Module]], active: ActiveMembers) -> None:
         super().__init__()
-        self.live = live
+        self.active = active
         self.original = [original]  # in a list: not a submodule, never trained
-        self.copies = nn.ModuleList(nn.ModuleList(own) for own in copies)
+        self.copies = nn.ModuleList(nn.ModuleList(of_member) for of_member in copies)
 
     def of(self, member: int, head: int) -> nn.Module:
-        """A member's copy for one task."""
-        own: Any = self.copies[member]
-        return own[head]  # type: ignore[no-any-return]
+        """Return the member's copy for the task of this number."""
+        copies: Any = self.copies[member]
+        return copies[head]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = [self.of(k, self.live.head) for k in self.live.members]
+        """Map (K·B, …, in) to (K·B, …, out), rows of each active member in turn."""
+        heads = [self.of(k, self.active.head) for k in self.active.members]
         if len(heads) == 1:
             return heads[0](x.float())  # type: ignore[no-any-return]
-        rows = x.float().view(len(heads), -1, *x.shape[1:])
-        own = zip(*(head.named_parameters() for head in heads), strict=True)
-        stacks = {named[0][0]: torch.stack([p for _, p in named]) for named in own}
-        together = torch.vmap(lambda stacks, x: functional_call(heads[0], stacks, (x,)))
-        return together(stacks, rows).flatten(0, 1)  # type: ignore[no-any-return]
+        rows = x.float().view(len(heads), -1, *x.shape[1:])  # (K, B, …, in)
+        parameters = zip(*(head.named_parameters() for head in heads), strict=True)
+        stacks = {named[0][0]: torch.stack([p for _, p in named]) for named in parameters}
+        batched = torch.vmap(lambda stacks, x: functional_call(heads[0], stacks, (x,)))
+        return batched(stacks, rows).flatten(0, 1)  # type: ignore[no-any-return]

@@ -1,142 +1,97 @@
 """A pack: K adapters with their heads on one frozen backbone, computed along a leading dimension K.
 
-A single run is a pack of one. `Pack` replaces two kinds of leaves of the backbone's network, and `detach` puts them
-back:
-
-    a target (a linear)       ->  Adapted          each member's frozen product and its update
-    a head module             ->  MemberHeads      one copy per member, in fp32
-
-Everything between them works row by row, so the network itself need not know of K. A method's mathematics is written
-for one member. On a CPU members pass one after another, which is as quick (products run at one rate from 960 rows on);
-on a GPU, where a small encoder waits for launches, all pass at once, LoRA's kin computed together (see together.py).
+A single run is a pack of one. The network is attached to the members (attachment.py) and otherwise left as it is: every
+module between adapted linears and heads works row by row, so it need not know of K. A method's mathematics is written
+for one member. On a CPU members are computed one after another, which is as fast (products run at one rate from 960
+rows on). On a GPU, where a small encoder waits for launches, all are computed at once, and LoRA variants in batched
+products (batched_lora.py).
 """
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_bench.adapters.pack.batched_lora import Copies, kind
-from lora_bench.adapters.pack.member_modules import Adapted, Live, MemberHeads
-from lora_bench.errors import Code, UserError
-from lora_bench.head.pair_features import PairFeatureHead, pair_features
+from lora_bench.adapters.pack.attachment import attach_heads, attach_updates, detach
+from lora_bench.adapters.pack.batched_lora import ParameterSync, batching_key
+from lora_bench.adapters.pack.member_modules import ActiveMembers, AdaptedLinear, MemberHeads
+from lora_bench.adapters.pack.state import PackState
+from lora_bench.head.pair_features import compute_pair_features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from lora_bench.adapters.base import Adapter, Update
+    from lora_bench.adapters.pack.member import Member
     from lora_bench.backbones.base import Backbone
     from lora_bench.data.batching import Batch
 
 
-@dataclass(frozen=True)
-class Member:
-    """What distinguishes one member of a pack: its method with its settings, and its seed."""
-
-    adapter: Adapter
-    seed: int
-    saved_ranks: dict[str, int] | None = None
-    """Rank by module of a saved adapter whose tensors are about to be put in; None: a member that is to be trained."""
-    seeds: Mapping[str, int] = field(default_factory=dict)
-    """Of `init`, `order` and `dropout`, those that have seeds of their own."""
-    heads: int = 1
-    """One for each task that it learns; a batch says which of them answers it."""
-
-    def seed_of(self, purpose: str) -> int:
-        """The seed of `init`, `order` (of the pairs) or `dropout`."""
-        return self.seeds.get(purpose, self.seed)
-
-
-def stream(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """An independent random stream for one purpose (`adapter`, `head`, `dropout`) of one seed."""
-    digest = sha256(f"{seed}/{purpose}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-class Pack(nn.Module):
+class Pack(PackState):
     """K members attached to one backbone.
 
     Args:
         backbone: stays frozen and bitwise unchanged, unless the one member trains it (`full`).
         members: the K members.
-        batched: whether a pass through the adapted layers takes all members' rows at once (None: where the device is
-            no CPU) or the rows of one member after the other, as always where the backbone cannot be batched.
+        batched: True: a pass through the adapted layers takes the rows of all members at once; False: the rows of one
+            member after another, as always where the backbone cannot be batched; None: True unless on a CPU.
 
     Raises:
-        UserError: a member's targets or rank do not fit the backbone, or `full` is packed with others.
+        UserError: a member's targets, rank or pair features do not fit the backbone, or `full` is packed with others.
     """
 
     def __init__(self, backbone: Backbone, members: Sequence[Member], *, batched: bool | None = None) -> None:
-        super().__init__()
+        super().__init__(backbone, members)
         self.batched = backbone.can_be_batched and (backbone.device.type != "cpu" if batched is None else batched)
-        self.backbone = backbone
-        self.network = backbone.network
-        self.members = list(members)
-        self._live = Live(list(range(len(members))))
-        self.trains_backbone = any(member.adapter.trains_backbone for member in members)
-        if self.trains_backbone and len(members) > 1:
-            raise UserError(
-                "trains the backbone, so its packs have one member",
-                key="adapter.method",
-                value="full",
-                code=Code.UNSUPPORTED,
-            )
-        try:
-            self.dropout = [stream(member.seed_of("dropout"), "dropout", backbone.device) for member in members]
-            self.targets = [member.adapter.targets(backbone) for member in members]
-            self.updates = [self._make_updates(k, member.saved_ranks) for k, member in enumerate(members)]
-        except UserError as error:
-            raise error.under("adapter") from None
-        self.given_ranks = [member.saved_ranks for member in members]
-        """Ranks by module that each member's updates were made with, where not its method alone decided them."""
         self.max_micro_batch: dict[str, int] = {}
-        """Pairs of each member per forward pass that memory has room for in `training` and in `evaluation`: known
-        where fewer fitted than were asked for."""
-        self.cut: int | None = None
-        """Where the network is cut, whoever is live, once what lies below is read and not computed."""
-        self._joined: tuple[list[int], Copies] | None = None
-        size, device = backbone.hidden_size, backbone.device
-        apart = backbone.separates_texts
-        asked = [apart if m.adapter.matching is None else m.adapter.matching for m in members]
-        matching = [k for k, asks in enumerate(asked) if asks]
-        if matching and not apart:
-            reason = "needs to know where the second text begins, and this model reads both as one"
-            raise UserError(
-                reason,
-                key="adapter.matching",
-                value="true",
-                remedy="Take adapter.matching=false.",
-                code=Code.UNSUPPORTED,
-            )
-        self.matchings = nn.ModuleDict({str(k): PairFeatureHead(size, device) for k in matching})
-        self._attach_heads()
+        """Pairs of each member per forward pass that fit into memory in `training` and in `evaluation`; a key is
+        absent until a larger micro-batch has failed."""
+        self.prefix_depth: int | None = None
+        """The number of layers whose output is read from the cached prefix; None where it is computed."""
+        self._active = ActiveMembers(list(range(len(members))))
+        self._sync: tuple[list[int], ParameterSync] | None = None
+        """Members that the adapted linears are prepared for, and their stacked parameters."""
+        self.network.requires_grad_(self.trains_backbone)
+        attach_heads(backbone, self.members, self._active)
         self._attach_updates()
 
-    @property
-    def size(self) -> int:
-        """K, the number of members."""
-        return len(self.members)
+    # -- attaching and detaching --
+
+    def set_ranks(self, member: int, ranks: dict[str, int]) -> None:
+        """Replace the member's updates by new ones of these ranks, by module; a module of rank 0 is not adapted."""
+        detach(self.network, AdaptedLinear)
+        self.updates[member] = self._new_updates(member, ranks)
+        self.assigned_ranks[member] = ranks
+        self._attach_updates()
+
+    def detach(self) -> None:
+        """Put the backbone's own modules back, unchanged."""
+        detach(self.network, AdaptedLinear, MemberHeads)
+
+    def _attach_updates(self) -> None:
+        attach_updates(self.network, self.updates, self._active)
+        self.depth = self._first_adapted_layer()
+        self._sync = None
+
+    # -- active members --
 
     @property
     def active(self) -> list[int]:
-        """The members that are computed: all, but for those that training is over for."""
-        return self._live.members
+        """The members that are computed: all except those whose training is over."""
+        return self._active.members
 
     @active.setter
     def active(self, members: Sequence[int]) -> None:
         if members != self.active:
-            self._live.members = list(members)
+            self._active.members = list(members)
             self.depth = self._first_adapted_layer()
 
     @contextmanager
     def only(self, members: Sequence[int]) -> Iterator[None]:
-        """Within, these members alone are computed."""
+        """Compute only these members within the context."""
         before = self.active
         self.active = list(members)
         try:
@@ -144,242 +99,134 @@ class Pack(nn.Module):
         finally:
             self.active = before
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits (K, B, 2) in fp32 of the K live members.
-
-        A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
-        """
-        hidden = self.prefix(batch)
-        portions = self.portions()
-        logits = torch.cat([self.suffix(hidden, batch, part) for part in portions])
-        order = [k for part in portions for k in part]
-        return logits if order == self.active else logits[[order.index(k) for k in self.active]]
-
-    def portions(self) -> list[list[int]]:
-        """The live members by those that one pass through the adapted layers takes; those that are alike in a row.
-
-        A CPU's products are at their peak for one member already; there one after the other needs least memory.
-        """
-        return [sorted(self.active, key=self._likeness)] if self.batched else [[k] for k in self.active]
-
-    def _likeness(self, member: int) -> tuple[str, int]:
-        first = next(iter(self.updates[member].values()), None)
-        return str(first and kind(first)), first.rank if first else 0
-
-    @contextmanager
-    def gathering_gradients(self) -> Iterator[None]:
-        """Backward passes within it gather gradients; when it ends the members' parameters have them."""
-        copies = [self._copies(part) for part in self.portions() if len(part) > 1]
-        for each in copies:
-            each.clear()
-        yield
-        for each in copies:
-            each.give()
-
-    @property
-    def joined(self) -> Copies | None:
-        """What holds copies of members' tensors at present: passes that it is not part of are other passes."""
-        return self._joined and self._joined[1]
-
-    def _copies(self, members: list[int]) -> Copies:
-        """What holds copies of these members' tensors while they are computed together."""
-        if self._joined is None or self._joined[0] != members:
-            adapted = [module for module in self.network.modules() if isinstance(module, Adapted)]
-            self._joined = members, Copies([stack for module in adapted for stack in module.join(members)])
-        return self._joined[1]
-
-    def prefix(self, batch: Batch) -> Tensor:
-        """Hidden states below the first adapted layer, (B or K·B, T, D), once for all live members."""
-        if batch.hidden is not None:
-            return batch.hidden
-        learns = torch.is_grad_enabled()
-        with torch.set_grad_enabled(learns and self.trains_backbone), self._autocast():
-            return self.backbone.prefix(batch, self.depth)
-
-    def suffix(self, hidden: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        """Logits (len(members), B, 2) in fp32 of some live members, from what `prefix` gave for the batch."""
-        K, live = len(members), self.active
-        batch = replace(batch, hidden=None)
-        if batch.members > 1 and live != members:
-            places = [live.index(k) for k in members]
-            rows = hidden.view(len(live), -1, *hidden.shape[1:])
-            hidden = torch.cat([rows[k] for k in places])
-            batch = batch.select_members(places)
-        elif batch.members == 1 and K > 1:
-            batch = batch.repeat(K)
-            hidden = hidden.repeat(K, *[1] * (hidden.ndim - 1))
-        if K > 1:
-            self._copies(members).take()
-        self._live.members, self._live.head = members, batch.head
-        everywhere, matching = self.backbone.all_positions, any(str(k) in self.matchings for k in members)
-        try:
-            with self._autocast():
-                self.backbone.all_positions = everywhere or matching
-                encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
-                logits = self.backbone.classify(encoded, batch)  # (K·B, 2)
-        finally:
-            self._live.members = live
-            self.backbone.all_positions = everywhere
-        logits = logits.float().view(K, -1, logits.shape[-1])
-        if not matching:
-            return logits
-        features = pair_features(encoded, *self.backbone.text_masks(batch)).view(K, logits.shape[1], -1)
-        own = [
-            own + self.matchings[str(k)](rows) if str(k) in self.matchings else own
-            for k, own, rows in zip(members, logits, features, strict=True)
-        ]
-        return torch.stack(own)
-
     def train(self, mode: bool = True) -> Pack:
-        """Training mode reaches the adapters; a frozen backbone and the heads on it never drop anything out."""
+        """Set the adapters' training mode; a frozen backbone and the heads on it never drop anything out."""
         super().train(mode and self.trains_backbone)
-        self.training = mode  # what `predict` puts back
+        self.training = mode  # `predict` restores it
         for updates in self.updates:
             for update in updates.values():
                 update.train(mode)
         return self
 
-    def adapter_parameters(self, member: int) -> dict[str, nn.Parameter]:
-        """The member's adapter parameters by `<module>.<parameter>`; with `full` the backbone's own, in their names."""
-        if self.trains_backbone:
-            return {name: p for name, p in self.network.named_parameters() if ".copies." not in name}
-        return {
-            f"{name}.{key}": p for name, update in self.updates[member].items() for key, p in update.named_parameters()
-        }
+    def member_groups(self) -> list[list[int]]:
+        """Return the active members in groups that pass through the adapted layers together, batchable ones in a row.
 
-    def head_parameters(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
-        """The parameters of one of the member's heads by the names that they have in the Hugging Face model.
+        A CPU's products are at their peak for one member already; there each is a group, which needs least memory.
+        """
+        return [sorted(self.active, key=self._batching_order)] if self.batched else [[k] for k in self.active]
+
+    def _batching_order(self, member: int) -> tuple[str, int]:
+        first = next(iter(self.updates[member].values()), None)
+        return str(first and batching_key(first)), first.rank if first else 0
+
+    # -- the forward pass --
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits (K, B, 2) of the K active members, in fp32.
+
+        A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
+        """
+        hidden = self.prefix(batch)  # (B or K·B, T, D)
+        groups = self.member_groups()
+        logits = torch.cat([self.suffix(hidden, batch, group) for group in groups])  # (K, B, 2)
+        order = [k for group in groups for k in group]
+        return logits if order == self.active else logits[[order.index(k) for k in self.active]]
+
+    def prefix(self, batch: Batch) -> Tensor:
+        """Return the hidden states below the first adapted layer, (B or K·B, T, D), once for all active members."""
+        if batch.hidden is not None:
+            return batch.hidden
+        gradients = torch.is_grad_enabled() and self.trains_backbone
+        with torch.set_grad_enabled(gradients), self._autocast():
+            return self.backbone.prefix(batch, self.depth)
+
+    def suffix(self, hidden: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        """Return the logits (K, B, 2) of K active members, in fp32.
 
         Args:
-            head: which; None: all, each after the first below `head_<i>.`.
+            hidden: the output of `prefix` for the batch.
+            batch: of all active members.
+            members: the K members to compute.
         """
-        packed = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
-        own = {
-            f"{f'head_{i}.' if i and head is None else ''}{name}": heads.of(member, i)
-            for i in (range(self.members[member].heads) if head is None else [head])
-            for name, heads in packed.items()
-            if isinstance(heads, MemberHeads)
-        }
-        if str(member) in self.matchings:
-            own["matching"] = self.matchings[str(member)]
-        return {f"{name}.{key}": p for name, module in own.items() for key, p in module.named_parameters()}
+        K = len(members)
+        hidden, batch = self._rows_of(hidden, replace(batch, hidden=None), members)  # (K·B, T, D)
+        if K > 1:
+            self._synced(members).copy_parameters()
+        has_pair_features = any(str(k) in self.pair_features for k in members)
+        with self._computing(members, batch.head, all_positions=has_pair_features), self._autocast():
+            encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
+            logits = self.backbone.answer(encoded, batch)  # (K·B, 2)
+        logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, 2)
+        return self._add_pair_features(logits, encoded, batch, members) if has_pair_features else logits
 
-    def trainable(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
-        """All that the member trains: adapter and heads, or one of them."""
-        return {**self.adapter_parameters(member), **self.head_parameters(member, head)}
+    def _rows_of(self, hidden: Tensor, batch: Batch, members: list[int]) -> tuple[Tensor, Batch]:
+        """Return the rows of these members, member by member: (K·B, T, D) and a batch of as many rows."""
+        K, active = len(members), self.active
+        if batch.members > 1 and active != members:
+            positions = [active.index(k) for k in members]
+            by_member = hidden.view(len(active), -1, *hidden.shape[1:])  # (active, B, T, D)
+            return torch.cat([by_member[i] for i in positions]), batch.of(positions)  # (K·B, T, D)
+        if batch.members == 1 and K > 1:
+            return hidden.repeat(K, *[1] * (hidden.ndim - 1)), batch.repeat(K)  # (K·B, T, D)
+        return hidden, batch
 
-    def tensors(self, member: int) -> list[Tensor]:
-        """All that makes the member what it is: what it trains, and what its method keeps beside that."""
-        kept = [buffer for update in self.updates[member].values() for buffer in update.buffers()]
-        return [*self.trainable(member).values(), *kept]
+    @contextmanager
+    def _computing(self, members: list[int], head: int, *, all_positions: bool) -> Iterator[None]:
+        """Let the attached modules take rows of these members and answer with this head within the context."""
+        active, before = self.active, self.backbone.all_positions
+        self._active.members, self._active.head = members, head
+        self.backbone.all_positions = before or all_positions
+        try:
+            yield
+        finally:
+            self._active.members = active
+            self.backbone.all_positions = before
 
-    def count_parameters(self, member: int, head: int | None = None) -> dict[str, int]:
-        """Numbers of parameters: the adapter's, its heads' (or of one), both together, and with the frozen ones."""
-        adapter = sum(p.numel() for p in self.adapter_parameters(member).values())
-        heads = sum(p.numel() for p in self.head_parameters(member, head).values())
-        trained = sum(p.numel() for k in range(self.size) for p in self.trainable(k).values())
-        frozen = sum(p.numel() for p in self.parameters()) - trained
-        return {"adapter": adapter, "head": heads, "trainable": adapter + heads, "total": frozen + adapter + heads}
-
-    def state(self, member: int, head: int | None = None) -> dict[str, Tensor]:
-        """A copy of the member's trained tensors, with all heads or one, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.trainable(member, head).items()}
-
-    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
-        """Put back what `state` gave.
-
-        Raises:
-            UserError: tensors are missing, left over, misshapen or not finite.
-        """
-        own = self.trainable(member)
-        wrong = sorted(own.keys() ^ state.keys()) or [n for n, p in own.items() if state[n].shape != p.shape]
-        wrong = wrong or [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-        if wrong:
-            raise UserError(
-                f"the saved tensors do not fit this backbone and adapter: {', '.join(wrong[:3])}", code=Code.DAMAGED
-            )
-        with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(state[name])
-
-    def ranks(self, member: int) -> dict[str, int]:
-        """The rank of each of the member's targets; 0 where it is left as it is, or where the method has no ranks."""
-        updates = self.updates[member]
-        return {name: updates[name].rank if name in updates else 0 for name in self.targets[member]}
-
-    def set_ranks(self, member: int, ranks: dict[str, int]) -> None:
-        """Make the member's updates anew with these ranks by module; 0 leaves a module as it is."""
-        self._detach(Adapted)
-        self.updates[member] = self._make_updates(member, ranks)
-        self.given_ranks[member] = ranks
-        self._attach_updates()
-
-    def merged(self, member: int) -> dict[str, Tensor]:
-        """Weights and biases, in fp32, with which the plain network says what this member says, but for its head."""
-        found: dict[str, Tensor] = {}
-        for name, update in self.updates[member].items():
-            base: Any = self.network.get_submodule(name)
-            with torch.no_grad():
-                weight, bias = update.merge(base.weight.float(), None if base.bias is None else base.bias.float())
-            found |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
-        return found
-
-    def detach(self) -> None:
-        """Give the backbone its own modules back, as they were."""
-        self._detach(Adapted, MemberHeads)
-
-    def _detach(self, *kinds: type[Adapted | MemberHeads]) -> None:
-        for name, module in list(self.network.named_modules()):
-            if isinstance(module, kinds):
-                _replace(self.network, name, module.base if isinstance(module, Adapted) else module.original[0])
-
-    def _make_updates(self, member: int, ranks: dict[str, int] | None) -> dict[str, Update]:
-        own = self.members[member]
-        init = None if own.saved_ranks else stream(own.seed_of("init"), "adapter")
-        return own.adapter.updates(self.backbone, init, self.dropout[member], ranks)
+    def _add_pair_features(self, logits: Tensor, encoded: Tensor, batch: Batch, members: list[int]) -> Tensor:
+        """Return the logits (K, B, 2) with the pair features' part added, for the members that have them."""
+        features = compute_pair_features(encoded, *self.backbone.texts(batch))  # (K·B, 2 D)
+        features = features.view(*logits.shape[:2], -1)  # (K, B, 2 D)
+        sums = [
+            of_member + self.pair_features[str(k)](rows) if str(k) in self.pair_features else of_member  # (B, 2)
+            for k, of_member, rows in zip(members, logits, features, strict=True)
+        ]
+        return torch.stack(sums)  # (K, B, 2)
 
     def _first_adapted_layer(self) -> int:
-        """How many layers run once for all live members; with `full` none, not even the embeddings, is frozen."""
-        if self.cut is not None:
-            return self.cut
+        """Return how many layers run once for all active members; 0 with `full`, which freezes no layer."""
+        if self.prefix_depth is not None:
+            return self.prefix_depth
         if self.trains_backbone:
             return 0
         layers = [self.backbone.layer_of(name) for k in self.active for name in self.updates[k]]
         return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
 
-    def _attach_updates(self) -> None:
-        for name in dict.fromkeys(name for updates in self.updates for name in updates):
-            base = self.network.get_submodule(name)
-            _replace(self.network, name, Adapted(base, [updates.get(name) for updates in self.updates], self._live))
-        self.depth = self._first_adapted_layer()
-        self._joined = None
-
-    def _attach_heads(self) -> None:
-        self.network.requires_grad_(self.trains_backbone)
-        for name in self.backbone.head_modules:
-            original = self.network.get_submodule(name)
-            # All heads of a member begin alike, as that of a member which learns one of the tasks alone.
-            heads = [[self._head(name, original, member) for _ in range(member.heads)] for member in self.members]
-            _replace(self.network, name, MemberHeads(original, heads, self._live))
-
-    def _head(self, name: str, original: nn.Module, member: Member) -> nn.Module:
-        """A trainable fp32 copy of a head module; what the checkpoint did not hold is drawn from the member's seed."""
-        head = copy.deepcopy(original).float().requires_grad_(True)
-        init = stream(member.seed_of("init"), f"head/{name}")
-        for key, p in head.named_parameters():
-            # As transformers draws a new classifier: normal weights; zero biases and unit norms stay as they are.
-            if f"{name}.{key}" in self.backbone.new_parameters and p.ndim > 1:
-                drawn = torch.empty(p.shape).normal_(0.0, self.backbone.initializer_range, generator=init)
-                p.data.copy_(drawn)
-        return head
-
     def _autocast(self) -> torch.autocast | nullcontext[None]:
-        """With `full` the weights stay fp32 and products are cast; frozen weights are cast once, when loaded."""
+        """Cast products with `full`, whose weights stay fp32; frozen weights were cast when they were loaded."""
         if self.trains_backbone and self.backbone.compute_dtype != torch.float32:
             return torch.autocast(self.backbone.device.type, self.backbone.compute_dtype)
         return nullcontext()
 
+    # -- stacked parameters of members that are computed together --
 
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
+    @contextmanager
+    def accumulating_gradients(self) -> Iterator[None]:
+        """Accumulate the gradients of backward passes within the context; at its end the parameters have them."""
+        syncs = [self._synced(group) for group in self.member_groups() if len(group) > 1]
+        for sync in syncs:
+            sync.zero_gradients()
+        yield
+        for sync in syncs:
+            sync.copy_gradients()
+
+    @property
+    def parameter_sync(self) -> ParameterSync | None:
+        """The stacked parameters in use; a recorded pass over other stacks cannot be replayed."""
+        return self._sync and self._sync[1]
+
+    def _synced(self, members: list[int]) -> ParameterSync:
+        """Return the stacked parameters of these members, for which the adapted linears are then prepared."""
+        if self._sync is None or self._sync[0] != members:
+            adapted = [module for module in self.network.modules() if isinstance(module, AdaptedLinear)]
+            self._sync = members, ParameterSync([stack for module in adapted for stack in module.join(members)])
+        return self._sync[1]

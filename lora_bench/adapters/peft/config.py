@@ -1,4 +1,4 @@
-"""What peft's `adapter_config.json` says of a finished adapter: which modules it adapts, at which rank and scaling.
+"""Read PEFT's `adapter_config.json`: the modules that a finished adapter adapts, their ranks and scalings.
 
 Module names are matched as peft matches them. A setting that is not known here is refused, since it may change what
 the adapter computes.
@@ -23,10 +23,10 @@ FILE = "adapter_config.json"
 SUBTRACTED_STARTS = ("pissa", "olora")
 """Starts by which peft changes the backbone's weights, in the same way each time that it loads the adapter."""
 
-MOST_ENTRIES = 10_000
+MAX_ENTRIES = 10_000
 """Of a list or an object in the file: more than any network has modules to name."""
 
-_NEEDED = {
+_REQUIRED = {
     "LORA": ("r", "lora_alpha", "target_modules"),
     "ADALORA": ("init_r", "lora_alpha", "target_modules"),
     "VERA": ("r", "target_modules"),
@@ -78,7 +78,7 @@ class PeftConfig:
         return config
 
     @property
-    def kind(self) -> str:
+    def peft_type(self) -> str:
         """`peft_type`: LORA, ADALORA or VERA."""
         return str(self.values["peft_type"])
 
@@ -93,49 +93,51 @@ class PeftConfig:
         return self.values.get("revision") or None
 
     @property
-    def trained_whole(self) -> list[str]:
+    def saved_modules(self) -> list[str]:
         """Ends of the names of modules that are trained and saved whole; for a classifier peft adds its own."""
         added = ["classifier", "score"] if self.values.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else []
         return [*(self.values.get("modules_to_save") or []), *added]
 
     def adapts(self, name: str) -> bool:
-        """Whether peft adapts module `name`: by expression, or by suffix and layer number."""
+        """Return whether PEFT adapts module `name`: by expression, or by suffix and layer number."""
         targets, excluded = self.values["target_modules"], self.values.get("exclude_modules") or []
-        if _fits(excluded, name) or any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in self.trained_whole):
+        if _fits(excluded, name) or any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in self.saved_modules):
             return False
         layers = self.values.get("layers_to_transform")
         if isinstance(targets, str) or name in targets or layers is None or layers == []:
             return _fits(targets, name)
         patterns = self.values.get("layers_pattern") or []
-        each = [patterns] if isinstance(patterns, str) else patterns
-        places = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in each] or [r".*?\.[^.]*\.(\d+)\."]
-        number = next((int(hit[1]) for place in places if (hit := re.match(place, name))), None)
+        lists = [patterns] if isinstance(patterns, str) else patterns
+        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in lists] or [r".*?\.[^.]*\.(\d+)\."]
+        number = next((int(hit[1]) for expression in expressions if (hit := re.match(expression, name))), None)
         return _fits(targets, name) and number in (layers if isinstance(layers, list) else [layers])
 
     def by_module(self, key: str, default: Any, names: Iterable[str]) -> dict[str, Any]:
-        """The value of each module under `rank_pattern` or `alpha_pattern`: the first expression that ends its name.
+        """Return the value of each module under `rank_pattern` or `alpha_pattern`: the first that ends its name.
 
         Raises:
             UserError: an expression fits none of the names.
         """
         patterns = self.values.get(key) or {}
-        found = {name: next((p for p in patterns if _ends(p, name)), None) for name in names}
+        pattern_of = {name: next((p for p in patterns if _ends(p, name)), None) for name in names}
         for pattern in patterns:
-            if not any(_ends(pattern, name) for name in found):
+            if not any(_ends(pattern, name) for name in pattern_of):
                 raise self.refusal(key, None, f"{pattern!r} fits no adapted module", code=Code.NO_MATCH)
-        return {name: default if pattern is None else patterns[pattern] for name, pattern in found.items()}
+        return {name: default if pattern is None else patterns[pattern] for name, pattern in pattern_of.items()}
 
     def refusal(
         self, key: str, value: object, reason: str, remedy: str = "", *, code: Code = Code.UNSUPPORTED
     ) -> UserError:
-        """The error that names a key of the file."""
+        """Return the error that names a key of the file."""
         return UserError(reason, key=key, value=value, file=self.folder / FILE, remedy=remedy, code=code)
 
     def _check(self) -> None:
-        kind = self.values.get("peft_type")
-        if not isinstance(kind, str) or kind not in _NEEDED:
-            raise self.refusal("peft_type", kind, f"is none of {', '.join(_NEEDED)}, which can be evaluated here")
-        for key in _NEEDED[kind]:
+        peft_type = self.values.get("peft_type")
+        if not isinstance(peft_type, str) or peft_type not in _REQUIRED:
+            raise self.refusal(
+                "peft_type", peft_type, f"is none of {', '.join(_REQUIRED)}, which can be evaluated here"
+            )
+        for key in _REQUIRED[peft_type]:
             if self.values.get(key) is None:
                 raise self.refusal(key, None, "is missing", code=Code.MISSING)
         for key, (holds, reason) in _RULES.items():
@@ -150,8 +152,8 @@ class PeftConfig:
                 reason = "is not known here and may change what the adapter computes"
                 raise self.refusal(key, value, reason, "Merge it with peft's merge_and_unload.")
         for key, value in self.values.items():
-            if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
-                reason = f"has {len(value):,} entries; at most {MOST_ENTRIES:,} are read"
+            if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
+                reason = f"has {len(value):,} entries; at most {MAX_ENTRIES:,} are read"
                 raise self.refusal(key, None, reason, code=Code.TOO_LARGE)
         start = self.values.get("init_lora_weights")
         if start not in (*_PLAIN_STARTS, *SUBTRACTED_STARTS):
@@ -167,8 +169,8 @@ class PeftConfig:
 def _fits(targets: str | list[str], name: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    parts = name.split(".")
-    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(targets)
+    components = name.split(".")
+    return not {".".join(components[i:]) for i in range(len(components))}.isdisjoint(targets)
 
 
 def _ends(pattern: str, name: str) -> bool:
@@ -183,7 +185,7 @@ def _is_expression(value: object) -> bool:
 
 
 def _is_part(value: object) -> bool:
-    """Whether it can stand inside an expression, where flags for the whole cannot."""
+    """Return whether it can stand inside an expression, where flags for the whole cannot."""
     return _is_expression(value) and _is_expression(f"x({value})")
 
 
@@ -192,7 +194,7 @@ def _are_parts(value: object) -> bool:
 
 
 def _names(value: object) -> bool:
-    return _is_expression(value) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+    return _is_expression(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _is_number(value: object) -> bool:
@@ -200,7 +202,7 @@ def _is_number(value: object) -> bool:
 
 
 def is_rank(value: object) -> bool:
-    """Whether it is a whole number from 1."""
+    """Return whether it is a whole number from 1."""
     return type(value) is int and value >= 1
 
 
@@ -216,7 +218,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": (_names, "is neither a list of names nor a regular expression"),
     "modules_to_save": (_are_parts, "is no list of names"),
     "layers_to_transform": (
-        lambda value: all(type(each) is int for each in (value if isinstance(value, list) else [value])),
+        lambda value: all(type(layer) is int for layer in (value if isinstance(value, list) else [value])),
         "is neither a layer number nor a list of them",
     ),
     "layers_pattern": (lambda value: _is_part(value) or _are_parts(value), "is no name"),

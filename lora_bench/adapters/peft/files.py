@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PREFIX = "base_model."
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TENSORS = "adapter_model.safetensors"
-_OF_PEFT = re.compile(r".*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
+_OF_PEFT = re.compile(r"(?!.*\.variant\.).*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
 
 
 def save(
@@ -95,23 +95,23 @@ def load(folder: Path, pack: Pack, member: int) -> None:
             raise UserError(error.reason, file=path, code=Code.DAMAGED) from None
         return
     refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in _saved(pack, member).items()})
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    unprefixed = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     heads = {f"model.{name}": p for name, p in pack.head_parameters(member, 0).items()}
     with torch.no_grad():
         for name, p in heads.items():
-            p.copy_(own.pop(name))
-    pack.members[member].adapter.restore(pack.updates[member], own)
+            p.copy_(unprefixed.pop(name))
+    pack.members[member].adapter.load_tensors(pack.updates[member], unprefixed)
 
 
 def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
-    """The member's adapter and one of its heads by the names they have in the file."""
-    adapter = pack.members[member].adapter.saved(pack.updates[member])
-    own = {f"model.{name}": p.detach() for name, p in pack.head_parameters(member, head).items()}
-    return {f"{PREFIX}{name}": tensor for name, tensor in {**adapter, **own}.items()}
+    """Return the member's adapter and one of its heads by the names they have in the file."""
+    adapter = pack.members[member].adapter.to_tensors(pack.updates[member])
+    head_tensors = {f"model.{name}": p.detach() for name, p in pack.head_parameters(member, head).items()}
+    return {f"{PREFIX}{name}": tensor for name, tensor in {**adapter, **head_tensors}.items()}
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or a refusal that names it."""
+    """Return the tensors of a file; refuse one that is absent or damaged, naming it."""
     try:
         untrusted.open_file(path, max_bytes=2**63).close()  # the library would wait for a writer of a FIFO
         return load_file(path)
@@ -157,9 +157,9 @@ def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[st
     }
     for trouble, names in problems.items():
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(
-                f"the saved tensors do not fit: {', '.join(names[:3])}{more} {trouble}", file=path, code=Code.DAMAGED
+                f"the saved tensors do not fit: {', '.join(names[:3])}{rest} {trouble}", file=path, code=Code.DAMAGED
             )
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lora_bench.adapters.base import Adapter, Update
 from lora_bench.adapters.lowrank import init
 from lora_bench.adapters.lowrank.linear import LowRank
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.patterns import limited_matching
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.config import FILE as CONFIG_FILE
@@ -44,7 +45,7 @@ MODEL = f"{PREFIX}model."
 
 
 def attach(config: PeftConfig, backbone: Backbone) -> Pack:
-    """A pack of one that says what peft's model says.
+    """Build a pack of one that computes what PEFT's model computes.
 
     Args:
         config: with the folder that holds the tensors.
@@ -60,16 +61,16 @@ def attach(config: PeftConfig, backbone: Backbone) -> Pack:
     with limited_matching("adapter", file=config.folder / CONFIG_FILE):
         linears = _linears(config, backbone)
         whole = _saved_head(config, backbone)
-        kind = _KINDS[config.kind](config, linears)
+        method = _METHODS[config.peft_type](config, linears)
     path = config.folder / files.TENSORS
     tensors = files.read(path)
-    files.refuse_misfits(path, tensors, {name: tuple(p.shape) for name, p in whole.items()} | kind.shapes())
+    files.refuse_misfits(path, tensors, {name: tuple(p.shape) for name, p in whole.items()} | method.shapes())
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
 
     start = config.values.get("init_lora_weights")
-    updates = {name: _low_rank(linear, kind.product(name, tensors), start) for name, linear in linears.items()}
+    updates = {name: _low_rank(linear, method.product(name, tensors), start) for name, linear in linears.items()}
     in_layers = {name: update for name, update in updates.items() if backbone.layer_of(name) is not None}
-    pack = Pack(backbone, [Member(_Imported(made=in_layers), seed=0)])
+    pack = Pack(backbone, [Member(_Imported(prebuilt=in_layers), seed=0)])
     head = pack.head_parameters(0)
     with torch.no_grad():
         for name in whole:
@@ -82,61 +83,60 @@ def attach(config: PeftConfig, backbone: Backbone) -> Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class _Imported(Adapter):
-    """The method of a member whose updates are made already."""
+    """The method of a member whose updates are built already."""
 
     method: str = "peft"
     default_lr: float = 1.0
     init_from: str | None = None
-    matching: bool | None = False
-    made: dict[str, LowRank]
+    prebuilt: dict[str, LowRank]
 
     def targets(self, backbone: Backbone) -> list[str]:
-        return list(self.made)
+        return list(self.prebuilt)
 
     def updates(self, *_: Any) -> dict[str, Update]:
-        return dict(self.made)
+        return dict(self.prebuilt)
 
 
 # -- which modules --
 
 
 def _linears(config: PeftConfig, backbone: Backbone) -> Linears:
-    """The linears that the adapter changes, by full name."""
+    """Return the linears that the adapter changes, by full name."""
     targets = config.values["target_modules"]
-    found: Linears = {}
+    linears: Linears = {}
     for name, module in backbone.network.named_modules():
         if not config.adapts(name):
             continue
         placed = backbone.layer_of(name) is not None or _within(name, backbone.head_modules)
         if not (isinstance(module, nn.Linear) and placed):
             raise config.refusal("target_modules", targets, f"takes in {name}, no linear of the layers or the head")
-        found[name] = module
-    if not found:
+        linears[name] = module
+    if not linears:
         raise config.refusal("target_modules", targets, "fits no module of the backbone", code=Code.NO_MATCH)
-    return found
+    return linears
 
 
 def _saved_head(config: PeftConfig, backbone: Backbone) -> Tensors:
-    """The head's parameters that the file holds, by their names in it, as the backbone has them."""
-    modules = [name for name, _ in backbone.network.named_modules() if name.endswith(tuple(config.trained_whole))]
+    """Return the head's parameters that the file holds, by their names in it, as the backbone has them."""
+    modules = [name for name, _ in backbone.network.named_modules() if name.endswith(tuple(config.saved_modules))]
     for name in modules:
         if not _within(name, backbone.head_modules):
-            asked = config.values.get("modules_to_save")
-            raise config.refusal("modules_to_save", asked, f"takes in {name}, which is no part of the head")
-    found = {name: p for name, p in backbone.network.named_parameters() if _within(name, modules)}
-    lacking = sorted(name for name in backbone.new_parameters - found.keys() if _within(name, backbone.head_modules))
-    if lacking:
+            requested = config.values.get("modules_to_save")
+            raise config.refusal("modules_to_save", requested, f"takes in {name}, which is no part of the head")
+    saved = {name: p for name, p in backbone.network.named_parameters() if _within(name, modules)}
+    missing = sorted(name for name in backbone.fresh - saved.keys() if _within(name, backbone.head_modules))
+    if missing:
         raise UserError(
-            f"neither this adapter nor the backbone's checkpoint holds {lacking[0]}",
+            f"neither this adapter nor the backbone's checkpoint holds {missing[0]}",
             file=config.folder,
             remedy="With peft, name the head in modules_to_save before training.",
             code=Code.MISSING,
         )
-    return {f"{MODEL}{name}": p for name, p in found.items()}
+    return {f"{MODEL}{name}": p for name, p in saved.items()}
 
 
 def _within(name: str, modules: Iterable[str]) -> bool:
-    """Whether `name` is one of the modules, or lies in one."""
+    """Return whether `name` is one of the modules, or lies in one."""
     return f"{name}.".startswith(tuple(f"{module}." for module in modules))
 
 
@@ -157,16 +157,16 @@ class Product(NamedTuple):
 
 def _low_rank(linear: nn.Linear, product: Product, start: object) -> LowRank:
     A, B, scaling, magnitude = product
-    made = LowRank(linear, torch.zeros_like(A), torch.zeros_like(B), scaling, 0.0, torch.Generator())
+    update = LowRank(linear, torch.zeros_like(A), torch.zeros_like(B), scaling, 0.0, torch.Generator())
     if start in SUBTRACTED_STARTS:
-        made.begin(*init.FROM_WEIGHT[start](linear.weight.detach().float(), made.rank, scaling), subtract=True)
+        update.initialise(*init.FROM_WEIGHT[start](linear.weight.detach().float(), update.rank, scaling), subtract=True)
     with torch.no_grad():
-        made.lora_A.copy_(A)
-        made.lora_B.copy_(B)
+        update.lora_A.copy_(A)
+        update.lora_B.copy_(B)
         if magnitude is not None:
-            made.add_magnitude()
-            made.magnitude.copy_(magnitude)  # type: ignore[union-attr]
-    return made
+            update.add_magnitude()
+            update.magnitude.copy_(magnitude)  # type: ignore[union-attr]
+    return update
 
 
 class _Lora:
@@ -182,13 +182,13 @@ class _Lora:
         self.has_magnitude = bool(config.values.get("use_dora"))
 
     def shapes(self) -> Shapes:
-        found: Shapes = {}
+        shapes: Shapes = {}
         for name, linear in self.linears.items():
-            found[f"{MODEL}{name}.lora_A.weight"] = (self.ranks[name], linear.in_features)
-            found[f"{MODEL}{name}.lora_B.weight"] = (linear.out_features, self.ranks[name])
+            shapes[f"{MODEL}{name}.lora_A.weight"] = (self.ranks[name], linear.in_features)
+            shapes[f"{MODEL}{name}.lora_B.weight"] = (linear.out_features, self.ranks[name])
             if self.has_magnitude:
-                found[f"{MODEL}{name}.lora_magnitude_vector"] = (linear.out_features,)
-        return found
+                shapes[f"{MODEL}{name}.lora_magnitude_vector"] = (linear.out_features,)
+        return shapes
 
     def product(self, name: str, tensors: Tensors) -> Product:
         A, B = (tensors[f"{MODEL}{name}.{key}.weight"] for key in ("lora_A", "lora_B"))
@@ -211,12 +211,12 @@ class _AdaLora:
             self.ranks[name] = sum(map(bool, kept))
 
     def shapes(self) -> Shapes:
-        found: Shapes = {}
+        shapes: Shapes = {}
         for name, linear in self.linears.items():
-            found[f"{MODEL}{name}.lora_A"] = (self.ranks[name], linear.in_features)
-            found[f"{MODEL}{name}.lora_E"] = (self.ranks[name], 1)
-            found[f"{MODEL}{name}.lora_B"] = (linear.out_features, self.ranks[name])
-        return found
+            shapes[f"{MODEL}{name}.lora_A"] = (self.ranks[name], linear.in_features)
+            shapes[f"{MODEL}{name}.lora_E"] = (self.ranks[name], 1)
+            shapes[f"{MODEL}{name}.lora_B"] = (linear.out_features, self.ranks[name])
+        return shapes
 
     def product(self, name: str, tensors: Tensors) -> Product:
         A, E, B = (tensors[f"{MODEL}{name}.{key}"] for key in ("lora_A", "lora_E", "lora_B"))
@@ -233,14 +233,14 @@ class _Vera:
 
     def shapes(self) -> Shapes:
         linears = self.linears.values()
-        found: Shapes = {
+        shapes: Shapes = {
             f"{PREFIX}vera_A": (self.rank, max(linear.in_features for linear in linears)),
             f"{PREFIX}vera_B": (max(linear.out_features for linear in linears), self.rank),
         }
         for name, linear in self.linears.items():
-            found[f"{MODEL}{name}.vera_lambda_d"] = (self.rank,)
-            found[f"{MODEL}{name}.vera_lambda_b"] = (linear.out_features,)
-        return found
+            shapes[f"{MODEL}{name}.vera_lambda_d"] = (self.rank,)
+            shapes[f"{MODEL}{name}.vera_lambda_b"] = (linear.out_features,)
+        return shapes
 
     def product(self, name: str, tensors: Tensors) -> Product:
         linear = self.linears[name]
@@ -250,4 +250,4 @@ class _Vera:
         return Product(d[:, None] * A, b[:, None] * B, 1.0)
 
 
-_KINDS: dict[str, type[_Lora] | type[_AdaLora] | type[_Vera]] = {"LORA": _Lora, "ADALORA": _AdaLora, "VERA": _Vera}
+_METHODS: dict[str, type[_Lora] | type[_AdaLora] | type[_Vera]] = {"LORA": _Lora, "ADALORA": _AdaLora, "VERA": _Vera}

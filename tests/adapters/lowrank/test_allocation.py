@@ -119,22 +119,22 @@ def test_shares_that_cannot_be_given_out_are_refused(
 # -- explicit patterns --
 
 
-def given_ranks(*rules: str, default: int = 4, cap: int = 16) -> list[int]:
+def assigned_ranks(*rules: str, default: int = 4, cap: int = 16) -> list[int]:
     return list(pattern(NAMES, list(rules), default, dict.fromkeys(NAMES, cap)).values())
 
 
 def test_the_first_rule_that_matches_a_whole_name_holds() -> None:
-    assert given_ranks() == [4, 4, 4, 4]
-    assert given_ranks(".*query=16", ".*value=0") == [16, 0, 16, 0]
-    assert given_ranks(r"layer\.1.*=2") == [4, 4, 2, 2]
-    assert given_ranks(r"layer\.1\.query=3", ".*query=7") == [7, 4, 3, 4]
-    assert given_ranks("(?=.*1)(?!.*key).*=5") == [4, 4, 5, 5]  # the last = parts expression and rank
+    assert assigned_ranks() == [4, 4, 4, 4]
+    assert assigned_ranks(".*query=16", ".*value=0") == [16, 0, 16, 0]
+    assert assigned_ranks(r"layer\.1.*=2") == [4, 4, 2, 2]
+    assert assigned_ranks(r"layer\.1\.query=3", ".*query=7") == [7, 4, 3, 4]
+    assert assigned_ranks("(?=.*1)(?!.*key).*=5") == [4, 4, 5, 5]  # the last = parts expression and rank
 
 
 @pytest.mark.parametrize("rule", ["", "query", "=8", ".*query=", ".*=-1", ".*query=2.5", ".*=x", ".*= 8", ".*=٣"])
 def test_a_malformed_rule_is_refused(rule: str) -> None:
     with refuses(Code.INVALID_SYNTAX, key="allocation") as caught:
-        given_ranks(rule)
+        assigned_ranks(rule)
     assert caught.value.value == rule
     assert "EXPRESSION=RANK" in str(caught.value)
 
@@ -154,7 +154,7 @@ def test_rules_that_cannot_be_followed_are_refused(
     rules: tuple[str, ...], code: Code, value: str | None, named_in_error: list[str]
 ) -> None:
     with refuses(code, key="allocation") as caught:
-        given_ranks(*rules)
+        assigned_ranks(*rules)
     assert caught.value.value == value
     for name in named_in_error:
         assert name in str(caught.value)
@@ -162,14 +162,14 @@ def test_rules_that_cannot_be_followed_are_refused(
 
 def test_the_rule_that_is_suggested_works() -> None:
     with refuses(Code.NO_MATCH, key="allocation") as caught:
-        given_ranks("query=8")
+        assigned_ranks("query=8")
     (suggestion,) = re.findall("'(.*)'", str(caught.value))
-    assert given_ranks(suggestion) == [8, 4, 8, 4]
+    assert assigned_ranks(suggestion) == [8, 4, 8, 4]
 
 
 def test_a_default_above_a_cap_is_the_ranks_fault() -> None:
     with refuses(Code.INVALID_VALUE, key="rank") as caught:
-        given_ranks(".*query=8", default=40)
+        assigned_ranks(".*query=8", default=40)
     for name in ("40", "16", "layer.0.value"):
         assert name in str(caught.value)
 

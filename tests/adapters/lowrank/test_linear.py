@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.lowrank.linear import LowRank, _LowRankLinear
 from lora_bench.adapters.lowrank.quantization import quantize
-from lora_bench.adapters.pack.pack import stream
+from lora_bench.adapters.pack.member import stream
 from tests.adapters.tools import assert_close
 from tests.backbones.tools import enliven
 
@@ -50,7 +50,7 @@ def test_a_magnitude_is_equation_5_of_dora(start: bool, bias: bool) -> None:
     W, s = base.weight, made.scaling
     subtracted = torch.zeros(OUT, IN)
     if start:
-        made.begin(draw(RANK, IN, seed=3), draw(OUT, RANK, seed=4), subtract=True)
+        made.initialise(draw(RANK, IN, seed=3), draw(OUT, RANK, seed=4), subtract=True)
         subtracted = s * made.lora_B.detach() @ made.lora_A.detach()
     made.add_magnitude()
     assert made.magnitude is not None
@@ -104,7 +104,7 @@ def test_a_ratio_close_to_1_is_not_rounded_before_it_is_used() -> None:
 def test_a_magnitude_begins_at_the_norms_and_changes_nothing() -> None:
     base = linear()
     made = low_rank(base)
-    made.begin(draw(RANK, IN), torch.zeros(OUT, RANK), subtract=False)
+    made.initialise(draw(RANK, IN), torch.zeros(OUT, RANK), subtract=False)
     made.add_magnitude()
     x = draw(4, IN)
     torch.testing.assert_close(made.magnitude, base.weight.norm(dim=1))
@@ -115,7 +115,7 @@ def test_a_magnitude_begins_at_the_norms_and_changes_nothing() -> None:
 def test_a_subtracted_start_is_exactly_the_backbones_function(dtype: torch.dtype) -> None:
     base = linear(dtype)
     made = low_rank(base)
-    made.begin(draw(RANK, IN), draw(OUT, RANK), subtract=True)
+    made.initialise(draw(RANK, IN), draw(OUT, RANK), subtract=True)
     x = draw(2, 5, IN).to(dtype)
     assert torch.equal(output(made, base, x), base(x))
     assert torch.equal(made.merge(base.weight.float(), None)[0], base.weight.float())
@@ -126,7 +126,7 @@ def test_small_steps_away_from_a_large_start_survive_bf16() -> None:
     base = linear(torch.bfloat16, bias=False)
     base.weight.zero_()
     made = low_rank(base, scaling=1.0)
-    made.begin(draw(RANK, IN), draw(OUT, RANK), subtract=True)
+    made.initialise(draw(RANK, IN), draw(OUT, RANK), subtract=True)
     before = made.lora_B.detach() @ made.lora_A.detach()
     with torch.no_grad():
         made.lora_A.add_(draw(RANK, IN, seed=7, scale=1e-3))
@@ -142,9 +142,9 @@ def test_small_steps_away_from_a_large_start_survive_bf16() -> None:
 def test_the_same_change_is_a_lora_of_twice_the_rank() -> None:
     base = linear()
     made = low_rank(base)
-    made.begin(draw(RANK, IN), draw(OUT, RANK), subtract=True)
+    made.initialise(draw(RANK, IN), draw(OUT, RANK), subtract=True)
     move(made)
-    saved = made.saved()
+    saved = made.to_tensors()
     assert {name: tuple(t.shape) for name, t in saved.items()} == {
         "lora_A.weight": (2 * RANK, IN),
         "lora_B.weight": (OUT, 2 * RANK),
@@ -163,14 +163,14 @@ def test_what_is_saved_comes_back_bit_for_bit(kind: str | None, subtract: bool, 
         made = low_rank(base)
         if kind:
             made.quantize_base(quantize(base.weight * scale, kind))
-        made.begin(draw(RANK, IN, scale=scale), draw(OUT, RANK, scale=scale), subtract=subtract)
+        made.initialise(draw(RANK, IN, scale=scale), draw(OUT, RANK, scale=scale), subtract=subtract)
         if magnitude:
             made.add_magnitude()
         return made
 
     made, other = make(1.0), make(0.5)
     move(made)
-    other.restore({name: tensor.clone() for name, tensor in made.saved().items()})
+    other.load_tensors({name: tensor.clone() for name, tensor in made.to_tensors().items()})
     x = draw(2, 5, IN)
     assert torch.equal(output(other, base, x), output(made, base, x))
     assert_close(dict(other.state_dict()), dict(made.state_dict()), atol=0)
@@ -196,7 +196,7 @@ def test_a_frozen_factor_is_kept_and_not_trained() -> None:
     base = linear()
     made = low_rank(base, freeze_A=True)
     assert set(dict(made.named_parameters())) == {"lora_B"}
-    assert torch.equal(made.saved()["lora_A.weight"], draw(RANK, IN, seed=1, scale=0.3))
+    assert torch.equal(made.to_tensors()["lora_A.weight"], draw(RANK, IN, seed=1, scale=0.3))
     output(made, base, draw(2, IN)).sum().backward()
     assert made.lora_A.grad is None
     assert made.lora_B.grad is not None
@@ -224,7 +224,7 @@ def test_a_start_sets_the_magnitude_to_the_norms_of_what_it_begins_as() -> None:
     made = low_rank(base)
     made.add_magnitude()
     A, B = draw(RANK, IN, seed=3), draw(OUT, RANK, seed=4)
-    made.begin(A, B, subtract=False)
+    made.initialise(A, B, subtract=False)
     started = base.weight + made.scaling * B @ A
     torch.testing.assert_close(made.magnitude, started.norm(dim=1))
     torch.testing.assert_close(made.merge(base.weight, base.bias)[0], started, atol=1e-5, rtol=0)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_bench.adapters.lowrank.quantization import KINDS, Quantized, loftq, quantize
+from lora_bench.adapters.lowrank.quantization import QUANT_TYPES, Quantized, loftq, quantize
 
 BITS = {"nf4": 4, "int8": 8, "int4": 4, "int2": 2}
 # Appendix E of the QLoRA paper (arXiv 2305.14314).
@@ -47,7 +47,7 @@ def loss(weight: Tensor, quantized: Quantized, lora_A: Tensor | None = None, lor
 
 
 def test_there_are_the_four_kinds() -> None:
-    assert set(KINDS) == set(BITS)
+    assert set(QUANT_TYPES) == set(BITS)
 
 
 def test_nf4_has_the_published_levels() -> None:
@@ -102,7 +102,7 @@ def test_each_block_of_64_has_a_scale_of_its_own() -> None:
 # -- what holds for every kind --
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_each_value_becomes_its_nearest_level(kind: str) -> None:
     weight = draw(48, 64)
     scales = weight.abs().amax(1, keepdim=True).double()
@@ -122,7 +122,7 @@ def test_no_value_is_off_by_more_than_half_the_widest_gap(kind: str, bound: floa
 
 def test_on_normal_weights_nf4_beats_int4_and_more_bits_beat_fewer() -> None:
     weight = draw(256, 256)
-    lost = {kind: loss(weight, quantize(weight, kind)) for kind in KINDS}
+    lost = {kind: loss(weight, quantize(weight, kind)) for kind in QUANT_TYPES}
     assert lost["int8"] < lost["nf4"] < lost["int4"] < lost["int2"]
     assert lost["nf4"] < 0.1 < lost["int4"] < 0.12
 
@@ -137,7 +137,7 @@ def test_a_value_costs_its_bits_and_half_a_bit_of_scale(kind: str, stored: float
 
 @settings(deadline=None, max_examples=60)
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 70), kind=st.sampled_from(KINDS), power=st.integers(-12, 12),
+    rows=st.integers(1, 9), columns=st.integers(1, 70), kind=st.sampled_from(QUANT_TYPES), power=st.integers(-12, 12),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_size_keeps_its_shape_and_is_quantised_once_and_for_all(
@@ -154,11 +154,11 @@ def test_any_size_keeps_its_shape_and_is_quantised_once_and_for_all(
     assert torch.equal(again.dequantize(), left)
     assert torch.equal(again.codes, made.codes)
     assert torch.equal(again.scales, made.scales)
-    stored = (made.codes.clone(), made.scales.clone(), tuple(made.shape), made.kind)
+    stored = (made.codes.clone(), made.scales.clone(), tuple(made.shape), made.quant_type)
     assert torch.equal(Quantized(*stored).dequantize(), left)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_zeros_stay_zero_beside_other_blocks(kind: str) -> None:
     weight = torch.cat([torch.zeros(2, 64), draw(1, 64)])
     left = quantize(weight, kind).dequantize()
@@ -168,7 +168,7 @@ def test_zeros_stay_zero_beside_other_blocks(kind: str) -> None:
     assert (quantize(torch.zeros(2, 64), "nf4").codes == 0x77).all()  # the number of its level 0, twice
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_a_value_that_is_no_finite_number_is_not_hidden(kind: str) -> None:
     for wrong in (math.nan, math.inf, -math.inf):
         weight = draw(2, 64)
@@ -218,7 +218,7 @@ def numpy_loftq(weight: Tensor, rank: int, kind: str, iterations: int) -> list[t
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_loftq_is_the_best_iterate_of_algorithm_1(kind: str, rank: int) -> None:
     weight = draw(48, 80)
     Q, lora_A, lora_B = loftq(weight, rank, kind, 5)
@@ -226,11 +226,11 @@ def test_loftq_is_the_best_iterate_of_algorithm_1(kind: str, rank: int) -> None:
     assert np.array_equal(Q.dequantize().numpy(), best[0])
     np.testing.assert_allclose((lora_B.double() @ lora_A.double()).numpy(), best[1], atol=1e-7)
     assert (lora_A.shape, lora_B.shape) == ((rank, 80), (48, rank))
-    assert (lora_A.dtype, lora_B.dtype, Q.kind) == (torch.float32, torch.float32, kind)
+    assert (lora_A.dtype, lora_B.dtype, Q.quant_type) == (torch.float32, torch.float32, kind)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 32])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_loftq_is_closer_than_quantising_alone_and_more_iterations_are_never_worse(kind: str, rank: int) -> None:
     weight = draw(80, 48, seed=1)
     alone = loss(weight, quantize(weight, kind))
@@ -261,7 +261,7 @@ def test_one_iteration_keeps_the_largest_singular_values_of_what_is_lost_halved_
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24), (24, 24)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_full_rank_leaves_nothing(kind: str, shape: tuple[int, int]) -> None:
     weight = draw(*shape)
     assert loss(weight, *loftq(weight, 24, kind, 2)) < 1e-6
@@ -277,7 +277,7 @@ def test_signs_are_fixed_and_the_result_repeats() -> None:
     assert torch.equal(B, lora_B)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_a_weight_that_loses_nothing_needs_no_correction(kind: str) -> None:
     for weight in (torch.zeros(16, 24), quantize(draw(16, 24), kind).dequantize()):
         Q, lora_A, lora_B = loftq(weight, 4, kind, 3)

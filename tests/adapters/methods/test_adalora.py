@@ -15,8 +15,9 @@ from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from torch import Tensor, nn
 
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.methods.adalora import AdaLoRA, Triplets
-from lora_bench.adapters.pack.pack import Member, Pack, stream
+from lora_bench.adapters.methods.adalora import AdaLoRA, AdaLoRAUpdate
+from lora_bench.adapters.pack.member import Member, stream
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
 from lora_bench.errors import Code
 from tests.adapters.tools import adapter, assert_close, merged_logits, pack, stir, train, trainer
@@ -42,7 +43,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def update(*overrides: str, seed: int = 0, base: nn.Linear = BASE) -> Triplets:
+def update(*overrides: str, seed: int = 0, base: nn.Linear = BASE) -> AdaLoRAUpdate:
     return settings(*overrides).update("some.linear", base, stream(seed, "adapter"), stream(seed, "dropout"))
 
 
@@ -177,7 +178,7 @@ def test_scores_of_two_triplets_over_two_steps_by_hand() -> None:
     #                -2              2                 1.25                 .28125                      .3515625
     #   P = 1 -2  g = 1 1        I = 1 2      smooth = .5 1        unsure = .125 .25
     #             g = 0 0        I = 0 0      smooth = .25 .5      unsure = .15625 .3125      product = .0390625 .15625
-    made = Triplets(torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[1.0, -2]]), 1.0, 0.0, stream(0, "dropout"))
+    made = AdaLoRAUpdate(torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[1.0, -2]]), 1.0, 0.0, stream(0, "dropout"))
     with torch.no_grad():
         made.lora_E.copy_(torch.tensor([[2.0], [-1]]))
     gradients: list[dict[str, list[list[float]]]] = [
@@ -200,14 +201,14 @@ def feed(parameters: Iterable[nn.Parameter], step: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def two(chosen: AdaLoRA) -> dict[str, Triplets]:
+def two(chosen: AdaLoRA) -> dict[str, AdaLoRAUpdate]:
     """Updates of two unlike linears."""
     bases = {"one": BASE, "other": enliven(nn.Linear(20, 40))}
     return {name: chosen.update(name, base, stream(0, name), stream(0, "dropout")) for name, base in bases.items()}
 
 
 def walk(
-    chosen: AdaLoRA, updates: dict[str, Triplets], steps: int, look: Callable[[int], object] = lambda step: None
+    chosen: AdaLoRA, updates: dict[str, AdaLoRAUpdate], steps: int, look: Callable[[int], object] = lambda step: None
 ) -> None:
     """Call the hook for every step of a made-up run, and look after each."""
     for step in range(1, steps + 1):
@@ -349,7 +350,7 @@ def pruned(folder: Path) -> Pack:
     """A pack with unlike ranks on a saved body, one module left with nothing."""
     made = stir(pack("bert", (settings("rank=3", "alpha=7"), 0), backbone=make("bert", f"model.path={folder}"))).eval()
     for i, each in enumerate(made.updates[0].values()):
-        assert isinstance(each, Triplets)
+        assert isinstance(each, AdaLoRAUpdate)
         each.keep(torch.tensor([(i + j) % 5 < i % 4 for j in range(5)]))
     assert set(made.ranks(0).values()) == {0, 1, 2, 3}
     return made

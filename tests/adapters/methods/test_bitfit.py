@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
 from lora_bench.errors import Code
 from tests.adapters.tools import adapter, assert_close, merged_logits, optimizer, pack, stir, train, trainer

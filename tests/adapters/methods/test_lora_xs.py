@@ -11,8 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.methods.lora_xs import SIGMA, Between
-from lora_bench.adapters.pack.pack import Member, Pack, stream
+from lora_bench.adapters.methods.lora_xs import SIGMA, LoRAXSUpdate
+from lora_bench.adapters.pack.member import Member, stream
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
 from lora_bench.errors import Code
 from tests.adapters.tools import adapter, assert_close, assert_out_of_range, merged_logits, pack, stir, train, trainer
@@ -27,9 +28,9 @@ TALL, WIDE = enliven(nn.Linear(32, 48)), enliven(nn.Linear(48, 32))
 either_shape = pytest.mark.parametrize("base", [TALL, WIDE], ids=["tall", "wide"])
 
 
-def update(base: Any, *overrides: str, seed: int = 0) -> Between:
+def update(base: Any, *overrides: str, seed: int = 0) -> LoRAXSUpdate:
     made = adapter("lora_xs", *overrides).update("some.linear", base, stream(seed, "adapter"), stream(seed, "dropout"))
-    assert isinstance(made, Between)
+    assert isinstance(made, LoRAXSUpdate)
     return made
 
 
@@ -112,7 +113,7 @@ def test_two_seeds_in_a_pack_learn_what_they_learn_alone() -> None:
 
 def test_dropout_falls_on_the_updates_input_alone_and_only_in_training() -> None:
     made = enliven(update(WIDE, "rank=6", "dropout=0.5", seed=3))
-    assert isinstance(made, Between)
+    assert isinstance(made, LoRAXSUpdate)
     delta = made.merge(torch.zeros_like(WIDE.weight), None)[0].detach()
     x = draw(2, 5, 48)
     y = WIDE(x)
@@ -161,11 +162,11 @@ def test_peft_reads_it_as_a_lora_and_says_the_same(tmp_path: Path) -> None:
 def test_a_file_gives_back_the_same_tensors_without_a_decomposition(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = adapter("lora_xs", "rank=6")
     made = enliven(update(base, "rank=6"))
-    assert isinstance(made, Between)
+    assert isinstance(made, LoRAXSUpdate)
     monkeypatch.delattr("lora_bench.adapters.methods.lora_xs.singular_triplets")
     other = settings.update("some.linear", base, None, stream(1, "dropout"))
     assert not any(tensor.any() for tensor in other.state_dict().values())
-    other.restore({name: tensor.clone() for name, tensor in made.saved().items()})
+    other.load_tensors({name: tensor.clone() for name, tensor in made.to_tensors().items()})
     assert_close(other.state_dict(), made.state_dict(), atol=0)
 
 

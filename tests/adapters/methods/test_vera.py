@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import transformers
 
 from lora_bench.adapters.lowrank.linear import keep_mask
-from lora_bench.adapters.pack.pack import Member, Pack, stream
+from lora_bench.adapters.pack.member import Member, stream
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
 from tests.adapters.tools import (
     adapter,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lora_bench.adapters.methods.vera import Scaled
+    from lora_bench.adapters.methods.vera import VeRAUpdate
 
 # peft asks transformers for a property that is going away.
 of_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -44,7 +45,7 @@ def vera(form: str, *overrides: str, seed: int = 0) -> Pack:
     return pack(form, (adapter("vera", *overrides), seed))
 
 
-def scaled(made: Pack, member: int = 0) -> dict[str, Scaled]:
+def scaled(made: Pack, member: int = 0) -> dict[str, VeRAUpdate]:
     return made.updates[member]  # type: ignore[return-value]
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lora_bench.adapters.pack.batched_lora import Together
-from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.adapters.pack.batched_lora import BatchedLoRA
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
 from tests.adapters.tools import adapter, assert_close, doubled, optimizer, pack, stir, tables, train, trainer
 from tests.backbones.tools import FORMS, make, random_batch
 from tests.training.tools import fit, prepare
@@ -82,7 +83,7 @@ def test_micro_batches_add_up_and_members_that_end_leave_the_others() -> None:
 def test_very_unlike_ranks_are_not_all_padded_to_the_largest() -> None:
     made = together("bert", [lora(f"rank={rank}") for rank in (1, 2, 4, 8, 16, 32)])
     first = next(iter(made.updates[0]))
-    sizes = Together([made.updates[k][first] for k in range(6)]).sizes  # type: ignore[misc]
+    sizes = BatchedLoRA([made.updates[k][first] for k in range(6)]).sizes  # type: ignore[misc]
     assert sizes == [4, 2]
 
 

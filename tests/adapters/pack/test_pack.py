@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_bench.adapters.methods.lora import LoRA
+from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
-from lora_bench.adapters.pack.pack import stream
 from lora_bench.errors import Code
 from lora_bench.training.prediction import predict
 from tests.adapters.tools import adapter, assert_close, doubled, optimizer, pack, stir, tables, train, trainer

@@ -1,0 +1,75 @@
+"""Attach members to a backbone's network, and detach them again.
+
+    an adapted module (a linear)   ->  AdaptedLinear    the frozen module, and each member's update
+    a module of the head           ->  MemberHeads      copies for each member, in fp32
+
+Detaching puts the very same modules back.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_bench.adapters.pack.member import stream
+from lora_bench.adapters.pack.member_modules import AdaptedLinear, MemberHeads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from lora_bench.adapters.base import Update
+    from lora_bench.adapters.pack.member import Member
+    from lora_bench.adapters.pack.member_modules import ActiveMembers
+    from lora_bench.backbones.base import Backbone
+
+
+def attach_updates(network: nn.Module, updates: Sequence[dict[str, Update]], active: ActiveMembers) -> None:
+    """Put every member's updates beside the modules that they adapt.
+
+    Args:
+        network: of the backbone; no update is attached to it.
+        updates: by module name, one mapping per member.
+        active: the members that a forward pass computes.
+    """
+    for name in dict.fromkeys(name for of_member in updates for name in of_member):
+        base = network.get_submodule(name)
+        _replace(network, name, AdaptedLinear(base, [of_member.get(name) for of_member in updates], active))
+
+
+def attach_heads(backbone: Backbone, members: Sequence[Member], active: ActiveMembers) -> None:
+    """Give every member its own copies of the head, one for each of its tasks, which all start alike."""
+    for name in backbone.head_modules:
+        original = backbone.network.get_submodule(name)
+        copies = [[_new_head(backbone, name, original, member) for _ in range(member.heads)] for member in members]
+        _replace(backbone.network, name, MemberHeads(original, copies, active))
+
+
+def detach(network: nn.Module, *classes: type[AdaptedLinear | MemberHeads]) -> None:
+    """Put back the network's modules that instances of these classes have replaced."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, classes):
+            _replace(network, name, module.base if isinstance(module, AdaptedLinear) else module.original[0])
+
+
+def _new_head(backbone: Backbone, name: str, original: nn.Module, member: Member) -> nn.Module:
+    """Return a trainable fp32 copy of a head module.
+
+    Parameters that the checkpoint did not hold are drawn from the member's seed, as transformers draws a new
+    classifier: normal weights; zero biases and unit norms stay as they are.
+    """
+    head = copy.deepcopy(original).float().requires_grad_(True)
+    generator = stream(member.seed_of("init"), f"head/{name}")
+    for key, p in head.named_parameters():
+        if f"{name}.{key}" in backbone.fresh and p.ndim > 1:
+            drawn = torch.empty(p.shape).normal_(0.0, backbone.initializer_range, generator=generator)
+            p.data.copy_(drawn)
+    return head
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

@@ -1,0 +1,183 @@
+"""The members of a pack and their state: parameters, counts, ranks, state dicts, merged weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_bench.adapters.pack.member import stream
+from lora_bench.adapters.pack.member_modules import MemberHeads
+from lora_bench.errors import Code, UserError
+from lora_bench.head.pair_features import PairFeatures
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.adapters.base import Update
+    from lora_bench.adapters.pack.member import Member
+    from lora_bench.backbones.base import Backbone
+
+
+class PackState(nn.Module):
+    """K members of one backbone, and the tensors of each: what it trains, saves and loads.
+
+    Args:
+        backbone: not changed here.
+        members: the K members.
+
+    Raises:
+        UserError: a member's targets, rank or pair features do not fit the backbone, or `full` is packed with others.
+    """
+
+    def __init__(self, backbone: Backbone, members: Sequence[Member]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.network = backbone.network
+        self.members = list(members)
+        self.trains_backbone = any(member.adapter.trains_backbone for member in members)
+        if self.trains_backbone and len(members) > 1:
+            raise UserError(
+                "trains the backbone itself, so it cannot be packed with other members",
+                key="adapter.method",
+                value="full",
+                code=Code.UNSUPPORTED,
+            )
+        try:
+            self.dropout = [stream(member.seed_of("dropout"), "dropout", backbone.device) for member in members]
+            self.targets = [member.adapter.targets(backbone) for member in members]
+            self.updates = [self._new_updates(k, member.saved_ranks) for k, member in enumerate(members)]
+        except UserError as error:
+            raise error.under("adapter") from None
+        self.assigned_ranks = [member.saved_ranks for member in members]
+        """Ranks by module that each member's updates were built with; None where its method's settings gave them."""
+        self.pair_features = nn.ModuleDict(
+            {
+                str(k): PairFeatures(backbone.hidden_size, backbone.device)
+                for k, member in enumerate(members)
+                if _has_pair_features(member, backbone)
+            }
+        )
+        """By member number as text; members without pair features are absent."""
+
+    @property
+    def size(self) -> int:
+        """K, the number of members."""
+        return len(self.members)
+
+    # -- parameters --
+
+    def adapter_parameters(self, member: int) -> dict[str, nn.Parameter]:
+        """Return the member's adapter parameters by `<module>.<parameter>`.
+
+        With `full` these are the backbone's own, under their own names.
+        """
+        if self.trains_backbone:
+            return {name: p for name, p in self.network.named_parameters() if ".copies." not in name}
+        return {
+            f"{name}.{key}": p for name, update in self.updates[member].items() for key, p in update.named_parameters()
+        }
+
+    def head_parameters(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
+        """Return the parameters of the member's heads by their names in the Hugging Face model.
+
+        Args:
+            member: its number in the pack.
+            head: the number of one head; None: all of them, those after the first below `head_<i>.`.
+        """
+        heads_by_name = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
+        modules: dict[str, nn.Module] = {
+            f"{f'head_{i}.' if i and head is None else ''}{name}": heads.of(member, i)
+            for i in (range(self.members[member].heads) if head is None else [head])
+            for name, heads in heads_by_name.items()
+            if isinstance(heads, MemberHeads)
+        }
+        if str(member) in self.pair_features:
+            modules["matching"] = self.pair_features[str(member)]  # the name in adapter files
+        return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+
+    def trainable(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
+        """Return everything that the member trains: its adapter, and all its heads or the one of this number."""
+        return {**self.adapter_parameters(member), **self.head_parameters(member, head)}
+
+    def tensors(self, member: int) -> list[Tensor]:
+        """Return the member's trained tensors, and the frozen ones that belong to its adapter."""
+        buffers = [buffer for update in self.updates[member].values() for buffer in update.buffers()]
+        return [*self.trainable(member).values(), *buffers]
+
+    def count_parameters(self, member: int, head: int | None = None) -> dict[str, int]:
+        """Count the member's parameters: `adapter`, `head`, `trainable` (both), `total` (with the frozen ones).
+
+        Args:
+            member: its number in the pack.
+            head: count this head only; None: all heads.
+        """
+        adapter = sum(p.numel() for p in self.adapter_parameters(member).values())
+        heads = sum(p.numel() for p in self.head_parameters(member, head).values())
+        trained = sum(p.numel() for k in range(self.size) for p in self.trainable(k).values())
+        frozen = sum(p.numel() for p in self.parameters()) - trained
+        return {"adapter": adapter, "head": heads, "trainable": adapter + heads, "total": frozen + adapter + heads}
+
+    # -- state dicts --
+
+    def state(self, member: int, head: int | None = None) -> dict[str, Tensor]:
+        """Return CPU copies of the member's trained tensors, with all heads or the one of this number."""
+        return {name: p.detach().cpu().clone() for name, p in self.trainable(member, head).items()}
+
+    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
+        """Load tensors that `state` returned.
+
+        Raises:
+            UserError: tensors are missing, superfluous, of another shape or not finite; nothing is loaded then.
+        """
+        parameters = self.trainable(member)
+        misfits = (
+            sorted(parameters.keys() ^ state.keys())
+            or [name for name, p in parameters.items() if state[name].shape != p.shape]
+            or [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        )
+        if misfits:
+            raise UserError(
+                f"the saved tensors do not fit this backbone and adapter: {', '.join(misfits[:3])}", code=Code.DAMAGED
+            )
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(state[name])
+
+    def ranks(self, member: int) -> dict[str, int]:
+        """Return the rank of each of the member's targets; 0 where it is not adapted or the method has no ranks."""
+        updates = self.updates[member]
+        return {name: updates[name].rank if name in updates else 0 for name in self.targets[member]}
+
+    def merged(self, member: int) -> dict[str, Tensor]:
+        """Return the adapted weights and biases in fp32, by name.
+
+        Put into the plain network, they compute what this member computes, excluding the head.
+        """
+        merged: dict[str, Tensor] = {}
+        for name, update in self.updates[member].items():
+            base: Any = self.network.get_submodule(name)
+            with torch.no_grad():
+                weight, bias = update.merge(base.weight.float(), None if base.bias is None else base.bias.float())
+            merged |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
+        return merged
+
+    def _new_updates(self, member: int, ranks: dict[str, int] | None) -> dict[str, Update]:
+        settings = self.members[member]
+        init = None if settings.saved_ranks else stream(settings.seed_of("init"), "adapter")
+        return settings.adapter.updates(self.backbone, init, self.dropout[member], ranks)
+
+
+def _has_pair_features(member: Member, backbone: Backbone) -> bool:
+    """Return whether a member has pair features; refuse them where the backbone reads both texts as one."""
+    requested, possible = member.pair_features, backbone.tells_texts_apart
+    if requested and not possible:
+        raise UserError(
+            "needs to know where the second text begins, and this model reads both as one",
+            key="head.pair_features",
+            value="true",
+            remedy="Set head.pair_features=false.",
+            code=Code.UNSUPPORTED,
+        )
+    return possible if requested is None else requested
