@@ -217,7 +217,7 @@ def _train(cfg: DictConfig) -> None:
             if cfg.dry_run:
                 from lora_bench.sweeps import cost_estimate  # torch: late
 
-                cost_estimate.show(job, Console(quiet=True) if beside else console)
+                cost_estimate.print_run_estimate(job, Console(quiet=True) if beside else console)
             else:
                 from lora_bench.train import train
 

@@ -23,7 +23,7 @@ from lora_bench.files.atomic_io import plain
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.preflight import check_settings
 
-PLACE = "hydra.sweep.subdir"
+SUBDIR_KEY = "hydra.sweep.subdir"
 """The key of a job's folder below the sweep's."""
 
 Batch: TypeAlias = dict[int, list[str]]
@@ -163,7 +163,7 @@ class GridSweeper(BasicSweeper):
         from lora_bench.records import run_folder
 
         for name, job in begun.items():
-            if [text for text in job if not text.startswith(f"{PLACE}=")] in self.whole:
+            if [text for text in job if not text.startswith(f"{SUBDIR_KEY}=")] in self.whole:
                 place = folder / name
                 if (place / "run.json").exists() and run_folder.read(place)["status"] == "done":
                     return str(place)
@@ -209,13 +209,13 @@ class GridSweeper(BasicSweeper):
         for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
             if sweep_folder.leads_out(name):
-                raise UserError("leads out of the sweep's folder", key=PLACE, value=name, code=Code.FORBIDDEN)
+                raise UserError("leads out of the sweep's folder", key=SUBDIR_KEY, value=name, code=Code.FORBIDDEN)
             if identity in asked:
                 reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
                 raise UserError(reason, key="sweep", remedy="Leave one of them out.", code=Code.CONFLICT)
             asked[identity] = job
             if name in found:
-                raise UserError("gives two jobs the same folder", key=PLACE, value=name, code=Code.CONFLICT)
+                raise UserError("gives two jobs the same folder", key=SUBDIR_KEY, value=name, code=Code.CONFLICT)
             found[name] = job
         return found
 
@@ -260,15 +260,15 @@ class GridSweeper(BasicSweeper):
             yield from self.launcher.launch([batch[number] for number in numbers], initial_job_idx=numbers[0])
 
 
-def overrides_of(nested: Any) -> list[str]:
+def to_overrides(nested: Any) -> list[str]:
     """What is set in a config node, as overrides: `trainer: {epochs: 3}` as `trainer.epochs=3`."""
     asked: Any = OmegaConf.to_container(OmegaConf.create(nested))
     return [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
 
 
-def placed(jobs: Iterable[list[str]], stage: str, first: int = 0) -> list[list[str]]:
+def in_subfolders(jobs: Iterable[list[str]], stage: str, first: int = 0) -> list[list[str]]:
     """The jobs, each in a numbered folder below that of its stage."""
-    return [[*job, f"{PLACE}={stage}/{number}"] for number, job in enumerate(jobs, first)]
+    return [[*job, f"{SUBDIR_KEY}={stage}/{number}"] for number, job in enumerate(jobs, first)]
 
 
 def _raise_failures(failures: Sequence[Exception], ran: int) -> None:

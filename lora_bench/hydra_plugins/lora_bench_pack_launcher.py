@@ -60,7 +60,7 @@ class PackedLauncher(BasicLauncher):
                     ended[titles[-1]] = error
                     console.print(shown(f"job {number} failed: {error}", style="red"))
             assert self.config is not None
-            (cost_estimate.run if self.config.dry_run else self._train)(jobs, console, end)
+            (cost_estimate.print_sweep_estimate if self.config.dry_run else self._train)(jobs, console, end)
         finally:
             for job in jobs:
                 if job.begun:
@@ -70,7 +70,7 @@ class PackedLauncher(BasicLauncher):
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
         from lora_bench.sweeps import workers  # torch: late
 
-        workers.run(jobs, console, ended)
+        workers.train_jobs(jobs, console, ended)
 
     def _composed(self, number: int, overrides: list[str], title: str) -> list[Job]:
         """The job; none where its run is done."""

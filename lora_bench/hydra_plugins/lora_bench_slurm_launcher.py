@@ -38,6 +38,6 @@ class SlurmLauncher(PackedLauncher):
 
         assert self.config is not None
         jobs = [replace(job, sweep=None) for job in jobs]  # nodes number the devices of file systems differently
-        slurm.run(
+        slurm.train_jobs(
             jobs, console, ended, asked=self.slurm, folder=Path(self.config.hydra.sweep.dir).absolute() / ".slurm"
         )

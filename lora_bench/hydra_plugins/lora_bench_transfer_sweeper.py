@@ -14,11 +14,17 @@ from hydra.core.config_store import ConfigStore
 
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError, quoted
-from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
+from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
+    SUBDIR_KEY,
+    GridSweeper,
+    GridSweeperConf,
+    in_subfolders,
+    to_overrides,
+)
 from lora_bench.records.sweep_folder import read
 from lora_bench.records.task_folders import folder_of
 from lora_bench.sweeps import transfer_matrix
-from lora_bench.sweeps.transfer_matrix import EVERYTHING, source_of, task_of, told_of
+from lora_bench.sweeps.transfer_matrix import ALL_TASKS, data_overrides, source_of, task_of
 
 
 @dataclass
@@ -44,7 +50,7 @@ class TransferSweeper(GridSweeper):
     def __init__(self, shots: Sequence[int], few: dict[str, Any], together: bool, **grid: Any) -> None:
         super().__init__(**grid)
         self.shots = list(shots)
-        self.few = overrides_of(few)
+        self.few = to_overrides(few)
         self.together = together
         self.combinations: list[list[str]] = []
         """The runs of the first stage: those of one task, and behind them those of all."""
@@ -53,9 +59,9 @@ class TransferSweeper(GridSweeper):
     def _first(self, jobs: list[list[str]]) -> list[list[str]]:
         self.combinations = jobs
         self._refuse_halving()
-        tasks = {task_of(job): told_of(job) for job in jobs}
+        tasks = {task_of(job): data_overrides(job) for job in jobs}
         for job in jobs:
-            if told_of(job) != tasks[task_of(job)]:
+            if data_overrides(job) != tasks[task_of(job)]:
                 raise UserError(
                     "two tasks have one name",
                     key="data",
@@ -70,12 +76,12 @@ class TransferSweeper(GridSweeper):
             )
         if self.together:
             self.combinations = [*jobs, *self._of_all(jobs)]
-        return placed(self.combinations, "train")
+        return in_subfolders(self.combinations, "train")
 
     @staticmethod
     def _of_all(jobs: list[list[str]]) -> Iterator[list[str]]:
         """For each setting of whatever else varies, the run that learns all its tasks."""
-        if any("data.path" in told_of(job) for job in jobs):
+        if any("data.path" in data_overrides(job) for job in jobs):
             remedy = "Write a YAML for each task, and give --config-dir=DIR data=one,other."
             raise UserError(
                 "needs tasks that are choices of data, not folders",
@@ -92,7 +98,7 @@ class TransferSweeper(GridSweeper):
 
     def _later(self, jobs: list[list[str]]) -> list[list[str]]:
         folder = Path(self.config.hydra.sweep.dir) if self.config else Path()
-        return placed(self._from_few(folder, range(len(self.combinations))), "few")
+        return in_subfolders(self._from_few(folder, range(len(self.combinations))), "few")
 
     def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
         """What was trained is scored on the other tasks; then each task from few examples, as far as it is not yet."""
@@ -106,18 +112,18 @@ class TransferSweeper(GridSweeper):
                 self._score_elsewhere(place, self.combinations[number])
         known = [_without_place(job) for name, job in jobs.items() if name.startswith("few/")]
         new = [job for job in self._from_few(folder, done) if _without_place(job) not in known]
-        return placed(new, "few", len(known))
+        return in_subfolders(new, "few", len(known))
 
     def _from_few(self, folder: Path, sources: Sequence[int]) -> Iterator[list[str]]:
         """The jobs of the second stage: of each task and number of examples, from none and from each source."""
         replaced = {key_of(text) for text in self.few} | {"data.train_size"}
         for job in self.combinations:
-            if task_of(job) == EVERYTHING:
+            if task_of(job) == ALL_TASKS:
                 continue
             own = [text for text in job if key_of(text) not in replaced]
             others = [k for k in sources if _fits(self.combinations[k], job)]
             places = {k: (folder / f"train/{k}").absolute() for k in others}
-            several = [k for k in others if task_of(self.combinations[k]) == EVERYTHING]
+            several = [k for k in others if task_of(self.combinations[k]) == ALL_TASKS]
             places |= {k: folder_of(places[k], task_of(job)) for k in several}
             starts = [f"adapter.init_from={quoted(place)}" for place in places.values()]
             for shots in self.shots:
@@ -126,7 +132,7 @@ class TransferSweeper(GridSweeper):
 
     def _score_elsewhere(self, place: Path, job: list[str]) -> None:
         """Score a run of one task on each other task of the sweep, where that has not been done."""
-        if task_of(job) == EVERYTHING:
+        if task_of(job) == ALL_TASKS:
             return
         from rich.console import Console
 
@@ -136,7 +142,7 @@ class TransferSweeper(GridSweeper):
 
         for other in self.combinations:
             name = task_of(other)
-            if name == EVERYTHING or not _fits(job, other) or (str(place), name) in self.scored:
+            if name == ALL_TASKS or not _fits(job, other) or (str(place), name) in self.scored:
                 continue
             self.scored.add((str(place), name))
             if (place / f"evaluations/{name}.json").exists():
@@ -160,7 +166,7 @@ class TransferSweeper(GridSweeper):
 def _without_place(job: Sequence[str]) -> list[str]:
     """What tells jobs of the second stage apart, wherever the sweep's folder lies."""
     starts = [source_of(text.partition("=")[2].strip("'")) for text in job if key_of(text) == "adapter.init_from"]
-    rest = [text for text in job if key_of(text) not in (PLACE, "adapter.init_from")]
+    rest = [text for text in job if key_of(text) not in (SUBDIR_KEY, "adapter.init_from")]
     return [*rest, *map(str, starts)]
 
 
@@ -170,4 +176,4 @@ def _fits(source: Sequence[str], target: Sequence[str]) -> bool:
     def rest(job: Sequence[str]) -> list[str]:
         return [text for text in job if key_of(text).split(".")[0] != "data"]
 
-    return rest(source) == rest(target) and told_of(source) != told_of(target)
+    return rest(source) == rest(target) and data_overrides(source) != data_overrides(target)

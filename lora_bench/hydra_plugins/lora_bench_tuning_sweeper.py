@@ -15,7 +15,13 @@ from hydra.core.config_store import ConfigStore
 
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError
-from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
+from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
+    SUBDIR_KEY,
+    GridSweeper,
+    GridSweeperConf,
+    in_subfolders,
+    to_overrides,
+)
 
 CHOSEN, REPEATED = "optimizer.lr", "seed"
 
@@ -38,7 +44,7 @@ class TunedSweeper(GridSweeper):
 
     def __init__(self, tune: dict[str, Any], **grid: Any) -> None:
         super().__init__(**grid)
-        self.tune = overrides_of(tune)
+        self.tune = to_overrides(tune)
         self.replaced = {key_of(override) for override in self.tune}
         self.combinations: list[list[str]] = []
         self.telling: set[str] = set()
@@ -72,12 +78,12 @@ class TunedSweeper(GridSweeper):
         left_out = self.replaced | {REPEATED}
         tuning = [[text for text in job if key_of(text) not in left_out] + self.tune for job in jobs]
         distinct = list({tuple(job): job for job in tuning}.values())
-        return placed(distinct, "tune")
+        return in_subfolders(distinct, "tune")
 
     def _later(self, jobs: list[list[str]]) -> list[list[str]]:
         """The combinations at any one rate."""
         any_rate = _value(jobs[0], CHOSEN)
-        return placed((job for job in jobs if _value(job, CHOSEN) == any_rate), "report")
+        return in_subfolders((job for job in jobs if _value(job, CHOSEN) == any_rate), "report")
 
     def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
         """Each combination, with all seeds, at the rate whose run has the best selection MCC.
@@ -108,11 +114,11 @@ class TunedSweeper(GridSweeper):
             else:
                 best[kind] = self._choose(kind, of_kind)
         kept = [job for job in self.combinations if best.get(self._kind(job)) == _value(job, CHOSEN)]
-        return placed(kept, "report", len(reported))
+        return in_subfolders(kept, "report", len(reported))
 
     def _expected(self, job: Sequence[str], error: Exception) -> bool:
         """A rate that is too high for choosing is told by its absence from the choice."""
-        return isinstance(error, DivergedError) and any(text.startswith(f"{PLACE}=tune/") for text in job)
+        return isinstance(error, DivergedError) and any(text.startswith(f"{SUBDIR_KEY}=tune/") for text in job)
 
     def _kind(self, job: Sequence[str]) -> str:
         """What tells a job from others."""

@@ -23,8 +23,8 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
-from lora_bench.sweeps.packing import grouped, known_ranks, needs, sized
-from lora_bench.sweeps.workers import Workers, cut
+from lora_bench.sweeps.packing import assumed_ranks, group_jobs, memory_demand, split_into_packs
+from lora_bench.sweeps.workers import Workers, split_group
 from lora_bench.train import prefix_of
 from lora_bench.training.dummy_step import probe_step
 from lora_bench.training.loop import prepare_task
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Expected:
+class PackCost:
     """What a pack of a sweep would cost."""
 
     jobs: Sequence[Job]
@@ -88,7 +88,7 @@ class Expected:
         return (looked + counts[-1] * reported) / len(self.members)
 
 
-def show(job: Job, console: Console) -> None:
+def print_run_estimate(job: Job, console: Console) -> None:
     """Print what the job's run would cost.
 
     Raises:
@@ -96,7 +96,7 @@ def show(job: Job, console: Console) -> None:
     """
     experiment = Experiment.build(job.cfg)
     common = SharedInputs.load(experiment)
-    found = expect(experiment, common)
+    found = estimate_run(experiment, common)
     members = experiment.ensemble.size
     whole = _together([job], [experiment], common, {_kind(experiment): found}, set(), console)
     adapter, head = members * found.adapter, members * found.head
@@ -112,7 +112,7 @@ def show(job: Job, console: Console) -> None:
     console.print(table)
 
 
-def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
+def estimate_run(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
     """What the experiment's run, or one member of its ensemble, would cost alone, preparation with training."""
     if experiment.tasks:
         remedy = "Estimate each by itself: data=NAME dry_run=true."
@@ -142,7 +142,7 @@ def expect(experiment: Experiment, common: SharedInputs | None = None) -> Estima
     )
 
 
-def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+def print_sweep_estimate(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
     """Print what each pack of these jobs would cost, and all of them.
 
     Args:
@@ -150,17 +150,17 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         console: where to.
         ended: called with each job, and what is wrong with it.
     """
-    packs: list[Expected] = []
+    packs: list[PackCost] = []
     workers = Workers.of(jobs)
     most = math.ceil(len(jobs) / workers.count)
     kinds: dict[str, Estimate] = {}
-    for group in grouped(jobs):
+    for group in group_jobs(jobs):
         try:
             common = SharedInputs.load(group.experiments[0])
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
             depths: set[int] = set()
-            for part in cut(group, most):
-                for together in sized(part, common, ended, workers.sharing):
+            for part in split_group(group, most):
+                for together in split_into_packs(part, common, ended, workers.sharing):
                     experiments = [members[job.title] for job in together]
                     packs.append(_together(together, experiments, common, kinds, depths, console))
         except Exception as error:
@@ -177,29 +177,33 @@ def _together(
     kinds: dict[str, Estimate],
     depths: set[int],
     console: Console,
-) -> Expected:
+) -> PackCost:
     """What the jobs would cost as a pack; `kinds` and `depths` remember what was measured and kept before."""
     for job, experiment in zip(jobs, experiments, strict=True):
         kind = _kind(experiment)
         if kind not in kinds:
             console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
-            kinds[kind] = expect(experiment, common)
+            kinds[kind] = estimate_run(experiment, common)
     each = [kinds[_kind(experiment)] for experiment in experiments]
     members = [
         kind for kind, experiment in zip(each, experiments, strict=True) for _ in range(experiment.ensemble.size)
     ]
-    needed = [needs(common, experiment) for experiment in experiments]
+    needed = [memory_demand(common, experiment) for experiment in experiments]
     largest = max(range(len(jobs)), key=lambda j: each[j].peak_memory_bytes)
     size = experiments[largest].ensemble.size
-    inside = replace(needed[largest], kept=(size - 1) / size * needed[largest].kept, step=0.0)
+    inside = replace(
+        needed[largest], persistent_bytes=(size - 1) / size * needed[largest].persistent_bytes, step_bytes=0.0
+    )
     others = [need if j != largest else inside for j, need in enumerate(needed)]
     # On a CPU members pass the adapted layers one after another.
-    beside = sum(need.kept + (0.0 if common.backbone.device.type == "cpu" else need.step) for need in others)
+    beside = sum(
+        need.persistent_bytes + (0.0 if common.backbone.device.type == "cpu" else need.step_bytes) for need in others
+    )
     fills = needed[0].depth not in depths
     depths.add(needed[0].depth)
     shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
     halving = experiments[0].pack.halving and len(jobs) > 1
-    return Expected(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside, halving)
+    return PackCost(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside, halving)
 
 
 def _kind(experiment: Experiment) -> str:
@@ -212,7 +216,7 @@ def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:
     found = [(member, each.adapter) for each in experiments for member in each.members()]
     if len(found) == 1 or len({member.seed_of("order") for member, _ in found}) > 1:
         return 0.0
-    members = [replace(member, saved_ranks=known_ranks(adapter, common)) for member, adapter in found]
+    members = [replace(member, saved_ranks=assumed_ranks(adapter, common)) for member, adapter in found]
     pack = Pack(common.backbone, members)
     try:
         together = _flops(pack)
@@ -231,7 +235,7 @@ def _flops(pack: Pack) -> int:
     return int(counter.get_total_flops())
 
 
-def _table(packs: Sequence[Expected], devices: int) -> Table:
+def _table(packs: Sequence[PackCost], devices: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("job", "overrides"):
         table.add_column(name, overflow="fold")
@@ -252,7 +256,7 @@ def _table(packs: Sequence[Expected], devices: int) -> Table:
     return table
 
 
-def _cells(packs: Sequence[Expected], devices: int = 1) -> list[str]:
+def _cells(packs: Sequence[PackCost], devices: int = 1) -> list[str]:
     """Sums over the packs, the time where each device takes the next as soon as it is free, and the most memory."""
     busy = [0.0] * devices
     for pack in packs:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SHARE_OF_FREE = 0.75
 """What a pack may take of the memory that is free when it starts."""
-KEPT_PER_PARAMETER = 6 * 4
+BYTES_PER_PARAMETER = 6 * 4
 """Bytes of a trained number: itself, its gradient, AdamW's two moments, its best value and its mean, in fp32."""
 TRANSIENT = 1.5
 """What a step holds at its peak over what it keeps for its backward pass."""
@@ -47,7 +47,7 @@ class Group:
     """Why this one job runs alone, where it does."""
 
 
-def run(
+def train_jobs(
     jobs: Sequence[Job],
     console: Console,
     ended: Callable[[Job, Exception | None], None],
@@ -64,14 +64,14 @@ def run(
         display: makes what shows a pack's training.
         sharing: processes that do so on one device at the same time.
     """
-    for group in grouped(jobs):
+    for group in group_jobs(jobs):
         halving = group.experiments[0].pack.halving
         if group.alone:
             so = ", so pack.halving does not stop it" if halving else ""
             console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
         try:
             common = SharedInputs.load(group.experiments[0])
-            packs = sized(group, common, ended, sharing)
+            packs = split_into_packs(group, common, ended, sharing)
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -82,7 +82,7 @@ def run(
             _train(pack, common, console, ended, display, sharing)
 
 
-def grouped(jobs: Sequence[Job]) -> list[Group]:
+def group_jobs(jobs: Sequence[Job]) -> list[Group]:
     """The jobs by what they must have in common: model, data, trainer, metrics, and the step they go on from."""
     experiments = [Experiment.build(job.cfg) for job in jobs]
     shared = [repr((each.model, each.data, each.tasks, each.trainer, each.metrics, each.pack)) for each in experiments]
@@ -122,18 +122,18 @@ def _held(job: Job, experiment: Experiment) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryDemand:
     """What a job needs of what a pack shares."""
 
-    kept: float
+    persistent_bytes: float
     """Bytes from step to step."""
-    step: float
+    step_bytes: float
     """Bytes that a step takes besides."""
     depth: int
     """Layers below the first that it adapts."""
 
 
-def sized(
+def split_into_packs(
     group: Group, common: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
 ) -> list[list[Job]]:
     """The group's jobs in packs that this process's share of the memory takes; jobs that do not fit the backbone end
@@ -143,13 +143,13 @@ def sized(
     all they gain by going together, as its products are no quicker for being many: where there is nothing below, each
     goes by itself, with time and memory of its own, unless `pack.size` or `pack.halving` asks for more.
     """
-    fitting: dict[int, list[tuple[Job, Need]]] = {}
-    measured: dict[str, Need] = {}
+    fitting: dict[int, list[tuple[Job, MemoryDemand]]] = {}
+    measured: dict[str, MemoryDemand] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
         kind = repr((experiment.adapter, experiment.size))
         try:
             if kind not in measured:
-                measured[kind] = needs(common, experiment)
+                measured[kind] = memory_demand(common, experiment)
         except Exception as error:
             ended(job, error)
             continue
@@ -165,7 +165,7 @@ def sized(
 
 
 def _within_memory(
-    jobs: Sequence[tuple[Job, Need]],
+    jobs: Sequence[tuple[Job, MemoryDemand]],
     most: int | None,
     asked_bound: int | None,
     free: float,
@@ -178,12 +178,12 @@ def _within_memory(
     passing = 0.0
     for job, need in jobs:
         # On a CPU members pass the adapted layers one after another.
-        passing = max(passing, need.step) if common.backbone.device.type == "cpu" else passing + need.step
-        used += need.kept
+        passing = max(passing, need.step_bytes) if common.backbone.device.type == "cpu" else passing + need.step_bytes
+        used += need.persistent_bytes
         if packs and len(packs[-1]) != most and used + passing <= bound:
             packs[-1].append(job)
             continue
-        used, passing = need.kept, need.step
+        used, passing = need.persistent_bytes, need.step_bytes
         if asked_bound and used + passing > bound:
             remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
             refusal = UserError(
@@ -200,7 +200,7 @@ def _within_memory(
     return packs
 
 
-def known_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
+def assumed_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
     """Ranks that let a pack measure the adapter without its start, which may be costly.
 
     Raises:
@@ -212,23 +212,23 @@ def known_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
         raise error.under("adapter") from None
 
 
-def needs(common: SharedInputs, experiment: Experiment) -> Need:
+def memory_demand(common: SharedInputs, experiment: Experiment) -> MemoryDemand:
     """What the job's members need.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
-    known = known_ranks(experiment.adapter, common)
+    known = assumed_ranks(experiment.adapter, common)
     pack = Pack(common.backbone, experiment.members(known)[:1])
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
         orders = max(1 if task.swapped is None else 2 for task in common.tasks.values())
         row = saved_bytes(pack, 1, common.longest)
-        kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
+        kept = BYTES_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size
         at_once = 1 if common.backbone.device.type == "cpu" else size
-        return Need(size * kept, at_once * TRANSIENT * orders * pairs * row, pack.depth)
+        return MemoryDemand(size * kept, at_once * TRANSIENT * orders * pairs * row, pack.depth)
     finally:
         pack.detach()
 

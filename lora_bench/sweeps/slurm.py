@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lora_bench.records.job import Job
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """How often what Slurm jobs tell is looked at; submitit itself asks Slurm less often."""
 
 
@@ -99,7 +99,7 @@ class Slurm:
         return executor
 
 
-def run(
+def train_jobs(
     jobs: Sequence[Job],
     console: Console,
     ended: Callable[[Job, Exception | None], None],
@@ -122,16 +122,16 @@ def run(
     if not jobs:
         return
     from lora_bench.run.settings import Experiment
-    from lora_bench.sweeps.workers import handed_over, parts
+    from lora_bench.sweeps.workers import hand_over, split_jobs
 
     begun = time.strftime("%Y-%m-%d-%H-%M-%S")
     folder = _private_folder(folder, begun)
-    cut = parts(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
+    cut = split_jobs(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
     logs = [folder / f"{begun}-{number}.log" for number in range(len(cut))]
     executor = asked.executor(folder)
     before = set(folder.glob("*.pkl"))
     try:
-        given = executor.map_array(work, map(handed_over, cut), logs, [os.getcwd()] * len(cut))
+        given = executor.map_array(work, map(hand_over, cut), logs, [os.getcwd()] * len(cut))
     except Exception as error:
         for path in set(folder.glob("*.pkl")) - before:
             path.unlink()
@@ -146,13 +146,13 @@ def run(
                 if is_done:
                     running.remove(each)
                     each.end(ended)
-            time.sleep(LOOK_SECONDS if running else 0)
+            time.sleep(POLL_SECONDS if running else 0)
     except BaseException:
         for each in running:
             each.given.cancel(check=False)
         while running:
             running = [each for each in running if not each.given.done()]
-            time.sleep(LOOK_SECONDS if running else 0)
+            time.sleep(POLL_SECONDS if running else 0)
         raise
     finally:
         for job in given:
@@ -226,7 +226,7 @@ class _Submitted:
 def work(jobs: Sequence[Job], log: Path, folder: str) -> dict[str, Exception | None]:
     """Train the jobs, and give back how those that ended did; a signal lets the others leave their checkpoints."""
     from lora_bench.console.signals import terminate
-    from lora_bench.sweeps.workers import train
+    from lora_bench.sweeps.workers import train_handed_over
 
     signal.signal(signal.SIGTERM, terminate)  # submitit would let it pass
     signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # the time is nearly over
@@ -234,5 +234,5 @@ def work(jobs: Sequence[Job], log: Path, folder: str) -> dict[str, Exception | N
     told: dict[str, Exception | None] = {}
     with log.open("a", buffering=1, encoding="utf-8") as file, suppress(SystemExit, KeyboardInterrupt):
         console = Console(file=file, highlight=False, soft_wrap=True)
-        train(jobs, console, lambda job, error: told.update({job.title: error}))
+        train_handed_over(jobs, console, lambda job, error: told.update({job.title: error}))
     return told

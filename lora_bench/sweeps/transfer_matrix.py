@@ -22,15 +22,15 @@ from lora_bench.records.task_folders import folder_of, names_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-NOTHING = "nothing"
+NO_SOURCE = "nothing"
 """What was trained on before, where a task began from none."""
-EVERYTHING = "all tasks"
+ALL_TASKS = "all tasks"
 """What was trained on where one run learned all tasks."""
 METRICS = ("mcc", "accuracy", "f1")
 
 
 @dataclass(frozen=True)
-class Found:
+class TransferScore:
     """One figure of one run."""
 
     trained_on: str
@@ -40,16 +40,16 @@ class Found:
     values: dict[str, float]
 
 
-def told_of(job: Sequence[str]) -> dict[str, str]:
+def data_overrides(job: Sequence[str]) -> dict[str, str]:
     """What says which data a job is of: its choice, and its path where it has one."""
     return {keys.key_of(text): text.partition("=")[2] for text in job if keys.key_of(text) in ("data", "data.path")}
 
 
 def task_of(job: Sequence[str]) -> str:
-    """The name of a job's task: of its folder where it has one, else of its data; where it learns all, `EVERYTHING`."""
+    """The name of a job's task: of its folder where it has one, else of its data; where it learns all, `ALL_TASKS`."""
     if any(keys.key_of(text) == "data.tasks" for text in job):
-        return EVERYTHING
-    told = told_of(job)
+        return ALL_TASKS
+    told = data_overrides(job)
     path = told.get("data.path", "").strip("'\"")
     return Path(path).stem if path else told.get("data", "")
 
@@ -63,7 +63,7 @@ def write(folder: Path) -> str:
     return text
 
 
-def _found(folder: Path) -> Iterator[Found]:
+def _found(folder: Path) -> Iterator[TransferScore]:
     jobs = sweep_folder.read(folder).jobs
     tasks = {name: task_of(job) for name, job in jobs.items()}
     for name in jobs:
@@ -73,16 +73,16 @@ def _found(folder: Path) -> Iterator[Found]:
         if learned := names_of(run["config"]):
             for task in learned:
                 of_task = run_folder.read(folder_of(folder / name, task))
-                yield Found(EVERYTHING, task, 0, _values(of_task["metrics"]))
+                yield TransferScore(ALL_TASKS, task, 0, _values(of_task["metrics"]))
         elif name.startswith("train/"):
-            yield Found(tasks[name], tasks[name], None, own)
+            yield TransferScore(tasks[name], tasks[name], None, own)
             for title, evaluation in evaluations(folder / name).items():
                 if title in tasks.values():
-                    yield Found(tasks[name], title, 0, _values(evaluation.metrics))
+                    yield TransferScore(tasks[name], title, 0, _values(evaluation.metrics))
         else:
             start = run["config"]["adapter"]["init_from"]
-            before = tasks[source_of(start).as_posix()] if start else NOTHING
-            yield Found(before, tasks[name], run["config"]["data"]["train_size"], own)
+            before = tasks[source_of(start).as_posix()] if start else NO_SOURCE
+            yield TransferScore(before, tasks[name], run["config"]["data"]["train_size"], own)
 
 
 def source_of(start: str | Path) -> Path:
@@ -100,7 +100,7 @@ def _values(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def _csv(found: Sequence[Found]) -> str:
+def _csv(found: Sequence[TransferScore]) -> str:
     text = io.StringIO()
     header = ["trained_on", "tested_on", "examples", *(f"{m}{end}" for m in METRICS for end in ("", "_std")), "n"]
     writer = csv.writer(text, lineterminator="\n")
@@ -114,22 +114,22 @@ def _csv(found: Sequence[Found]) -> str:
     return text.getvalue()
 
 
-def _cells(found: Sequence[Found]) -> dict[tuple[str, str, int | None], list[Found]]:
-    cells: dict[tuple[str, str, int | None], list[Found]] = {}
+def _cells(found: Sequence[TransferScore]) -> dict[tuple[str, str, int | None], list[TransferScore]]:
+    cells: dict[tuple[str, str, int | None], list[TransferScore]] = {}
     for each in found:
         cells.setdefault((each.trained_on, each.tested_on, each.examples), []).append(each)
     return cells
 
 
-def _markdown(found: Sequence[Found]) -> str:
+def _markdown(found: Sequence[TransferScore]) -> str:
     cells = _cells(found)
     targets = list(dict.fromkeys(each.tested_on for each in found if each.examples is None))
     levels = sorted({each.examples for each in found if each.examples is not None})
     parts = []
     for level in levels:
         told = f"after {level:,} examples of it" if level else "as it is"
-        together = any(each.trained_on == EVERYTHING for each in found)
-        rows = [*targets, *([EVERYTHING] if together else []), *([NOTHING] if level else [])]
+        together = any(each.trained_on == ALL_TASKS for each in found)
+        rows = [*targets, *([ALL_TASKS] if together else []), *([NO_SOURCE] if level else [])]
         header = f"| mcc, {told}: trained on | {' | '.join(targets)} |"
         lines = [header, f"| --- |{' ---: |' * len(targets)}"]
         for source in rows:
@@ -137,12 +137,12 @@ def _markdown(found: Sequence[Found]) -> str:
             lines.append(f"| {source} | {' | '.join(shown)} |")
         parts.append("\n".join(lines))
     notes = ["Columns: the task tested on. Diagonal: trained on the task itself, with all its examples."]
-    if any(each.trained_on == EVERYTHING for each in found):
-        notes.append(f"{EVERYTHING}: one adapter trained on all of them, the task tested on among them, with its head.")
+    if any(each.trained_on == ALL_TASKS for each in found):
+        notes.append(f"{ALL_TASKS}: one adapter trained on all of them, the task tested on among them, with its head.")
     return "\n\n".join([*parts, " ".join(notes)]) + "\n"
 
 
-def _shown(cells: Sequence[Found]) -> str:
+def _shown(cells: Sequence[TransferScore]) -> str:
     values = [cell.values["mcc"] for cell in cells if "mcc" in cell.values]
     if not values:
         return ""

@@ -79,7 +79,7 @@ class Workers:
         return f"worker {worker}" if self.sharing > 1 else f"gpu {self.gpu_of(worker)}"
 
 
-def cut(group: Group, most: int) -> list[Group]:
+def split_group(group: Group, most: int) -> list[Group]:
     """The group in even parts of at most so many jobs; jobs that halving compares stay together."""
     size = len(group.jobs)
     count = 1 if group.experiments[0].pack.halving else math.ceil(size / most)
@@ -90,14 +90,14 @@ def cut(group: Group, most: int) -> list[Group]:
     ]
 
 
-def parts(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+def split_jobs(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     """The jobs, cut so that all workers have some, the largest part first; those of a part may share a backbone."""
     most = math.ceil(len(jobs) / workers)
-    found = [part.jobs for group in packing.grouped(jobs) for part in cut(group, most)]
+    found = [part.jobs for group in packing.group_jobs(jobs) for part in split_group(group, most)]
     return sorted(found, key=len, reverse=True)
 
 
-def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+def train_jobs(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
     """Train the jobs, packed, on as many workers as there are; one alone is this process itself.
 
     Args:
@@ -106,9 +106,9 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         ended: called with each job when it has ended, and what ended it before its time.
     """
     workers = Workers.of(jobs)
-    waiting = parts(jobs, workers.count) if workers.count > 1 else []
+    waiting = split_jobs(jobs, workers.count) if workers.count > 1 else []
     if len(waiting) < 2:
-        packing.run(jobs, console, ended)
+        packing.train_jobs(jobs, console, ended)
         return
     free = list(range(min(workers.count, len(waiting))))
     threads = max(1, torch.get_num_threads() // len(free))
@@ -129,7 +129,7 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             raise
 
 
-def handed_over(jobs: Sequence[Job]) -> list[Job]:
+def hand_over(jobs: Sequence[Job]) -> list[Job]:
     """The jobs for another process to train, which takes their folders itself: this one gives up those that it has."""
     for job in jobs:
         if job.begun:
@@ -155,7 +155,7 @@ class _Worker:
         """Jobs of which it has not said that they ended."""
         self.screen = screen
         self.ended = ended
-        sent = handed_over(jobs)
+        sent = hand_over(jobs)
         context = multiprocessing.get_context("spawn")
         self.connection, its_end = context.Pipe(duplex=False)
         settings = (os.getcwd(), workers.gpu_of(number), threads, workers.sharing, screen.console.is_terminal)
@@ -258,16 +258,16 @@ def _work(
         send("end", job.title, error)
 
     console = Console(file=cast("IO[str]", _Lines(send)), highlight=False, soft_wrap=True)
-    train(jobs, console, ended, display=partial(_Told, send) if live else Display, sharing=sharing)
+    train_handed_over(jobs, console, ended, display=partial(_Told, send) if live else Display, sharing=sharing)
 
 
-def train(
+def train_handed_over(
     jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None], **settings: Any
 ) -> None:
     """Train jobs that another process has composed: take the folders of those that have begun, and record failures.
 
     Args:
-        jobs, console, ended, settings: as for `packing.run`; what ends jobs before their time can be sent.
+        jobs, console, ended, settings: as for `packing.train_jobs`; what ends jobs before their time can be sent.
     """
     remember(override for job in jobs for override in job.overrides)
     for job in jobs:
@@ -289,7 +289,7 @@ def train(
                 taken.append(replace(job, begun=job.begun and Run.reopen(job.folder)))
             except UserError as error:
                 end(job, error)
-        packing.run(taken, console, end, **settings)
+        packing.train_jobs(taken, console, end, **settings)
     except Exception as error:
         for job in list(left.values()):
             end(job, error)

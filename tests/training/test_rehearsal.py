@@ -17,7 +17,7 @@ from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.run.inputs import load_splits
 from lora_bench.run.settings import Experiment
-from lora_bench.sweeps.cost_estimate import expect
+from lora_bench.sweeps.cost_estimate import estimate_run
 from lora_bench.training import rehearsal as module
 from lora_bench.training.cuda_graphs import Backward
 from lora_bench.training.dummy_step import probe_step
@@ -76,7 +76,7 @@ def test_a_kept_prefix_is_made_once_and_computed_in_no_step(in_tmp: Path) -> Non
     found = []
     for kept in ("1e9", "0"):
         asked = ("adapter.layers=top:1", f"trainer.prefix_cache_bytes={kept}", "trainer.epochs=3")
-        found.append(expect(experiment_of(*asked)))
+        found.append(estimate_run(experiment_of(*asked)))
         command = ["model=tiny_bert", *SMALL_TOY, "data.max_length=48", *asked, f"hydra.run.dir=run-{kept}"]
         assert lora_bench("train", *command).code == 0
         cost = json.loads((in_tmp / f"run-{kept}" / "run.json").read_text())["cost"]
@@ -161,7 +161,7 @@ import json, sys
 from pathlib import Path
 from rich.console import Console
 from lora_bench.records import run_folder as record
-from lora_bench.sweeps.cost_estimate import expect
+from lora_bench.sweeps.cost_estimate import estimate_run
 from lora_bench.run.settings import Experiment
 from lora_bench.records.job import Job
 from lora_bench.train import train
@@ -171,7 +171,7 @@ from tests.helpers import composed
 what, folder, *overrides = sys.argv[1:]
 cfg = composed("model=tiny_bert", *overrides)
 if what == "estimated":
-    print(json.dumps(expect(Experiment.build(cfg)).peak_memory_bytes))
+    print(json.dumps(estimate_run(Experiment.build(cfg)).peak_memory_bytes))
 else:
     choices = {"model": "tiny_bert", "adapter": "full", "data": "toy"}
     train(Job(cfg, Path(folder), choices, []), console=Console(stderr=True))
