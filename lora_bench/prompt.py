@@ -21,8 +21,8 @@ from lora_bench.llm.budget import BudgetReachedError
 from lora_bench.llm.cache import Cache
 from lora_bench.llm.client import Client, ask_all
 from lora_bench.llm.display import Display, announce, show_cost, show_request
-from lora_bench.llm.external_predictions import read_predictions, wrong_where_absent
-from lora_bench.llm.parsing import KINDS, Answer, read_label
+from lora_bench.llm.external_predictions import fill_missing, read_predictions
+from lora_bench.llm.parsing import READINGS, Answer, read_label
 from lora_bench.llm.settings import LLM, Prompt
 from lora_bench.llm.template import Messages, Template
 from lora_bench.records import environment
@@ -196,7 +196,7 @@ def _ask(
         client = Client(request.llm, cache, request.seed)
         keys = {name: [client.cache_key(messages) for messages in each] for name, each in asked.items()}
         questions = dict(zip(chain(*keys.values()), chain(*asked.values()), strict=True))
-        known = {key: answer for key in questions if (answer := client.cached(key)) is not None}
+        known = {key: answer for key in questions if (answer := client.cached_answer(key)) is not None}
         for note in cache.notes():
             console.print(shown(f"note: {note}"), soft_wrap=True)
         if dry_run:
@@ -215,7 +215,7 @@ def _ask(
                     runner.run(ask_all(client, answers.missing(), answers.take, request.llm.concurrency))
                 read = {name: [read_label(answers.found[key], template.answers) for key in keys[name]] for name in keys}
                 counts = {
-                    name: {kind: sum(k == kind for _, k in each) for kind in KINDS} for name, each in read.items()
+                    name: {kind: sum(k == kind for _, k in each) for kind in READINGS} for name, each in read.items()
                 }
                 scores = {name: [score for score, _ in each] for name, each in read.items()}
                 run.update(environment={"llm": answers.models()})
@@ -253,7 +253,7 @@ class _Answers:
         self.found[key] = answer
         self.seconds = time.perf_counter() - self.began
         if self.display is not None:
-            self.display.answered(len(self.found))
+            self.display.update(len(self.found))
 
     def missing(self, most: int | None = None) -> dict[str, Messages]:
         left = ((key, messages) for key, messages in self.questions.items() if key not in self.found)
@@ -283,13 +283,13 @@ class _Answers:
         """
         read = _total(answer.prompt_tokens for answer in self.found.values())
         written = _total(answer.completion_tokens for answer in self.found.values())
-        priced = self.client.llm.money(0, 0) is not None
+        priced = self.client.llm.cost(0, 0) is not None
         return {
             "requests": self.client.budget.requests,
             "cached": self.cached,
             "prompt_tokens": read,
             "completion_tokens": written,
-            "money": None if read is None or written is None else self.client.llm.money(read, written),
+            "money": None if read is None or written is None else self.client.llm.cost(read, written),
             "money_spent": self.client.budget.spent if priced else None,
             "seconds": self.seconds,
         }
@@ -313,7 +313,7 @@ def _score(
     metrics: dict[str, float | None] = {}
     for name, split in _reported(splits).items():
         assert split.labels is not None
-        filled = wrong_where_absent(scores[name], split.labels)
+        filled = fill_missing(scores[name], split.labels)
         values = score(filled, split.labels, request.metrics)
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
         run.log({"step": None, "epoch": None, "split": name, "metrics": values})

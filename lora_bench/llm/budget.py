@@ -35,10 +35,10 @@ class Budget:
         self.under_way = 0
         self._settled = asyncio.Condition()
 
-    def most(self, messages: Messages) -> float:
+    def max_cost_of(self, messages: Messages) -> float:
         """The most that one request can cost; a token is at least a byte."""
         tokens = sum(len(message["content"].encode()) + _PER_MESSAGE for message in messages)
-        return self.llm.money(tokens, self.llm.longest_answer or 0) or 0.0
+        return self.llm.cost(tokens, self.llm.max_answer_tokens or 0) or 0.0
 
     async def reserve(self, messages: Messages) -> float:
         """Wait until a request may be sent, and count it.
@@ -46,7 +46,7 @@ class Budget:
         Raises:
             BudgetReachedError: it may not.
         """
-        most = self.most(messages)
+        most = self.max_cost_of(messages)
         cap = self.llm.max_cost
         async with self._settled:
             while True:

@@ -90,7 +90,7 @@ class Client:
             api_key=self.key or "none",  # servers without keys look at none
             default_headers={"Accept-Encoding": "gzip, deflate"},
             http_client=openai.DefaultAsyncHttpxClient(
-                timeout=self.llm.timeout, max_redirects=3, event_hooks={"response": [reply.check]}
+                timeout=self.llm.timeout, max_redirects=3, event_hooks={"response": [reply.check_reply]}
             ),
             base_url=self.llm.base_url,
             timeout=self.llm.timeout,
@@ -100,7 +100,7 @@ class Client:
     async def close(self) -> None:
         await self._server.close()
 
-    def cached(self, key: str) -> Answer | None:
+    def cached_answer(self, key: str) -> Answer | None:
         """Return the answer of an earlier time; None where there is none, or where the entry is no answer."""
         entry = self.cache.get(key)
         try:
@@ -126,7 +126,7 @@ class Client:
             try:
                 answer = await self._send(messages, logprobs)
                 self.cache.put(self.cache_key(messages), asdict(answer))  # before anything else: it is paid for
-                cost = answer.money(self.llm, reserved)
+                cost = answer.cost(self.llm, reserved)
                 return answer
             except self._openai.APIStatusError as error:
                 cost = 0.0  # a refused request is not billed
@@ -178,10 +178,10 @@ class Client:
 
     def _without_key(self, answer: Answer) -> Answer:
         """Return the answer as it may be kept: one that repeats the key says nothing else."""
-        from lora_bench.llm.reply import repeats
+        from lora_bench.llm.reply import contains_key
 
         tokens = "".join(token for place in answer.tokens for token, _ in place[:1])
-        if any(repeats(text, self.key) for text in (answer.text or "", answer.model or "", tokens)):
+        if any(contains_key(text, self.key) for text in (answer.text or "", answer.model or "", tokens)):
             return replace(answer, text=HIDDEN, model=None, tokens=[])
         return Answer.from_json(plain(asdict(answer)))  # other secrets
 
@@ -230,11 +230,11 @@ class Client:
 
     def _short(self, error: object) -> str:
         """Return a foreign message in one short line, or that it repeats the key."""
-        from lora_bench.llm.reply import WITHHELD, repeats
+        from lora_bench.llm.reply import WITHHELD, contains_key
 
         status = getattr(error, "status_code", None)
         text = str(error)[:100_000]
-        if repeats(text, self.key):
+        if contains_key(text, self.key):
             return f"{f'error {status}: ' if status else ''}{WITHHELD}"
         return _one_line(text or type(error).__name__)
 

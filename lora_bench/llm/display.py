@@ -27,7 +27,7 @@ class Display(Live):
     def __init__(self, console: Console, questions: int) -> None:
         super().__init__(console, questions, MofNCompleteColumn())
 
-    def answered(self, answers: int) -> None:
+    def update(self, answers: int) -> None:
         """So many questions have their answers now."""
         self.progress.update(self.task, completed=answers)
         if self.due(answers):
@@ -73,6 +73,6 @@ def show_request(
     line = f"{len(missing):,} requests to {client.llm.base_url}; {len(known):,} answers are in the cache"
     console.print()
     console.print(shown(line), soft_wrap=True)
-    if client.llm.money(0, 0) is not None and client.llm.longest_answer is not None:
-        most = sum(client.budget.most(messages) for messages in missing)
+    if client.llm.cost(0, 0) is not None and client.llm.max_answer_tokens is not None:
+        most = sum(client.budget.max_cost_of(messages) for messages in missing)
         console.print(shown(f"at most {most:.4g} in money, a byte counted as a token: expect a quarter"))

@@ -80,7 +80,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def wrong_where_absent(scores: list[float | None], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+def fill_missing(scores: list[float | None], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Scores as they are recorded, (N,): where there is no answer, certainty of the label that it is not."""
     filled = [1.0 - label if score is None else score for score, label in zip(scores, labels.tolist(), strict=True)]
     return np.array(filled, dtype=np.float64)

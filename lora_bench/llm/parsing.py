@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lora_bench.llm.settings import LLM
 
-KINDS = ("probabilities", "text", "refused", "unparsable")
+READINGS = ("probabilities", "text", "refused", "unparsable")
 """How a label was read: from log-probabilities, from the text, or not at all."""
 _AROUND = re.compile(r"^[\W_]+|[\W_]+$")
 _LOOK_AT = 4  # tokens: white space or a quotation mark may come before the answer
@@ -53,11 +53,11 @@ class Answer:
             raise BrokenAnswerError("the entry is no answer")
         return replace(answer, tokens=tokens)
 
-    def money(self, llm: LLM, most: float) -> float:
+    def cost(self, llm: LLM, most: float) -> float:
         """What it cost; `most` where the server does not say how long it was."""
         if self.prompt_tokens is None or self.completion_tokens is None:
             return most
-        return llm.money(self.prompt_tokens, self.completion_tokens) or 0.0
+        return llm.cost(self.prompt_tokens, self.completion_tokens) or 0.0
 
 
 class BrokenAnswerError(ValueError):
@@ -136,7 +136,7 @@ def _logprob(token: Any) -> float:
 
 
 def read_label(answer: Answer, words: Sequence[str]) -> tuple[float | None, str]:
-    """P(label 1) as the model answered, and which of `KINDS` it is.
+    """P(label 1) as the model answered, and which of `READINGS` it is.
 
     From log-probabilities it is p1 / (p0 + p1), with p the sum over the tokens with which an answer can begin. A label
     that is not among the listed tokens gets the most that it can have: the smallest probability listed, or what the

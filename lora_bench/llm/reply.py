@@ -1,6 +1,6 @@
 """A server's HTTP reply while it comes: bounded in size, from the address that was asked, and never with the key in it.
 
-A server is not trusted. `check` is called with each reply before its body is read.
+A server is not trusted. `check_reply` is called with each reply before its body is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Compressions that are read, and zlib's name for each."""
 
 
-async def check(response: httpx2.Response) -> None:
+async def check_reply(response: httpx2.Response) -> None:
     """Refuse a redirect that would take the key elsewhere, and bound what is read of any other reply.
 
     Raises:
@@ -112,7 +112,7 @@ _WINDOW = 6
 _MASKED = re.compile(r"([^\s'\"]{0,200})(?:\*{2,}|\.{3}|…|[xX]{4,})([^\s'\"]{0,200})")
 
 
-def repeats(text: str, key: str) -> bool:
+def contains_key(text: str, key: str) -> bool:
     """Return whether a text holds the key or a part of it, in whatever form: split, escaped, encoded or masked."""
     if len(key) < _WINDOW:
         return False

@@ -81,7 +81,7 @@ class LLM:
             code=Code.CONFLICT,
         )
         require(
-            self.max_cost is None or self.longest_answer is not None,
+            self.max_cost is None or self.max_answer_tokens is not None,
             "max_cost",
             self.max_cost,
             "needs a bound on the length of an answer",
@@ -90,12 +90,12 @@ class LLM:
         )
 
     @property
-    def longest_answer(self) -> int | None:
+    def max_answer_tokens(self) -> int | None:
         """Tokens that an answer may have, whichever way the server is told; None without a bound."""
         further = self.extra.get("max_completion_tokens")
         return further if self.max_tokens is None and isinstance(further, int) else self.max_tokens
 
-    def money(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float | None:
         """What so many tokens cost; None without prices."""
         if self.input_price is None or self.output_price is None:
             return None
