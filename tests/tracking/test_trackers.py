@@ -115,7 +115,7 @@ def test_mlflow_run(tmp_path: Path, store: str, status: str, theirs: str) -> Non
     end(begin(tmp_path / "run", {"mlflow": MLflow(uri=store, experiment="mine")}), status=status)
     (found,) = found_at(store)
     assert found.info.status == theirs
-    assert found.info.run_name.endswith("/run")
+    assert found.info.run_name == f"{tmp_path.name}/run"
     assert found.data.params == {name: str(value) for name, value in FLAT.items()}
     expected = {"selection/mcc": 0.5, "selection/nll": 0.625, "validation/mcc": 0.375}
     assert found.data.metrics == expected | {"cost.train_seconds": 1.5, "params.adapter": 64}
