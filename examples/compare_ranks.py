@@ -9,8 +9,8 @@ The cells (`# %%`) open as a notebook in VS Code, PyCharm and Jupytext.
 import lora_bench
 from lora_bench.api import compare, sweep, train
 
-small = {"model": "tiny_bert", "data": "toy", "data.train_rows": 256, "data.validation_rows": 64}
-short = {"optimizer.lr": 1e-2, "trainer.epochs": 8, "trainer.batch_size": 16, "trainer.device": "cpu"}
+small = {"model": "tiny_bert", "data": "toy", "data.train_rows": 64, "data.validation_rows": 32}
+short = {"trainer.max_steps": 8, "trainer.batch_size": 8, "trainer.device": "cpu"}
 folders = sweep(adapter={"rank": [1, 4]}, seed=[0, 1], quiet=True, **small, **short)
 
 # %% One row for each rank: mean and standard deviation over the seeds.

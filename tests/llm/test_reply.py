@@ -183,7 +183,7 @@ def test_a_damaged_cache_counts_as_absent_and_says_so(in_tmp: Path) -> None:
             path.write_bytes(content)
             answer = lora_bench("prompt", *asked(server, f"hydra.run.dir=c{number}"))
             assert (answer.code, run_folder.read(in_tmp / f"c{number}")["status"]) == (0, "done"), answer
-            assert "a new one is in its place" in answer.out
+            assert "answers.damaged-" in answer.out
         assert path.with_name("answers.damaged-1.sqlite").read_bytes() == b"no database"
         path.unlink()
         with closing(sqlite3.connect(path)) as db:

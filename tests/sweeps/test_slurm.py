@@ -13,7 +13,6 @@ import pytest
 from omegaconf import OmegaConf
 from submitit.core.core import Job as SubmititJob
 from submitit.local.local import LocalJob
-from tests.test_workers import record, statuses
 
 from lora_bench.config.build import build
 from lora_bench.config.compose import compose, register_with_hydra
@@ -21,6 +20,7 @@ from lora_bench.errors import Code
 from lora_bench.sweeps import slurm
 from lora_bench.sweeps.slurm import Slurm
 from tests.command_line import lora_bench, refused, refuses, toy_run
+from tests.sweeps.test_workers import record, statuses
 from tests.test_conf import CONF
 
 if TYPE_CHECKING:
