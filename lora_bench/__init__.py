@@ -1,6 +1,6 @@
 """lora-bench: which low-rank adapter is best for a text encoder, at what cost, and is the difference real?
 
-From Python, a finished run is one call away:
+`load` loads a finished run; `lora_bench.api` trains, sweeps and compares:
 
     import lora_bench
     run = lora_bench.load("outputs/2026-11-22/12-00-00-000000-ab12cd")
@@ -24,16 +24,16 @@ __version__ = version("lora-bench")
 def load(
     run: str | Path, *, device: str = "auto", model_path: str | None = None, tokenizer: str | None = None
 ) -> FinishedRun:
-    """A finished run, ready to predict: backbone, adapter and head as they were at its best evaluation.
+    """Load a finished run for prediction: backbone, adapter and head of its best evaluation.
 
     Args:
         run: the run's folder.
-        device: `cpu`, `cuda`, or `auto`.
-        model_path: where its backbone lies now, if the folder was moved.
-        tokenizer: where its tokenizer lies now, if that was moved.
+        device: `cpu`, `cuda` or `auto`.
+        model_path: the new path of its backbone, if that was moved.
+        tokenizer: the new path of its tokenizer, if that was moved.
 
     Raises:
-        UserError: the folder holds no finished run, or its backbone cannot be had.
+        UserError: the folder holds no finished run, or its backbone cannot be loaded.
     """
     from lora_bench.run.finished_run import FinishedRun
 

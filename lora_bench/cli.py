@@ -60,7 +60,7 @@ def _exit_code(arguments: list[str]) -> int:
     """Run one command; what ends it before its time is told in one paragraph."""
     command = arguments[0] if arguments else "lora-bench"
     try:
-        return _dispatch(arguments)
+        return run_command(arguments)
     except UserError as error:
         return _say(str(error), 1 if isinstance(error, RunFailedError) else 2)
     except DivergedError as error:
@@ -78,7 +78,8 @@ def _exit_code(arguments: list[str]) -> int:
         return _say(f"{command} failed: {type(error).__name__}: {first[0]} ({_where(error)})", 1)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
+    """Run one command and return its exit code; what ends it early is raised."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -217,7 +218,7 @@ def _train(cfg: DictConfig) -> None:
             if cfg.dry_run:
                 from lora_bench.sweeps import cost_estimate  # torch: late
 
-                cost_estimate.show(job, Console(quiet=True) if beside else console)
+                cost_estimate.print_run_estimate(job, Console(quiet=True) if beside else console)
             else:
                 from lora_bench.train import train
 

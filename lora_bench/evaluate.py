@@ -1,6 +1,6 @@
-"""`lora-bench eval data=…`: a finished run, or an adapter made by PEFT, on another data set.
+"""`lora-bench eval data=…`: evaluate a finished run, or an adapter made by PEFT, on another data set.
 
-A run's figures go into its own folder; those of an adapter into a folder of their own, never into the adapter's.
+The results of a run go into its folder; those of an adapter into a new folder, never into the adapter's.
 """
 
 from __future__ import annotations
@@ -49,38 +49,47 @@ if TYPE_CHECKING:
     from lora_bench.data.examples import Examples
 
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
-"""P(label 1) of each example from each member, (M, N); the flag says whether its tokens are worth keeping."""
+"""Returns P(label 1) of N examples from M members, (M, N); with the flag set, their tokens are cached."""
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is scored."""
+    """A model to evaluate."""
 
     scored: Scorer
-    place: Run
-    """Where its figures go."""
+    target: Run
+    """The folder that its results go into."""
     described: dict[str, Any]
-    """What they say of it."""
+    """Fields of the results that identify it."""
     seen: Sequence[Examples] = ()
-    """What it was trained and chosen on, where that is asked for."""
+    """Its train and selection splits, with `data.unseen`."""
     calibration: Calibration | None = None
-    """Of its scores, where it has one."""
+    """Calibration of its scores; None: it has none."""
     member_calibrations: Sequence[Calibration] = ()
-    """Of each member's, where it is an ensemble."""
+    """Calibrations of its members' scores, for an ensemble."""
 
 
 BATCH_SIZE = 128
-"""Pairs per forward pass of an adapter made by PEFT; a run has its own."""
+"""Pairs per forward pass of an adapter made by PEFT; a run has its own batch size."""
 
 
 def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
-    """Score every labelled split but train, and write `evaluations/<name>.json` with the predictions beside it."""
+    """Evaluate every labelled split except train, and write `evaluations/<name>.json` with the predictions.
+
+    Args:
+        cfg: the composed configuration of `eval`.
+        data_choice: the choice of the group `data`, the default name of the evaluation.
+        console: receives metrics and notes.
+
+    Raises:
+        UserError: the request cannot be met, or the results cannot be written.
+    """
     data = build.build_data(cfg.data)
     metrics = build.build_metrics(cfg.metric)
     check_metrics(metrics)
-    resolve_transforms(data)
-    require(data.augment is None, "data.augment", data.augment, "goes with lora-bench train", code=Code.CONFLICT)
-    reason = "goes with lora-bench train: a run is scored on one data set at a time"
+    perturbations(data)
+    require(data.augment is None, "data.augment", data.augment, "is for lora-bench train", code=Code.CONFLICT)
+    reason = "is for lora-bench train: a run is evaluated on one data set at a time"
     require(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
     if bool(cfg.run) == bool(cfg.peft):
         raise UserError(
@@ -91,27 +100,27 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         )
     require_one_of("device", str(cfg.device), ("auto", "cpu", "cuda"))
     title = str(cfg.name or (Path(data.path).stem if isinstance(data, schema.FileData) else data_choice))
-    file_name(title)  # refuses what cannot be one
+    file_name(title)  # refuses what is not a file name
     finished = _check_run(cfg, data) if cfg.run else None
     splits = sources.reported_splits(sources.load(data))
     if not splits:
         raise UserError(
             "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.EMPTY
         )
-    subject = _finished(finished, cfg, data, console) if finished else _made_by_peft(cfg, data)
+    subject = _run_subject(finished, cfg, data, console) if finished else _peft_subject(cfg, data)
 
-    found: dict[str, float | None] = {}
+    metrics_by_split: dict[str, float | None] = {}
     predictions = {}
     for name, split in splits.items():
         assert split.labels is not None
-        of_members = subject.scored(split, True)
-        scores = of_members.mean(axis=0)
+        member_scores = subject.scored(split, True)
+        scores = member_scores.mean(axis=0)
         values = score(scores, split.labels, metrics)
         if subject.calibration is not None:
             values |= score_calibrated(scores, split.labels, subject.calibration)
         if subject.member_calibrations:
-            values |= score_members(of_members, split.labels, metrics, subject.member_calibrations)
-        values |= score_stress_splits(
+            values |= score_members(member_scores, split.labels, metrics, subject.member_calibrations)
+        values |= score_besides(
             data,
             split,
             scores,
@@ -120,7 +129,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             metrics=metrics,
             log=lambda line: console.print(shown(line)),
         )
-        found |= {f"{name}/{key}": value for key, value in values.items()}
+        metrics_by_split |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
     described = {
         "path": getattr(data, "path", None),
@@ -128,19 +137,17 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         **sources.describe_data(data, splits),
         **describe_stress_splits(data, splits, subject.seen),
     }
-    content = {**subject.described, "data": described, "metrics": found}
-    path = _write(subject.place, title, content, predictions)
-    print_metrics(console, found)
-    console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
+    content = {**subject.described, "data": described, "metrics": metrics_by_split}
+    path = _write(subject.target, title, content, predictions)
+    print_metrics(console, metrics_by_split)
+    console.print(shown(f"written: {path}"), soft_wrap=True)  # without wrapping the path
 
 
 def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
-    """Read the run's record, and refuse what does not go with it or cannot be written into its folder."""
-    for key, given in (("model", cfg.model.get("family")), ("output", cfg.output)):
-        if given:
-            raise UserError(
-                "goes with peft=, not with run=: a run has its own", key=key, value=given, code=Code.CONFLICT
-            )
+    """Read the run's record, and refuse settings that conflict with it or results that cannot be written."""
+    for key, value in (("model", cfg.model.get("family")), ("output", cfg.output)):
+        if value:
+            raise UserError("is for peft=, not for run=: a run has its own", key=key, value=value, code=Code.CONFLICT)
     finished = FinishedRecord.read(cfg.run)
     if len(data.text_columns) != len(finished.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
@@ -149,8 +156,9 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
     return finished
 
 
-def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
-    run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
+def _run_subject(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
+    """Load a finished run to evaluate."""
+    run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
     for note in run.notes:
         console.print(shown(f"note: {note}"))
     return _Subject(
@@ -164,14 +172,18 @@ def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, cons
 
 
 def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
-    """What the run was trained and chosen on, cut from its data again."""
-    own = run.experiment.data
-    seen = train, selection = sources.split_selection(sources.load(own)["train"], own)
+    """Return the run's train and selection splits, made from its data again.
+
+    Raises:
+        UserError: the data have changed since.
+    """
+    data = run.experiment.data
+    seen = train, selection = sources.carve(sources.load(data)["train"], data)
     recorded = run.record["data"].get("fingerprint")
-    for split, found in (("train", train), ("selection", selection)):
-        if not isinstance(recorded, dict) or found.fingerprint() != recorded.get(split):
+    for name, split in (("train", train), ("selection", selection)):
+        if not isinstance(recorded, dict) or split.fingerprint() != recorded.get(name):
             raise UserError(
-                f"the run's data now give another {split} split than it was trained with, so what it saw is not known",
+                f"the {name} split of the run's data has changed, so its training examples are not known",
                 key="data.unseen",
                 value=True,
                 code=Code.MISMATCH,
@@ -179,12 +191,13 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     return seen
 
 
-def _made_by_peft(cfg: DictConfig, data: schema.Data) -> _Subject:
+def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
+    """Load an adapter made by PEFT to evaluate."""
     require(
         not data.unseen,
         "data.unseen",
         data.unseen,
-        "needs run=: what PEFT trained on is not known",
+        "needs run=: the training examples of PEFT are not known",
         code=Code.UNSUPPORTED,
     )
     adapter = PeftConfig.read(cfg.peft)
@@ -211,63 +224,66 @@ def _made_by_peft(cfg: DictConfig, data: schema.Data) -> _Subject:
     return _Subject(scored, Run(output, {}), {"peft": described})
 
 
-def _output(asked: str | None, adapter: Path) -> Path:
-    """The folder for an adapter's figures."""
-    if asked is None:
+def _output(output: str | None, adapter: Path) -> Path:
+    """Return the folder for an adapter's results: `output`, or a new one below `outputs/peft`."""
+    if output is None:
         return Path("outputs", "peft", f"{adapter.resolve().name}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}")
-    if adapter.resolve() in (Path(asked).resolve(), *Path(asked).resolve().parents):
+    if adapter.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
         raise UserError(
-            "lies in the adapter's own folder, which stays as it is", key="output", value=asked, code=Code.EXISTS
+            "is inside the adapter's folder, which must not change", key="output", value=output, code=Code.EXISTS
         )
-    return Path(asked)
+    return Path(output)
 
 
-def _model(node: DictConfig, adapter: PeftConfig) -> Family:
-    """The backbone that was asked for, else that which the adapter names, its family read from its config.json."""
+def _model(node: DictConfig, adapter: PeftConfig) -> schema.Model:
+    """Return the settings of the backbone: those given, or those of the model that the adapter names.
+
+    In the latter case its config.json names the family.
+    """
     if "family" in node:
-        return build_model(node)
-    place = node.path or adapter.base_model
-    if not place:
+        return build.build_model(node)
+    base = node.path or adapter.base_model
+    if not base:
         raise adapter.refusal("base_model_name_or_path", None, "names no backbone", "Give model.path=DIR.")
-    local = bool(node.path) or Path(place).is_dir()
-    where = {"path": place} if local else {"hub_id": place, "revision": adapter.revision}
-    settings = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer} | where
-    family = family_of_type(model_type := _model_type(schema.Model(**settings)))
-    settings["family"] = family
-    cls = family_class(family)
-    missing_keys = [f"model.{field.name}" for field in fields(cls) if field.name not in settings]
-    if missing_keys:
+    local = bool(node.path) or Path(base).is_dir()
+    source = {"path": base} if local else {"hub_id": base, "revision": adapter.revision}
+    unset = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer}
+    model_type = _model_type(schema.Model(**unset | source | {"family": "auto"}))
+    if model_type == "t5":
         raise UserError(
             f"is an adapter of a {model_type}, and its files do not give {', '.join(missing_keys)}",
             key="peft",
             value=adapter.folder,
-            remedy=f"Add model={family} with those of these keys that differ from its defaults, and model.path={place} "
-            "if it lies there.",
+            remedy=f"Add model=t5 with model.template=… and model.form=…, and model.path={base} if it is there.",
             code=Code.UNSUPPORTED,
         )
-    return cls(**settings)
+    family = "bert" if model_type in MODEL_TYPES else "auto"
+    return schema.Model(**unset | source | {"family": family})
 
 
 def _model_type(model: schema.Model) -> str | None:
-    """What the backbone's config.json calls it; None where there is none, which loading it will tell."""
+    """Return `model_type` of the backbone's config.json; None without one, which loading will refuse."""
     try:
-        found = transformers.AutoConfig.from_pretrained(locate(model), revision=model.revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            locate(model), revision=model.revision, trust_remote_code=False
+        )
     except UserError:
         raise
     except Exception:
         return None
-    return str(found.model_type)
+    return str(config.model_type)
 
 
-def _write(place: Run, name: str, content: dict[str, Any], predictions: dict[str, Any]) -> Path:
-    there = place.folder.exists()
+def _write(target: Run, name: str, content: dict[str, Any], predictions: dict[str, Any]) -> Path:
+    """Write an evaluation into the target's folder, which is removed if that fails and it is new."""
+    is_new = not target.folder.exists()
     try:
-        place.folder.mkdir(parents=True, exist_ok=True)
-        return place.write_evaluation(name, content, predictions)
+        target.folder.mkdir(parents=True, exist_ok=True)
+        return target.write_evaluation(name, content, predictions)
     except OSError as error:
         raise UserError(
-            f"cannot be written: {error.strerror or error}", file=place.folder, code=Code.UNWRITABLE
+            f"cannot be written: {error.strerror or error}", file=target.folder, code=Code.UNWRITABLE
         ) from None
     finally:
-        if not there:
-            discard(place.folder)  # if nothing was written into it
+        if is_new:
+            discard(target.folder)  # if nothing was written into it

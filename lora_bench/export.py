@@ -1,4 +1,4 @@
-"""`lora-bench export`: a finished run as an adapter for PEFT, or as a plain Hugging Face model."""
+"""`lora-bench export`: write a finished run as an adapter for PEFT, or as a plain Hugging Face model."""
 
 from __future__ import annotations
 
@@ -34,23 +34,29 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
-"""The class of transformers that loads a backbone, by what peft calls its task."""
+"""The transformers class that loads a backbone, by PEFT's task type."""
 
 
 def run_export(cfg: DictConfig, *, console: Console) -> None:
-    """`lora-bench export run=DIR format=peft|merged output=DIR`."""
+    """Export the run of `cfg.run` as `cfg.format` (`peft` or `merged`) into the new folder `cfg.output`.
+
+    An ensemble is written as one folder for each member.
+
+    Raises:
+        UserError: the run cannot be loaded, has no such form, or the output cannot be written.
+    """
     output = Path(str(cfg.output))
     require_one_of("format", str(cfg.format), ("peft", "merged"))
     _refuse_taken(output)
     check_folder(output, "output")
-    places = model_paths(cfg.model)
-    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
+    paths = model_places(cfg.model)
+    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **paths)
     for note in run.notes:
         console.print(shown(f"note: {note}"))
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
-    if run.pack.pair_features:
-        reason = "compares the two texts beside the head, for which neither PEFT nor a plain classifier has a place"
+    if run.pack.matchings:
+        reason = "adds pair features to the head, which neither PEFT nor a plain classifier supports"
         raise UserError(
             reason,
             key="head.pair_features",
@@ -58,25 +64,25 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             remedy="Train with head.pair_features=false.",
             code=Code.UNSUPPORTED,
         )
-    one = output if run.pack.size == 1 else output / "member_0"
+    first_member = output if run.pack.size == 1 else output / "member_0"
     differences, reading = _differences(run), _reading(run)
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
         base = public_location(run.experiment.model)
         with _new_folder(output) as folder:
-            for k, own in enumerate(_of_members(folder, run.pack.size)):
-                files.save(own, run.pack, k, base, for_peft=True)
-                backbone.tokenizer.save_pretrained(own)
+            for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):
+                files.save(member_folder, run.pack, k, base, for_peft=True)
+                backbone.tokenizer.save_pretrained(member_folder)
             _write_readme(folder, cfg.format, [*differences, *reading])
-        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{base or "BASE"}"), "{one}")'
+        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{base or "BASE"}"), "{first_member}")'
     else:
         with _new_folder(output) as folder:
-            for k, own in enumerate(_of_members(folder, run.pack.size)):
-                if k > 0:  # writing the one before has taken the pack apart
-                    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
-                write_merged(own, run.pack, k, run.experiment.data.label_names)
+            for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):
+                if k > 0:  # writing the previous member has detached the pack
+                    run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **paths)
+                write_merged(member_folder, run.pack, k, run.experiment.data.label_names)
             _write_readme(folder, cfg.format, [*differences, *reading])
-        load = f'{auto_class}.from_pretrained("{one}")'
+        load = f'{auto_class}.from_pretrained("{first_member}")'
     for line in (f"written: {output}", f"load it: {load}"):
         console.print(shown(line), soft_wrap=True)
     for difference in differences:
@@ -84,7 +90,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
 
 
 def _differences(run: FinishedRun) -> list[str]:
-    """Return what `lora-bench predict` does with this run's model that the exported model does not do by itself."""
+    """Return notes on what `lora-bench predict` does beyond the exported model."""
     experiment = run.experiment
     notes = []
     if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
@@ -98,7 +104,7 @@ def _differences(run: FinishedRun) -> list[str]:
 
 
 def _reading(run: FinishedRun) -> list[str]:
-    """Return how the model reads a pair and what its logits mean."""
+    """Return notes on the model's input format and the meaning of its logits."""
     experiment, backbone = run.experiment, run.pack.backbone
     notes = [f"pairs are truncated to {experiment.data.max_length} tokens, the longer text first."]
     if backbone.peft_task != "SEQ_CLS":
@@ -113,27 +119,27 @@ def _reading(run: FinishedRun) -> list[str]:
 
 
 def _write_readme(folder: Path, form: str, notes: Sequence[str]) -> None:
-    """Write what the folder holds, and how to score with it."""
-    what = "A LoRA-type adapter in PEFT's format" if form == "peft" else "A Hugging Face model"
-    lines = [f"# {what}", "", "Written by `lora-bench export`. For the scores of `lora-bench predict`:", ""]
+    """Write README.md: the content of the folder, and how to reproduce the scores of `lora-bench predict`."""
+    title = "A LoRA-type adapter in PEFT's format" if form == "peft" else "A Hugging Face model"
+    lines = [f"# {title}", "", "Written by `lora-bench export`. For the scores of `lora-bench predict`:", ""]
     lines += [f"- {note[0].upper()}{note[1:]}" for note in notes]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _of_members(folder: Path, members: int) -> list[Path]:
-    """Where each member's files go: into `folder` itself where there is one, else below it."""
+def _member_folders(folder: Path, members: int) -> list[Path]:
+    """Return the folder of each member: `folder` itself for a single member, else `member_<k>` below it."""
     return [folder] if members == 1 else [folder / f"member_{k}" for k in range(members)]
 
 
 @torch.no_grad()
 def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str]) -> None:
-    """Write a member as a plain Hugging Face model with its tokenizer; the pack is taken apart.
+    """Write a member as a plain Hugging Face model with its tokenizer; this detaches the pack.
 
     Args:
-        folder: made here.
+        folder: is created.
         pack: on a backbone in fp32.
-        member: which of its members.
-        label_names: what label 0 and label 1 are called.
+        member: its number in the pack.
+        label_names: names of label 0 and label 1.
     """
     trained = {name: p.detach().clone() for name, p in pack.head_parameters(member).items()}
     merged = {**pack.merged(member), **trained}
@@ -147,7 +153,7 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
 
 
 def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
-    """A sentence that says why, where peft has no form for what the run learned."""
+    """Refuse a run whose adapter PEFT has no format for, with the reason."""
     updates = pack.updates[0]
     if pack.members[0].adapter.peft_settings(updates):
         return
@@ -156,7 +162,7 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
     elif not updates:
         reason = "has no adapter, only a head"
     elif any(isinstance(module, QuantizedLinear) for update in updates.values() for module in update.modules()):
-        reason = "adapts quantised weights, which an adapter for PEFT cannot bring along"
+        reason = "adapts quantised weights, which a PEFT adapter does not include"
     else:
         reason = "is a method that PEFT does not have"
     raise UserError(
@@ -169,33 +175,34 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
 
 
 def _refuse_taken(output: Path) -> None:
+    """Refuse an output that exists, unless it is an empty folder."""
     try:
         free = not os.path.lexists(output) or (not output.is_symlink() and output.is_dir() and not os.listdir(output))
     except OSError as error:
         raise _unwritable(output, error) from None
     if not free:
         raise UserError(
-            "is there already",
+            "already exists",
             key="output",
             value=output,
-            remedy="Give a folder that is not there yet.",
+            remedy="Give a new folder.",
             code=Code.EXISTS,
         )
 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its place once all is written; otherwise nothing of it is left."""
-    place = Path(os.path.abspath(output))
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    """Yield a temporary folder that is renamed to `output` at the end, or removed after an error."""
+    path = Path(os.path.abspath(output))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, place)
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk makes of tensors
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
         raise _unwritable(output, error) from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _unwritable(output: Path, error: Exception) -> UserError:

@@ -1,4 +1,4 @@
-"""A finished run at work: restored from its folder, labelling new pairs; and the command `lora-bench predict`."""
+"""`lora-bench predict`: label new pairs with a finished run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ if TYPE_CHECKING:
 
 
 def run_predict(request: PredictionRequest) -> None:
-    """`lora-bench predict run=DIR input=pairs.tsv output=labelled.tsv`."""
-    run = FinishedRun.load(request.run, device=request.device, **request.model_places)
+    """Score the request's pairs with its run, and write labels and scores.
+
+    Notes about the run go to stderr, since the output may be stdout.
+
+    Args:
+        request: of `lora-bench predict run=DIR input=pairs.tsv output=labelled.tsv`.
+
+    Raises:
+        UserError: the run cannot be loaded, or the output cannot be written.
+    """
+    run = FinishedRun.load(request.run, device=request.device, **request.places)
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     scores_by_member = run.member_scores(request.examples)

@@ -1,4 +1,4 @@
-"""`lora-bench prompt`, top to bottom: configs -> data -> template -> answers -> scores -> record."""
+"""`lora-bench prompt`, top to bottom: configuration -> data -> template -> answers -> scores -> record."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lora_bench.llm.budget import BudgetReachedError
 from lora_bench.llm.cache import Cache
 from lora_bench.llm.client import Client, ask_all
 from lora_bench.llm.display import Display, announce, show_cost, show_request
-from lora_bench.llm.external_predictions import read_predictions, wrong_where_absent
-from lora_bench.llm.parsing import KINDS, Answer, read_label
+from lora_bench.llm.external_predictions import fill_missing, read_predictions
+from lora_bench.llm.parsing import READINGS, Answer, read_label
 from lora_bench.llm.settings import LLM, Prompt
 from lora_bench.llm.template import Messages, Template
 from lora_bench.records import environment
@@ -57,9 +57,13 @@ class Request:
 
     @classmethod
     def build(cls, cfg: DictConfig) -> Request:
-        """From the composed config; refuses what is out of range, naming the key."""
+        """Build and check the settings of a composed configuration.
+
+        Raises:
+            UserError: a value is wrong or missing; it names the key.
+        """
         build.check_top(cfg, _KEYS)
-        made = cls(
+        request = cls(
             llm=build.build(LLM, cfg.llm, "llm"),
             prompt=build.build(Prompt, cfg.prompt, "prompt"),
             data=build.build_data(cfg.data),
@@ -69,53 +73,53 @@ class Request:
             split=None if cfg.split is None else str(cfg.split),
             seed=cfg.seed,
         )
-        reason = "goes with lora-bench train: a model is asked about one data set at a time"
-        require(made.data.tasks is None, "data.tasks", made.data.tasks, reason)
-        if made.predictions is None:
-            remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with answers."
-            require(bool(made.llm.model), "llm.model", None, "is needed", remedy, code=Code.MISSING)
-            require(bool(made.llm.base_url), "llm.base_url", None, "is needed", remedy, code=Code.MISSING)
-        if made.metrics:
+        reason = "is for lora-bench train: a model is prompted on one data set at a time"
+        require(request.data.tasks is None, "data.tasks", request.data.tasks, reason)
+        if request.predictions is None:
+            remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with its answers."
+            require(bool(request.llm.model), "llm.model", None, "is needed", remedy, code=Code.MISSING)
+            require(bool(request.llm.base_url), "llm.base_url", None, "is needed", remedy, code=Code.MISSING)
+        if request.metrics:
             from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
 
-            check_metrics(made.metrics)
-        for tracker in made.trackers.values():
+            check_metrics(request.metrics)
+        for tracker in request.trackers.values():
             tracker.check()
-        return made
+        return request
 
 
 def run_prompt(
     cfg: DictConfig, folder: Path, *, choices: dict[str, str], overrides: list[str], console: Console
 ) -> None:
-    """Ask a model about every example of the reported splits, or read its answers from a file, and record the scores.
+    """Prompt a model with every example of the reported splits, or read its answers from a file; record the scores.
 
     Args:
-        cfg: the composed config.
-        folder: the run's folder; made once nothing more can be refused.
-        choices: the option chosen of each group, for the record.
-        overrides: what was asked for on the command line, for the record.
-        console: where to tell how it goes.
+        cfg: the composed configuration.
+        folder: the run's folder; created after all checks.
+        choices: the choice of each group, for the record.
+        overrides: those of the command line, for the record.
+        console: receives progress and results.
 
     Raises:
         UserError: the request cannot be met; nothing is left behind.
-        RunFailedError: the server or the budget ended the run; its answers are in the cache.
+        RunFailedError: the server or the budget ended the run; its answers are cached.
     """
     request = Request.build(cfg)
     splits, described = _load(request)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     resolved = {key: value for key, value in resolved.items() if key != "predictions" or value is not None}
-    begin = _Begin(folder, choices, resolved, overrides, described, request.trackers, console)
+    new_run = _NewRun(folder, choices, resolved, overrides, described, request.trackers, console)
     if request.predictions is None:
-        run = _ask(request, splits, begin, console, dry_run=cfg.dry_run)
+        run = _ask(request, splits, new_run, console, dry_run=cfg.dry_run)
     else:
-        run = _read(request, request.predictions, splits, begin, console, dry_run=cfg.dry_run)
+        run = _read(request, request.predictions, splits, new_run, console, dry_run=cfg.dry_run)
     if run is not None:
         _show(console, run)
 
 
 @dataclass(frozen=True)
-class _Begin:
-    """A run's folder, to be claimed once nothing more can be refused."""
+class _NewRun:
+    """The folder and record of a run that is claimed after all checks."""
 
     folder: Path
     choices: dict[str, str]
@@ -126,20 +130,23 @@ class _Begin:
     console: Console
 
     def claim(self) -> Run:
+        """Create the folder and its record, and start the trackers."""
         run = Run.claim(self.folder, choices=self.choices, config=self.config, overrides=self.overrides)
-        nothing = dict.fromkeys(("adapter", "head", "trainable", "total"))
-        run.update(data=self.data, params=nothing, environment=environment.describe())
-        return track_run(run, self.trackers, self.console)
+        no_params = dict.fromkeys(("adapter", "head", "trainable", "total"))
+        run.update(data=self.data, params=no_params, environment=environment.describe())
+        return follow(run, self.trackers, self.console)
 
 
 def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Train and selection as `train` cuts them, where there is a train split; every split to ask about; and what the
-    record says of them."""
-    found = sources.load(request.data)
-    reported = sources.reported_splits(found)
+    """Return all splits and their description for the record.
+
+    They are the train and selection splits of `lora-bench train`, if there is a train split, and the reported ones.
+    """
+    loaded = sources.load(request.data)
+    reported = sources.reported(loaded)
     if request.split is not None:
-        known = ", ".join(reported) or "none"
-        reason = f"is no labelled split to report; there is {known}"
+        names = ", ".join(reported) or "none"
+        reason = f"is not a labelled split to report (there are: {names})"
         require(request.split in reported, "split", request.split, reason, code=Code.UNKNOWN_CHOICE)
         reported = {request.split: reported[request.split]}
     if not reported:
@@ -149,75 +156,79 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     if request.predictions is not None and len(reported) > 1:
         remedy = f"Add split=NAME: {', '.join(reported)}."
         raise UserError(
-            "answers one split, and the data has several", key="predictions", remedy=remedy, code=Code.CONFLICT
+            "holds one split, and the data has several", key="predictions", remedy=remedy, code=Code.CONFLICT
         )
     splits = dict(reported)
-    if "train" in found:
-        train, selection = sources.split_selection(found["train"], request.data)
+    if "train" in loaded:
+        train, selection = sources.carve(loaded["train"], request.data)
         splits = {"train": train, "selection": selection, **reported}
     return splits, sources.describe_data(request.data, splits)
 
 
 def _reported(splits: dict[str, Examples]) -> dict[str, Examples]:
+    """Return the splits that are scored."""
     return {name: split for name, split in splits.items() if name not in ("train", "selection")}
 
 
 def _read(
-    request: Request, path: str, splits: dict[str, Examples], begin: _Begin, console: Console, *, dry_run: bool
+    request: Request, path: str, splits: dict[str, Examples], new_run: _NewRun, console: Console, *, dry_run: bool
 ) -> Run | None:
-    """Score answers that somebody else obtained; None after a dry run."""
+    """Score the predictions of a file and return the run; None after a dry run."""
     ((name, split),) = _reported(splits).items()
     scores = read_predictions(path, split)
-    absent = scores.count(None)
-    console.print(shown(f"{path}: {len(scores) - absent:,} answers for {name}, {absent:,} absent"), soft_wrap=True)
+    missing = scores.count(None)
+    console.print(shown(f"{path}: {len(scores) - missing:,} answers for {name}, {missing:,} missing"), soft_wrap=True)
     if dry_run:
         return None
-    used = {key: value for key, value in begin.config.items() if key != "prompt"} | {
+    used = {key: value for key, value in new_run.config.items() if key != "prompt"} | {
         "llm": {"model": request.llm.model}
     }
-    choices = {group: choice for group, choice in begin.choices.items() if group != "prompt"}
-    run = replace(begin, config=used, choices=choices).claim()
+    choices = {group: choice for group, choice in new_run.choices.items() if group != "prompt"}
+    run = replace(new_run, config=used, choices=choices).claim()
     with _recorded_end(run):
-        counts = {"given": len(scores) - absent, "absent": absent}
+        counts = {"given": len(scores) - missing, "absent": missing}
         _score(run, request, splits, {name: scores}, {name: counts})
     return run
 
 
 def _ask(
-    request: Request, splits: dict[str, Examples], begin: _Begin, console: Console, *, dry_run: bool
+    request: Request, splits: dict[str, Examples], new_run: _NewRun, console: Console, *, dry_run: bool
 ) -> Run | None:
-    """Ask the model about every example; None after a dry run."""
+    """Prompt the model with every example and return the run; None after a dry run."""
     template = Template.build(request.prompt, request.data, splits.get("train"), request.seed)
-    asked = {
+    messages_by_split = {
         name: [template.messages(texts) for texts in zip(*split.texts, strict=True)]
         for name, split in _reported(splits).items()
     }
     with Cache(cache_folder() / "prompt") as cache, asyncio.Runner() as runner:
         client = Client(request.llm, cache, request.seed)
-        keys = {name: [client.cache_key(messages) for messages in each] for name, each in asked.items()}
-        questions = dict(zip(chain(*keys.values()), chain(*asked.values()), strict=True))
-        known = {key: answer for key in questions if (answer := client.cached(key)) is not None}
+        keys = {name: [client.cache_key(messages) for messages in split] for name, split in messages_by_split.items()}
+        questions = dict(zip(chain(*keys.values()), chain(*messages_by_split.values()), strict=True))
+        cached = {key: answer for key in questions if (answer := client.cached_answer(key)) is not None}
         for note in cache.notes():
             console.print(shown(f"note: {note}"), soft_wrap=True)
         if dry_run:
-            show_request(console, client, questions, known)
+            show_request(console, client, questions, cached)
             return None
-        refuse_existing_run(begin.folder)  # before anything is paid for
+        refuse_taken(new_run.folder)  # before any request is paid for
         runner.run(client.open())
-        answers = _Answers(client, questions, known)
+        answers = _Answers(client, questions, cached)
         try:
             if first := answers.missing(1):
                 runner.run(_ask_first(client, first, answers))
-            run = begin.claim()
+            run = new_run.claim()
             with _recorded_end(run, answers):
-                announce(console, run.record, request.llm, len(known))
+                announce(console, run.record, request.llm, len(cached))
                 with Display(console, len(questions)) as answers.display:
                     runner.run(ask_all(client, answers.missing(), answers.take, request.llm.concurrency))
-                read = {name: [read_label(answers.found[key], template.answers) for key in keys[name]] for name in keys}
-                counts = {
-                    name: {kind: sum(k == kind for _, k in each) for kind in KINDS} for name, each in read.items()
+                read = {
+                    name: [read_label(answers.received[key], template.answers) for key in keys[name]] for name in keys
                 }
-                scores = {name: [score for score, _ in each] for name, each in read.items()}
+                counts = {
+                    name: {source: sum(s == source for _, s in labels) for source in READINGS}
+                    for name, labels in read.items()
+                }
+                scores = {name: [score for score, _ in labels] for name, labels in read.items()}
                 run.update(environment={"llm": answers.models()})
                 _score(run, request, splits, scores, counts)
                 for note in answers.notes(keys, read):
@@ -228,68 +239,76 @@ def _ask(
 
 
 async def _ask_first(client: Client, question: dict[str, Messages], answers: _Answers) -> None:
-    """One alone, before anything is written: what is wrong with the request as a whole shows at it."""
+    """Send a first request before anything is written: it shows a wrong address, key or field."""
     try:
         await ask_all(client, question, answers.take, 1)
     except BudgetReachedError as error:
         raise UserError(
-            "does not do for one request", key=error.key, value=error.value, code=Code.INVALID_VALUE
+            "is too little for one request", key=error.key, value=error.value, code=Code.INVALID_VALUE
         ) from None
 
 
 class _Answers:
-    """The answers there are, and what they cost."""
+    """The answers received so far, and their cost."""
 
-    def __init__(self, client: Client, questions: dict[str, Messages], known: dict[str, Answer]) -> None:
+    def __init__(self, client: Client, questions: dict[str, Messages], cached: dict[str, Answer]) -> None:
         self.client = client
         self.questions = questions
-        self.found = dict(known)
-        self.cached = len(known)
+        self.received = dict(cached)
+        self.cached = len(cached)
         self.display: Display | None = None
-        self.began = time.perf_counter()
+        self.start_time = time.perf_counter()
         self.seconds = 0.0
 
     def take(self, key: str, answer: Answer) -> None:
-        self.found[key] = answer
-        self.seconds = time.perf_counter() - self.began
+        """Add the answer to a question."""
+        self.received[key] = answer
+        self.seconds = time.perf_counter() - self.start_time
         if self.display is not None:
-            self.display.answered(len(self.found))
+            self.display.update(len(self.received))
 
-    def missing(self, most: int | None = None) -> dict[str, Messages]:
-        left = ((key, messages) for key, messages in self.questions.items() if key not in self.found)
-        return dict(islice(left, most))
+    def missing(self, limit: int | None = None) -> dict[str, Messages]:
+        """Return the questions without an answer, at most `limit` of them."""
+        missing = ((key, messages) for key, messages in self.questions.items() if key not in self.received)
+        return dict(islice(missing, limit))
 
     def models(self) -> list[str]:
-        """What the server calls the models that answered."""
-        return sorted({answer.model for answer in self.found.values() if answer.model})
+        """Return the server's names of the models that answered."""
+        return sorted({answer.model for answer in self.received.values() if answer.model})
 
     def notes(self, keys: dict[str, list[str]], read: dict[str, list[tuple[float | None, str]]]) -> Iterator[str]:
-        """What a person should know of the answers."""
-        kinds = [(key, kind) for name in keys for key, (_, kind) in zip(keys[name], read[name], strict=True)]
-        texts = [self.found[key].text or "" for key, kind in kinds if kind == "unparsable"]
+        """Yield notes about answers that are not labels, refusals, and missing log-probabilities.
+
+        Args:
+            keys: of each split's questions.
+            read: score and source (`READINGS`) of each answer, by split.
+        """
+        sources = [(key, source) for name in keys for key, (_, source) in zip(keys[name], read[name], strict=True)]
+        texts = [self.received[key].text or "" for key, source in sources if source == "unparsable"]
         if texts:
-            such = ", ".join(repr(text[:40]) for text in dict.fromkeys(texts[:3]))
-            yield f"{len(texts)} answers are neither label and count as wrong, such as {such}"
-        refused = sum(kind == "refused" for _, kind in kinds)
+            examples = ", ".join(repr(text[:40]) for text in dict.fromkeys(texts[:3]))
+            yield f"{len(texts)} answers are neither label and count as wrong, for example {examples}"
+        refused = sum(source == "refused" for _, source in sources)
         if refused:
             yield f"{refused} answers were refused and count as wrong"
-        if self.client.llm.logprobs and any(kind == "text" for _, kind in kinds):
+        if self.client.llm.logprobs and any(source == "text" for _, source in sources):
             yield "no log-probabilities for some answers: their text was read, so that a score is 0 or 1"
 
     def cost(self) -> dict[str, float | None]:
-        """Tokens and money of all answers, also of those from the cache; `spent` and the rest of this run alone.
+        """Return the `cost` of the record.
 
-        None where the server does not say how long some answers were; then the most counts as spent.
+        Tokens and money are those of all answers, cached ones included; None if the server did not report all tokens.
+        Requests, `money_spent` and seconds are those of this run; without a report the maximal cost counts as spent.
         """
-        read = _total(answer.prompt_tokens for answer in self.found.values())
-        written = _total(answer.completion_tokens for answer in self.found.values())
-        priced = self.client.llm.money(0, 0) is not None
+        read = _total(answer.prompt_tokens for answer in self.received.values())
+        written = _total(answer.completion_tokens for answer in self.received.values())
+        priced = self.client.llm.cost(0, 0) is not None
         return {
             "requests": self.client.budget.requests,
             "cached": self.cached,
             "prompt_tokens": read,
             "completion_tokens": written,
-            "money": None if read is None or written is None else self.client.llm.money(read, written),
+            "money": None if read is None or written is None else self.client.llm.cost(read, written),
             "money_spent": self.client.budget.spent if priced else None,
             "seconds": self.seconds,
         }
@@ -307,13 +326,18 @@ def _score(
     scores: dict[str, list[float | None]],
     counts: dict[str, dict[str, int]],
 ) -> None:
-    """Metrics and predictions of every reported split; what is no answer counts as a wrong one."""
+    """Record metrics and predictions of every reported split; a missing answer counts as a wrong one.
+
+    Args:
+        scores: P(label 1) of each example, by split.
+        counts: number of answers of each source, by split.
+    """
     from lora_bench.evaluation.metrics import score  # late: it imports torch
 
     metrics: dict[str, float | None] = {}
     for name, split in _reported(splits).items():
         assert split.labels is not None
-        filled = wrong_where_absent(scores[name], split.labels)
+        filled = fill_missing(scores[name], split.labels)
         values = score(filled, split.labels, request.metrics)
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
         run.log({"step": None, "epoch": None, "split": name, "metrics": values})
@@ -323,7 +347,7 @@ def _score(
 
 @contextmanager
 def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
-    """However the run ends, its record says so, and what it cost."""
+    """Record how the run ends, and its cost."""
     try:
         yield
         run.update(cost=answers.cost() if answers else {})
@@ -331,9 +355,9 @@ def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
     except BudgetReachedError as error:
         assert answers is not None
         run.update(cost=answers.cost())
-        reason = f"the budget is spent: {len(answers.found):,} of {len(answers.questions):,} questions are answered"
+        reason = f"the budget is spent after {len(answers.received):,} of {len(answers.questions):,} answers"
         run.finish("interrupted", f"{error.key}={error.value:g}: {reason}")
-        remedy = f"Run the same command again: it asks only for the rest, with {error.key} counted anew."
+        remedy = f"Run the same command again to request the missing answers, with {error.key} counted from 0."
         raise RunFailedError(
             reason, key=error.key, value=f"{error.value:g}", remedy=remedy, code=Code.BUDGET_SPENT
         ) from None
@@ -346,7 +370,7 @@ def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
     except BaseException:  # Ctrl-C, or a signal that became SystemExit
         with suppress(RunFailedError):
             run.update(cost=answers.cost() if answers else {})
-            run.finish("interrupted", "stopped from outside; run the same command again, which asks only for the rest")
+            run.finish("interrupted", "stopped by a signal; run the same command again to request the missing answers")
         raise
 
 

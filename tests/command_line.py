@@ -109,12 +109,12 @@ def lora_bench(*arguments: str) -> Answer:
             raise
 
     with unchanged_process(), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_dispatch", dispatch)
+        patch.setattr(cli, "run_command", dispatch)
         code = cli.main(list(arguments))
     return Answer(code, out.getvalue(), err.getvalue(), *errors)
 
 
-DISPATCH = cli._dispatch
+DISPATCH = cli.run_command
 
 
 def refused(*arguments: str) -> UserError:

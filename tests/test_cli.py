@@ -206,7 +206,7 @@ def test_exit_codes_of_interrupts(monkeypatch: pytest.MonkeyPatch, raised: BaseE
     def interrupted(arguments: list[str]) -> int:
         raise raised
 
-    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    monkeypatch.setattr(cli, "run_command", interrupted)
     with unchanged_process():
         assert cli.main([]) == code
 

@@ -23,8 +23,8 @@ from lora_bench.files.atomic_io import plain
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.preflight import check_settings
 
-PLACE = "hydra.sweep.subdir"
-"""The key of a job's folder below the sweep's."""
+SUBDIR_KEY = "hydra.sweep.subdir"
+"""The key of a job's folder, relative to the sweep's."""
 
 Batch: TypeAlias = dict[int, list[str]]
 
@@ -42,14 +42,14 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweepe
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper for whole evenings: jobs are checked first, and what a sweep lacks can be run later.
+    """The Cartesian product of the values, with every job checked before the first one runs; it can be resumed.
 
     Args:
-        max_batch_size: jobs handed to the launcher at a time.
-        params: the grid, as `key: "1,2,3"`; the command line replaces it key by key.
-        exclude: combinations to leave out, as `key=pattern key=pattern` with shell wildcards.
-        variants: overrides that go together, as `key=value key=value`: the grid is run with each. The first is what the
-            others are compared with in the end.
+        max_batch_size: maximal number of jobs passed to the launcher at a time.
+        params: the grid, as `key: "1,2,3"`; overrides of the command line replace single keys.
+        exclude: combinations to omit, as `key=pattern key=pattern` with shell wildcards.
+        variants: sets of overrides, as `key=value key=value`; the grid is run with each set. The first one is the
+            baseline of the final comparison.
     """
 
     def __init__(
@@ -60,13 +60,21 @@ class GridSweeper(BasicSweeper):
         variants: Sequence[str],
     ) -> None:
         super().__init__(max_batch_size, params)
-        self.exclude = [dict(part.split("=", 1) for part in rule.split()) for rule in exclude]
+        self.exclude = [dict(pattern.split("=", 1) for pattern in rule.split()) for rule in exclude]
         self.variants = [variant.split() for variant in variants] or [[]]
-        self.whole: list[list[str]] = []
-        """The jobs of the first of several variants."""
+        self.baseline_jobs: list[list[str]] = []
+        """The jobs of the first variant, if there are several."""
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run every job, or with `resume` those that have not ended; then the table, also after Ctrl-C."""
+        """Run every job, or with `resume` every job that has not ended; write the tables, even after Ctrl-C.
+
+        Args:
+            arguments: overrides of the command line.
+
+        Raises:
+            UserError: the request cannot be met; nothing is left behind.
+            SweepFailedError: some jobs failed.
+        """
         from lora_bench.analysis.summary import write_tables
         from lora_bench.records import sweep_folder
         from lora_bench.records.run_folder import holds_run
@@ -78,21 +86,21 @@ class GridSweeper(BasicSweeper):
         grid = [*self._parse_config(), *(text for text in arguments if key_of(text) != "resume")]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         combinations = self._combinations([parser.parse_overrides([*grid, *variant]) for variant in self.variants])
-        jobs = self._checked(self._first(combinations))
-        later = {} if self.config.resume else self._checked(self._later(combinations), len(jobs))
+        jobs = self._checked(self._first_stage(combinations))
+        later = {} if self.config.resume else self._checked(self._later_stages(combinations), len(jobs))
         if self.config.dry_run:
             jobs |= later
             ended = [done.return_value for done in self.launcher.launch(list(jobs.values()), initial_job_idx=0)]
             _raise_failures([error for error in ended if error is not None], len(ended))
             return
         if self.config.resume:
-            begun = sweep_folder.read(folder).jobs
-            further = list(islice(begun.values(), len(jobs), None))  # added later, as those before ended
-            expected = plain(jobs | self._checked(further, len(jobs)))
-            if list(begun.items()) != list(expected.items()):
-                remedy = "Its presets have changed since: begin a new sweep."
+            recorded_jobs = sweep_folder.read(folder).jobs
+            later_jobs = list(islice(recorded_jobs.values(), len(jobs), None))  # added after the first stage
+            expected = plain(jobs | self._checked(later_jobs, len(jobs)))
+            if list(recorded_jobs.items()) != list(expected.items()):
+                remedy = "Its presets have changed since: start a new sweep."
                 raise UserError(
-                    "the sweep's jobs are not those it began with",
+                    "the sweep's jobs differ from those that it was started with",
                     key="resume",
                     value=folder,
                     remedy=remedy,
@@ -101,9 +109,9 @@ class GridSweeper(BasicSweeper):
             lock = sweep_folder.reopen(folder)
         else:
             typed: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
-            asked = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
-            places = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-            lock = sweep_folder.create(folder, asked, places[0] if places else None, jobs)
+            overrides = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
+            config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+            lock = sweep_folder.begin(folder, overrides, config_dirs[0] if config_dirs else None, jobs)
         tried: set[int] = set()
         failures: list[Exception] = []
         try:
@@ -113,45 +121,45 @@ class GridSweeper(BasicSweeper):
                     ended = [done.return_value for done in self._launch(batch)]
                     tried |= batch.keys()
                     for job, error in zip(batch.values(), ended, strict=True):
-                        failures += [] if error is None or self._expected(job, error) else [error]
+                        failures += [] if error is None or self._is_expected(job, error) else [error]
                 lock.check()
-                begun = sweep_folder.read(folder).jobs
-                more = self._next(folder, begun)
-                if not more:
+                recorded_jobs = sweep_folder.read(folder).jobs
+                next_jobs = self._next_stage(folder, recorded_jobs)
+                if not next_jobs:
                     break
-                sweep_folder.extend(folder, self._checked(more, len(begun)))
+                sweep_folder.extend(folder, self._checked(next_jobs, len(recorded_jobs)))
         finally:
             lock.release()
             lock.check()
-            begun = sweep_folder.read(folder).jobs
-            if any(holds_run(folder / name) for name in begun):
-                write_tables(folder, self._baseline(folder, begun))
+            recorded_jobs = sweep_folder.read(folder).jobs
+            if any((folder / name / "run.json").exists() for name in recorded_jobs):
+                write_tables(folder, self._baseline(folder, recorded_jobs))
                 self._conclude(folder)
-            if lacking := len(sweep_folder.read(folder).unfinished_jobs(folder)):
+            if missing := len(sweep_folder.read(folder).lacks(folder)):
                 command = f"lora-bench train -m {argument('resume', folder)}"
-                print(f"{lacking} of {len(begun)} jobs are lacking; run them with: {command}")
+                print(f"{missing} of {len(recorded_jobs)} jobs are missing; run them with: {command}")
         _raise_failures(failures, len(tried))
 
-    # -- what a sweeper of more than one stage does otherwise --
+    # -- hooks for sweepers of several stages --
 
-    def _first(self, jobs: list[list[str]]) -> list[list[str]]:
-        """The jobs to begin with, of all combinations."""
+    def _first_stage(self, jobs: list[list[str]]) -> list[list[str]]:
+        """Return the jobs of the first stage, given all combinations."""
         return jobs
 
-    def _later(self, jobs: list[list[str]]) -> list[list[str]]:
-        """What jobs may follow, as far as it is known beforehand: they are checked and estimated with the first."""
+    def _later_stages(self, jobs: list[list[str]]) -> list[list[str]]:
+        """Return the known jobs of later stages; they are checked and estimated with the first stage."""
         return []
 
-    def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
-        """The jobs that follow from how those before ended."""
+    def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
+        """Return the jobs of the next stage, given the sweep's folder and its jobs by folder; [] after the last."""
         return []
 
-    def _expected(self, job: Sequence[str], error: Exception) -> bool:
-        """Whether that this job ends so is a result like another."""
+    def _is_expected(self, job: Sequence[str], error: Exception) -> bool:
+        """Return whether this error of a job is a result, not a failure of the sweep."""
         return False
 
     def _conclude(self, folder: Path) -> None:
-        """Print what came out."""
+        """Print the comparison of the sweep's runs."""
         from lora_bench.compare import main
         from lora_bench.records import sweep_folder
 
@@ -159,69 +167,72 @@ class GridSweeper(BasicSweeper):
         print()
         main([str(folder), *(["--baseline", baseline] if baseline else [])])
 
-    def _baseline(self, folder: Path, begun: Mapping[str, Sequence[str]]) -> str | None:
-        """A finished run of the first variant, where there are several: its row is what others are compared with."""
+    def _baseline(self, folder: Path, jobs: Mapping[str, Sequence[str]]) -> str | None:
+        """Return the folder of a finished run of the first variant, the baseline; None for a single variant."""
         from lora_bench.records import run_folder
 
-        for name, job in begun.items():
-            if [text for text in job if not text.startswith(f"{PLACE}=")] in self.whole:
-                place = folder / name
-                if run_folder.holds_run(place) and run_folder.read(place)["status"] == "done":
-                    return str(place)
+        for name, job in jobs.items():
+            if [text for text in job if not text.startswith(f"{SUBDIR_KEY}=")] in self.baseline_jobs:
+                run = folder / name
+                if (run / "run.json").exists() and run_folder.read(run)["status"] == "done":
+                    return str(run)
         return None
 
     def _refuse_halving(self) -> None:
-        """For sweeps whose jobs are no rivals."""
+        """Refuse `pack.halving` for a sweep that needs the results of all its jobs."""
         assert self.config is not None
         if self.config.pack.halving:
-            reason = "would stop jobs of this sweep against one another that it needs all of"
+            reason = "would eliminate jobs whose results this sweep needs"
             raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.", code=Code.CONFLICT)
 
     def _combinations(self, variants: Sequence[list[Override]]) -> list[list[str]]:
-        """The jobs of each variant, one after the other."""
-        of_each: list[list[list[str]]] = []
+        """Return the jobs of each variant in turn, without the excluded ones."""
+        jobs_by_variant: list[list[list[str]]] = []
         for overrides in variants:
             (combined,) = BasicSweeper.split_arguments(overrides, None)
-            of_each.append([job for job in combined if not self._is_excluded(job)])
-        self.whole = of_each[0] if len(of_each) > 1 else []
-        jobs = [job for own in of_each for job in own]
+            jobs_by_variant.append([job for job in combined if not self._is_excluded(job)])
+        self.baseline_jobs = jobs_by_variant[0] if len(jobs_by_variant) > 1 else []
+        jobs = [job for variant_jobs in jobs_by_variant for job in variant_jobs]
         if not jobs:
             rules = "; ".join(" ".join(f"{key}={value}" for key, value in rule.items()) for rule in self.exclude)
             raise UserError("leaves no job to run", key="hydra.sweeper.exclude", value=rules, code=Code.NO_MATCH)
         return jobs
 
     def _is_excluded(self, job: list[str]) -> bool:
-        chosen = dict(part.split("=", 1) for part in job if "=" in part)
+        chosen = dict(text.split("=", 1) for text in job if "=" in text)
         return any(
             all(fnmatchcase(chosen.get(key, ""), pattern) for key, pattern in rule.items()) for rule in self.exclude
         )
 
     def _checked(self, jobs: list[list[str]], first: int = 0) -> dict[str, list[str]]:
-        """The jobs by their folders, before the sweep's is made: a wrong value in the last one leaves nothing.
+        """Check the jobs before the sweep's folder is created, and return them by their folders.
 
         Args:
-            jobs: their overrides.
-            first: the number of the first of them.
+            jobs: the overrides of each job.
+            first: the number of the first job.
+
+        Raises:
+            UserError: a job cannot be run, or two jobs are the same run or have the same folder.
         """
         from lora_bench.records import sweep_folder
 
-        found: dict[str, list[str]] = {}
-        asked: dict[str, list[str]] = {}
+        job_by_folder: dict[str, list[str]] = {}
+        job_by_identity: dict[str, list[str]] = {}
         for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
-            if sweep_folder.is_outside(name):
-                raise UserError("leads out of the sweep's folder", key=PLACE, value=name, code=Code.FORBIDDEN)
-            if identity in asked:
-                reason = f"two jobs are the same run: {' '.join(asked[identity])!r} and {' '.join(job)!r}"
+            if sweep_folder.leads_out(name):
+                raise UserError("leads out of the sweep's folder", key=SUBDIR_KEY, value=name, code=Code.FORBIDDEN)
+            if identity in job_by_identity:
+                reason = f"two jobs are the same run: {' '.join(job_by_identity[identity])!r} and {' '.join(job)!r}"
                 raise UserError(reason, key="sweep", remedy="Leave one of them out.", code=Code.CONFLICT)
-            asked[identity] = job
-            if name in found:
-                raise UserError("gives two jobs the same folder", key=PLACE, value=name, code=Code.CONFLICT)
-            found[name] = job
-        return found
+            job_by_identity[identity] = job
+            if name in job_by_folder:
+                raise UserError("gives two jobs the same folder", key=SUBDIR_KEY, value=name, code=Code.CONFLICT)
+            job_by_folder[name] = job
+        return job_by_folder
 
     def _check(self, number: int, job: list[str]) -> tuple[str, str]:
-        """The name of the job's folder, and what it would train, names and folders left out."""
+        """Check one job, and return its folder's name and the identity of its run (equal for equal settings)."""
         assert self.hydra_context is not None
         assert self.config is not None
         composed = compose_job(self.hydra_context.config_loader, self.config, job)
@@ -235,45 +246,45 @@ class GridSweeper(BasicSweeper):
 
         return name, Experiment.build(composed).identity
 
-    def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:
-        """What the sweep lacks and was not tried yet, by number, as many at a time as the launcher may be given."""
+    def _batches(self, folder: Path, recorded: Sweep, tried: Set[int]) -> Iterator[Batch]:
+        """Yield the missing jobs that were not tried yet, by number, in batches of at most `max_batch_size`."""
         batch: Batch = {}
-        for number, is_begun in begun.unfinished_jobs(folder).items():
+        for number, is_started in recorded.lacks(folder).items():
             if number in tried:
                 continue
             if self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size:
                 yield batch
                 batch = {}
-            name = list(begun.jobs)[number]
-            batch[number] = begun.jobs[name] + ([f"resume={quoted(folder / name)}"] if is_begun else [])
+            name = list(recorded.jobs)[number]
+            batch[number] = recorded.jobs[name] + ([f"resume={quoted(folder / name)}"] if is_started else [])
         if batch:
             yield batch
 
     def _launch(self, batch: Batch) -> Iterator[JobReturn]:
-        """What became of the jobs; Hydra's launchers take only jobs in a row."""
+        """Launch a batch and yield the job returns; Hydra's own launchers take only consecutive numbers."""
         assert self.launcher is not None
         numbered = getattr(self.launcher, "launch_numbered", None)
         if numbered is not None:
             yield from numbered(batch)
             return
-        for _, row in groupby(enumerate(batch), lambda placed: placed[1] - placed[0]):
+        for _, row in groupby(enumerate(batch), lambda indexed: indexed[1] - indexed[0]):
             numbers = [number for _, number in row]
             yield from self.launcher.launch([batch[number] for number in numbers], initial_job_idx=numbers[0])
 
 
-def overrides_of(nested: Any) -> list[str]:
-    """What is set in a config node, as overrides: `trainer: {epochs: 3}` as `trainer.epochs=3`."""
-    asked: Any = OmegaConf.to_container(OmegaConf.create(nested))
-    return [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
+def to_overrides(nested: Any) -> list[str]:
+    """Return the settings of a configuration node as overrides: `trainer: {epochs: 3}` as `trainer.epochs=3`."""
+    settings: Any = OmegaConf.to_container(OmegaConf.create(nested))
+    return [f"{key}={'null' if value is None else value}" for key, value in flat(settings)]
 
 
-def placed(jobs: Iterable[list[str]], stage: str, first: int = 0) -> list[list[str]]:
-    """The jobs, each in a numbered folder below that of its stage."""
-    return [[*job, f"{PLACE}={stage}/{number}"] for number, job in enumerate(jobs, first)]
+def in_subfolders(jobs: Iterable[list[str]], stage: str, first: int = 0) -> list[list[str]]:
+    """Return the jobs, each with an override for its folder, `STAGE/NUMBER`, numbered from `first`."""
+    return [[*job, f"{SUBDIR_KEY}={stage}/{number}"] for number, job in enumerate(jobs, first)]
 
 
 def _raise_failures(failures: Sequence[Exception], ran: int) -> None:
-    """Say how many of the jobs that ran have failed, if any."""
+    """Raise an error that counts the failures, if there are any: a `UserError` if all jobs were wrong requests."""
     if failures:
         reason = f"{len(failures)} of {ran} jobs failed"
         requests = [e for e in failures if isinstance(e, UserError) and not isinstance(e, RunFailedError)]

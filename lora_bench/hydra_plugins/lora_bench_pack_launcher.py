@@ -1,4 +1,4 @@
-"""The packed launcher: a sweep's jobs that may share a backbone are trained together, in this process."""
+"""The packed launcher: jobs of a sweep that may share a backbone are trained together."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 import sys
@@ -29,13 +29,21 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 
 
 class PackedLauncher(BasicLauncher):
-    """Composes all jobs and has them trained; each return value is what ended the job before its time."""
+    """Composes all jobs and trains them; the return value of each is the error that ended it early, or None."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run jobs with consecutive numbers."""
         return self.launch_numbered(dict(enumerate(job_overrides, initial_job_idx)))
 
     def launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]]) -> Sequence[JobReturn]:
-        """The same for jobs that are not in a row: what a sweep lacks is packed whatever lies between."""
+        """Run jobs with any numbers, so that the missing jobs of a sweep are packed together.
+
+        Args:
+            jobs_by_number: the overrides of each job.
+
+        Returns:
+            For each job, the error that ended it early, or None.
+        """
         from lora_bench.sweeps import cost_estimate  # torch: late
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -50,17 +58,19 @@ class PackedLauncher(BasicLauncher):
 
         titles, jobs = [], []
         try:
-            alike = set.intersection(*map(set, jobs_by_number.values())) if len(jobs_by_number) > 1 else set()
+            shared = set.intersection(*map(set, jobs_by_number.values())) if len(jobs_by_number) > 1 else set()
             for number, overrides in jobs_by_number.items():
-                told = [text for text in overrides if not text.startswith(("resume=", "hydra.")) and text not in alike]
-                titles.append(job_title(number, told))
+                varying = [
+                    text for text in overrides if not text.startswith(("resume=", "hydra.")) and text not in shared
+                ]
+                titles.append(titled(number, varying))
                 try:
                     jobs += self._composed(number, list(overrides), titles[-1])
                 except Exception as error:
                     ended[titles[-1]] = error
                     console.print(shown(f"job {number} failed: {error}", style="red"))
             assert self.config is not None
-            (cost_estimate.run if self.config.dry_run else self._train)(jobs, console, end)
+            (cost_estimate.print_sweep_estimate if self.config.dry_run else self._train)(jobs, console, end)
         finally:
             for job in jobs:
                 if job.resumed:
@@ -70,15 +80,15 @@ class PackedLauncher(BasicLauncher):
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
         from lora_bench.sweeps import workers  # torch: late
 
-        workers.run(jobs, console, ended)
+        workers.train_jobs(jobs, console, ended)
 
     def _composed(self, number: int, overrides: list[str], title: str) -> list[Job]:
-        """The job; none where its run is done."""
+        """Compose the job and return it in a list, which is empty if its run is done already."""
         assert self.hydra_context is not None
         assert self.config is not None
-        own = [text for text in overrides if key_of(text) != "resume"]
+        typed = [text for text in overrides if key_of(text) != "resume"]
         resume = [text for text in overrides if key_of(text) == "resume"]  # added by the sweeper
-        composed = compose_job(self.hydra_context.config_loader, self.config, own, resume)
+        composed = compose_job(self.hydra_context.config_loader, self.config, typed, resume)
         with open_dict(composed):
             composed.hydra.job.id = composed.hydra.job.num = number
             HydraConfig.instance().set_config(composed)
@@ -86,6 +96,6 @@ class PackedLauncher(BasicLauncher):
             hydra = composed.pop("hydra")
         if is_done(composed):
             return []
-        dry = composed.dry_run  # then the sweep has no folder
+        dry = composed.dry_run  # the sweep has no folder then
         sweep = None if dry else Identity.of(Path(hydra.sweep.dir).absolute())
         return [Job.composed(composed, hydra, folder, title, sweep)]

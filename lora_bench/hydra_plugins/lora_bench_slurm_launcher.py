@@ -1,4 +1,4 @@
-"""The Slurm launcher: a sweep's packs are Slurm jobs. Its settings are those of `lora_bench.slurm.Slurm`."""
+"""The Slurm launcher: a sweep's packs are Slurm jobs. Its settings are those of `sweeps.slurm.Slurm`."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 from collections.abc import Callable, Sequence
@@ -16,28 +16,31 @@ from lora_bench.hydra_plugins.lora_bench_pack_launcher import PackedLauncher
 from lora_bench.records.job import Job
 from lora_bench.sweeps.slurm import Slurm
 
-# conf/hydra/launcher/slurm.yaml adds what can be set.
+# conf/hydra/launcher/slurm.yaml adds the settings.
 NODE = {"_target_": "hydra_plugins.lora_bench_slurm_launcher.SlurmLauncher"}
 ConfigStore.instance().store(group="hydra/launcher", name="slurm_packs", node=NODE, provider="lora_bench")
 
 
 class SlurmLauncher(PackedLauncher):
-    """Composes all jobs, as the packed launcher does, and hands their packs to Slurm."""
+    """Composes all jobs, as the packed launcher does, and submits their packs to Slurm."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Check the settings, and that Slurm is available."""
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
-        self.slurm = build(Slurm, OmegaConf.create(self.settings), "hydra.launcher")  # Hydra would wrap a refusal above
+        self.slurm = build(
+            Slurm, OmegaConf.create(self.settings), "hydra.launcher"
+        )  # in the constructor, Hydra would wrap the error
         self.slurm.check()
 
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
         from lora_bench.sweeps import slurm  # torch: late
 
         assert self.config is not None
-        jobs = [replace(job, sweep=None) for job in jobs]  # nodes number the devices of file systems differently
-        slurm.run(
-            jobs, console, ended, asked=self.slurm, folder=Path(self.config.hydra.sweep.dir).absolute() / ".slurm"
+        jobs = [replace(job, sweep=None) for job in jobs]  # device numbers of file systems differ between nodes
+        slurm.train_jobs(
+            jobs, console, ended, settings=self.slurm, folder=Path(self.config.hydra.sweep.dir).absolute() / ".slurm"
         )

@@ -1,7 +1,7 @@
-"""The sweeper of the transfer matrix: what is learned of one task, how well does it serve another?
+"""The transfer sweeper: how well does an adapter of one task serve another task?
 
-train/    each task by itself, and all in one adapter where asked for; then every run is scored on the others as it is
-few/      each task from few examples, from every other task's adapter, from that of all and from none
+train/    each task as a single run, and optionally all tasks in one adapter; each run is scored zero-shot on the others
+few/      each task from few examples, initialised from each other task's adapter, from that of all, and from none
 """
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
@@ -14,12 +14,17 @@ from hydra.core.config_store import ConfigStore
 
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError, quoted
-from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
-from lora_bench.records.run_folder import EVALUATIONS
+from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
+    SUBDIR_KEY,
+    GridSweeper,
+    GridSweeperConf,
+    in_subfolders,
+    to_overrides,
+)
 from lora_bench.records.sweep_folder import read
 from lora_bench.records.task_folders import task_folder
 from lora_bench.sweeps import transfer_matrix
-from lora_bench.sweeps.transfer_matrix import EVERYTHING, source_of, task_of, told_of
+from lora_bench.sweeps.transfer_matrix import ALL_TASKS, data_overrides, source_of, task_of
 
 
 @dataclass
@@ -34,29 +39,30 @@ ConfigStore.instance().store(group="hydra/sweeper", name="transfer", node=Transf
 
 
 class TransferSweeper(GridSweeper):
-    """The grid, whose combinations differ in their data, in two stages.
+    """A grid sweep over data sets in two stages.
 
     Args:
-        shots: examples of the second task that are trained on, each in runs of its own.
-        few: what is otherwise in those runs, nested as in the config.
-        together: whether all tasks are also learned together.
+        shots: numbers of training examples of the target task in the second stage.
+        few: settings that differ in the second stage, nested as in the configuration.
+        together: add runs of the first stage that learn all tasks.
     """
 
     def __init__(self, shots: Sequence[int], few: dict[str, Any], together: bool, **grid: Any) -> None:
         super().__init__(**grid)
         self.shots = list(shots)
-        self.few = overrides_of(few)
+        self.few = to_overrides(few)
         self.together = together
         self.combinations: list[list[str]] = []
-        """The runs of the first stage: those of one task, and behind them those of all."""
+        """The jobs of the first stage: first those of one task, then those of all tasks."""
         self.scored: set[tuple[str, str]] = set()
+        """Pairs of a run's folder and a task that were tried in this process."""
 
-    def _first(self, jobs: list[list[str]]) -> list[list[str]]:
+    def _first_stage(self, jobs: list[list[str]]) -> list[list[str]]:
         self.combinations = jobs
         self._refuse_halving()
-        tasks = {task_of(job): told_of(job) for job in jobs}
+        tasks = {task_of(job): data_overrides(job) for job in jobs}
         for job in jobs:
-            if told_of(job) != tasks[task_of(job)]:
+            if data_overrides(job) != tasks[task_of(job)]:
                 raise UserError(
                     "two tasks have one name",
                     key="data",
@@ -67,16 +73,16 @@ class TransferSweeper(GridSweeper):
         if len(tasks) < 2:
             remedy = "Give data several values."
             raise UserError(
-                "there is one task, so nothing to transfer to", key="data", remedy=remedy, code=Code.CONFLICT
+                "has one task, so there is no transfer to measure", key="data", remedy=remedy, code=Code.CONFLICT
             )
         if self.together:
             self.combinations = [*jobs, *self._of_all(jobs)]
-        return placed(self.combinations, "train")
+        return in_subfolders(self.combinations, "train")
 
     @staticmethod
     def _of_all(jobs: list[list[str]]) -> Iterator[list[str]]:
-        """For each setting of whatever else varies, the run that learns all its tasks."""
-        if any("data.path" in told_of(job) for job in jobs):
+        """Yield the job that learns all tasks, for each combination of the other settings."""
+        if any("data.path" in data_overrides(job) for job in jobs):
             remedy = "Write a YAML for each task, and give --config-dir=DIR data=one,other."
             raise UserError(
                 "needs tasks that are choices of data, not folders",
@@ -91,43 +97,48 @@ class TransferSweeper(GridSweeper):
         for rest, names in settings.items():
             yield [*rest, f"data.tasks=[{','.join(names)}]"]
 
-    def _later(self, jobs: list[list[str]]) -> list[list[str]]:
+    def _later_stages(self, jobs: list[list[str]]) -> list[list[str]]:
         folder = Path(self.config.hydra.sweep.dir) if self.config else Path()
-        return placed(self._from_few(folder, range(len(self.combinations))), "few")
+        return in_subfolders(self._from_few(folder, range(len(self.combinations))), "few")
 
-    def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
-        """What was trained is scored on the other tasks; then each task from few examples, as far as it is not yet."""
+    def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
+        """Score the finished runs on the other tasks; return the few-shot jobs that are new."""
         from lora_bench.records import run_folder
 
         done = []
         for number in range(len(self.combinations)):
-            place = folder / f"train/{number}"
-            if run_folder.holds_run(place) and run_folder.read(place)["status"] == "done":
+            run = folder / f"train/{number}"
+            if (run / "run.json").exists() and run_folder.read(run)["status"] == "done":
                 done.append(number)
-                self._score_elsewhere(place, self.combinations[number])
-        known = [_without_place(job) for name, job in jobs.items() if name.startswith("few/")]
-        new = [job for job in self._from_few(folder, done) if _without_place(job) not in known]
-        return placed(new, "few", len(known))
+                self._score_zero_shot(run, self.combinations[number])
+        older = [_without_folders(job) for name, job in jobs.items() if name.startswith("few/")]
+        new = [job for job in self._from_few(folder, done) if _without_folders(job) not in older]
+        return in_subfolders(new, "few", len(older))
 
     def _from_few(self, folder: Path, sources: Sequence[int]) -> Iterator[list[str]]:
-        """The jobs of the second stage: of each task and number of examples, from none and from each source."""
+        """Yield the jobs of the second stage: each task and number of examples, without a source and from each source.
+
+        Args:
+            folder: of the sweep.
+            sources: numbers of the first stage's jobs that adapters are taken from.
+        """
         replaced = {key_of(text) for text in self.few} | {"data.train_size"}
         for job in self.combinations:
-            if task_of(job) == EVERYTHING:
+            if task_of(job) == ALL_TASKS:
                 continue
-            own = [text for text in job if key_of(text) not in replaced]
-            others = [k for k in sources if _fits(self.combinations[k], job)]
-            places = {k: (folder / f"train/{k}").absolute() for k in others}
-            several = [k for k in others if task_of(self.combinations[k]) == EVERYTHING]
-            places |= {k: task_folder(places[k], task_of(job)) for k in several}
-            starts = [f"adapter.init_from={quoted(place)}" for place in places.values()]
+            settings = [text for text in job if key_of(text) not in replaced]
+            fitting = [k for k in sources if _differ_in_task(self.combinations[k], job)]
+            runs = {k: (folder / f"train/{k}").absolute() for k in fitting}
+            multitask = [k for k in fitting if task_of(self.combinations[k]) == ALL_TASKS]
+            runs |= {k: folder_of(runs[k], task_of(job)) for k in multitask}
+            initialisations = [[], *([f"adapter.init_from={quoted(run)}"] for run in runs.values())]
             for shots in self.shots:
-                for start in ([], *([start] for start in starts)):
-                    yield [*own, *self.few, f"data.train_size={shots}", *start]
+                for initialisation in initialisations:
+                    yield [*settings, *self.few, f"data.train_size={shots}", *initialisation]
 
-    def _score_elsewhere(self, place: Path, job: list[str]) -> None:
-        """Score a run of one task on each other task of the sweep, where that has not been done."""
-        if task_of(job) == EVERYTHING:
+    def _score_zero_shot(self, run: Path, job: list[str]) -> None:
+        """Score a run of one task on each other task of the sweep, unless its folder holds those results."""
+        if task_of(job) == ALL_TASKS:
             return
         from rich.console import Console
 
@@ -137,38 +148,40 @@ class TransferSweeper(GridSweeper):
 
         for other in self.combinations:
             name = task_of(other)
-            if name == EVERYTHING or not _fits(job, other) or (str(place), name) in self.scored:
+            if name == ALL_TASKS or not _differ_in_task(job, other) or (str(run), name) in self.scored:
                 continue
-            self.scored.add((str(place), name))
-            if (place / EVALUATIONS / f"{name}.json").exists():
+            self.scored.add((str(run), name))
+            if (run / f"evaluations/{name}.json").exists():
                 continue
-            asked = [text for text in other if key_of(text).split(".")[0] == "data" and "augment" not in key_of(text)]
-            cfg = compose(conf_folder(), "eval", asked, read(place.parent.parent).config_dir)
-            cfg.run, cfg.name = str(place), name
+            overrides = [
+                text for text in other if key_of(text).split(".")[0] == "data" and "augment" not in key_of(text)
+            ]
+            cfg = compose(conf_folder(), "eval", overrides, read(run.parent.parent).config_dir)
+            cfg.run, cfg.name = str(run), name
             try:
                 run_eval(cfg, data_choice=name, console=Console(quiet=True))
             except UserError as error:
-                print(f"{task_of(job)} is not scored on {name}: {error}")
+                print(f"{task_of(job)} cannot be scored on {name}: {error}")
 
-    def _expected(self, job: Sequence[str], error: Exception) -> bool:
-        return isinstance(error, DivergedError)  # an empty place in the matrix
+    def _is_expected(self, job: Sequence[str], error: Exception) -> bool:
+        return isinstance(error, DivergedError)  # an empty cell of the matrix
 
     def _conclude(self, folder: Path) -> None:
         print()
         print(transfer_matrix.write(folder))
 
 
-def _without_place(job: Sequence[str]) -> list[str]:
-    """What tells jobs of the second stage apart, wherever the sweep's folder lies."""
-    starts = [source_of(text.partition("=")[2].strip("'")) for text in job if key_of(text) == "adapter.init_from"]
-    rest = [text for text in job if key_of(text) not in (PLACE, "adapter.init_from")]
-    return [*rest, *map(str, starts)]
+def _without_folders(job: Sequence[str]) -> list[str]:
+    """Return a key of a job of the second stage that does not depend on the sweep's path."""
+    sources = [source_of(text.partition("=")[2].strip("'")) for text in job if key_of(text) == "adapter.init_from"]
+    rest = [text for text in job if key_of(text) not in (SUBDIR_KEY, "adapter.init_from")]
+    return [*rest, *map(str, sources)]
 
 
-def _fits(source: Sequence[str], target: Sequence[str]) -> bool:
-    """Whether two combinations differ in their task and in nothing else."""
+def _differ_in_task(source: Sequence[str], target: Sequence[str]) -> bool:
+    """Return whether two combinations differ in their task and in nothing else."""
 
     def rest(job: Sequence[str]) -> list[str]:
         return [text for text in job if key_of(text).split(".")[0] != "data"]
 
-    return rest(source) == rest(target) and told_of(source) != told_of(target)
+    return rest(source) == rest(target) and data_overrides(source) != data_overrides(target)

@@ -1,7 +1,7 @@
-"""The sweeper of the fair comparison: each method's rate is chosen first, on the selection split, from the same values.
+"""The tuning sweeper: it first chooses each method's learning rate, from equal values, on the selection split.
 
-tune/     each combination, but for seeds, with few pairs and one seed, and no look at the reported split
-report/   each of them at its best rate, with all seeds
+tune/     each combination with one seed and few pairs, without an evaluation of the reported split
+report/   each combination at its best learning rate, with all seeds
 """
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
@@ -15,9 +15,15 @@ from hydra.core.config_store import ConfigStore
 
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError
-from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
+from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
+    SUBDIR_KEY,
+    GridSweeper,
+    GridSweeperConf,
+    in_subfolders,
+    to_overrides,
+)
 
-CHOSEN, REPEATED = "optimizer.lr", "seed"
+TUNED_KEY, SEED_KEY = "optimizer.lr", "seed"
 
 
 @dataclass
@@ -30,107 +36,111 @@ ConfigStore.instance().store(group="hydra/sweeper", name="tuned", node=TunedSwee
 
 
 class TunedSweeper(GridSweeper):
-    """The grid in two stages.
+    """A grid sweep in two stages: tuning runs, then reported runs.
 
     Args:
-        tune: what is otherwise in the jobs that choose, nested as in the config.
+        tune: settings that differ in the tuning runs, nested as in the configuration.
     """
 
     def __init__(self, tune: dict[str, Any], **grid: Any) -> None:
         super().__init__(**grid)
-        self.tune = overrides_of(tune)
+        self.tune = to_overrides(tune)
         self.replaced = {key_of(override) for override in self.tune}
         self.combinations: list[list[str]] = []
-        self.telling: set[str] = set()
-        """Keys that tell a combination from others, but for what is chosen, repeated or only of one stage."""
-        self.told: set[str] = set()
-        """What has been said of these is not said again."""
+        self.method_keys: set[str] = set()
+        """Keys that vary between methods: varying keys except the tuned key, the seed and the settings of one stage."""
+        self.reported_methods: set[str] = set()
+        """Methods whose choice was printed."""
 
-    def _first(self, jobs: list[list[str]]) -> list[list[str]]:
+    def _first_stage(self, jobs: list[list[str]]) -> list[list[str]]:
         self.combinations = jobs
         keys = {key_of(text) for job in jobs for text in job}
         varying = {key for key in keys if len({_value(job, key) for job in jobs}) > 1}
-        self.telling = varying - self.replaced - {CHOSEN, REPEATED}
+        self.method_keys = varying - self.replaced - {TUNED_KEY, SEED_KEY}
         self._refuse_halving()
-        rates = {_value(job, CHOSEN) for job in jobs}
+        rates = {_value(job, TUNED_KEY) for job in jobs}
         for rate in rates:
             with suppress(ValueError):
                 float(rate)
                 continue
             raise UserError(
                 "is not a number",
-                key=CHOSEN,
+                key=TUNED_KEY,
                 value=rate,
-                remedy="All methods get the same values.",
+                remedy="Give learning rates; all methods try the same ones.",
                 code=Code.INVALID_VALUE,
             )
         if len(rates) < 2:
-            remedy = f"Give {CHOSEN} several values, or take a sweep without choosing."
+            remedy = f"Give {TUNED_KEY} several values, or use a sweep without tuning."
             raise UserError(
-                "has one value, so there is nothing to choose", key=CHOSEN, remedy=remedy, code=Code.CONFLICT
+                "has one value, so there is nothing to choose", key=TUNED_KEY, remedy=remedy, code=Code.CONFLICT
             )
-        left_out = self.replaced | {REPEATED}
-        tuning = [[text for text in job if key_of(text) not in left_out] + self.tune for job in jobs]
+        omitted = self.replaced | {SEED_KEY}
+        tuning = [[text for text in job if key_of(text) not in omitted] + self.tune for job in jobs]
         distinct = list({tuple(job): job for job in tuning}.values())
-        return placed(distinct, "tune")
+        return in_subfolders(distinct, "tune")
 
-    def _later(self, jobs: list[list[str]]) -> list[list[str]]:
-        """The combinations at any one rate."""
-        any_rate = _value(jobs[0], CHOSEN)
-        return placed((job for job in jobs if _value(job, CHOSEN) == any_rate), "report")
+    def _later_stages(self, jobs: list[list[str]]) -> list[list[str]]:
+        """Return the reported runs at one learning rate, since the best one is not known yet."""
+        any_value = _value(jobs[0], TUNED_KEY)
+        return in_subfolders((job for job in jobs if _value(job, TUNED_KEY) == any_value), "report")
 
-    def _next(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
-        """Each combination, with all seeds, at the rate whose run has the best selection MCC.
+    def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
+        """Return each combination with all seeds at the learning rate of best selection MCC.
 
-        One of whose rates some have yet to be tried, because their runs failed, is left for when the sweep is resumed.
+        A method with a failed tuning run is omitted until the sweep is resumed.
         """
         from lora_bench.records import run_folder, sweep_folder
 
         reported = [job for name, job in jobs.items() if name.startswith("report/")]
         scores: dict[str, dict[str, float | None]] = {}
-        lacking: set[str] = set()
+        untried: set[str] = set()
         for name, job in jobs.items():
             if name.startswith("tune/"):
-                kind = self._kind(job)
-                found = run_folder.read(folder / name) if run_folder.holds_run(folder / name) else None
-                if found is None or found["status"] not in sweep_folder.FINAL_STATUSES:
-                    lacking.add(kind)
-                mcc = found["metrics"].get("selection/mcc") if found and found["status"] == "done" else None
-                scores.setdefault(kind, {})[_value(job, CHOSEN)] = mcc
+                method = self._method(job)
+                run = run_folder.read(folder / name) if (folder / name / "run.json").exists() else None
+                if run is None or run["status"] not in sweep_folder.ENDED:
+                    untried.add(method)
+                mcc = run["metrics"].get("selection/mcc") if run and run["status"] == "done" else None
+                scores.setdefault(method, {})[_value(job, TUNED_KEY)] = mcc
         best: dict[str, str | None] = {}
-        self.told |= {self._kind(job) for job in reported}
-        for kind, of_kind in scores.items():
-            if kind in self.told:
+        self.reported_methods |= {self._method(job) for job in reported}
+        for method, scores_by_value in scores.items():
+            if method in self.reported_methods:
                 continue
-            self.told.add(kind)
-            if kind in lacking:
-                print(f"{kind or 'all'}: {CHOSEN} is not chosen yet, as runs that try it failed")
+            self.reported_methods.add(method)
+            if method in untried:
+                print(f"{method or 'all'}: {TUNED_KEY} is not chosen yet, because tuning runs failed")
             else:
-                best[kind] = self._choose(kind, of_kind)
-        kept = [job for job in self.combinations if best.get(self._kind(job)) == _value(job, CHOSEN)]
-        return placed(kept, "report", len(reported))
+                best[method] = self._choose(method, scores_by_value)
+        chosen = [job for job in self.combinations if best.get(self._method(job)) == _value(job, TUNED_KEY)]
+        return in_subfolders(chosen, "report", len(reported))
 
-    def _expected(self, job: Sequence[str], error: Exception) -> bool:
-        """A rate that is too high for choosing is told by its absence from the choice."""
-        return isinstance(error, DivergedError) and any(text.startswith(f"{PLACE}=tune/") for text in job)
+    def _is_expected(self, job: Sequence[str], error: Exception) -> bool:
+        """Return whether a tuning run diverged: its learning rate is then not chosen."""
+        return isinstance(error, DivergedError) and any(text.startswith(f"{SUBDIR_KEY}=tune/") for text in job)
 
-    def _kind(self, job: Sequence[str]) -> str:
-        """What tells a job from others."""
-        return " ".join(text for text in job if key_of(text) in self.telling)
+    def _method(self, job: Sequence[str]) -> str:
+        """Return the overrides that identify a job's method."""
+        return " ".join(text for text in job if key_of(text) in self.method_keys)
 
-    def _choose(self, kind: str, scores: dict[str, float | None]) -> str | None:
-        told = ", ".join(f"{rate}: {'no result' if mcc is None else f'{mcc:.4f}'}" for rate, mcc in scores.items())
-        worked = {rate: mcc for rate, mcc in scores.items() if mcc is not None}
-        name = kind or "all"
-        if not worked:
-            print(f"{name}: none of the rates gave a result, so it is not reported ({told})")
+    def _choose(self, method: str, scores: dict[str, float | None]) -> str | None:
+        """Return the value of best MCC, or None if no run is done, and print the choice."""
+        results = ", ".join(f"{rate}: {'no result' if mcc is None else f'{mcc:.4f}'}" for rate, mcc in scores.items())
+        finished = {rate: mcc for rate, mcc in scores.items() if mcc is not None}
+        name = method or "all"
+        if not finished:
+            print(f"{name}: no learning rate gave a result, so it is not reported ({results})")
             return None
-        best = max(worked, key=worked.__getitem__)
+        best = max(finished, key=finished.__getitem__)
         rates = sorted(scores, key=float)
-        edge = " It is at the edge of the grid: another beyond may be better." if best in (rates[0], rates[-1]) else ""
-        print(f"{name}: {CHOSEN}={best} is best on the selection split ({told}).{edge}")
+        edge = (
+            " It is at the edge of the grid: a value beyond it may be better." if best in (rates[0], rates[-1]) else ""
+        )
+        print(f"{name}: {TUNED_KEY}={best} is best on the selection split ({results}).{edge}")
         return best
 
 
 def _value(job: Sequence[str], key: str) -> str:
+    """Return the value that a job's last override of this key sets; empty without one."""
     return next((text.partition("=")[2] for text in reversed(job) if key_of(text) == key), "")

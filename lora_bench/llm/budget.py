@@ -1,4 +1,4 @@
-"""What a run may spend, in requests and in money, and how fast it may ask."""
+"""Limits on the requests of a run, on their cost, and on their rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ _PER_MESSAGE = 16  # tokens that a server may put around a message
 
 
 class BudgetReachedError(Exception):
-    """No further request may be sent. Args: the key that says so, and its value."""
+    """A limit forbids a further request.
+
+    Args:
+        key: the configuration key of the limit.
+        value: the limit.
+    """
 
     def __init__(self, key: str, value: float) -> None:
         super().__init__(key, value)
@@ -22,9 +27,10 @@ class BudgetReachedError(Exception):
 
 
 class Budget:
-    """Counts requests and money; a request is paid with the most it can cost before it is sent, and settled after.
+    """Requests and money spent by a run.
 
-    So the caps hold whatever is under way. An answer that never came counts with the most that it can have cost.
+    The maximal cost of a request is reserved before it is sent, and replaced by the actual cost afterwards. So the
+    limits hold at any concurrency. A request without an answer counts with its maximal cost.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -35,50 +41,51 @@ class Budget:
         self.under_way = 0
         self._settled = asyncio.Condition()
 
-    def most(self, messages: Messages) -> float:
-        """The most that one request can cost; a token is at least a byte."""
+    def max_cost_of(self, messages: Messages) -> float:
+        """Return the maximal cost of one request, from one token for each byte; 0 without prices."""
         tokens = sum(len(message["content"].encode()) + _PER_MESSAGE for message in messages)
-        return self.llm.money(tokens, self.llm.longest_answer or 0) or 0.0
+        return self.llm.cost(tokens, self.llm.max_answer_tokens or 0) or 0.0
 
     async def reserve(self, messages: Messages) -> float:
-        """Wait until a request may be sent, and count it.
+        """Wait until a request fits the budget, count it, and return the cost that was reserved for it.
 
         Raises:
-            BudgetReachedError: it may not.
+            BudgetReachedError: the request does not fit, and no pending request can free the money for it.
         """
-        most = self.most(messages)
+        max_cost = self.max_cost_of(messages)
         cap = self.llm.max_cost
         async with self._settled:
             while True:
                 if self.llm.max_requests is not None and self.requests >= self.llm.max_requests:
                     raise BudgetReachedError("llm.max_requests", self.llm.max_requests)
-                if cap is None or self.spent + self.reserved + most <= cap:
+                if cap is None or self.spent + self.reserved + max_cost <= cap:
                     break
                 if not self.under_way:
                     raise BudgetReachedError("llm.max_cost", cap)
                 await self._settled.wait()
             self.requests += 1
             self.under_way += 1
-            self.reserved += most
-        return most
+            self.reserved += max_cost
+        return max_cost
 
     async def settle(self, reserved: float, cost: float) -> None:
-        """What a request did cost, in place of what was reserved for it."""
+        """Replace the reserved cost of a request by its actual cost."""
         async with self._settled:
             self.under_way -= 1
-            self.reserved = self.reserved - reserved if self.under_way else 0.0  # without what rounding leaves
+            self.reserved = self.reserved - reserved if self.under_way else 0.0  # without rounding errors
             self.spent += cost
             self._settled.notify_all()
 
 
 class Pace:
-    """When the next request may begin: so many a minute, and none before the server wants to be asked again."""
+    """The rate of requests: at most `requests_per_minute`, and none before the time that a server asked for."""
 
     def __init__(self, requests_per_minute: float | None) -> None:
         self.interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self.next = 0.0
 
     async def wait(self) -> None:
+        """Wait for the turn of the next request."""
         now = time.monotonic()
         turn = max(now, self.next)
         self.next = turn + self.interval
@@ -86,5 +93,5 @@ class Pace:
             await asyncio.sleep(turn - now)
 
     def hold(self, seconds: float) -> None:
-        """No request begins for so long."""
+        """Send no request for the next `seconds`."""
         self.next = max(self.next, time.monotonic() + seconds)

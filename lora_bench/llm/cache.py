@@ -1,8 +1,8 @@
-"""Every answer of a server, kept under a key made of the request: what was asked once is never asked again.
+"""The cache of a server's answers, by a hash of the request: no request is sent twice.
 
 One SQLite file in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench), shared by all processes. An answer is committed
-as it comes, so a run that is killed loses only those that were under way. The file is not trusted: an entry that is
-damaged counts as absent, and a damaged file is set aside for a new one.
+on arrival, so a killed run loses only the pending ones. The file is not trusted: a damaged entry counts as missing, and
+a damaged file is moved aside and replaced by a new one.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def key(request: Mapping[str, Any]) -> str:
 
 
 class Cache:
-    """Answers by key, on disk; a context manager that closes the file.
+    """Answers by key in one SQLite file; a context manager that closes it.
 
     Args:
-        folder: where the file lies; made if it is not there.
+        folder: of the file; created if it does not exist.
 
     Raises:
-        UserError: it cannot be read or written, here or at any later call.
+        UserError: the file cannot be read or written, now or in a later call.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "answers.sqlite"
         self.damaged = 0
-        """Entries that were no answers, and so absent."""
+        """Number of damaged entries, which count as missing."""
         self.set_aside: Path | None = None
-        """Where a damaged file is now, in whose place there is a new one."""
+        """The new path of a damaged file that was replaced; None: there was none."""
         with self._errors():
             folder.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not self.path.is_file():
@@ -60,7 +60,7 @@ class Cache:
         self._db.close()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry under this key; None where there is none, or a damaged one."""
+        """Return the entry of this key; None if it is missing or damaged."""
         query = "SELECT answer FROM answers WHERE key = ? AND length(CAST(answer AS BLOB)) <= ?"
         rows = self._execute(query, key, _MAX_ENTRY_BYTES)
         if not rows:
@@ -74,18 +74,18 @@ class Cache:
         return None
 
     def put(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Keep an answer, in place of an older entry under this key."""
+        """Store an answer, and replace an older entry of this key."""
         self._execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, json.dumps(answer))
 
     def notes(self) -> Iterator[str]:
-        """Yield what a person should know of damage."""
+        """Yield a line about damaged entries and one about a replaced file, if there are any."""
         if self.damaged:
-            yield f"{self.damaged} entries of the cache {self.path} are damaged and count as absent"
+            yield f"{self.damaged} entries of the cache {self.path} are damaged; they are requested again"
         if self.set_aside is not None:
-            yield f"the cache {self.path} is damaged or not ours: a new one is in its place, and it is {self.set_aside}"
+            yield f"the cache {self.path} was damaged or not ours: it was moved to {self.set_aside} and replaced"
 
     def _open(self) -> sqlite3.Connection:
-        """Open the file; a damaged or foreign one is set aside first."""
+        """Return a connection to the file; a damaged or foreign one is moved aside first."""
         db = self._connect()
         try:
             try:
@@ -112,7 +112,7 @@ class Cache:
         return db
 
     def _set_aside(self) -> None:
-        """Move the file, and what SQLite keeps beside it, to a name that is not taken."""
+        """Move the file and its SQLite journals to an unused name."""
         number = 1
         while (aside := self.path.with_name(f"answers.damaged-{number}.sqlite")).exists():
             number += 1
@@ -123,7 +123,7 @@ class Cache:
         self.set_aside = aside
 
     def _execute(self, query: str, *values: Any) -> list[Any]:
-        """Carry out one statement; where the file proves to be damaged, on a new one."""
+        """Execute one statement and return its rows; if the file proves to be damaged, execute it on a new one."""
         with self._errors():
             try:
                 return self._db.execute(query, values).fetchall()
@@ -140,8 +140,8 @@ class Cache:
         try:
             yield
         except (OSError, ValueError, sqlite3.Error) as error:
-            why = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or error
             remedy = "Set the environment variable LORA_BENCH_CACHE to a folder with room to write, or remove the file."
             raise UserError(
-                f"the cache of answers cannot be used: {why}", file=self.path, remedy=remedy, code=Code.DAMAGED
+                f"the cache of answers cannot be used: {reason}", file=self.path, remedy=remedy, code=Code.DAMAGED
             ) from None

@@ -1,4 +1,4 @@
-"""Asking an OpenAI-compatible server: through the cache, within the budget, again where it is worth it."""
+"""The client of an OpenAI-compatible server: cached answers, a budget, and repeated requests after errors that pass."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from lora_bench.llm.template import Messages
 
 FIRST_WAIT_SECONDS = 0.5
-"""Before the first repetition; doubled with each further one."""
+"""Wait before the first repetition; each further repetition doubles it."""
 LONGEST_WAIT_SECONDS = 60.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
-"""A server that wants to be left alone for longer ends the run: its answers are kept."""
-_LOOK_SECONDS = 0.1
-"""How soon Ctrl-C is noticed."""
-_AGAIN = (408, 409, 425, 429)  # and 5xx
+"""A longer `Retry-After` ends the run; its answers are cached."""
+_POLL_SECONDS = 0.1
+"""Interval of the checks for Ctrl-C."""
+_RETRIED_STATUSES = (408, 409, 425, 429)  # and 5xx
 
 
 class Client:
-    """A server and what was asked of it; to be opened before it is used, and closed after.
+    """A connection to a server; `open` it before the first request, `close` it after the last.
 
     Args:
-        llm: which server and model, how often, how long.
-        cache: answers that came before, of any run.
-        seed: part of what is asked where the temperature is not 0, so that other seeds get other answers.
+        llm: server, model, limits and timeouts.
+        cache: answers of earlier requests, of any run.
+        seed: part of the cache key unless the temperature is 0, so that another seed gets other answers.
 
     Raises:
-        UserError: the API key cannot be one.
+        UserError: the API key holds characters that no key has.
     """
 
     def __init__(self, llm: LLM, cache: Cache, seed: int) -> None:
@@ -65,13 +65,13 @@ class Client:
             )
         hide(self.key)
         self.stopped = False
-        """Nothing more is asked; what is under way is waited for."""
+        """No further request is sent; pending ones are waited for."""
         self.under_way: set[asyncio.Task[Any] | None] = set()
         self._random = Random()
-        self._heard = False  # anything from the server
+        self._has_answered = False  # whether the server has answered at all
 
     async def open(self) -> None:
-        """Make ready to ask; nothing is sent.
+        """Create the HTTP client; nothing is sent.
 
         Raises:
             UserError: the openai package is missing.
@@ -90,7 +90,7 @@ class Client:
             api_key=self.key or "none",  # servers without keys look at none
             default_headers={"Accept-Encoding": "gzip, deflate"},
             http_client=openai.DefaultAsyncHttpxClient(
-                timeout=self.llm.timeout, max_redirects=3, event_hooks={"response": [reply.check]}
+                timeout=self.llm.timeout, max_redirects=3, event_hooks={"response": [reply.check_reply]}
             ),
             base_url=self.llm.base_url,
             timeout=self.llm.timeout,
@@ -98,24 +98,26 @@ class Client:
         )
 
     async def close(self) -> None:
+        """Close the HTTP client."""
         await self._server.close()
 
-    def cached(self, key: str) -> Answer | None:
-        """Return the answer of an earlier time; None where there is none, or where the entry is no answer."""
+    def cached_answer(self, key: str) -> Answer | None:
+        """Return the cached answer; None if there is none, or if the entry is not an answer."""
         entry = self.cache.get(key)
         try:
             return None if entry is None else Answer.from_json(entry)
-        except BrokenAnswerError:  # of another version, or damaged: it is asked for again
+        except BrokenAnswerError:  # of another version, or damaged: it is requested again
             self.cache.damaged += 1
             return None
 
     async def ask(self, messages: Messages) -> Answer:
-        """The server's answer, which is then in the cache.
+        """Request an answer, repeatedly if necessary, cache it and return it.
 
         Raises:
-            BudgetReachedError: it may not be asked.
-            UserError: it cannot be asked this way: wrong address, key, model or field.
-            RunFailedError: it does not answer, however often it is asked.
+            BudgetReachedError: the budget allows no further request.
+            UserError: no repetition can succeed: a wrong address, key, model or field.
+            RunFailedError: the server did not answer within `llm.retries` repetitions.
+            CancelledError: the client was stopped.
         """
         repetition = 0
         while not self.stopped:
@@ -126,7 +128,7 @@ class Client:
             try:
                 answer = await self._send(messages, logprobs)
                 self.cache.put(self.cache_key(messages), asdict(answer))  # before anything else: it is paid for
-                cost = answer.money(self.llm, reserved)
+                cost = answer.cost(self.llm, reserved)
                 return answer
             except self._openai.APIStatusError as error:
                 cost = 0.0  # a refused request is not billed
@@ -138,7 +140,7 @@ class Client:
                 reason = f"no whole answer within llm.timeout={self.llm.timeout:g} seconds"
             except self._openai.APIConnectionError as error:
                 reason = f"the connection failed: {self._short(error.__cause__ or error)}"
-                if not self._heard and "Connect" in type(error.__cause__).__name__:  # nobody is there
+                if not self._has_answered and "Connect" in type(error.__cause__).__name__:  # no server is there
                     raise UserError(
                         reason, key="llm.base_url", value=self.llm.base_url, remedy=_URL, code=Code.SERVER
                     ) from None
@@ -148,7 +150,7 @@ class Client:
                 await self.budget.settle(reserved, cost)
                 self.under_way.discard(asyncio.current_task())
             if repetition == self.llm.retries:
-                remedy = f"It was asked {repetition + 1} times. {_AGAIN_LATER if self._heard else _URL}"
+                remedy = f"The request was sent {repetition + 1} times. {_AGAIN_LATER if self._has_answered else _URL}"
                 raise RunFailedError(
                     reason, key="llm.base_url", value=self.llm.base_url, remedy=remedy, code=Code.SERVER
                 )
@@ -173,78 +175,87 @@ class Client:
         except (BrokenAnswerError, ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, BrokenAnswerError) else "the reply is not JSON"
             raise BrokenAnswerError(f"{reason}: {self._short(raw.text)[:60]!r}") from None
-        self._heard = True
+        self._has_answered = True
         return self._without_key(answer)
 
     def _without_key(self, answer: Answer) -> Answer:
-        """Return the answer as it may be kept: one that repeats the key says nothing else."""
-        from lora_bench.llm.reply import repeats
+        """Return the answer without secrets: one that repeats the API key loses its text, model and tokens."""
+        from lora_bench.llm.reply import contains_key
 
-        tokens = "".join(token for place in answer.tokens for token, _ in place[:1])
-        if any(repeats(text, self.key) for text in (answer.text or "", answer.model or "", tokens)):
+        tokens = "".join(token for candidates in answer.tokens for token, _ in candidates[:1])
+        if any(contains_key(text, self.key) for text in (answer.text or "", answer.model or "", tokens)):
             return replace(answer, text=HIDDEN, model=None, tokens=[])
         return Answer.from_json(plain(asdict(answer)))  # other secrets
 
     def _fields(self) -> dict[str, Any]:
-        """What is sent beside the messages, whether the server gives log-probabilities or not."""
-        chosen = {"temperature": self.llm.temperature, "max_tokens": self.llm.max_tokens}
-        sent = {name: value for name, value in chosen.items() if value is not None}
+        """Return the request's fields without messages and log-probabilities."""
+        optional = {"temperature": self.llm.temperature, "max_tokens": self.llm.max_tokens}
+        sent = {name: value for name, value in optional.items() if value is not None}
         return {"model": self.llm.model, **sent, "extra": self.llm.extra}
 
     def cache_key(self, messages: Messages) -> str:
-        """What an answer is kept under; the API key is no part of it."""
-        wanted = self.llm.top_logprobs if self.llm.logprobs else None
+        """Return the cache key of a request; the API key is not part of it."""
+        top_logprobs = self.llm.top_logprobs if self.llm.logprobs else None
         server = str(self.llm.base_url).rstrip("/")
-        asked = {"messages": messages, "logprobs": wanted, "seed": self.seed, "base_url": server}
-        return cache.key(self._fields() | asked)
+        request = {"messages": messages, "logprobs": top_logprobs, "seed": self.seed, "base_url": server}
+        return cache.key(self._fields() | request)
 
     def _refused(self, error: Any) -> tuple[str, float | None]:
-        """Why, and how many seconds the server wants to wait; raises what no repetition can change."""
+        """Return the reason of a refusal and the seconds that the server asks to wait (None: it names none).
+
+        Raises:
+            UserError: no repetition can change the refusal.
+            RunFailedError: the server asks to wait too long.
+        """
         status, reason = error.status_code, self._short(error)
         code = error.body.get("code") if isinstance(error.body, dict) else None
-        self._heard = self._heard or status < 500
+        self._has_answered = self._has_answered or status < 500
         if status in (401, 403):
-            given = f"The key in {self.llm.api_key_env} was not taken."
-            missing = f"The environment variable {self.llm.api_key_env} holds no key: put it there."
+            refused_key = f"The server refused the key in {self.llm.api_key_env}."
+            missing_key = f"Put the API key into the environment variable {self.llm.api_key_env}, which is empty."
             raise UserError(
                 reason,
                 key="llm.api_key_env",
-                remedy=given if self.key else missing,
+                remedy=refused_key if self.key else missing_key,
                 code=Code.SERVER if self.key else Code.MISSING,
             )
         if status == 404:
-            remedy = "Is the model one of the server's, and the address right? It often ends in /v1."
+            remedy = "Check that the server has this model, and that the address is right: it often ends in /v1."
             value = f"{self.llm.model} at {self.llm.base_url}"
             raise UserError(reason, key="llm.model", value=value, remedy=remedy, code=Code.SERVER)
-        if code == "insufficient_quota" or not (status in _AGAIN or status >= 500):
+        if code == "insufficient_quota" or not (status in _RETRIED_STATUSES or status >= 500):
             raise UserError(
-                reason, key="llm", remedy="The server will not answer this request as it is.", code=Code.SERVER
+                reason,
+                key="llm",
+                remedy="The server does not accept these settings.",
+                code=Code.SERVER,
             )
         wait = _retry_after(error.response.headers)
         if wait is not None and wait > LONGEST_RETRY_AFTER_SECONDS:
-            reason = f"the server wants to be asked again in {wait:.0f} seconds: {reason}"
+            reason = f"the server allows the next request only in {wait:.0f} seconds: {reason}"
             raise RunFailedError(
                 reason, key="llm.base_url", value=self.llm.base_url, remedy=_AGAIN_LATER, code=Code.SERVER
             )
         return reason, wait
 
     def _short(self, error: object) -> str:
-        """Return a foreign message in one short line, or that it repeats the key."""
-        from lora_bench.llm.reply import WITHHELD, repeats
+        """Return the server's message as one short line, or a fixed text if it repeats the API key."""
+        from lora_bench.llm.reply import WITHHELD, contains_key
 
         status = getattr(error, "status_code", None)
         text = str(error)[:100_000]
-        if repeats(text, self.key):
+        if contains_key(text, self.key):
             return f"{f'error {status}: ' if status else ''}{WITHHELD}"
         return _one_line(text or type(error).__name__)
 
     def _back_off(self, repetition: int) -> float:
+        """Return the seconds to wait after a failed attempt, with 25 % jitter."""
         wait: float = min(FIRST_WAIT_SECONDS * 2**repetition, LONGEST_WAIT_SECONDS)
         return wait * self._random.uniform(0.75, 1.25)
 
 
-_URL = "Does the server run there? The address often ends in /v1."
-_AGAIN_LATER = "Answers so far are kept: run the same command again, which asks only for the rest."
+_URL = "Check that the server runs at this address, which often ends in /v1."
+_AGAIN_LATER = "All answers so far are cached: run the same command again to request only the missing ones."
 
 
 def _one_line(text: str) -> str:
@@ -253,7 +264,7 @@ def _one_line(text: str) -> str:
 
 
 def _retry_after(headers: Any) -> float | None:
-    """The seconds that a `Retry-After` header asks for: a number, or a date."""
+    """Return the seconds of a `Retry-After` header, which holds a number or a date; None without one."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         value = headers.get(name)
         if value is None:
@@ -272,16 +283,22 @@ def _retry_after(headers: Any) -> float | None:
 async def ask_all(
     client: Client, questions: Mapping[str, Messages], answered: Callable[[str, Answer], None], concurrency: int
 ) -> None:
-    """Ask all questions, `concurrency` at a time, and tell each answer as it comes, with its question's key.
+    """Request the answers of all questions, `concurrency` at a time.
 
-    The first error, the end of the budget, Ctrl-C or SIGTERM ends it: nothing new is asked, and what is under way is
-    waited for, since it is paid for. A second Ctrl-C ends it at once.
+    The first error, the end of the budget, Ctrl-C or SIGTERM stops it: no new request is sent, and pending ones are
+    waited for, since they are paid for. A second Ctrl-C ends it at once.
+
+    Args:
+        client: opened.
+        questions: messages by key.
+        answered: called on each answer, with the key of its question.
+        concurrency: maximal number of pending requests.
     """
-    left = iter(questions.items())
+    pending = iter(questions.items())
     errors: list[Exception] = []
 
     async def work() -> None:
-        for key, messages in left:
+        for key, messages in pending:
             if client.stopped:
                 return
             try:
@@ -294,12 +311,12 @@ async def ask_all(
         client.stopped = True
         for worker in workers:
             if worker not in client.under_way and worker is not asyncio.current_task():
-                worker.cancel()  # it only waits for its turn
+                worker.cancel()  # it has no pending request
 
     with Interruption() as interruption:
         workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(questions)))]
-        while workers and (await asyncio.wait(workers, timeout=_LOOK_SECONDS))[1]:
-            if interruption.requested_signal is not None and not client.stopped:
+        while workers and (await asyncio.wait(workers, timeout=_POLL_SECONDS))[1]:
+            if interruption.asked is not None and not client.stopped:
                 stop()
         if interruption.requested_signal is not None:
             interruption.raise_signal(interruption.requested_signal)

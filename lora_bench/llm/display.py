@@ -1,4 +1,4 @@
-"""What a person sees of prompting: what is about to be asked, how far it is, what it cost."""
+"""Terminal output of `lora-bench prompt`: the request, the progress, the cost."""
 
 from __future__ import annotations
 
@@ -22,26 +22,32 @@ if TYPE_CHECKING:
 
 
 class Display(Live):
-    """How many answers there are: a live bar in a terminal, a few lines elsewhere."""
+    """The number of answers so far: a live bar in a terminal, a few lines elsewhere."""
 
     def __init__(self, console: Console, questions: int) -> None:
         super().__init__(console, questions, MofNCompleteColumn())
 
-    def answered(self, answers: int) -> None:
-        """So many questions have their answers now."""
+    def update(self, answers: int) -> None:
+        """Show the number of questions that are answered."""
         self.progress.update(self.task, completed=answers)
         if self.due(answers):
             self.console.print(shown(f"answers {answers:,}/{self.total:,}"))
 
 
 def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int) -> None:
-    """What is about to be asked, and what the user should know about it."""
+    """Print the model, the data, the number of cached answers and the warnings about the data.
+
+    Args:
+        record: the run's record (`run.json`).
+        llm: the server and its model.
+        cached: number of cached answers.
+    """
     prompt, choices = record["config"]["prompt"], record["choices"]
-    asked = {name: rows for name, rows in record["data"]["rows"].items() if name not in ("train", "selection")}
-    sizes = ", ".join(f"{name} {rows:,}" for name, rows in asked.items())
+    reported_rows = {name: rows for name, rows in record["data"]["rows"].items() if name not in ("train", "selection")}
+    sizes = ", ".join(f"{name} {rows:,}" for name, rows in reported_rows.items())
     lines = [
         f"{llm.model} at {llm.base_url}: {choices.get('prompt', 'prompt')}, {prompt['shots']} examples",
-        f"{choices.get('data', 'data')}: {sizes}; {cached:,} answers are in the cache",
+        f"{choices.get('data', 'data')}: {sizes}; {cached:,} answers are cached",
         *(f"note: {note}" for note in record["data"]["warnings"]),
     ]
     for line in lines:
@@ -49,30 +55,36 @@ def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int)
 
 
 def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
-    """What the answers cost, all of them and those of this run; nothing where they came from elsewhere."""
+    """Print the cost of all answers, and the share that this run paid; nothing for answers from a file."""
     if cost:
-        parts = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache"]
+        items = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache"]
         if cost["prompt_tokens"] is not None:
-            parts.append(f"{human(cost['prompt_tokens'])} tokens read, {human(cost['completion_tokens'])} written")
+            items.append(f"{human(cost['prompt_tokens'])} tokens read, {human(cost['completion_tokens'])} written")
         if cost["money"] is not None:
-            parts.append(f"money {cost['money']:.4g}")
+            items.append(f"money {cost['money']:.4g}")
         if cost["money_spent"] is not None:
-            parts.append(f"{cost['money_spent']:.4g} of it now" if cost["money"] else f"now {cost['money_spent']:.4g}")
-        console.print(shown(" · ".join([*parts, f"{cost['seconds']:.0f} s"])))
+            items.append(f"{cost['money_spent']:.4g} of it now" if cost["money"] else f"now {cost['money_spent']:.4g}")
+        console.print(shown(" · ".join([*items, f"{cost['seconds']:.0f} s"])))
 
 
 def show_request(
-    console: Console, client: Client, questions: Mapping[str, Messages], known: Mapping[str, Answer]
+    console: Console, client: Client, questions: Mapping[str, Messages], cached: Mapping[str, Answer]
 ) -> None:
-    """The first prompt as it would be sent, how many requests there would be, and the most that they could cost."""
+    """Print the first prompt, the number of requests that would be sent, and their maximal cost.
+
+    Args:
+        client: not opened; nothing is sent.
+        questions: messages by key.
+        cached: answers by key that need no request.
+    """
     for message in next(iter(questions.values())):
         console.print(shown(f"[{message['role']}]", style="bold"))
         for line in message["content"].split("\n"):
             console.print(shown(line), soft_wrap=True)
-    missing = [messages for key, messages in questions.items() if key not in known]
-    line = f"{len(missing):,} requests to {client.llm.base_url}; {len(known):,} answers are in the cache"
+    missing = [messages for key, messages in questions.items() if key not in cached]
+    line = f"{len(missing):,} requests to {client.llm.base_url}; {len(cached):,} answers are cached"
     console.print()
     console.print(shown(line), soft_wrap=True)
-    if client.llm.money(0, 0) is not None and client.llm.longest_answer is not None:
-        most = sum(client.budget.most(messages) for messages in missing)
-        console.print(shown(f"at most {most:.4g} in money, a byte counted as a token: expect a quarter"))
+    if client.llm.cost(0, 0) is not None and client.llm.max_answer_tokens is not None:
+        max_cost = sum(client.budget.max_cost_of(messages) for messages in missing)
+        console.print(shown(f"cost: at most {max_cost:.4g}, with a token for each byte; expect about a quarter of it"))

@@ -1,4 +1,4 @@
-"""From what a model answered to P(label 1)."""
+"""Parsing of a server's reply, and of a model's answer into P(label 1)."""
 
 from __future__ import annotations
 
@@ -12,70 +12,70 @@ if TYPE_CHECKING:
 
     from lora_bench.llm.settings import LLM
 
-KINDS = ("probabilities", "text", "refused", "unparsable")
-"""How a label was read: from log-probabilities, from the text, or not at all."""
+READINGS = ("probabilities", "text", "refused", "unparsable")
+"""Sources of a label: log-probabilities, the text, or none (a refusal or another text)."""
 _AROUND = re.compile(r"^[\W_]+|[\W_]+$")
-_LOOK_AT = 4  # tokens: white space or a quotation mark may come before the answer
+_MAX_POSITIONS = 4  # tokens: white space or a quotation mark may come before the answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one request, as it is kept in the cache."""
+    """The answer to one request, as the cache stores it."""
 
     text: str | None
     refused: bool
     """The model, or a filter before it, declined."""
     tokens: list[list[tuple[str, float]]]
-    """For each of its first tokens the likeliest ones and their log-probabilities; empty where the server has none."""
+    """The likeliest tokens at each of the first positions, with log-probabilities; empty if the server gives none."""
     prompt_tokens: int | None
     completion_tokens: int | None
-    """None where the server does not say."""
+    """None: the server does not report it."""
     model: str | None
-    """What the server calls the model that answered."""
+    """The server's name of the model that answered."""
 
     @classmethod
     def from_json(cls, entry: Any) -> Answer:
         """Return the answer that an entry of the cache holds.
 
         Raises:
-            BrokenAnswerError: it holds none.
+            BrokenAnswerError: the entry is not an answer.
         """
         try:
             answer = cls(**entry)
-            tokens = [[(str(token), float(logprob)) for token, logprob in place] for place in answer.tokens]
+            tokens = [[(str(token), float(logprob)) for token, logprob in candidates] for candidates in answer.tokens]
             _count(entry, "prompt_tokens")
             _count(entry, "completion_tokens")
         except (KeyError, OverflowError, TypeError, ValueError):
-            raise BrokenAnswerError("the entry is no answer") from None
+            raise BrokenAnswerError("the entry is not an answer") from None
         texts = isinstance(answer.text, str | None) and isinstance(answer.model, str | None)
-        finite = all(math.isfinite(logprob) for place in tokens for _, logprob in place)
+        finite = all(math.isfinite(logprob) for candidates in tokens for _, logprob in candidates)
         if not (texts and isinstance(answer.refused, bool) and finite):
-            raise BrokenAnswerError("the entry is no answer")
+            raise BrokenAnswerError("the entry is not an answer")
         return replace(answer, tokens=tokens)
 
-    def money(self, llm: LLM, most: float) -> float:
-        """What it cost; `most` where the server does not say how long it was."""
+    def cost(self, llm: LLM, max_cost: float) -> float:
+        """Return its cost; `max_cost` if the server reports no number of tokens."""
         if self.prompt_tokens is None or self.completion_tokens is None:
-            return most
-        return llm.money(self.prompt_tokens, self.completion_tokens) or 0.0
+            return max_cost
+        return llm.cost(self.prompt_tokens, self.completion_tokens) or 0.0
 
 
 class BrokenAnswerError(ValueError):
-    """A reply that is no chat completion."""
+    """A reply that is not a chat completion."""
 
 
 def read_reply(reply: Any) -> Answer:
     """Return the answer in a server's reply, decoded from JSON.
 
     Raises:
-        BrokenAnswerError: the reply is no chat completion; what is wrong with it is named.
+        BrokenAnswerError: the reply is not a chat completion; the message names its fault.
     """
     choices = _field(reply, "choices", list)
     if not choices:
-        raise BrokenAnswerError("the reply is no chat completion: choices is missing or empty")
+        raise BrokenAnswerError("the reply is not a chat completion: choices is missing or empty")
     message = _field(choices[0], "message", dict)
     if message is None:
-        raise BrokenAnswerError("the reply is no chat completion: message is missing")
+        raise BrokenAnswerError("the reply is not a chat completion: message is missing")
     usage = _field(reply, "usage", dict) or {}
     return Answer(
         text=_field(message, "content", str),
@@ -90,13 +90,13 @@ def read_reply(reply: Any) -> Answer:
 _TYPES: dict[type, str] = {list: "a list", dict: "an object", str: "text"}
 
 
-def _field(node: Any, name: str, kind: type[Any]) -> Any:
-    """Return what an object of the reply has under this name; None where it has nothing or null."""
+def _field(node: Any, name: str, expected: type[Any]) -> Any:
+    """Return a field of an object of the reply; None if it is missing or null."""
     if not isinstance(node, dict):
-        raise BrokenAnswerError(f"the reply is no chat completion: what should hold {name} is not an object")
+        raise BrokenAnswerError(f"the reply is not a chat completion: the parent of {name} is not an object")
     value = node.get(name)
-    if value is not None and not isinstance(value, kind):
-        raise BrokenAnswerError(f"the reply is no chat completion: {name} is not {_TYPES[kind]}")
+    if value is not None and not isinstance(value, expected):
+        raise BrokenAnswerError(f"the reply is not a chat completion: {name} is not {_TYPES[expected]}")
     return value
 
 
@@ -114,14 +114,14 @@ def _count(usage: dict[str, Any], name: str) -> int | None:
 
 
 def _tokens(logprobs: dict[str, Any] | None) -> list[list[tuple[str, float]]]:
-    places = [] if logprobs is None else _field(logprobs, "content", list) or []
+    positions = [] if logprobs is None else _field(logprobs, "content", list) or []
     return [
         [
             (token, logprob)
-            for each in _field(place, "top_logprobs", list) or []
-            if math.isfinite(logprob := _logprob(each)) and (token := _field(each, "token", str))
+            for candidate in _field(position, "top_logprobs", list) or []
+            if math.isfinite(logprob := _logprob(candidate)) and (token := _field(candidate, "token", str))
         ]
-        for place in places[:_LOOK_AT]
+        for position in positions[:_MAX_POSITIONS]
     ]
 
 
@@ -136,14 +136,14 @@ def _logprob(token: Any) -> float:
 
 
 def read_label(answer: Answer, words: Sequence[str]) -> tuple[float | None, str]:
-    """P(label 1) as the model answered, and which of `KINDS` it is.
+    """Return P(label 1) of an answer, and the source of it (`READINGS`).
 
-    From log-probabilities it is p1 / (p0 + p1), with p the sum over the tokens with which an answer can begin. A label
-    that is not among the listed tokens gets the most that it can have: the smallest probability listed, or what the
-    listed ones leave. From the text it is 0 or 1, where the text is one of the two words and nothing else but
-    punctuation. None where the answer is no label.
+    From log-probabilities it is p1 / (p0 + p1), with p the sum over the tokens with which a word can begin. A label
+    without a listed token gets its upper bound: the smallest listed probability, or 1 minus their sum. From the text it
+    is 0 or 1, if the text is one of the two words apart from punctuation. None if the answer is not a label.
 
     Args:
+        answer: of the model.
         words: for label 0 and label 1.
     """
     if answer.refused:
@@ -151,38 +151,38 @@ def read_label(answer: Answer, words: Sequence[str]) -> tuple[float | None, str]
     score = _from_tokens(answer.tokens, words)
     if score is not None:
         return score, "probabilities"
-    plain = _plain(answer.text or "")
+    text = _normalise(answer.text or "")
     for label, word in enumerate(words):
-        if plain == _plain(word):
+        if text == _normalise(word):
             return float(label), "text"
     return None, "unparsable"
 
 
-def _plain(text: str) -> str:
+def _normalise(text: str) -> str:
     return _AROUND.sub("", text).casefold()
 
 
-def _from_tokens(places: Sequence[Sequence[tuple[str, float]]], words: Sequence[str]) -> float | None:
-    zero, one = map(_plain, words)
-    for place in places:
-        if len(place) < 2:
+def _from_tokens(positions: Sequence[Sequence[tuple[str, float]]], words: Sequence[str]) -> float | None:
+    zero, one = map(_normalise, words)
+    for candidates in positions:
+        if len(candidates) < 2:
             return None
-        if not _plain(max(place, key=lambda each: each[1])[0]):
+        if not _normalise(max(candidates, key=lambda candidate: candidate[1])[0]):
             continue
         masses = {0: 0.0, 1: 0.0}
-        for token, logprob in place:
-            begins = [_begins(_plain(token), word) for word in (zero, one)]
+        for token, logprob in candidates:
+            begins = [_begins(_normalise(token), word) for word in (zero, one)]
             if begins in ([True, False], [False, True]):
                 masses[begins.index(True)] += math.exp(min(logprob, 0.0))
         if not any(masses.values()):
             return None
-        probabilities = [math.exp(min(logprob, 0.0)) for _, logprob in place]
-        most = min(*probabilities, max(0.0, 1 - sum(probabilities)))
-        zero_mass, one_mass = (mass or most for mass in masses.values())
+        probabilities = [math.exp(min(logprob, 0.0)) for _, logprob in candidates]
+        upper_bound = min(*probabilities, max(0.0, 1 - sum(probabilities)))
+        zero_mass, one_mass = (mass or upper_bound for mass in masses.values())
         return one_mass / (zero_mass + one_mass)
     return None
 
 
 def _begins(token: str, word: str) -> bool:
-    """Whether an answer that begins with this token can be the word."""
+    """Return whether an answer that begins with this token can be the word."""
     return bool(token) and word.startswith(token)

@@ -1,6 +1,6 @@
 """A server's HTTP reply while it comes: bounded in size, from the address that was asked, and never with the key in it.
 
-A server is not trusted. `check` is called with each reply before its body is read.
+A server is not trusted. `check_reply` is called with each reply before its body is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """Compressions that are read, and zlib's name for each."""
 
 
-async def check(response: httpx2.Response) -> None:
+async def check_reply(response: httpx2.Response) -> None:
     """Refuse a redirect that would take the key elsewhere, and bound what is read of any other reply.
 
     Raises:
@@ -47,10 +47,10 @@ async def check(response: httpx2.Response) -> None:
 
 
 def _check_redirect(response: httpx2.Response) -> None:
-    asked = response.request.url
+    request_url = response.request.url
     try:
-        target = asked.join(response.headers["location"])
-        same = (target.scheme, target.host, _port(target)) == (asked.scheme, asked.host, _port(asked))
+        target = request_url.join(response.headers["location"])
+        same = (target.scheme, target.host, _port(target)) == (request_url.scheme, request_url.host, _port(request_url))
         origin = f"{target.scheme}://{target.host}"
     except (httpx2.InvalidURL, ValueError):
         same, origin = False, "an address that is none"
@@ -68,7 +68,7 @@ def _port(url: httpx2.URL) -> int | None:
 
 
 class _Bounded(httpx2.AsyncByteStream):
-    """The body of a reply, decompressed, until it is too long."""
+    """The decompressed body of a reply, at most `MAX_BYTES` long."""
 
     def __init__(self, stream: httpx2.AsyncByteStream, encoding: str | None) -> None:
         self.stream = stream
@@ -97,7 +97,7 @@ class _Bounded(httpx2.AsyncByteStream):
 
 
 def _window_bits(encoding: str, first: bytes) -> int:
-    """Return what zlib is to expect; some servers send `deflate` without zlib's header."""
+    """Return zlib's `wbits` for a body; some servers send `deflate` without zlib's header."""
     bare = encoding == "deflate" and not (first[:1] and first[0] & 0x0F == 8)
     return -15 if bare else ENCODINGS[encoding]
 
@@ -106,18 +106,18 @@ def _too_long() -> BrokenAnswerError:
     return BrokenAnswerError(f"the reply is longer than {MAX_BYTES:,} bytes")
 
 
-WITHHELD = "its message repeats the key, and is not shown"
+WITHHELD = "its message repeats the API key, so it is not shown"
 _WINDOW = 6
-"""So many characters of a key in a row are a part of it."""
+"""Length of the fragments of a key that are searched for."""
 _MASKED = re.compile(r"([^\s'\"]{0,200})(?:\*{2,}|\.{3}|…|[xX]{4,})([^\s'\"]{0,200})")
 
 
-def repeats(text: str, key: str) -> bool:
+def contains_key(text: str, key: str) -> bool:
     """Return whether a text holds the key or a part of it, in whatever form: split, escaped, encoded or masked."""
     if len(key) < _WINDOW:
         return False
-    parts = {form[i : i + _WINDOW] for form in _forms(key) for i in range(len(form) - _WINDOW + 1)}
-    if any(part in reading for reading in _readings(text) for part in parts):
+    fragments = {form[i : i + _WINDOW] for form in _forms(key) for i in range(len(form) - _WINDOW + 1)}
+    if any(fragment in reading for reading in _readings(text) for fragment in fragments):
         return True
     return any(key[:3] in hit[1] or key[-3:] in hit[2] for hit in _MASKED.finditer(text))
 

@@ -1,4 +1,4 @@
-"""Typed settings of `lora-bench prompt`: the server and its model, and what is written to it."""
+"""Typed settings of `lora-bench prompt`: the server, its model, and the prompt."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_bench.errors import Code, UserError, require, require_number
 
 @dataclass(frozen=True, kw_only=True)
 class LLM:
-    """A model behind an OpenAI-compatible server, and how fast and how long to ask it."""
+    """A model behind an OpenAI-compatible server, with limits of rate, time and cost."""
 
     model: str | None
-    """The model's id, as the server calls it. There is no default: models come and go."""
+    """The server's id of the model. There is no default, because models come and go."""
     base_url: str | None
-    """Where the server is: `https://api.openai.com/v1`, `http://localhost:8000/v1`."""
+    """The server's address: `https://api.openai.com/v1`, `http://localhost:8000/v1`."""
     api_key_env: str
     """The environment variable with the API key; unset where the server needs none."""
     temperature: float | None
@@ -60,8 +60,14 @@ class LLM:
         if self.max_tokens is not None:
             require_number("max_tokens", self.max_tokens, 1)
         require_number("top_logprobs", self.top_logprobs, 2, 20)
-        taken = sorted(self.extra.keys() & _OURS)
-        require(not taken, "extra", None, f"holds {', '.join(taken)}", "That has a key of its own, or is ours to say.")
+        reserved = sorted(self.extra.keys() & _RESERVED_FIELDS)
+        require(
+            not reserved,
+            "extra",
+            None,
+            f"holds {', '.join(reserved)}",
+            "Use the setting of that name.",
+        )
         require_number("concurrency", self.concurrency, 1, 1000)
         require_number("timeout", self.timeout, 0, open_low=True)
         require_number("retries", self.retries, 0, 100)
@@ -81,7 +87,7 @@ class LLM:
             code=Code.CONFLICT,
         )
         require(
-            self.max_cost is None or self.longest_answer is not None,
+            self.max_cost is None or self.max_answer_tokens is not None,
             "max_cost",
             self.max_cost,
             "needs a bound on the length of an answer",
@@ -90,29 +96,39 @@ class LLM:
         )
 
     @property
-    def longest_answer(self) -> int | None:
-        """Tokens that an answer may have, whichever way the server is told; None without a bound."""
-        further = self.extra.get("max_completion_tokens")
-        return further if self.max_tokens is None and isinstance(further, int) else self.max_tokens
+    def max_answer_tokens(self) -> int | None:
+        """The maximal number of tokens of an answer, from `max_tokens` or `extra`; None: no limit."""
+        limit = self.extra.get("max_completion_tokens")
+        return limit if self.max_tokens is None and isinstance(limit, int) else self.max_tokens
 
-    def money(self, prompt_tokens: float, completion_tokens: float) -> float | None:
-        """What so many tokens cost; None without prices."""
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """Return the cost of these numbers of tokens; None without prices."""
         if self.input_price is None or self.output_price is None:
             return None
         return (self.input_price * prompt_tokens + self.output_price * completion_tokens) / 1e6
 
 
-_OURS = {"model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs", "n", "stream", "api_key"}
+_RESERVED_FIELDS = {
+    "model",
+    "messages",
+    "temperature",
+    "max_tokens",
+    "logprobs",
+    "top_logprobs",
+    "n",
+    "stream",
+    "api_key",
+}
 
 
 def _check_url(url: str) -> None:
     try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        address = urlsplit(url)
+        good = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
     except ValueError:
         good = False
     else:
-        if parts.username or parts.password or parts.query:  # not repeated: it may be secret
+        if address.username or address.password or address.query:  # not repeated: it may be secret
             reason = "holds a user, a password or a query"
             raise UserError(
                 reason,
@@ -124,7 +140,7 @@ def _check_url(url: str) -> None:
         good,
         "base_url",
         url,
-        "is no address of a server",
+        "is not the address of a server",
         "Give one such as http://localhost:8000/v1.",
         code=Code.INVALID_VALUE,
     )
@@ -132,7 +148,7 @@ def _check_url(url: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is asked about each example, and which words answer it."""
+    """The question about an example, and the words that answer it."""
 
     system: str | None
     """The system message; null: none."""

@@ -1,9 +1,9 @@
-"""From an example to the messages that a model reads."""
+"""The chat messages of an example: system message, few-shot examples, question."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,7 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt for one task, with its examples in place."""
+    """The prompt of one task, with its few-shot examples."""
 
     system: str | None
     question: str
@@ -31,45 +31,47 @@ class Template:
     """The words for label 0 and label 1."""
     columns: Sequence[str]
     shots: Messages
-    """Questions and answers that come before the one asked."""
+    """Few-shot questions and answers, before the question."""
 
     @classmethod
     def build(cls, prompt: Prompt, data: Data, train: Examples | None, seed: int) -> Template:
-        """The template with its examples.
+        """Return the template with its few-shot examples.
 
         Args:
-            train: where examples come from; None where there is no train split.
-            seed: which examples, and in which order.
+            prompt: the question and the number of examples.
+            data: columns and label names of the task.
+            train: the split that examples are drawn from; None if there is none.
+            seed: of the choice and order of the examples.
 
         Raises:
             UserError: the template does not fit the data, or train holds too few examples.
         """
         words = data.label_names if prompt.answers is None else prompt.answers
-        made = cls(prompt.system, prompt.template, (words[0].strip(), words[1].strip()), data.text_columns, [])
-        made._check(prompt)
-        return cls(made.system, made.question, made.answers, made.columns, made._examples(prompt.shots, train, seed))
+        template = cls(prompt.system, prompt.template, (words[0].strip(), words[1].strip()), data.text_columns, [])
+        template._check(prompt)
+        return replace(template, shots=template._examples(prompt.shots, train, seed))
 
     def messages(self, texts: Sequence[str]) -> Messages:
-        """What is sent for an example with these texts, one for each column."""
+        """Return the messages for an example with these texts, one for each column."""
         question = {"role": "user", "content": self._fill(self.question, texts)}
         system = [{"role": "system", "content": self._fill(self.system, texts)}] if self.system else []
         return [*system, *self.shots, question]
 
     def _fill(self, text: str, texts: Sequence[str]) -> str:
         values = self._values(texts)
-        return _FIELD.sub(lambda found: values.get(found[1], found[0]), text)
+        return _FIELD.sub(lambda match: values.get(match[1], match[0]), text)
 
     def _values(self, texts: Sequence[str]) -> Mapping[str, str]:
         named = dict(zip(self.columns, texts, strict=True))
-        ours = {"fields": "\n".join(f"{name}: {text}" for name, text in named.items())}
-        return ours | {"label_0": self.answers[0], "label_1": self.answers[1]} | named
+        fields = {"fields": "\n".join(f"{name}: {text}" for name, text in named.items())}
+        return fields | {"label_0": self.answers[0], "label_1": self.answers[1]} | named
 
     def _check(self, prompt: Prompt) -> None:
-        known = self._values([""] * len(self.columns))
+        values = self._values([""] * len(self.columns))
         for key, text in (("prompt.system", self.system or ""), ("prompt.template", self.question)):
             for name in _FIELD.findall(text):
-                if name not in known:
-                    remedy = f"There are {', '.join('{' + each + '}' for each in known)}."
+                if name not in values:
+                    remedy = f"Use {', '.join('{' + field + '}' for field in values)}."
                     raise UserError(
                         f"has a field {{{name}}} that the data does not fill",
                         key=key,
@@ -94,7 +96,7 @@ class Template:
             )
 
     def _examples(self, shots: int, train: Examples | None, seed: int) -> Messages:
-        """`shots` questions with their answers, as many of each label, in an order of the seed's."""
+        """Return `shots` questions with answers, equally many of each label, in an order given by the seed."""
         if not shots:
             return []
         if train is None:
@@ -104,17 +106,17 @@ class Template:
         assert train.labels is not None
         # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
         order = np.argsort(np.random.PCG64(seed).random_raw(len(train)), kind="stable")
-        places = []
+        rows = []
         for label in (0, 1):
-            found = order[train.labels[order] == label]
-            if len(found) < shots // 2:
-                reason = f"takes {shots // 2} examples of label {label}, and train has {len(found)}"
+            candidates = order[train.labels[order] == label]
+            if len(candidates) < shots // 2:
+                reason = f"takes {shots // 2} examples of label {label}, and train has {len(candidates)}"
                 raise UserError(reason, key="prompt.shots", value=shots, remedy="Give fewer.", code=Code.INVALID_VALUE)
-            places += found[: shots // 2].tolist()
-        rank = {place: i for i, place in enumerate(order.tolist())}
+            rows += candidates[: shots // 2].tolist()
+        rank = {row: i for i, row in enumerate(order.tolist())}
         messages = []
-        for place in sorted(places, key=rank.__getitem__):
-            question = self._fill(self.question, [column[place] for column in train.texts])
-            answer = self.answers[int(train.labels[place])]
+        for row in sorted(rows, key=rank.__getitem__):
+            question = self._fill(self.question, [column[row] for column in train.texts])
+            answer = self.answers[int(train.labels[row])]
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return messages

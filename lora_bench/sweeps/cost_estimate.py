@@ -1,8 +1,8 @@
-"""`dry_run=true`: what a run, or each pack of a sweep and the whole of it, would cost. Nothing is written.
+"""Cost estimates, `dry_run=true`: of a run, or of each pack of a sweep and the whole sweep. Nothing is written.
 
-A job of each kind (its method with its settings, on its data) is rehearsed alone. A pack takes what its members take
-one after another, less what they share: the layers below the first adapted one, where all have one seed or where their
-output is kept. It holds what the largest of them holds, and what the others keep from step to step.
+One job of each setting (model, data, trainer, adapter) is rehearsed as a single run. The time and FLOPs of a pack are
+the sum over its members, less the layers below the first adapted one if members share them: if all have one seed, or
+if their output is cached. Its memory is that of the largest member, plus what the other members hold from step to step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
-from lora_bench.sweeps.packing import grouped, known_ranks, needs, sized
-from lora_bench.sweeps.workers import Workers, cut
+from lora_bench.sweeps.packing import assumed_ranks, group_jobs, memory_demand, split_into_packs
+from lora_bench.sweeps.workers import Workers, split_group
 from lora_bench.train import prefix_of
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import prepare_task
@@ -41,84 +41,92 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a pack of a sweep would cost."""
+class PackCost:
+    """The estimated cost of a pack of a sweep."""
 
     jobs: Sequence[Job]
     members: Sequence[Estimate]
-    """Each as it would be alone."""
+    """The cost of each member as a single run."""
     shared: float
-    """The share of the members' steps that one of them does for all."""
+    """Share of the members' arithmetic that is done once for all of them."""
     fills: bool
-    """Whether it makes the kept prefix, which later packs of the sweep read."""
+    """It fills the prefix cache, which later packs of the sweep read."""
     peak_memory_bytes: float
     halving: bool = False
-    """Whether members are stopped on the way."""
+    """Successive halving eliminates members."""
 
     @property
     def train_flops(self) -> float:
-        steps = sum(member.train_flops - member.prefix_flops for member in self.members)
-        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_flops
+        """FLOPs of training all members."""
+        steps = sum(member.train_flops - member.filling_flops for member in self.members)
+        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_flops
 
     @property
     def seconds(self) -> float:
-        steps = sum(member.train_seconds - member.prefix_seconds for member in self.members)
-        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_seconds
+        """Wall time of training and evaluating all members."""
+        steps = sum(member.train_seconds - member.filling_seconds for member in self.members)
+        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_seconds
         return training + sum(map(self._evaluation, self.members))
 
     @property
     def _live(self) -> list[int]:
-        """Members that compute each step."""
+        """Number of active members at each step."""
         steps, count = self.members[0].steps, len(self.members)
         return members_by_step(count, steps) if self.halving else [count] * steps
 
     @property
     def _trained(self) -> float:
-        """The share of the members' steps that halving leaves, whoever it stops."""
+        """Share of all members' steps that halving leaves."""
         return sum(self._live) / (len(self.members) * len(self._live))
 
     def _evaluation(self, member: Estimate) -> float:
-        """Seconds of looking at the selection split and at the reported ones, as a mean over who is stopped when."""
+        """Return a member's expected seconds of evaluation, averaged over the order in which halving eliminates."""
         if not self.halving:
             return member.evaluation_seconds
-        counts, steps, looks = self._live, member.steps, member.evaluations
-        due = {math.ceil(steps * (i + 1) / looks) for i in range(looks)}
-        crowded = {step for step in range(1, steps) if counts[step] < counts[step - 1]}
-        looked = sum(counts[step - 1] for step in due | crowded) * member.seconds_per_evaluation
-        reported = member.evaluation_seconds - looks * member.seconds_per_evaluation
-        return (looked + counts[-1] * reported) / len(self.members)
+        counts, steps, evaluations = self._live, member.steps, member.looks
+        due = {math.ceil(steps * (i + 1) / evaluations) for i in range(evaluations)}
+        eliminating = {step for step in range(1, steps) if counts[step] < counts[step - 1]}
+        selection_seconds = sum(counts[step - 1] for step in due | eliminating) * member.look_seconds
+        reported = member.evaluation_seconds - evaluations * member.look_seconds
+        return (selection_seconds + counts[-1] * reported) / len(self.members)
 
 
-def show(job: Job, console: Console) -> None:
-    """Print what the job's run would cost.
+def print_run_estimate(job: Job, console: Console) -> None:
+    """Print the estimated cost of a run: parameters, steps, FLOPs, time, memory.
 
     Raises:
         UserError: the request cannot be met.
     """
     experiment = Experiment.build(job.cfg)
-    inputs = SharedInputs.load(experiment)
-    found = expect(experiment, inputs)
+    common = SharedInputs.load(experiment)
+    single = estimate_run(experiment, common)
     members = experiment.ensemble.size
-    whole = _together([job], [experiment], inputs, {_kind(experiment): found}, set(), console)
-    adapter, head = members * found.adapter, members * found.head
-    total = found.total + adapter + head - found.adapter - found.head
-    evaluation = members * found.evaluation_seconds
+    cost = _pack_cost([job], [experiment], common, {_setting_key(experiment): single}, set(), console)
+    adapter, head = members * single.adapter, members * single.head
+    total = single.total + adapter + head - single.adapter - single.head
+    evaluation = members * single.evaluation_seconds
     table = Table("to expect", "", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_row("parameters", f"{human(adapter)} adapter + {human(head)} head of {human(total)}")
-    table.add_row("steps", f"{found.steps:,}")
-    table.add_row("computation", human(whole.train_flops, "FLOP"))
-    table.add_row("training time", duration(whole.seconds - evaluation))
+    table.add_row("steps", f"{single.steps:,}")
+    table.add_row("computation", human(cost.train_flops, "FLOP"))
+    table.add_row("training time", duration(cost.seconds - evaluation))
     table.add_row("evaluation time", duration(evaluation))
-    table.add_row("peak memory", human(whole.peak_memory_bytes, "B"))
+    table.add_row("peak memory", human(cost.peak_memory_bytes, "B"))
     console.print(table)
 
 
-def expect(experiment: Experiment, inputs: SharedInputs | None = None) -> Estimate:
-    """What the experiment's run, or one member of its ensemble, would cost alone, preparation with training."""
+def estimate_run(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
+    """Estimate the cost of a single run, or of one member of an ensemble, by rehearsing a few steps.
+
+    Data-driven initialisation counts as training.
+
+    Raises:
+        UserError: the settings cannot be met, or the run has several tasks.
+    """
     if experiment.tasks:
-        remedy = "Estimate each by itself: data=NAME dry_run=true."
+        remedy = "Estimate each task by itself: data=NAME dry_run=true."
         raise UserError(
-            "is known of one task at a time", key="dry_run", value="true", remedy=remedy, code=Code.UNSUPPORTED
+            "estimates one task at a time", key="dry_run", value="true", remedy=remedy, code=Code.UNSUPPORTED
         )
     inputs = inputs or SharedInputs.load(experiment)
     (task,) = inputs.tasks.values()
@@ -129,41 +137,41 @@ def expect(experiment: Experiment, inputs: SharedInputs | None = None) -> Estima
         with FlopCounterMode(display=False) as counter:
             prepare_task(pack, experiment.trainer, task.tables["train"])
         seconds = time.perf_counter() - began
-        prefix, shown_often = prefix_of(inputs, task, experiment.trainer)
-        kept = prefix.cached_tables(pack, shown_often)
-        pack.cut = pack.depth if kept else None
-        settings = (experiment.optimizer, experiment.trainer, task.tables, task.second_view)
-        found = estimate(pack, *settings, cached=kept, prefix_flops=prefix.flops)
+        prefix, repeated = prefix_of(common, task, experiment.trainer)
+        cached = prefix.keeps(pack, repeated)
+        pack.cut = pack.depth if cached else None
+        settings = (experiment.optimizer, experiment.trainer, task.tables, task.swapped)
+        single = estimate(pack, *settings, kept=cached, filling=prefix.flops)
     finally:
         pack.detach()
     return replace(
-        found,
-        train_seconds=found.train_seconds + seconds,
-        train_flops=found.train_flops + counter.get_total_flops(),
+        single,
+        train_seconds=single.train_seconds + seconds,
+        train_flops=single.train_flops + counter.get_total_flops(),
     )
 
 
-def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
-    """Print what each pack of these jobs would cost, and all of them.
+def print_sweep_estimate(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+    """Print the estimated cost of each pack of these jobs, and of the whole sweep.
 
     Args:
         jobs: of one sweep, checked.
-        console: where to.
-        ended: called with each job, and what is wrong with it.
+        console: receives the table.
+        ended: called with each job that cannot run, and its error.
     """
-    packs: list[Expected] = []
+    packs: list[PackCost] = []
     workers = Workers.of(jobs)
-    most = math.ceil(len(jobs) / workers.count)
-    kinds: dict[str, Estimate] = {}
-    for group in grouped(jobs):
+    max_jobs = math.ceil(len(jobs) / workers.count)
+    measured: dict[str, Estimate] = {}
+    for group in group_jobs(jobs):
         try:
             inputs = SharedInputs.load(group.experiments[0])
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
             depths: set[int] = set()
-            for part in cut(group, most):
-                for together in sized(part, inputs, ended, workers.sharing):
-                    experiments = [members[job.title] for job in together]
-                    packs.append(_together(together, experiments, inputs, kinds, depths, console))
+            for subgroup in split_group(group, max_jobs):
+                for pack_jobs in split_into_packs(subgroup, common, ended, workers.sharing):
+                    experiments = [members[job.title] for job in pack_jobs]
+                    packs.append(_pack_cost(pack_jobs, experiments, common, measured, depths, console))
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -171,59 +179,66 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
         console.print(_table(packs, workers.devices))
 
 
-def _together(
+def _pack_cost(
     jobs: Sequence[Job],
     experiments: Sequence[Experiment],
-    inputs: SharedInputs,
-    kinds: dict[str, Estimate],
+    common: SharedInputs,
+    measured: dict[str, Estimate],
     depths: set[int],
     console: Console,
-) -> Expected:
-    """What the jobs would cost as a pack; `kinds` and `depths` remember what was measured and kept before."""
+) -> PackCost:
+    """Return the estimated cost of the jobs as one pack.
+
+    Args:
+        measured: estimates of single runs by setting; new ones are added.
+        depths: depths of the prefixes that the sweep has cached; that of this pack is added.
+    """
     for job, experiment in zip(jobs, experiments, strict=True):
-        kind = _kind(experiment)
-        if kind not in kinds:
+        key = _setting_key(experiment)
+        if key not in measured:
             console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
-            kinds[kind] = expect(experiment, inputs)
-    each = [kinds[_kind(experiment)] for experiment in experiments]
-    members = [
-        kind for kind, experiment in zip(each, experiments, strict=True) for _ in range(experiment.ensemble.size)
-    ]
-    needed = [needs(inputs, experiment) for experiment in experiments]
-    largest = max(range(len(jobs)), key=lambda j: each[j].peak_memory_bytes)
-    size = experiments[largest].ensemble.size
-    inside = replace(needed[largest], kept=(size - 1) / size * needed[largest].kept, step=0.0)
-    others = [need if j != largest else inside for j, need in enumerate(needed)]
-    # On a CPU members pass the adapted layers one after another.
-    beside = sum(need.kept + (0.0 if inputs.backbone.device.type == "cpu" else need.step) for need in others)
-    fills = needed[0].depth not in depths
-    depths.add(needed[0].depth)
-    shared = 0.0 if members[0].prefix_flops else _shared(experiments, inputs)
+            measured[key] = estimate_run(experiment, common)
+    estimates = [measured[_setting_key(experiment)] for experiment in experiments]
+    sizes = [experiment.ensemble.size for experiment in experiments]
+    members = [single for single, size in zip(estimates, sizes, strict=True) for _ in range(size)]
+    demands = [memory_demand(common, experiment) for experiment in experiments]
+    largest = max(range(len(jobs)), key=lambda j: estimates[j].peak_memory_bytes)
+    size = sizes[largest]
+    rest_of_largest = replace(
+        demands[largest], persistent_bytes=(size - 1) / size * demands[largest].persistent_bytes, step_bytes=0.0
+    )
+    added = [demand if j != largest else rest_of_largest for j, demand in enumerate(demands)]
+    # On a CPU members run through the adapted layers one after another.
+    is_serial = common.backbone.device.type == "cpu"
+    added_bytes = sum(demand.persistent_bytes + (0.0 if is_serial else demand.step_bytes) for demand in added)
+    fills = demands[0].depth not in depths
+    depths.add(demands[0].depth)
+    shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
     halving = experiments[0].pack.halving and len(jobs) > 1
-    return Expected(jobs, members, shared, fills, each[largest].peak_memory_bytes + beside, halving)
+    return PackCost(jobs, members, shared, fills, estimates[largest].peak_memory_bytes + added_bytes, halving)
 
 
-def _kind(experiment: Experiment) -> str:
-    """Equal for runs that cost the same."""
-    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter, experiment.head))
+def _setting_key(experiment: Experiment) -> str:
+    """Return a key that is equal for runs of equal cost, whatever their seeds."""
+    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
 
 
-def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:
-    """The share of the members' arithmetic that they do once for all."""
-    found = [(member, each.adapter) for each in experiments for member in each.members()]
-    if len(found) == 1 or len({member.seed_of("order") for member, _ in found}) > 1:
+def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:
+    """Return the share of the members' arithmetic that a pack does once for all of them."""
+    candidates = [(member, experiment.adapter) for experiment in experiments for member in experiment.members()]
+    if len(candidates) == 1 or len({member.seed_of("order") for member, _ in candidates}) > 1:
         return 0.0
-    members = [replace(member, saved_ranks=known_ranks(adapter, inputs)) for member, adapter in found]
-    pack = Pack(inputs.backbone, members)
+    members = [replace(member, saved_ranks=assumed_ranks(adapter, common)) for member, adapter in candidates]
+    pack = Pack(common.backbone, members)
     try:
-        together = _flops(pack)
-        alone = 0
+        pack_flops = _flops(pack)
+        single_flops = 0
         for k in range(pack.size):
             with pack.only([k]):
-                alone += _flops(pack)
+                single_flops += _flops(pack)
     finally:
         pack.detach()
-    return 1 - together / alone
+    return 1 - pack_flops / single_flops
 
 
 def _flops(pack: Pack) -> int:
@@ -232,19 +247,19 @@ def _flops(pack: Pack) -> int:
     return int(counter.get_total_flops())
 
 
-def _table(packs: Sequence[Expected], devices: int) -> Table:
+def _table(packs: Sequence[PackCost], devices: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("job", "overrides"):
         table.add_column(name, overflow="fold")
     for name in ("adapter", "computation", "time", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    everywhere = set.intersection(*(set(job.overrides) for pack in packs for job in pack.jobs))
+    common_overrides = set.intersection(*(set(job.overrides) for pack in packs for job in pack.jobs))
     for pack in packs:
         numbers = [job.title.removeprefix("job ").partition(":")[0] for job in pack.jobs]
-        asked = [" ".join(text for text in job.overrides if text not in everywhere) for job in pack.jobs]
+        overrides = [" ".join(text for text in job.overrides if text not in common_overrides) for job in pack.jobs]
         table.add_row(
             shown(f"{numbers[0]} to {numbers[-1]}" if _in_a_row(numbers) else ", ".join(numbers)),
-            shown(asked[0] + (f" … {asked[-1]}" if len(asked) > 1 else "")),
+            shown(overrides[0] + (f" … {overrides[-1]}" if len(overrides) > 1 else "")),
             *_cells([pack]),
         )
     jobs = sum(len(pack.jobs) for pack in packs)
@@ -253,8 +268,11 @@ def _table(packs: Sequence[Expected], devices: int) -> Table:
     return table
 
 
-def _cells(packs: Sequence[Expected], devices: int = 1) -> list[str]:
-    """Sums over the packs, the time where each device takes the next as soon as it is free, and the most memory."""
+def _cells(packs: Sequence[PackCost], devices: int = 1) -> list[str]:
+    """Return the cells of a row: sums over the packs, the largest memory, and the time on this many devices.
+
+    Each device takes the next pack as soon as it is free.
+    """
     busy = [0.0] * devices
     for pack in packs:
         busy[busy.index(min(busy))] += pack.seconds

@@ -1,4 +1,4 @@
-"""A sweep's jobs in packs: which may share a backbone, how many at a time, and what runs alone and why."""
+"""Packing of a sweep's jobs: groups that may share a backbone, cut into packs that fit the memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from lora_bench.records.job import Job
 
 SHARE_OF_FREE = 0.75
-"""What a pack may take of the memory that is free when it starts."""
-KEPT_PER_PARAMETER = 6 * 4
-"""Bytes of a trained number: itself, its gradient, AdamW's two moments, its best value and its mean, in fp32."""
+"""Share of the free memory that a pack may take when it starts."""
+BYTES_PER_PARAMETER = 6 * 4
+"""Bytes of a trained parameter in fp32: value, gradient, AdamW's two moments, best value and average."""
 TRANSIENT = 1.5
-"""What a step holds at its peak over what it keeps for its backward pass."""
+"""Peak memory of a step, as a multiple of the tensors that it saves for its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Group:
 
     jobs: list[Job]
     experiments: list[Experiment]
-    """One per job."""
-    alone: str = ""
-    """Why this one job runs alone, where it does."""
+    """Settings of each job."""
+    single_reason: str = ""
+    """Why this one job is trained as a single run; empty for a group."""
 
 
-def run(
+def train_jobs(
     jobs: Sequence[Job],
     console: Console,
     ended: Callable[[Job, Exception | None], None],
@@ -55,137 +55,150 @@ def run(
     display: Shows = Display,
     sharing: int = 1,
 ) -> None:
-    """Train the jobs, packed where they may share a backbone.
+    """Train the jobs of a sweep; those that may share a backbone are trained as packs.
 
     Args:
         jobs: of one sweep, checked.
-        console: where to tell how it goes.
-        ended: called with each job when it has ended, and what ended it before its time.
-        display: makes what shows a pack's training.
-        sharing: processes that do so on one device at the same time.
+        console: receives the messages.
+        ended: called with each job when it has ended, and the error that ended it early or None.
+        display: makes the progress display of a pack.
+        sharing: processes that train packs on the same device at the same time.
     """
-    for group in grouped(jobs):
+    for group in group_jobs(jobs):
         halving = group.experiments[0].pack.halving
-        if group.alone:
-            so = ", so pack.halving does not stop it" if halving else ""
-            console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
+        if group.single_reason:
+            consequence = ", so pack.halving does not eliminate it" if halving else ""
+            console.print(
+                shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.single_reason}{consequence}")
+            )
         try:
-            inputs = SharedInputs.load(group.experiments[0])
-            packs = sized(group, inputs, ended, sharing)
+            common = SharedInputs.load(group.experiments[0])
+            packs = split_into_packs(group, common, ended, sharing)
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
             continue
         if halving and len(packs) > 1:
-            console.print(f"note: pack.halving leaves one job of each pack, and there are {len(packs)}")
+            console.print(f"note: pack.halving keeps one job of each pack, and there are {len(packs)} packs")
         for pack in packs:
             _train(pack, inputs, console, ended, display, sharing)
 
 
-def grouped(jobs: Sequence[Job]) -> list[Group]:
-    """The jobs by what they must have in common: model, data, trainer, metrics, and the step they go on from."""
+def group_jobs(jobs: Sequence[Job]) -> list[Group]:
+    """Group the jobs that may share a backbone.
+
+    They have equal model, data, trainer, metrics and pack settings, and start or resume at the same step.
+    """
     experiments = [Experiment.build(job.cfg) for job in jobs]
-    shared = [repr((each.model, each.data, each.tasks, each.trainer, each.metrics, each.pack)) for each in experiments]
-    held = [_held(job, each) for job, each in zip(jobs, experiments, strict=True)]
+    shared = [repr((e.model, e.data, e.tasks, e.trainer, e.metrics, e.pack)) for e in experiments]
+    steps_by_job = [_resumable_steps(job, experiment) for job, experiment in zip(jobs, experiments, strict=True)]
     newest: dict[str, set[int]] = {}
-    for kind, steps in zip(shared, held, strict=True):
-        newest.setdefault(kind, set()).add(steps[0])
+    for settings, steps in zip(shared, steps_by_job, strict=True):
+        newest.setdefault(settings, set()).add(steps[0])
     groups: dict[str, Group] = {}
-    for job, experiment, kind, steps in zip(jobs, experiments, shared, held, strict=True):
-        step = min(newest[kind] & set(steps))  # where a kill came between their checkpoints, the one before
-        alone = ""
+    for job, experiment, settings, steps in zip(jobs, experiments, shared, steps_by_job, strict=True):
+        step = min(newest[settings] & set(steps))  # after a kill between their checkpoints, the previous one
+        reason = ""
         if experiment.adapter.trains_backbone:
-            alone = f"{experiment.adapter.method} trains the backbone itself"
+            reason = f"{experiment.adapter.method} trains the backbone itself"
         elif experiment.pack.size == 1:
-            alone = "pack.size=1"
-        key = repr((kind, step, job.title if alone else ""))
-        group = groups.setdefault(key, Group([], [], alone))
+            reason = "pack.size=1"
+        key = repr((settings, step, job.title if reason else ""))
+        group = groups.setdefault(key, Group([], [], reason))
         group.jobs.append(job)
         group.experiments.append(experiment)
-    found = list(groups.values())
-    lonely = "no other job has its model, data and trainer"
-    if len(found) > 1:
-        found = [replace(g, alone=lonely) if len(g.jobs) == 1 and not g.alone else g for g in found]
-    return found
+    if len(groups) < 2:
+        return list(groups.values())
+    reason = "no other job has its model, data and trainer"
+    return [replace(g, single_reason=g.single_reason or reason) if len(g.jobs) == 1 else g for g in groups.values()]
 
 
-def _held(job: Job, experiment: Experiment) -> list[int]:
-    """The steps that a job can go on from, the newest first; 0 where it begins."""
-    if not job.resumed:
+def _resumable_steps(job: Job, experiment: Experiment) -> list[int]:
+    """Return the steps that a job can be resumed from, the newest first; [0] for a new run."""
+    if not job.begun:
         return [0]
     checkpoints = Checkpoints.of_members(job.folder / CHECKPOINTS, experiment.size)[0]
     newest = checkpoints.newest()
     if newest is None:
         return [0]
-    before = checkpoints.newest(newest.step - 1)
-    return [newest.step] + ([before.step] if before else [])
+    previous = checkpoints.newest(newest.step - 1)
+    return [newest.step] + ([previous.step] if previous else [])
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a job needs of what a pack shares."""
+class MemoryDemand:
+    """The memory that a job adds to a pack, and the depth of its prefix."""
 
-    kept: float
-    """Bytes from step to step."""
-    step: float
-    """Bytes that a step takes besides."""
+    persistent_bytes: float
+    """Bytes held from step to step: parameters, gradients, optimizer state."""
+    step_bytes: float
+    """Further bytes of one step: saved activations."""
     depth: int
-    """Layers below the first that it adapts."""
+    """Number of layers below the first adapted one."""
 
 
-def sized(
-    group: Group, inputs: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
+def split_into_packs(
+    group: Group, common: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
 ) -> list[list[Job]]:
-    """The group's jobs in packs that this process's share of the memory takes; jobs that do not fit the backbone end
-    here.
+    """Split a group into packs that fit this process's share of the memory.
 
-    Members of a pack begin at the same layer: below it each computes nothing, or reads what is kept. On a CPU that is
-    all they gain by going together, as its products are no quicker for being many: where there is nothing below, each
-    goes by itself, with time and memory of its own, unless `pack.size` or `pack.halving` asks for more.
+    Members of a pack have prefixes of equal depth, which they compute once or read from the cache. On a CPU they gain
+    nothing else: without a prefix each job is a single run, with its own time and memory, unless `pack.size` or
+    `pack.halving` requests packs.
+
+    Args:
+        group: jobs that may share a backbone.
+        common: the backbone and data of the group.
+        ended: called with each job whose adapter does not fit the backbone, and the error.
+        sharing: processes that train packs on the same device at the same time.
+
+    Returns:
+        The jobs of each pack.
     """
-    fitting: dict[int, list[tuple[Job, Need]]] = {}
-    measured: dict[str, Need] = {}
+    jobs_by_depth: dict[int, list[tuple[Job, MemoryDemand]]] = {}
+    measured: dict[str, MemoryDemand] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        kind = repr((experiment.adapter, experiment.head, experiment.size))
+        key = repr((experiment.adapter, experiment.size))
         try:
-            if kind not in measured:
-                measured[kind] = needs(inputs, experiment)
+            if key not in measured:
+                measured[key] = memory_demand(common, experiment)
         except Exception as error:
             ended(job, error)
             continue
-        fitting.setdefault(measured[kind].depth, []).append((job, measured[kind]))
+        jobs_by_depth.setdefault(measured[key].depth, []).append((job, measured[key]))
     settings = group.experiments[0].pack
-    free = SHARE_OF_FREE * free_bytes(inputs.backbone.device) / sharing
-    unasked = settings.size is None and not settings.halving and inputs.backbone.device.type == "cpu"
+    free = SHARE_OF_FREE * free_bytes(common.backbone.device) / sharing
+    is_cpu_default = settings.size is None and not settings.halving and common.backbone.device.type == "cpu"
     packs = []
-    for depth, alike in fitting.items():
-        most = 1 if unasked and depth == 0 else settings.size
-        packs += _within_memory(alike, most, settings.memory_bytes, free, inputs, ended)
+    for depth, candidates in jobs_by_depth.items():
+        max_jobs = 1 if is_cpu_default and depth == 0 else settings.size
+        packs += _within_memory(candidates, max_jobs, settings.memory_bytes, free, common, ended)
     return packs
 
 
 def _within_memory(
-    jobs: Sequence[tuple[Job, Need]],
-    most: int | None,
-    asked_bound: int | None,
+    jobs: Sequence[tuple[Job, MemoryDemand]],
+    max_jobs: int | None,
+    memory_bytes: int | None,
     free: float,
     inputs: SharedInputs,
     ended: Callable[[Job, Exception | None], None],
 ) -> list[list[Job]]:
-    bound = asked_bound or free
+    """Fill packs in order, each up to `max_jobs` and to `memory_bytes`, or the free bytes if that is None."""
+    bound = memory_bytes or free
+    is_serial = common.backbone.device.type == "cpu"  # members run through the adapted layers one after another
     packs: list[list[Job]] = []
     used = 0.0
-    passing = 0.0
-    for job, need in jobs:
-        # On a CPU members pass the adapted layers one after another.
-        passing = max(passing, need.step) if inputs.backbone.device.type == "cpu" else passing + need.step
-        used += need.kept
-        if packs and len(packs[-1]) != most and used + passing <= bound:
+    transient = 0.0
+    for job, demand in jobs:
+        transient = max(transient, demand.step_bytes) if is_serial else transient + demand.step_bytes
+        used += demand.persistent_bytes
+        if packs and len(packs[-1]) != max_jobs and used + transient <= bound:
             packs[-1].append(job)
             continue
-        used, passing = need.kept, need.step
-        if asked_bound and used + passing > bound:
-            remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
+        used, transient = demand.persistent_bytes, demand.step_bytes
+        if memory_bytes and used + transient > bound:
+            remedy = f"It needs about {human(used + transient, 'B')}; a smaller trainer.micro_batch_size needs less."
             refusal = UserError(
                 "is too little for one job",
                 key="pack.memory_bytes",
@@ -194,14 +207,14 @@ def _within_memory(
                 code=Code.OUT_OF_MEMORY,
             )
             ended(job, refusal)
-            used, passing = math.inf, 0.0  # the next job begins a pack
+            used, transient = math.inf, 0.0  # the next job starts a new pack
             continue
         packs.append([job])
     return packs
 
 
-def known_ranks(adapter: Adapter, inputs: SharedInputs) -> dict[str, int]:
-    """Ranks that let a pack measure the adapter without its start, which may be costly.
+def assumed_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
+    """Return a rank for each target module, so that a pack can be measured without data-driven allocation.
 
     Raises:
         UserError: the adapter does not fit the backbone.
@@ -212,23 +225,23 @@ def known_ranks(adapter: Adapter, inputs: SharedInputs) -> dict[str, int]:
         raise error.under("adapter") from None
 
 
-def needs(inputs: SharedInputs, experiment: Experiment) -> Need:
-    """What the job's members need.
+def memory_demand(common: SharedInputs, experiment: Experiment) -> MemoryDemand:
+    """Measure the memory that the job's members need.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
-    known = known_ranks(experiment.adapter, inputs)
-    pack = Pack(inputs.backbone, experiment.members(known)[:1])
+    ranks = assumed_ranks(experiment.adapter, common)
+    pack = Pack(common.backbone, experiment.members(ranks)[:1])
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = max(1 if task.second_view is None else 2 for task in inputs.tasks.values())
-        row = saved_bytes(pack, 1, inputs.longest)
-        kept = KEPT_PER_PARAMETER * pack.count_parameters(0)["trainable"]
+        orders = max(1 if task.swapped is None else 2 for task in common.tasks.values())
+        row = saved_bytes(pack, 1, common.longest)
+        member_bytes = BYTES_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size
-        at_once = 1 if inputs.backbone.device.type == "cpu" else size
-        return Need(size * kept, at_once * TRANSIENT * orders * pairs * row, pack.depth)
+        at_once = 1 if common.backbone.device.type == "cpu" else size
+        return MemoryDemand(size * member_bytes, at_once * TRANSIENT * orders * pairs * row, pack.depth)
     finally:
         pack.detach()
 
@@ -241,7 +254,7 @@ def _train(
     display: Shows,
     sharing: int,
 ) -> None:
-    """One pack; where what its members share fails, its two halves, so that one job's fault is not another's."""
+    """Train one pack; after an error in what its members share, train its two halves, to isolate the faulty job."""
     if len(jobs) == 1 and jobs[0].title:
         console.print()
         console.print(shown(jobs[0].title, style="bold"))
@@ -251,17 +264,18 @@ def _train(
         if len(jobs) == 1:
             ended(jobs[0], error)
             return
-        console.print(shown(f"{len(jobs)} jobs together failed ({error}); they run in two packs", style="red"))
-        again = [_reopened(job) for job in jobs]
-        middle = len(again) // 2
-        for half in (again[:middle], again[middle:]):
-            _train(half, inputs, console, ended, display, sharing)
+        console.print(shown(f"{len(jobs)} jobs failed together ({error}); they are split into two packs", style="red"))
+        reopened = [_reopened(job) for job in jobs]
+        middle = len(reopened) // 2
+        for half in (reopened[:middle], reopened[middle:]):
+            _train(half, common, console, ended, display, sharing)
         return
-    for job, ended_by in zip(jobs, errors, strict=True):
-        ended(job, ended_by)
+    for job, error_of_job in zip(jobs, errors, strict=True):
+        ended(job, error_of_job)
 
 
 def _reopened(job: Job) -> Job:
-    if job.resumed:
-        job.resumed.release()
-    return replace(job, resumed=Run.reopen(job.folder)) if holds_run(job.folder) else job
+    """Return a job whose run, if it has started, is read from its folder again."""
+    if job.begun:
+        job.begun.release()
+    return replace(job, begun=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job

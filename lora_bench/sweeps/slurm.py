@@ -1,8 +1,8 @@
-"""A sweep's packs as Slurm jobs, handed over and waited for with submitit.
+"""A sweep's packs as Slurm jobs, submitted and waited for with submitit.
 
-Each Slurm job trains its part of the jobs as `packing` would here, writes their records itself and tells how it goes in
-a file that this process follows. Ctrl-C cancels the Slurm jobs: each stops after its step and its checkpoints, as it
-does shortly before its time is over. If this process is lost, they go on.
+Each Slurm job trains a share of the sweep's jobs with `packing`, writes their records, and logs to a file that this
+process follows. Ctrl-C cancels the Slurm jobs: each stops after the current step and saves checkpoints, as it does
+shortly before its time limit. If this process dies, they continue.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
 
     from lora_bench.records.job import Job
 
-LOOK_SECONDS = 1.0
-"""How often what Slurm jobs tell is looked at; submitit itself asks Slurm less often."""
+POLL_SECONDS = 1.0
+"""Interval at which the logs of Slurm jobs are read; submitit queries Slurm less often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """What each Slurm job is given."""
+    """The resources and options of each Slurm job."""
 
     cluster: str
-    """`slurm`, or `local`: processes of this machine in its place."""
+    """`slurm`, or `local`: processes on this machine instead, to try it out."""
     partition: str | None
     account: str | None
     qos: str | None
     constraint: str | None
     timeout_minutes: int
-    """After so many a job is stopped; shortly before, it leaves checkpoints."""
+    """Time limit of a Slurm job; shortly before it, the job saves checkpoints."""
     gpus: int
-    """How many GPUs; a pack uses one."""
+    """Number of GPUs, 0 or 1; a pack uses one."""
     cpus: int
     memory_gb: int | None
-    """null: what the cluster gives unasked."""
+    """null: the cluster's default."""
     setup: list[str]
-    """Lines of the shell that come before the job."""
+    """Shell commands that run before the job."""
 
     def __post_init__(self) -> None:
         require_one_of("cluster", self.cluster, ("slurm", "local"))
@@ -66,12 +66,12 @@ class Slurm:
             require(bool(is_word), name, value, "holds a character that Slurm's names do not have")
 
     def check(self) -> None:
-        """Refuse what cannot be before anything is written."""
+        """Refuse the launcher if submitit or Slurm's commands are not installed."""
         remedy = "Install it: pip install 'lora-bench[slurm]'."
         there = importlib.util.find_spec("submitit") is not None
         require(there, "hydra/launcher", "slurm", "needs the package submitit", remedy, code=Code.MISSING_PACKAGE)
         if self.cluster == "slurm" and not (shutil.which("srun") and shutil.which("sbatch")):
-            remedy = "Start the sweep where they are; hydra.launcher.cluster=local tries it out here."
+            remedy = "Start the sweep on a machine with Slurm, or try it out here with hydra.launcher.cluster=local."
             raise UserError(
                 "needs Slurm's commands srun and sbatch",
                 key="hydra/launcher",
@@ -81,11 +81,11 @@ class Slurm:
             )
 
     def executor(self, folder: Path) -> Any:
-        """What takes Slurm jobs whose files are in `folder`."""
+        """Return the submitit executor that submits Slurm jobs and keeps their files in `folder`."""
         from submitit import AutoExecutor
 
         executor = AutoExecutor(folder, cluster=self.cluster)
-        own = {f"slurm_{name}": getattr(self, name) for name in ("partition", "account", "qos", "constraint")}
+        options = {f"slurm_{name}": getattr(self, name) for name in ("partition", "account", "qos", "constraint")}
         executor.update_parameters(
             name="lora-bench",
             timeout_min=self.timeout_minutes,
@@ -93,146 +93,167 @@ class Slurm:
             cpus_per_task=self.cpus,
             mem_gb=self.memory_gb,
             slurm_setup=self.setup,
-            slurm_additional_parameters={"no-requeue": True},  # begun anew it would find its folders taken: resume= it
-            **own,
+            slurm_additional_parameters={"no-requeue": True},  # its folders would be in use
+            **options,
         )
         return executor
 
 
-def run(
+def train_jobs(
     jobs: Sequence[Job],
     console: Console,
     ended: Callable[[Job, Exception | None], None],
     *,
-    asked: Slurm,
+    settings: Slurm,
     folder: Path,
 ) -> None:
-    """Train the jobs, packed, on Slurm; where `pack.workers` is given, in so many Slurm jobs.
+    """Train the jobs of a sweep in one Slurm job, or in `pack.workers` Slurm jobs.
 
     Args:
         jobs: of one sweep, checked.
-        console: where to tell how it goes.
-        ended: called with each job when its Slurm job has ended, and what ended it before its time.
-        asked: what each Slurm job is given.
-        folder: for submitit's files and what the Slurm jobs tell; all nodes see it.
+        console: receives the messages.
+        ended: called with each job when its Slurm job has ended, and the error that ended it early or None.
+        settings: resources and options of each Slurm job.
+        folder: for submitit's files and the logs; visible to all nodes.
 
     Raises:
-        UserError: Slurm refuses the Slurm jobs.
+        UserError: Slurm refuses the submission.
     """
     if not jobs:
         return
     from lora_bench.run.settings import Experiment
-    from lora_bench.sweeps.workers import handed_over, parts
+    from lora_bench.sweeps.workers import hand_over, split_jobs
 
-    begun = time.strftime("%Y-%m-%d-%H-%M-%S")
-    folder = _private_folder(folder, begun)
-    cut = parts(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
-    logs = [folder / f"{begun}-{number}.log" for number in range(len(cut))]
-    executor = asked.executor(folder)
-    before = set(folder.glob("*.pkl"))
+    timestamp = time.strftime("%Y-%m-%d-%H-%M-%S")
+    folder = _private_folder(folder, timestamp)
+    shares = split_jobs(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
+    logs = [folder / f"{timestamp}-{number}.log" for number in range(len(shares))]
+    executor = settings.executor(folder)
+    older_files = set(folder.glob("*.pkl"))
     try:
-        given = executor.map_array(work, map(handed_over, cut), logs, [os.getcwd()] * len(cut))
+        submitted = executor.map_array(train_share, map(hand_over, shares), logs, [os.getcwd()] * len(shares))
     except Exception as error:
-        for path in set(folder.glob("*.pkl")) - before:
+        for path in set(folder.glob("*.pkl")) - older_files:
             path.unlink()
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"Slurm refuses the jobs: {said[-1]}", key="hydra.launcher", code=Code.SERVER) from None
-    running = [_Submitted(job, part, log, console) for job, part, log in zip(given, cut, logs, strict=True)]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"Slurm refuses the jobs: {lines[-1]}", key="hydra.launcher", code=Code.SERVER) from None
+    running = [_Submitted(job, share, log, console) for job, share, log in zip(submitted, shares, logs, strict=True)]
     try:
         while running:
-            for each in list(running):
-                is_done = each.given.done()  # before its last lines are read
-                each.follow()
+            for slurm_job in list(running):
+                is_done = slurm_job.handle.done()  # before its last lines are read
+                slurm_job.follow()
                 if is_done:
-                    running.remove(each)
-                    each.end(ended)
-            time.sleep(LOOK_SECONDS if running else 0)
+                    running.remove(slurm_job)
+                    slurm_job.end(ended)
+            time.sleep(POLL_SECONDS if running else 0)
     except BaseException:
-        for each in running:
-            each.given.cancel(check=False)
+        for slurm_job in running:
+            slurm_job.handle.cancel(check=False)
         while running:
-            running = [each for each in running if not each.given.done()]
-            time.sleep(LOOK_SECONDS if running else 0)
+            running = [slurm_job for slurm_job in running if not slurm_job.handle.done()]
+            time.sleep(POLL_SECONDS if running else 0)
         raise
     finally:
-        for job in given:
+        for job in submitted:
             for path in (job.paths.submitted_pickle, job.paths.result_pickle):
                 path.unlink(missing_ok=True)
 
 
-def _private_folder(folder: Path, begun: str) -> Path:
-    """Make a new folder for what is handed over, which nobody else can read or has put a file into.
+def _private_folder(folder: Path, timestamp: str) -> Path:
+    """Create and return a new folder for submitit's files that only this user can read and write.
 
-    submitit loads results with pickle from names that can be guessed, so none of them may be there beforehand.
+    submitit unpickles results from file names that can be guessed, so no such file may exist before.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(
-            "is a link or a file, where Slurm's files would go", file=folder, remedy="Remove it.", code=Code.NOT_A_FILE
+            "is a link or a file, but has to be a folder",
+            file=folder,
+            remedy="Remove it.",
+            code=Code.NOT_A_FILE,
         )
     folder.mkdir(exist_ok=True)
-    folder.chmod(0o700)  # what is handed over lies there as typed, keys included, until it is done
-    own = folder / f"{begun}-{secrets.token_hex(8)}"
-    own.mkdir(mode=0o700)
-    return own
+    folder.chmod(0o700)  # the jobs lie there as typed, secrets included, until they are done
+    private = folder / f"{timestamp}-{secrets.token_hex(8)}"
+    private.mkdir(mode=0o700)
+    return private
 
 
 class _Submitted:
-    """A Slurm job as this process sees it."""
+    """A submitted Slurm job, followed from this process.
 
-    def __init__(self, given: Any, jobs: Sequence[Job], log: Path, console: Console) -> None:
-        self.given = given
+    Args:
+        handle: submitit's job.
+        jobs: the sweep's jobs that it trains.
+        log: the file that it logs to.
+        console: receives the log's lines.
+    """
+
+    def __init__(self, handle: Any, jobs: Sequence[Job], log: Path, console: Console) -> None:
+        self.handle = handle
         self.jobs = jobs
         self.log = log
         self.console = console
-        self.heard = 0
-        """Bytes of its log."""
+        self.bytes_read = 0
+        """Bytes of its log that were printed."""
         self._say(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}")
 
     def _say(self, text: str) -> None:
-        self.console.print(shown(f"slurm {self.given.job_id}: {text}"))
+        self.console.print(shown(f"slurm {self.handle.job_id}: {text}"))
 
     def follow(self) -> None:
-        """Print what it has told since."""
+        """Print the new whole lines of its log."""
         if not self.log.exists():
             return
         with self.log.open("rb") as file:
-            file.seek(self.heard)
-            whole = file.read().rpartition(b"\n")[0]
-        self.heard += len(whole) + bool(whole)
-        for line in filter(str.strip, whole.decode(errors="replace").splitlines()):
+            file.seek(self.bytes_read)
+            lines = file.read().rpartition(b"\n")[0]
+        self.bytes_read += len(lines) + bool(lines)
+        for line in filter(str.strip, lines.decode(errors="replace").splitlines()):
             self._say(line)
 
     def end(self, ended: Callable[[Job, Exception | None], None]) -> None:
-        """Tell what became of its jobs; of those that it said nothing of, their records do."""
-        error = self.given.exception()
-        told = {} if error else self.given.result()
-        reason = f"Slurm job {self.given.job_id}, which trained it, ended before it did ({self.given.state.lower()})"
-        remedy = f"Run what the sweep lacks with resume=DIR. What Slurm says of it: {self.given.paths.stderr}"
+        """Report how its jobs ended: from its result, or else from their records."""
+        error = self.handle.exception()
+        errors = {} if error else self.handle.result()
+        reason = f"Slurm job {self.handle.job_id}, which trained it, ended early ({self.handle.state.lower()})"
+        remedy = f"Run the missing jobs with resume=DIR. Slurm's error output: {self.handle.paths.stderr}"
         for job in self.jobs:
             done = holds_run(job.folder) and read(job.folder)["status"] == "done"
             ended(
                 job,
-                told[job.title]
-                if job.title in told
+                errors[job.title]
+                if job.title in errors
                 else None
                 if done
                 else RunFailedError(reason, remedy=remedy, code=Code.PROCESS_ENDED),
             )
 
 
-# -- in the Slurm job --
+# -- inside the Slurm job --
 
 
-def work(jobs: Sequence[Job], log: Path, folder: str) -> dict[str, Exception | None]:
-    """Train the jobs, and give back how those that ended did; a signal lets the others leave their checkpoints."""
+def train_share(jobs: Sequence[Job], log: Path, folder: str) -> dict[str, Exception | None]:
+    """Train the jobs inside a Slurm job.
+
+    A signal stops it after the current step and its checkpoints.
+
+    Args:
+        jobs: the share of this Slurm job.
+        log: the file to log to.
+        folder: the working folder of the submitting process.
+
+    Returns:
+        The error that ended each job early, or None, by title; jobs that a signal interrupted are missing.
+    """
     from lora_bench.console.signals import terminate
-    from lora_bench.sweeps.workers import train
+    from lora_bench.sweeps.workers import train_handed_over
 
-    signal.signal(signal.SIGTERM, terminate)  # submitit would let it pass
-    signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # the time is nearly over
+    signal.signal(signal.SIGTERM, terminate)  # submitit would ignore it
+    signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # the time limit is near
     os.chdir(folder)
-    told: dict[str, Exception | None] = {}
+    errors: dict[str, Exception | None] = {}
     with log.open("a", buffering=1, encoding="utf-8") as file, suppress(SystemExit, KeyboardInterrupt):
         console = Console(file=file, highlight=False, soft_wrap=True)
-        train(jobs, console, lambda job, error: told.update({job.title: error}))
-    return told
+        train_handed_over(jobs, console, lambda job, error: errors.update({job.title: error}))
+    return errors

@@ -1,4 +1,4 @@
-"""The transfer matrix of a sweep: task trained on by task tested on, as it is and after so many examples.
+"""The transfer matrix of a sweep: source task by target task, zero-shot and after few examples.
 
 transfer.csv    a row per cell, with mean and standard deviation over seeds
 transfer.md     a table for each number of examples
@@ -23,128 +23,141 @@ from lora_bench.records.task_folders import TASKS, task_folder, task_names
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-NOTHING = "nothing"
-"""What was trained on before, where a task began from none."""
-EVERYTHING = "all tasks"
-"""What was trained on where one run learned all tasks."""
-METRICS = sorted(MAIN_METRICS, key="mcc".__ne__)  # MCC first
+NO_SOURCE = "no source adapter"
+"""The source of a run that is not initialised from another one."""
+ALL_TASKS = "all tasks"
+"""The source of a run that was trained on all tasks."""
+METRICS = ("mcc", "accuracy", "f1")
 
 
 @dataclass(frozen=True)
-class Found:
-    """One figure of one run."""
+class TransferScore:
+    """The metrics of one run on one task."""
 
     trained_on: str
     tested_on: str
     examples: int | None
-    """Of the second task; 0: scored as it is, None: trained on all there are."""
+    """Training examples of the target task; 0: zero-shot transfer, None: all of them."""
     values: dict[str, float]
 
 
-def told_of(job: Sequence[str]) -> dict[str, str]:
-    """What says which data a job is of: its choice, and its path where it has one."""
+def data_overrides(job: Sequence[str]) -> dict[str, str]:
+    """Return the overrides that choose a job's data: `data`, and `data.path` if it has one."""
     return {keys.key_of(text): text.partition("=")[2] for text in job if keys.key_of(text) in ("data", "data.path")}
 
 
 def task_of(job: Sequence[str]) -> str:
-    """The name of a job's task: of its folder where it has one, else of its data; where it learns all, `EVERYTHING`."""
+    """Return the name of a job's task: the stem of `data.path`, else `data`; `ALL_TASKS` with `data.tasks`."""
     if any(keys.key_of(text) == "data.tasks" for text in job):
-        return EVERYTHING
-    told = told_of(job)
-    path = told.get("data.path", "").strip("'\"")
-    return Path(path).stem if path else told.get("data", "")
+        return ALL_TASKS
+    choice = data_overrides(job)
+    path = choice.get("data.path", "").strip("'\"")
+    return Path(path).stem if path else choice.get("data", "")
 
 
 def write(folder: Path) -> str:
-    """Write the matrix of the sweep in `folder`, as far as its runs are done, and return it as text."""
-    found = list(_found(folder))
-    write_file(folder, "transfer.csv", _csv(found).encode())
-    text = _markdown(found)
+    """Write `transfer.csv` and `transfer.md` over the sweep's finished runs, and return the latter.
+
+    Args:
+        folder: of the sweep.
+    """
+    scores = list(_scores(folder))
+    write_file(folder, "transfer.csv", _csv(scores).encode())
+    text = _markdown(scores)
     write_file(folder, "transfer.md", text.encode())
     return text
 
 
-def _found(folder: Path) -> Iterator[Found]:
+def _scores(folder: Path) -> Iterator[TransferScore]:
+    """Yield the scores of the sweep's finished runs on each task that they were tested on."""
     jobs = sweep_folder.read(folder).jobs
     tasks = {name: task_of(job) for name, job in jobs.items()}
     for name in jobs:
         if not run_folder.holds_run(folder / name) or (run := run_folder.read(folder / name))["status"] != "done":
             continue
-        own = _values(run["metrics"])
-        if learned := task_names(run["config"]):
+        values = _values(run["metrics"])
+        if learned := names_of(run["config"]):
             for task in learned:
-                of_task = run_folder.read(task_folder(folder / name, task))
-                yield Found(EVERYTHING, task, 0, _values(of_task["metrics"]))
+                of_task = run_folder.read(folder_of(folder / name, task))
+                yield TransferScore(ALL_TASKS, task, 0, _values(of_task["metrics"]))
         elif name.startswith("train/"):
-            yield Found(tasks[name], tasks[name], None, own)
-            for title, evaluation in read_evaluations(folder / name).items():
+            yield TransferScore(tasks[name], tasks[name], None, values)
+            for title, evaluation in evaluations(folder / name).items():
                 if title in tasks.values():
-                    yield Found(tasks[name], title, 0, _values(evaluation.metrics))
+                    yield TransferScore(tasks[name], title, 0, _values(evaluation.metrics))
         else:
-            start = run["config"]["adapter"]["init_from"]
-            before = tasks[source_of(start).as_posix()] if start else NOTHING
-            yield Found(before, tasks[name], run["config"]["data"]["train_size"], own)
+            init_from = run["config"]["adapter"]["init_from"]
+            source = tasks[source_of(init_from).as_posix()] if init_from else NO_SOURCE
+            yield TransferScore(source, tasks[name], run["config"]["data"]["train_size"], values)
 
 
-def source_of(start: str | Path) -> Path:
-    """The folder, below the sweep's, of the run that `start` is of: a run's own folder, or that of one of its tasks."""
-    parts = Path(start).parts
-    return Path(*(parts[-4:-2] if parts[-2] == TASKS else parts[-2:]))
+def source_of(init_from: str | Path) -> Path:
+    """Return the folder, relative to the sweep's, of the run that a run was initialised from.
+
+    Args:
+        init_from: the source run's folder, or the folder of one of its tasks.
+    """
+    names = Path(init_from).parts
+    return Path(*(names[-4:-2] if names[-2] == "tasks" else names[-2:]))
 
 
 def _values(metrics: dict[str, Any]) -> dict[str, float]:
-    """The main figures on validation, else on the first reported split that there is."""
+    """Return `METRICS` of the validation split, or else of the first reported split."""
     splits = [key.removesuffix("/mcc") for key in metrics if key.count("/") == 1 and key.endswith("/mcc")]
     splits = [split for split in splits if split != "selection"]
     split = "validation" if "validation" in splits else next(iter(splits), None)
-    found = {name: metrics.get(f"{split}/{name}") for name in METRICS}
-    return {name: value for name, value in found.items() if isinstance(value, float)}
+    values = {name: metrics.get(f"{split}/{name}") for name in METRICS}
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
-def _csv(found: Sequence[Found]) -> str:
+def _csv(scores: Sequence[TransferScore]) -> str:
     text = io.StringIO()
     header = ["trained_on", "tested_on", "examples", *(f"{m}{end}" for m in METRICS for end in ("", "_std")), "n"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    for place, cells in _cells(found).items():
-        row: list[Any] = [place[0], place[1], "all" if place[2] is None else place[2]]
+    for (source, target, examples), cell in _cells(scores).items():
+        row: list[Any] = [source, target, "all" if examples is None else examples]
         for name in METRICS:
-            values = [cell.values[name] for cell in cells if name in cell.values]
+            values = [score.values[name] for score in cell if name in score.values]
             row += [fmean(values) if values else "", stdev(values) if len(values) > 1 else ""]
-        writer.writerow([*row, len(cells)])
+        writer.writerow([*row, len(cell)])
     return text.getvalue()
 
 
-def _cells(found: Sequence[Found]) -> dict[tuple[str, str, int | None], list[Found]]:
-    cells: dict[tuple[str, str, int | None], list[Found]] = {}
-    for each in found:
-        cells.setdefault((each.trained_on, each.tested_on, each.examples), []).append(each)
+def _cells(scores: Sequence[TransferScore]) -> dict[tuple[str, str, int | None], list[TransferScore]]:
+    """Group the scores by source, target and number of examples: a cell holds one score for each seed."""
+    cells: dict[tuple[str, str, int | None], list[TransferScore]] = {}
+    for score in scores:
+        cells.setdefault((score.trained_on, score.tested_on, score.examples), []).append(score)
     return cells
 
 
-def _markdown(found: Sequence[Found]) -> str:
-    cells = _cells(found)
-    targets = list(dict.fromkeys(each.tested_on for each in found if each.examples is None))
-    levels = sorted({each.examples for each in found if each.examples is not None})
-    parts = []
+def _markdown(scores: Sequence[TransferScore]) -> str:
+    cells = _cells(scores)
+    targets = list(dict.fromkeys(score.tested_on for score in scores if score.examples is None))
+    levels = sorted({score.examples for score in scores if score.examples is not None})
+    tables = []
+    has_all_tasks = any(score.trained_on == ALL_TASKS for score in scores)
     for level in levels:
-        told = f"after {level:,} examples of it" if level else "as it is"
-        together = any(each.trained_on == EVERYTHING for each in found)
-        rows = [*targets, *([EVERYTHING] if together else []), *([NOTHING] if level else [])]
-        header = f"| mcc, {told}: trained on | {' | '.join(targets)} |"
+        condition = f"after {level:,} examples of it" if level else "zero-shot"
+        rows = [*targets, *([ALL_TASKS] if has_all_tasks else []), *([NO_SOURCE] if level else [])]
+        header = f"| mcc, {condition}: trained on | {' | '.join(targets)} |"
         lines = [header, f"| --- |{' ---: |' * len(targets)}"]
         for source in rows:
-            shown = [_shown(cells.get((source, target, None if source == target else level), [])) for target in targets]
-            lines.append(f"| {source} | {' | '.join(shown)} |")
-        parts.append("\n".join(lines))
+            row = [
+                _cell_text(cells.get((source, target, None if source == target else level), [])) for target in targets
+            ]
+            lines.append(f"| {source} | {' | '.join(row)} |")
+        tables.append("\n".join(lines))
     notes = ["Columns: the task tested on. Diagonal: trained on the task itself, with all its examples."]
-    if any(each.trained_on == EVERYTHING for each in found):
-        notes.append(f"{EVERYTHING}: one adapter trained on all of them, the task tested on among them, with its head.")
-    return "\n\n".join([*parts, " ".join(notes)]) + "\n"
+    if has_all_tasks:
+        notes.append(f"{ALL_TASKS}: one adapter trained on all of them, the task tested on among them, with its head.")
+    return "\n\n".join([*tables, " ".join(notes)]) + "\n"
 
 
-def _shown(cells: Sequence[Found]) -> str:
-    values = [cell.values["mcc"] for cell in cells if "mcc" in cell.values]
+def _cell_text(cell: Sequence[TransferScore]) -> str:
+    """Return mean and standard deviation of the MCC over seeds; empty without a score."""
+    values = [score.values["mcc"] for score in cell if "mcc" in score.values]
     if not values:
         return ""
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")

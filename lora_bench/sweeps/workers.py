@@ -1,8 +1,8 @@
-"""A sweep's packs on several devices: a process for each pack, as many at a time as there are workers.
+"""A sweep's packs on several devices, each trained by a worker process.
 
-A worker trains its part of the jobs as `packing` would here, on a GPU of its own, and tells this process what there is
-to say and to show. Ctrl-C does not reach it: it stops, after its step and its checkpoints, when this process tells it
-to (SIGTERM), and ends with it.
+A worker trains its share of the jobs with `packing`, on its GPU if there is one, and sends messages and progress to the
+main process. Ctrl-C does not reach it: the main process stops it with SIGTERM, after the current step and its
+checkpoints. A worker ends when the main process does.
 """
 
 from __future__ import annotations
@@ -45,44 +45,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes there are, and what each has of the machine."""
+    """The number of worker processes, and their GPUs."""
 
     count: int
     gpus: list[str]
-    """The names of those that they take in turn, as CUDA_VISIBLE_DEVICES knows them; none: they are on the CPU."""
+    """Names as in CUDA_VISIBLE_DEVICES, assigned to the workers in turn; empty: the workers use the CPU."""
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Workers:
-        """Those that the settings of a sweep's jobs ask for, or one for each GPU."""
+        """Return `pack.workers` workers, or by default one for each GPU, or one on the CPU."""
         if not jobs:
             return cls(1, [])
         experiment = Experiment.build(jobs[0].cfg)
-        found = 0 if experiment.trainer.device == "cpu" else torch.cuda.device_count()
+        count = 0 if experiment.trainer.device == "cpu" else torch.cuda.device_count()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",")[:found] if visible else [str(i) for i in range(found)]
+        gpus = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
         return cls(experiment.pack.workers or max(1, len(gpus)), gpus)
 
     @property
     def sharing(self) -> int:
-        """How many of them are on one device."""
+        """Number of workers on one device, rounded up."""
         return math.ceil(self.count / max(1, len(self.gpus)))
 
     @property
     def devices(self) -> int:
-        """How many compute at the same time; the processes on a CPU share its cores."""
+        """Number of devices in use; the workers on a CPU share its cores, so they count as one."""
         return min(self.count, max(1, len(self.gpus)))
 
     def gpu_of(self, worker: int) -> str | None:
+        """Return the name of a worker's GPU; None on the CPU."""
         return self.gpus[worker % len(self.gpus)] if self.gpus else None
 
     def name_of(self, worker: int) -> str:
+        """Return the prefix of a worker's messages."""
         return f"worker {worker}" if self.sharing > 1 else f"gpu {self.gpu_of(worker)}"
 
 
-def cut(group: Group, most: int) -> list[Group]:
-    """The group in even parts of at most so many jobs; jobs that halving compares stay together."""
+def split_group(group: Group, max_jobs: int) -> list[Group]:
+    """Split a group evenly into groups of at most `max_jobs`; a group with successive halving is not split."""
     size = len(group.jobs)
-    count = 1 if group.experiments[0].pack.halving else math.ceil(size / most)
+    count = 1 if group.experiments[0].pack.halving else math.ceil(size / max_jobs)
     ends = [size * i // count for i in range(count + 1)]
     return [
         replace(group, jobs=group.jobs[start:end], experiments=group.experiments[start:end])
@@ -90,25 +92,25 @@ def cut(group: Group, most: int) -> list[Group]:
     ]
 
 
-def parts(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
-    """The jobs, cut so that all workers have some, the largest part first; those of a part may share a backbone."""
-    most = math.ceil(len(jobs) / workers)
-    found = [part.jobs for group in packing.grouped(jobs) for part in cut(group, most)]
-    return sorted(found, key=len, reverse=True)
+def split_jobs(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    """Split the jobs into shares for the workers, the largest first; the jobs of a share may share a backbone."""
+    max_jobs = math.ceil(len(jobs) / workers)
+    shares = [share.jobs for group in packing.group_jobs(jobs) for share in split_group(group, max_jobs)]
+    return sorted(shares, key=len, reverse=True)
 
 
-def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
-    """Train the jobs, packed, on as many workers as there are; one alone is this process itself.
+def train_jobs(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+    """Train the jobs of a sweep on the workers that its settings ask for; a single worker is this process itself.
 
     Args:
         jobs: of one sweep, checked.
-        console: where to tell how it goes.
-        ended: called with each job when it has ended, and what ended it before its time.
+        console: receives messages and progress.
+        ended: called with each job when it has ended, and the error that ended it early or None.
     """
     workers = Workers.of(jobs)
-    waiting = parts(jobs, workers.count) if workers.count > 1 else []
+    waiting = split_jobs(jobs, workers.count) if workers.count > 1 else []
     if len(waiting) < 2:
-        packing.run(jobs, console, ended)
+        packing.train_jobs(jobs, console, ended)
         return
     free = list(range(min(workers.count, len(waiting))))
     threads = max(1, torch.get_num_threads() // len(free))
@@ -129,8 +131,8 @@ def run(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception |
             raise
 
 
-def handed_over(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs for another process to train, which takes their folders itself: this one gives up those that it has."""
+def hand_over(jobs: Sequence[Job]) -> list[Job]:
+    """Release the folders of the jobs, and return the jobs for another process, which claims the folders itself."""
     for job in jobs:
         if job.resumed:
             job.resumed.release()
@@ -138,7 +140,7 @@ def handed_over(jobs: Sequence[Job]) -> list[Job]:
 
 
 class _Worker:
-    """A process as this one sees it, from its start on."""
+    """A worker process, started and followed from the main process."""
 
     def __init__(
         self,
@@ -151,34 +153,34 @@ class _Worker:
     ) -> None:
         self.number = number
         self.name = workers.name_of(number)
-        self.left = {job.title: job for job in jobs}
-        """Jobs of which it has not said that they ended."""
+        self.pending = {job.title: job for job in jobs}
+        """Jobs that have not ended, by title."""
         self.screen = screen
         self.ended = ended
-        sent = handed_over(jobs)
+        sent = hand_over(jobs)
         context = multiprocessing.get_context("spawn")
         self.connection, its_end = context.Pipe(duplex=False)
         settings = (os.getcwd(), workers.gpu_of(number), threads, workers.sharing, screen.console.is_terminal)
         self.process: SpawnProcess = context.Process(target=_work, args=(sent, its_end, *settings))
-        with _out_of_the_terminal_s_reach():
+        with _blocked_terminal_signals():
             self.process.start()
         its_end.close()
 
     def hear(self) -> bool:
-        """Do what the process asks for next; False where it has ended, and with it the jobs that it had left."""
+        """Handle the next message of the process; return False if the process ended, after failing its pending jobs."""
         try:
-            what, *told = self.connection.recv()
+            message, *arguments = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             self.screen.displays.pop(self.number, None)
-            for job in self.left.values():
-                reason = f"the process that trained it ended with {self.process.exitcode}"
+            for job in self.pending.values():
+                reason = f"its worker process ended with exit code {self.process.exitcode}"
                 self.ended(
                     job,
-                    RunFailedError(reason, remedy="Run what the sweep lacks with resume=DIR.", code=Code.PROCESS_ENDED),
+                    RunFailedError(reason, remedy="Run the missing jobs with resume=DIR.", code=Code.PROCESS_ENDED),
                 )
             return False
-        getattr(self, f"_{what}")(*told)
+        getattr(self, f"_{message}")(*arguments)
         return True
 
     def _say(self, text: str) -> None:
@@ -188,21 +190,21 @@ class _Worker:
     def _show(self, steps: int, names: Sequence[str]) -> None:
         self.screen.displays[self.number] = Rows(self.screen.console, steps, names)
 
-    def _stepped(self, *told: Any) -> None:
-        self.screen.displays[self.number].stepped(*told)
+    def _stepped(self, *arguments: Any) -> None:
+        self.screen.displays[self.number].stepped(*arguments)
 
-    def _evaluated(self, *told: Any) -> None:
-        self.screen.displays[self.number].evaluated(*told)
+    def _evaluated(self, *arguments: Any) -> None:
+        self.screen.displays[self.number].evaluated(*arguments)
 
     def _hide(self) -> None:
         del self.screen.displays[self.number]
 
     def _end(self, title: str, error: Exception | None) -> None:
-        self.ended(self.left.pop(title), error)
+        self.ended(self.pending.pop(title), error)
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
-    """Let them end their steps and leave their checkpoints; whoever cannot wait asks again, and they are killed."""
+    """Stop the workers after their current steps and checkpoints; a second Ctrl-C kills them."""
     try:
         for worker in workers:
             worker.process.terminate()
@@ -218,19 +220,19 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 
 @contextmanager
-def _out_of_the_terminal_s_reach() -> Iterator[None]:
-    """Processes that are started within it never get what a terminal sends; this one gets it afterwards."""
+def _blocked_terminal_signals() -> Iterator[None]:
+    """Block the terminal's signals for processes started within; this process receives them afterwards."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-# -- in the worker's own process --
+# -- inside the worker process --
 
 
 def _work(
@@ -242,13 +244,13 @@ def _work(
     sharing: int,
     live: bool,
 ) -> None:
-    """Train the jobs and tell the process that has the screen of it."""
+    """Train the jobs, and send messages and progress to the main process."""
     signal.signal(signal.SIGTERM, terminate)
     streams.protect()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(folder)
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything here looks at the devices
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch counts the devices
     torch.set_num_threads(threads)
 
     def send(*message: Any) -> None:
@@ -258,49 +260,49 @@ def _work(
         send("end", job.title, error)
 
     console = Console(file=cast("IO[str]", _Lines(send)), highlight=False, soft_wrap=True)
-    train(jobs, console, ended, display=partial(_Told, send) if live else Display, sharing=sharing)
+    train_handed_over(jobs, console, ended, display=partial(_SentDisplay, send) if live else Display, sharing=sharing)
 
 
-def train(
+def train_handed_over(
     jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None], **settings: Any
 ) -> None:
-    """Train jobs that another process has composed: take the folders of those that have begun, and record failures.
+    """Train jobs that another process composed: claim the folders of started runs, and record failures.
 
     Args:
-        jobs, console, ended, settings: as for `packing.run`; what ends jobs before their time can be sent.
+        jobs, console, ended, settings: as for `packing.train_jobs`; each error can be pickled.
     """
     remember(override for job in jobs for override in job.overrides)
     for job in jobs:
         remember_config(job.config_as_written)
-    left = {job.title: job for job in jobs}
+    pending = {job.title: job for job in jobs}
 
     def end(job: Job, error: Exception | None) -> None:
-        del left[job.title]
+        del pending[job.title]
         if error is not None:
             job.fail(error)
         if error is not None and not isinstance(error, UserError | DivergedError):
-            error = RuntimeError(f"{type(error).__name__}: {error}")  # another's may not be made again elsewhere
+            error = RuntimeError(f"{type(error).__name__}: {error}")  # other ones may not unpickle
         ended(job, error)
 
-    taken = []
+    reopened = []
     try:
         for job in jobs:
             try:
-                taken.append(replace(job, resumed=job.resumed and Run.reopen(job.folder)))
+                reopened.append(replace(job, begun=job.begun and Run.reopen(job.folder)))
             except UserError as error:
                 end(job, error)
-        packing.run(taken, console, end, **settings)
+        packing.train_jobs(reopened, console, end, **settings)
     except Exception as error:
-        for job in list(left.values()):
+        for job in list(pending.values()):
             end(job, error)
     finally:
-        for job in taken:
-            if job.resumed:
-                job.resumed.release()
+        for job in reopened:
+            if job.begun:
+                job.begun.release()
 
 
 class _Lines(io.TextIOBase):
-    """A file for a console whose lines are sent."""
+    """A text file that sends its lines to the main process."""
 
     def __init__(self, send: Callable[..., None]) -> None:
         self.send = send
@@ -310,8 +312,8 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
-class _Told(Display):
-    """Shows nothing: what it is told is told to the process that has the screen."""
+class _SentDisplay(Display):
+    """A progress display that shows nothing, and sends its updates to the main process."""
 
     def __init__(self, send: Callable[..., None], console: Console, steps: int, names: Sequence[str]) -> None:
         super().__init__(console, steps, names)
@@ -319,7 +321,7 @@ class _Told(Display):
         send("show", steps, list(names))
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.send("hide")
 
@@ -331,7 +333,7 @@ class _Told(Display):
 
 
 def _end_with_parent() -> None:
-    """A worker that nobody hears would keep its runs from whoever goes on with them."""
+    """End this worker when the main process ends; otherwise it would keep its runs locked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""The transfer matrix: each task by itself, scored on the others as it is, then each from few examples of it."""
+"""The transfer matrix: each task as a single run, scored zero-shot on the other tasks, then few-shot runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_matrix_of_two_tasks_in_one_command_and_its_rest_after_a_stop(monkey
     found = {(row["trained_on"], row["tested_on"], row["examples"]): row for row in matrix()}
     other = {"one": "two", "two": "one"}
     expected = {(task, task, "all") for task in other} | {(task, other[task], "0") for task in other}
-    expected |= {(start, task, n) for task in other for start in (other[task], "nothing") for n in ("4", "8")}
+    expected |= {(start, task, n) for task in other for start in (other[task], "no source adapter") for n in ("4", "8")}
     assert found.keys() == expected
     for number, task in enumerate(other):
         run = record(f"train/{number}")
@@ -64,7 +64,7 @@ def test_the_matrix_of_two_tasks_in_one_command_and_its_rest_after_a_stop(monkey
         if start is not None:
             assert Path(start).parts[-2:] == ("train", str(["two", "one"].index(Path(data["path"]).name)))
     text = Path("sweep/transfer.md").read_text()
-    assert "| mcc, as it is: trained on | one | two |" in text
+    assert "| mcc, zero-shot: trained on | one | two |" in text
     assert "| mcc, after 8 examples of it: trained on | one | two |" in text
     assert text in answer.out
 
@@ -85,7 +85,7 @@ def test_tasks_that_do_not_fit_leave_their_cells_empty() -> None:
     tasks = ["--config-dir", "conf", "data=one_task,single_task", "hydra.sweeper.shots=[4]"]
     answer = lora_bench("train", *tasks, *asked)
     assert answer.code == 0, answer
-    assert "one_task is not scored on single_task: data.text_columns" in answer.out
+    assert "one_task cannot be scored on single_task: data.text_columns" in answer.out
     found = {(row["trained_on"], row["tested_on"], row["examples"]) for row in matrix()}
     assert ("one_task", "single_task", "0") not in found
     assert {("one_task", "single_task", "4"), ("single_task", "one_task", "4")} <= found

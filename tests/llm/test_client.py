@@ -6,15 +6,21 @@ import asyncio
 import random
 import time
 from email.utils import formatdate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lora_bench.config.build import build
+from lora_bench.errors import Code, RunFailedError
 from lora_bench.llm.budget import Budget, BudgetReachedError, Pace
-from lora_bench.llm.client import _retry_after
+from lora_bench.llm.cache import Cache
+from lora_bench.llm.client import Client, _retry_after
+from lora_bench.llm.parsing import BrokenAnswerError
 from lora_bench.llm.settings import LLM
 from tests.helpers import composed
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QUESTION = [{"role": "user", "content": "x" * 84}]  # 100 tokens at most
 
@@ -96,3 +102,36 @@ def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
 
 def test_retry_after_a_date() -> None:
     assert _retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=3)
+
+
+def test_the_wait_before_each_repetition_doubles_up_to_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def no_answer(*_: object) -> None:
+        raise BrokenAnswerError("the reply is not JSON")
+
+    async def ask() -> None:
+        with Cache(tmp_path) as cache:
+            client = Client(llm("llm.model=m", "llm.base_url=http://localhost:1", "llm.retries=9"), cache, 0)
+            await client.open()
+            monkeypatch.setattr(client, "_send", no_answer)
+            monkeypatch.setattr(asyncio, "sleep", sleep)
+            try:
+                await client.ask(QUESTION)
+            finally:
+                monkeypatch.undo()
+                await client.close()
+
+    with pytest.raises(RunFailedError) as caught:
+        asyncio.run(ask())
+    assert caught.value.code == Code.SERVER
+    expected = [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    assert len(waits) == len(expected)
+    assert all(0.75 * middle <= wait <= 1.25 * middle for wait, middle in zip(waits, expected, strict=True))
+    assert len({wait / middle for wait, middle in zip(waits, expected, strict=True)}) > 1  # clients spread out

@@ -12,7 +12,7 @@ from lora_bench.errors import Code
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps import cost_estimate, packing, workers
-from lora_bench.sweeps.packing import Need
+from lora_bench.sweeps.packing import MemoryDemand
 from lora_bench.training.rehearsal import Estimate
 from tests.command_line import lora_bench, refused, toy_run
 from tests.helpers import composed
@@ -37,12 +37,12 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Methods that were rehearsed; each rank takes so many times what ALONE says."""
     found = []
 
-    def expect(experiment: Experiment, inputs: SharedInputs | None = None) -> Estimate:
+    def estimate_run(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
         rank = getattr(experiment.adapter, "rank", 1)
         found.append(f"{experiment.adapter.method} {rank}")
         return replace(ALONE, train_flops=rank * ALONE.train_flops, train_seconds=rank * ALONE.train_seconds)
 
-    monkeypatch.setattr(cost_estimate, "expect", expect)
+    monkeypatch.setattr(cost_estimate, "estimate_run", estimate_run)
     return found
 
 
@@ -53,7 +53,11 @@ def rows(out: str) -> list[list[str]]:
 
 
 def test_a_row_for_each_pack_and_their_sum(in_tmp: Path, rehearsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_estimate, "needs", lambda inputs, experiment: Need(kept=1e8, step=1e9, depth=0))
+    monkeypatch.setattr(
+        cost_estimate,
+        "memory_demand",
+        lambda common, experiment: MemoryDemand(persistent_bytes=1e8, step_bytes=1e9, depth=0),
+    )
     asked = toy_run("adapter=lora", "adapter.rank=1,2", "seed=0,1", "dry_run=true")
     answer = lora_bench("train", "-m", *asked)
     assert (answer.code, answer.err) == (0, ""), answer
@@ -93,8 +97,8 @@ def test_the_frozen_layers_are_counted_once_where_all_have_one_seed() -> None:
 
 @pytest.mark.usefixtures("in_tmp")
 def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(ALONE, prefix_flops=5e8, prefix_seconds=2.0)  # of 2 GFLOP and 8 s
-    monkeypatch.setattr(cost_estimate, "expect", lambda experiment, inputs: alone)
+    alone = replace(ALONE, filling_flops=5e8, filling_seconds=2.0)  # of 2 GFLOP and 8 s
+    monkeypatch.setattr(cost_estimate, "estimate_run", lambda experiment, common: alone)
     asked = toy_run("adapter.layers=top:1", "adapter.rank=1,2,3,4", "pack.size=2", "dry_run=true")
     first, second, whole = rows(lora_bench("train", "-m", *asked).out)
     assert first[-3:-1] == ["3.5 GFLOP", "16 s"]  # 2 x 1.5 + 0.5; 2 x 6 + 2, and 2 evaluations of 1 s
@@ -104,8 +108,8 @@ def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("in_tmp")
 def test_what_halving_stops_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(ALONE, steps=80, evaluations=2, seconds_per_evaluation=0.1)  # of 2 GFLOP, 8 s and 1 s of evaluation
-    monkeypatch.setattr(cost_estimate, "expect", lambda experiment, inputs: alone)
+    alone = replace(ALONE, steps=80, looks=2, look_seconds=0.1)  # of 2 GFLOP, 8 s and 1 s of evaluation
+    monkeypatch.setattr(cost_estimate, "estimate_run", lambda experiment, common: alone)
     asked = toy_run("adapter.rank=1,2,3,4,5,6,7,8", "pack.halving=true", "dry_run=true")
     pack, _ = rows(lora_bench("train", "-m", *asked).out)
     # As much as 2.5 of 8 train: 5 GFLOP, 20 s. Looks of 0.1 s: 8, 4 and 2 members where some are stopped (the half is
@@ -141,13 +145,13 @@ def test_a_job_that_cannot_be_is_refused_and_leaves_nothing() -> None:
 
 
 def test_packs_are_those_of_the_sweep(monkeypatch: pytest.MonkeyPatch, in_tmp: Path, rehearsed: list[str]) -> None:
-    sized: list[list[Any]] = []
-    made = packing.sized
+    packs_per_group: list[list[Any]] = []
+    split = packing.split_into_packs
 
     def note(*given: Any) -> Any:
-        sized.append(found := made(*given))
-        return found
+        packs_per_group.append(packs := split(*given))
+        return packs
 
-    monkeypatch.setattr(cost_estimate, "sized", note)
+    monkeypatch.setattr(cost_estimate, "split_into_packs", note)
     assert lora_bench("train", "-m", *toy_run("seed=0,1,2", "pack.size=2", "dry_run=true")).code == 0
-    assert [[len(pack) for pack in packs] for packs in sized] == [[2, 1]]
+    assert [[len(pack) for pack in packs] for packs in packs_per_group] == [[2, 1]]

@@ -143,7 +143,7 @@ def test_halving_leaves_one_and_who_was_stopped_can_be_gone_on_with() -> None:
     ranks = ["adapter.rank=1,2,3,4"]
     answer = lora_bench("train", "-m", *asked, SWEEP, RATE, *ranks, "pack.halving=true")
     assert (answer.code, answer.err) == (0, "")
-    assert "are lacking" not in answer.out
+    assert "are missing" not in answer.out
     found = [record(f"sweep/{k}") for k in range(4)]
     assert sorted((each["status"], each["cost"]["steps"]) for each in found) == [
         ("done", 8),

@@ -37,7 +37,7 @@ LONG = toy_run(
 
 @pytest.fixture(autouse=True)
 def _quick(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(SubmititJob, "_results_timeout_s", 0)  # how long a slow file system may take to show a result
 
 

@@ -163,16 +163,20 @@ def test_a_group_is_cut_evenly_but_not_where_its_jobs_are_compared() -> None:
     jobs: list[Any] = list(range(10))
     for halving, most, sizes in (("false", 4, [3, 3, 4]), ("false", 10, [10]), ("true", 4, [10])):
         experiments = [Experiment.build(composed("data=toy", f"pack.halving={halving}"))] * 10
-        cut = workers.cut(Group(jobs, experiments), most)
+        cut = workers.split_group(Group(jobs, experiments), most)
         assert [len(part.jobs) for part in cut] == [len(part.experiments) for part in cut] == sizes
         assert [job for part in cut for job in part.jobs] == jobs
 
 
 def test_several_on_one_device_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "needs", lambda inputs, experiment: packing.Need(kept=10.0, step=0.0, depth=0))
+    monkeypatch.setattr(
+        packing,
+        "memory_demand",
+        lambda common, experiment: packing.MemoryDemand(persistent_bytes=10.0, step_bytes=0.0, depth=0),
+    )
     monkeypatch.setattr(packing, "free_bytes", lambda device: 80.0 / packing.SHARE_OF_FREE)
     on_cpu: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cpu")))
     jobs: list[Any] = list(range(8))
     group = Group(jobs, [Experiment.build(composed("data=toy", "pack.size=8"))] * 8)
     for sharing, sizes in ((1, [8]), (2, [4, 4])):
-        assert [len(pack) for pack in packing.sized(group, on_cpu, print, sharing)] == sizes
+        assert [len(pack) for pack in packing.split_into_packs(group, on_cpu, print, sharing)] == sizes

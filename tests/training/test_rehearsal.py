@@ -18,7 +18,7 @@ from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.run.inputs import load_splits
 from lora_bench.run.settings import Experiment
-from lora_bench.sweeps.cost_estimate import expect
+from lora_bench.sweeps.cost_estimate import estimate_run
 from lora_bench.training import rehearsal as module
 from lora_bench.training.cuda_graphs import Backward
 from lora_bench.training.dummy_step import dummy_step
@@ -162,7 +162,7 @@ import json, sys
 from pathlib import Path
 from rich.console import Console
 from lora_bench.records import run_folder as record
-from lora_bench.sweeps.cost_estimate import expect
+from lora_bench.sweeps.cost_estimate import estimate_run
 from lora_bench.run.settings import Experiment
 from lora_bench.records.job import Job
 from lora_bench.train import train
@@ -172,7 +172,7 @@ from tests.helpers import composed
 what, folder, *overrides = sys.argv[1:]
 cfg = composed("model=tiny_bert", *overrides)
 if what == "estimated":
-    print(json.dumps(expect(Experiment.build(cfg)).peak_memory_bytes))
+    print(json.dumps(estimate_run(Experiment.build(cfg)).peak_memory_bytes))
 else:
     choices = {"model": "tiny_bert", "adapter": "full", "data": "toy"}
     train(Job(cfg, Path(folder), choices, []), console=Console(stderr=True))

@@ -1,0 +1,254 @@
+"""The Python interface: train a run, run a sweep, and compare finished runs as a pandas DataFrame.
+
+    from lora_bench.api import compare, sweep, train
+
+    run = train(model="minilm", data="qqp", adapter={"rank": 8})
+    folders = sweep("seed=range(5)", model="minilm", data="qqp", adapter=["lora", "dora"])
+    compare(folders)
+
+Each function does what the command of its name does, with the same settings, messages and run folders. A request that
+cannot be met raises `UserError`; nothing here ends the process. `lora_bench.load(folder)` loads a finished run for
+prediction. A script that sweeps with `pack.workers` or on several GPUs needs `if __name__ == "__main__":`, because
+worker processes import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.analysis.formats import to_json
+from lora_bench.analysis.significance import MARGIN
+from lora_bench.analysis.summary import summarise
+from lora_bench.cli import run_command
+from lora_bench.config.compose import register_with_hydra
+from lora_bench.config.groups import conf_folder
+from lora_bench.config.keys import key_of
+from lora_bench.console.redaction import remember
+from lora_bench.errors import Code, UserError, quoted
+from lora_bench.records import run_folder, sweep_folder
+
+if TYPE_CHECKING:
+    import pandas
+
+    from lora_bench.run.finished_run import FinishedRun
+
+__all__ = ["TrainedRun", "compare", "sweep", "train"]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that is done: its folder and its record."""
+
+    folder: Path
+    record: dict[str, Any]
+    """The content of `run.json`."""
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Results by `<split>/<metric>`, as `validation/mcc`."""
+        metrics: dict[str, float | None] = self.record["metrics"]
+        return metrics
+
+    def load(self, *, device: str = "auto") -> FinishedRun:
+        """Load the run's backbone, adapter and head for prediction (`lora_bench.load`).
+
+        Args:
+            device: `cpu`, `cuda` or `auto`.
+        """
+        from lora_bench import load
+
+        return load(self.folder, device=device)
+
+
+def train(
+    *overrides: str,
+    folder: str | Path | None = None,
+    resume: str | Path | None = None,
+    config_dir: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> TrainedRun:
+    """Train, evaluate and record one run, as `lora-bench train` does.
+
+    Args:
+        overrides: settings as on the command line: `"adapter.rank=8"`.
+        folder: the new run's folder; None: a new one below `outputs/`.
+        resume: the folder of an interrupted run to resume.
+        config_dir: a folder with further choices of the configuration groups.
+        quiet: print nothing.
+        settings: settings by key: `seed=1`, `adapter="dora"`, `adapter={"rank": 8}`, `**{"adapter.rank": 8}`.
+
+    Raises:
+        UserError: the request cannot be met; no folder is left behind. A `RunFailedError`: the run had started.
+        DivergedError: the loss ceased to be finite; the record says so.
+    """
+    arguments = [*overrides, *_overrides(settings)]
+    for override in arguments:
+        if key_of(override) in ("sweep", "hydra.mode", "dry_run"):
+            remedy = "Call lora_bench.api.sweep, or run `lora-bench train` in a shell."
+            raise UserError("does not train one run", key=key_of(override), remedy=remedy, code=Code.UNSUPPORTED)
+    folder = _train(arguments, "run", folder, resume, config_dir, quiet)
+    return TrainedRun(folder, run_folder.read(folder))
+
+
+def sweep(
+    *overrides: str,
+    folder: str | Path | None = None,
+    resume: str | Path | None = None,
+    config_dir: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> list[Path]:
+    """Train every combination of the values given, as `lora-bench train -m` does, and return the runs' folders.
+
+    Args:
+        overrides: settings as on the command line: `"seed=range(5)"`, `"sweep=rank"`.
+        folder: the new sweep's folder; None: a new one below `outputs/sweeps/`.
+        resume: the folder of a sweep, of which the unfinished runs are trained.
+        config_dir: a folder with further choices of the configuration groups.
+        quiet: print nothing.
+        settings: settings by key, as for `train`; a list holds the values to try: `adapter={"rank": [2, 4, 8]}`.
+
+    Raises:
+        UserError: the request cannot be met; no folder is left behind.
+        SweepFailedError: some runs failed; the other ones are recorded, and `resume` trains the rest.
+    """
+    arguments = [*overrides, *_overrides(settings, swept=True)]
+    if any(key_of(override) == "dry_run" for override in arguments):
+        remedy = "Run `lora-bench train -m` in a shell."
+        raise UserError("trains nothing", key="dry_run", remedy=remedy, code=Code.UNSUPPORTED)
+    folder = _train(["-m", *arguments], "sweep", folder, resume, config_dir, quiet)
+    return [folder / name for name in sweep_folder.read(folder).jobs]
+
+
+def compare(
+    folders: str | Path | Sequence[str | Path] = "outputs",
+    *,
+    by: str | None = None,
+    baseline: str | Path | None = None,
+    margin: float = MARGIN,
+    measure: str = "mcc",
+    target: float | None = None,
+) -> pandas.DataFrame:
+    """Return the finished runs at or below some folders, best first: the rows of `lora-bench compare --format json`.
+
+    A row is one setting: mean, standard deviation (`<metric>_std`) and n over its seeds, and the paired test against
+    the baseline. Seconds, bytes and FLOPs are plain numbers. What `compare` prints below its table is the list
+    `frame.attrs["notes"]`.
+
+    Args:
+        folders: run folders, sweeps, or folders above them.
+        by: a configuration key: one row for each of its values.
+        baseline: the row that the other ones are tested against: `full`, `adapter=lora,adapter.rank=8`, or a folder.
+        margin: a difference up to this counts as equivalent.
+        measure: the metric that is tested.
+        target: count steps and FLOPs up to this selection MCC.
+
+    Raises:
+        UserError: a folder, key or baseline is not there, or pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        remedy = "Install it: pip install pandas."
+        raise UserError("needs the package pandas", key="compare", remedy=remedy, code=Code.MISSING_PACKAGE) from None
+    paths = [Path(folders)] if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
+    table = summarise(paths, by, None if baseline is None else str(baseline), margin, measure, target)
+    frame = pandas.DataFrame(json.loads(to_json(table)))
+    frame.attrs["notes"] = table.below
+    return frame
+
+
+def _overrides(settings: Mapping[str, Any], *, swept: bool = False, prefix: str = "") -> Iterator[str]:
+    """Yield the settings as overrides: `{"adapter": {"rank": 8}}` as `adapter.rank=8`.
+
+    Args:
+        swept: a list holds values of a sweep, otherwise it is one value.
+        prefix: of the keys.
+    """
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _overrides(value, swept=swept, prefix=f"{prefix}{key}.")
+        elif swept and isinstance(value, list | tuple | range):
+            yield f"{prefix}{key}={','.join(map(_text, value))}"
+        else:
+            yield f"{prefix}{key}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    """Return a value as it is typed in an override."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple | range):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, str | Path):
+        is_word = re.fullmatch(r"[A-Za-z_][\w/-]*", str(value), re.ASCII)
+        is_literal = str(value).lower() in ("null", "true", "false", "nan", "inf")
+        return str(value) if is_word and not is_literal else quoted(value)
+    return str(value)
+
+
+def _train(
+    arguments: list[str],
+    mode: str,
+    folder: str | Path | None,
+    resume: str | Path | None,
+    config_dir: str | Path | None,
+    quiet: bool,
+) -> Path:
+    """Run `lora-bench train` with these arguments and return the folder of its run or sweep."""
+    if folder is not None and resume is not None:
+        remedy = "A run is resumed in its own folder."
+        raise UserError("excludes resume", key="folder", value=folder, remedy=remedy, code=Code.CONFLICT)
+    parameters = {"hydra.run.dir": "folder", "hydra.sweep.dir": "folder", "resume": "resume"}
+    for override in arguments:
+        if parameter := parameters.get(key_of(override)):
+            remedy = f"Give {parameter}=DIR as an argument of the function."
+            raise UserError("is not an override here", key=key_of(override), remedy=remedy, code=Code.CONFLICT)
+        if override.startswith("-") and override != "-m":
+            remedy = "Each override is key=value or group=choice."
+            raise UserError(f"{override!r} is an option", remedy=remedy, code=Code.INVALID_SYNTAX)
+    path = Path(folder or resume or _new_folder(mode))
+    key = "resume" if resume is not None else f"hydra.{mode}.dir"
+    options = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    remember(arguments)
+    with _unchanged_process(), open(os.devnull, "w") as null, redirect_stdout(null) if quiet else nullcontext():
+        run_command(["train", *options, *arguments, f"{key}={quoted(path)}"])
+    return path
+
+
+def _new_folder(mode: str) -> str:
+    """Return a new folder where the command line would put a `run` or `sweep`."""
+    from hydra.core.utils import setup_globals
+    from omegaconf import OmegaConf
+
+    setup_globals()
+    register_with_hydra()
+    return str(OmegaConf.select(OmegaConf.load(conf_folder() / "hydra" / "quiet.yaml"), f"{mode}.dir"))
+
+
+@contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Put back what Hydra changes in this process, and give it a state of its own within."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    outer, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = outer, config
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
