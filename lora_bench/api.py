@@ -163,7 +163,7 @@ def compare(
     paths = [Path(folders)] if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
     table = summarise(paths, by, None if baseline is None else str(baseline), margin, measure, target)
     frame = pandas.DataFrame(json.loads(to_json(table)))
-    frame.attrs["notes"] = table.below
+    frame.attrs["notes"] = table.footnotes
     return frame
 
 

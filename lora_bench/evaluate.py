@@ -18,7 +18,6 @@ import transformers
 
 from lora_bench.adapters.peft import importer
 from lora_bench.adapters.peft.config import PeftConfig
-from lora_bench.backbones.families import build_model, family_class, family_of_type
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.backbones.locate import locate
 from lora_bench.config import build, schema
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from lora_bench.backbones.family import Family
     from lora_bench.data.examples import Examples
 
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
@@ -87,7 +85,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     data = build.build_data(cfg.data)
     metrics = build.build_metrics(cfg.metric)
     check_metrics(metrics)
-    perturbations(data)
+    resolve_transforms(data)
     require(data.augment is None, "data.augment", data.augment, "is for lora-bench train", code=Code.CONFLICT)
     reason = "is for lora-bench train: a run is evaluated on one data set at a time"
     require(data.tasks is None, "data.tasks", data.tasks, reason, code=Code.CONFLICT)
@@ -120,7 +118,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             values |= score_calibrated(scores, split.labels, subject.calibration)
         if subject.member_calibrations:
             values |= score_members(member_scores, split.labels, metrics, subject.member_calibrations)
-        values |= score_besides(
+        values |= score_stress_splits(
             data,
             split,
             scores,
@@ -158,7 +156,7 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
 
 def _run_subject(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
     """Load a finished run to evaluate."""
-    run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
+    run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
     for note in run.notes:
         console.print(shown(f"note: {note}"))
     return _Subject(
@@ -178,7 +176,7 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
         UserError: the data have changed since.
     """
     data = run.experiment.data
-    seen = train, selection = sources.carve(sources.load(data)["train"], data)
+    seen = train, selection = sources.split_selection(sources.load(data)["train"], data)
     recorded = run.record["data"].get("fingerprint")
     for name, split in (("train", train), ("selection", selection)):
         if not isinstance(recorded, dict) or split.fingerprint() != recorded.get(name):

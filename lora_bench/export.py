@@ -49,7 +49,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     require_one_of("format", str(cfg.format), ("peft", "merged"))
     _refuse_taken(output)
     check_folder(output, "output")
-    paths = model_places(cfg.model)
+    paths = model_paths(cfg.model)
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **paths)
     for note in run.notes:
         console.print(shown(f"note: {note}"))

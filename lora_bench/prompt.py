@@ -134,7 +134,7 @@ class _NewRun:
         run = Run.claim(self.folder, choices=self.choices, config=self.config, overrides=self.overrides)
         no_params = dict.fromkeys(("adapter", "head", "trainable", "total"))
         run.update(data=self.data, params=no_params, environment=environment.describe())
-        return follow(run, self.trackers, self.console)
+        return track_run(run, self.trackers, self.console)
 
 
 def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
@@ -143,7 +143,7 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     They are the train and selection splits of `lora-bench train`, if there is a train split, and the reported ones.
     """
     loaded = sources.load(request.data)
-    reported = sources.reported(loaded)
+    reported = sources.reported_splits(loaded)
     if request.split is not None:
         names = ", ".join(reported) or "none"
         reason = f"is not a labelled split to report (there are: {names})"
@@ -160,7 +160,7 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
         )
     splits = dict(reported)
     if "train" in loaded:
-        train, selection = sources.carve(loaded["train"], request.data)
+        train, selection = sources.split_selection(loaded["train"], request.data)
         splits = {"train": train, "selection": selection, **reported}
     return splits, sources.describe_data(request.data, splits)
 
@@ -210,7 +210,7 @@ def _ask(
         if dry_run:
             show_request(console, client, questions, cached)
             return None
-        refuse_taken(new_run.folder)  # before any request is paid for
+        refuse_existing_run(new_run.folder)  # before any request is paid for
         runner.run(client.open())
         answers = _Answers(client, questions, cached)
         try:

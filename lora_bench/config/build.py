@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_bench.config.keys import RENAMED, renamed_key
 from lora_bench.config.removed import removal_note
 from lora_bench.config.schema import DATA, OPTIONAL, Data, Metric
 from lora_bench.errors import Code, UserError, nearest, require

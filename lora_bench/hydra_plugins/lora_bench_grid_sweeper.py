@@ -77,7 +77,6 @@ class GridSweeper(BasicSweeper):
         """
         from lora_bench.analysis.summary import write_tables
         from lora_bench.records import sweep_folder
-        from lora_bench.records.run_folder import holds_run
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -111,7 +110,7 @@ class GridSweeper(BasicSweeper):
             typed: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
             overrides = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
             config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-            lock = sweep_folder.begin(folder, overrides, config_dirs[0] if config_dirs else None, jobs)
+            lock = sweep_folder.create(folder, overrides, config_dirs[0] if config_dirs else None, jobs)
         tried: set[int] = set()
         failures: list[Exception] = []
         try:
@@ -220,7 +219,7 @@ class GridSweeper(BasicSweeper):
         job_by_identity: dict[str, list[str]] = {}
         for number, job in enumerate(jobs, first):
             name, identity = self._check(number, job)
-            if sweep_folder.leads_out(name):
+            if sweep_folder.is_outside(name):
                 raise UserError("leads out of the sweep's folder", key=SUBDIR_KEY, value=name, code=Code.FORBIDDEN)
             if identity in job_by_identity:
                 reason = f"two jobs are the same run: {' '.join(job_by_identity[identity])!r} and {' '.join(job)!r}"

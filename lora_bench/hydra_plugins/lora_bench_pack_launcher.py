@@ -1,3 +1,5 @@
+from lora_bench.records.job import job_title
+
 """The packed launcher: jobs of a sweep that may share a backbone are trained together."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
@@ -17,7 +19,7 @@ from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
 from lora_bench.console.text import shown
 from lora_bench.records.folder_lock import Identity
-from lora_bench.records.job import Job, is_done, job_title
+from lora_bench.records.job import Job, is_done
 
 
 @dataclass
@@ -63,7 +65,7 @@ class PackedLauncher(BasicLauncher):
                 varying = [
                     text for text in overrides if not text.startswith(("resume=", "hydra.")) and text not in shared
                 ]
-                titles.append(titled(number, varying))
+                titles.append(job_title(number, varying))
                 try:
                     jobs += self._composed(number, list(overrides), titles[-1])
                 except Exception as error:

@@ -130,7 +130,7 @@ class TransferSweeper(GridSweeper):
             fitting = [k for k in sources if _differ_in_task(self.combinations[k], job)]
             runs = {k: (folder / f"train/{k}").absolute() for k in fitting}
             multitask = [k for k in fitting if task_of(self.combinations[k]) == ALL_TASKS]
-            runs |= {k: folder_of(runs[k], task_of(job)) for k in multitask}
+            runs |= {k: task_folder(runs[k], task_of(job)) for k in multitask}
             initialisations = [[], *([f"adapter.init_from={quoted(run)}"] for run in runs.values())]
             for shots in self.shots:
                 for initialisation in initialisations:

@@ -99,7 +99,7 @@ class TunedSweeper(GridSweeper):
             if name.startswith("tune/"):
                 method = self._method(job)
                 run = run_folder.read(folder / name) if (folder / name / "run.json").exists() else None
-                if run is None or run["status"] not in sweep_folder.ENDED:
+                if run is None or run["status"] not in sweep_folder.FINAL_STATUSES:
                     untried.add(method)
                 mcc = run["metrics"].get("selection/mcc") if run and run["status"] == "done" else None
                 scores.setdefault(method, {})[_value(job, TUNED_KEY)] = mcc

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from lora_bench.adapters.methods import method_class
-from lora_bench.adapters.pack.pack import Member
+from lora_bench.adapters.pack.member import Member
 from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
 from lora_bench.data.augmentation import choose_augmentations

@@ -22,6 +22,7 @@ from lora_bench.console.format import duration, human
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
+from lora_bench.run import inputs
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.packing import assumed_ranks, group_jobs, memory_demand, split_into_packs

@@ -11,7 +11,8 @@ from lora_bench.console.format import human
 from lora_bench.console.progress import Display
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
-from lora_bench.records.run_folder import CHECKPOINTS, Run, holds_run
+from lora_bench.records.run_folder import CHECKPOINTS, Run
+from lora_bench.run import inputs
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.train import train_pack
@@ -236,7 +237,7 @@ def memory_demand(common: SharedInputs, experiment: Experiment) -> MemoryDemand:
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = max(1 if task.swapped is None else 2 for task in common.tasks.values())
+        orders = max(1 if task.second_view is None else 2 for task in common.tasks.values())
         row = saved_bytes(pack, 1, common.longest)
         member_bytes = BYTES_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size

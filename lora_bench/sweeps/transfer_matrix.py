@@ -14,11 +14,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config import keys
-from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.files.atomic_io import write as write_file
-from lora_bench.records import run_folder, sweep_folder
-from lora_bench.records.evaluations import read_evaluations
-from lora_bench.records.task_folders import TASKS, task_folder, task_names
+from lora_bench.records import evaluations, run_folder, sweep_folder
+from lora_bench.records.task_folders import task_folder, task_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -76,9 +74,9 @@ def _scores(folder: Path) -> Iterator[TransferScore]:
         if not run_folder.holds_run(folder / name) or (run := run_folder.read(folder / name))["status"] != "done":
             continue
         values = _values(run["metrics"])
-        if learned := names_of(run["config"]):
+        if learned := task_names(run["config"]):
             for task in learned:
-                of_task = run_folder.read(folder_of(folder / name, task))
+                of_task = run_folder.read(task_folder(folder / name, task))
                 yield TransferScore(ALL_TASKS, task, 0, _values(of_task["metrics"]))
         elif name.startswith("train/"):
             yield TransferScore(tasks[name], tasks[name], None, values)

@@ -63,7 +63,7 @@ class Backward:
             By member, the batch's contribution to its mean loss.
         """
         losses = torch.zeros(len(self.pack.active), device=self.pack.backbone.device)
-        with self.pack.gathering_gradients():
+        with self.pack.accumulating_gradients():
             for micro in micro_batches(batch, pairs):
                 losses += self._pass(micro, micro.pairs / of_pairs)
         return dict(zip(self.pack.active, losses.tolist(), strict=True))

@@ -30,13 +30,13 @@ def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     if str(member) not in pack.pair_features:
         return None
     calibration_batches = list(islice(batches, BATCHES))
-    if shortage := lack(calibration_batches, member, of_labels=True):
+    if shortage := explain_insufficient_data(calibration_batches, member, of_labels=True):
         return f"adapter.matching: {shortage}, so it starts at zero."
-    matching: Any = pack.matchings[str(member)]
+    matching: Any = pack.pair_features[str(member)]
     features: list[Tensor] = []
     labels: list[Tensor] = []
     handle = matching.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    with handle, alone(pack, member):
+    with handle, evaluation_of(pack, member):
         for batch in calibration_batches:
             member_batch = batch.select_members([member]).to(pack.backbone.device)
             assert member_batch.labels is not None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 
 from lora_bench.errors import Code, UserError
+from lora_bench.head import pair_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

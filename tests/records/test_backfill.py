@@ -18,6 +18,7 @@ import lora_bench as package
 from lora_bench.analysis.summary import summarise
 from lora_bench.config.schema import DATA
 from lora_bench.errors import Code
+from lora_bench.records import run_folder
 from lora_bench.records.backfill import OPTIONS, TYPE_KEYS, fill_defaults
 from tests.command_line import lora_bench, refused, toy_run
 from tests.helpers import composed

@@ -77,7 +77,7 @@ def test_a_kept_prefix_is_made_once_and_computed_in_no_step(in_tmp: Path) -> Non
     estimates = []
     for kept in ("1e9", "0"):
         overrides = ("adapter.layers=top:1", f"trainer.prefix_cache_bytes={kept}", "trainer.epochs=3")
-        estimates.append(expect(experiment_of(*overrides)))
+        estimates.append(estimate_run(experiment_of(*overrides)))
         command = ["model=tiny_bert", *SMALL_TOY, "data.max_length=48", *overrides, f"hydra.run.dir=run-{kept}"]
         assert lora_bench("train", *command).code == 0
         cost = json.loads((in_tmp / f"run-{kept}" / "run.json").read_text())["cost"]

@@ -155,7 +155,7 @@ class Pack(PackState):
         has_pair_features = any(str(k) in self.pair_features for k in members)
         with self._computing(members, batch.head, all_positions=has_pair_features), self._autocast():
             encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
-            logits = self.backbone.answer(encoded, batch)  # (K·B, 2)
+            logits = self.backbone.classify(encoded, batch)  # (K·B, 2)
         logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, 2)
         return self._add_pair_features(logits, encoded, batch, members) if has_pair_features else logits
 
@@ -165,7 +165,7 @@ class Pack(PackState):
         if batch.members > 1 and active != members:
             positions = [active.index(k) for k in members]
             by_member = hidden.view(len(active), -1, *hidden.shape[1:])  # (active, B, T, D)
-            return torch.cat([by_member[i] for i in positions]), batch.of(positions)  # (K·B, T, D)
+            return torch.cat([by_member[i] for i in positions]), batch.select_members(positions)  # (K·B, T, D)
         if batch.members == 1 and K > 1:
             return hidden.repeat(K, *[1] * (hidden.ndim - 1)), batch.repeat(K)  # (K·B, T, D)
         return hidden, batch
@@ -184,7 +184,7 @@ class Pack(PackState):
 
     def _add_pair_features(self, logits: Tensor, encoded: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Return the logits (K, B, 2) with the pair features' part added, for the members that have them."""
-        features = compute_pair_features(encoded, *self.backbone.texts(batch))  # (K·B, 2 D)
+        features = compute_pair_features(encoded, *self.backbone.text_masks(batch))  # (K·B, 2 D)
         features = features.view(*logits.shape[:2], -1)  # (K, B, 2 D)
         sums = [
             of_member + self.pair_features[str(k)](rows) if str(k) in self.pair_features else of_member  # (B, 2)

@@ -171,7 +171,7 @@ class PackState(nn.Module):
 
 def _has_pair_features(member: Member, backbone: Backbone) -> bool:
     """Return whether a member has pair features; refuse them where the backbone reads both texts as one."""
-    requested, possible = member.pair_features, backbone.tells_texts_apart
+    requested, possible = member.pair_features, backbone.separates_texts
     if requested and not possible:
         raise UserError(
             "needs to know where the second text begins, and this model reads both as one",
