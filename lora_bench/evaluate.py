@@ -18,6 +18,7 @@ import transformers
 
 from lora_bench.adapters.peft import importer
 from lora_bench.adapters.peft.config import PeftConfig
+from lora_bench.backbones.families import build_model, family_class, family_of_type
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.backbones.locate import locate
 from lora_bench.config import build, schema
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
+    from lora_bench.backbones.family import Family
     from lora_bench.data.examples import Examples
 
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
@@ -233,30 +235,33 @@ def _output(output: str | None, adapter: Path) -> Path:
     return Path(output)
 
 
-def _model(node: DictConfig, adapter: PeftConfig) -> schema.Model:
+def _model(node: DictConfig, adapter: PeftConfig) -> Family:
     """Return the settings of the backbone: those given, or those of the model that the adapter names.
 
     In the latter case its config.json names the family.
     """
     if "family" in node:
-        return build.build_model(node)
+        return build_model(node)
     base = node.path or adapter.base_model
     if not base:
         raise adapter.refusal("base_model_name_or_path", None, "names no backbone", "Give model.path=DIR.")
     local = bool(node.path) or Path(base).is_dir()
     source = {"path": base} if local else {"hub_id": base, "revision": adapter.revision}
-    unset = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer}
-    model_type = _model_type(schema.Model(**unset | source | {"family": "auto"}))
-    if model_type == "t5":
+    settings = dict.fromkeys(field.name for field in fields(schema.Model)) | {"tokenizer": node.tokenizer} | source
+    family = family_of_type(model_type := _model_type(schema.Model(**settings)))
+    settings["family"] = family
+    cls = family_class(family)
+    missing_keys = [f"model.{field.name}" for field in fields(cls) if field.name not in settings]
+    if missing_keys:
         raise UserError(
             f"is an adapter of a {model_type}, and its files do not give {', '.join(missing_keys)}",
             key="peft",
             value=adapter.folder,
-            remedy=f"Add model=t5 with model.template=… and model.form=…, and model.path={base} if it is there.",
+            remedy=f"Add model={family} with those of these keys that differ from its defaults, and model.path={base} "
+            "if it is there.",
             code=Code.UNSUPPORTED,
         )
-    family = "bert" if model_type in MODEL_TYPES else "auto"
-    return schema.Model(**unset | source | {"family": family})
+    return cls(**settings)
 
 
 def _model_type(model: schema.Model) -> str | None:

@@ -55,7 +55,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         console.print(shown(f"note: {note}"))
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
-    if run.pack.matchings:
+    if run.pack.pair_features:
         reason = "adds pair features to the head, which neither PEFT nor a plain classifier supports"
         raise UserError(
             reason,

@@ -24,7 +24,7 @@ def run_predict(request: PredictionRequest) -> None:
     Raises:
         UserError: the run cannot be loaded, or the output cannot be written.
     """
-    run = FinishedRun.load(request.run, device=request.device, **request.places)
+    run = FinishedRun.load(request.run, device=request.device, **request.model_places)
     for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     scores_by_member = run.member_scores(request.examples)

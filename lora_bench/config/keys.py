@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -46,3 +46,16 @@ def _level(value: Any) -> Any:
 def key_of(override: str) -> str:
     """The key that an override sets."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded config in which renamed keys have their present names; one that has both keeps the present."""
+    present = dict(config)
+    for old, new in RENAMED.items():
+        (old_group, old_name), (group, name) = old.split("."), new.split(".")
+        if isinstance(node := present.get(old_group), dict) and old_name in node:
+            present[old_group] = {key: value for key, value in node.items() if key != old_name}
+            target = present.get(group, {})
+            if isinstance(target, dict):
+                present[group] = {name: node[old_name]} | target
+    return present

@@ -53,6 +53,15 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """The classification head, trained with every adapter."""
+
+    pair_features: bool | None
+    """Add products and differences of the two texts' mean token vectors to the logits; null: if the model can tell
+    the texts apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """A task: texts in one or two columns, labels 0 and 1."""
 

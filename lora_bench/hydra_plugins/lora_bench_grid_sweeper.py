@@ -134,7 +134,7 @@ class GridSweeper(BasicSweeper):
             if any((folder / name / "run.json").exists() for name in recorded_jobs):
                 write_tables(folder, self._baseline(folder, recorded_jobs))
                 self._conclude(folder)
-            if missing := len(sweep_folder.read(folder).lacks(folder)):
+            if missing := len(sweep_folder.read(folder).unfinished_jobs(folder)):
                 command = f"lora-bench train -m {argument('resume', folder)}"
                 print(f"{missing} of {len(recorded_jobs)} jobs are missing; run them with: {command}")
         _raise_failures(failures, len(tried))
@@ -248,7 +248,7 @@ class GridSweeper(BasicSweeper):
     def _batches(self, folder: Path, recorded: Sweep, tried: Set[int]) -> Iterator[Batch]:
         """Yield the missing jobs that were not tried yet, by number, in batches of at most `max_batch_size`."""
         batch: Batch = {}
-        for number, is_started in recorded.lacks(folder).items():
+        for number, is_started in recorded.unfinished_jobs(folder).items():
             if number in tried:
                 continue
             if self.max_batch_size not in (None, -1) and len(batch) == self.max_batch_size:

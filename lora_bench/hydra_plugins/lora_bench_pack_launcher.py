@@ -1,5 +1,3 @@
-from lora_bench.records.job import job_title
-
 """The packed launcher: jobs of a sweep that may share a backbone are trained together."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
@@ -19,7 +17,7 @@ from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
 from lora_bench.console.text import shown
 from lora_bench.records.folder_lock import Identity
-from lora_bench.records.job import Job, is_done
+from lora_bench.records.job import Job, is_done, job_title
 
 
 @dataclass

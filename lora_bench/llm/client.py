@@ -316,7 +316,7 @@ async def ask_all(
     with Interruption() as interruption:
         workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(questions)))]
         while workers and (await asyncio.wait(workers, timeout=_POLL_SECONDS))[1]:
-            if interruption.asked is not None and not client.stopped:
+            if interruption.requested_signal is not None and not client.stopped:
                 stop()
         if interruption.requested_signal is not None:
             interruption.raise_signal(interruption.requested_signal)

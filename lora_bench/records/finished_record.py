@@ -22,7 +22,7 @@ from lora_bench.records.task_folders import refuse_multitask
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble")
+GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "head")
 """Config groups that a finished run may have."""
 PRECISIONS = ("float32", "bfloat16")
 MAX_RANK = 1 << 20

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import yaml
 from xxhash import xxh3_128_hexdigest
 
-from lora_bench.config.keys import with_present_keys
+from lora_bench.config.keys import with_present_keys, with_present_names
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
@@ -352,11 +352,11 @@ def read(folder: Path) -> dict[str, Any]:
         content["checksum"] = ALTERED
     try:
         # `plain` removes numbers that are not finite, such as 1e999.
-        return with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
+        record = with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
     overrides = [with_present_keys(text) for text in record["overrides"]]
-    return record | {"config": moved(record["config"]), "overrides": overrides}
+    return record | {"config": with_present_names(record["config"]), "overrides": overrides}
 
 
 def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:

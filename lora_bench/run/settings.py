@@ -121,7 +121,7 @@ class Experiment:
         _check_ensemble(settings.ensemble, settings.adapter, settings.pack)
         _check_tasks(settings)
         for single in settings.by_task.values():
-            check_objective(single.trainer, single.data.text_columns, matching=single.adapter.matching is True)
+            check_objective(single.trainer, single.data.text_columns, matching=single.head.pair_features is True)
             resolve_transforms(single.data)
             choose_augmentations(single.data, single.trainer.objective)
         return settings
@@ -185,11 +185,11 @@ def _check_tasks(settings: Experiment) -> None:
     members = settings.ensemble.members
     require(members is None, "ensemble.members", members, reason, remedy, code=Code.CONFLICT)
     reason = "works with a single head, and a shared adapter has a head for each task"
-    remedy = "Use adapter.matching=false or data.share=backbone."
-    matching = settings.adapter.matching
-    value = "null" if matching is None else "true"
-    fits = settings.has_adapter_per_task or matching is False
-    require(fits, "adapter.matching", value, reason, remedy, code=Code.CONFLICT)
+    remedy = "Set head.pair_features=false or data.share=backbone."
+    pair_features = settings.head.pair_features
+    value = "null" if pair_features is None else "true"
+    fits = settings.has_adapter_per_task or pair_features is False
+    require(fits, "head.pair_features", value, reason, remedy, code=Code.CONFLICT)
     if settings.has_adapter_per_task:
         adapter = settings.adapter
         reason = f"the tasks would share the backbone, which {adapter.method} trains"

@@ -91,7 +91,9 @@ class WarmStart:
 
 def _shared_settings(experiment: Experiment, source: Experiment) -> list[tuple[str, Any, Any]]:
     """Return the settings that both runs must share for saved tensors to fit: key, value, and the source's value."""
-    names = [field.name for field in fields(experiment.adapter) if field.name not in experiment.adapter.only_learning]
+    names = [
+        field.name for field in fields(experiment.adapter) if field.name not in experiment.adapter.training_settings
+    ]
     return [
         *(_values(experiment.model, source.model, "model", name) for name in ("family", "form")),
         *(_values(experiment.adapter, source.adapter, "adapter", name) for name in ("method", *names)),

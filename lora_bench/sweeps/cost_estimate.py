@@ -22,7 +22,6 @@ from lora_bench.console.format import duration, human
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
-from lora_bench.run import inputs
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.packing import assumed_ranks, group_jobs, memory_demand, split_into_packs
@@ -59,14 +58,14 @@ class PackCost:
     @property
     def train_flops(self) -> float:
         """FLOPs of training all members."""
-        steps = sum(member.train_flops - member.filling_flops for member in self.members)
-        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_flops
+        steps = sum(member.train_flops - member.prefix_flops for member in self.members)
+        return (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_flops
 
     @property
     def seconds(self) -> float:
         """Wall time of training and evaluating all members."""
-        steps = sum(member.train_seconds - member.filling_seconds for member in self.members)
-        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].filling_seconds
+        steps = sum(member.train_seconds - member.prefix_seconds for member in self.members)
+        training = (1 - self.shared) * self._trained * steps + self.fills * self.members[0].prefix_seconds
         return training + sum(map(self._evaluation, self.members))
 
     @property
@@ -84,11 +83,11 @@ class PackCost:
         """Return a member's expected seconds of evaluation, averaged over the order in which halving eliminates."""
         if not self.halving:
             return member.evaluation_seconds
-        counts, steps, evaluations = self._live, member.steps, member.looks
+        counts, steps, evaluations = self._live, member.steps, member.evaluations
         due = {math.ceil(steps * (i + 1) / evaluations) for i in range(evaluations)}
         eliminating = {step for step in range(1, steps) if counts[step] < counts[step - 1]}
-        selection_seconds = sum(counts[step - 1] for step in due | eliminating) * member.look_seconds
-        reported = member.evaluation_seconds - evaluations * member.look_seconds
+        selection_seconds = sum(counts[step - 1] for step in due | eliminating) * member.seconds_per_evaluation
+        reported = member.evaluation_seconds - evaluations * member.seconds_per_evaluation
         return (selection_seconds + counts[-1] * reported) / len(self.members)
 
 
@@ -99,10 +98,10 @@ def print_run_estimate(job: Job, console: Console) -> None:
         UserError: the request cannot be met.
     """
     experiment = Experiment.build(job.cfg)
-    common = SharedInputs.load(experiment)
-    single = estimate_run(experiment, common)
+    inputs = SharedInputs.load(experiment)
+    single = estimate_run(experiment, inputs)
     members = experiment.ensemble.size
-    cost = _pack_cost([job], [experiment], common, {_setting_key(experiment): single}, set(), console)
+    cost = _pack_cost([job], [experiment], inputs, {_setting_key(experiment): single}, set(), console)
     adapter, head = members * single.adapter, members * single.head
     total = single.total + adapter + head - single.adapter - single.head
     evaluation = members * single.evaluation_seconds
@@ -116,7 +115,7 @@ def print_run_estimate(job: Job, console: Console) -> None:
     console.print(table)
 
 
-def estimate_run(experiment: Experiment, common: SharedInputs | None = None) -> Estimate:
+def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> Estimate:
     """Estimate the cost of a single run, or of one member of an ensemble, by rehearsing a few steps.
 
     Data-driven initialisation counts as training.
@@ -132,17 +131,18 @@ def estimate_run(experiment: Experiment, common: SharedInputs | None = None) -> 
     inputs = inputs or SharedInputs.load(experiment)
     (task,) = inputs.tasks.values()
     reset_peak_memory(inputs.backbone.device)
-    pack = Pack(inputs.backbone, [Member(experiment.adapter, experiment.seed)])
+    member = Member(experiment.adapter, experiment.seed, pair_features=experiment.head.pair_features)
+    pack = Pack(inputs.backbone, [member])
     try:
         began = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
             prepare_task(pack, experiment.trainer, task.tables["train"])
         seconds = time.perf_counter() - began
-        prefix, repeated = prefix_of(common, task, experiment.trainer)
-        cached = prefix.keeps(pack, repeated)
-        pack.cut = pack.depth if cached else None
-        settings = (experiment.optimizer, experiment.trainer, task.tables, task.swapped)
-        single = estimate(pack, *settings, kept=cached, filling=prefix.flops)
+        prefix, repeated = prefix_of(inputs, task, experiment.trainer)
+        cached = prefix.cached_tables(pack, repeated)
+        pack.prefix_depth = pack.depth if cached else None
+        settings = (experiment.optimizer, experiment.trainer, task.tables, task.second_view)
+        single = estimate(pack, *settings, cached=cached, prefix_flops=prefix.flops)
     finally:
         pack.detach()
     return replace(
@@ -170,9 +170,9 @@ def print_sweep_estimate(jobs: Sequence[Job], console: Console, ended: Callable[
             members = dict(zip([job.title for job in group.jobs], group.experiments, strict=True))
             depths: set[int] = set()
             for subgroup in split_group(group, max_jobs):
-                for pack_jobs in split_into_packs(subgroup, common, ended, workers.sharing):
+                for pack_jobs in split_into_packs(subgroup, inputs, ended, workers.sharing):
                     experiments = [members[job.title] for job in pack_jobs]
-                    packs.append(_pack_cost(pack_jobs, experiments, common, measured, depths, console))
+                    packs.append(_pack_cost(pack_jobs, experiments, inputs, measured, depths, console))
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -183,7 +183,7 @@ def print_sweep_estimate(jobs: Sequence[Job], console: Console, ended: Callable[
 def _pack_cost(
     jobs: Sequence[Job],
     experiments: Sequence[Experiment],
-    common: SharedInputs,
+    inputs: SharedInputs,
     measured: dict[str, Estimate],
     depths: set[int],
     console: Console,
@@ -198,11 +198,11 @@ def _pack_cost(
         key = _setting_key(experiment)
         if key not in measured:
             console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
-            measured[key] = estimate_run(experiment, common)
+            measured[key] = estimate_run(experiment, inputs)
     estimates = [measured[_setting_key(experiment)] for experiment in experiments]
     sizes = [experiment.ensemble.size for experiment in experiments]
     members = [single for single, size in zip(estimates, sizes, strict=True) for _ in range(size)]
-    demands = [memory_demand(common, experiment) for experiment in experiments]
+    demands = [memory_demand(inputs, experiment) for experiment in experiments]
     largest = max(range(len(jobs)), key=lambda j: estimates[j].peak_memory_bytes)
     size = sizes[largest]
     rest_of_largest = replace(
@@ -210,27 +210,27 @@ def _pack_cost(
     )
     added = [demand if j != largest else rest_of_largest for j, demand in enumerate(demands)]
     # On a CPU members run through the adapted layers one after another.
-    is_serial = common.backbone.device.type == "cpu"
+    is_serial = inputs.backbone.device.type == "cpu"
     added_bytes = sum(demand.persistent_bytes + (0.0 if is_serial else demand.step_bytes) for demand in added)
     fills = demands[0].depth not in depths
     depths.add(demands[0].depth)
-    shared = 0.0 if members[0].filling_flops else _shared(experiments, common)
+    shared = 0.0 if members[0].prefix_flops else _shared(experiments, inputs)
     halving = experiments[0].pack.halving and len(jobs) > 1
     return PackCost(jobs, members, shared, fills, estimates[largest].peak_memory_bytes + added_bytes, halving)
 
 
 def _setting_key(experiment: Experiment) -> str:
     """Return a key that is equal for runs of equal cost, whatever their seeds."""
-    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
+    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter, experiment.head))
 
 
-def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:
+def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:
     """Return the share of the members' arithmetic that a pack does once for all of them."""
     candidates = [(member, experiment.adapter) for experiment in experiments for member in experiment.members()]
     if len(candidates) == 1 or len({member.seed_of("order") for member, _ in candidates}) > 1:
         return 0.0
-    members = [replace(member, saved_ranks=assumed_ranks(adapter, common)) for member, adapter in candidates]
-    pack = Pack(common.backbone, members)
+    members = [replace(member, saved_ranks=assumed_ranks(adapter, inputs)) for member, adapter in candidates]
+    pack = Pack(inputs.backbone, members)
     try:
         pack_flops = _flops(pack)
         single_flops = 0
@@ -254,10 +254,10 @@ def _table(packs: Sequence[PackCost], devices: int) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("adapter", "computation", "time", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
-    common_overrides = set.intersection(*(set(job.overrides) for pack in packs for job in pack.jobs))
+    inputs_overrides = set.intersection(*(set(job.overrides) for pack in packs for job in pack.jobs))
     for pack in packs:
         numbers = [job.title.removeprefix("job ").partition(":")[0] for job in pack.jobs]
-        overrides = [" ".join(text for text in job.overrides if text not in common_overrides) for job in pack.jobs]
+        overrides = [" ".join(text for text in job.overrides if text not in inputs_overrides) for job in pack.jobs]
         table.add_row(
             shown(f"{numbers[0]} to {numbers[-1]}" if _in_a_row(numbers) else ", ".join(numbers)),
             shown(overrides[0] + (f" … {overrides[-1]}" if len(overrides) > 1 else "")),

@@ -12,7 +12,6 @@ from lora_bench.console.progress import Display
 from lora_bench.console.text import shown
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import CHECKPOINTS, Run
-from lora_bench.run import inputs
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.train import train_pack
@@ -73,8 +72,8 @@ def train_jobs(
                 shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.single_reason}{consequence}")
             )
         try:
-            common = SharedInputs.load(group.experiments[0])
-            packs = split_into_packs(group, common, ended, sharing)
+            inputs = SharedInputs.load(group.experiments[0])
+            packs = split_into_packs(group, inputs, ended, sharing)
         except Exception as error:
             for job in group.jobs:
                 ended(job, error)
@@ -116,7 +115,7 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
 
 def _resumable_steps(job: Job, experiment: Experiment) -> list[int]:
     """Return the steps that a job can be resumed from, the newest first; [0] for a new run."""
-    if not job.begun:
+    if not job.resumed:
         return [0]
     checkpoints = Checkpoints.of_members(job.folder / CHECKPOINTS, experiment.size)[0]
     newest = checkpoints.newest()
@@ -139,7 +138,7 @@ class MemoryDemand:
 
 
 def split_into_packs(
-    group: Group, common: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
+    group: Group, inputs: SharedInputs, ended: Callable[[Job, Exception | None], None], sharing: int = 1
 ) -> list[list[Job]]:
     """Split a group into packs that fit this process's share of the memory.
 
@@ -149,7 +148,7 @@ def split_into_packs(
 
     Args:
         group: jobs that may share a backbone.
-        common: the backbone and data of the group.
+        inputs: the backbone and data of the group.
         ended: called with each job whose adapter does not fit the backbone, and the error.
         sharing: processes that train packs on the same device at the same time.
 
@@ -159,21 +158,21 @@ def split_into_packs(
     jobs_by_depth: dict[int, list[tuple[Job, MemoryDemand]]] = {}
     measured: dict[str, MemoryDemand] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        key = repr((experiment.adapter, experiment.size))
+        key = repr((experiment.adapter, experiment.head, experiment.size))
         try:
             if key not in measured:
-                measured[key] = memory_demand(common, experiment)
+                measured[key] = memory_demand(inputs, experiment)
         except Exception as error:
             ended(job, error)
             continue
         jobs_by_depth.setdefault(measured[key].depth, []).append((job, measured[key]))
     settings = group.experiments[0].pack
-    free = SHARE_OF_FREE * free_bytes(common.backbone.device) / sharing
-    is_cpu_default = settings.size is None and not settings.halving and common.backbone.device.type == "cpu"
+    free = SHARE_OF_FREE * free_bytes(inputs.backbone.device) / sharing
+    is_cpu_default = settings.size is None and not settings.halving and inputs.backbone.device.type == "cpu"
     packs = []
     for depth, candidates in jobs_by_depth.items():
         max_jobs = 1 if is_cpu_default and depth == 0 else settings.size
-        packs += _within_memory(candidates, max_jobs, settings.memory_bytes, free, common, ended)
+        packs += _within_memory(candidates, max_jobs, settings.memory_bytes, free, inputs, ended)
     return packs
 
 
@@ -187,7 +186,7 @@ def _within_memory(
 ) -> list[list[Job]]:
     """Fill packs in order, each up to `max_jobs` and to `memory_bytes`, or the free bytes if that is None."""
     bound = memory_bytes or free
-    is_serial = common.backbone.device.type == "cpu"  # members run through the adapted layers one after another
+    is_serial = inputs.backbone.device.type == "cpu"  # members run through the adapted layers one after another
     packs: list[list[Job]] = []
     used = 0.0
     transient = 0.0
@@ -214,7 +213,7 @@ def _within_memory(
     return packs
 
 
-def assumed_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
+def assumed_ranks(adapter: Adapter, inputs: SharedInputs) -> dict[str, int]:
     """Return a rank for each target module, so that a pack can be measured without data-driven allocation.
 
     Raises:
@@ -226,22 +225,22 @@ def assumed_ranks(adapter: Adapter, common: SharedInputs) -> dict[str, int]:
         raise error.under("adapter") from None
 
 
-def memory_demand(common: SharedInputs, experiment: Experiment) -> MemoryDemand:
+def memory_demand(inputs: SharedInputs, experiment: Experiment) -> MemoryDemand:
     """Measure the memory that the job's members need.
 
     Raises:
         UserError: the adapter does not fit the backbone.
     """
-    ranks = assumed_ranks(experiment.adapter, common)
-    pack = Pack(common.backbone, experiment.members(ranks)[:1])
+    ranks = assumed_ranks(experiment.adapter, inputs)
+    pack = Pack(inputs.backbone, experiment.members(ranks)[:1])
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = max(1 if task.second_view is None else 2 for task in common.tasks.values())
-        row = saved_bytes(pack, 1, common.longest)
+        orders = max(1 if task.second_view is None else 2 for task in inputs.tasks.values())
+        row = saved_bytes(pack, 1, inputs.longest)
         member_bytes = BYTES_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size
-        at_once = 1 if common.backbone.device.type == "cpu" else size
+        at_once = 1 if inputs.backbone.device.type == "cpu" else size
         return MemoryDemand(size * member_bytes, at_once * TRANSIENT * orders * pairs * row, pack.depth)
     finally:
         pack.detach()
@@ -269,7 +268,7 @@ def _train(
         reopened = [_reopened(job) for job in jobs]
         middle = len(reopened) // 2
         for half in (reopened[:middle], reopened[middle:]):
-            _train(half, common, console, ended, display, sharing)
+            _train(half, inputs, console, ended, display, sharing)
         return
     for job, error_of_job in zip(jobs, errors, strict=True):
         ended(job, error_of_job)
@@ -277,6 +276,6 @@ def _train(
 
 def _reopened(job: Job) -> Job:
     """Return a job whose run, if it has started, is read from its folder again."""
-    if job.begun:
-        job.begun.release()
-    return replace(job, begun=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job
+    if job.resumed:
+        job.resumed.release()
+    return replace(job, resumed=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job

@@ -80,7 +80,7 @@ def _scores(folder: Path) -> Iterator[TransferScore]:
                 yield TransferScore(ALL_TASKS, task, 0, _values(of_task["metrics"]))
         elif name.startswith("train/"):
             yield TransferScore(tasks[name], tasks[name], None, values)
-            for title, evaluation in evaluations(folder / name).items():
+            for title, evaluation in evaluations.read_evaluations(folder / name).items():
                 if title in tasks.values():
                     yield TransferScore(tasks[name], title, 0, _values(evaluation.metrics))
         else:

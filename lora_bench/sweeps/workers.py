@@ -288,7 +288,7 @@ def train_handed_over(
     try:
         for job in jobs:
             try:
-                reopened.append(replace(job, begun=job.begun and Run.reopen(job.folder)))
+                reopened.append(replace(job, resumed=job.resumed and Run.reopen(job.folder)))
             except UserError as error:
                 end(job, error)
         packing.train_jobs(reopened, console, end, **settings)
@@ -297,8 +297,8 @@ def train_handed_over(
             end(job, error)
     finally:
         for job in reopened:
-            if job.begun:
-                job.begun.release()
+            if job.resumed:
+                job.resumed.release()
 
 
 class _Lines(io.TextIOBase):

@@ -78,7 +78,7 @@ class Backward:
         labels = batch.labels.view(batch.members, -1).expand(len(pack.active), -1)  # (K, orders · B)
         hidden = pack.prefix(batch)
         losses: dict[int, Tensor] = {}
-        for members in pack.portions():
+        for members in pack.member_groups():
             logits = pack.suffix(hidden, batch, members)  # (M, orders · B, 2) of M members
             member_labels = torch.stack([labels[pack.active.index(k)] for k in members])  # (M, orders · B)
             loss = self.objectives[batch.head].loss(logits, member_labels) * share  # (M,)
@@ -132,7 +132,7 @@ class Graphs:
         pack, device = self.pack, self.pack.backbone.device
         batch = replace(batch, full=False)
         shape = (batch.members, batch.orders, *batch.input_ids.shape, batch.hidden is None)
-        key = (*pack.active, pack.joined, batch.head, share, shape)
+        key = (*pack.active, pack.parameter_sync, batch.head, share, shape)
         if key not in self.trained:
             losses = self.work(batch.to(device), share)
             trainable = (p for k in pack.active for p in pack.trainable(k).values())

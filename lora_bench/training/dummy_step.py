@@ -28,7 +28,7 @@ def dummy_step(pack: Pack, rows: int, length: int) -> None:
     backbone = pack.backbone
     batch = probe_batch(backbone, rows, length)
     hidden = None
-    if pack.cut is not None:  # reading the cached prefix takes no arithmetic
+    if pack.prefix_depth is not None:  # reading the cached prefix takes no arithmetic
         hidden = torch.zeros(rows, length, backbone.hidden_size, dtype=backbone.compute_dtype, device=backbone.device)
     batch = replace(batch, hidden=hidden)
     pack.eval()  # no dropout: it would draw from the members' streams

@@ -30,8 +30,8 @@ def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     if str(member) not in pack.pair_features:
         return None
     calibration_batches = list(islice(batches, BATCHES))
-    if shortage := explain_insufficient_data(calibration_batches, member, of_labels=True):
-        return f"adapter.matching: {shortage}, so it starts at zero."
+    if shortage := explain_insufficient_data(calibration_batches, member, reads_labels=True):
+        return f"head.pair_features: {shortage}, so it starts at zero."
     matching: Any = pack.pair_features[str(member)]
     features: list[Tensor] = []
     labels: list[Tensor] = []

@@ -89,7 +89,7 @@ class PrefixCache:
                 return tables
             extended[name] = replace(tables[name], hidden=hidden)
         if keys:
-            pack.cut = pack.depth
+            pack.prefix_depth = pack.depth
         self.used_bytes = sum(self._size(pack, tables[name]) for name in tables if extended[name] is not tables[name])
         self.seconds = time.perf_counter() - began
         return extended

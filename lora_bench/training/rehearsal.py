@@ -190,7 +190,9 @@ def _batches_of_shapes(
     batches = training_batches(train, plan, [seed], 0, pad_id, second_view)
     for ((rows,), length), batch in zip(plan.epoch(0, [seed]), batches, strict=True):
         if (len(rows), length) in chosen:
-            by_shape.setdefault((len(rows), length), batch if pack.cut is None else _with_cached_prefix(pack, batch))
+            by_shape.setdefault(
+                (len(rows), length), batch if pack.prefix_depth is None else _with_cached_prefix(pack, batch)
+            )
         if len(by_shape) == len(chosen):
             break
     return [by_shape[shape] for shape in chosen]

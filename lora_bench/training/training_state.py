@@ -58,7 +58,7 @@ def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = {
         "outcome": {name: getattr(progress, name) for name in _TYPES},
         "averaged": average.steps,
-        "ranks": pack.given_ranks[k],
+        "ranks": pack.assigned_ranks[k],
         "room": pack.max_micro_batch,
     }
     return copies, metadata

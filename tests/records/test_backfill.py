@@ -20,7 +20,8 @@ from lora_bench.config.schema import DATA
 from lora_bench.errors import Code
 from lora_bench.records import run_folder
 from lora_bench.records.backfill import OPTIONS, TYPE_KEYS, fill_defaults
-from tests.command_line import lora_bench, refused, toy_run
+from lora_bench.training.checkpoint import _described
+from tests.command_line import at_step, lora_bench, refused, signalled, toy_run
 from tests.helpers import composed
 
 SINCE = ("data.perturb", "data.intensity", "trainer.average", "trainer.consistency_weight", "adapter.magnitude", "pack")

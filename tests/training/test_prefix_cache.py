@@ -211,7 +211,7 @@ def test_without_room_on_the_disk_nothing_is_kept_and_nothing_left(
             patch.setattr(os, name, full)
             cached, cache = with_cache(a_pack)
         assert all(table.hidden is None for table in cached.values())
-        assert (a_pack.cut, a_pack.training, cache.flops, cache.used_bytes) == (None, True, 0, 0)
+        assert (a_pack.prefix_depth, a_pack.training, cache.flops, cache.used_bytes) == (None, True, 0, 0)
         assert not list(store.iterdir())
         assert "No space left on device" in capfd.readouterr().err
 

@@ -30,7 +30,7 @@ def explain_insufficient_data(batches: Sequence[Batch], member: int, *, reads_la
         member: the member whose rows count, where members do not share them.
         reads_labels: True if the initialisation depends on labels; then both must occur.
     """
-    own_rows = [batch.of([member]) for batch in batches]
+    own_rows = [batch.select_members([member]) for batch in batches]
     rows = [zip(batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist(), strict=True) for batch in own_rows]
     pairs = len({tuple(ids[:length]) for of_batch in rows for ids, length in of_batch})
     labels = {label for batch in own_rows if batch.labels is not None for label in batch.labels.tolist()}

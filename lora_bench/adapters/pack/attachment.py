@@ -64,7 +64,7 @@ def _new_head(backbone: Backbone, name: str, original: nn.Module, member: Member
     head = copy.deepcopy(original).float().requires_grad_(True)
     generator = stream(member.seed_of("init"), f"head/{name}")
     for key, p in head.named_parameters():
-        if f"{name}.{key}" in backbone.fresh and p.ndim > 1:
+        if f"{name}.{key}" in backbone.new_parameters and p.ndim > 1:
             drawn = torch.empty(p.shape).normal_(0.0, backbone.initializer_range, generator=generator)
             p.data.copy_(drawn)
     return head

@@ -124,7 +124,7 @@ def _saved_head(config: PeftConfig, backbone: Backbone) -> Tensors:
             requested = config.values.get("modules_to_save")
             raise config.refusal("modules_to_save", requested, f"takes in {name}, which is no part of the head")
     saved = {name: p for name, p in backbone.network.named_parameters() if _within(name, modules)}
-    missing = sorted(name for name in backbone.fresh - saved.keys() if _within(name, backbone.head_modules))
+    missing = sorted(name for name in backbone.new_parameters - saved.keys() if _within(name, backbone.head_modules))
     if missing:
         raise UserError(
             f"neither this adapter nor the backbone's checkpoint holds {missing[0]}",
