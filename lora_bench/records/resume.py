@@ -89,6 +89,7 @@ def sweep_arguments(arguments: Arguments, folder: Path) -> Arguments:
             code=Code.NOT_RESUMABLE,
         )
     refuse_hidden(folder, sweep.overrides)
+    _refuse_removed(folder, sweep.overrides)
     recorded = type(arguments).read([])
     recorded.overrides = [*sweep.overrides, f"hydra.sweep.dir={quoted(folder)}", f"resume={quoted(folder)}"]
     recorded.multirun, recorded.config_dir = True, sweep.config_dir

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lora_bench.records.finished_record import FinishedRecord
     from lora_bench.tracking.base import Tracker
 
-_GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
+_GROUPS = ("model", "adapter", "head", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
 _KEYS = (*_GROUPS, "tasks", "seed", "resume", "dry_run")
 
 
@@ -70,7 +70,7 @@ class Experiment:
     @property
     def identity(self) -> str:
         """A text that is equal for runs that learn the same: without settings of how it is computed."""
-        learned = (self.model, self.adapter, self.data, self.optimizer, self.trainer, self.ensemble)
+        learned = (self.model, self.adapter, self.head, self.data, self.optimizer, self.trainer, self.ensemble)
         return repr((*learned, self.tasks, self.metrics, self.seed))
 
     def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
@@ -90,7 +90,7 @@ class Experiment:
             ranks = None
             if saved_ranks is not None:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
-            members.append(Member(self.adapter, self.seed, ranks, seeds, heads))
+            members.append(Member(self.adapter, self.seed, ranks, seeds, heads, self.head.pair_features))
         return members
 
     @classmethod
@@ -121,7 +121,7 @@ class Experiment:
         _check_ensemble(settings.ensemble, settings.adapter, settings.pack)
         _check_tasks(settings)
         for single in settings.by_task.values():
-            check_objective(single.trainer, single.data.text_columns, matching=single.head.pair_features is True)
+            check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
             resolve_transforms(single.data)
             choose_augmentations(single.data, single.trainer.objective)
         return settings

@@ -97,6 +97,7 @@ def _shared_settings(experiment: Experiment, source: Experiment) -> list[tuple[s
     return [
         *(_values(experiment.model, source.model, "model", name) for name in ("family", "form")),
         *(_values(experiment.adapter, source.adapter, "adapter", name) for name in ("method", *names)),
+        _values(experiment.head, source.head, "head", "pair_features"),
         _values(experiment.ensemble, source.ensemble, "ensemble", "members"),
     ]
 

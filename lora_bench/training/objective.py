@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 
 from lora_bench.errors import Code, UserError
-from lora_bench.head import pair_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,13 +48,13 @@ def make_objective(trainer: Trainer) -> Objective:
     return Objective(partial(consistency, weight=trainer.consistency_weight), orders=2)
 
 
-def check_objective(trainer: Trainer, text_columns: Sequence[str], *, matching: bool) -> None:
+def check_objective(trainer: Trainer, text_columns: Sequence[str], *, pair_features: bool) -> None:
     """Refuse settings that need pairs of texts if the data has a single text column.
 
     Args:
         trainer: the objective, and whether both orders are scored.
         text_columns: names of the text columns, one or two.
-        matching: whether the head compares the two texts.
+        pair_features: True if the head is asked to compare the two texts.
 
     Raises:
         UserError: naming the setting that needs two texts.

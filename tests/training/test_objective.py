@@ -437,11 +437,11 @@ def test_single_sentences_are_refused() -> None:
         (trainer(objective="either_order"), "trainer.objective", "either_order"),
     ):
         with refuses(Code.CONFLICT, key=key) as caught:
-            check_objective(chosen, ["sentence"], matching=False)
+            check_objective(chosen, ["sentence"], pair_features=False)
         assert caught.value.value == value
         assert "'sentence'" in str(caught.value)
-    check_objective(both(score_both_orders=True), COLUMNS, matching=False)
-    check_objective(trainer(), ["sentence"], matching=False)
+    check_objective(both(score_both_orders=True), COLUMNS, pair_features=False)
+    check_objective(trainer(), ["sentence"], pair_features=False)
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_a_member_that_breaks_leaves_the_others_to_the_bit(form: str) -> None:
     _, unbroken = train(pack(form, first, (adapter("lora"), 1), last))
     assert [outcome.status for outcome in outcomes] == ["done", "diverged", "done"]
     assert outcomes[1].steps == 4
-    assert str(outcomes[1].error) == "step 4: loss nan is not finite; the learning rate may be too high (optimizer.lr)"
+    assert "step 4: loss nan" in str(outcomes[1].error)
     for k in (0, 2):
         assert outcomes[k].steps == 12
         assert_close(ends[k], unbroken[k], atol=0)
