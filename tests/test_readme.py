@@ -141,7 +141,7 @@ def test_keys_exist(name: str) -> None:
 
 
 def options(group: str) -> set[str]:
-    return {path.stem for path in (conf_folder() / group).glob("*.yaml")}
+    return {path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")}
 
 
 @pytest.mark.parametrize(
