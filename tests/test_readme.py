@@ -1,134 +1,352 @@
-"""The README keeps its word: its commands compose, its method trains, its YAMLs work, and CI runs its test command."""
+"""The README and the documentation keep their word: commands compose, examples run, links lead somewhere."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 import lora_bench.adapters.methods
-from lora_bench.config.groups import COMMANDS, conf_folder
+from lora_bench import compare
+from lora_bench.cli import COMMANDS, conf_folder
+from lora_bench.config.groups import GROUPS
 from lora_bench.records import run_folder
 from tests.command_line import lora_bench as run
 from tests.command_line import toy_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMAND_LINES = [
-    line.partition(" #")[0].strip()
-    for language, block in BLOCKS
-    if language == "bash"
-    for part in block.splitlines()
-    for line in part.split("&&")
-    if line.strip().startswith("lora-bench")
+DOCS = ROOT / "docs"
+GENERATED = [DOCS / "configuration.md", DOCS / "errors.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+WRITTEN = [name for name in TEXTS if ROOT / name not in GENERATED]
+BLOCKS = [
+    (language, block)
+    for text in TEXTS.values()
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
+NEEDS_A_FILE = ("adapter=bias", "adapter=gated", "model=distilbert")
+"""Choices that a page adds with a Python file: its own test runs them."""
+MAX_WORDS, MAX_WORDS_OF_A_CELL, MAX_COLUMNS = 30, 15, 100
+
+
+def commands() -> Iterator[str]:
+    """Yield each `lora-bench …` line of the bash blocks once; `torchrun … -m lora_bench` counts as one."""
+    lines = [
+        re.sub(r"^torchrun .*? -m lora_bench", "lora-bench", part.partition(" #")[0].strip())
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in block.splitlines()
+        for part in line.split("&&")
+    ]
+    yield from dict.fromkeys(line for line in lines if line.startswith("lora-bench"))
+
+
+COMMAND_LINES = list(commands())
+
+
+def command_lines(*names: str) -> list[str]:
+    return [line for line in COMMAND_LINES if shlex.split(line)[1] in names]
 
 
 def named_blocks() -> dict[str, str]:
-    """Code blocks whose first line says which file they are."""
-    return {found.group(1): block for _, block in BLOCKS if (found := re.match(r"# (\S+\.(?:py|yaml))\n", block))}
+    """Return the code blocks whose first line is the name of a file, by that name."""
+    blocks: dict[str, str] = {}
+    for _, block in BLOCKS:
+        if name := re.match(r"# (\S+\.(?:py|yaml))\n", block):
+            assert blocks.setdefault(name[1], block) == block, name[1]
+    return blocks
+
+
+def write_named_blocks(prefix: str, folder: Path) -> None:
+    for name, block in named_blocks().items():
+        if name.startswith(prefix):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block, encoding="utf-8")
+
+
+# -- commands --
 
 
 def test_all_commands_are_seen() -> None:
-    assert len(COMMAND_LINES) >= 9
+    assert len(COMMAND_LINES) >= 60
     assert {shlex.split(line)[1] for line in COMMAND_LINES} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if shlex.split(line)[1] == "train"])
+@pytest.mark.parametrize("line", command_lines("train"))
 def test_train_commands_compose(line: str, in_tmp: Path) -> None:
-    if "--config-dir DIR" in line:
-        for name, block in named_blocks().items():
-            if name.startswith("DIR/"):
-                path = in_tmp / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(block, encoding="utf-8")
-    arguments = [a for a in shlex.split(line)[2:] if a != "-m" and "," not in a and "range" not in a]
+    if any(choice in line for choice in NEEDS_A_FILE):
+        return
+    write_named_blocks("DIR/", in_tmp)
+    dropped = {"-m", "--cfg", "job", "--help"}
+    arguments = [
+        argument
+        for argument in shlex.split(line)[2:]
+        if argument not in dropped and not re.search(r"^[^\[]*,|range\(", argument)
+    ]
     answer = run("train", "--cfg", "job", *arguments)
     assert answer.code == 0, answer.err
 
 
-def test_the_method_of_the_readme_trains(tmp_path: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = named_blocks()
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "methods" / "bias.py").write_text(blocks["lora_bench/adapters/methods/bias.py"], encoding="utf-8")
-    (tmp_path / "conf" / "adapter").mkdir(parents=True)
-    (tmp_path / "conf" / "adapter" / "bias.yaml").write_text(blocks["conf/adapter/bias.yaml"], encoding="utf-8")
-    places = [*lora_bench.adapters.methods.__path__, str(tmp_path / "methods")]
-    monkeypatch.setattr(lora_bench.adapters.methods, "__path__", places)
-    try:
-        arguments = toy_run("adapter=bias", "trainer.max_steps=3", "hydra.run.dir=run")
-        answer = run("train", "--config-dir", str(tmp_path / "conf"), *arguments)
-    finally:
-        sys.modules.pop("lora_bench.adapters.methods.bias", None)
+@pytest.mark.parametrize("line", command_lines("eval", "predict", "export", "prompt"))
+def test_other_commands_compose(line: str, in_tmp: Path) -> None:
+    _, command, *arguments = shlex.split(line)
+    answer = run(command, "--cfg", "job", *arguments)
     assert answer.code == 0, answer.err
-    found = run_folder.read(in_tmp / "run")
-    assert found["params"]["adapter"] == 2 * (4 * 32 + 64 + 32)  # a bias for each output of two layers' linears
-    assert set(found["targets"].values()) == {0}
 
 
-def test_the_yamls_of_the_readme_are_used(in_tmp: Path, backbone: Callable[..., Any]) -> None:
-    made = backbone("tiny_bert")
-    made.network.save_pretrained("MODEL")
-    made.tokenizer.save_pretrained("MODEL")
+@pytest.mark.parametrize("line", command_lines("compare"))
+def test_compare_commands_parse(line: str) -> None:
+    compare._parser().parse_args(shlex.split(line)[2:])
+
+
+def test_clean_commands_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BENCH_CACHE", str(in_tmp))
+    for line in command_lines("clean"):
+        assert run(*shlex.split(line)[1:]).code == 0
+
+
+def test_scripts_exist() -> None:
+    for name in WRITTEN:
+        for script in re.findall(r"(?<![\w/])((?:scripts|benchmarks|experiments)/\w+)", TEXTS[name]):
+            assert (ROOT / script).exists(), f"{name}: {script}"
+
+
+# -- keys and choices --
+
+
+def known_keys() -> set[str]:
+    """Return the keys of the configuration reference."""
+    return set(re.findall(r"^- \*\*`([\w.]+)`\*\*", TEXTS["docs/configuration.md"], re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_keys_exist(name: str) -> None:
+    known = known_keys()
+    for key in re.findall(rf"`((?:{'|'.join(GROUPS)}|llm)\.\w+)[`=]", TEXTS[name]):
+        assert key in known or key.startswith("tracking."), key
+
+
+def options(group: str) -> set[str]:
+    return {path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("group", "page"),
+    [
+        ("adapter", "README.md"),
+        ("adapter", "docs/methods.md"),
+        ("model", "docs/models.md"),
+        ("data", "docs/data.md"),
+        ("prompt", "docs/llm-baseline.md"),
+    ],
+)
+def test_every_choice_is_in_the_table_of_its_group(group: str, page: str) -> None:
+    (table,) = re.findall(rf"^\| `{group}=` \|.*\n((?:\|.*\n)+)", TEXTS[page], re.MULTILINE)
+    named = re.findall(r"`([a-z_0-9]+)`", "".join(row.split(" | ")[0] for row in table.splitlines()))
+    assert sorted(named) == sorted(options(group))
+
+
+def test_the_generated_pages_are_up_to_date() -> None:
+    result = subprocess.run([sys.executable, ROOT / "scripts" / "config_reference", "--check"], capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+
+
+# -- examples --
+
+
+@pytest.fixture
+def added_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]:
+    """Put the file and the YAML of a documented method in place; gives the arguments that find the YAML."""
+
+    def add(method: str) -> list[str]:
+        write_named_blocks(f"lora_bench/adapters/methods/{method}.py", tmp_path)
+        write_named_blocks(f"conf/adapter/{method}.yaml", tmp_path)
+        folders = [*lora_bench.adapters.methods.__path__, str(tmp_path / "lora_bench" / "adapters" / "methods")]
+        monkeypatch.setattr(lora_bench.adapters.methods, "__path__", folders)
+        return ["--config-dir", str(tmp_path / "conf"), f"adapter={method}"]
+
+    yield add
+    for method in ("bias", "gated"):
+        sys.modules.pop(f"lora_bench.adapters.methods.{method}", None)
+
+
+def test_the_documented_method_trains(in_tmp: Path, added_method: Callable[[str], list[str]]) -> None:
+    answer = run("train", *added_method("bias"), *toy_run("trainer.max_steps=3", "hydra.run.dir=run"))
+    assert answer.code == 0, answer.err
+    record = run_folder.read(in_tmp / "run")
+    assert record["params"]["adapter"] == 2 * (4 * 32 + 64 + 32)  # a bias for each output of two layers' linears
+    assert set(record["targets"].values()) == {0}
+    answer = run("export", "run=run", "format=merged", "output=merged")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        [],
+        ["adapter.magnitude=true", "adapter.init=pissa"],
+        ["adapter.allocation=sensitivity", "adapter.scaling=rank_stable"],
+    ],
+)
+def test_the_documented_variant_trains(axes: list[str], in_tmp: Path, added_method: Callable[[str], list[str]]) -> None:
+    arguments = ["trainer.max_steps=3", "hydra.run.dir=run", "adapter.rank=2", *axes]
+    answer = run("train", *added_method("gated"), *toy_run(*arguments))
+    assert answer.code == 0, answer.err
+    record = run_folder.read(in_tmp / "run")
+    linears = sum(rank > 0 for rank in record["targets"].values())
+    plain = sum(rank * (32 + 32) for name, rank in record["targets"].items() if "attention" in name)
+    wide = sum(rank * (32 + 64) for name, rank in record["targets"].items() if "attention" not in name)
+    magnitudes = 2 * (4 * 32 + 64 + 32) if "adapter.magnitude=true" in axes else 0
+    assert record["params"]["adapter"] == plain + wide + magnitudes + linears  # a gate for each linear
+    answer = run("export", "run=run", "format=merged", "output=merged")
+    assert answer.code == 0, answer.err
+    toy = ["data=toy", "data.train_rows=40", "data.validation_rows=16"]
+    answer = run("eval", "run=run", *toy, "name=again")
+    assert answer.code == 0, answer.err
+    evaluation = yaml.safe_load((in_tmp / "run/evaluations/again.json").read_text(encoding="utf-8"))
+    assert evaluation["metrics"]["validation/nll"] == pytest.approx(record["metrics"]["validation/nll"], abs=1e-6)
+
+
+def test_the_documented_model_family_equals_the_model(backbone: Callable[..., Any]) -> None:
+    import transformers
+
+    from tests.backbones.tools import enliven, random_batch, reference
+
+    names: dict[str, Any] = {}
+    exec(named_blocks()["lora_bench/backbones/distilbert.py"], names)
+    tokenizer = backbone("tiny_bert").tokenizer
+    sizes = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}
+    config = transformers.DistilBertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+    network = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    enliven(network.eval())
+    family = names["DistilBert"](network, tokenizer, set())
+    batch = dataclasses.replace(random_batch(family), token_type_ids=None)
+    for depth in range(4):
+        logits = family.suffix(family.prefix(batch, depth), batch, depth)
+        assert logits.tolist() == [pytest.approx(row, abs=1e-5) for row in reference(network, batch).tolist()]
+
+
+def test_the_documented_yamls_are_used(in_tmp: Path, backbone: Callable[..., Any]) -> None:
+    tiny = backbone("tiny_bert")
+    tiny.network.save_pretrained("MODEL")
+    tiny.tokenizer.save_pretrained("MODEL")
     Path("PAIRS").mkdir()
     rows = [f"left text {i}\tright text {i % 7}\t{i % 2}" for i in range(40)]
     for split in ("train", "validation"):
         Path(f"PAIRS/{split}.tsv").write_text("\n".join(["left\tright\tsame", *rows]) + "\n", encoding="utf-8")
-    for name, block in named_blocks().items():
-        if name.startswith("DIR/"):
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_text(block, encoding="utf-8")
-    asked = "train --config-dir DIR model=mine data=mine metric=[mine]"
-    assert f"lora-bench {asked}" in COMMAND_LINES
-    answer = run(*asked.split(), "trainer.max_steps=1", "trainer.precision=fp32", "hydra.run.dir=run")
+    write_named_blocks("DIR/", in_tmp)
+    arguments = "train --config-dir DIR model=mine data=mine metric=[mine]"
+    assert f"lora-bench {arguments}" in COMMAND_LINES
+    answer = run(
+        *arguments.split(), "adapter=mine", "trainer.max_steps=1", "trainer.precision=fp32", "hydra.run.dir=run"
+    )
     assert answer.code == 0, answer.err
-    assert "validation/jaccard" in run_folder.read(in_tmp / "run")["metrics"]
+    record = run_folder.read(in_tmp / "run")
+    assert "validation/jaccard" in record["metrics"]
+    assert set(record["targets"].values()) == {4}
 
 
-def test_keys_of_the_readme_exist() -> None:
-    known = run("train", "--cfg", "job", "model=tiny_bert", "data=pairs", "data.path=x").out
-    settings = README.replace(methods_table(), "")
-    for results in ("| figure | is |", "| column | is |"):  # what comes out is no key
-        for start in re.findall(rf"^{re.escape(results)}.*?(?=\n\n)", README, re.MULTILINE | re.DOTALL):
-            settings = settings.replace(start, "")
-    for key in re.findall(r"^\| (`.+?) \|", settings, re.MULTILINE):
-        for name in re.findall(r"`([A-Za-z_.]+)=?\S*?`", key):
-            assert f"{name.rsplit('.', 1)[-1]}:" in known, name
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_are_valid(block: str) -> None:
+    compile(block, "documentation", "exec")
 
 
-def options(group: str) -> set[str]:
-    return {path.stem for path in (conf_folder() / group).glob("*.yaml") if path.stem[0] != "_"}
+# -- language and links --
 
 
-def test_choices_of_the_readme_exist() -> None:
-    for group, row in re.findall(r"^\| `(model|data)=` \| (.+?) \|$", README, re.MULTILINE):
-        named = set(re.findall(r"`([a-z_]+)`", row))
-        assert named
-        assert named <= options(group)
+def prose(text: str) -> str:
+    """Return a page without code blocks, comments, tables and headings."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^(\||#|<!--).*\n", "\n", text, flags=re.MULTILINE)
 
 
-def methods_table() -> str:
-    (table,) = re.findall(r"^\| `adapter=` \| what it is \|\n(?:\|.*\n)+", README, re.MULTILINE)
-    return str(table)
+def words(text: str) -> list[str]:
+    """Return the words of a text: a code span, a link's text and a number count as they are read."""
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`]*`", "code", text)
+    return [word for word in text.split() if re.search(r"\w", word)]
 
 
-def test_every_method_is_in_the_readme() -> None:
-    named = re.findall(r"`([a-z_]+)`", "".join(row.split(" | ")[0] for row in methods_table().splitlines()[2:]))
-    assert sorted(named) == sorted(options("adapter"))
+def sentences(text: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\s*\n|^\s*(?:[-*]|\d+\.) ", prose(text), flags=re.MULTILINE):
+        protected = re.sub(r"`[^`]*`|\([^)]*\)", lambda span: span[0].replace(". ", "·").replace(": ", "·"), paragraph)
+        yield from re.split(r"(?<=[.!?])\s+", " ".join(protected.split()))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_sentences_and_cells_are_short(name: str) -> None:
+    long = [sentence for sentence in sentences(TEXTS[name]) if len(words(sentence)) > MAX_WORDS]
+    assert not long
+    text = re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
+    cells = [cell for row in rows for cell in row.split(" | ") if len(words(cell)) > MAX_WORDS_OF_A_CELL]
+    assert not cells
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_prose_is_wrapped(name: str) -> None:
+    wide = [line for line in prose(TEXTS[name]).splitlines() if len(line) > MAX_COLUMNS and "](" not in line]
+    assert not wide
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_to_files(name: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", TEXTS[name]):
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def pages(entries: list[Any]) -> Iterator[str]:
+        for entry in entries:
+            (value,) = entry.values()
+            yield from pages(value) if isinstance(value, list) else [value]
+
+    settings = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    assert sorted(pages(settings["project"]["nav"])) == sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md"))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 180
+
+
+# -- scripts and continuous integration --
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = 'pip install -e ".[dev]" && pytest -n logical'
-    assert f"```bash\n{command}\n```" in README
+    assert f"```bash\n{command}\n```" in TEXTS["README.md"]
     assert f"{command} " in (ROOT / "scripts" / "test").read_text(encoding="utf-8")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert ci[-2:] == ["scripts/lint", "scripts/test"]
+    assert ci[-4:] == ["scripts/install", "scripts/lint", "scripts/docs", "scripts/test"]
+
+
+def test_the_public_workflow_runs_the_same_scripts() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["tests"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [
+        "scripts/install",
+        "scripts/lint",
+        "scripts/test",
+    ]
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+def test_citation_and_hooks_are_valid_yaml() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert {"ruff-check", "ruff-format"} <= {hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]}
