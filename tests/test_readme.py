@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import lora_bench.adapters.methods
+import lora_bench.backbones.families
 from lora_bench import compare
 from lora_bench.cli import COMMANDS, conf_folder
 from lora_bench.config.groups import GROUPS
@@ -207,13 +208,14 @@ def test_the_documented_variant_trains(axes: list[str], in_tmp: Path, added_meth
     answer = run("train", *added_method("gated"), *toy_run(*arguments))
     assert answer.code == 0, answer.err
     record = run_folder.read(in_tmp / "run")
-    linears = sum(rank > 0 for rank in record["targets"].values())
+    gates = sum(record["targets"].values())
     plain = sum(rank * (32 + 32) for name, rank in record["targets"].items() if "attention" in name)
     wide = sum(rank * (32 + 64) for name, rank in record["targets"].items() if "attention" not in name)
     magnitudes = 2 * (4 * 32 + 64 + 32) if "adapter.magnitude=true" in axes else 0
-    assert record["params"]["adapter"] == plain + wide + magnitudes + linears  # a gate for each linear
-    answer = run("export", "run=run", "format=merged", "output=merged")
-    assert answer.code == 0, answer.err
+    assert record["params"]["adapter"] == plain + wide + magnitudes + gates  # a gate for each rank
+    for format_ in ("merged", "peft"):
+        answer = run("export", "run=run", f"format={format_}", f"output={format_}")
+        assert answer.code == 0, answer.err
     toy = ["data=toy", "data.train_rows=40", "data.validation_rows=16"]
     answer = run("eval", "run=run", *toy, "name=again")
     assert answer.code == 0, answer.err
@@ -221,23 +223,38 @@ def test_the_documented_variant_trains(axes: list[str], in_tmp: Path, added_meth
     assert evaluation["metrics"]["validation/nll"] == pytest.approx(record["metrics"]["validation/nll"], abs=1e-6)
 
 
-def test_the_documented_model_family_equals_the_model(backbone: Callable[..., Any]) -> None:
+def test_the_documented_model_family_equals_the_model(
+    in_tmp: Path, backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers
 
     from tests.backbones.tools import enliven, random_batch, reference
 
-    names: dict[str, Any] = {}
-    exec(named_blocks()["lora_bench/backbones/distilbert.py"], names)
     tokenizer = backbone("tiny_bert").tokenizer
     sizes = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}
     config = transformers.DistilBertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
     network = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    enliven(network.eval())
-    family = names["DistilBert"](network, tokenizer, set())
-    batch = dataclasses.replace(random_batch(family), token_type_ids=None)
-    for depth in range(4):
-        logits = family.suffix(family.prefix(batch, depth), batch, depth)
-        assert logits.tolist() == [pytest.approx(row, abs=1e-5) for row in reference(network, batch).tolist()]
+    enliven(network.eval()).save_pretrained("MODEL")
+    tokenizer.save_pretrained("MODEL")
+    write_named_blocks("lora_bench/backbones/families/distilbert.py", in_tmp)
+    write_named_blocks("conf/model/distilbert.yaml", in_tmp)
+    families = lora_bench.backbones.families
+    folders = [*families.__path__, str(in_tmp / "lora_bench" / "backbones" / "families")]
+    monkeypatch.setattr(families, "__path__", folders)
+    try:
+        family = families.family_class("distilbert")
+        assert families.family_of_type("distilbert") == "distilbert"
+        attached = family.make_backbone(None, network, tokenizer, set(), "qqp")
+        batch = dataclasses.replace(random_batch(attached), token_type_ids=None)
+        for depth in range(4):
+            logits = attached.suffix(attached.prefix(batch, depth), batch, depth)
+            assert logits.tolist() == [pytest.approx(row, abs=1e-5) for row in reference(network, batch).tolist()]
+        overrides = ["model=distilbert", "model.path=MODEL", "adapter.target_modules=qv", "hydra.run.dir=run"]
+        answer = run("train", "--config-dir", "conf", *toy_run(*overrides))
+        assert answer.code == 0, answer.err
+        assert len(run_folder.read(in_tmp / "run")["targets"]) == 2 * 3
+    finally:
+        sys.modules.pop("lora_bench.backbones.families.distilbert", None)
 
 
 def test_the_documented_yamls_are_used(in_tmp: Path, backbone: Callable[..., Any]) -> None:
