@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from lora_bench.console.format import human
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.files.cache import SUFFIXES, CacheFiles, cache_folder, remove
 
@@ -64,7 +64,7 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
         table.add_row(kind, str(len(entries)), human(sum(entry.size_bytes for entry in entries), "B"), outcome)
     count, size_bytes = _answers()
     table.add_row(ANSWERS, str(count), human(size_bytes, "B"), "kept: answers cost money")
-    console.print(shown(folder))
+    console.print(sanitise(folder))
     console.print(table)
     if stuck:
         raise RunFailedError(

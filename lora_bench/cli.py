@@ -22,7 +22,7 @@ from lora_bench.console import streams
 from lora_bench.console.help import help_of, overview
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
-from lora_bench.console.text import note, shown
+from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _train(cfg: DictConfig) -> None:
     if cfg.resume:
         discard(folder)
     if is_done(cfg):
-        console.print(shown(f"{cfg.resume} is done: nothing to go on with"))
+        console.print(sanitise(f"{cfg.resume} is done: nothing to go on with"))
         return
     job = None
     beside = Launch.read().rank > 0  # torchrun: the leading process alone writes and prints
@@ -308,4 +308,4 @@ def _where(error: Exception) -> str:
 
 
 def _tell(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(shown(text))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(sanitise(text))

@@ -22,7 +22,7 @@ from lora_bench.backbones.bert import MODEL_TYPES
 from lora_bench.backbones.load import load, load_tokenizer, locate
 from lora_bench.config import build, schema
 from lora_bench.console.progress import print_metrics
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.data import sources
 from lora_bench.data.tokenization import tokenize
 from lora_bench.errors import Code, UserError, require, require_one_of
@@ -116,7 +116,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             lambda examples: subject.scored(examples, False).mean(axis=0),
             seen=subject.seen,
             metrics=metrics,
-            tell=lambda line: console.print(shown(line)),
+            tell=lambda line: console.print(sanitise(line)),
         )
         found |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
@@ -129,7 +129,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     content = {**subject.described, "data": described, "metrics": found}
     path = _write(subject.place, title, content, predictions)
     print_metrics(console, found)
-    console.print(shown(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
+    console.print(sanitise(f"written: {path}"), soft_wrap=True)  # a path is one word, however long
 
 
 def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
@@ -150,7 +150,7 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
 def _finished(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
     run = FinishedRun.load(finished, device=str(cfg.device), **model_places(cfg.model))
     for note in run.notes:
-        console.print(shown(f"note: {note}"))
+        console.print(sanitise(f"note: {note}"))
     return _Subject(
         lambda examples, cached: run.member_scores(examples, cached=cached),
         Run(run.folder, run.record),

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.load import public_place
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
 from lora_bench.records.backfill import model_places
@@ -46,7 +46,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     places = model_places(cfg.model)
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **places)
     for note in run.notes:
-        console.print(shown(f"note: {note}"))
+        console.print(sanitise(f"note: {note}"))
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
     if run.pack.matchings:
@@ -78,9 +78,9 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             _write_readme(folder, cfg.format, [*differences, *reading])
         load = f'{auto_class}.from_pretrained("{one}")'
     for line in (f"written: {output}", f"load it: {load}"):
-        console.print(shown(line), soft_wrap=True)
+        console.print(sanitise(line), soft_wrap=True)
     for difference in differences:
-        console.print(shown(f"note: {difference}"), soft_wrap=True)
+        console.print(sanitise(f"note: {difference}"), soft_wrap=True)
 
 
 def _differences(run: FinishedRun) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.console.progress import Display, announce
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
@@ -129,7 +129,7 @@ def _fit(recorder: Recorder, display: Shows, interruption: Interruption) -> None
             if member.is_running:
                 restore(member, checkpoint)
     if started.resumed_from:
-        console.print(shown(f"going on from step {started.resumed_from[0].step}"))
+        console.print(sanitise(f"going on from step {started.resumed_from[0].step}"))
     training = PackTraining(
         pack,
         members,

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_bench.console.format import human
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -37,8 +37,8 @@ class Live:
     def __init__(self, console: Console, total: int, *columns: ProgressColumn, **fields: Any) -> None:
         self.console = console
         self.total = total
-        shown = [BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)]
-        self.progress = Progress(*shown, console=console, expand=True, transient=True)
+        bar = [BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)]
+        self.progress = Progress(*bar, console=console, expand=True, transient=True)
         self.task = self.progress.add_task("", total=total, **fields)
 
     def __enter__(self) -> Self:
@@ -126,7 +126,7 @@ class Display(Live):
             numbers = (_number(found.get(member), 3) for found in (self.losses, self.looks))
             style = "" if member in self.live else "dim"
             table.add_row(
-                shown(name.removeprefix("job ")), *numbers, "" if member in self.live else "ended", style=style
+                sanitise(name.removeprefix("job ")), *numbers, "" if member in self.live else "ended", style=style
             )
         return table
 
@@ -190,14 +190,14 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
         f"{data}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
     ]
     for line in [*lines, *(f"note: {note}" for note in notes)]:
-        console.print(shown(line))
+        console.print(sanitise(line))
 
 
 def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, title: str = "", brief: bool) -> None:
     """How a run ended: its metrics, or one line of them with `brief`, what it cost, and where its record is."""
     cost, metrics = record["cost"], record["metrics"]
     if title:
-        console.print(shown(title, style="bold"))
+        console.print(sanitise(title, style="bold"))
     tasks = record["config"].get("tasks", {})
     if brief or tasks:
         for place in _places(metrics):
@@ -213,7 +213,7 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, ti
     spent += [human(cost["train_flops"], "FLOP")]
     spent += [human(cost["peak_memory_bytes"], "B") + " peak"] if cost["peak_memory_bytes"] else []
     console.print(Text(" · ".join(spent)))
-    console.print(shown(f"record: {folder}"), soft_wrap=True)
+    console.print(sanitise(f"record: {folder}"), soft_wrap=True)
 
 
 def _smooth(old: float | None, new: float) -> float:
@@ -235,9 +235,9 @@ def metric_table(metrics: Mapping[str, float | None]) -> Table:
     names = dict.fromkeys(key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] in places)
     table = Table("metric", box=box.SIMPLE_HEAD, pad_edge=False)
     for place in places:
-        table.add_column(shown(place), justify="right")
+        table.add_column(sanitise(place), justify="right")
     for name in names:
-        table.add_row(shown(name), *(_number(metrics.get(f"{place}/{name}")) for place in places))
+        table.add_row(sanitise(name), *(_number(metrics.get(f"{place}/{name}")) for place in places))
     return table
 
 
@@ -253,7 +253,7 @@ def robustness_table(metrics: Mapping[str, float | None]) -> Table | None:
         table.add_column(header, justify="right")
     for place in places:
         name = place if len(splits) > 1 else place.partition("/")[2]
-        table.add_row(shown(name), *(_number(metrics.get(f"{place}/{key}"), 3) for key in _ROBUST))
+        table.add_row(sanitise(name), *(_number(metrics.get(f"{place}/{key}"), 3) for key in _ROBUST))
     return table
 
 

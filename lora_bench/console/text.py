@@ -9,11 +9,11 @@ from lora_bench.console.format import clean
 from lora_bench.console.redaction import redact
 
 
-def shown(text: object, style: str = "") -> Text:
+def sanitise(text: object, style: str = "") -> Text:
     """One line as it may be shown; what a terminal would act upon is spelt out."""
     return Text(redact(clean(str(text))), style=style)
 
 
 def note(text: str) -> None:
     """Print a line about what the user should know to the standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(shown(f"note: {text}"))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(sanitise(f"note: {text}"))

@@ -8,7 +8,7 @@ from rich.progress import MofNCompleteColumn
 
 from lora_bench.console.format import human
 from lora_bench.console.progress import Live
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +31,7 @@ class Display(Live):
         """So many questions have their answers now."""
         self.progress.update(self.task, completed=answers)
         if self.due(answers):
-            self.console.print(shown(f"answers {answers:,}/{self.total:,}"))
+            self.console.print(sanitise(f"answers {answers:,}/{self.total:,}"))
 
 
 def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int) -> None:
@@ -45,7 +45,7 @@ def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int)
         *(f"note: {note}" for note in record["data"]["warnings"]),
     ]
     for line in lines:
-        console.print(shown(line), soft_wrap=True)
+        console.print(sanitise(line), soft_wrap=True)
 
 
 def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
             parts.append(f"money {cost['money']:.4g}")
         if cost["money_spent"] is not None:
             parts.append(f"{cost['money_spent']:.4g} of it now" if cost["money"] else f"now {cost['money_spent']:.4g}")
-        console.print(shown(" · ".join([*parts, f"{cost['seconds']:.0f} s"])))
+        console.print(sanitise(" · ".join([*parts, f"{cost['seconds']:.0f} s"])))
 
 
 def show_request(
@@ -66,13 +66,13 @@ def show_request(
 ) -> None:
     """The first prompt as it would be sent, how many requests there would be, and the most that they could cost."""
     for message in next(iter(questions.values())):
-        console.print(shown(f"[{message['role']}]", style="bold"))
+        console.print(sanitise(f"[{message['role']}]", style="bold"))
         for line in message["content"].split("\n"):
-            console.print(shown(line), soft_wrap=True)
+            console.print(sanitise(line), soft_wrap=True)
     missing = [messages for key, messages in questions.items() if key not in known]
     line = f"{len(missing):,} requests to {client.llm.base_url}; {len(known):,} answers are in the cache"
     console.print()
-    console.print(shown(line), soft_wrap=True)
+    console.print(sanitise(line), soft_wrap=True)
     if client.llm.money(0, 0) is not None and client.llm.longest_answer is not None:
         most = sum(client.budget.most(messages) for messages in missing)
-        console.print(shown(f"at most {most:.4g} in money, a byte counted as a token: expect a quarter"))
+        console.print(sanitise(f"at most {most:.4g} in money, a byte counted as a token: expect a quarter"))

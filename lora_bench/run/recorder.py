@@ -12,7 +12,7 @@ import torch
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_another
 from lora_bench.console.progress import show_result
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
@@ -214,7 +214,7 @@ class Recorder:
         record.update(selection={"stopped_at_step": steps})
         record.finish("interrupted", reason)
         name, command = run.job.title.partition(":")[0], f"lora-bench train {argument('resume', record.folder)}"
-        self.console.print(shown(f"{name}: {reason}; go on with it: {command}"))
+        self.console.print(sanitise(f"{name}: {reason}; go on with it: {command}"))
 
     def _fail(self, error: Exception) -> None:
         """Close the runs that have not ended: what they share has failed."""
@@ -229,11 +229,11 @@ class Recorder:
             try:
                 run.record.finish("interrupted", "stopped from outside")
             except RunFailedError as error:
-                self.console.print(shown(error))
+                self.console.print(sanitise(error))
                 continue
             if not self.brief:
                 command = f"lora-bench train {argument('resume', run.record.folder)}"
-                self.console.print(shown(f"go on with: {command}"), soft_wrap=True)
+                self.console.print(sanitise(f"go on with: {command}"), soft_wrap=True)
 
     def _run_of(self, member: int) -> PackedRun:
         return next(run for run in self.runs if member in run.numbers)
@@ -321,11 +321,11 @@ class Recorder:
         run.record.update(cost=sizes)
         for key, pairs in sizes.items():
             if pairs != getattr(trainer, key):
-                self.console.print(shown(f"note: memory was short, so the run went on with trainer.{key}={pairs}."))
+                self.console.print(sanitise(f"note: memory was short, so the run went on with trainer.{key}={pairs}."))
 
     def _print(self, line: str) -> None:
         if not self.brief:
-            self.console.print(shown(line))
+            self.console.print(sanitise(line))
 
 
 def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> list[str]:

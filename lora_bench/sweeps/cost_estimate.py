@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack.pack import Member, Pack
 from lora_bench.console.format import duration, human
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
@@ -182,7 +182,7 @@ def _together(
     for job, experiment in zip(jobs, experiments, strict=True):
         kind = _kind(experiment)
         if kind not in kinds:
-            console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
+            console.print(sanitise(f"rehearsing {job.title.partition(':')[0]}"))
             kinds[kind] = expect(experiment, common)
     each = [kinds[_kind(experiment)] for experiment in experiments]
     members = [
@@ -242,8 +242,8 @@ def _table(packs: Sequence[Expected], devices: int) -> Table:
         numbers = [job.title.removeprefix("job ").partition(":")[0] for job in pack.jobs]
         asked = [" ".join(text for text in job.overrides if text not in everywhere) for job in pack.jobs]
         table.add_row(
-            shown(f"{numbers[0]} to {numbers[-1]}" if _in_a_row(numbers) else ", ".join(numbers)),
-            shown(asked[0] + (f" … {asked[-1]}" if len(asked) > 1 else "")),
+            sanitise(f"{numbers[0]} to {numbers[-1]}" if _in_a_row(numbers) else ", ".join(numbers)),
+            sanitise(asked[0] + (f" … {asked[-1]}" if len(asked) > 1 else "")),
             *_cells([pack]),
         )
     jobs = sum(len(pack.jobs) for pack in packs)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.console.format import human
 from lora_bench.console.progress import Display
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import Run
 from lora_bench.run.inputs import SharedInputs
@@ -68,7 +68,7 @@ def run(
         halving = group.experiments[0].pack.halving
         if group.alone:
             so = ", so pack.halving does not stop it" if halving else ""
-            console.print(shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
+            console.print(sanitise(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.alone}{so}"))
         try:
             common = SharedInputs.load(group.experiments[0])
             packs = sized(group, common, ended, sharing)
@@ -244,14 +244,14 @@ def _train(
     """One pack; where what its members share fails, its two halves, so that one job's fault is not another's."""
     if len(jobs) == 1 and jobs[0].title:
         console.print()
-        console.print(shown(jobs[0].title, style="bold"))
+        console.print(sanitise(jobs[0].title, style="bold"))
     try:
         errors = train_pack(jobs, console=console, inputs=common, brief=True, display=display, sharing=sharing)
     except Exception as error:
         if len(jobs) == 1:
             ended(jobs[0], error)
             return
-        console.print(shown(f"{len(jobs)} jobs together failed ({error}); they run in two packs", style="red"))
+        console.print(sanitise(f"{len(jobs)} jobs together failed ({error}); they run in two packs", style="red"))
         again = [_reopened(job) for job in jobs]
         middle = len(again) // 2
         for half in (again[:middle], again[middle:]):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, RunFailedError, UserError, require, require_number, require_one_of
 from lora_bench.records.run_folder import read
 
@@ -189,7 +189,7 @@ class _Submitted:
         self._say(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}")
 
     def _say(self, text: str) -> None:
-        self.console.print(shown(f"slurm {self.given.job_id}: {text}"))
+        self.console.print(sanitise(f"slurm {self.given.job_id}: {text}"))
 
     def follow(self) -> None:
         """Print what it has told since."""

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_bench.config.keys import flat
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import Run
 
@@ -119,7 +119,7 @@ def note_failure(console: Console | None, name: str, error: Exception) -> None:
     """One line on the screen: the run goes on without this tracker."""
     if console is not None:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
-        console.print(shown(f"note: tracking={name} has stopped: {reason}. The run goes on; its record is whole."))
+        console.print(sanitise(f"note: tracking={name} has stopped: {reason}. The run goes on; its record is whole."))
 
 
 def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
