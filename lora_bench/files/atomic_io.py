@@ -63,7 +63,7 @@ def why(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def plain(value: Any, name: str = "") -> Any:
+def to_json(value: Any, name: str = "") -> Any:
     """`value` in the types that JSON has; a number that is not finite becomes None, and secrets are hidden.
 
     Args:
@@ -71,19 +71,19 @@ def plain(value: Any, name: str = "") -> Any:
         name: the key that holds it.
     """
     if isinstance(value, Enum):
-        return plain(value.value, name)
+        return to_json(value.value, name)
     if value is None or isinstance(value, (bool, int, str)):
         return redacted(value, name)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {redact(str(key)): plain(item, name_below(name, str(key))) for key, item in value.items()}
+        return {redact(str(key)): to_json(item, name_below(name, str(key))) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+        return [to_json(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, Path):
         return redacted(str(value), name)
     if hasattr(value, "item"):  # a number of numpy's or torch's
-        return plain(value.item(), name)
+        return to_json(value.item(), name)
     raise TypeError(f"{type(value).__name__} has no place in a run's record")
 
 

@@ -19,7 +19,7 @@ from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flat, key_of
 from lora_bench.config.multitask import compose_tasks
 from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, argument, quoted
-from lora_bench.files.atomic_io import plain
+from lora_bench.files.atomic_io import to_json
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.preflight import check_settings
 
@@ -87,7 +87,7 @@ class GridSweeper(BasicSweeper):
         if self.config.resume:
             begun = sweep_folder.read(folder).jobs
             further = list(islice(begun.values(), len(jobs), None))  # added later, as those before ended
-            expected = plain(jobs | self._checked(further, len(jobs)))
+            expected = to_json(jobs | self._checked(further, len(jobs)))
             if list(begun.items()) != list(expected.items()):
                 remedy = "Its presets have changed since: begin a new sweep."
                 raise UserError(

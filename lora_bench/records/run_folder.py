@@ -29,7 +29,7 @@ from xxhash import xxh3_128_hexdigest
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import dump, plain, why, write, writing
+from lora_bench.files.atomic_io import dump, to_json, why, write, writing
 from lora_bench.records import folder_lock
 from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.records.record_types import with_types
@@ -86,7 +86,7 @@ class Run:
         """Take `folder` for a new run, or refuse and leave it as it was if it holds a run already."""
         refuse_secret(folder)
         asked = {"choices": choices, "config": config, "overrides": overrides}
-        record = _sealed(plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked))
+        record = _sealed(to_json(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | asked))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_taken(folder)
@@ -138,7 +138,7 @@ class Run:
                 for line in untrusted.read_json_lines(path):
                     split, at = str(line.get("split")), untrusted.as_number(line.get("step"))
                     if split.partition("/")[0] == "selection" and at is not None and at <= step:
-                        kept.append(json.dumps(plain(line)) + "\n")
+                        kept.append(json.dumps(to_json(line)) + "\n")
             except OSError as error:
                 raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
             self._write("metrics.jsonl", "".join(kept).encode())
@@ -174,7 +174,7 @@ class Run:
         for name, new in sections.items():
             if name not in LAYOUT:
                 raise TypeError(f"run.json has no key {name!r}")
-            old, new = record.get(name), plain(new)
+            old, new = record.get(name), to_json(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
         record = _sealed(record)
         self._write("run.json", dump(record).encode())
@@ -185,7 +185,7 @@ class Run:
         self.check()
         path = self.folder / "metrics.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+            file.write(json.dumps(to_json(line), allow_nan=False) + "\n")
 
     def note_files(self, paths: Iterable[Path]) -> None:
         """Record the SHA-256 of files in the run's folder, by their names below it."""
@@ -210,7 +210,7 @@ class Run:
         for old in (self.folder / place).glob("*.parquet"):
             if old.name not in written:
                 old.unlink()
-        return self._write(f"{place}.json", dump(plain(content)).encode())
+        return self._write(f"{place}.json", dump(to_json(content)).encode())
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Say how the run ended (`done`, `failed`, `diverged` or `interrupted`) and why, and give up the claim."""
@@ -282,7 +282,7 @@ def read(folder: Path) -> dict[str, Any]:
         content["checksum"] = ALTERED
     try:
         # What is not finite (1e999, or a NaN of someone else's writing) is absent.
-        return with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
+        return with_types(to_json(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
 
@@ -323,7 +323,7 @@ def last_logged(folder: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         with suppress(ValueError):
-            found = plain(untrusted.parse_json(line.decode()))
+            found = to_json(untrusted.parse_json(line.decode()))
             if isinstance(found, dict):
                 return found
     return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.errors import Code, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import dump, plain, why, write
+from lora_bench.files.atomic_io import dump, to_json, why, write
 from lora_bench.records import folder_lock, run_folder
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
                 "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS
             )
         lock = _take(folder)
-        write(folder, FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(made)})).encode())
+        write(folder, FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(made)})).encode())
     except (OSError, RunFailedError) as error:
         reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
         remedy = "Give a folder where you may write."
@@ -85,7 +85,7 @@ def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
     """Add jobs that follow from how those before ended; whoever calls has the sweep's claim."""
     begun = read(folder)
     found = replace(begun, jobs=begun.jobs | jobs)
-    write(folder, FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(found)})).encode())
+    write(folder, FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(found)})).encode())
 
 
 def reopen(folder: Path) -> folder_lock.Claim:

@@ -180,7 +180,7 @@ ANY_TEXT = st.text(st.characters(categories=None))  # lone surrogates too: a com
 def test_whatever_the_config_it_reads_back(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], override: str, status: str
 ) -> None:
-    assume((atomic_io.plain(config), redact(override)) == (config, override))  # no secret, such as {"password": 0}
+    assume((atomic_io.to_json(config), redact(override)) == (config, override))  # no secret, such as {"password": 0}
     run = Run.claim(tmp_path_factory.mktemp("x"), choices={}, config=config, overrides=[override])
     run.finish(status, error=override)
     found = read(run.folder)
