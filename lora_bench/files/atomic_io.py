@@ -55,11 +55,11 @@ def writing(path: Path) -> Iterator[None]:
                 "is gone: it was deleted or moved while it was in use", file=path.parent, code=Code.LOST
             ) from None
         raise RunFailedError(
-            f"cannot be written: {why(error)}", file=path, remedy=MAKE_ROOM, code=Code.UNWRITABLE
+            f"cannot be written: {describe_error(error)}", file=path, remedy=MAKE_ROOM, code=Code.UNWRITABLE
         ) from None
 
 
-def why(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import to_json, why
+from lora_bench.files.atomic_io import to_json
 from lora_bench.files.untrusted import as_number
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
             if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
                 raise ValueError("it holds no metrics")
         except (OSError, ValueError) as error:
-            left_out.append(f"{path}: {why(error)}")
+            left_out.append(f"{path}: {describe_error(error)}")
             continue
         metrics = {key: number for key, value in content["metrics"].items() if (number := as_number(value)) is not None}
         found[path.stem] = Evaluation(metrics, _fingerprints(content))

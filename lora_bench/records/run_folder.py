@@ -29,7 +29,7 @@ from xxhash import xxh3_128_hexdigest
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import dump, to_json, why, write, writing
+from lora_bench.files.atomic_io import describe_error, dump, to_json, write, writing
 from lora_bench.records import folder_lock
 from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.records.record_types import with_types
@@ -92,7 +92,7 @@ class Run:
             refuse_taken(folder)
             lock = folder_lock.take(folder)
         except (OSError, ValueError) as error:
-            raise _unwritable(folder, why(error)) from None
+            raise _unwritable(folder, describe_error(error)) from None
         if lock is None:
             raise UserError(
                 "another process is writing it", key="hydra.run.dir", value=folder, remedy=_ANOTHER, code=Code.IN_USE
@@ -123,7 +123,7 @@ class Run:
         try:
             lock = folder_lock.take(folder)
         except OSError as error:
-            raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
+            raise UserError(f"cannot be written: {describe_error(error)}", file=folder, code=Code.UNWRITABLE) from None
         if lock is None:
             remedy = "Wait until it ends, or stop it."
             raise UserError("another process is training this run", file=folder, remedy=remedy, code=Code.IN_USE)
@@ -140,7 +140,7 @@ class Run:
                     if split.partition("/")[0] == "selection" and at is not None and at <= step:
                         kept.append(json.dumps(to_json(line)) + "\n")
             except OSError as error:
-                raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
+                raise UserError(f"cannot be read: {describe_error(error)}", file=path, code=Code.UNREADABLE) from None
             self._write("metrics.jsonl", "".join(kept).encode())
         self.update(status="running", finished=None, error=None, selection=None)
 
@@ -269,7 +269,7 @@ def read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("is missing, so this is not a run's folder", file=path, code=Code.NOT_FOUND) from None
     except OSError as error:
-        raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
+        raise UserError(f"cannot be read: {describe_error(error)}", file=path, code=Code.UNREADABLE) from None
     except ValueError as error:
         raise UserError(f"is damaged: {error}", file=path, code=Code.DAMAGED) from None
     if not text.strip():
@@ -362,7 +362,7 @@ def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
             with os.scandir(folder) as entries:
                 below = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         except OSError as error:
-            yield folder, f"cannot be read: {why(error)}"
+            yield folder, f"cannot be read: {describe_error(error)}"
             continue
         if "run.json" in below:
             yield folder, None

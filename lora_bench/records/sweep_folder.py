@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.errors import Code, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import dump, to_json, why, write
+from lora_bench.files.atomic_io import dump, to_json, write
 from lora_bench.records import folder_lock, run_folder
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
         lock = _take(folder)
         write(folder, FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(made)})).encode())
     except (OSError, RunFailedError) as error:
-        reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
+        reason = f"cannot be written: {describe_error(error)}" if isinstance(error, OSError) else error.reason
         remedy = "Give a folder where you may write."
         raise UserError(reason, key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.UNWRITABLE) from None
     return lock
@@ -105,7 +105,7 @@ def reopen(folder: Path) -> folder_lock.Claim:
     try:
         return _take(folder)
     except OSError as error:
-        raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
+        raise UserError(f"cannot be written: {describe_error(error)}", file=folder, code=Code.UNWRITABLE) from None
 
 
 def _take(folder: Path) -> folder_lock.Claim:
@@ -152,7 +152,7 @@ def read(folder: Path) -> Sweep:
                     f"the folder of job {name!r} is a link that leads elsewhere", file=path, code=Code.NOT_A_FILE
                 )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"is damaged: {why(error)}", file=path, code=Code.DAMAGED) from None
+        raise UserError(f"is damaged: {describe_error(error)}", file=path, code=Code.DAMAGED) from None
     return sweep
 
 
