@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from lora_bench.console.format import human
+from lora_bench.console.format import format_number
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.files.cache import SUFFIXES, CacheFiles, cache_folder, remove
@@ -61,9 +61,9 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
             stuck += remaining
             outcome = f"{remaining} cannot be removed" if remaining else outcome
         outcome = outcome if entries or is_link else "empty"
-        table.add_row(kind, str(len(entries)), human(sum(entry.size_bytes for entry in entries), "B"), outcome)
+        table.add_row(kind, str(len(entries)), format_number(sum(entry.size_bytes for entry in entries), "B"), outcome)
     count, size_bytes = _answers()
-    table.add_row(ANSWERS, str(count), human(size_bytes, "B"), "kept: answers cost money")
+    table.add_row(ANSWERS, str(count), format_number(size_bytes, "B"), "kept: answers cost money")
     console.print(sanitise(folder))
     console.print(table)
     if stuck:

@@ -18,7 +18,7 @@ from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.summary import MAIN_METRICS, summarise
 from lora_bench.analysis.terminal import render
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, write_output
 
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     print(FORMATS[options.format](table), end="")
     if options.format in ("csv", "json"):
         for line in table.below:
-            print(clean(line), file=sys.stderr)
+            print(to_single_line(line), file=sys.stderr)
     return 0
 
 
@@ -70,7 +70,7 @@ def _write_page(table: Table, file: Path, margin: float) -> int:
     from lora_bench.report import page  # late: numpy
 
     write_output(file, page(table, margin).encode(), "--html", make_folders=True)
-    print(f"written: {clean(str(file))}", file=sys.stderr)
+    print(f"written: {to_single_line(str(file))}", file=sys.stderr)
     return 0
 
 

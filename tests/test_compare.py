@@ -24,7 +24,7 @@ from lora_bench.analysis.summary import summarise, write_tables
 from lora_bench.analysis.table import Column, Row, Stat, Table, value_text
 from lora_bench.analysis.terminal import render
 from lora_bench.compare import main
-from lora_bench.console.format import clean, human
+from lora_bench.console.format import format_number, to_single_line
 from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
 from tests.command_line import refuses
@@ -298,7 +298,7 @@ def test_costs_have_units_for_people_and_are_raw_for_programs(tmp_path: Path) ->
     ],
 )
 def test_human(value: float, text: str) -> None:
-    assert human(value, "B") == text
+    assert format_number(value, "B") == text
 
 
 def test_absurd_numbers_and_wrong_types_are_absent(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
     assert table.rows == []
     failed, *rest, skipped = table.below[1:]
     assert table.below[0] == "no finished run yet"
-    assert clean(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
+    assert to_single_line(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
     assert failed.endswith("x…")
     expected = [
         (f"diverged: {tmp_path}/2: ",),
@@ -473,7 +473,7 @@ NUMBER = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
-    names = draw(st.lists(CELL, min_size=1, max_size=3, unique_by=clean))
+    names = draw(st.lists(CELL, min_size=1, max_size=3, unique_by=to_single_line))
     names = [f"key.{name}" for name in names]
     columns = [*(Column(name, "key") for name in names), Column("mcc", "metric", "↑", 9), Column("cost.x", "bytes")]
     rows = []
@@ -499,7 +499,7 @@ def test_csv_and_json_read_back(table: Table) -> None:
         for column in table.keys:
             assert found[column.name] == row.keys.get(column.name)
             cell = value_text(row.keys[column.name]) if column.name in row.keys else ""
-            assert line[clean(column.name)].removeprefix("'") == cell.removeprefix("'")
+            assert line[to_single_line(column.name)].removeprefix("'") == cell.removeprefix("'")
         assert not any(cell.startswith(("=", "@")) for cell in line.values())
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.table import Table, cell, visible
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def to_csv(table: Table) -> str:
     for line, row in zip(lines, table.rows, strict=True):
         line |= {column.name: cell(row, column) for column in table.keys}
     if lines:
-        writer.writerow(_no_formula(clean(name)) for name in lines[0])
+        writer.writerow(_no_formula(to_single_line(name)) for name in lines[0])
         writer.writerows(
             [_no_formula("" if value is None else _flat(value)) for value in line.values()] for line in lines
         )
@@ -57,7 +57,7 @@ def to_csv(table: Table) -> str:
 
 
 def _flat(value: Any) -> str:
-    return clean(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return to_single_line(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 # What makes a spreadsheet run a cell as a formula, in full width too.
@@ -75,7 +75,7 @@ def _no_formula(cell: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    below = "".join(f"- {_markdown(clean(line))}\n" for line in table.below)
+    below = "".join(f"- {_markdown(to_single_line(line))}\n" for line in table.below)
     return "\n".join(part for part in (*map(_markdown_grid, (table, *table.beside)), below) if part)
 
 
@@ -110,7 +110,7 @@ def to_latex(table: Table) -> str:
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     beside = [to_latex(each).rstrip("\n") for each in table.beside]
-    return "\n".join([*lines, *beside, *(f"% {clean(line)}" for line in table.below)]) + "\n"
+    return "\n".join([*lines, *beside, *(f"% {to_single_line(line)}" for line in table.below)]) + "\n"
 
 
 _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.experiments import experiment_of
 from lora_bench.analysis.table import value_text
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def against(
 
 def label(table: Table, row: Row) -> str:
     """A row's name: what its key columns hold, as typed in an override."""
-    return ", ".join(f"{clean(c.name)}={value_text(row.keys[c.name])}" for c in table.keys if c.name in row.keys)
+    return ", ".join(
+        f"{to_single_line(c.name)}={value_text(row.keys[c.name])}" for c in table.keys if c.name in row.keys
+    )
 
 
 # -- which runs are paired --

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.console.format import clean, duration, human
+from lora_bench.console.format import format_duration, format_number, to_single_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,7 @@ class Column:
 
     @property
     def header(self) -> str:
-        return f"{clean(self.name)} {self.arrow}".strip()
+        return f"{to_single_line(self.name)} {self.arrow}".strip()
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def value_text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(value_text, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{clean(key)}:{value_text(item)}' for key, item in value.items())}}}"
-    return clean(str(value)) or "''"
+        return f"{{{','.join(f'{to_single_line(key)}:{value_text(item)}' for key, item in value.items())}}}"
+    return to_single_line(str(value)) or "''"
 
 
 def cell(row: Row, column: Column, digits: int = 4) -> str:
@@ -145,8 +145,8 @@ def cell(row: Row, column: Column, digits: int = 4) -> str:
         fewer = "" if stat.n == row.n else f" (n={stat.n})"
         return f"{stat.mean:.{digits}f}{spread}{fewer}"
     if column.kind == "seconds":
-        return duration(stat.mean)
-    return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
+        return format_duration(stat.mean)
+    return format_number(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.kind, ""))
 
 
 def visible(table: Table) -> list[Column]:

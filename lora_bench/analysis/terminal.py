@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.table import Column, cell, visible
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,9 @@ def render(table: Table, console: Console) -> None:
         console.print()
         _print(each, console)
     for i, line in enumerate(table.below):
-        console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
+        console.print(
+            Text("\n" * (i == 0 and bool(table.rows)) + to_single_line(line)), soft_wrap=not console.is_terminal
+        )
 
 
 def _print(table: Table, console: Console) -> None:
@@ -44,7 +46,7 @@ def _print(table: Table, console: Console) -> None:
     grid, hidden = _fitted(table, width)
     console.print(Text("\n").join(grid.lines(width)), soft_wrap=True)
     if hidden:
-        names = ", ".join(clean(column.name) for column in hidden)
+        names = ", ".join(to_single_line(column.name) for column in hidden)
         console.print(Text(f"\nwiden the terminal or use --format md for: {names}", style="dim"))
 
 
@@ -60,7 +62,7 @@ def _fitted(table: Table, width: int) -> tuple[_Grid, list[Column]]:
     def cells(column: Column, digits: int) -> list[str]:
         return [column.header, *(cell(row, column, digits) for row in table.rows)]
 
-    named = [[f"{clean(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys] for row in table.rows]
+    named = [[f"{to_single_line(c.name)}={cell(row, c)}" for c in keys if c.name in row.keys] for row in table.rows]
     together = ["run", *map("\n".join, named)]
     for stacked in (False, True):
         for dropped, digits in steps:

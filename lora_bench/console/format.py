@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 
-def clean(text: str) -> str:
+def to_single_line(text: str) -> str:
     """`text` on one line without control characters: a terminal escape shows as \\x1b."""
     return "".join(
         char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
@@ -13,7 +13,7 @@ def clean(text: str) -> str:
     )
 
 
-def human(value: float, unit: str = "") -> str:
+def format_number(value: float, unit: str = "") -> str:
     """A number of at most three digits with a prefix of the thousands: 1.3 M, 540 MB."""
     sizes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
     prefix = next((name for name, size in sizes.items() if abs(value) >= 0.9995 * size), "")
@@ -21,7 +21,7 @@ def human(value: float, unit: str = "") -> str:
     return f"{scaled:.{1 if prefix and abs(scaled) < 9.95 else 0}f} {prefix}{unit}".strip()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 600:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from lora_bench.console.format import human
+from lora_bench.console.format import format_number
 from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
@@ -179,11 +179,11 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
     sizes = ", ".join(f"{name} {rows:,}" for name, rows in record["data"]["rows"].items())
     first = (
         f"{adapters} on {choices['model']}: {adapted} adapted linears, "
-        f"{human(params['adapter'])} adapter + {human(params['head'])} head of {human(params['total'])} parameters"
+        f"{format_number(params['adapter'])} adapter + {format_number(params['head'])} head of {format_number(params['total'])} parameters"
     )
     if len(records) > 1:
         total = sum(each["params"]["adapter"] for each in records)
-        first = f"{len(records)} jobs on one {choices['model']}: {human(total)} adapter parameters in all"
+        first = f"{len(records)} jobs on one {choices['model']}: {format_number(total)} adapter parameters in all"
     data = ", ".join(record["config"].get("tasks", [choices["data"]]))
     lines = [
         first,
@@ -210,8 +210,8 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, ti
     spent = [f"{cost['steps']} steps"]
     spent += [f"{cost['train_seconds']:.0f} s"] if cost["train_seconds"] is not None else []
     spent += [f"{cost['pairs_per_second']:.0f} pairs/s"] if cost["pairs_per_second"] else []
-    spent += [human(cost["train_flops"], "FLOP")]
-    spent += [human(cost["peak_memory_bytes"], "B") + " peak"] if cost["peak_memory_bytes"] else []
+    spent += [format_number(cost["train_flops"], "FLOP")]
+    spent += [format_number(cost["peak_memory_bytes"], "B") + " peak"] if cost["peak_memory_bytes"] else []
     console.print(Text(" · ".join(spent)))
     console.print(sanitise(f"record: {folder}"), soft_wrap=True)
 

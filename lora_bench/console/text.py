@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.console.redaction import redact
 
 
 def sanitise(text: object, style: str = "") -> Text:
     """One line as it may be shown; what a terminal would act upon is spelt out."""
-    return Text(redact(clean(str(text))), style=style)
+    return Text(redact(to_single_line(str(text))), style=style)
 
 
 def note(text: str) -> None:

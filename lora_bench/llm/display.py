@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import MofNCompleteColumn
 
-from lora_bench.console.format import human
+from lora_bench.console.format import format_number
 from lora_bench.console.progress import Live
 from lora_bench.console.text import sanitise
 
@@ -53,7 +53,9 @@ def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
     if cost:
         parts = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache"]
         if cost["prompt_tokens"] is not None:
-            parts.append(f"{human(cost['prompt_tokens'])} tokens read, {human(cost['completion_tokens'])} written")
+            parts.append(
+                f"{format_number(cost['prompt_tokens'])} tokens read, {format_number(cost['completion_tokens'])} written"
+            )
         if cost["money"] is not None:
             parts.append(f"money {cost['money']:.4g}")
         if cost["money_spent"] is not None:

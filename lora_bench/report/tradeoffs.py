@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.analysis.columns import NAMES
 from lora_bench.analysis.table import cell
-from lora_bench.console.format import human
+from lora_bench.console.format import format_number
 from lora_bench.report import axes
 from lora_bench.report.charts import SERIES, Chart, legend, series_class
 from lora_bench.report.html import Content, Markup, el, figure, join, several, table
@@ -178,4 +178,4 @@ def shown_as(column: Column) -> Callable[[float], str]:
             return "0"
         return cell(Row({}, {column.name: Stat(value, None, 1)}, 1, []), column)
 
-    return show if column.kind != "count" else lambda value: human(value)
+    return show if column.kind != "count" else lambda value: format_number(value)

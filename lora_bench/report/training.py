@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.analysis.savings import up_to
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.records import predictions
 from lora_bench.report import axes, folders
 from lora_bench.report.axes import Axis
@@ -249,7 +249,7 @@ def _heat_map(entry: Entry, ranks: dict[str, float]) -> Markup | None:
     high = max(cells, key=lambda place: cells[place])
     said = (
         f"Ranks from {min(cells.values()):.3g} to {most:.3g}, {total / len(cells):.3g} on average; "
-        f"the highest at layer {high[0]}, {clean(high[1])}."
+        f"the highest at layer {high[0]}, {to_single_line(high[1])}."
     )
     if len(entry.runs) > 1:
         said += f" Mean of {len(entry.runs)} runs."

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack.pack import Member, Pack
-from lora_bench.console.format import duration, human
+from lora_bench.console.format import format_duration, format_number
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
@@ -103,12 +103,14 @@ def show(job: Job, console: Console) -> None:
     total = found.total + adapter + head - found.adapter - found.head
     evaluation = members * found.evaluation_seconds
     table = Table("to expect", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_row("parameters", f"{human(adapter)} adapter + {human(head)} head of {human(total)}")
+    table.add_row(
+        "parameters", f"{format_number(adapter)} adapter + {format_number(head)} head of {format_number(total)}"
+    )
     table.add_row("steps", f"{found.steps:,}")
-    table.add_row("computation", human(whole.train_flops, "FLOP"))
-    table.add_row("training time", duration(whole.seconds - evaluation))
-    table.add_row("evaluation time", duration(evaluation))
-    table.add_row("peak memory", human(whole.peak_memory_bytes, "B"))
+    table.add_row("computation", format_number(whole.train_flops, "FLOP"))
+    table.add_row("training time", format_duration(whole.seconds - evaluation))
+    table.add_row("evaluation time", format_duration(evaluation))
+    table.add_row("peak memory", format_number(whole.peak_memory_bytes, "B"))
     console.print(table)
 
 
@@ -258,10 +260,10 @@ def _cells(packs: Sequence[Expected], devices: int = 1) -> list[str]:
     for pack in packs:
         busy[busy.index(min(busy))] += pack.seconds
     return [
-        human(sum(member.adapter for pack in packs for member in pack.members)),
-        human(sum(pack.train_flops for pack in packs), "FLOP"),
-        duration(max(busy)),
-        human(max(pack.peak_memory_bytes for pack in packs), "B"),
+        format_number(sum(member.adapter for pack in packs for member in pack.members)),
+        format_number(sum(pack.train_flops for pack in packs), "FLOP"),
+        format_duration(max(busy)),
+        format_number(max(pack.peak_memory_bytes for pack in packs), "B"),
     ]
 
 

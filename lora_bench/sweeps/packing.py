@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_bench.adapters.pack.pack import Pack
-from lora_bench.console.format import human
+from lora_bench.console.format import format_number
 from lora_bench.console.progress import Display
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
@@ -185,7 +185,9 @@ def _within_memory(
             continue
         used, passing = need.kept, need.step
         if asked_bound and used + passing > bound:
-            remedy = f"It takes about {human(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
+            remedy = (
+                f"It takes about {format_number(used + passing, 'B')}. A smaller trainer.micro_batch_size takes less."
+            )
             refusal = UserError(
                 "is too little for one job",
                 key="pack.memory_bytes",
