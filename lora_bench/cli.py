@@ -19,7 +19,7 @@ from rich.console import Console
 from lora_bench.config.groups import COMMANDS, PROMPT_GROUPS, conf_folder
 from lora_bench.config.launch import Launch
 from lora_bench.console import streams
-from lora_bench.console.help import help_of, overview
+from lora_bench.console.help import format_help, format_overview
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
 from lora_bench.console.text import note, sanitise
@@ -80,7 +80,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(format_overview())
         return 0
     command, *rest = arguments
     if command == "--version":
@@ -95,7 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         return compare(rest)
     if "-h" in rest or "--help" in rest:
-        print(help_of(command))
+        print(format_help(command))
         return 0
     if command == "doctor":
         if rest:
@@ -117,7 +117,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
     from lora_bench.config.compose import Arguments, compose
-    from lora_bench.config.hydra_errors import translated
+    from lora_bench.config.hydra_errors import translate_errors
     from lora_bench.config.overrides import typed_by
     from lora_bench.files.cache import token_limit_bytes
 
@@ -157,7 +157,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
     typed = typed_by(parsed.overrides, parsed.config_dir)
-    with typed, translated(conf_folder(), config_name, parsed):
+    with typed, translate_errors(conf_folder(), config_name, parsed):
         composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
         remember_config(OmegaConf.to_container(composed, resolve=False))
         if command == "train" and composed.resume and not parsed.cfg:
@@ -171,7 +171,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
 def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     """The arguments with the folder to go on with found, and with those of its beginning where it is a sweep's."""
     from lora_bench.config.compose import compose
-    from lora_bench.config.hydra_errors import translated
+    from lora_bench.config.hydra_errors import translate_errors
     from lora_bench.errors import quoted
     from lora_bench.records.resume import arguments_of_sweep, place
     from lora_bench.records.sweep_folder import FILE, is_sweep
@@ -180,7 +180,7 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     if is_sweep(folder):
         try:
             recorded = arguments_of_sweep(parsed, folder)
-            with translated(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
+            with translate_errors(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
                 compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
         except UserError as error:
             error.file = error.file or folder / FILE

@@ -192,7 +192,7 @@ def quoted(value: object, mark: str = "'") -> str:
     return f"{mark}{text}{mark}"
 
 
-def argument(key: str, value: object) -> str:
+def shell_argument(key: str, value: object) -> str:
     """Return `key=value` as it is typed in a POSIX shell; both the shell and Hydra read the value back unchanged."""
     text = str(value)
     simple = re.fullmatch(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", text, re.ASCII)

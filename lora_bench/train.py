@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.config.schema import Trainer
-    from lora_bench.console.progress import Shows
+    from lora_bench.console.progress import DisplayFactory
     from lora_bench.data.tokenization import TokenTable
     from lora_bench.records.job import Job
     from lora_bench.run.inputs import Task
@@ -57,7 +57,7 @@ def train_pack(
     console: Console,
     inputs: SharedInputs | None = None,
     brief: bool = False,
-    display: Shows = Display,
+    display: DisplayFactory = Display,
     processes: Processes = ALONE,
     sharing: int = 1,
 ) -> list[Exception | None]:
@@ -115,7 +115,7 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
     return inputs
 
 
-def _fit(recorder: Recorder, display: Shows, interruption: Interruption) -> None:
+def _fit(recorder: Recorder, display: DisplayFactory, interruption: Interruption) -> None:
     """Train the runs that have started."""
     pack, runs, console = recorder.pack, recorder.runs, recorder.console
     experiment, started = runs[0].experiment, recorder.running[0]

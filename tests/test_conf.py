@@ -16,7 +16,7 @@ from lora_bench.adapters.methods import method_class, method_names
 from lora_bench.config import build, schema
 from lora_bench.config.compose import compose, register_with_hydra
 from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, conf_folder
-from lora_bench.config.keys import flat
+from lora_bench.config.keys import flatten
 from lora_bench.prompt import Request
 from lora_bench.run.settings import Experiment
 from tests.helpers import composed
@@ -73,7 +73,7 @@ def test_every_option_builds(group: str, option: str) -> None:
     cfg = composed(*chosen(group, option))
     made = Experiment.build(cfg)
     values = container(cfg)
-    assert [key for key, value in flat(values) if value == "???"] == []
+    assert [key for key, value in flatten(values) if value == "???"] == []
     if group == "metric":
         assert option in made.metrics
         assert dataclasses.asdict(made.metrics[option]) == values["metric"][option]
@@ -121,10 +121,10 @@ def test_the_ablation_leaves_out_every_part_one_by_one() -> None:
     """Each variant changes what it names, and no switch of the recipe or the module is missing."""
     whole, *others = jobs("sweep=ablation", "seed=0", "optimizer.lr=1e-3")
     made = container(composed("sweep=ablation", *whole), resolve=False)
-    values = dict(flat(made))
+    values = dict(flatten(made))
     changed = []
     for job in others:
-        found = dict(flat(container(composed("sweep=ablation", *job), resolve=False)))
+        found = dict(flatten(container(composed("sweep=ablation", *job), resolve=False)))
         changed.append({key for key in values if found.get(key) != values[key]})
         assert {part.split("=")[0] for part in job} - {"seed", "adapter", "optimizer.lr"} <= changed[-1]
     for preset in ("experiment/recipe", "adapter/enhanced"):
@@ -149,7 +149,7 @@ def test_every_prompt_builds(option: str) -> None:
 
 @pytest.mark.parametrize("name", ["eval", "predict", "export"])
 def test_the_other_commands_configs(name: str) -> None:
-    values = dict(flat(container(composed(name=name), resolve=False)))
+    values = dict(flatten(container(composed(name=name), resolve=False)))
     assert values["run"] == (None if name == "eval" else "???")
     assert name == "export" or values["device"] == "auto"
     if name == "eval":
@@ -170,7 +170,7 @@ def test_the_other_commands_configs(name: str) -> None:
 def test_every_key_is_a_valid_override(group: str, option: str) -> None:
     """A header pasted back into the shell: each key with its own value gives the same config."""
     first = container(composed(*chosen(group, option)))
-    leaves = [(key, value) for key, value in flat(first) if not isinstance(value, dict)]
+    leaves = [(key, value) for key, value in flatten(first) if not isinstance(value, dict)]
     assert len(leaves) > 40
     again = composed(*chosen(group, option), *(f"{key}={written(value)}" for key, value in leaves))
     assert container(again) == first

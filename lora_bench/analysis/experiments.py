@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.config.keys import _level, flat
+from lora_bench.config.keys import flatten, normalise_numbers
 from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Recorded:
 def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Recorded:
     """A run for comparison with others; `splits` are the reported ones, by which data are told apart."""
     choices = {group: record["choices"][group] for group in GROUPS if record["choices"].get(group) is not None}
-    keys = choices | {key: value for key, value in flat(record["config"]) if key not in GROUPS}
+    keys = choices | {key: value for key, value in flatten(record["config"]) if key not in GROUPS}
     fingerprint, rows = record["data"].get("fingerprint"), record["data"].get("rows")
     if isinstance(fingerprint, dict):
         if "train" in fingerprint:
@@ -58,12 +58,12 @@ def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Rec
         keys["data.fingerprint"] = fingerprint
     if isinstance(rows, dict) and "train" in rows:
         keys["data.rows.train"] = rows["train"]
-    return Recorded(folder, record, keys, {key: _text(_level(value)) for key, value in keys.items()})
+    return Recorded(folder, record, keys, {key: _text(normalise_numbers(value)) for key, value in keys.items()})
 
 
 def experiment_of(record: dict[str, Any]) -> str:
     """What is equal for the runs of one experiment, by what was asked for: their seeds may differ."""
-    asked = {key: _level(value) for key, value in flat(record["config"])}
+    asked = {key: normalise_numbers(value) for key, value in flatten(record["config"])}
     asked = {key: value for key, value in asked.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
     return json.dumps([record["choices"], asked], sort_keys=True)
 

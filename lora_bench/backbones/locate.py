@@ -26,7 +26,7 @@ def locate(model: Model) -> str:
     if place is not None:
         return place
     assert model.hub_id is not None  # Model.__post_init__ saw to it that there is a place
-    hub.ask()
+    hub.is_reachable()
     return model.hub_id
 
 

@@ -17,7 +17,7 @@ from lora_bench.config.overrides import (
     parse_override,
     unreadable,
 )
-from lora_bench.errors import Code, UserError, argument, nearest
+from lora_bench.errors import Code, UserError, nearest, shell_argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def translated(conf: Path, config_name: str, arguments: Arguments) -> Iterator[None]:
+def translate_errors(conf: Path, config_name: str, arguments: Arguments) -> Iterator[None]:
     """Raise a `UserError` for whatever Hydra finds wrong with the arguments, a YAML file or the folder to write to."""
     import yaml
 
@@ -104,7 +104,7 @@ def _for_several_values(key: str, value: str, conf: Path, config_name: str, argu
     if isinstance(default, ListConfig) or key in ("metric", "tracking"):
         advice.append(f"If it is a list, type {shlex.quote(f'{key}=[{value}]')}")
     elif not is_group and not isinstance(default, bool | int | float) and re.search("[^0-9.,eE+-]", value):
-        advice.append(f"If it is one text, type {argument(key, value)}")
+        advice.append(f"If it is one text, type {shell_argument(key, value)}")
     return " ".join(advice)
 
 

@@ -9,19 +9,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and what they hold."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _level(value: Any) -> Any:
+def normalise_numbers(value: Any) -> Any:
     """`value` with 16.0 as 16, since `adapter.alpha=16` is what the YAML calls 16.0."""
     if isinstance(value, list):
-        return [_level(item) for item in value]
+        return [normalise_numbers(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf, grammar_parser
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.groups import conf_folder
-from lora_bench.errors import Code, UserError, argument
+from lora_bench.errors import Code, UserError, shell_argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -129,7 +129,7 @@ def _advice(text: str) -> str:
     """Return what to type instead of an override that cannot be read."""
     key, equals, value = text.partition("=")
     if equals and len(text) <= 500 and re.fullmatch(r"[+~]{0,2}[A-Za-z_$][\w./@$-]*", key, re.ASCII):
-        return f"If this is a text, type {argument(key, value)}"
+        return f"If this is a text, type {shell_argument(key, value)}"
     return "Each override is key=value or group=choice."
 
 
@@ -268,7 +268,7 @@ def _refuse_resolvers(text: str, key: str) -> None:
     if _resolvers(text):
         reason = f"a record may not read {text!r} from this machine"
         raise UserError(
-            reason, key=key, remedy=f"If that is meant, type it too: {argument(key, text)}", code=Code.FORBIDDEN
+            reason, key=key, remedy=f"If that is meant, type it too: {shell_argument(key, text)}", code=Code.FORBIDDEN
         )
 
 
@@ -282,9 +282,8 @@ def shipped_packages() -> frozenset[str]:
 def _check_package(name: str) -> None:
     if name not in shipped_packages():
         reason = f"a record may name no package but {', '.join(sorted(shipped_packages()))}"
-        remedy = (
-            f"If that one is meant, type it too: {argument('model.package', name)} , or the folder: model.path=DIR."
-        )
+        typed = shell_argument("model.package", name)
+        remedy = f"If that one is meant, type it too: {typed} , or the folder: model.path=DIR."
         raise UserError(reason, key="model.package", value=name, remedy=remedy, code=Code.FORBIDDEN)
 
 

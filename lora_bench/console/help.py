@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_bench.config.groups import COMMANDS, GROUPS, choices, conf_folder
 
 
-def overview() -> str:
+def format_overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
@@ -25,7 +25,7 @@ def overview() -> str:
     )
 
 
-def help_of(command: str) -> str:
+def format_help(command: str) -> str:
     conf = conf_folder()
     lines = [f"lora-bench {command}: {COMMANDS[command]}", ""]
     if command == "train":

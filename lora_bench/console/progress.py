@@ -131,13 +131,13 @@ class Display(Live):
         return table
 
 
-class Shows(Protocol):
+class DisplayFactory(Protocol):
     """What makes a display of so many steps of the members with these names."""
 
     def __call__(self, console: Console, steps: int, names: Sequence[str]) -> Display: ...
 
 
-class Rows(Display):
+class RowDisplay(Display):
     """One of several displays on a screen: every name has its row."""
 
     rows_from = 1
@@ -177,13 +177,12 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
     members = record["config"].get("ensemble", {}).get("members")
     adapters = f"{members} times {choices['adapter']}" if members else choices["adapter"]
     sizes = ", ".join(f"{name} {rows:,}" for name, rows in record["data"]["rows"].items())
-    first = (
-        f"{adapters} on {choices['model']}: {adapted} adapted linears, "
-        f"{format_number(params['adapter'])} adapter + {format_number(params['head'])} head of {format_number(params['total'])} parameters"
-    )
+    adapter, head, total = (format_number(params[name]) for name in ("adapter", "head", "total"))
+    first = f"{adapters} on {choices['model']}: {adapted} adapted linears, "
+    first += f"{adapter} adapter + {head} head of {total} parameters"
     if len(records) > 1:
-        total = sum(each["params"]["adapter"] for each in records)
-        first = f"{len(records)} jobs on one {choices['model']}: {format_number(total)} adapter parameters in all"
+        adapters_total = format_number(sum(record["params"]["adapter"] for record in records))
+        first = f"{len(records)} jobs on one {choices['model']}: {adapters_total} adapter parameters in all"
     data = ", ".join(record["config"].get("tasks", [choices["data"]]))
     lines = [
         first,

@@ -8,7 +8,7 @@ _TIMEOUT_SECONDS = 5
 
 
 @cache
-def ask() -> bool:
+def is_reachable() -> bool:
     """Whether the hub answers; if not, the libraries are switched to their offline mode.
 
     Otherwise each of their requests is tried for half a minute, and says so on the screen. What was downloaded before

@@ -16,9 +16,9 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
 from lora_bench.config.compose import compose_job
-from lora_bench.config.keys import flat, key_of
+from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, argument, quoted
+from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
 from lora_bench.files.atomic_io import to_json
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.preflight import check_settings
@@ -127,7 +127,7 @@ class GridSweeper(BasicSweeper):
                 write_tables(folder, self._baseline(folder, begun))
                 self._conclude(folder)
             if lacking := len(sweep_folder.read(folder).lacks(folder)):
-                command = f"lora-bench train -m {argument('resume', folder)}"
+                command = f"lora-bench train -m {shell_argument('resume', folder)}"
                 print(f"{lacking} of {len(begun)} jobs are lacking; run them with: {command}")
         _raise_failures(failures, len(tried))
 
@@ -263,7 +263,7 @@ class GridSweeper(BasicSweeper):
 def overrides_of(nested: Any) -> list[str]:
     """What is set in a config node, as overrides: `trainer: {epochs: 3}` as `trainer.epochs=3`."""
     asked: Any = OmegaConf.to_container(OmegaConf.create(nested))
-    return [f"{key}={'null' if value is None else value}" for key, value in flat(asked)]
+    return [f"{key}={'null' if value is None else value}" for key, value in flatten(asked)]
 
 
 def placed(jobs: Iterable[list[str]], stage: str, first: int = 0) -> list[list[str]]:

@@ -53,9 +53,8 @@ def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
     if cost:
         parts = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache"]
         if cost["prompt_tokens"] is not None:
-            parts.append(
-                f"{format_number(cost['prompt_tokens'])} tokens read, {format_number(cost['completion_tokens'])} written"
-            )
+            read, written = (format_number(cost[f"{name}_tokens"]) for name in ("prompt", "completion"))
+            parts.append(f"{read} tokens read, {written} written")
         if cost["money"] is not None:
             parts.append(f"money {cost['money']:.4g}")
         if cost["money_spent"] is not None:

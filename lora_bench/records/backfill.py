@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.config.groups import choices, conf_folder
-from lora_bench.config.keys import flat
+from lora_bench.config.keys import flatten
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 from lora_bench.records.prompted import is_prompted
@@ -97,7 +97,7 @@ def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tu
         record: as it is read now.
         config: the copy.
     """
-    before, now = (dict(flat(filled({**record, "config": dict(each)}))) for each in (config, record["config"]))
+    before, now = (dict(flatten(filled({**record, "config": dict(each)}))) for each in (config, record["config"]))
     return _differing(before | now, before, now)
 
 
@@ -111,7 +111,7 @@ def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: a key of both has another value; it is named with both.
     """
-    before, now = dict(flat(_copy(folder / ".hydra" / "config.yaml"))), dict(flat(record["config"]))
+    before, now = dict(flatten(_copy(folder / ".hydra" / "config.yaml"))), dict(flatten(record["config"]))
     for difference in _differing([key for key in before if key in now], before, now):
         raise edited(folder, *difference)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import to_json
+from lora_bench.files.atomic_io import describe_error, to_json
 from lora_bench.files.untrusted import as_number
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config import keys
 from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redacted
-from lora_bench.errors import Code, UserError, argument, quoted
+from lora_bench.errors import Code, UserError, quoted, shell_argument
 from lora_bench.records import sweep_folder
 from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
 from lora_bench.records.run_folder import find
@@ -48,7 +48,7 @@ def place(resume: str, top: Path) -> Path:
     moments = {folder: moment for created, folder in dated if (moment := _moment(created))}
     if not moments:
         reason = "has no date, or one in the future, so it cannot be said which is the last"
-        remedy = f"Name the folder: {argument('resume', dated[0][1])}"
+        remedy = f"Name the folder: {shell_argument('resume', dated[0][1])}"
         raise UserError(reason, key="resume", value="last", file=dated[0][1], remedy=remedy, code=Code.NOT_FOUND)
     return max(moments, key=lambda folder: (moments[folder], str(folder)))
 

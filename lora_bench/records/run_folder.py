@@ -27,7 +27,7 @@ import yaml
 from xxhash import xxh3_128_hexdigest
 
 from lora_bench.console.redaction import redact, redact_new_path
-from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
+from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import describe_error, dump, to_json, write, writing
 from lora_bench.records import folder_lock
@@ -391,7 +391,7 @@ def refuse_taken(folder: Path) -> None:
     with suppress(UserError):
         if is_killed(folder, found := read(folder)):
             reason = "holds a run whose process was killed"
-            remedy = f"{_ANOTHER} Or resume it: lora-bench train {argument('resume', folder)}"
+            remedy = f"{_ANOTHER} Or resume it: lora-bench train {shell_argument('resume', folder)}"
             remedy = f"{_ANOTHER} {ASKS_THE_REST}" if is_prompted(found) else remedy
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy, code=Code.EXISTS)
 

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.errors import Code, RunFailedError, UserError, argument
+from lora_bench.errors import Code, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import dump, to_json, write
+from lora_bench.files.atomic_io import describe_error, dump, to_json, write
 from lora_bench.records import folder_lock, run_folder
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def begin(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / FILE).exists():
-            command = f"lora-bench train -m {argument('resume', folder)}"
+            command = f"lora-bench train -m {shell_argument('resume', folder)}"
             remedy = f"Give a folder that is not there yet. Or run what it lacks: {command}"
             raise UserError(
                 "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS

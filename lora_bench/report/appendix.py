@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.table import cell, value_text, visible
-from lora_bench.config.keys import flat
+from lora_bench.config.keys import flatten
 from lora_bench.report.html import Content, Markup, el, join, several, table
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def differences(table_: Table) -> Markup | None:
     runs = [table_.records[folder] for row in table_.rows for folder in row.folders]
     if not runs:
         return None
-    configs = [{**record["choices"], **dict(flat(record["config"]))} for record in runs]
+    configs = [{**record["choices"], **dict(flatten(record["config"]))} for record in runs]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     counts = {key: Counter(value_text(config[key]) for config in configs if key in config) for key in keys}
     differ = [key for key in keys if len(counts[key]) > 1 or sum(counts[key].values()) < len(configs)]
@@ -56,7 +56,7 @@ def environment(table_: Table) -> Markup | None:
     counts: dict[str, Counter[str]] = {}
     for record in runs:
         data = {key: record["data"].get(key) for key in ("source", "fingerprint", "rows")}
-        for key, value in flat({**record["environment"], "data": data}):
+        for key, value in flatten({**record["environment"], "data": data}):
             counts.setdefault(key, Counter())[value_text(value)] += 1
     rows: list[list[Content]] = [[key, _values(found, len(runs))] for key, found in counts.items()]
     made = table("Environment and data", ["key", "value (runs)"], rows)

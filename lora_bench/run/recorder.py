@@ -13,7 +13,7 @@ from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_another
 from lora_bench.console.progress import show_result
 from lora_bench.console.text import sanitise
-from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, argument
+from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
 from lora_bench.run.final_evaluation import TrainedTask, report_tasks
@@ -213,7 +213,7 @@ class Recorder:
         reason = f"stopped by pack.halving at step {steps}: others had a better selection MCC"
         record.update(selection={"stopped_at_step": steps})
         record.finish("interrupted", reason)
-        name, command = run.job.title.partition(":")[0], f"lora-bench train {argument('resume', record.folder)}"
+        name, command = run.job.title.partition(":")[0], f"lora-bench train {shell_argument('resume', record.folder)}"
         self.console.print(sanitise(f"{name}: {reason}; go on with it: {command}"))
 
     def _fail(self, error: Exception) -> None:
@@ -232,7 +232,7 @@ class Recorder:
                 self.console.print(sanitise(error))
                 continue
             if not self.brief:
-                command = f"lora-bench train {argument('resume', run.record.folder)}"
+                command = f"lora-bench train {shell_argument('resume', run.record.folder)}"
                 self.console.print(sanitise(f"go on with: {command}"), soft_wrap=True)
 
     def _run_of(self, member: int) -> PackedRun:

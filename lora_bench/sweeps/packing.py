@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.adapters.base import Adapter
-    from lora_bench.console.progress import Shows
+    from lora_bench.console.progress import DisplayFactory
     from lora_bench.records.job import Job
 
 SHARE_OF_FREE = 0.75
@@ -52,7 +52,7 @@ def run(
     console: Console,
     ended: Callable[[Job, Exception | None], None],
     *,
-    display: Shows = Display,
+    display: DisplayFactory = Display,
     sharing: int = 1,
 ) -> None:
     """Train the jobs, packed where they may share a backbone.
@@ -240,7 +240,7 @@ def _train(
     common: SharedInputs,
     console: Console,
     ended: Callable[[Job, Exception | None], None],
-    display: Shows,
+    display: DisplayFactory,
     sharing: int,
 ) -> None:
     """One pack; where what its members share fails, its two halves, so that one job's fault is not another's."""

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from lora_bench.console import streams
-from lora_bench.console.progress import Display, Rows, Screen
+from lora_bench.console.progress import Display, RowDisplay, Screen
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import terminate
 from lora_bench.console.text import sanitise
@@ -186,7 +186,7 @@ class _Worker:
             self.screen.console.print(sanitise(f"{self.name}: {line}"))
 
     def _show(self, steps: int, names: Sequence[str]) -> None:
-        self.screen.displays[self.number] = Rows(self.screen.console, steps, names)
+        self.screen.displays[self.number] = RowDisplay(self.screen.console, steps, names)
 
     def _stepped(self, *told: Any) -> None:
         self.screen.displays[self.number].stepped(*told)

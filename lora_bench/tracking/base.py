@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_bench.config.keys import flat
+from lora_bench.config.keys import flatten
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import Run
@@ -124,7 +124,7 @@ def note_failure(console: Console | None, name: str, error: Exception) -> None:
 
 def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
     """A config's keys as the shell spells them, with values that a table of hyperparameters can hold."""
-    for key, value in flat(config):
+    for key, value in flatten(config):
         yield key, value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 

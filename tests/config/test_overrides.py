@@ -21,7 +21,7 @@ from lora_bench.config.overrides import (
     shipped_packages,
     typed_by,
 )
-from lora_bench.errors import Code, UserError, argument
+from lora_bench.errors import Code, UserError, shell_argument
 from tests.command_line import TOY_RUN, lora_bench, refused, refuses, toy_run
 
 TARGET = "{_target_: os.mkdir, path: canary}"
@@ -337,7 +337,7 @@ def test_a_choice_outside_its_folder_is_not_read(in_tmp: Path) -> None:
     ],
 )
 def test_advice_can_be_pasted_into_a_shell(value: str) -> None:
-    advice = argument("data.path", value)
+    advice = shell_argument("data.path", value)
     assert " ".join(advice.split()) == advice  # messages are one line with single spaces
     printed = subprocess.run(["sh", "-c", f"printf '%s' {advice}"], capture_output=True, check=True).stdout
     override = OverridesParser.create().parse_override(os.fsdecode(printed))

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lora_bench.console.redaction import redact
-from lora_bench.errors import Code, RunFailedError, UserError, argument
+from lora_bench.errors import Code, RunFailedError, UserError, shell_argument
 from lora_bench.files import atomic_io
 from lora_bench.records import folder_lock, run_folder
 from lora_bench.records.run_folder import Run, discard, find, is_killed, last_logged, read
@@ -245,7 +245,7 @@ def test_a_run_is_reopened_by_one_at_a_time_and_rewound(run: Run) -> None:
     assert is_killed(run.folder, run.record)
     with refuses(Code.EXISTS, key="hydra.run.dir") as caught:
         take(run.folder)
-    assert argument("resume", run.folder) in str(caught.value)
+    assert shell_argument("resume", run.folder) in str(caught.value)
     again = Run.reopen(run.folder)
     again.rewind(10)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
