@@ -64,9 +64,7 @@ def signalled(number: int) -> Callable[..., None]:
     return lambda *_: os.kill(os.getpid(), number)
 
 
-def stopped_and_gone_on_with(
-    patch: pytest.MonkeyPatch, sweep: Sequence[str], predictions: Sequence[int]
-) -> list[Answer]:
+def interrupt_and_resume(patch: pytest.MonkeyPatch, sweep: Sequence[str], predictions: Sequence[int]) -> list[Answer]:
     """A sweep in the folder `sweep` that Ctrl-C stops in these predictions, counted from 1, resumed until it ends."""
     predict, calls = model_selection.predict, 0
 

@@ -22,9 +22,9 @@ from lora_bench.config.overrides import (
     check_config,
     check_job,
     check_overrides,
+    code_refusal,
     is_typed,
     is_typed_folder,
-    names_code,
 )
 from lora_bench.errors import Code, UserError
 
@@ -108,7 +108,7 @@ def refuse_code(hydra: Any) -> None:
     Its launcher and sweeper are ours, nothing below them names code, and lines of shell for Slurm were typed.
     """
     if OmegaConf.is_interpolation(hydra, "callbacks") or hydra.callbacks:
-        raise names_code("hydra.callbacks")
+        raise code_refusal("hydra.callbacks")
     if hydra.job.env_set or hydra.job.env_copy:
         raise UserError(
             "sets environment variables", key="hydra.job.env_set", remedy="Set them in the shell.", code=Code.FORBIDDEN
@@ -117,16 +117,16 @@ def refuse_code(hydra: Any) -> None:
         raise UserError("is not a known key of Hydra's here", key="hydra.output_subdir", code=Code.UNKNOWN_KEY)
     for name in ("hydra_logging", "job_logging"):
         if OmegaConf.to_container(hydra, resolve=False)[name] != _NO_LOGGING:  # type: ignore[index, call-overload]
-            raise names_code(f"hydra.{name}")
+            raise code_refusal(f"hydra.{name}")
     for name in ("launcher", "sweeper"):
         written, resolved = (OmegaConf.to_container(hydra[name], resolve=resolve) for resolve in (False, True))
         assert isinstance(written, dict)
         assert isinstance(resolved, dict)
         if written.pop("_target_", None) not in _PLUGINS[name]:
-            raise names_code(f"hydra.{name}")
+            raise code_refusal(f"hydra.{name}")
         del resolved["_target_"]
         if _names_target(written) or _names_target(resolved):
-            raise names_code(f"hydra.{name}")
+            raise code_refusal(f"hydra.{name}")
         lines = resolved.get("setup") or []
         untyped = next((line for line in lines if not is_typed(str(line))), None) if isinstance(lines, list) else lines
         if untyped is not None:

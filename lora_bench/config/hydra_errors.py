@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_bench.config.compose import _LIST_GROUPS, Arguments, compose
 from lora_bench.config.overrides import (
     parse_override,
-    unreadable,
+    unreadable_override,
 )
 from lora_bench.errors import Code, UserError, nearest, shell_argument
 
@@ -91,7 +91,7 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
             "is missing", key=found.group(1) or found.group(2), remedy="It cannot be left out.", code=Code.MISSING
         )
     if isinstance(error, OverrideParseException):
-        return unreadable(str(error.override))
+        return unreadable_override(str(error.override))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return UserError("; ".join(lines[:2]).rstrip("."), code=Code.INVALID_SYNTAX)
 

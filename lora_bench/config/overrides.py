@@ -116,10 +116,10 @@ def parse_override(text: str) -> Override:
         reason = "is nested too deeply"
     except (ValueError, ArithmeticError) as error:  # Python reads no number of more than 4,300 digits
         reason = f"holds a value that cannot be read ({str(error).split(';')[0][:80]})"
-    raise unreadable(text, reason) from None
+    raise unreadable_override(text, reason) from None
 
 
-def unreadable(text: str, reason: str = "cannot be read as key=value") -> UserError:
+def unreadable_override(text: str, reason: str = "cannot be read as key=value") -> UserError:
     """Return the refusal of an override that cannot be read, with what to type instead."""
     shown = text if len(text) <= 200 else f"{text[:200]}…"
     return UserError(f"{shown!r} {reason}", remedy=_advice(text), code=Code.INVALID_SYNTAX)
@@ -139,10 +139,10 @@ def check_overrides(texts: Iterable[str]) -> list[Override]:
     for override in overrides:
         _check_key(override)
         if _is_deep(override._value):
-            raise unreadable(str(override.input_line), "is nested too deeply")
+            raise unreadable_override(str(override.input_line), "is nested too deeply")
         names = _names(override._value)
         if any(_MARKER.fullmatch(name) for name in (*names, *re.split(r"[./]", override.key_or_group))):
-            raise names_code(override.key_or_group)
+            raise code_refusal(override.key_or_group)
         key = override.key_or_group
         is_package = key == "model.package" or (key == "model" and "package" in names)
         for text in _strings(override):
@@ -177,15 +177,15 @@ def _check_key(override: Override) -> None:
             code=Code.INVALID_SYNTAX,
         )
     if any(part in _RUNS_CODE for part in parts[1:]) and parts[0] == "hydra":
-        raise names_code(key)
+        raise code_refusal(key)
     if re.split(r"[./]", package)[0] == "hydra":
-        raise names_code(f"{key}@{package}")
+        raise code_refusal(f"{key}@{package}")
     if parts[0] != "hydra":
         return
     if override.is_delete():
         raise UserError("cannot be deleted", key=key, code=Code.FORBIDDEN)
     if key == "hydra" and any(name in _RUNS_CODE for name in _names(override._value)):
-        raise names_code("hydra")
+        raise code_refusal("hydra")
     if "env_set" in (*parts, *_names(override._value)) or "env_copy" in parts:
         raise UserError("sets environment variables", key=key, remedy="Set them in the shell.", code=Code.FORBIDDEN)
     if key not in (*SETTINGS, *PLUGIN_GROUPS) and not key.startswith(OPEN_SETTINGS):
@@ -193,7 +193,7 @@ def _check_key(override: Override) -> None:
         raise UserError("is not a known key of Hydra's here", key=key, remedy=f"Known: {known}.", code=Code.UNKNOWN_KEY)
 
 
-def names_code(key: str) -> UserError:
+def code_refusal(key: str) -> UserError:
     """Return the refusal of a key whose value Hydra would import or call."""
     remedy = "Choose among the options of the groups; methods are looked up by name."
     return UserError(f"{key!r} names code to run, which a config may not do", remedy=remedy, code=Code.FORBIDDEN)

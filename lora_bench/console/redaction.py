@@ -299,7 +299,7 @@ def _occurrences(text: str, value: str) -> Iterator[Span]:
 # -- values of records and configs --
 
 
-def redacted(value: Any, name: str) -> Any:
+def redact_value(value: Any, name: str) -> Any:
     """Return a text, a number, true, false or None as it may be written.
 
     Args:

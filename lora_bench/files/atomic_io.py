@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from lora_bench.console.redaction import name_below, redact, redacted
+from lora_bench.console.redaction import name_below, redact, redact_value
 from lora_bench.errors import Code, RunFailedError
 
 MAKE_ROOM = "Make room, and go on with: lora-bench train resume=DIR."
@@ -73,7 +73,7 @@ def to_json(value: Any, name: str = "") -> Any:
     if isinstance(value, Enum):
         return to_json(value.value, name)
     if value is None or isinstance(value, (bool, int, str)):
-        return redacted(value, name)
+        return redact_value(value, name)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -81,7 +81,7 @@ def to_json(value: Any, name: str = "") -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, Path):
-        return redacted(str(value), name)
+        return redact_value(str(value), name)
     if hasattr(value, "item"):  # a number of numpy's or torch's
         return to_json(value.item(), name)
     raise TypeError(f"{type(value).__name__} has no place in a run's record")

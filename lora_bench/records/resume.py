@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config import keys
-from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redacted
+from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redact_value
 from lora_bench.errors import Code, UserError, quoted, shell_argument
 from lora_bench.records import sweep_folder
 from lora_bench.records.prompted import ASKS_THE_REST, is_prompted
@@ -110,7 +110,7 @@ def refuse_unloadable(cfg: DictConfig) -> None:
     except OmegaConfBaseException:  # whoever builds the settings names the key
         return
     for key, value in leaves(content):
-        if is_identifier(key) and hides_secret(redacted(value, key)) and not hides_secret(value):
+        if is_identifier(key) and hides_secret(redact_value(value, key)) and not hides_secret(value):
             reason = (
                 "holds a secret, or what looks like one; records hide it, so that the run could not be loaded again"
             )
