@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from lora_bench.config.compose import Arguments
+    from lora_bench.config.compose import Arguments, ComposedHydra
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
-    from lora_bench.config.compose import Arguments, compose
+    from lora_bench.config.compose import Arguments
     from lora_bench.config.hydra_errors import translate_errors
     from lora_bench.config.overrides import typed_by
     from lora_bench.files.cache import token_limit_bytes
@@ -134,18 +134,15 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
         )
     for override in parsed.repeated():
         note(f"{override} is given again with another value, which counts")
-    import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from lora_bench.records.run_folder import discard
 
     failures: list[Exception] = []
-
     start = os.getcwd()
 
     def job(cfg: DictConfig) -> None:
-        """Keeps errors from Hydra, which would print them its own way."""
+        """Run the command; keep its error from Hydra, which would print it its own way."""
         try:
             os.chdir(start)  # hydra.job.chdir=true has moved: a relative path in any key is one from where we started
             task(cfg)
@@ -155,23 +152,39 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
             discard(Path(HydraConfig.get().runtime.output_dir))  # unless a run has begun in it
             raise
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
-    typed = typed_by(parsed.overrides, parsed.config_dir)
-    with typed, translate_errors(conf_folder(), config_name, parsed):
-        composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
-        remember_config(OmegaConf.to_container(composed, resolve=False))
-        if command == "train" and composed.resume and not parsed.cfg:
-            parsed = _resumed(parsed, str(composed.resume), config_name)
-        sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
-        if failures:
-            raise failures[0]
+    with typed_by(parsed.overrides, parsed.config_dir):
+        can_resume = command == "train" and parsed.cfg is None
+        if can_resume and (typed := parsed.resume()):
+            parsed = _resumed(parsed, typed)
+        composed = _composed(parsed, config_name)
+        if can_resume and composed.config.resume and not typed:  # from a YAML file, or from the environment
+            parsed = _resumed(parsed, str(composed.config.resume))
+            composed = _composed(parsed, config_name)
+        with translate_errors(conf_folder(), config_name, parsed):
+            composed.execute(parsed, job)
+            if failures:
+                raise failures[0]
 
 
-def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
-    """The arguments with the folder to go on with found, and with those of its beginning where it is a sweep's."""
-    from lora_bench.config.compose import compose
+def _composed(arguments: Arguments, config_name: str) -> ComposedHydra:
+    """Compose the config of these arguments and take its secrets."""
+    from omegaconf import OmegaConf
+
+    from lora_bench.config.compose import compose_hydra
     from lora_bench.config.hydra_errors import translate_errors
+
+    try:
+        with translate_errors(conf_folder(), config_name, arguments):
+            composed = compose_hydra(conf_folder(), config_name, arguments.overrides, arguments.config_dir)
+    except UserError as error:
+        error.file = error.file or arguments.record
+        raise
+    remember_config(OmegaConf.to_container(composed.config, resolve=False))
+    return composed
+
+
+def _resumed(arguments: Arguments, resume: str) -> Arguments:
+    """Return the arguments with the folder that `resume` names, or those that the sweep in it was started with."""
     from lora_bench.errors import quoted
     from lora_bench.records.resume import arguments_of_sweep, place
     from lora_bench.records.sweep_folder import FILE, is_sweep
@@ -179,18 +192,17 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     folder = place(resume, Path("outputs"))
     if is_sweep(folder):
         try:
-            recorded = arguments_of_sweep(parsed, folder)
-            with translate_errors(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
-                compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
+            recorded = arguments_of_sweep(arguments, folder)
         except UserError as error:
             error.file = error.file or folder / FILE
             raise
+        recorded.record = folder / FILE
         return recorded
-    if parsed.multirun:
+    if arguments.multirun:
         remedy = "Give the folder of a sweep; a single run goes on without -m."
         raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy, code=Code.NOT_FOUND)
-    parsed.overrides.append(f"resume={quoted(folder)}")
-    return parsed
+    arguments.overrides.append(f"resume={quoted(folder)}")
+    return arguments
 
 
 def _train(cfg: DictConfig) -> None:
@@ -213,7 +225,7 @@ def _train(cfg: DictConfig) -> None:
     with following(cfg, folder) if beside else nullcontext(folder) as own:
         try:
             job = Job.composed(cfg, hydra, own)
-            check_train(job.cfg, resumed=job.begun is not None)
+            check_train(job)
             if cfg.dry_run:
                 from lora_bench.sweeps import cost_estimate  # torch: late
 

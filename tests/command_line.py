@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,16 +152,11 @@ def files_below(folder: Path) -> dict[str, bytes | None]:
 
 @contextmanager
 def unchanged_process() -> Iterator[None]:
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING_SIGNALS)}
     try:
         yield
     finally:
-        sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        if full_error is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None

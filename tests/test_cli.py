@@ -14,7 +14,7 @@ from lora_bench import cli, train
 from lora_bench.config.groups import COMMANDS, GROUPS, PROMPT_GROUPS, choices, conf_folder
 from lora_bench.errors import Code
 from lora_bench.records import run_folder
-from lora_bench.run import settings
+from lora_bench.run import inputs
 from tests.command_line import TOY_RUN, lora_bench, refused, unchanged_process
 
 HEAVY = ("torch", "transformers", "scipy", "datasets", "torchmetrics", "pyarrow")
@@ -188,12 +188,12 @@ def test_a_defect_before_the_run_exits_1_and_names_the_line(in_tmp: Path, monkey
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(settings, "load_splits", broken)
+    monkeypatch.setattr(inputs, "load_splits", broken)
     answer = lora_bench("train", *TOY_RUN)
     assert answer.code == 1
     assert answer.err.count("\n") == 1
     assert "ZeroDivisionError: oh" in answer.err
-    assert f"{Path(settings.__file__)}, line " in answer.err
+    assert f"{Path(inputs.__file__)}, line " in answer.err
     assert not any(in_tmp.iterdir())
 
 

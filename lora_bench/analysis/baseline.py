@@ -23,6 +23,7 @@ from lora_bench.analysis.significance import (
     selection_mcc,
 )
 from lora_bench.analysis.table import Column, Row, Table, value_text
+from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _choices_within(table: Table, rows: Sequence[Row]) -> list[str]:
     for row in rows:
         best = best_experiment(table, row)
         if len(best) < row.n:
-            overrides = " ".join(str(x) for x in table.records[best[0]]["overrides"] if not str(x).startswith("seed="))
+            overrides = " ".join(str(x) for x in table.records[best[0]]["overrides"] if key_of(str(x)) != "seed")
             lines.append(f"{label(table, row)}: tested is what is best on selection of its experiments: {overrides}")
     return lines
 

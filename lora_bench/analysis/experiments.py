@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.config.keys import flatten, normalise_numbers
+from lora_bench.config.canonical import normalise_numbers, settings_hash
+from lora_bench.config.keys import flatten, key_of
 from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
@@ -63,9 +64,8 @@ def describe(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> Rec
 
 def experiment_of(record: dict[str, Any]) -> str:
     """What is equal for the runs of one experiment, by what was asked for: their seeds may differ."""
-    asked = {key: normalise_numbers(value) for key, value in flatten(record["config"])}
-    asked = {key: value for key, value in asked.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
-    return json.dumps([record["choices"], asked], sort_keys=True)
+    asked = {key: value for key, value in flatten(record["config"]) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
+    return settings_hash([record["choices"], asked])
 
 
 _text = json.JSONEncoder(sort_keys=True).encode
@@ -108,7 +108,7 @@ def follows(key: str, varying: Sequence[str], runs: Sequence[Recorded]) -> bool:
     if key in GROUPS or group not in varying or not _is_function_of(key, [group], runs):
         return False
     # A hyperparameter that somebody set by hand for one choice is a difference of its own.
-    by_hand = {str(text).lstrip("+~").split("=")[0] for run in runs for text in run.record["overrides"]}
+    by_hand = {key_of(str(text)) for run in runs for text in run.record["overrides"]}
     return group in ("model", "data") or key not in by_hand
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_bench.config.schema import DATA, MODELS, OPTIONAL, Data, Metric, Model
+from lora_bench.config.schema import (
+    DATA,
+    MODELS,
+    OPTIONAL,
+    Data,
+    Ensemble,
+    Metric,
+    Model,
+    Optimizer,
+    Packing,
+    Trainer,
+)
 from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:
@@ -105,3 +116,36 @@ def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -
             code=Code.UNKNOWN_CHOICE,
         )
     return kinds[name]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run that are built without torch: all but its adapter, metrics and trackers."""
+
+    data: Data
+    model: Model
+    optimizer: Optimizer
+    trainer: Trainer
+    pack: Packing
+    ensemble: Ensemble
+    tasks: dict[str, Data]
+    """Data of each task by its name; empty for a run of one task."""
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> Settings:
+        """Build the settings from a composed config.
+
+        Raises:
+            UserError: a value is of a wrong type or out of range; it names the key.
+        """
+        has_method = "method" in (cfg.get("adapter") or {})
+        require(has_method, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
+        return cls(
+            data=build_data(cfg.data),  # first: the model's label words are those of the data
+            model=build_model(cfg.model),
+            optimizer=build(Optimizer, cfg.optimizer, "optimizer"),
+            trainer=build(Trainer, cfg.trainer, "trainer"),
+            pack=build(Packing, cfg.pack, "pack"),
+            ensemble=build(Ensemble, cfg.ensemble, "ensemble"),
+            tasks={str(name): build_data(node) for name, node in (cfg.get("tasks") or {}).items()},
+        )

@@ -7,6 +7,7 @@ config, packages on its search path. None of that is needed here, so all of it i
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import os
 import re
@@ -15,8 +16,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lora_bench.config.keys import key_of
 from lora_bench.config.overrides import (
     CheckedFileSource,
     check_config,
@@ -25,11 +33,14 @@ from lora_bench.config.overrides import (
     code_refusal,
     is_typed,
     is_typed_folder,
+    parse_override,
 )
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from hydra.core.config_search_path import ConfigSearchPath
 
 
 class Arguments(argparse.Namespace):
@@ -41,6 +52,8 @@ class Arguments(argparse.Namespace):
     resolve: bool
     package: str | None
     config_dir: str | None
+    record: Path | None = None
+    """The record of a sweep that these arguments were read from."""
 
     @classmethod
     def read(cls, arguments: list[str]) -> Arguments:
@@ -63,26 +76,20 @@ class Arguments(argparse.Namespace):
             raise UserError("--resolve and --package say how --cfg prints", remedy="Add --cfg job.", code=Code.CONFLICT)
         return parsed
 
-    def for_hydra(self) -> list[str]:
-        """The same in the order in which Hydra's own parser takes them."""
-        options = ["--multirun"] * self.multirun + ["--resolve"] * self.resolve
-        for option in ("cfg", "package", "config_dir"):
-            value = getattr(self, option)
-            options += [f"--{option.replace('_', '-')}={value}"] if value is not None else []
-        return [*options, *self.overrides]
+    def resume(self) -> str | None:
+        """Return the typed value of `resume`; None where it is absent or takes composing to know."""
+        values = [parse_override(text).value() for text in self.overrides if key_of(text) == "resume"]
+        value = values[-1] if values else None
+        return value if isinstance(value, str) and "${" not in value else None
 
     def repeated(self) -> list[str]:
         """Overrides that a later one with another value cancels."""
-        last = {_key(override): override for override in self.overrides}
-        return [override for override in self.overrides if last[_key(override)] != override]
+        last = {key_of(override): override for override in self.overrides}
+        return [override for override in self.overrides if last[key_of(override)] != override]
 
 
 def _plain_key(override: str) -> str:
     return re.sub(r"[\s'\"]", "", override).lstrip("+~")
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -179,37 +186,99 @@ def register_with_hydra() -> None:
     OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 
 
+class JobLoader(ConfigLoaderImpl):  # type: ignore[misc]
+    """Hydra's loader of configs, which composes the config of a sweep's job once.
+
+    The sweeper composes and checks all jobs before the first one starts (`keep`); the launcher then gets the same
+    configs (`load_sweep_config`). A kept config takes 0.15 MB until the launcher takes it.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self._checked: dict[tuple[str, ...], DictConfig] = {}
+        """Checked configs by the overrides of their jobs."""
+
+    def keep(self, overrides: Sequence[str], config: DictConfig) -> None:
+        """Keep a copy of a job's config until it is loaded again."""
+        self._checked[tuple(overrides)] = copy.deepcopy(config)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        """Return the config of a job, the kept one where there is one.
+
+        `resume=DIR` among the overrides comes from the sweeper. It is set in the config, but is no override of the job.
+        """
+        overrides = [text for text in sweep_overrides if key_of(text) != "resume"]
+        config = self._checked.pop(tuple(overrides), None)
+        if config is None:
+            config = super().load_sweep_config(master_config, overrides)
+        for text in sweep_overrides:
+            if key_of(text) == "resume":
+                config.resume = parse_override(text).value()
+        return config
+
+
+class ComposedHydra(Hydra):  # type: ignore[misc]
+    """Hydra with one config, composed and checked: it runs, sweeps over or prints this one and composes no other."""
+
+    config: DictConfig
+    """With its `hydra` node."""
+
+    def compose_config(self, *_: Any, **__: Any) -> DictConfig:
+        """Return the config; Hydra's own methods call this."""
+        return self.config
+
+    def execute(self, arguments: Arguments, task: Callable[[DictConfig], None]) -> None:
+        """Print the config (`--cfg`), or call the task with it, or with that of each job of a sweep.
+
+        Raises:
+            HydraException: a single run is given several values for a key, or a setting of Hydra's is swept over.
+        """
+        node, overrides = self.config.hydra, [parse_override(text) for text in arguments.overrides]
+        is_sweep = arguments.cfg is None and (arguments.multirun or node.mode == RunMode.MULTIRUN)
+        mode = RunMode.MULTIRUN if is_sweep else RunMode.RUN
+        self.config_loader.validate_sweep_overrides_legal(overrides, mode, from_shell=True)
+        name = node.job.config_name
+        if arguments.cfg is not None:
+            self.show_cfg(name, arguments.overrides, arguments.cfg, arguments.package, arguments.resolve)
+            return
+        if is_sweep and node.mode != mode:
+            node.overrides.hydra.append(f"hydra.mode={mode.name}")  # for its jobs, and for its record
+        node.mode = mode
+        (self.multirun if is_sweep else self.run)(name, task, arguments.overrides)
+
+
 def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
-    """Compose the config, `hydra` node included, before a sweep is split; nothing of it is carried out.
+    """Return the composed config, `hydra` node included, of a run or, before it is split into jobs, of a sweep.
+
+    Nothing of it is carried out.
 
     Raises:
         UserError: the overrides or a YAML file would make Hydra run code, or a record asks for what only a user may.
     """
-    from hydra import version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.types import RunMode
+    return compose_hydra(conf, config_name, overrides, config_dir).config
 
+
+def compose_hydra(
+    conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None
+) -> ComposedHydra:
+    """Compose a config as `compose` does, and return it ready to be executed."""
     check_overrides(overrides)
     register_with_hydra()
     version.setbase("1.3")
-    places = create_config_search_path(str(conf.absolute()))
+    search_path = create_config_search_path(str(conf.absolute()))
     if config_dir is not None:
         folder = f"file://{os.path.abspath(config_dir)}"
-        places.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
-    outer = GlobalHydra.instance().hydra  # of a command that is under way
-    GlobalHydra.instance().clear()
+        search_path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
+    hydra = ComposedHydra("lora-bench", JobLoader(search_path))
     try:
-        composed: DictConfig = Hydra.create_main_hydra2("lora-bench", places).compose_config(
-            config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
+        hydra.config = hydra.config_loader.load_configuration(
+            config_name, overrides, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False
         )
         if config_name is not None:
-            refuse_code(composed.hydra)
+            refuse_code(hydra.config.hydra)
         if not is_typed_folder(config_dir):
-            check_config(composed)
-        return composed
+            check_config(hydra.config)
+        return hydra
     except RecursionError:  # choices or references that lead back to themselves
         raise UserError("the config refers to itself, or is nested too deeply", code=Code.INVALID_SYNTAX) from None
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
@@ -219,28 +288,31 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
             remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}",
             code=Code.INVALID_SYNTAX,
         ) from None
-    finally:
-        GlobalHydra.instance().hydra = outer
 
 
-def compose_job(loader: Any, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = ()) -> DictConfig:
-    """Compose the config of a sweep's job.
+def compose_job(
+    loader: JobLoader, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = (), *, keep: bool = False
+) -> DictConfig:
+    """Return the config of a sweep's job, composed or kept.
 
     Args:
-        loader: Hydra's, of the sweep.
+        loader: that of the sweep.
         sweep: the config of the sweep.
         overrides: of this job, maybe from a record.
         resume: a further override, ours, if the job resumes its run.
+        keep: keep a copy for the launcher, which calls this again.
 
     Raises:
         UserError: as in `compose`; or the job would be written elsewhere than below its sweep.
     """
     check_job(overrides)
-    composed: DictConfig = loader.load_sweep_config(sweep, [*overrides, *resume])
+    composed = loader.load_sweep_config(sweep, [*overrides, *resume])
     refuse_code(composed.hydra)
-    places = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
-    if places and not is_typed_folder(places[0]):
+    folders = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
+    if folders and not is_typed_folder(folders[0]):
         check_config(composed)
+    if keep:
+        loader.keep(overrides, composed)
     return composed
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.compose import _LIST_GROUPS, Arguments, compose
+from lora_bench.config.keys import key_of, split_override
 from lora_bench.config.overrides import (
     parse_override,
     unreadable_override,
@@ -78,8 +79,8 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
         return _no_such_choice(group, option, _options(conf, arguments.config_dir, group), arguments.config_dir)
     if "Ambiguous value for argument" in message or "requires --multirun" in message:
         several = next((text for text in arguments.overrides if parse_override(text).is_sweep_override()), "")
-        key, _, value = several.partition("=")
-        remedy = _for_several_values(key.lstrip("+"), value, conf, config_name, arguments)
+        key, value = split_override(several)
+        remedy = _for_several_values(key, value, conf, config_name, arguments)
         return UserError("has several values", key=key, value=value, remedy=remedy, code=Code.INVALID_VALUE)
     found = re.search(r"Missing mandatory value: (\S+)|MissingMandatoryValue.*'(\S+)'", message)
     if found:
@@ -148,7 +149,8 @@ def _groups(conf: Path) -> set[str]:
 
 def _composed_as_chosen(conf: Path, config_name: str, arguments: Arguments) -> DictConfig:
     """Return the config of the same group choices without any other override."""
-    chosen = [a for a in arguments.overrides if a.split("=")[0] in _groups(conf) and "," not in a]
+    choices = [text for text in arguments.overrides if key_of(text) in _groups(conf)]
+    chosen = [text for text in choices if "," not in text and not text.startswith("~")]
     try:
         return compose(conf, config_name, chosen, arguments.config_dir)
     except Exception:  # one of the choices is wrong too

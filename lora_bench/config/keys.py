@@ -1,8 +1,7 @@
-"""Keys of overrides and of nested configuration."""
+"""Keys of nested configuration and of overrides as they are typed: `adapter.rank=8`, `+metric.x=…`, `~tracking`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what they hold."""
+    """Yield dotted keys with their values; an empty dictionary is a value."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -18,13 +17,15 @@ def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def normalise_numbers(value: Any) -> Any:
-    """`value` with 16.0 as 16, since `adapter.alpha=16` is what the YAML calls 16.0."""
-    if isinstance(value, list):
-        return [normalise_numbers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def split_override(override: str) -> tuple[str, str]:
+    """Return the key and the value of an override as they are typed, without `+` and `~`; the value may be empty.
+
+    `config.overrides.parse_override` reads values as Hydra does.
+    """
+    key, _, value = override.partition("=")
+    return key.lstrip("+~"), value
 
 
 def key_of(override: str) -> str:
-    """The key that an override sets."""
-    return override.partition("=")[0].lstrip("+~")
+    """Return the key that an override sets or deletes."""
+    return split_override(override)[0]

@@ -15,13 +15,14 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
+from lora_bench.config.build import Settings
 from lora_bench.config.compose import compose_job
-from lora_bench.config.keys import flatten, key_of
+from lora_bench.config.keys import flatten, key_of, split_override
 from lora_bench.config.multitask import compose_tasks
 from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
 from lora_bench.files.atomic_io import to_json
 from lora_bench.records.sweep_folder import Sweep
-from lora_bench.run.preflight import check_settings
+from lora_bench.run.preflight import check_paths
 
 PLACE = "hydra.sweep.subdir"
 """The key of a job's folder below the sweep's."""
@@ -60,7 +61,7 @@ class GridSweeper(BasicSweeper):
         variants: Sequence[str],
     ) -> None:
         super().__init__(max_batch_size, params)
-        self.exclude = [dict(part.split("=", 1) for part in rule.split()) for rule in exclude]
+        self.exclude = [dict(map(split_override, rule.split())) for rule in exclude]
         self.variants = [variant.split() for variant in variants] or [[]]
         self.whole: list[list[str]] = []
         """The jobs of the first of several variants."""
@@ -163,7 +164,7 @@ class GridSweeper(BasicSweeper):
         from lora_bench.records import run_folder
 
         for name, job in begun.items():
-            if [text for text in job if not text.startswith(f"{PLACE}=")] in self.whole:
+            if [text for text in job if key_of(text) != PLACE] in self.whole:
                 place = folder / name
                 if (place / "run.json").exists() and run_folder.read(place)["status"] == "done":
                     return str(place)
@@ -190,7 +191,7 @@ class GridSweeper(BasicSweeper):
         return jobs
 
     def _is_excluded(self, job: list[str]) -> bool:
-        chosen = dict(part.split("=", 1) for part in job if "=" in part)
+        chosen = dict(map(split_override, job))
         return any(
             all(fnmatchcase(chosen.get(key, ""), pattern) for key, pattern in rule.items()) for rule in self.exclude
         )
@@ -223,16 +224,17 @@ class GridSweeper(BasicSweeper):
         """The name of the job's folder, and what it would train, names and folders left out."""
         assert self.hydra_context is not None
         assert self.config is not None
-        composed = compose_job(self.hydra_context.config_loader, self.config, job)
+        composed = compose_job(self.hydra_context.config_loader, self.config, job, keep=True)
         with open_dict(composed):
             composed.hydra.job.num = number
             name = str(composed.hydra.sweep.subdir)
             hydra = composed.pop("hydra")
         compose_tasks(composed, job, hydra.runtime.config_sources)
-        check_settings(composed)
+        settings = Settings.build(composed)
+        check_paths(settings)
         from lora_bench.run.settings import Experiment  # torch: late
 
-        return name, Experiment.build(composed).identity
+        return name, Experiment.build(composed, settings).identity
 
     def _batches(self, folder: Path, begun: Sweep, tried: Set[int]) -> Iterator[Batch]:
         """What the sweep lacks and was not tried yet, by number, as many at a time as the launcher may be given."""

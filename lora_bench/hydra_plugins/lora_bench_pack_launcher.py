@@ -52,7 +52,11 @@ class PackedLauncher(BasicLauncher):
         try:
             alike = set.intersection(*map(set, jobs_by_number.values())) if len(jobs_by_number) > 1 else set()
             for number, overrides in jobs_by_number.items():
-                told = [text for text in overrides if not text.startswith(("resume=", "hydra.")) and text not in alike]
+                told = [
+                    text
+                    for text in overrides
+                    if not key_of(text).startswith(("resume", "hydra.")) and text not in alike
+                ]
                 titles.append(titled(number, told))
                 try:
                     jobs += self._composed(number, list(overrides), titles[-1])

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from lora_bench.config.keys import key_of
+from lora_bench.config.keys import key_of, split_override
 from lora_bench.errors import Code, DivergedError, UserError, quoted
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
 from lora_bench.records.sweep_folder import read
@@ -159,7 +159,7 @@ class TransferSweeper(GridSweeper):
 
 def _without_place(job: Sequence[str]) -> list[str]:
     """What tells jobs of the second stage apart, wherever the sweep's folder lies."""
-    starts = [source_of(text.partition("=")[2].strip("'")) for text in job if key_of(text) == "adapter.init_from"]
+    starts = [source_of(split_override(text)[1].strip("'")) for text in job if key_of(text) == "adapter.init_from"]
     rest = [text for text in job if key_of(text) not in (PLACE, "adapter.init_from")]
     return [*rest, *map(str, starts)]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from lora_bench.config.keys import key_of
+from lora_bench.config.keys import key_of, split_override
 from lora_bench.errors import Code, DivergedError, UserError
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import PLACE, GridSweeper, GridSweeperConf, overrides_of, placed
 
@@ -133,4 +133,4 @@ class TunedSweeper(GridSweeper):
 
 
 def _value(job: Sequence[str], key: str) -> str:
-    return next((text.partition("=")[2] for text in reversed(job) if key_of(text) == key), "")
+    return next((split_override(text)[1] for text in reversed(job) if key_of(text) == key), "")

@@ -130,7 +130,7 @@ def refuse_difference(
         groups: names of the config's groups.
     """
     for override in overrides:
-        key, _, value = str(override).lstrip("+~").partition("=")
+        key, value = keys.split_override(str(override))
         if key in ("resume", "model.path", "model.tokenizer"):  # the same files at another place are checked by hash
             continue
         if key in groups:

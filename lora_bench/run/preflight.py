@@ -16,34 +16,24 @@ from lora_bench.records.finished_record import FinishedRecord
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-
-def check_settings(cfg: DictConfig) -> None:
-    """Refuse settings outside their ranges, and folders of data and models that are not there."""
-    require(
-        "method" in (cfg.get("adapter") or {}),
-        "adapter",
-        None,
-        "is missing",
-        "It cannot be left out.",
-        code=Code.MISSING,
-    )
-    for node in (cfg.data, *(cfg.get("tasks") or {}).values()):
-        check_data(build.build_data(node))
-    local_place(build.build_model(cfg.model))
-    for name, settings in (
-        ("optimizer", schema.Optimizer),
-        ("trainer", schema.Trainer),
-        ("pack", schema.Packing),
-        ("ensemble", schema.Ensemble),
-    ):
-        build.build(settings, cfg[name], name)
+    from lora_bench.records.job import Job
 
 
-def check_train(cfg: DictConfig, *, resumed: bool) -> None:
-    """Refuse the same, and a run to start from that is not there; a resumed run may have started already."""
-    check_settings(cfg)
-    if cfg.adapter.get("init_from") and not resumed:
-        check_run(str(cfg.adapter.init_from), "adapter.init_from")
+def check_paths(settings: build.Settings) -> None:
+    """Refuse folders of data and models that are not there."""
+    for data in (settings.data, *settings.tasks.values()):
+        check_data(data)
+    local_place(settings.model)
+
+
+def check_train(job: Job) -> None:
+    """Refuse settings outside their ranges, and folders of data, models and runs that are not there.
+
+    A resumed run may have started already, so the run that it is initialised from is not looked for.
+    """
+    check_paths(job.settings)
+    if job.cfg.adapter.get("init_from") and job.begun is None:
+        check_run(str(job.cfg.adapter.init_from), "adapter.init_from")
 
 
 def check_data(data: schema.Data) -> None:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from lora_bench.adapters.methods import method_class
 from lora_bench.adapters.pack.pack import Member
 from lora_bench.config import build, schema
+from lora_bench.config.canonical import settings_hash
 from lora_bench.data.augmentation import augmentations
 from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
@@ -69,7 +70,7 @@ class Experiment:
     def identity(self) -> str:
         """Equal for runs that would be the same: all that decides what is learned, and not how it is computed."""
         learned = (self.model, self.adapter, self.data, self.optimizer, self.trainer, self.ensemble)
-        return repr((*learned, self.tasks, self.metrics, self.seed))
+        return settings_hash((*learned, self.tasks, self.metrics, self.seed))
 
     def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
         """What the run trains: one adapter, one for each task, or those of its ensemble.
@@ -92,24 +93,23 @@ class Experiment:
         return found
 
     @classmethod
-    def build(cls, cfg: DictConfig) -> Experiment:
-        """From the composed config; refuses what is out of range, naming the key."""
+    def build(cls, cfg: DictConfig, settings: build.Settings | None = None) -> Experiment:
+        """From the composed config; refuses what is out of range, naming the key.
+
+        Args:
+            cfg: the composed config.
+            settings: what was built of it already.
+        """
         build.check_top(cfg, _KEYS)
-        require("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
+        settings = settings or build.Settings.build(cfg)
         metrics = build.build_metrics(cfg.metric)
         check_metrics(metrics)
         made = cls(
-            data=build.build_data(cfg.data),  # first: T5 takes its label words from it
-            model=build.build_model(cfg.model),
+            **vars(settings),
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
-            optimizer=build.build(schema.Optimizer, cfg.optimizer, "optimizer"),
-            trainer=build.build(schema.Trainer, cfg.trainer, "trainer"),
-            pack=build.build(schema.Packing, cfg.pack, "pack"),
-            ensemble=build.build(schema.Ensemble, cfg.ensemble, "ensemble"),
             metrics=metrics,
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
-            tasks={str(name): build.build_data(node) for name, node in (cfg.get("tasks") or {}).items()},
         )
         _check_ensemble(made.ensemble, made.adapter, made.pack)
         _check_tasks(made)

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack.pack import Member, Pack
+from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_duration, format_number
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
@@ -94,7 +95,7 @@ def show(job: Job, console: Console) -> None:
     Raises:
         UserError: the request cannot be met.
     """
-    experiment = Experiment.build(job.cfg)
+    experiment = Experiment.build(job.cfg, job.settings)
     common = SharedInputs.load(experiment)
     found = expect(experiment, common)
     members = experiment.ensemble.size
@@ -206,7 +207,7 @@ def _together(
 
 def _kind(experiment: Experiment) -> str:
     """Equal for runs that cost the same."""
-    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
+    return settings_hash((experiment.model, experiment.data, experiment.trainer, experiment.adapter))
 
 
 def _shared(experiments: Sequence[Experiment], common: SharedInputs) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_bench.adapters.pack.pack import Pack
+from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import Display
 from lora_bench.console.text import sanitise
@@ -84,8 +85,11 @@ def run(
 
 def grouped(jobs: Sequence[Job]) -> list[Group]:
     """The jobs by what they must have in common: model, data, trainer, metrics, and the step they go on from."""
-    experiments = [Experiment.build(job.cfg) for job in jobs]
-    shared = [repr((each.model, each.data, each.tasks, each.trainer, each.metrics, each.pack)) for each in experiments]
+    experiments = [Experiment.build(job.cfg, job.settings) for job in jobs]
+    shared = [
+        settings_hash((each.model, each.data, each.tasks, each.trainer, each.metrics, each.pack))
+        for each in experiments
+    ]
     held = [_held(job, each) for job, each in zip(jobs, experiments, strict=True)]
     newest: dict[str, set[int]] = {}
     for kind, steps in zip(shared, held, strict=True):
@@ -98,7 +102,7 @@ def grouped(jobs: Sequence[Job]) -> list[Group]:
             alone = f"{experiment.adapter.method} trains the backbone itself"
         elif experiment.pack.size == 1:
             alone = "pack.size=1"
-        key = repr((kind, step, job.title if alone else ""))
+        key = settings_hash((kind, step, job.title if alone else ""))
         group = groups.setdefault(key, Group([], [], alone))
         group.jobs.append(job)
         group.experiments.append(experiment)
@@ -146,7 +150,7 @@ def sized(
     fitting: dict[int, list[tuple[Job, Need]]] = {}
     measured: dict[str, Need] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        kind = repr((experiment.adapter, experiment.size))
+        kind = settings_hash((experiment.adapter, experiment.size))
         try:
             if kind not in measured:
                 measured[kind] = needs(common, experiment)

@@ -121,12 +121,11 @@ def run(
     """
     if not jobs:
         return
-    from lora_bench.run.settings import Experiment
     from lora_bench.sweeps.workers import handed_over, parts
 
     begun = time.strftime("%Y-%m-%d-%H-%M-%S")
     folder = _private_folder(folder, begun)
-    cut = parts(jobs, Experiment.build(jobs[0].cfg).pack.workers or 1)
+    cut = parts(jobs, jobs[0].settings.pack.workers or 1)
     logs = [folder / f"{begun}-{number}.log" for number in range(len(cut))]
     executor = asked.executor(folder)
     before = set(folder.glob("*.pkl"))

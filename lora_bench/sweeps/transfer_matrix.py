@@ -42,7 +42,7 @@ class Found:
 
 def told_of(job: Sequence[str]) -> dict[str, str]:
     """What says which data a job is of: its choice, and its path where it has one."""
-    return {keys.key_of(text): text.partition("=")[2] for text in job if keys.key_of(text) in ("data", "data.path")}
+    return {key: value for key, value in map(keys.split_override, job) if key in ("data", "data.path")}
 
 
 def task_of(job: Sequence[str]) -> str:
