@@ -1,4 +1,4 @@
-"""Settings from a composed configuration: types, ranges and unknown keys are checked here."""
+"""Typed settings from a composed configuration, with checks of types, ranges and unknown keys."""
 
 from __future__ import annotations
 
@@ -28,21 +28,34 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def check_top(cfg: DictConfig, known: Collection[str]) -> None:
-    """Refuse keys that a run's config has not, keys that it lacks, and what is no seed or no dry run."""
-    _check_names(cfg, known)
-    for name in known:
-        given = name in cfg or name in OPTIONAL
-        require(given, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
+def check_top(cfg: DictConfig, keys: Collection[str]) -> None:
+    """Check the top level of a run's config: its keys, `seed` and `dry_run`.
+
+    Raises:
+        UserError: a key is not among `keys`, one of these is missing (unless it is `OPTIONAL`), or a value is wrong.
+    """
+    _check_names(cfg, keys)
+    for name in keys:
+        is_there = name in cfg or name in OPTIONAL
+        require(is_there, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
     require(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
     require(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 
 
 def build(cls: type[T], node: DictConfig, key: str) -> T:
-    """Make the dataclass `cls` from a config node, or refuse, naming the key below `key`."""
+    """Build the dataclass `cls` from a config node, whose interpolations are resolved.
+
+    Args:
+        cls: its fields are the keys of the node.
+        node: the config node.
+        key: the dotted key of the node, for messages.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is of a wrong type or out of range.
+    """
     require(isinstance(node, DictConfig), key, node, "is not a group of keys")
-    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
-    _check_names(node, known, f"{key}.")
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    _check_names(node, names, f"{key}.")
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -51,33 +64,33 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
         ) from None
     assert isinstance(values, dict)
     settings = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(settings, False)  # frozen once it is made
-    for field, value in values.items():
+    OmegaConf.set_readonly(settings, False)  # the finished dataclass is frozen
+    for name, value in values.items():
         try:
-            settings[field] = value
+            settings[name] = value
         except (OmegaConfBaseException, OverflowError) as error:
             reason = next((words for sign, words in _TYPES.items() if sign in str(error)), str(error).splitlines()[0])
-            require(value is not None, f"{key}.{field!s}", None, "must have a value, not null", code=Code.MISSING)
-            raise UserError(reason, key=f"{key}.{field!s}", value=value, code=Code.INVALID_VALUE) from None
+            require(value is not None, f"{key}.{name!s}", None, "must have a value, not null", code=Code.MISSING)
+            raise UserError(reason, key=f"{key}.{name!s}", value=value, code=Code.INVALID_VALUE) from None
     try:
-        made = OmegaConf.to_object(settings)
+        result = OmegaConf.to_object(settings)
     except UserError as error:
         raise error.under(key) from None
     except OmegaConfBaseException as error:
         raise UserError(
             "is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.", code=Code.MISSING
         ) from None
-    assert isinstance(made, cls)
-    return made
+    assert isinstance(result, cls)
+    return result
 
 
-def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
+def _check_names(node: DictConfig, names: Collection[str], prefix: str = "") -> None:
+    """Refuse keys of a node that are not among `names`."""
     for name in map(str, node):
-        if name not in known:  # only then: to look for what was meant takes longer than all the rest
-            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, known), code=Code.UNKNOWN_KEY)
+        if name not in names:  # only then: the search for a similar name is slow
+            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, names), code=Code.UNKNOWN_KEY)
 
 
-# OmegaConf's complaints about a type, in our words.
 _TYPES = {
     "too large": "is too large",
     "to Integer": "is not a whole number",
@@ -89,33 +102,37 @@ _TYPES = {
     "to Dict": "is not a group of keys",
     "to dict": "is not a group of keys",
 }
+"""Parts of OmegaConf's messages about a wrong type, with the reason that a `UserError` gives instead."""
 
 
 def build_model(node: DictConfig) -> Model:
-    return build(_kind(MODELS, node, "family", "model"), node, "model")
+    """Build the settings of a backbone from the node `model`; `model.family` decides on their class."""
+    return build(_class_of(MODELS, node, "family", "model"), node, "model")
 
 
 def build_data(node: DictConfig) -> Data:
-    return build(_kind(DATA, node, "source", "data"), node, "data")
+    """Build the settings of a task from the node `data`; `data.source` decides on their class."""
+    return build(_class_of(DATA, node, "source", "data"), node, "data")
 
 
 def build_metrics(node: DictConfig) -> dict[str, Metric]:
-    """The metrics besides the standard ones, by the name to report."""
+    """Build the settings of the metrics besides the standard ones, by the names under which they are reported."""
     return {str(name): build(Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
 
 
-def _kind(kinds: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
+def _class_of(classes: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
+    """Return the class of a group's settings, which `field` of its node names."""
     require(isinstance(node, DictConfig), group, node, "is not a group of keys")
     name = str(node.get(field))
-    if name not in kinds:
+    if name not in classes:
         raise UserError(
-            f"is not one of {', '.join(kinds)}",
+            f"is not one of {', '.join(classes)}",
             key=f"{group}.{field}",
             value=name,
-            remedy=nearest(name, kinds),
+            remedy=nearest(name, classes),
             code=Code.UNKNOWN_CHOICE,
         )
-    return kinds[name]
+    return classes[name]
 
 
 @dataclass(frozen=True)

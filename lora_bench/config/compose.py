@@ -1,7 +1,7 @@
-"""What stands between the shell and Hydra: arguments read and checked, code refused, errors told in our words.
+"""Composition of configurations by Hydra: arguments are parsed and checked, then the config is composed once.
 
-Hydra by itself imports and calls what a config names: callbacks, logging factories, nested `_target_`, a pickled
-config, packages on its search path. None of that is needed here, so all of it is refused before Hydra starts.
+Hydra by itself imports and calls code that a config names: callbacks, logging factories, nested `_target_`, a pickled
+config, packages on its search path. None of it is needed here, so all of it is refused before Hydra runs anything.
 """
 
 from __future__ import annotations
@@ -44,26 +44,37 @@ if TYPE_CHECKING:
 
 
 class Arguments(argparse.Namespace):
-    """What the command line says to Hydra; options may stand before, between and behind the overrides."""
+    """Parsed arguments of a command that composes a config; options may come before, between and after overrides."""
 
     overrides: list[str]
+    """As typed."""
     multirun: bool
+    """`-m`: run a sweep."""
     cfg: str | None
+    """`--cfg`: print the `job`, `hydra` or `all` of the config, and run nothing."""
     resolve: bool
+    """`--resolve`: print interpolations as their values."""
     package: str | None
+    """`--package`: print only this node."""
     config_dir: str | None
+    """`--config-dir`: a folder with further choices of the groups."""
     record: Path | None = None
     """The record of a sweep that these arguments were read from."""
 
     @classmethod
     def read(cls, arguments: list[str]) -> Arguments:
-        """Parse the arguments, and refuse what would make Hydra import or call something that one of them names."""
+        """Parse and check the arguments.
+
+        Raises:
+            UserError: an option is unknown or conflicts with another; or an override cannot be parsed, holds an API
+                key, or would make Hydra import or call code.
+        """
         parsed = _parser().parse_intermixed_args(arguments, cls())
         for override in parsed.overrides:
-            if re.search(r"(^|[.{,])api_?key[=:]", _plain_key(override), re.IGNORECASE):  # its value is not repeated
+            if re.search(r"(^|[.{,])api_?key[=:]", _bare_key(override), re.IGNORECASE):  # its value is not repeated
                 remedy = "Put it into the environment variable that llm.api_key_env names."
                 raise UserError(
-                    "a key is given in no config and on no command line",
+                    "an API key must not be given in a config or on the command line",
                     key="llm",
                     remedy=remedy,
                     code=Code.FORBIDDEN,
@@ -73,7 +84,7 @@ class Arguments(argparse.Namespace):
             code = Code.NOT_A_FILE if os.path.exists(parsed.config_dir) else Code.NOT_FOUND
             raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir, code=code)
         if (parsed.resolve or parsed.package) and not parsed.cfg:
-            raise UserError("--resolve and --package say how --cfg prints", remedy="Add --cfg job.", code=Code.CONFLICT)
+            raise UserError("--resolve and --package need --cfg", remedy="Add --cfg job.", code=Code.CONFLICT)
         return parsed
 
     def resume(self) -> str | None:
@@ -83,16 +94,19 @@ class Arguments(argparse.Namespace):
         return value if isinstance(value, str) and "${" not in value else None
 
     def repeated(self) -> list[str]:
-        """Overrides that a later one with another value cancels."""
+        """Return the overrides that are cancelled by a later one of the same key with another value."""
         last = {key_of(override): override for override in self.overrides}
         return [override for override in self.overrides if last[key_of(override)] != override]
 
 
-def _plain_key(override: str) -> str:
+def _bare_key(override: str) -> str:
+    """Return an override without white space, quotation marks, `+` and `~`."""
     return re.sub(r"[\s'\"]", "", override).lstrip("+~")
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that raises a `UserError` instead of ending the process."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message, remedy="lora-bench COMMAND --help lists the options.", code=Code.INVALID_SYNTAX)
 
@@ -112,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
 def refuse_code(hydra: Any) -> None:
     """Refuse a composed `hydra` node that would make Hydra import, call or write something that a YAML file names.
 
-    Its launcher and sweeper are ours, nothing below them names code, and lines of shell for Slurm were typed.
+    Raises:
+        UserError: a callback or logging is configured, an environment variable is set, Hydra would write files of its
+            own, the launcher or sweeper is not one of `_PLUGINS` or has a key that names code, or a line of shell for
+            Slurm was not typed.
     """
     if OmegaConf.is_interpolation(hydra, "callbacks") or hydra.callbacks:
         raise code_refusal("hydra.callbacks")
@@ -121,7 +138,7 @@ def refuse_code(hydra: Any) -> None:
             "sets environment variables", key="hydra.job.env_set", remedy="Set them in the shell.", code=Code.FORBIDDEN
         )
     if hydra.output_subdir is not None:
-        raise UserError("is not a known key of Hydra's here", key="hydra.output_subdir", code=Code.UNKNOWN_KEY)
+        raise UserError("must be null: Hydra writes no files here", key="hydra.output_subdir", code=Code.UNKNOWN_KEY)
     for name in ("hydra_logging", "job_logging"):
         if OmegaConf.to_container(hydra, resolve=False)[name] != _NO_LOGGING:  # type: ignore[index, call-overload]
             raise code_refusal(f"hydra.{name}")
@@ -137,12 +154,13 @@ def refuse_code(hydra: Any) -> None:
         lines = resolved.get("setup") or []
         untyped = next((line for line in lines if not is_typed(str(line))), None) if isinstance(lines, list) else lines
         if untyped is not None:
-            reason = f"{untyped!r} is run in a shell, so it counts only if it is typed on the command line"
-            remedy = "If it is meant, type hydra.launcher.setup=[…] too."
+            reason = f"{untyped!r} is run in a shell, so it must be typed on the command line"
+            remedy = "If you trust it, type hydra.launcher.setup=[…] too."
             raise UserError(reason, key="hydra.launcher.setup", remedy=remedy, code=Code.FORBIDDEN)
 
 
 _NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+"""The only logging configuration that is allowed: none."""
 
 
 _PLUGINS = {
@@ -157,18 +175,18 @@ _PLUGINS = {
         "hydra_plugins.lora_bench_transfer_sweeper.TransferSweeper",
     ),
 }
-"""What Hydra may instantiate. Its own sweeper would launch jobs that `compose_job` has not checked."""
+"""Classes that Hydra may instantiate. Hydra's own sweeper is not one: its jobs would not pass `compose_job`."""
 
 
 def _names_target(node: Any) -> bool:
-    """Return whether a key in this node is one that Hydra's `instantiate` acts upon."""
+    """Return whether a key in this node has a meaning for Hydra's `instantiate`, as `_target_` has."""
     if isinstance(node, dict):
         return any(re.fullmatch("_[a-z]+_", str(key)) or _names_target(value) for key, value in node.items())
     return isinstance(node, list) and any(_names_target(value) for value in node)
 
 
 def register_with_hydra() -> None:
-    """Register what Hydra looks for: our sweepers and launchers, our reader of files, the resolver of a folder's id."""
+    """Register our sweepers and launchers, our reader of YAML files and the resolver `run_id` with Hydra."""
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
@@ -248,12 +266,18 @@ class ComposedHydra(Hydra):  # type: ignore[misc]
 
 
 def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
-    """Return the composed config, `hydra` node included, of a run or, before it is split into jobs, of a sweep.
+    """Return the composed config, `hydra` node included, of a run, or of a sweep before it is split into jobs.
 
-    Nothing of it is carried out.
+    Args:
+        conf: the folder with the groups.
+        config_name: the config at its top, as `config`; None: only the `hydra` node and the overrides.
+        overrides: checked here.
+        config_dir: a folder with further choices of the groups.
 
     Raises:
-        UserError: the overrides or a YAML file would make Hydra run code, or a record asks for what only a user may.
+        UserError: the overrides or a YAML file would make Hydra run code; or an untyped value, from a record, is one
+            that only a user may give.
+        HydraException: Hydra cannot compose them.
     """
     return compose_hydra(conf, config_name, overrides, config_dir).config
 
@@ -281,8 +305,8 @@ def compose_hydra(
         return hydra
     except RecursionError:  # choices or references that lead back to themselves
         raise UserError("the config refers to itself, or is nested too deeply", code=Code.INVALID_SYNTAX) from None
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
-        reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # an assumption of Hydra's does not hold
+        reason = f"Hydra cannot compose a config of {' '.join(map(repr, overrides))}"
         raise UserError(
             reason,
             remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}",
@@ -299,11 +323,11 @@ def compose_job(
         loader: that of the sweep.
         sweep: the config of the sweep.
         overrides: of this job, maybe from a record.
-        resume: a further override, ours, if the job resumes its run.
-        keep: keep a copy for the launcher, which calls this again.
+        resume: a further override `resume=DIR`, if the job resumes its run.
+        keep: keep a copy for the launcher, which calls this function again.
 
     Raises:
-        UserError: as in `compose`; or the job would be written elsewhere than below its sweep.
+        UserError: as in `compose`; or an override is not allowed for a single job.
     """
     check_job(overrides)
     composed = loader.load_sweep_config(sweep, [*overrides, *resume])

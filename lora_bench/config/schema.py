@@ -208,7 +208,7 @@ class Optimizer:
     schedule: str
     """Learning rate after the warm-up: `linear` (to 0), `cosine` (to 0) or `constant`."""
     grad_clip_norm: float | None
-    """Maximum 2-norm of the gradient of a run; null: no clipping."""
+    """Maximum 2-norm of the gradient of a member; null: no clipping."""
 
     def __post_init__(self) -> None:
         require_number("lr", self.lr, 0, open_low=True)
@@ -233,7 +233,7 @@ class Trainer:
     batch_size: int
     """Examples per optimizer update."""
     micro_batch_size: int | None
-    """Examples of each run per forward pass, in both orders where both are used; null: chosen for speed."""
+    """Examples of each member per forward pass, in both orders where both are used; null: on a CPU chosen for speed."""
     eval_batch_size: int
     """Examples per forward pass of an evaluation."""
     eval_every: int | None

@@ -1,4 +1,4 @@
-"""Lines for the screen: names and values in them may come from anywhere, so no terminal escape and no secret passes."""
+"""Lines for the screen: untrusted names and values in them are shown without terminal escapes and secrets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lora_bench.console.redaction import redact
 
 
 def sanitise(text: object, style: str = "") -> Text:
-    """One line as it may be shown; what a terminal would act upon is spelt out."""
+    """Return a text as one line that is safe to print: control characters escaped, secrets hidden."""
     return Text(redact(to_single_line(str(text))), style=style)
 
 
 def note(text: str) -> None:
-    """Print a line about what the user should know to the standard error."""
+    """Print `note: TEXT` to standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(sanitise(f"note: {text}"))

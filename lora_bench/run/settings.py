@@ -101,12 +101,12 @@ class Experiment:
             settings: what was built of it already.
         """
         build.check_top(cfg, _KEYS)
-        settings = settings or build.Settings.build(cfg)
+        require("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         metrics = build.build_metrics(cfg.metric)
         check_metrics(metrics)
         made = cls(
-            **vars(settings),
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
+            **vars(settings or build.Settings.build(cfg)),
             metrics=metrics,
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,

@@ -25,11 +25,11 @@ def _unasked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
-    """The requests made, each answered."""
-    made: list[tuple[str, object]] = []
-    session = SimpleNamespace(head=lambda url, timeout: made.append((url, timeout)))
+    """The requests requests, each answered."""
+    requests: list[tuple[str, object]] = []
+    session = SimpleNamespace(head=lambda url, timeout: requests.append((url, timeout)))
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
-    return made
+    return requests
 
 
 def failing(error: Exception) -> Callable[..., None]:
