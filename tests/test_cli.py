@@ -224,7 +224,7 @@ def test_a_reader_that_has_gone_is_no_error(in_tmp: Path) -> None:
 def test_an_argument_that_a_command_does_not_take_is_refused(in_tmp: Path) -> None:
     error = refused("doctor", "now")
     assert (error.code, error.key) == (Code.UNKNOWN_CHOICE, "doctor")
-    assert "'now'" in str(error)
+    assert error.value == "now"
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "export"])
