@@ -136,7 +136,12 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     token_limit_bytes()  # a wrong value is refused before anything is loaded
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
-        raise UserError("is an option of lora-bench train only", key="-m", remedy="Leave it out.", code=Code.CONFLICT)
+        raise UserError(
+            "is an option of lora-bench train only",
+            key="-m",
+            remedy=f"lora-bench {command} takes one run.",
+            code=Code.CONFLICT,
+        )
     if Launch.read().world_size > 1 and parsed.multirun:
         remedy = "torchrun trains one run on several devices. Start the sweep without torchrun."
         raise UserError("starts several runs, and torchrun one", key="-m", remedy=remedy, code=Code.CONFLICT)
