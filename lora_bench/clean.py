@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from lora_bench.console.format import human
-from lora_bench.console.text import shown
+from lora_bench.console.format import format_number
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.files.cache import SUFFIXES, CacheFiles, cache_folder, remove
 
@@ -67,8 +67,8 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
         outcome = outcome if entries or is_link else "empty"
         table.add_row(cache, str(len(entries)), human(sum(entry.size_bytes for entry in entries), "B"), outcome)
     count, size_bytes = _answers()
-    table.add_row(ANSWERS, str(count), human(size_bytes, "B"), "kept: answers cost money")
-    console.print(shown(folder))
+    table.add_row(ANSWERS, str(count), format_number(size_bytes, "B"), "kept: answers cost money")
+    console.print(sanitise(folder))
     console.print(table)
     if undeleted:
         raise RunFailedError(

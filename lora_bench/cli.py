@@ -1,6 +1,6 @@
-"""The commands: pops one from the arguments, then runs a `hydra.main` of its own if it composes a config.
+"""The command line: `lora-bench COMMAND ARGUMENTS`.
 
-Nothing here imports torch: `--help`, `--cfg job`, a mistyped key and `compare` answer at once.
+Nothing here imports torch, so `--help`, `--cfg job`, a mistyped key and `compare` answer at once.
 Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 129, 130 and 143 interrupted.
 """
 
@@ -19,10 +19,10 @@ from rich.console import Console
 from lora_bench.config.groups import COMMANDS, PROMPT_GROUPS, conf_folder
 from lora_bench.config.launch import Launch
 from lora_bench.console import streams
-from lora_bench.console.help import help_of, overview
+from lora_bench.console.help import format_help, format_overview
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
-from lora_bench.console.text import note, shown
+from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from lora_bench.config.compose import Arguments
+    from lora_bench.config.compose import Arguments, ComposedHydra
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: the command and its arguments; None: those of the process.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for number in ENDING_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` lets a hangup pass
@@ -46,42 +50,42 @@ def main(arguments: list[str] | None = None) -> int:
     remember(arguments)
     code = _exit_code(arguments)
     if error := streams.failure():
-        _say(f"standard output cannot be written: {error.strerror}", 1)
-        if code == 0 and not (arguments and arguments[0] in LEAVING_FILES):
+        _report(f"standard output cannot be written: {error.strerror}", 1)
+        if code == 0 and not (arguments and arguments[0] in WRITING_FILES):
             return 1
     return code
 
 
-LEAVING_FILES = ("train", "eval", "export", "prompt")
-"""Commands whose results are files: what they print can be lost."""
+WRITING_FILES = ("train", "eval", "export", "prompt")
+"""Commands whose results are files: a failure of standard output does not fail them."""
 
 
 def _exit_code(arguments: list[str]) -> int:
-    """Run one command; what ends it before its time is told in one paragraph."""
+    """Run one command and return its exit code; an error is reported in one paragraph."""
     command = arguments[0] if arguments else "lora-bench"
     try:
         return run_command(arguments)
     except UserError as error:
-        return _say(str(error), 1 if isinstance(error, RunFailedError) else 2)
+        return _report(str(error), 1 if isinstance(error, RunFailedError) else 2)
     except DivergedError as error:
-        return _say(f"the run diverged: {error}", 1)
+        return _report(f"the run diverged: {error}", 1)
     except SweepFailedError as error:
-        return _say(str(error), 1)
+        return _report(str(error), 1)
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return _report("interrupted", 130)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             first[0] += " Take a smaller trainer.batch_size, data.max_length or model."
-        return _say(f"{command} failed: {type(error).__name__}: {first[0]} ({_where(error)})", 1)
+        return _report(f"{command} failed: {type(error).__name__}: {first[0]} ({_origin(error)})", 1)
 
 
-def run_command(arguments: list[str]) -> int:
-    """Run one command and return its exit code; what ends it early is raised."""
+def _dispatch(arguments: list[str]) -> int:
+    """Run one command and return its exit code, or raise its error."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(format_overview())
         return 0
     command, *rest = arguments
     if command == "--version":
@@ -96,11 +100,11 @@ def run_command(arguments: list[str]) -> int:
 
         return compare(rest)
     if "-h" in rest or "--help" in rest:
-        print(help_of(command))
+        print(format_help(command))
         return 0
     if command == "doctor":
         if rest:
-            raise UserError(f"takes no {rest[0]!r}", key="doctor", code=Code.UNKNOWN_CHOICE)
+            raise UserError("takes no arguments", key="doctor", value=rest[0], code=Code.UNKNOWN_CHOICE)
         from lora_bench.doctor import run_doctor
 
         run_doctor(_console())
@@ -116,63 +120,88 @@ def run_command(arguments: list[str]) -> int:
 
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
-    """Compose the config as Hydra does and call the task with it; its errors are told in our words."""
-    from lora_bench.config.compose import Arguments, compose
-    from lora_bench.config.hydra_errors import translated
+    """Compose the config of a command and call its task with it, or with that of each job of a sweep.
+
+    Args:
+        command: for messages.
+        config_name: the config at the top of `conf/`.
+        task: takes the config without its `hydra` node, which is `HydraConfig.get()` meanwhile.
+        arguments: of the command.
+    """
+    from lora_bench.config.compose import Arguments
+    from lora_bench.config.hydra_errors import translate_errors
     from lora_bench.config.overrides import typed_by
     from lora_bench.files.cache import token_limit_bytes
 
-    token_limit_bytes()  # refused before anything is loaded
+    token_limit_bytes()  # a wrong value is refused before anything is loaded
     parsed = Arguments.read(arguments)
     if parsed.multirun and command != "train":
         raise UserError(
-            "sweeps over nothing", key="-m", remedy=f"lora-bench {command} takes one run.", code=Code.CONFLICT
+            "is an option of lora-bench train only",
+            key="-m",
+            remedy=f"lora-bench {command} takes one run.",
+            code=Code.CONFLICT,
         )
     if Launch.read().world_size > 1 and parsed.multirun:
-        remedy = "torchrun trains one run on several devices; start the sweep without it."
-        raise UserError(
-            "makes runs one after another in a process of its own", key="-m", remedy=remedy, code=Code.CONFLICT
-        )
+        remedy = "torchrun trains one run on several devices. Start the sweep without torchrun."
+        raise UserError("starts several runs, and torchrun one", key="-m", remedy=remedy, code=Code.CONFLICT)
     for override in parsed.repeated():
-        note(f"{override} is given again with another value, which counts")
-    import hydra
+        note(f"{override} is ignored: a later argument gives the key another value")
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from lora_bench.records.run_folder import discard
 
     failures: list[Exception] = []
-
     start = os.getcwd()
 
     def job(cfg: DictConfig) -> None:
-        """Keeps errors from Hydra, which would print them its own way."""
+        """Call the task; keep its error from Hydra, which would print it in its own way."""
         try:
-            os.chdir(start)  # hydra.job.chdir=true has moved: a relative path in any key is one from where we started
+            os.chdir(start)  # relative paths stay valid with hydra.job.chdir=true
             task(cfg)
         except Exception as error:
             failures.append(error)
         except BaseException:  # Ctrl-C, or a signal that became SystemExit
-            discard(Path(HydraConfig.get().runtime.output_dir))  # unless a run has begun in it
+            discard(Path(HydraConfig.get().runtime.output_dir))  # unless a run has started in it
             raise
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # it then raises its own errors instead of printing them
-    typed = typed_by(parsed.overrides, parsed.config_dir)
-    with typed, translated(conf_folder(), config_name, parsed):
-        composed = compose(conf_folder(), config_name, parsed.overrides, parsed.config_dir)
-        remember_config(OmegaConf.to_container(composed, resolve=False))
-        if command == "train" and composed.resume and not parsed.cfg:
-            parsed = _resumed(parsed, str(composed.resume), config_name)
-        sys.argv = [f"lora-bench {command}", *parsed.for_hydra()]
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)(job)()
-        if failures:
-            raise failures[0]
+    with typed_by(parsed.overrides, parsed.config_dir):
+        can_resume = command == "train" and parsed.cfg is None
+        if can_resume and (typed := parsed.resume()):
+            parsed = _resumed(parsed, typed)
+        composed = _composed(parsed, config_name)
+        if can_resume and composed.config.resume and not typed:  # from a YAML file, or from the environment
+            parsed = _resumed(parsed, str(composed.config.resume))
+            composed = _composed(parsed, config_name)
+        with translate_errors(conf_folder(), config_name, parsed):
+            composed.execute(parsed, job)
+            if failures:
+                raise failures[0]
 
 
-def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
-    """The arguments with the folder to go on with found, and with those of its beginning where it is a sweep's."""
-    from lora_bench.config.compose import compose
-    from lora_bench.config.hydra_errors import translated
+def _composed(arguments: Arguments, config_name: str) -> ComposedHydra:
+    """Compose the config of these arguments, and hide its secrets in all output."""
+    from omegaconf import OmegaConf
+
+    from lora_bench.config.compose import compose_hydra
+    from lora_bench.config.hydra_errors import translate_errors
+
+    try:
+        with translate_errors(conf_folder(), config_name, arguments):
+            composed = compose_hydra(conf_folder(), config_name, arguments.overrides, arguments.config_dir)
+    except UserError as error:
+        error.file = error.file or arguments.record
+        raise
+    remember_config(OmegaConf.to_container(composed.config, resolve=False))
+    return composed
+
+
+def _resumed(arguments: Arguments, resume: str) -> Arguments:
+    """Return the arguments with the folder that `resume` names, or the arguments of the sweep in that folder.
+
+    Raises:
+        UserError: the folder is not that of a sweep, and `-m` was typed; or `arguments_of_sweep` refuses.
+    """
     from lora_bench.errors import quoted
     from lora_bench.records.resume import resolve_folder, sweep_arguments
     from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
@@ -180,21 +209,21 @@ def _resumed(parsed: Arguments, resume: str, config_name: str) -> Arguments:
     folder = resolve_folder(resume, Path("outputs"))
     if is_sweep(folder):
         try:
-            recorded = sweep_arguments(parsed, folder)
-            with translated(conf_folder(), config_name, recorded):  # before Hydra sees what the record asks for
-                compose(conf_folder(), config_name, recorded.overrides, recorded.config_dir)
+            recorded = arguments_of_sweep(arguments, folder)
         except UserError as error:
             error.file = error.file or folder / SWEEP_FILE
             raise
+        recorded.record = folder / FILE
         return recorded
-    if parsed.multirun:
-        remedy = "Give the folder of a sweep; a single run goes on without -m."
+    if arguments.multirun:
+        remedy = "Give the folder of a sweep, or leave out -m to resume a single run."
         raise UserError("holds no sweep", key="resume", value=folder, remedy=remedy, code=Code.NOT_FOUND)
-    parsed.overrides.append(f"resume={quoted(folder)}")
-    return parsed
+    arguments.overrides.append(f"resume={quoted(folder)}")
+    return arguments
 
 
 def _train(cfg: DictConfig) -> None:
+    """Train one run, or show its expected cost with `dry_run`."""
     from hydra.core.hydra_config import HydraConfig
 
     from lora_bench.records.job import Job, follower_folder, is_done
@@ -207,26 +236,27 @@ def _train(cfg: DictConfig) -> None:
     if cfg.resume:
         discard(folder)
     if is_done(cfg):
-        console.print(shown(f"{cfg.resume} is done: nothing to go on with"))
+        console.print(sanitise(f"{cfg.resume} is done: there is nothing to resume"))
         return
     job = None
-    beside = Launch.read().rank > 0  # torchrun: the leading process alone writes and prints
-    with follower_folder(cfg, folder) if beside else nullcontext(folder) as own:
+    is_follower = Launch.read().rank > 0  # of torchrun: only the process of rank 0 writes and prints
+    console = Console(quiet=True) if is_follower else console
+    with following(cfg, folder) if is_follower else nullcontext(folder) as run_folder:
         try:
-            job = Job.composed(cfg, hydra, own)
-            check_train(job.cfg, resumed=job.resumed is not None)
+            job = Job.composed(cfg, hydra, run_folder)
+            check_train(job)
             if cfg.dry_run:
                 from lora_bench.sweeps import cost_estimate  # torch: late
 
-                cost_estimate.print_run_estimate(job, Console(quiet=True) if beside else console)
+                cost_estimate.show(job, console)
             else:
                 from lora_bench.train import train
 
-                train(job, console=Console(quiet=True) if beside else console)
+                train(job, console=console)
         except Exception as error:
-            discard(own)  # unless the run has begun: then its record says how it ended
-            if (own / "run.log").exists() and not isinstance(error, UserError):
-                error.add_note(f"the traceback is in {own / 'run.log'}")
+            discard(run_folder)  # unless the run has started: then its record says how it ended
+            if (run_folder / "run.log").exists() and not isinstance(error, UserError):
+                error.add_note(f"the traceback is in {run_folder / 'run.log'}")
             raise
         finally:
             if job is not None and job.resumed:
@@ -236,6 +266,7 @@ def _train(cfg: DictConfig) -> None:
 
 
 def _eval(cfg: DictConfig) -> None:
+    """Evaluate a finished run, or an adapter of PEFT."""
     from hydra.core.hydra_config import HydraConfig
 
     from lora_bench.run.preflight import check_eval
@@ -247,6 +278,7 @@ def _eval(cfg: DictConfig) -> None:
 
 
 def _predict(cfg: DictConfig) -> None:
+    """Label new texts with a finished run."""
     from lora_bench.run.prediction_request import PredictionRequest
 
     request = PredictionRequest.read(cfg)
@@ -256,6 +288,7 @@ def _predict(cfg: DictConfig) -> None:
 
 
 def _export(cfg: DictConfig) -> None:
+    """Export a finished run."""
     from lora_bench.run.preflight import check_export
 
     check_export(cfg)
@@ -265,6 +298,7 @@ def _export(cfg: DictConfig) -> None:
 
 
 def _prompt(cfg: DictConfig) -> None:
+    """Evaluate a prompted language model."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -286,27 +320,26 @@ def _prompt(cfg: DictConfig) -> None:
 
         run_prompt(cfg, folder, choices=choices, overrides=overrides, console=_console())
     finally:
-        discard(folder)  # unless the run has begun
+        discard(folder)  # unless the run has started
 
 
 def _console() -> Console:
+    """Return a console for standard output; lines are wrapped in a terminal only."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def _say(message: str, code: int) -> int:
-    _tell(f"lora-bench: {message}")
+def _report(message: str, code: int) -> int:
+    """Print an error to standard error, and return the exit code."""
+    line = sanitise(f"lora-bench: {message}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line)
     return code
 
 
-def _where(error: Exception) -> str:
-    """Where to look: the run's log, or the line of ours that raised what nobody expected."""
+def _origin(error: Exception) -> str:
+    """Return the log that holds the traceback of an unexpected error, or the last line of lora-bench in it."""
     from traceback import extract_tb
 
     if getattr(error, "__notes__", None):
         return str(error.__notes__[0])
     ours = [frame for frame in extract_tb(error.__traceback__) if Path(__file__).parent in Path(frame.filename).parents]
     return f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else "outside lora-bench"
-
-
-def _tell(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(shown(text))

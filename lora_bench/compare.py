@@ -75,7 +75,7 @@ def _write_page(table: Table, file: Path, margin: float) -> int:
     from lora_bench.report import page  # late: numpy
 
     write_output(file, page(table, margin).encode(), "--html", make_folders=True)
-    print(f"written: {clean(str(file))}", file=sys.stderr)
+    print(f"written: {to_single_line(str(file))}", file=sys.stderr)
     return 0
 
 

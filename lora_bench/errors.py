@@ -1,9 +1,9 @@
-"""The one exception of a user's making: a wrong request, told in one paragraph.
+"""Errors that a user can correct, and the checks that raise them. A message is one paragraph.
 
     adapter.rank=0: must be at least 1. Give a whole number from 1 to the smallest side of the adapted layers.
     train.tsv, row 17: 2 columns where the header has 3. Every row needs one tab between columns.
 
-The command line prints it and exits with 2; anything else that is raised is a defect or a failed run.
+The command line prints the message and exits with 2. Other exceptions are defects or failed runs.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ class Code(StrEnum):
 
 
 class UserError(Exception):
-    """A request that cannot be met as it stands.
+    """A request that cannot be met; the message says what is wrong, where, and what to do.
 
     Args:
         reason: what is wrong, as a sentence without its full stop.
-        code: the kind of the error.
-        key: the config key (`adapter.rank`), if a key is to blame.
+        code: the stable identifier of the error.
+        key: the config key that is wrong (`adapter.rank`).
         value: the value given for that key.
-        file: the file to blame.
+        file: the file that is wrong.
         row: the row of that file, counted as an editor counts lines (from 1, header included).
         remedy: what to do instead, as whole sentences.
     """
@@ -118,52 +118,53 @@ class UserError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        places = []
+        locations = []
         if self.key is not None:
-            places.append(self.key if self.value is None else f"{self.key}={self.value}")
+            locations.append(self.key if self.value is None else f"{self.key}={self.value}")
         if self.file is not None:
-            places.append(f"{self.file}" if self.row is None else f"{self.file}, row {self.row}")
-        where = ": ".join(places)
+            locations.append(f"{self.file}" if self.row is None else f"{self.file}, row {self.row}")
+        where = ": ".join(locations)
         text = f"{where}: {self.reason}" if where else self.reason
         return " ".join(f"{text}. {self.remedy or ''}".split())
 
     def under(self, prefix: str) -> UserError:
-        """The same error with its key moved below `prefix` (`rank` becomes `adapter.rank`)."""
+        """Prepend `prefix` to the key (`rank` becomes `adapter.rank`), and return this error."""
         if self.key is not None and prefix:
             self.key = f"{prefix}.{self.key}"
         return self
 
 
 class RunFailedError(UserError):
-    """A run that had begun cannot go on: the disk is full, its folder is gone. Told like a wrong request; exit 1."""
+    """A run that had started cannot continue, as the disk is full or its folder is gone. The exit code is 1."""
 
 
 class LostFolderError(RunFailedError):
-    """The folder of a run or sweep is gone, or another one has its place: nothing more is written there."""
+    """The folder of a run or sweep was removed or replaced, so nothing is written there any more."""
 
 
 class DivergedError(Exception):
-    """A loss, gradient or score that is not a finite number: the run stops with status `diverged`."""
+    """A loss, gradient or score is not a finite number; the run ends with status `diverged`."""
 
 
 class SweepFailedError(Exception):
-    """Some jobs of a sweep failed; each was told when it happened."""
+    """Some jobs of a sweep failed; the message of each was printed when it failed."""
 
 
 def require(
-    holds: bool, key: str, value: object, reason: str, remedy: str = "", *, code: Code = Code.INVALID_VALUE
+    condition: bool, key: str, value: object, reason: str, remedy: str = "", *, code: Code = Code.INVALID_VALUE
 ) -> None:
-    """Refuse `value` for `key` unless the condition holds."""
-    if not holds:
+    """Raise a `UserError` for `value` of `key` unless the condition is true."""
+    if not condition:
         raise UserError(reason, code=code, key=key, value=value, remedy=remedy)
 
 
 def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a `UserError` if the value is not among the choices."""
     require(value in choices, key, value, f"is not one of {', '.join(choices)}", code=Code.UNKNOWN_CHOICE)
 
 
 def require_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Refuse what is not a finite number in [low, high], or (low, high] with `open_low`."""
+    """Raise a `UserError` if the value is not finite and in [low, high], or in (low, high] with `open_low`."""
     require(type(value) is not int or value < 2**63, key, value, "is too large")
     inside = low <= value <= high and abs(value) < math.inf and not (open_low and value == low)
     if inside:
@@ -173,27 +174,27 @@ def require_number(key: str, value: float, low: float, high: float = math.inf, *
     raise UserError(f"must be a finite number {bound}{upper}", code=Code.INVALID_VALUE, key=key, value=value)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A clause that names what `word` was likely meant to be: `Did you mean …?`, or the choices there are."""
-    names = sorted(set(known))
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return the remedy for a mistyped word: `Did you mean …?` with the nearest choice, else a list of the choices."""
+    names = sorted(set(choices))
     close = get_close_matches(word, names, n=1, cutoff=0.6)
     if not close:
         tails = {name.rsplit(".", 1)[-1]: name for name in names}
         close = [tails[tail] for tail in get_close_matches(word.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)]
     if close:
         return f"Did you mean {close[0]}?"
-    return f"Known: {', '.join(names)}." if names else ""
+    return f"Choices: {', '.join(names)}." if names else ""
 
 
 def quoted(value: object, mark: str = "'") -> str:
     """Return a value in quotation marks, so that Hydra and OmegaConf read it back unchanged."""
-    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", str(value))
-    text = re.sub(rf"(\\+)({mark}|$)", lambda found: found[1] * 2 + found[2], text).replace(mark, f"\\{mark}")
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", str(value))
+    text = re.sub(rf"(\\+)({mark}|$)", lambda match: match[1] * 2 + match[2], text).replace(mark, f"\\{mark}")
     return f"{mark}{text}{mark}"
 
 
-def argument(key: str, value: object) -> str:
-    """Return `key=value` as it is typed in a POSIX shell; both the shell and Hydra read the value back unchanged."""
+def shell_argument(key: str, value: object) -> str:
+    """Return `key=value` quoted for a POSIX shell, so that the shell and Hydra read the value back unchanged."""
     text = str(value)
     simple = re.fullmatch(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", text, re.ASCII)
     if simple and text.lower() not in ("null", "true", "false", "nan", "inf"):
@@ -209,7 +210,7 @@ def argument(key: str, value: object) -> str:
 
 
 def _units(text: str) -> list[str]:
-    """Return the characters of a text, an accent that follows its letter as one with it."""
+    """Return the characters of a text; a letter and the combining accents after it are one."""
     units: list[str] = []
     for char in text:
         if units and unicodedata.combining(char):
@@ -220,7 +221,7 @@ def _units(text: str) -> list[str]:
 
 
 def _octal(char: str) -> str:
-    """Return a character for printf, as bytes if a terminal or a message could change it."""
+    """Return a character as printf takes it: as octal bytes if a terminal or a message could change it."""
     if char.isprintable() and char != " " and unicodedata.is_normalized("NFC", char):
         return char
     return "".join(f"\\{byte:03o}" for byte in char.encode(errors="surrogateescape"))

@@ -23,7 +23,7 @@ from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.backbones.locate import locate
 from lora_bench.config import build, schema
 from lora_bench.console.progress import print_metrics
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.data import sources
 from lora_bench.data.tokenization import tokenize
 from lora_bench.errors import Code, UserError, require, require_one_of
@@ -160,7 +160,7 @@ def _run_subject(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, c
     """Load a finished run to evaluate."""
     run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
     for note in run.notes:
-        console.print(shown(f"note: {note}"))
+        console.print(sanitise(f"note: {note}"))
     return _Subject(
         lambda examples, cached: run.member_scores(examples, cached=cached),
         Run(run.folder, run.record),

@@ -52,7 +52,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
     paths = model_paths(cfg.model)
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **paths)
     for note in run.notes:
-        console.print(shown(f"note: {note}"))
+        console.print(sanitise(f"note: {note}"))
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
     if run.pack.pair_features:
@@ -84,9 +84,9 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             _write_readme(folder, cfg.format, [*differences, *reading])
         load = f'{auto_class}.from_pretrained("{first_member}")'
     for line in (f"written: {output}", f"load it: {load}"):
-        console.print(shown(line), soft_wrap=True)
+        console.print(sanitise(line), soft_wrap=True)
     for difference in differences:
-        console.print(shown(f"note: {difference}"), soft_wrap=True)
+        console.print(sanitise(f"note: {difference}"), soft_wrap=True)
 
 
 def _differences(run: FinishedRun) -> list[str]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.config import build, schema
 from lora_bench.console.progress import metric_table
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.data import sources
 from lora_bench.errors import Code, RunFailedError, UserError, require
 from lora_bench.files.cache import cache_folder
@@ -206,7 +206,7 @@ def _ask(
         questions = dict(zip(chain(*keys.values()), chain(*messages_by_split.values()), strict=True))
         cached = {key: answer for key in questions if (answer := client.cached_answer(key)) is not None}
         for note in cache.notes():
-            console.print(shown(f"note: {note}"), soft_wrap=True)
+            console.print(sanitise(f"note: {note}"), soft_wrap=True)
         if dry_run:
             show_request(console, client, questions, cached)
             return None
@@ -232,7 +232,7 @@ def _ask(
                 run.update(environment={"llm": answers.models()})
                 _score(run, request, splits, scores, counts)
                 for note in answers.notes(keys, read):
-                    console.print(shown(f"note: {note}"))
+                    console.print(sanitise(f"note: {note}"))
         finally:
             runner.run(client.close())
     return run
@@ -377,4 +377,4 @@ def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
 def _show(console: Console, run: Run) -> None:
     console.print(metric_table(run.record["metrics"]))
     show_cost(console, run.record["cost"])
-    console.print(shown(f"record: {run.folder}"), soft_wrap=True)
+    console.print(sanitise(f"record: {run.folder}"), soft_wrap=True)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from lora_bench.adapters.pack.pack import Pack
+from lora_bench.config.canonical import settings_hash
 from lora_bench.console.progress import Display, announce
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.config.schema import Trainer
-    from lora_bench.console.progress import Shows
+    from lora_bench.console.progress import DisplayFactory
     from lora_bench.data.tokenization import TokenTable
     from lora_bench.records.job import Job
     from lora_bench.run.inputs import Task
@@ -115,7 +116,7 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
     return inputs
 
 
-def _fit(recorder: Recorder, display: Shows, interruption: Interruption) -> None:
+def _fit(recorder: Recorder, display: DisplayFactory, interruption: Interruption) -> None:
     """Train the runs that have started."""
     pack, runs, console = recorder.pack, recorder.runs, recorder.console
     experiment, started = runs[0].experiment, recorder.running[0]

@@ -1,11 +1,10 @@
-"""Runs the command line inside the test's own process, and puts back whatever it changed there."""
+"""Runs the command line in the process of the test, and restores the state of the process afterwards."""
 
 from __future__ import annotations
 
 import io
 import os
 import signal
-import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +35,17 @@ TOY_RUN = [
     "trainer.max_steps=1",
     "pack.size=16",
 ]
-"""The quickest run there is; of a sweep the jobs go together, as on a GPU."""
+"""Overrides of the fastest run; the jobs of a sweep are trained as one pack, as on a GPU."""
 
 
 def toy_run(*overrides: str) -> list[str]:
-    """`TOY_RUN` with these overrides, without what they replace."""
+    """Return the overrides of `TOY_RUN` and these, which replace those of the same key."""
     replaced = {override.partition("=")[0] for override in overrides}
     return [*(override for override in TOY_RUN if override.partition("=")[0] not in replaced), *overrides]
 
 
 def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    """Do something when the record hears of a step."""
+    """Call `action` when the recorder is told that this step is done."""
 
     def stepped(recorder: Recorder, number: int, losses: Any, pairs: int) -> None:
         STEPPED(recorder, number, losses, pairs)
@@ -60,14 +59,12 @@ STEPPED = Recorder.stepped
 
 
 def signalled(number: int) -> Callable[..., None]:
-    """Sends this process a signal."""
+    """Return a function that sends this process a signal."""
     return lambda *_: os.kill(os.getpid(), number)
 
 
-def stopped_and_gone_on_with(
-    patch: pytest.MonkeyPatch, sweep: Sequence[str], predictions: Sequence[int]
-) -> list[Answer]:
-    """A sweep in the folder `sweep` that Ctrl-C stops in these predictions, counted from 1, resumed until it ends."""
+def interrupt_and_resume(patch: pytest.MonkeyPatch, sweep: Sequence[str], predictions: Sequence[int]) -> list[Answer]:
+    """Run a sweep in the folder `sweep`, interrupt it at these predictions (from 1), and resume it until it ends."""
     predict, calls = model_selection.predict, 0
 
     def stopping(*arguments: Any, **keywords: Any) -> Any:
@@ -87,7 +84,7 @@ def stopped_and_gone_on_with(
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command left: its exit code and what it printed."""
+    """The result of a command: its exit code, its output and its error."""
 
     code: int
     out: str
@@ -97,7 +94,7 @@ class Answer:
 
 
 def lora_bench(*arguments: str) -> Answer:
-    """`lora-bench ARGUMENTS` in this process."""
+    """Run `lora-bench ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     errors: list[UserError] = []
 
@@ -118,7 +115,7 @@ DISPATCH = cli.run_command
 
 
 def refused(*arguments: str) -> UserError:
-    """Return the error that refuses a wrong request: exit code 2, one line, no traceback, nothing left behind.
+    """Run a wrong request and return its error; assert exit code 2, one line, no traceback and no new file.
 
     Its text has to stand in the golden file of the command, `tests/messages/COMMAND.txt`.
     """
@@ -149,22 +146,18 @@ def refuses(code: Code, *, key: str | None = None) -> Iterator[pytest.ExceptionI
 
 
 def files_below(folder: Path) -> dict[str, bytes | None]:
-    """Every file with its content, and every folder, below `folder`."""
+    """Return the content of every file, and None for every folder, below `folder`."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
 @contextmanager
 def unchanged_process() -> Iterator[None]:
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    """Restore signal handlers and the state of Hydra on exit."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING_SIGNALS)}
     try:
         yield
     finally:
-        sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        if full_error is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None

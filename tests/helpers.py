@@ -1,4 +1,4 @@
-"""Shared by the tests: names of the tiny backbones, a small toy data set, and composed configs."""
+"""Helpers of the tests: names of the tiny backbones, a small toy data set, and composed configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL_TOY = ["data=toy", "data.train_rows=120", "data.validation_rows=40", "trai
 
 
 def composed(*overrides: str, name: str = "config") -> DictConfig:
-    """The config that these overrides compose, with `tiny_bert` unless they say otherwise."""
+    """Return the config that these overrides compose, with `tiny_bert` unless they choose a model."""
     register_with_hydra()
     GlobalHydra.instance().clear()
     chosen = list(overrides)

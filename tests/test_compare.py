@@ -24,7 +24,7 @@ from lora_bench.analysis.summary import summarise, write_tables
 from lora_bench.analysis.table import Column, Row, Stat, Table, format_value
 from lora_bench.analysis.terminal import render
 from lora_bench.compare import main
-from lora_bench.console.format import clean, human
+from lora_bench.console.format import format_number, to_single_line
 from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
 from tests.command_line import refuses
@@ -298,7 +298,7 @@ def test_costs_have_units_for_people_and_are_raw_for_programs(tmp_path: Path) ->
     ],
 )
 def test_human(value: float, text: str) -> None:
-    assert human(value, "B") == text
+    assert format_number(value, "B") == text
 
 
 def test_absurd_numbers_and_wrong_types_are_absent(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ NUMBER = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
-    names = draw(st.lists(CELL, min_size=1, max_size=3, unique_by=clean))
+    names = draw(st.lists(CELL, min_size=1, max_size=3, unique_by=to_single_line))
     names = [f"key.{name}" for name in names]
     columns = [*(Column(name, "key") for name in names), Column("mcc", "metric", "↑", 9), Column("cost.x", "bytes")]
     rows = []

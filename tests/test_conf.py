@@ -17,9 +17,8 @@ from lora_bench.adapters.methods import method_class, method_names
 from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
 from lora_bench.config.compose import compose, register_with_hydra
-from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, choices, conf_folder
-from lora_bench.config.keys import flat
-from lora_bench.errors import Code
+from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, conf_folder
+from lora_bench.config.keys import flatten
 from lora_bench.prompt import Request
 from lora_bench.run.settings import Experiment
 from tests.command_line import refused
@@ -55,11 +54,11 @@ def written(value: Any) -> str:
 
 
 def test_none_is_overlooked() -> None:
-    found = Counter(str(file.parent) for file in FILES)
-    assert {group: count for group, count in AT_LEAST.items() if found[group] < count} == {}
-    assert set(found) == {".", "hydra", "hydra/launcher", *GROUPS, *PROMPT_GROUPS}
-    others = {path.name for path in CONF.rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")}
-    assert others == {"__init__.py"}
+    counts = Counter(str(file.parent) for file in FILES)
+    assert {group: count for group, count in AT_LEAST.items() if counts[group] < count} == {}
+    assert set(counts) == {".", "hydra", "hydra/launcher", *GROUPS, *PROMPT_GROUPS}
+    names = {path.name for path in CONF.rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")}
+    assert names == {"__init__.py"}
 
 
 def test_a_shared_base_is_no_choice() -> None:
@@ -84,19 +83,19 @@ def test_opens_with_what_it_is_for(file: Any) -> None:
 @pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)
 def test_every_option_builds(group: str, option: str) -> None:
     cfg = composed(*chosen(group, option))
-    made = Experiment.build(cfg)
+    experiment = Experiment.build(cfg)
     values = container(cfg)
-    assert [key for key, value in flat(values) if value == "???"] == []
+    assert [key for key, value in flatten(values) if value == "???"] == []
     if group == "metric":
-        assert option in made.metrics
-        assert dataclasses.asdict(made.metrics[option]) == values["metric"][option]
+        assert option in experiment.metrics
+        assert dataclasses.asdict(experiment.metrics[option]) == values["metric"][option]
         return
     if group == "tracking":
-        assert dataclasses.asdict(made.trackers[option]) == values["tracking"][option]
+        assert dataclasses.asdict(experiment.trackers[option]) == values["tracking"][option]
         return
-    part = getattr(made, group)
-    assert dataclasses.asdict(part) == values[group]
-    assert set(values[group]) == {field.name for field in dataclasses.fields(part)}
+    settings = getattr(experiment, group)
+    assert dataclasses.asdict(settings) == values[group]
+    assert set(values[group]) == {field.name for field in dataclasses.fields(settings)}
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "experiment"])
@@ -116,8 +115,8 @@ def jobs(*overrides: str) -> list[list[str]]:
     variants = list(sweeper_config.variants)
     sweeper = grid_sweeper(None, dict(sweeper_config.params or {}), list(sweeper_config.exclude), variants)
     parser, grid = OverridesParser.create(), [*sweeper._parse_config(), *overrides[1:]]
-    asked = [parser.parse_overrides([*grid, *variant]) for variant in sweeper.variants]
-    return sweeper._combinations(asked)  # type: ignore[no-any-return]
+    overrides = [parser.parse_overrides([*grid, *variant]) for variant in sweeper.variants]
+    return sweeper._combinations(overrides)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "sweep"])
@@ -127,24 +126,25 @@ def test_every_job_of_every_sweep_builds(group: str, option: str) -> None:
     assert len({tuple(job) for job in expanded}) == len(expanded)
     step = {"methods": 12, "ablation": 20}.get(option, 1)  # each once, of its rates and seeds
     for job in expanded[::step]:
-        Experiment.build(composed(f"sweep={option}", *(part.lstrip("+") for part in job)))
+        Experiment.build(composed(f"sweep={option}", *(override.lstrip("+") for override in job)))
 
 
 def test_the_ablation_leaves_out_every_part_one_by_one() -> None:
     """Each variant changes what it names, and no switch of the recipe or the module is missing."""
-    whole, *others = jobs("sweep=ablation", "seed=0", "optimizer.lr=1e-3")
-    made = container(composed("sweep=ablation", *whole), resolve=False)
-    values = dict(flat(made))
+    whole, *variants = jobs("sweep=ablation", "seed=0", "optimizer.lr=1e-3")
+    config = container(composed("sweep=ablation", *whole), resolve=False)
+    values = dict(flatten(config))
     changed = []
-    for job in others:
-        found = dict(flat(container(composed("sweep=ablation", *job), resolve=False)))
-        changed.append({key for key in values if found.get(key) != values[key]})
-        assert {part.split("=")[0] for part in job} - {"seed", "adapter", "optimizer.lr"} <= changed[-1]
+    for job in variants:
+        values_of_job = dict(flatten(container(composed("sweep=ablation", *job), resolve=False)))
+        changed.append({key for key in values if values_of_job.get(key) != values[key]})
+        assert {override.split("=")[0] for override in job} - {"seed", "adapter", "optimizer.lr"} <= changed[-1]
     for preset in ("experiment/recipe", "adapter/enhanced"):
-        own = yaml.safe_load((CONF / f"{preset}.yaml").read_text(encoding="utf-8"))
-        for group, parts in own.items() if preset.startswith("experiment") else [("adapter", own)]:
-            for part in parts.keys() - {"defaults", "default_lr"}:
-                assert any(f"{group}.{part}" in keys for keys in changed), part
+        preset_values = yaml.safe_load((CONF / f"{preset}.yaml").read_text(encoding="utf-8"))
+        groups = preset_values if preset.startswith("experiment") else {"adapter": preset_values}
+        for group, values_of_group in groups.items():
+            for key in values_of_group.keys() - {"defaults", "default_lr"}:
+                assert any(f"{group}.{key}" in keys for keys in changed), key
 
 
 def test_sweep_of_baselines_leaves_out_what_cannot_be() -> None:
@@ -155,14 +155,14 @@ def test_sweep_of_baselines_leaves_out_what_cannot_be() -> None:
 
 @pytest.mark.parametrize("option", [path.stem for path in sorted((CONF / "prompt").glob("*.yaml"))])
 def test_every_prompt_builds(option: str) -> None:
-    made = Request.build(composed(f"prompt={option}", "llm.model=x", "llm.base_url=http://x", name="prompt"))
-    assert made.data.task == "qqp"
-    assert "{" in made.prompt.template
+    request = Request.build(composed(f"prompt={option}", "llm.model=x", "llm.base_url=http://x", name="prompt"))
+    assert request.data.task == "qqp"
+    assert "{" in request.prompt.template
 
 
 @pytest.mark.parametrize("name", ["eval", "predict", "export"])
 def test_the_other_commands_configs(name: str) -> None:
-    values = dict(flat(container(composed(name=name), resolve=False)))
+    values = dict(flatten(container(composed(name=name), resolve=False)))
     assert values["run"] == (None if name == "eval" else "???")
     assert name == "export" or values["device"] == "auto"
     if name == "eval":
@@ -183,7 +183,7 @@ def test_the_other_commands_configs(name: str) -> None:
 def test_every_key_is_a_valid_override(group: str, option: str) -> None:
     """A header pasted back into the shell: each key with its own value gives the same config."""
     first = container(composed(*chosen(group, option)))
-    leaves = [(key, value) for key, value in flat(first) if not isinstance(value, dict)]
+    leaves = [(key, value) for key, value in flatten(first) if not isinstance(value, dict)]
     assert len(leaves) > 40
     again = composed(*chosen(group, option), *(f"{key}={written(value)}" for key, value in leaves))
     assert container(again) == first
@@ -205,6 +205,6 @@ def test_the_learning_rate_follows_the_method() -> None:
 
 
 def test_metrics_add_up() -> None:
-    made = Experiment.build(composed("metric=[specificity,average_precision]"))
-    assert list(made.metrics) == ["specificity", "average_precision"]
+    experiment = Experiment.build(composed("metric=[specificity,average_precision]"))
+    assert list(experiment.metrics) == ["specificity", "average_precision"]
     assert Experiment.build(composed()).metrics == {}

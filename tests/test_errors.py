@@ -45,19 +45,19 @@ def test_is_always_one_line(reason: str, key: str, value: str, remedy: str) -> N
 
 
 def test_nearest_by_the_whole_or_by_the_last_part() -> None:
-    known = ["adapter.rank", "adapter.alpha", "optimizer.lr"]
-    assert nearest("adapter.rnak", known) == "Did you mean adapter.rank?"
-    assert nearest("alpah", known) == "Did you mean adapter.alpha?"
-    assert nearest("zzz", known) == "Known: adapter.alpha, adapter.rank, optimizer.lr."
+    choices = ["adapter.rank", "adapter.alpha", "optimizer.lr"]
+    assert nearest("adapter.rnak", choices) == "Did you mean adapter.rank?"
+    assert nearest("alpah", choices) == "Did you mean adapter.alpha?"
+    assert nearest("zzz", choices) == "Choices: adapter.alpha, adapter.rank, optimizer.lr."
     assert nearest("zzz", []) == ""
 
 
 @given(st.text(max_size=20), st.lists(st.text(max_size=20), max_size=5))
-def test_nearest_names_only_what_is_known(word: str, known: list[str]) -> None:
-    hint = nearest(word, known)
+def test_nearest_names_only_what_is_known(word: str, choices: list[str]) -> None:
+    hint = nearest(word, choices)
     if hint.startswith("Did you mean "):
-        assert hint.removeprefix("Did you mean ").removesuffix("?") in known
-    elif known:
-        assert hint == f"Known: {', '.join(sorted(set(known)))}."
+        assert hint.removeprefix("Did you mean ").removesuffix("?") in choices
+    elif choices:
+        assert hint == f"Choices: {', '.join(sorted(set(choices)))}."
     else:
         assert hint == ""

@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.config.keys import _level, flat
+from lora_bench.config.canonical import normalise_numbers, settings_hash
+from lora_bench.config.keys import flatten, key_of
 from lora_bench.errors import Code, UserError, nearest
 from lora_bench.records.run_folder import is_prompted
 
@@ -67,7 +68,7 @@ def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) ->
         splits: the reported splits, whose fingerprint identifies the data.
     """
     choices = {group: record["choices"][group] for group in GROUPS if record["choices"].get(group) is not None}
-    keys = choices | {key: value for key, value in flat(record["config"]) if key not in GROUPS}
+    keys = choices | {key: value for key, value in flatten(record["config"]) if key not in GROUPS}
     fingerprint, rows = record["data"].get("fingerprint"), record["data"].get("rows")
     if isinstance(fingerprint, dict):
         if "train" in fingerprint:

@@ -54,7 +54,7 @@ def to_csv(table: Table) -> str:
     for line, row in zip(lines, table.rows, strict=True):
         line |= {column.name: format_cell(row, column) for column in table.keys}
     if lines:
-        writer.writerow(_no_formula(clean(name)) for name in lines[0])
+        writer.writerow(_no_formula(to_single_line(name)) for name in lines[0])
         writer.writerows(
             [_no_formula("" if value is None else _to_text(value)) for value in line.values()] for line in lines
         )

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.console.format import clean, duration, human
+from lora_bench.console.format import format_duration, format_number, to_single_line
 
 if TYPE_CHECKING:
     from pathlib import Path

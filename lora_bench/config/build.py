@@ -1,16 +1,25 @@
-"""Settings from a composed configuration: types, ranges and unknown keys are checked here."""
+"""Typed settings from a composed configuration, with checks of types, ranges and unknown keys."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_bench.config.keys import RENAMED, renamed_key
-from lora_bench.config.removed import removal_note
-from lora_bench.config.schema import DATA, OPTIONAL, Data, Metric
+from lora_bench.config.schema import (
+    DATA,
+    MODELS,
+    OPTIONAL,
+    Data,
+    Ensemble,
+    Metric,
+    Model,
+    Optimizer,
+    Packing,
+    Trainer,
+)
 from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:
@@ -19,21 +28,34 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def check_top(cfg: DictConfig, known: Collection[str]) -> None:
-    """Refuse keys that a run's config has not, keys that it lacks, and what is no seed or no dry run."""
-    _check_names(cfg, known)
-    for name in known:
-        given = name in cfg or name in OPTIONAL
-        require(given, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
+def check_top(cfg: DictConfig, keys: Collection[str]) -> None:
+    """Check the top level of a run's config: its keys, `seed` and `dry_run`.
+
+    Raises:
+        UserError: a key is not among `keys`, one of these is missing (unless it is `OPTIONAL`), or a value is wrong.
+    """
+    _check_names(cfg, keys)
+    for name in keys:
+        is_there = name in cfg or name in OPTIONAL
+        require(is_there, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
     require(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
     require(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 
 
 def build(cls: type[T], node: DictConfig, key: str) -> T:
-    """Make the dataclass `cls` from a config node, or refuse, naming the key below `key`."""
+    """Build the dataclass `cls` from a config node, whose interpolations are resolved.
+
+    Args:
+        cls: its fields are the keys of the node.
+        node: the config node.
+        key: the dotted key of the node, for messages.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is of a wrong type or out of range.
+    """
     require(isinstance(node, DictConfig), key, node, "is not a group of keys")
-    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
-    _check_names(node, known, f"{key}.")
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    _check_names(node, names, f"{key}.")
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -42,37 +64,33 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
         ) from None
     assert isinstance(values, dict)
     settings = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(settings, False)  # frozen once it is made
-    for field, value in values.items():
+    OmegaConf.set_readonly(settings, False)  # the finished dataclass is frozen
+    for name, value in values.items():
         try:
-            settings[field] = value
+            settings[name] = value
         except (OmegaConfBaseException, OverflowError) as error:
             reason = next((words for sign, words in _TYPES.items() if sign in str(error)), str(error).splitlines()[0])
-            require(value is not None, f"{key}.{field!s}", None, "must have a value, not null", code=Code.MISSING)
-            raise UserError(reason, key=f"{key}.{field!s}", value=value, code=Code.INVALID_VALUE) from None
+            require(value is not None, f"{key}.{name!s}", None, "must have a value, not null", code=Code.MISSING)
+            raise UserError(reason, key=f"{key}.{name!s}", value=value, code=Code.INVALID_VALUE) from None
     try:
-        made = OmegaConf.to_object(settings)
+        result = OmegaConf.to_object(settings)
     except UserError as error:
         raise error.under(key) from None
     except OmegaConfBaseException as error:
         raise UserError(
             "is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.", code=Code.MISSING
         ) from None
-    assert isinstance(made, cls)
-    return made
+    assert isinstance(result, cls)
+    return result
 
 
-def _check_names(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
+def _check_names(node: DictConfig, names: Collection[str], prefix: str = "") -> None:
+    """Refuse keys of a node that are not among `names`."""
     for name in map(str, node):
-        if prefix + name in RENAMED:
-            raise renamed_key(prefix + name)
-        if name not in known:  # only then: to look for what was meant takes longer than all the rest
-            key = prefix + name
-            remedy = removal_note(key) or nearest(name, known)
-            raise UserError("is not a known key", key=key, remedy=remedy, code=Code.UNKNOWN_KEY)
+        if name not in names:  # only then: the search for a similar name is slow
+            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, names), code=Code.UNKNOWN_KEY)
 
 
-# OmegaConf's complaints about a type, in our words.
 _TYPES = {
     "too large": "is too large",
     "to Integer": "is not a whole number",
@@ -84,38 +102,67 @@ _TYPES = {
     "to Dict": "is not a group of keys",
     "to dict": "is not a group of keys",
 }
+"""Parts of OmegaConf's messages about a wrong type, with the reason that a `UserError` gives instead."""
 
 
-def build_variant(class_of: Callable[[str], type[T]], node: DictConfig, group: str, key: str) -> T:
-    """Return the settings of a group whose dataclass depends on the value of one of its keys.
-
-    Args:
-        class_of: returns the dataclass for a value of that key, or raises a UserError.
-        node: the group in the config.
-        group: the group's name.
-        key: the key's name.
-    """
-    require(isinstance(node, DictConfig), group, node, "is not a group of keys")
-    return build(class_of(str(node.get(key))), node, group)
+def build_model(node: DictConfig) -> Model:
+    """Build the settings of a backbone from the node `model`; `model.family` decides on their class."""
+    return build(_class_of(MODELS, node, "family", "model"), node, "model")
 
 
 def build_data(node: DictConfig) -> Data:
-    """Return the settings of the source of data that `data.source` names."""
-    return build_variant(_data_class, node, "data", "source")
+    """Build the settings of a task from the node `data`; `data.source` decides on their class."""
+    return build(_class_of(DATA, node, "source", "data"), node, "data")
 
 
 def build_metrics(node: DictConfig) -> dict[str, Metric]:
-    """The metrics besides the standard ones, by the name to report."""
+    """Build the settings of the metrics besides the standard ones, by the names under which they are reported."""
     return {str(name): build(Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
 
 
-def _data_class(source: str) -> type[Data]:
-    if source not in DATA:
+def _class_of(classes: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
+    """Return the class of a group's settings, which `field` of its node names."""
+    require(isinstance(node, DictConfig), group, node, "is not a group of keys")
+    name = str(node.get(field))
+    if name not in classes:
         raise UserError(
-            f"is not one of {', '.join(DATA)}",
-            key="data.source",
-            value=source,
-            remedy=nearest(source, DATA),
+            f"is not one of {', '.join(classes)}",
+            key=f"{group}.{field}",
+            value=name,
+            remedy=nearest(name, classes),
             code=Code.UNKNOWN_CHOICE,
         )
-    return DATA[source]
+    return classes[name]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run that are built without torch: all but its adapter, metrics and trackers."""
+
+    data: Data
+    model: Model
+    optimizer: Optimizer
+    trainer: Trainer
+    pack: Packing
+    ensemble: Ensemble
+    tasks: dict[str, Data]
+    """Data of each task by its name; empty for a run of one task."""
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> Settings:
+        """Build the settings from a composed config.
+
+        Raises:
+            UserError: a value is of a wrong type or out of range; it names the key.
+        """
+        has_method = "method" in (cfg.get("adapter") or {})
+        require(has_method, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
+        return cls(
+            data=build_data(cfg.data),  # first: the model's label words are those of the data
+            model=build_model(cfg.model),
+            optimizer=build(Optimizer, cfg.optimizer, "optimizer"),
+            trainer=build(Trainer, cfg.trainer, "trainer"),
+            pack=build(Packing, cfg.pack, "pack"),
+            ensemble=build(Ensemble, cfg.ensemble, "ensemble"),
+            tasks={str(name): build_data(node) for name, node in (cfg.get("tasks") or {}).items()},
+        )

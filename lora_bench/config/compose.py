@@ -1,12 +1,13 @@
-"""What stands between the shell and Hydra: arguments read and checked, code refused, errors told in our words.
+"""Composition of configurations by Hydra: arguments are parsed and checked, then the config is composed once.
 
-Hydra by itself imports and calls what a config names: callbacks, logging factories, nested `_target_`, a pickled
-config, packages on its search path. None of that is needed here, so all of it is refused before Hydra starts.
+Hydra by itself imports and calls code that a config names: callbacks, logging factories, nested `_target_`, a pickled
+config, packages on its search path. None of it is needed here, so all of it is refused before Hydra runs anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import os
 import re
@@ -15,42 +16,65 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lora_bench.config.keys import key_of
 from lora_bench.config.overrides import (
     CheckedFileSource,
     check_config,
     check_job,
     check_overrides,
+    code_refusal,
     is_typed,
     is_typed_folder,
-    names_code,
+    parse_override,
 )
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from hydra.core.config_search_path import ConfigSearchPath
 
 
 class Arguments(argparse.Namespace):
-    """What the command line says to Hydra; options may stand before, between and behind the overrides."""
+    """Parsed arguments of a command that composes a config; options may come before, between and after overrides."""
 
     overrides: list[str]
+    """As typed."""
     multirun: bool
+    """`-m`: run a sweep."""
     cfg: str | None
+    """`--cfg`: print the `job`, `hydra` or `all` of the config, and run nothing."""
     resolve: bool
+    """`--resolve`: print interpolations as their values."""
     package: str | None
+    """`--package`: print only this node."""
     config_dir: str | None
+    """`--config-dir`: a folder with further choices of the groups."""
+    record: Path | None = None
+    """The record of a sweep that these arguments were read from."""
 
     @classmethod
     def read(cls, arguments: list[str]) -> Arguments:
-        """Parse the arguments, and refuse what would make Hydra import or call something that one of them names."""
+        """Parse and check the arguments.
+
+        Raises:
+            UserError: an option is unknown or conflicts with another; or an override cannot be parsed, holds an API
+                key, or would make Hydra import or call code.
+        """
         parsed = _parser().parse_intermixed_args(arguments, cls())
         for override in parsed.overrides:
-            if re.search(r"(^|[.{,])api_?key[=:]", _plain_key(override), re.IGNORECASE):  # its value is not repeated
+            if re.search(r"(^|[.{,])api_?key[=:]", _bare_key(override), re.IGNORECASE):  # its value is not repeated
                 remedy = "Put it into the environment variable that llm.api_key_env names."
                 raise UserError(
-                    "a key is given in no config and on no command line",
+                    "an API key must not be given in a config or on the command line",
                     key="llm",
                     remedy=remedy,
                     code=Code.FORBIDDEN,
@@ -60,32 +84,29 @@ class Arguments(argparse.Namespace):
             code = Code.NOT_A_FILE if os.path.exists(parsed.config_dir) else Code.NOT_FOUND
             raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir, code=code)
         if (parsed.resolve or parsed.package) and not parsed.cfg:
-            raise UserError("--resolve and --package say how --cfg prints", remedy="Add --cfg job.", code=Code.CONFLICT)
+            raise UserError("--resolve and --package need --cfg", remedy="Add --cfg job.", code=Code.CONFLICT)
         return parsed
 
-    def for_hydra(self) -> list[str]:
-        """The same in the order in which Hydra's own parser takes them."""
-        options = ["--multirun"] * self.multirun + ["--resolve"] * self.resolve
-        for option in ("cfg", "package", "config_dir"):
-            value = getattr(self, option)
-            options += [f"--{option.replace('_', '-')}={value}"] if value is not None else []
-        return [*options, *self.overrides]
+    def resume(self) -> str | None:
+        """Return the typed value of `resume`; None where it is absent or takes composing to know."""
+        values = [parse_override(text).value() for text in self.overrides if key_of(text) == "resume"]
+        value = values[-1] if values else None
+        return value if isinstance(value, str) and "${" not in value else None
 
     def repeated(self) -> list[str]:
-        """Overrides that a later one with another value cancels."""
-        last = {_key(override): override for override in self.overrides}
-        return [override for override in self.overrides if last[_key(override)] != override]
+        """Return the overrides that are cancelled by a later one of the same key with another value."""
+        last = {key_of(override): override for override in self.overrides}
+        return [override for override in self.overrides if last[key_of(override)] != override]
 
 
-def _plain_key(override: str) -> str:
+def _bare_key(override: str) -> str:
+    """Return an override without white space, quotation marks, `+` and `~`."""
     return re.sub(r"[\s'\"]", "", override).lstrip("+~")
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+")
-
-
 class _Parser(argparse.ArgumentParser):
+    """A parser that raises a `UserError` instead of ending the process."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message, remedy="lora-bench COMMAND --help lists the options.", code=Code.INVALID_SYNTAX)
 
@@ -105,37 +126,41 @@ def _parser() -> argparse.ArgumentParser:
 def refuse_code(hydra: Any) -> None:
     """Refuse a composed `hydra` node that would make Hydra import, call or write something that a YAML file names.
 
-    Its launcher and sweeper are ours, nothing below them names code, and lines of shell for Slurm were typed.
+    Raises:
+        UserError: a callback or logging is configured, an environment variable is set, Hydra would write files of its
+            own, the launcher or sweeper is not one of `_PLUGINS` or has a key that names code, or a line of shell for
+            Slurm was not typed.
     """
     if OmegaConf.is_interpolation(hydra, "callbacks") or hydra.callbacks:
-        raise names_code("hydra.callbacks")
+        raise code_refusal("hydra.callbacks")
     if hydra.job.env_set or hydra.job.env_copy:
         raise UserError(
             "sets environment variables", key="hydra.job.env_set", remedy="Set them in the shell.", code=Code.FORBIDDEN
         )
     if hydra.output_subdir is not None:
-        raise UserError("is not a known key of Hydra's here", key="hydra.output_subdir", code=Code.UNKNOWN_KEY)
+        raise UserError("must be null: Hydra writes no files here", key="hydra.output_subdir", code=Code.UNKNOWN_KEY)
     for name in ("hydra_logging", "job_logging"):
         if OmegaConf.to_container(hydra, resolve=False)[name] != _NO_LOGGING:  # type: ignore[index, call-overload]
-            raise names_code(f"hydra.{name}")
+            raise code_refusal(f"hydra.{name}")
     for name in ("launcher", "sweeper"):
         written, resolved = (OmegaConf.to_container(hydra[name], resolve=resolve) for resolve in (False, True))
         assert isinstance(written, dict)
         assert isinstance(resolved, dict)
         if written.pop("_target_", None) not in _PLUGINS[name]:
-            raise names_code(f"hydra.{name}")
+            raise code_refusal(f"hydra.{name}")
         del resolved["_target_"]
         if _names_target(written) or _names_target(resolved):
-            raise names_code(f"hydra.{name}")
+            raise code_refusal(f"hydra.{name}")
         lines = resolved.get("setup") or []
         untyped = next((line for line in lines if not is_typed(str(line))), None) if isinstance(lines, list) else lines
         if untyped is not None:
-            reason = f"{untyped!r} is run in a shell, so it counts only if it is typed on the command line"
-            remedy = "If it is meant, type hydra.launcher.setup=[…] too."
+            reason = f"{untyped!r} is run in a shell, so it must be typed on the command line"
+            remedy = "If you trust it, type hydra.launcher.setup=[…] too."
             raise UserError(reason, key="hydra.launcher.setup", remedy=remedy, code=Code.FORBIDDEN)
 
 
 _NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
+"""The only logging configuration that is allowed: none."""
 
 
 _PLUGINS = {
@@ -150,18 +175,18 @@ _PLUGINS = {
         "hydra_plugins.lora_bench_transfer_sweeper.TransferSweeper",
     ),
 }
-"""What Hydra may instantiate. Its own sweeper would launch jobs that `compose_job` has not checked."""
+"""Classes that Hydra may instantiate. Hydra's own sweeper is not one: its jobs would not pass `compose_job`."""
 
 
 def _names_target(node: Any) -> bool:
-    """Return whether a key in this node is one that Hydra's `instantiate` acts upon."""
+    """Return whether a key in this node has a meaning for Hydra's `instantiate`, as `_target_` has."""
     if isinstance(node, dict):
         return any(re.fullmatch("_[a-z]+_", str(key)) or _names_target(value) for key, value in node.items())
     return isinstance(node, list) and any(_names_target(value) for value in node)
 
 
 def register_with_hydra() -> None:
-    """Register what Hydra looks for: our sweepers and launchers, our reader of files, the resolver of a folder's id."""
+    """Register our sweepers and launchers, our reader of YAML files and the resolver `run_id` with Hydra."""
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
@@ -179,68 +204,139 @@ def register_with_hydra() -> None:
     OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 
 
+class JobLoader(ConfigLoaderImpl):  # type: ignore[misc]
+    """Hydra's loader of configs, which composes the config of a sweep's job once.
+
+    The sweeper composes and checks all jobs before the first one starts (`keep`); the launcher then gets the same
+    configs (`load_sweep_config`). A kept config takes 0.15 MB until the launcher takes it.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self._checked: dict[tuple[str, ...], DictConfig] = {}
+        """Checked configs by the overrides of their jobs."""
+
+    def keep(self, overrides: Sequence[str], config: DictConfig) -> None:
+        """Keep a copy of a job's config until it is loaded again."""
+        self._checked[tuple(overrides)] = copy.deepcopy(config)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        """Return the config of a job, the kept one where there is one.
+
+        `resume=DIR` among the overrides comes from the sweeper. It is set in the config, but is no override of the job.
+        """
+        overrides = [text for text in sweep_overrides if key_of(text) != "resume"]
+        config = self._checked.pop(tuple(overrides), None)
+        if config is None:
+            config = super().load_sweep_config(master_config, overrides)
+        for text in sweep_overrides:
+            if key_of(text) == "resume":
+                config.resume = parse_override(text).value()
+        return config
+
+
+class ComposedHydra(Hydra):  # type: ignore[misc]
+    """Hydra with one config, composed and checked: it runs, sweeps over or prints this one and composes no other."""
+
+    config: DictConfig
+    """With its `hydra` node."""
+
+    def compose_config(self, *_: Any, **__: Any) -> DictConfig:
+        """Return the config; Hydra's own methods call this."""
+        return self.config
+
+    def execute(self, arguments: Arguments, task: Callable[[DictConfig], None]) -> None:
+        """Print the config (`--cfg`), or call the task with it, or with that of each job of a sweep.
+
+        Raises:
+            HydraException: a single run is given several values for a key, or a setting of Hydra's is swept over.
+        """
+        node, overrides = self.config.hydra, [parse_override(text) for text in arguments.overrides]
+        is_sweep = arguments.cfg is None and (arguments.multirun or node.mode == RunMode.MULTIRUN)
+        mode = RunMode.MULTIRUN if is_sweep else RunMode.RUN
+        self.config_loader.validate_sweep_overrides_legal(overrides, mode, from_shell=True)
+        name = node.job.config_name
+        if arguments.cfg is not None:
+            self.show_cfg(name, arguments.overrides, arguments.cfg, arguments.package, arguments.resolve)
+            return
+        if is_sweep and node.mode != mode:
+            node.overrides.hydra.append(f"hydra.mode={mode.name}")  # for its jobs, and for its record
+        node.mode = mode
+        (self.multirun if is_sweep else self.run)(name, task, arguments.overrides)
+
+
 def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
-    """Compose the config, `hydra` node included, before a sweep is split; nothing of it is carried out.
+    """Return the composed config, `hydra` node included, of a run, or of a sweep before it is split into jobs.
+
+    Args:
+        conf: the folder with the groups.
+        config_name: the config at its top, as `config`; None: only the `hydra` node and the overrides.
+        overrides: checked here.
+        config_dir: a folder with further choices of the groups.
 
     Raises:
-        UserError: the overrides or a YAML file would make Hydra run code, or a record asks for what only a user may.
+        UserError: the overrides or a YAML file would make Hydra run code; or an untyped value, from a record, is one
+            that only a user may give.
+        HydraException: Hydra cannot compose them.
     """
-    from hydra import version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.types import RunMode
+    return compose_hydra(conf, config_name, overrides, config_dir).config
 
+
+def compose_hydra(
+    conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None
+) -> ComposedHydra:
+    """Compose a config as `compose` does, and return it ready to be executed."""
     check_overrides(overrides)
     register_with_hydra()
     version.setbase("1.3")
-    places = create_config_search_path(str(conf.absolute()))
+    search_path = create_config_search_path(str(conf.absolute()))
     if config_dir is not None:
         folder = f"file://{os.path.abspath(config_dir)}"
-        places.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
-    outer = GlobalHydra.instance().hydra  # of a command that is under way
-    GlobalHydra.instance().clear()
+        search_path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
+    hydra = ComposedHydra("lora-bench", JobLoader(search_path))
     try:
-        composed: DictConfig = Hydra.create_main_hydra2("lora-bench", places).compose_config(
-            config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
+        hydra.config = hydra.config_loader.load_configuration(
+            config_name, overrides, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False
         )
         if config_name is not None:
-            refuse_code(composed.hydra)
+            refuse_code(hydra.config.hydra)
         if not is_typed_folder(config_dir):
-            check_config(composed)
-        return composed
+            check_config(hydra.config)
+        return hydra
     except RecursionError:  # choices or references that lead back to themselves
         raise UserError("the config refers to itself, or is nested too deeply", code=Code.INVALID_SYNTAX) from None
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # Hydra took for granted what is not so
-        reason = f"Hydra makes no config of {' '.join(map(repr, overrides))}"
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError):  # an assumption of Hydra's does not hold
+        reason = f"Hydra cannot compose a config of {' '.join(map(repr, overrides))}"
         raise UserError(
             reason,
             remedy=f"Each is key=value, or group=choice with one choice. {_LIST_GROUPS}",
             code=Code.INVALID_SYNTAX,
         ) from None
-    finally:
-        GlobalHydra.instance().hydra = outer
 
 
-def compose_job(loader: Any, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = ()) -> DictConfig:
-    """Compose the config of a sweep's job.
+def compose_job(
+    loader: JobLoader, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = (), *, keep: bool = False
+) -> DictConfig:
+    """Return the config of a sweep's job, composed or kept.
 
     Args:
-        loader: Hydra's, of the sweep.
+        loader: that of the sweep.
         sweep: the config of the sweep.
         overrides: of this job, maybe from a record.
-        resume: a further override, ours, if the job resumes its run.
+        resume: a further override `resume=DIR`, if the job resumes its run.
+        keep: keep a copy for the launcher, which calls this function again.
 
     Raises:
-        UserError: as in `compose`; or the job would be written elsewhere than below its sweep.
+        UserError: as in `compose`; or an override is not allowed for a single job.
     """
     check_job(overrides)
-    composed: DictConfig = loader.load_sweep_config(sweep, [*overrides, *resume])
+    composed = loader.load_sweep_config(sweep, [*overrides, *resume])
     refuse_code(composed.hydra)
-    places = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
-    if places and not is_typed_folder(places[0]):
+    folders = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
+    if folders and not is_typed_folder(folders[0]):
         check_config(composed)
+    if keep:
+        loader.keep(overrides, composed)
     return composed
 
 

@@ -1,4 +1,4 @@
-"""The commands, the configuration groups and their choices."""
+"""Commands, configuration groups and their choices."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "clean": "remove cached tokens and prefixes, or list them with their sizes",
     "doctor": "versions, devices, precisions, and what is missing here",
 }
+"""Commands with their one-line help."""
 
 
 GROUPS = (
@@ -28,14 +29,15 @@ GROUPS = (
     "experiment",
     "sweep",
 )
-"""Of `train`, in the order in which they are told."""
+"""Groups of `lora-bench train`, in the order of the help text and of records."""
 
 
 PROMPT_GROUPS = ("data", "prompt", "metric", "tracking")
+"""Groups of `lora-bench prompt`."""
 
 
 def conf_folder() -> Path:
-    """The configuration groups: beside the package in a clone, inside it in an installed wheel."""
+    """Return the folder with the configuration groups: beside the package in a clone, inside it in a wheel."""
     package = Path(__file__).parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -43,5 +45,5 @@ def conf_folder() -> Path:
 
 @cache
 def choices(group: str) -> tuple[str, ...]:
-    """Return the choices of a config group that ship with the package; a name that begins with `_` is none."""
-    return tuple(sorted(path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")))
+    """Return the sorted names of the choices of a group that ship with the package."""
+    return tuple(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))

@@ -1,4 +1,4 @@
-"""Hydra's errors as errors of the user's, naming key and remedy."""
+"""Translation of Hydra's errors into `UserError`, with key and remedy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.compose import _LIST_GROUPS, Arguments, compose
-from lora_bench.config.overrides import parse_override, unreadable
-from lora_bench.config.removed import removal_note
-from lora_bench.errors import Code, UserError, argument, nearest
+from lora_bench.config.keys import key_of, split_override
+from lora_bench.config.overrides import (
+    parse_override,
+    unreadable_override,
+)
+from lora_bench.errors import Code, UserError, nearest, shell_argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +26,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def translated(conf: Path, config_name: str, arguments: Arguments) -> Iterator[None]:
-    """Raise a `UserError` for whatever Hydra finds wrong with the arguments, a YAML file or the folder to write to."""
+def translate_errors(conf: Path, config_name: str, arguments: Arguments) -> Iterator[None]:
+    """Translate errors of Hydra and OmegaConf within the context into `UserError`.
+
+    They concern the arguments, a YAML file, or the folder of the run.
+    """
     import yaml
 
     try:
@@ -61,47 +67,48 @@ def translated(conf: Path, config_name: str, arguments: Arguments) -> Iterator[N
 
 
 def _explain(error: Exception, conf: Path, config_name: str, arguments: Arguments) -> UserError:
+    """Return the `UserError` for an error of Hydra or OmegaConf, which is told by its message."""
     message = str(error)
-    found = re.search(r"Could not override '([^']+)'", message)
-    if found:
-        key = found.group(1).split("@")[0]
-        remedy = removal_note(key) or nearest(key, _known_keys(conf, config_name, arguments)) or _LIST_KEYS
+    match = re.search(r"Could not override '([^']+)'", message)
+    if match:
+        key = match.group(1).split("@")[0]
+        remedy = nearest(key, _all_keys(conf, config_name, arguments)) or _LIST_KEYS
         return UserError(
             "is not a known key", key=key, remedy=remedy if len(remedy) < 300 else _LIST_KEYS, code=Code.UNKNOWN_KEY
         )
-    found = re.search(r"Could not (?:find|load) '([^']+)'", message)
-    if found:
-        group, _, option = found.group(1).rpartition("/")
+    match = re.search(r"Could not (?:find|load) '([^']+)'", message)
+    if match:
+        group, _, option = match.group(1).rpartition("/")
         return _no_such_choice(group, option, _options(conf, arguments.config_dir, group), arguments.config_dir)
     if "Ambiguous value for argument" in message or "requires --multirun" in message:
         several = next((text for text in arguments.overrides if parse_override(text).is_sweep_override()), "")
-        key, _, value = several.partition("=")
-        remedy = _for_several_values(key.lstrip("+"), value, conf, config_name, arguments)
+        key, value = split_override(several)
+        remedy = _for_several_values(key, value, conf, config_name, arguments)
         return UserError("has several values", key=key, value=value, remedy=remedy, code=Code.INVALID_VALUE)
-    found = re.search(r"Missing mandatory value: (\S+)|MissingMandatoryValue.*'(\S+)'", message)
-    if found:
-        key = found.group(1) or found.group(2)
-        return UserError("is needed", key=key, remedy=f"Give {key}=VALUE.", code=Code.MISSING)
-    found = re.search(r"Key '(\w+)' is not in struct|Could not delete '(\w+)'", message)
-    if found:
+    match = re.search(r"Missing mandatory value: (\S+)|MissingMandatoryValue.*'(\S+)'", message)
+    if match:
+        key = match.group(1) or match.group(2)
+        return UserError("is missing", key=key, remedy=f"Give {key}=VALUE.", code=Code.MISSING)
+    match = re.search(r"Key '(\w+)' is not in struct|Could not delete '(\w+)'", message)
+    if match:
         return UserError(
-            "is missing", key=found.group(1) or found.group(2), remedy="It cannot be left out.", code=Code.MISSING
+            "is missing", key=match.group(1) or match.group(2), remedy="It cannot be left out.", code=Code.MISSING
         )
     if isinstance(error, OverrideParseException):
-        return unreadable(str(error.override))
+        return unreadable_override(str(error.override))
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return UserError("; ".join(lines[:2]).rstrip("."), code=Code.INVALID_SYNTAX)
 
 
 def _for_several_values(key: str, value: str, conf: Path, config_name: str, arguments: Arguments) -> str:
-    """Return what to type instead of `key=a,b`: one text, a list, or a sweep, by what the key holds otherwise."""
+    """Return what to type instead of `key=a,b`: a sweep, a list or one text, depending on the default of the key."""
     default = OmegaConf.select(_composed_as_chosen(conf, config_name, arguments), key, throw_on_missing=False)
     is_group = (conf / key).is_dir()
     advice = ["Add -m to sweep over the values."] if config_name == "config" else []
     if isinstance(default, ListConfig) or key in ("metric", "tracking"):
-        advice.append(f"If it is a list, type {shlex.quote(f'{key}=[{value}]')}")
+        advice.append(f"For a list, type {shlex.quote(f'{key}=[{value}]')}")
     elif not is_group and not isinstance(default, bool | int | float) and re.search("[^0-9.,eE+-]", value):
-        advice.append(f"If it is one text, type {argument(key, value)}")
+        advice.append(f"For one text, type {shell_argument(key, value)}")
     return " ".join(advice)
 
 
@@ -109,6 +116,7 @@ _LIST_KEYS = "lora-bench train --cfg job lists the keys there are."
 
 
 def _no_such_choice(group: str, option: str, options: list[str], config_dir: str | None) -> UserError:
+    """Return the error for a choice that a group does not have."""
     misnamed = os.path.join(config_dir or "", group, f"{option}.yml")
     if config_dir and os.path.isfile(misnamed):
         return UserError(
@@ -125,35 +133,39 @@ def _no_such_choice(group: str, option: str, options: list[str], config_dir: str
 
 
 def _options(conf: Path, config_dir: str | None, group: str) -> list[str]:
+    """Return the choices of a group, those in `config_dir` included."""
     folders = [str(conf), *([config_dir] if config_dir else [])]
     listed = [name for folder in folders if os.path.isdir(at := os.path.join(folder, group)) for name in os.listdir(at)]
     return sorted({name.removesuffix(".yaml") for name in listed if name.endswith(".yaml") and name[0] != "_"})
 
 
-def _known_keys(conf: Path, config_name: str, arguments: Arguments) -> set[str]:
-    """All keys of the config that the same group choices compose, and the groups' names."""
+def _all_keys(conf: Path, config_name: str, arguments: Arguments) -> set[str]:
+    """Return all keys of the config that the same choices of groups compose, and the names of the groups."""
     composed = _composed_as_chosen(conf, config_name, arguments)
-    found = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(found, dict)
-    del found["hydra"]
-    return _groups(conf) | set(_flatten(found))
+    config = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(config, dict)
+    del config["hydra"]
+    return _groups(conf) | set(_prefixes(config))
 
 
 def _groups(conf: Path) -> set[str]:
+    """Return the names of the groups at the top of `conf`."""
     return {path.name for path in conf.iterdir() if path.is_dir() and any(path.glob("*.yaml"))} - {"hydra"}
 
 
 def _composed_as_chosen(conf: Path, config_name: str, arguments: Arguments) -> DictConfig:
-    """Return the config of the same group choices without any other override."""
-    chosen = [a for a in arguments.overrides if a.split("=")[0] in _groups(conf) and "," not in a]
+    """Return the config of the same choices of groups, without the other overrides."""
+    choices = [text for text in arguments.overrides if key_of(text) in _groups(conf)]
+    chosen = [text for text in choices if "," not in text and not text.startswith("~")]
     try:
         return compose(conf, config_name, chosen, arguments.config_dir)
     except Exception:  # one of the choices is wrong too
         return compose(conf, config_name, [])
 
 
-def _flatten(node: Any, prefix: str = "") -> Iterator[str]:
+def _prefixes(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all nodes and values."""
     for key, value in node.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from _prefixes(value, f"{prefix}{key}.")

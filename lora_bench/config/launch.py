@@ -1,12 +1,12 @@
-"""The place of this process among those that train together, as `torchrun` tells it through the environment.
+"""Rank and world size of this process, which `torchrun` passes through environment variables.
 
-    WORLD_SIZE    number of processes; the others count only where it is more than 1
-    RANK          number of this process
-    LOCAL_RANK    its number on this machine, which is that of its GPU
+    WORLD_SIZE    number of processes; the other variables count only if it is more than 1
+    RANK          number of this process, from 0
+    LOCAL_RANK    number of this process on its machine, and of its GPU
     MASTER_ADDR   host of process 0
     MASTER_PORT   port where process 0 waits for the others
 
-Nothing else is trusted: a scheduler sets variables of its own (SLURM_PROCID) for jobs that train alone, too.
+No other variables are read: a scheduler sets its own (SLURM_PROCID) for single-process jobs, too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from lora_bench.errors import Code, UserError
 
 _LIMIT = 2**31 - 1
-_ALONE = "Start the command with torchrun, or unset WORLD_SIZE to train in one process."
+_SINGLE = "Start the command with torchrun, or unset WORLD_SIZE to train in one process."
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the environment says; a process that trains alone has rank 0 of 1."""
+    """The launch of a process: rank, world size and address of process 0. A single process has rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,10 +32,10 @@ class Launch:
 
     @classmethod
     def read(cls) -> Launch:
-        """Return what the environment says, or refuse what cannot be.
+        """Read the environment variables.
 
         Raises:
-            UserError: a variable is no number in its range.
+            UserError: a variable is not a number in its range.
         """
         world_size = _number("WORLD_SIZE", 1, _LIMIT)
         if world_size is None or world_size == 1:
@@ -46,34 +46,35 @@ class Launch:
         local_rank = _number("LOCAL_RANK", 0, world_size - 1)
         address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT", 1, 65535)
         if address is not None and not address.strip():
-            raise UserError("is empty", key="MASTER_ADDR", remedy=_ALONE, code=Code.INVALID_VALUE)
+            raise UserError("is empty", key="MASTER_ADDR", remedy=_SINGLE, code=Code.INVALID_VALUE)
         return cls(rank or 0, world_size, local_rank, address, port)
 
     def check(self) -> None:
-        """Refuse to train together without knowing where.
+        """Check that several processes can reach one another.
 
         Raises:
-            UserError: a variable is missing.
+            UserError: there are several processes, and RANK, MASTER_ADDR or MASTER_PORT is not set.
         """
         if self.world_size == 1:
             return
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise UserError(
-                    f"is not set, and WORLD_SIZE={self.world_size}", key=name, remedy=_ALONE, code=Code.MISSING
+                    f"is not set, and WORLD_SIZE={self.world_size}", key=name, remedy=_SINGLE, code=Code.MISSING
                 )
 
 
 def _number(name: str, low: int, high: int) -> int | None:
+    """Return the number in an environment variable; None if it is not set."""
     text = os.environ.get(name)
     if text is None:
         return None
     number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else -1
     if not low <= number <= high:
-        bound = f"from {low} to {high}" if high < _LIMIT else f"from {low} on"
-        shown = text if len(text) <= 20 else f"{text[:20]}…"
-        remedy = f"{_ALONE if name != 'WORLD_SIZE' else 'Start the command with torchrun, or unset it.'}"
+        bound = f"from {low} to {high}" if high < _LIMIT else f"of at least {low}"
+        start = text if len(text) <= 20 else f"{text[:20]}…"
+        remedy = f"{_SINGLE if name != 'WORLD_SIZE' else 'Start the command with torchrun, or unset it.'}"
         raise UserError(
-            f"must be a whole number {bound}", key=name, value=shown or "''", remedy=remedy, code=Code.INVALID_VALUE
+            f"must be a whole number {bound}", key=name, value=start or "''", remedy=remedy, code=Code.INVALID_VALUE
         )
     return number

@@ -1,4 +1,4 @@
-"""Configuration of a run that learns several tasks: the data of each, composed."""
+"""Configuration of a run that learns several tasks: the composed data of each task."""
 
 from __future__ import annotations
 
@@ -18,51 +18,53 @@ if TYPE_CHECKING:
 
 
 def compose_tasks(cfg: DictConfig, overrides: Sequence[str], sources: Sequence[Any]) -> None:
-    """Put the data of each task that `data.tasks` names into the config; nothing where it names none.
+    """Add the data of each task in `data.tasks` to the config, as `tasks.<name>`; `data` becomes the first one.
 
-    Each is what the same overrides with `data=NAME` in the place of `data.tasks` would have: `tasks.<name>` is its
-    data, and `data` the first's.
+    The data of a task is composed of the same overrides with `data=NAME` in place of `data.tasks`. A config without
+    `data.tasks` stays as it is.
 
     Args:
         cfg: composed of these overrides, without its `hydra` node.
         overrides: as typed.
-        sources: where Hydra looked for choices.
+        sources: the config sources of Hydra, from its `hydra.runtime.config_sources`.
 
     Raises:
-        UserError: there is one task, or one twice.
-        HydraException: a name is no choice of `data`, or an override suits one task and not another.
+        UserError: `data.tasks` has one name only, or a name twice.
+        HydraException: a name is not a choice of `data`, or an override does not apply to one of the tasks.
     """
     names = cfg.data.get("tasks")
-    if not isinstance(names, ListConfig):  # none, or what `config.build` refuses
+    if not isinstance(names, ListConfig):  # absent, or a type that `config.build` refuses
         return
     names = [str(name) for name in names]
-    alone = "data=NAME trains on one by itself."
-    require(len(names) > 1, "data.tasks", names, "names one task, where several are learned together", alone)
+    remedy = "Give data=NAME to train on one task."
+    require(len(names) > 1, "data.tasks", names, "names one task, and needs at least two", remedy)
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, "data.tasks", names, f"names {twice} twice", code=Code.INVALID_VALUE)
     odd = next((name for name in names if not re.fullmatch(r"\w[\w.-]*", name)), None)
     require(odd is None, "data.tasks", names, f"{odd!r} is not the plain name of a choice")
-    places = [source.path for source in sources if source.provider == "command-line"]
-    asked = tuple(text for text in overrides if _tells_of_data(key_of(text)))
-    found: dict[str, Any] = {}
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    common = tuple(text for text in overrides if _applies_to_tasks(key_of(text)))
+    data_by_task: dict[str, Any] = {}
     for name in names:
-        found[name] = _data_of(name, asked, places[0] if places else None) | {"tasks": names}
-        if found[name].get("path"):
-            found[name]["path"] = os.path.abspath(str(found[name]["path"]))
+        data = _compose_data(name, common, folders[0] if folders else None) | {"tasks": names}
+        if data.get("path"):
+            data["path"] = os.path.abspath(str(data["path"]))
+        data_by_task[name] = data
     with open_dict(cfg):
-        cfg.tasks = found
-        cfg.data = found[names[0]]
+        cfg.tasks = data_by_task
+        cfg.data = data_by_task[names[0]]
 
 
-def _tells_of_data(key: str) -> bool:
-    """Whether an override of this key says something of every task's data."""
+def _applies_to_tasks(key: str) -> bool:
+    """Return whether an override of this key changes the data of every task."""
     return key in ("experiment", "sweep") or (key.startswith("data.") and key != "data.tasks")
 
 
 @cache  # jobs of a sweep mostly have the same tasks
-def _data_of(task: str, overrides: tuple[str, ...], config_dir: str | None) -> dict[str, Any]:
+def _compose_data(task: str, overrides: tuple[str, ...], config_dir: str | None) -> dict[str, Any]:
+    """Return the node `data` that the overrides and `data=TASK` compose."""
     from lora_bench.config.compose import compose
 
     composed = compose(conf_folder(), "config", [*overrides, f"data={task}"], config_dir)
-    found: Any = OmegaConf.to_container(composed.data, resolve=True)
-    return dict(found)
+    data: Any = OmegaConf.to_container(composed.data, resolve=True)
+    return dict(data)

@@ -1,12 +1,12 @@
-"""Overrides and config files, checked before Hydra composes them, wherever they come from.
+"""Checks of overrides and of YAML files, before Hydra composes them.
 
 Hydra imports and calls what a config names: callbacks, logging factories, `pkg://` search paths, nested `_target_`. It
 also reads environment variables into values (`${oc.env:NAME}`). Every override passes `check_overrides` first, whether
-it was typed, stands in the record of a sweep, or belongs to one job. The check reads what Hydra's own parser makes of
-an override, so the spelling does not matter. Of Hydra's settings only those in `SETTINGS` may be set.
+it was typed, comes from the record of a sweep, or belongs to one job. The check works on the result of Hydra's own
+parser, so the spelling does not matter. Of Hydra's settings, only those in `SETTINGS` and `OPEN_SETTINGS` may be set.
 
-A record is untrusted. What only a user may ask for (an environment variable, a package with weights, lines of shell for
-Slurm) counts if it was typed on this command line; `typed_by` notes what was.
+A record is untrusted. Some values are allowed only if the user typed them on this command line: an environment
+variable, a package with weights, lines of shell for Slurm. `typed_by` holds the typed values.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from omegaconf import OmegaConf, grammar_parser
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.groups import conf_folder
-from lora_bench.config.keys import RENAMED, renamed_key
-from lora_bench.errors import Code, UserError, argument
+from lora_bench.errors import Code, UserError, shell_argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -38,17 +37,19 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SETTINGS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir", "hydra.mode")
-"""Settings of Hydra that may be given."""
+"""Settings of Hydra that may be overridden."""
 OPEN_SETTINGS = ("hydra.launcher.", "hydra.sweeper.", "hydra.job.config.override_dirname.")
-"""Nodes of Hydra whose settings may be given; `refuse_code` checks what they compose to."""
+"""Prefixes of settings of Hydra that may be overridden; `refuse_code` checks what they compose to."""
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
+"""Groups of Hydra whose choice may be overridden."""
 JOB_FOLDER = "hydra.sweep.subdir"
-"""The one setting of Hydra that a single job of a sweep may have."""
+"""The only setting of Hydra that a single job of a sweep may have."""
 
 MAX_OVERRIDE_LENGTH = 50_000
 MAX_FILE_BYTES = 500_000
 MAX_NODES = 50_000
 MAX_DEPTH = 40
+"""Limits of an override in characters, of a YAML file in bytes and values, and of nesting."""
 
 _RUNS_CODE = ("callbacks", "job_logging", "hydra_logging", "searchpath", "_target_")
 _SAFE_RESOLVERS = {"now", "run_id"}
@@ -57,21 +58,23 @@ _MARKER = re.compile(r"_[a-z]+_")
 
 @dataclass(frozen=True)
 class _Typed:
-    """What the user typed on this command line."""
+    """The command line of the user."""
 
     keys: frozenset[str]
+    """Keys and groups of the overrides."""
     strings: frozenset[str]
-    """All texts in the values."""
+    """All texts in their values."""
     config_dir: str | None
+    """The folder of `--config-dir`, without links."""
 
 
 _typed: _Typed | None = None
-"""None: not a command line's process, so that overrides come from the caller and count as typed."""
+"""None outside a command: overrides come from a caller in Python and count as typed."""
 
 
 @contextmanager
 def typed_by(overrides: Sequence[str], config_dir: str | None) -> Iterator[None]:
-    """Note what the user typed: within this context, anything else that reaches Hydra comes from a record."""
+    """Take these overrides as typed by the user; within the context, all others that reach Hydra are from a record."""
     global _typed
     before = _typed
     parsed = [parse_override(text) for text in overrides]
@@ -93,10 +96,10 @@ def is_typed(text: str) -> bool:
 
 
 def parse_override(text: str) -> Override:
-    """Return the override as Hydra's own parser reads it.
+    """Parse an override with Hydra's own parser.
 
     Raises:
-        UserError: it is none.
+        UserError: it cannot be parsed, or is too long.
     """
     if len(text) > MAX_OVERRIDE_LENGTH:
         reason = f"has {len(text):,} characters, more than the {MAX_OVERRIDE_LENGTH:,} that an override may have"
@@ -117,33 +120,37 @@ def parse_override(text: str) -> Override:
         reason = "is nested too deeply"
     except (ValueError, ArithmeticError) as error:  # Python reads no number of more than 4,300 digits
         reason = f"holds a value that cannot be read ({str(error).split(';')[0][:80]})"
-    raise unreadable(text, reason) from None
+    raise unreadable_override(text, reason) from None
 
 
-def unreadable(text: str, reason: str = "cannot be read as key=value") -> UserError:
-    """Return the refusal of an override that cannot be read, with what to type instead."""
-    shown = text if len(text) <= 200 else f"{text[:200]}…"
-    return UserError(f"{shown!r} {reason}", remedy=_advice(text), code=Code.INVALID_SYNTAX)
+def unreadable_override(text: str, reason: str = "cannot be read as key=value") -> UserError:
+    """Return the error for an override that cannot be parsed, with advice on what to type instead."""
+    start = text if len(text) <= 200 else f"{text[:200]}…"
+    return UserError(f"{start!r} {reason}", remedy=_advice(text), code=Code.INVALID_SYNTAX)
 
 
 def _advice(text: str) -> str:
-    """Return what to type instead of an override that cannot be read."""
+    """Return what to type instead of an override that cannot be parsed."""
     key, equals, value = text.partition("=")
     if equals and len(text) <= 500 and re.fullmatch(r"[+~]{0,2}[A-Za-z_$][\w./@$-]*", key, re.ASCII):
-        return f"If this is a text, type {argument(key, value)}"
+        return f"If this is a text, type {shell_argument(key, value)}"
     return "Each override is key=value or group=choice."
 
 
 def check_overrides(texts: Iterable[str]) -> list[Override]:
-    """Return the parsed overrides, or refuse what would make Hydra run code, or what a record may not ask for."""
+    """Parse overrides and refuse the forbidden ones.
+
+    Raises:
+        UserError: one cannot be parsed, would make Hydra run code, or is allowed only if typed and comes from a record.
+    """
     overrides = [parse_override(text) for text in texts]
     for override in overrides:
         _check_key(override)
         if _is_deep(override._value):
-            raise unreadable(str(override.input_line), "is nested too deeply")
+            raise unreadable_override(str(override.input_line), "is nested too deeply")
         names = _names(override._value)
         if any(_MARKER.fullmatch(name) for name in (*names, *re.split(r"[./]", override.key_or_group))):
-            raise names_code(override.key_or_group)
+            raise code_refusal(override.key_or_group)
         key = override.key_or_group
         is_package = key == "model.package" or (key == "model" and "package" in names)
         for text in _strings(override):
@@ -155,7 +162,7 @@ def check_overrides(texts: Iterable[str]) -> list[Override]:
 
 
 def check_job(texts: Iterable[str]) -> None:
-    """Refuse overrides of a sweep's job that lead out of its sweep, or change how Hydra itself behaves."""
+    """Refuse overrides of a sweep's job that `check_overrides` refuses, and `resume` and settings of Hydra."""
     for override in check_overrides(texts):
         key = override.key_or_group
         if key == "resume" or (key.split(".")[0].split("/")[0] == "hydra" and key != JOB_FOLDER):
@@ -168,45 +175,48 @@ def check_job(texts: Iterable[str]) -> None:
 
 
 def _check_key(override: Override) -> None:
-    """Refuse settings of Hydra other than those that are listed above."""
+    """Refuse all settings of Hydra but those in `SETTINGS`, `OPEN_SETTINGS` and `PLUGIN_GROUPS`."""
     key, package = override.key_or_group, override.package or ""
-    parts = re.split(r"[./]", key)
+    names = re.split(r"[./]", key)
     if not key:
         raise UserError(
             f"{override.input_line!r} names no key",
             remedy="Each override is key=value or group=choice.",
             code=Code.INVALID_SYNTAX,
         )
-    if key in RENAMED:
-        raise renamed_key(key)
-    if any(part in _RUNS_CODE for part in parts[1:]) and parts[0] == "hydra":
-        raise names_code(key)
+    if names[0] == "hydra" and any(name in _RUNS_CODE for name in names[1:]):
+        raise code_refusal(key)
     if re.split(r"[./]", package)[0] == "hydra":
-        raise names_code(f"{key}@{package}")
-    if parts[0] != "hydra":
+        raise code_refusal(f"{key}@{package}")
+    if names[0] != "hydra":
         return
     if override.is_delete():
         raise UserError("cannot be deleted", key=key, code=Code.FORBIDDEN)
     if key == "hydra" and any(name in _RUNS_CODE for name in _names(override._value)):
-        raise names_code("hydra")
-    if "env_set" in (*parts, *_names(override._value)) or "env_copy" in parts:
+        raise code_refusal("hydra")
+    if "env_set" in (*names, *_names(override._value)) or "env_copy" in names:
         raise UserError("sets environment variables", key=key, remedy="Set them in the shell.", code=Code.FORBIDDEN)
     if key not in (*SETTINGS, *PLUGIN_GROUPS) and not key.startswith(OPEN_SETTINGS):
-        known = ", ".join((*SETTINGS, *PLUGIN_GROUPS, *(f"{name}*" for name in OPEN_SETTINGS)))
-        raise UserError("is not a known key of Hydra's here", key=key, remedy=f"Known: {known}.", code=Code.UNKNOWN_KEY)
+        allowed = ", ".join((*SETTINGS, *PLUGIN_GROUPS, *(f"{name}*" for name in OPEN_SETTINGS)))
+        raise UserError(
+            "is not a setting of Hydra that can be overridden here",
+            key=key,
+            remedy=f"Allowed: {allowed}.",
+            code=Code.UNKNOWN_KEY,
+        )
 
 
-def names_code(key: str) -> UserError:
-    """Return the refusal of a key whose value Hydra would import or call."""
+def code_refusal(key: str) -> UserError:
+    """Return the error for a key whose value Hydra would import or call."""
     remedy = "Choose among the options of the groups; methods are looked up by name."
     return UserError(f"{key!r} names code to run, which a config may not do", remedy=remedy, code=Code.FORBIDDEN)
 
 
 def _is_deep(value: Any) -> bool:
-    """Return whether lists and dictionaries in a parsed value are nested more deeply than a config is."""
+    """Return whether a parsed value is nested in more than `MAX_DEPTH` lists and dictionaries."""
     level, depth = [value], 0
     while level and depth <= MAX_DEPTH:
-        level = [part for item in level for part in (item.values() if isinstance(item, dict) else _items(item))]
+        level = [below for item in level for below in (item.values() if isinstance(item, dict) else _items(item))]
         depth += 1
     return bool(level)
 
@@ -236,21 +246,23 @@ def _strings(override: Override) -> list[str]:
 
 
 def _items(value: Any) -> list[Any]:
+    """Return the elements of a parsed list, sweep or glob; none for any other value."""
     if isinstance(value, Glob):
         return [*value.include, *value.exclude]
     return value if isinstance(value, list) else list(getattr(value, "list", [])) if isinstance(value, Sweep) else []
 
 
 def _text(value: Any) -> str:
+    """Return a parsed text without its quotation marks."""
     return value.text if isinstance(value, QuotedString) else str(value)
 
 
-# -- what only the user may ask for --
+# -- values that count only if the user typed them --
 
 
 @cache
 def _resolvers(text: str) -> tuple[str, ...]:
-    """Return the resolvers that OmegaConf would call to make this text's value, apart from harmless ones."""
+    """Return the names of the resolvers that OmegaConf would call in this text, except the harmless ones."""
     if "${" not in text:
         return ()
     try:
@@ -268,50 +280,55 @@ def _resolvers(text: str) -> tuple[str, ...]:
 
 
 def _refuse_resolvers(text: str, key: str) -> None:
+    """Refuse an untyped value that reads something from this machine."""
     if _resolvers(text):
-        reason = f"a record may not read {text!r} from this machine"
+        reason = f"a record must not read {text!r} from this machine"
         raise UserError(
-            reason, key=key, remedy=f"If that is meant, type it too: {argument(key, text)}", code=Code.FORBIDDEN
+            reason, key=key, remedy=f"If you trust it, type it too: {shell_argument(key, text)}", code=Code.FORBIDDEN
         )
 
 
 @cache
 def shipped_packages() -> frozenset[str]:
-    """Return the Python packages with weights that the models of lora-bench itself name."""
+    """Return the Python packages with weights that `conf/model/*.yaml` name."""
     models = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (conf_folder() / "model").glob("*.yaml")]
     return frozenset(model["package"] for model in models if model.get("package"))
 
 
 def _check_package(name: str) -> None:
+    """Refuse an untyped `model.package` that no model of lora-bench names."""
     if name not in shipped_packages():
-        reason = f"a record may name no package but {', '.join(sorted(shipped_packages()))}"
-        remedy = (
-            f"If that one is meant, type it too: {argument('model.package', name)} , or the folder: model.path=DIR."
-        )
+        reason = f"a record must name no package except {', '.join(sorted(shipped_packages()))}"
+        typed = shell_argument("model.package", name)
+        remedy = f"If you trust it, type it too: {typed} , or give the folder: model.path=DIR."
         raise UserError(reason, key="model.package", value=name, remedy=remedy, code=Code.FORBIDDEN)
 
 
 def check_config(config: DictConfig) -> None:
-    """Refuse what a record, or a folder of choices that a record names, asks for and the user did not type.
+    """Refuse values that only a user may give, where a record or a folder of choices named by a record gives them.
 
     Args:
-        config: composed or restored, nothing in it resolved yet.
+        config: composed or restored, with nothing in it resolved yet.
+
+    Raises:
+        UserError: a value calls a resolver, or names a package with weights, and was not typed.
     """
     keys, strings = (_typed.keys, _typed.strings) if _typed else (frozenset(), frozenset())
     for key, text in _leaves(OmegaConf.to_container(config, resolve=False)):
         if text in strings:
             continue
         _refuse_resolvers(text, key)
-        if key == "model.package" and "model.path" not in keys:  # a folder that is named comes before a package
+        if key == "model.package" and "model.path" not in keys:  # model.path takes precedence
             _check_package(text)
 
 
 def is_typed_folder(config_dir: str | None) -> bool:
-    """Return whether the folder with further choices is the one that the user named on the command line."""
+    """Return whether `--config-dir` was typed by the user; None, no such folder, counts as typed."""
     return _typed is None or config_dir is None or os.path.realpath(config_dir) == _typed.config_dir
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts in a config with their dotted keys; those in a list have the key of the list."""
     if isinstance(node, dict):
         for name, item in node.items():
             yield from _leaves(item, f"{key}.{name}" if key else str(name))
@@ -326,7 +343,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
-    """Hydra's reader of YAML files, which refuses what would take too long, or lies outside its folder."""
+    """Hydra's reader of YAML files, which refuses files outside its folder and files that are too large to parse."""
 
     def is_config(self, config_path: str) -> bool:
         self._refuse_outside(config_path)
@@ -350,10 +367,11 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
 
 
 def check_yaml(path: str) -> None:
-    """Refuse a YAML file that is too large, nested too deeply, or refers to itself; aliases count as what they repeat.
+    """Refuse a YAML file that is too large, nested too deeply or refers to itself; an alias counts as a copy.
 
     Raises:
-        yaml.MarkedYAMLError: it is no valid YAML.
+        UserError: it is such a file, or cannot be read.
+        yaml.MarkedYAMLError: it is not valid YAML.
     """
     try:
         size = os.path.getsize(path)
@@ -379,9 +397,9 @@ def check_yaml(path: str) -> None:
 
 
 def yaml_nesting(text: str) -> int:
-    """Return how deeply brackets and nested list items of a YAML text lie in one another, at least.
+    """Return a lower bound of the nesting depth of a YAML text, from its brackets and list items.
 
-    The time that a YAML parser takes for these is quadratic in their depth: look before it is called.
+    The time of a YAML parser is quadratic in this depth, so it is checked before the parser is called.
     """
     depth = deepest = 0
     for bracket in re.findall(r"[\[\]{}]", text):
@@ -392,7 +410,14 @@ def yaml_nesting(text: str) -> int:
 
 
 def _count_nodes(node: yaml.Node, counted: dict[int, int], above: set[int], path: str) -> int:
-    """Return how many nodes there are below this one when aliases are written out."""
+    """Return the number of nodes of a YAML tree, an alias counted as a copy.
+
+    Args:
+        node: the root of the tree.
+        counted: counts by the id of the node, filled here.
+        above: ids of the nodes above this one.
+        path: the file, for messages.
+    """
     if id(node) in counted:
         return counted[id(node)]
     if id(node) in above:
@@ -401,15 +426,15 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], above: set[int], path
         raise UserError("is nested too deeply", file=path, row=node.start_mark.line + 1, code=Code.TOO_LARGE)
     below: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
-        below = [part for pair in node.value for part in pair]
+        below = [child for pair in node.value for child in pair]
     elif isinstance(node, yaml.SequenceNode):
         below = node.value
     count = 1
-    for part in below:
-        count += _count_nodes(part, counted, above | {id(node)}, path)
+    for child in below:
+        count += _count_nodes(child, counted, above | {id(node)}, path)
         if count > MAX_NODES:
             raise UserError(
-                f"has more than {MAX_NODES:,} values", file=path, row=part.start_mark.line + 1, code=Code.TOO_LARGE
+                f"has more than {MAX_NODES:,} values", file=path, row=child.start_mark.line + 1, code=Code.TOO_LARGE
             )
     counted[id(node)] = count
     return count

@@ -1,7 +1,8 @@
-"""Typed settings, and the one function that makes them from a config node.
+"""Typed settings of a run: a dataclass for each group of the configuration.
 
-A key's default lives in its YAML under `conf/`, its type and meaning in the dataclass here (an adapter's in its own
-file under `adapters/`), its range check in `__post_init__`. Below this file and `train.py` nobody knows OmegaConf.
+The default of a key is in its YAML file below `conf/`. Its type and meaning are in the dataclass here (those of an
+adapter in `adapters/methods/`), and its range check in `__post_init__`, which raises a `UserError` that names the key.
+`config.build` makes the dataclasses from a composed config.
 """
 
 from __future__ import annotations
@@ -16,34 +17,32 @@ from lora_bench.errors import Code, require, require_number, require_one_of
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The pretrained network that is the frozen backbone. The first of the places that is given is used.
-
-    Each family has a subclass, with the keys that only this family has.
-    """
+    """The frozen backbone: a pretrained network and the sources of its weights, of which the first given is used."""
 
     family: str
     """The name of the module in `lora_bench/backbones/families/` that defines it; `auto` serves any classifier."""
     path: str | None
     """A local Hugging Face folder: config.json, weights in safetensors, tokenizer."""
     tokenizer: str | None
-    """A local folder or hub id of the tokenizer, where it is not beside the weights."""
+    """A local folder or a hub id with the tokenizer; null: the tokenizer is beside the weights."""
     package: str | None
-    """An installed Python package with the weights inside (`model/` below its folder)."""
+    """An installed Python package that holds the weights in its folder `model/`."""
     sha256: str | None
-    """The digest that `model.safetensors` must have, checked at load."""
+    """The SHA-256 digest that `model.safetensors` must have, checked when it is loaded; null: any."""
     folder: str | None
-    """A folder below the one that the environment variable LORA_BENCH_BACKBONES names."""
+    """A folder below the folder that the environment variable LORA_BENCH_BACKBONES names."""
     hub_id: str | None
-    """A model on the Hugging Face hub."""
+    """The id of a model on the Hugging Face hub."""
     revision: str | None
-    """Branch, tag or commit of that model on the hub."""
+    """Branch, tag or commit of the model on the hub; null: the newest."""
     random: dict[str, Any] | None
-    """Settings of a Hugging Face config from which a random network is made: for tests."""
+    """Settings of a Hugging Face config; a network with random weights is made of it, for tests."""
 
     def __post_init__(self) -> None:
-        places = (self.path, self.package, self.folder, self.hub_id, self.random)
+        require_one_of("family", self.family, tuple(MODELS))
+        sources = (self.path, self.package, self.folder, self.hub_id, self.random)
         require(
-            any(places),
+            any(sources),
             "path",
             self.path,
             "names no weights",
@@ -53,12 +52,28 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """The classification head, trained with every adapter."""
+class T5Model(Model):
+    """T5 as a classifier: text-to-text (encoder and one decoder step), or with a head on its encoder."""
 
-    pair_features: bool | None
-    """Add products and differences of the two texts' mean token vectors to the logits; null: if the model can tell
-    the texts apart."""
+    form: str
+    """`text_to_text`: the scores of the label words are the logits. `encoder`: a head on the mean-pooled encoder."""
+    template: str
+    """The encoder's input, in which {task} and {fields} (`question1: … question2: …`) are filled in."""
+    label_words: list[str]
+    """The words for label 0 and label 1; the first token of each is scored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("form", self.form, ("text_to_text", "encoder"))
+        require(
+            "{fields}" in self.template,
+            "template",
+            self.template,
+            "has no {fields}",
+            "Put it where the text goes.",
+            code=Code.INVALID_SYNTAX,
+        )
+        require(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,42 +83,43 @@ class Data:
     source: str
     """`hub`, `files` or `toy`."""
     task: str
-    """The task's short name; T5's template begins with it."""
+    """The short name of the task, the {task} of T5's template."""
     text_columns: list[str]
-    """One column (single sentences) or two (pairs)."""
+    """One column (single sentences) or two columns (pairs)."""
     label_column: str
+    """The column of the labels."""
     label_threshold: float | None
-    """Labels are numbers in the source, and become 1 from this one on; null: they are 0 and 1 there."""
+    """The column holds scores, and a score of at least this threshold is label 1; null: it holds 0 and 1."""
     label_names: list[str]
-    """What label 0 and label 1 are called; the words that T5 answers with."""
+    """The names of label 0 and label 1, which are also T5's label words."""
     max_length: int
-    """Tokens per pair; longer ones are truncated (and counted)."""
+    """Maximum tokens of an example; longer examples are truncated and counted."""
     train_size: int | None
-    """Train on the first n rows of a fixed permutation of what the selection split leaves; null: on all."""
+    """Train on the first n rows of a fixed permutation of the train rows outside the selection split; null: on all."""
     selection_size: int | float
-    """Rows (2 or more), or the fraction (below 1), of train set aside for choosing: stratified, fixed by split_seed."""
+    """Size of the selection split as rows (2 or more) or as a fraction of train (below 1); stratified by label."""
     split_seed: int
-    """Fixes the selection split and the permutation that train_size cuts; not the run's seed."""
+    """Seed of the selection split and of the permutation that `train_size` cuts; independent of the run's seed."""
     perturb: Any
-    """Transforms under which reported splits are scored once more: a name, a level, `all`, or a list; null: none."""
+    """Transforms under which reported splits are scored again: a name, a level, `all`, or a list; null: none."""
     perturb_seeds: int
-    """How many times each split is perturbed, with the seeds 0, 1, …"""
+    """Number of perturbed copies of each split, with the seeds 0, 1, …"""
     augment: Any
-    """Transforms of training pairs, drawn anew in each epoch, named as in `perturb`; null: none."""
+    """Transforms of training examples, drawn anew in each epoch, named as in `perturb`; null: none."""
     augment_share: float
-    """Share of the training pairs that are perturbed in each epoch."""
+    """Fraction of the training examples that are transformed in each epoch."""
     intensity: float
-    """Share, rounded up, of the places where a transform can act (a row's words, or its questions) at which it does."""
+    """Fraction, rounded up, of the positions (words of a row, or its texts) that a transform changes."""
     unseen: bool
-    """Whether reported splits are also scored on those rows alone none of whose texts was seen in training."""
+    """Also score reported splits on the rows that share no text with the training data."""
     report: bool
-    """Whether reported splits are scored at all; while something is chosen on the selection split, they are not."""
+    """Score the reported splits; false while something is chosen on the selection split."""
     tasks: list[str] | None
-    """Choices of this group that one run learns, each as `data=NAME` alone would; null: the one that `data` names."""
+    """Choices of this group that one run learns together, each loaded as `data=NAME` loads it; null: one task."""
     share: str
-    """What they share: `adapter`, with a head for each; or `backbone`, each with an adapter and a head of its own."""
+    """`adapter`: tasks share one adapter, with a head for each task. `backbone`: each has its own adapter and head."""
     temperature: float
-    """How often each has its turn in a shared adapter: as its size to the power 1 / temperature, which is 1 or more."""
+    """Sampling of tasks in a shared adapter, in proportion to rows ** (1 / temperature); at least 1."""
 
     def __post_init__(self) -> None:
         require_one_of("source", self.source, tuple(DATA))
@@ -129,31 +145,42 @@ class Data:
         require_one_of("share", self.share, ("adapter", "backbone"))
         require_number("temperature", self.temperature, 1)
         for name in ("perturb", "augment"):
-            asked = getattr(self, name)
-            texts = [asked] if isinstance(asked, str) else asked
-            listed = texts is None or (isinstance(texts, list) and all(isinstance(each, str) for each in texts))
-            require(listed, name, asked, "is not a name or a list of names")
+            value = getattr(self, name)
+            names = [value] if isinstance(value, str) else value
+            is_listed = names is None or (isinstance(names, list) and all(isinstance(item, str) for item in names))
+            require(is_listed, name, value, "is not a name or a list of names")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubData(Data):
+    """A data set of the Hugging Face hub."""
+
     hub_id: str
+    """Its id, as `nyu-mll/glue`."""
     hub_config: str | None
+    """Its configuration, as `qqp`; null: it has one only."""
     revision: str | None
     """Branch, tag or commit of the data set on the hub; null: the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileData(Data):
+    """A data set in local files."""
+
     path: str
     """A folder with train, validation and test files (.tsv, .csv, .jsonl or .parquet), or one file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyData(Data):
+    """Generated pairs, for tests and demonstrations."""
+
     train_rows: int
+    """Rows of the train split, the selection split included."""
     validation_rows: int
+    """Rows of the validation split."""
     generator_seed: int
+    """Seed of the generator; independent of the run's seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,21 +192,24 @@ class ToyData(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with warm-up."""
+    """AdamW (Loshchilov and Hutter 2019) with warm-up and a learning rate schedule."""
 
     lr: float
-    """Peak learning rate; the default is the adapter's own `default_lr`."""
+    """Peak learning rate; by default `adapter.default_lr`."""
     weight_decay: float
-    """Decoupled decay; never on biases and norms."""
+    """Decoupled weight decay, not applied to biases and norms."""
     beta1: float
+    """Decay of the first moment."""
     beta2: float
+    """Decay of the second moment."""
     eps: float
+    """Term added to the denominator of the update."""
     warmup: float
-    """Share of all steps over which the rate climbs from 0."""
+    """Fraction of all steps over which the learning rate rises linearly from 0."""
     schedule: str
-    """What follows the warm-up: `linear` (to 0), `cosine` (to 0) or `constant`."""
+    """Learning rate after the warm-up: `linear` (to 0), `cosine` (to 0) or `constant`."""
     grad_clip_norm: float | None
-    """Largest 2-norm of a member's gradient; null: no clipping."""
+    """Maximum 2-norm of the gradient of a member; null: no clipping."""
 
     def __post_init__(self) -> None:
         require_number("lr", self.lr, 0, open_low=True)
@@ -195,55 +225,64 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """How long, in which portions, in which precision, and how often to look."""
+    """The training loop: length, batches, evaluations, objective, checkpoints, precision and device."""
 
     epochs: float
+    """Passes over the training data; may be a fraction."""
     max_steps: int | None
-    """Stop after this many optimizer updates, whatever `epochs` says; null: epochs decide."""
+    """Maximum optimizer updates, in place of `epochs`; null: `epochs` decides."""
     batch_size: int
-    """Pairs per optimizer update."""
+    """Examples per optimizer update."""
     micro_batch_size: int | None
-    """Pairs of each member (in all their orders) per forward pass; gradients add up. null: what is quick."""
+    """Examples of each member per forward pass, in both orders where both are used; null: on a CPU chosen for speed."""
     eval_batch_size: int
-    """Pairs per forward pass without gradients."""
+    """Examples per forward pass of an evaluation."""
     eval_every: int | None
-    """Score the selection split every so many steps; null: at the end of each epoch. The last step is always scored."""
+    """Steps between evaluations on the selection split; null: one per epoch. The last step is always evaluated."""
     early_stopping_patience: int | None
-    """Stop after so many evaluations in a row without a better selection MCC; null: never."""
+    """Stop after this many evaluations in a row without a better selection MCC; null: never."""
     stop_at: float | None
-    """Stop at the first evaluation whose selection MCC is this or more; null: never. What it took is the run's cost."""
+    """Stop at the first evaluation whose selection MCC reaches this value, to measure the cost of it; null: never."""
     score_both_orders: bool
-    """Score each pair in both orders of its texts and take the mean probability, which depends on neither; a score
-    costs twice as much."""
+    """Predict the mean of the probabilities of a pair in both orders of its texts; this doubles the cost."""
     objective: str
-    """`cross_entropy`; or that of each pair in one order of its texts, and in the next epoch in the other
-    (`either_order`); or on both orders of each pair, and how far the two answers differ (`order_consistency`); or the
-    same on each pair as it is and perturbed (`perturb_consistency`)."""
+    """The loss. `cross_entropy`. `either_order`: the cross-entropy of each pair in one order of its texts, and in the
+    next epoch in the reversed order. The others take the cross-entropy of two views of each example and add the
+    divergence of the two predictions: both orders (`order_consistency`), original and perturbed
+    (`perturb_consistency`), two dropout masks (`dropout_consistency`: R-Drop, Liang et al. 2021)."""
     consistency_weight: float
-    """What that difference counts beside the cross-entropy; a symmetric Kullback-Leibler divergence, in nats."""
+    """Weight of that divergence, a symmetric Kullback-Leibler divergence in nats."""
+    label_smoothing: float
+    """Share of the target probability that is spread evenly over both labels."""
+    focal_gamma: float
+    """Exponent γ of the focal loss: each example is weighted by (1 − p(label))^γ."""
+    margin: float
+    """Margin by which the logit of the label has to exceed the other logit."""
+    logit_adjustment: float
+    """Factor τ: τ log π is added to the logits in training, π being the label frequencies; 1 balances labels."""
     average: float
-    """Share of the steps so far, the latest of them, over which weights are averaged: at each look the mean is scored
-    and kept. 0: off."""
+    """Fraction of the steps so far, the latest ones, over which weights are averaged; each evaluation scores the
+    averaged weights. 0: no averaging."""
     checkpoint_every: int | None
-    """Steps between checkpoints; null: one at each look at the selection split."""
+    """Steps between checkpoints; null: one at each evaluation on the selection split."""
     prefix_cache_bytes: float
-    """Most bytes on disk for what frozen layers below the first adapted one make of the pairs: computed once, read by
-    every later epoch and run. 0: computed anew at every step."""
+    """Maximum bytes on disk of the cached prefix: the output of the frozen layers below the first adapted layer, which
+    later epochs and runs read. 0: the prefix is computed in every step."""
     precision: str
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
     """`cpu`, `cuda`, or `auto`."""
     cuda_graphs: bool
-    """On a GPU, record forward and backward pass once per shape of batch and replay them."""
+    """On a GPU, capture forward and backward pass as a CUDA graph once per batch shape, and replay it."""
     threads: int | None
-    """CPU threads; null: what torch chooses."""
+    """CPU threads; null: torch's default."""
 
     def __post_init__(self) -> None:
         require_number("epochs", self.epochs, 0, open_low=True)
         for name in ("batch_size", "eval_batch_size"):
             require_number(name, getattr(self, name), 1)
-        every = ("eval_every", "checkpoint_every", "early_stopping_patience")
-        for name in ("max_steps", "micro_batch_size", "threads", *every):
+        intervals = ("eval_every", "checkpoint_every", "early_stopping_patience")
+        for name in ("max_steps", "micro_batch_size", "threads", *intervals):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 1)
         reason = f"is not one of {', '.join(OBJECTIVES)}"
@@ -259,7 +298,8 @@ class Trainer:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 
 
-OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency")
+OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency", "dropout_consistency")
+"""Values of `trainer.objective`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,67 +307,80 @@ class Metric:
     """A binary metric of torchmetrics, looked up by name: `BinarySpecificity` of `torchmetrics.classification`."""
 
     torchmetric: str
+    """The name of the class, as `BinarySpecificity`."""
     direction: str
-    """`up` where more is better, `down` where less is: the arrow in tables."""
+    """`up` if higher is better, `down` if lower is better; the arrow in tables."""
 
     def __post_init__(self) -> None:
         require_one_of("direction", self.direction, ("up", "down"))
 
 
+MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
+"""Settings of each `model.family`."""
+
+
 DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}
+"""Settings of each `data.source`."""
 
 
 OPTIONAL = {"predictions", "resume", "split", "tasks", "tracking"}
-"""Keys at the top of a config that may be left out; records of older versions do so."""
+"""Top-level keys that a config may lack, as records of older versions do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How jobs of a sweep share one backbone; what a job learns it learns in any pack."""
+    """Packing of the jobs of a sweep on one backbone; it does not change what a job learns."""
 
     size: int | None
-    """Jobs trained together; null: as many as memory takes, 1: one after another."""
+    """Maximum jobs trained together; null: as many as fit into memory, 1: one after another."""
     memory_bytes: int | None
-    """What a pack may take; null: a share of what is free when it starts."""
+    """Maximum bytes that a pack takes; null: a fraction of the memory that is free when it starts."""
     workers: int | None
-    """Processes that a sweep's packs are spread over; null: one for each GPU, and without any one in all."""
+    """Processes that train the packs of a sweep; null: one for each GPU, one in all without a GPU."""
     halving: bool
-    """Stop the worse half of a pack's jobs, by selection MCC, after an eighth, a quarter and the half of the steps."""
+    """Successive halving: eliminate the worse half of a pack's jobs, by selection MCC, after 1/8, 1/4 and 1/2 of the
+    steps."""
 
     def __post_init__(self) -> None:
-        for name in (name for name in ("size", "memory_bytes", "workers") if getattr(self, name) is not None):
-            require_number(name, getattr(self, name), 1)
+        for name in ("size", "memory_bytes", "workers"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), 1)
         require(
             self.size != 1 or not self.halving,
             "halving",
             "true",
-            "compares jobs of a pack; pack.size=1 makes it one",
+            "compares the jobs of a pack, and pack.size=1 gives each pack one job",
+            "Leave out one of the two.",
             code=Code.CONFLICT,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """Members that one run trains together, and whose probabilities are averaged (Wang, Aitchison and Rudolph 2023)."""
+    """An ensemble: one run trains members and averages their probabilities (Wang, Aitchison and Rudolph 2023)."""
 
     members: int | None
-    """How many; null: no ensemble."""
+    """Number of members, 2 to 100; null: no ensemble."""
     vary: list[str]
-    """In what they differ: `init` (random starts of adapter and head), `order` (of the pairs), `dropout`."""
+    """Randomness in which members differ: `init` (of adapter and head), `order` (of the examples), `dropout`."""
 
     def __post_init__(self) -> None:
         if self.members is not None:
-            remedy = "null trains one adapter as usual."
-            require(self.members >= 2, "members", self.members, "is no ensemble: it takes at least 2 members", remedy)
+            remedy = "Give ensemble.members=null to train one adapter."
+            require(
+                self.members >= 2, "members", self.members, "is too few for an ensemble, which has at least 2", remedy
+            )
             require_number("members", self.members, 2, 100)
         require(
             bool(self.vary), "vary", self.vary, "is empty: the members would all be the same", code=Code.INVALID_VALUE
         )
-        require(set(self.vary) <= set(VARIED), "vary", self.vary, f"holds something else than {', '.join(VARIED)}")
+        require(set(self.vary) <= set(VARIED), "vary", self.vary, f"has values other than {', '.join(VARIED)}")
 
     @property
     def size(self) -> int:
-        return self.members or 1  # without an ensemble, one
+        """Number of members; 1 without an ensemble."""
+        return self.members or 1
 
 
-VARIED = ("init", "order", "dropout")  # in what the members of an ensemble can differ
+VARIED = ("init", "order", "dropout")
+"""Values of `ensemble.vary`."""

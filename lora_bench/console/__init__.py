@@ -1,1 +1,1 @@
-"""What a terminal shows, and what a process does with its streams and signals."""
+"""Terminal output: progress, tables and help; redaction of secrets; streams and signals of a process."""

@@ -1,27 +1,28 @@
-"""Numbers, durations and texts of unknown origin, as a terminal shows them."""
+"""Formatting of numbers, durations and untrusted texts for a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 
 
-def clean(text: str) -> str:
-    """`text` on one line without control characters: a terminal escape shows as \\x1b."""
+def to_single_line(text: str) -> str:
+    """Return the text on one line, with control characters escaped: a terminal escape becomes \\x1b."""
     return "".join(
         char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
         for char in unicodedata.normalize("NFC", text)
     )
 
 
-def human(value: float, unit: str = "") -> str:
-    """A number of at most three digits with a prefix of the thousands: 1.3 M, 540 MB."""
+def format_number(value: float, unit: str = "") -> str:
+    """Return a number with at most three digits and an SI prefix: `1.3 M`, and `540 MB` for the unit `B`."""
     sizes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
     prefix = next((name for name, size in sizes.items() if abs(value) >= 0.9995 * size), "")
     scaled = value / sizes.get(prefix, 1)
     return f"{scaled:.{1 if prefix and abs(scaled) < 9.95 else 0}f} {prefix}{unit}".strip()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours: `2.5 s`, `42 s`, `15 min`, `2.1 h`."""
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 600:

@@ -1,13 +1,14 @@
-"""The text of `--help`, from the groups and their choices."""
+"""The text of `--help`, with the groups and their choices."""
 
 from __future__ import annotations
 
 from lora_bench.config.groups import COMMANDS, GROUPS, choices, conf_folder
 
 
-def overview() -> str:
+def format_overview() -> str:
+    """Return the text of `lora-bench --help`."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join(
         [
             "lora-bench: which low-rank adapter is best for a text encoder, at what cost, and is the difference real?",
@@ -17,7 +18,7 @@ def overview() -> str:
             "  lora-bench train -m adapter=lora,full 'seed=range(5)'",
             "  lora-bench compare outputs/",
             "",
-            "Commands (lora-bench COMMAND --help tells more):",
+            "Commands (lora-bench COMMAND --help shows their arguments):",
             *lines,
             "",
             "  --version",
@@ -25,7 +26,8 @@ def overview() -> str:
     )
 
 
-def help_of(command: str) -> str:
+def format_help(command: str) -> str:
+    """Return the text of `lora-bench COMMAND --help`."""
     conf = conf_folder()
     lines = [f"lora-bench {command}: {COMMANDS[command]}", ""]
     if command == "train":

@@ -1,4 +1,4 @@
-"""What a person sees of a training: a live bar in a terminal, a line at each look elsewhere, one table at the end."""
+"""Progress of training: a live bar in a terminal, a line per evaluation elsewhere, and a table of the results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from lora_bench.config.metric_names import MAIN_METRICS
-from lora_bench.console.format import human
-from lora_bench.console.text import shown
+from lora_bench.console.format import format_number
+from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -25,21 +24,29 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import ProgressColumn
 
-LINES_PER_RUN = 10  # without a terminal: at most so many lines between start and end
+LINES_PER_RUN = 10
+"""Maximum progress lines of a run without a terminal."""
 _SMOOTHING = 0.1
+"""Weight of the newest value in moving averages."""
 
 
 class Live:
-    """A live bar in a terminal; elsewhere it is never shown, and `due` says when a line is to be printed instead.
+    """A progress bar in a terminal; without a terminal it is not shown, and `due` tells when to print a line instead.
 
-    A context manager that a traceback or Ctrl-C leaves with a clean screen.
+    A context manager; the bar is removed on exit.
+
+    Args:
+        console: the terminal.
+        total: number of steps.
+        columns: shown after the bar.
+        fields: initial values of the fields that the columns show.
     """
 
     def __init__(self, console: Console, total: int, *columns: ProgressColumn, **fields: Any) -> None:
         self.console = console
         self.total = total
-        shown = [BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)]
-        self.progress = Progress(*shown, console=console, expand=True, transient=True)
+        bar = [BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)]
+        self.progress = Progress(*bar, console=console, expand=True, transient=True)
         self.task = self.progress.add_task("", total=total, **fields)
 
     def __enter__(self) -> Self:
@@ -48,104 +55,110 @@ class Live:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.console.is_terminal:
             self.progress.stop()
 
     def due(self, done: int) -> bool:
+        """Return whether a line is to be printed after this many steps."""
         return not self.console.is_terminal and done % math.ceil(self.total / LINES_PER_RUN) == 0
 
 
 class Display(Live):
-    """Tells of a training of so many steps: one run, or the members of a pack with a row for each.
+    """The progress display of a training: of one run, or of the members of a pack with a row for each.
 
     Args:
-        console: where.
+        console: the terminal.
         steps: optimizer updates.
-        names: what a sweep calls the members of a pack; none for a run by itself.
+        names: titles of the members of a pack; empty for a single run.
     """
 
     rows_from = 2
-    """Names from which on each has a row."""
+    """Minimum number of names with which each has a row."""
 
     def __init__(self, console: Console, steps: int, names: Sequence[str] = ()) -> None:
         super().__init__(console, steps, TextColumn("{task.fields[state]}", markup=False), state="")
         self.names = names if len(names) >= self.rows_from else ()
         self.losses: dict[int, float] = {}
-        self.looks: dict[int, float] = {}
-        """The last selection MCC of each member."""
-        self.live: Collection[int] = range(len(names))
+        """Moving average of the loss of each member."""
+        self.mcc_by_member: dict[int, float] = {}
+        """The latest selection MCC of each member."""
+        self.active: Collection[int] = range(len(names))
+        """Members that are still training."""
         if self.names:
             bar = self.progress.get_renderables
             self.progress.get_renderables = lambda: (*bar(), self._members())  # type: ignore[method-assign]
         self.loss: float | None = None
+        """Moving average of the mean loss over the members."""
         self.mcc: float | None = None
-        self.rate: float | None = None
-        self.since = time.perf_counter()
+        """The latest selection MCC."""
+        self.pairs_per_second: float | None = None
+        self.last_step = time.perf_counter()
 
     def __enter__(self) -> Self:
-        self.since = time.perf_counter()
+        self.last_step = time.perf_counter()
         return super().__enter__()
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
+        """Show the losses of the active members after a step, and the examples (`pairs`) that it took."""
         now = time.perf_counter()
-        loss, rate = sum(losses.values()) / len(losses), pairs / max(now - self.since, 1e-9)
-        self.loss = _smooth(self.loss, loss)
-        self.live = losses.keys()
-        self.losses |= {member: _smooth(self.losses.get(member), own) for member, own in losses.items()}
-        self.rate = _smooth(self.rate, rate)
-        self.since = now
+        self.loss = _smooth(self.loss, sum(losses.values()) / len(losses))
+        self.active = losses.keys()
+        self.losses |= {member: _smooth(self.losses.get(member), loss) for member, loss in losses.items()}
+        self.pairs_per_second = _smooth(self.pairs_per_second, pairs / max(now - self.last_step, 1e-9))
+        self.last_step = now
         self.progress.update(self.task, completed=step, state=self._state(step))
         if self.due(step):
             self.console.print(Text(f"step {self._state(step)}"))
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
+        """Show an evaluation of a member, given as its line of `metrics.jsonl`."""
         metrics = line["metrics"]
         self.mcc = metrics["mcc"]
-        self.looks[member] = metrics["mcc"]
-        self.since = time.perf_counter()
-        if self.names and self.console.is_terminal:  # its row says it
+        self.mcc_by_member[member] = metrics["mcc"]
+        self.last_step = time.perf_counter()
+        if self.names and self.console.is_terminal:  # its row shows it
             return
-        whose = f"{self.names[member].partition(':')[0]}  " if self.names else ""
-        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in MAIN_METRICS)
+        title = f"{self.names[member].partition(':')[0]}  " if self.names else ""
+        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
         text = f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"  # 60 columns at most
-        self.console.print(Text(f"{whose}{text}"))
+        self.console.print(Text(f"{title}{text}"))
 
     def _state(self, step: int) -> str:
-        parts = [f"{step}/{self.total}", f"loss {self.loss:.3f}"]
-        parts += [] if self.mcc is None or self.names else [f"mcc {self.mcc:.3f}"]
-        return "  ".join([*parts, f"{self.rate:.0f} pairs/s"])
+        """Return step, loss, MCC and throughput as one line."""
+        fields = [f"{step}/{self.total}", f"loss {self.loss:.3f}"]
+        fields += [] if self.mcc is None or self.names else [f"mcc {self.mcc:.3f}"]
+        return "  ".join([*fields, f"{self.pairs_per_second:.0f} pairs/s"])
 
     def _members(self) -> Table:
-        """A row per member; a name that is too long for the terminal is cut, the numbers never."""
+        """Return a table with a row per member; a name that is too long for the terminal is shortened."""
         table = Table(box=None, pad_edge=False, expand=True)
         table.add_column("job", no_wrap=True, overflow="ellipsis", ratio=1)
         for header in ("loss", "mcc", ""):
             table.add_column(header, justify="right", no_wrap=True)
         for member, name in enumerate(self.names):
-            numbers = (_number(found.get(member), 3) for found in (self.losses, self.looks))
-            style = "" if member in self.live else "dim"
-            table.add_row(
-                shown(name.removeprefix("job ")), *numbers, "" if member in self.live else "ended", style=style
-            )
+            numbers = (_number(values.get(member), 3) for values in (self.losses, self.mcc_by_member))
+            state, style = ("", "") if member in self.active else ("ended", "dim")
+            table.add_row(sanitise(name.removeprefix("job ")), *numbers, state, style=style)
         return table
 
 
-class Shows(Protocol):
-    """What makes a display of so many steps of the members with these names."""
+class DisplayFactory(Protocol):
+    """A function that makes a `Display`, with its arguments."""
 
-    def __call__(self, console: Console, steps: int, names: Sequence[str]) -> Display: ...
+    def __call__(self, console: Console, steps: int, names: Sequence[str]) -> Display:
+        """Return a display."""
 
 
-class Rows(Display):
-    """One of several displays on a screen: every name has its row."""
+class RowDisplay(Display):
+    """A display on a `Screen` with others; each name has a row, even a single one."""
 
     rows_from = 1
 
 
 class Screen:
-    """One live table of several trainings at a time, each with its bar and its rows; shown in a terminal only.
+    """The displays of several trainings at a time, one below the other; shown in a terminal only.
 
     A context manager like `Live`.
     """
@@ -153,6 +166,7 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.displays: dict[int, Display] = {}
+        """Displays by the number of their worker."""
         self.refreshed = Refreshed(console=console, get_renderable=self._all, transient=True)
 
     def __enter__(self) -> Self:
@@ -161,68 +175,84 @@ class Screen:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.console.is_terminal:
             self.refreshed.stop()
 
     def _all(self) -> Group:
+        """Return the bars and rows of all displays."""
         displays = list(self.displays.values())
         return Group(*(renderable for display in displays for renderable in display.progress.get_renderables()))
 
 
 def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> None:
-    """What is about to run, from the records of a pack's members, and what the user should know about it."""
+    """Print what is about to be trained, and notes.
+
+    Args:
+        console: the terminal.
+        records: of the runs of a pack, as they start.
+        adapted: number of adapted linears of a member.
+        notes: printed as `note: TEXT`.
+    """
     record = records[0]
-    choices, params, where = record["choices"], record["params"], record["environment"]
+    choices, params, environment = record["choices"], record["params"], record["environment"]
     members = record["config"].get("ensemble", {}).get("members")
     adapters = f"{members} times {choices['adapter']}" if members else choices["adapter"]
     sizes = ", ".join(f"{name} {rows:,}" for name, rows in record["data"]["rows"].items())
-    first = (
-        f"{adapters} on {choices['model']}: {adapted} adapted linears, "
-        f"{human(params['adapter'])} adapter + {human(params['head'])} head of {human(params['total'])} parameters"
-    )
+    adapter, head, total = (format_number(params[name]) for name in ("adapter", "head", "total"))
+    first = f"{adapters} on {choices['model']}: {adapted} adapted linears, "
+    first += f"{adapter} adapter + {head} head of {total} parameters"
     if len(records) > 1:
-        total = sum(each["params"]["adapter"] for each in records)
-        first = f"{len(records)} jobs on one {choices['model']}: {human(total)} adapter parameters in all"
+        adapters_total = format_number(sum(record["params"]["adapter"] for record in records))
+        first = f"{len(records)} jobs on one {choices['model']}: {adapters_total} adapter parameters in all"
     data = ", ".join(record["config"].get("tasks", [choices["data"]]))
     lines = [
         first,
-        f"{data}: {sizes}; {where['precision']} on {where['device']}, {where['threads']} threads",
+        f"{data}: {sizes}; {environment['precision']} on {environment['device']}, {environment['threads']} threads",
     ]
     for line in [*lines, *(f"note: {note}" for note in notes)]:
-        console.print(shown(line))
+        console.print(sanitise(line))
 
 
 def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, title: str = "", brief: bool) -> None:
-    """How a run ended: its metrics, or one line of them with `brief`, what it cost, and where its record is."""
+    """Print the results of a finished run: metrics, costs and the folder of its record.
+
+    Args:
+        console: the terminal.
+        folder: of the run.
+        record: of the run.
+        title: printed above, if given.
+        brief: print a line per split instead of a table.
+    """
     cost, metrics = record["cost"], record["metrics"]
     if title:
-        console.print(shown(title, style="bold"))
+        console.print(sanitise(title, style="bold"))
     tasks = record["config"].get("tasks", {})
     if brief or tasks:
-        for place in _places(metrics):
-            split, _, task = place.partition("/")
+        for prefix in _prefixes(metrics):
+            split, _, task = prefix.partition("/")
             if split != "selection" and (not task or task in tasks):
-                main = "  ".join(f"{name} {metrics[f'{place}/{name}']:.4f}" for name in MAIN_METRICS)
-                console.print(Text(f"{place}  {main}"))
+                main = "  ".join(f"{name} {metrics[f'{prefix}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
+                console.print(Text(f"{prefix}  {main}"))
     else:
         print_metrics(console, metrics)
-    spent = [f"{cost['steps']} steps"]
-    spent += [f"{cost['train_seconds']:.0f} s"] if cost["train_seconds"] is not None else []
-    spent += [f"{cost['pairs_per_second']:.0f} pairs/s"] if cost["pairs_per_second"] else []
-    spent += [human(cost["train_flops"], "FLOP")]
-    spent += [human(cost["peak_memory_bytes"], "B") + " peak"] if cost["peak_memory_bytes"] else []
-    console.print(Text(" · ".join(spent)))
-    console.print(shown(f"record: {folder}"), soft_wrap=True)
+    costs = [f"{cost['steps']} steps"]
+    costs += [f"{cost['train_seconds']:.0f} s"] if cost["train_seconds"] is not None else []
+    costs += [f"{cost['pairs_per_second']:.0f} pairs/s"] if cost["pairs_per_second"] else []
+    costs += [format_number(cost["train_flops"], "FLOP")]
+    costs += [format_number(cost["peak_memory_bytes"], "B") + " peak"] if cost["peak_memory_bytes"] else []
+    console.print(Text(" · ".join(costs)))
+    console.print(sanitise(f"record: {folder}"), soft_wrap=True)
 
 
 def _smooth(old: float | None, new: float) -> float:
+    """Return the next value of a moving average; the first value if there is no old one."""
     return new if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * new
 
 
 def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None:
-    """All that was scored, in one table or two."""
+    """Print all metrics of a record, those of perturbed splits in a table of their own."""
     console.print(metric_table(metrics))
     perturbed = robustness_table(metrics)
     if perturbed is not None:
@@ -230,31 +260,34 @@ def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None
 
 
 def metric_table(metrics: Mapping[str, float | None]) -> Table:
-    """A record's flat `split/metric` values, a row per metric; not perturbed, calibrated or single members' ones."""
-    places = [place for place in _places(metrics) if f"{place}/changed" not in metrics]
-    places = [place for place in places if not place.endswith("/calibrated") and "/member_" not in place]
-    names = dict.fromkeys(key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] in places)
+    """Return a table of a record's metrics (keys `split/metric`) with a row per metric and a column per split.
+
+    Metrics of perturbed splits, calibrated probabilities and single members of an ensemble are left out.
+    """
+    splits = [split for split in _prefixes(metrics) if f"{split}/changed" not in metrics]
+    splits = [split for split in splits if not split.endswith("/calibrated") and "/member_" not in split]
+    names = dict.fromkeys(key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] in splits)
     table = Table("metric", box=box.SIMPLE_HEAD, pad_edge=False)
-    for place in places:
-        table.add_column(shown(place), justify="right")
+    for split in splits:
+        table.add_column(sanitise(split), justify="right")
     for name in names:
-        table.add_row(shown(name), *(_number(metrics.get(f"{place}/{name}")) for place in places))
+        table.add_row(sanitise(name), *(_number(metrics.get(f"{split}/{name}")) for split in splits))
     return table
 
 
 def robustness_table(metrics: Mapping[str, float | None]) -> Table | None:
-    """What was scored perturbed: one row per split and transform; None if nothing was."""
-    places = [place for place in _places(metrics) if f"{place}/changed" in metrics]
-    if not places:
+    """Return a table of the metrics of perturbed splits, with a row per split and transform; None if there are none."""
+    prefixes = [prefix for prefix in _prefixes(metrics) if f"{prefix}/changed" in metrics]
+    if not prefixes:
         return None
-    splits = {place.split("/")[0] for place in places}
+    splits = {prefix.split("/")[0] for prefix in prefixes}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("perturbed", no_wrap=True)
     for header in _ROBUST.values():
         table.add_column(header, justify="right")
-    for place in places:
-        name = place if len(splits) > 1 else place.partition("/")[2]
-        table.add_row(shown(name), *(_number(metrics.get(f"{place}/{key}"), 3) for key in _ROBUST))
+    for prefix in prefixes:
+        name = prefix if len(splits) > 1 else prefix.partition("/")[2]
+        table.add_row(sanitise(name), *(_number(metrics.get(f"{prefix}/{key}"), 3) for key in _ROBUST))
     return table
 
 
@@ -267,13 +300,14 @@ _ROBUST = {
     "flip_rate": "flips",
     "attack_success": "attacked",
 }
-"""Of each transform, with what stands above the column; worst and drop are those of f1."""
+"""Metrics of a perturbed split with their column headers; `worst` and `drop` are of F1."""
 
 
-def _places(metrics: Mapping[str, float | None]) -> list[str]:
-    """`validation`, `validation/unseen`, `validation/typo`: what stands before the metrics' names."""
+def _prefixes(metrics: Mapping[str, float | None]) -> list[str]:
+    """Return the keys of metrics without the metrics' names: `validation`, `validation/unseen`, `validation/typo`."""
     return list(dict.fromkeys(key.rpartition("/")[0] for key in metrics))
 
 
 def _number(value: float | None, digits: int = 4) -> str:
+    """Return a number with this many decimals; empty for None."""
     return "" if value is None else f"{value:.{digits}f}"

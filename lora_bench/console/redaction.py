@@ -1,12 +1,12 @@
-"""Secrets: keys and passwords that must not reach a file, a log, a report or the screen.
+"""Redaction of secrets: keys and passwords must not reach a file, a log, a report or the screen.
 
-Text is redacted by where a value comes from:
+A text is redacted by four rules:
 
-    known values       of the command line and the environment (`remember`), of a composed config (`remember_config`:
-                       keys so named, `${oc.env:NAME}`), and given to `hide`; hidden wherever they appear
-    names              what a key with a secret name holds           llm.api_key=***, {"password": "***"}
+    remembered values  of the command line and the environment (`remember`), of a composed config (`remember_config`:
+                       keys with a secret name, `${oc.env:NAME}`), and given to `hide`; hidden wherever they appear
+    names              the value of a key with a secret name         llm.api_key=***, {"password": "***"}
     URLs               user and password                             https://***@host
-    token formats      keys of well-known services, by their true alphabets and lengths     sk-…, hf_…, ghp_…, AKIA…
+    token formats      keys of well-known services, by their alphabets and lengths     sk-…, hf_…, ghp_…, AKIA…
 
 A path that exists is never hidden, nor are placeholders and advice (`key=value`). The running process keeps the true
 values. Every step takes time linear in the length of the text.
@@ -44,25 +44,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SHORTEST = 6
-"""A known value of fewer characters would hide innocent text everywhere."""
+"""Minimum characters of a remembered value; a shorter one would hide innocent text everywhere."""
 
-# -- known values --
+# -- remembered values --
 
-_known: dict[str, None] = {}
-"""Values and the forms in which they may come back, the longest first."""
+_hidden_forms: dict[str, None] = {}
+"""All forms of the remembered values, the longest first."""
 _values: dict[str, None] = {}
-"""The values themselves."""
+"""The remembered values."""
 _variables = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^},'\"\s]++)['\"]?\s*(?:,([^}]*+))?")
 
 
 def remember(arguments: Iterable[str]) -> None:
-    """Take secrets from `key=value` arguments and from the environment, in place of those that were known.
+    """Remember the secrets in `key=value` arguments and in the environment, and forget all earlier ones.
 
     Args:
-        arguments: as typed; whatever variables they interpolate are secrets too.
+        arguments: as typed; the environment variables that they interpolate are secrets too.
     """
     _values.clear()
-    _known.clear()
+    _hidden_forms.clear()
     for argument in arguments:
         name, equals, value = argument.partition("=")
         name = name.lstrip("+~-")
@@ -80,10 +80,10 @@ def remember(arguments: Iterable[str]) -> None:
 
 
 def remember_config(config: Any) -> None:
-    """Take further secrets from a composed config, interpolations as they are written.
+    """Remember the secrets in a composed config, too.
 
     Args:
-        config: nested dicts and lists.
+        config: nested dicts and lists; interpolations are not resolved.
     """
     for name, value in leaves(config):
         if holds_secret(name, value):
@@ -95,28 +95,28 @@ def remember_config(config: Any) -> None:
 
 
 def hide(value: str) -> None:
-    """Take one more secret: a key that was read where no name tells of it."""
+    """Remember one more secret, such as a key that was read from a file."""
     _add(value, exists=False)
     _sort()
 
 
 def _add_variables(text: str, key: str) -> None:
-    """Take the values of the variables that a config's value interpolates.
+    """Remember the values of the environment variables that a config value interpolates.
 
-    An identifier that a run is loaded by, or a part of Hydra's own settings (the name of a folder), is a secret only if
-    its variable's name says so.
+    An identifier that loads a run, or a setting of Hydra (the name of a folder), is a secret only if the name of its
+    variable is that of a secret.
     """
     for hit in _variables.finditer(text):
-        named = is_secret_variable(hit[1])
+        has_secret_name = is_secret_variable(hit[1])
         value = os.environ.get(hit[1], "")
-        if named:
+        if has_secret_name:
             _add(value, hit[2] or "")
         elif not is_identifier(key) and not key.startswith("hydra.") and not _is_number(value):
             _add(value)
 
 
 def is_identifier(key: str) -> bool:
-    """Return whether a run cannot be loaded again without the value of this config key."""
+    """Return whether the value of this config key is needed to load a run again."""
     return _IDENTIFIERS.match(key.lstrip("+~")) is not None
 
 
@@ -124,6 +124,7 @@ _IDENTIFIERS = re.compile(r"(?:model|adapter)\.|(?:data|tasks\.[^.]+)\.(?:path|h
 
 
 def _is_number(text: str) -> bool:
+    """Return whether a text is a number, a truth value or null."""
     try:
         float(text)
     except ValueError:
@@ -132,7 +133,7 @@ def _is_number(text: str) -> bool:
 
 
 def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what is no dict or list in `node`, with its dotted key."""
+    """Yield the values of nested dicts and lists with their dotted keys; items of a list have the key of the list."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from leaves(value, f"{name}.{key}" if name else str(key))
@@ -144,6 +145,7 @@ def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _add(*values: str, exists: bool = True) -> None:
+    """Add secrets that are long enough; with `exists`, not those that are existing paths."""
     for value in values:
         text = value.strip("\"'\\ \t\r\n")
         text = text.split(None, 1)[1] if re.match(r"(?i)(?:bearer|basic|token) +\S", text) else text
@@ -152,14 +154,15 @@ def _add(*values: str, exists: bool = True) -> None:
 
 
 def _sort() -> None:
+    """Build the forms of all remembered values, the longest first."""
     forms = {form for value in _values for form in _forms(value) if len(form) >= SHORTEST}
-    _known.clear()
-    _known.update(dict.fromkeys(sorted(forms, key=lambda form: (-len(form), form))))
+    _hidden_forms.clear()
+    _hidden_forms.update(dict.fromkeys(sorted(forms, key=lambda form: (-len(form), form))))
     _without_secret.clear()
 
 
 def _forms(value: str) -> Iterator[str]:
-    """Yield the forms in which a value may come back: escaped, in a URL, in base64 (at any offset)."""
+    """Yield the forms in which a value may appear: escaped, in a URL, in base64 at any offset."""
     yield value
     yield json.dumps(value)[1:-1]
     yield repr(value)[1:-1]
@@ -168,7 +171,7 @@ def _forms(value: str) -> Iterator[str]:
     raw = value.encode(errors="surrogatepass")
     if len(raw) >= 12:
         for offset in range(3):
-            # Of the first and the last group the neighbours' bits are a part.
+            # The first and the last group of base64 also encode bits of the neighbours, so they are cut off.
             coded = base64.b64encode(b"\0" * offset + raw)
             core = coded[4 * (offset > 0) :][: 4 * ((offset + len(raw)) // 3) - 4 * (offset > 0)].decode()
             yield core
@@ -181,6 +184,7 @@ _URL_SAFE = str.maketrans("+/", "-_")
 
 
 def _exists(text: str) -> bool:
+    """Return whether a text is a path that exists."""
     try:
         return len(text) < 4096 and os.path.lexists(os.path.expanduser(text))
     except (OSError, ValueError):
@@ -188,38 +192,39 @@ def _exists(text: str) -> bool:
 
 
 _PATH_CHECKS = 500
-"""Places in one text at most where the file system is asked; a text with more hits than that is no report of ours."""
+"""Maximum positions in one text for which the file system is queried."""
 _NO_PATH = re.compile(r"[\s'\"<>|*?`()\[\]{}]")
 
 
 class _Paths:
-    """Tells which hits in one text are in a path that exists."""
+    """Existing paths in one text; hits within them are not hidden."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.left = _PATH_CHECKS
+        self.checks_left = _PATH_CHECKS
 
     @cached_property
-    def whole(self) -> bool:
+    def is_path(self) -> bool:
+        """True if the text as a whole is a path that exists."""
         return _exists(self.text)
 
     def covers(self, start: int, end: int) -> bool:
-        """Return whether `text[start:end]` is part of a path that exists."""
-        if self.whole:
+        """Return whether `text[start:end]` is within a path that exists; False once `_PATH_CHECKS` are used up."""
+        if self.is_path:
             return True
-        if self.left <= 0:
+        if self.checks_left <= 0:
             return False
-        self.left -= 1
+        self.checks_left -= 1
         before = self.text[max(0, start - 1000) : start]
         after = self.text[end : end + 1000]
         word = _NO_PATH.search(after)
         length = word.start() if word else len(after)
-        further = islice(re.finditer("[/:,;'\"]", after), 6)  # also behind white space: a name may have some
-        ends = sorted({0, length, len(after[:length].rstrip(":;,.")), *(m.start() for m in further)})
+        separators = islice(re.finditer("[/:,;'\"]", after), 6)  # also after white space, which a name may contain
+        ends = sorted({0, length, len(after[:length].rstrip(":;,.")), *(m.start() for m in separators)})
         starts = [m.end() for m in re.finditer(r"[\s'\"<>|*?`()\[\]{}=:,;]", before)]
         starts = sorted({0, *starts, *_absolute(before)}, reverse=True)[:12]
         hit = self.text[start:end]
-        quoted = hit.rstrip("\"'`)]}>,;.:")  # what closes a quotation is no part of the path in it
+        quoted = hit.rstrip("\"'`)]}>,;.:")  # without closing quotation marks and brackets
         rests = [hit + after[:last] for last in ends] + [quoted] * (quoted != hit)
         return any(
             _exists(before[first:] + rest)
@@ -230,27 +235,27 @@ class _Paths:
 
 
 def _absolute(before: str) -> Iterator[int]:
-    """Yield where in a text an absolute path may begin whose folders have spaces or brackets in their names."""
+    """Yield the offsets at which an absolute path with spaces or brackets in its names may start."""
     return (hit.start() for hit in re.finditer(r"(?<![\w./~-])[~.]{0,2}/", before))
 
 
 # -- texts --
 
 _without_secret: set[str] = set()
-"""Short texts in which nothing was found: the records of a thousand runs have much the same."""
+"""Cache of short texts without a secret, as the records of many runs repeat them."""
 
 
 def redact_new_path(path: str) -> str:
-    """Return the path of a folder of ours with the secrets in it hidden, whether it is there yet or not.
+    """Return the path of a new folder with the secrets in it hidden, whether it exists or not.
 
-    What the current folder is called is not ours to choose, and `=` in a name makes no assignment.
+    The current folder is left as it is, and `=` in a name is not an assignment.
     """
-    here = os.path.join(os.getcwd(), "")
-    return here * path.startswith(here) + _redact(path.removeprefix(here), is_new_path=True)
+    current = os.path.join(os.getcwd(), "")
+    return current * path.startswith(current) + _redact(path.removeprefix(current), is_new_path=True)
 
 
 def redact(text: str) -> str:
-    """Return `text` with every secret in it hidden."""
+    """Return `text` with each secret in it replaced by `***`."""
     if text in _without_secret:
         return text
     result = _redact(text)
@@ -262,8 +267,9 @@ def redact(text: str) -> str:
 
 
 def _redact(text: str, *, is_new_path: bool = False) -> str:
+    """Apply the rules to a text; a new path hides existing paths too, and has no assignments."""
     without = partial(_without, existing=not is_new_path)
-    for value in _known:
+    for value in _hidden_forms:
         if value in text:
             text = without(text, _occurrences(text, value))
     if "://" in text:
@@ -279,31 +285,34 @@ def _redact(text: str, *, is_new_path: bool = False) -> str:
 
 
 def _without(text: str, spans: Iterable[Span], *, existing: bool) -> str:
-    """Hide these spans, in order; with `existing`, not those in a path that exists."""
+    """Replace these spans of a text, in order; with `existing`, not those within a path that exists."""
     paths = _Paths(text)
-    parts, done = [], 0
+    pieces, done = [], 0
     for start, end in spans:
         if text[start:end] != HIDDEN and not (existing and paths.covers(start, end)):
-            parts += [text[done:start], HIDDEN]
+            pieces += [text[done:start], HIDDEN]
             done = end
-    return "".join([*parts, text[done:]]) if parts else text
+    return "".join([*pieces, text[done:]]) if pieces else text
 
 
 def _occurrences(text: str, value: str) -> Iterator[Span]:
-    place = text.find(value)
-    while place >= 0:
-        yield place, place + len(value)
-        place = text.find(value, place + len(value))
+    """Yield the spans of a value in a text."""
+    start = text.find(value)
+    while start >= 0:
+        end = start + len(value)
+        yield start, end
+        start = text.find(value, end)
 
 
 # -- values of records and configs --
 
 
-def redacted(value: Any, name: str) -> Any:
-    """Return a text, a number, true, false or None as it may be written.
+def redact_value(value: Any, name: str) -> Any:
+    """Return a text, a number, true, false or None with its secrets hidden.
 
     Args:
-        name: the key that holds it.
+        value: of a record or a config; a text may be an override `key=value`.
+        name: the key that holds it; a secret name hides the whole value.
     """
     if name and holds_secret(name, value) and not (isinstance(value, str) and _exists(value)):
         return HIDDEN
@@ -321,13 +330,13 @@ _OVERRIDDEN = re.compile(r"[+~]{0,2}[\w.@/-]+")
 
 
 def name_below(name: str, key: str) -> str:
-    """Return the name that decides on what `key` holds: that of the outer key, if all below it is a secret."""
+    """Return the name that decides on the value of `key`: the outer key `name` if it names a secret, else `key`."""
     word = secret_word(name) if name else None
     return name if word is not None and word not in WEAK else key
 
 
 def hides_secret(value: Any) -> bool:
-    """Return whether something in `value` was hidden, so that it is not what it was made from."""
+    """Return whether nested dicts and lists hold a text with a hidden secret."""
     if isinstance(value, dict):
         return any(map(hides_secret, value.values()))
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Where secrets stand in a text, by what is around them or by their format; the text alone decides.
+"""Patterns of secrets: positions of secrets in a text, by their context or format.
 
 Every function takes time linear in the length of the text.
 """
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 HIDDEN = "***"
+"""Replacement of a secret."""
 LONGEST_NAME = 100
+"""Maximum characters of a key or variable; of a longer one the last are looked at."""
 
 # -- names --
 
 _STRONG = {"token", "secret", "password", "passwd", "passphrase", "credential", "authorization"}
-WEAK = {"key", "pwd", "pass", "auth", "pat"}  # also plain words: alone, before a colon or with a number no secret
+WEAK = {"key", "pwd", "pass", "auth", "pat"}
+"""Words that are also used in prose: alone, before a colon or with a number they name no secret."""
 _PLURALS = {"secrets", "passwords", "credentials", "apikeys"}
 _SPECIAL_TOKENS = {"bos", "eos", "unk", "sep", "pad", "cls", "mask", "special", "image", "audio", "start", "end"}
 _NO_SECRET = {"file", "path", "dir", "folder", "name", "env", "sock", "socket", "type", "length"}
@@ -29,7 +32,7 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 @lru_cache(maxsize=10_000)
 def secret_word(name: str) -> str | None:
-    """Return the word in the last part of a dotted name that makes it a secret's name, or None."""
+    """Return the word in the last part of a dotted name that makes it the name of a secret, or None."""
     last = re.split(r"[./@]", name[-LONGEST_NAME:])[-1]
     words = [word for word in re.split(r"[\W_]+", _CAMEL.sub("_", last).lower()) if word and not word.isdigit()]
     if not words:
@@ -45,7 +48,7 @@ def secret_word(name: str) -> str | None:
 
 
 def holds_secret(name: str, value: object) -> bool:
-    """Return whether `value` below this name is a secret; placeholders, interpolations and sizes are none."""
+    """Return whether the value of this name is a secret; placeholders, interpolations and numbers are not."""
     word = secret_word(name)
     if word is None or value is None or isinstance(value, bool):
         return False
@@ -60,7 +63,7 @@ _EXAMPLES = {"VALUE", "NAME", "KEY", "TOKEN", "DIR", "FILE"}
 
 
 def is_secret_variable(name: str) -> bool:
-    """Return whether an environment variable's name says that it holds a secret: `DB_PASS`, `MY_PAT_PROD`."""
+    """Return whether an environment variable has the name of a secret: `DB_PASS`, `MY_PAT_PROD`."""
     if name in ("PWD", "OLDPWD"):
         return False
     words = [word for word in re.split(r"[\W_]+", name.lower()) if word and not word.isdigit()]
@@ -70,6 +73,7 @@ def is_secret_variable(name: str) -> bool:
 
 
 Span = tuple[int, int]
+"""Start and end of a part of a text."""
 
 _ENDS = (*sorted(_STRONG | WEAK), "secrets", "passwords")
 _SIGN = re.compile(r"""(\\{0,3}["'])?\s{0,8}([=:])\s{0,8}""")
@@ -81,7 +85,7 @@ _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 
 
 def assigned(text: str) -> Iterator[Span]:
-    """Yield where the values stand of `name=value` and `name: value` with a secret's name."""
+    """Yield the spans of the values in `name=value` and `name: value` with the name of a secret."""
     lower = text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
     ends = sorted({end for word in _ENDS if word in lower for end in _ends_of(word, lower)})
     unclosed: set[str] = set()
@@ -107,20 +111,20 @@ def assigned(text: str) -> Iterator[Span]:
 
 
 def _ends_of(word: str, text: str) -> Iterator[int]:
-    """Yield the places behind a word that a sign follows, or white space or a quotation mark before one."""
-    place = text.find(word)
-    while place >= 0:
-        place += len(word)
-        if text[place : place + 1] in _BEFORE_SIGN:
-            yield place
-        place = text.find(word, place)
+    """Yield the ends of a word in a text where `=` or `:` may follow, after white space or a quotation mark."""
+    end = text.find(word)
+    while end >= 0:
+        end += len(word)
+        if text[end : end + 1] in _BEFORE_SIGN:
+            yield end
+        end = text.find(word, end)
 
 
 _BEFORE_SIGN = frozenset("=: \t\r\n\\\"'")
 
 
 def _is_assigned_name(text: str, end: int, sign: re.Match[str]) -> bool:
-    """Return whether the name that ends here, and how its value begins, are a secret's."""
+    """Return whether the name before `end`, with the start of its value, is an assignment of a secret."""
     before = text[max(0, end - LONGEST_NAME) : end]
     rest = before.rstrip(_IN_NAMES)
     name, colon = before[len(rest) :], sign[2] == ":"
@@ -140,7 +144,7 @@ _URL = re.compile(r"://([^\s\"'<>`]++)")
 
 
 def users_in(text: str) -> Iterator[Span]:
-    """Yield where the user information (`user:password`) of the URLs in a text stands."""
+    """Yield the spans of the user information (`user:password`) of URLs in a text."""
     for hit in _URL.finditer(text):
         if length := _user_length(hit[1]):
             yield hit.start(1), hit.start(1) + length
@@ -156,35 +160,38 @@ def users(value: str) -> Iterator[str]:
 
 
 def _user_length(rest: str) -> int:
-    """Return how many characters behind `://` are user information, whatever a password has in it.
+    """Return the number of characters after `://` that are user information.
 
-    A password may hold `@`, `/`, `?` or `#` as they are: then it ends at the last `@`.
+    A password that holds `@`, `/`, `?` or `#` unescaped ends at the last `@`.
     """
     last = rest.rfind("@")
     if last < 0:
         return 0
     try:
-        parts = urlsplit(f"x://{rest}")
-        host = parts.netloc
+        url = urlsplit(f"x://{rest}")
+        host = url.netloc
         if "@" in host:
             return last
-        port: int | None = parts.port
-    except ValueError:  # a port that is no number: it is a password
+        port: int | None = url.port
+    except ValueError:  # the port is not a number: it is a password
         return last
-    name = parts.hostname or ""
+    name = url.hostname or ""
     is_host = ":" not in host or (port is not None and ("." in name or ":" in name or name == "localhost"))
     return 0 if is_host else last
 
 
 def _has_digit_and_letter(text: str) -> bool:
+    """Return whether a text has a digit and a letter."""
     return re.search(r"\d", text) is not None and re.search(r"[A-Za-z]", text) is not None
 
 
 def _is_mixed(text: str) -> bool:
+    """Return whether a text has a digit, a lower-case and an upper-case letter."""
     return _has_digit_and_letter(text) and text.lower() != text and text.upper() != text
 
 
 def _is_sk(token: str) -> bool:
+    """Return whether a token after `sk-`, `pk-` or `rk-` has the form of a key."""
     body = token[3:]
     if re.fullmatch(r"(?:proj|svcacct|admin|ant|or|None)-[\w-]{16,}", body) or len(body) >= 40:
         return _is_mixed(body) or (len(body) >= 40 and _has_digit_and_letter(body))
@@ -194,12 +201,12 @@ def _is_sk(token: str) -> bool:
 
 
 def _is_hf(token: str) -> bool:
-    """34 letters and digits; somewhat fewer letters alone are no word either."""
+    """Return whether a token after `hf_` is a key: 34 letters and digits, or 20 and more letters."""
     return len(token) >= 37 or (len(token) >= 23 and token[3:].isalpha())
 
 
-# What a key begins with (the literal that is searched for), what follows, what may not stand before it, and whether
-# the whole is a key. Each text is scanned once for each: no key begins within another.
+# Formats of keys: the literal prefix that is searched for, the pattern of the whole key, and a check of the match. Each
+# text is scanned once for each prefix.
 FORMATS: list[tuple[str, re.Pattern[str], Callable[[str], bool]]] = [
     (prefix, re.compile(rf"{prefix}(?<!{before}{prefix}){rest}", re.DOTALL), check)
     for prefixes, before, rest, check in [
@@ -226,4 +233,5 @@ _BEARER = re.compile(r"""earer ([^\s,;}\]'"]{8,}+)""")
 
 
 def bearers(text: str) -> Iterator[Span]:
+    """Yield the spans of tokens after `Bearer`."""
     return (hit.span(1) for hit in _BEARER.finditer(text) if not hit[1].isalpha() or len(hit[1]) >= 20)

@@ -1,4 +1,4 @@
-"""Standard streams that a command outlives: a reader that went away or a full disk behind them ends no training."""
+"""Standard streams that never fail: a closed pipe or a full disk behind them does not end a training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor that drops what it cannot write and keeps the reason."""
+    """A file descriptor that drops output it cannot write."""
 
     failure: OSError | None = None
+    """The first error of writing."""
     replaced: io.TextIOWrapper | None = None
-    """The stream that stood here before; it would close the file descriptor if it were deleted."""
+    """The former stream, kept because its deletion would close the file descriptor."""
 
     def write(self, data: ReadableBuffer) -> int:
         try:
@@ -29,10 +30,10 @@ class _Descriptor(io.FileIO):
 
 
 def protect() -> None:
-    """Replace the process's own standard streams by ones that never raise on writing.
+    """Replace the standard streams of the process by streams that never raise on writing.
 
-    A stream that was closed before the process began becomes the null device, so that no file that is opened later
-    takes its descriptor.
+    A stream that was closed before the process started becomes the null device, so that no file that is opened later
+    gets its descriptor.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -50,7 +51,7 @@ def protect() -> None:
 
 
 def failure() -> OSError | None:
-    """Return why standard output could not be written, if so; a reader that went away is no failure."""
+    """Return the error of writing standard output; None if there was none but a closed pipe."""
     descriptor = _descriptor(sys.stdout)
     if not isinstance(descriptor, _Descriptor):
         return None
@@ -59,12 +60,13 @@ def failure() -> OSError | None:
 
 
 def _descriptor(stream: object) -> object:
-    """Return what a text stream writes to in the end; of `python -u` it is the stream's buffer itself."""
+    """Return the raw file below a text stream; with `python -u` it is the buffer of the stream."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
 
 
 def _text(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Return a text stream on the same file descriptor with the same settings, which never raises on writing."""
     descriptor = _Descriptor(stream.fileno(), "w", closefd=False)
     descriptor.replaced = stream
     binary = descriptor if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(descriptor)

@@ -1,19 +1,19 @@
-"""Lines for the screen: names and values in them may come from anywhere, so no terminal escape and no secret passes."""
+"""Lines for the screen: untrusted names and values in them are shown without terminal escapes and secrets."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.text import Text
 
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.console.redaction import redact
 
 
-def shown(text: object, style: str = "") -> Text:
-    """One line as it may be shown; what a terminal would act upon is spelt out."""
-    return Text(redact(clean(str(text))), style=style)
+def sanitise(text: object, style: str = "") -> Text:
+    """Return a text as one line that is safe to print: control characters escaped, secrets hidden."""
+    return Text(redact(to_single_line(str(text))), style=style)
 
 
 def note(text: str) -> None:
-    """Print a line about what the user should know to the standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(shown(f"note: {text}"))
+    """Print `note: TEXT` to standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(sanitise(f"note: {text}"))

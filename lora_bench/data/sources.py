@@ -71,7 +71,7 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
 
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
-    if not hub.ask():
+    if not hub.is_reachable():
         datasets.config.HF_HUB_OFFLINE = True
     name = data.hub_id if data.hub_config is None else f"{data.hub_id}/{data.hub_config}"
     try:

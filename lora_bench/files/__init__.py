@@ -1,1 +1,1 @@
-"""Reading and writing files: atomic writes, files of unknown origin, caches, paths that a user typed."""
+"""Reading and writing files: atomic writes, untrusted files, caches, and paths that a user typed."""

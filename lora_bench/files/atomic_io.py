@@ -1,7 +1,7 @@
-"""Files of ours on disk: each is written beside its place and renamed into it, so that it is whole or not there.
+"""Atomic writing of files, and the JSON form of records.
 
-Whoever reads one, or comes after a crash, sees the old file or the new one. A number that is not finite is written as
-null, since JSON has no NaN.
+A file is written under a temporary name in the same folder and renamed. A reader sees the old file or the new one, even
+after a crash. A number that is not finite is written as null, since JSON has no NaN.
 """
 
 from __future__ import annotations
@@ -15,38 +15,46 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from lora_bench.console.redaction import name_below, redact, redacted
+from lora_bench.console.redaction import name_below, redact, redact_value
 from lora_bench.errors import Code, RunFailedError
 
-MAKE_ROOM = "Make room, and go on with: lora-bench train resume=DIR."
+MAKE_ROOM = "Make room, then resume it: lora-bench train resume=DIR."
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:
-    """Write the whole file `name` below `folder` beside its place, then rename it there.
+    """Write the file `name` below `folder` atomically, and return its path.
+
+    Args:
+        folder: has to exist.
+        name: may have folders, which are made.
+        content: of the file.
 
     Raises:
-        RunFailedError: it cannot be written; an older one is as it was.
+        RunFailedError: it cannot be written; an older file is unchanged.
     """
     path = folder / name
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):
-        for below in reversed(Path(name).parents[:-1]):  # not the folder: a run that was deleted stays so
+        for below in reversed(Path(name).parents[:-1]):  # not `folder` itself: a run that was deleted stays deleted
             (folder / below).mkdir(exist_ok=True)
         try:
-            with part.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            os.replace(temporary, path)
         except BaseException:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     return path
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell what the operating system refuses as what it means for the run: no room, or its folder is gone."""
+    """Translate an `OSError` of writing `path` within the context into a `RunFailedError` or its reason.
+
+    The reasons are a folder that is gone (`Code.LOST`), and a file that cannot be written (`Code.UNWRITABLE`).
+    """
     try:
         yield
     except OSError as error:
@@ -55,38 +63,43 @@ def writing(path: Path) -> Iterator[None]:
                 "is gone: it was deleted or moved while it was in use", file=path.parent, code=Code.LOST
             ) from None
         raise RunFailedError(
-            f"cannot be written: {why(error)}", file=path, remedy=MAKE_ROOM, code=Code.UNWRITABLE
+            f"cannot be written: {describe_error(error)}", file=path, remedy=MAKE_ROOM, code=Code.UNWRITABLE
         ) from None
 
 
-def why(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Return the reason of an error: for an `OSError` its message without number and path."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def plain(value: Any, name: str = "") -> Any:
-    """`value` in the types that JSON has; a number that is not finite becomes None, and secrets are hidden.
+def to_json(value: Any, name: str = "") -> Any:
+    """Convert a value to JSON types, with numbers that are not finite as None and secrets hidden.
 
     Args:
-        value: what to write.
-        name: the key that holds it.
+        value: nested mappings, lists, tuples and sets (sorted) of texts, paths, enums, and numbers of Python, numpy
+            or torch.
+        name: the key that holds it, which tells whether it is a secret.
+
+    Raises:
+        TypeError: a value is of another type.
     """
     if isinstance(value, Enum):
-        return plain(value.value, name)
+        return to_json(value.value, name)
     if value is None or isinstance(value, (bool, int, str)):
-        return redacted(value, name)
+        return redact_value(value, name)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {redact(str(key)): plain(item, name_below(name, str(key))) for key, item in value.items()}
+        return {redact(str(key)): to_json(item, name_below(name, str(key))) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+        return [to_json(item, name) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     if isinstance(value, Path):
-        return redacted(str(value), name)
+        return redact_value(str(value), name)
     if hasattr(value, "item"):  # a number of numpy's or torch's
-        return plain(value.item(), name)
-    raise TypeError(f"{type(value).__name__} has no place in a run's record")
+        return to_json(value.item(), name)
+    raise TypeError(f"{type(value).__name__} cannot be written into a run's record")
 
 
 def dump(content: dict[str, Any]) -> str:
-    # ASCII: a command line with bytes that are no text (lone surrogates in Python) can still be written and read back.
+    """Return indented JSON in ASCII, so that arguments with undecodable bytes can be written and read back."""
     return json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -1,10 +1,10 @@
-"""Cache files: written beside their place and renamed, sealed with a checksum, bounded in size.
+"""Cache files: written atomically, verified by a checksum, bounded in total size.
 
-A cache file is a payload and a trailer: the XXH3 checksum of the file's key and its payload, and a mark of the format.
-Anything else at its path (a cut or damaged file, one of another version, a link, a folder, a device) counts as absent:
-a note names it, and its content is computed again. A cache that cannot be written never ends a run.
+A cache file is a payload and a trailer, which holds the XXH3 checksum of the key and the payload, and a mark of the
+format. Anything else at its path (a truncated or damaged file, another version, a link, a folder, a device) counts as
+absent: a note names it, and its content is computed again. A cache that cannot be written never ends a run.
 
-The files lie in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench), one folder for each kind.
+The files are in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench), in a folder for each cache: `tokens`, `prefix`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ except ImportError:  # Windows: a file that is open there cannot be deleted anyw
 T = TypeVar("T")
 
 SUFFIXES = {"tokens": ".arrow", "prefix": ".hidden"}
-"""Of the files of each kind."""
+"""Suffix of the files of each cache."""
 TOKEN_LIMIT = "LORA_BENCH_TOKEN_CACHE_BYTES"
+"""The environment variable with the maximum bytes of the token cache."""
 DEFAULT_TOKEN_BYTES = 4e9
 
 MARK = b"lora-bench cache file, format 1\n"
 TRAILER_BYTES = 16 + len(MARK)
 CHUNK_BYTES = 1 << 20
-"""Read at a time for a checksum: fits a core's own cache."""
+"""Bytes read at a time for a checksum, which fit into the cache of a core."""
 
-# Files of ours by name: complete ones, those being written, and what older versions were writing.
+# Names of complete files, and of files being written by this and by older versions.
 _COMPLETE = re.compile(r"[0-9a-f]{40}\.(arrow|hidden)")
 _PART = re.compile(r"[0-9a-f]{40}\.(arrow|hidden)\.\w+\.part|tmp\w{8}(\.part)?")
 
@@ -68,10 +69,10 @@ def cache_folder() -> Path:
 
 
 def token_limit_bytes() -> float:
-    """Return how many bytes the token cache may take: $LORA_BENCH_TOKEN_CACHE_BYTES, by default 4 GB; 0: no cache.
+    """Return the maximum bytes of the token cache: $LORA_BENCH_TOKEN_CACHE_BYTES, by default 4e9; 0: no cache.
 
     Raises:
-        UserError: the variable holds no such number.
+        UserError: the variable is not a finite number from 0.
     """
     text = os.environ.get(TOKEN_LIMIT, "")
     try:
@@ -91,48 +92,49 @@ def token_limit_bytes() -> float:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file in a cache folder, as it was when the folder was listed."""
+    """A file in a cache folder, at the time when the folder was listed."""
 
     path: Path
     size_bytes: int
     used: float
-    """When it was last used, in seconds since the epoch."""
+    """Time of its last use, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
 class CacheFiles:
-    """The cache files of one kind.
+    """The files of one cache.
 
     Args:
-        kind: `tokens` or `prefix`; the folder's name.
-        limit_bytes: the bytes that they may take together; the least recently used are removed to make room.
+        name: `tokens` or `prefix`, the name of its folder.
+        limit_bytes: maximum bytes of all files; the least recently used are removed to make room.
     """
 
-    kind: str
+    name: str
     limit_bytes: float = math.inf
 
     @property
     def folder(self) -> Path:
-        return cache_folder() / self.kind
+        """The folder of the files; it may be missing."""
+        return cache_folder() / self.name
 
     def path(self, key: str) -> Path:
-        """Return where the file of a key (40 hex digits) lies."""
-        return self.folder / f"{key}{SUFFIXES[self.kind]}"
+        """Return the path of the file with this key (40 hexadecimal digits)."""
+        return self.folder / f"{key}{SUFFIXES[self.name]}"
 
     def read(self, key: str, parse: Callable[[bytes], T], *, max_bytes: int) -> T | None:
-        """Return what `parse` makes of a verified payload; None where there is no sound file.
+        """Return the parsed payload of a file; None if there is no valid file.
 
         Args:
             key: of the file.
-            parse: raises ValueError for a payload that it cannot accept.
-            max_bytes: of a payload; a larger file is not read.
+            parse: takes the verified payload; raises ValueError if it is not valid.
+            max_bytes: maximum bytes of the payload; a larger file is not read.
         """
 
         def load(file: BinaryIO) -> T:
             with file:
                 length, digest = _read_trailer(file)
                 if length > max_bytes:
-                    raise ValueError(f"holds {length} bytes where at most {max_bytes} belong")
+                    raise ValueError(f"holds {length} bytes, more than the maximum of {max_bytes}")
                 file.seek(0)
                 payload = file.read(length)
             _require(digest == _digest(key, [payload]))
@@ -141,17 +143,17 @@ class CacheFiles:
         return self._load(key, load)
 
     def open(self, key: str, *, size_bytes: int) -> BinaryIO | None:
-        """Open a verified file, whose payload begins at 0; None where there is no sound one.
+        """Return a verified file, open at the start of its payload; None if there is no valid file.
 
         Args:
             key: of the file.
-            size_bytes: of its payload.
+            size_bytes: bytes of its payload.
         """
 
         def verify(file: BinaryIO) -> BinaryIO:
             length, digest = _read_trailer(file)
             if length != size_bytes:
-                raise ValueError(f"holds {length} bytes where {size_bytes} belong")
+                raise ValueError(f"holds {length} bytes instead of {size_bytes}")
             _require(digest == _digest(key, _chunks(file, length)))
             return file
 
@@ -160,35 +162,35 @@ class CacheFiles:
     def write(
         self, key: str, fill: Callable[[BinaryIO], object], *, size_bytes: int, keep: Collection[str] = ()
     ) -> BinaryIO | None:
-        """Write a file and return it open; None where it cannot be written, which a note says.
+        """Write a file and return it open; if it cannot be written, print a note and return None.
 
         Args:
-            key: of the file; one that is there is replaced.
+            key: of the file; an existing file is replaced.
             fill: writes the payload into an empty file.
-            size_bytes: of the payload: room is made for it.
+            size_bytes: bytes of the payload, for which room is made.
             keep: keys of files that are not removed to make room.
         """
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for part in self.abandoned():
-                remove(part)
+            for entry in self.abandoned():
+                remove(entry)
             self._make_room(size_bytes + TRAILER_BYTES, {self.path(other) for other in keep})
-            descriptor, part_name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
             try:
                 _lock(descriptor)
                 file = os.fdopen(descriptor, "w+b")
                 try:
                     fill(file)
                     _seal(file, key)
-                    os.replace(part_name, path)
+                    os.replace(temporary, path)
                 except BaseException:
-                    with suppress(OSError):  # what could not be written cannot be flushed either
+                    with suppress(OSError):  # closing flushes, which fails again
                         file.close()
                     raise
             except BaseException:
                 with suppress(OSError):
-                    os.unlink(part_name)
+                    os.unlink(temporary)
                 raise
         except OSError as error:
             note(f"the cache file {path} cannot be written ({error.strerror or error}); continuing without it")
@@ -196,19 +198,19 @@ class CacheFiles:
         return file
 
     def complete(self) -> list[Entry]:
-        """Return the complete files, sound or not, the least recently used first."""
+        """Return the complete files, valid or not, the least recently used first."""
         return sorted(self._entries(_COMPLETE), key=lambda entry: entry.used)
 
     def abandoned(self) -> list[Entry]:
-        """Return the files that processes were writing when they were killed."""
+        """Return the unfinished files of processes that have ended."""
         return [entry for entry in self._entries(_PART) if _is_abandoned(entry.path)]
 
     def _load(self, key: str, load: Callable[[BinaryIO], T]) -> T | None:
-        """Return what `load` makes of the open file; where it raises, say why the file is not used and return None."""
+        """Return the result of `load` on the open file; if it raises, print a note with the reason and return None."""
         path = self.path(key)
         try:
             file = _open_regular(path)
-            with suppress(OSError):  # a folder that cannot be written can still be read
+            with suppress(OSError):  # the folder may be read-only
                 os.utime(file.fileno())
             try:
                 return load(file)
@@ -225,7 +227,7 @@ class CacheFiles:
         return None
 
     def _make_room(self, size_bytes: int, keep: Collection[Path]) -> None:
-        """Remove the least recently used files until so many bytes more fit the limit."""
+        """Remove the least recently used files, except those to keep, until this many more bytes fit the limit."""
         entries = self.complete()
         total = sum(entry.size_bytes for entry in entries) + size_bytes
         for entry in entries:
@@ -235,22 +237,22 @@ class CacheFiles:
                 total -= entry.size_bytes
 
     def _entries(self, names: re.Pattern[str]) -> Iterator[Entry]:
-        """Yield the regular files of these names; links are not followed."""
+        """Yield the regular files with names of this pattern; links are not followed."""
         try:
-            found = list(os.scandir(self.folder))
+            files = list(os.scandir(self.folder))
         except OSError:
             return
-        for each in found:
-            with suppress(OSError):  # another process has just removed it
-                facts = each.stat(follow_symlinks=False)
-                if names.fullmatch(each.name) and stat.S_ISREG(facts.st_mode):
-                    yield Entry(Path(each.path), facts.st_size, facts.st_mtime)
+        for file in files:
+            with suppress(OSError):  # another process may have removed it
+                status = file.stat(follow_symlinks=False)
+                if names.fullmatch(file.name) and stat.S_ISREG(status.st_mode):
+                    yield Entry(Path(file.path), status.st_size, status.st_mtime)
 
 
 def remove(entry: Entry) -> bool:
-    """Delete a file; return whether it is gone.
+    """Delete a file, and return whether it is gone.
 
-    A process that has it open goes on reading it. Where the system forbids to delete an open file, it stays.
+    A process that has it open can still read it. A system that does not delete open files keeps it.
     """
     try:
         entry.path.unlink(missing_ok=True)
@@ -259,13 +261,14 @@ def remove(entry: Entry) -> bool:
     return True
 
 
-def _require(is_sound: bool) -> None:
-    if not is_sound:
+def _require(has_checksum: bool) -> None:
+    """Raise ValueError unless the checksum is right."""
+    if not has_checksum:
         raise ValueError("is damaged: its checksum differs")
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, never waiting and never following a link in its place."""
+    """Open a regular file for reading, without waiting and without following a link."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise ValueError("is not a regular file")
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -273,18 +276,18 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def _read_trailer(file: BinaryIO) -> tuple[int, bytes]:
-    """Return the size of the payload and its checksum."""
+    """Return the bytes of the payload and the checksum in the trailer; ValueError if there is no trailer."""
     length = os.fstat(file.fileno()).st_size - TRAILER_BYTES
     if length >= 0:
         file.seek(length)
         trailer = file.read(TRAILER_BYTES)
         if trailer.endswith(MARK) and len(trailer) == TRAILER_BYTES:
             return length, trailer[: -len(MARK)]
-    raise ValueError("is cut short, or was not written by this version")
+    raise ValueError("is truncated, or was written by another version")
 
 
 def _seal(file: BinaryIO, key: str) -> None:
-    """Add the trailer to a file that holds its payload, and see to it that all of it is on the disk."""
+    """Append the trailer to a payload, and flush the file to disk."""
     length = file.seek(0, os.SEEK_END)
     digest = _digest(key, _chunks(file, length))
     file.seek(length)
@@ -294,26 +297,27 @@ def _seal(file: BinaryIO, key: str) -> None:
 
 
 def _digest(key: str, payload: Iterable[bytes | memoryview]) -> bytes:
-    digest = xxh3_128(key.encode())  # a sound file under another name is not sound
+    """Return the checksum of key and payload: a file under another key is not valid."""
+    digest = xxh3_128(key.encode())
     for chunk in payload:
         digest.update(chunk)
     return digest.digest()
 
 
 def _chunks(file: BinaryIO, length: int) -> Iterator[memoryview]:
-    """Yield the first `length` bytes of a file in turn; each chunk is overwritten by the next."""
+    """Yield the first `length` bytes of a file in chunks; the next chunk overwrites the buffer of the last."""
     buffer = memoryview(bytearray(min(CHUNK_BYTES, length)))
     file.seek(0)
     while length:
         count = file.readinto(buffer[:length])  # type: ignore[attr-defined]
         if not count:
-            raise OSError(errno.EIO, "it was cut short meanwhile")
+            raise OSError(errno.EIO, "it was truncated while it was read")
         yield buffer[:count]
         length -= count
 
 
 def _lock(descriptor: int) -> None:
-    """Mark a file as being written by this process, for as long as it has it open."""
+    """Mark a file as being written by this process while it is open."""
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked once whether it answers: where it does not, nothing waits for it."""
+"""Reachability of the Hugging Face hub, tested once per process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ _TIMEOUT_SECONDS = 5
 
 
 @cache
-def ask() -> bool:
-    """Whether the hub answers; if not, the libraries are switched to their offline mode.
+def is_reachable() -> bool:
+    """Return whether the hub answers; if not, switch its libraries to offline mode.
 
-    Otherwise each of their requests is tried for half a minute, and says so on the screen. What was downloaded before
-    is still found in their cache.
+    Without offline mode they retry each request for half a minute and print messages. Downloaded files are still found
+    in their cache.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -21,7 +21,7 @@ def ask() -> bool:
         return False
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_TIMEOUT_SECONDS)
-    except Exception:  # of whichever HTTP client the hub's library uses
+    except Exception:  # the errors of its HTTP client, whichever that is
         constants.HF_HUB_OFFLINE = True
         return False
     return True

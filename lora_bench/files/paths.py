@@ -1,7 +1,7 @@
-"""Paths that a user gives for input and output: which are streams, and files that are written whole or not at all.
+"""Input and output paths that a user typed: streams, and files that are written atomically.
 
-A file is written beside its place and renamed into it; through a link, beside what the link leads to. Streams (`-`,
-`/dev/stdout`, a FIFO, `/dev/null`) are written as they are.
+A file is written under a temporary name in the same folder and renamed; a link is followed first. Streams (`-`,
+`/dev/stdout`, a FIFO, `/dev/null`) are written directly.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def descriptor_of(path: str | Path) -> int | None:
-    """Return the number of the open file that a path such as `/dev/stdout` or `/dev/fd/3` stands for."""
-    found = re.fullmatch(r"/dev/(stdin|stdout|stderr)|/(?:dev|proc/self)/fd/([0-9]{1,6})", str(path))
-    if found is None:
+    """Return the file descriptor that a path such as `/dev/stdout` or `/dev/fd/3` stands for; None for other paths."""
+    match = re.fullmatch(r"/dev/(stdin|stdout|stderr)|/(?:dev|proc/self)/fd/([0-9]{1,6})", str(path))
+    if match is None:
         return None
-    return ("stdin", "stdout", "stderr").index(found[1]) if found[1] else int(found[2])
+    return ("stdin", "stdout", "stderr").index(match[1]) if match[1] else int(match[2])
 
 
 def is_stream(path: str | Path) -> bool:
-    """Return whether a path is `-`, an open file of this process, a FIFO or a character device."""
+    """Return whether a path is `-`, a file descriptor, a FIFO or a character device."""
     if str(path) == STREAM or descriptor_of(path) is not None:
         return True
     with suppress(OSError, ValueError):
@@ -47,7 +47,7 @@ def is_stream(path: str | Path) -> bool:
 
 
 def is_same_file(source: str, output: str) -> bool:
-    """Return whether input and output are one file or FIFO, by whatever links and spellings."""
+    """Return whether two paths lead to the same file or FIFO, links followed."""
     try:
         read = os.fstat(0) if source == STREAM else os.stat(source)
         written = os.fstat(1) if output == STREAM else os.stat(output)
@@ -57,11 +57,14 @@ def is_same_file(source: str, output: str) -> bool:
 
 
 def read_input(path: str | Path, source: str) -> bytes:
-    """Read a file, a FIFO or standard input to its end; refuse a device, which may have none.
+    """Return the content of a file, a FIFO or standard input.
 
     Args:
         path: the file, or a stream.
-        source: what an error names.
+        source: its name in messages.
+
+    Raises:
+        UserError: it cannot be read, or is a device, which may have no end.
     """
     try:
         with nullcontext(_standard_input()) if str(path) == STREAM else open(path, "rb") as file:
@@ -83,15 +86,17 @@ def read_input(path: str | Path, source: str) -> bytes:
 
 
 def _standard_input() -> BufferedReader:
+    """Return standard input as a binary stream; a `UserError` if it is closed."""
     if sys.stdin is None:
         raise UserError("is closed", file="standard input", code=Code.UNREADABLE)
     return sys.stdin.buffer  # type: ignore[return-value]
 
 
 def _is_endless(file: BufferedReader) -> bool:
+    """Return whether a file is a device, but not a terminal or the null device."""
     try:
         status = os.fstat(file.fileno())
-    except OSError:  # a stream of Python's own
+    except OSError:  # a stream in memory
         return False
     if stat.S_ISCHR(status.st_mode):
         return not (file.isatty() or os.path.samestat(status, os.stat(os.devnull)))
@@ -99,13 +104,13 @@ def _is_endless(file: BufferedReader) -> bool:
 
 
 def check_output(path: str | Path, key: str, size: int = 0, *, make_folders: bool = False) -> None:
-    """Refuse a file that cannot be written.
+    """Check that an output file can be written; it is not made.
 
     Args:
-        path: the file, or a stream.
-        key: what the command line calls it.
-        size: bytes that it will have at least.
-        make_folders: its folder may be missing, and will be made.
+        path: the file, or a stream, which is not checked.
+        key: the config key that holds it, for messages.
+        size: minimum bytes that it will have.
+        make_folders: its folder may be missing, as it will be made.
 
     Raises:
         UserError: it is a folder or a block device, its folder is missing or read-only, or there is no room.
@@ -122,10 +127,10 @@ def check_output(path: str | Path, key: str, size: int = 0, *, make_folders: boo
 
 
 def check_folder(path: str | Path, key: str) -> None:
-    """Refuse a folder that can neither be written into nor be made.
+    """Check that an output folder is writable or can be made.
 
     Raises:
-        UserError: it, or what stands in its place or above it, is no folder or is read-only.
+        UserError: the path, or the existing path nearest above it, is not a folder or is read-only.
     """
     with _refused(path, key, "Give a folder where you may write."):
         folder = os.path.realpath(path)
@@ -135,10 +140,16 @@ def check_folder(path: str | Path, key: str) -> None:
 
 
 def write_output(path: str | Path, content: bytes, key: str, *, make_folders: bool = False) -> None:
-    """Write a file whole, in place of an older one; or into a stream.
+    """Write a file atomically, or into a stream.
+
+    Args:
+        path: the file, which replaces an older one, or a stream.
+        content: of the file.
+        key: the config key that holds the path, for messages.
+        make_folders: make missing folders.
 
     Raises:
-        UserError: it cannot be written; an older file is as it was.
+        UserError: it cannot be written; an older file is unchanged.
     """
     descriptor = descriptor_of(path)
     with _refused(path, key):
@@ -152,14 +163,14 @@ def write_output(path: str | Path, content: bytes, key: str, *, make_folders: bo
             with open(path, "wb") as file:
                 file.write(content)
         else:
-            place = os.path.realpath(path)
+            target = os.path.realpath(path)
             if make_folders:
-                os.makedirs(os.path.dirname(place), exist_ok=True)
-            _replace(place, content)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+            _replace(target, content)
 
 
 def _mode(path: str | Path) -> int | None:
-    """Return the mode of what a path leads to; None where there is nothing yet."""
+    """Return the mode of an existing path, links followed, or None; raise OSError if it is not writable."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -174,44 +185,46 @@ def _mode(path: str | Path) -> int | None:
 
 
 def _probe(folder: str, size: int) -> None:
-    """Make a file of `size` bytes in a folder, and remove it."""
-    part, descriptor = _make_part(folder)
+    """Make and remove a file of `size` bytes in a folder, to see whether that is possible."""
+    temporary, descriptor = _make_temporary(folder)
     try:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno in _NO_ROOM:  # other errors: this file system reserves no room
+        if error.errno in _NO_ROOM:  # other errors: the file system does not support it
             raise
     finally:
         os.close(descriptor)
-        os.unlink(part)
+        os.unlink(temporary)
 
 
 def _replace(path: str, content: bytes) -> None:
-    part, descriptor = _make_part(os.path.dirname(path))
+    """Write a file atomically, with the mode of the older file if there is one."""
+    temporary, descriptor = _make_temporary(os.path.dirname(path))
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileNotFoundError):
-            shutil.copymode(path, part)
-        os.replace(part, path)
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(part)
+        os.unlink(temporary)
         raise
 
 
-def _make_part(folder: str) -> tuple[str, int]:
-    """Make a file of a new name in a folder, with the mode that the user's files have."""
-    part = os.path.join(folder, f".{os.getpid()}-{secrets.token_hex(4)}.part")
-    return part, os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+def _make_temporary(folder: str) -> tuple[str, int]:
+    """Make an empty file with a new name and the default mode; return its path and its descriptor."""
+    path = os.path.join(folder, f".{os.getpid()}-{secrets.token_hex(4)}.part")
+    return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 @contextmanager
 def _refused(
-    path: str | Path, key: str, remedy: str = "Give a place that exists, where you may write and where there is room."
+    path: str | Path, key: str, remedy: str = "Give a path in an existing, writable folder with enough room."
 ) -> Iterator[None]:
+    """Translate an `OSError` of writing within the context into a `UserError`."""
     try:
         yield
     except BrokenPipeError:

@@ -1,7 +1,7 @@
-"""Readers of small files that anyone may have written: records, logs, predictions, settings of models and adapters.
+"""Readers of small untrusted files: records, logs, predictions, settings of models and adapters.
 
-Opening never blocks (a FIFO in a file's place), and nothing is read but a regular file of a bounded size. JSON is
-bounded in depth, and a key given twice is an error. Every refusal is an `OSError` or a `ValueError` with its reason.
+Only regular files of a bounded size are read, and opening never blocks, as it would with a FIFO. JSON is bounded in
+depth, and a duplicate key is an error. Errors are an `OSError` or a `ValueError` that gives the reason.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES = 32 * 2**20
-"""Of a file that is held in memory as a whole: far more than any record or log of ours takes."""
+"""Maximum bytes of a file that is held in memory, far more than a record or log has."""
 MAX_DEPTH = 40
-"""Of nested JSON: functions that walk it call themselves."""
+"""Maximum depth of JSON, which recursive functions walk through."""
 MAX_MAGNITUDE = 1e60
-"""Of a number that is measured: means and squares of larger ones overflow."""
+"""Maximum magnitude of a measured number: means and squares of larger ones overflow."""
 
 
 def open_file(path: Path, max_bytes: int = MAX_BYTES) -> BufferedReader:
@@ -45,7 +45,7 @@ def open_file(path: Path, max_bytes: int = MAX_BYTES) -> BufferedReader:
 
 
 def refusal(path: Path, max_bytes: int = MAX_BYTES) -> str | None:
-    """Return why a file that is there cannot be read; None where it can, or is absent."""
+    """Return the reason why an existing file cannot be read; None if it can be read, or is absent."""
     try:
         open_file(path, max_bytes).close()
     except FileNotFoundError:
@@ -56,13 +56,13 @@ def refusal(path: Path, max_bytes: int = MAX_BYTES) -> str | None:
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """Return what a regular file holds; raises like `open_file`."""
+    """Return the content of a regular file; raises like `open_file`."""
     with open_file(path, max_bytes) as file:
         return file.read(max_bytes)
 
 
 def read_text(path: Path) -> str:
-    """Return a regular file of UTF-8 as text; raises like `open_file`, and `ValueError` where it is no UTF-8."""
+    """Return the text of a regular file in UTF-8; raises like `open_file`, and `ValueError` for other encodings."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
@@ -75,7 +75,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a log with one on each line; lines that are damaged or being written are left out.
+    """Yield the objects of a JSON Lines file; lines that are not valid JSON objects are skipped.
 
     Raises:
         OSError: as `open_file`.
@@ -90,10 +90,10 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; an integer that no float can hold is infinite, as `1e999` is.
+    """Return the value of a JSON text; an integer beyond the range of floats becomes infinite, as `1e999` does.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or gives a key twice.
+        ValueError: it is not JSON, is nested too deeply, or has a duplicate key.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
@@ -108,26 +108,29 @@ def parse_json(text: str) -> Any:
 
 
 def as_number(value: Any) -> float | int | None:
-    """Return `value` if it is a number that can have been measured, else None."""
+    """Return `value` if it is a number of at most `MAX_MAGNITUDE`, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_MAGNITUDE:
         return None
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    """Return a JSON object as a dict; ValueError if it has a duplicate key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:80]!r} is given twice")
-    return made
+    return content
 
 
 def _integer(digits: str) -> int | float:
+    """Return the integer in a JSON text, or infinity for more than 300 digits."""
     return int(digits) if len(digits) <= 300 else math.copysign(math.inf, -1 if digits.startswith("-") else 1)
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Return whether dicts and lists are nested more than `limit` deep."""
     level = [value]
     for _ in range(limit + 1):
         level = [

@@ -15,13 +15,14 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
+from lora_bench.config.build import Settings
 from lora_bench.config.compose import compose_job
-from lora_bench.config.keys import flat, key_of
+from lora_bench.config.keys import flatten, key_of, split_override
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, argument, quoted
-from lora_bench.files.atomic_io import plain
+from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
+from lora_bench.files.atomic_io import to_json
 from lora_bench.records.sweep_folder import Sweep
-from lora_bench.run.preflight import check_settings
+from lora_bench.run.preflight import check_paths
 
 SUBDIR_KEY = "hydra.sweep.subdir"
 """The key of a job's folder, relative to the sweep's."""
@@ -234,16 +235,17 @@ class GridSweeper(BasicSweeper):
         """Check one job, and return its folder's name and the identity of its run (equal for equal settings)."""
         assert self.hydra_context is not None
         assert self.config is not None
-        composed = compose_job(self.hydra_context.config_loader, self.config, job)
+        composed = compose_job(self.hydra_context.config_loader, self.config, job, keep=True)
         with open_dict(composed):
             composed.hydra.job.num = number
             name = str(composed.hydra.sweep.subdir)
             hydra = composed.pop("hydra")
         compose_tasks(composed, job, hydra.runtime.config_sources)
-        check_settings(composed)
+        settings = Settings.build(composed)
+        check_paths(settings)
         from lora_bench.run.settings import Experiment  # torch: late
 
-        return name, Experiment.build(composed).identity
+        return name, Experiment.build(composed, settings).identity
 
     def _batches(self, folder: Path, recorded: Sweep, tried: Set[int]) -> Iterator[Batch]:
         """Yield the missing jobs that were not tried yet, by number, in batches of at most `max_batch_size`."""

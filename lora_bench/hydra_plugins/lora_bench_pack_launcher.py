@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.records.folder_lock import Identity
 from lora_bench.records.job import Job, is_done, job_title
 
@@ -54,7 +54,7 @@ class PackedLauncher(BasicLauncher):
             if error is not None:
                 if not job.cfg.dry_run:
                     job.fail(error)
-                console.print(shown(f"{job.title.partition(':')[0]} failed: {error}", style="red"))
+                console.print(sanitise(f"{job.title.partition(':')[0]} failed: {error}", style="red"))
 
         titles, jobs = [], []
         try:
@@ -68,7 +68,7 @@ class PackedLauncher(BasicLauncher):
                     jobs += self._composed(number, list(overrides), titles[-1])
                 except Exception as error:
                     ended[titles[-1]] = error
-                    console.print(shown(f"job {number} failed: {error}", style="red"))
+                    console.print(sanitise(f"job {number} failed: {error}", style="red"))
             assert self.config is not None
             (cost_estimate.print_sweep_estimate if self.config.dry_run else self._train)(jobs, console, end)
         finally:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lora_bench.console.redaction import hide
 from lora_bench.console.secret_patterns import HIDDEN
 from lora_bench.errors import Code, RunFailedError, UserError
-from lora_bench.files.atomic_io import plain
+from lora_bench.files.atomic_io import to_json
 from lora_bench.llm import cache
 from lora_bench.llm.budget import Budget, Pace
 from lora_bench.llm.parsing import Answer, BrokenAnswerError, read_reply
@@ -185,7 +185,7 @@ class Client:
         tokens = "".join(token for candidates in answer.tokens for token, _ in candidates[:1])
         if any(contains_key(text, self.key) for text in (answer.text or "", answer.model or "", tokens)):
             return replace(answer, text=HIDDEN, model=None, tokens=[])
-        return Answer.from_json(plain(asdict(answer)))  # other secrets
+        return Answer.from_json(to_json(asdict(answer)))  # other secrets
 
     def _fields(self) -> dict[str, Any]:
         """Return the request's fields without messages and log-probabilities."""

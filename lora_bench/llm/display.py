@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import MofNCompleteColumn
 
-from lora_bench.console.format import human
+from lora_bench.console.format import format_number
 from lora_bench.console.progress import Live
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +31,7 @@ class Display(Live):
         """Show the number of questions that are answered."""
         self.progress.update(self.task, completed=answers)
         if self.due(answers):
-            self.console.print(shown(f"answers {answers:,}/{self.total:,}"))
+            self.console.print(sanitise(f"answers {answers:,}/{self.total:,}"))
 
 
 def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int) -> None:
@@ -51,7 +51,7 @@ def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int)
         *(f"note: {note}" for note in record["data"]["warnings"]),
     ]
     for line in lines:
-        console.print(shown(line), soft_wrap=True)
+        console.print(sanitise(line), soft_wrap=True)
 
 
 def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ def show_request(
         cached: answers by key that need no request.
     """
     for message in next(iter(questions.values())):
-        console.print(shown(f"[{message['role']}]", style="bold"))
+        console.print(sanitise(f"[{message['role']}]", style="bold"))
         for line in message["content"].split("\n"):
             console.print(shown(line), soft_wrap=True)
     missing = [messages for key, messages in questions.items() if key not in cached]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import plain, why
+from lora_bench.files.atomic_io import describe_error, to_json
 from lora_bench.files.untrusted import as_number
 from lora_bench.records.run_folder import EVALUATIONS, METRICS_FILE
 
@@ -42,7 +42,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
     by_name, unreadable = {}, []
     for path in sorted((folder / EVALUATIONS).glob("*.json")):
         try:
-            content = plain(untrusted.read_json(path))
+            content = to_json(untrusted.read_json(path))
             if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
                 raise ValueError("it holds no metrics")
         except (OSError, ValueError) as error:

@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_bench.config.build import Settings
 from lora_bench.config.groups import GROUPS
 from lora_bench.config.keys import key_of
 from lora_bench.config.multitask import compose_tasks
@@ -87,6 +89,11 @@ class Job:
             run.release()
             raise
         return cls(recorded, run.folder, run.record["choices"], run.record["overrides"], run, title, sweep)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings of the run, built once; a `UserError` where one is out of range."""
+        return Settings.build(self.cfg)
 
     @property
     def config(self) -> dict[str, Any]:

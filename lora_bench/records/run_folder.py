@@ -30,7 +30,7 @@ from xxhash import xxh3_128_hexdigest
 
 from lora_bench.config.keys import with_present_keys, with_present_names
 from lora_bench.console.redaction import redact, redact_new_path
-from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, argument
+from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import dump, plain, why, write, writing
 from lora_bench.records import folder_lock, metrics_log
@@ -119,7 +119,7 @@ class Run:
             refuse_existing_run(folder)
             lock = folder_lock.acquire(folder)
         except (OSError, ValueError) as error:
-            raise _unwritable(folder, why(error)) from None
+            raise _unwritable(folder, describe_error(error)) from None
         if lock is None:
             raise UserError(
                 "another process is writing it", key="hydra.run.dir", value=folder, remedy=_NEW_FOLDER, code=Code.IN_USE
@@ -150,7 +150,7 @@ class Run:
         try:
             lock = folder_lock.acquire(folder)
         except OSError as error:
-            raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
+            raise UserError(f"cannot be written: {describe_error(error)}", file=folder, code=Code.UNWRITABLE) from None
         if lock is None:
             remedy = "Wait until it ends, or stop it."
             raise UserError("another process is training this run", file=folder, remedy=remedy, code=Code.IN_USE)
@@ -218,7 +218,7 @@ class Run:
         self.check()
         path = self.folder / METRICS_FILE
         with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+            file.write(json.dumps(to_json(line), allow_nan=False) + "\n")
 
     def note_files(self, paths: Iterable[Path]) -> None:
         """Record the SHA-256 of files in the run's folder, keyed by their paths below it."""
@@ -339,7 +339,7 @@ def read(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("is missing, so this is not a run's folder", file=path, code=Code.NOT_FOUND) from None
     except OSError as error:
-        raise UserError(f"cannot be read: {why(error)}", file=path, code=Code.UNREADABLE) from None
+        raise UserError(f"cannot be read: {describe_error(error)}", file=path, code=Code.UNREADABLE) from None
     except ValueError as error:
         raise UserError(f"is damaged: {error}", file=path, code=Code.DAMAGED) from None
     if not text.strip():
@@ -429,7 +429,7 @@ def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
             with os.scandir(folder) as entries:
                 below = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         except OSError as error:
-            yield folder, f"cannot be read: {why(error)}"
+            yield folder, f"cannot be read: {describe_error(error)}"
             continue
         if RECORD_FILE in below:
             yield folder, None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.config.keys import with_present_keys
 from lora_bench.errors import Code, RunFailedError, UserError, argument
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import dump, plain, why, write
+from lora_bench.files.atomic_io import describe_error, dump, to_json, write
 from lora_bench.records import folder_lock, run_folder
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def reopen(folder: Path) -> folder_lock.Claim:
     try:
         return _claim(folder)
     except OSError as error:
-        raise UserError(f"cannot be written: {why(error)}", file=folder, code=Code.UNWRITABLE) from None
+        raise UserError(f"cannot be written: {describe_error(error)}", file=folder, code=Code.UNWRITABLE) from None
 
 
 def _claim(folder: Path) -> folder_lock.Claim:

@@ -26,7 +26,7 @@ def differences(table_: Table) -> Markup | None:
     runs = [table_.records[folder] for row in table_.rows for folder in row.folders]
     if not runs:
         return None
-    configs = [{**record["choices"], **dict(flat(record["config"]))} for record in runs]
+    configs = [{**record["choices"], **dict(flatten(record["config"]))} for record in runs]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     counts = {key: Counter(format_value(config[key]) for config in configs if key in config) for key in keys}
     differ = [key for key in keys if len(counts[key]) > 1 or sum(counts[key].values()) < len(configs)]

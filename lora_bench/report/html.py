@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, TypeAlias
 
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ def text(content: Content) -> Markup:
     r"""Return content as HTML: markup unchanged; other text escaped, on one line, a terminal escape as \\x1b."""
     if isinstance(content, Markup):
         return content
-    return Markup("" if content is None else escape(clean(str(content))))
+    return Markup("" if content is None else escape(to_single_line(str(content))))
 
 
 def join(contents: Iterable[Content], between: str = "") -> Markup:

@@ -12,8 +12,8 @@ import torch
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.console.progress import show_result
-from lora_bench.console.text import shown
-from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, argument
+from lora_bench.console.text import sanitise
+from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
 from lora_bench.run.final_evaluation import TrainedTask, report_tasks
@@ -231,7 +231,7 @@ class Recorder:
             try:
                 run.record.finish("interrupted", "stopped from outside")
             except RunFailedError as error:
-                self.console.print(shown(error))
+                self.console.print(sanitise(error))
                 continue
             if not self.brief:
                 command = f"lora-bench train {argument('resume', run.record.folder)}"
@@ -329,7 +329,7 @@ class Recorder:
 
     def _print(self, line: str) -> None:
         if not self.brief:
-            self.console.print(shown(line))
+            self.console.print(sanitise(line))
 
 
 def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> list[str]:

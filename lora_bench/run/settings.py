@@ -116,7 +116,6 @@ class Experiment:
             metrics=metrics,
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
-            tasks={str(name): build.build_data(node) for name, node in (cfg.get("tasks") or {}).items()},
         )
         _check_ensemble(settings.ensemble, settings.adapter, settings.pack)
         _check_tasks(settings)

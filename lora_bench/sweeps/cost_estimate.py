@@ -278,10 +278,10 @@ def _cells(packs: Sequence[PackCost], devices: int = 1) -> list[str]:
     for pack in packs:
         busy[busy.index(min(busy))] += pack.seconds
     return [
-        human(sum(member.adapter for pack in packs for member in pack.members)),
-        human(sum(pack.train_flops for pack in packs), "FLOP"),
-        duration(max(busy)),
-        human(max(pack.peak_memory_bytes for pack in packs), "B"),
+        format_number(sum(member.adapter for pack in packs for member in pack.members)),
+        format_number(sum(pack.train_flops for pack in packs), "FLOP"),
+        format_duration(max(busy)),
+        format_number(max(pack.peak_memory_bytes for pack in packs), "B"),
     ]
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_bench.adapters.pack.pack import Pack
-from lora_bench.console.format import human
+from lora_bench.config.canonical import settings_hash
+from lora_bench.console.format import format_number
 from lora_bench.console.progress import Display
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import CHECKPOINTS, Run
 from lora_bench.run.inputs import SharedInputs
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.adapters.base import Adapter
-    from lora_bench.console.progress import Shows
+    from lora_bench.console.progress import DisplayFactory
     from lora_bench.records.job import Job
 
 SHARE_OF_FREE = 0.75
@@ -52,7 +53,7 @@ def train_jobs(
     console: Console,
     ended: Callable[[Job, Exception | None], None],
     *,
-    display: Shows = Display,
+    display: DisplayFactory = Display,
     sharing: int = 1,
 ) -> None:
     """Train the jobs of a sweep; those that may share a backbone are trained as packs.
@@ -251,13 +252,13 @@ def _train(
     inputs: SharedInputs,
     console: Console,
     ended: Callable[[Job, Exception | None], None],
-    display: Shows,
+    display: DisplayFactory,
     sharing: int,
 ) -> None:
     """Train one pack; after an error in what its members share, train its two halves, to isolate the faulty job."""
     if len(jobs) == 1 and jobs[0].title:
         console.print()
-        console.print(shown(jobs[0].title, style="bold"))
+        console.print(sanitise(jobs[0].title, style="bold"))
     try:
         errors = train_pack(jobs, console=console, inputs=inputs, brief=True, display=display, sharing=sharing)
     except Exception as error:

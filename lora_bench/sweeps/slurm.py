@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, RunFailedError, UserError, require, require_number, require_one_of
 from lora_bench.records.run_folder import holds_run, read
 

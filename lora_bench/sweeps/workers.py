@@ -24,13 +24,12 @@ import torch
 from rich.console import Console
 
 from lora_bench.console import streams
-from lora_bench.console.progress import Display, Rows, Screen
+from lora_bench.console.progress import Display, RowDisplay, Screen
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import terminate
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError
 from lora_bench.records.run_folder import Run
-from lora_bench.run.settings import Experiment
 from lora_bench.sweeps import packing
 
 if TYPE_CHECKING:
@@ -185,10 +184,10 @@ class _Worker:
 
     def _say(self, text: str) -> None:
         for line in filter(str.strip, text.splitlines()):
-            self.screen.console.print(shown(f"{self.name}: {line}"))
+            self.screen.console.print(sanitise(f"{self.name}: {line}"))
 
     def _show(self, steps: int, names: Sequence[str]) -> None:
-        self.screen.displays[self.number] = Rows(self.screen.console, steps, names)
+        self.screen.displays[self.number] = RowDisplay(self.screen.console, steps, names)
 
     def _stepped(self, *arguments: Any) -> None:
         self.screen.displays[self.number].stepped(*arguments)

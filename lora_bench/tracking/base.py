@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_bench.config.keys import flat
-from lora_bench.console.text import shown
+from lora_bench.config.keys import flatten
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import Run
 

@@ -403,10 +403,25 @@ def test_a_folder_below_a_file(in_tmp: Path) -> None:
 # -- the arguments themselves --
 
 
-def test_arguments_are_put_in_the_order_of_hydras_parser() -> None:
+def test_options_may_stand_between_the_overrides() -> None:
     read = Arguments.read(["a=1", "--cfg", "job", "b=2", "-p", "adapter", "c=3", "--resolve"])
     assert read.overrides == ["a=1", "b=2", "c=3"]
-    assert read.for_hydra() == ["--resolve", "--cfg=job", "--package=adapter", "a=1", "b=2", "c=3"]
+    assert (read.cfg, read.package, read.resolve, read.multirun) == ("job", "adapter", True, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["resume=a"], "a"),
+        (["resume=a", "+resume='b c'"], "b c"),
+        (["resume=null"], None),
+        (["resume=${oc.env:RUN}"], None),
+        (["resume=a,b"], None),
+        (["seed=1"], None),
+    ],
+)
+def test_resume_is_read_before_composing(overrides: list[str], expected: str | None) -> None:
+    assert Arguments.read(overrides).resume() == expected
 
 
 def test_repeated_overrides() -> None:

@@ -1,4 +1,4 @@
-"""What reaches Hydra: nothing of it runs code, reads secrets or leads elsewhere, whether it is typed or in a record."""
+"""Overrides and YAML files run no code, read no secret and lead out of no folder, typed or from a record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_bench.config.overrides import (
     shipped_packages,
     typed_by,
 )
-from lora_bench.errors import Code, UserError, argument
+from lora_bench.errors import Code, UserError, shell_argument
 from tests.command_line import TOY_RUN, lora_bench, refused, refuses, toy_run
 
 TARGET = "{_target_: os.mkdir, path: canary}"
@@ -35,9 +35,9 @@ def record_sweep(overrides: list[str], /, **keys: Any) -> None:
     Path("sweep/sweep.json").write_text(json.dumps(record | {"jobs": {"0": []}} | keys))
 
 
-def resumed(*more: str) -> UserError:
+def resumed(*overrides: str) -> UserError:
     """Return the error that refuses to go on with the sweep."""
-    error = refused("train", "-m", "resume=sweep", *more)
+    error = refused("train", "-m", "resume=sweep", *overrides)
     assert not Path("canary").exists()
     return error
 
@@ -124,14 +124,14 @@ def test_a_record_reads_no_environment_variable_unless_the_user_types_it(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TASK_OF_MINE", "a-task-name")
-    asked = "data.task=${oc.env:TASK_OF_MINE}"
-    assert lora_bench("train", "-m", *TOY_RUN, asked, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
+    override = "data.task=${oc.env:TASK_OF_MINE}"
+    assert lora_bench("train", "-m", *TOY_RUN, override, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
     shutil.rmtree("sweep/1")
     error = resumed()
     assert (error.code, error.key, str(error.file)) == (Code.FORBIDDEN, "data.task", "sweep/sweep.json")
     assert "'${oc.env:TASK_OF_MINE}'" in str(error)
     assert "a-task-name" not in str(error)
-    assert lora_bench("train", "-m", "resume=sweep", asked).code == 0
+    assert lora_bench("train", "-m", "resume=sweep", override).code == 0
     assert json.loads(Path("sweep/1/run.json").read_text())["status"] == "done"
 
 
@@ -337,7 +337,7 @@ def test_a_choice_outside_its_folder_is_not_read(in_tmp: Path) -> None:
     ],
 )
 def test_advice_can_be_pasted_into_a_shell(value: str) -> None:
-    advice = argument("data.path", value)
+    advice = shell_argument("data.path", value)
     assert " ".join(advice.split()) == advice  # messages are one line with single spaces
     printed = subprocess.run(["sh", "-c", f"printf '%s' {advice}"], capture_output=True, check=True).stdout
     override = OverridesParser.create().parse_override(os.fsdecode(printed))

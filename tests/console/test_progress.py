@@ -1,4 +1,4 @@
-"""What a person sees: few plain lines where there is no terminal, one live line that fits where there is one."""
+"""Progress is a few plain lines without a terminal, and one live line that fits into a terminal."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def line(epoch: float, mcc: float = -0.1234) -> dict[str, Any]:
     }
 
 
-def told(console: Console, steps: int, looks: int, start: int = 0) -> None:
-    """A training of so many steps, with so many looks at the selection split."""
+def show_training(console: Console, steps: int, evaluations: int, start: int = 0) -> None:
+    """Show a training of this many steps and evaluations on the selection split."""
     with Display(console, start + steps) as display:
         for step in range(start + 1, start + steps + 1):
             display.stepped(step, {0: 0.7 - step / (2 * (start + steps))}, 32)
-            if (step - start) % (steps // looks) == 0:
+            if (step - start) % (steps // evaluations) == 0:
                 display.evaluated(0, line(12.3333))
 
 
@@ -43,7 +43,7 @@ def a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("steps", [1, 4, 10, 11, 19, 25, 99, 1000])
 def test_without_a_terminal_there_are_few_and_plain_lines(steps: int) -> None:
     file = io.StringIO()
-    told(Console(file=file, force_terminal=False), steps, looks=1)
+    show_training(Console(file=file, force_terminal=False), steps, evaluations=1)
     text = file.getvalue()
     lines = text.splitlines()
     stepped = [one for one in lines if one.startswith("step ")]
@@ -57,7 +57,7 @@ def test_without_a_terminal_there_are_few_and_plain_lines(steps: int) -> None:
 
 def test_a_line_says_step_loss_and_rate_and_the_best_known_mcc() -> None:
     file = io.StringIO()
-    told(Console(file=file), 10, looks=2)
+    show_training(Console(file=file), 10, evaluations=2)
     first, *_, last = [one for one in file.getvalue().splitlines() if one.startswith("step ")]
     assert re.fullmatch(r"step 1/10  loss 0\.650  \d+ pairs/s", first)
     assert re.fullmatch(r"step 10/10  loss 0\.\d{3}  mcc -0\.123  \d+ pairs/s", last)
@@ -75,12 +75,12 @@ def test_the_loss_is_smoothed_and_the_mean_over_members() -> None:
 @pytest.mark.usefixtures("a_terminal")
 def test_a_terminal_is_never_overrun(width: int) -> None:
     file = io.StringIO()
-    told(Console(file=file, force_terminal=True, width=width), 60, looks=3, start=34_047)
+    show_training(Console(file=file, force_terminal=True, width=width), 60, evaluations=3, start=34_047)
     assert "\x1b[" in file.getvalue()
     seen = ESCAPE.sub("", file.getvalue()).replace("\r", "\n").splitlines()
     assert max(map(len, seen)) <= width
-    looks = [one for one in seen if "selection" in one]
-    assert [one.rstrip() for one in looks] == ["epoch 12.33  selection  accuracy 0.667  f1 0.500  mcc -0.123"] * 3
+    evaluations = [one for one in seen if "selection" in one]
+    assert [one.rstrip() for one in evaluations] == ["epoch 12.33  selection  accuracy 0.667  f1 0.500  mcc -0.123"] * 3
     bars = [one for one in seen if "34107/34107" in one]
     assert bars
     assert all("loss 0.2" in one for one in bars)
@@ -132,9 +132,9 @@ def told_of_a_pack(console: Console) -> None:
 def test_lines_of_a_pack_say_whose_they_are() -> None:
     file = io.StringIO()
     told_of_a_pack(Console(file=file))
-    looks = [one for one in file.getvalue().splitlines() if "selection" in one]
-    assert [one.split("  ")[0] for one in looks] == ["job 0", "job 1", "job 2"]
-    assert looks[2].endswith("mcc 0.200")
+    evaluations = [one for one in file.getvalue().splitlines() if "selection" in one]
+    assert [one.split("  ")[0] for one in evaluations] == ["job 0", "job 1", "job 2"]
+    assert evaluations[2].endswith("mcc 0.200")
 
 
 @pytest.mark.usefixtures("a_terminal")

@@ -8,7 +8,7 @@ import pytest
 
 from lora_bench.console.redaction import hides_secret, redact, remember, remember_config
 from lora_bench.console.secret_patterns import HIDDEN
-from lora_bench.files.atomic_io import plain
+from lora_bench.files.atomic_io import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,14 +87,14 @@ def test_a_record_hides_by_the_names_of_its_keys() -> None:
         "targets": {"encoder.layer.0.attention.self.key": 8},
         "text": "AKIAIOSFODNN7EXAMPLE",
     }
-    assert plain(record) == {
+    assert to_json(record) == {
         "llm": {"api_key": HIDDEN, "client_secret": [HIDDEN, HIDDEN], "hf_token": None, "pin_password": HIDDEN},
         "overrides": [f"llm.api_key={HIDDEN}", "seed=1"],
         "targets": {"encoder.layer.0.attention.self.key": 8},
         "text": HIDDEN,
     }
-    assert hides_secret(plain(record))
-    assert not hides_secret(plain({"a": ["x", {"b": 1}]}))
+    assert hides_secret(to_json(record))
+    assert not hides_secret(to_json({"a": ["x", {"b": 1}]}))
     assert record["llm"]["api_key"] == "abc"  # the running process keeps it
 
 
@@ -142,7 +142,7 @@ def test_a_path_that_exists_is_never_hidden(in_tmp: Path) -> None:
         (in_tmp / name).mkdir(parents=True)
         for text in (name, str(in_tmp / name), f"data.path={in_tmp / name}: is damaged", f"'{in_tmp / name}/x.tsv'"):
             assert redact(text) == text
-        assert plain({"path": str(in_tmp / name)}) == {"path": str(in_tmp / name)}
+        assert to_json({"path": str(in_tmp / name)}) == {"path": str(in_tmp / name)}
     remember([f"llm.api_key={in_tmp}"])
     assert redact(str(in_tmp)) == str(in_tmp)
 
@@ -164,17 +164,17 @@ def test_a_model_named_by_a_variable_is_no_secret(monkeypatch: pytest.MonkeyPatc
 
 def test_values_below_a_secrets_name_are_hidden_however_deep() -> None:
     record = {"credentials": {"user": "me", "words": ["a", {"b": "c"}]}, "apiKey": "x", "text": '{"password": "a b"}'}
-    assert plain(record) == {
+    assert to_json(record) == {
         "credentials": {"user": HIDDEN, "words": [HIDDEN, {"b": HIDDEN}]},
         "apiKey": HIDDEN,
         "text": '{"password": ***}',
     }
 
 
-@pytest.mark.parametrize("part", ["a", "a.", ":", "/", "key", "key=", "api_key=", "a_key=1", "://", "sk-", "eyJ-"])
-def test_a_long_text_takes_linear_time(part: str) -> None:
+@pytest.mark.parametrize("fragment", ["a", "a.", ":", "/", "key", "key=", "api_key=", "a_key=1", "://", "sk-", "eyJ-"])
+def test_a_long_text_takes_linear_time(fragment: str) -> None:
     """A text of 300,000 characters; in quadratic time it would take an hour."""
-    redact(part * (300_000 // len(part)))
+    redact(fragment * (300_000 // len(fragment)))
 
 
 def test_a_path_in_a_quotation_is_not_hidden(in_tmp: Path) -> None:

@@ -23,16 +23,16 @@ def shell(command: str, unbuffered: str = "") -> subprocess.CompletedProcess[str
 
 def test_a_training_goes_on_when_nobody_reads_it_any_more(in_tmp: Path) -> None:
     """Its output goes into a pipe whose reader ends at once, its errors onto a full disk."""
-    asked = " ".join(toy_run("trainer.max_steps=6", "trainer.eval_every=2", "hydra.run.dir=run"))
-    done = shell(f"({COMMAND} train {asked} 2>/dev/full; echo $? >code) | true")
+    overrides = " ".join(toy_run("trainer.max_steps=6", "trainer.eval_every=2", "hydra.run.dir=run"))
+    done = shell(f"({COMMAND} train {overrides} 2>/dev/full; echo $? >code) | true")
     assert done.stderr == ""
     assert Path("code").read_text() == "0\n"
     assert json.loads(Path("run/run.json").read_text())["status"] == "done"
 
 
 def test_streams_that_are_closed_are_nobody_s(in_tmp: Path) -> None:
-    asked = " ".join(toy_run("hydra.run.dir=run"))
-    assert shell(f"{COMMAND} train {asked} <&- >&- 2>&-").returncode == 0
+    overrides = " ".join(toy_run("hydra.run.dir=run"))
+    assert shell(f"{COMMAND} train {overrides} <&- >&- 2>&-").returncode == 0
     assert json.loads(Path("run/run.json").read_text())["status"] == "done"
 
 

@@ -56,9 +56,9 @@ def opened(key: str = KEY, size_bytes: int = len(PAYLOAD)) -> bytes | None:
         return os.pread(file.fileno(), size_bytes, 0)
 
 
-def change(path: Path, place: int, by: int = 1) -> None:
+def change(path: Path, offset: int, by: int = 1) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= by
+    content[offset] ^= by
     path.write_bytes(content)
 
 
@@ -78,8 +78,8 @@ def link_to_a_sound_file(path: Path) -> None:
 def make_socket(path: Path) -> None:
     where = os.getcwd()
     os.chdir(path.parent)  # the name of a socket is short
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(path.name)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path.name)
     os.chdir(where)
 
 
@@ -277,16 +277,16 @@ def test_parts_of_killed_processes_are_removed_and_others_stay(folder: Path) -> 
         ]
     )
     assert subprocess.run([sys.executable, "-c", killed], timeout=60).returncode == -9
-    (part,) = folder.glob(f"{KEY}*.part")
+    (temporary,) = folder.glob(f"{KEY}*.part")
     of_older_versions = [folder / "tmpab12_x9z", folder / "tmpab12_x9z.part"]
     for path in (*of_older_versions, folder / "draft.part", folder / "tmp"):
         path.touch()
     (folder / f"{OTHER}.arrow.x.part").symlink_to(folder / "draft.part")
-    assert {entry.path for entry in FILES.abandoned()} == {part, *of_older_versions}
+    assert {entry.path for entry in FILES.abandoned()} == {temporary, *of_older_versions}
 
     def fill(file: BinaryIO) -> None:
         """Another process writes meanwhile."""
-        assert not part.exists()
+        assert not temporary.exists()
         assert FILES.abandoned() == []
         assert write(OTHER, b"other")
         file.write(b"fine")
@@ -354,8 +354,8 @@ def test_a_run_on_damaged_caches_is_the_run_on_sound_ones(in_tmp: Path, monkeypa
     cold, silent = metrics("cold")
     sound = {path: path.read_bytes() for path in Path("cache").rglob("*.*")}
     assert (silent, len(sound)) == ("", 5)  # tokens of train, selection and validation; the prefix of the first two
-    for place, path in enumerate(sound):
-        if place % 2:
+    for number, path in enumerate(sound):
+        if number % 2:
             os.truncate(path, 100)
         else:
             change(path, path.stat().st_size // 2, 4)

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _unasked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub.ask.cache_clear()
+    hub.is_reachable.cache_clear()
     yield
-    hub.ask.cache_clear()
+    hub.is_reachable.cache_clear()
 
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
-    """The requests made, each answered."""
-    made: list[tuple[str, object]] = []
-    session = SimpleNamespace(head=lambda url, timeout: made.append((url, timeout)))
+    """The requests requests, each answered."""
+    requests: list[tuple[str, object]] = []
+    session = SimpleNamespace(head=lambda url, timeout: requests.append((url, timeout)))
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
-    return made
+    return requests
 
 
 def failing(error: Exception) -> Callable[..., None]:
@@ -41,12 +41,12 @@ def failing(error: Exception) -> Callable[..., None]:
 
 def test_switched_off_no_request_is_made(monkeypatch: pytest.MonkeyPatch, requests: list[tuple[str, object]]) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub.ask() is False
+    assert hub.is_reachable() is False
     assert requests == []
 
 
 def test_an_answer_is_remembered(requests: list[tuple[str, object]]) -> None:
-    assert [hub.ask(), hub.ask()] == [True, True]
+    assert [hub.is_reachable(), hub.is_reachable()] == [True, True]
     assert requests == [(constants.ENDPOINT, hub._TIMEOUT_SECONDS)]
     assert constants.HF_HUB_OFFLINE is False
 
@@ -54,5 +54,5 @@ def test_an_answer_is_remembered(requests: list[tuple[str, object]]) -> None:
 @pytest.mark.parametrize("error", [OSError("unreachable"), TimeoutError(), RuntimeError("of some HTTP client")])
 def test_silence_switches_the_libraries_offline(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=failing(error)))
-    assert hub.ask() is False
+    assert hub.is_reachable() is False
     assert constants.HF_HUB_OFFLINE is True

@@ -95,13 +95,13 @@ def test_an_interruption_leaves_the_older_file(tmp_path: Path, monkeypatch: pyte
 
 def test_streams_are_written_as_they_are(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    found: list[bytes] = []
-    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()))
+    contents: list[bytes] = []
+    reader = threading.Thread(target=lambda: contents.append((tmp_path / "pipe").read_bytes()))
     reader.start()
     check_output(tmp_path / "pipe", "output")
     write_output(tmp_path / "pipe", b"x", "output")
     reader.join()
-    assert found == [b"x"]
+    assert contents == [b"x"]
     (tmp_path / "null.tsv").symlink_to(os.devnull)
     write_output(tmp_path / "null.tsv", b"x", "output")
     assert Path(os.devnull).is_char_device()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(path.name)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path.name)
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {

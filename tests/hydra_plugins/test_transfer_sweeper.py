@@ -13,7 +13,7 @@ import pytest
 from lora_bench import train
 from lora_bench.data.toy import generate
 from lora_bench.errors import Code
-from tests.command_line import lora_bench, refused, stopped_and_gone_on_with, toy_run
+from tests.command_line import interrupt_and_resume, lora_bench, refused, toy_run
 
 FEW = ["hydra.sweeper.shots=[4,8]", "hydra.sweeper.few.trainer.max_steps=2", "hydra.sweeper.few.data.selection_size=4"]
 ASKED = [each for each in toy_run("sweep=transfer", "data=pairs") if not each.startswith("data.")]
@@ -43,7 +43,7 @@ def matrix() -> list[dict[str, str]]:
 
 @pytest.mark.usefixtures("tasks")
 def test_the_matrix_of_two_tasks_in_one_command_and_its_rest_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = stopped_and_gone_on_with(monkeypatch, ASKED, (2, 7))[-1]
+    answer = interrupt_and_resume(monkeypatch, ASKED, (2, 7))[-1]
     assert answer.code == 0, answer
 
     found = {(row["trained_on"], row["tested_on"], row["examples"]): row for row in matrix()}

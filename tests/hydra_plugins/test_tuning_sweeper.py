@@ -13,7 +13,7 @@ from lora_bench import train
 from lora_bench.adapters.methods.lora import LoRA
 from lora_bench.errors import Code, DivergedError
 from lora_bench.training import loop
-from tests.command_line import lora_bench, refused, stopped_and_gone_on_with, toy_run
+from tests.command_line import interrupt_and_resume, lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
     from lora_bench.adapters.base import Update
@@ -79,7 +79,7 @@ def test_each_method_is_reported_at_the_rate_that_is_best_on_selection(
 def test_a_sweep_stopped_in_either_stage_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lora_bench("train", *ASKED).code == 0
     whole = Path("sweep").rename("whole")
-    assert stopped_and_gone_on_with(monkeypatch, ASKED, (2, 5))[-1].code == 0
+    assert interrupt_and_resume(monkeypatch, ASKED, (2, 5))[-1].code == 0
     for stage in ("tune", "report"):
         for record in records(stage):
             assert record["status"] == "done"

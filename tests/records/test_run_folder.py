@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lora_bench.console.redaction import redact
-from lora_bench.errors import Code, RunFailedError, UserError, argument
+from lora_bench.errors import Code, RunFailedError, UserError, shell_argument
 from lora_bench.files import atomic_io
 from lora_bench.records import folder_lock, run_folder
 from lora_bench.records.run_folder import Run, discard, find_runs, is_killed, read
@@ -180,7 +180,7 @@ ANY_TEXT = st.text(st.characters(categories=None))  # lone surrogates too: a com
 def test_whatever_the_config_it_reads_back(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], override: str, status: str
 ) -> None:
-    assume((atomic_io.plain(config), redact(override)) == (config, override))  # no secret, such as {"password": 0}
+    assume((atomic_io.to_json(config), redact(override)) == (config, override))  # no secret, such as {"password": 0}
     run = Run.claim(tmp_path_factory.mktemp("x"), choices={}, config=config, overrides=[override])
     run.finish(status, error=override)
     record = read(run.folder)
@@ -252,7 +252,7 @@ def test_a_run_is_reopened_by_one_at_a_time_and_rewound(run: Run) -> None:
     assert is_killed(run.folder, run.record)
     with refuses(Code.EXISTS, key="hydra.run.dir") as caught:
         take(run.folder)
-    assert argument("resume", run.folder) in str(caught.value)
+    assert shell_argument("resume", run.folder) in str(caught.value)
     again = Run.reopen(run.folder)
     again.rewind(10)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_bench.config.build import Settings
 from lora_bench.records import folder_lock
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps import packing, workers
@@ -154,7 +155,7 @@ def test_each_worker_has_a_gpu_while_there_are_any(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    job: Any = SimpleNamespace(cfg=composed("data=toy", *asked))
+    job: Any = SimpleNamespace(settings=Settings.build(composed("data=toy", *asked)))
     made = Workers.of([job])
     assert (made.count, [made.gpu_of(i) for i in range(made.count)], made.sharing) == expected
 
