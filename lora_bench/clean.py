@@ -65,7 +65,7 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
             undeleted += remaining
             outcome = f"{remaining} cannot be removed" if remaining else outcome
         outcome = outcome if entries or is_link else "empty"
-        table.add_row(cache, str(len(entries)), human(sum(entry.size_bytes for entry in entries), "B"), outcome)
+        table.add_row(cache, str(len(entries)), format_number(sum(entry.size_bytes for entry in entries), "B"), outcome)
     count, size_bytes = _answers()
     table.add_row(ANSWERS, str(count), format_number(size_bytes, "B"), "kept: answers cost money")
     console.print(sanitise(folder))

@@ -24,6 +24,8 @@ from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
 from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
+from lora_bench.records.job import follower_folder
+from lora_bench.records.resume import sweep_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,17 +205,17 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
         UserError: the folder is not that of a sweep, and `-m` was typed; or `arguments_of_sweep` refuses.
     """
     from lora_bench.errors import quoted
-    from lora_bench.records.resume import resolve_folder, sweep_arguments
+    from lora_bench.records.resume import resolve_folder
     from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
     folder = resolve_folder(resume, Path("outputs"))
     if is_sweep(folder):
         try:
-            recorded = arguments_of_sweep(arguments, folder)
+            recorded = sweep_arguments(arguments, folder)
         except UserError as error:
             error.file = error.file or folder / SWEEP_FILE
             raise
-        recorded.record = folder / FILE
+        recorded.record = folder / SWEEP_FILE
         return recorded
     if arguments.multirun:
         remedy = "Give the folder of a sweep, or leave out -m to resume a single run."
@@ -226,7 +228,7 @@ def _train(cfg: DictConfig) -> None:
     """Train one run, or show its expected cost with `dry_run`."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lora_bench.records.job import Job, follower_folder, is_done
+    from lora_bench.records.job import Job, is_done
     from lora_bench.records.run_folder import discard
     from lora_bench.run.preflight import check_train
 
@@ -241,7 +243,7 @@ def _train(cfg: DictConfig) -> None:
     job = None
     is_follower = Launch.read().rank > 0  # of torchrun: only the process of rank 0 writes and prints
     console = Console(quiet=True) if is_follower else console
-    with following(cfg, folder) if is_follower else nullcontext(folder) as run_folder:
+    with follower_folder(cfg, folder) if is_follower else nullcontext(folder) as run_folder:
         try:
             job = Job.composed(cfg, hydra, run_folder)
             check_train(job)

@@ -19,7 +19,7 @@ from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.summary import summarise
 from lora_bench.analysis.terminal import render
 from lora_bench.config.metric_names import MAIN_METRICS
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, write_output
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     print(FORMATS[options.format](table), end="")
     if options.format in ("csv", "json"):
         for line in table.footnotes:
-            print(clean(line), file=sys.stderr)
+            print(to_single_line(line), file=sys.stderr)
     return 0
 
 

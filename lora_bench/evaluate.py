@@ -127,7 +127,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             lambda examples: subject.scored(examples, False).mean(axis=0),
             seen=subject.seen,
             metrics=metrics,
-            log=lambda line: console.print(shown(line)),
+            log=lambda line: console.print(sanitise(line)),
         )
         metrics_by_split |= {f"{name}/{key}": value for key, value in values.items()}
         predictions[name] = (split.ids, split.labels, scores)
@@ -140,7 +140,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     content = {**subject.described, "data": described, "metrics": metrics_by_split}
     path = _write(subject.target, title, content, predictions)
     print_metrics(console, metrics_by_split)
-    console.print(shown(f"written: {path}"), soft_wrap=True)  # without wrapping the path
+    console.print(sanitise(f"written: {path}"), soft_wrap=True)  # without wrapping the path
 
 
 def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:

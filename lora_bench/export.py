@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.load import public_location
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
 from lora_bench.records.backfill import model_paths

@@ -177,7 +177,9 @@ def _read(
     ((name, split),) = _reported(splits).items()
     scores = read_predictions(path, split)
     missing = scores.count(None)
-    console.print(shown(f"{path}: {len(scores) - missing:,} answers for {name}, {missing:,} missing"), soft_wrap=True)
+    console.print(
+        sanitise(f"{path}: {len(scores) - missing:,} answers for {name}, {missing:,} missing"), soft_wrap=True
+    )
     if dry_run:
         return None
     used = {key: value for key, value in new_run.config.items() if key != "prompt"} | {

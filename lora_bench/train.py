@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from lora_bench.adapters.pack.pack import Pack
-from lora_bench.config.canonical import settings_hash
 from lora_bench.console.progress import Display, announce
 from lora_bench.console.text import sanitise
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
@@ -58,7 +57,7 @@ def train_pack(
     console: Console,
     inputs: SharedInputs | None = None,
     brief: bool = False,
-    display: Shows = Display,
+    display: DisplayFactory = Display,
     processes: Processes = SINGLE_PROCESS,
     sharing: int = 1,
 ) -> list[Exception | None]:
@@ -130,7 +129,7 @@ def _fit(recorder: Recorder, display: DisplayFactory, interruption: Interruption
             if member.is_running:
                 restore(member, checkpoint)
     if started.resumed_from:
-        console.print(shown(f"resumed from step {started.resumed_from[0].step}"))
+        console.print(sanitise(f"resumed from step {started.resumed_from[0].step}"))
     training = PackTraining(
         pack,
         members,

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from lora_bench import clean
 from lora_bench.analysis.formats import _no_formula, to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.summary import summarise, write_tables
 from lora_bench.analysis.table import Column, Row, Stat, Table, format_value

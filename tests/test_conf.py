@@ -17,8 +17,9 @@ from lora_bench.adapters.methods import method_class, method_names
 from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
 from lora_bench.config.compose import compose, register_with_hydra
-from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, conf_folder
+from lora_bench.config.groups import GROUPS, PROMPT_GROUPS, choices, conf_folder
 from lora_bench.config.keys import flatten
+from lora_bench.errors import Code
 from lora_bench.prompt import Request
 from lora_bench.run.settings import Experiment
 from tests.command_line import refused

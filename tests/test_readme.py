@@ -17,8 +17,7 @@ import yaml
 import lora_bench.adapters.methods
 import lora_bench.backbones.families
 from lora_bench import compare
-from lora_bench.cli import COMMANDS, conf_folder
-from lora_bench.config.groups import GROUPS
+from lora_bench.config.groups import COMMANDS, GROUPS, conf_folder
 from lora_bench.records import run_folder
 from tests.command_line import lora_bench as run
 from tests.command_line import toy_run

@@ -10,8 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.config.canonical import normalise_numbers, settings_hash
-from lora_bench.config.keys import flatten, key_of
+from lora_bench.config.keys import flatten
 from lora_bench.errors import Code, UserError, nearest
 from lora_bench.records.run_folder import is_prompted
 
@@ -83,7 +82,7 @@ def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) ->
 
 def experiment_key(record: dict[str, Any]) -> str:
     """Return a text that is equal for all runs of one experiment: choices and configuration without the seed."""
-    keys = {key: _level(value) for key, value in flat(record["config"])}
+    keys = {key: _level(value) for key, value in flatten(record["config"])}
     keys = {key: value for key, value in keys.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
     return json.dumps([record["choices"], keys], sort_keys=True)
 

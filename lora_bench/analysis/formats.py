@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.table import Table, format_cell, visible_columns
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ def to_csv(table: Table) -> str:
 
 def _to_text(value: Any) -> str:
     """Return a value as the text of a cell; the items of a list are separated by spaces."""
-    return clean(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return to_single_line(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 # Characters, also in full width, that make a spreadsheet run a cell as a formula.
@@ -83,7 +83,7 @@ def _no_formula(cell: str) -> str:
 
 def to_markdown(table: Table) -> str:
     """Return the table, its side tables and footnotes as Markdown."""
-    footnotes = "".join(f"- {_markdown(clean(line))}\n" for line in table.footnotes)
+    footnotes = "".join(f"- {_markdown(to_single_line(line))}\n" for line in table.footnotes)
     return "\n".join(filter(None, [*map(_markdown_grid, (table, *table.side_tables)), footnotes]))
 
 
@@ -120,7 +120,7 @@ def to_latex(table: Table) -> str:
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     side_tables = [to_latex(side_table).rstrip("\n") for side_table in table.side_tables]
-    return "\n".join([*lines, *side_tables, *(f"% {clean(line)}" for line in table.footnotes)]) + "\n"
+    return "\n".join([*lines, *side_tables, *(f"% {to_single_line(line)}" for line in table.footnotes)]) + "\n"
 
 
 _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.experiments import experiment_key
 from lora_bench.analysis.table import format_value
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def compare_with_baseline(
 
 def row_label(table: Table, row: Row) -> str:
     """Return a row's name: its key columns as overrides."""
-    return ", ".join(f"{clean(c.name)}={format_value(row.keys[c.name])}" for c in table.keys if c.name in row.keys)
+    return ", ".join(
+        f"{to_single_line(c.name)}={format_value(row.keys[c.name])}" for c in table.keys if c.name in row.keys
+    )
 
 
 # -- pairs of runs --

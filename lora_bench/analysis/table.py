@@ -12,7 +12,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.console.format import format_duration, format_number, to_single_line
+from lora_bench import clean
+from lora_bench.console.format import format_duration, format_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,8 +156,8 @@ def format_cell(row: Row, column: Column, digits: int = 4) -> str:
         fewer = "" if stat.n == row.n else f" (n={stat.n})"
         return f"{stat.mean:.{digits}f}{spread}{fewer}"
     if column.format == "seconds":
-        return duration(stat.mean)
-    return human(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.format, ""))
+        return format_duration(stat.mean)
+    return format_number(stat.mean, {"flops": "FLOP", "bytes": "B"}.get(column.format, ""))
 
 
 def visible_columns(table: Table) -> list[Column]:

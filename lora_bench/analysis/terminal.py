@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.table import Column, format_cell, visible_columns
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,9 @@ def render(table: Table, console: Console) -> None:
         console.print()
         _print(side_table, console)
     for i, line in enumerate(table.footnotes):
-        console.print(Text("\n" * (i == 0 and bool(table.rows)) + clean(line)), soft_wrap=not console.is_terminal)
+        console.print(
+            Text("\n" * (i == 0 and bool(table.rows)) + to_single_line(line)), soft_wrap=not console.is_terminal
+        )
 
 
 def _print(table: Table, console: Console) -> None:
@@ -45,7 +47,7 @@ def _print(table: Table, console: Console) -> None:
     grid, hidden = _fitted(table, width)
     console.print(Text("\n").join(grid.lines(width)), soft_wrap=True)
     if hidden:
-        names = ", ".join(clean(column.name) for column in hidden)
+        names = ", ".join(to_single_line(column.name) for column in hidden)
         console.print(Text(f"\nhidden columns (widen the terminal, or use --format md): {names}", style="dim"))
 
 
@@ -62,7 +64,7 @@ def _fitted(table: Table, width: int) -> tuple[_Grid, list[Column]]:
         return [column.header, *(format_cell(row, column, digits) for row in table.rows)]
 
     overrides_by_row = [
-        [f"{clean(c.name)}={format_cell(row, c)}" for c in keys if c.name in row.keys] for row in table.rows
+        [f"{to_single_line(c.name)}={format_cell(row, c)}" for c in keys if c.name in row.keys] for row in table.rows
     ]
     stacked_keys = ["run", *map("\n".join, overrides_by_row)]
     for stacked in (False, True):

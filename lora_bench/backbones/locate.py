@@ -26,7 +26,7 @@ def locate(model: Model) -> str:
     if folder is not None:
         return folder
     assert model.hub_id is not None  # Model.__post_init__ requires a location
-    hub.ask()
+    hub.is_reachable()
     return model.hub_id
 
 

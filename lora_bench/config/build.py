@@ -23,7 +23,7 @@ from lora_bench.config.schema import (
 from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection
 
 T = TypeVar("T")
 

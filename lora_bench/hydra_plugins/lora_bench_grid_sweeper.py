@@ -1,3 +1,5 @@
+from lora_bench.errors import shell_argument
+
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
@@ -17,9 +19,9 @@ from omegaconf import OmegaConf, open_dict
 
 from lora_bench.config.build import Settings
 from lora_bench.config.compose import compose_job
-from lora_bench.config.keys import flatten, key_of, split_override
+from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
+from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted
 from lora_bench.files.atomic_io import to_json
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.preflight import check_paths
@@ -96,7 +98,7 @@ class GridSweeper(BasicSweeper):
         if self.config.resume:
             recorded_jobs = sweep_folder.read(folder).jobs
             later_jobs = list(islice(recorded_jobs.values(), len(jobs), None))  # added after the first stage
-            expected = plain(jobs | self._checked(later_jobs, len(jobs)))
+            expected = to_json(jobs | self._checked(later_jobs, len(jobs)))
             if list(recorded_jobs.items()) != list(expected.items()):
                 remedy = "Its presets have changed since: start a new sweep."
                 raise UserError(
@@ -136,7 +138,7 @@ class GridSweeper(BasicSweeper):
                 write_tables(folder, self._baseline(folder, recorded_jobs))
                 self._conclude(folder)
             if missing := len(sweep_folder.read(folder).unfinished_jobs(folder)):
-                command = f"lora-bench train -m {argument('resume', folder)}"
+                command = f"lora-bench train -m {shell_argument('resume', folder)}"
                 print(f"{missing} of {len(recorded_jobs)} jobs are missing; run them with: {command}")
         _raise_failures(failures, len(tried))
 
@@ -276,7 +278,7 @@ class GridSweeper(BasicSweeper):
 def to_overrides(nested: Any) -> list[str]:
     """Return the settings of a configuration node as overrides: `trainer: {epochs: 3}` as `trainer.epochs=3`."""
     settings: Any = OmegaConf.to_container(OmegaConf.create(nested))
-    return [f"{key}={'null' if value is None else value}" for key, value in flat(settings)]
+    return [f"{key}={'null' if value is None else value}" for key, value in flatten(settings)]
 
 
 def in_subfolders(jobs: Iterable[list[str]], stage: str, first: int = 0) -> list[list[str]]:

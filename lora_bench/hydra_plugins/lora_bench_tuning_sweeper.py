@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from lora_bench.config.keys import key_of, split_override
+from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
     SUBDIR_KEY,

@@ -59,12 +59,14 @@ def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
     if cost:
         items = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache"]
         if cost["prompt_tokens"] is not None:
-            items.append(f"{human(cost['prompt_tokens'])} tokens read, {human(cost['completion_tokens'])} written")
+            items.append(
+                f"{format_number(cost['prompt_tokens'])} tokens read, {format_number(cost['completion_tokens'])} written"
+            )
         if cost["money"] is not None:
             items.append(f"money {cost['money']:.4g}")
         if cost["money_spent"] is not None:
             items.append(f"{cost['money_spent']:.4g} of it now" if cost["money"] else f"now {cost['money_spent']:.4g}")
-        console.print(shown(" · ".join([*items, f"{cost['seconds']:.0f} s"])))
+        console.print(sanitise(" · ".join([*items, f"{cost['seconds']:.0f} s"])))
 
 
 def show_request(
@@ -80,11 +82,13 @@ def show_request(
     for message in next(iter(questions.values())):
         console.print(sanitise(f"[{message['role']}]", style="bold"))
         for line in message["content"].split("\n"):
-            console.print(shown(line), soft_wrap=True)
+            console.print(sanitise(line), soft_wrap=True)
     missing = [messages for key, messages in questions.items() if key not in cached]
     line = f"{len(missing):,} requests to {client.llm.base_url}; {len(cached):,} answers are cached"
     console.print()
-    console.print(shown(line), soft_wrap=True)
+    console.print(sanitise(line), soft_wrap=True)
     if client.llm.cost(0, 0) is not None and client.llm.max_answer_tokens is not None:
         max_cost = sum(client.budget.max_cost_of(messages) for messages in missing)
-        console.print(shown(f"cost: at most {max_cost:.4g}, with a token for each byte; expect about a quarter of it"))
+        console.print(
+            sanitise(f"cost: at most {max_cost:.4g}, with a token for each byte; expect about a quarter of it")
+        )

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_bench.config.groups import choices, conf_folder
-from lora_bench.config.keys import flat, with_present_names
+from lora_bench.config.keys import flatten, with_present_names
 from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
@@ -156,7 +156,7 @@ def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tu
         (key, value in the copy, value in the record) of each.
     """
     before, now = (
-        dict(flat(fill_defaults({**record, "config": dict(values)}))) for values in (config, record["config"])
+        dict(flatten(fill_defaults({**record, "config": dict(values)}))) for values in (config, record["config"])
     )
     return _differing(before | now, before, now)
 
@@ -173,7 +173,7 @@ def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: the values of a key differ; it is named with both values.
     """
-    before, now = dict(flat(with_present_names(_copy(folder / CONFIG_FILE)))), dict(flat(record["config"]))
+    before, now = dict(flatten(with_present_names(_copy(folder / CONFIG_FILE)))), dict(flatten(record["config"]))
     for difference in _differing([key for key in before if key in now], before, now):
         raise edited(folder, *difference)
 

@@ -46,7 +46,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
             if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
                 raise ValueError("it holds no metrics")
         except (OSError, ValueError) as error:
-            unreadable.append(f"{path}: {why(error)}")
+            unreadable.append(f"{path}: {describe_error(error)}")
             continue
         metrics = {key: number for key, value in content["metrics"].items() if (number := as_number(value)) is not None}
         by_name[path.stem] = Evaluation(metrics, _fingerprints(content))

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import plain
+from lora_bench.files.atomic_io import to_json
 from lora_bench.files.untrusted import as_number
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def last_line(log: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         with suppress(ValueError):
-            content = plain(untrusted.parse_json(line.decode()))
+            content = to_json(untrusted.parse_json(line.decode()))
             if isinstance(content, dict):
                 return content
     return None

@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config import keys
 from lora_bench.config.removed import REMOVAL, removal_note
-from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redacted
-from lora_bench.errors import Code, UserError, argument, quoted
+from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redact_value
+from lora_bench.errors import Code, UserError, quoted, shell_argument
 from lora_bench.records import sweep_folder
 from lora_bench.records.run_folder import PROMPT_AGAIN, find_runs, is_prompted
 
@@ -52,7 +52,7 @@ def resolve_folder(resume: str, top: Path) -> Path:
     moments = {folder: moment for created, folder in dated if (moment := _moment(created))}
     if not moments:
         reason = "has no date, or one in the future, so the newest run cannot be determined"
-        remedy = f"Name the folder: {argument('resume', dated[0][1])}"
+        remedy = f"Name the folder: {shell_argument('resume', dated[0][1])}"
         raise UserError(reason, key="resume", value="last", file=dated[0][1], remedy=remedy, code=Code.NOT_FOUND)
     return max(moments, key=lambda folder: (moments[folder], str(folder)))
 
@@ -133,7 +133,7 @@ def refuse_unloadable(cfg: DictConfig) -> None:
     except OmegaConfBaseException:  # building the settings will name the key
         return
     for key, value in leaves(content):
-        if is_identifier(key) and hides_secret(redacted(value, key)) and not hides_secret(value):
+        if is_identifier(key) and hides_secret(redact_value(value, key)) and not hides_secret(value):
             reason = "holds a secret, or text that looks like one; records hide secrets, so the run could not load"
             raise UserError(
                 reason, key=key, remedy="Rename it, or use a symbolic link of another name.", code=Code.FORBIDDEN

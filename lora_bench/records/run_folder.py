@@ -32,7 +32,7 @@ from lora_bench.config.keys import with_present_keys, with_present_names
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
-from lora_bench.files.atomic_io import dump, plain, why, write, writing
+from lora_bench.files.atomic_io import describe_error, dump, to_json, write, writing
 from lora_bench.records import folder_lock, metrics_log
 from lora_bench.records.record_types import with_types
 
@@ -113,7 +113,7 @@ class Run:
         """
         refuse_secret_name(folder)
         request = {"choices": choices, "config": config, "overrides": overrides}
-        record = _sealed(plain(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | request))
+        record = _sealed(to_json(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | request))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_existing_run(folder)
@@ -167,8 +167,8 @@ class Run:
             try:
                 lines = metrics_log.lines_up_to(log, step)
             except OSError as error:
-                raise UserError(f"cannot be read: {why(error)}", file=log, code=Code.UNREADABLE) from None
-            self._write(METRICS_FILE, "".join(json.dumps(plain(line)) + "\n" for line in lines).encode())
+                raise UserError(f"cannot be read: {describe_error(error)}", file=log, code=Code.UNREADABLE) from None
+            self._write(METRICS_FILE, "".join(json.dumps(to_json(line)) + "\n" for line in lines).encode())
         self.update(status="running", finished=None, error=None, selection=None)
 
     def check(self) -> None:
@@ -207,7 +207,7 @@ class Run:
         for name, new in sections.items():
             if name not in LAYOUT:
                 raise TypeError(f"{RECORD_FILE} has no key {name!r}")
-            old, new = record.get(name), plain(new)
+            old, new = record.get(name), to_json(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
         record = _sealed(record)
         self._write(RECORD_FILE, dump(record).encode())
@@ -259,7 +259,7 @@ class Run:
         for old in (self.folder / stem).glob("*.parquet"):
             if old.name not in columns_by_file:
                 old.unlink()
-        return self._write(f"{stem}.json", dump(plain(content)).encode())
+        return self._write(f"{stem}.json", dump(to_json(content)).encode())
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Record how the run ended, and give up the claim.
@@ -352,7 +352,7 @@ def read(folder: Path) -> dict[str, Any]:
         content["checksum"] = ALTERED
     try:
         # `plain` removes numbers that are not finite, such as 1e999.
-        record = with_types(plain(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
+        record = with_types(to_json(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
     overrides = [with_present_keys(text) for text in record["overrides"]]
@@ -466,7 +466,7 @@ def refuse_existing_run(folder: Path) -> None:
     with suppress(UserError):
         if is_killed(folder, record := read(folder)):
             reason = "holds a run whose process was killed"
-            remedy = f"{_NEW_FOLDER} Or resume it: lora-bench train {argument('resume', folder)}"
+            remedy = f"{_NEW_FOLDER} Or resume it: lora-bench train {shell_argument('resume', folder)}"
             remedy = f"{_NEW_FOLDER} {PROMPT_AGAIN}" if is_prompted(record) else remedy
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy, code=Code.EXISTS)
 

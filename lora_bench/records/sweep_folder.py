@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.keys import with_present_keys
-from lora_bench.errors import Code, RunFailedError, UserError, argument
+from lora_bench.errors import Code, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import describe_error, dump, to_json, write
 from lora_bench.records import folder_lock, run_folder
@@ -83,15 +83,15 @@ def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dic
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SWEEP_FILE).exists():
-            command = f"lora-bench train -m {argument('resume', folder)}"
+            command = f"lora-bench train -m {shell_argument('resume', folder)}"
             remedy = f"Give a folder that does not exist yet. Or run the unfinished jobs: {command}"
             raise UserError(
                 "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS
             )
         lock = _claim(folder)
-        write(folder, SWEEP_FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(sweep)})).encode())
+        write(folder, SWEEP_FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(sweep)})).encode())
     except (OSError, RunFailedError) as error:
-        reason = f"cannot be written: {why(error)}" if isinstance(error, OSError) else error.reason
+        reason = f"cannot be written: {describe_error(error)}" if isinstance(error, OSError) else error.reason
         remedy = "Give a folder that you may write."
         raise UserError(reason, key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.UNWRITABLE) from None
     return lock
@@ -101,7 +101,7 @@ def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
     """Add jobs of a later stage to the record of a sweep; the caller holds the sweep's claim."""
     sweep = read(folder)
     extended = replace(sweep, jobs=sweep.jobs | jobs)
-    write(folder, SWEEP_FILE, dump(plain({"schema": run_folder.SCHEMA, **asdict(extended)})).encode())
+    write(folder, SWEEP_FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(extended)})).encode())
 
 
 def reopen(folder: Path) -> folder_lock.Claim:
@@ -176,7 +176,7 @@ def read(folder: Path) -> Sweep:
                     code=Code.NOT_A_FILE,
                 )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"is damaged: {why(error)}", file=path, code=Code.DAMAGED) from None
+        raise UserError(f"is damaged: {describe_error(error)}", file=path, code=Code.DAMAGED) from None
     return replace(
         sweep,
         overrides=[with_present_keys(text) for text in sweep.overrides],

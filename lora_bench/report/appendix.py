@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.table import format_cell, format_value, visible_columns
-from lora_bench.config.keys import flat
+from lora_bench.config.keys import flatten
 from lora_bench.report.html import Content, Markup, element, join, pluralise, table
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def environment(table_: Table) -> Markup | None:
     counts: dict[str, Counter[str]] = {}
     for record in runs:
         data = {key: record["data"].get(key) for key in ("source", "fingerprint", "rows")}
-        for key, value in flat({**record["environment"], "data": data}):
+        for key, value in flatten({**record["environment"], "data": data}):
             counts.setdefault(key, Counter())[format_value(value)] += 1
     rows: list[list[Content]] = [[key, _values(value_counts, len(runs))] for key, value_counts in counts.items()]
     settings_table = table("Environment and data", ["key", "value (runs)"], rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import format_cell
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.report.charts import SERIES
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _entry(table: Table, number: int, row: Row, distinguishing: Sequence[Column]
     settings = []
     for column in distinguishing:
         tail = column.name.rsplit(".", 1)[-1]
-        settings.append(f"{clean(tail if tails[tail] == 1 else column.name)}={format_cell(row, column)}")
+        settings.append(f"{to_single_line(tail if tails[tail] == 1 else column.name)}={format_cell(row, column)}")
     runs = sorted(((folder, table.records[folder]) for folder in row.folders), key=lambda run: _seed(run[1]))
     name = " ".join([method, *settings] if method else settings)
     return Entry(number, row, name or f"row {number + 1}", method, runs)
@@ -176,7 +176,9 @@ def _distinguishing_settings(table: Table) -> list[list[Column]]:
 def _data_name(table: Table, entries: Sequence[Entry]) -> str:
     """Return the name of the data of some entries: their key columns of group `data`."""
     keys = [column for column in table.keys if column.name.split(".")[0] == "data"]
-    return ", ".join(f"{clean(c.name)}={format_cell(entries[0].row, c)}" for c in keys if c.name in entries[0].row.keys)
+    return ", ".join(
+        f"{to_single_line(c.name)}={format_cell(entries[0].row, c)}" for c in keys if c.name in entries[0].row.keys
+    )
 
 
 def _seed(record: dict[str, Any]) -> tuple[bool, int | str]:

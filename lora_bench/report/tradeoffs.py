@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.analysis.table import format_cell
 from lora_bench.config.metric_names import display_name
-from lora_bench.console.format import human
+from lora_bench.console.format import format_number
 from lora_bench.report import axes
 from lora_bench.report.charts import SERIES, Chart, legend, series_class
 from lora_bench.report.html import Content, Markup, element, figure, join, pluralise, table
@@ -197,4 +197,4 @@ def cost_formatter(column: Column) -> Callable[[float], str]:
             return "0"
         return format_cell(Row({}, {column.name: Stat(value, None, 1)}, 1, []), column)
 
-    return format_cost if column.format != "count" else lambda value: human(value)
+    return format_cost if column.format != "count" else lambda value: format_number(value)

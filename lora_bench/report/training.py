@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.analysis.savings import cost_up_to
-from lora_bench.console.format import clean
+from lora_bench.console.format import to_single_line
 from lora_bench.records import metrics_log, predictions
 from lora_bench.records.run_folder import METRICS_FILE
 from lora_bench.report import axes
@@ -291,7 +291,7 @@ def _heat_map(entry: Entry, ranks: dict[str, float]) -> Markup | None:
     highest_at = max(cells, key=lambda cell: cells[cell])
     caption = (
         f"Ranks from {min(cells.values()):.3g} to {highest:.3g}, {total / len(cells):.3g} on average; "
-        f"the highest at layer {highest_at[0]}, {clean(highest_at[1])}."
+        f"the highest at layer {highest_at[0]}, {to_single_line(highest_at[1])}."
     )
     if len(entry.runs) > 1:
         caption += f" Mean of {len(entry.runs)} runs."

@@ -17,7 +17,6 @@ from lora_bench.records.finished_record import FinishedRecord
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lora_bench.records.job import Job
 
 def check_settings(cfg: DictConfig) -> None:
     """Refuse settings outside their ranges, and folders of data and models that do not exist."""

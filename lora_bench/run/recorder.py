@@ -215,8 +215,8 @@ class Recorder:
         reason = f"eliminated by pack.halving at step {steps}: others had a better selection MCC"
         record.update(selection={"stopped_at_step": steps})
         record.finish("eliminated", reason)
-        name, command = run.job.title.partition(":")[0], f"lora-bench train {argument('resume', record.folder)}"
-        self.console.print(shown(f"{name}: {reason}; resume it with: {command}"))
+        name, command = run.job.title.partition(":")[0], f"lora-bench train {shell_argument('resume', record.folder)}"
+        self.console.print(sanitise(f"{name}: {reason}; resume it with: {command}"))
 
     def _fail(self, error: Exception) -> None:
         """Close all runs that have not ended, after an error in something that they share."""
@@ -234,8 +234,8 @@ class Recorder:
                 self.console.print(sanitise(error))
                 continue
             if not self.brief:
-                command = f"lora-bench train {argument('resume', run.record.folder)}"
-                self.console.print(shown(f"resume it with: {command}"), soft_wrap=True)
+                command = f"lora-bench train {shell_argument('resume', run.record.folder)}"
+                self.console.print(sanitise(f"resume it with: {command}"), soft_wrap=True)
 
     def _run_of(self, member: int) -> PackedRun:
         return next(run for run in self.runs if member in run.numbers)
@@ -324,7 +324,7 @@ class Recorder:
         for key, pairs in sizes.items():
             if pairs != getattr(trainer, key):
                 self.console.print(
-                    shown(f"note: memory did not suffice, so the run continued with trainer.{key}={pairs}.")
+                    sanitise(f"note: memory did not suffice, so the run continued with trainer.{key}={pairs}.")
                 )
 
     def _print(self, line: str) -> None:

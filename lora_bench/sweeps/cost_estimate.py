@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
-from lora_bench.console.format import duration, human
-from lora_bench.console.text import shown
+from lora_bench.console.format import format_duration, format_number
+from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
@@ -106,12 +106,14 @@ def print_run_estimate(job: Job, console: Console) -> None:
     total = single.total + adapter + head - single.adapter - single.head
     evaluation = members * single.evaluation_seconds
     table = Table("to expect", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_row("parameters", f"{human(adapter)} adapter + {human(head)} head of {human(total)}")
+    table.add_row(
+        "parameters", f"{format_number(adapter)} adapter + {format_number(head)} head of {format_number(total)}"
+    )
     table.add_row("steps", f"{single.steps:,}")
-    table.add_row("computation", human(cost.train_flops, "FLOP"))
-    table.add_row("training time", duration(cost.seconds - evaluation))
-    table.add_row("evaluation time", duration(evaluation))
-    table.add_row("peak memory", human(cost.peak_memory_bytes, "B"))
+    table.add_row("computation", format_number(cost.train_flops, "FLOP"))
+    table.add_row("training time", format_duration(cost.seconds - evaluation))
+    table.add_row("evaluation time", format_duration(evaluation))
+    table.add_row("peak memory", format_number(cost.peak_memory_bytes, "B"))
     console.print(table)
 
 
@@ -197,7 +199,7 @@ def _pack_cost(
     for job, experiment in zip(jobs, experiments, strict=True):
         key = _setting_key(experiment)
         if key not in measured:
-            console.print(shown(f"rehearsing {job.title.partition(':')[0]}"))
+            console.print(sanitise(f"rehearsing {job.title.partition(':')[0]}"))
             measured[key] = estimate_run(experiment, inputs)
     estimates = [measured[_setting_key(experiment)] for experiment in experiments]
     sizes = [experiment.ensemble.size for experiment in experiments]
@@ -259,8 +261,8 @@ def _table(packs: Sequence[PackCost], devices: int) -> Table:
         numbers = [job.title.removeprefix("job ").partition(":")[0] for job in pack.jobs]
         overrides = [" ".join(text for text in job.overrides if text not in inputs_overrides) for job in pack.jobs]
         table.add_row(
-            shown(f"{numbers[0]} to {numbers[-1]}" if _in_a_row(numbers) else ", ".join(numbers)),
-            shown(overrides[0] + (f" … {overrides[-1]}" if len(overrides) > 1 else "")),
+            sanitise(f"{numbers[0]} to {numbers[-1]}" if _in_a_row(numbers) else ", ".join(numbers)),
+            sanitise(overrides[0] + (f" … {overrides[-1]}" if len(overrides) > 1 else "")),
             *_cells([pack]),
         )
     jobs = sum(len(pack.jobs) for pack in packs)

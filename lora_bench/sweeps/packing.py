@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_bench.adapters.pack.pack import Pack
-from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import Display
 from lora_bench.console.text import sanitise
@@ -70,7 +69,7 @@ def train_jobs(
         if group.single_reason:
             consequence = ", so pack.halving does not eliminate it" if halving else ""
             console.print(
-                shown(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.single_reason}{consequence}")
+                sanitise(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.single_reason}{consequence}")
             )
         try:
             inputs = SharedInputs.load(group.experiments[0])
@@ -199,7 +198,9 @@ def _within_memory(
             continue
         used, transient = demand.persistent_bytes, demand.step_bytes
         if memory_bytes and used + transient > bound:
-            remedy = f"It needs about {human(used + transient, 'B')}; a smaller trainer.micro_batch_size needs less."
+            remedy = (
+                f"It needs about {format_number(used + transient, 'B')}; a smaller trainer.micro_batch_size needs less."
+            )
             refusal = UserError(
                 "is too little for one job",
                 key="pack.memory_bytes",
@@ -265,7 +266,9 @@ def _train(
         if len(jobs) == 1:
             ended(jobs[0], error)
             return
-        console.print(shown(f"{len(jobs)} jobs failed together ({error}); they are split into two packs", style="red"))
+        console.print(
+            sanitise(f"{len(jobs)} jobs failed together ({error}); they are split into two packs", style="red")
+        )
         reopened = [_reopened(job) for job in jobs]
         middle = len(reopened) // 2
         for half in (reopened[:middle], reopened[middle:]):

@@ -199,7 +199,7 @@ class _Submitted:
         self._say(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}")
 
     def _say(self, text: str) -> None:
-        self.console.print(shown(f"slurm {self.handle.job_id}: {text}"))
+        self.console.print(sanitise(f"slurm {self.handle.job_id}: {text}"))
 
     def follow(self) -> None:
         """Print the new whole lines of its log."""

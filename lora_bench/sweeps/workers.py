@@ -30,6 +30,7 @@ from lora_bench.console.signals import terminate
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError
 from lora_bench.records.run_folder import Run
+from lora_bench.run.settings import Experiment
 from lora_bench.sweeps import packing
 
 if TYPE_CHECKING:

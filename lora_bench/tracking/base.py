@@ -134,12 +134,12 @@ def note_failure(console: Console | None, name: str, error: Exception) -> None:
     """Print one line: the run continues without this tracker."""
     if console is not None:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
-        console.print(shown(f"note: tracking={name} failed: {reason}. The run continues; its record is complete."))
+        console.print(sanitise(f"note: tracking={name} failed: {reason}. The run continues; its record is complete."))
 
 
 def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
     """Yield (key, value) of a config: dotted keys, and lists and nulls as JSON text."""
-    for key, value in flat(config):
+    for key, value in flatten(config):
         yield key, value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 

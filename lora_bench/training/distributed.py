@@ -21,7 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from lora_bench.config.launch import Launch
-from lora_bench.console.text import shown
+from lora_bench.console.text import sanitise
 from lora_bench.data.batching import slice_pairs
 from lora_bench.errors import Code, UserError
 from lora_bench.training.precision import resolve_device
@@ -200,7 +200,7 @@ class _Rendezvous:
                 f"process {self.launch.rank} is waiting for {self.launch.world_size} processes at {self._address}: "
                 f"{state}"
             )
-            Console(stderr=True, highlight=False, soft_wrap=True).print(shown(text))
+            Console(stderr=True, highlight=False, soft_wrap=True).print(sanitise(text))
         time.sleep(0.05)
 
     def _refusal(self, reason: str) -> UserError:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.adapters.methods import method_class, method_names
-from lora_bench.backbones.families.bert import BertFamily
 from lora_bench.backbones.families.t5 import T5Family
 from lora_bench.config import build, schema
 from lora_bench.errors import Code, UserError
