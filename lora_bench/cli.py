@@ -84,7 +84,7 @@ def _exit_code(arguments: list[str]) -> int:
         return _report(f"{command} failed: {type(error).__name__}: {first[0]} ({_origin(error)})", 1)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
     """Run one command and return its exit code, or raise its error."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(format_overview())
@@ -250,7 +250,7 @@ def _train(cfg: DictConfig) -> None:
             if cfg.dry_run:
                 from lora_bench.sweeps import cost_estimate  # torch: late
 
-                cost_estimate.show(job, console)
+                cost_estimate.print_run_estimate(job, console)
             else:
                 from lora_bench.train import train
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lora_bench.adapters.pack.pack import Pack
+from lora_bench.config.canonical import settings_hash
 from lora_bench.console.progress import Display, announce
 from lora_bench.console.text import sanitise
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
@@ -178,7 +179,7 @@ def _flop_models(pack: Pack) -> list[FlopModel]:
     measured: dict[str, FlopModel] = {}
     models = []
     for k, member in enumerate(pack.members):
-        settings = repr((member.adapter, member.pair_features, pack.assigned_ranks[k]))
+        settings = settings_hash((member.adapter, member.pair_features, pack.assigned_ranks[k]))
         if settings not in measured:
             with pack.only([k]):
                 measured[settings] = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))

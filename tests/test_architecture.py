@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": "errors config files",
     "backbones": "errors config files data",
     "evaluation": "errors config data",
-    "records": "errors config console files evaluation",
+    "records": "errors config console files data backbones evaluation",
     "adapters": "errors files head data backbones",
     "tracking": "errors config console records",
     "analysis": "errors config console files evaluation records",

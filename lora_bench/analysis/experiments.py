@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.config.canonical import normalise_numbers
 from lora_bench.config.keys import flatten
 from lora_bench.errors import Code, UserError, nearest
 from lora_bench.records.run_folder import is_prompted
@@ -77,12 +78,12 @@ def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) ->
         keys["data.fingerprint"] = fingerprint
     if isinstance(rows, dict) and "train" in rows:
         keys["data.rows.train"] = rows["train"]
-    return RecordedRun(folder, record, keys, {key: _encode(_level(value)) for key, value in keys.items()})
+    return RecordedRun(folder, record, keys, {key: _encode(normalise_numbers(value)) for key, value in keys.items()})
 
 
 def experiment_key(record: dict[str, Any]) -> str:
     """Return a text that is equal for all runs of one experiment: choices and configuration without the seed."""
-    keys = {key: _level(value) for key, value in flatten(record["config"])}
+    keys = {key: normalise_numbers(value) for key, value in flatten(record["config"])}
     keys = {key: value for key, value in keys.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
     return json.dumps([record["choices"], keys], sort_keys=True)
 

@@ -12,8 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_bench import clean
-from lora_bench.console.format import format_duration, format_number
+from lora_bench.console.format import format_duration, format_number, to_single_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +55,7 @@ class Column:
     @property
     def header(self) -> str:
         """The name with the arrow."""
-        return f"{clean(self.name)} {self.arrow}".strip()
+        return f"{to_single_line(self.name)} {self.arrow}".strip()
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ def format_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(format_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{clean(key)}:{format_value(item)}' for key, item in value.items())}}}"
-    return clean(str(value)) or "''"
+        return f"{{{','.join(f'{to_single_line(key)}:{format_value(item)}' for key, item in value.items())}}}"
+    return to_single_line(str(value)) or "''"
 
 
 def format_cell(row: Row, column: Column, digits: int = 4) -> str:

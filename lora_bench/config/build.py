@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_bench.config.schema import (
-    DATA,
-    MODELS,
-    OPTIONAL,
-    Data,
-    Ensemble,
-    Metric,
-    Model,
-    Optimizer,
-    Packing,
-    Trainer,
-)
+from lora_bench.config.keys import RENAMED, renamed_key
+from lora_bench.config.removed import removal_note
+from lora_bench.config.schema import DATA, OPTIONAL, Data, Metric
 from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 T = TypeVar("T")
 
@@ -87,8 +78,12 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
 def _check_names(node: DictConfig, names: Collection[str], prefix: str = "") -> None:
     """Refuse keys of a node that are not among `names`."""
     for name in map(str, node):
+        key = prefix + name
+        if key in RENAMED:
+            raise renamed_key(key)
         if name not in names:  # only then: the search for a similar name is slow
-            raise UserError("is not a known key", key=prefix + name, remedy=nearest(name, names), code=Code.UNKNOWN_KEY)
+            remedy = removal_note(key) or nearest(name, names)
+            raise UserError("is not a known key", key=key, remedy=remedy, code=Code.UNKNOWN_KEY)
 
 
 _TYPES = {
@@ -105,14 +100,22 @@ _TYPES = {
 """Parts of OmegaConf's messages about a wrong type, with the reason that a `UserError` gives instead."""
 
 
-def build_model(node: DictConfig) -> Model:
-    """Build the settings of a backbone from the node `model`; `model.family` decides on their class."""
-    return build(_class_of(MODELS, node, "family", "model"), node, "model")
+def build_variant(class_of: Callable[[str], type[T]], node: DictConfig, group: str, key: str) -> T:
+    """Return the settings of a group whose dataclass depends on the value of one of its keys.
+
+    Args:
+        class_of: returns the dataclass for a value of that key, or raises a UserError.
+        node: the group in the config.
+        group: the group's name.
+        key: the key's name.
+    """
+    require(isinstance(node, DictConfig), group, node, "is not a group of keys")
+    return build(class_of(str(node.get(key))), node, group)
 
 
 def build_data(node: DictConfig) -> Data:
-    """Build the settings of a task from the node `data`; `data.source` decides on their class."""
-    return build(_class_of(DATA, node, "source", "data"), node, "data")
+    """Return the settings of the source of data that `data.source` names."""
+    return build_variant(_data_class, node, "data", "source")
 
 
 def build_metrics(node: DictConfig) -> dict[str, Metric]:
@@ -120,49 +123,13 @@ def build_metrics(node: DictConfig) -> dict[str, Metric]:
     return {str(name): build(Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
 
 
-def _class_of(classes: dict[str, type[T]], node: DictConfig, field: str, group: str) -> type[T]:
-    """Return the class of a group's settings, which `field` of its node names."""
-    require(isinstance(node, DictConfig), group, node, "is not a group of keys")
-    name = str(node.get(field))
-    if name not in classes:
+def _data_class(source: str) -> type[Data]:
+    if source not in DATA:
         raise UserError(
-            f"is not one of {', '.join(classes)}",
-            key=f"{group}.{field}",
-            value=name,
-            remedy=nearest(name, classes),
+            f"is not one of {', '.join(DATA)}",
+            key="data.source",
+            value=source,
+            remedy=nearest(source, DATA),
             code=Code.UNKNOWN_CHOICE,
         )
-    return classes[name]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a run that are built without torch: all but its adapter, metrics and trackers."""
-
-    data: Data
-    model: Model
-    optimizer: Optimizer
-    trainer: Trainer
-    pack: Packing
-    ensemble: Ensemble
-    tasks: dict[str, Data]
-    """Data of each task by its name; empty for a run of one task."""
-
-    @classmethod
-    def build(cls, cfg: DictConfig) -> Settings:
-        """Build the settings from a composed config.
-
-        Raises:
-            UserError: a value is of a wrong type or out of range; it names the key.
-        """
-        has_method = "method" in (cfg.get("adapter") or {})
-        require(has_method, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
-        return cls(
-            data=build_data(cfg.data),  # first: the model's label words are those of the data
-            model=build_model(cfg.model),
-            optimizer=build(Optimizer, cfg.optimizer, "optimizer"),
-            trainer=build(Trainer, cfg.trainer, "trainer"),
-            pack=build(Packing, cfg.pack, "pack"),
-            ensemble=build(Ensemble, cfg.ensemble, "ensemble"),
-            tasks={str(name): build_data(node) for name, node in (cfg.get("tasks") or {}).items()},
-        )
+    return DATA[source]

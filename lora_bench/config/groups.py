@@ -45,5 +45,5 @@ def conf_folder() -> Path:
 
 @cache
 def choices(group: str) -> tuple[str, ...]:
-    """Return the sorted names of the choices of a group that ship with the package."""
-    return tuple(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
+    """Return the sorted choices of a group that ship with the package; a name that begins with `_` is no choice."""
+    return tuple(sorted(path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")))

@@ -18,6 +18,7 @@ from lora_bench.config.overrides import (
     parse_override,
     unreadable_override,
 )
+from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, UserError, nearest, shell_argument
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
     match = re.search(r"Could not override '([^']+)'", message)
     if match:
         key = match.group(1).split("@")[0]
-        remedy = nearest(key, _all_keys(conf, config_name, arguments)) or _LIST_KEYS
+        remedy = removal_note(key) or nearest(key, _all_keys(conf, config_name, arguments)) or _LIST_KEYS
         return UserError(
             "is not a known key", key=key, remedy=remedy if len(remedy) < 300 else _LIST_KEYS, code=Code.UNKNOWN_KEY
         )

@@ -28,6 +28,7 @@ from omegaconf import OmegaConf, grammar_parser
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.groups import conf_folder
+from lora_bench.config.keys import RENAMED, renamed_key
 from lora_bench.errors import Code, UserError, shell_argument
 
 if TYPE_CHECKING:
@@ -184,6 +185,8 @@ def _check_key(override: Override) -> None:
             remedy="Each override is key=value or group=choice.",
             code=Code.INVALID_SYNTAX,
         )
+    if key in RENAMED:
+        raise renamed_key(key)
     if names[0] == "hydra" and any(name in _RUNS_CODE for name in names[1:]):
         raise code_refusal(key)
     if re.split(r"[./]", package)[0] == "hydra":

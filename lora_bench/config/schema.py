@@ -39,7 +39,6 @@ class Model:
     """Settings of a Hugging Face config; a network with random weights is made of it, for tests."""
 
     def __post_init__(self) -> None:
-        require_one_of("family", self.family, tuple(MODELS))
         sources = (self.path, self.package, self.folder, self.hub_id, self.random)
         require(
             any(sources),
@@ -52,28 +51,12 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class T5Model(Model):
-    """T5 as a classifier: text-to-text (encoder and one decoder step), or with a head on its encoder."""
+class Head:
+    """The classification head, trained with every adapter."""
 
-    form: str
-    """`text_to_text`: the scores of the label words are the logits. `encoder`: a head on the mean-pooled encoder."""
-    template: str
-    """The encoder's input, in which {task} and {fields} (`question1: … question2: …`) are filled in."""
-    label_words: list[str]
-    """The words for label 0 and label 1; the first token of each is scored."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_one_of("form", self.form, ("text_to_text", "encoder"))
-        require(
-            "{fields}" in self.template,
-            "template",
-            self.template,
-            "has no {fields}",
-            "Put it where the text goes.",
-            code=Code.INVALID_SYNTAX,
-        )
-        require(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
+    pair_features: bool | None
+    """Add products and differences of the two texts' mean token vectors to the logits; null: if the model can tell
+    the texts apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,17 +232,9 @@ class Trainer:
     """The loss. `cross_entropy`. `either_order`: the cross-entropy of each pair in one order of its texts, and in the
     next epoch in the reversed order. The others take the cross-entropy of two views of each example and add the
     divergence of the two predictions: both orders (`order_consistency`), original and perturbed
-    (`perturb_consistency`), two dropout masks (`dropout_consistency`: R-Drop, Liang et al. 2021)."""
+    (`perturb_consistency`)."""
     consistency_weight: float
     """Weight of that divergence, a symmetric Kullback-Leibler divergence in nats."""
-    label_smoothing: float
-    """Share of the target probability that is spread evenly over both labels."""
-    focal_gamma: float
-    """Exponent γ of the focal loss: each example is weighted by (1 − p(label))^γ."""
-    margin: float
-    """Margin by which the logit of the label has to exceed the other logit."""
-    logit_adjustment: float
-    """Factor τ: τ log π is added to the logits in training, π being the label frequencies; 1 balances labels."""
     average: float
     """Fraction of the steps so far, the latest ones, over which weights are averaged; each evaluation scores the
     averaged weights. 0: no averaging."""
@@ -298,7 +273,7 @@ class Trainer:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 
 
-OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency", "dropout_consistency")
+OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency")
 """Values of `trainer.objective`."""
 
 
@@ -313,10 +288,6 @@ class Metric:
 
     def __post_init__(self) -> None:
         require_one_of("direction", self.direction, ("up", "down"))
-
-
-MODELS: dict[str, type[Model]] = {"bert": Model, "t5": T5Model, "auto": Model}
-"""Settings of each `model.family`."""
 
 
 DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData}

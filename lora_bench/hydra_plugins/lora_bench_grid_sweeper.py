@@ -1,5 +1,3 @@
-from lora_bench.errors import shell_argument
-
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
@@ -17,12 +15,12 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
-from lora_bench.config.build import Settings
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted
+from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
 from lora_bench.files.atomic_io import to_json
+from lora_bench.records.settings import Settings
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.preflight import check_paths
 

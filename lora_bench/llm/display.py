@@ -60,7 +60,8 @@ def show_cost(console: Console, cost: Mapping[str, Any]) -> None:
         items = [f"{cost['requests']:,} requests", f"{cost['cached']:,} answers from the cache"]
         if cost["prompt_tokens"] is not None:
             items.append(
-                f"{format_number(cost['prompt_tokens'])} tokens read, {format_number(cost['completion_tokens'])} written"
+                f"{format_number(cost['prompt_tokens'])} tokens read, "
+                f"{format_number(cost['completion_tokens'])} written"
             )
         if cost["money"] is not None:
             items.append(f"money {cost['money']:.4g}")

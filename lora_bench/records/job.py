@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_bench.config.build import Settings
 from lora_bench.config.groups import GROUPS
 from lora_bench.config.keys import key_of
 from lora_bench.config.multitask import compose_tasks
@@ -22,6 +21,7 @@ from lora_bench.records.backfill import ModelPaths, differences, edited, restore
 from lora_bench.records.folder_lock import LOCK_FILE
 from lora_bench.records.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
 from lora_bench.records.run_folder import CHECKPOINTS, Run, discard, holds_run, read
+from lora_bench.records.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

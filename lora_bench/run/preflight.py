@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from lora_bench.backbones.families import build_model
 from lora_bench.backbones.locate import local_folder
 from lora_bench.config import build, schema
 from lora_bench.errors import Code, UserError, require, require_one_of
@@ -17,35 +16,25 @@ from lora_bench.records.finished_record import FinishedRecord
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-
-def check_settings(cfg: DictConfig) -> None:
-    """Refuse settings outside their ranges, and folders of data and models that do not exist."""
-    require(
-        "method" in (cfg.get("adapter") or {}),
-        "adapter",
-        None,
-        "is missing",
-        "It cannot be left out.",
-        code=Code.MISSING,
-    )
-    for node in (cfg.data, *(cfg.get("tasks") or {}).values()):
-        check_data(build.build_data(node))
-    local_folder(build_model(cfg.model))
-    for name, settings in (
-        ("head", schema.Head),
-        ("optimizer", schema.Optimizer),
-        ("trainer", schema.Trainer),
-        ("pack", schema.Packing),
-        ("ensemble", schema.Ensemble),
-    ):
-        build.build(settings, cfg[name], name)
+    from lora_bench.records.job import Job
+    from lora_bench.records.settings import Settings
 
 
-def check_train(cfg: DictConfig, *, resumed: bool) -> None:
-    """Check the settings, and for a new run also the finished run of `adapter.init_from`."""
-    check_settings(cfg)
-    if cfg.adapter.get("init_from") and not resumed:
-        check_run(str(cfg.adapter.init_from), "adapter.init_from")
+def check_paths(settings: Settings) -> None:
+    """Refuse folders of data and models that do not exist."""
+    for data in (settings.data, *settings.tasks.values()):
+        check_data(data)
+    local_folder(settings.model)
+
+
+def check_train(job: Job) -> None:
+    """Refuse settings outside their ranges, and folders of data, models and runs that do not exist.
+
+    A resumed run may have started already, so the run that it is initialised from is not looked for.
+    """
+    check_paths(job.settings)
+    if job.cfg.adapter.get("init_from") and job.resumed is None:
+        check_run(str(job.cfg.adapter.init_from), "adapter.init_from")
 
 
 def check_data(data: schema.Data) -> None:

@@ -9,13 +9,14 @@ from omegaconf import OmegaConf
 
 from lora_bench.adapters.methods import method_class
 from lora_bench.adapters.pack.member import Member
-from lora_bench.backbones.families import build_model
 from lora_bench.config import build, schema
+from lora_bench.config.canonical import settings_hash
 from lora_bench.data.augmentation import choose_augmentations
 from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import resolve_transforms
 from lora_bench.records.run_folder import RECORD_FILE
+from lora_bench.records.settings import Settings
 from lora_bench.run.inputs import SEEDS_APART
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.objective import check_objective
@@ -71,7 +72,7 @@ class Experiment:
     def identity(self) -> str:
         """A text that is equal for runs that learn the same: without settings of how it is computed."""
         learned = (self.model, self.adapter, self.head, self.data, self.optimizer, self.trainer, self.ensemble)
-        return repr((*learned, self.tasks, self.metrics, self.seed))
+        return settings_hash((*learned, self.tasks, self.metrics, self.seed))
 
     def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
         """Return the members that the run trains: one, one for each task, or those of its ensemble.
@@ -94,8 +95,12 @@ class Experiment:
         return members
 
     @classmethod
-    def build(cls, cfg: DictConfig) -> Experiment:
+    def build(cls, cfg: DictConfig, settings: Settings | None = None) -> Experiment:
         """Build the settings from a composed config.
+
+        Args:
+            cfg: the composed config.
+            settings: the part that was built from it already.
 
         Raises:
             UserError: a key is unknown or missing, or a value is out of range or excludes another.
@@ -104,26 +109,20 @@ class Experiment:
         require("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         metrics = build.build_metrics(cfg.metric)
         check_metrics(metrics)
-        settings = cls(
-            data=build.build_data(cfg.data),  # first, since T5 takes its label words from it
-            model=build_model(cfg.model),
+        experiment = cls(
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
-            head=build.build(schema.Head, cfg["head"], "head"),
-            optimizer=build.build(schema.Optimizer, cfg.optimizer, "optimizer"),
-            trainer=build.build(schema.Trainer, cfg.trainer, "trainer"),
-            pack=build.build(schema.Packing, cfg.pack, "pack"),
-            ensemble=build.build(schema.Ensemble, cfg.ensemble, "ensemble"),
+            **vars(settings or Settings.build(cfg)),
             metrics=metrics,
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
         )
-        _check_ensemble(settings.ensemble, settings.adapter, settings.pack)
-        _check_tasks(settings)
-        for single in settings.by_task.values():
+        _check_ensemble(experiment.ensemble, experiment.adapter, experiment.pack)
+        _check_tasks(experiment)
+        for single in experiment.by_task.values():
             check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
             resolve_transforms(single.data)
             choose_augmentations(single.data, single.trainer.objective)
-        return settings
+        return experiment
 
     @classmethod
     def of_finished(cls, finished: FinishedRecord) -> Experiment:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
+from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_duration, format_number
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
@@ -223,7 +224,7 @@ def _pack_cost(
 
 def _setting_key(experiment: Experiment) -> str:
     """Return a key that is equal for runs of equal cost, whatever their seeds."""
-    return repr((experiment.model, experiment.data, experiment.trainer, experiment.adapter, experiment.head))
+    return settings_hash((experiment.model, experiment.data, experiment.trainer, experiment.adapter, experiment.head))
 
 
 def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:

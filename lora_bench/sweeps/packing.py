@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_bench.adapters.pack.pack import Pack
+from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import Display
 from lora_bench.console.text import sanitise
@@ -90,7 +91,7 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
     They have equal model, data, trainer, metrics and pack settings, and start or resume at the same step.
     """
     experiments = [Experiment.build(job.cfg) for job in jobs]
-    shared = [repr((e.model, e.data, e.tasks, e.trainer, e.metrics, e.pack)) for e in experiments]
+    shared = [settings_hash((e.model, e.data, e.tasks, e.trainer, e.metrics, e.pack)) for e in experiments]
     steps_by_job = [_resumable_steps(job, experiment) for job, experiment in zip(jobs, experiments, strict=True)]
     newest: dict[str, set[int]] = {}
     for settings, steps in zip(shared, steps_by_job, strict=True):
@@ -103,7 +104,7 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
             reason = f"{experiment.adapter.method} trains the backbone itself"
         elif experiment.pack.size == 1:
             reason = "pack.size=1"
-        key = repr((settings, step, job.title if reason else ""))
+        key = settings_hash((settings, step, job.title if reason else ""))
         group = groups.setdefault(key, Group([], [], reason))
         group.jobs.append(job)
         group.experiments.append(experiment)
@@ -158,7 +159,7 @@ def split_into_packs(
     jobs_by_depth: dict[int, list[tuple[Job, MemoryDemand]]] = {}
     measured: dict[str, MemoryDemand] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
-        key = repr((experiment.adapter, experiment.head, experiment.size))
+        key = settings_hash((experiment.adapter, experiment.head, experiment.size))
         try:
             if key not in measured:
                 measured[key] = memory_demand(inputs, experiment)
