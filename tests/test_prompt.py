@@ -286,7 +286,7 @@ def test_killed_and_run_again_asks_nothing_twice_that_was_answered(in_tmp: Path)
         held.go.set()
         under_way = [json.dumps(body, sort_keys=True) for body in server.asked[50:]]
         folder = in_tmp / "run"
-        assert "again asks only for the rest" in lora_bench("compare", ".").out
+        assert "same command" in lora_bench("compare", ".").out
         error = refused("train", f"resume={folder}")
         assert (error.code, error.key, error.value) == (Code.NOT_RESUMABLE, "resume", folder)
         assert "lora-bench prompt" in str(error)

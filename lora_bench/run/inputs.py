@@ -60,11 +60,11 @@ class Task:
         """Return the task with these tables in place of its own: the same pairs, with cached hidden states.
 
         Args:
-            tables: by split; `second_view` is that of the training split, `exchanged` the reversed selection split.
+            tables: by split; `second_view` is that of the training split, `reversed_selection` the reversed selection split.
         """
         merged = self.tables | dict(tables)
-        if "exchanged" in merged:
-            merged["selection"] = replace(merged["selection"], reversed_view=merged.pop("exchanged"))
+        if "reversed_selection" in merged:
+            merged["selection"] = replace(merged["selection"], reversed_view=merged.pop("reversed_selection"))
         if merged["train"].reversed_view is not None and "second_view" in merged:
             merged["train"] = replace(merged["train"], reversed_view=merged.pop("second_view"))
         second_view = merged.pop("second_view", self.second_view)

@@ -183,11 +183,11 @@ class PackTraining:
             self.save(step, active, needed=signal is not None or bool(losers))
             losers = [member for member in losers if member.is_running]
             for member in losers:
-                member.progress.status = "stopped"
+                member.progress.status = "eliminated"
             self.end(losers)
             if self.interruption and signal is not None:
                 self.interruption.raise_signal(signal)
-            self.end(member for member in active if member.progress.status not in ("running", "stopped"))
+            self.end(member for member in active if member.progress.status not in ("running", "eliminated"))
         remaining = self.running()
         for member in remaining:
             member.progress.status = "done"

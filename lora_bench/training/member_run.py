@@ -33,7 +33,7 @@ class MemberProgress:
     """The progress of one member: its status, its best state and its costs so far."""
 
     status: str = "running"
-    """`running`, `done`, `diverged` (a loss, gradient or score was not finite), `failed`, or `stopped` by halving."""
+    """`running`, `done`, `diverged` (a loss, gradient or score was not finite), `failed`, or `eliminated` by halving."""
     error: Exception | None = None
     """The reason why it diverged or failed."""
     best: dict[str, Any] | None = None

@@ -28,7 +28,7 @@ def predict(
 ) -> NDArray[np.float64]:
     """Return P(label 1) of every row for every active member: (K, N), in the table's order.
 
-    A table with a reversed view (`exchanged`) is scored in both orders, and the mean is returned. Afterwards the pack
+    A table with a `reversed_view` is scored in both orders, and the mean is returned. Afterwards the pack
     is in the mode (training or evaluation) that it was in before.
     """
     if table.reversed_view is not None:

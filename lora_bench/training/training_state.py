@@ -125,6 +125,8 @@ def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: di
     _require(all(tensor.ndim == 1 and tensor.dtype == torch.float64 for tensor in scores.values()), "scores")
     _require(all(bool(torch.isfinite(tensor).all()) for tensor in scores.values()), "scores")
     _require(outcome.keys() == _TYPES.keys(), "the progress")
+    if outcome["status"] == "stopped":  # the name of `eliminated` in version 0.1
+        outcome = {**outcome, "status": "eliminated"}
     member.progress = MemberProgress(
         **outcome, state=best, scores={task: tensor.numpy() for task, tensor in scores.items()}
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-from lora_bench.config.build import Settings
+from lora_bench.records.settings import Settings
 from tests.command_line import lora_bench, toy_run
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.adapters.methods import method_class, method_names
+from lora_bench.backbones.families.bert import BertFamily
 from lora_bench.backbones.families.t5 import T5Family
 from lora_bench.config import build, schema
 from lora_bench.errors import Code, UserError
@@ -25,33 +26,34 @@ from tests.helpers import composed
 
 def defaults(group: str, *overrides: str) -> dict[str, Any]:
     """A group as its YAML has it, its references resolved."""
-    content = OmegaConf.to_container(OmegaConf.to_container(composed(*overrides), resolve=True)[group])  # type: ignore[index, call-overload]
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    found = OmegaConf.to_container(OmegaConf.to_container(composed(*overrides), resolve=True)[group])  # type: ignore[index, call-overload]
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def every_dataclass() -> list[tuple[type[Any], str, dict[str, Any]]]:
     """Each dataclass with its group and values that it takes."""
-    nodes: list[tuple[type[Any], str, dict[str, Any]]] = []
+    found: list[tuple[type[Any], str, dict[str, Any]]] = []
     whole = {
         choice: OmegaConf.to_container(composed(*choice.split()), resolve=True)
         for choice in ("data=toy", "data=qqp model=t5", "data=pairs data.path=x model=minilm metric=specificity")
     }
     toy, hub, files = whole.values()
-    nodes.append((schema.ToyData, "data", toy["data"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.HubData, "data", hub["data"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.T5Model, "model", hub["model"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.FileData, "data", files["data"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.Model, "model", files["model"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.Metric, "metric.specificity", files["metric"]["specificity"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.Ensemble, "ensemble", toy["ensemble"]))  # type: ignore[index, call-overload]
-    nodes.append((schema.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
+    found.append((schema.ToyData, "data", toy["data"]))  # type: ignore[index, call-overload]
+    found.append((schema.HubData, "data", hub["data"]))  # type: ignore[index, call-overload]
+    found.append((T5Family, "model", hub["model"]))  # type: ignore[index, call-overload]
+    found.append((schema.FileData, "data", files["data"]))  # type: ignore[index, call-overload]
+    found.append((BertFamily, "model", files["model"]))  # type: ignore[index, call-overload]
+    found.append((schema.Metric, "metric.specificity", files["metric"]["specificity"]))  # type: ignore[index, call-overload]
+    found.append((schema.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
+    found.append((schema.Head, "head", toy["head"]))  # type: ignore[index, call-overload]
+    found.append((schema.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
+    found.append((schema.Ensemble, "ensemble", toy["ensemble"]))  # type: ignore[index, call-overload]
+    found.append((schema.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
     for name in method_names():
         values = OmegaConf.to_container(composed(f"adapter={name}").adapter)
-        nodes.append((method_class(name), "adapter", typing.cast("dict[str, Any]", values)))
-    return nodes
+        found.append((method_class(name), "adapter", typing.cast("dict[str, Any]", values)))
+    return found
 
 
 CLASSES = every_dataclass()
@@ -77,22 +79,22 @@ def test_defaults_live_in_the_yaml_alone(cls: type[Any], group: str, values: dic
 
 @pytest.mark.parametrize(("cls", "group", "values"), CLASSES, ids=lambda value: getattr(value, "__name__", None))
 def test_builds_what_the_yaml_says(cls: type[Any], group: str, values: dict[str, Any]) -> None:
-    settings = build.build(cls, OmegaConf.create(values), group)
-    assert type(settings) is cls
-    assert dataclasses.asdict(settings) == values
+    made = build.build(cls, OmegaConf.create(values), group)
+    assert type(made) is cls
+    assert dataclasses.asdict(made) == values
     with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.anything = 1
+        made.anything = 1
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Return whether a value is of the annotated type; an int is not a float."""
+    """Whether a value has the type that its annotation says; a float is a float, not an int that equals it."""
     if hint is Any:
         return True
     if isinstance(hint, types.UnionType):
-        return any(fits(value, argument) for argument in typing.get_args(hint))
+        return any(fits(value, each) for each in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        (argument,) = typing.get_args(hint)
-        return isinstance(value, list) and all(fits(item, argument) for item in value)
+        (each,) = typing.get_args(hint)
+        return isinstance(value, list) and all(fits(item, each) for item in value)
     if typing.get_origin(hint) is dict:
         return isinstance(value, dict)
     return type(value) is (hint if hint is not None else type(None))
@@ -115,21 +117,21 @@ ANYTHING = st.recursive(
 def test_any_value_is_typed_or_refused(field: tuple[type[Any], str, dict[str, Any], str], value: object) -> None:
     cls, group, values, name = field
     node = OmegaConf.create({**values, name: value})
-    settings, error = None, UserError("was not refused", code=Code.INVALID_VALUE)
+    made, error = None, UserError("was not refused", code=Code.INVALID_VALUE)
     try:
-        settings = build.build(cls, node, group)
+        made = build.build(cls, node, group)
     except UserError as refusal:
         error = refusal
-    if settings is None:
+    if made is None:
         # The key named is the field's own, or that of the field that no longer fits beside it.
         assert str(error.key).startswith(f"{group}.")
         assert len(str(error).splitlines()) == 1
         return
-    assert type(settings) is cls
+    assert type(made) is cls
     hints = typing.get_type_hints(cls, {**vars(schema), "Any": Any})
-    for field in dataclasses.fields(cls):
-        assert fits(getattr(settings, field.name), hints[field.name]), field.name
-    numbers = [v for v in dataclasses.asdict(settings).values() if isinstance(v, float)]
+    for each in dataclasses.fields(cls):
+        assert fits(getattr(made, each.name), hints[each.name]), each.name
+    numbers = [v for v in dataclasses.asdict(made).values() if isinstance(v, float)]
     assert all(map(math.isfinite, numbers))
 
 
@@ -160,9 +162,9 @@ def test_numbers_beyond_any_machine_are_refused_by_key() -> None:
 @given(ANYTHING)
 def test_whatever_stands_in_a_groups_place(node: Any) -> None:
     assume(node != "???")  # missing: asking for it fails before it gets here
-    config = OmegaConf.create({"group": node}).group
+    made = OmegaConf.create({"group": node}).group
     with pytest.raises(UserError):
-        build.build(schema.Trainer, config, "trainer")
+        build.build(schema.Trainer, made, "trainer")
 
 
 RANGES = [

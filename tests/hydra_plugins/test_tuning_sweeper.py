@@ -70,7 +70,7 @@ def test_each_method_is_reported_at_the_rate_that_is_best_on_selection(
     assert found == [("lora", 1e-3, 0), ("lora", 1e-3, 1), ("head_only", 1e-2, 0), ("head_only", 1e-2, 1)]
     assert all("validation/mcc" in record["metrics"] for record in reported)
     assert {(row["adapter"], row["n"]) for row in table()} == {("lora", "2"), ("head_only", "2")}
-    assert "4 runs that only chose a rate" in answer.out
+    assert "4 runs that only chose" in answer.out
     assert lora_bench("train", "-m", "resume=sweep").code == 0
     assert len(records("report")) == 4
 

@@ -20,7 +20,7 @@ from lora_bench.config.schema import DATA
 from lora_bench.errors import Code
 from lora_bench.records import run_folder
 from lora_bench.records.backfill import OPTIONS, TYPE_KEYS, fill_defaults
-from lora_bench.training.checkpoint import _described
+from lora_bench.training.checkpoint import _describe
 from tests.command_line import at_step, lora_bench, refused, signalled, toy_run
 from tests.helpers import composed
 
@@ -172,7 +172,7 @@ def in_old_form(folder: Path) -> None:
             content = run_folder._sealed(content)
         path.write_text(json.dumps(content))
     for checkpoint in folder.glob("checkpoints/*"):
-        manifest = {name: _described(checkpoint / name) for name in ("tensors.safetensors", "state.json")}
+        manifest = {name: _describe(checkpoint / name) for name in ("tensors.safetensors", "state.json")}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     copy = folder / ".hydra/config.yaml"
     copy.write_text(yaml.safe_dump(old_config(yaml.safe_load(copy.read_text()))))

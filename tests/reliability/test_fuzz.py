@@ -244,7 +244,7 @@ def test_mutated_checkpoints_with_a_manifest_of_their_own_are_taken_or_refused(
                 dtypes = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool])
                 held[name] = torch.ones(shape, dtype=data.draw(dtypes))
             save_file(held, tensors)
-        manifest = {path.name: checkpoint._described(path) for path in (tensors, facts)}
+        manifest = {path.name: checkpoint._describe(path) for path in (tensors, facts)}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         checkpoints = Checkpoints(Path("checkpoints"))
         newest = checkpoints.newest()

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_bench.config.build import Settings
 from lora_bench.records import folder_lock
+from lora_bench.records.settings import Settings
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps import packing, workers
 from lora_bench.sweeps.packing import Group

@@ -42,7 +42,7 @@ def test_scores_are_the_mean_of_both_orders(form: str) -> None:
     two_rows = table.take(np.array([2, 0]))
     np.testing.assert_allclose(predict(a_pack, two_rows, 2), predict(a_pack, table, 2)[:, [2, 0]], atol=1e-6)
     alone = scoring_table(of(texts), data, a_pack.backbone, both_orders=False, cached=False)
-    assert alone.exchanged is None
+    assert alone.reversed_view is None
 
 
 @pytest.mark.usefixtures("in_tmp")
@@ -65,7 +65,7 @@ def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> No
     for name in ("validation", "selection"):
         scores_again = run.score(splits[name])
         plain, swapped = (
-            predict(run.pack, tokenize(splits[name], ["question1", "question2"], run.pack.backbone, 128, swapped=s), 32)
+            predict(run.pack, tokenize(splits[name], ["question1", "question2"], run.pack.backbone, 128, reverse=s), 32)
             for s in (False, True)
         )
         np.testing.assert_allclose(scores_again, (plain + swapped)[0] / 2, atol=1e-6)

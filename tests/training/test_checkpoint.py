@@ -199,7 +199,7 @@ def test_a_member_that_version_0_1_calls_stopped_is_eliminated(tmp_path: Path) -
     run(checkpoints=[checkpoints])
     checkpoint = checkpoints.newest(2)
     assert checkpoint is not None
-    checkpoint.facts["outcome"]["status"] = "stopped"
+    checkpoint.metadata["outcome"]["status"] = "stopped"
     assert run(begun=[checkpoint]) == "eliminated"
 
 

@@ -185,7 +185,7 @@ def test_exchanged_rows_are_pairs_in_their_own_right(
     reader = backbone(family)
     first, second = ["How do I learn Go?", "a"], ["What is the best way?", "b " * 40]
     given = Examples(np.array([7, 3]), (first, second), np.array([1, 0]))
-    table = tokenize(given, COLUMNS, reader, 64, swapped=True, cached=cached)
+    table = tokenize(given, COLUMNS, reader, 64, reverse=True, cached=cached)
     if family == "tiny_t5":
         texts = ([f"qqp question1: {b} question2: {a}" for a, b in zip(first, second, strict=True)],)
     else:
@@ -374,7 +374,7 @@ def test_answers_come_to_agree() -> None:
 def test_each_pair_comes_in_one_order_and_then_in_the_other() -> None:
     a_pack = pack("bert", (adapter("lora"), 0))
     as_is, swapped = tables_of(a_pack.backbone)
-    table = replace(as_is, exchanged=swapped)
+    table = replace(as_is, reversed_view=swapped)
     plan = BatchPlan(np.maximum(as_is.lengths, swapped.lengths), 8)
     seen: dict[int, list[int]] = {i: [] for i in range(40)}
     for epoch in range(3):
@@ -409,7 +409,7 @@ def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
         watcher = Losses()
         table = replace(table, reversed_view=table) if turns else table
         chosen = trainer(steps=5, objective="either_order" if turns else "cross_entropy")
-        fit(a_pack, [optimizer()], chosen, table, replace(table, exchanged=None), watcher=watcher)
+        fit(a_pack, [optimizer()], chosen, table, replace(table, reversed_view=None), watcher=watcher)
         losses.append(watcher.seen)
     assert losses[0] == losses[1]
 
