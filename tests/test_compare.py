@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from lora_bench import clean
 from lora_bench.analysis.formats import _no_formula, to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.summary import summarise, write_tables
 from lora_bench.analysis.table import Column, Row, Stat, Table, format_value
@@ -361,7 +360,7 @@ def test_runs_that_are_not_done_are_told_one_line_each(tmp_path: Path) -> None:
     assert table.rows == []
     failed, *rest, skipped = table.footnotes[1:]
     assert table.footnotes[0] == "no finished run yet"
-    assert clean(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
+    assert to_single_line(failed).startswith(f"failed: {tmp_path}/1 (adapter=dora seed=1): out of memory xxx")
     assert failed.endswith("x…")
     expected = [
         (f"diverged: {tmp_path}/2: ",),
@@ -500,7 +499,7 @@ def test_csv_and_json_read_back(table: Table) -> None:
         for column in table.keys:
             assert metrics[column.name] == row.keys.get(column.name)
             cell = format_value(row.keys[column.name]) if column.name in row.keys else ""
-            assert line[clean(column.name)].removeprefix("'") == cell.removeprefix("'")
+            assert line[to_single_line(column.name)].removeprefix("'") == cell.removeprefix("'")
         assert not any(cell.startswith(("=", "@")) for cell in line.values())
 
 

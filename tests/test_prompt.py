@@ -446,7 +446,7 @@ def test_answers_from_elsewhere(in_tmp: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "row", "named"),
     [
-        ("id\tlabel\n0\t1\n", None, "11 of 12 ids: 1, 2, 3, 4, 5, …"),
+        ("id\tlabel\n0\t1\n", None, "1, 2, 3, 4, 5, …"),
         ("id\tlabel\n0\t1\n0\t1\n", 3, "id 0"),
         ("id\tlabel\n12\t1\n", 2, "id '12'"),
         ("id\tscore\n0\tnan\n", 2, "score 'nan'"),

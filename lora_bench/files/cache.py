@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,13 +324,20 @@ def _lock(descriptor: int) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+SECONDS_TO_LOCK = 10.0
+"""Time that a process is given between creating a file and locking it."""
+
+
 def _is_abandoned(path: Path) -> bool:
-    """Return whether no process is writing the file."""
+    """Return whether no process is writing the file; an empty one of the last seconds may not be locked yet."""
     try:
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         return False
     try:
+        status = os.fstat(descriptor)
+        if status.st_size == 0 and time.time() - status.st_mtime < SECONDS_TO_LOCK:
+            return False
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_bench.config.groups import GROUPS
-from lora_bench.config.keys import key_of
+from lora_bench.config.keys import key_of, with_present_names
 from lora_bench.config.multitask import compose_tasks
 from lora_bench.errors import LostFolderError
 from lora_bench.records.backfill import ModelPaths, differences, edited, restore_config
@@ -113,7 +113,7 @@ class Job:
         """
         if self.resumed is None or config is None:
             return
-        for difference in differences(self.resumed.record, config):
+        for difference in differences(self.resumed.record, with_present_names(config)):
             raise edited(self.resumed.folder, *difference)
 
     @property

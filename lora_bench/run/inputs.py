@@ -60,7 +60,7 @@ class Task:
         """Return the task with these tables in place of its own: the same pairs, with cached hidden states.
 
         Args:
-            tables: by split; `second_view` is that of the training split, `reversed_selection` the reversed selection split.
+            tables: by split; `second_view` is that of the training split, `reversed_selection` of the selection split.
         """
         merged = self.tables | dict(tables)
         if "reversed_selection" in merged:

@@ -30,7 +30,6 @@ from lora_bench.console.signals import terminate
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError
 from lora_bench.records.run_folder import Run
-from lora_bench.run.settings import Experiment
 from lora_bench.sweeps import packing
 
 if TYPE_CHECKING:
@@ -56,11 +55,11 @@ class Workers:
         """Return `pack.workers` workers, or by default one for each GPU, or one on the CPU."""
         if not jobs:
             return cls(1, [])
-        experiment = Experiment.build(jobs[0].cfg)
-        count = 0 if experiment.trainer.device == "cpu" else torch.cuda.device_count()
+        settings = jobs[0].settings
+        count = 0 if settings.trainer.device == "cpu" else torch.cuda.device_count()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
-        return cls(experiment.pack.workers or max(1, len(gpus)), gpus)
+        return cls(settings.pack.workers or max(1, len(gpus)), gpus)
 
     @property
     def sharing(self) -> int:

@@ -33,7 +33,7 @@ class MemberProgress:
     """The progress of one member: its status, its best state and its costs so far."""
 
     status: str = "running"
-    """`running`, `done`, `diverged` (a loss, gradient or score was not finite), `failed`, or `eliminated` by halving."""
+    """`running`, `done`, `failed`, `eliminated` by halving, or `diverged`: a loss, gradient or score was not finite."""
     error: Exception | None = None
     """The reason why it diverged or failed."""
     best: dict[str, Any] | None = None

@@ -108,10 +108,10 @@ def added(update: Update, linear: Linear) -> tuple[float, float]:
     if isinstance(update, LoRAXSUpdate):
         r = update.rank
         return 2 * r * (a + b + r) * t + 2 * r * b * t + 2 * r * r * t + (2 * r * r + 2 * r * a) * t * linear.below, 0
-    if type(update).__name__ == "Triplets":
+    if type(update).__name__ == "AdaLoRAUpdate":
         r = len(update.lora_A)  # type: ignore[arg-type]
         return 2 * r * (a + b) * t + 2 * r * b * t * 2 + 2 * r * a * t * (1 + linear.below), 0
-    if type(update).__name__ == "Scaled":
+    if type(update).__name__ == "VeRAUpdate":
         r = update.rank
         return 2 * r * (a + b) * t + 2 * r * b * t + 2 * r * a * t * linear.below, 0
     return 0, 0  # BitFit: a sum

@@ -282,6 +282,9 @@ def test_parts_of_killed_processes_are_removed_and_others_stay(folder: Path) -> 
     for path in (*of_older_versions, folder / "draft.part", folder / "tmp"):
         path.touch()
     (folder / f"{OTHER}.arrow.x.part").symlink_to(folder / "draft.part")
+    assert FILES.abandoned() == []  # empty ones may not be locked yet
+    for path in (temporary, *of_older_versions):
+        os.utime(path, (1, 1))
     assert {entry.path for entry in FILES.abandoned()} == {temporary, *of_older_versions}
 
     def fill(file: BinaryIO) -> None:

@@ -61,7 +61,7 @@ def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
     del record["config"]["adapter"]["beta1"], record["config"]["model"]["revision"], record["config"]["data"]["unseen"]
     config = fill_defaults(record)
     assert (config["adapter"]["beta1"], config["model"]["revision"], config["data"]["unseen"]) == (0.85, None, False)
-    every = {"init_from": None, "matching": False}
+    every = {"init_from": None}
     strange = record_of(adapter="mine")
     strange["config"]["adapter"] = {"method": "bias", "default_lr": 1e-3}
     assert fill_defaults(strange)["adapter"] == {"method": "bias", "default_lr": 1e-3, **every}

@@ -163,7 +163,7 @@ def test_values_of_other_types_are_written_plainly(run: Run) -> None:
     assert read(run.folder)["metrics"] == {"nan": None, "inf": None, "f": 0.5, "np_nan": None}
     config = {"seed": 0, "n": 3, "b": True, "t": [1, 2], "s": [1, 2], "p": "x", "e": "red", "4": 5}
     assert read(run.folder)["config"] == config
-    with pytest.raises(TypeError, match="object has no place"):
+    with pytest.raises(TypeError, match="object"):
         run.update(config={"x": object()})
 
 

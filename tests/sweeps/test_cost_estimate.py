@@ -97,7 +97,7 @@ def test_the_frozen_layers_are_counted_once_where_all_have_one_seed() -> None:
 
 @pytest.mark.usefixtures("in_tmp")
 def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(ALONE, filling_flops=5e8, filling_seconds=2.0)  # of 2 GFLOP and 8 s
+    alone = replace(ALONE, prefix_flops=5e8, prefix_seconds=2.0)  # of 2 GFLOP and 8 s
     monkeypatch.setattr(cost_estimate, "estimate_run", lambda experiment, common: alone)
     asked = toy_run("adapter.layers=top:1", "adapter.rank=1,2,3,4", "pack.size=2", "dry_run=true")
     first, second, whole = rows(lora_bench("train", "-m", *asked).out)
@@ -108,7 +108,7 @@ def test_the_kept_prefix_is_made_once_for_the_sweep(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("in_tmp")
 def test_what_halving_stops_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = replace(ALONE, steps=80, looks=2, look_seconds=0.1)  # of 2 GFLOP, 8 s and 1 s of evaluation
+    alone = replace(ALONE, steps=80, evaluations=2, seconds_per_evaluation=0.1)  # of 2 GFLOP, 8 s and 1 s of evaluation
     monkeypatch.setattr(cost_estimate, "estimate_run", lambda experiment, common: alone)
     asked = toy_run("adapter.rank=1,2,3,4,5,6,7,8", "pack.halving=true", "dry_run=true")
     pack, _ = rows(lora_bench("train", "-m", *asked).out)

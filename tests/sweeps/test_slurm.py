@@ -48,7 +48,7 @@ def at_first_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[Any], objec
     def saying(self: slurm._Submitted, text: str) -> None:
         say(self, text)
         if text.startswith("step "):
-            action(self.given)
+            action(self.handle)
 
     monkeypatch.setattr(slurm._Submitted, "_say", saying)
 

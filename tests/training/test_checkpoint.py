@@ -200,7 +200,7 @@ def test_a_member_that_version_0_1_calls_stopped_is_eliminated(tmp_path: Path) -
     checkpoint = checkpoints.newest(2)
     assert checkpoint is not None
     checkpoint.metadata["outcome"]["status"] = "stopped"
-    assert run(begun=[checkpoint]) == "eliminated"
+    assert run(resumed_from=[checkpoint]) == "eliminated"
 
 
 def test_state_is_json_and_safetensors_alone(tmp_path: Path) -> None:
