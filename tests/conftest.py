@@ -22,8 +22,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+SMOKE = (
+    "adapters/lowrank/test_linear.py",
+    "adapters/methods/test_lora.py",
+    "analysis/test_statistics.py",
+    "config/test_composes.py",
+    "config/test_overrides.py",
+    "console/test_redaction.py",
+    "data/test_batching.py",
+    "data/test_readers.py",
+    "records/test_run_folder.py",
+    "test_architecture.py",
+    "test_cli.py",
+    "test_errors.py",
+    "training/test_optim.py",
+    "training/test_plain.py",
+)
+"""Files of the fast tier, `pytest -m smoke`: one or more of every layer, up to a whole training."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Score(), "reliability")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.as_posix().endswith(SMOKE):
+            item.add_marker(pytest.mark.smoke)
 
 
 @pytest.fixture(autouse=True, scope="session")
