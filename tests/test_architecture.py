@@ -211,7 +211,7 @@ def test_nothing_runs_code_that_a_file_names(path: Path) -> None:
 
 def test_modules_are_imported_by_name_only_where_names_are_ours() -> None:
     users = {module_of(path) for path in SOURCES if "import_module" in path.read_text(encoding="utf-8")}
-    assert users <= {"adapters.methods", "backbones.families", "config.compose"}
+    assert users <= {"files.discovery", "config.compose"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
-
 from lora_bench.adapters.base import Adapter
 from lora_bench.errors import Code, UserError, nearest
+from lora_bench.files.discovery import class_of_module, module_names
 
 __all__ = ["method_class", "method_names"]
 
 
 def method_names() -> list[str]:
     """Return the names of the methods: of the modules in this folder."""
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+    return module_names(__path__)
 
 
 def method_class(name: str) -> type[Adapter]:
@@ -33,10 +30,4 @@ def method_class(name: str) -> type[Adapter]:
             remedy=hint if hint.startswith("Did") else "",  # else it would name the choices once more
             code=Code.UNKNOWN_CHOICE,
         )
-    module = importlib.import_module(f"{__name__}.{name}")
-    (cls,) = (
-        member
-        for _, member in inspect.getmembers(module, inspect.isclass)
-        if issubclass(member, Adapter) and member.__module__ == module.__name__
-    )
-    return cls
+    return class_of_module(__name__, name, Adapter)

@@ -36,9 +36,9 @@ class AdaLoRA(LinearAdapter):
     """Settings of AdaLoRA."""
 
     rank: int
-    """AdaLoRAUpdate per module that are left at the end, on average over the modules."""
+    """Triplets per module at the end, on average over the modules."""
     init_rank: int | None
-    """AdaLoRAUpdate per module at the start; null: one and a half times `rank`, rounded up."""
+    """Triplets per module at the start; null: one and a half times `rank`, rounded up."""
     alpha: float
     """Numerator of the scaling alpha / (initial rank + 1e-5)."""
     dropout: float
@@ -87,7 +87,7 @@ class AdaLoRA(LinearAdapter):
 
     @property
     def first_rank(self) -> int:
-        """AdaLoRAUpdate per module at the start."""
+        """Triplets per module at the start."""
         return (3 * self.rank + 1) // 2 if self.init_rank is None else self.init_rank
 
     # -- making updates --

@@ -97,7 +97,7 @@ class Stack:
         first = updates[0]
         names = ["lora_A", "lora_B"] if type(first) is LowRank else list(first.variant_tensors())
         self.inputs = {name: self._stack(name) for name in names}
-        """What `LowRank.trained_factors` reads, by name."""
+        """The tensors that `LowRank.trained_factors` reads, by name."""
         self.start = None if first.start_A is None else (self._stack("start_A"), self._stack("start_B"))
         self.magnitude = None if first.magnitude is None else self._stack("magnitude")
         self.scaling = self.inputs["lora_A"].new_tensor([update.scaling for update in updates])[:, None, None]

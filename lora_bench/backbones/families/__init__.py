@@ -7,14 +7,12 @@ network in the same file works as well; mistakes in its keys are then reported o
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from typing import TYPE_CHECKING
 
 from lora_bench.backbones.family import Family
 from lora_bench.config.build import build_variant
 from lora_bench.errors import Code, UserError, nearest
+from lora_bench.files.discovery import class_of_module, module_names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,7 +22,7 @@ __all__ = ["build_model", "family_class", "family_names", "family_of_type"]
 
 def family_names() -> list[str]:
     """Return the names of the families: of the modules in this folder."""
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+    return module_names(__path__)
 
 
 def family_class(name: str) -> type[Family]:
@@ -42,13 +40,7 @@ def family_class(name: str) -> type[Family]:
             remedy=nearest(name, names),
             code=Code.UNKNOWN_CHOICE,
         )
-    module = importlib.import_module(f"{__name__}.{name}")
-    (cls,) = (
-        member
-        for _, member in inspect.getmembers(module, inspect.isclass)
-        if issubclass(member, Family) and member.__module__ == module.__name__
-    )
-    return cls
+    return class_of_module(__name__, name, Family)  # type: ignore[type-abstract]
 
 
 def family_of_type(model_type: str | None) -> str:
