@@ -175,7 +175,10 @@ def require_number(key: str, value: float, low: float, high: float = math.inf, *
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the remedy for a mistyped word: `Did you mean …?` with the nearest choice, else a list of the choices."""
+    """Return the remedy for a mistyped word: `Did you mean …?` with the nearest choice, else a list of all choices.
+
+    A dotted key may be near in its last part alone. The remedy is empty if there are no choices.
+    """
     names = sorted(set(choices))
     close = get_close_matches(word, names, n=1, cutoff=0.6)
     if not close:

@@ -212,6 +212,7 @@ def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
     pack = importer.attach(adapter, backbone).eval()
 
     def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
+        """Return P(label 1) of the examples, (1, N); a `UserError` if a score is not finite."""
         table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
         scores = predict(pack, table, BATCH_SIZE)
         if not np.isfinite(scores).all():
@@ -278,7 +279,14 @@ def _model_type(model: schema.Model) -> str | None:
 
 
 def _write(target: Run, name: str, content: dict[str, Any], predictions: dict[str, Any]) -> Path:
-    """Write an evaluation into the target's folder, which is removed if that fails and it is new."""
+    """Write an evaluation into the target's folder, which is created if necessary; return the path of its JSON file.
+
+    An older evaluation of that name is replaced. A new folder that is still empty after a failure is removed again.
+
+    Raises:
+        UserError: the folder cannot be created.
+        RunFailedError: a file in it cannot be written.
+    """
     is_new = not target.folder.exists()
     try:
         target.folder.mkdir(parents=True, exist_ok=True)

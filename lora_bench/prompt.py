@@ -119,7 +119,7 @@ def run_prompt(
 
 @dataclass(frozen=True)
 class _NewRun:
-    """The folder and record of a run that is claimed after all checks."""
+    """The folder and record of a new run, which `claim` creates after all checks."""
 
     folder: Path
     choices: dict[str, str]
@@ -130,7 +130,13 @@ class _NewRun:
     console: Console
 
     def claim(self) -> Run:
-        """Create the folder and its record, and start the trackers."""
+        """Claim the folder for the run, write its record, and start the trackers.
+
+        The folder is created if it does not exist. A tracker that fails to start is left out with a note.
+
+        Raises:
+            UserError: the folder holds a run, is claimed by another process, or cannot be written.
+        """
         run = Run.claim(self.folder, choices=self.choices, config=self.config, overrides=self.overrides)
         no_params = dict.fromkeys(("adapter", "head", "trainable", "total"))
         run.update(data=self.data, params=no_params, environment=environment.describe())
@@ -196,7 +202,16 @@ def _read(
 def _ask(
     request: Request, splits: dict[str, Examples], new_run: _NewRun, console: Console, *, dry_run: bool
 ) -> Run | None:
-    """Prompt the model with every example and return the run; None after a dry run."""
+    """Prompt the model with every example of the reported splits, record the scores, and return the run.
+
+    Answers in the cache are not requested again. A dry run prints the first prompt and the requests that would be sent,
+    creates no folder and returns None. A first request is sent before the folder is claimed, so that its failure leaves
+    nothing behind. Without all answers a run is not scored: its record says why it ended, and the error is raised.
+
+    Raises:
+        UserError: the folder holds a run, or the settings or the server do not allow any request.
+        RunFailedError: the server or the budget ended the run; its answers are cached.
+    """
     template = Template.build(request.prompt, request.data, splits.get("train"), request.seed)
     messages_by_split = {
         name: [template.messages(texts) for texts in zip(*split.texts, strict=True)]
@@ -317,6 +332,7 @@ class _Answers:
 
 
 def _total(counts: Iterable[int | None]) -> int | None:
+    """Return the sum of these counts; None if one of them is not known."""
     listed = list(counts)
     return None if None in listed else sum(filter(None, listed))
 
@@ -349,7 +365,10 @@ def _score(
 
 @contextmanager
 def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
-    """Record how the run ends, and its cost."""
+    """Record how the run ends within the context, and its cost: `done`, `failed` or `interrupted`.
+
+    An error is raised again, a spent budget as a `RunFailedError`.
+    """
     try:
         yield
         run.update(cost=answers.cost() if answers else {})
@@ -377,6 +396,7 @@ def _recorded_end(run: Run, answers: _Answers | None = None) -> Iterator[None]:
 
 
 def _show(console: Console, run: Run) -> None:
+    """Print the metrics, the cost and the folder of a run."""
     console.print(metric_table(run.record["metrics"]))
     show_cost(console, run.record["cost"])
     console.print(sanitise(f"record: {run.folder}"), soft_wrap=True)

@@ -83,11 +83,11 @@ class Adapter(ABC):
         require_number("default_lr", self.default_lr, 0, open_low=True)
 
     def targets(self, backbone: Backbone) -> list[str]:
-        """Full names of the linears to adapt, in the order of computation."""
+        """Return the full names of the linears to adapt, in the order of computation."""
         return []
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> Update:
-        """Return the update for one target.
+        """Return the update for one target; a method with targets overrides this function or `updates`.
 
         Args:
             name: the module's full name, for error messages.
@@ -95,6 +95,10 @@ class Adapter(ABC):
             init: random stream of the member's initialisation (on the CPU, so that devices agree); None where saved
                 tensors are about to be put in, so that a costly start need not be computed.
             dropout: random stream of the member's dropout, on the base's device.
+
+        Raises:
+            UserError: the settings do not fit the module, for example a rank above its smaller side.
+            TypeError: the method overrides neither.
         """
         raise TypeError(f"{self.method} names targets and makes no update for them")
 
@@ -158,10 +162,10 @@ class Adapter(ABC):
         return None
 
     def before_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
-        """Called with fresh, clipped gradients, before the optimizer's update number `step` (from 1) of `steps`."""
+        """Run with fresh, clipped gradients, before the optimizer's update number `step` (from 1) of `steps`."""
 
     def after_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
-        """Called after the optimizer's update, before gradients are cleared."""
+        """Run after the optimizer's update, before gradients are cleared."""
 
     def ranks_final(self, step: int, steps: int) -> bool:
         """Return whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.

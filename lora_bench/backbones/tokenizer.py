@@ -106,7 +106,9 @@ def reject_special_files(folder: Path) -> None:
 
 
 def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
-    """Return what `call` returns, with a limit on its time; for native code, which no signal stops.
+    """Return the result of a call within a time limit; for native code, which no signal stops.
+
+    All output to the process's standard error is discarded meanwhile, that of other threads too.
 
     Raises:
         TimeoutError: it takes longer; it goes on in a thread that does not keep the process alive.
@@ -137,7 +139,10 @@ def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
 
 @contextmanager
 def _no_panic_messages() -> Iterator[None]:
-    """Silence what native code prints when it panics: the error repeats it."""
+    """Discard all output to the process's standard error within the context: native code prints its panics there.
+
+    The error that is raised repeats them.
+    """
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -215,6 +220,7 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     """
 
     def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Return a JSON object as a dict; a `UserError` if it has a duplicate key."""
         members = dict(pairs)
         if len(members) < len(pairs):
             name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
@@ -265,6 +271,7 @@ REMEDY = "Take the tokenizer.json that the weights came with."
 
 
 def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], UserError]) -> None:
+    """Refuse a tokenizer that is not fast, has fewer than 10 tokens besides special ones, or cannot pad."""
     # Where there are no files, transformers makes a tokenizer up that knows its special tokens and nothing else.
     words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
     pad = tokenizer.pad_token
@@ -302,6 +309,6 @@ def _notes(tokenizer: Any, by_class: Any) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, shortened."""
+    """Return the first line of an error's message, at most 200 characters of it; the error's type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:")[:200]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def translate_errors(conf: Path, config_name: str, arguments: Arguments) -> Iterator[None]:
     """Translate errors of Hydra and OmegaConf within the context into `UserError`.
 
-    They concern the arguments, a YAML file, or the folder of the run.
+    They concern the arguments, a YAML file, or the folder of the run. Other errors pass unchanged.
     """
     import yaml
 
@@ -68,7 +68,7 @@ def translate_errors(conf: Path, config_name: str, arguments: Arguments) -> Iter
 
 
 def _explain(error: Exception, conf: Path, config_name: str, arguments: Arguments) -> UserError:
-    """Return the `UserError` for an error of Hydra or OmegaConf, which is told by its message."""
+    """Return the `UserError` for an error of Hydra or OmegaConf, which is recognised by its message."""
     message = str(error)
     match = re.search(r"Could not override '([^']+)'", message)
     if match:
@@ -117,7 +117,16 @@ _LIST_KEYS = "lora-bench train --cfg job lists the keys there are."
 
 
 def _no_such_choice(group: str, option: str, options: list[str], config_dir: str | None) -> UserError:
-    """Return the error for a choice that a group does not have."""
+    """Return the error for a choice that a group does not have; it suggests the nearest one and lists all.
+
+    If `config_dir` holds `<group>/<option>.yml`, the error is that this ending is not read instead.
+
+    Args:
+        group: the config group.
+        option: the choice as typed.
+        options: the choices of the group; may be empty.
+        config_dir: the folder of `--config-dir`; None without one.
+    """
     misnamed = os.path.join(config_dir or "", group, f"{option}.yml")
     if config_dir and os.path.isfile(misnamed):
         return UserError(

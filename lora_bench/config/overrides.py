@@ -235,6 +235,7 @@ def _strings(override: Override) -> list[str]:
     """Return all strings in an override's value, keys of dictionaries included."""
 
     def collect(value: Any) -> Iterator[str]:
+        """Yield the strings of a parsed value, keys of dictionaries included."""
         if isinstance(value, str | QuotedString):
             yield _text(value)
         elif isinstance(value, dict):
@@ -331,7 +332,7 @@ def is_typed_folder(config_dir: str | None) -> bool:
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the texts in a config with their dotted keys; those in a list have the key of the list."""
+    """Yield (dotted key, text) for every string value in a config; a string in a list has the key of the list."""
     if isinstance(node, dict):
         for name, item in node.items():
             yield from _leaves(item, f"{key}.{name}" if key else str(name))
@@ -353,6 +354,11 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
         return bool(super().is_config(config_path))
 
     def load_config(self, config_path: str) -> ConfigResult:
+        """Load a YAML file after `check_yaml`.
+
+        Raises:
+            UserError: it leads out of its folder, is refused by `check_yaml`, or cannot be read as a config.
+        """
         self._refuse_outside(config_path)
         path = os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path)))
         check_yaml(path)

@@ -34,7 +34,11 @@ def removal_note(key: str, value: object = None) -> str | None:
 
 
 def removed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the removed keys and choices of a recorded config that influenced its training, with their values."""
+    """Return the removed keys, and keys with removed choices, that influenced a recorded run's training.
+
+    Returns:
+        The recorded value by dotted key; empty if there are none.
+    """
     recorded = {
         f"{group}.{name}": value
         for group, node in config.items()

@@ -48,9 +48,10 @@ class Augmentation:
     tokenize: Callable[[Examples], TokenTable]
 
     def perturb(self, epoch: int) -> PerturbedRows:
-        """Return the rows that this epoch perturbs, with their new texts and labels.
+        """Return the rows that this epoch perturbs, with their new texts (not yet tokenised) and labels.
 
-        A chosen row that no transform changes is left out.
+        `share` of the N rows are drawn, rounded to a whole number. A drawn row is left out if no transform changes it
+        into one whose label is known.
         """
         random = Random(f"{self.seed} augment {epoch}")
         count = round(self.share * len(self.examples))
@@ -100,6 +101,9 @@ class Augmentation:
 def choose_augmentations(data: Data, objective: str) -> list[Transform]:
     """Return the transforms that `data.augment` names; an empty list if it is null.
 
+    `data.augment` holds names of transforms, levels or `all`, as in `choose_transforms`. `perturb_consistency` allows
+    only transforms that keep the label.
+
     Raises:
         UserError: a name is unknown, a transform does not suit the data or the objective, or the objective needs
             transforms and there are none.
@@ -124,10 +128,23 @@ def training_tables(
 ) -> tuple[TokenTable, TokenTable | None]:
     """Tokenise the training pairs, and once more if the objective needs a second view.
 
+    With `data.augment`, tables have an `augmentation`, which perturbs them anew in each epoch.
+
+    Args:
+        data: settings of the task.
+        train: its training pairs.
+        backbone: gives the template and the tokenizer.
+        objective: `trainer.objective`.
+        head: index of the member's head that classifies the rows.
+
     Returns:
-        (table, second view). The second view has the texts in reversed order (`order_consistency`), perturbed
-        (`perturb_consistency`) or unchanged (`dropout_consistency`); it is None for other objectives. With
-        `either_order`, the first table has the reversed order as its `reversed_view`.
+        (table, second view). For `order_consistency`, the second view has the texts in reversed order, and both are
+        perturbed. For `perturb_consistency`, it has the texts in order, and it alone is perturbed. For
+        `dropout_consistency`, which was removed, it is the table itself. For other objectives it is None;
+        `either_order` gives the table a `reversed_view` instead.
+
+    Raises:
+        UserError: as `choose_augmentations`.
     """
     first_view, second_view = (
         partial(
@@ -143,6 +160,7 @@ def training_tables(
     transforms = choose_augmentations(data, objective)
 
     def augmented(view: Callable[..., TokenTable]) -> TokenTable:
+        """Return a view of the pairs, with an augmentation if there are transforms."""
         if not transforms:
             return view(train)
         uncached = partial(view, cached=False)

@@ -101,6 +101,7 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch, the last of which may be smaller."""
         return -(-len(self.lengths) // self.batch_size)
 
     def buckets(self) -> list[Rows]:
@@ -161,21 +162,30 @@ def training_batches(
                 for flag, view in enumerate(views)
             )
             order = torch.from_numpy(np.argsort(np.argsort(is_reversed, kind="stable")))
-            yield _joined(in_order, in_reverse, order)
+            yield _concatenate(in_order, in_reverse, order)
             continue
         batch, *second_batches = [collate(view, batch_rows, longest, pad_id, members) for view in views]
         yield join_orders(batch, *second_batches) if second_batches else batch
 
 
 def join_orders(batch: Batch, second_view: Batch) -> Batch:
-    """Return one batch with each member's rows, followed by the second view of the same pairs."""
+    """Return one batch with each member's rows, followed by the second view of the same pairs.
+
+    Both batches are padded to the same length.
+    """
     # (2, members, B) row numbers, read member by member
     order = torch.arange(2 * len(batch.input_ids)).view(2, batch.members, -1).transpose(0, 1).flatten()
-    return replace(_joined(batch, second_view, order), orders=2)
+    return replace(_concatenate(batch, second_view, order), orders=2)
 
 
-def _joined(first: Batch, second: Batch, order: Tensor) -> Batch:
-    """Return the rows of the first batch followed by those of the second, permuted by `order`."""
+def _concatenate(first: Batch, second: Batch, order: Tensor) -> Batch:
+    """Return the rows of the first batch followed by those of the second, reordered.
+
+    Args:
+        first: a batch; its `members`, `orders` and `head` are those of the result.
+        second: a batch padded to the same length T, with the same tensors.
+        order: row numbers of the concatenation; row i of the result is row `order[i]`.
+    """
     both: dict[str, Any] = {
         name: torch.cat([value, getattr(second, name)])[order]
         for name, value in vars(first).items()
@@ -231,7 +241,7 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
 
 
 def token_positions(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:
-    """Return the index in the table of each token of a padded batch (N, T), and False for padding (N, T)."""
+    """Return the table's index of each token in a padded batch (N, T), and a mask (N, T) that is False for padding."""
     columns = np.arange(length)
     is_token = columns < table.lengths[rows][:, None]
     return np.minimum(table.offsets[rows][:, None] + columns, len(table.values) - 1), is_token

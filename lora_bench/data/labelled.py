@@ -98,7 +98,7 @@ def encode(table: Table, predictions: Mapping[str, Sequence[Any]], suffix: str) 
 
 
 def _records(table: Table) -> Sequence[Mapping[str, Any]]:
-    """Return the rows as they stand in the file, each by column."""
+    """Return the rows as they stand in the file, each by column; in JSONL a row may lack columns."""
     if table.objects is not None:
         return table.objects
     columns = [table.column(name) for name in table.names]
@@ -106,6 +106,10 @@ def _records(table: Table) -> Sequence[Mapping[str, Any]]:
 
 
 def _cell(value: Any) -> str | int | float:
+    """Return a value as a cell of TSV or CSV: texts and numbers unchanged, null as an empty text.
+
+    A boolean, list or object becomes JSON text, any other value of Parquet the text that `_text` returns.
+    """
     if type(value) in (str, int, float):
         return value  # type: ignore[no-any-return]
     if value is None:
@@ -123,6 +127,7 @@ def _text(value: Any) -> str:
 
 
 def _parquet(table: Table, predictions: Mapping[str, Sequence[Any]]) -> bytes:
+    """Return a Parquet file of the table with the predictions behind its columns; Parquet input keeps its types."""
     import pyarrow as pa
     from pyarrow import parquet
 

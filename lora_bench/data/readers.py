@@ -67,6 +67,11 @@ class Table:
         return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
 
     def _texts(self, name: str) -> list[str]:
+        """Return the N texts of a column, unaltered.
+
+        Raises:
+            UserError: there is no such column, or a value is not a string or holds half of a surrogate pair.
+        """
         self._require_column(name, "data.text_columns")
         values = list(self.column(name))
         for row, value in zip(self.rows, values, strict=True):
@@ -82,6 +87,17 @@ class Table:
     def _labels(
         self, name: str, may_hide: bool, threshold: float | None, label_names: Sequence[str]
     ) -> NDArray[np.int64] | None:
+        """Return the labels of a column, (N,) of 0 and 1; None if they are hidden.
+
+        Args:
+            name: the column.
+            may_hide: allow hidden labels: no such column, or -1 in every row.
+            threshold: labels are 1 where the column's number is at least this; None: the column itself holds 0 and 1.
+            label_names: names of the labels 0 and 1; used only in messages, for a column that holds names.
+
+        Raises:
+            UserError: there is no such column, or a value is none of these; the row is named.
+        """
         if may_hide and name not in self.names:
             return None
         self._require_column(name, "data.label_column")
@@ -105,7 +121,11 @@ class Table:
         )
 
     def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
-        """Return (N,) the column's values as finite numbers."""
+        """Return the column's values as finite numbers, (N,).
+
+        Raises:
+            UserError: a value is not one; the row is named.
+        """
         numbers = np.full(len(values), np.nan)
         for i, value in enumerate(values):
             if type(value) in (str, int, float):
@@ -121,6 +141,7 @@ class Table:
         return numbers
 
     def _require_column(self, name: str, key: str) -> None:
+        """Raise a `UserError` if there is no column of this name; `key` is the config key that gives the name."""
         if name not in self.names:
             columns = list(self.names)
             hint = nearest(name, (repr(column)[1:-1][:60] for column in columns[:200]))
@@ -212,6 +233,18 @@ def file_format(path: str | Path) -> str | None:
 
 
 def _records(source: str, header: list[str], records: list[list[str]], rows: Sequence[int], remedy: str) -> Table:
+    """Return the table of TSV or CSV records.
+
+    Args:
+        source: the file, for messages.
+        header: names of the columns.
+        records: cells of each record.
+        rows: the line where each record begins.
+        remedy: what the format requires, for messages.
+
+    Raises:
+        UserError: a record is blank, or has more or fewer cells than the header.
+    """
     width = len(header)
     for row, record in zip(rows, records, strict=True):
         if len(record) == width:
@@ -233,12 +266,18 @@ def _records(source: str, header: list[str], records: list[list[str]], rows: Seq
 
 
 def _tsv(source: str, raw: bytes) -> Table:
+    """Return the table of a TSV file, of which the first line is the header."""
     header, *records = [line.removesuffix("\r").split("\t") for line in split_lines(source, raw, "\t")]
     remedy = "Every row needs one tab between columns; a text holds no tab and no line break, and quotes mean nothing."
     return _records(source, header, records, range(2, len(records) + 2), remedy)
 
 
 def _csv(source: str, raw: bytes) -> Table:
+    """Return the table of a CSV file, of which the first record is the header.
+
+    Raises:
+        UserError: it is not valid CSV, or the quotes of a record are unbalanced; the row is named.
+    """
     lines = split_lines(source, raw, ",")
     csv.field_size_limit(2**31 - 1)  # of the whole process; the default of 131,072 characters is less than a long text
     reader = csv.reader((line + "\n" for line in lines), strict=True)
@@ -270,6 +309,13 @@ _CSV_ERRORS = {
 
 
 def _jsonl(source: str, raw: bytes) -> Table:
+    """Return the table of a JSON Lines file; its columns are the keys of all its objects.
+
+    A key that some rows lack is refused only when its column is read.
+
+    Raises:
+        UserError: a line is blank, or not one JSON object without duplicate keys; the row is named.
+    """
     objects: list[dict[str, Any]] = []
     for row, line in enumerate(split_lines(source, raw), start=1):
         remedy = "Every line must be one JSON object."
@@ -296,6 +342,7 @@ def _jsonl(source: str, raw: bytes) -> Table:
         objects.append(value)
 
     def column(name: str) -> list[Any]:
+        """Return the values of a column; a `UserError` if a row lacks it."""
         for row, value in enumerate(objects, start=1):
             if name not in value:
                 raise UserError(
@@ -312,12 +359,14 @@ def _jsonl(source: str, raw: bytes) -> Table:
 
 
 def _whole_number(digits: str) -> int:
+    """Return the integer in a JSON text; ValueError if it has more than 4,000 digits."""
     if len(digits) > 4000:  # Python itself stops at 4,300
         raise ValueError(f"a number has {len(digits):,} digits")
     return int(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; ValueError if it has a duplicate key."""
     members = dict(pairs)
     if len(members) < len(pairs):
         raise ValueError("a key is given twice")
@@ -325,6 +374,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(source: str, raw: bytes) -> Table:
+    """Return the table of a Parquet file; a column is read each time when it is used.
+
+    Raises:
+        UserError: it is not valid Parquet. A damaged column raises it when the column is read.
+    """
     import pyarrow  # late: a fifth of a second that the other formats do not need
     from pyarrow import parquet
 
@@ -335,6 +389,7 @@ def _parquet(source: str, raw: bytes) -> Table:
         raise UserError(f"is not valid Parquet: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
 
     def read_columns(columns: list[str] | None) -> Any:
+        """Return these columns (None: all) as a pyarrow.Table; an exception of any type if they are damaged."""
         table = file.read(columns=columns)
         table.validate(full=True)  # strings that are not UTF-8
         if len(table) != count:
@@ -342,6 +397,7 @@ def _parquet(source: str, raw: bytes) -> Table:
         return table
 
     def column(name: str) -> list[Any]:
+        """Return the values of a column; a `UserError` if it is damaged."""
         try:
             values: list[Any] = read_columns([name]).column(name).to_pylist()
         except Exception as error:  # as above
@@ -350,6 +406,7 @@ def _parquet(source: str, raw: bytes) -> Table:
         return values
 
     def arrow() -> Any:
+        """Return all columns as a pyarrow.Table; a `UserError` if one is damaged."""
         try:
             return read_columns(None)
         except Exception as error:  # as above

@@ -128,7 +128,14 @@ def tokenize(
 def scoring_table(
     examples: Examples, data: Data, backbone: PairReader, *, both_orders: bool, cached: bool = True, head: int = 0
 ) -> TokenTable:
-    """Tokenise a split for scoring; with `both_orders`, the table has a `reversed_view`."""
+    """Tokenise a split for scoring, never augmented; with `both_orders`, the table has a `reversed_view`.
+
+    Args:
+        examples: the split's texts and labels.
+        data: settings of the task.
+        backbone, cached, head: as for `tokenize`.
+        both_orders: tokenise the texts in reversed order too.
+    """
     table, *reversed_tables = [
         tokenize(examples, data.text_columns, backbone, data.max_length, reverse=reverse, cached=cached, head=head)
         for reverse in ((False, True) if both_orders else (False,))
@@ -137,6 +144,10 @@ def scoring_table(
 
 
 def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    """Return the tokens of the texts, encoded in chunks: `input_ids`, and `token_type_ids` if any of them is not 0.
+
+    The metadata of the batch has the number of `truncated` pairs, which were longer than `max_length` tokens.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(max_length, strategy="longest_first")
@@ -197,6 +208,7 @@ def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, 
 
 
 def _write(batch: pa.RecordBatch, file: BinaryIO) -> None:
+    """Write a batch as an Arrow stream, which `_parse` reads."""
     with pa.ipc.new_stream(file, batch.schema) as stream:
         stream.write_batch(batch)
 
@@ -244,6 +256,10 @@ def _highest_id(backend: Any, ids: pa.Array) -> int:
 
 
 def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> str:
+    """Return the cache key of these tokens: 40 hexadecimal digits, a hash of the texts, the tokenizer and the limit.
+
+    Padding and truncation of the tokenizer are turned off for it and stay off.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()  # its state is part of the text below

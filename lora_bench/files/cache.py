@@ -125,6 +125,9 @@ class CacheFiles:
     def read(self, key: str, parse: Callable[[bytes], T], *, max_bytes: int) -> T | None:
         """Return the parsed payload of a file; None if there is no valid file.
 
+        A file that is there but not valid, or cannot be read, is left as it is, and a note is printed. Reading counts
+        as a use of the file.
+
         Args:
             key: of the file.
             parse: takes the verified payload; raises ValueError if it is not valid.
@@ -132,6 +135,7 @@ class CacheFiles:
         """
 
         def load(file: BinaryIO) -> T:
+            """Return the parsed payload of an open file, and close it; ValueError if it is not valid."""
             with file:
                 length, digest = _read_trailer(file)
                 if length > max_bytes:
@@ -144,7 +148,9 @@ class CacheFiles:
         return self._load(key, load)
 
     def open(self, key: str, *, size_bytes: int) -> BinaryIO | None:
-        """Return a verified file, open at the start of its payload; None if there is no valid file.
+        """Return a verified file, open for reading; None if there is no valid file.
+
+        Its payload begins at byte 0; the file is not positioned there. In other respects it is as `read`.
 
         Args:
             key: of the file.
@@ -152,6 +158,7 @@ class CacheFiles:
         """
 
         def verify(file: BinaryIO) -> BinaryIO:
+            """Return an open file unchanged; ValueError if it is not valid."""
             length, digest = _read_trailer(file)
             if length != size_bytes:
                 raise ValueError(f"holds {length} bytes instead of {size_bytes}")

@@ -117,7 +117,7 @@ def check_output(path: str | Path, key: str, size: int = 0, *, make_folders: boo
     """
     if str(path) == STREAM or descriptor_of(path) is not None:
         return
-    with _refused(path, key):
+    with _translate_write_errors(path, key):
         mode = _mode(path)
         folder = os.path.dirname(os.path.realpath(path))
         if make_folders and not os.path.lexists(folder):
@@ -132,7 +132,7 @@ def check_folder(path: str | Path, key: str) -> None:
     Raises:
         UserError: the path, or the existing path nearest above it, is not a folder or is read-only.
     """
-    with _refused(path, key, "Give a folder where you may write."):
+    with _translate_write_errors(path, key, "Give a folder where you may write."):
         folder = os.path.realpath(path)
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)
@@ -152,7 +152,7 @@ def write_output(path: str | Path, content: bytes, key: str, *, make_folders: bo
         UserError: it cannot be written; an older file is unchanged.
     """
     descriptor = descriptor_of(path)
-    with _refused(path, key):
+    with _translate_write_errors(path, key):
         if str(path) == STREAM:
             sys.stdout.buffer.write(content)
             sys.stdout.buffer.flush()
@@ -185,7 +185,15 @@ def _mode(path: str | Path) -> int | None:
 
 
 def _probe(folder: str, size: int) -> None:
-    """Make and remove a file of `size` bytes in a folder, to see whether that is possible."""
+    """Create a temporary file in a folder and remove it, to check that the folder is writable and has room.
+
+    Args:
+        folder: an existing folder.
+        size: bytes to reserve; they are not checked where the system cannot reserve any.
+
+    Raises:
+        OSError: the file cannot be created, or there is no room.
+    """
     temporary, descriptor = _make_temporary(folder)
     try:
         if size and hasattr(os, "posix_fallocate"):
@@ -199,7 +207,7 @@ def _probe(folder: str, size: int) -> None:
 
 
 def _replace(path: str, content: bytes) -> None:
-    """Write a file atomically, with the mode of the older file if there is one."""
+    """Write a file atomically, with the mode of the older file if there is one; an OSError leaves it unchanged."""
     temporary, descriptor = _make_temporary(os.path.dirname(path))
     try:
         with open(descriptor, "wb") as file:
@@ -221,10 +229,18 @@ def _make_temporary(folder: str) -> tuple[str, int]:
 
 
 @contextmanager
-def _refused(
+def _translate_write_errors(
     path: str | Path, key: str, remedy: str = "Give a path in an existing, writable folder with enough room."
 ) -> Iterator[None]:
-    """Translate an `OSError` of writing within the context into a `UserError`."""
+    """Translate errors of writing `path` within the context into a `UserError`.
+
+    These are every `OSError` but `BrokenPipeError`, and `ValueError`, which a NUL in the path raises.
+
+    Args:
+        path: the output.
+        key: the config key that holds it.
+        remedy: of the error.
+    """
     try:
         yield
     except BrokenPipeError:

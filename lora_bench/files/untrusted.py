@@ -90,7 +90,9 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; an integer beyond the range of floats becomes infinite, as `1e999` does.
+    """Return the value of a JSON text.
+
+    An integer of more than 300 digits becomes infinite, as `1e999` does. `NaN` and `Infinity` are read as floats.
 
     Raises:
         ValueError: it is not JSON, is nested too deeply, or has a duplicate key.

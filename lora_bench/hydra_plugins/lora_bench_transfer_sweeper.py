@@ -39,12 +39,13 @@ ConfigStore.instance().store(group="hydra/sweeper", name="transfer", node=Transf
 
 
 class TransferSweeper(GridSweeper):
-    """A grid sweep over data sets in two stages.
+    """A grid sweep over data sets in two stages; the jobs of both are checked before the first one starts.
 
     Args:
         shots: numbers of training examples of the target task in the second stage.
         few: settings that differ in the second stage, nested as in the configuration.
         together: add runs of the first stage that learn all tasks.
+        grid: settings of `GridSweeper`.
     """
 
     def __init__(self, shots: Sequence[int], few: dict[str, Any], together: bool, **grid: Any) -> None:
@@ -58,6 +59,11 @@ class TransferSweeper(GridSweeper):
         """Pairs of a run's folder and a task that were tried in this process."""
 
     def _first_stage(self, jobs: list[list[str]]) -> list[list[str]]:
+        """Return the jobs of the first stage, in folders below `train`.
+
+        Raises:
+            UserError: there is one task only, two tasks have one name, or `pack.halving` is set.
+        """
         self.combinations = jobs
         self._refuse_halving()
         tasks = {task_of(job): data_overrides(job) for job in jobs}

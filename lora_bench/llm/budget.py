@@ -78,14 +78,14 @@ class Budget:
 
 
 class Pace:
-    """The rate of requests: at most `requests_per_minute`, and none before the time that a server asked for."""
+    """The rate of requests: at most `requests_per_minute`, evenly spaced; none before the time a server asked for."""
 
     def __init__(self, requests_per_minute: float | None) -> None:
         self.interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self.next = 0.0
 
     async def wait(self) -> None:
-        """Wait for the turn of the next request."""
+        """Wait for the turn of the next request, which is fixed now: a later `hold` does not delay it."""
         now = time.monotonic()
         turn = max(now, self.next)
         self.next = turn + self.interval

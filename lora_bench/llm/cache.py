@@ -32,13 +32,15 @@ def key(request: Mapping[str, Any]) -> str:
 
 
 class Cache:
-    """Answers by key in one SQLite file; a context manager that closes it.
+    """Answers by key in the SQLite file `answers.sqlite`, opened at once; a context manager that closes it.
+
+    A file that is damaged or of another format is moved aside and replaced by an empty one (`set_aside`).
 
     Args:
         folder: of the file; created if it does not exist.
 
     Raises:
-        UserError: the file cannot be read or written, now or in a later call.
+        UserError: the file cannot be created, read or written, now or in a later call.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,6 +109,7 @@ class Cache:
         return db
 
     def _connect(self) -> sqlite3.Connection:
+        """Return a connection to the file that commits every statement and waits while another process writes."""
         db = sqlite3.connect(self.path, timeout=_PATIENCE_SECONDS, isolation_level=None)
         db.text_factory = lambda content: content.decode(errors="replace")
         return db
@@ -137,6 +140,7 @@ class Cache:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        """Translate errors of the file and of SQLite within the context into a `UserError`."""
         try:
             yield
         except (OSError, ValueError, sqlite3.Error) as error:

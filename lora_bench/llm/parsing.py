@@ -91,7 +91,11 @@ _TYPES: dict[type, str] = {list: "a list", dict: "an object", str: "text"}
 
 
 def _field(node: Any, name: str, expected: type[Any]) -> Any:
-    """Return a field of an object of the reply; None if it is missing or null."""
+    """Return a field of an object of the reply; None if it is missing or null.
+
+    Raises:
+        BrokenAnswerError: the node is not an object, or the field is of another type.
+    """
     if not isinstance(node, dict):
         raise BrokenAnswerError(f"the reply is not a chat completion: the parent of {name} is not an object")
     value = node.get(name)
@@ -105,6 +109,11 @@ MAX_TOKENS = 10_000_000
 
 
 def _count(usage: dict[str, Any], name: str) -> int | None:
+    """Return a number of tokens that the server reports; None if it reports none.
+
+    Raises:
+        BrokenAnswerError: it is not an integer from 0 to `MAX_TOKENS`.
+    """
     tokens = usage.get(name)
     if tokens is None:
         return None
@@ -114,6 +123,16 @@ def _count(usage: dict[str, Any], name: str) -> int | None:
 
 
 def _tokens(logprobs: dict[str, Any] | None) -> list[list[tuple[str, float]]]:
+    """Return the likeliest tokens at each of the answer's first `_MAX_POSITIONS` positions: (token, log-probability).
+
+    They are the server's `top_logprobs`, in its order, without empty tokens and those of probability 0.
+
+    Args:
+        logprobs: of the reply; None if the server gives none, for which the result is empty.
+
+    Raises:
+        BrokenAnswerError: a field is of another type, or a token has no log-probability.
+    """
     positions = [] if logprobs is None else _field(logprobs, "content", list) or []
     return [
         [
@@ -126,7 +145,11 @@ def _tokens(logprobs: dict[str, Any] | None) -> list[list[tuple[str, float]]]:
 
 
 def _logprob(token: Any) -> float:
-    """Return a token's log-probability; it may be minus infinity."""
+    """Return a token's log-probability: minus infinity, or at least -1e30.
+
+    Raises:
+        BrokenAnswerError: it is missing, not a number, or above 1.
+    """
     value = token.get("logprob") if isinstance(token, dict) else None
     if isinstance(value, str) and value.lower() in ("-inf", "-infinity"):
         return -math.inf
@@ -159,10 +182,16 @@ def read_label(answer: Answer, words: Sequence[str]) -> tuple[float | None, str]
 
 
 def _normalise(text: str) -> str:
+    """Return a text in lower case, without the punctuation and white space around it."""
     return _AROUND.sub("", text).casefold()
 
 
 def _from_tokens(positions: Sequence[Sequence[tuple[str, float]]], words: Sequence[str]) -> float | None:
+    """Return P(label 1) from log-probabilities, as `read_label` defines it.
+
+    It is read at the first position whose likeliest token is more than punctuation or white space. None if there is no
+    such position, it has fewer than two tokens, or none of them begins exactly one of the words.
+    """
     zero, one = map(_normalise, words)
     for candidates in positions:
         if len(candidates) < 2:

@@ -30,9 +30,11 @@ OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
 
 
 def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record's config with defaults for the keys of `train` that it lacks; its values are unchanged.
+    """Return a record's config with today's defaults for the keys of `lora-bench train` that it lacks.
 
-    The config of a prompted run is returned unchanged, and the seed is never filled in.
+    The defaults of a group are those of the option that the record names. Recorded values are unchanged, null included;
+    removed keys whose values changed nothing are left out. The config of a prompted run is returned unchanged, and the
+    seed is never filled in.
     """
     if is_prompted(record):
         return dict(record["config"])

@@ -110,7 +110,13 @@ class FinishedRecord:
 
     @classmethod
     def _checked(cls, path: Path, record: dict[str, Any]) -> FinishedRecord:
-        """Return the checked record of a run, or raise a `UserError` that names the value that is wrong."""
+        """Return the checked record of a run whose status is checked already.
+
+        Its config has defaults for newer keys, and no removed settings.
+
+        Raises:
+            UserError: a value is missing, of a wrong type or out of range; it is named.
+        """
         for group, choice in record["choices"].items():
             _require(choice is None or type(choice) is str, f"choices.{group}", "is not text")
         recorded = record["config"]

@@ -113,7 +113,13 @@ def refuse_hidden(folder: Path, recorded: Any) -> None:
 
 
 def _refuse_removed(folder: Path, overrides: Sequence[str]) -> None:
-    """Refuse to resume a sweep that was started with keys or choices that were removed since."""
+    """Refuse to resume a sweep that was started with a key that was removed since, whatever its value.
+
+    A removed choice of a key that still exists is refused as well.
+
+    Raises:
+        UserError: naming the override.
+    """
     for override in overrides:
         key, (_, _, value) = keys.key_of(override), override.partition("=")
         if any(removal_note(key, choice) for choice in value.split(",")):

@@ -214,7 +214,11 @@ class Run:
         self.record = record
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`; numbers that are not finite become null."""
+        """Append one line to `metrics.jsonl`; numbers that are not finite become null.
+
+        Raises:
+            RunFailedError: it cannot be written.
+        """
         self.check()
         path = self.folder / METRICS_FILE
         with writing(path), path.open("a", encoding="utf-8") as file:
@@ -262,11 +266,15 @@ class Run:
         return self._write(f"{stem}.json", dump(to_json(content)).encode())
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Record how the run ended, and give up the claim.
+        """Record how the run ended, and give up the claim, even if the record cannot be written.
 
         Args:
             status: one of `STATUSES` except `running`.
             error: the reason; None for `done`.
+
+        Raises:
+            ValueError: it is another status; nothing is done.
+            RunFailedError: the record cannot be written.
         """
         if status not in STATUSES[1:]:
             raise ValueError(f"a run cannot end as {status!r}")

@@ -201,7 +201,15 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
 
 
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
-    """Load the backbone onto its device, frozen unless the method trains it; return it and the hash of its weights."""
+    """Load the backbone onto its device, frozen unless the method trains it.
+
+    Returns:
+        The backbone, with products in `dtype`, and the SHA-256 of its weights as they were loaded (`Backbone.hash`).
+
+    Raises:
+        UserError: it cannot be loaded, takes fewer tokens than a task's `data.max_length`, or cannot score a padded
+            batch.
+    """
     backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
     for single in experiment.by_task.values():
         backbone.require_length(single.data.max_length)

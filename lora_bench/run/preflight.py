@@ -50,7 +50,10 @@ def check_run(folder: str, key: str = "run") -> None:
 
 
 def check_eval(cfg: DictConfig) -> None:
-    """Refuse an evaluation of a run, an adapter or data that do not exist."""
+    """Refuse an evaluation that names both or neither of `run` and `peft`, or data or a run that do not exist.
+
+    The run must be finished and of one task. The folder of an adapter is not checked here.
+    """
     require(
         bool(cfg.run) != bool(cfg.peft),
         "eval",
@@ -65,7 +68,7 @@ def check_eval(cfg: DictConfig) -> None:
 
 
 def check_export(cfg: DictConfig) -> None:
-    """Refuse an export of a run that does not exist, or in an unknown format."""
+    """Refuse an export of a folder without a finished run, in an unknown format, or to no folder."""
     run, output = str(cfg.run), str(cfg.output)
     require_one_of("format", str(cfg.format), ("peft", "merged"))
     require(bool(output), "output", output, "names no folder")

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 class Recorder:
     """Keeps the records of a pack's runs; an error in one run ends that run alone.
 
-    As a context manager it marks the runs that have not ended as failed or interrupted.
+    An exception that leaves it as a context manager ends the other runs too: as `failed`, or, if the process is being
+    stopped, as `interrupted`.
 
     Args:
         pack: the pack that trains.
@@ -95,6 +96,13 @@ class Recorder:
                 self._close(run)
 
     def _start(self, run: PackedRun) -> None:
+        """Claim a new run's folder, or set a resumed run's record back to its checkpoint.
+
+        Inputs, parameters, ranks and environment are recorded.
+
+        Raises:
+            UserError: the folder cannot be claimed, or the inputs are not those that the run was started with.
+        """
         job, inputs = run.job, self.inputs
         newest = run.resumed_from[0] if run.resumed_from else None
         if job.sweep:
@@ -135,7 +143,10 @@ class Recorder:
         return now | {"history": earlier} if earlier or "history" in before else now
 
     def notes(self) -> list[str]:
-        """Return notes for the user before the members train."""
+        """Return notes for the user before the members train, each once.
+
+        They are those of `_notes`, changes of the environment, damaged checkpoints and warm starts.
+        """
         notes = list(self.environment_notes)
         for run in self.running:
             assert run.record is not None
@@ -171,7 +182,13 @@ class Recorder:
             self.display.evaluated(member, line)
 
     def ended(self, members: Sequence[int]) -> None:
-        """Score, save and close the runs that have ended with these members."""
+        """Record and close the runs of these members in which no member trains any more; score those that are done.
+
+        If one member of a run has diverged or failed, the others end with it. A run is done if all its members are:
+        only then its splits are predicted and its metrics, predictions and adapters written. Costs are recorded for
+        every ended run, and its status is that of its members. An error while one run is recorded ends that run alone;
+        an error in the prediction, which the runs share, is raised.
+        """
         runs = list(dict.fromkeys(map(self._run_of, members)))
         for run in runs:
             run.propagate_failure()
@@ -188,7 +205,11 @@ class Recorder:
     # -- end --
 
     def _close(self, run: PackedRun) -> None:
-        """Record how a run ended; a traceback goes to its log."""
+        """Record how a run ended and give up its claim.
+
+        A run without an error ends as `done` or `eliminated`: `done` deletes its checkpoints and prints its result. An
+        error is recorded as in `Run.fail`, which writes a traceback to the run's log.
+        """
         record, run.record = run.record, None
         assert record is not None
         if run.progress.status == "eliminated":
@@ -308,12 +329,16 @@ class Recorder:
         report_tasks(record, trained, sections)
 
     def _record_cost(self, run: PackedRun) -> None:
+        """Record a run's costs and the rank of each target, which the method may have reduced."""
         assert run.record is not None
         exclusive = run.pack_size == len(run.numbers) and self.sharing == 1
         run.record.update(cost=run.cost(exclusive=exclusive), targets=run.ranks())  # a method may have pruned
 
     def _record_micro_batches(self, run: PackedRun) -> None:
-        """Record the pairs per forward pass, and print a note where memory made them fewer than requested."""
+        """Record the pairs per forward pass in training and in evaluation, as `cost` of the record.
+
+        A note is printed for each number that is smaller than requested because memory did not suffice.
+        """
         assert run.record is not None
         trainer, fitting = run.experiment.trainer, self.pack.max_micro_batch
         sizes = {
@@ -357,7 +382,11 @@ def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> lis
 
 
 def _notes(run: PackedRun, record: Mapping[str, Any]) -> list[str]:
-    """Return notes for the user on a run before it trains."""
+    """Return notes for the user on a run before it trains; an empty list if there are none.
+
+    They are the warnings in the record (on the data, the backbone and initialisations), the number of pairs that
+    `data.max_length` truncates, and the alternatives of `adapter.target_modules` that match no linear.
+    """
     notes = list(record["data"]["warnings"])
     truncated = sum(record["data"]["truncated"].values())
     if truncated:

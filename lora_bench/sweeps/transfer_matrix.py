@@ -109,6 +109,7 @@ def _values(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _csv(scores: Sequence[TransferScore]) -> str:
+    """Return `transfer.csv`: a row per cell with mean and standard deviation of `METRICS`, and the number of runs."""
     text = io.StringIO()
     header = ["trained_on", "tested_on", "examples", *(f"{m}{end}" for m in METRICS for end in ("", "_std")), "n"]
     writer = csv.writer(text, lineterminator="\n")
@@ -131,6 +132,12 @@ def _cells(scores: Sequence[TransferScore]) -> dict[tuple[str, str, int | None],
 
 
 def _markdown(scores: Sequence[TransferScore]) -> str:
+    """Return `transfer.md`: a table of the MCC for each number of training examples of the target task, and a note.
+
+    A row is a task trained on, a column a task tested on, a cell the mean ± standard deviation over seeds, or empty.
+    The diagonal of every table shows the runs that were trained on all examples of the task. Rows for an adapter of all
+    tasks and, with training examples, for no source adapter come last.
+    """
     cells = _cells(scores)
     targets = list(dict.fromkeys(score.tested_on for score in scores if score.examples is None))
     levels = sorted({score.examples for score in scores if score.examples is not None})

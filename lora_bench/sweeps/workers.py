@@ -139,7 +139,16 @@ def hand_over(jobs: Sequence[Job]) -> list[Job]:
 
 
 class _Worker:
-    """A worker process, started and followed from the main process."""
+    """A worker process, which starts at once, and the jobs that it has not ended; the main process calls `hear`.
+
+    Args:
+        number: of the worker.
+        jobs: its share of the sweep; folders of resumed runs are released for it.
+        workers: the number of workers, and their GPUs.
+        threads: CPU threads of the process.
+        screen: shows its messages and progress.
+        ended: called by `hear` with each job that has ended, and the error that ended it early or None.
+    """
 
     def __init__(
         self,
@@ -276,6 +285,7 @@ def train_handed_over(
     pending = {job.title: job for job in jobs}
 
     def end(job: Job, error: Exception | None) -> None:
+        """Record the failure of a job, and report the job with an error that can be pickled."""
         del pending[job.title]
         if error is not None:
             job.fail(error)

@@ -233,7 +233,11 @@ class PackTraining:
         return [self.members[k] for k in eliminated(still_running, limit)]
 
     def stop_early(self, member: MemberRun) -> None:
-        """End a member that has not improved for `early_stopping_patience` evaluations, or has reached `stop_at`."""
+        """Set a member's status to `done` if its settings for stopping early say so; the caller scores and closes it.
+
+        They are `early_stopping_patience` evaluations in a row without improvement, and a best MCC of at least
+        `stop_at`. One that is None does not stop it.
+        """
         progress, patience, target = member.progress, self.trainer.early_stopping_patience, self.trainer.stop_at
         if patience is not None and progress.without_gain >= patience:
             progress.status = "done"
@@ -263,7 +267,11 @@ class PackTraining:
                                 raise  # otherwise training goes on, and its result can still be scored and saved
 
     def end(self, members: Iterable[MemberRun]) -> None:
-        """Load the best state of members that have ended, and report them to the observer, which scores them."""
+        """Load the best states of members that have ended, and report these members to the observer together.
+
+        A member without an evaluation keeps its weights; without members nothing happens. Signals take effect at once
+        while the observer scores members that are done.
+        """
         ended = list(members)
         for member in ended:
             member.load_best()

@@ -66,14 +66,16 @@ def evaluate_members(
 def update_best(
     member: MemberRun, step: int, result: EvaluationResult, metrics: Mapping[str, Metric], *, may_choose: bool
 ) -> dict[str, Any] | None:
-    """Compute a member's selection metrics, and keep its state and scores if its MCC is the best so far.
+    """Compute a member's selection metrics, and keep its state and scores if its MCC is above the best so far.
+
+    Otherwise its count of evaluations without improvement is increased.
 
     Args:
         member: still has the weights that were evaluated.
         step: the update after which it was evaluated.
         result: of the evaluation.
         metrics: further metrics beside the standard ones.
-        may_choose: whether its state may be chosen.
+        may_choose: whether its state may be chosen; if not, neither its best state nor the count changes.
 
     Returns:
         The line for the log; None if the member's scores are not finite, which ends it. With several tasks, its metrics

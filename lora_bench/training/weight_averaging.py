@@ -38,7 +38,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the current weights to the mean."""
+        """Add the current weights to the mean; with a share of 0, do nothing."""
         if not self.share:
             return
         if not self.steps:

@@ -248,6 +248,12 @@ def keep_top(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
 
 
 def _require_non_negative(numbers: Iterable[tuple[str, Tensor | float]], quantity: str) -> None:
+    """Raise a `UserError` for the first module with a negative number or one that is not finite.
+
+    Args:
+        numbers: (module, its number or numbers).
+        quantity: the name of the numbers, for the message.
+    """
     for name, number in numbers:
         values = torch.as_tensor(number, dtype=torch.float64)
         if not (torch.isfinite(values) & (values >= 0)).all():
@@ -259,6 +265,7 @@ def _require_non_negative(numbers: Iterable[tuple[str, Tensor | float]], quantit
 
 
 def _require_capacity(total: int, caps: Mapping[str, int]) -> None:
+    """Raise a `UserError` unless `total` is from 0 to the sum of the caps."""
     room = sum(caps.values())
     if not 0 <= total <= room:
         raise UserError(
@@ -286,6 +293,7 @@ def _best_first(values: Mapping[str, Tensor], room: Mapping[str, int]) -> list[t
 
 
 def _parse(rule: str) -> tuple[re.Pattern[str], int]:
+    """Return expression and rank of a rule `EXPRESSION=RANK`; a `UserError` if it is not of that form."""
     expression, equals, rank = rule.rpartition("=")
     if not (equals and expression and re.fullmatch(r"[0-9]{1,9}", rank)):
         raise UserError(

@@ -39,7 +39,7 @@ def random_A(name: str, rank: int, in_features: int, generator: torch.Generator)
 
 
 def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return the largest singular triplets of W: s B A is its best approximation of that rank.
+    """Return A and B from the largest singular triplets of W: s B A is its best approximation of that rank.
 
     PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2 and 3), A = √(S_r/s) V_rᵀ and B = U_r √(S_r/s).
 
@@ -53,7 +53,7 @@ def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return the smallest singular triplets of W, so that training starts in its least important directions.
+    """Return A and B from the smallest singular triplets of W: training starts in its least important directions.
 
     MiLoRA (Wang et al. 2024, arXiv 2406.09044, section 3), shared out between A and B as in `pissa`.
 
@@ -67,16 +67,17 @@ def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return the first columns of Q and rows of R in W = Q R: B is orthonormal, A = Bᵀ W.
+    """Return the first rows of R as A and the first columns of Q as B, with W = Q R: B is orthonormal, A = Bᵀ W.
 
     OLoRA (Büyükakyüz 2024, arXiv 2406.01775, algorithm 1). The scaling has no part in it. R's diagonal is made
     positive, which makes the decomposition unique.
 
     Args:
         weight: (out, in).
+        rank: at most the smaller side of W.
 
     Returns:
-        A (rank, in) and B (out, rank).
+        A (rank, in) and B (out, rank), in fp32.
     """
     W = weight.double()
     Q, R = torch.linalg.qr(W[:, :rank])  # (out, rank): later columns of W do not change the first ones of Q
@@ -169,11 +170,20 @@ _NOISE = 1e-6
 
 
 def singular_triplets(matrix: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular triplets `first` to `first + count`, the largest being number 0: U (out, count), S, V (in, count), fp64.
+    """Return singular triplets of a matrix, computed in fp64.
 
-    By the eigenvectors of the smaller Gram matrix, which for a 768 by 3072 weight is five times as quick as a singular
-    value decomposition in fp32; fp64 makes up for the squaring. Signs are fixed: the largest component of each left
-    vector is positive.
+    They come from the eigenvectors of the smaller Gram matrix, which for a 768 by 3072 weight is five times as quick as
+    a singular value decomposition in fp32; fp64 makes up for the squaring. Signs are fixed: the largest component of
+    each left vector is positive. Singular values below 1e-6 of the largest become 0, with orthonormal vectors of their
+    own.
+
+    Args:
+        matrix: (out, in).
+        first: number of the first triplet; the largest is number 0.
+        count: number of triplets; first + count is at most the smaller side.
+
+    Returns:
+        U (out, count), S (count,) in falling order, and V (in, count), in fp64.
     """
     M = matrix.double()
     if M.shape[0] < M.shape[1]:
@@ -185,6 +195,7 @@ def singular_triplets(matrix: Tensor, first: int, count: int) -> tuple[Tensor, T
 
 
 def _of_tall(M: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `singular_triplets` of a matrix (n, m), n ≥ m, without fixing signs: U (n, count), S, V (m, count)."""
     squares, vectors = (output.flip(-1) for output in torch.linalg.eigh(M.T @ M))
     last = first + count
     # What lies below is rounding in an fp32 matrix: its vectors would differ between a pack and a single run.
@@ -224,5 +235,6 @@ def _largest_positive(vectors: Tensor) -> Tensor:
 
 
 def _ratios(moment: Tensor) -> Tensor:
+    """Return the eigenvalues of a moment (in, in), in falling order, as shares of their sum: (in,)."""
     values: Tensor = torch.linalg.eigvalsh(moment.double()).flip(0).clamp_min(0)
     return (values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).float()

@@ -93,11 +93,12 @@ class LowRank(Update):
 
     @torch.no_grad()
     def initialise(self, lora_A: Tensor, lora_B: Tensor, *, subtract: bool) -> None:
-        """Set lora_A (rank, in) and lora_B (out, rank).
+        """Set lora_A (rank, in) and lora_B (out, rank); reset DoRA's magnitude, if there is one, to the new norms.
 
         Args:
             lora_A, lora_B: the new values.
-            subtract: subtract their product from now on, so that the function stays that of the frozen weight.
+            subtract: subtract their product from now on, so that the function stays that of the frozen weight. Without
+                it, an earlier product that is subtracted stays subtracted.
         """
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
@@ -108,7 +109,7 @@ class LowRank(Update):
 
     @torch.no_grad()
     def add_magnitude(self) -> None:
-        """Train the norms of the output rows apart from their directions, from their present values on (DoRA)."""
+        """Add DoRA's magnitude: a trained norm of each output row, (out,), that starts from the row's present norm."""
         self.register_buffer("squared_norm", self.frozen_weight().float().square().sum(1), persistent=False)  # (out,)
         self.magnitude = nn.Parameter(self._norm(*self.factors()))
 

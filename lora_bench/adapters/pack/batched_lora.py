@@ -103,6 +103,10 @@ class Stack:
         self.scaling = self.inputs["lora_A"].new_tensor([update.scaling for update in updates])[:, None, None]
 
     def _stack(self, name: str) -> Tensor:
+        """Return the members' tensors of this name, padded with zeros and stacked, (K, …), and note their slices.
+
+        If they are parameters, the stack gets a gradient of zeros, and is one of `trained`.
+        """
         tensors: list[Tensor] = [attrgetter(name)(update) for update in self.updates]
         shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
         stack = tensors[0].detach().new_zeros(len(tensors), *shape)
@@ -121,6 +125,7 @@ class Stack:
         return A, B * self.scaling
 
     def _trained_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (K, R, in) and B (K, out, R) of all members, each as its own `trained_factors` would give them."""
         first = self.updates[0]
         if type(first) is LowRank:
             return self.inputs["lora_A"], self.inputs["lora_B"]
@@ -130,7 +135,12 @@ class Stack:
         return A, B  # (K, R, in), (K, out, R)
 
     def ratio(self, A: Tensor, B: Tensor) -> Tensor:
-        """Return magnitude / ‖W + s B A‖ of every output row, (K, out); the norm is a constant, as in `LowRank`."""
+        """Return magnitude / ‖W + s B A‖ of every output row, (K, out); the norm is a constant for gradients.
+
+        Args:
+            A: (K, R, in), of `factors`.
+            B: (K, out, R), of `factors`, so with the scaling s in it.
+        """
         assert self.magnitude is not None
         with torch.no_grad():
             W = self.updates[0].frozen_weight()

@@ -72,6 +72,7 @@ class Pack(PackState):
         detach(self.network, AdaptedLinear, MemberHeads)
 
     def _attach_updates(self) -> None:
+        """Attach the members' present updates to the network, and find the first adapted layer."""
         attach_updates(self.network, self.updates, self._active)
         self.depth = self._first_adapted_layer()
         self._sync = None
@@ -109,13 +110,16 @@ class Pack(PackState):
         return self
 
     def member_groups(self) -> list[list[int]]:
-        """Return the active members in groups that pass through the adapted layers together, batchable ones in a row.
+        """Return the active members in groups; each group takes one pass through the adapted layers.
 
-        A CPU's products are at their peak for one member already; there each is a group, which needs least memory.
+        If the pack is batched, there is one group of all active members, sorted so that those with the same batching
+        key are neighbours. Otherwise each member is a group, in the order of `active`. That is the default on a CPU,
+        whose products are at their peak for one member already, and it needs least memory.
         """
         return [sorted(self.active, key=self._batching_order)] if self.batched else [[k] for k in self.active]
 
     def _batching_order(self, member: int) -> tuple[str, int]:
+        """Return a sort key of the member's first update: members of one batching key together, by ascending rank."""
         first = next(iter(self.updates[member].values()), None)
         return str(first and batching_key(first)), first.rank if first else 0
 
@@ -133,7 +137,11 @@ class Pack(PackState):
         return logits if order == self.active else logits[[order.index(k) for k in self.active]]
 
     def prefix(self, batch: Batch) -> Tensor:
-        """Return the hidden states below the first adapted layer, (B or K·B, T, D), once for all active members."""
+        """Return the hidden states below the first adapted layer, (B or K·B, T, D), once for all active members.
+
+        Cached hidden states of the batch are returned as they are. With `full` these are the embeddings, with
+        gradients. A backbone that can only be computed as a whole returns the token ids, (B or K·B, T).
+        """
         if batch.hidden is not None:
             return batch.hidden
         gradients = torch.is_grad_enabled() and self.trains_backbone
@@ -193,7 +201,11 @@ class Pack(PackState):
         return torch.stack(sums)  # (K, B, 2)
 
     def _first_adapted_layer(self) -> int:
-        """Return how many layers run once for all active members; 0 with `full`, which freezes no layer."""
+        """Return the number of layers below the first one with an update of an active member; they run once for all.
+
+        With a cached prefix it is the depth of that prefix, with `full`, which freezes no layer, 0. If no layer has an
+        update, it is the number of layers; updates outside the layers do not count.
+        """
         if self.prefix_depth is not None:
             return self.prefix_depth
         if self.trains_backbone:

@@ -156,6 +156,14 @@ class Product(NamedTuple):
 
 
 def _low_rank(linear: nn.Linear, product: Product, start: object) -> LowRank:
+    """Return the update of a linear that computes this product.
+
+    Args:
+        linear: the frozen linear.
+        product: from the tensors of the file.
+        start: PEFT's `init_lora_weights`; if it names an initialisation that PEFT subtracts from the frozen weight, the
+            update subtracts it.
+    """
     A, B, scaling, magnitude = product
     update = LowRank(linear, torch.zeros_like(A), torch.zeros_like(B), scaling, 0.0, torch.Generator())
     if start in SUBTRACTED_STARTS:
@@ -170,6 +178,12 @@ def _low_rank(linear: nn.Linear, product: Product, start: object) -> LowRank:
 
 
 class _Lora:
+    """The tensors of a LoRA in PEFT's file: with rank and alpha by module, rsLoRA's scaling and DoRA's magnitude.
+
+    Raises:
+        UserError: a rank is not a valid one.
+    """
+
     def __init__(self, config: PeftConfig, linears: Linears) -> None:
         self.linears = linears
         self.ranks = config.by_module("rank_pattern", config.values["r"], linears)
@@ -182,6 +196,7 @@ class _Lora:
         self.has_magnitude = bool(config.values.get("use_dora"))
 
     def shapes(self) -> Shapes:
+        """Return the shape of each tensor that the file must hold, by its name there."""
         shapes: Shapes = {}
         for name, linear in self.linears.items():
             shapes[f"{MODEL}{name}.lora_A.weight"] = (self.ranks[name], linear.in_features)
@@ -191,11 +206,18 @@ class _Lora:
         return shapes
 
     def product(self, name: str, tensors: Tensors) -> Product:
+        """Return the product of the linear of this name from the tensors of the file."""
         A, B = (tensors[f"{MODEL}{name}.{key}.weight"] for key in ("lora_A", "lora_B"))
         return Product(A, B, self.scalings[name], tensors.get(f"{MODEL}{name}.lora_magnitude_vector"))
 
 
 class _AdaLora:
+    """The tensors of an AdaLoRA in PEFT's file, with the ranks that pruning left of each module.
+
+    Raises:
+        UserError: the rank pattern names no adapted module, or is malformed.
+    """
+
     def __init__(self, config: PeftConfig, linears: Linears) -> None:
         self.linears = linears
         first = config.values["init_r"]
@@ -211,6 +233,7 @@ class _AdaLora:
             self.ranks[name] = sum(map(bool, kept))
 
     def shapes(self) -> Shapes:
+        """Return the shape of each tensor that the file must hold, by its name there."""
         shapes: Shapes = {}
         for name, linear in self.linears.items():
             shapes[f"{MODEL}{name}.lora_A"] = (self.ranks[name], linear.in_features)
@@ -219,11 +242,18 @@ class _AdaLora:
         return shapes
 
     def product(self, name: str, tensors: Tensors) -> Product:
+        """Return the product of the linear of this name from the tensors of the file."""
         A, E, B = (tensors[f"{MODEL}{name}.{key}"] for key in ("lora_A", "lora_E", "lora_B"))
         return Product(E * A, B, self.scaling)
 
 
 class _Vera:
+    """The tensors of a VeRA in PEFT's file: projections that all linears share, and two vectors for each linear.
+
+    Raises:
+        UserError: the file was saved without the projections.
+    """
+
     def __init__(self, config: PeftConfig, linears: Linears) -> None:
         if not config.values.get("save_projection", True):
             reason = "leaves A and B out of the file, and another machine may draw others"
@@ -232,6 +262,7 @@ class _Vera:
         self.rank = config.values["r"]
 
     def shapes(self) -> Shapes:
+        """Return the shape of each tensor that the file must hold, by its name there."""
         linears = self.linears.values()
         shapes: Shapes = {
             f"{PREFIX}vera_A": (self.rank, max(linear.in_features for linear in linears)),
@@ -243,6 +274,7 @@ class _Vera:
         return shapes
 
     def product(self, name: str, tensors: Tensors) -> Product:
+        """Return the product of the linear of this name from the tensors of the file."""
         linear = self.linears[name]
         A = tensors[f"{PREFIX}vera_A"][:, : linear.in_features]
         B = tensors[f"{PREFIX}vera_B"][: linear.out_features]
