@@ -1,9 +1,9 @@
 """`lora-bench compare`: the runs below some folders as one table, best first.
 
-Runs whose configurations are equal except for the seed are one row: mean, standard deviation and n over the seeds. The
-first columns are the keys that vary between rows, named as in the configuration: a header pasted into the shell is a
-valid override. A key that only follows from a choice that varies (`model.hub_id` from `model`) has no column. Runs on
-different data are never averaged.
+Runs whose configurations are equal except for the seed are one setting: mean, standard deviation and n over the seeds.
+A row is one setting: that of its method which is best on the selection split. The first columns are the keys that vary
+between rows, named as in the configuration: a header pasted into the shell is a valid override. A key that only follows
+from a choice that varies (`model.hub_id` from `model`) has no column.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lora_bench.analysis.best import save_best
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.significance import MARGIN
-from lora_bench.analysis.summary import summarise
+from lora_bench.analysis.summary import View, summarise
 from lora_bench.analysis.terminal import render
 from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.console.format import to_single_line
@@ -45,8 +46,11 @@ def main(arguments: list[str]) -> int:
         )
     if options.html is not None:
         check_output(options.html, "--html", make_folders=True)
-    settings = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target")}
-    table = summarise(folders, **settings)
+    view = View(options.all, options.sort, options.top)
+    settings = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target", "where")}
+    table = summarise(folders, **settings, view=view)
+    if options.best is not None:
+        save_best(table, options.best)
     if options.anchors:
         from lora_bench.analysis.published import add_published_results
 
@@ -65,7 +69,7 @@ def main(arguments: list[str]) -> int:
         return 0
     print(FORMATS[options.format](table), end="")
     if options.format in ("csv", "json"):
-        for line in table.footnotes:
+        for line in (*table.footnotes, *table.advice):
             print(to_single_line(line), file=sys.stderr)
     return 0
 
@@ -92,8 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
     parser = _Parser(
         prog="lora-bench compare",
-        description="One table of all runs at or below the folders, best first: a row per experiment, mean ± sample "
-        "standard deviation over its seeds. Runs that are not done, and folders that cannot be read, are listed below.",
+        description="One table of the runs at or below the folders: a row per method, with its setting that is best on "
+        "the selection split, mean ± sample standard deviation over seeds; then tests against a baseline, and advice. "
+        "Runs that are not done, and folders that cannot be read, are listed below.",
         epilog="Column headers are config keys: what the column adapter.rank shows is given as adapter.rank=8.",
         allow_abbrev=False,
     )
@@ -101,7 +106,24 @@ def _parser() -> argparse.ArgumentParser:
         "folders", nargs="*", metavar="DIR", help="run folders, sweeps, or folders above (default: outputs)"
     )
     parser.add_argument(
-        "--by", metavar="KEY", help="a row per value of this config key: --by adapter, --by adapter.rank"
+        "--by",
+        metavar="KEY[,KEY]",
+        help="a row per value of this config key in place of a row per method: --by adapter, --by adapter.rank",
+    )
+    parser.add_argument("--all", action="store_true", help="also show the settings that are not best of their method")
+    parser.add_argument(
+        "--where",
+        metavar="CONDITIONS",
+        help="compare only runs that meet conditions on config keys: 'adapter=lora and adapter.rank<=16'",
+    )
+    parser.add_argument("--sort", metavar="COLUMN", help="sort the rows by a column: --sort cost.train_flops")
+    parser.add_argument("--top", type=_count, metavar="N", help="show the first N rows")
+    parser.add_argument(
+        "--best",
+        type=Path,
+        metavar="DIR",
+        help="write the recommended setting to DIR/experiment/best.yaml; use it with "
+        "`lora-bench train --config-dir DIR experiment=best`",
     )
     parser.add_argument(
         "--format",
@@ -141,6 +163,17 @@ def _parser() -> argparse.ArgumentParser:
         "--anchors", action="store_true", help="show published results beside runs on GLUE's QQP dev set"
     )
     return parser
+
+
+def _count(text: str) -> int:
+    """Return an argument as a whole number of 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not such a number.
+    """
+    if not text.isascii() or not text.isdecimal() or int(text[:9]) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number of 1 or more")
+    return int(text[:9])
 
 
 def _fraction(text: str) -> float:

@@ -20,7 +20,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lora_bench.analysis.formats import _no_formula, to_csv, to_json, to_latex, to_markdown
-from lora_bench.analysis.summary import summarise, write_tables
+from lora_bench.analysis.summary import View, summarise, write_tables
 from lora_bench.analysis.table import Column, Row, Stat, Table, format_value
 from lora_bench.analysis.terminal import render
 from lora_bench.compare import main
@@ -57,7 +57,7 @@ def make(
     run.update(cost={"train_seconds": 83.0, "train_flops": 1.2e12, "peak_memory_bytes": 540e6})
     if mcc is not None:
         run.update(
-            metrics={"validation/accuracy": 0.9, "validation/f1": 0.8, "validation/mcc": mcc, "selection/mcc": 1}
+            metrics={"validation/accuracy": 0.9, "validation/f1": 0.8, "validation/mcc": mcc, "selection/mcc": mcc}
         )
     run.update(**sections)
     if status != "running":
@@ -133,7 +133,7 @@ def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path: Path) -> None
     make(tmp_path / "a", 0.1, created="2026-01-01T00:00:00+00:00")
     table = summarise([tmp_path])
     assert [(row.n, row.stats["mcc"].mean) for row in table.rows] == [(1, 0.7)]
-    assert any("repeat an experiment" in line for line in table.footnotes)
+    assert any("repeat a setting" in line for line in table.footnotes)
 
 
 def test_equal_numbers_of_other_types_share_a_row(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_key_of_one_method_only_is_blank_for_the_other(tmp_path: Path) -> None
     for rank in (2, 8):
         make(tmp_path / str(rank), 0.5 + rank / 100, config={"adapter.rank": rank})
     make(tmp_path / "full", 0.1, choices={"adapter": "full"})
-    table = summarise([tmp_path])
+    table = summarise([tmp_path], view=View(all_settings=True))
     assert values(table) == [("lora", 8), ("lora", 2), ("full", None)]
     assert "| full |  |" in to_markdown(table)
     assert [line["adapter.rank"] for line in csv.DictReader(io.StringIO(to_csv(table)))] == ["8", "2", ""]
@@ -252,11 +252,12 @@ def test_another_split_than_validation_is_named(tmp_path: Path) -> None:
 # -- order, best, costs --
 
 
-def test_best_first_with_the_best_in_bold(tmp_path: Path) -> None:
-    for rank, mcc in ((1, 0.3), (2, 0.9), (4, None), (8, 0.5)):
-        make(tmp_path / str(rank), mcc, config={"adapter.rank": rank})
+def test_the_recommended_row_is_first_then_best_first_with_the_best_in_bold(tmp_path: Path) -> None:
+    for adapter, mcc in (("dora", 0.3), ("vera", 0.9), ("pissa", None), ("eva", 0.5)):
+        make(tmp_path / adapter, mcc, choices={"adapter": adapter})
     table = summarise([tmp_path])
-    assert values(table) == [(2,), (8,), (1,), (4,)]
+    assert values(table) == [("vera",), ("eva",), ("dora",), ("pissa",)]
+    assert [row.recommended for row in table.rows] == [True, False, False, False]
     assert [row.best for row in table.rows] == [
         {"mcc", "accuracy", "f1"},
         {"accuracy", "f1"},
@@ -264,16 +265,17 @@ def test_best_first_with_the_best_in_bold(tmp_path: Path) -> None:
         frozenset(),
     ]
     assert "**0.9000**" in to_markdown(table)
+    assert "**vera**" in to_markdown(table)
     assert r"\textbf{0.9000}" in to_latex(table)
 
 
 def test_the_best_is_marked_for_each_data_set(tmp_path: Path) -> None:
-    for data, mccs in (("qqp", (0.9, 0.8)), ("rte", (0.85, 0.1))):
-        for rank, mcc in enumerate(mccs):
-            config = {"adapter.rank": rank}
-            make(tmp_path / data / str(rank), mcc, choices={"data": data}, config=config, data={"fingerprint": data})
+    for data, mccs in (("qqp", (0.9, 0.8)), ("rte", (0.85, 0.15))):
+        for adapter, mcc in zip(("lora", "dora"), mccs, strict=True):
+            choices = {"data": data, "adapter": adapter}
+            make(tmp_path / data / adapter, mcc, choices=choices, data={"fingerprint": data})
     table = summarise([tmp_path])
-    assert values(table) == [("qqp", 0), ("qqp", 1), ("rte", 0), ("rte", 1)]
+    assert values(table) == [("lora", "qqp"), ("dora", "qqp"), ("lora", "rte"), ("dora", "rte")]
     assert ["mcc" in row.best for row in table.rows] == [True, False, True, False]
 
 
@@ -321,17 +323,18 @@ def test_a_metric_that_some_seeds_lack_tells_its_own_n(tmp_path: Path) -> None:
 # -- --by --
 
 
-def test_by_averages_over_all_runs_with_that_value(tmp_path: Path) -> None:
-    for rank, mccs in ((2, (0.1, 0.2)), (8, (0.5, 0.8))):
+def test_by_a_key_a_row_is_the_setting_that_is_best_on_selection(tmp_path: Path) -> None:
+    for rank, mccs in ((2, (0.2, 0.3)), (8, (0.5, 0.8))):
         for model, mcc in zip(("bert", "t5"), mccs, strict=True):
             make(tmp_path / f"{rank}{model}", mcc, choices={"model": model}, config={"adapter.rank": rank})
-    make(tmp_path / "full", 0.0, choices={"adapter": "full"})
+    make(tmp_path / "full", 0.4, choices={"adapter": "full"})
     table = summarise([tmp_path], by="adapter.rank")
-    assert values(table) == [(8,), (2,), (None,)]
-    assert [(row.n, round(row.stats["mcc"].mean, 3)) for row in table.rows] == [(2, 0.65), (2, 0.15), (1, 0.0)]
-    assert values(summarise([tmp_path], by="seed")) == [(0,)]
-    assert "95 %" not in to_markdown(table)  # not over seeds
-    assert {line["mcc_low"] for line in json.loads(to_json(table))} == {None}
+    assert keys(table) == ["adapter.rank", "model", "adapter"]
+    assert values(table) == [(8, "t5", "lora"), (None, "bert", "full"), (2, "t5", "lora")]
+    assert [(row.n, row.stats["mcc"].mean) for row in table.rows] == [(1, 0.8), (1, 0.4), (1, 0.3)]
+    both = summarise([tmp_path], by="adapter,adapter.rank")
+    assert [value[:2] for value in values(both)] == [("lora", 8), ("full", None), ("lora", 2)]
+    assert {value[0] for value in values(summarise([tmp_path], by="seed"))} == {0}
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -455,7 +458,7 @@ def test_hostile_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.Cap
     assert "<script>" not in markdown
     assert "&lt;script&gt;\\|" in markdown
     assert "\n\n- " in markdown
-    assert all(re.match(r"[|-] ", line) for line in markdown.splitlines() if line)
+    assert all(re.match(r"[|-] |\*\*Use |\*\*Run ", line) for line in markdown.splitlines() if line)
     assert "'=cmd()" in to_csv(table)
 
 
@@ -501,6 +504,7 @@ def test_csv_and_json_read_back(table: Table) -> None:
             cell = format_value(row.keys[column.name]) if column.name in row.keys else ""
             assert line[to_single_line(column.name)].removeprefix("'") == cell.removeprefix("'")
         assert not any(cell.startswith(("=", "@")) for cell in line.values())
+        assert line["chosen"] == "true"
 
 
 @given(tables())

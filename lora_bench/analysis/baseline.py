@@ -11,16 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.significance import (
-    BASELINE,
-    MARGIN,
-    NOT_TESTED,
-    Finding,
-    best_experiment,
-    compare_with_baseline,
-    mean_selection_mcc,
-    row_label,
-)
+from lora_bench.analysis.settings import mean_selection_mcc
+from lora_bench.analysis.significance import BASELINE, MARGIN, NOT_TESTED, Finding, compare_with_baseline
 from lora_bench.analysis.table import Column, Row, Table, format_value
 from lora_bench.config.metric_names import display_name
 from lora_bench.errors import Code, UserError, nearest
@@ -29,30 +21,23 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FEW_RUNS = 200
-"""Finished runs up to which a table is tested without `--baseline`; the predictions of more take long to read."""
+"""Runs of chosen settings that are tested without `--baseline`; the predictions of more take long to read."""
 
 
 def add_verdicts(
-    table: Table,
-    split: str,
-    baseline: str | None = None,
-    margin: float = MARGIN,
-    measure: str = "mcc",
-    *,
-    always: bool = False,
+    table: Table, split: str, baseline: str | None = None, margin: float = MARGIN, measure: str = "mcc"
 ) -> Table:
-    """Return the table with a `Finding` in its rows, the tests as a side table, and notes about them.
+    """Return the table with a `Finding` in the rows of chosen settings, and notes about the tests.
 
-    Rows on the same data are tested against one baseline of theirs.
+    The methods on one data set, each with its chosen setting, are tested against one baseline of theirs.
 
     Args:
-        table: rows, and the records of their runs.
+        table: rows of all settings, and the records of their runs.
         split: the split whose predictions are compared.
-        baseline: the name of the baseline (`_named_rows`); None takes full fine-tuning, else plain LoRA, else the best
-            row.
+        baseline: the name of the baseline (`_named_rows`), which may be a setting that is not chosen; None takes full
+            fine-tuning, else plain LoRA, else the method that is best on the selection split.
         margin: the largest difference that counts as equivalent.
         measure: the metric to test, of `MAIN_METRICS`.
-        always: also test more than `FEW_RUNS` runs without a named baseline.
 
     Raises:
         UserError: `baseline` matches no row.
@@ -60,19 +45,21 @@ def add_verdicts(
     rows_by_data: dict[str | None, list[int]] = {}
     for i, row in enumerate(table.rows):
         rows_by_data.setdefault(row.data, []).append(i)
-    n_runs = sum(row.n for row in table.rows)
-    if baseline is None and (max(map(len, rows_by_data.values()), default=0) < 2 or (n_runs > FEW_RUNS and not always)):
-        note = f"{n_runs:,} runs are tested only against a named row: give --baseline NAME"
-        return replace(table, notes=[*table.notes, note]) if n_runs > FEW_RUNS else table
     named_rows = None if baseline is None else _named_rows(table, baseline)
+    n_runs = sum(row.n for row in table.rows if row.chosen)
+    if baseline is None and n_runs > FEW_RUNS:
+        note = f"{n_runs:,} runs are tested only against a named row: give --baseline NAME"
+        return replace(table, notes=[*table.notes, note])
     rows, notes = list(table.rows), []
     for row_numbers in rows_by_data.values():
         candidates, reason = _candidates(table, row_numbers, named_rows)
-        if len(row_numbers) < 2 or not candidates:
+        if not candidates:
             continue
-        chosen = max(candidates, key=lambda i: mean_selection_mcc(table, table.rows[i].folders))
-        rivals = [i for i in row_numbers if i != chosen]
-        name = row_label(table, table.rows[chosen])
+        chosen = max(candidates, key=lambda i: _selection_mcc(table, table.rows[i]))
+        rivals = [i for i in row_numbers if i != chosen and table.rows[i].chosen]
+        if not rivals:
+            continue
+        name = table.label(table.rows[chosen])
         tests = compare_with_baseline(
             table, table.rows[chosen], [table.rows[i] for i in rivals], split, margin, measure
         )
@@ -81,12 +68,15 @@ def add_verdicts(
             rows[i] = replace(rows[i], finding=finding)
         subject = f"{split} {display_name(measure)} against {name}"
         notes += _notes(subject, reason if len(candidates) == 1 else f"{reason}, the best on selection", tests, margin)
-        notes += _selected_experiments(table, [table.rows[i] for i in row_numbers])
     for i, row in enumerate(rows):
-        if row.finding is None and notes:
+        if row.finding is None and row.chosen and notes:
             rows[i] = replace(row, finding=Finding("", NOT_TESTED, measure, "no baseline has the same data"))
-    tested = replace(table, rows=rows, notes=[*notes, *table.notes])
-    return replace(tested, tests=_readable_tests(tested, measure)) if notes else table
+    return replace(table, rows=rows, notes=[*notes, *table.notes]) if notes else table
+
+
+def _selection_mcc(table: Table, row: Row) -> float:
+    """Return the mean MCC of a row's runs on the selection split; -inf if one has none."""
+    return mean_selection_mcc([table.records[folder] for folder in row.folders])
 
 
 # -- the baseline --
@@ -116,7 +106,7 @@ def _named_rows(table: Table, name: str) -> set[int]:
         ]
     if not matches:
         values = {format_value(value) for row in table.rows for value in row.keys.values()}
-        remedy = nearest(name, values | {row_label(table, row) for row in table.rows}) if len(table.rows) <= 20 else ""
+        remedy = nearest(name, values | {table.label(row) for row in table.rows}) if len(table.rows) <= 20 else ""
         raise UserError(
             "matches no row of this table", key="--baseline", value=name, remedy=remedy, code=Code.UNKNOWN_CHOICE
         )
@@ -138,17 +128,24 @@ def _matches(table: Table, row: Row, condition: str) -> bool:
 
 
 def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] | None) -> tuple[list[int], str]:
-    """Return the rows of one data set that may be its baseline, and the reason to tell the user."""
+    """Return the rows of one data set that may be its baseline, and the reason to tell the user.
+
+    Only a named baseline may have learned nothing, or be a setting that does not stand for its method.
+    """
     if named_rows is not None:
-        return [i for i in row_numbers if i in named_rows], "--baseline"
+        named = [i for i in row_numbers if i in named_rows]
+        return [i for i in named if table.rows[i].chosen] or named, "--baseline"
+    chosen = [i for i in row_numbers if table.rows[i].chosen and table.rows[i].learned]
     for adapter, reason in (("full", "full fine-tuning"), ("lora", "plain LoRA")):
-        matches = [i for i in row_numbers if _first_record(table, table.rows[i])["choices"].get("adapter") == adapter]
+        matches = [i for i in chosen if _first_record(table, table.rows[i])["choices"].get("adapter") == adapter]
         if matches:
             return matches, f"{reason}, unless --baseline names another"
-    best = max(row_numbers, key=lambda i: mean_selection_mcc(table, table.rows[i].folders))
-    if mean_selection_mcc(table, table.rows[best].folders) > -math.inf:
+    if not chosen:
+        return [], ""
+    best = max(chosen, key=lambda i: _selection_mcc(table, table.rows[i]))
+    if _selection_mcc(table, table.rows[best]) > -math.inf:
         return [best], "best on selection, unless --baseline names another"
-    return [row_numbers[0]], "best on these same scores, which flatters it, unless --baseline names another"
+    return chosen[:1], "best on these same scores, which flatters it, unless --baseline names another"
 
 
 def _first_record(table: Table, row: Row) -> dict[str, Any]:
@@ -160,19 +157,16 @@ def _first_record(table: Table, row: Row) -> dict[str, Any]:
 
 
 def _notes(subject: str, reason: str, tests: Sequence[Finding], margin: float) -> list[str]:
-    """Return the notes about the tests of one data set: baseline, seeds, examples, power, and rows without a test."""
+    """Return the notes about the tests of one data set: baseline, seeds, examples, and rows without a test."""
     subject_line = f"verdicts: {subject} ({reason})"
     decided = [test for test in tests if test.p_holm is not None]
     lines = []
     if decided:
-        seeds = sorted({test.paired_seeds for test in decided if test.paired_seeds})
-        n_seeds = f"{seeds[0]}" if seeds[0] == seeds[-1] else f"{seeds[0]} to {seeds[-1]}"
-        weakest = min(test.power for test in decided if test.power is not None)
         lines.append(
-            f"{subject_line}: {n_seeds} paired seeds and {decided[0].examples:,} examples, both counted as chance; p "
-            f"by Holm over {len(decided)} rival{'s' * (len(decided) > 1)}; within {margin:g} is equivalent (--margin)"
+            f"{subject_line}: {seeds_range(decided)} paired seeds and {decided[0].examples:,} examples, both counted "
+            f"as chance; p by Holm over {len(decided)} rival{'s' * (len(decided) > 1)}; within {margin:g} is "
+            "equivalent (--margin)"
         )
-        lines.append(f"power: a true difference of {margin:g} is detected with a probability of {weakest:.0%} or more")
     else:
         lines.append(f"{subject_line}: no row could be tested")
     details_by_reason: dict[str, list[str]] = {}
@@ -187,17 +181,10 @@ def _notes(subject: str, reason: str, tests: Sequence[Finding], margin: float) -
     return lines
 
 
-def _selected_experiments(table: Table, rows: Sequence[Row]) -> list[str]:
-    """Return a note for each row of several experiments: which of them was tested."""
-    lines = []
-    for row in rows:
-        best = best_experiment(table, row)
-        if len(best) < row.n:
-            overrides = " ".join(str(x) for x in table.records[best[0]]["overrides"] if not str(x).startswith("seed="))
-            lines.append(
-                f"{row_label(table, row)}: only its experiment with the best selection MCC is tested: {overrides}"
-            )
-    return lines
+def seeds_range(tests: Sequence[Finding]) -> str:
+    """Return the number of paired seeds of some tests as text: `3`, or `2 to 5`."""
+    seeds = sorted({test.paired_seeds for test in tests if test.paired_seeds})
+    return f"{seeds[0]}" if seeds[0] == seeds[-1] else f"{seeds[0]} to {seeds[-1]}"
 
 
 _KEEP_BY_COLUMN = {
@@ -205,21 +192,21 @@ _KEEP_BY_COLUMN = {
     "95 % interval": 4,
     "p (Holm)": 3,
     "effect size": 0,
-    "power": 1,
+    "detects": 1,
     "seeds": 2,
     "verdict": 6,
 }
 """Columns of the table of tests, with their `Column.keep`."""
 
 
-def _readable_tests(table: Table, measure: str) -> Table:
-    """Return the findings as a table of texts, a row for each row of `table`."""
+def readable_tests(table: Table, measure: str) -> Table | None:
+    """Return the findings as a table of texts, a row for each tested row of `table`; None if no row was tested."""
     columns = [
         *table.keys,
         *(Column(_header(name, measure), "text", keep=keep) for name, keep in _KEEP_BY_COLUMN.items()),
     ]
     rows = [replace(row, keys=row.keys | _finding_texts(row.finding), n=1) for row in table.rows if row.finding]
-    return Table(columns, rows)
+    return Table(columns, rows) if rows else None
 
 
 def _header(name: str, measure: str) -> str:
@@ -238,6 +225,6 @@ def _finding_texts(finding: Finding) -> dict[str, str]:
         texts["p (Holm)"] = "<0.001" if finding.p_holm < 0.001 else f"{finding.p_holm:.3f}"
     if finding.effect_size is not None:
         texts["effect size"] = f"{finding.effect_size:+.2f}"
-    if finding.power is not None:
-        texts["power"] = f"{finding.power:.0%}"
+    if finding.detectable is not None:
+        texts["detects"] = f"{finding.detectable:.4f}"
     return texts

@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.table import Table, format_cell, visible_columns
+from lora_bench.analysis.table import Column, Row, Table, format_cell, visible_columns
 from lora_bench.console.format import to_single_line
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 def _rows_of_values(table: Table) -> Iterator[dict[str, Any]]:
     """Yield the raw values of each row by name: keys, n, metrics with spread and interval, costs, savings, finding."""
     finding_fields = next((asdict(row.finding) for row in table.rows if row.finding), {})
-    over_seeds = any(column.format == "interval" for column in table.columns)
     saved_names = dict.fromkeys(name for row in table.rows for name in row.saved or ())
     for row in table.rows:
         values: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
@@ -30,11 +29,12 @@ def _rows_of_values(table: Table) -> Iterator[dict[str, Any]]:
                 mean = stat.mean if stat else None
                 values[column.name] = int(mean) if mean and column.format != "metric" and mean.is_integer() else mean
                 if column.format == "metric":
-                    low, high = (stat.interval if stat and over_seeds else None) or (None, None)
+                    low, high = (stat.interval if stat else None) or (None, None)
                     values[f"{column.name}_std"] = stat.std if stat else None
                     values |= {f"{column.name}_low": low, f"{column.name}_high": high}
         values |= {name: (row.saved or {}).get(name) for name in saved_names}
         values |= asdict(row.finding) if row.finding else dict.fromkeys(finding_fields)
+        values |= {"chosen": row.chosen, "recommended": row.recommended, "learned_nothing": row.unlearned}
         yield values | {"runs": [str(folder) for folder in row.folders]}
 
 
@@ -46,11 +46,12 @@ def to_json(table: Table) -> str:
 def to_csv(table: Table) -> str:
     """Return the table as CSV (RFC 4180) with a header row.
 
-    A missing value is an empty cell; a configured null is `null`. Cells cannot be read as formulas.
+    A missing value is an empty cell; a configured null is `null`. A cell has one value: p values by seed and folders
+    are in JSON only. Cells cannot be read as formulas.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    lines = [{name: value for name, value in line.items() if name != "runs"} for line in _rows_of_values(table)]
+    lines = [{name: value for name, value in line.items() if name not in _LISTS} for line in _rows_of_values(table)]
     for line, row in zip(lines, table.rows, strict=True):
         line |= {column.name: format_cell(row, column) for column in table.keys}
     if lines:
@@ -61,9 +62,13 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
+_LISTS = ("runs", "p_bootstrap", "p_mcnemar")
+"""Values that are lists."""
+
+
 def _to_text(value: Any) -> str:
-    """Return a value as the text of a cell; the items of a list are separated by spaces."""
-    return to_single_line(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+    """Return a value as the text of a cell."""
+    return to_single_line(json.dumps(value) if isinstance(value, bool) else str(value))
 
 
 # Characters, also in full width, that make a spreadsheet run a cell as a formula.
@@ -82,9 +87,10 @@ def _no_formula(cell: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """Return the table, its side tables and footnotes as Markdown."""
+    """Return the table, its side tables, footnotes and advice as Markdown."""
     footnotes = "".join(f"- {_markdown(to_single_line(line))}\n" for line in table.footnotes)
-    return "\n".join(filter(None, [*map(_markdown_grid, (table, *table.side_tables)), footnotes]))
+    advice = "".join(f"**{_markdown(to_single_line(line))}**\n" for line in table.advice)
+    return "\n".join(filter(None, [*map(_markdown_grid, (table, *table.side_tables)), footnotes, advice]))
 
 
 def _markdown_grid(table: Table) -> str:
@@ -96,8 +102,13 @@ def _markdown_grid(table: Table) -> str:
         lines.append(["---" if column.format == "key" else "---:" for column in columns])
     for row in table.rows:
         cells = [_markdown(format_cell(row, column)) for column in columns]
-        lines.append([f"**{x}**" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)])
+        lines.append([f"**{x}**" if x and _is_bold(row, c) else x for x, c in zip(cells, columns, strict=True)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _is_bold(row: Row, column: Column) -> bool:
+    """Return whether a cell is bold: the best value of a metric, or a key of the recommended row."""
+    return row.recommended if column.format == "key" else column.name in row.best
 
 
 def _markdown(text: str) -> str:
@@ -116,11 +127,12 @@ def to_latex(table: Table) -> str:
     lines += [" & ".join(_latex(column.header) for column in columns) + r" \\", r"\midrule"]
     for row in table.rows:
         cells = [_latex(format_cell(row, column)) for column in columns]
-        cells = [rf"\textbf{{{x}}}" if c.name in row.best else x for x, c in zip(cells, columns, strict=True)]
+        cells = [rf"\textbf{{{x}}}" if x and _is_bold(row, c) else x for x, c in zip(cells, columns, strict=True)]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     side_tables = [to_latex(side_table).rstrip("\n") for side_table in table.side_tables]
-    return "\n".join([*lines, *side_tables, *(f"% {to_single_line(line)}" for line in table.footnotes)]) + "\n"
+    comments = [f"% {to_single_line(line)}" for line in (*table.footnotes, *table.advice)]
+    return "\n".join([*lines, *side_tables, *comments]) + "\n"
 
 
 _LATEX = {char: "\\" + char for char in "&%$#_{}"} | {

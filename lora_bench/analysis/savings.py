@@ -50,8 +50,8 @@ TIME_CAUSES = ("precision", "rate")
 def add_costs(table: Table, target: float | None = None) -> Table:
     """Return the table with bytes on disk, costs to target, and savings against full fine-tuning.
 
-    If several rows are full fine-tuning, savings are against the baseline of the verdicts, else against the best of
-    them.
+    If several rows are full fine-tuning, savings are against the baseline of the verdicts, else against the best
+    setting that stands for its method. A row with a run that learned nothing has no savings, and sets no target.
 
     Args:
         table: rows with their findings, and the records of their runs.
@@ -60,23 +60,24 @@ def add_costs(table: Table, target: float | None = None) -> Table:
     rows = [_add_bytes(row) for row in table.rows]
     full: dict[Any, int] = {}
     for i, row in enumerate(rows):
-        if _choice(table, row, "adapter") == "full":
+        if _choice(table, row, "adapter") == "full" and not row.unlearned:
             group = _comparable_group(table, row)
-            full.setdefault(group, i)  # the best comes first
-            if row.finding and row.finding.verdict == BASELINE:
-                full[group] = i
+            is_baseline = row.finding is not None and row.finding.verdict == BASELINE
+            if group not in full or is_baseline or (row.chosen and not rows[full[group]].chosen):
+                full[group] = i  # the best comes first
     targets = {group: target or _final_mcc(rows[i]) for group, i in full.items()}
     for i, row in enumerate(rows):
         row_target = target or targets.get(_comparable_group(table, row))
-        rows[i] = row if row_target is None else _add_costs_to_target(table, row, row_target)
+        if row_target is not None and not row.unlearned:
+            rows[i] = _add_costs_to_target(table, row, row_target)
     for i, row in enumerate(rows):
         baseline = full.get(_comparable_group(table, row), i)
-        if baseline != i and _choice(table, row, "adapter") != "full":
+        if baseline != i and _choice(table, row, "adapter") != "full" and not row.unlearned:
             rows[i] = replace(row, saved=savings(table, row, rows[baseline]))
     costed = replace(table, rows=rows, columns=[*table.columns, *COLUMNS])
     ends = sorted({end for end in targets.values() if end is not None}) if target is None else [target]
     notes = [_note(rows, ends, target)] if ends else []
-    return replace(costed, savings=_readable_savings(costed), notes=table.notes + notes)
+    return replace(costed, notes=table.notes + notes)
 
 
 def _add_bytes(row: Row) -> Row:
@@ -248,7 +249,7 @@ def _idle_layers(table: Table, row: Row) -> float:
     return min(numbers) / (max(numbers) + 1) if numbers else 1.0
 
 
-def _readable_savings(table: Table) -> Table | None:
+def readable_savings(table: Table) -> Table | None:
     """Return the savings as a table of texts; None if no row has any."""
     rows = [
         replace(row, keys=row.keys | {name: f"{round(share, 2) + 0.0:+.0%}" for name, share in row.saved.items()}, n=1)

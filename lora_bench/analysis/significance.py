@@ -8,14 +8,9 @@ be tested has the reason. Predictions are read only here, and only those of test
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.experiments import experiment_key
-from lora_bench.analysis.table import format_value
-from lora_bench.console.format import to_single_line
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +58,10 @@ class Finding:
     """Probability of detecting a true difference of the margin, at Holm's strictest level."""
     detectable: float | None = None
     """True difference that is detected with a probability of 80 %, at the same level."""
+    seeds_needed: int | None = None
+    """Seeds that would detect `difference`, or the margin if it is larger, with 80 %; None if no number is enough."""
+    examples_needed: int | None = None
+    """Examples that would, with as many seeds as are proposed at most; None if `seeds_needed` is known."""
     paired_seeds: int | None = None
     examples: int | None = None
     p_seeds: float | None = None
@@ -99,7 +98,7 @@ def compare_with_baseline(
     counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
     p_holm = dict(zip(counted, statistics.holm([test.p for test in counted.values()]), strict=True))
     p_margin = dict(zip(counted, statistics.holm([test.p_beyond(margin) for test in counted.values()]), strict=True))
-    level, name, findings = ALPHA / max(1, len(counted)), row_label(table, baseline), []
+    level, name, findings = ALPHA / max(1, len(counted)), table.label(baseline), []
     for i, pair in enumerate(pairs):
         if i not in tests:
             findings.append(Finding(name, NOT_TESTED, measure, pair.why))
@@ -129,25 +128,16 @@ def compare_with_baseline(
                 power=test.power(margin, level),
                 detectable=test.detectable(alpha=level),
             )
+            if finding.verdict == "inconclusive":
+                target = max(abs(test.difference), margin)
+                seeds = None if pairs[i].fixed else test.seeds_needed(target, level)
+                examples = test.examples_needed(target, level) if seeds is None else None
+                finding = replace(finding, seeds_needed=seeds, examples_needed=examples)
         findings.append(finding)
     return findings
 
 
-def row_label(table: Table, row: Row) -> str:
-    """Return a row's name: its key columns as overrides."""
-    return ", ".join(
-        f"{to_single_line(c.name)}={format_value(row.keys[c.name])}" for c in table.keys if c.name in row.keys
-    )
-
-
 # -- pairs of runs --
-
-
-def mean_selection_mcc(table: Table, folders: Sequence[Path]) -> float:
-    """Return the mean MCC on the selection split, the only score that anything is chosen by; -inf if a run has none."""
-    values = [table.records[folder]["metrics"].get("selection/mcc") for folder in folders]
-    numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
-    return fmean(numbers) if len(numbers) == len(values) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -213,7 +203,7 @@ class _Reader:
 
 def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
     """Return the predictions of the seeds that both rows have, on the same examples."""
-    ours, theirs = (_by_seed(table, best_experiment(table, row)) for row in (rival, baseline))
+    ours, theirs = (_by_seed(table, row.folders) for row in (rival, baseline))
     fixed = [all(_is_fixed(table.records[folder]) for folder in seeds.values()) for seeds in (ours, theirs)]
     if fixed == [True, True]:
         ours, theirs = ({None: next(iter(seeds.values()))} for seeds in (ours, theirs))
@@ -244,14 +234,6 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair
     if pairs and any(all(predictions.is_constant for predictions in side) for side in zip(*pairs, strict=True)):
         return _Pair([], [], all(fixed), "one side predicts the same label for all examples, in every seed")
     return _Pair([a for a, _ in pairs], [b for _, b in pairs], all(fixed), reason)
-
-
-def best_experiment(table: Table, row: Row) -> list[Path]:
-    """Return the row's runs; if it has several experiments (`--by`), those of the best one on selection."""
-    experiments: dict[str, list[Path]] = {}
-    for folder in row.folders:
-        experiments.setdefault(experiment_key(table.records[folder]), []).append(folder)
-    return max(experiments.values(), key=lambda folders: mean_selection_mcc(table, folders))
 
 
 def _by_seed(table: Table, folders: Sequence[Path]) -> dict[Any, Path]:

@@ -11,7 +11,7 @@ Predictions are boolean: `scores >= threshold`. A difference is `a - b`: above 0
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 """Default confidence of an interval."""
 
+MAX_SEEDS = 20
+"""Largest number of seeds that is proposed."""
 
 VERDICTS = ("better", "worse", "equivalent", "inconclusive")
 """Words that `choose_verdict` returns."""
@@ -128,6 +130,35 @@ class Comparison:
         while self.power(high, alpha) < chance:
             high *= 2
         return _bisect(lambda difference: self.power(difference, alpha) - chance, 0.0, high)
+
+    def rescaled(self, seeds: int, examples: int) -> Comparison:
+        """Return the comparison that is to be expected with another number of seeds and examples.
+
+        The variance over seeds falls with the number of seeds, the variance over examples with that of examples. The
+        part of the former that comes from the examples falls with both; it is not counted, so this is conservative.
+        """
+        by_examples = self.by_examples * self.examples / examples if examples else self.by_examples
+        return replace(
+            self, by_seeds=self.by_seeds * self.seeds / seeds, by_examples=by_examples, seeds=seeds, examples=examples
+        )
+
+    def seeds_needed(self, difference: float, alpha: float = 0.05, chance: float = 0.8) -> int | None:
+        """Return the number of seeds that detect a true `difference` with probability `chance`.
+
+        None if more than `MAX_SEEDS` would be needed, because the examples are too few.
+        """
+        counts = range(max(2, self.seeds), MAX_SEEDS + 1)
+        return next((n for n in counts if self.rescaled(n, self.examples).power(difference, alpha) >= chance), None)
+
+    def examples_needed(self, difference: float, alpha: float = 0.05, chance: float = 0.8) -> int | None:
+        """Return the number of examples, to two digits, that do so with `MAX_SEEDS` seeds; None if none does."""
+        n = float(max(self.examples, 2))
+        for _ in range(60):
+            if self.rescaled(MAX_SEEDS, int(n)).power(difference, alpha) >= chance:
+                step = 10 ** (len(str(int(n))) - 2) if n >= 10 else 1
+                return math.ceil(n / step) * step
+            n *= 1.25
+        return None
 
     def _squared(self, by_seeds: ArrayLike, alpha: float) -> Floats:
         """Return the squared half-width of the interval at a level, for variances over seeds."""

@@ -1,76 +1,63 @@
-"""From run folders to a table: a row per experiment, mean and spread over its seeds, verdicts and notes."""
+"""From run folders to a table with a decision: a row per method, with its setting that is best on selection."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.baseline import add_verdicts
-from lora_bench.analysis.columns import STRESS_COLUMNS, has_column
-from lora_bench.analysis.experiments import (
-    OUTSIDE_THE_EXPERIMENT,
-    REQUEST_LIMITS,
+from lora_bench.analysis.baseline import add_verdicts, readable_tests
+from lora_bench.analysis.columns import cost_columns, metric_columns
+from lora_bench.analysis.decision import add_decisions
+from lora_bench.analysis.formats import to_csv, to_markdown
+from lora_bench.analysis.loading import LoadedRuns, load_runs
+from lora_bench.analysis.ordering import limit, mark_best, sort_rows
+from lora_bench.analysis.savings import add_costs, readable_savings
+from lora_bench.analysis.settings import (
+    TUNED_KEYS,
     RecordedRun,
     all_keys,
     check_key,
-    describe_run,
+    choose_setting,
     differs,
     group_runs,
     is_implied,
-    keep_newest_per_seed,
 )
-from lora_bench.analysis.formats import to_csv, to_markdown
-from lora_bench.analysis.savings import add_costs
-from lora_bench.analysis.significance import MARGIN
-from lora_bench.analysis.table import Column, Missing, Row, Stat, Table
-from lora_bench.config.metric_names import MAIN_METRICS
-from lora_bench.errors import Code, UserError
+from lora_bench.analysis.significance import BASELINE, MARGIN
+from lora_bench.analysis.table import Column, Row, Stat, Table
+from lora_bench.evaluation.chance import describe_failure
 from lora_bench.files.atomic_io import write
-from lora_bench.records import metrics_log, sweep_folder
-from lora_bench.records.backfill import align_configs
-from lora_bench.records.evaluations import add_evaluations, unreadable_notes
-from lora_bench.records.run_folder import METRICS_FILE, altered_notes, find_runs, is_killed, is_prompted
-from lora_bench.records.task_folders import split_by_task
+from lora_bench.records import sweep_folder
+from lora_bench.records.evaluations import unreadable_notes
+from lora_bench.records.run_folder import altered_notes, find_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-OTHER_METRICS = ("precision", "recall", "auroc", "nll", "ece", "brier")
-"""Standard metrics without a column; they stay in run.json. Main metrics and configured ones have columns."""
+
+@dataclass(frozen=True)
+class View:
+    """The rows of a comparison to show, and their order. Decisions do not depend on it."""
+
+    all_settings: bool = False
+    """Also show the settings that do not stand for their method."""
+    sort: str | None = None
+    """Column to sort by in place of the order by data, recommendation and MCC."""
+    top: int | None = None
+    """Number of rows to show; None: all."""
 
 
-COSTS = {
-    "params.adapter": "count",
-    "params.head": "count",
-    "params.total": "count",
-    "cost.train_seconds": "seconds",
-    "cost.train_flops": "flops",
-    "cost.peak_memory_bytes": "bytes",
-}
-"""Columns of costs, with their `Column.format`."""
-
-
-KEEP = (
-    "params.total",
-    "cost.peak_memory_bytes",
-    "cost.train_flops",
-    "params.head",
-    "cost.train_seconds",
-    "params.adapter",
-)
-"""Columns in the order in which a narrow terminal drops them."""
-
-
-def write_tables(folder: Path, baseline: str | None = None) -> None:
-    """Write `table.md` and `table.csv` of a finished sweep into its folder; nothing if it has no runs."""
-    if find_runs([folder])[0]:
-        table = summarise([folder], baseline=baseline)
-        write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
-        write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
+def write_tables(folder: Path, baseline: str | None = None) -> Table | None:
+    """Write `table.md` and `table.csv` of a finished sweep into its folder; None if it has no runs."""
+    if not find_runs([folder])[0]:
+        return None
+    table = summarise([folder], baseline=baseline)
+    write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
+    write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
+    return table
 
 
 def summarise(
@@ -80,113 +67,97 @@ def summarise(
     margin: float = MARGIN,
     measure: str = "mcc",
     target: float | None = None,
+    where: str | None = None,
+    view: View | None = None,
 ) -> Table:
-    """Return the runs at or below `paths` as a table with verdicts, savings and notes.
+    """Return the runs at or below `paths` as a table with verdicts, savings, notes and advice.
 
     Args:
         paths: run folders, sweeps, or folders above.
-        by: a configuration key: a row per value of it instead of a row per experiment.
+        by: configuration keys, separated by commas: a row per combination of their values instead of a row per method.
         baseline: the row that the others are tested against (`add_verdicts`).
         margin: the largest difference that counts as equivalent.
         measure: the metric to test.
         target: the selection MCC up to which costs are counted (`add_costs`).
+        where: conditions on configuration keys that runs have to meet (`where.parse`).
+        view: rows to show and their order.
 
     Raises:
-        UserError: a path does not exist, there are no runs, or a key or baseline is unknown.
+        UserError: a path does not exist, there are no runs, or a key, condition or baseline is wrong.
     """
-    runs_found, skipped = find_runs(paths)
-    runs_found, unread_tasks = split_by_task(runs_found)
-    runs_found = [(folder, add_evaluations(folder, record)) for folder, record in align_configs(runs_found)]
-    if not runs_found:
-        skipped_note = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
-        raise UserError(
-            f"no runs here{skipped_note}", file=", ".join(map(str, paths)), remedy=remedy, code=Code.NOT_FOUND
-        )
-    splits = _reported_splits(record for _, record in runs_found if record["status"] == "done")
-    all_runs = [describe_run(folder, record, splits) for folder, record in runs_found]
-    finished = [run for run in all_runs if run.record["status"] == "done"]
-    # A run that only chose a learning rate is no rival of runs that were trained with it.
-    reporting = [run for run in finished if run.keys.get("data.report") is not False]
-    n_hidden = len(finished) - len(reporting) if reporting else 0
-    if n_hidden:
-        hidden = {run.folder for run in finished} - {run.folder for run in reporting}
-        all_runs, finished = [run for run in all_runs if run.folder not in hidden], reporting
-    keys = [key for key in all_keys(all_runs) if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT]
-    keys = [key for key in keys if key not in REQUEST_LIMITS]
-    runs = keep_newest_per_seed(finished, keys)
+    loaded = load_runs(paths)
+    if where is not None:
+        loaded = loaded.filtered(where)
+    view = view or View()
+    table = _settings_table(loaded, by)
+    table = add_verdicts(table, loaded.splits[0], baseline, margin, measure)
+    table = add_costs(table, target)
+    table = add_decisions(table, measure, margin)
+    table = replace(table, settings=table.rows, rows=_visible(table.rows, view), notes=_notes(table, loaded))
+    table = replace(table, rows=mark_best(table))
+    table = limit(sort_rows(table, view.sort), view.top)
+    return replace(table, tests=readable_tests(table, measure), savings=readable_savings(table))
+
+
+# -- rows --
+
+
+def _settings_table(loaded: LoadedRuns, by: str | None) -> Table:
+    """Return the table of all settings, best first, with the chosen setting of each method marked."""
+    runs, keys = loaded.newest, loaded.keys
     varying = [key for key in keys if differs(key, runs)]
     shown_keys = [key for key in varying if not is_implied(key, varying, runs)]
     if by is None:
-        groups, shown_keys = (
-            group_runs(runs, keys),
-            shown_keys or [key for key in ("model", "adapter", "data") if key in keys],
-        )
+        method_keys = [key for key in shown_keys if key not in TUNED_KEYS]
     else:
-        check_key(by, all_keys(all_runs), shown_keys)
-        # Runs on different data are different rows, whatever the key.
-        shown_keys = [by, *(key for key in shown_keys if key != by and key.split(".")[0] == "data")]
-        groups = group_runs(runs, shown_keys)
-    metrics = _metric_columns(runs, splits)
-    costs = {name: Column(name, unit, keep=KEEP.index(name)) for name, unit in COSTS.items()}
-    rows = _ordered([_row(group, shown_keys, metrics | costs) for group in groups], [*metrics.values()])
-    missing = [_unfinished(run) for run in all_runs if run.record["status"] != "done"]
-    missing += [Missing("skipped", folder, reason) for folder, reason in [*skipped, *unread_tasks]]
-    mcc = metrics[f"{splits[0]}/mcc"].name
-    # A row of `--by` may have several experiments, so it has no interval over seeds.
-    interval = [Column(f"{mcc} 95 %", "interval", of=mcc)] if by is None else []
-    columns = [*(Column(key, "key") for key in shown_keys), *metrics.values(), *interval, *costs.values()]
-    notes = _caveats(rows, runs, len(finished) - len(runs), splits) + unreadable_notes(run.record for run in runs)
-    notes += altered_notes((run.folder, run.record) for run in all_runs)
-    if n_hidden:
-        notes.append(f"{n_hidden} runs that only chose a learning rate (data.report=false) are not shown")
-    table = Table(columns, rows, notes, missing, {run.folder: run.record for run in all_runs})
-    return add_costs(add_verdicts(table, splits[0], baseline, margin, measure), target)
+        by_keys = [key.strip() for key in by.split(",")]
+        for key in by_keys:
+            check_key("--by", key, all_keys(loaded.all), shown_keys)
+        data_keys = [key for key in shown_keys if key.split(".")[0] == "data" and key not in by_keys]
+        method_keys = [*by_keys, *data_keys]  # runs on different data are different rows, whatever the key
+        keys = [*keys, *(key for key in by_keys if key not in keys)]
+        shown_keys = [*method_keys, *(key for key in shown_keys if key not in method_keys)]
+    shown_keys = shown_keys or [key for key in ("model", "adapter", "data") if key in keys]
+    metrics, costs = metric_columns(runs, loaded.splits), cost_columns()
+    rows: list[Row] = []
+    for number, method in enumerate(group_runs(runs, method_keys)):
+        settings = group_runs(method, keys)
+        chosen = choose_setting(settings)
+        for i, setting in enumerate(settings):
+            row = _row(setting, shown_keys, metrics | costs, loaded.splits[0])
+            rows.append(replace(row, method=number, chosen=i == chosen))
+    mcc = metrics[f"{loaded.splits[0]}/mcc"].name
+    interval = Column(f"{mcc} 95 %", "interval", of=mcc)
+    columns = [*(Column(key, "key") for key in shown_keys), *metrics.values(), interval, *costs.values()]
+    return Table(columns, _by_mcc(rows, mcc), [], loaded.missing, {run.folder: run.record for run in loaded.all})
 
 
-def _reported_splits(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the splits that were scored once, at the end; selection only if no run has another one."""
-    splits = {key.split("/")[0] for record in records for key in record["metrics"] if "/" in key}
-    order = ("validation", "test", *sorted(splits))
-    reported = [split for split in dict.fromkeys(order) if split in splits - {"train", "selection"}]
-    return reported or [split for split in ("selection",) if split in splits] or ["validation"]
+def _row(runs: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[str, Column], split: str) -> Row:
+    """Return the row of a setting.
 
-
-def _metric_columns(runs: Sequence[RecordedRun], splits: Sequence[str]) -> dict[str, Column]:
-    """Return a column for each `split/metric` of run.json; its header names the split where it is not obvious."""
-    columns = {}
-    recorded = sorted({key for run in runs for key in run.record["metrics"]})
-    own_splits = [split for split in splits if ":" not in split]  # the rest are later evaluations on other data
-    for i, split in enumerate(splits):
-        extra = [key.removeprefix(f"{split}/") for key in recorded if key.startswith(f"{split}/")]
-        extra = [name for name in extra if name not in MAIN_METRICS + OTHER_METRICS and has_column(name)]
-        main = [name for name in MAIN_METRICS if split in own_splits or f"{split}/{name}" in recorded]
-        for name in [*main, *extra]:
-            header = name if own_splits == [split] and split != "selection" else f"{split}/{name}"
-            rank = MAIN_METRICS.index(name) if name in MAIN_METRICS else -1
-            directions = {run.keys.get(f"metric.{name}.direction") for run in runs}
-            arrow = (
-                "↑"
-                if rank >= 0 or "up" in directions
-                else "↓"
-                if "down" in directions
-                else STRESS_COLUMNS.get(name, "")
-            )
-            columns[f"{split}/{name}"] = Column(header, "metric", arrow, keep=len(KEEP) + 9 * (len(splits) - i) + rank)
-    return columns
-
-
-def _row(group: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[str, Column]) -> Row:
-    """Return the row of a group of runs."""
+    Args:
+        runs: of the setting.
+        shown_keys: its key columns.
+        columns: metrics and costs, by key in run.json.
+        split: the main reported split, which says whether a run learned something.
+    """
     stats = {}
     for source, column in columns.items():
         section, _, name = source.partition(".")
         path = ("metrics", source) if column.format == "metric" else (section, name)
-        stat = _stat([run.record[path[0]].get(path[1]) for run in group])
+        stat = _stat([run.record[path[0]].get(path[1]) for run in runs])
         if stat is not None:
             stats[column.name] = stat
-    keys = {key: _short(group[0].keys[key]) for key in shown_keys if key in group[0].keys}
-    return Row(keys, stats, len(group), [run.folder for run in group], data=group[0].data)
+    keys = {key: _short(runs[0].keys[key]) for key in shown_keys if key in runs[0].keys}
+    unlearned = sum(_failure(run.record, split) is not None for run in runs)
+    return Row(keys, stats, len(runs), [run.folder for run in runs], data=runs[0].data, unlearned=unlearned)
+
+
+def _failure(record: dict[str, Any], split: str) -> str | None:
+    """Return the reason that a run counts as one that learned nothing, or None."""
+    rows = record["data"].get("rows")
+    examples = rows.get(split) if isinstance(rows, dict) else None
+    return describe_failure(record["metrics"], split, examples if isinstance(examples, int) else None)
 
 
 def _short(value: Any) -> Any:
@@ -206,28 +177,107 @@ def _stat(values: Sequence[Any]) -> Stat | None:
     return Stat(mean, std, n) if std is None or math.isfinite(std) else None
 
 
-def _ordered(rows: Sequence[Row], metrics: Sequence[Column]) -> list[Row]:
-    """Return the rows grouped by data, best MCC first, with the best value of each metric on the data marked."""
-
-    def mcc(row: Row) -> float:
-        return next(
-            (row.stats[c.name].mean for c in metrics if c.name.endswith("mcc") and c.name in row.stats), -math.inf
-        )
-
+def _by_mcc(rows: Sequence[Row], mcc: str) -> list[Row]:
+    """Return the rows grouped by data, the block with the best MCC first, and best first within a block."""
     blocks: dict[str | None, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: -mcc(row)):
+    for row in sorted(rows, key=lambda row: -row.stats[mcc].mean if mcc in row.stats else math.inf):
         blocks.setdefault(row.data, []).append(row)
-    ordered = []
-    for block in blocks.values():
-        tops: dict[str, float] = {}
-        for column in metrics:
-            means = [row.stats[column.name].mean for row in block if column.name in row.stats]
-            if len(means) > 1 and column.arrow:
-                tops[column.name] = max(means) if column.arrow == "↑" else min(means)
-        for row in block:
-            best = {name for name, top in tops.items() if name in row.stats and row.stats[name].mean == top}
-            ordered.append(replace(row, best=frozenset(best)))
-    return ordered
+    return [row for block in blocks.values() for row in block]
+
+
+def _visible(rows: Sequence[Row], view: View) -> list[Row]:
+    """Return the rows to show: one per method and the baseline; all of a data set if it has only one method."""
+    methods: dict[str | None, set[int]] = {}
+    chosen_methods = {row.method for row in rows if row.chosen}
+    for row in rows:
+        methods.setdefault(row.data, set()).add(row.method)
+    return [
+        row
+        for row in rows
+        if row.chosen
+        or view.all_settings
+        or len(methods[row.data]) == 1
+        or row.method not in chosen_methods
+        or (row.finding is not None and row.finding.verdict == BASELINE)
+    ]
+
+
+# -- notes --
+
+
+def _notes(table: Table, loaded: LoadedRuns) -> list[str]:
+    """Return the table's notes, with those about the runs that limit what it shows."""
+    runs = loaded.newest
+    notes = [*_choice_notes(table), *table.notes, *_unlearned_notes(table, loaded.splits[0])]
+    notes += _caveats(table.rows, runs, len(loaded.finished) - len(runs), loaded.splits)
+    notes += unreadable_notes(run.record for run in runs)
+    notes += altered_notes((run.folder, run.record) for run in loaded.all)
+    if loaded.hidden:
+        notes.append(f"{loaded.hidden} runs that only chose a learning rate (data.report=false) are not shown")
+    return notes
+
+
+def _choice_notes(table: Table) -> list[str]:
+    """Return the notes about the settings that stand for their methods."""
+    by_method: dict[int, list[Row]] = {}
+    for row in table.rows:
+        by_method.setdefault(row.method, []).append(row)
+    tuned = [rows for rows in by_method.values() if len(rows) > 1]
+    if not tuned:
+        return []
+    notes = []
+    n_settings = sum(map(len, tuned))
+    if any(row.chosen for rows in tuned for row in rows):
+        if len(by_method) == 1:
+            keys = [key.name for key in table.keys if key.name in TUNED_KEYS]
+            remedy = f"; --by {keys[0]} tests its values against each other" if keys else ""
+            notes.append(f"one method with {n_settings} settings, of which the best on selection is chosen{remedy}")
+        else:
+            notes.append(
+                f"a row is the setting of its method that is best on selection, of {n_settings} settings of "
+                f"{len(tuned)} methods; --all shows all"
+            )
+    unchosen = [rows for rows in tuned if not any(row.chosen for row in rows)]
+    if unchosen:
+        example = table.label(unchosen[0][0])
+        notes.append(
+            f"{len(unchosen)} methods have several settings and no selection scores, so none of them is chosen or "
+            f"tested: {example}"
+        )
+    return notes + [note for rows in tuned for note in _edge_notes(table, rows)]
+
+
+def _edge_notes(table: Table, rows: Sequence[Row]) -> list[str]:
+    """Return a note for each tuned key whose chosen value is the smallest or largest that was tried."""
+    chosen = next((row for row in rows if row.chosen), None)
+    notes = []
+    for key in (key.name for key in table.keys if key.name in ("adapter.rank", "optimizer.lr")):
+        values = sorted({row.keys[key] for row in rows if isinstance(row.keys.get(key), int | float)})
+        if chosen is None or len(values) < 3 or chosen.keys.get(key) not in (values[0], values[-1]):
+            continue
+        end, beyond = ("smallest", "smaller") if chosen.keys[key] == values[0] else ("largest", "larger")
+        if key == "adapter.rank" and values[0] == 1 and end == "smallest":
+            continue
+        notes.append(f"{table.label(chosen)}: {key} is the {end} value tried, so a {beyond} one may be better")
+    return notes
+
+
+def _unlearned_notes(table: Table, split: str) -> list[str]:
+    """Return the note about the runs that learned nothing."""
+    reasons = [
+        (row, reason)
+        for row in table.rows
+        for folder in row.folders
+        if (reason := _failure(table.records[folder], split)) is not None
+    ]
+    if not reasons:
+        return []
+    labels = list(dict.fromkeys(table.label(row) for row, _ in reasons))
+    rest = f" and {len(labels) - 3} more settings" if len(labels) > 3 else ""
+    return [
+        f"{len(reasons)} runs learned nothing ({reasons[0][1]}): {'; '.join(labels[:3])}{rest}; no target or savings "
+        "are computed from them"
+    ]
 
 
 def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, splits: Sequence[str]) -> list[str]:
@@ -244,7 +294,7 @@ def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, sp
     if len({run.data for run in runs}) > 1:
         lines.append("runs on different data are not comparable: the best values are marked for each data set")
     if repeated:
-        lines.append(f"{repeated} finished run(s) repeat an experiment and its seed; the newest counts")
+        lines.append(f"{repeated} finished run(s) repeat a setting and its seed; the newest counts")
     mixed = [str(run.folder) for run in runs if run.record["environment"].get("history")]
     if mixed:
         rest = f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""
@@ -256,21 +306,3 @@ def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, sp
             f"uncommitted changes in the code of {len(dirty)} of {len(runs)} runs: {', '.join(dirty[:3])}{rest}"
         )
     return lines
-
-
-def _unfinished(run: RecordedRun) -> Missing:
-    """Return the entry of a run that is not done, with its error or its last evaluation."""
-    record = run.record
-    killed = is_killed(run.folder, record)
-    status, overrides = "killed" if killed else record["status"], " ".join(map(str, record["overrides"]))
-    if record["status"] != "running":
-        reason = record["error"] or "no reason recorded"
-        return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", overrides)
-    reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
-    logged = metrics_log.last_line(run.folder / METRICS_FILE) or {}
-    metrics = logged.get("metrics")
-    mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
-    if isinstance(mcc, float):
-        reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
-    remedy = "run the same command again" if is_prompted(record) else f"resume it with resume={run.folder}"
-    return Missing(status, run.folder, f"{reason}; its process has ended: {remedy}" if killed else reason, overrides)

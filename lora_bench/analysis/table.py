@@ -17,6 +17,7 @@ from lora_bench.console.format import format_duration, format_number, to_single_
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_bench.analysis.decision import Decision
     from lora_bench.analysis.significance import Finding
 
 
@@ -60,7 +61,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: an experiment, or all runs with one value of a key."""
+    """A row: one setting, that is, runs that are equal except for the seed."""
 
     keys: dict[str, Any]
     """Values of the key columns; a key that these runs do not have is absent."""
@@ -77,6 +78,19 @@ class Row:
     """The test against the baseline."""
     saved: dict[str, float] | None = None
     """Shares of full fine-tuning's FLOPs, by cause."""
+    method: int = 0
+    """Number of the method, which other settings of the table share that differ in tuned hyperparameters only."""
+    chosen: bool = True
+    """The setting stands for its method: it is the best one on the selection split."""
+    recommended: bool = False
+    """The setting that the table's advice is to use."""
+    unlearned: int = 0
+    """Number of runs that learned nothing."""
+
+    @property
+    def learned(self) -> bool:
+        """Return whether at least half of the runs learned something."""
+        return 2 * self.unlearned <= self.n
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of finished runs, best first, with notes and side tables."""
+    """Rows of finished runs, the recommended one first and then by MCC, with notes and side tables."""
 
     columns: list[Column]
     rows: list[Row]
@@ -111,6 +125,10 @@ class Table:
     tests: Table | None = None
     savings: Table | None = None
     published: Table | None = None
+    settings: list[Row] = field(default_factory=list)
+    """Rows of all settings, those included that do not stand for their method."""
+    decisions: list[Decision] = field(default_factory=list)
+    """What to use, for each data set."""
 
     @property
     def side_tables(self) -> list[Table]:
@@ -123,9 +141,24 @@ class Table:
         return [*self.notes, *(missing.line for missing in self.missing)]
 
     @property
+    def advice(self) -> list[str]:
+        """The sentences to end with: what to use and why, and what to run next; with the data's name if several."""
+        return [sentence for decision in self.decisions for sentence in decision.sentences]
+
+    @property
     def keys(self) -> list[Column]:
         """The key columns."""
         return [column for column in self.columns if column.format == "key"]
+
+    def label(self, row: Row, group: str = "") -> str:
+        """Return a row's name: its key columns as overrides, `adapter=lora adapter.rank=8`.
+
+        Args:
+            row: of this table.
+            group: take only the keys of this configuration group; empty: all.
+        """
+        keys = [key for key in self.keys if key.name in row.keys and group in ("", key.name.split(".")[0])]
+        return " ".join(f"{to_single_line(key.name)}={format_value(row.keys[key.name])}" for key in keys)
 
 
 def format_value(value: Any) -> str:

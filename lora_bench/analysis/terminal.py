@@ -1,4 +1,4 @@
-"""A table of runs on a terminal: within its width there, at full width in a file or a pipe.
+"""A table of runs on a terminal: within its width there; in a file or a pipe within `COLUMNS`, else at full width.
 
 If the width does not suffice, costs are dropped first, then a digit, then metrics; then keys share a column, and at
 last cells are folded. Rows are laid out here because rich's own tables take half a second for a thousand rows.
@@ -6,6 +6,7 @@ last cells are folded. Rows are laid out here because rich's own tables take hal
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,37 +19,50 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from lora_bench.analysis.table import Table
+    from lora_bench.analysis.table import Row, Table
 
 GAP = 2
 """Spaces between columns."""
 
 
 def render(table: Table, console: Console) -> None:
-    """Print the table, its side tables and its footnotes."""
+    """Print the table, its side tables, its footnotes, and at last its advice."""
     from rich.text import Text
 
+    soft_wrap = _width(console) == sys.maxsize
+    if not soft_wrap:
+        console.width = _width(console)
     if table.rows:
         _print(table, console)
     for side_table in table.side_tables:
         console.print()
         _print(side_table, console)
     for i, line in enumerate(table.footnotes):
-        console.print(
-            Text("\n" * (i == 0 and bool(table.rows)) + to_single_line(line)), soft_wrap=not console.is_terminal
-        )
+        console.print(Text("\n" * (i == 0 and bool(table.rows)) + to_single_line(line)), soft_wrap=soft_wrap)
+    if table.advice:
+        console.print()
+    for sentence in table.advice:
+        console.print(Text(to_single_line(sentence), style="bold"), soft_wrap=soft_wrap)
 
 
 def _print(table: Table, console: Console) -> None:
     """Print one table, and which columns are hidden."""
     from rich.text import Text
 
-    width = console.width if console.is_terminal else sys.maxsize  # rich takes any file for 80 columns wide
+    width = _width(console)
     grid, hidden = _fitted(table, width)
     console.print(Text("\n").join(grid.lines(width)), soft_wrap=True)
     if hidden:
         names = ", ".join(to_single_line(column.name) for column in hidden)
         console.print(Text(f"\nhidden columns (widen the terminal, or use --format md): {names}", style="dim"))
+
+
+def _width(console: Console) -> int:
+    """Return the width to print within; a file or pipe has none, unless the environment variable COLUMNS gives it."""
+    if console.is_terminal:
+        return console.width
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) else sys.maxsize
 
 
 def _fitted(table: Table, width: int) -> tuple[_Grid, list[Column]]:
@@ -73,11 +87,17 @@ def _fitted(table: Table, width: int) -> tuple[_Grid, list[Column]]:
             remaining = [column for column in columns if column not in hidden and not (stacked and column in keys)]
             grid_columns = [stacked_keys] * stacked + [cells(column, digits) for column in remaining]
             names = [""] * stacked + [column.name for column in remaining]
-            best = [[name in row.best for name in names] for row in table.rows]
+            best = [[_is_bold(row, name, names, keys) for name in names] for row in table.rows]
             grid = _Grid(list(zip(*grid_columns, strict=True)), best, n_left=1 if stacked else len(keys))
             if grid.width <= width:
                 return grid, hidden
     return grid, hidden
+
+
+def _is_bold(row: Row, name: str, names: list[str], keys: list[Column]) -> bool:
+    """Return whether a cell is bold: the best value of a metric, or the name of the recommended row."""
+    is_key = name == "" or any(key.name == name for key in keys)
+    return row.recommended if is_key else name in row.best
 
 
 @dataclass(frozen=True)

@@ -28,3 +28,8 @@ def format_duration(seconds: float) -> str:
     if seconds < 600:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def format_p(p: float | None) -> str:
+    """Return a p value with its sign of equality: `p = 0.012`, `p < 0.001`; `p unknown` for None."""
+    return "p unknown" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from lora_bench.analysis import statistics
-from lora_bench.analysis.baseline import add_verdicts
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.summary import summarise
 from lora_bench.compare import main
@@ -180,19 +179,30 @@ def test_without_full_the_baseline_is_plain_lora_then_the_best_on_selection(tmp_
     assert verdicts(summarise([sweep(tmp_path / "b", {"vera": 0.0, "dora": 2.0})]))["dora"] == "baseline"
 
 
-def test_of_several_rows_that_fit_the_best_on_selection_is_the_baseline(tmp_path: Path) -> None:
-    for rank, quality in ((2, 0.0), (4, 2.0)):
+def test_a_baseline_may_be_a_setting_that_does_not_stand_for_its_method(tmp_path: Path) -> None:
+    for rank, quality in ((2, 0.0), (4, 2.0), (8, 1.0)):
+        config = {"adapter": {"method": "lora", "rank": rank}}
         for seed in range(3):
-            answers = predicted(quality, seed)
-            make(
-                tmp_path / f"{rank}{seed}", "lora", seed, answers, config={"adapter": {"method": "lora", "rank": rank}}
-            )
-    table = summarise([tmp_path], baseline="lora")
+            make(tmp_path / f"{rank}{seed}", "lora", seed, predicted(quality, 10 * rank + seed), config=config)
+    table = summarise([tmp_path], baseline="adapter.rank=2")
     assert {row.keys["adapter.rank"]: row.finding.verdict for row in table.rows if row.finding} == {
-        2: "worse",
-        4: "baseline",
+        2: "baseline",
+        4: "better",
     }
-    assert "(--baseline, the best on selection)" in table.notes[0]
+    assert summarise([tmp_path], baseline="lora").tests is None  # the chosen setting has no rival
+
+
+def test_of_several_methods_that_fit_the_best_on_selection_is_the_baseline(tmp_path: Path) -> None:
+    for init, quality in (("kaiming", 0.0), ("pissa", 2.0)):
+        config = {"adapter": {"method": "lora", "init": init}}
+        for seed in range(3):
+            make(tmp_path / f"{init}{seed}", "lora", seed, predicted(quality, seed), config=config)
+    table = summarise([tmp_path], baseline="lora")
+    assert {row.keys["adapter.init"]: row.finding.verdict for row in table.rows if row.finding} == {
+        "kaiming": "worse",
+        "pissa": "baseline",
+    }
+    assert any("(--baseline, the best on selection)" in note for note in table.notes)
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -210,14 +220,15 @@ def test_a_margin_outside_its_range_is_refused(tmp_path: Path, margin: str) -> N
     assert "--margin" in str(caught.value)
 
 
-def test_by_a_key_the_experiment_that_is_best_on_selection_is_tested(tmp_path: Path) -> None:
+def test_the_setting_that_is_best_on_selection_is_tested(tmp_path: Path) -> None:
     for adapter, rank, quality in (("full", 0, 0.0), ("lora", 2, -2.0), ("lora", 4, 2.0)):
         for seed in range(3):
             config = {"adapter": {"method": adapter, "rank": rank}}
             make(tmp_path / f"{adapter}{rank}{seed}", adapter, seed, predicted(quality, seed), config=config)
-    table = summarise([tmp_path], by="adapter")
-    assert verdicts(table)["lora"] == "better"
-    assert any("best selection MCC" in line for line in table.notes)
+    for table in (summarise([tmp_path]), summarise([tmp_path], by="adapter")):
+        assert verdicts(table)["lora"] == "better"
+        assert [row.keys["adapter.rank"] for row in table.rows] == [4, 0]
+        assert any("best on selection, of 2 settings" in line for line in table.notes)
 
 
 # -- what cannot be tested says so --
@@ -294,7 +305,6 @@ def test_many_runs_are_tested_only_against_a_named_row(tmp_path: Path, monkeypat
     assert table.tests is None
     assert any("6 runs" in line and "--baseline NAME" in line for line in table.footnotes)
     assert verdicts(summarise([tmp_path], baseline="full"))["lora"] == "better"
-    assert add_verdicts(table, "validation", always=True).tests is not None
 
 
 # -- the forms --
@@ -307,11 +317,12 @@ def test_every_form_has_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureF
     objects = {line["adapter"]: line for line in json.loads(to_json(table))}
     assert float(lines["lora"]["difference"]) == objects["lora"]["difference"] == result.difference
     assert float(lines["lora"]["p_holm"]) == objects["lora"]["p_holm"] == result.p_holm
-    assert [float(p) for p in lines["lora"]["p_mcnemar"].split()] == objects["lora"]["p_mcnemar"]
+    assert len(objects["lora"]["p_mcnemar"]) == 3
+    assert not {"p_mcnemar", "p_bootstrap", "runs"} & lines["lora"].keys()
     assert (lines["full"]["verdict"], objects["full"]["p"]) == ("baseline", None)
     difference = f"{result.difference:+.4f}"
-    assert f"| lora | {difference} |" in to_markdown(table)
-    assert rf"lora & {difference} & " in to_latex(table)
+    assert f"| **lora** | {difference} |" in to_markdown(table)
+    assert rf"\textbf{{lora}} & {difference} & " in to_latex(table)
     assert to_latex(table).count(r"\begin{tabular}") == 2
     assert main([str(tmp_path)]) == 0
     assert difference in capsys.readouterr().out

@@ -1,13 +1,16 @@
-"""Experiments: which runs belong to one, and which keys distinguish them.
+"""Settings and methods: which runs belong to one, which keys distinguish them, and which setting stands for a method.
 
-Runs whose configurations are equal except for the seed are one experiment. A key that only follows from a choice that
-varies (`model.hub_id` from `model`) distinguishes nothing.
+Runs whose configurations are equal except for the seed are one setting. Settings that differ in nothing but
+`TUNED_KEYS` are one method, represented by the setting that is best on the selection split. A key that only follows
+from a choice that varies (`model.hub_id` from `model`) distinguishes nothing.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.canonical import normalise_numbers
@@ -23,8 +26,15 @@ GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
 """Configuration groups, in the order of their columns."""
 
 
-OUTSIDE_THE_EXPERIMENT = ("seed", "resume", "dry_run", "metric", "pack", "tracking")
-"""Groups and keys that may differ between runs of one experiment."""
+OUTSIDE_THE_SETTING = ("seed", "resume", "dry_run", "metric", "pack", "tracking")
+"""Groups and keys that may differ between runs of one setting."""
+
+TUNED_KEYS = (
+    *("adapter.rank", "adapter.alpha", "adapter.dropout"),
+    *("optimizer.lr", "optimizer.weight_decay", "optimizer.warmup"),
+    *("trainer.epochs", "trainer.max_steps", "trainer.batch_size"),
+)
+"""Hyperparameters that are tuned for each method. Settings that differ in other keys are different methods."""
 
 REQUEST_LIMITS = frozenset(
     f"llm.{name}"
@@ -33,7 +43,7 @@ REQUEST_LIMITS = frozenset(
         *("max_requests", "max_cost", "input_price", "output_price"),
     )
 )
-"""Keys of `lora-bench prompt` that limit requests and change no answer: runs that differ in them are one experiment."""
+"""Keys of `lora-bench prompt` that limit requests and change no answer: runs that differ in them are one setting."""
 
 NAMING_KEYS = ("model", "adapter", "prompt", "llm.model", "predictions")
 """Keys that name a run: a table that holds both trained and prompted runs shows them."""
@@ -81,14 +91,34 @@ def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) ->
     return RecordedRun(folder, record, keys, {key: _encode(normalise_numbers(value)) for key, value in keys.items()})
 
 
-def experiment_key(record: dict[str, Any]) -> str:
-    """Return a text that is equal for all runs of one experiment: choices and configuration without the seed."""
-    keys = {key: normalise_numbers(value) for key, value in flatten(record["config"])}
-    keys = {key: value for key, value in keys.items() if key.split(".")[0] not in OUTSIDE_THE_EXPERIMENT}
-    return json.dumps([record["choices"], keys], sort_keys=True)
-
-
 _encode = json.JSONEncoder(sort_keys=True).encode
+
+
+def mean_selection_mcc(records: Sequence[dict[str, Any]]) -> float:
+    """Return the mean MCC on the selection split over the records of some runs; -inf if one of them has none."""
+    values = [record["metrics"].get("selection/mcc") for record in records]
+    numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+    return fmean(numbers) if len(numbers) == len(values) else -math.inf
+
+
+def choose_setting(settings: Sequence[Sequence[RecordedRun]]) -> int | None:
+    """Return the number of the setting that stands for a method: the best one on the selection split.
+
+    A setting with fewer than half of the seeds of another one is not chosen, because the mean of few seeds is high by
+    chance more often. None if there are several settings and none has scores of the selection split.
+
+    Args:
+        settings: the runs of each setting of the method.
+    """
+    if len(settings) == 1:
+        return 0
+    most_seeds = max(map(len, settings))
+    scores = [
+        mean_selection_mcc([run.record for run in runs]) if 2 * len(runs) >= most_seeds else -math.inf
+        for runs in settings
+    ]
+    best = max(range(len(settings)), key=lambda i: scores[i])
+    return best if scores[best] > -math.inf else None
 
 
 def all_keys(runs: Sequence[RecordedRun]) -> list[str]:
@@ -163,18 +193,19 @@ def _is_function_of(key: str, determining: Sequence[str], runs: Sequence[Recorde
     return all(len({run.tokens.get(key) for run in group}) == 1 for group in group_runs(runs, determining))
 
 
-def check_key(by: str, keys: Sequence[str], varying: Sequence[str]) -> None:
-    """Refuse a `--by` key that no run has.
+def check_key(option: str, key: str, keys: Sequence[str], varying: Sequence[str]) -> None:
+    """Refuse a key that no run has.
 
     Args:
-        by: the key.
+        option: the option that the key was given to, as `--by`.
+        key: the key.
         keys: the keys that runs have.
         varying: the keys that vary between rows, for the message.
 
     Raises:
         UserError: the key is unknown.
     """
-    if by not in keys:
-        hint = nearest(by, keys)
+    if key not in keys:
+        hint = nearest(key, keys)
         hint = hint if hint.startswith("Did") else f"Varying here: {', '.join(varying) or 'nothing but seeds'}."
-        raise UserError("is not a config key of these runs", key="--by", value=by, remedy=hint, code=Code.UNKNOWN_KEY)
+        raise UserError("is not a config key of these runs", key=option, value=key, remedy=hint, code=Code.UNKNOWN_KEY)

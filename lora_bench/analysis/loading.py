@@ -1,0 +1,136 @@
+"""The runs below some folders, read for a comparison: finished ones, the others with the reason, and their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.analysis import where
+from lora_bench.analysis.settings import (
+    OUTSIDE_THE_SETTING,
+    REQUEST_LIMITS,
+    RecordedRun,
+    all_keys,
+    describe_run,
+    differs,
+    keep_newest_per_seed,
+)
+from lora_bench.analysis.table import Missing
+from lora_bench.errors import Code, UserError
+from lora_bench.records import metrics_log
+from lora_bench.records.backfill import align_configs
+from lora_bench.records.evaluations import add_evaluations
+from lora_bench.records.run_folder import METRICS_FILE, find_runs, is_killed, is_prompted
+from lora_bench.records.task_folders import split_by_task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LoadedRuns:
+    """The runs below some folders."""
+
+    all: list[RecordedRun]
+    """Every run that can be read, finished or not, in the order of their folders."""
+    finished: list[RecordedRun]
+    """Those that are done."""
+    splits: list[str]
+    """The reported splits, the main one first."""
+    unreadable: list[tuple[Path, str]]
+    """Folders that cannot be read, with the reason."""
+    hidden: int = 0
+    """Number of runs that only chose a learning rate (`data.report=false`) and are left out."""
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys that distinguish settings."""
+        keys = [key for key in all_keys(self.all) if key.split(".")[0] not in OUTSIDE_THE_SETTING]
+        return [key for key in keys if key not in REQUEST_LIMITS]
+
+    @property
+    def newest(self) -> list[RecordedRun]:
+        """The finished runs without repetitions of a setting and seed."""
+        return keep_newest_per_seed(self.finished, self.keys)
+
+    @property
+    def missing(self) -> list[Missing]:
+        """The runs that are not done and the folders that cannot be read."""
+        missing = [_unfinished(run) for run in self.all if run.record["status"] != "done"]
+        return missing + [Missing("skipped", folder, reason) for folder, reason in self.unreadable]
+
+    def filtered(self, expression: str) -> LoadedRuns:
+        """Return the runs whose keys meet the conditions of `--where`.
+
+        Raises:
+            UserError: the expression is malformed, names an unknown key, or no run meets it.
+        """
+        keys = all_keys(self.all)
+        matches = where.parse(expression, keys, [key for key in self.keys if differs(key, self.all)])
+        remaining = [run for run in self.all if matches(run.keys)]
+        if not remaining:
+            raise UserError(
+                f"matches none of {len(self.all):,} runs",
+                key=where.OPTION,
+                value=expression,
+                remedy="`lora-bench compare DIR` without it lists the runs with their keys.",
+                code=Code.NOT_FOUND,
+            )
+        return replace(self, all=remaining, finished=[run for run in self.finished if matches(run.keys)])
+
+
+def load_runs(paths: Sequence[Path]) -> LoadedRuns:
+    """Read the runs at or below `paths`.
+
+    Args:
+        paths: run folders, sweeps, or folders above.
+
+    Raises:
+        UserError: a path does not exist, or there are no runs.
+    """
+    recorded, skipped = find_runs(paths)
+    recorded, unread_tasks = split_by_task(recorded)
+    recorded = [(folder, add_evaluations(folder, record)) for folder, record in align_configs(recorded)]
+    if not recorded:
+        skipped_note = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."
+        raise UserError(
+            f"no runs here{skipped_note}", file=", ".join(map(str, paths)), remedy=remedy, code=Code.NOT_FOUND
+        )
+    splits = _reported_splits(record for _, record in recorded if record["status"] == "done")
+    runs = [describe_run(folder, record, splits) for folder, record in recorded]
+    finished = [run for run in runs if run.record["status"] == "done"]
+    # A run that only chose a learning rate is no rival of runs that were trained with it.
+    reporting = [run for run in finished if run.keys.get("data.report") is not False]
+    n_hidden = len(finished) - len(reporting) if reporting else 0
+    if n_hidden:
+        hidden = {run.folder for run in finished} - {run.folder for run in reporting}
+        runs, finished = [run for run in runs if run.folder not in hidden], reporting
+    return LoadedRuns(runs, finished, splits, [*skipped, *unread_tasks], n_hidden)
+
+
+def _reported_splits(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the splits that were scored once, at the end; selection only if no run has another one."""
+    splits = {key.split("/")[0] for record in records for key in record["metrics"] if "/" in key}
+    order = ("validation", "test", *sorted(splits))
+    reported = [split for split in dict.fromkeys(order) if split in splits - {"train", "selection"}]
+    return reported or [split for split in ("selection",) if split in splits] or ["validation"]
+
+
+def _unfinished(run: RecordedRun) -> Missing:
+    """Return the entry of a run that is not done, with its error or its last evaluation."""
+    record = run.record
+    killed = is_killed(run.folder, record)
+    status, overrides = "killed" if killed else record["status"], " ".join(map(str, record["overrides"]))
+    if record["status"] != "running":
+        reason = record["error"] or "no reason recorded"
+        return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", overrides)
+    reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
+    logged = metrics_log.last_line(run.folder / METRICS_FILE) or {}
+    metrics = logged.get("metrics")
+    mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
+    if isinstance(mcc, float):
+        reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
+    remedy = "run the same command again" if is_prompted(record) else f"resume it with resume={run.folder}"
+    return Missing(status, run.folder, f"{reason}; its process has ended: {remedy}" if killed else reason, overrides)
