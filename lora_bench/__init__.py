@@ -33,7 +33,7 @@ def load(
         tokenizer: the new path of its tokenizer, if that was moved.
 
     Raises:
-        UserError: the folder holds no finished run, or its backbone cannot be loaded.
+        UserError: the folder holds no finished run of one task, or its backbone cannot be loaded or has other weights.
     """
     from lora_bench.run.finished_run import FinishedRun
 

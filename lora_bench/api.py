@@ -58,10 +58,13 @@ class TrainedRun:
         return metrics
 
     def load(self, *, device: str = "auto") -> FinishedRun:
-        """Load the run's backbone, adapter and head for prediction (`lora_bench.load`).
+        """Load the run's backbone, adapter and head for prediction (`lora_bench.load`), anew in each call.
 
         Args:
             device: `cpu`, `cuda` or `auto`.
+
+        Raises:
+            UserError: the backbone cannot be loaded or has changed, or the run has several tasks.
         """
         from lora_bench import load
 
@@ -81,7 +84,7 @@ def train(
     Args:
         overrides: settings as on the command line: `"adapter.rank=8"`.
         folder: the new run's folder; None: a new one below `outputs/`.
-        resume: the folder of an interrupted run to resume.
+        resume: the folder of an interrupted run to resume, not `last`; a run that is done is returned as it is.
         config_dir: a folder with further choices of the configuration groups.
         quiet: print nothing.
         settings: settings by key: `seed=1`, `adapter="dora"`, `adapter={"rank": 8}`, `**{"adapter.rank": 8}`.
@@ -89,6 +92,7 @@ def train(
     Raises:
         UserError: the request cannot be met; no folder is left behind. A `RunFailedError`: the run had started.
         DivergedError: the loss ceased to be finite; the record says so.
+        Exception: another error, with status `failed` in the record if the run had started.
     """
     arguments = [*overrides, *_overrides(settings)]
     for override in arguments:
@@ -109,10 +113,12 @@ def sweep(
 ) -> list[Path]:
     """Train every combination of the values given, as `lora-bench train -m` does, and return the runs' folders.
 
+    They are in the order of the jobs, eliminated runs included.
+
     Args:
         overrides: settings as on the command line: `"seed=range(5)"`, `"sweep=rank"`.
         folder: the new sweep's folder; None: a new one below `outputs/sweeps/`.
-        resume: the folder of a sweep, of which the unfinished runs are trained.
+        resume: the folder of a sweep, of which the unfinished runs are trained; not `last`.
         config_dir: a folder with further choices of the configuration groups.
         quiet: print nothing.
         settings: settings by key, as for `train`; a list holds the values to try: `adapter={"rank": [2, 4, 8]}`.
@@ -153,7 +159,7 @@ def compare(
         target: count steps and FLOPs up to this selection MCC.
 
     Raises:
-        UserError: a folder, key or baseline is not there, or pandas is not installed.
+        UserError: a folder, key or baseline is not there, the folders hold no runs, or pandas is not installed.
     """
     try:
         import pandas
@@ -171,8 +177,9 @@ def _overrides(settings: Mapping[str, Any], *, swept: bool = False, prefix: str 
     """Yield the settings as overrides: `{"adapter": {"rank": 8}}` as `adapter.rank=8`.
 
     Args:
-        swept: a list holds values of a sweep, otherwise it is one value.
-        prefix: of the keys.
+        settings: by key, nested or dotted; an empty mapping gives no override.
+        swept: a list or range holds values of a sweep (`rank=2,4`), otherwise it is one value (`rank=[2,4]`).
+        prefix: of the keys, with its dot.
     """
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -184,7 +191,10 @@ def _overrides(settings: Mapping[str, Any], *, swept: bool = False, prefix: str 
 
 
 def _text(value: Any) -> str:
-    """Return a value as it is typed in an override."""
+    """Return a value as it is typed in an override: None as `null`, a list as `[1,2]`, a text in quotation marks.
+
+    A text that is a plain word or path is not quoted, unless it would be read as another type, as `null` would.
+    """
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list | tuple | range):
@@ -204,7 +214,20 @@ def _train(
     config_dir: str | Path | None,
     quiet: bool,
 ) -> Path:
-    """Run `lora-bench train` with these arguments and return the folder of its run or sweep."""
+    """Run `lora-bench train` in this process, and return the folder of its run or sweep, as it was given.
+
+    Args:
+        arguments: of the command; `-m` is the only option.
+        mode: `run` or `sweep`.
+        folder: of a new run or sweep.
+        resume: the folder to resume.
+        config_dir: a folder with further choices of the groups.
+        quiet: discard standard output; notes on standard error stay.
+
+    Raises:
+        UserError: `folder` and `resume` are both given, an argument is another option or sets one of the folders, or as
+            the command raises it.
+    """
     if folder is not None and resume is not None:
         remedy = "A run is resumed in its own folder."
         raise UserError("excludes resume", key="folder", value=folder, remedy=remedy, code=Code.CONFLICT)
@@ -226,7 +249,7 @@ def _train(
 
 
 def _new_folder(mode: str) -> str:
-    """Return a new folder where the command line would put a `run` or `sweep`."""
+    """Return the path of a new folder where the command line would put a `run` or `sweep`; it is not created."""
     from hydra.core.utils import setup_globals
     from omegaconf import OmegaConf
 
@@ -237,7 +260,10 @@ def _new_folder(mode: str) -> str:
 
 @contextmanager
 def _unchanged_process() -> Iterator[None]:
-    """Put back what Hydra changes in this process, and give it a state of its own within."""
+    """Give the process a Hydra state of its own within the context, and put back what Hydra changes in the process.
+
+    That is `sys.argv`, the environment variable HYDRA_FULL_ERROR and Hydra's global objects, also after an error.
+    """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 

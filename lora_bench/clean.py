@@ -29,7 +29,7 @@ ANSWERS = "prompt"
 
 
 def run_clean(arguments: Sequence[str], console: Console) -> None:
-    """Remove or list cache files, and print a table of them.
+    """Remove or list cache files, and print a table of them; answers of language models are listed and never removed.
 
     Args:
         arguments: names of caches (none: all caches) and `--dry-run`.
@@ -37,7 +37,7 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
 
     Raises:
         UserError: an argument is unknown, or the path of the cache is not a folder.
-        RunFailedError: a file could not be removed.
+        RunFailedError: a file could not be removed; the table is printed and the other files are gone.
     """
     for argument in arguments:
         if argument not in (*SUFFIXES, DRY_RUN):
@@ -80,7 +80,7 @@ def run_clean(arguments: Sequence[str], console: Console) -> None:
 
 
 def _answers() -> tuple[int, int]:
-    """Return the number of files with answers of language models, and their total size in bytes."""
+    """Return the number of files in the cache of answers, and their total size in bytes; both 0 without a cache."""
     sizes = []
     with suppress(OSError):
         for path in (cache_folder() / ANSWERS).iterdir():

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command and return its exit code; errors are printed to standard error and not raised.
+
+    The signal handlers and standard streams of the process are replaced. If standard output could not be written, the
+    code is 1, except for commands in `WRITING_FILES`.
 
     Args:
         arguments: the command and its arguments; None: those of the process.
@@ -63,7 +66,11 @@ WRITING_FILES = ("train", "eval", "export", "prompt")
 
 
 def _exit_code(arguments: list[str]) -> int:
-    """Run one command and return its exit code; an error is reported in one paragraph."""
+    """Run one command and return its exit code; an error is reported in one paragraph and not raised.
+
+    The code is 2 for a `UserError`, 1 for a `RunFailedError` and every other error, 130 after Ctrl-C, and that of a
+    SystemExit, which is 128 + its number for another signal.
+    """
     command = arguments[0] if arguments else "lora-bench"
     try:
         return run_command(arguments)
@@ -85,7 +92,13 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run one command and return its exit code, or raise its error."""
+    """Run one command and return its exit code, or raise its error; without arguments print the help.
+
+    Only `compare` may return another code than 0.
+
+    Raises:
+        UserError: there is no such command, or its arguments are wrong.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(format_overview())
         return 0
@@ -124,11 +137,17 @@ def run_command(arguments: list[str]) -> int:
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
     """Compose the config of a command and call its task with it, or with that of each job of a sweep.
 
+    With `--cfg` the config is printed instead. A run or sweep that `resume` names is found here.
+
     Args:
         command: for messages.
         config_name: the config at the top of `conf/`.
         task: takes the config without its `hydra` node, which is `HydraConfig.get()` meanwhile.
         arguments: of the command.
+
+    Raises:
+        UserError: the arguments are wrong, or `-m` is given to another command than `train` or under `torchrun`.
+        Exception: the first error of the task.
     """
     from lora_bench.config.compose import Arguments
     from lora_bench.config.hydra_errors import translate_errors
@@ -157,7 +176,10 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     start = os.getcwd()
 
     def job(cfg: DictConfig) -> None:
-        """Call the task; keep its error from Hydra, which would print it in its own way."""
+        """Call the task in the folder in which the command started; keep its error from Hydra, which would print it.
+
+        The error is added to `failures`. After a signal the run's folder is removed if it is empty.
+        """
         try:
             os.chdir(start)  # relative paths stay valid with hydra.job.chdir=true
             task(cfg)
@@ -182,7 +204,11 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
 
 
 def _composed(arguments: Arguments, config_name: str) -> ComposedHydra:
-    """Compose the config of these arguments, and hide its secrets in all output."""
+    """Compose the config of these arguments, and hide its secrets in all output.
+
+    Raises:
+        UserError: it cannot be composed; the error names the record that the arguments were read from, if any.
+    """
     from omegaconf import OmegaConf
 
     from lora_bench.config.compose import compose_hydra
@@ -201,8 +227,15 @@ def _composed(arguments: Arguments, config_name: str) -> ComposedHydra:
 def _resumed(arguments: Arguments, resume: str) -> Arguments:
     """Return the arguments with the folder that `resume` names, or the arguments of the sweep in that folder.
 
+    Without a sweep the given arguments are changed and returned. Whether the folder holds a run is not checked here.
+
+    Args:
+        arguments: as typed.
+        resume: a folder, or `last` for the newest unfinished run or sweep below `outputs/`.
+
     Raises:
-        UserError: the folder is not that of a sweep, and `-m` was typed; or `arguments_of_sweep` refuses.
+        UserError: the folder is not that of a sweep, and `-m` was typed; `last` finds none; or `sweep_arguments`
+            refuses.
     """
     from lora_bench.errors import quoted
     from lora_bench.records.resume import resolve_folder
@@ -225,7 +258,12 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
 
 
 def _train(cfg: DictConfig) -> None:
-    """Train one run, or show its expected cost with `dry_run`."""
+    """Train or resume one run, or show its expected cost with `dry_run`; only print a note if it is done already.
+
+    If the run has not started, its folder is removed after an error, and after a dry run. An unexpected error gets a
+    note that names the log with its traceback. The claim on a resumed run is given up at the end. A process of
+    `torchrun` other than the first prints nothing and uses a temporary folder.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from lora_bench.records.job import Job, is_done
@@ -268,7 +306,7 @@ def _train(cfg: DictConfig) -> None:
 
 
 def _eval(cfg: DictConfig) -> None:
-    """Evaluate a finished run, or an adapter of PEFT."""
+    """Evaluate a finished run, or an adapter of PEFT; a wrong request is refused before torch is imported."""
     from hydra.core.hydra_config import HydraConfig
 
     from lora_bench.run.preflight import check_eval
@@ -280,7 +318,7 @@ def _eval(cfg: DictConfig) -> None:
 
 
 def _predict(cfg: DictConfig) -> None:
-    """Label new texts with a finished run."""
+    """Label new texts with a finished run; a wrong request or input is refused before torch is imported."""
     from lora_bench.run.prediction_request import PredictionRequest
 
     request = PredictionRequest.read(cfg)
@@ -290,7 +328,7 @@ def _predict(cfg: DictConfig) -> None:
 
 
 def _export(cfg: DictConfig) -> None:
-    """Export a finished run."""
+    """Export a finished run; a wrong request is refused before torch is imported."""
     from lora_bench.run.preflight import check_export
 
     check_export(cfg)
@@ -300,7 +338,10 @@ def _export(cfg: DictConfig) -> None:
 
 
 def _prompt(cfg: DictConfig) -> None:
-    """Evaluate a prompted language model."""
+    """Evaluate a prompted language model, in the folder that Hydra has made; it is removed if no run starts in it.
+
+    Paths of data and predictions in the config are made absolute.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -331,14 +372,17 @@ def _console() -> Console:
 
 
 def _report(message: str, code: int) -> int:
-    """Print an error to standard error, and return the exit code."""
+    """Print an error to standard error, with `lora-bench: ` before it and secrets hidden, and return `code`."""
     line = sanitise(f"lora-bench: {message}")
     Console(stderr=True, highlight=False, soft_wrap=True).print(line)
     return code
 
 
 def _origin(error: Exception) -> str:
-    """Return the log that holds the traceback of an unexpected error, or the last line of lora-bench in it."""
+    """Return the origin of an unexpected error: its first note, which names the log with the traceback.
+
+    Without a note it is the last line of lora-bench in the traceback, or `outside lora-bench`.
+    """
     from traceback import extract_tb
 
     if getattr(error, "__notes__", None):

@@ -28,7 +28,10 @@ EXTRAS = {
 
 
 def run_doctor(console: Console) -> None:
-    """Print versions, devices, precisions, backbones and folders, and how to install what is missing."""
+    """Print a table: versions, devices, precisions, backbones and folders, and how to install what is missing.
+
+    torch is imported, and nothing is loaded or written. Of an optional package only whether it is installed is checked.
+    """
     import torch
 
     from lora_bench.files.cache import cache_folder
@@ -67,7 +70,7 @@ def _extra(package: str, extra: str) -> str:
 
 
 def _backbones() -> str:
-    """Return the folder of local backbones and the names of those in it."""
+    """Return LORA_BENCH_BACKBONES and the names of the folders with a config.json in it, or that it is not set."""
     root = os.environ.get("LORA_BENCH_BACKBONES")
     if not root:
         return "not set: model=roberta_mini and model=t5_mini need it"

@@ -108,6 +108,7 @@ class UserError(Exception):
         row: int | None = None,
         remedy: str | None = None,
     ) -> None:
+        """Keep the arguments as attributes; `str()` puts the message together."""
         super().__init__(reason)
         self.reason = reason
         self.code = code
@@ -118,6 +119,10 @@ class UserError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
+        """Return the message in one paragraph: `key=value: file, row 3: reason. remedy`; what is None is left out.
+
+        White space, line breaks included, becomes single spaces.
+        """
         locations = []
         if self.key is not None:
             locations.append(self.key if self.value is None else f"{self.key}={self.value}")
@@ -128,7 +133,10 @@ class UserError(Exception):
         return " ".join(f"{text}. {self.remedy or ''}".split())
 
     def under(self, prefix: str) -> UserError:
-        """Prepend `prefix` to the key (`rank` becomes `adapter.rank`), and return this error."""
+        """Prepend `prefix` to the key (`rank` becomes `adapter.rank`), and return this error, which is changed.
+
+        Without a key, or with an empty prefix, nothing changes.
+        """
         if self.key is not None and prefix:
             self.key = f"{prefix}.{self.key}"
         return self
@@ -164,7 +172,10 @@ def require_one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def require_number(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise a `UserError` if the value is not finite and in [low, high], or in (low, high] with `open_low`."""
+    """Raise a `UserError` if the value is not finite and in [low, high], or in (low, high] with `open_low`.
+
+    NaN is refused, and so is an integer from 2**63 on.
+    """
     require(type(value) is not int or value < 2**63, key, value, "is too large")
     inside = low <= value <= high and abs(value) < math.inf and not (open_low and value == low)
     if inside:
@@ -197,7 +208,11 @@ def quoted(value: object, mark: str = "'") -> str:
 
 
 def shell_argument(key: str, value: object) -> str:
-    """Return `key=value` quoted for a POSIX shell, so that the shell and Hydra read the value back unchanged."""
+    """Return `key=value` quoted for a POSIX shell, so that the shell and Hydra read the value back unchanged.
+
+    A plain name or path is not quoted. A text that a terminal could change (line breaks, characters that cannot be
+    printed) is written as `"$(printf …)"`.
+    """
     text = str(value)
     simple = re.fullmatch(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", text, re.ASCII)
     if simple and text.lower() not in ("null", "true", "false", "nan", "inf"):

@@ -76,6 +76,9 @@ BATCH_SIZE = 128
 def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Evaluate every labelled split except train, and write `evaluations/<name>.json` with the predictions.
 
+    They are written into the run's folder, replacing an older evaluation of that name, or, for an adapter, into
+    `output`. Metrics and the path are printed.
+
     Args:
         cfg: the composed configuration of `eval`.
         data_choice: the choice of the group `data`, the default name of the evaluation.
@@ -144,7 +147,12 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
 
 
 def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
-    """Read the run's record, and refuse settings that conflict with it or results that cannot be written."""
+    """Read the run's record, and refuse settings that conflict with it or results that cannot be written.
+
+    Raises:
+        UserError: a model family or an output is given, the run is not finished, the data has another number of text
+            columns, or the folder is not writable.
+    """
     for key, value in (("model", cfg.model.get("family")), ("output", cfg.output)):
         if value:
             raise UserError("is for peft=, not for run=: a run has its own", key=key, value=value, code=Code.CONFLICT)
@@ -157,7 +165,7 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
 
 
 def _run_subject(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
-    """Load a finished run to evaluate."""
+    """Load a finished run to evaluate, and print its notes; with `data.unseen` load its training data too."""
     run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
     for note in run.notes:
         console.print(sanitise(f"note: {note}"))
@@ -175,7 +183,7 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     """Return the run's train and selection splits, made from its data again.
 
     Raises:
-        UserError: the data have changed since.
+        UserError: the data have changed since, or the record has no fingerprint of them.
     """
     data = run.experiment.data
     seen = train, selection = sources.split_selection(sources.load(data)["train"], data)
@@ -192,7 +200,11 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
 
 
 def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
-    """Load an adapter made by PEFT to evaluate."""
+    """Load an adapter made by PEFT to evaluate, in fp32; the folder of the results is checked and not created yet.
+
+    Raises:
+        UserError: `data.unseen` is set, the adapter or its backbone cannot be loaded, or the output is not allowed.
+    """
     require(
         not data.unseen,
         "data.unseen",
@@ -226,7 +238,11 @@ def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
 
 
 def _output(output: str | None, adapter: Path) -> Path:
-    """Return the folder for an adapter's results: `output`, or a new one below `outputs/peft`."""
+    """Return the folder for an adapter's results: `output`, or a new one below `outputs/peft`; it is not created.
+
+    Raises:
+        UserError: `output` is the adapter's folder or is inside it.
+    """
     if output is None:
         return Path("outputs", "peft", f"{adapter.resolve().name}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}")
     if adapter.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
@@ -239,7 +255,14 @@ def _output(output: str | None, adapter: Path) -> Path:
 def _model(node: DictConfig, adapter: PeftConfig) -> Family:
     """Return the settings of the backbone: those given, or those of the model that the adapter names.
 
-    In the latter case its config.json names the family.
+    In the latter case its config.json names the family, and only `path` and `tokenizer` are taken from the node.
+
+    Args:
+        node: the group `model`; without a family it has the keys `path` and `tokenizer`.
+        adapter: names its backbone.
+
+    Raises:
+        UserError: the adapter names no backbone, or the family has keys that the adapter's files do not give.
     """
     if "family" in node:
         return build_model(node)
@@ -266,7 +289,11 @@ def _model(node: DictConfig, adapter: PeftConfig) -> Family:
 
 
 def _model_type(model: schema.Model) -> str | None:
-    """Return `model_type` of the backbone's config.json; None without one, which loading will refuse."""
+    """Return `model_type` of the backbone's config.json, locally or on the hub; None if it cannot be read.
+
+    Raises:
+        UserError: there is no such local folder.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(
             locate(model), revision=model.revision, trust_remote_code=False

@@ -40,10 +40,11 @@ AUTO_CLASSES = {
 def run_export(cfg: DictConfig, *, console: Console) -> None:
     """Export the run of `cfg.run` as `cfg.format` (`peft` or `merged`) into the new folder `cfg.output`.
 
-    An ensemble is written as one folder for each member.
+    An ensemble is written as one folder for each member. A README.md is added. The line of code that loads the model is
+    printed. After an error there is no output.
 
     Raises:
-        UserError: the run cannot be loaded, has no such form, or the output cannot be written.
+        UserError: the run cannot be loaded, has no such form, or the output exists or cannot be written.
     """
     output = Path(str(cfg.output))
     require_one_of("format", str(cfg.format), ("peft", "merged"))
@@ -90,7 +91,10 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
 
 
 def _differences(run: FinishedRun) -> list[str]:
-    """Return notes on what `lora-bench predict` does beyond the exported model."""
+    """Return notes on what `lora-bench predict` does beyond the exported model: score both orders, average members.
+
+    An empty list if it does neither.
+    """
     experiment = run.experiment
     notes = []
     if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
@@ -133,7 +137,7 @@ def _member_folders(folder: Path, members: int) -> list[Path]:
 
 @torch.no_grad()
 def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str]) -> None:
-    """Write a member as a plain Hugging Face model with its tokenizer; this detaches the pack.
+    """Write a member as a plain Hugging Face model with its tokenizer; this detaches the pack and changes the backbone.
 
     Args:
         folder: is created.
@@ -153,7 +157,15 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
 
 
 def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
-    """Refuse a run whose adapter PEFT has no format for, with the reason."""
+    """Refuse a run whose adapter PEFT has no format for; the first member decides.
+
+    Args:
+        pack: the loaded run.
+        choice: the run's choice of the group `adapter`, for the message.
+
+    Raises:
+        UserError: with the reason; the remedy is `format=merged`.
+    """
     updates = pack.updates[0]
     if pack.members[0].adapter.peft_settings(updates):
         return
@@ -175,7 +187,11 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
 
 
 def _refuse_taken(output: Path) -> None:
-    """Refuse an output that exists, unless it is an empty folder."""
+    """Refuse an output that exists, unless it is an empty folder; a link is refused.
+
+    Raises:
+        UserError: it exists, or cannot be looked up.
+    """
     try:
         free = not os.path.lexists(output) or (not output.is_symlink() and output.is_dir() and not os.listdir(output))
     except OSError as error:
@@ -192,7 +208,13 @@ def _refuse_taken(output: Path) -> None:
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `output` at the end, or removed after an error."""
+    """Yield a temporary folder beside `output` that is renamed to it at the end, or removed after an error.
+
+    Missing folders above are created.
+
+    Raises:
+        UserError: from any `OSError` or `SafetensorError` within the context.
+    """
     path = Path(os.path.abspath(output))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -206,6 +228,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
 
 
 def _unwritable(output: Path, error: Exception) -> UserError:
+    """Return the error for an output that cannot be written, for this reason."""
     reason = f"cannot be written: {getattr(error, 'strerror', None) or error}"
     return UserError(
         reason, key="output", value=output, remedy="Give a folder where you may write.", code=Code.UNWRITABLE

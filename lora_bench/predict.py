@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 
 def run_predict(request: PredictionRequest) -> None:
-    """Score the request's pairs with its run, and write labels and scores.
+    """Score the request's pairs with its run, and write labels and scores beside the input's columns.
 
-    Notes about the run go to stderr, since the output may be stdout.
+    Labels follow from the uncalibrated scores and the threshold. With `uncertainty` there are columns `calibrated` and,
+    for an ensemble, `spread`. Notes about the run go to stderr, since the output may be stdout.
 
     Args:
         request: of `lora-bench predict run=DIR input=pairs.tsv output=labelled.tsv`.
 
     Raises:
-        UserError: the run cannot be loaded, or the output cannot be written.
+        UserError: the run cannot be loaded, a score is not finite, or the output cannot be written.
     """
     run = FinishedRun.load(request.run, device=request.device, **request.model_places)
     for note in run.notes:

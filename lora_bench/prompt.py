@@ -60,7 +60,8 @@ class Request:
         """Build and check the settings of a composed configuration.
 
         Raises:
-            UserError: a value is wrong or missing; it names the key.
+            UserError: a value is wrong or missing, or a tracker's package is; it names the key. Without `predictions`,
+                `llm.model` and `llm.base_url` are needed.
         """
         build.check_top(cfg, _KEYS)
         request = cls(
@@ -92,6 +93,9 @@ def run_prompt(
     cfg: DictConfig, folder: Path, *, choices: dict[str, str], overrides: list[str], console: Console
 ) -> None:
     """Prompt a model with every example of the reported splits, or read its answers from a file; record the scores.
+
+    The results are printed. A dry run prints what would be requested, or the number of answers in the file, and writes
+    nothing.
 
     Args:
         cfg: the composed configuration.
@@ -146,7 +150,11 @@ class _NewRun:
 def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     """Return all splits and their description for the record.
 
-    They are the train and selection splits of `lora-bench train`, if there is a train split, and the reported ones.
+    They are the train and selection splits of `lora-bench train`, if there is a train split, and the reported ones:
+    every labelled split except train, or the one that `split` names.
+
+    Raises:
+        UserError: there is no labelled split or not that one, or there are several and `predictions` is a file.
     """
     loaded = sources.load(request.data)
     reported = sources.reported_splits(loaded)
@@ -179,7 +187,21 @@ def _reported(splits: dict[str, Examples]) -> dict[str, Examples]:
 def _read(
     request: Request, path: str, splits: dict[str, Examples], new_run: _NewRun, console: Console, *, dry_run: bool
 ) -> Run | None:
-    """Score the predictions of a file and return the run; None after a dry run."""
+    """Score the predictions of a file and return the run; None after a dry run, which prints the number of answers.
+
+    A missing answer counts as wrong. The record has no prompt.
+
+    Args:
+        request: the settings.
+        path: the file, `request.predictions`.
+        splits: with one reported split.
+        new_run: claimed after the file is read.
+        console: receives the number of answers.
+        dry_run: read and check the file only.
+
+    Raises:
+        UserError: the file is wrong (`read_predictions`), or the folder cannot be claimed.
+    """
     ((name, split),) = _reported(splits).items()
     scores = read_predictions(path, split)
     missing = scores.count(None)
@@ -256,7 +278,12 @@ def _ask(
 
 
 async def _ask_first(client: Client, question: dict[str, Messages], answers: _Answers) -> None:
-    """Send a first request before anything is written: it shows a wrong address, key or field."""
+    """Send a first request before anything is written: it shows a wrong address, key or field.
+
+    Raises:
+        UserError: the budget is too little for it, or as `ask_all`.
+        RunFailedError: as `ask_all`.
+    """
     try:
         await ask_all(client, question, answers.take, 1)
     except BudgetReachedError as error:
@@ -269,6 +296,13 @@ class _Answers:
     """The answers received so far, and their cost."""
 
     def __init__(self, client: Client, questions: dict[str, Messages], cached: dict[str, Answer]) -> None:
+        """Begin with the cached answers; the time counts from now.
+
+        Args:
+            client: gives prices and the budget.
+            questions: messages by key.
+            cached: answers by key.
+        """
         self.client = client
         self.questions = questions
         self.received = dict(cached)
@@ -278,7 +312,7 @@ class _Answers:
         self.seconds = 0.0
 
     def take(self, key: str, answer: Answer) -> None:
-        """Add the answer to a question."""
+        """Add the answer to a question, and show the number of answers if there is a display."""
         self.received[key] = answer
         self.seconds = time.perf_counter() - self.start_time
         if self.display is not None:
@@ -290,7 +324,7 @@ class _Answers:
         return dict(islice(missing, limit))
 
     def models(self) -> list[str]:
-        """Return the server's names of the models that answered."""
+        """Return the server's names of the models that answered, sorted; empty if it gives none."""
         return sorted({answer.model for answer in self.received.values() if answer.model})
 
     def notes(self, keys: dict[str, list[str]], read: dict[str, list[tuple[float | None, str]]]) -> Iterator[str]:
@@ -346,7 +380,12 @@ def _score(
 ) -> None:
     """Record metrics and predictions of every reported split; a missing answer counts as a wrong one.
 
+    Metrics go to `run.json` and the log, predictions to a file for each split.
+
     Args:
+        run: claimed.
+        request: gives the metrics.
+        splits: by name; train and selection are ignored.
         scores: P(label 1) of each example, by split.
         counts: number of answers of each source, by split.
     """

@@ -40,11 +40,14 @@ if TYPE_CHECKING:
 
 
 def train(job: Job, *, console: Console) -> None:
-    """Train one run, and write its record to the job's folder.
+    """Train or resume one run, and write its record to the job's folder.
+
+    Processes of `torchrun` train it together.
 
     Raises:
-        UserError: the request cannot be met; nothing is written.
+        UserError: the request cannot be met; nothing is written. A `RunFailedError`: the run had started.
         DivergedError: a loss, gradient or score was not finite; this is in the record.
+        Exception: another error; it is in the record if the run had started.
     """
     with processes_of_torchrun() as processes:
         (error,) = train_pack([job], console=console, processes=processes)
@@ -74,11 +77,13 @@ def train_pack(
         sharing: number of processes that train on the device at the same time, each its own packs.
 
     Returns:
-        For each job the error that ended it, or None if it is done.
+        For each job the error that ended it, or None if it is done or was eliminated by halving. A folder that cannot
+            be claimed is such an error.
 
     Raises:
         UserError: the request cannot be met for any job.
         Exception: an error in something that the jobs share ended all of them.
+        KeyboardInterrupt, SystemExit: a signal; the runs are recorded as `interrupted`.
     """
     runs = PackedRun.open_all(jobs)
     inputs = inputs or SharedInputs.load(runs[0].experiment)
@@ -99,7 +104,11 @@ def train_pack(
 
 
 def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, processes: Processes) -> SharedInputs:
-    """Restore or initialise the pack's adapters, and return the inputs with the cached prefix."""
+    """Initialise the pack's adapters, give those of resumed runs their ranks, and return inputs with the cached prefix.
+
+    Global random streams are seeded, and the initial tensors sent to the other processes. Costs are kept in the runs.
+    The tensors of checkpoints are not loaded here, but by `_fit`.
+    """
     experiment, trainer = runs[0].experiment, runs[0].experiment.trainer
     for run in runs:
         if run.warm_start:
@@ -117,7 +126,10 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
 
 
 def _fit(recorder: Recorder, display: DisplayFactory, interruption: Interruption) -> None:
-    """Train the runs that have started."""
+    """Train the runs that have started until each has ended; results go through the recorder.
+
+    Before that, print what is trained, measure FLOPs, and load the checkpoints of resumed runs.
+    """
     pack, runs, console = recorder.pack, recorder.runs, recorder.console
     experiment, started = runs[0].experiment, recorder.running[0]
     members = [member for run in runs for member in run.members]
@@ -146,9 +158,17 @@ def _fit(recorder: Recorder, display: DisplayFactory, interruption: Interruption
 
 
 def prefix_of(inputs: SharedInputs, task: Task, trainer: Trainer) -> tuple[PrefixCache, dict[str, TokenTable]]:
-    """Return the cache of the frozen prefix, and the tables that training reads more than once.
+    """Return the cache of the frozen prefix, and the tables that training reads more than once; compute nothing.
 
-    Nothing is cached if the run sees no training pair twice in the same order.
+    Nothing will be cached (limit 0) if the run sees no training pair twice in the same order.
+
+    Args:
+        inputs: give the hash of the backbone.
+        task: the data of one task.
+        trainer: the number of steps, and the limit of the cache.
+
+    Returns:
+        The cache, and those tables that exist: `train`, `second_view`, `selection`, `reversed_selection`.
     """
     train, selection = task.tables["train"], task.tables["selection"]
     second_view = train.reversed_view if task.second_view is None else task.second_view
@@ -165,7 +185,11 @@ def prefix_of(inputs: SharedInputs, task: Task, trainer: Trainer) -> tuple[Prefi
 
 
 def _with_prefixes(inputs: SharedInputs, pack: Pack, trainer: Trainer) -> tuple[SharedInputs, float, float]:
-    """Return the inputs with the cached prefix of their pairs, and the seconds and FLOPs of computing it."""
+    """Return the inputs with the cached prefix of their pairs, and its seconds and FLOPs, summed over the tasks.
+
+    The seconds are those of this run, little if another one has filled the cache; the FLOPs are those of computing it,
+    by whichever run. The pack is cut at the prefix. Where nothing is cached, the tokens are left as they are.
+    """
     tasks, seconds, flops = {}, 0.0, 0.0
     for name, task in inputs.tasks.items():
         cache, repeated = prefix_of(inputs, task, trainer)

@@ -20,10 +20,15 @@ T = TypeVar("T")
 
 
 def check_top(cfg: DictConfig, keys: Collection[str]) -> None:
-    """Check the top level of a run's config: its keys, `seed` and `dry_run`.
+    """Check the top level of a run's config: its keys, `seed` and `dry_run`. Groups are checked by `build`.
+
+    Args:
+        cfg: the composed config.
+        keys: the keys that it may have, `seed` and `dry_run` among them.
 
     Raises:
-        UserError: a key is not among `keys`, one of these is missing (unless it is `OPTIONAL`), or a value is wrong.
+        UserError: a key is not among `keys`, one of these is missing (unless it is `OPTIONAL`), `seed` is not an
+            integer in [0, 2**63), or `dry_run` is not true or false.
     """
     _check_names(cfg, keys)
     for name in keys:
@@ -36,13 +41,17 @@ def check_top(cfg: DictConfig, keys: Collection[str]) -> None:
 def build(cls: type[T], node: DictConfig, key: str) -> T:
     """Build the dataclass `cls` from a config node, whose interpolations are resolved.
 
+    A value is converted to the type of its field as OmegaConf does it: 1 and "1" become 1.0 for a float. Ranges are
+    checked by `__post_init__` of `cls`.
+
     Args:
         cls: its fields are the keys of the node.
         node: the config node.
         key: the dotted key of the node, for messages.
 
     Raises:
-        UserError: a key is unknown or missing, or a value is of a wrong type or out of range.
+        UserError: the node is not a group, a key is unknown or missing, or a value is of a wrong type or out of range.
+            It is the first such error, with the full key.
     """
     require(isinstance(node, DictConfig), key, node, "is not a group of keys")
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
@@ -76,7 +85,17 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
 
 
 def _check_names(node: DictConfig, names: Collection[str], prefix: str = "") -> None:
-    """Refuse keys of a node that are not among `names`."""
+    """Refuse a node with a key that is not among `names`.
+
+    Args:
+        node: a config node.
+        names: its known keys.
+        prefix: of the node's keys in messages, with its dot: `adapter.`.
+
+    Raises:
+        UserError: for the first such key, or for a renamed one with its present name. The remedy says why the key was
+            removed, or gives the nearest known key.
+    """
     for name in map(str, node):
         key = prefix + name
         if key in RENAMED:
@@ -104,26 +123,34 @@ def build_variant(class_of: Callable[[str], type[T]], node: DictConfig, group: s
     """Return the settings of a group whose dataclass depends on the value of one of its keys.
 
     Args:
-        class_of: returns the dataclass for a value of that key, or raises a UserError.
+        class_of: returns the dataclass for a value of that key, or raises a UserError; it gets the text `None` if the
+            key is missing.
         node: the group in the config.
         group: the group's name.
         key: the key's name.
+
+    Raises:
+        UserError: the node is not a group, or as `class_of` and `build`.
     """
     require(isinstance(node, DictConfig), group, node, "is not a group of keys")
     return build(class_of(str(node.get(key))), node, group)
 
 
 def build_data(node: DictConfig) -> Data:
-    """Return the settings of the source of data that `data.source` names."""
+    """Return the settings of the source of data that `data.source` names; raises like `build`."""
     return build_variant(_data_class, node, "data", "source")
 
 
 def build_metrics(node: DictConfig) -> dict[str, Metric]:
-    """Build the settings of the metrics besides the standard ones, by the names under which they are reported."""
+    """Build the settings of the metrics beside the standard ones, by the names under which they are reported.
+
+    Raises like `build`; whether torchmetrics has a metric is not checked here.
+    """
     return {str(name): build(Metric, metric, f"metric.{name!s}") for name, metric in node.items()}
 
 
 def _data_class(source: str) -> type[Data]:
+    """Return the dataclass of a value of `data.source`; a `UserError` if there is no such source."""
     if source not in DATA:
         raise UserError(
             f"is not one of {', '.join(DATA)}",

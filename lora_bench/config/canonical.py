@@ -10,7 +10,10 @@ from typing import Any
 
 
 def normalise_numbers(value: Any) -> Any:
-    """Return a value, or a list of values, with 16.0 as 16: `adapter.alpha=16` is what the YAML calls 16.0."""
+    """Return a value with integral floats as integers: 16.0, which YAML has, as 16, which `adapter.alpha=16` gives.
+
+    Lists are converted at every depth. Other containers, infinity and NaN are returned unchanged.
+    """
     if isinstance(value, list):
         return [normalise_numbers(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -19,8 +22,8 @@ def normalise_numbers(value: Any) -> Any:
 def settings_hash(value: Any) -> str:
     """Return the SHA-256 of settings in 64 hexadecimal digits; equal settings have equal hashes.
 
-    Two settings are equal if they are of the same class and their fields are equal. The order of keys does not matter,
-    nor does 16 for 16.0.
+    Two settings are equal if their classes have the same name and their fields are equal. The order of keys does not
+    matter, nor does 16 for 16.0 or a tuple for a list; true and 1 differ.
 
     Args:
         value: nested dataclasses, mappings, lists, tuples, texts, numbers, true, false and None.
@@ -32,6 +35,10 @@ def settings_hash(value: Any) -> str:
 
 
 def _canonical(value: Any) -> Any:
+    """Return settings as JSON types: a dataclass as its class name and fields, keys as text, 16.0 as 16.
+
+    A value of another type is returned unchanged, for `json.dumps` to refuse.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         content = {field.name: _canonical(getattr(value, field.name)) for field in fields(value)}
         return {"class": type(value).__name__, "fields": content}

@@ -63,11 +63,11 @@ class Arguments(argparse.Namespace):
 
     @classmethod
     def read(cls, arguments: list[str]) -> Arguments:
-        """Parse and check the arguments.
+        """Parse and check the arguments of a command, its name left out; nothing is composed.
 
         Raises:
-            UserError: an option is unknown or conflicts with another; or an override cannot be parsed, holds an API
-                key, or would make Hydra import or call code.
+            UserError: an option is unknown, abbreviated or conflicts with another; `--config-dir` is not a folder; or
+                an override holds an API key or is refused by `check_overrides`.
         """
         parsed = _parser().parse_intermixed_args(arguments, cls())
         for override in parsed.overrides:
@@ -88,13 +88,17 @@ class Arguments(argparse.Namespace):
         return parsed
 
     def resume(self) -> str | None:
-        """Return the typed value of `resume`; None where it is absent or takes composing to know."""
+        """Return the last typed value of `resume`.
+
+        None if there is none, or if it is not a text without interpolations: null, a number, several values. The
+        composed config has it then.
+        """
         values = [parse_override(text).value() for text in self.overrides if key_of(text) == "resume"]
         value = values[-1] if values else None
         return value if isinstance(value, str) and "${" not in value else None
 
     def repeated(self) -> list[str]:
-        """Return the overrides that are cancelled by a later one of the same key with another value."""
+        """Return the overrides that are cancelled by a later one of the same key with another value, in their order."""
         last = {key_of(override): override for override in self.overrides}
         return [override for override in self.overrides if last[key_of(override)] != override]
 
@@ -112,6 +116,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the options of `Arguments`: no abbreviations, no `--help`, and either `-m` or `-c`."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     mode = parser.add_mutually_exclusive_group()
@@ -179,14 +184,18 @@ _PLUGINS = {
 
 
 def _names_target(node: Any) -> bool:
-    """Return whether a key in this node has a meaning for Hydra's `instantiate`, as `_target_` has."""
+    """Return whether nested dicts and lists have a key of the form `_name_`, which has a meaning for `instantiate`."""
     if isinstance(node, dict):
         return any(re.fullmatch("_[a-z]+_", str(key)) or _names_target(value) for key, value in node.items())
     return isinstance(node, list) and any(_names_target(value) for value in node)
 
 
 def register_with_hydra() -> None:
-    """Register our sweepers and launchers, our reader of YAML files and the resolver `run_id` with Hydra."""
+    """Register our sweepers and launchers, our reader of YAML files and the resolver `run_id` with Hydra.
+
+    The registration holds for the process and may be repeated. `${run_id:}` gives six random hexadecimal digits, the
+    same ones throughout a config.
+    """
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
@@ -221,7 +230,7 @@ class JobLoader(ConfigLoaderImpl):  # type: ignore[misc]
         self._checked[tuple(overrides)] = copy.deepcopy(config)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        """Return the config of a job, the kept one where there is one.
+        """Return the config of a job: the kept one, which is then no longer kept, else one composed without checks.
 
         `resume=DIR` among the overrides comes from the sweeper. It is set in the config, but is no override of the job.
         """
@@ -246,7 +255,9 @@ class ComposedHydra(Hydra):  # type: ignore[misc]
         return self.config
 
     def execute(self, arguments: Arguments, task: Callable[[DictConfig], None]) -> None:
-        """Print the config (`--cfg`), or call the task with it, or with that of each job of a sweep.
+        """Print the config (`--cfg`), or call the task with it, or have it called with that of each job of a sweep.
+
+        It is a sweep with `-m` or `hydra.mode=MULTIRUN`.
 
         Raises:
             HydraException: a single run is given several values for a key, or a setting of Hydra's is swept over.
@@ -268,6 +279,8 @@ class ComposedHydra(Hydra):  # type: ignore[misc]
 def compose(conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None) -> DictConfig:
     """Return the composed config, `hydra` node included, of a run, or of a sweep before it is split into jobs.
 
+    Interpolations are not resolved, and values are not checked.
+
     Args:
         conf: the folder with the groups.
         config_name: the config at its top, as `config`; None: only the `hydra` node and the overrides.
@@ -275,9 +288,10 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
         config_dir: a folder with further choices of the groups.
 
     Raises:
-        UserError: the overrides or a YAML file would make Hydra run code; or an untyped value, from a record, is one
-            that only a user may give.
-        HydraException: Hydra cannot compose them.
+        UserError: an override or a YAML file is refused (`check_overrides`, `check_yaml`, `refuse_code`), an untyped
+            value is one that only a user may give, or the config refers to itself.
+        yaml.MarkedYAMLError: a file is not valid YAML.
+        HydraException: Hydra cannot compose them, for example because a key or choice is unknown.
     """
     return compose_hydra(conf, config_name, overrides, config_dir).config
 
@@ -285,7 +299,7 @@ def compose(conf: Path, config_name: str | None, overrides: list[str], config_di
 def compose_hydra(
     conf: Path, config_name: str | None, overrides: list[str], config_dir: str | None = None
 ) -> ComposedHydra:
-    """Compose a config as `compose` does, and return it ready to be executed."""
+    """Compose a config as `compose` does, with the same errors, and return it ready to be executed."""
     check_overrides(overrides)
     register_with_hydra()
     version.setbase("1.3")
@@ -317,7 +331,7 @@ def compose_hydra(
 def compose_job(
     loader: JobLoader, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = (), *, keep: bool = False
 ) -> DictConfig:
-    """Return the config of a sweep's job, composed or kept.
+    """Return the config of a sweep's job, composed or kept, after the checks of `compose`.
 
     Args:
         loader: that of the sweep.
@@ -327,7 +341,8 @@ def compose_job(
         keep: keep a copy for the launcher, which calls this function again.
 
     Raises:
-        UserError: as in `compose`; or an override is not allowed for a single job.
+        UserError: as in `compose`; or an override is not allowed for a single job (`check_job`).
+        HydraException: as in `compose`.
     """
     check_job(overrides)
     composed = loader.load_sweep_config(sweep, [*overrides, *resume])

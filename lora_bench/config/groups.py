@@ -37,7 +37,7 @@ PROMPT_GROUPS = ("data", "prompt", "metric", "tracking")
 
 
 def conf_folder() -> Path:
-    """Return the folder with the configuration groups: beside the package in a clone, inside it in a wheel."""
+    """Return the folder with the configuration groups: inside the package in a wheel, else beside it, as in a clone."""
     package = Path(__file__).parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -45,5 +45,8 @@ def conf_folder() -> Path:
 
 @cache
 def choices(group: str) -> tuple[str, ...]:
-    """Return the sorted choices of a group that ship with the package; a name that begins with `_` is no choice."""
+    """Return the sorted choices of a group that ship with the package; a name that begins with `_` is no choice.
+
+    An unknown group has none.
+    """
     return tuple(sorted(path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")))

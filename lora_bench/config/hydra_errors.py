@@ -28,9 +28,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def translate_errors(conf: Path, config_name: str, arguments: Arguments) -> Iterator[None]:
-    """Translate errors of Hydra and OmegaConf within the context into `UserError`.
+    """Translate errors of Hydra, OmegaConf and YAML within the context into `UserError`, with key and remedy.
 
-    They concern the arguments, a YAML file, or the folder of the run. Other errors pass unchanged.
+    They concern the arguments or a YAML file. An `OSError` that names a file counts as one of Hydra's, which could not
+    create the folder of the run or sweep. `BrokenPipeError`, an `OSError` without a file, most `ValueError`s and all
+    other exceptions pass unchanged.
+
+    Args:
+        conf: the folder with the groups.
+        config_name: the config at its top.
+        arguments: as typed; configs are composed of them to find similar keys and choices.
     """
     import yaml
 
@@ -68,7 +75,10 @@ def translate_errors(conf: Path, config_name: str, arguments: Arguments) -> Iter
 
 
 def _explain(error: Exception, conf: Path, config_name: str, arguments: Arguments) -> UserError:
-    """Return the `UserError` for an error of Hydra or OmegaConf, which is recognised by its message."""
+    """Return the `UserError` for an error of Hydra or OmegaConf, which is recognised by its message.
+
+    The first two lines of an unknown message become the reason.
+    """
     message = str(error)
     match = re.search(r"Could not override '([^']+)'", message)
     if match:
@@ -102,7 +112,10 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
 
 
 def _for_several_values(key: str, value: str, conf: Path, config_name: str, arguments: Arguments) -> str:
-    """Return what to type instead of `key=a,b`: a sweep, a list or one text, depending on the default of the key."""
+    """Return what to type instead of `key=a,b`; empty if nothing fits.
+
+    It is a sweep, if the command is `train`, and a list or one text, depending on the default of the key.
+    """
     default = OmegaConf.select(_composed_as_chosen(conf, config_name, arguments), key, throw_on_missing=False)
     is_group = (conf / key).is_dir()
     advice = ["Add -m to sweep over the values."] if config_name == "config" else []
@@ -143,14 +156,14 @@ def _no_such_choice(group: str, option: str, options: list[str], config_dir: str
 
 
 def _options(conf: Path, config_dir: str | None, group: str) -> list[str]:
-    """Return the choices of a group, those in `config_dir` included."""
+    """Return the sorted choices of a group, those in `config_dir` included; empty if there is no such group."""
     folders = [str(conf), *([config_dir] if config_dir else [])]
     listed = [name for folder in folders if os.path.isdir(at := os.path.join(folder, group)) for name in os.listdir(at)]
     return sorted({name.removesuffix(".yaml") for name in listed if name.endswith(".yaml") and name[0] != "_"})
 
 
 def _all_keys(conf: Path, config_name: str, arguments: Arguments) -> set[str]:
-    """Return all keys of the config that the same choices of groups compose, and the names of the groups."""
+    """Return all dotted keys, except `hydra`, of the config that the same choices of groups compose, and all groups."""
     composed = _composed_as_chosen(conf, config_name, arguments)
     config = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(config, dict)
@@ -164,7 +177,11 @@ def _groups(conf: Path) -> set[str]:
 
 
 def _composed_as_chosen(conf: Path, config_name: str, arguments: Arguments) -> DictConfig:
-    """Return the config of the same choices of groups, without the other overrides."""
+    """Return the config of the same choices of groups, without the other overrides.
+
+    Deleted groups and choices with a comma are left out too. If one of the choices cannot be composed, all are left
+    out.
+    """
     choices = [text for text in arguments.overrides if key_of(text) in _groups(conf)]
     chosen = [text for text in choices if "," not in text and not text.startswith("~")]
     try:
@@ -174,7 +191,7 @@ def _composed_as_chosen(conf: Path, config_name: str, arguments: Arguments) -> D
 
 
 def _prefixes(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all nodes and values."""
+    """Yield the dotted keys of all nodes and values, a node before those in it; lists are values."""
     for key, value in node.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys with their values; an empty dictionary is a value."""
+    """Yield (dotted key, value); a list or an empty dictionary is a value."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -21,9 +21,9 @@ def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def split_override(override: str) -> tuple[str, str]:
-    """Return the key and the value of an override as they are typed, without `+` and `~`; the value may be empty.
+    """Return the key and the value of an override as they are typed, without `+` and `~`.
 
-    `config.overrides.parse_override` reads values as Hydra does.
+    The value is empty if there is no `=`. `config.overrides.parse_override` reads values as Hydra does.
     """
     key, _, value = override.partition("=")
     return key.lstrip("+~"), value
@@ -39,7 +39,7 @@ RENAMED = {"adapter.matching": "head.pair_features"}
 
 
 def with_present_keys(override: str) -> str:
-    """Return an override of an older record with the present names of its keys, those inside its value included."""
+    """Return an override of an older record with the present names of its keys, wherever `=` follows one of them."""
     for old, new in RENAMED.items():
         override = re.sub(rf"(?<![\w.]){re.escape(old)}(?==)", new, override)
     return override
@@ -51,7 +51,10 @@ def renamed_key(key: str) -> UserError:
 
 
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded config in which renamed keys have their present names; one that has both keeps the present."""
+    """Return a copy of a recorded config in which renamed keys have their present names.
+
+    Of a key that has both names the present one stays. The given config is unchanged.
+    """
     present = dict(config)
     for old, new in RENAMED.items():
         (old_group, old_name), (group, name) = old.split("."), new.split(".")

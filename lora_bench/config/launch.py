@@ -32,10 +32,13 @@ class Launch:
 
     @classmethod
     def read(cls) -> Launch:
-        """Read the environment variables.
+        """Read the environment variables; without WORLD_SIZE, or with 1, return the launch of a single process.
+
+        With several processes RANK is 0 and the others are None where a variable is not set; `check` refuses that.
 
         Raises:
-            UserError: a variable is not a number in its range.
+            UserError: a variable is not a number in its range (for a single process RANK and LOCAL_RANK too), or
+                MASTER_ADDR is blank.
         """
         world_size = _number("WORLD_SIZE", 1, _LIMIT)
         if world_size is None or world_size == 1:
@@ -50,7 +53,7 @@ class Launch:
         return cls(rank or 0, world_size, local_rank, address, port)
 
     def check(self) -> None:
-        """Check that several processes can reach one another.
+        """Check that the variables that several processes need are set; a single process needs none. Nothing is sent.
 
         Raises:
             UserError: there are several processes, and RANK, MASTER_ADDR or MASTER_PORT is not set.
@@ -65,7 +68,11 @@ class Launch:
 
 
 def _number(name: str, low: int, high: int) -> int | None:
-    """Return the number in an environment variable; None if it is not set."""
+    """Return the number in an environment variable; None if it is not set.
+
+    Raises:
+        UserError: it is not an integer in [low, high], written in digits only; an empty variable is none.
+    """
     text = os.environ.get(name)
     if text is None:
         return None

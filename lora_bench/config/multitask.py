@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def compose_tasks(cfg: DictConfig, overrides: Sequence[str], sources: Sequence[Any]) -> None:
     """Add the data of each task in `data.tasks` to the config, as `tasks.<name>`; `data` becomes the first one.
 
-    The data of a task is composed of the same overrides with `data=NAME` in place of `data.tasks`. A config without
-    `data.tasks` stays as it is.
+    The data of a task is composed of the same overrides with `data=NAME` in place of `data.tasks`; a path in it becomes
+    absolute. A config whose `data.tasks` is absent, null or no list stays as it is.
 
     Args:
         cfg: composed of these overrides, without its `hydra` node.
@@ -29,7 +29,7 @@ def compose_tasks(cfg: DictConfig, overrides: Sequence[str], sources: Sequence[A
         sources: the config sources of Hydra, from its `hydra.runtime.config_sources`.
 
     Raises:
-        UserError: `data.tasks` has one name only, or a name twice.
+        UserError: `data.tasks` has fewer than two names, a name twice, or something other than a plain name.
         HydraException: a name is not a choice of `data`, or an override does not apply to one of the tasks.
     """
     names = cfg.data.get("tasks")
@@ -62,7 +62,10 @@ def _applies_to_tasks(key: str) -> bool:
 
 @cache  # jobs of a sweep mostly have the same tasks
 def _compose_data(task: str, overrides: tuple[str, ...], config_dir: str | None) -> dict[str, Any]:
-    """Return the node `data` that the overrides and `data=TASK` compose."""
+    """Return the node `data`, resolved, that the overrides and `data=TASK` compose; raises like `compose`.
+
+    Equal arguments return the same dictionary, which must not be changed.
+    """
     from lora_bench.config.compose import compose
 
     composed = compose(conf_folder(), "config", [*overrides, f"data={task}"], config_dir)

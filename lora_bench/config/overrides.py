@@ -75,7 +75,13 @@ _typed: _Typed | None = None
 
 @contextmanager
 def typed_by(overrides: Sequence[str], config_dir: str | None) -> Iterator[None]:
-    """Take these overrides as typed by the user; within the context, all others that reach Hydra are from a record."""
+    """Take these overrides as typed by the user; within the context, all others that reach Hydra are from a record.
+
+    Outside of any context all of them count as typed. A nested context replaces the outer one until it ends.
+
+    Raises:
+        UserError: an override cannot be parsed.
+    """
     global _typed
     before = _typed
     parsed = [parse_override(text) for text in overrides]
@@ -89,7 +95,7 @@ def typed_by(overrides: Sequence[str], config_dir: str | None) -> Iterator[None]
 
 
 def is_typed(text: str) -> bool:
-    """Return whether the user gave this value on the command line."""
+    """Return whether the user gave this value on the command line; True for every value outside of `typed_by`."""
     return _typed is None or text in _typed.strings
 
 
@@ -131,7 +137,10 @@ def unreadable_override(text: str, reason: str = "cannot be read as key=value") 
 
 
 def _advice(text: str) -> str:
-    """Return what to type instead of an override that cannot be parsed."""
+    """Return what to type instead of an override that cannot be parsed.
+
+    It is the override with its value in quotation marks if there is a `=` after a valid key, else the general form.
+    """
     key, equals, value = text.partition("=")
     if equals and len(text) <= 500 and re.fullmatch(r"[+~]{0,2}[A-Za-z_$][\w./@$-]*", key, re.ASCII):
         return f"If this is a text, type {shell_argument(key, value)}"
@@ -139,10 +148,11 @@ def _advice(text: str) -> str:
 
 
 def check_overrides(texts: Iterable[str]) -> list[Override]:
-    """Parse overrides and refuse the forbidden ones.
+    """Parse overrides, refuse the forbidden ones, and return the parsed ones in their order.
 
     Raises:
-        UserError: one cannot be parsed, would make Hydra run code, or is allowed only if typed and comes from a record.
+        UserError: one cannot be parsed, is nested too deeply, names no key or a renamed one, would make Hydra run code,
+            is a setting of Hydra that may not be overridden, or is allowed only if typed and comes from a record.
     """
     overrides = [parse_override(text) for text in texts]
     for override in overrides:
@@ -163,7 +173,13 @@ def check_overrides(texts: Iterable[str]) -> list[Override]:
 
 
 def check_job(texts: Iterable[str]) -> None:
-    """Refuse overrides of a sweep's job that `check_overrides` refuses, and `resume` and settings of Hydra."""
+    """Refuse overrides of a sweep's job that `check_overrides` refuses, and `resume` and settings of Hydra.
+
+    The only setting of Hydra that a job may have is `JOB_FOLDER`.
+
+    Raises:
+        UserError: for the first that is refused.
+    """
     for override in check_overrides(texts):
         key = override.key_or_group
         if key == "resume" or (key.split(".")[0].split("/")[0] == "hydra" and key != JOB_FOLDER):
@@ -176,7 +192,14 @@ def check_job(texts: Iterable[str]) -> None:
 
 
 def _check_key(override: Override) -> None:
-    """Refuse all settings of Hydra but those in `SETTINGS`, `OPEN_SETTINGS` and `PLUGIN_GROUPS`."""
+    """Refuse an override without a key, of a renamed key, or of a setting of Hydra that may not be overridden.
+
+    Allowed are `SETTINGS`, `OPEN_SETTINGS` and `PLUGIN_GROUPS`, unless they are deleted, name code or set environment
+    variables. A package in `hydra` (`key@hydra.x`) is refused too.
+
+    Raises:
+        UserError: with the reason.
+    """
     key, package = override.key_or_group, override.package or ""
     names = re.split(r"[./]", key)
     if not key:
@@ -225,14 +248,14 @@ def _is_deep(value: Any) -> bool:
 
 
 def _names(value: Any) -> list[str]:
-    """Return the keys of all dictionaries in a parsed value."""
+    """Return the keys, as text, of all dictionaries at any depth of a parsed value."""
     if isinstance(value, dict):
         return [*(_text(key) for key in value), *(name for item in value.values() for name in _names(item))]
     return [name for item in _items(value) for name in _names(item)]
 
 
 def _strings(override: Override) -> list[str]:
-    """Return all strings in an override's value, keys of dictionaries included."""
+    """Return all strings in an override's value, without quotation marks, keys of dictionaries included."""
 
     def collect(value: Any) -> Iterator[str]:
         """Yield the strings of a parsed value, keys of dictionaries included."""
@@ -266,7 +289,10 @@ def _text(value: Any) -> str:
 
 @cache
 def _resolvers(text: str) -> tuple[str, ...]:
-    """Return the names of the resolvers that OmegaConf would call in this text, except the harmless ones."""
+    """Return the names of the resolvers that OmegaConf would call in this text, except the harmless ones.
+
+    A reference to another key (`${seed}`) calls none. A text with `${` that cannot be parsed gives `("unreadable",)`.
+    """
     if "${" not in text:
         return ()
     try:
@@ -284,7 +310,11 @@ def _resolvers(text: str) -> tuple[str, ...]:
 
 
 def _refuse_resolvers(text: str, key: str) -> None:
-    """Refuse an untyped value that reads something from this machine."""
+    """Refuse a value that calls a resolver, such as `oc.env`; the caller has checked that it is untyped.
+
+    Raises:
+        UserError: the remedy is to type the value.
+    """
     if _resolvers(text):
         reason = f"a record must not read {text!r} from this machine"
         raise UserError(
@@ -294,13 +324,17 @@ def _refuse_resolvers(text: str, key: str) -> None:
 
 @cache
 def shipped_packages() -> frozenset[str]:
-    """Return the Python packages with weights that `conf/model/*.yaml` name."""
+    """Return the Python packages with weights that `conf/model/*.yaml` name, read once per process."""
     models = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (conf_folder() / "model").glob("*.yaml")]
     return frozenset(model["package"] for model in models if model.get("package"))
 
 
 def _check_package(name: str) -> None:
-    """Refuse an untyped `model.package` that no model of lora-bench names."""
+    """Refuse a `model.package` that no model of lora-bench names; the caller has checked that it is untyped.
+
+    Raises:
+        UserError: the remedy is to type the package, or to give `model.path`.
+    """
     if name not in shipped_packages():
         reason = f"a record must name no package except {', '.join(sorted(shipped_packages()))}"
         typed = shell_argument("model.package", name)
@@ -310,6 +344,9 @@ def _check_package(name: str) -> None:
 
 def check_config(config: DictConfig) -> None:
     """Refuse values that only a user may give, where a record or a folder of choices named by a record gives them.
+
+    A text that is also in a typed override passes, and so does a package beside a typed `model.path`. Outside of
+    `typed_by` nothing counts as typed here.
 
     Args:
         config: composed or restored, with nothing in it resolved yet.
@@ -350,6 +387,7 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
     """Hydra's reader of YAML files, which refuses files outside its folder and files that are too large to parse."""
 
     def is_config(self, config_path: str) -> bool:
+        """Return whether the file of a choice exists; a `UserError` if it leads out of its folder."""
         self._refuse_outside(config_path)
         return bool(super().is_config(config_path))
 
@@ -358,6 +396,7 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
 
         Raises:
             UserError: it leads out of its folder, is refused by `check_yaml`, or cannot be read as a config.
+            yaml.MarkedYAMLError: it is not valid YAML.
         """
         self._refuse_outside(config_path)
         path = os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path)))
@@ -371,6 +410,7 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
 
     @staticmethod
     def _refuse_outside(config_path: str) -> None:
+        """Raise a `UserError` for a path that is absolute or contains `..`."""
         if os.path.isabs(config_path) or ".." in config_path.split("/"):
             raise UserError(f"the choice {config_path!r} leads out of the folder of its group", code=Code.FORBIDDEN)
 
@@ -406,9 +446,10 @@ def check_yaml(path: str) -> None:
 
 
 def yaml_nesting(text: str) -> int:
-    """Return a lower bound of the nesting depth of a YAML text, from its brackets and list items.
+    """Estimate the nesting depth of a YAML text from its brackets, and from list items on one line (`- - -`).
 
-    The time of a YAML parser is quadratic in this depth, so it is checked before the parser is called.
+    Brackets in texts and comments count, indentation does not. The time of a YAML parser is quadratic in this depth, so
+    it is checked before the parser is called.
     """
     depth = deepest = 0
     for bracket in re.findall(r"[\[\]{}]", text):
@@ -426,6 +467,9 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], above: set[int], path
         counted: counts by the id of the node, filled here.
         above: ids of the nodes above this one.
         path: the file, for messages.
+
+    Raises:
+        UserError: the tree refers to itself, is deeper than `MAX_DEPTH`, or has more than `MAX_NODES` nodes.
     """
     if id(node) in counted:
         return counted[id(node)]

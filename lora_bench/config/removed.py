@@ -25,7 +25,7 @@ REMOVAL = "removed in version 0.2.0, because it improved no score over trainer.o
 
 
 def removal_note(key: str, value: object = None) -> str | None:
-    """Return sentences on why a key, or this choice of a key, was removed; None if it was not."""
+    """Return sentences on why a key, whatever its value, or this choice of a key was removed; None if neither was."""
     if key in REMOVED_KEYS:
         return f"It was {REMOVAL}. Leave it out."
     if (key, str(value)) in REMOVED_CHOICES:

@@ -39,6 +39,7 @@ class Model:
     """Settings of a Hugging Face config; a network with random weights is made of it, for tests."""
 
     def __post_init__(self) -> None:
+        """Raise a `UserError` if none of the sources of weights is given; whether they exist is not checked here."""
         sources = (self.path, self.package, self.folder, self.hub_id, self.random)
         require(
             any(sources),
@@ -105,6 +106,12 @@ class Data:
     """Sampling of tasks in a shared adapter, in proportion to rows ** (1 / temperature); at least 1."""
 
     def __post_init__(self) -> None:
+        """Check numbers and the form of lists; names of transforms are checked where they are looked up.
+
+        Raises:
+            UserError: naming the key. `max_length` is at least 8, `train_size`, `perturb_seeds` and `temperature` at
+                least 1, shares are in (0, 1], and `selection_size` is a fraction below 1 or an integer from 2.
+        """
         require_one_of("source", self.source, tuple(DATA))
         require(len(self.text_columns) in (1, 2), "text_columns", self.text_columns, "must name one or two columns")
         if self.label_threshold is not None:
@@ -166,6 +173,11 @@ class ToyData(Data):
     """Seed of the generator; independent of the run's seed."""
 
     def __post_init__(self) -> None:
+        """Check the settings of `Data`, that there are two text columns, and that each split has at least 8 rows.
+
+        Raises:
+            UserError: naming the key.
+        """
         super().__post_init__()
         require(len(self.text_columns) == 2, "text_columns", self.text_columns, "must name two columns: it makes pairs")
         require_number("train_rows", self.train_rows, 8)
@@ -195,6 +207,11 @@ class Optimizer:
     """Maximum 2-norm of the gradient of a member; null: no clipping."""
 
     def __post_init__(self) -> None:
+        """Check the ranges: `lr`, `eps` and `grad_clip_norm` above 0, the betas below 1, `warmup` in [0, 1].
+
+        Raises:
+            UserError: naming the key, as for an unknown `schedule`.
+        """
         require_number("lr", self.lr, 0, open_low=True)
         require_number("weight_decay", self.weight_decay, 0)
         require_number("beta1", self.beta1, 0, 0.999999)
@@ -253,6 +270,12 @@ class Trainer:
     """CPU threads; null: torch's default."""
 
     def __post_init__(self) -> None:
+        """Check the ranges: sizes and intervals from 1, `stop_at` in (0, 1], `average` in [0, 1], `epochs` above 0.
+
+        Raises:
+            UserError: naming the key, as for an unknown objective, precision or device. Whether the device is there is
+                not checked here.
+        """
         require_number("epochs", self.epochs, 0, open_low=True)
         for name in ("batch_size", "eval_batch_size"):
             require_number(name, getattr(self, name), 1)
@@ -313,6 +336,7 @@ class Packing:
     steps."""
 
     def __post_init__(self) -> None:
+        """Raise a `UserError` for a number below 1, or for `halving` with `size` 1, which leaves nothing to compare."""
         for name in ("size", "memory_bytes", "workers"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 1)
@@ -336,6 +360,7 @@ class Ensemble:
     """Randomness in which members differ: `init` (of adapter and head), `order` (of the examples), `dropout`."""
 
     def __post_init__(self) -> None:
+        """Raise a `UserError` unless there are 2 to 100 `members` (or None), and `vary` has one or more of `VARIED`."""
         if self.members is not None:
             remedy = "Give ensemble.members=null to train one adapter."
             require(

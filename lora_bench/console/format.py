@@ -6,7 +6,10 @@ import unicodedata
 
 
 def to_single_line(text: str) -> str:
-    """Return the text on one line, with control characters escaped: a terminal escape becomes \\x1b."""
+    """Return the text on one line: in NFC, each white space character as a space, unprintable characters escaped.
+
+    A terminal escape becomes \\x1b. Spaces in a row stay.
+    """
     return "".join(
         char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
         for char in unicodedata.normalize("NFC", text)
@@ -14,7 +17,10 @@ def to_single_line(text: str) -> str:
 
 
 def format_number(value: float, unit: str = "") -> str:
-    """Return a number with at most three digits and an SI prefix: `1.3 M`, and `540 MB` for the unit `B`."""
+    """Return a number of at most three digits with an SI prefix: `1.3 M`, and `540 MB` for the unit `B`.
+
+    Below 1000 it is rounded to a whole number.
+    """
     sizes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
     prefix = next((name for name, size in sizes.items() if abs(value) >= 0.9995 * size), "")
     scaled = value / sizes.get(prefix, 1)
@@ -22,7 +28,7 @@ def format_number(value: float, unit: str = "") -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours: `2.5 s`, `42 s`, `15 min`, `2.1 h`."""
+    """Return a duration: `2.5 s`, `42 s` up to 10 minutes, `15 min` up to 2 hours, `2.1 h`."""
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 600:

@@ -27,7 +27,11 @@ def format_overview() -> str:
 
 
 def format_help(command: str) -> str:
-    """Return the text of `lora-bench COMMAND --help`."""
+    """Return the text of `lora-bench COMMAND --help`, which begins with the command's one-line help.
+
+    Usage follows for `train` and `clean`; for `eval`, `predict`, `export` and `prompt` it is the command's YAML file.
+    An unknown command is a KeyError.
+    """
     conf = conf_folder()
     lines = [f"lora-bench {command}: {COMMANDS[command]}", ""]
     if command == "train":

@@ -43,6 +43,7 @@ class Live:
     """
 
     def __init__(self, console: Console, total: int, *columns: ProgressColumn, **fields: Any) -> None:
+        """Create the bar; it is shown on entering the context."""
         self.console = console
         self.total = total
         bar = [BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)]
@@ -57,11 +58,15 @@ class Live:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Remove the bar; an exception is raised further."""
         if self.console.is_terminal:
             self.progress.stop()
 
     def due(self, done: int) -> bool:
-        """Return whether a line is to be printed after this many steps."""
+        """Return whether a line is to be printed after this many steps.
+
+        Never in a terminal; otherwise after equal intervals, about `LINES_PER_RUN` times in all.
+        """
         return not self.console.is_terminal and done % math.ceil(self.total / LINES_PER_RUN) == 0
 
 
@@ -78,6 +83,7 @@ class Display(Live):
     """Minimum number of names with which each has a row."""
 
     def __init__(self, console: Console, steps: int, names: Sequence[str] = ()) -> None:
+        """Create the display, without losses and metrics yet; fewer than `rows_from` names get no rows."""
         super().__init__(console, steps, TextColumn("{task.fields[state]}", markup=False), state="")
         self.names = names if len(names) >= self.rows_from else ()
         self.losses: dict[int, float] = {}
@@ -101,7 +107,13 @@ class Display(Live):
         return super().__enter__()
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-        """Show the losses of the active members after a step, and the examples (`pairs`) that it took."""
+        """Show a step: moving averages of losses and throughput; without a terminal, print a line if one is `due`.
+
+        Args:
+            step: number of the update, from 1.
+            losses: by member, at least one; members without a loss are shown as ended.
+            pairs: examples that the step took.
+        """
         now = time.perf_counter()
         self.loss = _smooth(self.loss, sum(losses.values()) / len(losses))
         self.active = losses.keys()
@@ -113,7 +125,14 @@ class Display(Live):
             self.console.print(Text(f"step {self._state(step)}"))
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
-        """Show an evaluation of a member, given as its line of `metrics.jsonl`."""
+        """Show an evaluation of a member: in its row, or as a printed line where there is no terminal or a single run.
+
+        Its time does not count in the throughput.
+
+        Args:
+            member: its number.
+            line: of `metrics.jsonl`: epoch, split and metrics.
+        """
         metrics = line["metrics"]
         self.mcc = metrics["mcc"]
         self.mcc_by_member[member] = metrics["mcc"]
@@ -126,13 +145,19 @@ class Display(Live):
         self.console.print(Text(f"{title}{text}"))
 
     def _state(self, step: int) -> str:
-        """Return step, loss, MCC and throughput as one line."""
+        """Return step, mean loss, MCC and throughput as one line.
+
+        The MCC is left out before the first evaluation, and where each member has a row.
+        """
         fields = [f"{step}/{self.total}", f"loss {self.loss:.3f}"]
         fields += [] if self.mcc is None or self.names else [f"mcc {self.mcc:.3f}"]
         return "  ".join([*fields, f"{self.pairs_per_second:.0f} pairs/s"])
 
     def _members(self) -> Table:
-        """Return a table with a row per member; a name that is too long for the terminal is shortened."""
+        """Return a table with a row per member: name, loss, MCC, and `ended` for one that does not train any more.
+
+        A name that is too long for the terminal is shortened; a missing value is empty.
+        """
         table = Table(box=None, pad_edge=False, expand=True)
         table.add_column("job", no_wrap=True, overflow="ellipsis", ratio=1)
         for header in ("loss", "mcc", ""):
@@ -164,6 +189,7 @@ class Screen:
     """
 
     def __init__(self, console: Console) -> None:
+        """Create the screen without displays; callers add them to `displays`. It is shown on entering the context."""
         self.console = console
         self.displays: dict[int, Display] = {}
         """Displays by the number of their worker."""
@@ -177,6 +203,7 @@ class Screen:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Remove the displays from the terminal; an exception is raised further."""
         if self.console.is_terminal:
             self.refreshed.stop()
 
@@ -189,9 +216,12 @@ class Screen:
 def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> None:
     """Print what is about to be trained, and notes.
 
+    The lines are: adapters and numbers of parameters (of several runs the number of jobs and their sum); data,
+    precision and device of the first run; notes.
+
     Args:
         console: the terminal.
-        records: of the runs of a pack, as they start.
+        records: of the runs of a pack, as they start; at least one.
         adapted: number of adapted linears of a member.
         notes: printed as `note: TEXT`.
     """
@@ -218,12 +248,14 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
 def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, title: str = "", brief: bool) -> None:
     """Print the results of a finished run: metrics, costs and the folder of its record.
 
+    Costs that the record does not have are left out.
+
     Args:
         console: the terminal.
         folder: of the run.
         record: of the run.
         title: printed above, if given.
-        brief: print a line per split instead of a table.
+        brief: print a line per split, selection excluded, instead of tables; a run of several tasks always gets lines.
     """
     cost, metrics = record["cost"], record["metrics"]
     if title:
@@ -262,7 +294,8 @@ def print_metrics(console: Console, metrics: Mapping[str, float | None]) -> None
 def metric_table(metrics: Mapping[str, float | None]) -> Table:
     """Return a table of a record's metrics (keys `split/metric`) with a row per metric and a column per split.
 
-    Metrics of perturbed splits, calibrated probabilities and single members of an ensemble are left out.
+    Metrics of perturbed splits, calibrated probabilities and single members of an ensemble are left out. The cell of a
+    missing metric is empty.
     """
     splits = [split for split in _prefixes(metrics) if f"{split}/changed" not in metrics]
     splits = [split for split in splits if not split.endswith("/calibrated") and "/member_" not in split]

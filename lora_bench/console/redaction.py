@@ -58,6 +58,8 @@ _variables = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^},'\"\s]++)['\"]?\s*(?:,
 def remember(arguments: Iterable[str]) -> None:
     """Remember the secrets in `key=value` arguments and in the environment, and forget all earlier ones.
 
+    Texts of fewer than `SHORTEST` characters and existing paths are not remembered.
+
     Args:
         arguments: as typed; the environment variables that they interpolate are secrets too.
     """
@@ -76,11 +78,13 @@ def remember(arguments: Iterable[str]) -> None:
             _add(value)
         elif "://" in value:
             _add(*users(value))
-    _sort()
+    _build_forms()
 
 
 def remember_config(config: Any) -> None:
-    """Remember the secrets in a composed config, too.
+    """Remember the secrets in a composed config in addition to the earlier ones.
+
+    They are the values of keys with a secret name, users in URLs, and values of interpolated environment variables.
 
     Args:
         config: nested dicts and lists; interpolations are not resolved.
@@ -91,20 +95,24 @@ def remember_config(config: Any) -> None:
         if isinstance(value, str):
             _add(*users(value))
             _add_variables(value, name)
-    _sort()
+    _build_forms()
 
 
 def hide(value: str) -> None:
-    """Remember one more secret, such as a key that was read from a file."""
+    """Remember one more secret, such as a key that was read from a file; one that is too short is not remembered."""
     _add(value, exists=False)
-    _sort()
+    _build_forms()
 
 
 def _add_variables(text: str, key: str) -> None:
-    """Remember the values of the environment variables that a config value interpolates.
+    """Add the values of the environment variables that a config value interpolates, and defaults of secret ones.
 
-    An identifier that loads a run, or a setting of Hydra (the name of a folder), is a secret only if the name of its
-    variable is that of a secret.
+    The name of the variable need not be that of a secret, and numbers, truth values and null are none then. For an
+    identifier that loads a run, or a setting of Hydra (the name of a folder), it has to be.
+
+    Args:
+        text: the config value: `${oc.env:NAME}`.
+        key: the dotted key that holds it; may be empty.
     """
     for hit in _variables.finditer(text):
         has_secret_name = is_secret_variable(hit[1])
@@ -124,7 +132,7 @@ _IDENTIFIERS = re.compile(r"(?:model|adapter)\.|(?:data|tasks\.[^.]+)\.(?:path|h
 
 
 def _is_number(text: str) -> bool:
-    """Return whether a text is a number, a truth value or null."""
+    """Return whether a text is a number (`nan` too), a truth value or null."""
     try:
         float(text)
     except ValueError:
@@ -133,7 +141,10 @@ def _is_number(text: str) -> bool:
 
 
 def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested dicts and lists with their dotted keys; items of a list have the key of the list."""
+    """Yield (dotted key, value) of nested dicts and lists; items of a list have the key of the list.
+
+    A `node` that is neither is yielded with `name`.
+    """
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from leaves(value, f"{name}.{key}" if name else str(key))
@@ -145,7 +156,14 @@ def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _add(*values: str, exists: bool = True) -> None:
-    """Add secrets that are long enough; with `exists`, not those that are existing paths."""
+    """Add secrets to the remembered values, without quotation marks and a scheme such as `Bearer`.
+
+    Too short ones and interpolations are left out. `_build_forms` has to be called afterwards.
+
+    Args:
+        values: the secrets.
+        exists: leave out those that are existing paths.
+    """
     for value in values:
         text = value.strip("\"'\\ \t\r\n")
         text = text.split(None, 1)[1] if re.match(r"(?i)(?:bearer|basic|token) +\S", text) else text
@@ -153,8 +171,8 @@ def _add(*values: str, exists: bool = True) -> None:
             _values[text] = None
 
 
-def _sort() -> None:
-    """Build the forms of all remembered values, the longest first."""
+def _build_forms() -> None:
+    """Build the forms of all remembered values, the longest first, and clear the cache of texts without secrets."""
     forms = {form for value in _values for form in _forms(value) if len(form) >= SHORTEST}
     _hidden_forms.clear()
     _hidden_forms.update(dict.fromkeys(sorted(forms, key=lambda form: (-len(form), form))))
@@ -162,7 +180,10 @@ def _sort() -> None:
 
 
 def _forms(value: str) -> Iterator[str]:
-    """Yield the forms in which a value may appear: escaped, in a URL, in base64 at any offset."""
+    """Yield the forms in which a value may appear: as it is, escaped, in a URL, in base64 at any offset.
+
+    Forms may repeat. Base64, in both alphabets, is left out for fewer than 12 bytes.
+    """
     yield value
     yield json.dumps(value)[1:-1]
     yield repr(value)[1:-1]
@@ -184,7 +205,10 @@ _URL_SAFE = str.maketrans("+/", "-_")
 
 
 def _exists(text: str) -> bool:
-    """Return whether a text is a path that exists."""
+    """Return whether a text is a path that exists; `~` is expanded, and a dangling link counts.
+
+    False for a text that cannot be a path.
+    """
     try:
         return len(text) < 4096 and os.path.lexists(os.path.expanduser(text))
     except (OSError, ValueError):
@@ -209,7 +233,11 @@ class _Paths:
         return _exists(self.text)
 
     def covers(self, start: int, end: int) -> bool:
-        """Return whether `text[start:end]` is within a path that exists; False once `_PATH_CHECKS` are used up."""
+        """Return whether `text[start:end]` is within a path that exists, or the text as a whole is one.
+
+        Paths with spaces and quotation marks around them are recognised. The result is False once `_PATH_CHECKS` calls
+        are used up.
+        """
         if self.is_path:
             return True
         if self.checks_left <= 0:
@@ -255,7 +283,7 @@ def redact_new_path(path: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return `text` with each secret in it replaced by `***`."""
+    """Return `text` with each secret in it replaced by `***`; what is within a path that exists stays."""
     if text in _without_secret:
         return text
     result = _redact(text)
@@ -285,7 +313,13 @@ def _redact(text: str, *, is_new_path: bool = False) -> str:
 
 
 def _without(text: str, spans: Iterable[Span], *, existing: bool) -> str:
-    """Replace these spans of a text, in order; with `existing`, not those within a path that exists."""
+    """Return a text with these spans replaced by `***`.
+
+    Args:
+        text: the text.
+        spans: in order, without overlaps.
+        existing: leave spans within a path that exists.
+    """
     paths = _Paths(text)
     pieces, done = [], 0
     for start, end in spans:
@@ -312,7 +346,8 @@ def redact_value(value: Any, name: str) -> Any:
 
     Args:
         value: of a record or a config; a text may be an override `key=value`.
-        name: the key that holds it; a secret name hides the whole value.
+        name: the key that holds it; a secret name hides the whole value, unless it is an existing path, a placeholder,
+            true, false or None.
     """
     if name and holds_secret(name, value) and not (isinstance(value, str) and _exists(value)):
         return HIDDEN
@@ -336,7 +371,7 @@ def name_below(name: str, key: str) -> str:
 
 
 def hides_secret(value: Any) -> bool:
-    """Return whether nested dicts and lists hold a text with a hidden secret."""
+    """Return whether nested dicts and lists hold a text with a hidden secret (`***`); keys do not count."""
     if isinstance(value, dict):
         return any(map(hides_secret, value.values()))
     if isinstance(value, list):

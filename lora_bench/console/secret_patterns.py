@@ -32,7 +32,11 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 @lru_cache(maxsize=10_000)
 def secret_word(name: str) -> str | None:
-    """Return the word in the last part of a dotted name that makes it the name of a secret, or None."""
+    """Return the word in the last part of a dotted name that makes it the name of a secret, or None.
+
+    `llm.api_key` gives `key`, `hubToken` gives `token`. Numbers of tokens (`max_tokens`) and special tokens of a
+    tokenizer (`bos_token`) give None.
+    """
     last = re.split(r"[./@]", name[-LONGEST_NAME:])[-1]
     words = [word for word in re.split(r"[\W_]+", _CAMEL.sub("_", last).lower()) if word and not word.isdigit()]
     if not words:
@@ -48,7 +52,11 @@ def secret_word(name: str) -> str | None:
 
 
 def holds_secret(name: str, value: object) -> bool:
-    """Return whether the value of this name is a secret; placeholders, interpolations and numbers are not."""
+    """Return whether the value of this name is a secret; null, truth values, placeholders and interpolations are not.
+
+    A value that begins with a number is none for a name in `WEAK` (`key=5`), but is one for another
+    (`password=123456`).
+    """
     word = secret_word(name)
     if word is None or value is None or isinstance(value, bool):
         return False
@@ -63,7 +71,11 @@ _EXAMPLES = {"VALUE", "NAME", "KEY", "TOKEN", "DIR", "FILE"}
 
 
 def is_secret_variable(name: str) -> bool:
-    """Return whether an environment variable has the name of a secret: `DB_PASS`, `MY_PAT_PROD`."""
+    """Return whether an environment variable has the name of a secret: `DB_PASS`, `MY_PAT_PROD`.
+
+    Any of its words may be that of a secret, `key` only the last. `PWD` and names that end in a word of `_NO_SECRET`
+    (`TOKEN_FILE`) are none.
+    """
     if name in ("PWD", "OLDPWD"):
         return False
     words = [word for word in re.split(r"[\W_]+", name.lower()) if word and not word.isdigit()]
@@ -85,7 +97,11 @@ _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 
 
 def assigned(text: str) -> Iterator[Span]:
-    """Yield the spans of the values in `name=value` and `name: value` with the name of a secret."""
+    """Yield the spans of the values in `name=value` and `name: value` with the name of a secret, in order.
+
+    A quoted value is yielded with its quotation marks, another one up to white space, and one with a scheme (`Bearer
+    …`) without that.
+    """
     lower = text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
     ends = sorted({end for word in _ENDS if word in lower for end in _ends_of(word, lower)})
     unclosed: set[str] = set()
@@ -124,7 +140,15 @@ _BEFORE_SIGN = frozenset("=: \t\r\n\\\"'")
 
 
 def _is_assigned_name(text: str, end: int, sign: re.Match[str]) -> bool:
-    """Return whether the name before `end`, with the start of its value, is an assignment of a secret."""
+    """Return whether the name before `end`, with the start of its value, is an assignment of a secret.
+
+    Folders (`/key=1`), URLs and prose (`auth: failed`) are none.
+
+    Args:
+        text: the text.
+        end: the end of the name.
+        sign: the match of `_SIGN` there.
+    """
     before = text[max(0, end - LONGEST_NAME) : end]
     rest = before.rstrip(_IN_NAMES)
     name, colon = before[len(rest) :], sign[2] == ":"
@@ -144,14 +168,17 @@ _URL = re.compile(r"://([^\s\"'<>`]++)")
 
 
 def users_in(text: str) -> Iterator[Span]:
-    """Yield the spans of the user information (`user:password`) of URLs in a text."""
+    """Yield the spans of the user information (`user:password`, without `@`) of URLs in a text."""
     for hit in _URL.finditer(text):
         if length := _user_length(hit[1]):
             yield hit.start(1), hit.start(1) + length
 
 
 def users(value: str) -> Iterator[str]:
-    """Yield the user information and the password of a value that is a URL, spaces and quotes included."""
+    """Yield `user:password`, the password and the decoded password of a value that is a URL; `user` alone without one.
+
+    The value is one URL, so that spaces and quotes belong to the password. Without user information nothing is yielded.
+    """
     _, mark, rest = value.strip("\"' ").partition("://")
     if mark and (length := _user_length(rest)):
         user = rest[:length]
@@ -160,7 +187,7 @@ def users(value: str) -> Iterator[str]:
 
 
 def _user_length(rest: str) -> int:
-    """Return the number of characters after `://` that are user information.
+    """Return the number of characters after `://` that are user information; 0 if there is none.
 
     A password that holds `@`, `/`, `?` or `#` unescaped ends at the last `@`.
     """
@@ -191,7 +218,10 @@ def _is_mixed(text: str) -> bool:
 
 
 def _is_sk(token: str) -> bool:
-    """Return whether a token after `sk-`, `pk-` or `rk-` has the form of a key."""
+    """Return whether a token that begins with `sk-`, `pk-` or `rk-` has the form of a key.
+
+    It has at least 16 characters after that, letters and digits among them.
+    """
     body = token[3:]
     if re.fullmatch(r"(?:proj|svcacct|admin|ant|or|None)-[\w-]{16,}", body) or len(body) >= 40:
         return _is_mixed(body) or (len(body) >= 40 and _has_digit_and_letter(body))

@@ -21,6 +21,7 @@ class _Descriptor(io.FileIO):
     """The former stream, kept because its deletion would close the file descriptor."""
 
     def write(self, data: ReadableBuffer) -> int:
+        """Write bytes and return their number; an error is noted in `failure`, and all bytes count as written."""
         try:
             written: int = super().write(data)
         except OSError as error:
@@ -30,10 +31,10 @@ class _Descriptor(io.FileIO):
 
 
 def protect() -> None:
-    """Replace the standard streams of the process by streams that never raise on writing.
+    """Replace standard output and error of the process by streams that never raise on writing.
 
-    A stream that was closed before the process started becomes the null device, so that no file that is opened later
-    gets its descriptor.
+    A stream that was closed before the process started becomes the null device, standard input too, so that no file
+    that is opened later gets its descriptor. A stream that is no file descriptor, or is protected already, stays.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -51,7 +52,10 @@ def protect() -> None:
 
 
 def failure() -> OSError | None:
-    """Return the error of writing standard output; None if there was none but a closed pipe."""
+    """Flush standard output, and return its first error of writing; None if there was none but a closed pipe.
+
+    None also for a stream that is not protected.
+    """
     descriptor = _descriptor(sys.stdout)
     if not isinstance(descriptor, _Descriptor):
         return None

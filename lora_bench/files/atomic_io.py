@@ -51,9 +51,10 @@ def write(folder: Path, name: str, content: bytes) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Translate an `OSError` of writing `path` within the context into a `RunFailedError` or its reason.
+    """Translate an `OSError` of writing `path` within the context into a `RunFailedError`.
 
-    The reasons are a folder that is gone (`Code.LOST`), and a file that cannot be written (`Code.UNWRITABLE`).
+    If a file or folder is not found, the folder of `path` is gone (`Code.LOST`); otherwise `path` cannot be written
+    (`Code.UNWRITABLE`).
     """
     try:
         yield
@@ -76,12 +77,13 @@ def to_json(value: Any, name: str = "") -> Any:
     """Convert a value to JSON types, with numbers that are not finite as None and secrets hidden.
 
     Args:
-        value: nested mappings, lists, tuples and sets (sorted) of texts, paths, enums, and numbers of Python, numpy
-            or torch.
+        value: nested mappings, lists, tuples and sets (sorted) of texts, paths, enums, and numbers of Python, numpy or
+            torch; keys become text.
         name: the key that holds it, which tells whether it is a secret.
 
     Raises:
         TypeError: a value is of another type.
+        ValueError: an array or tensor has more than one element.
     """
     if isinstance(value, Enum):
         return to_json(value.value, name)

@@ -53,7 +53,9 @@ _PART = re.compile(r"[0-9a-f]{40}\.(arrow|hidden)\.\w+\.part|tmp\w{8}(\.part)?")
 
 
 def cache_folder() -> Path:
-    """Return the folder of all caches.
+    """Return the folder of all caches: $LORA_BENCH_CACHE, else `lora-bench` in $XDG_CACHE_HOME or in ~/.cache.
+
+    It is not created.
 
     Raises:
         UserError: no environment variable names one, and there is no home folder.
@@ -170,11 +172,15 @@ class CacheFiles:
     def write(
         self, key: str, fill: Callable[[BinaryIO], object], *, size_bytes: int, keep: Collection[str] = ()
     ) -> BinaryIO | None:
-        """Write a file and return it open; if it cannot be written, print a note and return None.
+        """Write a file atomically and return it open; if it cannot be written, print a note and return None.
+
+        Room is made first: abandoned files are removed, then the least recently used ones until the limit holds. A file
+        above the limit is written nevertheless. The open file is readable and not positioned at its start.
 
         Args:
             key: of the file; an existing file is replaced.
-            fill: writes the payload into an empty file.
+            fill: writes the payload into an empty file; an error of it other than `OSError` is raised, and no file is
+                left.
             size_bytes: bytes of the payload, for which room is made.
             keep: keys of files that are not removed to make room.
         """
@@ -214,7 +220,11 @@ class CacheFiles:
         return [entry for entry in self._entries(_PART) if _is_abandoned(entry.path)]
 
     def _load(self, key: str, load: Callable[[BinaryIO], T]) -> T | None:
-        """Return the result of `load` on the open file; if it raises, print a note with the reason and return None."""
+        """Open a file, and return the result of `load` on it, which closes the file or keeps it open.
+
+        None if there is no file; None after a note if it cannot be read or `load` raises ValueError. The file is marked
+        as used now. Any error closes it, and other errors are raised.
+        """
         path = self.path(key)
         try:
             file = _open_regular(path)
@@ -235,7 +245,10 @@ class CacheFiles:
         return None
 
     def _make_room(self, size_bytes: int, keep: Collection[Path]) -> None:
-        """Remove the least recently used files, except those to keep, until this many more bytes fit the limit."""
+        """Remove the least recently used files, except those to keep, until this many more bytes fit the limit.
+
+        If they never fit, all others are removed.
+        """
         entries = self.complete()
         total = sum(entry.size_bytes for entry in entries) + size_bytes
         for entry in entries:
@@ -245,7 +258,10 @@ class CacheFiles:
                 total -= entry.size_bytes
 
     def _entries(self, names: re.Pattern[str]) -> Iterator[Entry]:
-        """Yield the regular files with names of this pattern; links are not followed."""
+        """Yield the regular files with names of this pattern, in no order; links are not followed.
+
+        Nothing if the folder is missing.
+        """
         try:
             files = list(os.scandir(self.folder))
         except OSError:
@@ -276,7 +292,12 @@ def _require(has_checksum: bool) -> None:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, without waiting and without following a link."""
+    """Open a regular file for reading, without waiting and without following a link.
+
+    Raises:
+        ValueError: it is a link, a folder or a device.
+        OSError: it is missing or cannot be read.
+    """
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise ValueError("is not a regular file")
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -295,7 +316,7 @@ def _read_trailer(file: BinaryIO) -> tuple[int, bytes]:
 
 
 def _seal(file: BinaryIO, key: str) -> None:
-    """Append the trailer to a payload, and flush the file to disk."""
+    """Append the trailer to a payload, and flush the file to disk; it stays positioned at its end."""
     length = file.seek(0, os.SEEK_END)
     digest = _digest(key, _chunks(file, length))
     file.seek(length)
@@ -313,7 +334,11 @@ def _digest(key: str, payload: Iterable[bytes | memoryview]) -> bytes:
 
 
 def _chunks(file: BinaryIO, length: int) -> Iterator[memoryview]:
-    """Yield the first `length` bytes of a file in chunks; the next chunk overwrites the buffer of the last."""
+    """Yield the first `length` bytes of a file in chunks; the next chunk overwrites the buffer of the last.
+
+    Raises:
+        OSError: the file is shorter.
+    """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, length)))
     file.seek(0)
     while length:
@@ -325,7 +350,7 @@ def _chunks(file: BinaryIO, length: int) -> Iterator[memoryview]:
 
 
 def _lock(descriptor: int) -> None:
-    """Mark a file as being written by this process while it is open."""
+    """Mark a file as being written by this process while it is open; do nothing where files cannot be locked."""
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -336,7 +361,10 @@ SECONDS_TO_LOCK = 10.0
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Return whether no process is writing the file; an empty one of the last seconds may not be locked yet."""
+    """Return whether no process is writing the file; an empty one of the last `SECONDS_TO_LOCK` may not be locked yet.
+
+    False for a file that cannot be opened.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:

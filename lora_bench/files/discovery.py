@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def module_names(path: Iterable[str]) -> list[str]:
-    """Return the names of the modules in the folders of a package.
+    """Return the names of the modules and packages in the folders of a package; none of them is imported.
 
     Args:
         path: the package's `__path__`, as it is now.
@@ -23,12 +23,15 @@ def module_names(path: Iterable[str]) -> list[str]:
 
 
 def class_of_module(package: str, name: str, base: type[T]) -> type[T]:
-    """Return the one subclass of `base` that a module of a package defines.
+    """Import a module of a package, and return the one subclass of `base` that it defines; imported ones do not count.
 
     Args:
         package: its dotted name.
         name: of the module, one of `module_names`.
         base: the class that it extends.
+
+    Raises:
+        ValueError: it defines none or several.
     """
     module = importlib.import_module(f"{package}.{name}")
     (cls,) = (

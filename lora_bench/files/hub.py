@@ -9,10 +9,10 @@ _TIMEOUT_SECONDS = 5
 
 @cache
 def is_reachable() -> bool:
-    """Return whether the hub answers; if not, switch its libraries to offline mode.
+    """Return whether the hub answers within 5 seconds, with any status; if not, switch its libraries to offline mode.
 
     Without offline mode they retry each request for half a minute and print messages. Downloaded files are still found
-    in their cache.
+    in their cache. False, without a request, if they are offline already; the result is cached for the process.
     """
     import huggingface_hub
     from huggingface_hub import constants

@@ -47,7 +47,12 @@ def is_stream(path: str | Path) -> bool:
 
 
 def is_same_file(source: str, output: str) -> bool:
-    """Return whether two paths lead to the same file or FIFO, links followed."""
+    """Return whether two paths lead to the same file or FIFO, links followed; False if one does not exist.
+
+    Args:
+        source: of the input; `-` is standard input.
+        output: of the output; `-` is standard output.
+    """
     try:
         read = os.fstat(0) if source == STREAM else os.stat(source)
         written = os.fstat(1) if output == STREAM else os.stat(output)
@@ -64,7 +69,8 @@ def read_input(path: str | Path, source: str) -> bytes:
         source: its name in messages.
 
     Raises:
-        UserError: it cannot be read, or is a device, which may have no end.
+        UserError: it cannot be read, or is a device, which may have no end; a terminal and the null device are
+            accepted.
     """
     try:
         with nullcontext(_standard_input()) if str(path) == STREAM else open(path, "rb") as file:
@@ -113,7 +119,7 @@ def check_output(path: str | Path, key: str, size: int = 0, *, make_folders: boo
         make_folders: its folder may be missing, as it will be made.
 
     Raises:
-        UserError: it is a folder or a block device, its folder is missing or read-only, or there is no room.
+        UserError: it is read-only, a folder or a block device, its folder is missing or read-only, or there is no room.
     """
     if str(path) == STREAM or descriptor_of(path) is not None:
         return
@@ -127,7 +133,7 @@ def check_output(path: str | Path, key: str, size: int = 0, *, make_folders: boo
 
 
 def check_folder(path: str | Path, key: str) -> None:
-    """Check that an output folder is writable or can be made.
+    """Check that an output folder is writable, or can be made below the nearest existing one; it is not made.
 
     Raises:
         UserError: the path, or the existing path nearest above it, is not a folder or is read-only.
@@ -143,13 +149,14 @@ def write_output(path: str | Path, content: bytes, key: str, *, make_folders: bo
     """Write a file atomically, or into a stream.
 
     Args:
-        path: the file, which replaces an older one, or a stream.
+        path: the file, which replaces an older one and keeps its mode, or a stream.
         content: of the file.
         key: the config key that holds the path, for messages.
         make_folders: make missing folders.
 
     Raises:
         UserError: it cannot be written; an older file is unchanged.
+        BrokenPipeError: the reader of a stream is gone.
     """
     descriptor = descriptor_of(path)
     with _translate_write_errors(path, key):
@@ -170,7 +177,11 @@ def write_output(path: str | Path, content: bytes, key: str, *, make_folders: bo
 
 
 def _mode(path: str | Path) -> int | None:
-    """Return the mode of an existing path, links followed, or None; raise OSError if it is not writable."""
+    """Return the mode of an existing path, links followed, or None if there is none.
+
+    Raises:
+        OSError: it is a folder, a block device or read-only.
+    """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:

@@ -45,7 +45,10 @@ def open_file(path: Path, max_bytes: int = MAX_BYTES) -> BufferedReader:
 
 
 def refusal(path: Path, max_bytes: int = MAX_BYTES) -> str | None:
-    """Return the reason why an existing file cannot be read; None if it can be read, or is absent."""
+    """Return the reason why an existing file cannot be opened (`open_file`); None if it can be, or is absent.
+
+    A dangling link is refused. The content is not read.
+    """
     try:
         open_file(path, max_bytes).close()
     except FileNotFoundError:
@@ -76,6 +79,8 @@ def read_json(path: Path) -> Any:
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON Lines file; lines that are not valid JSON objects are skipped.
+
+    Bytes that are not UTF-8 are replaced. The file is read as the first object is requested.
 
     Raises:
         OSError: as `open_file`.
@@ -110,7 +115,7 @@ def parse_json(text: str) -> Any:
 
 
 def as_number(value: Any) -> float | int | None:
-    """Return `value` if it is a number of at most `MAX_MAGNITUDE`, else None."""
+    """Return `value` if it is a number of at most `MAX_MAGNITUDE`, else None; NaN, True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_MAGNITUDE:
         return None
     return value

@@ -34,6 +34,7 @@ class Budget:
     """
 
     def __init__(self, llm: LLM) -> None:
+        """Start with nothing spent; the settings give limits and prices."""
         self.llm = llm
         self.requests = 0
         self.spent = 0.0
@@ -49,8 +50,11 @@ class Budget:
     async def reserve(self, messages: Messages) -> float:
         """Wait until a request fits the budget, count it, and return the cost that was reserved for it.
 
+        Each call that returns needs one call of `settle`.
+
         Raises:
-            BudgetReachedError: the request does not fit, and no pending request can free the money for it.
+            BudgetReachedError: `llm.max_requests` are counted already; or the request does not fit `llm.max_cost`, and
+                no pending request can free the money for it.
         """
         max_cost = self.max_cost_of(messages)
         cap = self.llm.max_cost
@@ -69,7 +73,7 @@ class Budget:
         return max_cost
 
     async def settle(self, reserved: float, cost: float) -> None:
-        """Replace the reserved cost of a request by its actual cost."""
+        """End a pending request: replace its reserved cost by its actual cost, and wake the requests that wait."""
         async with self._settled:
             self.under_way -= 1
             self.reserved = self.reserved - reserved if self.under_way else 0.0  # without rounding errors

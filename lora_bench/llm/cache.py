@@ -44,6 +44,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Open the file, as the class describes it."""
         self.path = folder / "answers.sqlite"
         self.damaged = 0
         """Number of damaged entries, which count as missing."""
@@ -62,7 +63,10 @@ class Cache:
         self._db.close()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return the entry of this key; None if it is missing or damaged."""
+        """Return the entry of this key; None if it is missing or damaged.
+
+        Damaged is an entry that is no JSON object or too large; it stays in the file and is counted in `damaged`.
+        """
         query = "SELECT answer FROM answers WHERE key = ? AND length(CAST(answer AS BLOB)) <= ?"
         rows = self._execute(query, key, _MAX_ENTRY_BYTES)
         if not rows:
@@ -87,7 +91,11 @@ class Cache:
             yield f"the cache {self.path} was damaged or not ours: it was moved to {self.set_aside} and replaced"
 
     def _open(self) -> sqlite3.Connection:
-        """Return a connection to the file; a damaged or foreign one is moved aside first."""
+        """Return a connection to the file, with its table; a damaged or foreign file is moved aside and replaced first.
+
+        Raises:
+            sqlite3.Error: another error of SQLite, for example a lock of another process that lasts.
+        """
         db = self._connect()
         try:
             try:
@@ -115,7 +123,7 @@ class Cache:
         return db
 
     def _set_aside(self) -> None:
-        """Move the file and its SQLite journals to an unused name."""
+        """Move the file and its SQLite journals to an unused name, and keep that in `set_aside`."""
         number = 1
         while (aside := self.path.with_name(f"answers.damaged-{number}.sqlite")).exists():
             number += 1
@@ -126,7 +134,10 @@ class Cache:
         self.set_aside = aside
 
     def _execute(self, query: str, *values: Any) -> list[Any]:
-        """Execute one statement and return its rows; if the file proves to be damaged, execute it on a new one."""
+        """Execute one statement and return its rows; if the file proves to be damaged, execute it on a new one.
+
+        The damaged file is moved aside. Other errors become a `UserError`.
+        """
         with self._errors():
             try:
                 return self._db.execute(query, values).fetchall()

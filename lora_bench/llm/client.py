@@ -50,6 +50,7 @@ class Client:
     """
 
     def __init__(self, llm: LLM, cache: Cache, seed: int) -> None:
+        """Read the API key from the environment and hide it in all output; nothing is sent."""
         self.llm = llm
         self.cache = cache
         self.seed = None if llm.temperature == 0 else seed
@@ -98,11 +99,11 @@ class Client:
         )
 
     async def close(self) -> None:
-        """Close the HTTP client."""
+        """Close the HTTP client, which `open` has created."""
         await self._server.close()
 
     def cached_answer(self, key: str) -> Answer | None:
-        """Return the cached answer; None if there is none, or if the entry is not an answer."""
+        """Return the cached answer; None if there is none, or if the entry is not an answer and counts as damaged."""
         entry = self.cache.get(key)
         try:
             return None if entry is None else Answer.from_json(entry)
@@ -111,12 +112,15 @@ class Client:
             return None
 
     async def ask(self, messages: Messages) -> Answer:
-        """Request an answer, repeatedly if necessary, cache it and return it.
+        """Request an answer, repeatedly if necessary, cache it and return it; the cache is not read.
+
+        Every request counts in the budget, also a repeated one. If the server refuses log-probabilities, this and all
+        later requests are sent without them, which is no repetition.
 
         Raises:
             BudgetReachedError: the budget allows no further request.
             UserError: no repetition can succeed: a wrong address, key, model or field.
-            RunFailedError: the server did not answer within `llm.retries` repetitions.
+            RunFailedError: the server did not answer within `llm.retries` repetitions, or asks to wait too long.
             CancelledError: the client was stopped.
         """
         repetition = 0
@@ -162,6 +166,13 @@ class Client:
         raise asyncio.CancelledError
 
     async def _send(self, messages: Messages, logprobs: bool) -> Answer:
+        """Send one request, and return its answer without secrets.
+
+        Raises:
+            BrokenAnswerError: the reply is not a chat completion.
+            TimeoutError: there is no whole answer within `llm.timeout` seconds.
+            openai.APIError: the server refused the request (`APIStatusError`), or the connection failed.
+        """
         fields = self._fields()
         if logprobs:
             fields |= {"logprobs": True, "top_logprobs": self.llm.top_logprobs}
@@ -188,13 +199,17 @@ class Client:
         return Answer.from_json(to_json(asdict(answer)))  # other secrets
 
     def _fields(self) -> dict[str, Any]:
-        """Return the request's fields without messages and log-probabilities."""
+        """Return the request's fields without messages and log-probabilities; `extra` holds further ones."""
         optional = {"temperature": self.llm.temperature, "max_tokens": self.llm.max_tokens}
         sent = {name: value for name, value in optional.items() if value is not None}
         return {"model": self.llm.model, **sent, "extra": self.llm.extra}
 
     def cache_key(self, messages: Messages) -> str:
-        """Return the cache key of a request; the API key is not part of it."""
+        """Return the cache key of a request; the API key is not part of it.
+
+        Server, model, messages, all fields and, unless the temperature is 0, the seed are part of it. So are
+        log-probabilities as they are set, even if the server refuses them.
+        """
         top_logprobs = self.llm.top_logprobs if self.llm.logprobs else None
         server = str(self.llm.base_url).rstrip("/")
         request = {"messages": messages, "logprobs": top_logprobs, "seed": self.seed, "base_url": server}
@@ -239,7 +254,10 @@ class Client:
         return reason, wait
 
     def _short(self, error: object) -> str:
-        """Return the server's message as one short line, or a fixed text if it repeats the API key."""
+        """Return an error or the server's message as one line of at most 300 characters.
+
+        If it repeats the API key, it is a fixed text with the status.
+        """
         from lora_bench.llm.reply import WITHHELD, contains_key
 
         status = getattr(error, "status_code", None)
@@ -249,7 +267,11 @@ class Client:
         return _one_line(text or type(error).__name__)
 
     def _back_off(self, repetition: int) -> float:
-        """Return the seconds to wait after a failed attempt, with 25 % jitter."""
+        """Return the seconds to wait after a failed attempt, with 25 % jitter; they double from attempt to attempt.
+
+        Args:
+            repetition: number of the attempt, from 0.
+        """
         wait: float = min(FIRST_WAIT_SECONDS * 2**repetition, LONGEST_WAIT_SECONDS)
         return wait * self._random.uniform(0.75, 1.25)
 
@@ -259,12 +281,16 @@ _AGAIN_LATER = "All answers so far are cached: run the same command again to req
 
 
 def _one_line(text: str) -> str:
+    """Return a text on one line of at most 300 characters, without a full stop; `?` replaces what cannot be printed."""
     text = " ".join(text.split())
     return "".join(char if char.isprintable() else "?" for char in text)[:300].rstrip(".")
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Return the seconds of a `Retry-After` header, which holds a number or a date; None without one."""
+    """Return the seconds of a `Retry-After` header, which holds a number or a date; None without a valid one.
+
+    `retry-after-ms` takes precedence. A date in the past gives 0.
+    """
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         value = headers.get(name)
         if value is None:
@@ -283,21 +309,27 @@ def _retry_after(headers: Any) -> float | None:
 async def ask_all(
     client: Client, questions: Mapping[str, Messages], answered: Callable[[str, Answer], None], concurrency: int
 ) -> None:
-    """Request the answers of all questions, `concurrency` at a time.
+    """Request the answers of all questions, `concurrency` at a time; the cache is not read.
 
     The first error, the end of the budget, Ctrl-C or SIGTERM stops it: no new request is sent, and pending ones are
-    waited for, since they are paid for. A second Ctrl-C ends it at once.
+    waited for, since they are paid for. A second Ctrl-C ends it at once. A client that was stopped cannot be used
+    again.
 
     Args:
         client: opened.
         questions: messages by key.
         answered: called on each answer, with the key of its question.
         concurrency: maximal number of pending requests.
+
+    Raises:
+        Exception: the first error of `Client.ask`, after the pending requests.
+        KeyboardInterrupt, SystemExit: a signal stopped it; this takes precedence.
     """
     pending = iter(questions.items())
     errors: list[Exception] = []
 
     async def work() -> None:
+        """Answer questions until none is left or the client is stopped; an error is kept and stops the others."""
         for key, messages in pending:
             if client.stopped:
                 return
@@ -308,6 +340,7 @@ async def ask_all(
                 stop()
 
     def stop() -> None:
+        """Stop the client, and cancel the other workers that have no pending request."""
         client.stopped = True
         for worker in workers:
             if worker not in client.under_way and worker is not asyncio.current_task():

@@ -28,7 +28,7 @@ class Display(Live):
         super().__init__(console, questions, MofNCompleteColumn())
 
     def update(self, answers: int) -> None:
-        """Show the number of questions that are answered."""
+        """Show the number of questions that are answered; without a terminal, print a line if one is `due`."""
         self.progress.update(self.task, completed=answers)
         if self.due(answers):
             self.console.print(sanitise(f"answers {answers:,}/{self.total:,}"))
@@ -75,9 +75,12 @@ def show_request(
 ) -> None:
     """Print the first prompt, the number of requests that would be sent, and their maximal cost.
 
+    The cost is left out without prices or a limit on the tokens of an answer.
+
     Args:
+        console: the terminal.
         client: not opened; nothing is sent.
-        questions: messages by key.
+        questions: messages by key, at least one.
         cached: answers by key that need no request.
     """
     for message in next(iter(questions.values())):

@@ -20,12 +20,13 @@ def read_predictions(path: str, examples: Examples) -> list[float | None]:
     """Return the score of each example in their order; None where the file has an empty cell or null.
 
     Args:
-        path: .tsv, .csv, .jsonl or .parquet with a column `id`, the row in the split from 0, and a column `score`,
-            P(label 1), or, without it, `label`, the predicted label.
+        path: .tsv, .csv, .jsonl or .parquet, its rows in any order, with a column `id`, the row in the split from 0,
+            and a column `score`, P(label 1), or, without it, `label`, the predicted label.
         examples: the split that was predicted.
 
     Raises:
-        UserError: an id is missing, repeated or unknown, or a value is not a score; it names file and row.
+        UserError: the file cannot be read, a column or an id is missing, an id is repeated or unknown, or a value is
+            not a score; it names file and row.
     """
     table = read_table(path)
     value = next((name for name in ("score", "label") if name in table.names), None)
@@ -68,6 +69,11 @@ def read_predictions(path: str, examples: Examples) -> list[float | None]:
 
 
 def _score(answer: Any, column: str, path: str, row: int) -> float:
+    """Return an answer as P(label 1): a number from 0 to 1, or, in the column `label`, 0 or 1.
+
+    Raises:
+        UserError: it is something else; file and row are named.
+    """
     number = _number(answer)
     if number is None or not 0 <= number <= 1 or (column == "label" and number not in (0, 1)):
         allowed = "a number from 0 to 1" if column == "score" else "0 or 1"
@@ -76,6 +82,7 @@ def _score(answer: Any, column: str, path: str, row: int) -> float:
 
 
 def _number(value: Any) -> float | None:
+    """Return a number, or a text that is one, as a float; None for truth values, NaN, infinity and anything else."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -84,6 +91,6 @@ def _number(value: Any) -> float | None:
 
 
 def fill_missing(scores: list[float | None], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the scores with each missing one replaced by the wrong label: 1 - label, (N,)."""
+    """Return (N,) scores with each missing one replaced by 1 - label, the score of the wrong label with certainty."""
     filled = [1.0 - label if score is None else score for score, label in zip(scores, labels.tolist(), strict=True)]
     return np.array(filled, dtype=np.float64)

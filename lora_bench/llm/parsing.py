@@ -38,7 +38,7 @@ class Answer:
         """Return the answer that an entry of the cache holds.
 
         Raises:
-            BrokenAnswerError: the entry is not an answer.
+            BrokenAnswerError: the entry is not an answer: a field is missing, unknown or of another type.
         """
         try:
             answer = cls(**entry)
@@ -54,7 +54,7 @@ class Answer:
         return replace(answer, tokens=tokens)
 
     def cost(self, llm: LLM, max_cost: float) -> float:
-        """Return its cost; `max_cost` if the server reports no number of tokens."""
+        """Return its cost; `max_cost` if the server does not report both numbers of tokens, 0 without prices."""
         if self.prompt_tokens is None or self.completion_tokens is None:
             return max_cost
         return llm.cost(self.prompt_tokens, self.completion_tokens) or 0.0
@@ -65,7 +65,9 @@ class BrokenAnswerError(ValueError):
 
 
 def read_reply(reply: Any) -> Answer:
-    """Return the answer in a server's reply, decoded from JSON.
+    """Return the answer in a server's reply, decoded from JSON; of several choices it is the first one.
+
+    What the server leaves out is None, log-probabilities are an empty list.
 
     Raises:
         BrokenAnswerError: the reply is not a chat completion; the message names its fault.
@@ -162,8 +164,9 @@ def read_label(answer: Answer, words: Sequence[str]) -> tuple[float | None, str]
     """Return P(label 1) of an answer, and the source of it (`READINGS`).
 
     From log-probabilities it is p1 / (p0 + p1), with p the sum over the tokens with which a word can begin. A label
-    without a listed token gets its upper bound: the smallest listed probability, or 1 minus their sum. From the text it
-    is 0 or 1, if the text is one of the two words apart from punctuation. None if the answer is not a label.
+    without a listed token gets its upper bound: the smallest listed probability, or 1 minus their sum. Without usable
+    log-probabilities it is 0 or 1 from the text, if that is one of the two words apart from case and punctuation around
+    it. None if the model refused, or the answer is not a label.
 
     Args:
         answer: of the model.

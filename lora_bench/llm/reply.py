@@ -29,6 +29,8 @@ ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 async def check_reply(response: httpx2.Response) -> None:
     """Refuse a redirect that would take the key elsewhere, and bound what is read of any other reply.
 
+    The body of the response is replaced by one that decompresses it and raises BrokenAnswerError beyond `MAX_BYTES`.
+
     Raises:
         UserError: the reply is a redirect to another origin, or one that does not repeat the request.
         BrokenAnswerError: the reply is compressed in a way that is not read.
@@ -47,6 +49,11 @@ async def check_reply(response: httpx2.Response) -> None:
 
 
 def _check_redirect(response: httpx2.Response) -> None:
+    """Refuse a redirect to another scheme, host or port, or one whose status is not 307 or 308.
+
+    Raises:
+        UserError: naming the origin that it leads to, or the status.
+    """
     request_url = response.request.url
     try:
         target = request_url.join(response.headers["location"])
@@ -75,6 +82,12 @@ class _Bounded(httpx2.AsyncByteStream):
         self.encoding = encoding
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield the decompressed body in chunks.
+
+        Raises:
+            BrokenAnswerError: it is longer than `MAX_BYTES`, as sent or decompressed, or is not compressed as
+                announced.
+        """
         received = total = 0
         decoder = None
         async for chunk in self.stream:
@@ -113,7 +126,11 @@ _MASKED = re.compile(r"([^\s'\"]{0,200})(?:\*{2,}|\.{3}|…|[xX]{4,})([^\s'\"]{0
 
 
 def contains_key(text: str, key: str) -> bool:
-    """Return whether a text holds the key or a part of it, in whatever form: split, escaped, encoded or masked."""
+    """Return whether a text holds the key or a part of it, in whatever form: split, escaped, encoded or masked.
+
+    Six characters in a row are a part; in a masked key (`sk-…wxyz`) it is the first or last three. False for a shorter
+    key.
+    """
     if len(key) < _WINDOW:
         return False
     fragments = {form[i : i + _WINDOW] for form in _forms(key) for i in range(len(form) - _WINDOW + 1)}
@@ -123,6 +140,7 @@ def contains_key(text: str, key: str) -> bool:
 
 
 def _forms(key: str) -> Iterator[str]:
+    """Yield the forms of a key that are searched for: itself, in hexadecimal, and in base64 at any offset."""
     yield key
     yield key.encode().hex()
     for offset in range(3):

@@ -48,6 +48,14 @@ class LLM:
     """Money per million tokens written."""
 
     def __post_init__(self) -> None:
+        """Check the ranges and the address, and that `max_cost` has prices and a limit on the tokens of an answer.
+
+        Neither `model` nor `base_url` is required. `extra` must not hold a field that has a setting of its own.
+
+        Raises:
+            UserError: naming the key. A value of `api_key_env` that is no name in capitals may be the key itself, and
+                is not repeated.
+        """
         if self.base_url is not None:
             _check_url(self.base_url)
         if not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):  # perhaps the key itself: not repeated
@@ -102,7 +110,7 @@ class LLM:
         return limit if self.max_tokens is None and isinstance(limit, int) else self.max_tokens
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float | None:
-        """Return the cost of these numbers of tokens; None without prices."""
+        """Return the cost of these numbers of tokens; None unless both prices are set."""
         if self.input_price is None or self.output_price is None:
             return None
         return (self.input_price * prompt_tokens + self.output_price * completion_tokens) / 1e6
@@ -122,6 +130,11 @@ _RESERVED_FIELDS = {
 
 
 def _check_url(url: str) -> None:
+    """Refuse an address that is not `http` or `https` with a host, or that holds a user, a password or a query.
+
+    Raises:
+        UserError: an address that may hold a secret is not repeated. The server is not contacted.
+    """
     try:
         address = urlsplit(url)
         good = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0

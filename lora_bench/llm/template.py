@@ -44,7 +44,8 @@ class Template:
             seed: of the choice and order of the examples.
 
         Raises:
-            UserError: the template does not fit the data, or train holds too few examples.
+            UserError: a field of the template is unknown, a text of the data has no field, the two answers are empty or
+                equal, or train is missing or holds too few examples of a label.
         """
         words = data.label_names if prompt.answers is None else prompt.answers
         template = cls(prompt.system, prompt.template, (words[0].strip(), words[1].strip()), data.text_columns, [])
@@ -52,21 +53,32 @@ class Template:
         return replace(template, shots=template._examples(prompt.shots, train, seed))
 
     def messages(self, texts: Sequence[str]) -> Messages:
-        """Return the messages for an example with these texts, one for each column."""
+        """Return the messages for an example with these texts, one for each column.
+
+        They are the system message, if it is not empty, the few-shot questions and answers, and the question. Fields
+        are filled in in the system message too.
+        """
         question = {"role": "user", "content": self._fill(self.question, texts)}
         system = [{"role": "system", "content": self._fill(self.system, texts)}] if self.system else []
         return [*system, *self.shots, question]
 
     def _fill(self, text: str, texts: Sequence[str]) -> str:
+        """Return a text with its fields `{name}` filled in; unknown ones stay."""
         values = self._values(texts)
         return _FIELD.sub(lambda match: values.get(match[1], match[0]), text)
 
     def _values(self, texts: Sequence[str]) -> Mapping[str, str]:
+        """Return the text of each field; a column named like another field, such as `fields`, takes precedence."""
         named = dict(zip(self.columns, texts, strict=True))
         fields = {"fields": "\n".join(f"{name}: {text}" for name, text in named.items())}
         return fields | {"label_0": self.answers[0], "label_1": self.answers[1]} | named
 
     def _check(self, prompt: Prompt) -> None:
+        """Check that the data fills every field, the question has every text, and the answers differ apart from case.
+
+        Raises:
+            UserError: naming the key.
+        """
         values = self._values([""] * len(self.columns))
         for key, text in (("prompt.system", self.system or ""), ("prompt.template", self.question)):
             for name in _FIELD.findall(text):
@@ -96,7 +108,13 @@ class Template:
             )
 
     def _examples(self, shots: int, train: Examples | None, seed: int) -> Messages:
-        """Return `shots` questions with answers, equally many of each label, in an order given by the seed."""
+        """Return `shots` questions with answers, equally many of each label, in an order given by the seed.
+
+        Each is a user message and an assistant message; 0 shots give none.
+
+        Raises:
+            UserError: there is no train split, or it has fewer than `shots / 2` rows of a label.
+        """
         if not shots:
             return []
         if train is None:

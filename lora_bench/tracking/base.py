@@ -33,7 +33,7 @@ class Tracker(ABC):
     """The extra of lora-bench that installs the package."""
 
     def check(self) -> None:
-        """Check, before anything runs, that the tracker can work.
+        """Check, before anything runs, that the tracker can work; its server is not contacted.
 
         Raises:
             UserError: the package or a setting is missing.
@@ -50,7 +50,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(self, run: Run) -> TrackerSession:
-        """Start a session for a run; a resumed run continues its earlier session."""
+        """Start a session for a run; a resumed run continues its earlier session. Any exception is allowed."""
 
 
 class TrackerSession(ABC):
@@ -91,6 +91,10 @@ class TrackedRun(Run):
         self.losses.append(loss)
 
     def log(self, line: Mapping[str, Any]) -> None:
+        """Append the line as `Run.log` does, then send its finite metrics and the mean `train/loss` to the trackers.
+
+        A line without a step is sent as step 0. If it cannot be written, the error is raised and nothing is sent.
+        """
         super().log(line)
         values = {f"{line['split']}/{name}": value for name, value in line["metrics"].items()}
         if self.losses:
@@ -99,13 +103,17 @@ class TrackedRun(Run):
         self._send(lambda session: session.log(line["step"] or 0, _finite(values)))
 
     def finish(self, status: str, error: str | None = None) -> None:
+        """End the run as `Run.finish` does, then close the sessions with the finite numbers of `params` and `cost`.
+
+        If the record cannot be written, the error is raised and the sessions stay open.
+        """
         super().finish(status, error)
         sections = {name: self.record[name] for name in ("params", "cost")}
         values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         self._send(lambda session: session.finish(status, _finite(values)))
 
     def _send(self, call: Callable[[TrackerSession], None]) -> None:
-        """Make a call to every session; drop sessions that fail."""
+        """Make a call to every session; drop sessions that raise an exception, with a note."""
         for name, session in list(self.sessions.items()):
             try:
                 call(session)
@@ -117,7 +125,8 @@ class TrackedRun(Run):
 def track_run(run: Run, trackers: Mapping[str, Tracker], console: Console) -> Run:
     """Return a run that sends its metrics to these trackers; without trackers, the run itself.
 
-    A tracker that fails to start is left out with a note.
+    It has the folder, record and claim of the given run, which is not used any more. A tracker that fails to start is
+    left out with a note.
     """
     if not trackers:
         return run
@@ -131,19 +140,19 @@ def track_run(run: Run, trackers: Mapping[str, Tracker], console: Console) -> Ru
 
 
 def note_failure(console: Console | None, name: str, error: Exception) -> None:
-    """Print one line: the run continues without this tracker."""
+    """Print one line: the run continues without this tracker; nothing without a console."""
     if console is not None:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
         console.print(sanitise(f"note: tracking={name} failed: {reason}. The run continues; its record is complete."))
 
 
 def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
-    """Yield (key, value) of a config: dotted keys, and lists and nulls as JSON text."""
+    """Yield (dotted key, value) of a config; lists, nulls and empty groups become JSON text."""
     for key, value in flatten(config):
         yield key, value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the finite numbers among values."""
+    """Return the finite numbers among values as floats: True is 1.0, while texts and None are left out."""
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}

@@ -18,7 +18,7 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLfl
 
 
 def build_trackers(node: DictConfig | None) -> dict[str, Tracker]:
-    """Return the chosen trackers by name.
+    """Return the chosen trackers by name; nothing is started, and `Tracker.check` is left to the caller.
 
     Args:
         node: the config group `tracking`; None, as in records older than tracking, chooses no tracker.

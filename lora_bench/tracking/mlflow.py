@@ -51,12 +51,26 @@ class MLflow(Tracker):
     """Name of the experiment; it is created where it does not exist."""
 
     def check(self) -> None:
+        """Check that the package is installed, and that `uri` or MLFLOW_TRACKING_URI is set.
+
+        Raises:
+            UserError: one of them is missing.
+        """
         super().check()
         if not (self.uri or os.environ.get("MLFLOW_TRACKING_URI")):
             remedy = "Give the server's address, or set the environment variable MLFLOW_TRACKING_URI."
             raise UserError("is needed", key="tracking.mlflow.uri", remedy=remedy, code=Code.MISSING)
 
     def start(self, run: Run) -> TrackerSession:
+        """Create an MLflow run with the config as parameters, or set that of a resumed run to RUNNING again.
+
+        The earlier one is found by a tag made of the run's creation time and the folder's name. The experiment is
+        created if it does not exist; values of parameters are cut to 500 characters. Timeouts are set as environment
+        variables, unless they are set already.
+
+        Raises:
+            Exception: of MLflow, for example because the server cannot be reached.
+        """
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import mlflow  # late: seconds, and it reads the environment
@@ -96,6 +110,7 @@ class _MLflowSession(TrackerSession):
         self.step = 0
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values in one request, with the present time; the step is kept for `finish`."""
         from mlflow.entities import Metric
 
         self.step = step
@@ -104,5 +119,6 @@ class _MLflowSession(TrackerSession):
         self.client.log_batch(self.identifier, metrics=metrics)
 
     def finish(self, status: str, values: Mapping[str, float]) -> None:
+        """Send the values at the step of the last evaluation, and end the MLflow run with the status of `_STATUS`."""
         self.log(self.step, values)
         self.client.set_terminated(self.identifier, _STATUS[status])

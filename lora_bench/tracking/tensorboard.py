@@ -25,6 +25,7 @@ class TensorBoard(Tracker):
     extra: ClassVar[str] = "tensorboard"
 
     def start(self, run: Run) -> TrackerSession:
+        """Return a session with an event file in the run's folder `tensorboard`; a resumed run adds a file to it."""
         from torch.utils.tensorboard import SummaryWriter  # late: it imports torch and tensorboard
 
         return _TensorBoardSession(SummaryWriter(run.folder / FOLDER), run)
@@ -44,12 +45,14 @@ class _TensorBoardSession(TrackerSession):
         self.newest: dict[str, float] = {}  # the last value of each metric
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a scalar for each value, and flush the file."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
         self.newest.update(values)
 
     def finish(self, status: str, values: Mapping[str, float]) -> None:
+        """Write the config as hyperparameters, the last metrics and these values, and the status; close the file."""
         config = dict(hyperparameters(self.run.record["config"]))
         self.writer.add_hparams(config, {**self.newest, **values}, run_name=".")
         self.writer.add_text("status", status)
