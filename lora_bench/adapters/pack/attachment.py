@@ -49,7 +49,7 @@ def attach_heads(backbone: Backbone, members: Sequence[Member], active: ActiveMe
 
 
 def detach(network: nn.Module, *classes: type[AdaptedLinear | MemberHeads]) -> None:
-    """Put back the network's modules that instances of these classes have replaced."""
+    """Put back the network's modules that instances of these classes have replaced; without any, nothing happens."""
     for name, module in list(network.named_modules()):
         if isinstance(module, classes):
             _replace(network, name, module.base if isinstance(module, AdaptedLinear) else module.original[0])
