@@ -67,7 +67,7 @@ class WarmStart:
         return cls(finished, source.data.label_names, with_head)
 
     def load_into(self, pack: Pack, members: Sequence[int]) -> None:
-        """Copy the finished run's tensors into these members, which have its ranks; heads only if `with_head`.
+        """Copy the finished run's tensors into these members, which have its ranks; without `with_head` the heads stay.
 
         Raises:
             UserError: a file is damaged, or its tensors do not fit.
