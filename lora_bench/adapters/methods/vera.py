@@ -94,7 +94,7 @@ class VeRA(LinearAdapter):
 
 
 class VeRAUpdate(Update):
-    """Λ_b B Λ_d A, with b and d in fp32 whatever the backbone's precision.
+    """Λ_b B Λ_d A, with b and d in fp32 whatever the backbone's precision; b starts at zero.
 
     Args:
         shared: A (rank, in or more) and B (out or more, rank), the same two tensors for all modules of a member.

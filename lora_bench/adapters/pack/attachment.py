@@ -41,7 +41,10 @@ def attach_updates(network: nn.Module, updates: Sequence[dict[str, Update]], act
 
 
 def attach_heads(backbone: Backbone, members: Sequence[Member], active: ActiveMembers) -> None:
-    """Give every member its own copies of the head, one for each of its tasks, which all start alike."""
+    """Give every member its own copies of the head, one for each of its tasks, which all start alike.
+
+    They replace the network's modules, which `detach` puts back.
+    """
     for name in backbone.head_modules:
         original = backbone.network.get_submodule(name)
         copies = [[_new_head(backbone, name, original, member) for _ in range(member.heads)] for member in members]

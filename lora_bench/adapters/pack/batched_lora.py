@@ -31,8 +31,9 @@ MAX_RANK_RATIO = 8
 def batching_key(update: Update | None) -> Hashable:
     """Return a key that is equal for updates which one `BatchedLoRA` can compute; None: this one is computed alone.
 
-    Members of a LoRA variant (a subclass of `LowRank`) are batched where their ranks are equal, so that no variant need
-    cope with padding.
+    Only `LowRank` updates can be batched, and not beside a quantised weight; magnitude, subtracted product, frozen A
+    and dropout must be there in all or in none. Members of a LoRA variant (a subclass of `LowRank`) are batched where
+    their ranks are equal, so that no variant need cope with padding.
     """
     if not isinstance(update, LowRank) or not update.is_product or update.quantized is not None:
         return None
@@ -168,6 +169,8 @@ class _TrainedFactors(nn.Module):
 
 class ParameterSync:
     """Copier of all members' tensors into the stacks, and of the stacks' gradients to the members' parameters.
+
+    Nothing is copied before a method is called.
 
     Args:
         stacks: of all linears of a pack.

@@ -95,7 +95,7 @@ class Pack(PackState):
 
     @contextmanager
     def only(self, members: Sequence[int]) -> Iterator[None]:
-        """Compute only these members within the context."""
+        """Compute only these members within the context, afterwards those that were active before."""
         before = self.active
         self.active = list(members)
         try:
@@ -104,7 +104,10 @@ class Pack(PackState):
             self.active = before
 
     def train(self, mode: bool = True) -> Pack:
-        """Set the adapters' training mode; a frozen backbone and the heads on it never drop anything out."""
+        """Set the adapters' training mode and return the pack.
+
+        A frozen backbone and the heads on it stay in evaluation mode, so they never drop anything out.
+        """
         super().train(mode and self.trains_backbone)
         self.training = mode  # `predict` restores it
         for updates in self.updates:
@@ -220,7 +223,10 @@ class Pack(PackState):
         return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
-        """Cast products with `full`, whose weights stay fp32; frozen weights were cast when they were loaded."""
+        """Return a context that casts products with `full`, whose weights stay fp32; without effect otherwise.
+
+        Frozen weights were cast when they were loaded.
+        """
         if self.trains_backbone and self.backbone.compute_dtype != torch.float32:
             return torch.autocast(self.backbone.device.type, self.backbone.compute_dtype)
         return nullcontext()
