@@ -130,7 +130,7 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _newest_first(self) -> list[Path]:
-        """Return the folders of complete checkpoints, the newest first."""
+        """Return the folders of complete checkpoints of this stem, the newest first; damaged ones are among them."""
         if not self.folder.is_dir():
             return []
         name = re.compile(rf"{self.stem}-\d+")

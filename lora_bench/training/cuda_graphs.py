@@ -52,7 +52,8 @@ class Backward:
     def __call__(self, batch: Batch, of_pairs: int, pairs: int) -> dict[int, float]:
         """Accumulate the gradients of a batch in micro-batches.
 
-        Members are independent, so one backward pass of the sum of their losses gives each its own gradients.
+        Members are independent, so one backward pass of the sum of their losses gives each its own gradients. Penalties
+        of their methods are in the gradients, but not in the losses.
 
         Args:
             batch: of all active members, or one that they share.
@@ -72,7 +73,10 @@ class Backward:
         return self._add(batch.to(self.pack.backbone.device), share)
 
     def _add(self, batch: Batch, share: float) -> Tensor:
-        """Accumulate the gradients of `share` times the mean losses of a batch on the device; return these (K,)."""
+        """Accumulate the gradients of `share` times the mean losses of a batch on the device; return these (K,).
+
+        Gradients of `share` times the methods' penalties are accumulated too; the losses are without them.
+        """
         pack = self.pack
         assert batch.labels is not None
         labels = batch.labels.view(batch.members, -1).expand(len(pack.active), -1)  # (K, orders · B)

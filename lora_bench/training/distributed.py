@@ -95,13 +95,16 @@ class Processes:
         return islice(batches, self.rank, None, self.size)
 
     def gather(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum scores over the processes; each process leaves the rows of the other processes at zero."""
+        """Sum scores over the processes, in place; each process leaves the rows of the other processes at zero."""
         if self.size > 1:
             dist.all_reduce(torch.from_numpy(scores))
         return scores
 
     def any_signal(self, signal: int | None) -> int | None:
-        """Return the signal that any process has received, so that all stop after the same step; None without one."""
+        """Return the signal that any process has received, so that all stop after the same step; None without one.
+
+        Of several it is the one with the highest number.
+        """
         if self.size == 1:
             return signal
         highest = torch.tensor(signal or 0)
@@ -146,7 +149,10 @@ NOTICE_SECONDS = 1.0
 
 
 class _Rendezvous:
-    """Connects the processes through a store that process 0, or `torchrun` itself, serves."""
+    """The meeting of the processes in a store that process 0, or `torchrun` itself, serves.
+
+    `JOIN_SECONDS` are counted from its creation.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch

@@ -316,7 +316,7 @@ def fit(
     flop_models: Sequence[FlopModel] = (),
     observer: Observer | None = None,
 ) -> list[MemberProgress]:
-    """Train a pack on one task without records, as benchmarks do.
+    """Train a pack on one task without records, as benchmarks do, and leave each member at its best state.
 
     Args:
         pack: K members on one backbone, prepared.

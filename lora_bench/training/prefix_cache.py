@@ -114,7 +114,7 @@ class PrefixCache:
         return digest.hexdigest()[:40]
 
     def _load_or_fill(self, pack: Pack, table: TokenTable, keys: Collection[str]) -> HiddenStates | None:
-        """Open the file of the last of these keys, written first if it is missing; None if there is no room for it.
+        """Open the file of the last of these keys, written first if it is missing; None if it cannot be written.
 
         Args:
             pack: computes a missing file.

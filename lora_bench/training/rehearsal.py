@@ -251,7 +251,10 @@ class _EvaluationCost:
 def _rehearse_evaluation(
     pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, evaluations: int, cached: Sequence[str]
 ) -> _EvaluationCost:
-    """Measure the cost of so many evaluations of the selection split, and of one final prediction of every table."""
+    """Measure the cost of so many evaluations of the selection split, and of one final prediction of every table.
+
+    At most `SHAPES` batch shapes are scored. The time of tables in `cached` is reduced by that of the prefix.
+    """
     batches = [
         (name, rows) for name, table in tables.items() for rows in evaluation_rows(table, trainer.eval_batch_size)
     ]

@@ -47,7 +47,7 @@ class Interruption:
 
     @contextmanager
     def signals_act_at_once(self) -> Iterator[None]:
-        """Within this context signals take effect at once, also one that was noted before."""
+        """Let signals take effect at once within the context; one that was noted before is raised on entering it."""
         self.__exit__(None, None, None)
         try:
             yield
