@@ -194,7 +194,7 @@ class PackedRun:
         return next((progress for progress in of_members if progress.error is not None), of_members[0])
 
     def propagate_failure(self) -> None:
-        """End all members of the run if one of them has failed, with its status and error."""
+        """End the running members of the run if one of its members has failed, with its status and error."""
         decisive = self.progress
         for member in self.members:
             if decisive.error is not None and member.is_running:
@@ -264,7 +264,9 @@ class PackedRun:
     def cost(self, members: Sequence[MemberRun] | None = None, *, exclusive: bool) -> dict[str, Any]:
         """Return the training cost of these members (None: of all).
 
-        Seconds and FLOPs of training include data-driven initialisation and the cached prefix.
+        Seconds and FLOPs of training include data-driven initialisation and the cached prefix. Members of an ensemble
+        share batches, so the longest seconds of one count; those with an adapter for each task are added. FLOPs and
+        tokens are added.
 
         Args:
             members: of the run.

@@ -183,7 +183,10 @@ class Recorder:
             self.display.stepped(step, losses, pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
-        """Log a member's evaluation in the record of its run, with several tasks a line for each."""
+        """Log a member's evaluation in the record of its run, with several tasks a line for each, and show it.
+
+        The split is `selection`, followed by `/<member>` if the run has several, and by `/<task>` for a shared adapter.
+        """
         run = self._run_of(member)
         assert run.record is not None
         name = run.member_name(member)

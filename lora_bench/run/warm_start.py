@@ -41,10 +41,11 @@ class WarmStart:
 
     @classmethod
     def of(cls, experiment: Experiment, inputs: SharedInputs) -> WarmStart | None:
-        """Return the warm start that the settings ask for; None without `adapter.init_from`.
+        """Return the warm start that the settings ask for; None without `adapter.init_from`. No tensor is read.
 
         Raises:
-            UserError: there is no such finished run, or its backbone, method, ranks or members differ from this run's.
+            UserError: there is no such finished run, or its backbone, tokenizer, method, ranks or members differ from
+                this run's.
         """
         folder = experiment.adapter.init_from
         if folder is None:
