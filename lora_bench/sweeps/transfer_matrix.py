@@ -97,7 +97,7 @@ def _scores(folder: Path) -> Iterator[TransferScore]:
 
 
 def source_of(init_from: str | Path) -> Path:
-    """Return the folder, relative to the sweep's, of the run that a run was initialised from.
+    """Return the folder, relative to the sweep's (`train/3`), of the run that a run was initialised from.
 
     Args:
         init_from: the source run's folder, or the folder of one of its tasks.
