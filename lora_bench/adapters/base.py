@@ -109,13 +109,13 @@ class Adapter(ABC):
         dropout: torch.Generator,
         ranks: dict[str, int] | None = None,
     ) -> dict[str, Update]:
-        """Return the updates of all targets by module name.
+        """Return the updates of all targets by module name; by default what `update` returns, whatever the ranks.
 
         Args:
             backbone: with its own modules in place.
             init, dropout: as for `update`.
-            ranks: rank of each target where it is known already (an allocation, a saved adapter); a method whose
-                ranks are all its own ignores it.
+            ranks: rank of each target where it is known already (an allocation, a saved adapter); a method whose ranks
+                are all its own ignores it.
         """
         return {
             name: self.update(name, backbone.network.get_submodule(name), init, dropout)
@@ -127,7 +127,10 @@ class Adapter(ABC):
         return {}
 
     def to_tensors(self, updates: dict[str, Update]) -> dict[str, Tensor]:
-        """Return the tensors of an adapter file for all updates: `model.<module>.<tensor>`, and shared ones."""
+        """Return the tensors of an adapter file for all updates, named `model.<module>.<tensor>`.
+
+        A method whose updates share tensors overrides it and adds them, each once.
+        """
         return {
             f"model.{name}.{key}": tensor
             for name, update in updates.items()
@@ -143,7 +146,7 @@ class Adapter(ABC):
             )
 
     def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> str | None:
-        """Initialise from training batches and allocate ranks; called once before the first step.
+        """Initialise from training batches and allocate ranks, once before the first step; by default do nothing.
 
         Returns:
             A sentence for the record where the batches are insufficient: why, and what was done instead; else None.
@@ -151,7 +154,10 @@ class Adapter(ABC):
         return None
 
     def param_groups(self, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> list[ParamGroup]:
-        """Return optimizer groups of the adapter's (not the head's) parameters; matrices decay, vectors don't."""
+        """Return optimizer groups of the adapter's (not the head's) parameters; matrices decay, vectors don't.
+
+        A group without parameters is left out.
+        """
         matrices = [p for p in parameters.values() if p.ndim > 1]
         vectors = [p for p in parameters.values() if p.ndim <= 1]
         groups = [(matrices, weight_decay), (vectors, 0.0)]

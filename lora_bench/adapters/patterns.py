@@ -27,7 +27,10 @@ class _TimeIsUpError(Exception):
 
 @contextmanager
 def limited_matching(key: str, value: object = None, *, file: Path | None = None) -> Iterator[None]:
-    """Limit the time that compiling and matching expressions takes within.
+    """Limit the time that compiling and matching expressions takes within the context to `MATCH_SECONDS`, 5 s.
+
+    The limit is a timer signal, so there is none outside the main thread, or on a system without such timers. An
+    earlier handler of SIGALRM is put back at the end; a timer that was running is not.
 
     Args:
         key, value, file: what gives the expressions, for the message.

@@ -30,6 +30,10 @@ class LinearAdapter(Adapter):
     """`all`, `top:n`, or a list of layer numbers, counted from 0 in the order of computation."""
 
     def __post_init__(self) -> None:
+        """Refuse `layers` of a wrong type.
+
+        Which layers exist is checked in `targets`, as it depends on the backbone.
+        """
         super().__post_init__()
         # Which layers there are, the backbone says later; a sweep's last job is refused for its kind of value now.
         listed = isinstance(self.layers, list | tuple) and all(type(i) is int for i in self.layers)
@@ -57,13 +61,15 @@ def match_targets(
     """Return the full names of the linears that both settings choose, in the order of computation.
 
     Args:
-        target_modules: `all` (every linear of the layers), `qv` (query and value of every attention; the words mean
-            the same for every family), or a regular expression that the full name matches from end to end.
-        layers: `all`, `top:n`, or a list of layer numbers from 0.
-        candidates: names to choose from in place of the linears'.
+        backbone: its linears are the candidates; a name outside its layers is never chosen.
+        target_modules: `all` (every linear of the layers), `qv` (query and value of every attention; the words mean the
+            same for every family), or a regular expression that the full name matches from end to end.
+        layers: `all`, `top:n` (the last n), or a list of layer numbers from 0, not empty.
+        candidates: names to choose from in place of the linears', in the order of the result.
 
     Raises:
-        UserError: the expression is not one, matches nothing, or a layer does not exist.
+        UserError: the expression is invalid or takes too long, no name matches both settings, or a layer does not
+            exist.
     """
     names = list(backbone.linears() if candidates is None else candidates)
     chosen_layers = _match_layers(layers, len(backbone.layers))
@@ -82,7 +88,17 @@ def match_targets(
 
 
 def _match_names(names: list[str], pattern: str, target_modules: str) -> list[str]:
-    """Return the names that the expression matches from end to end; `target_modules` is what the user gave."""
+    """Return the names that the expression matches from end to end, in their order.
+
+    Args:
+        names: the candidates.
+        pattern: the expression.
+        target_modules: what the user gave for it, for the message.
+
+    Raises:
+        UserError: it is not an expression, or matches no name. If it matches a part of a name, the remedy gives an
+            expression that matches it whole; else it lists the names, layer numbers as `*`.
+    """
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -111,9 +127,18 @@ def _match_names(names: list[str], pattern: str, target_modules: str) -> list[st
 
 
 def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
-    """Return top-level or bracketed alternatives of the expression that none of the matched names needs.
+    """Return the alternatives of an expression that match none of its targets: almost surely misspelt.
 
-    `.*(query|value|qurey)` leaves `qurey` behind: almost surely a typing error, so it is said.
+    That is `qurey` in `.*(query|value|qurey)`. The first bracket of plain names is split at its bars, or, without one,
+    the whole expression. The list is empty for `all`, `qv`, an expression without alternatives, and bars that do not
+    delimit any.
+
+    Args:
+        target_modules: the expression.
+        names: full names of the linears that it chose.
+
+    Raises:
+        UserError: matching takes too long.
     """
     if target_modules in ("all", "qv"):
         return []
@@ -131,6 +156,10 @@ def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
 
 
 def _match_layers(layers: Any, count: int) -> set[int]:
+    """Return the numbers of the layers that `layers` chooses among `count` of them.
+
+    `top:n` chooses the last n. Any other value, also an empty list or a number out of range, is a `UserError`.
+    """
     if layers == "all":
         return set(range(count))
     top = re.fullmatch(r"top:(\d+)", str(layers))

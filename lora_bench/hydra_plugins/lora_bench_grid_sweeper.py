@@ -69,11 +69,13 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run every job, or with `resume` every job that has not ended; write the tables, even after Ctrl-C.
 
+        With `dry_run` the jobs of all stages are only estimated, and nothing is written.
+
         Args:
             arguments: overrides of the command line.
 
         Raises:
-            UserError: the request cannot be met; nothing is left behind.
+            UserError: the request cannot be met; nothing is left behind. Also if every job was such a request.
             SweepFailedError: some jobs failed.
         """
         from lora_bench.analysis.summary import write_tables
@@ -168,7 +170,12 @@ class GridSweeper(BasicSweeper):
         main([str(folder), *(["--baseline", baseline] if baseline else [])])
 
     def _baseline(self, folder: Path, jobs: Mapping[str, Sequence[str]]) -> str | None:
-        """Return the folder of a finished run of the first variant, the baseline; None for a single variant."""
+        """Return the folder of the first finished run of the first variant, the baseline; None without one.
+
+        Args:
+            folder: of the sweep.
+            jobs: overrides by folder.
+        """
         from lora_bench.records import run_folder
 
         for name, job in jobs.items():
@@ -186,7 +193,11 @@ class GridSweeper(BasicSweeper):
             raise UserError(reason, key="pack.halving", value="true", remedy="Leave it out.", code=Code.CONFLICT)
 
     def _combinations(self, variants: Sequence[list[Override]]) -> list[list[str]]:
-        """Return the jobs of each variant in turn, without the excluded ones."""
+        """Return the jobs of each variant in turn, without the excluded ones, and set `baseline_jobs`.
+
+        Raises:
+            UserError: all are excluded.
+        """
         jobs_by_variant: list[list[list[str]]] = []
         for overrides in variants:
             (combined,) = BasicSweeper.split_arguments(overrides, None)
@@ -199,6 +210,7 @@ class GridSweeper(BasicSweeper):
         return jobs
 
     def _is_excluded(self, job: list[str]) -> bool:
+        """Return whether all patterns of a rule in `exclude` match the job's values; a missing value is empty."""
         chosen = dict(text.split("=", 1) for text in job if "=" in text)
         return any(
             all(fnmatchcase(chosen.get(key, ""), pattern) for key, pattern in rule.items()) for rule in self.exclude
@@ -212,7 +224,8 @@ class GridSweeper(BasicSweeper):
             first: the number of the first job.
 
         Raises:
-            UserError: a job cannot be run, or two jobs are the same run or have the same folder.
+            UserError: a job cannot be run, two jobs are the same run or have the same folder, or a folder is outside of
+                the sweep's.
         """
         from lora_bench.records import sweep_folder
 
@@ -232,7 +245,11 @@ class GridSweeper(BasicSweeper):
         return job_by_folder
 
     def _check(self, number: int, job: list[str]) -> tuple[str, str]:
-        """Check one job, and return its folder's name and the identity of its run (equal for equal settings)."""
+        """Check one job, and return its folder's name and the identity of its run (equal for equal settings).
+
+        Raises:
+            UserError: the config or a setting is wrong, or its data or model does not exist.
+        """
         assert self.hydra_context is not None
         assert self.config is not None
         composed = compose_job(self.hydra_context.config_loader, self.config, job, keep=True)
@@ -248,7 +265,10 @@ class GridSweeper(BasicSweeper):
         return name, Experiment.build(composed, settings).identity
 
     def _batches(self, folder: Path, recorded: Sweep, tried: Set[int]) -> Iterator[Batch]:
-        """Yield the missing jobs that were not tried yet, by number, in batches of at most `max_batch_size`."""
+        """Yield the missing jobs that were not tried yet, by number, in batches of at most `max_batch_size`.
+
+        A job whose run has started gets the override `resume`. None and -1 do not limit a batch.
+        """
         batch: Batch = {}
         for number, is_started in recorded.unfinished_jobs(folder).items():
             if number in tried:
@@ -262,7 +282,7 @@ class GridSweeper(BasicSweeper):
             yield batch
 
     def _launch(self, batch: Batch) -> Iterator[JobReturn]:
-        """Launch a batch and yield the job returns; Hydra's own launchers take only consecutive numbers."""
+        """Launch a batch and yield the job returns in order; Hydra's own launchers take only consecutive numbers."""
         assert self.launcher is not None
         numbered = getattr(self.launcher, "launch_numbered", None)
         if numbered is not None:

@@ -38,11 +38,14 @@ class PackedLauncher(BasicLauncher):
     def launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]]) -> Sequence[JobReturn]:
         """Run jobs with any numbers, so that the missing jobs of a sweep are packed together.
 
+        With `dry_run` their cost is printed instead. A job that cannot be composed fails alone; one whose run is done
+        is skipped.
+
         Args:
             jobs_by_number: the overrides of each job.
 
         Returns:
-            For each job, the error that ended it early, or None.
+            For each job, as return value, the error that ended it early, or None; the status is always `COMPLETED`.
         """
         from lora_bench.sweeps import cost_estimate  # torch: late
 
@@ -50,6 +53,7 @@ class PackedLauncher(BasicLauncher):
         ended: dict[str, Exception | None] = {}
 
         def end(job: Job, error: Exception | None) -> None:
+            """Note how a job ended; print its error, and leave a failed record if it has none, except in a dry run."""
             ended[job.title] = error
             if error is not None:
                 if not job.cfg.dry_run:
@@ -83,7 +87,13 @@ class PackedLauncher(BasicLauncher):
         workers.train_jobs(jobs, console, ended)
 
     def _composed(self, number: int, overrides: list[str], title: str) -> list[Job]:
-        """Compose the job and return it in a list, which is empty if its run is done already."""
+        """Compose the job and return it in a list, which is empty if its run is done already.
+
+        The run of a job with `resume` is claimed.
+
+        Raises:
+            UserError: the config is wrong, or the run cannot be resumed.
+        """
         assert self.hydra_context is not None
         assert self.config is not None
         typed = [text for text in overrides if key_of(text) != "resume"]

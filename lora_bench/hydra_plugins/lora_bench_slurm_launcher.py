@@ -29,7 +29,7 @@ class SlurmLauncher(PackedLauncher):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Check the settings, and that Slurm is available."""
+        """Check the settings, and that Slurm is available; a `UserError` if not."""
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.slurm = build(
             Slurm, OmegaConf.create(self.settings), "hydra.launcher"
@@ -37,6 +37,10 @@ class SlurmLauncher(PackedLauncher):
         self.slurm.check()
 
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
+        """Train the jobs in Slurm jobs, whose files are in `.slurm` of the sweep's folder.
+
+        The jobs do not check that the sweep's folder is still the same one.
+        """
         from lora_bench.sweeps import slurm  # torch: late
 
         assert self.config is not None

@@ -87,7 +87,11 @@ class TransferSweeper(GridSweeper):
 
     @staticmethod
     def _of_all(jobs: list[list[str]]) -> Iterator[list[str]]:
-        """Yield the job that learns all tasks, for each combination of the other settings."""
+        """Yield the job that learns all tasks, for each combination of the other settings.
+
+        Raises:
+            UserError: a task is given by `data.path`.
+        """
         if any("data.path" in data_overrides(job) for job in jobs):
             remedy = "Write a YAML for each task, and give --config-dir=DIR data=one,other."
             raise UserError(
@@ -143,7 +147,10 @@ class TransferSweeper(GridSweeper):
                     yield [*settings, *self.few, f"data.train_size={shots}", *initialisation]
 
     def _score_zero_shot(self, run: Path, job: list[str]) -> None:
-        """Score a run of one task on each other task of the sweep, unless its folder holds those results."""
+        """Score a run of one task on each other task of the sweep, unless its folder holds those results.
+
+        Only combinations that differ in the task alone count. What cannot be scored is printed and not tried again.
+        """
         if task_of(job) == ALL_TASKS:
             return
         from rich.console import Console

@@ -53,6 +53,11 @@ class TunedSweeper(GridSweeper):
         """Methods whose choice was printed."""
 
     def _first_stage(self, jobs: list[list[str]]) -> list[list[str]]:
+        """Return the tuning runs, in folders below `tune`: each combination with the `tune` settings, for one seed.
+
+        Raises:
+            UserError: there are fewer than two learning rates, one is not a number, or `pack.halving` is set.
+        """
         self.combinations = jobs
         keys = {key_of(text) for job in jobs for text in job}
         varying = {key for key in keys if len({_value(job, key) for job in jobs}) > 1}
@@ -86,9 +91,9 @@ class TunedSweeper(GridSweeper):
         return in_subfolders((job for job in jobs if _value(job, TUNED_KEY) == any_value), "report")
 
     def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
-        """Return each combination with all seeds at the learning rate of best selection MCC.
+        """Return each combination with all seeds at the learning rate of best selection MCC; print each choice, once.
 
-        A method with a failed tuning run is omitted until the sweep is resumed.
+        A method with a failed tuning run is omitted until the sweep is resumed, one without any result for good.
         """
         from lora_bench.records import run_folder, sweep_folder
 
@@ -125,7 +130,12 @@ class TunedSweeper(GridSweeper):
         return " ".join(text for text in job if key_of(text) in self.method_keys)
 
     def _choose(self, method: str, scores: dict[str, float | None]) -> str | None:
-        """Return the value of best MCC, or None if no run is done, and print the choice."""
+        """Return the value of best MCC, the first of equals, or None if no run is done, and print the choice.
+
+        Args:
+            method: its overrides; empty if there is one method.
+            scores: MCC by value; None for a run that is not done.
+        """
         results = ", ".join(f"{rate}: {'no result' if mcc is None else f'{mcc:.4f}'}" for rate, mcc in scores.items())
         finished = {rate: mcc for rate, mcc in scores.items() if mcc is not None}
         name = method or "all"

@@ -56,9 +56,11 @@ class TrainedTask:
         return self.task.tables["selection"].head
 
     def report(self, run: Run) -> None:
-        """Write metrics and predictions of the reported splits to the record, from the members' mean probability.
+        """Write the metrics of all splits to the record, and the predictions of the reported ones to files.
 
-        Calibration and threshold are fitted on the selection split, for the mean and for each member of an ensemble.
+        Both are from the members' mean probability; the predictions are not calibrated. Each reported split adds a line
+        to the log. Calibration and threshold are fitted on the selection split, for the mean and for each member of an
+        ensemble, and recorded as `selection`.
         """
         task, extra = self.task, self.experiment.metrics
         steps = [{key: best[key] for key in ("step", "epoch")} for best in self.bests]
@@ -90,11 +92,17 @@ class TrainedTask:
         run.update(metrics=metrics, selection=chosen)
 
     def _score_stress_splits(self, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
-        """Return metrics of a reported split on its unseen rows and perturbed, if the settings ask for them."""
+        """Return metrics of a reported split on its unseen rows and perturbed; empty if the settings ask for neither.
+
+        Args:
+            name: of the split.
+            scores: (N,) the members' mean P(label 1).
+        """
         data, splits, trainer = self.task.data, self.task.splits, self.experiment.trainer
         reader = self.pack.backbone.for_task(data.task)
 
         def scored(examples: Examples) -> NDArray[Any]:
+            """Return the members' mean P(label 1) of each example: (N,)."""
             both = trainer.score_both_orders
             table = scoring_table(examples, data, reader, both_orders=both, cached=False, head=self.head)
             with self.pack.only(self.members):
@@ -105,7 +113,11 @@ class TrainedTask:
         return score_stress_splits(data, splits[name], scores, scored, seen=seen, metrics=metrics, log=self.print_line)
 
     def save(self, run: Run) -> None:
-        """Write each member's adapter and head."""
+        """Write each member's adapter and head to `adapter/` of the run, or below it, and record their SHA-256.
+
+        Raises:
+            LostFolderError: the run's folder is gone, or another run's by now.
+        """
         run.check()
         folders = adapter_folders(run.folder, len(self.members))
         if len(self.members) > 1:
@@ -119,6 +131,8 @@ class TrainedTask:
 
 def report_tasks(run: Run, trained_tasks: Mapping[str, TrainedTask], sections: Mapping[str, dict[str, Any]]) -> None:
     """Write a folder for each task of a run, and their metrics and means to the record of the run.
+
+    Earlier task folders are removed. The means are over the metrics that all tasks have.
 
     Args:
         run: of several tasks.
@@ -150,7 +164,10 @@ def report_tasks(run: Run, trained_tasks: Mapping[str, TrainedTask], sections: M
 
 
 def _claim_task_folder(run: Run, task: str) -> Run:
-    """Claim the folder of one task of a run, and copy the task's lines of the run's log to it."""
+    """Claim the folder of one task of a run, and copy the task's lines of the run's log to it.
+
+    The config in its record is that of a run of this task alone.
+    """
     record = run.record
     config = {key: value for key, value in record["config"].items() if key != "tasks"}
     config["data"] = record["config"]["tasks"][task]

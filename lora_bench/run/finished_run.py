@@ -52,7 +52,9 @@ class FinishedRun:
         model_path: str | None = None,
         tokenizer: str | None = None,
     ) -> FinishedRun:
-        """Load a finished run.
+        """Load a finished run, in evaluation mode.
+
+        A record that was edited, and files of a tokenizer that changed without effect on the token ids, are only noted.
 
         Args:
             folder: of the run; or its record, if it has been read already.
@@ -62,8 +64,8 @@ class FinishedRun:
             tokenizer: the present folder of its tokenizer; None: as in the record.
 
         Raises:
-            UserError: the folder has no finished run, its backbone cannot be loaded or has other weights, or its files
-                are damaged.
+            UserError: the folder has no finished run, its backbone cannot be loaded or has other weights, its tokenizer
+                gives other token ids, or its files are damaged.
         """
         finished = folder if isinstance(folder, FinishedRecord) else FinishedRecord.read(folder)
         finished = finished.relocate(model_path, tokenizer)
@@ -109,13 +111,14 @@ class FinishedRun:
         return self.finished.calibration
 
     def predict(self, pairs: Sequence[tuple[str, ...] | str]) -> NDArray[np.float64]:
-        """Return P(label 1) of each row: (N,).
+        """Return P(label 1) of each row, not calibrated: (N,); empty without rows.
 
         Args:
             pairs: pairs of texts; single texts if the run was trained on single sentences.
 
         Raises:
             UserError: a row has another number of texts than the run was trained on.
+            RunFailedError: a score is not finite.
         """
         columns = len(self.experiment.data.text_columns)
         rows = [(row,) if isinstance(row, str) else tuple(row) for row in pairs]
@@ -136,11 +139,14 @@ class FinishedRun:
         return self.finished.member_calibrations
 
     def score(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
-        """Return P(label 1) of each example: (N,); an ensemble's is the mean over its members.
+        """Return P(label 1) of each example, not calibrated: (N,); an ensemble's is the mean over its members.
 
         Args:
             examples: with the text columns of the run.
             cached: whether the token cache on disk is used.
+
+        Raises:
+            RunFailedError: a score is not finite.
         """
         return self.member_scores(examples, cached=cached).mean(axis=0)  # type: ignore[no-any-return]
 

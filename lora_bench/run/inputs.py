@@ -134,7 +134,11 @@ class SharedInputs:
         return max(int(task.tables["train"].lengths.max()) for task in self.tasks.values())
 
     def mixtures(self, runs: Sequence[PackedRun]) -> list[TaskMixture]:
-        """Return the task mixtures of these runs' members: one of all tasks, or one per task."""
+        """Return the task mixtures of these runs' members: one of all tasks for all members.
+
+        With an adapter for each task there is one mixture per task, for the member of each run that learns it. The
+        settings are those of the first run.
+        """
         data = {name: task.pairs for name, task in self.tasks.items()}
         if runs[0].experiment.has_adapter_per_task:
             return [TaskMixture([run.numbers[i] for run in runs], {name: data[name]}) for i, name in enumerate(data)]
@@ -143,6 +147,8 @@ class SharedInputs:
     @classmethod
     def load(cls, experiment: Experiment) -> SharedInputs:
         """Load data and backbone, and tokenize the data.
+
+        For the process it also sets `trainer.threads` and makes the allocator keep freed memory.
 
         Raises:
             UserError: the data or the backbone cannot be loaded, or they do not fit together.
@@ -176,8 +182,13 @@ def _require_equal_label_names(experiment: Experiment, backbone: Backbone) -> No
 def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
     """Load train, selection and every labelled split to report, and describe them for the record.
 
+    The selection split is a part of the train split. With `data.report=false` no split is reported.
+
+    Returns:
+        The splits by name, train and selection first, and the description.
+
     Raises:
-        UserError: the source has no train split, or no labelled split to report.
+        UserError: the source cannot be read, has no train split, or no labelled split to report.
     """
     loaded = sources.load(data)
     if "train" not in loaded:
@@ -227,11 +238,16 @@ def attach(
 ) -> tuple[Pack, str]:
     """Load the backbone and attach the run's members; return the pack and the hash of the backbone's weights.
 
+    Tensors of a saved adapter are not loaded here.
+
     Args:
         experiment: settings of the run.
         device: of the backbone.
         dtype: of the matrix products.
         saved_ranks: rank by module (a list: of each member), if tensors of a saved adapter will be loaded.
+
+    Raises:
+        UserError: the backbone cannot be loaded, or a member does not fit it.
     """
     backbone, sha256 = load_backbone(experiment, device, dtype)
     return Pack(backbone, experiment.members(saved_ranks)), sha256

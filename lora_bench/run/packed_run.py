@@ -83,7 +83,7 @@ class PackedRun:
         """Build the settings of these jobs and find the checkpoints that they are resumed from.
 
         Raises:
-            UserError: a setting is wrong, a tracker is not installed, or a run cannot be resumed here.
+            UserError: a setting is wrong, a tracker is not installed, or a run cannot be resumed here or was edited.
         """
         experiments = [Experiment.build(job.cfg, job.settings) for job in jobs]
         for experiment in experiments:
@@ -107,7 +107,10 @@ class PackedRun:
         return runs
 
     def check_precision(self) -> None:
-        """Refuse to resume a run in another number format, which would mix two trainings in one result."""
+        """Refuse to resume a run in another number format, which would mix two trainings in one result.
+
+        A record that does not name its precision passes.
+        """
         assert self.job.resumed is not None
         environment, trainer = self.job.resumed.record["environment"], self.experiment.trainer
         before = environment.get("precision")
@@ -128,7 +131,11 @@ class PackedRun:
         )
 
     def adapters(self, inputs: SharedInputs) -> list[Member]:
-        """Return the specifications of the run's members; on a warm start, with the ranks of the source run."""
+        """Return the specifications of the run's members, and set `warm_start`, whose run's ranks they then have.
+
+        Raises:
+            UserError: the run cannot be initialised from the one that `adapter.init_from` names.
+        """
         if self.resumed_from is None:
             self.warm_start = WarmStart.of(self.experiment, inputs)
         return self.experiment.members(self.warm_start.ranks if self.warm_start else None)
@@ -136,9 +143,13 @@ class PackedRun:
     # -- before the first step --
 
     def prepare(self, pack: Pack, mixtures: Sequence[TaskMixture], trainer: Trainer) -> None:
-        """Restore or initialise the run's adapters, and note the cost of that.
+        """Create the run's members, with the ranks of their checkpoints or after data-driven initialisation.
 
-        A failure of a data-driven initialisation ends this run only.
+        The cost of initialisation is noted. Tensors of checkpoints are restored later; on a warm start nothing is
+        initialised. A failure of a data-driven initialisation ends this run only, by the status of its member.
+
+        Raises:
+            UserError: a checkpoint is not of this run.
         """
         progress = [MemberProgress() for _ in self.numbers]
         for i, k in enumerate(self.numbers):
@@ -163,7 +174,11 @@ class PackedRun:
         ]
 
     def open_checkpoints(self, flop_models: Sequence[FlopModel]) -> None:
-        """Let each member save its checkpoints, with the metadata that a resumed run needs."""
+        """Let each member save its checkpoints, with the metadata that a resumed run needs, and count its FLOPs.
+
+        Args:
+            flop_models: of each member of the pack.
+        """
         config = self.record.record["config"] if self.record else None
         for member, folder, preparation in zip(self.members, self.folders, self.preparations, strict=True):
             metadata = {"preparation": asdict(preparation), "pack_size": self.pack_size, "config": config}
@@ -179,7 +194,7 @@ class PackedRun:
         return next((progress for progress in of_members if progress.error is not None), of_members[0])
 
     def propagate_failure(self) -> None:
-        """End all members of the run if one of them has failed, with its status and error."""
+        """End the running members of the run if one of its members has failed, with its status and error."""
         decisive = self.progress
         for member in self.members:
             if decisive.error is not None and member.is_running:
@@ -205,14 +220,20 @@ class PackedRun:
         return [self.members[task]] if self.experiment.has_adapter_per_task else self.members
 
     def member_name(self, member: int) -> str:
-        """Return the name of a member within its run, for logs: empty where the run has one member."""
+        """Return the name of a member within its run, for logs: the task that it alone learns, or `member_<i>`.
+
+        It is empty where the run has one member.
+
+        Args:
+            member: its number in the pack.
+        """
         number = self.numbers.index(member)
         if self.experiment.has_adapter_per_task:
             return list(self.experiment.tasks)[number]
         return f"member_{number}" if len(self.numbers) > 1 else ""
 
     def titles(self) -> list[str]:
-        """Return the members' titles for the progress display."""
+        """Return the members' titles for the progress display, such as `job 3 member 0: seed=1`."""
         title, colon, overrides = self.job.title.partition(":")
         names = [f" {self.member_name(k).replace('_', ' ')}".rstrip() for k in self.numbers]
         if self.experiment.has_adapter_per_task:
@@ -222,7 +243,7 @@ class PackedRun:
     # -- parts of the record --
 
     def parameters(self, members: Sequence[MemberRun] | None = None, *, one_head: bool = False) -> dict[str, int]:
-        """Count the parameters of these members (None: of all), which share the backbone.
+        """Count the parameters of these members (None: of all), which share the backbone: `total` counts it once.
 
         Args:
             members: of the run.
@@ -243,7 +264,9 @@ class PackedRun:
     def cost(self, members: Sequence[MemberRun] | None = None, *, exclusive: bool) -> dict[str, Any]:
         """Return the training cost of these members (None: of all).
 
-        Seconds and FLOPs of training include data-driven initialisation and the cached prefix.
+        Seconds and FLOPs of training include data-driven initialisation and the cached prefix. Members of an ensemble
+        share batches, so the longest seconds of one count; those with an adapter for each task are added. FLOPs and
+        tokens are added.
 
         Args:
             members: of the run.
@@ -276,7 +299,10 @@ class PackedRun:
 
 
 def _find_checkpoints(runs: Sequence[PackedRun]) -> None:
-    """Set the checkpoints that runs are resumed from: the newest of one step that all members of all runs have."""
+    """Set the checkpoints that runs are resumed from: the newest of one step that all members of all runs have.
+
+    If a member of any run has none of that step, all runs start from their first step.
+    """
     folders = [(run, folder) for run in runs for folder in run.folders]
     newest = [folder.newest() if run.job.resumed else None for run, folder in folders]
     if None in newest:
@@ -293,7 +319,11 @@ def _find_checkpoints(runs: Sequence[PackedRun]) -> None:
 
 
 def _restore_ranks(pack: Pack, member: int, checkpoint: Checkpoint) -> Preparation:
-    """Give a member the ranks of its checkpoint, and return the cost of its preparation as it was then."""
+    """Give a member the ranks of its checkpoint, and return the cost of its preparation as it was then.
+
+    Raises:
+        UserError: the checkpoint is not of this run.
+    """
     with reject_foreign_checkpoint():
         if checkpoint.metadata["ranks"]:
             pack.set_ranks(member, checkpoint.metadata["ranks"])
@@ -303,7 +333,10 @@ def _restore_ranks(pack: Pack, member: int, checkpoint: Checkpoint) -> Preparati
 def _initialise(
     pack: Pack, member: int, mixtures: Sequence[TaskMixture], trainer: Trainer, progress: MemberProgress
 ) -> Preparation:
-    """Run a member's data-driven initialisation, if its settings ask for one, and return its cost."""
+    """Run a member's data-driven initialisation, if its settings ask for one, and return its cost.
+
+    An exception is not raised: it ends the member, in `progress`.
+    """
     began, notes = time.perf_counter(), list[str]()
     with isolate_failure(progress), FlopCounterMode(display=False) as counter:
         notes = prepare(pack, trainer, mixtures, [member])

@@ -49,10 +49,11 @@ class PredictionRequest:
 
     @classmethod
     def read(cls, cfg: DictConfig) -> PredictionRequest:
-        """Check the command's config, the run's record and the output, and read the input.
+        """Check the command's config, the run's record and the output, and read the input; nothing is written.
 
         Raises:
-            UserError: naming the key, file or row that is wrong.
+            UserError: naming the key, file or row that is wrong, for example an output that is the input, or a setting
+                that needs a calibration which the run does not have.
         """
         source, output = str(cfg.input), str(cfg.output)
         file_format = output_format(output)
@@ -95,8 +96,13 @@ class PredictionRequest:
     def write(self, predictions: dict[str, Sequence[Any]]) -> None:
         """Write the input's columns followed by the predictions, and note renamed columns and replaced characters.
 
+        An older output is replaced. The notes go to standard error.
+
         Args:
             predictions: values of each new column, in the order of the rows.
+
+        Raises:
+            UserError: the output cannot be written.
         """
         names = labelled.unique_column_names(list(predictions), self.table.names)
         renamed = [f"{name} as {new}" for name, new in names.items() if new != name]
@@ -111,7 +117,11 @@ class PredictionRequest:
 
 
 def output_format(output: str) -> str:
-    """Return the format that an output's ending names; a stream without an ending gets TSV."""
+    """Return the format that an output's ending names, such as `.csv`; a stream without an ending gets `.tsv`.
+
+    Raises:
+        UserError: the ending is unknown or missing.
+    """
     file_format = readers.file_format(output)
     if file_format is None:
         reason = f"is none of {', '.join(labelled.FORMATS)}"
@@ -122,7 +132,11 @@ def output_format(output: str) -> str:
 
 
 def _columns(requested: Any, trained: list[str]) -> list[str]:
-    """Return the text columns to read: the requested ones, by default those that the run was trained on."""
+    """Return the text columns to read: the requested ones, by default those that the run was trained on.
+
+    Raises:
+        UserError: their number differs from that of the run's. Whether the input has them is not checked.
+    """
     if requested is None:
         return trained
     columns = [str(name) for name in requested] if isinstance(requested, ListConfig) else [str(requested)]

@@ -38,7 +38,7 @@ def check_train(job: Job) -> None:
 
 
 def check_data(data: schema.Data) -> None:
-    """Refuse a path to data that does not exist."""
+    """Refuse a `data.path` that does not exist; data of other sources pass."""
     if isinstance(data, schema.FileData) and not os.path.exists(data.path):
         remedy = "Give a folder with train, validation and test files, or one file."
         raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy, code=Code.NOT_FOUND)

@@ -70,6 +70,10 @@ class Recorder:
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """End the runs that have not ended, if an exception leaves the context; it is not suppressed.
+
+        An `Exception` makes them `failed` (or `diverged`); KeyboardInterrupt or SystemExit makes them `interrupted`.
+        """
         if isinstance(error, Exception):
             self._fail(error)
         elif error is not None:  # Ctrl-C, or a signal that became SystemExit
@@ -83,7 +87,11 @@ class Recorder:
     # -- start --
 
     def start_runs(self) -> None:
-        """Claim each run's folder, or set its record back to the checkpoint that it is resumed from."""
+        """Claim each run's folder, or set its record back to the checkpoint that it is resumed from.
+
+        An error in one run closes that run alone and is not raised. A new run whose initialisation has failed is not
+        claimed.
+        """
         for run in self.runs:
             run.propagate_failure()
             if run.has_failed:
@@ -126,7 +134,14 @@ class Recorder:
         run.record = track_run(record, run.experiment.trackers if self.processes.is_leader else {}, self.console)
 
     def _environment(self, before: Mapping[str, Any], resumed_at: int | None) -> dict[str, Any]:
-        """Describe the environment of the coming steps, and of a resumed run's earlier steps where it differs."""
+        """Describe the environment of the coming steps, and of a resumed run's earlier steps where it differs.
+
+        Changes of a resumed run's environment are added to `environment_notes`.
+
+        Args:
+            before: the environment in the record.
+            resumed_at: the step that the run is resumed from; None: a new run.
+        """
         backbone = self.inputs.backbone
         now = {
             **environment.describe(),
@@ -159,7 +174,7 @@ class Recorder:
     # -- while they train --
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-        """Pass a step's losses on to the trackers and the progress display."""
+        """Pass the mean loss of each run's members to its trackers, and all losses to the progress display."""
         for run in self.running:
             run_losses = [losses[k] for k in run.numbers if k in losses]
             if run_losses and isinstance(run.record, TrackedRun):
@@ -168,7 +183,10 @@ class Recorder:
             self.display.stepped(step, losses, pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
-        """Log a member's evaluation in the record of its run, with several tasks a line for each."""
+        """Log a member's evaluation in the record of its run, with several tasks a line for each, and show it.
+
+        The split is `selection`, followed by `/<member>` if the run has several, and by `/<task>` for a shared adapter.
+        """
         run = self._run_of(member)
         assert run.record is not None
         name = run.member_name(member)
@@ -231,7 +249,7 @@ class Recorder:
             record.fail(run.progress.error)
 
     def _close_eliminated(self, run: PackedRun, record: Run) -> None:
-        """Record that halving eliminated a run: it reports nothing, and can be resumed."""
+        """Record that halving eliminated a run, and print how to resume it; it reports nothing."""
         steps = run.progress.steps
         reason = f"eliminated by pack.halving at step {steps}: others had a better selection MCC"
         record.update(selection={"stopped_at_step": steps})
@@ -246,7 +264,10 @@ class Recorder:
             self._close(run)
 
     def _interrupt(self) -> None:
-        """Record the runs that have not ended as interrupted: the process was stopped, and they can be resumed."""
+        """Record the runs that have not ended as interrupted: the process was stopped, and they can be resumed.
+
+        How to resume is printed, unless `brief`; a record that cannot be written is reported and left.
+        """
         for run in self.running:
             assert run.record is not None
             try:
@@ -262,7 +283,11 @@ class Recorder:
         return next(run for run in self.runs if member in run.numbers)
 
     def _trained_tasks(self, runs: Sequence[PackedRun]) -> dict[PackedRun, dict[str, TrainedTask]]:
-        """Predict selection and every reported split of these runs, by task; all members are at their best states."""
+        """Predict selection and every reported split of these runs, by task; all members are at their best states.
+
+        Returns:
+            The trained tasks of each run by name; empty without runs.
+        """
         trained: dict[PackedRun, dict[str, TrainedTask]] = {run: {} for run in runs}
         for number, (name, task) in enumerate(self.inputs.tasks.items() if runs else ()):
             predicted = self._predict(name, task, [member for run in runs for member in run.learners(number)])
@@ -329,7 +354,10 @@ class Recorder:
         report_tasks(record, trained, sections)
 
     def _record_cost(self, run: PackedRun) -> None:
-        """Record a run's costs and the rank of each target, which the method may have reduced."""
+        """Record a run's costs and the rank of each target, which the method may have reduced.
+
+        Seconds and memory are null unless the run had the pack and the device to itself.
+        """
         assert run.record is not None
         exclusive = run.pack_size == len(run.numbers) and self.sharing == 1
         run.record.update(cost=run.cost(exclusive=exclusive), targets=run.ranks())  # a method may have pruned
@@ -360,12 +388,17 @@ class Recorder:
 def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> list[str]:
     """Refuse to resume a run with other data, another backbone or a tokenizer that gives other token ids.
 
+    What the record does not hold is not compared.
+
     Args:
         before: the record of the run.
         inputs: of the resumed run.
 
     Returns:
         Notes on differences that do not change the inputs.
+
+    Raises:
+        UserError: they are not the inputs that the run was started with.
     """
     for split, fingerprint in before["data"].get("fingerprint", {}).items():
         if inputs.described["fingerprint"].get(split) != fingerprint:

@@ -139,7 +139,10 @@ class Experiment:
 
 
 def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema.Packing) -> None:
-    """Refuse an ensemble whose members would all be equal, or whose method trains the shared backbone."""
+    """Refuse an ensemble whose method trains the shared backbone, with halving, or whose members would all be equal.
+
+    They would be if only `dropout` varies and the adapter has none. Without an ensemble nothing is checked.
+    """
     if ensemble.members is None:
         return
     if adapter.trains_backbone:
@@ -167,7 +170,12 @@ def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema
 
 
 def _check_tasks(settings: Experiment) -> None:
-    """Refuse settings of several tasks that exclude one another, or that need several tasks if there is one."""
+    """Refuse settings of several tasks that exclude one another, or that need several tasks if there is one.
+
+    Several tasks exclude an ensemble, a shared adapter of them pair features; an adapter for each excludes `full`,
+    halving and a temperature. One task excludes `data.share=backbone` and a temperature, except in the record of one of
+    several tasks.
+    """
     data, names = settings.data, list(settings.tasks)
     temperature = data.temperature
     if not names:

@@ -41,10 +41,11 @@ class WarmStart:
 
     @classmethod
     def of(cls, experiment: Experiment, inputs: SharedInputs) -> WarmStart | None:
-        """Return the warm start that the settings ask for; None without `adapter.init_from`.
+        """Return the warm start that the settings ask for; None without `adapter.init_from`. No tensor is read.
 
         Raises:
-            UserError: there is no such finished run, or its backbone, method, ranks or members differ from this run's.
+            UserError: there is no such finished run, or its backbone, tokenizer, method, ranks or members differ from
+                this run's.
         """
         folder = experiment.adapter.init_from
         if folder is None:
@@ -67,7 +68,7 @@ class WarmStart:
         return cls(finished, source.data.label_names, with_head)
 
     def load_into(self, pack: Pack, members: Sequence[int]) -> None:
-        """Copy the finished run's tensors into these members, which have its ranks; heads only if `with_head`.
+        """Copy the finished run's tensors into these members, which have its ranks; without `with_head` the heads stay.
 
         Raises:
             UserError: a file is damaged, or its tensors do not fit.

@@ -156,7 +156,9 @@ def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> 
 
 
 def print_sweep_estimate(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
-    """Print the estimated cost of each pack of these jobs, and of the whole sweep.
+    """Print the estimated cost of each pack of these jobs, and of the whole sweep; nothing if no job can run.
+
+    An error in what a group of jobs shares ends all jobs of the group.
 
     Args:
         jobs: of one sweep, checked.
@@ -191,11 +193,15 @@ def _pack_cost(
     depths: set[int],
     console: Console,
 ) -> PackCost:
-    """Return the estimated cost of the jobs as one pack.
+    """Return the estimated cost of the jobs as one pack; print a line for each setting that is rehearsed for it.
 
     Args:
+        jobs: of the pack.
+        experiments: their settings.
+        inputs: that they share.
         measured: estimates of single runs by setting; new ones are added.
         depths: depths of the prefixes that the sweep has cached; that of this pack is added.
+        console: receives the lines.
     """
     for job, experiment in zip(jobs, experiments, strict=True):
         key = _setting_key(experiment)
@@ -228,7 +234,10 @@ def _setting_key(experiment: Experiment) -> str:
 
 
 def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:
-    """Return the share of the members' arithmetic that a pack does once for all of them."""
+    """Return the share of the members' arithmetic that a pack does once for all of them.
+
+    It is 0 for a single member, and for members with different seeds of `order`, whose batches differ.
+    """
     candidates = [(member, experiment.adapter) for experiment in experiments for member in experiment.members()]
     if len(candidates) == 1 or len({member.seed_of("order") for member, _ in candidates}) > 1:
         return 0.0
@@ -252,6 +261,10 @@ def _flops(pack: Pack) -> int:
 
 
 def _table(packs: Sequence[PackCost], devices: int) -> Table:
+    """Return the table of a sweep's packs, with a last row for all of them, whose time is that on so many devices.
+
+    A row has the numbers of the pack's jobs, and the overrides of its first and last job that not all jobs have.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("job", "overrides"):
         table.add_column(name, overflow="fold")

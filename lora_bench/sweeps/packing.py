@@ -58,6 +58,8 @@ def train_jobs(
 ) -> None:
     """Train the jobs of a sweep; those that may share a backbone are trained as packs.
 
+    An error in what a group shares, such as its data, ends all jobs of the group and is not raised.
+
     Args:
         jobs: of one sweep, checked.
         console: receives the messages.
@@ -86,9 +88,14 @@ def train_jobs(
 
 
 def group_jobs(jobs: Sequence[Job]) -> list[Group]:
-    """Group the jobs that may share a backbone.
+    """Group the jobs that may share a backbone, in the order of the jobs.
 
-    They have equal model, data, trainer, metrics and pack settings, and start or resume at the same step.
+    They have equal model, data, trainer, metrics and pack settings, and start or resume at the same step. With a method
+    that trains the backbone, or `pack.size=1`, each job is a group by itself. Of several groups, one of a single job
+    has a `single_reason`.
+
+    Raises:
+        UserError: the settings of a job are wrong.
     """
     experiments = [Experiment.build(job.cfg) for job in jobs]
     shared = [settings_hash((e.model, e.data, e.tasks, e.trainer, e.metrics, e.pack)) for e in experiments]
@@ -115,7 +122,10 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
 
 
 def _resumable_steps(job: Job, experiment: Experiment) -> list[int]:
-    """Return the steps that a job can be resumed from, the newest first; [0] for a new run."""
+    """Return the steps that a job can be resumed from, at most two, the newest first; [0] without a checkpoint.
+
+    Of an ensemble the checkpoints of the first member count.
+    """
     if not job.resumed:
         return [0]
     checkpoints = Checkpoints.of_members(job.folder / CHECKPOINTS, experiment.size)[0]
@@ -185,7 +195,19 @@ def _within_memory(
     inputs: SharedInputs,
     ended: Callable[[Job, Exception | None], None],
 ) -> list[list[Job]]:
-    """Fill packs in order, each up to `max_jobs` and to `memory_bytes`, or the free bytes if that is None."""
+    """Fill packs in order, each up to `max_jobs` and to `memory_bytes`, or the free bytes if that is None.
+
+    A job that exceeds `memory_bytes` by itself is left out and ends with a `UserError`; one that exceeds the free bytes
+    gets a pack of its own.
+
+    Args:
+        jobs: with what each adds.
+        max_jobs: None: any number.
+        memory_bytes: limit of the settings.
+        free: bytes of the device that this process may use.
+        inputs: give the device.
+        ended: called with a job that is left out, and the error.
+    """
     bound = memory_bytes or free
     is_serial = inputs.backbone.device.type == "cpu"  # members run through the adapted layers one after another
     packs: list[list[Job]] = []
@@ -217,7 +239,7 @@ def _within_memory(
 
 
 def assumed_ranks(adapter: Adapter, inputs: SharedInputs) -> dict[str, int]:
-    """Return a rank for each target module, so that a pack can be measured without data-driven allocation.
+    """Return `adapter.rank` (else 0) for each target module: a pack of these needs no data-driven allocation.
 
     Raises:
         UserError: the adapter does not fit the backbone.
@@ -229,7 +251,9 @@ def assumed_ranks(adapter: Adapter, inputs: SharedInputs) -> dict[str, int]:
 
 
 def memory_demand(inputs: SharedInputs, experiment: Experiment) -> MemoryDemand:
-    """Measure the memory that the job's members need.
+    """Measure the memory that the job's members need, by a dummy step on the longest training pair.
+
+    A pack is attached for that and detached again.
 
     Raises:
         UserError: the adapter does not fit the backbone.
@@ -257,7 +281,10 @@ def _train(
     display: DisplayFactory,
     sharing: int,
 ) -> None:
-    """Train one pack; after an error in what its members share, train its two halves, to isolate the faulty job."""
+    """Train one pack; after an error in what its members share, train its two halves, to isolate the faulty job.
+
+    Errors of training are not raised: each job is reported to `ended`.
+    """
     if len(jobs) == 1 and jobs[0].title:
         console.print()
         console.print(sanitise(jobs[0].title, style="bold"))
@@ -280,7 +307,11 @@ def _train(
 
 
 def _reopened(job: Job) -> Job:
-    """Return a job whose run, if it has started, is read from its folder again."""
+    """Return a job whose run, if it has started, is claimed and read from its folder again.
+
+    Raises:
+        UserError: another process holds the folder, or its record is damaged.
+    """
     if job.resumed:
         job.resumed.release()
     return replace(job, resumed=Run.reopen(job.folder)) if (job.folder / "run.json").exists() else job

@@ -55,6 +55,7 @@ class Slurm:
     """Shell commands that run before the job."""
 
     def __post_init__(self) -> None:
+        """Refuse values out of range, and names with characters that would change the script that submitit writes."""
         require_one_of("cluster", self.cluster, ("slurm", "local"))
         for name, low in (("timeout_minutes", 2), ("cpus", 1), ("memory_gb", 1)):
             if getattr(self, name) is not None:
@@ -66,7 +67,7 @@ class Slurm:
             require(bool(is_word), name, value, "holds a character that Slurm's names do not have")
 
     def check(self) -> None:
-        """Refuse the launcher if submitit or Slurm's commands are not installed."""
+        """Refuse the launcher if submitit, or with `cluster=slurm` a command of Slurm, is not installed."""
         remedy = "Install it: pip install 'lora-bench[slurm]'."
         there = importlib.util.find_spec("submitit") is not None
         require(there, "hydra/launcher", "slurm", "needs the package submitit", remedy, code=Code.MISSING_PACKAGE)
@@ -107,7 +108,10 @@ def train_jobs(
     settings: Slurm,
     folder: Path,
 ) -> None:
-    """Train the jobs of a sweep in one Slurm job, or in `pack.workers` Slurm jobs.
+    """Train the jobs of a sweep in one Slurm job, or in `pack.workers` Slurm jobs, and wait for them.
+
+    An exception here, such as Ctrl-C, cancels the Slurm jobs, waits for their ends and is raised. submitit's files of
+    requests and results are removed at the end.
 
     Args:
         jobs: of one sweep, checked.
@@ -161,9 +165,13 @@ def train_jobs(
 
 
 def _private_folder(folder: Path, timestamp: str) -> Path:
-    """Create and return a new folder for submitit's files that only this user can read and write.
+    """Create a new folder in `folder` for submitit's files, and return it; only this user can read and write either.
 
     submitit unpickles results from file names that can be guessed, so no such file may exist before.
+
+    Args:
+        folder: is created where it does not exist, not its parents; a link or a file is a `UserError`.
+        timestamp: the beginning of the new folder's name.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(
@@ -180,7 +188,7 @@ def _private_folder(folder: Path, timestamp: str) -> Path:
 
 
 class _Submitted:
-    """A submitted Slurm job, followed from this process.
+    """A submitted Slurm job, followed from this process; its number of jobs is printed at once.
 
     Args:
         handle: submitit's job.
@@ -202,7 +210,7 @@ class _Submitted:
         self.console.print(sanitise(f"slurm {self.handle.job_id}: {text}"))
 
     def follow(self) -> None:
-        """Print the new whole lines of its log."""
+        """Print the new whole lines of its log, if there is one."""
         if not self.log.exists():
             return
         with self.log.open("rb") as file:
@@ -213,7 +221,10 @@ class _Submitted:
             self._say(line)
 
     def end(self, ended: Callable[[Job, Exception | None], None]) -> None:
-        """Report how its jobs ended: from its result, or else from their records."""
+        """Report how each of its jobs ended: from its result, or else from the job's record.
+
+        A job without a result whose record is not `done` has ended with a `RunFailedError`.
+        """
         error = self.handle.exception()
         errors = {} if error else self.handle.result()
         reason = f"Slurm job {self.handle.job_id}, which trained it, ended early ({self.handle.state.lower()})"

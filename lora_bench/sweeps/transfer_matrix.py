@@ -45,7 +45,7 @@ def data_overrides(job: Sequence[str]) -> dict[str, str]:
 
 
 def task_of(job: Sequence[str]) -> str:
-    """Return the name of a job's task: the stem of `data.path`, else `data`; `ALL_TASKS` with `data.tasks`."""
+    """Return the name of a job's task: `ALL_TASKS` with `data.tasks`, else the stem of `data.path`, else `data`."""
     if any(keys.key_of(text) == "data.tasks" for text in job):
         return ALL_TASKS
     choice = data_overrides(job)
@@ -54,7 +54,9 @@ def task_of(job: Sequence[str]) -> str:
 
 
 def write(folder: Path) -> str:
-    """Write `transfer.csv` and `transfer.md` over the sweep's finished runs, and return the latter.
+    """Write `transfer.csv` and `transfer.md` over the sweep's finished runs, and return the text of the latter.
+
+    Older files are replaced. Without finished runs there are no rows.
 
     Args:
         folder: of the sweep.
@@ -67,7 +69,12 @@ def write(folder: Path) -> str:
 
 
 def _scores(folder: Path) -> Iterator[TransferScore]:
-    """Yield the scores of the sweep's finished runs on each task that they were tested on."""
+    """Yield the scores of the sweep's finished runs on each task that they were tested on.
+
+    A run below `train` gives one on its own task (`examples` None) and a zero-shot one for each of its evaluations that
+    is named as a task of the sweep; a run of all tasks one for each task, with `examples` 0. Others give one on their
+    task, with the source that they were initialised from.
+    """
     jobs = sweep_folder.read(folder).jobs
     tasks = {name: task_of(job) for name, job in jobs.items()}
     for name in jobs:
@@ -90,7 +97,7 @@ def _scores(folder: Path) -> Iterator[TransferScore]:
 
 
 def source_of(init_from: str | Path) -> Path:
-    """Return the folder, relative to the sweep's, of the run that a run was initialised from.
+    """Return the folder, relative to the sweep's (`train/3`), of the run that a run was initialised from.
 
     Args:
         init_from: the source run's folder, or the folder of one of its tasks.
@@ -100,7 +107,7 @@ def source_of(init_from: str | Path) -> Path:
 
 
 def _values(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return `METRICS` of the validation split, or else of the first reported split."""
+    """Return `METRICS` of the validation split, or else of the first reported split, without missing ones."""
     splits = [key.removesuffix("/mcc") for key in metrics if key.count("/") == 1 and key.endswith("/mcc")]
     splits = [split for split in splits if split != "selection"]
     split = "validation" if "validation" in splits else next(iter(splits), None)

@@ -52,7 +52,10 @@ class Workers:
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Workers:
-        """Return `pack.workers` workers, or by default one for each GPU, or one on the CPU."""
+        """Return `pack.workers` workers, or by default one for each GPU, or one on the CPU.
+
+        The settings are those of the first job; without jobs it is one worker on the CPU.
+        """
         if not jobs:
             return cls(1, [])
         settings = jobs[0].settings
@@ -92,7 +95,11 @@ def split_group(group: Group, max_jobs: int) -> list[Group]:
 
 
 def split_jobs(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
-    """Split the jobs into shares for the workers, the largest first; the jobs of a share may share a backbone."""
+    """Split the jobs into shares for the workers, the largest first; the jobs of a share may share a backbone.
+
+    No share has more than an equal part of all jobs, unless it has successive halving. There may be more or fewer
+    shares than workers.
+    """
     max_jobs = math.ceil(len(jobs) / workers)
     shares = [share.jobs for group in packing.group_jobs(jobs) for share in split_group(group, max_jobs)]
     return sorted(shares, key=len, reverse=True)
@@ -100,6 +107,8 @@ def split_jobs(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
 
 def train_jobs(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
     """Train the jobs of a sweep on the workers that its settings ask for; a single worker is this process itself.
+
+    An exception here, such as Ctrl-C, stops the workers after their current steps and checkpoints, and is raised.
 
     Args:
         jobs: of one sweep, checked.
@@ -175,7 +184,10 @@ class _Worker:
         its_end.close()
 
     def hear(self) -> bool:
-        """Handle the next message of the process; return False if the process ended, after failing its pending jobs."""
+        """Wait for the next message of the process and handle it; return False if the process has ended.
+
+        Jobs that are then still pending end with a `RunFailedError`.
+        """
         try:
             message, *arguments = self.connection.recv()
         except (EOFError, OSError):
@@ -212,7 +224,10 @@ class _Worker:
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
-    """Stop the workers after their current steps and checkpoints; a second Ctrl-C kills them."""
+    """Stop the workers after their current steps and checkpoints, and wait for that; a second Ctrl-C kills them.
+
+    Their last messages are discarded.
+    """
     try:
         for worker in workers:
             worker.process.terminate()
@@ -252,7 +267,17 @@ def _work(
     sharing: int,
     live: bool,
 ) -> None:
-    """Train the jobs, and send messages and progress to the main process."""
+    """Train the jobs, and send messages and progress to the main process; this is all that a worker process does.
+
+    Args:
+        jobs: its share of the sweep.
+        connection: to the main process.
+        folder: the working folder.
+        gpu: name of its GPU; None: as in the main process.
+        threads: CPU threads.
+        sharing: workers on one device.
+        live: whether progress is sent.
+    """
     signal.signal(signal.SIGTERM, terminate)
     streams.protect()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -275,6 +300,9 @@ def train_handed_over(
     jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None], **settings: Any
 ) -> None:
     """Train jobs that another process composed: claim the folders of started runs, and record failures.
+
+    Errors are not raised but reported to `ended`, also those of a folder that cannot be claimed; a signal's exception
+    passes. The folders are released at the end.
 
     Args:
         jobs, console, ended, settings: as for `packing.train_jobs`; each error can be pickled.
@@ -342,7 +370,7 @@ class _SentDisplay(Display):
 
 
 def _end_with_parent() -> None:
-    """End this worker when the main process ends; otherwise it would keep its runs locked."""
+    """Exit this worker, with code 1, when the main process ends; otherwise it would keep its runs locked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

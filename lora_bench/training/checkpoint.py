@@ -73,7 +73,9 @@ class Checkpoints:
         return [cls(folder, f"member_{i}-step" if members > 1 else "step") for i in range(members)]
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write a checkpoint and remove all but the newest `MAX_CHECKPOINTS`.
+        """Write a checkpoint and remove all but the newest `MAX_CHECKPOINTS` of this stem.
+
+        One of the same step is replaced.
 
         Raises:
             RunFailedError: it cannot be written, or the run's folder is gone; the older checkpoints are unchanged.
@@ -109,7 +111,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def newest(self, step: int | None = None) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, up to `step` if that is given; None if there is none.
+        """Read the newest undamaged checkpoint, up to `step` if that is given; None if there is none.
 
         Damaged checkpoints that were skipped are added to `damaged`.
         """
@@ -123,12 +125,12 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints: a finished run is never resumed."""
+        """Remove the folder, with the checkpoints of all members: a finished run is never resumed."""
         self.check()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _newest_first(self) -> list[Path]:
-        """Return the folders of complete checkpoints, the newest first."""
+        """Return the folders of complete checkpoints of this stem, the newest first; damaged ones are among them."""
         if not self.folder.is_dir():
             return []
         name = re.compile(rf"{self.stem}-\d+")
@@ -150,7 +152,7 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Return the size and the SHA-256 of a file, as the manifest has them."""
+    """Return `bytes` and `sha256` of a file, as the manifest has them; an OSError if it cannot be read."""
     with untrusted.open_file(path, max_bytes=2**63) as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": file_digest(file, "sha256").hexdigest()}
 

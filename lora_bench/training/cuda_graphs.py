@@ -33,7 +33,7 @@ LENGTH_MULTIPLE = 8
 
 
 class Backward:
-    """Adds the gradients of a batch to the active members, and returns their losses.
+    """The forward and backward pass of a batch: adds the gradients to the active members, and returns their losses.
 
     Args:
         pack: the members.
@@ -52,7 +52,8 @@ class Backward:
     def __call__(self, batch: Batch, of_pairs: int, pairs: int) -> dict[int, float]:
         """Accumulate the gradients of a batch in micro-batches.
 
-        Members are independent, so one backward pass of the sum of their losses gives each its own gradients.
+        Members are independent, so one backward pass of the sum of their losses gives each its own gradients. Penalties
+        of their methods are in the gradients, but not in the losses.
 
         Args:
             batch: of all active members, or one that they share.
@@ -72,7 +73,10 @@ class Backward:
         return self._add(batch.to(self.pack.backbone.device), share)
 
     def _add(self, batch: Batch, share: float) -> Tensor:
-        """Accumulate the gradients of `share` times the mean losses of a batch on the device; return these (K,)."""
+        """Accumulate the gradients of `share` times the mean losses of a batch on the device; return these (K,).
+
+        Gradients of `share` times the methods' penalties are accumulated too; the losses are without them.
+        """
         pack = self.pack
         assert batch.labels is not None
         labels = batch.labels.view(batch.members, -1).expand(len(pack.active), -1)  # (K, orders · B)
@@ -102,6 +106,11 @@ class Graph:
     """Parameters whose gradients the graph writes."""
 
     def __call__(self, batch: Batch) -> Tensor:
+        """Copy a batch in CPU memory into the graph's inputs, and replay it.
+
+        Returns:
+            `losses`, which the next replay overwrites.
+        """
         for name, graph_input in vars(self.batch).items():
             if isinstance(graph_input, Tensor):
                 graph_input.copy_(getattr(batch, name).pin_memory(), non_blocking=True)
@@ -129,6 +138,12 @@ class Graphs:
         """The tensors in which graphs accumulate gradients."""
 
     def __call__(self, batch: Batch, share: float) -> Tensor:
+        """Accumulate the gradients of a batch, and return its losses (K,), which the next call may overwrite.
+
+        The first call of a shape computes eagerly and the second records a graph, unless the pass cannot be recorded:
+        then all are computed eagerly. A shape also stands for the active members, their stacked parameters, the head
+        and the share. When `MAX_GRAPHS` shapes have graphs, all graphs are discarded.
+        """
         pack, device = self.pack, self.pack.backbone.device
         batch = replace(batch, full=False)
         shape = (batch.members, batch.orders, *batch.input_ids.shape, batch.hidden is None)
@@ -147,7 +162,7 @@ class Graphs:
         return self.work(batch.to(device), share) if graph is None else graph(batch)
 
     def _use_graph_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Move the gradients of this step so far into the tensors that graphs know."""
+        """Move the gradients of this step so far into the tensors that graphs know; missing ones become zero."""
         without_gradient = []
         for p in parameters:
             gradient = self.gradients.get(p)
@@ -162,7 +177,10 @@ class Graphs:
             torch._foreach_zero_(without_gradient)
 
     def _record(self, batch: Batch, share: float, parameters: Sequence[nn.Parameter]) -> Graph | None:
-        """Record the pass over batches of this shape; None if it contains something that cannot be recorded."""
+        """Record the pass over batches of this shape, without computing it; None if it cannot be recorded.
+
+        An error for lack of memory is raised.
+        """
         recorded = torch.cuda.CUDAGraph()
         for k in self.pack.active:
             recorded.register_generator_state(self.pack.dropout[k])

@@ -52,14 +52,17 @@ class Processes:
         return self.rank == 0
 
     def shard(self, batch: Batch) -> Batch | None:
-        """Return this process's pairs of a global batch; None if the batch has too few pairs for every process."""
+        """Return this process's pairs of a global batch, a contiguous part; None if it gets none of a small batch."""
         start, end = (batch.pairs * rank // self.size for rank in (self.rank, self.rank + 1))
         if self.size == 1:
             return batch
         return slice_pairs(batch, start, end) if start < end else None
 
     def all_reduce(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
-        """Sum gradients (in place) and losses over the processes; each process holds its share of the global mean.
+        """Sum gradients and losses over the processes; each process holds its share of the global mean.
+
+        Each parameter that requires a gradient gets the sum as its `.grad`. A single process returns the losses
+        unchanged.
 
         Args:
             parameters: the same in every process; one without a gradient counts as zero.
@@ -81,7 +84,7 @@ class Processes:
         return dict(zip(losses, summed[-1].tolist(), strict=True))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with the leader's values."""
+        """Overwrite the tensors with the leader's values, in place."""
         if self.size > 1:
             with torch.no_grad():
                 for tensor in tensors:
@@ -92,13 +95,16 @@ class Processes:
         return islice(batches, self.rank, None, self.size)
 
     def gather(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum scores over the processes; each process leaves the rows of the other processes at zero."""
+        """Sum scores over the processes, in place; each process leaves the rows of the other processes at zero."""
         if self.size > 1:
             dist.all_reduce(torch.from_numpy(scores))
         return scores
 
     def any_signal(self, signal: int | None) -> int | None:
-        """Return the signal that any process has received, so that all stop after the same step; None without one."""
+        """Return the signal that any process has received, so that all stop after the same step; None without one.
+
+        Of several it is the one with the highest number.
+        """
         if self.size == 1:
             return signal
         highest = torch.tensor(signal or 0)
@@ -113,8 +119,11 @@ SINGLE_PROCESS = Processes()
 def processes_of_torchrun() -> Iterator[Processes]:
     """Join the processes that `torchrun` started, for the time of the context; a single process without `torchrun`.
 
+    With GPUs, the process's own becomes the current CUDA device.
+
     Raises:
-        UserError: the processes cannot reach one another in time.
+        UserError: an environment variable of `torchrun` is missing or wrong, the process has no GPU of its own, or the
+            processes cannot reach one another in time.
     """
     launch = Launch.read()
     if launch.world_size == 1:
@@ -140,7 +149,10 @@ NOTICE_SECONDS = 1.0
 
 
 class _Rendezvous:
-    """Connects the processes through a store that process 0, or `torchrun` itself, serves."""
+    """The meeting of the processes in a store that process 0, or `torchrun` itself, serves.
+
+    `JOIN_SECONDS` are counted from its creation.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
@@ -151,8 +163,10 @@ class _Rendezvous:
     def join(self) -> Any:
         """Wait until all processes have joined, and return the store.
 
+        Process 0 serves it, unless `torchrun` does.
+
         Raises:
-            UserError: a process has not joined in time, or the store cannot be reached or served.
+            UserError: a process has not joined within `JOIN_SECONDS`, or the store cannot be reached or served.
         """
         serves = self.launch.rank == 0 and not self.served_by_torchrun
         if not serves:
@@ -177,7 +191,7 @@ class _Rendezvous:
         return store_of_attempt
 
     def _reach(self) -> None:
-        """Wait until the store accepts connections."""
+        """Wait until the store accepts connections; a `UserError` after `JOIN_SECONDS`."""
         while True:
             try:
                 with socket.create_connection((self.launch.address, self.launch.port), timeout=2):
@@ -204,6 +218,7 @@ class _Rendezvous:
         time.sleep(0.05)
 
     def _refusal(self, reason: str) -> UserError:
+        """Return (not raise) the error for processes that do not meet."""
         remedy = (
             f"WORLD_SIZE={self.launch.world_size} asks for {self.launch.world_size} processes: start all of them, as "
             "torchrun does, or unset WORLD_SIZE to train in one process."

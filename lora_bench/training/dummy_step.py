@@ -46,7 +46,10 @@ def probe_batch(backbone: Backbone, rows: int, length: int) -> Batch:
 
 
 def saved_bytes(pack: Pack, rows: int, length: int) -> int:
-    """Return the bytes that a dummy step saves for its backward pass, without the weights."""
+    """Return the bytes that a dummy step saves for its backward pass, without the weights.
+
+    The step has the effects of `dummy_step`.
+    """
     bytes_by_pointer: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

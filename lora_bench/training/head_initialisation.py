@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     """Initialise a member's pair features from training batches, with its adapter as it is now.
 
-    Nothing happens if the member has no pair features.
+    Up to `BATCHES` batches are read, without dropout. Nothing happens if the member has no pair features.
 
     Returns:
-        A note for the record if the batches have too few pairs, so that the pair features start at zero; else None.
+        A note for the record if the batches have too few pairs or one label only, so that the pair features start at
+        zero; else None.
     """
     if str(member) not in pack.pair_features:
         return None

@@ -69,6 +69,9 @@ def prepare(
 
     Returns:
         Notes for the record on initialisations that had too few pairs.
+
+    Raises:
+        UserError: the ranks of a member cannot be allocated; further members are not prepared.
     """
     chosen = range(pack.size) if members is None else list(members)
     notes: list[str | None] = []
@@ -82,7 +85,15 @@ def prepare(
 
 
 class MixtureSteps:
-    """Training steps of the members that learn one task mixture, on its batches."""
+    """Training steps of the members that learn one task mixture, on its batches.
+
+    Args:
+        pack: the pack that trains.
+        mixture: the tasks, and the numbers of its members.
+        members: all of the pack.
+        trainer: batch size, micro-batches and objective.
+        first_step: number of the first step to make; the batches of earlier ones are skipped.
+    """
 
     def __init__(
         self, pack: Pack, mixture: TaskMixture, members: Sequence[MemberRun], trainer: Trainer, first_step: int
@@ -94,7 +105,7 @@ class MixtureSteps:
         self.batches = islice(batches, first_step - 1, None)
 
     def step(self, step: int, processes: Processes) -> tuple[dict[int, float], int]:
-        """Make one update of every running member.
+        """Make one update of every running member; a failure in its update ends that member alone.
 
         Returns:
             The loss by member, and the pairs of the batch; no losses and 0 if all members of the mixture have ended.
@@ -155,8 +166,14 @@ class PackTraining:
     def fit(self, *, halving: bool = False) -> None:
         """Train every running member, and leave it at its best selection MCC; of several tasks at the best mean.
 
+        Members that are `done` already are reported to the observer first. The pack is left in evaluation mode.
+
         Args:
             halving: stop the worse half of the members at an eighth, a quarter and half of the steps.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was noted; checkpoints of its step are saved.
+            SystemExit: another signal was noted; the same.
         """
         pack, first_step = self.pack, 1 + max(member.progress.steps for member in self.members)
         steps_of = [MixtureSteps(pack, mixture, self.members, self.trainer, first_step) for mixture in self.mixtures]
@@ -203,8 +220,11 @@ class PackTraining:
     def evaluate(self, step: int, halving: bool) -> list[MemberRun]:
         """Evaluate the members whose evaluation is due, keep their best states, and stop those that improve no more.
 
+        They are evaluated with their averaged weights. When halving has to eliminate, all running members are
+        evaluated.
+
         Returns:
-            The members that halving eliminates.
+            The members that halving eliminates; the caller changes their status.
         """
         running = self.running()
         limit = survivors(step, self.last_step)
@@ -247,10 +267,14 @@ class PackTraining:
     def save(self, step: int, active: Sequence[MemberRun], *, needed: bool) -> None:
         """Save checkpoints if they are due, or if a member ends at this step, because its scoring may be interrupted.
 
+        They are due every `checkpoint_every` steps, by default as often as evaluations, and at the last step. All
+        members of a run are saved if one of them trains or has become done at this step. If writing fails, the member
+        ends only if checkpoints are due or needed, or the run's folder is lost.
+
         Args:
             step: the update that was just made.
             active: the members that made it.
-            needed: a signal or an elimination requires checkpoints, so a failure to write them ends the member.
+            needed: a signal or an elimination requires checkpoints.
         """
         every = self.trainer.checkpoint_every or max(member.schedule.eval_every for member in self.members)
         needed = needed or step % every == 0
@@ -292,7 +316,7 @@ def fit(
     flop_models: Sequence[FlopModel] = (),
     observer: Observer | None = None,
 ) -> list[MemberProgress]:
-    """Train a pack on one task without records, as benchmarks do.
+    """Train a pack on one task without records, as benchmarks do, and leave each member at its best state.
 
     Args:
         pack: K members on one backbone, prepared.

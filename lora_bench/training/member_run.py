@@ -119,7 +119,7 @@ class MemberRun:
         trainer: Trainer,
         progress: MemberProgress | None = None,
     ) -> MemberRun:
-        """Return a member before its first step, as the only member of its run."""
+        """Return a member before its first step, as the only member of its run, without FLOP model and checkpoints."""
         return cls(
             index,
             pack,
@@ -138,9 +138,11 @@ class MemberRun:
     def optimizer_step(self, step: int, loss: float) -> None:
         """Clip the member's gradients, call its method's hooks, update its weights and their average.
 
+        The weights are averaged only once the ranks are final. The gradients are cleared.
+
         Args:
             step: number of the update, from 1.
-            loss: of the step; a loss or gradient norm that is not finite ends the member without an update.
+            loss: of the step; a loss or gradient norm that is not finite sets the status `diverged`, without an update.
         """
         if not math.isfinite(loss):
             diverge(self.progress, step, f"loss {loss} is not finite")
@@ -188,9 +190,9 @@ class MemberRun:
 
 
 def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:
-    """Clip a member's gradients to a norm of `grad_clip_norm`, and return their norm before that.
+    """Clip a member's gradients to a norm of `grad_clip_norm`, and return their norm before that; 0 without gradients.
 
-    torch's `clip_grad_norm_` calls an operator for each parameter; this function calls one for all.
+    None does not clip. torch's `clip_grad_norm_` calls an operator for each parameter; this function calls one for all.
     """
     gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) if gradients else 0.0
@@ -201,7 +203,11 @@ def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:
 
 @contextmanager
 def isolate_failure(progress: MemberProgress) -> Iterator[None]:
-    """Turn an exception into the end of this member, so that the other members train on."""
+    """Turn an exception into the end of this member, so that the other members train on.
+
+    Its status becomes `diverged` for a `DivergedError`, else `failed`; the exception is kept in `error` and not raised.
+    KeyboardInterrupt and SystemExit pass.
+    """
     try:
         yield
     except Exception as error:

@@ -29,7 +29,10 @@ def keep_freed_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on the device; for a CPU the system's available memory."""
+    """Return the bytes that can still be allocated on the device; for a CPU the system's available memory.
+
+    Where `/proc/meminfo` does not tell it, that is half of the installed memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError):

@@ -32,10 +32,14 @@ _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 def in_micro_batches(pack: Pack, batch: Batch, requested: int | None, work: Callable[[int], T]) -> T:
     """Return the result of `work(pairs)`, with as many pairs per forward pass as memory allows.
 
+    When memory does not suffice, all gradients are cleared, random streams restored, and `work` runs again with half
+    the pairs. Other errors pass.
+
     Args:
-        pack: remembers in `max_micro_batch` the pairs that fit, if fewer than requested did.
+        pack: remembers in `max_micro_batch` the pairs that fit, if fewer than requested did; training and evaluation
+            (without gradients) have limits of their own, which later calls keep to.
         batch: the batch to work on.
-        requested: pairs of each member per forward pass; None: a size that is fast.
+        requested: pairs of each member per forward pass; None: all, on a CPU as many as `QUICK_TOKENS` hold.
         work: processes the batch in micro-batches of the given number of pairs per member.
 
     Raises:

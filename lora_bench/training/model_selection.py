@@ -44,7 +44,7 @@ def evaluate_members(
     """Evaluate these members, with their current weights, on the selection splits of all tasks that they learn.
 
     Returns:
-        The result by member, in the order of `members`.
+        The result by member, in the order of `members`; its seconds are those of all members of its mixture together.
     """
     results = {}
     for mixture in mixtures:

@@ -42,7 +42,7 @@ class Objective:
 
 
 def make_objective(trainer: Trainer) -> Objective:
-    """Build the objective that `trainer.objective` names."""
+    """Build the objective that `trainer.objective` names: `cross_entropy` for those of one view, else `consistency`."""
     if trainer.objective in SINGLE_VIEW_OBJECTIVES:
         return Objective(lambda logits, labels: cross_entropy(logits, labels).mean(1), orders=1)
     return Objective(partial(consistency, weight=trainer.consistency_weight), orders=2)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.AdamW:
-    """Build AdamW over a member's adapter, in the parameter groups of its method, and over its head.
+    """Build AdamW over a member's adapter, in the parameter groups of its method, and over its heads.
 
     Biases of the head, as other vectors, have no weight decay. Each group's peak learning rate is in `peak_lr`.
     """
@@ -39,7 +39,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Optimizer, ste
 def learning_rate_factor(settings: Optimizer, step: int, steps: int) -> float:
     """Return the learning rate of update `step` (from 1) of `steps`, as a share of the peak.
 
-    It rises linearly over the first `warmup * steps` updates, and then follows `schedule`.
+    It rises linearly over the first `warmup * steps` updates (rounded up), and then follows `schedule`: `constant`, or
+    a `linear` or cosine decay that would reach 0 one update after the last.
     """
     warmup = math.ceil(settings.warmup * steps)
     if step <= warmup:

@@ -23,6 +23,8 @@ TOLERANCE = 1e-4
 def check_padding(backbone: Backbone) -> None:
     """Score a short pair by itself and in a batch with a long one; add a note to the backbone if the scores differ.
 
+    The backbone's head scores them, so no adapter may be attached.
+
     Raises:
         UserError: the network cannot score a padded batch.
     """
@@ -48,7 +50,10 @@ def check_padding(backbone: Backbone) -> None:
 
 
 def _rows(backbone: Backbone) -> list[list[int]]:
-    """Return the token ids of a short and a long pair, as the backbone reads them."""
+    """Return the token ids of a short and a long pair, at most 64 each, as the backbone reads them.
+
+    Truncation and padding of its tokenizer are turned off.
+    """
     short, long = ("Is it?", "Yes?"), (" ".join(PAIRS[0]), " ".join(PAIRS[1]))
     first, second = backbone.render([("first", [short[0], long[0]]), ("second", [short[1], long[1]])])
     backend = backbone.tokenizer.backend_tokenizer

@@ -40,6 +40,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the matrix products that `fp32`, `bf16` or `auto` names on this device.
 
+    `auto` is bf16 where `has_fast_bf16`, else fp32. A CPU takes `bf16` even if it is slow.
+
     Raises:
         UserError: bf16 is requested on a CUDA device that does not support it.
     """

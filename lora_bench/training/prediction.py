@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 def predict(
     pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS
 ) -> NDArray[np.float64]:
-    """Return P(label 1) of every row for every active member: (K, N), in the table's order.
+    """Return P(label 1) of every row for every active member: (K, N), in the table's order, not calibrated.
 
-    A table with a `reversed_view` is scored in both orders, and the mean is returned. Afterwards the pack
-    is in the mode (training or evaluation) that it was in before.
+    A table with a `reversed_view` is scored in both orders, and the mean is returned. With several processes each
+    scores a part and all get the whole. Afterwards the pack is in the mode (training or evaluation) that it was in
+    before.
     """
     if table.reversed_view is not None:
         forward, reversed_view = replace(table, reversed_view=None), table.reversed_view

@@ -52,11 +52,11 @@ class PrefixCache:
     """Size of the files that this run reads."""
 
     def cached_tables(self, pack: Pack, tables: dict[str, TokenTable]) -> list[str]:
-        """Return the names of the tables whose hidden states are cached, in the order of `tables`.
+        """Return the names of the tables whose hidden states are cached, in the order of `tables`, and set `flops`.
 
         The first table and its `second_view` are used in the same batches, so both are cached or neither is. Further
-        tables are cached as long as the limit allows. The list is empty if the pack adapts the first layer or its
-        backbone cannot be cut.
+        tables follow up to the first that exceeds the limit or is perturbed anew in each epoch. The list is empty if
+        there is no limit, the pack adapts the first layer, or its backbone cannot be cut.
         """
         if not (self.limit_bytes and pack.depth and pack.backbone.has_prefix):
             return []
@@ -77,7 +77,9 @@ class PrefixCache:
     def with_cached_hidden_states(self, pack: Pack, tables: dict[str, TokenTable]) -> dict[str, TokenTable]:
         """Return the tables with hidden states beside the tokens of those that are cached, and cut the pack there.
 
-        Missing files are computed and written. If there is no room for a file, the tables are returned unchanged.
+        Missing files are computed and written. `seconds`, `flops` and `used_bytes` are set, and the pack's
+        `prefix_depth` if any table is cached. If a file cannot be written, for example for lack of room, the tables are
+        returned unchanged.
         """
         began = time.perf_counter()
         extended, keys = dict(tables), list[str]()
@@ -100,7 +102,7 @@ class PrefixCache:
         return len(table.values) * pack.backbone.hidden_size * pack.backbone.compute_dtype.itemsize + TRAILER_BYTES
 
     def _key(self, pack: Pack, table: TokenTable) -> str:
-        """Return a hash of everything that the bits depend on: network, tokens, layout, versions, processor."""
+        """Return a hash, as 40 digits, of all that the bits depend on: network, tokens, layout, versions, processor."""
         backbone = pack.backbone
         attention = getattr(backbone.network.config, "_attn_implementation", None)
         network = (self.backbone_sha256, type(backbone).__name__, attention, pack.depth, backbone.compute_dtype)
@@ -112,7 +114,7 @@ class PrefixCache:
         return digest.hexdigest()[:40]
 
     def _load_or_fill(self, pack: Pack, table: TokenTable, keys: Collection[str]) -> HiddenStates | None:
-        """Open the file of the last of these keys, written first if it is missing; None if there is no room for it.
+        """Open the file of the last of these keys, written first if it is missing; None if it cannot be written.
 
         Args:
             pack: computes a missing file.
@@ -138,7 +140,7 @@ def _processor(device: torch.device) -> tuple[str, str]:
 
 @torch.no_grad()
 def _fill(pack: Pack, table: TokenTable, file: BinaryIO) -> None:
-    """Write the hidden states of a table, computed in the canonical pass, to a file."""
+    """Write the hidden states of a table, computed in the canonical pass, to an empty file; no other trailer or key."""
     backbone = pack.backbone
     writer = HiddenStatesWriter(file, len(table.values), backbone.hidden_size, backbone.compute_dtype)
     mode = pack.training

@@ -85,7 +85,7 @@ def estimate(
     """Estimate parameters, FLOPs, time and memory of training a pack of one member.
 
     The peak memory includes whatever the process held before. Weights are unchanged afterwards; running statistics of
-    the method and random streams of dropout are not.
+    the method and random streams of dropout are not. The pack is left in training mode.
 
     Args:
         pack: one member, prepared.
@@ -95,6 +95,9 @@ def estimate(
         second_view: second views of the training pairs, if the objective has any.
         cached: names of the tables whose prefix is read from the cache instead of computed.
         prefix_flops: FLOPs of computing the cached prefix.
+
+    Raises:
+        RunFailedError: memory does not suffice for one pair.
     """
     train, device = tables["train"], pack.backbone.device
     task = TaskData(train, tables["selection"], second_view)
@@ -142,7 +145,10 @@ def estimate(
 
 
 class _Rehearsal:
-    """Training steps that change no weight, with everything that a run holds in memory between steps."""
+    """Training steps that change no weight, with everything that a run holds in memory between steps.
+
+    The pack is set to training mode.
+    """
 
     def __init__(
         self, pack: Pack, optimizer: Optimizer, trainer: Trainer, mixture: TaskMixture, backward: Backward
@@ -154,7 +160,7 @@ class _Rehearsal:
         pack.train()
 
     def step(self, batch: Batch) -> float:
-        """Make one step and return its seconds."""
+        """Make one step, synchronised with the device, and return its seconds; gradients are cleared."""
         pack, adapter, optimizer = self.pack, self.pack.members[0].adapter, self.member.optimizer
         began = time.perf_counter()
         work = partial(self.backward, batch, batch.pairs)
@@ -184,7 +190,10 @@ def _count_shapes(plan: BatchPlan, steps: int, seed: int) -> Counter[tuple[int, 
 def _batches_of_shapes(
     pack: Pack, plan: BatchPlan, train: TokenTable, second_view: TokenTable | None, chosen: Sequence[tuple[int, int]]
 ) -> list[Batch]:
-    """Return a batch of each chosen shape, from the first epoch."""
+    """Return a batch of each chosen shape (pairs, tokens), in their order, from the first epoch.
+
+    If the pack reads its prefix from the cache, they have hidden states of zeros.
+    """
     seed, pad_id = pack.members[0].seed, pack.backbone.tokenizer.pad_token_id
     by_shape: dict[tuple[int, int], Batch] = {}
     batches = training_batches(train, plan, [seed], 0, pad_id, second_view)
@@ -215,7 +224,7 @@ class _PrefixTime:
 
 @torch.no_grad()
 def _measure_prefix(pack: Pack, table: TokenTable) -> _PrefixTime:
-    """Measure the time of the prefix on a batch of median length."""
+    """Measure the time of the prefix and of a forward pass on a batch of median length, the fastest of `ROUNDS`."""
     batches = evaluation_rows(table, ROWS)
     rows = batches[len(batches) // 2]
     pad_id = pack.backbone.tokenizer.pad_token_id
@@ -242,7 +251,10 @@ class _EvaluationCost:
 def _rehearse_evaluation(
     pack: Pack, tables: Mapping[str, TokenTable], trainer: Trainer, evaluations: int, cached: Sequence[str]
 ) -> _EvaluationCost:
-    """Measure the cost of so many evaluations of the selection split, and of one final prediction of every table."""
+    """Measure the cost of so many evaluations of the selection split, and of one final prediction of every table.
+
+    At most `SHAPES` batch shapes are scored. The time of tables in `cached` is reduced by that of the prefix.
+    """
     batches = [
         (name, rows) for name, table in tables.items() for rows in evaluation_rows(table, trainer.eval_batch_size)
     ]

@@ -26,6 +26,10 @@ class Interruption:
         self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
+        """Install handlers that note SIGINT, SIGTERM and SIGHUP; ignored signals stay ignored.
+
+        Outside the main thread no signal is deferred.
+        """
         if threading.current_thread() is threading.main_thread():  # Python handles signals only in this thread
             for number in (signal.SIGINT, *ENDING_SIGNALS):
                 if signal.getsignal(number) != signal.SIG_IGN:  # ignored by `nohup`, or in a script's background job
@@ -35,6 +39,7 @@ class Interruption:
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Restore the earlier handlers, and raise the exception of a noted signal unless another one is on its way."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self.requested_signal is not None and exc_type is None:
@@ -42,7 +47,7 @@ class Interruption:
 
     @contextmanager
     def signals_act_at_once(self) -> Iterator[None]:
-        """Within this context signals take effect at once, also one that was noted before."""
+        """Let signals take effect at once within the context; one that was noted before is raised on entering it."""
         self.__exit__(None, None, None)
         try:
             yield

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def survivors(step: int, steps: int) -> int:
-    """Return the number of members that may survive update `step` of `steps`.
+    """Return the number of members that may survive update `step` of `steps`: 1 from half of the steps on.
 
-    The limit holds after every update, so that a member that should have been eliminated before the process was killed
-    is eliminated soon after it is resumed.
+    It is 2 from a quarter, 4 from an eighth, and so on. The limit holds after every update, so that a member that
+    should have been eliminated before the process was killed is eliminated soon after it is resumed.
     """
     share = 2
     while steps // share > step:
@@ -39,7 +39,7 @@ def eliminated(scores: Mapping[int, tuple[float, float]], limit: int) -> list[in
 
     Args:
         scores: MCC and AUROC by member. AUROC decides among equal MCCs, for example among members that still predict
-            the same label for every pair, whose MCC is 0.
+            the same label for every pair, whose MCC is 0. Of equal members the earlier ones survive.
         limit: number of survivors.
     """
     return sorted(sorted(scores, key=lambda member: scores[member], reverse=True)[limit:])

@@ -65,7 +65,7 @@ class TaskMixture:
     temperature: float = 1.0
 
     def for_initialisation(self, member: int) -> TaskMixture:
-        """Return the mixture for one of its members, with a single view of each pair."""
+        """Return the mixture for one of its members, with its tasks but without second views."""
         tasks = {name: replace(task, second_view=None) for name, task in self.tasks.items()}
         return replace(self, members=[member], tasks=tasks)
 
@@ -78,14 +78,19 @@ class TaskMixture:
         return optimizer_steps(trainer, self.steps_per_epoch(trainer.batch_size))
 
     def backward(self, pack: Pack, trainer: Trainer) -> Backward:
-        """Return the backward pass for batches of these tasks, with the objective that the settings name."""
+        """Return the backward pass for batches of these tasks, with the objective that the settings name.
+
+        Tasks must have second views if the objective needs them, and only then.
+        """
         objective = make_objective(trainer)
         assert all(objective.orders == (1 if task.second_view is None else 2) for task in self.tasks.values())
         objectives = {task.train.head: objective for task in self.tasks.values()}
         return Backward(pack, objectives, graphs=trainer.cuda_graphs)
 
     def batches(self, pack: Pack, batch_size: int, multiple: int = 1) -> Iterator[Batch]:
-        """Yield training batches for these members without end.
+        """Yield training batches for these members without end, each of one task, on the CPU.
+
+        A batch holds B pairs that all members share if their seeds of `order` are equal, else B pairs of each.
 
         Args:
             pack: gives the members' seeds and the padding token.
@@ -103,7 +108,7 @@ class TaskMixture:
 
 
 def optimizer_steps(trainer: Trainer, steps_per_epoch: int) -> int:
-    """Return the optimizer updates that `epochs` and `max_steps` ask for; at least 1."""
+    """Return the optimizer updates that `epochs` ask for, rounded up and at least 1, but no more than `max_steps`."""
     exact = trainer.epochs * steps_per_epoch
     steps = max(1, math.ceil(round(exact, 6)))  # 1.1 epochs of 10 steps are 11, not 11.000000000000002
     return steps if trainer.max_steps is None else min(steps, trainer.max_steps)

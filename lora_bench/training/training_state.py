@@ -36,7 +36,12 @@ _TYPES |= {"steps": int, "pairs": int, "tokens": int, "padding": int, "seconds":
 
 
 def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the training state of a member: copies of its tensors on the CPU, and the rest as JSON."""
+    """Return the training state of a member: copies of its tensors on the CPU, and the rest as JSON.
+
+    Returns:
+        Tensors by `<section>/<name>`, and metadata: `outcome` (its progress), `averaged` (steps in the mean), `ranks`
+        and `room` (micro-batches that fit into memory).
+    """
     pack, k, progress, average = member.pack, member.index, member.progress, member.average
     sections: dict[str, dict[str, Tensor]] = {
         "rng": _torch_streams(pack),
@@ -68,8 +73,10 @@ def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore(member: MemberRun, checkpoint: Checkpoint) -> None:
     """Restore the state of a checkpoint into a member, whose settings and ranks are already those of the checkpoint.
 
+    Torch's global random streams are set too, and the pack learns which micro-batches fit into memory.
+
     Raises:
-        UserError: the tensors or metadata are not those of this member's training.
+        UserError: the tensors or metadata are not those of this member's training; it may be restored in part.
     """
     with reject_foreign_checkpoint():
         tensors = dict(checkpoint.tensors)
@@ -89,6 +96,11 @@ def restore(member: MemberRun, checkpoint: Checkpoint) -> None:
 
 
 def _restore_weights(member: MemberRun, tensors: dict[str, Tensor]) -> None:
+    """Move trained tensors, the method's statistics and buffers from `tensors` into the member.
+
+    Raises:
+        UserError: a trained tensor or buffer is missing, superfluous or of another shape.
+    """
     pack, k = member.pack, member.index
     _copy(tensors, "weights/", dict(pack.trainable(k)))
     for name, update in pack.updates[k].items():
@@ -97,6 +109,11 @@ def _restore_weights(member: MemberRun, tensors: dict[str, Tensor]) -> None:
 
 
 def _restore_optimizer(member: MemberRun, tensors: dict[str, Tensor]) -> None:
+    """Move the moments of AdamW from `tensors` into the optimizer, whose settings stay.
+
+    Raises:
+        UserError: moments of a parameter are incomplete or of another shape. Parameters without moments are accepted.
+    """
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in _take(tensors, "adamw/").items():
         i, _, name = key.partition("/")
@@ -110,6 +127,11 @@ def _restore_optimizer(member: MemberRun, tensors: dict[str, Tensor]) -> None:
 
 
 def _restore_average(member: MemberRun, tensors: dict[str, Tensor], steps: int) -> None:
+    """Move the means from `tensors` into the weight average: one for each tensor if `steps` is above 0, else none.
+
+    Raises:
+        UserError: a mean is missing, superfluous, of another shape, or not in fp32.
+    """
     average, means = member.average, _take(tensors, "mean/")
     average.steps = steps
     _require(len(means) == (len(average.parameters) if steps > 0 else 0), "mean")
@@ -119,6 +141,11 @@ def _restore_average(member: MemberRun, tensors: dict[str, Tensor], steps: int) 
 
 
 def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: dict[str, Any]) -> None:
+    """Replace the member's progress by `outcome`, with best state and scores moved from `tensors`.
+
+    Raises:
+        UserError: a value is missing, unknown, of another type or shape, or not finite.
+    """
     best, scores = _take(tensors, "best/"), _take(tensors, "scores/")
     shapes = {name: p.shape for name, p in member.pack.trainable(member.index).items()} if best else {}
     _require({name: tensor.shape for name, tensor in best.items()} == shapes, "best")
@@ -137,6 +164,10 @@ def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: di
 
 
 def _restore_streams(member: MemberRun, tensors: dict[str, Tensor]) -> None:
+    """Move the random states from `tensors` into the member's dropout and torch's global streams.
+
+    A state of CUDA is dropped if the member is on a CPU.
+    """
     device = member.pack.backbone.device
     member.pack.dropout[member.index].set_state(tensors.pop("dropout"))
     torch.set_rng_state(tensors.pop("rng/cpu"))
@@ -147,7 +178,10 @@ def _restore_streams(member: MemberRun, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def reject_foreign_checkpoint() -> Iterator[None]:
-    """Turn the errors of reading a checkpoint that this run cannot have written into a UserError."""
+    """Turn the errors of reading a checkpoint that this run cannot have written into a UserError.
+
+    They are errors of arithmetic, attributes, look-ups, types and values, and `RuntimeError`; others pass unchanged.
+    """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -197,7 +231,10 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _copy(tensors: dict[str, Tensor], prefix: str, targets: Mapping[str, Tensor]) -> None:
-    """Copy the tensors whose names begin with `prefix` into the targets, which have the names without it."""
+    """Copy the tensors whose names begin with `prefix` into the targets, which have the names without it.
+
+    They are removed from `tensors`. Names or shapes that differ are a `UserError`, and nothing is copied.
+    """
     saved = _take(tensors, prefix)
     wrong = sorted(saved.keys() ^ targets.keys()) or [n for n, p in targets.items() if saved[n].shape != p.shape]
     _require(not wrong, ", ".join(wrong[:1]))

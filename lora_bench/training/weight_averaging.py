@@ -53,7 +53,7 @@ class WeightAverage:
 @contextmanager
 @torch.no_grad()
 def averaged_weights(averages: Iterable[WeightAverage]) -> Iterator[None]:
-    """Within this context parameters hold their means, if there are any; afterwards their own values, bit for bit."""
+    """Put the means, if any, into the parameters within the context; afterwards their own values, bit for bit."""
     swaps = [(p, mean, p.clone()) for average in averages for p, mean in average.means.items()]
     for p, mean, _ in swaps:
         p.copy_(mean)

@@ -67,8 +67,8 @@ def pattern(names: Iterable[str], rules: list[str], default: int, caps: dict[str
     The first rule that matches a name applies; a name without a rule gets `default`.
 
     Raises:
-        UserError: a rule is not of that form, matches no name, or decides nothing because earlier rules match all of
-            its names; a rank is above its module's cap; or every rank is 0.
+        UserError: a rule is not of that form, takes too long, matches no name, or decides nothing because earlier rules
+            match all of its names; a rank is above its module's cap; or every rank is 0.
     """
     names = list(names)
     ranks: dict[str, int] = {}
@@ -149,6 +149,8 @@ def sensitivity(
 def explained_variance(ratios: dict[str, Tensor], total: int, caps: dict[str, int]) -> dict[str, int]:
     """Give one rank to each of the `total` largest ratios of all modules: EVA (Paischer et al. 2024, arXiv 2410.07170).
 
+    A module gets at most as many ranks as its cap and its components allow, and may get 0.
+
     Args:
         ratios: share of the variance of its inputs that each component of a module explains, (components,).
         total: ranks to give out.
@@ -218,6 +220,8 @@ def cubic_budget(step: int, steps: int, initial: int, target: int, warmup: int, 
         b_T + (b₀ - b_T) · (1 - (t - t_i) / (T - t_i - t_f))³    between, rounded down
         b_T                                                    for t ≥ T - t_f
 
+    The last line holds where two apply.
+
     Args:
         step: t, from 1.
         steps: T.
@@ -251,7 +255,7 @@ def _require_non_negative(numbers: Iterable[tuple[str, Tensor | float]], quantit
     """Raise a `UserError` for the first module with a negative number or one that is not finite.
 
     Args:
-        numbers: (module, its number or numbers).
+        numbers: (module, its number or its tensor of numbers).
         quantity: the name of the numbers, for the message.
     """
     for name, number in numbers:
@@ -312,7 +316,11 @@ def _parse(rule: str) -> tuple[re.Pattern[str], int]:
 
 
 def _hint(expression: re.Pattern[str], rank: int, names: list[str]) -> str:
-    """Return a suggestion for an expression that matches no name."""
+    """Return a remedy for an expression that matches no name.
+
+    If it matches a part of a name, that is a rule `.*(expression).*=rank`; else a list of the names, layer numbers as
+    `*`.
+    """
     near = next((name for name in names if expression.search(name)), None)
     if near:
         return f"It matches a part of {near}: the whole name must match, so try '.*({expression.pattern}).*={rank}'."

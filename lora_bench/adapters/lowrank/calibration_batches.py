@@ -23,7 +23,9 @@ MIN_PAIRS = 8
 
 
 def explain_insufficient_data(batches: Sequence[Batch], member: int, *, reads_labels: bool) -> str | None:
-    """Return why these training batches are too few for a data-driven initialisation; None: they suffice.
+    """Return why these training batches are too few for a data-driven initialisation, as a clause; None: they suffice.
+
+    They need `MIN_PAIRS` (8) pairs that differ in a token.
 
     Args:
         batches: of an endless sequence, so that pairs may repeat.
@@ -46,11 +48,11 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
     """Return the mean of x xᵀ over the tokens that each adapted linear sees, excluding padding: (in, in), in fp32.
 
     A linear that sees other rows than the batch's tokens (T5's decoder, at its one position) is measured on all of
-    them.
+    them. Without batches the moments are zero.
 
     Args:
         pack: not changed.
-        member: the member whose linears are measured, on its own rows where members do not share them.
+        member: the member whose linears are measured, without dropout, on its own rows where members do not share them.
         batches: training batches.
     """
     moments = {
@@ -61,6 +63,7 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
     last_input, product, count = torch.empty(0), torch.empty(0), 0
 
     def observe(name: str, x: Tensor, y: Tensor) -> None:
+        """Add the sum of x xᵀ over tokens to the linear's moment, computed once for linears with the same input."""
         nonlocal last_input, product, count
         if x is not last_input:  # query, key and value see one tensor
             rows = x[mask] if x.shape[:-1] == mask.shape else x.flatten(0, -2)  # (tokens, in)
@@ -81,8 +84,9 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
 def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Return ∂L/∂W of each frozen weight W that the member adapts, (out, in), in fp32, averaged over the batches.
 
-    L is the mean cross-entropy of the member's pairs. No weight requires a gradient for it: while the update beside W
-    changes nothing, y = W x + bias, and ∂L/∂W is the sum of ∂L/∂y xᵀ over tokens.
+    L is the mean cross-entropy of the member's pairs, without dropout. No weight requires a gradient for it: while the
+    update beside W changes nothing, y = W x + bias, and ∂L/∂W is the sum of ∂L/∂y xᵀ over tokens. Without batches the
+    gradients are zero.
 
     Args:
         pack: not changed; no parameter's `.grad` is written. The member's updates must still compute zero.
@@ -93,6 +97,7 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
     zero = torch.zeros((), device=pack.backbone.device, requires_grad=True)
 
     def observe(name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output with a hook that adds ∂L/∂y xᵀ to the weight's gradient in the backward pass."""
         rows = x.detach().flatten(0, -2)  # (B·T, in)
 
         def add(dy: Tensor) -> None:
@@ -115,7 +120,7 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
 
 @contextmanager
 def evaluation_of(pack: Pack, member: int) -> Iterator[None]:
-    """Compute this member only, without dropout, within the context."""
+    """Compute this member only, in evaluation mode, within the context; mode and active members are restored."""
     mode = pack.training
     try:
         pack.eval()
@@ -127,7 +132,11 @@ def evaluation_of(pack: Pack, member: int) -> Iterator[None]:
 
 @contextmanager
 def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
-    """Compute this member only, without dropout, and call `observe` with name, input and output of its linears."""
+    """Compute this member only, without dropout, and call `observe` with name, input and output of its linears.
+
+    A tensor that it returns replaces the output. Meanwhile the last layer computes every position. At the end the hooks
+    are removed, also after an exception.
+    """
     handles = []
     try:
         pack.backbone.all_positions = True
@@ -142,6 +151,8 @@ def _observed(pack: Pack, member: int, observe: Hook) -> Iterator[None]:
 
 
 def _hook(name: str, observe: Hook) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    """Return a forward hook that calls `observe` with this name, the module's first argument and its output."""
+
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return observe(name, arguments[0], output)
 

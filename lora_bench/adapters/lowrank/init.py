@@ -26,8 +26,8 @@ EVA_RHO = 2
 def random_A(name: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:  # noqa: N802
     """Return the random A, (rank, in), of a B of zeros; a data-driven initialisation replaces it later.
 
-    `gaussian` draws with standard deviation 1/rank, as peft does. All others draw as microsoft/LoRA's
-    `loralib/layers.py`: Kaiming-uniform with a = √5.
+    `gaussian` draws with standard deviation 1/rank, as peft does. All other names draw as microsoft/LoRA's
+    `loralib/layers.py`: Kaiming-uniform with a = √5. A is in fp32 on the CPU.
     """
     A = torch.empty(rank, in_features)
     if name == "gaussian":
@@ -45,9 +45,10 @@ def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: (out, in).
+        rank: at most the smaller side of W.
 
     Returns:
-        A (rank, in) and B (out, rank).
+        A (rank, in) and B (out, rank), in fp32.
     """
     return _balanced(*singular_triplets(weight, 0, rank), scaling)
 
@@ -59,9 +60,10 @@ def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: (out, in).
+        rank: at most the smaller side of W.
 
     Returns:
-        A (rank, in) and B (out, rank).
+        A (rank, in) and B (out, rank), in fp32.
     """
     return _balanced(*singular_triplets(weight, min(weight.shape) - rank, rank), scaling)
 
@@ -98,14 +100,14 @@ FROM_WEIGHT: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = 
 def eva(moment: Tensor, rank: int) -> Tensor:
     """Return the directions in which the linear's inputs vary most, as orthonormal rows of A; B stays zero.
 
-    EVA (Paischer et al. 2024, arXiv 2410.07170, section 3.2): the first right singular vectors of the inputs X
-    (tokens, in), which are the first eigenvectors of Xᵀ X.
+    EVA (Paischer et al. 2024, arXiv 2410.07170, section 3.2): the first right singular vectors of the inputs X (tokens,
+    in), which are the first eigenvectors of Xᵀ X. Signs are fixed: the largest component of each row is positive.
 
     Args:
         moment: Xᵀ X / tokens, (in, in).
 
     Returns:
-        A (rank, in).
+        A (rank, in), in fp32.
     """
     vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors.flip(1)[:, :rank]  # (in, rank)
     return (vectors * _largest_positive(vectors)).T.float()
@@ -119,15 +121,16 @@ def explained_variance_ratios(moments: dict[str, Tensor]) -> dict[str, Tensor]:
 def lora_ga(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple[Tensor, Tensor]:
     """Return A and B whose first gradient step changes s B A as closely as the rank allows to how G would change W.
 
-    LoRA-GA (Wang et al. 2024, arXiv 2407.05000, theorem 3.1 and algorithm 1): with G = U S Vᵀ, A = c V[:, :r]ᵀ and
-    B = c U[:, r:2r], c = out^¼ / √γ for both. The scaling has no part in it; the paper takes alpha / √rank.
-    Where G has fewer than 2r singular triplets, B takes the last r that there are.
+    LoRA-GA (Wang et al. 2024, arXiv 2407.05000, theorem 3.1 and algorithm 1): with G = U S Vᵀ, A = c V[:, :r]ᵀ and B =
+    c U[:, r:2r], c = out^¼ / √γ for both. The scaling has no part in it; the paper takes alpha / √rank. Where G has
+    fewer than 2r singular triplets, B takes the last r that there are.
 
     Args:
         gradient: G = ∂L/∂W, (out, in).
+        gamma: the damping γ.
 
     Returns:
-        A (rank, in) and B (out, rank).
+        A (rank, in) and B (out, rank), in fp32.
     """
     count = min(2 * rank, *gradient.shape)
     U, _, V = singular_triplets(gradient, 0, count)
@@ -138,15 +141,17 @@ def lora_ga(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple[
 def lora_one(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple[Tensor, Tensor]:
     """Return A and B so that s B A is one gradient step of this rank: −(s / γ σ₁) G_r, G_r the best approximation.
 
-    LoRA-One (Zhang et al. 2025, arXiv 2502.01235, algorithm 1): with −G = U S Vᵀ, A = √(S_r/σ₁γ) V_rᵀ and
-    B = U_r √(S_r/σ₁γ). Dividing by the largest singular value σ₁ makes the step independent of the loss's scale.
-    Where G is zero, B is zero and A has orthonormal rows.
+    LoRA-One (Zhang et al. 2025, arXiv 2502.01235, algorithm 1): with −G = U S Vᵀ, A = √(S_r/σ₁γ) V_rᵀ and B = U_r
+    √(S_r/σ₁γ). Dividing by the largest singular value σ₁ makes the step independent of the loss's scale. Where G is
+    zero, B is zero and A has orthonormal rows.
 
     Args:
         gradient: G = ∂L/∂W, (out, in).
+        scaling: has no part in A and B.
+        gamma: the damping γ.
 
     Returns:
-        A (rank, in) and B (out, rank).
+        A (rank, in) and B (out, rank), in fp32.
     """
     U, S, V = singular_triplets(-gradient, 0, rank)
     if S[0] == 0:
@@ -235,6 +240,9 @@ def _largest_positive(vectors: Tensor) -> Tensor:
 
 
 def _ratios(moment: Tensor) -> Tensor:
-    """Return the eigenvalues of a moment (in, in), in falling order, as shares of their sum: (in,)."""
+    """Return the eigenvalues of a moment (in, in), in falling order, as shares of their sum: (in,).
+
+    Negative ones count as 0; a moment of zeros gives zeros.
+    """
     values: Tensor = torch.linalg.eigvalsh(moment.double()).flip(0).clamp_min(0)
     return (values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).float()

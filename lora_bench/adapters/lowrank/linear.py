@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 class LowRank(Update):
     """scaling · B A, held in fp32 whatever the backbone's precision.
 
+    A subtracted initialisation, DoRA's magnitude and a quantised base are absent until `initialise`, `add_magnitude`
+    and `quantize_base` add them.
+
     Args:
         base: the frozen linear beside it; never written to.
         lora_A: (rank, in).
@@ -136,6 +139,10 @@ class LowRank(Update):
         return torch.cat([A, A - self.start_A]), torch.cat([B - self.start_B, self.start_B], 1)  # R = 2 rank
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the adapted output (B, T, out), bias included, from the input x (B, T, in) alone; `y` is not read.
+
+        Only the input of A is dropped out, and only in training.
+        """
         A, B = self.factors()
         W = self.frozen_weight()
         ratio = None if self.magnitude is None else self.magnitude / self._norm(A, B)  # (out,)
@@ -158,6 +165,10 @@ class LowRank(Update):
         return (self.squared_norm + (cross * B).sum(1)).clamp_min(1e-12).sqrt()  # type: ignore[operator]
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return (W + s · B A), (out, in), its rows scaled to the magnitude if there is one, and the bias unchanged.
+
+        With a subtracted initialisation this is W + s · (B A − B₀ A₀). A quantised weight takes the place of `weight`.
+        """
         A, B = self.factors()
         W = weight if self.quantized is None else self.frozen_weight().float()
         adapted = W + self.scaling * B @ A  # (out, in)
@@ -200,6 +211,11 @@ class LowRank(Update):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors that `to_tensors` returned into this update, which must have the same rank and the same parts.
+
+        A missing tensor is a `KeyError`; tensors of parts that this update does not have are ignored. Quantised codes
+        are dequantised anew.
+        """
         A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
         self.lora_A.copy_(A[: self.rank])
         self.lora_B.copy_(B[:, : self.rank])
@@ -237,6 +253,7 @@ class _LowRankLinear(torch.autograd.Function):
         scaling: float,
         ratio: Tensor | None,
     ) -> Tensor:
+        """Return y (N, out); without dropout `dropped` is x itself, which saves a product in the backward pass."""
         scale = scaling * lora_B if ratio is None else scaling * ratio[:, None] * lora_B
         # Thin products are up to five times as fast with this layout and order.
         A, B = lora_A.to(x.dtype), scale.T.contiguous().to(x.dtype)  # (R, in), (R, out)
@@ -253,6 +270,11 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, x′, A, B and ratio from that of y (N, out); None for the other inputs.
+
+        They are None, too, for a frozen A, for a ratio of None, and for x and x′ if x needs none. Without dropout the
+        gradient of x′ is in that of x.
+        """
         dropped, low, weight, A, B, ratio, y = ctx.saved_tensors
         low_grad = grad @ B.T  # (N, R)
         x_grad = dropped_grad = ratio_grad = None
@@ -295,7 +317,7 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def load(self, codes: Tensor, scales: Tensor) -> None:
-        """Load the codes and scales of an adapter file."""
+        """Replace codes and scales by those of an adapter file, of the same shapes, and dequantise the weight anew."""
         self.quantized = dataclasses.replace(self.quantized, codes=codes.cpu(), scales=scales.cpu())
         self.codes.copy_(codes)
         self.scales.copy_(scales)

@@ -57,6 +57,7 @@ class AdaLoRA(LinearAdapter):
     """ΔT: steps from one allocation to the next."""
 
     def __post_init__(self) -> None:
+        """Refuse values out of range, an `init_rank` below `rank`, and phases that leave no steps to prune in."""
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("alpha", self.alpha, 0, open_low=True)
@@ -99,6 +100,7 @@ class AdaLoRA(LinearAdapter):
         dropout: torch.Generator,
         ranks: dict[str, int] | None = None,
     ) -> dict[str, Update]:
+        """Return an update for every target, with the triplets that `ranks` gives it, by default `first_rank`."""
         linears = backbone.linears()
         names = self.targets(backbone)
         ranks = ranks or dict.fromkeys(names, self.first_rank)
@@ -112,6 +114,11 @@ class AdaLoRA(LinearAdapter):
     def _update(
         self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator, rank: int
     ) -> AdaLoRAUpdate:
+        """Return the update of one linear with `rank` triplets: E is zero, Q and P have standard deviation 0.02.
+
+        Without `init` Q and P are zero. The scaling follows `first_rank`, whatever the rank; if `first_rank` is above
+        the linear's smaller side, a `UserError` is raised.
+        """
         assert isinstance(base, nn.Linear)
         remedy = "It is one and a half times adapter.rank where it is not given." if self.init_rank is None else ""
         require_rank("init_rank", self.first_rank, name, base, remedy)
@@ -124,6 +131,10 @@ class AdaLoRA(LinearAdapter):
         return AdaLoRAUpdate(lora_A.to(device), lora_B.to(device), scaling, self.dropout, dropout)
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
+        """Return PEFT's settings.
+
+        `rank_pattern` marks as many of the `init_r` triplets of each module as pruning left, always the first ones.
+        """
         return {
             "peft_type": "ADALORA",
             "init_r": self.first_rank,
@@ -145,7 +156,7 @@ class AdaLoRA(LinearAdapter):
     # -- hooks --
 
     def penalty(self, updates: dict[str, Update]) -> Tensor | None:
-        """γ · mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all modules' P and Q.
+        """Return γ · mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all modules' P and Q; None if γ (`orthogonality`) is 0.
 
         The norms are averaged and not squared, as in the authors' library and in peft; eq. 4 of the paper has the sum
         of their squares.
@@ -157,7 +168,11 @@ class AdaLoRA(LinearAdapter):
 
     @torch.no_grad()
     def after_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
-        """Score the triplets with the gradients of this step, and prune where it is time to."""
+        """Score the triplets with the gradients of this step, and prune at every `interval`-th step.
+
+        The last allocation is at the last step before the final phase, whatever the interval. In the final phase
+        nothing is scored, and E of the pruned triplets is set back to zero after every step.
+        """
         triplets = _triplets(updates)
         warmup, last = self._phases(steps)
         if step > last:
@@ -183,7 +198,15 @@ class AdaLoRA(LinearAdapter):
 
 
 class AdaLoRAUpdate(Update):
-    """scaling · P diag(E) Q, held in fp32 whatever the backbone's precision."""
+    """scaling · P diag(E) Q, held in fp32 whatever the backbone's precision; E starts at zero.
+
+    Args:
+        lora_A: Q, (rank, in).
+        lora_B: P, (out, rank).
+        scaling: the factor s.
+        dropout: probability with which an input feature of Q is dropped in training.
+        generator: the member's random stream of dropout.
+    """
 
     def __init__(
         self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float, generator: torch.Generator
@@ -204,6 +227,7 @@ class AdaLoRAUpdate(Update):
         """Ū of every element, by parameter."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s · P diag(E) Q x, (B, T, out), with x dropped out in training."""
         if self.dropout and self.training:
             x = x * keep_mask(x, self.dropout, self.generator)
         low = F.linear(x, self.lora_A.to(x.dtype))  # (B, T, rank)
@@ -214,7 +238,7 @@ class AdaLoRAUpdate(Update):
         return weight + self.scaling * self.lora_B @ (self.lora_E * self.lora_A), bias  # (out, in)
 
     def distances_from_orthonormal(self) -> list[Tensor]:
-        """‖QQᵀ − I‖_F and ‖PᵀP − I‖_F."""
+        """Return ‖QQᵀ − I‖_F and ‖PᵀP − I‖_F."""
         eye = torch.eye(len(self.lora_A), dtype=self.lora_A.dtype, device=self.lora_A.device)  # (rank, rank)
         return [(self.lora_A @ self.lora_A.T - eye).norm(), (self.lora_B.T @ self.lora_B - eye).norm()]
 
@@ -225,6 +249,8 @@ class AdaLoRAUpdate(Update):
         """Smooth the sensitivity of every element and its uncertainty with this step's gradients.
 
         I = |w ∂L/∂w|,  Ī ← β₁ Ī + (1 − β₁) I,  Ū ← β₂ Ū + (1 − β₂) |I − Ī|        eq. 8 to 10, from Ī = Ū = 0
+
+        A parameter without a gradient has I = 0.
         """
         for name, p in self.named_parameters():
             now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
@@ -234,13 +260,16 @@ class AdaLoRAUpdate(Update):
     def scores(self) -> Tensor:
         """Return each triplet's importance, (rank,): s(E_i) + mean of s over row i of Q + mean over column i of P.
 
-        Eq. 7, with s = Ī Ū of each element, eq. 11.
+        Eq. 7, with s = Ī Ū of each element, eq. 11. `observe` must have run before; pruned triplets are scored too.
         """
         s = {name: self.sensitivity[name] * self.uncertainty[name] for name in self.sensitivity}
         return s["lora_E"][:, 0] + s["lora_A"].mean(1) + s["lora_B"].mean(0)  # (rank,)
 
     def keep(self, kept: Tensor) -> None:
-        """Prune all triplets but those marked in `kept` (rank,)."""
+        """Set E of all triplets but those marked in `kept` (rank,) to zero, and `rank` to the number of those kept.
+
+        A pruned triplet is still trained, and a later call may keep it.
+        """
         self.kept = kept
         self.rank = int(kept.sum())
         self.mask()
@@ -257,6 +286,12 @@ class AdaLoRAUpdate(Update):
         return {"kept": self.kept, **sums, **{f"uncertainty/{name}": t for name, t in self.uncertainty.items()}}
 
     def load_training_statistics(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `training_statistics` returned: the mask of kept triplets, which sets `rank`, and the statistics.
+
+        Raises:
+            ValueError: a tensor has another shape, or the mask another type.
+            KeyError: the mask is missing, or a statistic or parameter is unknown.
+        """
         moved = {name: tensor.to(self.lora_A.device) for name, tensor in tensors.items()}
         kept, parameters = moved.pop("kept"), dict(self.named_parameters())
         if kept.shape != self.kept.shape or kept.dtype != torch.bool:

@@ -28,6 +28,13 @@ class BitFit(LinearAdapter):
     """Settings of BitFit. Both settings choose among linears and LayerNorms that have a bias."""
 
     def targets(self, backbone: Backbone) -> list[str]:
+        """Return the names of the linears and LayerNorms of the layers that both settings choose and that have a bias.
+
+        They are in the network's order.
+
+        Raises:
+            UserError: nothing in the layers has a bias, or the settings choose no module.
+        """
         modules: dict[str, nn.Module] = {**backbone.linears(), **backbone.norms()}
         biased = {name for name, module in modules.items() if module.bias is not None}
         if not biased:

@@ -20,6 +20,7 @@ class HeadOnly(Adapter):
     """Settings of the linear probe: none but its default rate."""
 
     def targets(self, backbone: Backbone) -> list[str]:
+        """Return an empty list; a backbone without a head (text-to-text) is a `UserError`."""
         if not backbone.head_modules:
             raise UserError(
                 "this backbone answers in words and has no head to train",

@@ -88,6 +88,7 @@ class LoRA(LinearAdapter):
     """The update of one linear; a variant names a subclass."""
 
     def __post_init__(self) -> None:
+        """Refuse values out of range, unknown names and contradictory settings, with keys relative to `adapter`."""
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("alpha", self.alpha, 0, open_low=True)
@@ -106,6 +107,11 @@ class LoRA(LinearAdapter):
         self._check_combinations()
 
     def _check_allocation(self) -> None:
+        """Refuse an allocation that is neither a known name nor a list of texts.
+
+        The rules of a list are parsed in `updates`. `adalora` is refused with a remedy, since it is a method of its
+        own.
+        """
         if not isinstance(self.allocation, str):
             listed = isinstance(self.allocation, list | tuple) and all(isinstance(r, str) for r in self.allocation)
             require(listed, "allocation", self.allocation, "is neither a name nor a list of expression=rank")
@@ -121,7 +127,11 @@ class LoRA(LinearAdapter):
         require_one_of("allocation", self.allocation, ("uniform", *_DATA_DRIVEN))
 
     def _check_combinations(self) -> None:
-        """Refuse settings that contradict each other."""
+        """Refuse settings that contradict each other.
+
+        `init_gamma` must be set exactly for `lora_ga` and `lora_one`; `init=loftq` needs `quantize`; `freeze_A`
+        excludes an `lr_ratio`.
+        """
         damped = self.init in inits.DAMPED
         require(
             damped == (self.init_gamma is not None),
@@ -167,6 +177,18 @@ class LoRA(LinearAdapter):
         dropout: torch.Generator,
         ranks: dict[str, int] | None = None,
     ) -> dict[str, Update]:
+        """Return the update of every target whose rank is above 0, by module name.
+
+        With a data-driven allocation and no `ranks`, every update has the rank `rank` and `init=kaiming`: `prepare`
+        replaces them.
+
+        Args:
+            backbone, init, dropout: as in `Adapter.updates`.
+            ranks: rank of each target; None: `rank` for all, or the rules of `allocation`.
+
+        Raises:
+            UserError: a rule is not valid, or a rank exceeds the smaller side of its linear.
+        """
         linears = backbone.linears()
         names = self.targets(backbone)
         settings = self
@@ -184,6 +206,10 @@ class LoRA(LinearAdapter):
         }
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> LowRank:
+        """Return the update of one linear at `rank`, initialised, and with a magnitude and a quantised base if set.
+
+        With `init=None` A and B are zero. A rank above the linear's smaller side is a `UserError`.
+        """
         assert isinstance(base, nn.Linear)
         require_rank("rank", self.rank, name, base)
         zero_A, zero_B = torch.zeros(self.rank, base.in_features), torch.zeros(base.out_features, self.rank)
@@ -194,9 +220,10 @@ class LoRA(LinearAdapter):
         return update
 
     def _initialise(self, update: LowRank, base: nn.Linear, generator: torch.Generator | None) -> None:
-        """Initialise A and B from the frozen weight or at random.
+        """Quantise the frozen weight if set, and initialise A and B from it or at random.
 
-        A data-driven initialisation follows in `prepare`; until then A is Kaiming-uniform and B zero.
+        A data-driven initialisation follows in `prepare`; until then A is Kaiming-uniform and B zero. Without a
+        generator A and B stay as they are (zero), for saved tensors to be loaded.
         """
         if self.quantize:
             weight = base.weight.detach().float()
@@ -218,6 +245,17 @@ class LoRA(LinearAdapter):
     # -- data-driven initialisation and allocation --
 
     def prepare(self, pack: Pack, member: int, batches: Iterator[Batch]) -> str | None:
+        """Assign data-driven ranks, then initialise A and B from data; do nothing if neither setting is data-driven.
+
+        Up to `calibration_batches` batches are read. New ranks replace the member's updates in the pack.
+
+        Returns:
+            None, or, if the batches are insufficient, a sentence for the record: the updates then keep their ranks and
+                their random A and zero B.
+
+        Raises:
+            UserError: ranks cannot be assigned, for example because all gradients are zero.
+        """
         allocates = isinstance(self.allocation, str) and self.allocation != "uniform"
         if not allocates and self.init not in inits.FROM_DATA:
             return None
@@ -242,6 +280,7 @@ class LoRA(LinearAdapter):
     def _initialise_from_data(
         self, updates: dict[str, Update], moments: dict[str, Tensor], gradients: dict[str, Tensor]
     ) -> None:
+        """Set A and B of each update: by `lora_ga` or `lora_one` from gradients, or A alone by `eva` from moments."""
         for name, update in updates.items():
             assert isinstance(update, LowRank)
             if self.init == "eva":
@@ -255,7 +294,15 @@ class LoRA(LinearAdapter):
     def _allocate(
         self, pack: Pack, member: int, moments: dict[str, Tensor], gradients: dict[str, Tensor]
     ) -> dict[str, int]:
-        """Return the rank of each adapted linear."""
+        """Return the rank of each adapted linear by a data-driven `allocation`; 0 for one that is not to be adapted.
+
+        `sensitivity` and `eva` read the moments and give out `rank` per linear on average, `eva` at most twice that to
+        one. `gradient` reads the gradients and gives out at most as many parameters as rank `rank` for all has; its
+        singular values count less the lower the layer, since the backward pass must reach it.
+
+        Raises:
+            UserError: the statistics are not finite, or no allocation is possible.
+        """
         bases = {name: update.base[0] for name, update in pack.updates[member].items() if isinstance(update, LowRank)}
         caps = {name: largest_rank(base) for name, base in bases.items()}
         total = self.rank * len(bases)
@@ -274,6 +321,7 @@ class LoRA(LinearAdapter):
     # -- training --
 
     def param_groups(self, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> list[ParamGroup]:
+        """Return the groups of `Adapter.param_groups`; B has its own, first, if its learning rate or decay differs."""
         if self.lr_ratio == 1 and self.weight_decay_B is None:
             return super().param_groups(parameters, lr, weight_decay)
         of_B = {name: p for name, p in parameters.items() if name.endswith(".lora_B")}
@@ -282,7 +330,7 @@ class LoRA(LinearAdapter):
         return super().param_groups(of_B, lr * self.lr_ratio, decay) + super().param_groups(rest, lr, weight_decay)
 
     def before_step(self, updates: dict[str, Update], step: int, steps: int) -> None:
-        """Correct the gradient of B where A is frozen, so that B A moves as in full fine-tuning.
+        """Correct the gradient of B if `freeze_A` is set, so that B A moves as in full fine-tuning; else do nothing.
 
         It becomes (1/s²) ∂L/∂B (A Aᵀ)⁻¹ (LoRA-FA).
         """
@@ -298,6 +346,12 @@ class LoRA(LinearAdapter):
     # -- in PEFT's terms --
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
+        """Return PEFT's settings of the LoRA that `to_tensors` writes.
+
+        They are empty if PEFT cannot express it: with a quantised weight, or a variant with another forward pass. A
+        subtracted initialisation has twice the rank, and an alpha for the same scaling. Ranks that differ are given by
+        module, with an alpha for each.
+        """
         products = all(isinstance(update, LowRank) and update.is_product for update in updates.values())
         if self.quantize or not products:
             return {}

@@ -41,6 +41,7 @@ class LoRAXS(LinearAdapter):
     """Probability with which an input feature of A is dropped in training."""
 
     def __post_init__(self) -> None:
+        """Refuse a rank below 1, an alpha that is not positive, and a dropout outside [0, 1)."""
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("alpha", self.alpha, 0, open_low=True)
@@ -49,6 +50,11 @@ class LoRAXS(LinearAdapter):
     def update(
         self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator
     ) -> LoRAXSUpdate:
+        """Return the update of a linear, with A and B from its singular vectors and a random R.
+
+        Without `init` it is all zeros, for saved tensors to be loaded. A rank above the linear's smaller side is a
+        `UserError`.
+        """
         assert isinstance(base, nn.Linear)
         require_rank("rank", self.rank, name, base)
         update = LoRAXSUpdate(base, self.rank, self.alpha / self.rank, self.dropout, dropout)
@@ -57,6 +63,7 @@ class LoRAXS(LinearAdapter):
         return update
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
+        """Return the settings of an ordinary LoRA of the same rank and scaling: the saved R A and B are one."""
         return {
             "peft_type": "LORA",
             "r": self.rank,
@@ -102,6 +109,7 @@ class LoRAXSUpdate(Update):
         self.lora_A.copy_(self.lora_B.double().T @ self.base[0].weight.double())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s · B R A x, (B, T, out), with x dropped out in training."""
         if self.dropout and self.training:
             x = x * keep_mask(x, self.dropout, self.generator)
         low = F.linear(x, self.lora_A.to(x.dtype))  # (B, T, rank)

@@ -40,6 +40,7 @@ class VeRA(LinearAdapter):
     """Probability with which an input feature of A is dropped in training."""
 
     def __post_init__(self) -> None:
+        """Refuse a rank below 1, a `d_initial` that is not positive, and a dropout outside [0, 1)."""
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("d_initial", self.d_initial, 0, open_low=True)  # beside b = 0, d = 0 would never get a gradient
@@ -52,6 +53,10 @@ class VeRA(LinearAdapter):
         dropout: torch.Generator,
         ranks: dict[str, int] | None = None,
     ) -> dict[str, Update]:
+        """Return the update of every target; all share one random A and B, as large as the largest target needs.
+
+        Without `init` A and B are zero. `ranks` is ignored: the rank is always `rank`.
+        """
         every = backbone.linears()
         linears = {name: every[name] for name in self.targets(backbone)}
         A = torch.zeros(self.rank, max(linear.in_features for linear in linears.values()))
@@ -66,6 +71,7 @@ class VeRA(LinearAdapter):
         }
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
+        """Return PEFT's settings, with `save_projection`: the adapter file holds A and B."""
         return {
             "peft_type": "VERA",
             "r": self.rank,
@@ -80,6 +86,7 @@ class VeRA(LinearAdapter):
         return {"vera_A": A, "vera_B": B, **super().to_tensors(updates)}
 
     def load_tensors(self, updates: dict[str, Update], tensors: dict[str, Tensor]) -> None:
+        """Copy the saved A and B into the shared projections, and load each update's vectors."""
         A, B = _shared(updates)
         A.copy_(tensors["vera_A"])
         B.copy_(tensors["vera_B"])
@@ -87,7 +94,7 @@ class VeRA(LinearAdapter):
 
 
 class VeRAUpdate(Update):
-    """Λ_b B Λ_d A, with b and d in fp32 whatever the backbone's precision.
+    """Λ_b B Λ_d A, with b and d in fp32 whatever the backbone's precision; b starts at zero.
 
     Args:
         shared: A (rank, in or more) and B (out or more, rank), the same two tensors for all modules of a member.
@@ -114,6 +121,7 @@ class VeRAUpdate(Update):
         self.generator = generator
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + Λ_b B Λ_d A x, (B, T, out), with x dropped out in training."""
         A, B = self._fitting(x.shape[-1], y.shape[-1])
         if self.dropout and self.training:
             x = x * keep_mask(x, self.dropout, self.generator)

@@ -41,7 +41,10 @@ def attach_updates(network: nn.Module, updates: Sequence[dict[str, Update]], act
 
 
 def attach_heads(backbone: Backbone, members: Sequence[Member], active: ActiveMembers) -> None:
-    """Give every member its own copies of the head, one for each of its tasks, which all start alike."""
+    """Give every member its own copies of the head, one for each of its tasks, which all start alike.
+
+    They replace the network's modules, which `detach` puts back.
+    """
     for name in backbone.head_modules:
         original = backbone.network.get_submodule(name)
         copies = [[_new_head(backbone, name, original, member) for _ in range(member.heads)] for member in members]
@@ -49,7 +52,7 @@ def attach_heads(backbone: Backbone, members: Sequence[Member], active: ActiveMe
 
 
 def detach(network: nn.Module, *classes: type[AdaptedLinear | MemberHeads]) -> None:
-    """Put back the network's modules that instances of these classes have replaced."""
+    """Put back the network's modules that instances of these classes have replaced; without any, nothing happens."""
     for name, module in list(network.named_modules()):
         if isinstance(module, classes):
             _replace(network, name, module.base if isinstance(module, AdaptedLinear) else module.original[0])

@@ -31,8 +31,9 @@ MAX_RANK_RATIO = 8
 def batching_key(update: Update | None) -> Hashable:
     """Return a key that is equal for updates which one `BatchedLoRA` can compute; None: this one is computed alone.
 
-    Members of a LoRA variant (a subclass of `LowRank`) are batched where their ranks are equal, so that no variant need
-    cope with padding.
+    Only `LowRank` updates can be batched, and not beside a quantised weight; magnitude, subtracted product, frozen A
+    and dropout must be there in all or in none. Members of a LoRA variant (a subclass of `LowRank`) are batched where
+    their ranks are equal, so that no variant need cope with padding.
     """
     if not isinstance(update, LowRank) or not update.is_product or update.quantized is not None:
         return None
@@ -56,7 +57,10 @@ class BatchedLoRA:
         self.sizes = [len(stack.updates) for stack in self.stacks]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map (K·B, …, in) to (K·B, …, out)."""
+        """Map the linear's input (K·B, …, in) to the adapted output (K·B, …, out), frozen product and bias included.
+
+        The members' tensors are read from the stacks, as they were last filled.
+        """
         first = self.updates[0]
         W, bias = first.frozen_weight(), first.base[0].bias
         rows = x.reshape(len(self.updates), -1, x.shape[-1])  # (K, N, in)
@@ -81,6 +85,8 @@ class BatchedLoRA:
 
 class Stack:
     """The tensors of members of similar rank, padded with zeros and stacked: A (K, R, in), B (K, out, R) and the rest.
+
+    They are zero until `ParameterSync.copy_parameters` fills them; scalings are fixed.
 
     Args:
         updates: one per member, of one batching key.
@@ -162,7 +168,9 @@ class _TrainedFactors(nn.Module):
 
 
 class ParameterSync:
-    """Copies of all members' tensors in the stacks, and of the stacks' gradients in the members' parameters.
+    """Copier of all members' tensors into the stacks, and of the stacks' gradients to the members' parameters.
+
+    Nothing is copied before a method is called.
 
     Args:
         stacks: of all linears of a pack.
@@ -190,7 +198,7 @@ class ParameterSync:
 
     @torch.no_grad()
     def copy_gradients(self) -> None:
-        """Give the members' parameters the gradients that the stacks have accumulated."""
+        """Give the members' parameters the gradients that the stacks have accumulated, in place of earlier ones."""
         for targets, sources in self.gradient_copies:
             torch._foreach_copy_(targets, sources)
         for p, grad in self.gradients:
@@ -203,7 +211,10 @@ def _slices(stack: Tensor, tensors: Sequence[Any]) -> list[tuple[Tensor, Any]]:
 
 
 def _by_layout(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return targets and sources of copies, those of equal strides apart: a GPU copies these in one kernel."""
+    """Return targets and sources of copies in up to two groups: pairs of equal strides, and the others.
+
+    A GPU copies the first in one kernel. An empty group is left out.
+    """
     equal = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
     unequal = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
     return [
@@ -214,7 +225,7 @@ def _by_layout(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor
 
 
 def _of_similar_rank(updates: Sequence[LowRank]) -> list[list[LowRank]]:
-    """Split the members, in their order, into groups whose ranks differ by at most `MAX_RANK_RATIO`."""
+    """Split the members, in their order, into groups; no rank is over `MAX_RANK_RATIO` times another in its group."""
     groups: list[list[LowRank]] = []
     for update in updates:
         ranks = [member.rank for member in [*(groups[-1] if groups else []), update]]
@@ -234,6 +245,14 @@ class _Products(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int], *factors: Tensor
     ) -> Tensor:
+        """Return y (K, N, out).
+
+        Args:
+            ctx, x, weight, bias: as in the class.
+            dropped: x′; x itself without dropout.
+            sizes: the number of members k of each stack.
+            factors: A and s B of each stack in turn.
+        """
         y = F.linear(x, weight, bias)  # (K, N, out)
         lows = []
         for rows, out, A, B in zip(
@@ -247,6 +266,11 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, x′ and the factors from that of y (K, N, out); None for the other inputs.
+
+        They are None, too, for a frozen A, and for x and x′ if x needs none. Without dropout the gradient of x′ is in
+        that of x.
+        """
         sizes = ctx.sizes
         dropped, weight, *saved = ctx.saved_tensors
         lows, factors = saved[: len(sizes)], saved[len(sizes) :]

@@ -64,7 +64,7 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def join(self, members: Sequence[int]) -> list[Stack]:
-        """Prepare for rows of these members in this order.
+        """Prepare for rows of these members in this order; neighbours with one batching key are computed together.
 
         Returns:
             The stacks that must be filled before each pass.
@@ -83,7 +83,10 @@ class AdaptedLinear(nn.Module):
         return [stack for _, batched in self.groups if batched for stack in batched.stacks]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (K·B, …, in) to (K·B, …, out), rows of each active member in turn."""
+        """Map (K·B, …, in) to (K·B, …, out), rows of each active member in turn.
+
+        With several active members `join` must have prepared for them.
+        """
         K = len(self.active.members)
         if K == 1:
             return self._single(self.active.members[0], x)
@@ -124,7 +127,7 @@ class MemberHeads(nn.Module):
         return copies[head]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (K·B, …, in) to (K·B, …, out), rows of each active member in turn."""
+        """Map (K·B, …, in) to (K·B, …, out) in fp32, rows of each active member in turn, by its active head."""
         heads = [self.of(k, self.active.head) for k in self.active.members]
         if len(heads) == 1:
             return heads[0](x.float())  # type: ignore[no-any-return]

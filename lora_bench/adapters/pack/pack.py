@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Pack(PackState):
-    """K members attached to one backbone.
+    """K members attached to one backbone: its adapted linears and heads are replaced until `detach` is called.
 
     Args:
         backbone: stays frozen and bitwise unchanged, unless the one member trains it (`full`).
@@ -61,7 +61,10 @@ class Pack(PackState):
     # -- attaching and detaching --
 
     def set_ranks(self, member: int, ranks: dict[str, int]) -> None:
-        """Replace the member's updates by new ones of these ranks, by module; a module of rank 0 is not adapted."""
+        """Replace the member's updates by new ones of these ranks, initialised anew; what they had learned is lost.
+
+        A module of rank 0 is not adapted. Other members keep their updates.
+        """
         detach(self.network, AdaptedLinear)
         self.updates[member] = self._new_updates(member, ranks)
         self.assigned_ranks[member] = ranks
@@ -72,7 +75,7 @@ class Pack(PackState):
         detach(self.network, AdaptedLinear, MemberHeads)
 
     def _attach_updates(self) -> None:
-        """Attach the members' present updates to the network, and find the first adapted layer."""
+        """Attach the members' present updates to the network, find the first adapted layer, and discard the stacks."""
         attach_updates(self.network, self.updates, self._active)
         self.depth = self._first_adapted_layer()
         self._sync = None
@@ -92,7 +95,7 @@ class Pack(PackState):
 
     @contextmanager
     def only(self, members: Sequence[int]) -> Iterator[None]:
-        """Compute only these members within the context."""
+        """Compute only these members within the context, afterwards those that were active before."""
         before = self.active
         self.active = list(members)
         try:
@@ -101,7 +104,10 @@ class Pack(PackState):
             self.active = before
 
     def train(self, mode: bool = True) -> Pack:
-        """Set the adapters' training mode; a frozen backbone and the heads on it never drop anything out."""
+        """Set the adapters' training mode and return the pack.
+
+        A frozen backbone and the heads on it stay in evaluation mode, so they never drop anything out.
+        """
         super().train(mode and self.trains_backbone)
         self.training = mode  # `predict` restores it
         for updates in self.updates:
@@ -168,7 +174,10 @@ class Pack(PackState):
         return self._add_pair_features(logits, encoded, batch, members) if has_pair_features else logits
 
     def _rows_of(self, hidden: Tensor, batch: Batch, members: list[int]) -> tuple[Tensor, Batch]:
-        """Return the rows of these members, member by member: (K·B, T, D) and a batch of as many rows."""
+        """Return the rows of these members, member by member: (K·B, T, D) and a batch of as many rows.
+
+        Rows that the members share are repeated for each.
+        """
         K, active = len(members), self.active
         if batch.members > 1 and active != members:
             positions = [active.index(k) for k in members]
@@ -214,7 +223,10 @@ class Pack(PackState):
         return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
-        """Cast products with `full`, whose weights stay fp32; frozen weights were cast when they were loaded."""
+        """Return a context that casts products with `full`, whose weights stay fp32; without effect otherwise.
+
+        Frozen weights were cast when they were loaded.
+        """
         if self.trains_backbone and self.backbone.compute_dtype != torch.float32:
             return torch.autocast(self.backbone.device.type, self.backbone.compute_dtype)
         return nullcontext()
@@ -223,7 +235,11 @@ class Pack(PackState):
 
     @contextmanager
     def accumulating_gradients(self) -> Iterator[None]:
-        """Accumulate the gradients of backward passes within the context; at its end the parameters have them."""
+        """Sum up the gradients of backward passes within the context; at its end the parameters have them.
+
+        That concerns members that are computed together: their stacks start from zero, and the sum replaces an earlier
+        gradient. A member computed by itself adds to its `.grad` as usual, which is not cleared here.
+        """
         syncs = [self._synced(group) for group in self.member_groups() if len(group) > 1]
         for sync in syncs:
             sync.zero_gradients()
@@ -237,7 +253,10 @@ class Pack(PackState):
         return self._sync and self._sync[1]
 
     def _synced(self, members: list[int]) -> ParameterSync:
-        """Return the stacked parameters of these members, for which the adapted linears are then prepared."""
+        """Return the stacked parameters of these members, for which the adapted linears are then prepared.
+
+        They are reused while the members, their order and their updates stay the same. The stacks are not filled here.
+        """
         if self._sync is None or self._sync[0] != members:
             adapted = [module for module in self.network.modules() if isinstance(module, AdaptedLinear)]
             self._sync = members, ParameterSync([stack for module in adapted for stack in module.join(members)])

@@ -82,6 +82,8 @@ class PackState(nn.Module):
     def head_parameters(self, member: int, head: int | None = None) -> dict[str, nn.Parameter]:
         """Return the parameters of the member's heads by their names in the Hugging Face model.
 
+        Pair features, if it has them, come last, as `matching.<parameter>`. A detached pack has no heads.
+
         Args:
             member: its number in the pack.
             head: the number of one head; None: all of them, those after the first below `head_<i>.`.
@@ -107,7 +109,9 @@ class PackState(nn.Module):
         return [*self.trainable(member).values(), *buffers]
 
     def count_parameters(self, member: int, head: int | None = None) -> dict[str, int]:
-        """Count the member's parameters: `adapter`, `head`, `trainable` (both), `total` (with the frozen ones).
+        """Count the member's parameters: `adapter`, `head`, `trainable` (both), and `total`.
+
+        `total` also has the frozen backbone, but not the other members.
 
         Args:
             member: its number in the pack.
@@ -151,7 +155,7 @@ class PackState(nn.Module):
         return {name: updates[name].rank if name in updates else 0 for name in self.targets[member]}
 
     def merged(self, member: int) -> dict[str, Tensor]:
-        """Return the adapted weights and biases in fp32, by name.
+        """Return the weights and biases of the adapted modules in fp32, by name, with the member's updates added.
 
         Put into the plain network, they compute what this member computes, excluding the head.
         """
@@ -170,7 +174,11 @@ class PackState(nn.Module):
 
 
 def _has_pair_features(member: Member, backbone: Backbone) -> bool:
-    """Return whether a member has pair features; refuse them where the backbone reads both texts as one."""
+    """Return whether a member has pair features; None in its settings means if the backbone separates the texts.
+
+    Raises:
+        UserError: they are requested, and the backbone reads both texts as one.
+    """
     requested, possible = member.pair_features, backbone.separates_texts
     if requested and not possible:
         raise UserError(

@@ -56,10 +56,11 @@ class PeftConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> PeftConfig:
-        """Read `adapter_config.json`.
+        """Read and check `adapter_config.json` of a folder.
 
         Raises:
-            UserError: it is absent or damaged, lacks a key, or asks for what is not known here.
+            UserError: it is absent or damaged, lacks a key, has a key or value that is not known here, or has an
+                expression that takes too long.
         """
         path = Path(folder) / FILE
         try:
@@ -99,7 +100,12 @@ class PeftConfig:
         return [*(self.values.get("modules_to_save") or []), *added]
 
     def adapts(self, name: str) -> bool:
-        """Return whether PEFT adapts module `name`: by expression, or by suffix and layer number."""
+        """Return whether PEFT adapts the module of this full name.
+
+        A text in `target_modules` is an expression for the whole name, a list has names or ends of names.
+        `layers_to_transform` restricts only what a list names by its end. Excluded modules, and those saved whole with
+        all in them, are never adapted.
+        """
         targets, excluded = self.values["target_modules"], self.values.get("exclude_modules") or []
         if _fits(excluded, name) or any(re.match(rf"(^|.*\.){whole}($|\..*)", name) for whole in self.saved_modules):
             return False
@@ -113,10 +119,13 @@ class PeftConfig:
         return _fits(targets, name) and number in (layers if isinstance(layers, list) else [layers])
 
     def by_module(self, key: str, default: Any, names: Iterable[str]) -> dict[str, Any]:
-        """Return the value of each module under `rank_pattern` or `alpha_pattern`: the first that ends its name.
+        """Return for each name the value of the first pattern in `rank_pattern` or `alpha_pattern` that fits.
+
+        A name that none fits gets `default`. A pattern is an expression, and fits a name if it matches the name's end,
+        in whole components. Values are not checked.
 
         Raises:
-            UserError: an expression fits none of the names.
+            UserError: a pattern fits none of the names.
         """
         patterns = self.values.get(key) or {}
         pattern_of = {name: next((p for p in patterns if _ends(p, name)), None) for name in names}
@@ -128,10 +137,17 @@ class PeftConfig:
     def refusal(
         self, key: str, value: object, reason: str, remedy: str = "", *, code: Code = Code.UNSUPPORTED
     ) -> UserError:
-        """Return the error that names a key of the file."""
+        """Return (not raise) the error that names a key of the file."""
         return UserError(reason, key=key, value=value, file=self.folder / FILE, remedy=remedy, code=code)
 
     def _check(self) -> None:
+        """Refuse a config that is not understood completely.
+
+        Raises:
+            UserError: the PEFT type is not supported, a required key is missing, a value has a wrong type or too many
+                entries, biases are trained, `init_lora_weights` needs more than the file holds, or an unknown key has a
+                value that is not empty, zero or false.
+        """
         peft_type = self.values.get("peft_type")
         if not isinstance(peft_type, str) or peft_type not in _REQUIRED:
             raise self.refusal(
@@ -167,6 +183,7 @@ class PeftConfig:
 
 
 def _fits(targets: str | list[str], name: str) -> bool:
+    """Return whether an expression matches the whole name, or an entry of a list is the name or its last components."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     components = name.split(".")
@@ -178,6 +195,7 @@ def _ends(pattern: str, name: str) -> bool:
 
 
 def _is_expression(value: object) -> bool:
+    """Return whether it is a text that compiles as a regular expression."""
     try:
         return isinstance(value, str) and re.compile(value) is not None
     except (re.error, OverflowError, RecursionError):

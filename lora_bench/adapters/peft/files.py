@@ -44,10 +44,12 @@ def save(
     for_peft: bool = False,
     label_names: Sequence[str] = ("LABEL_0", "LABEL_1"),
 ) -> None:
-    """Write a member's trained tensors below `folder`.
+    """Write a member's adapter and one head into `folder`; with `full` a whole Hugging Face model with its tokenizer.
+
+    Existing files are overwritten.
 
     Args:
-        folder: the run's `adapter/`; made here.
+        folder: the run's `adapter/`; made here if it is absent.
         pack: still attached.
         member: which of its members.
         base_model: where the backbone came from, for peft's `base_model_name_or_path`.
@@ -81,7 +83,9 @@ def save(
 
 
 def load(folder: Path, pack: Pack, member: int) -> None:
-    """Put the tensors that `save` wrote into a pack of the same backbone, adapter settings and ranks, and first head.
+    """Put the tensors that `save` wrote into a pack of the same backbone, adapter settings and ranks, and into head 0.
+
+    `adapter_config.json` is not read.
 
     Raises:
         UserError: the file is absent or damaged, or tensors are missing, left over, misshapen or not finite.
@@ -111,7 +115,7 @@ def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file; refuse one that is absent or damaged, naming it."""
+    """Return the tensors of a safetensors file by name, on the CPU; a `UserError` if it is absent or damaged."""
     try:
         untrusted.open_file(path, max_bytes=2**63).close()  # the library would wait for a writer of a FIFO
         return load_file(path)
@@ -120,7 +124,15 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
-    """Refuse ranks that a record promises and no tensor of the saved adapter has room for, before any is made."""
+    """Refuse ranks from a record that exceed every side of every saved tensor, before updates of that size are made.
+
+    Args:
+        folder: of the adapter; only the shapes in its file are read.
+        ranks: by module, one number or one for each member.
+
+    Raises:
+        UserError: a rank is too large, or the file is absent or damaged.
+    """
     path = folder / TENSORS
     try:
         untrusted.open_file(path, max_bytes=2**63).close()  # as in `read`
@@ -139,7 +151,12 @@ def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
 
 
 def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a file whose tensors are not those of `shapes`, or are not finite."""
+    """Refuse a file whose tensors are not those of `shapes`, or are not finite.
+
+    Raises:
+        UserError: tensors are missing, superfluous, of another shape, of a type that is not floating-point, or not
+            finite. It names at most three, of the first of these problems.
+    """
     both = [name for name in shapes if name in tensors]
     odd = [f"{name} ({tensors[name].dtype})" for name in both if not _type_fits(name, tensors[name])]
     problems = {

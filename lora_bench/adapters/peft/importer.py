@@ -45,7 +45,9 @@ MODEL = f"{PREFIX}model."
 
 
 def attach(config: PeftConfig, backbone: Backbone) -> Pack:
-    """Build a pack of one that computes what PEFT's model computes.
+    """Build a pack of one that computes what PEFT's model computes; it is attached to the backbone's network.
+
+    The saved head is copied into the member's head. Updates of linears in the head are merged into it.
 
     Args:
         config: with the folder that holds the tensors.
@@ -101,7 +103,11 @@ class _Imported(Adapter):
 
 
 def _linears(config: PeftConfig, backbone: Backbone) -> Linears:
-    """Return the linears that the adapter changes, by full name."""
+    """Return the linears that the adapter changes, by full name.
+
+    Raises:
+        UserError: it adapts nothing, or a module that is not a linear of the layers or the head.
+    """
     targets = config.values["target_modules"]
     linears: Linears = {}
     for name, module in backbone.network.named_modules():
@@ -117,7 +123,12 @@ def _linears(config: PeftConfig, backbone: Backbone) -> Linears:
 
 
 def _saved_head(config: PeftConfig, backbone: Backbone) -> Tensors:
-    """Return the head's parameters that the file holds, by their names in it, as the backbone has them."""
+    """Return the head's parameters that the file holds, by their names in it, as the backbone has them.
+
+    Raises:
+        UserError: modules outside the head are saved whole, or a parameter of the head is neither saved nor in the
+            backbone's checkpoint.
+    """
     modules = [name for name, _ in backbone.network.named_modules() if name.endswith(tuple(config.saved_modules))]
     for name in modules:
         if not _within(name, backbone.head_modules):
@@ -181,7 +192,7 @@ class _Lora:
     """The tensors of a LoRA in PEFT's file: with rank and alpha by module, rsLoRA's scaling and DoRA's magnitude.
 
     Raises:
-        UserError: a rank is not a valid one.
+        UserError: a rank is not a valid one, or a pattern of ranks or alphas fits no adapted module.
     """
 
     def __init__(self, config: PeftConfig, linears: Linears) -> None:
@@ -212,7 +223,7 @@ class _Lora:
 
 
 class _AdaLora:
-    """The tensors of an AdaLoRA in PEFT's file, with the ranks that pruning left of each module.
+    """The tensors of an AdaLoRA in PEFT's file, with the ranks that pruning left of each module, `init_r` by default.
 
     Raises:
         UserError: the rank pattern names no adapted module, or is malformed.
