@@ -29,7 +29,7 @@ def unique_column_names(names: Sequence[str], taken: Sequence[str]) -> dict[str,
 
     Returns:
         by name, the name to write: `label`, or `predicted_label` where the input has a `label`, or `predicted_label_2`
-            where it has both.
+        where it has both.
     """
     used, written = set(taken), {}
     for name in names:
