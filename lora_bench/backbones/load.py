@@ -57,12 +57,12 @@ def load_tokenizer(model: Model) -> Any:
         remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
         return UserError(reason, key=key, value=location, remedy=remedy, code=code)
 
-    tokenizer, notes = read_tokenizer(location, refusal, lambda: _reading(model, location))
+    tokenizer, notes = read_tokenizer(location, refusal, lambda: _tokenizer_keywords(model, location))
     tokenizer.reading_notes = notes
     return tokenizer
 
 
-def _reading(model: Model, location: str) -> dict[str, Any]:
+def _tokenizer_keywords(model: Model, location: str) -> dict[str, Any]:
     """Return the keywords for `AutoTokenizer.from_pretrained`; errors of reading a config pass unchanged.
 
     A folder with only the tokenizer's files does not name its class: then the model's own config does.

@@ -48,9 +48,9 @@ class _T5(Backbone):
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))
-        return self._encode(hidden, batch, 0, depth)  # (N, T, D)
+        return self._run_blocks(hidden, batch, 0, depth)  # (N, T, D)
 
-    def _encode(self, hidden: Tensor, batch: Batch, start: int, end: int) -> Tensor:
+    def _run_blocks(self, hidden: Tensor, batch: Batch, start: int, end: int) -> Tensor:
         """Return the output (N, T, D) of the encoder's blocks from `start` to `end` (exclusive).
 
         The final norm is left out. It is `hidden` itself if there are no such blocks.
@@ -67,9 +67,9 @@ class _T5(Backbone):
             hidden = run_layer(block, hidden, None, bias)
         return hidden
 
-    def _encoded(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+    def _run_encoder(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """Return the output (N, T, D) of the encoder: its blocks from `depth` on, and the final norm."""
-        hidden = self._encode(hidden, batch, depth, len(self.encoder.block))
+        hidden = self._run_blocks(hidden, batch, depth, len(self.encoder.block))
         return self.encoder.dropout(self.encoder.final_layer_norm(hidden))  # type: ignore[no-any-return]
 
 
@@ -119,7 +119,7 @@ class T5TextToText(_T5):
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         # `classify` runs the whole decoder: its one step costs little.
-        return self._encoded(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
+        return self._run_encoder(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         """Return the scores (N, 2) of the first tokens of the two label words, after one step of the decoder."""
@@ -149,7 +149,7 @@ class T5Encoder(_T5):
         self.encoder = network.transformer.encoder  # type: ignore[union-attr]
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        return self._encoded(hidden, batch, depth)  # (N, T, D)
+        return self._run_encoder(hidden, batch, depth)  # (N, T, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         """Return the head's logits (N, 2) for the mean of `encoded` (N, T, D) over the tokens, padding excluded."""
