@@ -25,7 +25,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads
         key, value: (N, T, D).
         mask: (N, 1, 1, T), added to the scores; None: no position is masked.
         heads: number of heads; d = D / heads.
-        dropout: dropout probability of the attention probabilities.
+        dropout: dropout probability of the attention probabilities, in evaluation mode too: the caller gives 0 there.
 
     Returns:
         (N, S, D).
@@ -43,8 +43,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads
 
 
 class _Attention(torch.autograd.Function):
+    """Multi-head attention on a CPU, without dropout, with its own backward pass."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+        """Return the attended values (N, S, D) for the arguments of `attend`."""
         q, k, v = (_split(t, heads) for t in (query, key, value))  # (N·heads, ·, d)
         if mask is not None:
             mask = mask.expand(-1, heads, query.shape[1], -1).flatten(0, 1)  # (N·heads, S, T)
@@ -56,6 +59,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key and value for that of the output (N, S, D); none for mask and heads."""
         q, k, v, p, mask = ctx.saved_tensors
         if p is None:
             p = _probabilities(q, k, mask)
@@ -69,7 +73,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attention probabilities (N·heads, S, T)."""
+    """Return the attention probabilities (N·heads, S, T).
+
+    Args:
+        q: (N·heads, S, d).
+        k: (N·heads, T, d).
+        mask: (N·heads, S, T), added to the scores; None: no position is masked.
+    """
     scale = q.shape[-1] ** -0.5
     added = q.new_zeros(1, 1, 1) if mask is None else mask
     return torch.baddbmm(added, q, k.transpose(1, 2), beta=float(mask is not None), alpha=scale).softmax(-1)

@@ -31,7 +31,7 @@ class Auto(Backbone):
 
     Its layers are the entries of every outermost list of modules. Lists whose entries take turns (XLM keeps attentions
     and feed-forward networks apart) make up the same layers; lists that follow one another (an encoder's, a decoder's)
-    make up layers that follow one another.
+    make up layers that follow one another. The order is observed at construction, as the network computes a pair once.
 
     Raises:
         UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
@@ -68,6 +68,7 @@ class Auto(Backbone):
 
     @property
     def max_tokens(self) -> int | None:
+        """The most tokens that the position tables have rows for, else `max_position_embeddings`; else None."""
         if self._position_limit is not None:
             return self._position_limit
         configured = getattr(self.network.config, "max_position_embeddings", None)
@@ -83,6 +84,10 @@ class Auto(Backbone):
         return self._logits(encoded, batch.attention_mask, batch.token_type_ids)
 
     def _logits(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
+        """Return the logits (N, 2) of the whole network for ids, mask and token types, (N, T) each.
+
+        Token types are left out if the tokenizer does not name them as an input.
+        """
         inputs = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.tokenizer.model_input_names and types is not None:
             inputs["token_type_ids"] = types
@@ -92,10 +97,16 @@ class Auto(Backbone):
     def _observe(self, lists: Sequence[Sequence[str]]) -> tuple[list[list[str]], int | None, bool]:
         """Compute a few copies of an artificial pair, and observe the modules.
 
+        Args:
+            lists: names of the modules in each outermost list.
+
         Returns:
             The layers in the order of computation, each as the names of its modules; the most tokens that the position
             tables have rows for, None where there are no such tables; and whether every linear takes the batch's rows,
             and not, as in DeBERTa, relative positions that all rows share.
+
+        Raises:
+            UserError: the model cannot compute the pair, or does not use one of the modules.
         """
         paths = [path for entries in lists for path in entries]
         first_calls: dict[str, int] = {}
@@ -158,6 +169,7 @@ class _PositionTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ascending = torch.arange(tokens)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation; if it looks up consecutive rows of a table, note the most tokens that the table serves."""
         if func is torch.ops.aten.embedding.default:
             table, indices = args[:2]
             tokens = len(self._ascending)
@@ -170,7 +182,10 @@ class _PositionTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _outermost_lists(network: nn.Module, head_modules: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the full names of the modules in each list that lies in no other list, in the order of definition."""
+    """Yield the full names of the modules in each list that lies in no other list, in the order of definition.
+
+    Lists in the head, and lists without parameters, are passed over.
+    """
     outside = [f"{name}." for name in head_modules]
     for name, module in network.named_modules():
         if not isinstance(module, nn.ModuleList) or f"{name}.".startswith(tuple(outside)):
@@ -181,6 +196,7 @@ def _outermost_lists(network: nn.Module, head_modules: Sequence[str]) -> Iterato
 
 
 def _has_own_parameters(module: nn.Module) -> bool:
+    """Return whether a module has parameters outside of its children; an embedding does not count."""
     return not isinstance(module, nn.Embedding) and any(True for _ in module.parameters(recurse=False))
 
 
@@ -194,7 +210,12 @@ def _entries(name: str, modules: nn.ModuleList) -> Iterator[str]:
 
 
 def _in_order(lists: Sequence[Sequence[str]], first_calls: dict[str, int]) -> list[list[str]]:
-    """Return the layers in the order of computation, each as the names of the modules that make it up."""
+    """Return the layers in the order of computation, each as the names of the modules that make it up.
+
+    Args:
+        lists: names of the modules in each list.
+        first_calls: the position of each module among all, in the order of their first calls.
+    """
     stacks: list[list[list[str]]] = []
     for paths in sorted(lists, key=lambda paths: first_calls[paths[0]]):
         stack = next((stack for stack in stacks if _take_turns(stack, paths, first_calls)), None)
@@ -207,7 +228,11 @@ def _in_order(lists: Sequence[Sequence[str]], first_calls: dict[str, int]) -> li
 
 
 def _take_turns(stack: Sequence[Sequence[str]], paths: Sequence[str], first_calls: dict[str, int]) -> bool:
-    """Return whether the list stands beside the stack's first one, and each entry of it is called within one layer."""
+    """Return whether a list makes up layers together with a stack of layers.
+
+    It does if it lies in the same module as the stack's first list, is as long, and each entry of it is called within
+    one layer.
+    """
     if len(stack) != len(paths) or _parent(stack[0][0]) != _parent(paths[0]):
         return False
     begins = [first_calls[layer[0]] for layer in stack]

@@ -77,7 +77,7 @@ class Backbone(ABC):
         """Return the head's logits (N, 2) for the output of `encode`."""
 
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        """Return the logits (N, 2) of the layers from `depth` on and the head."""
+        """Return the logits (N, 2) of the layers from `depth` on and the head; `hidden` is the prefix of this depth."""
         return self.classify(self.encode(hidden, batch, depth), batch)
 
     @property
@@ -111,7 +111,8 @@ class Backbone(ABC):
     def export_config(self, label_names: Sequence[str]) -> Any:
         """Return the config of a plain Hugging Face model in fp32 with this network's weights and these labels.
 
-        What config.json said of the checkpoint's own task and class is left behind.
+        It is a copy. What config.json said of the checkpoint's own task and class is left behind. A network without a
+        head (text to text) gets no labels.
         """
         config = copy.deepcopy(cast("Any", self.network.config))
         config.architectures = [type(self.network).__name__]
@@ -134,15 +135,20 @@ class Backbone(ABC):
         return None
 
     def require_length(self, max_length: int) -> None:
-        """Refuse a `data.max_length` of more tokens than the network takes."""
+        """Refuse a `data.max_length` of more tokens than the network takes.
+
+        Raises:
+            UserError: it is above `max_tokens`; any length is accepted if that is None.
+        """
         longest = self.max_tokens
         reason = f"is more than the {longest} tokens that the model takes"
         require(longest is None or max_length <= longest, "data.max_length", max_length, reason)
 
     def probe_row(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return token ids and token type ids of a pair of `length` tokens, (length,) each.
+        """Return token ids and token type ids of a pair of `length` tokens, (length,) each, on the CPU.
 
-        The tokenizer makes them, so the special tokens that a classifier looks for are there.
+        The tokenizer makes them, so the special tokens that a classifier looks for are there. Its padding and
+        truncation are as before afterwards.
         """
         text = " ".join(["a"] * length)
         first, second = self.render([("text1", [text]), ("text2", [text])])
@@ -161,12 +167,18 @@ class Backbone(ABC):
         return torch.tensor(ids), torch.tensor(types)
 
     def layer_modules(self) -> Iterator[tuple[int, str, nn.Module]]:
-        """Yield the number, full name and module of everything that the layers consist of, in order of computation."""
+        """Yield the number, full name and module of everything that the layers consist of, in order of computation.
+
+        Several modules may have the same number: those of one layer (`Auto`).
+        """
         for number, (path, layer) in enumerate(self.layers):
             yield number, path, layer
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Return every linear of the layers by its full name, in the order of computation: the possible targets."""
+        """Return every linear of the layers by its full name, in the order of computation: the possible targets.
+
+        Embeddings and the head are outside of the layers.
+        """
         return {
             f"{path}.{name}" if name else path: module
             for _, path, layer in self.layer_modules()
@@ -188,7 +200,14 @@ class Backbone(ABC):
         return next((i for i, path, _ in self.layer_modules() if f"{name}.".startswith(f"{path}.")), None)
 
     def to(self, device: torch.device, dtype: torch.dtype, *, trained: bool) -> None:
-        """Move to a device and set the precision of products; frozen weights are cast once, trained ones stay fp32."""
+        """Move to a device, and set the precision of products (`compute_dtype`).
+
+        Args:
+            device: to move the network to, head included.
+            dtype: the precision of products.
+            trained: the network's own weights are trained, so they stay fp32; otherwise all are cast to `dtype`, head
+                included.
+        """
         self.compute_dtype = dtype
         self.network.to(device)
         if not trained:
@@ -210,7 +229,7 @@ class Backbone(ABC):
 
 
 def additive_mask(batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask (N, 1, 1, T): 0 for a token, the dtype's lowest number for padding; None without padding."""
+    """Return a mask (N, 1, 1, T): 0 for a token, the dtype's lowest number for padding; None if `batch.full`."""
     if batch.full:
         return None
     lowest = torch.finfo(dtype).min

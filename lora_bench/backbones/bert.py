@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Bert(Backbone):
-    """Any encoder built as `BertForSequenceClassification` or `RobertaForSequenceClassification` is."""
+    """Any encoder built as `BertForSequenceClassification` or `RobertaForSequenceClassification` is.
+
+    Its head is the pooler, if the network has one, and the classifier.
+    """
 
     query_value = r".*\.(query|value)"
 
@@ -32,11 +35,16 @@ class Bert(Backbone):
 
     @property
     def max_tokens(self) -> int:
+        """The number of position embeddings, for RoBERTa without those up to its padding id."""
         positions = self.encoder.embeddings.position_embeddings
         offset = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa's begin behind its padding
         return int(positions.num_embeddings - offset)
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
+        """Return the output of the embeddings and the first `depth` layers: (N, T, D).
+
+        Token types are used only if the network has more than one.
+        """
         types = batch.token_type_ids if self.encoder.config.type_vocab_size > 1 else None
         hidden: Tensor = self.encoder.embeddings(input_ids=batch.input_ids, token_type_ids=types)
         mask = additive_mask(batch, hidden.dtype)
@@ -45,6 +53,10 @@ class Bert(Backbone):
         return hidden  # (N, T, D)
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        """Return the output (N, 1, D) of the layers from `depth` on for the first token, which alone the head reads.
+
+        It is (N, T, D) with `all_positions`; and `hidden` itself if no layer is left.
+        """
         mask = additive_mask(batch, hidden.dtype)
         for _, layer in self.layers[depth:-1]:
             hidden = _run(layer, hidden, hidden, mask)
@@ -54,6 +66,7 @@ class Bert(Backbone):
         return hidden  # (N, T, D) or (N, 1, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
+        """Return the head's logits (N, 2) for the first position of `encoded` (N, T, D) or (N, 1, D)."""
         network: Any = self.network
         if len(self.head_modules) == 1:  # RoBERTa's classifier picks the first token itself
             return network.classifier(encoded)  # type: ignore[no-any-return]

@@ -54,7 +54,10 @@ TEXTS = [
 
 
 def probe(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids and token types of the probe texts."""
+    """Return (token ids, token types) of each probe text: 8 pairs, then 24 single texts.
+
+    The tokenizer is left without padding and truncation.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
@@ -65,7 +68,8 @@ def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
     """Return the two digests by which a run recognises its tokenizer.
 
     `tokenizer_sha256` covers the whole content. `tokenizer_probe_sha256` covers what decides token ids whatever the
-    version of the libraries: the ids of the probe texts, the vocabulary and the merges.
+    version of the libraries: the ids of the probe texts, the vocabulary and the merges. The tokenizer is left without
+    padding and truncation.
     """
     ids = probe(tokenizer)
     backend = tokenizer.backend_tokenizer
@@ -96,7 +100,10 @@ def refuse_other_tokenizer(
         refusal: returns the error for a reason and a remedy.
 
     Returns:
-        Notes on differences that leave the token ids unchanged.
+        Notes on differences that leave the token ids unchanged: other files, other versions of the libraries.
+
+    Raises:
+        UserError: the digests `tokenizer_probe_sha256` differ.
     """
     probe_sha256 = recorded.get("tokenizer_probe_sha256")
     if probe_sha256 is None:

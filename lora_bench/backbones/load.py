@@ -36,7 +36,9 @@ RANDOM_SEED = 20210617  # a random network is the same one in every run, whateve
 
 
 def load_tokenizer(model: Model) -> Any:
-    """Load the model's fast tokenizer.
+    """Load the model's fast tokenizer; that of a random model is built in memory, unless a path is given.
+
+    Its attribute `reading_notes` holds notes for the user about how it is read, which `load` passes on.
 
     Raises:
         UserError: it cannot be loaded, or it is not a fast one.
@@ -47,6 +49,7 @@ def load_tokenizer(model: Model) -> Any:
     location = model.tokenizer or locate(model)
 
     def refusal(reason: str, remedy: str | None, code: Code) -> UserError:
+        """Return the error with the config key that names the tokenizer, and with a general remedy if there is none."""
         key = "model.tokenizer"
         if reason.startswith("no tokenizer") and not model.tokenizer:
             key = "model.path" if model.path else "model.hub_id"
@@ -54,13 +57,16 @@ def load_tokenizer(model: Model) -> Any:
         remedy = remedy or "Give model.tokenizer=DIR, a folder with tokenizer.json."
         return UserError(reason, key=key, value=location, remedy=remedy, code=code)
 
-    tokenizer, notes = read_tokenizer(location, refusal, lambda: _reading(model, location))
+    tokenizer, notes = read_tokenizer(location, refusal, lambda: _tokenizer_keywords(model, location))
     tokenizer.reading_notes = notes
     return tokenizer
 
 
-def _reading(model: Model, location: str) -> dict[str, Any]:
-    """Return the keywords for `AutoTokenizer`; a folder with only the tokenizer's files does not name its class."""
+def _tokenizer_keywords(model: Model, location: str) -> dict[str, Any]:
+    """Return the keywords for `AutoTokenizer.from_pretrained`; errors of reading a config pass unchanged.
+
+    A folder with only the tokenizer's files does not name its class: then the model's own config does.
+    """
     if not model.tokenizer:
         return {"revision": model.revision}
     folder = Path(location)
@@ -73,16 +79,19 @@ def _reading(model: Model, location: str) -> dict[str, Any]:
 
 
 def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
-    """Load the backbone in fp32 on the CPU, without adapters.
+    """Load the backbone in fp32 on the CPU, in evaluation mode, without adapters.
+
+    Torch's global random stream is left unchanged. A random network does not depend on it; a new head does.
 
     Args:
         model: the family's settings.
         tokenizer: the result of `load_tokenizer`.
         task: the task's short name, for T5's template.
-        device: the device on which it will run; it decides the attention implementation.
+        device: the device on which it will run; it decides the attention implementation, and nothing is moved there.
 
     Raises:
-        UserError: the weights cannot be loaded, have another digest, or belong to another family.
+        UserError: the weights cannot be loaded, lack a tensor outside the head, are not finite, have another digest,
+            belong to another family, or do not suit the tokenizer.
     """
     _quiet()
     location = None if model.random is not None and not model.path else _checked_location(model)
@@ -117,7 +126,13 @@ def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU
 
 
 def _refuse_unknown_tokens(network: Any, tokenizer: Any, location: str | None) -> None:
-    """Refuse a tokenizer that can give ids for which the network has no row."""
+    """Refuse a tokenizer that can give token ids or token types for which the network has no row.
+
+    Args:
+        network: the Hugging Face model.
+        tokenizer: in use; left without padding and truncation.
+        location: of the tokenizer, for the message.
+    """
     rows = network.get_input_embeddings().num_embeddings
     types = getattr(network.config, "type_vocab_size", None) or 0
     encoded = probe(tokenizer)
@@ -155,7 +170,10 @@ def _counts_positions_from_padding(network: Any) -> bool:
 
 
 def public_location(model: Model) -> str:
-    """Return where other programs find the weights: an id on the hub, or a local folder; empty for random ones."""
+    """Return where other programs find the weights: an id on the hub, or a local folder; empty for random ones.
+
+    A folder is an absolute path; a `UserError` if it does not exist.
+    """
     if model.random is not None and not model.path:
         return ""
     if model.hub_id and not (model.path or model.folder):
@@ -164,7 +182,10 @@ def public_location(model: Model) -> str:
 
 
 def _checked_location(model: Model) -> str:
-    """Return where the model's weights are loaded from; a folder that the user has named is checked first."""
+    """Return where the model's weights are loaded from; a folder that the user has named is checked first.
+
+    A package and the hub are not checked (`check_model_folder`).
+    """
     location = locate(model)
     if model.path or model.folder:
         check_model_folder(Path(location))
@@ -172,6 +193,18 @@ def _checked_location(model: Model) -> str:
 
 
 def _config(model: Model, location: str | None, tokenizer: Any) -> Any:
+    """Return the Hugging Face config of the weights with two labels, or that of a random model.
+
+    A random model has the vocabulary of the tokenizer, unless its settings name another size.
+
+    Args:
+        model: the settings.
+        location: of the weights; None for a random model.
+        tokenizer: gives the padding id if the config has none.
+
+    Raises:
+        UserError: config.json cannot be read, or has a setting that `check_settings` refuses.
+    """
     if location is None:
         assert model.random is not None
         settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **model.random}
@@ -188,7 +221,11 @@ def _config(model: Model, location: str | None, tokenizer: Any) -> Any:
 
 
 def _network_class(model: Family, config: Any) -> Any:
-    """Return the transformers class for the family; refuse weights of another family."""
+    """Return the transformers class for the family.
+
+    Raises:
+        UserError: the family does not serve this model type, or transformers has no sequence classifier for it.
+    """
     classifiers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if not model.serves(config.model_type) or type(config) not in classifiers:
         raise UserError(
@@ -204,6 +241,14 @@ def _network_class(model: Family, config: Any) -> Any:
 def _pretrained(
     hf_class: Any, model: Model, location: str, config: Any, options: dict[str, Any]
 ) -> tuple[Any, set[str]]:
+    """Return the network with the weights of a checkpoint in fp32, and the names of parameters that it does not hold.
+
+    Parameters of another shape count as absent, and are initialised anew, whatever they belong to.
+
+    Raises:
+        UserError: the weights cannot be loaded, have another digest than `model.sha256`, are far smaller than
+            config.json asks for, or come with an adapter.
+    """
     if model.sha256 and not model.path:
         _refuse_other_weights(model, location)
     try:
@@ -237,7 +282,11 @@ def _pretrained(
 
 
 def _refuse_other_weights(model: Model, location: str) -> None:
-    """Refuse weights whose digest is not `model.sha256`."""
+    """Refuse weights whose digest is not `model.sha256`; only model.safetensors is read.
+
+    Raises:
+        UserError: the digest differs, or the file cannot be found or read.
+    """
     try:
         path = transformers.utils.cached_file(location, "model.safetensors", revision=model.revision)
         with open(path, "rb") as weights:
@@ -267,6 +316,7 @@ def _refuse_holes(backbone: Backbone, location: str) -> None:
 
 
 def _refuse_not_finite(network: Any, location: str) -> None:
+    """Refuse a network with NaN or infinite numbers in its weights or buffers, naming the first three."""
     bad = [name for name, tensor in network.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
         rest = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -278,6 +328,7 @@ def _refuse_not_finite(network: Any, location: str) -> None:
 
 
 def _unreachable(model: Model, location: str, error: Exception) -> UserError:
+    """Return the error for weights or a config that cannot be loaded, from a local folder or from the hub."""
     if model.path or model.package or model.folder:
         return UserError(
             f"no model could be loaded from there ({first_line(error)})", file=location, code=Code.UNSUPPORTED

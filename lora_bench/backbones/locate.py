@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 def locate(model: Model) -> str:
     """Return the local folder or hub id that the model's weights are loaded from.
 
+    For a hub id, the hub's libraries are switched to offline mode if the hub does not answer. The settings name a
+    location: they are not those of a random model.
+
     Raises:
         UserError: the named local folder or package does not exist.
     """
@@ -33,8 +36,11 @@ def locate(model: Model) -> str:
 def local_folder(model: Model) -> str | None:
     """Return the local folder of the model's weights; None if they are on the hub or random.
 
+    It is the first that is set of `model.path`, the folder `model` in `model.package`, and `model.folder` below
+    LORA_BENCH_BACKBONES.
+
     Raises:
-        UserError: the named local folder or package does not exist.
+        UserError: the folder or package does not exist, or the folder has no config.json (a package's is not checked).
     """
     if model.path:
         folder = Path(model.path)
@@ -69,7 +75,7 @@ def local_folder(model: Model) -> str | None:
 
 
 def package_folder(name: str) -> str | None:
-    """Return the folder of an installed Python package; None if there is none.
+    """Return the folder of an installed Python package; None if there is none, or a module without a folder.
 
     Neither the package nor one above it is imported: `importlib.util.find_spec("a.b")` would import `a`.
     """
@@ -90,6 +96,7 @@ def package_folder(name: str) -> str | None:
 
 
 def _is_file(path: Path) -> bool:
+    """Return whether a path leads to a file; False also for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that no file can have

@@ -56,6 +56,8 @@ class TensorInfo(NamedTuple):
 def check_model_folder(folder: Path) -> None:
     """Refuse a local model folder that cannot be loaded unchanged, before large files are read.
 
+    Of the weights only headers are read.
+
     Raises:
         UserError: a file is absent, damaged, or would change what is loaded; the message names it.
     """
@@ -74,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model's folder.
 
     Raises:
-        UserError: it is no regular file, too large, damaged, or holds no object.
+        UserError: it is absent, no regular file, too large, damaged, or holds no object.
     """
     try:
         values = json.loads(untrusted.read_bytes(path, LARGEST_JSON_BYTES).decode("utf-8"))
@@ -90,9 +92,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_settings(settings: Mapping[str, Any], file: str | Path) -> None:
     """Refuse settings of config.json by which transformers would load something other than the plain model.
 
+    These are a quantisation, an attention or experts implementation to download, and another file of weights. The first
+    two are also refused one level deeper, as in a `text_config`.
+
     Args:
         settings: as the file holds them, or the attributes of the config that was made of it.
         file: to name in the message.
+
+    Raises:
+        UserError: there is such a setting; it is named.
     """
     nested = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     for values in nested:
@@ -112,16 +120,19 @@ def check_settings(settings: Mapping[str, Any], file: str | Path) -> None:
 
 @contextmanager
 def bounded_construction(folder: Path) -> Iterator[None]:
-    """Within, building a network on the meta device fails once it outgrows the folder's checkpoint.
+    """Limit the size of networks that are built on the meta device within the context by the folder's checkpoint.
+
+    The limit is four times the elements of the checkpoint, and SPARE_ELEMENTS. It holds for all threads of the process.
 
     Raises:
-        UserError: config.json asks for far more than the checkpoint holds.
+        UserError: config.json asks for more; or the checkpoint is absent or damaged.
     """
     tensors = _tensors(folder)
     most = 4 * sum(prod(info.shape) for info in tensors.values()) + SPARE_ELEMENTS
     count = 0
 
     def add(_module: Any, name: str, parameter: Any) -> None:
+        """Count a new parameter if it is on the meta device; a `UserError` if the sum is above the limit."""
         nonlocal count
         if parameter is not None and parameter.is_meta:
             count += parameter.numel()
@@ -142,7 +153,10 @@ def bounded_construction(folder: Path) -> Iterator[None]:
 
 
 def _refuse_special_files(folder: Path) -> None:
-    """Refuse pipes, devices and links that lead nowhere: opening one may wait for ever."""
+    """Refuse pipes, devices and links that lead nowhere: opening one may wait for ever.
+
+    Folders inside are accepted, except under the name of a file that is read. A missing folder is a `UserError` too.
+    """
     try:
         paths = list(folder.iterdir())
     except OSError as error:
@@ -158,6 +172,11 @@ def _refuse_special_files(folder: Path) -> None:
 
 
 def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder that holds a file of an adapter beside the model.
+
+    Raises:
+        UserError: naming the first of `ADAPTER_FILES` that exists, and the ways to go on.
+    """
     name = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
     if name:
         raise UserError(
@@ -171,7 +190,13 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of the checkpoint, read from the headers of its files."""
+    """Return the tensors of the checkpoint by name, read from the headers of its files.
+
+    They are those of model.safetensors if it exists, else of the files that its index names.
+
+    Raises:
+        UserError: there is neither, or a file is damaged.
+    """
     if (folder / WEIGHTS).exists():
         return _header(folder / WEIGHTS)
     if not (folder / INDEX).exists():
@@ -183,7 +208,11 @@ def _tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names; all of them lie beside it."""
+    """Return the files that an index names, each once; all of them lie beside it.
+
+    Raises:
+        UserError: the index is damaged, or names a file elsewhere, of another type or that does not exist.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError("is damaged: it has no weight_map", file=index, code=Code.DAMAGED)
@@ -200,6 +229,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
+    """Return the type and shape of each tensor in a safetensors file, by name; a `UserError` if the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -210,6 +240,10 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _without_safetensors(folder: Path) -> UserError:
+    """Return the error for a folder without safetensors files.
+
+    It names weights of another format if there are such, and for those of PyTorch a command that converts them.
+    """
     reason = f"holds no {WEIGHTS}"
     other_weights = [name for name in OTHER_WEIGHTS if (folder / name).exists()]
     if not other_weights:
@@ -242,7 +276,8 @@ def _refuse_adapted_tensors(tensors: Mapping[str, TensorInfo], folder: Path) -> 
 def _refuse_types(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Refuse weights that are no floating-point numbers of 16 bits or more: cast as they are, they mean nothing.
 
-    Integer buffers, such as position_ids and GPT-2's causal masks (called bias, 4 dimensions), are no weights.
+    Integer buffers, such as position_ids and GPT-2's causal masks (called bias, 4 dimensions), are no weights. Tensors
+    of 8-bit floating-point or complex numbers are refused under any name.
     """
     for name, info in tensors.items():
         leaf = name.rpartition(".")[2]
@@ -253,7 +288,15 @@ def _refuse_types(tensors: Mapping[str, TensorInfo], folder: Path) -> None:
 
 
 def _refuse_impossible_numbers(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], file: Path) -> None:
-    """Refuse sizes that no tensor has, and those below zero, before a list, a table or a network is made so large."""
+    """Refuse sizes that no tensor has, and those below zero, before a list, a table or a network is made so large.
+
+    Keys that contain `theta`, `seed` or `version` or end in `_id` may have any value.
+
+    Args:
+        settings: of config.json, nested ones included.
+        tensors: of the checkpoint.
+        file: to name in the message.
+    """
     longest = max((side for info in tensors.values() for side in info.shape), default=0)
     for key, value in _numbers(settings):
         if any(word in key for word in _FREE_NUMBERS) or key.endswith("_id"):
@@ -270,7 +313,10 @@ def _refuse_impossible_numbers(settings: Mapping[str, Any], tensors: Mapping[str
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the keys and values of all whole numbers, those in nested objects and lists included."""
+    """Yield (key, value) of all whole numbers, those in nested objects and lists included; booleans are no numbers.
+
+    The key is the last one, without those around it; a number in a list has the list's.
+    """
     pending: list[tuple[str, Any]] = list(values.items())
     while pending:
         key, value = pending.pop()

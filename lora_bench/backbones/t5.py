@@ -35,20 +35,26 @@ class _T5(Backbone):
         self.task = task
 
     def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], None]:
+        """Return the texts of the template with the fields of each row filled in, and no second texts."""
         named = zip(*[[f"{name}: {text}" for text in texts] for name, texts in columns], strict=True)
         before, after = self.template.replace("{task}", self.task).split("{fields}", 1)
         return [before + " ".join(fields) + after for fields in named], None
 
     def for_task(self, task: str) -> _T5:
+        """Return a backbone with the same network and tokenizer whose template names this task."""
         backbone = copy.copy(self)
         backbone.task = task
         return backbone
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))
-        return self._encode(hidden, batch, 0, depth)  # (N, T, D)
+        return self._run_blocks(hidden, batch, 0, depth)  # (N, T, D)
 
-    def _encode(self, hidden: Tensor, batch: Batch, start: int, end: int) -> Tensor:
+    def _run_blocks(self, hidden: Tensor, batch: Batch, start: int, end: int) -> Tensor:
+        """Return the output (N, T, D) of the encoder's blocks from `start` to `end` (exclusive).
+
+        The final norm is left out. It is `hidden` itself if there are no such blocks.
+        """
         blocks = self.layers[: len(self.encoder.block)][start:end]
         if blocks:
             # Only the first block owns the bias; with the mask added to it, every release of transformers agrees.
@@ -61,13 +67,20 @@ class _T5(Backbone):
             hidden = run_layer(block, hidden, None, bias)
         return hidden
 
-    def _encoded(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        hidden = self._encode(hidden, batch, depth, len(self.encoder.block))
+    def _run_encoder(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
+        """Return the output (N, T, D) of the encoder: its blocks from `depth` on, and the final norm."""
+        hidden = self._run_blocks(hidden, batch, depth, len(self.encoder.block))
         return self.encoder.dropout(self.encoder.final_layer_norm(hidden))  # type: ignore[no-any-return]
 
 
 class T5TextToText(_T5):
     """`T5ForConditionalGeneration` whose logits are the scores of two label words.
+
+    Args:
+        network, tokenizer, new_parameters: as for `Backbone`.
+        template: the encoder's input, with `{task}` and `{fields}`.
+        task: the task's short name.
+        label_words: words for label 0 and 1; the first token of each is scored.
 
     Raises:
         UserError: the two label words begin with the same token.
@@ -99,15 +112,17 @@ class T5TextToText(_T5):
             )
 
     def linears(self) -> dict[str, nn.Linear]:
+        """Return the linears of encoder and decoder, without queries and keys of the decoder's self-attention."""
         # The decoder's one step attends to itself alone: its query and key change nothing and could learn nothing.
         idle = re.compile(r"decoder\..*\.SelfAttention\.[qk]")
         return {name: linear for name, linear in super().linears().items() if not idle.fullmatch(name)}
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         # `classify` runs the whole decoder: its one step costs little.
-        return self._encoded(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
+        return self._run_encoder(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
+        """Return the scores (N, 2) of the first tokens of the two label words, after one step of the decoder."""
         network: Any = self.network
         start = torch.full((len(encoded), 1), network.config.decoder_start_token_id, device=encoded.device)
         decoded = network.decoder(
@@ -134,9 +149,10 @@ class T5Encoder(_T5):
         self.encoder = network.transformer.encoder  # type: ignore[union-attr]
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        return self._encoded(hidden, batch, depth)  # (N, T, D)
+        return self._run_encoder(hidden, batch, depth)  # (N, T, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
+        """Return the head's logits (N, 2) for the mean of `encoded` (N, T, D) over the tokens, padding excluded."""
         kept = batch.attention_mask[:, :, None].to(encoded.dtype)  # (N, T, 1)
         pooled = (encoded * kept).sum(1) / kept.sum(1)  # (N, D); the head is linear, so this equals the mean of logits
         return self.network.classifier(pooled)  # type: ignore[no-any-return, operator]

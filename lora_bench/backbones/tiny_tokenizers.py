@@ -31,6 +31,7 @@ def tokenizer(model_type: str) -> Any:
 
 
 def _bert() -> Any:
+    """Return a tokenizer of lower-case characters with BERT's template `[CLS] a [SEP] b [SEP]` and token types."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_CHARACTERS, *(f"##{c}" for c in _CHARACTERS)]
     vocabulary = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -46,6 +47,7 @@ def _bert() -> Any:
 
 
 def _roberta() -> Any:
+    """Return a tokenizer of single bytes with RoBERTa's template `<s> a </s> </s> b </s>`, without token types."""
     words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "<mask>"]
     vocabulary = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
@@ -60,6 +62,7 @@ def _roberta() -> Any:
 
 
 def _t5() -> Any:
+    """Return a tokenizer of single characters with T5's template `a </s>`, for single texts."""
     letters = [*string.ascii_letters, *string.digits, *string.punctuation]
     # A letter that begins a word is a token of its own, so that label words that begin differently score differently.
     words = ["<pad>", "</s>", "<unk>", "▁", *letters, *(f"▁{c}" for c in string.ascii_letters)]
@@ -70,5 +73,12 @@ def _t5() -> Any:
 
 
 def _wrap(backend: Tokenizer, names: dict[str, str], inputs: list[str]) -> Any:
+    """Return the tokenizer of transformers around a backend.
+
+    Args:
+        backend: of the tokenizers library.
+        names: special tokens by their name (`pad`).
+        inputs: names of the model's inputs.
+    """
     tokens = {f"{name}_token": token for name, token in names.items()}
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **tokens)

@@ -88,6 +88,8 @@ def read_tokenizer(
 def reject_special_files(folder: Path) -> None:
     """Refuse a folder whose text files cannot be read at once: pipes, devices, links to nothing, huge files.
 
+    Only its files that end in .json, .txt or .model are checked, by their status alone; nothing is opened.
+
     Raises:
         UserError: naming the file.
     """
@@ -119,6 +121,7 @@ def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
     errors: list[BaseException] = []
 
     def work() -> None:
+        """Run the call, and keep its result or its error."""
         try:
             results.append(call())
         except BaseException as error:  # a panic is no Exception
@@ -155,7 +158,11 @@ def _no_panic_messages() -> Iterator[None]:
 
 
 def _file(location: str, revision: str | None) -> Path | None:
-    """Return the path of tokenizer.json; None if the tokenizer has other files."""
+    """Return the path of tokenizer.json; None if the tokenizer has other files.
+
+    From the hub it is downloaded, or taken from the local cache; None also if the hub cannot be reached or refuses
+    access.
+    """
     if os.path.isdir(location):
         path = Path(location, FILE)
         return path if path.is_file() else None
@@ -171,7 +178,14 @@ def _file(location: str, revision: str | None) -> Path | None:
 
 
 def _by_class(location: str, keywords: Mapping[str, Any], path: Path | None) -> Any:
-    """Return the tokenizer as transformers reads it: it knows the special tokens that the file does not name."""
+    """Return the tokenizer as transformers reads it: it knows the special tokens that the file does not name.
+
+    If its class cannot read the vocabulary of tokenizer.json, it is transformers' generic class. No code of the model
+    runs.
+
+    Raises:
+        Exception: of any type, if tokenizer.json is damaged, or neither class can read the files.
+    """
     if path is not None:
         Tokenizer.from_file(str(path))  # so that the error of a damaged file is its own, and not that of a class
     try:
@@ -188,7 +202,10 @@ def _by_class(location: str, keywords: Mapping[str, Any], path: Path | None) -> 
 
 
 def _as_in_file(by_class: Any, path: Path) -> Any:
-    """Return a tokenizer that reads texts as the file says, with the settings of `by_class`."""
+    """Return a tokenizer that reads texts as the file says, with the settings of `by_class`.
+
+    It is `by_class` itself, left without padding and truncation, if that reads texts so already.
+    """
     backend = Tokenizer.from_file(str(path))
     backend.no_padding()
     backend.no_truncation()
@@ -216,7 +233,11 @@ def _refuse_contradictions(path: Path) -> list[Any]:
     """Refuse a tokenizer.json in which two tokens share an id, ids are absurd, or texts are split at random.
 
     Returns:
-        The added tokens that it names.
+        The entries of `added_tokens`; those that are no objects are left out.
+
+    Raises:
+        UserError: as above, or an object has a key twice.
+        ValueError: it is not JSON in UTF-8.
     """
 
     def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -257,7 +278,13 @@ def _refuse_contradictions(path: Path) -> list[Any]:
 
 
 def _refuse_other_ids(path: Path, tokenizer: Any, added: list[Any]) -> None:
-    """Refuse a tokenizer.json whose added tokens have other ids in the file than in use."""
+    """Refuse a tokenizer.json whose added tokens have other ids in the file than in use.
+
+    Args:
+        path: of the file, for the message.
+        tokenizer: in use.
+        added: the result of `_refuse_contradictions`.
+    """
     for token in added:
         actual = tokenizer.backend_tokenizer.token_to_id(token["content"])
         if actual != token["id"]:
@@ -290,7 +317,10 @@ def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], 
 
 
 def _notes(tokenizer: Any, by_class: Any) -> list[str]:
-    """Return a note if the file and the class of transformers tokenise probe texts differently, else nothing."""
+    """Return a note if the file and the class of transformers tokenise probe texts differently, else nothing.
+
+    The note is another one if the class fails on them.
+    """
     if tokenizer is by_class:
         return []
     texts = [*PAIRS, *TEXTS]

@@ -70,7 +70,11 @@ class Augmentation:
         return PerturbedRows(indices, Examples(self.examples.ids[indices], columns, np.array(labels, np.int64)))
 
     def table(self, table: TokenTable, epoch: int) -> TokenTable:
-        """Return a copy of the table in which the rows perturbed in this epoch have their new tokens and labels."""
+        """Return a copy of the table in which the rows perturbed in this epoch have their new tokens and labels.
+
+        The copy has no augmentation, and no cached hidden states if a row was perturbed. Its `reversed_view` and its
+        count of truncated rows are unchanged.
+        """
         perturbed = self.perturb(epoch)
         if not len(perturbed.rows):
             return replace(table, augmentation=None)
@@ -160,7 +164,10 @@ def training_tables(
     transforms = choose_augmentations(data, objective)
 
     def augmented(view: Callable[..., TokenTable]) -> TokenTable:
-        """Return a view of the pairs, with an augmentation if there are transforms."""
+        """Return the tokens of the training pairs in a view, with an augmentation if there are transforms.
+
+        The cache holds unperturbed tokens only.
+        """
         if not transforms:
             return view(train)
         uncached = partial(view, cached=False)

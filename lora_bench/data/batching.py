@@ -53,7 +53,13 @@ class Batch:
         return len(self.input_ids) // (self.members * self.orders)
 
     def select_members(self, members: Sequence[int]) -> Batch:
-        """Return the batch with the rows of these members only; the batch itself if all members share the rows."""
+        """Return the batch with the rows of these members only, in this order.
+
+        It is the batch itself if all members share the rows, or if as many members are given as it has.
+
+        Args:
+            members: positions in the batch, from 0.
+        """
         if self.members == 1 or len(members) == self.members:
             return self
 
@@ -64,17 +70,23 @@ class Batch:
         return replace(self.map(pick), members=len(members))
 
     def repeat(self, members: int) -> Batch:
-        """Return the batch with its rows repeated once per member."""
+        """Return the batch with its rows repeated once per member; all members share its rows so far."""
         return replace(self.map(lambda t: t.repeat(members, *[1] * (t.ndim - 1))), members=members)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the batch to a device, from pinned memory, so that the copy overlaps with computation there."""
+        """Copy the batch to a device, from pinned memory, so that the copy overlaps with computation there.
+
+        For the CPU it is the batch itself.
+        """
         if device.type == "cpu":
             return self
         return self.map(lambda t: t.pin_memory().to(device, non_blocking=True))
 
     def padding(self, members: int) -> list[int]:
-        """Return the number of padding tokens in the rows of each of `members` members."""
+        """Return the number of padding tokens in the rows of each of `members` members, a multiple of the batch's own.
+
+        If all members share the rows, each has the padding of all of them.
+        """
         rows = self.attention_mask.view(self.members, -1)  # one per member, or one for all
         missing: list[int] = (rows.shape[1] - rows.sum(1)).tolist()
         return missing * (members // self.members)
@@ -105,7 +117,10 @@ class BatchPlan:
         return -(-len(self.lengths) // self.batch_size)
 
     def buckets(self) -> list[Rows]:
-        """Return row numbers sorted by length, split at batch boundaries where the length has grown by LENGTH_RATIO."""
+        """Return row numbers sorted by length, split at batch boundaries where the length has grown by LENGTH_RATIO.
+
+        Each bucket has at least SMALLEST_BUCKET whole batches; the last may have fewer, and its last batch fewer rows.
+        """
         order = np.argsort(self.lengths, kind="stable")
         lengths, B = self.lengths[order], self.batch_size
         buckets, start = [], 0
@@ -122,7 +137,11 @@ class BatchPlan:
         return max(length, min(-(-length // self.multiple) * self.multiple, int(self.lengths.max())))
 
     def epoch(self, epoch: int, seeds: Sequence[int]) -> Iterator[tuple[list[Rows], int]]:
-        """Yield the batches of one epoch in order: the rows of each of the distinct seeds, and the padded length T."""
+        """Yield the batches of one epoch, each as (rows, padded length T).
+
+        `rows` has one array for each of the distinct seeds. All seeds have the same lengths in the same order, and
+        other rows. T is that of the longest pair of the batch's bucket.
+        """
         buckets = self.buckets()
         lengths = [self.padded_length(int(self.lengths[bucket].max())) for bucket in buckets]
         shuffled = [
@@ -145,9 +164,17 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of one epoch for members with these seeds; members share the rows if all seeds are equal.
 
-    With `second_view`, each batch holds its pairs twice: in their first and in their second view. With
-    `table.reversed_view`, half of the pairs are in reversed order in each epoch, the other half in the next. If pairs
-    are perturbed, a batch is as long as its longest perturbed pair.
+    With `second_view`, each batch holds its pairs twice: in their first and in their second view (`orders` is 2). With
+    `table.reversed_view`, half of the pairs are in reversed order in each epoch, the other half in the next; `orders`
+    stays 1. The two exclude each other. If pairs are perturbed, a batch is as long as its longest perturbed pair.
+
+    Args:
+        table: the training pairs.
+        plan: of the table's rows.
+        seeds: one per member, in the order of the members.
+        epoch: fixes the order of the batches, and with a seed the rows of each.
+        pad_id: token id of padding.
+        second_view: the same pairs, tokenised in another way.
     """
     views = [view.in_epoch(epoch) for view in (table, table.reversed_view, second_view) if view is not None]
     distinct = list(dict.fromkeys(seeds))
@@ -195,7 +222,7 @@ def _concatenate(first: Batch, second: Batch, order: Tensor) -> Batch:
 
 
 def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
-    """Yield every row once, longest first: the row numbers of each batch, and the batch."""
+    """Yield every row once, longest first, as (row numbers, batch); each batch is padded to its longest row."""
     for rows in evaluation_rows(table, batch_size):
         yield rows, collate(table, rows, int(table.lengths[rows].max()), pad_id)
 
@@ -207,7 +234,10 @@ def evaluation_rows(table: TokenTable, batch_size: int) -> list[Rows]:
 
 
 def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:
-    """Yield the batch in micro-batches of at most `pairs` pairs per member, each pair in all its orders."""
+    """Yield the batch in micro-batches of at most `pairs` pairs per member, each pair in all its orders.
+
+    The last may be smaller. A batch that is no larger than `pairs` is yielded itself.
+    """
     B = batch.pairs
     if pairs >= B:
         yield batch
@@ -224,7 +254,21 @@ def slice_pairs(batch: Batch, start: int, end: int) -> Batch:
 
 
 def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: int = 1) -> Batch:
-    """Return rows of the table as one batch padded to `length`, without a Python loop over rows."""
+    """Return rows of the table as one batch padded to `length`, without a Python loop over rows.
+
+    Args:
+        table: the tokens.
+        rows: (members · B,) row numbers, member by member.
+        length: T, at least that of the longest row.
+        pad_id: token id of padding.
+        members: recorded in the batch; 1 if all members share the rows.
+
+    Returns:
+        a batch on the CPU with `orders` 1. Its hidden states are read from their file if the table has them.
+
+    Raises:
+        RunFailedError: the file of the hidden states can no longer be read.
+    """
     positions, is_token = token_positions(table, rows, length)  # (N, T) each
     ids = np.where(is_token, table.values[positions], pad_id).astype(np.int64)
     types = None if table.types is None else np.where(is_token, table.types[positions], 0).astype(np.int64)
@@ -241,7 +285,10 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
 
 
 def token_positions(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:
-    """Return the table's index of each token in a padded batch (N, T), and a mask (N, T) that is False for padding."""
+    """Return the table's index of each token in a padded batch (N, T), and a mask (N, T) that is False for padding.
+
+    The index of padding is that of some other token.
+    """
     columns = np.arange(length)
     is_token = columns < table.lengths[rows][:, None]
     return np.minimum(table.offsets[rows][:, None] + columns, len(table.values) - 1), is_token

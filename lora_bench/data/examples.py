@@ -24,7 +24,7 @@ class Examples:
         return len(self.ids)
 
     def take(self, rows: NDArray[np.int64]) -> Examples:
-        """Return the examples at these positions (not ids), in this order."""
+        """Return the examples at these positions (not ids), in this order; a position may occur several times."""
         positions = rows.tolist()
         texts = tuple([column[position] for position in positions] for column in self.texts)
         return Examples(self.ids[rows], texts, None if self.labels is None else self.labels[rows])

@@ -50,6 +50,8 @@ class HiddenStates:
     def read(self, positions: NDArray[np.int64], is_token: NDArray[np.bool_]) -> torch.Tensor:
         """Return the tokens at `positions` (N, T) as (N, T, D), zeros where `is_token` (N, T) is False.
 
+        The tokens of a row are consecutive in the file, and its padding comes last.
+
         Raises:
             RunFailedError: the file was cut short, or can no longer be read.
         """
@@ -69,6 +71,12 @@ class HiddenStates:
 class HiddenStatesWriter:
     """A writer of hidden states to a file; space is allocated at once, rows are written in any order.
 
+    Args:
+        file: open for writing; it is not closed here.
+        tokens: number of tokens of all rows.
+        width: D, numbers per token.
+        dtype: their format.
+
     Raises:
         OSError: the disk has too little space.
     """
@@ -82,7 +90,18 @@ class HiddenStatesWriter:
             file.truncate(size_bytes)
 
     def write(self, positions: NDArray[np.int64], is_token: NDArray[np.bool_], hidden: torch.Tensor) -> None:
-        """Write hidden states (N, T, D) to `positions` (N, T), except where `is_token` (N, T) is False."""
+        """Write hidden states (N, T, D) to `positions` (N, T), except where `is_token` (N, T) is False.
+
+        The tokens of a row are consecutive in the file, and its padding comes last.
+
+        Args:
+            positions: of the tokens in the file.
+            is_token: False for padding.
+            hidden: on the CPU, in the dtype of the file.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
         bits = hidden.contiguous().view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden.contiguous()
         states = bits.numpy()
         for row, start, count in _rows(positions, is_token):
@@ -92,7 +111,10 @@ class HiddenStatesWriter:
 
 
 def _rows(positions: NDArray[np.int64], is_token: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
-    """Yield the index, the position of the first token and the number of tokens of each row that has tokens."""
+    """Yield (index, position of the first token, number of tokens) of each row that has tokens.
+
+    The padding of a row comes last.
+    """
     for row, (start, count) in enumerate(zip(positions[:, 0].tolist(), is_token.sum(1).tolist(), strict=True)):
         if count:
             yield row, start, count

@@ -25,7 +25,7 @@ _NOT_IN_TSV = re.compile("[\t\r\n\0]")
 
 
 def unique_column_names(names: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
-    """Return names for the columns of predictions that no column of the input has.
+    """Return a name for each column of predictions that neither a column of the input nor another of them has.
 
     Returns:
         by name, the name to write: `label`, or `predicted_label` where the input has a `label`, or `predicted_label_2`
@@ -45,6 +45,8 @@ def unique_column_names(names: Sequence[str], taken: Sequence[str]) -> dict[str,
 def check_texts(table: Table, suffix: str) -> None:
     """Refuse texts that a format cannot hold: half of a surrogate pair, which JSON alone can write.
 
+    Only tables of JSONL are checked: their column names, and values that are texts. Nothing is checked for `.jsonl`.
+
     Raises:
         UserError: naming file and row.
     """
@@ -63,13 +65,16 @@ def check_texts(table: Table, suffix: str) -> None:
 def encode(table: Table, predictions: Mapping[str, Sequence[Any]], suffix: str) -> tuple[bytes, int]:
     """Encode a table with predictions behind its columns.
 
+    A value that a row of JSONL lacks is an empty cell in TSV and CSV, null in Parquet, and still missing in JSONL.
+
     Args:
-        table: the input.
+        table: the input; `check_texts` has accepted it.
         predictions: (N,) values by column; no name is one of the table's.
         suffix: one of `FORMATS`.
 
     Returns:
-        the file's content, and the number of its texts that had to be changed.
+        the file's content, and the number of its texts, column names included, that had to be changed: 0 except for
+        TSV.
     """
     if suffix == ".parquet":
         return _parquet(table, predictions), 0
@@ -120,14 +125,21 @@ def _cell(value: Any) -> str | int | float:
 
 
 def _text(value: Any) -> str:
-    """Write a value of Parquet that JSON has no type for: a date in ISO 8601, bytes in hexadecimal digits."""
+    """Return the text of a value of Parquet that JSON has no type for.
+
+    It is ISO 8601 for a date or time, hexadecimal digits for bytes, and `str(value)` for others, such as a decimal
+    number.
+    """
     if isinstance(value, bytes):
         return value.hex()
     return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)
 
 
 def _parquet(table: Table, predictions: Mapping[str, Sequence[Any]]) -> bytes:
-    """Return a Parquet file of the table with the predictions behind its columns; Parquet input keeps its types."""
+    """Return a Parquet file of the table with the predictions behind its columns.
+
+    Columns of Parquet input keep their types; those of other input get the type that `_arrow` chooses.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -145,7 +157,11 @@ def _parquet(table: Table, predictions: Mapping[str, Sequence[Any]]) -> bytes:
 
 
 def _arrow(values: list[Any]) -> Any:
-    """Return a column of one type: the values' own where all are alike, else their JSON text."""
+    """Return a pyarrow array of one type, nulls kept: text, boolean, float or int64 if all values are of that type.
+
+    In other columns (mixed types, lists, objects, integers beyond 64 bits) texts stay, and other values become JSON
+    text.
+    """
     import pyarrow as pa
 
     types = {type(value) for value in values} - {type(None)}

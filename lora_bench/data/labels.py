@@ -24,10 +24,10 @@ def advise(values: Sequence[Any], bad: int, label_names: Sequence[str], may_hide
     """Return a sentence that explains how to turn these labels into 0 and 1; empty if there is no advice.
 
     Args:
-        values: the column.
+        values: the column; at most its first 10,000 values decide.
         bad: the index of the first label that is neither 0 nor 1.
         label_names: the task's names of 0 and 1.
-        may_hide: -1 may stand for a hidden label.
+        may_hide: -1 may stand for a hidden label, and is then no value of its own.
     """
     label = values[bad]
     if label in label_names:

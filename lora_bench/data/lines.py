@@ -18,12 +18,16 @@ _ENCODINGS = {
 def split_lines(source: str, raw: bytes, separator: str | None = None) -> list[str]:
     """Return UTF-8 lines without their line feeds, and without blank ones at the end.
 
-    A carriage return before the line feed is still there. CSV alone may hold NUL, between quotes.
+    A carriage return before the line feed is still there; a byte order mark is not. CSV alone may hold NUL, between
+    quotes. A line of spaces is blank, except in TSV and CSV of one column.
 
     Args:
         source: the name of the file in error messages.
         raw: the file's content.
         separator: of columns; None: lines are JSON.
+
+    Raises:
+        UserError: it is not UTF-8, holds NUL, has carriage returns and no line feed, or has blank lines only.
     """
     for mark, encoding in _ENCODINGS.items():
         if raw.startswith(mark):
@@ -66,4 +70,5 @@ def split_lines(source: str, raw: bytes, separator: str | None = None) -> list[s
 
 
 def _line_feeds(text: re.Match[str]) -> str:
+    """Return the line feeds of a match alone, so that lines can still be counted."""
     return "\n" * text[0].count("\n")

@@ -51,10 +51,11 @@ class Table:
         threshold: float | None = None,
         label_names: Sequence[str] = (),
     ) -> Examples:
-        """Check texts and labels, and return them; see `read` for the arguments and errors.
+        """Check texts and labels, and return them with the ids 0 to N - 1; see `read` for the arguments and errors.
 
         With `threshold`, labels from it on become 1, others 0; a column that is -1 throughout stays hidden.
-        `label_names`, the names of labels 0 and 1, are only used in messages.
+        `label_names`, the names of labels 0 and 1, are only used in messages. `labels` is None without `label_column`.
+        A table without rows is refused.
         """
         if not self.rows:
             raise UserError(
@@ -90,7 +91,7 @@ class Table:
         """Return the labels of a column, (N,) of 0 and 1; None if they are hidden.
 
         Args:
-            name: the column.
+            name: the column; it holds integers or texts, where `True` and `1.0` are no labels.
             may_hide: allow hidden labels: no such column, or -1 in every row.
             threshold: labels are 1 where the column's number is at least this; None: the column itself holds 0 and 1.
             label_names: names of the labels 0 and 1; used only in messages, for a column that holds names.
@@ -121,7 +122,7 @@ class Table:
         )
 
     def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
-        """Return the column's values as finite numbers, (N,).
+        """Return the column's values as finite numbers, (N,); texts are converted, booleans are no numbers.
 
         Raises:
             UserError: a value is not one; the row is named.
@@ -170,7 +171,12 @@ def read(
 
 
 def read_table(path: str | Path) -> Table:
-    """Read the columns of a file, values not yet checked; see `read`."""
+    """Read the columns of a file, or TSV from standard input where `path` is `-`; values are not yet checked.
+
+    Raises:
+        UserError: its ending is unknown, it cannot be read, is empty or not in its format, or two columns have one
+            name.
+    """
     source = "standard input" if str(path) == STREAM else str(path)
     suffix = file_format(path)
     if suffix is None:
@@ -196,7 +202,7 @@ def read_table(path: str | Path) -> Table:
 
 
 def find_split_files(folder: str) -> dict[str, str]:
-    """Return the paths of the train, validation and test files that a folder has, by split.
+    """Return the paths of the train, validation and test files that a folder has, by split; other files are ignored.
 
     Raises:
         UserError: there are none, or two for one split.
@@ -233,12 +239,12 @@ def file_format(path: str | Path) -> str | None:
 
 
 def _records(source: str, header: list[str], records: list[list[str]], rows: Sequence[int], remedy: str) -> Table:
-    """Return the table of TSV or CSV records.
+    """Return the table of TSV or CSV records; its values are texts.
 
     Args:
         source: the file, for messages.
         header: names of the columns.
-        records: cells of each record.
+        records: cells of each record; there may be none.
         rows: the line where each record begins.
         remedy: what the format requires, for messages.
 
@@ -266,7 +272,11 @@ def _records(source: str, header: list[str], records: list[list[str]], rows: Seq
 
 
 def _tsv(source: str, raw: bytes) -> Table:
-    """Return the table of a TSV file, of which the first line is the header."""
+    """Return the table of a TSV file, of which the first line is the header; a quote is an ordinary character.
+
+    Raises:
+        UserError: as `split_lines` and `_records`.
+    """
     header, *records = [line.removesuffix("\r").split("\t") for line in split_lines(source, raw, "\t")]
     remedy = "Every row needs one tab between columns; a text holds no tab and no line break, and quotes mean nothing."
     return _records(source, header, records, range(2, len(records) + 2), remedy)
@@ -275,8 +285,11 @@ def _tsv(source: str, raw: bytes) -> Table:
 def _csv(source: str, raw: bytes) -> Table:
     """Return the table of a CSV file, of which the first record is the header.
 
+    The limit on the length of a field is raised for the whole process.
+
     Raises:
-        UserError: it is not valid CSV, or the quotes of a record are unbalanced; the row is named.
+        UserError: it is not valid CSV, the quotes of a record are unbalanced, or as `split_lines` and `_records`; the
+            row is the line where the record begins.
     """
     lines = split_lines(source, raw, ",")
     csv.field_size_limit(2**31 - 1)  # of the whole process; the default of 131,072 characters is less than a long text
@@ -309,12 +322,13 @@ _CSV_ERRORS = {
 
 
 def _jsonl(source: str, raw: bytes) -> Table:
-    """Return the table of a JSON Lines file; its columns are the keys of all its objects.
+    """Return the table of a JSON Lines file; its columns are the keys of all its objects, values of any type.
 
     A key that some rows lack is refused only when its column is read.
 
     Raises:
-        UserError: a line is blank, or not one JSON object without duplicate keys; the row is named.
+        UserError: a line is blank, or not one JSON object without duplicate keys; the row is named. Or as
+            `split_lines`.
     """
     objects: list[dict[str, Any]] = []
     for row, line in enumerate(split_lines(source, raw), start=1):

@@ -28,6 +28,9 @@ _NULLS = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none"})
 def load(data: Data) -> dict[str, Examples]:
     """Load those of the splits train, validation and test that the source has.
 
+    A single local file is the test split; generated data have no test split. `labels` is None where the source hides
+    them, which local files may do in the test split only.
+
     Raises:
         UserError: the source cannot be reached, is absent, or holds something other than texts and labels 0 and 1.
     """
@@ -43,6 +46,11 @@ def load(data: Data) -> dict[str, Examples]:
 
 
 def _from_files(data: FileData) -> dict[str, Examples]:
+    """Return the splits of a local folder, or a local file as the test split; in the test split, labels may be hidden.
+
+    Raises:
+        UserError: the path does not exist or has no split, or a file is not exactly in its format.
+    """
     if os.path.isdir(data.path):
         paths = readers.find_split_files(data.path)
     elif os.path.isfile(data.path):
@@ -66,6 +74,14 @@ def _from_files(data: FileData) -> dict[str, Examples]:
 
 
 def _from_hub(data: HubData) -> dict[str, Examples]:
+    """Return those of the three splits that a data set of the hub has, downloaded or from its local cache.
+
+    In each split, labels may be hidden. Progress bars of the hub's libraries are off from then on, and so is the
+    network if the hub does not answer.
+
+    Raises:
+        UserError: it cannot be loaded, has none of the splits, or a value is neither a text nor a label 0 or 1.
+    """
     import datasets  # late: seconds
     import huggingface_hub
 
@@ -121,11 +137,11 @@ def split_selection(train: Examples, data: Data) -> tuple[Examples, Examples]:
     prefix of a larger one.
 
     Returns:
-        (train, selection): `train_size` rows (null: all remaining ones) and `selection_size` rows. The number of rows
-        of each label is its share, to within one.
+        (train, selection): `train_size` rows (null: all remaining ones) and `selection_size` rows (below 1: that share
+        of all rows). The number of rows of each label is its share, to within one. Rows are shuffled, their ids kept.
 
     Raises:
-        UserError: train has no labels, or too few rows for the sizes asked for.
+        UserError: train has no labels, or too few rows for the requested sizes.
     """
     if train.labels is None:
         raise UserError("train has no labels", key="data.label_column", value=data.label_column, code=Code.INVALID_DATA)
@@ -172,8 +188,9 @@ def inspect_splits(splits: dict[str, Examples]) -> dict[str, Any]:
     Returns:
         `rows`, `positives` (None without labels), `empty_texts` (nothing but white space), `null_texts` (`NA`, `null`,
         … kept as text) and `repeated` (rows whose texts stood in an earlier row), each by split; `shared` by pair of
-        splits (`train/validation`: rows of the second whose texts are in the first); and `warnings`, sentences.
-        Texts of a pair count as the same in either order.
+        splits (`train/validation`: rows of the second whose texts are in the first); and `warnings`: a sentence for
+        each split whose labels are all equal, and for each of the last four numbers that is not 0. Texts, not rows, are
+        counted in `empty_texts` and `null_texts`. Texts of a pair count as the same in either order.
     """
     pairs = {split: _unordered(examples.texts) for split, examples in splits.items()}
     distinct = {split: set(keys) for split, keys in pairs.items()}
@@ -210,7 +227,7 @@ def inspect_splits(splits: dict[str, Examples]) -> dict[str, Any]:
 
 
 def describe_data(data: Data, splits: dict[str, Examples]) -> dict[str, Any]:
-    """Return the `data` entry of a run's record: source, fingerprint of each split, statistics and warnings."""
+    """Return the `data` entry of a run's record: source, SHA-256 of each split, and the keys of `inspect_splits`."""
     fingerprint = {name: split.fingerprint() for name, split in splits.items()}
     return {"source": data.source, "fingerprint": fingerprint, **inspect_splits(splits)}
 
@@ -223,7 +240,10 @@ def unseen_rows(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:
 
 
 def _unordered(texts: tuple[list[str], ...]) -> list[int]:
-    """Return a hash of each row that does not depend on the order of its texts."""
+    """Return a hash of each row, of one or two texts, that does not depend on their order.
+
+    Another process gives other hashes.
+    """
     if len(texts) == 1:
         return [hash(text) for text in texts[0]]
     return [hash((one, other) if one <= other else (other, one)) for one, other in zip(*texts, strict=True)]

@@ -67,7 +67,10 @@ class TokenTable:
         return len(self.lengths)
 
     def take(self, rows: NDArray[np.int64]) -> TokenTable:
-        """Return the table with these rows only, without augmentation."""
+        """Return the table with the rows at these positions only, in this order, without augmentation.
+
+        Its `reversed_view` has the same rows; `truncated` still counts those of the whole table.
+        """
         return replace(
             self,
             offsets=self.offsets[rows],
@@ -95,6 +98,8 @@ def tokenize(
 ) -> TokenTable:
     """Tokenise the examples of one split.
 
+    Padding of the tokenizer is turned off for it and stays off.
+
     Args:
         examples: the split's texts and labels.
         columns: names of its text columns; T5's template shows them.
@@ -103,6 +108,9 @@ def tokenize(
         reverse: tokenise the texts in reversed order; the names of the columns keep their order.
         cached: read the tokens from the cache if it has them, else write them to it.
         head: index of the member's head that classifies the rows.
+
+    Raises:
+        UserError: the tokenizer fails on a text, or the cache's environment variables are invalid.
     """
     texts = examples.texts[::-1] if reverse else examples.texts
     first, second = backbone.render(list(zip(columns, texts, strict=True)))
@@ -146,7 +154,11 @@ def scoring_table(
 def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
     """Return the tokens of the texts, encoded in chunks: `input_ids`, and `token_type_ids` if any of them is not 0.
 
-    The metadata of the batch has the number of `truncated` pairs, which were longer than `max_length` tokens.
+    The metadata of the batch has the number of `truncated` pairs, which were longer than `max_length` tokens. The
+    tokenizer is left without padding and with truncation to `max_length`.
+
+    Raises:
+        UserError: as `_encode_chunk`.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -172,10 +184,10 @@ def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_leng
 
 
 def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
-    """Return the encodings of the pairs, computed on all cores.
+    """Return the encodings of the pairs (or single texts), computed on all cores.
 
     Raises:
-        UserError: the tokenizer's native code panics, for example where a pattern of it backtracks for ever.
+        UserError: the tokenizer's native code fails or panics, for example where a pattern of it backtracks for ever.
     """
     try:
         return list(backend.encode_batch_fast(pairs))
@@ -190,7 +202,14 @@ def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
 
 
 def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
-    """Return the tokens from the cache, or encode the texts and write them to it."""
+    """Return the tokens from the cache, or encode the texts and write them to it.
+
+    The cache is not used if its limit is 0, and tokens larger than the limit are not written. If a cache file is
+    invalid or cannot be written, a note is printed.
+
+    Raises:
+        UserError: as `_encode`; or the cache's environment variables are invalid.
+    """
     files = CacheFiles("tokens", token_limit_bytes())
     if not files.limit_bytes:
         return _encode(first, second, tokenizer, max_length)
@@ -214,10 +233,10 @@ def _write(batch: pa.RecordBatch, file: BinaryIO) -> None:
 
 
 def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_length: int) -> pa.RecordBatch:
-    """Read a cached batch, and check that the tokenizer could have given it.
+    """Read a cached batch, and check that the tokenizer could have given it: rows, lengths, ids and token types.
 
     Raises:
-        ValueError: it could not.
+        ValueError: it could not, or is no Arrow stream.
     """
     try:
         batch = pa.ipc.open_stream(payload).read_next_batch()
@@ -244,13 +263,16 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
 
 
 def _outside(values: pa.Array, highest: int) -> bool:
-    """Return whether a value is missing, negative or above the highest."""
+    """Return whether a value is missing, negative or above the highest; False if there are no values."""
     numbers = values.to_numpy() if values.null_count == 0 else np.array([-1])
     return bool(len(numbers)) and not 0 <= numbers.min() <= numbers.max() <= highest
 
 
 def _highest_id(backend: Any, ids: pa.Array) -> int:
-    """Return the highest id that the tokenizer has; its vocabulary may have gaps."""
+    """Return the highest id that these may have: the size of the vocabulary less 1 if none is above it.
+
+    Otherwise it is the highest id of the vocabulary, which may have gaps.
+    """
     size = backend.get_vocab_size()
     return size - 1 if not _outside(ids, size - 1) else max(backend.get_vocab().values(), default=-1)
 

@@ -99,7 +99,7 @@ class Draw:
         return pool if self.unseen else pool[: len(pool) * 3 // 4]
 
     def words(self, pool: tuple[str, ...], count: int) -> list[str]:
-        """Return different words of the pool."""
+        """Return `count` different words that may be drawn from the pool."""
         return self.random.sample(self.allowed(pool), count)
 
     def word(self, pool: tuple[str, ...]) -> str:
@@ -118,7 +118,10 @@ class Draw:
 
 
 def comparison(draw: Draw, same: bool) -> tuple[str, str]:
-    """Return a pair about a comparison: swapped names or the inverse word flip its meaning, both together keep it."""
+    """Return a pair about a comparison, a duplicate if `same`.
+
+    Swapped names or the inverse word flip its meaning, both together keep it.
+    """
     a, b = draw.words(PEOPLE, 2)
     word, inverse = draw.two(draw.random.choice(COMPARISONS))
     first, second = draw.two(COMPARING)
@@ -128,7 +131,10 @@ def comparison(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def bond(draw: Draw, same: bool) -> tuple[str, str]:
-    """Return a pair about a symmetric relation: swapped names keep its meaning, another relation changes it."""
+    """Return a pair about a symmetric relation, a duplicate if `same`.
+
+    Swapped names keep its meaning, another relation changes it.
+    """
     a, b = draw.words(PEOPLE, 2)
     one, other = draw.wordings(draw.random.choice(BONDS), same)
     first, second = draw.two(BONDING)
@@ -137,7 +143,7 @@ def bond(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def route(draw: Draw, same: bool) -> tuple[str, str]:
-    """Return a pair about a journey: swapped cities change its meaning."""
+    """Return a pair about a journey, a duplicate if `same`; swapped cities change its meaning."""
     a, b = draw.words(CITIES, 2)
     vehicle = draw.random.choice(VEHICLES)
     first, second = draw.two(TRAVELLING)
@@ -146,7 +152,10 @@ def route(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def permission(draw: Draw, same: bool) -> tuple[str, str]:
-    """Return a pair about a rule: the opposite verb or a negation flips its meaning, both together keep it."""
+    """Return a pair about a rule, a duplicate if `same`.
+
+    The opposite verb or a negation flips its meaning, both together keep it.
+    """
     words = {"places": draw.random.choice(PLACES), "city": draw.word(CITIES), "guests": draw.word(GUESTS)}
     first, second = draw.two(ASKING)
     verb, opposite = draw.two(("allow", "forbid"))
@@ -160,14 +169,17 @@ def permission(draw: Draw, same: bool) -> tuple[str, str]:
 
 
 def intent(draw: Draw, same: bool) -> tuple[str, str]:
-    """Return a pair about a topic: how to begin, why, for how much, or with whom."""
+    """Return a pair about a topic, a duplicate if `same`: how to begin, why, for how much, or with whom."""
     words = {"topic": draw.word(TOPICS), "city": draw.word(CITIES)}
     first, second = draw.wordings(INTENTS, same)
     return first.format(**words), second.format(**words)
 
 
 def slot_change(draw: Draw, first: str, second: str) -> tuple[str, str]:
-    """Return a duplicate with one word of the second question replaced by another of its pool: a non-duplicate."""
+    """Return a duplicate with one word of the second question replaced by another of its pool: a non-duplicate.
+
+    The new word, everywhere in place of the old one, is not in the second question yet. The first is unchanged.
+    """
     slots = [(word, pool) for pool in (PEOPLE, CITIES, TOPICS, GUESTS) for word in pool if word in second]
     word, pool = draw.random.choice(slots)
     other = draw.random.choice([other for other in draw.allowed(pool) if other not in second])
@@ -180,11 +192,12 @@ FAMILIES: tuple[Callable[[Draw, bool], tuple[str, str]], ...] = (comparison, bon
 def generate(rows: int, seed: int, split: str) -> Examples:
     """Return `rows` generated question pairs, about 40 % of them duplicates; no pair comes twice, in either order.
 
-    The same (rows, seed, split) gives the same pairs. Whatever the seeds, no pair of `train` is in `validation`, a
-    quarter of whose names, cities, topics and guests never occur in train.
+    The same (rows, seed, split) gives the same pairs, and fewer rows a prefix of them. Whatever the seeds, no pair of
+    `train` is in `validation`, a quarter of whose names, cities, topics and guests never occur in train. A split of any
+    other name is made as train is.
 
     Raises:
-        UserError: there are fewer different pairs than rows.
+        UserError: 100 draws per row do not give enough different pairs.
     """
     validation = split == "validation"
     draw = Draw(Random(f"{seed} {split}"), unseen=validation)

@@ -53,12 +53,14 @@ class Calibration:
     def read(cls, selection: Mapping[str, Any], record_key: str = "selection") -> Calibration | None:
         """Return the calibration that a record holds; None for an older run that was not calibrated.
 
+        A temperature without a threshold gets `DEFAULT_THRESHOLD`.
+
         Args:
             selection: the section of the record.
             record_key: the key of that section in the record, for messages.
 
         Raises:
-            UserError: the temperature or the threshold is outside the range of values that `fit` returns.
+            UserError: the temperature or the threshold is no number, or outside the range of values that `fit` returns.
         """
         temperature, threshold = selection.get("temperature"), selection.get("threshold", DEFAULT_THRESHOLD)
         if temperature is None:
@@ -100,7 +102,7 @@ def fit_temperature(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> f
 def fit_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """Return the threshold with the highest MCC: halfway between two neighbouring scores; of equals the nearest to 0.5.
 
-    It is 0.5 if no other threshold is better, for example where all labels are equal.
+    It is 0.5 if no other threshold is better, for example where all labels or all scores are equal.
 
     Args:
         scores: (N,) P(label 1).
@@ -126,7 +128,7 @@ def fit_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> flo
 
 
 def apply_temperature(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Return (N,) P(label 1) at the temperature: the logits of (N,) scores divided by it."""
+    """Return (N,) P(label 1) at the temperature: the logits of (N,) scores divided by it, and the sigmoid of that."""
     return _sigmoid(_logits(scores) / temperature)
 
 
@@ -142,7 +144,10 @@ def score_calibrated(
 
     Returns:
         `calibrated/nll`, `calibrated/ece` and `calibrated/brier` at the temperature; `calibrated/accuracy`,
-        `calibrated/f1` and `calibrated/mcc` at the threshold.
+        `calibrated/f1` and `calibrated/mcc` of the uncalibrated scores at the threshold.
+
+    Raises:
+        DivergedError: a score is not a finite number.
     """
     values = score(apply_temperature(scores, calibration.temperature), labels, {})
     counts = confusion_counts(labels, scores >= calibration.threshold)
@@ -152,7 +157,7 @@ def score_calibrated(
 
 
 def _logits(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return log(p / (1 - p)); a score of exactly 0 or 1 stays finite."""
+    """Return log(p / (1 - p)); scores are clipped to [1e-15, 1 - 1e-15], so that 0 and 1 stay finite."""
     p = np.clip(scores, SMALLEST, 1 - SMALLEST)
     return np.log(p) - np.log1p(-p)
 

@@ -27,7 +27,12 @@ def confusion_counts(labels: ArrayLike, predicted: ArrayLike) -> Floats:
 
 
 def compute_metric(counts: ArrayLike, measure: str = "mcc") -> Floats:
-    """Return accuracy, F1 or MCC for confusion counts (..., 4), one value per row of counts (...); 0 / 0 gives 0."""
+    """Return accuracy, F1 or MCC for confusion counts (..., 4), one value per row of counts (...); 0 / 0 gives 0.
+
+    Args:
+        counts: as `confusion_counts` returns them.
+        measure: accuracy or f1; MCC for any other name.
+    """
     tp, fp, fn, tn = np.moveaxis(np.asarray(counts, float), -1, 0)
     if measure == "accuracy":
         return _ratio(tp + tn, tp + fp + fn + tn)
@@ -44,7 +49,7 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
 
     Args:
         counts: (..., 4) as `confusion_counts` returns them.
-        measure: accuracy, f1 or mcc.
+        measure: accuracy or f1; MCC for any other name.
 
     Returns:
         (..., 4) for tp, fp, fn, tn; 0 where the metric is 0 / 0.
@@ -63,6 +68,13 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
     root = np.sqrt(predicted_1 * predicted_0 * labelled_1 * labelled_0)
 
     def gradient(product: Floats, predicted: Floats, labelled: Floats) -> Floats:
+        """Return N times the derivative (...) of the MCC by the count of one cell.
+
+        Args:
+            product: the derivative of tp · tn - fp · fn by that count.
+            predicted: examples predicted as in the cell.
+            labelled: examples labelled as in the cell.
+        """
         slope: Floats = n * (_ratio(product, root) - mcc / 2 * (_ratio(1.0, predicted) + _ratio(1.0, labelled)))
         return slope
 

@@ -51,8 +51,8 @@ def score(
 
     Returns:
         accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier and the extra ones. Label 1 is predicted from a
-        score
-        of `DEFAULT_THRESHOLD` on. If only one label occurs, auroc is None, and so is an extra metric without a value.
+        score of `DEFAULT_THRESHOLD` on. If only one label occurs, auroc is None, and so is an extra metric without a
+        value.
 
     Raises:
         DivergedError: a score is not a finite number.
@@ -76,7 +76,10 @@ def score(
 
 
 def mean_metrics(metric_sets: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the mean of each metric over several tasks, splits or members; None if it is None in one of them."""
+    """Return the mean of each metric over several tasks, splits or members; None if it is None in one of them.
+
+    All sets have the metrics of the first; others are left out. At least one set is given.
+    """
     means: dict[str, float | None] = {}
     for name in metric_sets[0]:
         values = [metrics[name] for metrics in metric_sets]
@@ -96,7 +99,14 @@ def require_finite(scores: NDArray[np.float64]) -> None:
 
 
 def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Return the ECE: over equal-width bins of the confidence in the predicted label (Guo et al. 2017, eq. 3)."""
+    """Return the ECE: over equal-width bins of the confidence in the predicted label (Guo et al. 2017, eq. 3).
+
+    The CALIBRATION_BINS bins divide [0, 1], so that confidences, at least 0.5, fall into the upper half of them.
+
+    Args:
+        scores: (N,) P(label 1).
+        labels: (N,) 0 or 1.
+    """
     confidence = np.maximum(scores, 1 - scores)
     correct = (scores >= DEFAULT_THRESHOLD) == (labels == 1)
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
@@ -108,7 +118,7 @@ def check_metrics(extra: Mapping[str, Metric]) -> None:
     """Refuse extra metrics that torchmetrics does not have, or that are not a single number, before training begins.
 
     Raises:
-        UserError: a metric is not a binary metric of torchmetrics.classification, or needs arguments.
+        UserError: a metric is not a binary metric of torchmetrics.classification, or needs arguments; its key is named.
     """
     if not extra:
         return
@@ -142,7 +152,11 @@ def check_metrics(extra: Mapping[str, Metric]) -> None:
 
 
 def _compute(class_name: str, scores: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """Return the value of a class of torchmetrics.classification; None if it is not a finite number."""
+    """Return the value of a class of torchmetrics.classification; None if it is not a finite number.
+
+    Its threshold, if it has one, is set so that a score of exactly `DEFAULT_THRESHOLD` counts as label 1. Its warnings
+    are discarded.
+    """
     import torchmetrics  # takes more than a second: training begins without it
 
     metric: torchmetrics.Metric = getattr(torchmetrics.classification, class_name)()

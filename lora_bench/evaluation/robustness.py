@@ -53,7 +53,8 @@ def robustness(scores: NDArray[np.float64], labels: NDArray[np.int64], trials: S
         trials: grouped by transform.
 
     Returns:
-        The values by `<transform>/<name>` and `perturbed/<name>`; None where no row was changed.
+        The values by `<transform>/<name>` and `perturbed/<name>`; None where no row was changed, and for ratios with a
+        denominator that is not above 0. No `perturbed/…` without a transform that keeps labels. Empty without trials.
 
     Raises:
         DivergedError: a score is not a finite number.
@@ -86,7 +87,7 @@ def robustness(scores: NDArray[np.float64], labels: NDArray[np.int64], trials: S
 
 
 def _attacked_rows(trials: Sequence[Trial], correct: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return two (N,) masks: correctly predicted rows that a trial changes, and those that a trial makes wrong."""
+    """Return two (N,) masks: correctly predicted rows that a trial changes, and those of them that it makes wrong."""
     changed_rows, misled = np.zeros(len(correct), bool), np.zeros(len(correct), bool)
     for trial in trials:
         changed_rows[trial.rows] = True
@@ -97,7 +98,16 @@ def _attacked_rows(trials: Sequence[Trial], correct: NDArray[np.bool_]) -> tuple
 def _label_keeping_metrics(
     trials: Sequence[Trial], scores: NDArray[np.float64], labels: NDArray[np.int64], clean: Values
 ) -> Values:
-    """Return the metrics of a transform that keeps labels: those of the whole split, and the flip rate."""
+    """Return the metrics of a transform that keeps labels: those of the whole split, and the flip rate.
+
+    The flip rate is the mean over the trials that change rows; None if none does.
+
+    Args:
+        trials: of the transform, at least one.
+        scores: (N,) P(label 1) of the unperturbed split.
+        labels: (N,) 0 or 1.
+        clean: the metrics of the unperturbed split.
+    """
     metrics_by_trial, flips = [], []
     for trial in trials:
         perturbed = scores.copy()
@@ -115,7 +125,14 @@ def _label_keeping_metrics(
 
 
 def _label_changing_metrics(trials: Sequence[Trial], correct: NDArray[np.bool_]) -> Values:
-    """Return the metrics of a transform that changes labels: accuracy on the rows that it changes, before and after."""
+    """Return the metrics of a transform that changes labels: accuracy on the rows that it changes, before and after.
+
+    Trials without changed rows are left out; all values are None if no trial has any.
+
+    Args:
+        trials: of the transform.
+        correct: (N,) True where the unperturbed row is predicted correctly.
+    """
     trials = [trial for trial in trials if len(trial.rows)]
     if not trials:
         return dict.fromkeys(("accuracy", "accuracy_worst", "accuracy_drop"))
@@ -126,7 +143,10 @@ def _label_changing_metrics(trials: Sequence[Trial], correct: NDArray[np.bool_])
 
 
 def _mean_over_transforms(by_transform: Sequence[Values], clean: Values) -> Values:
-    """Return the means over the transforms that keep labels; all have equal weight."""
+    """Return the means over the transforms that keep labels, with equal weights; `…_worst` is the lowest of all.
+
+    Transforms that change no row are left out of the flip rate, which is None if none changes any.
+    """
     values: Values = {}
     for name in ("changed", *MAIN_METRICS):
         values[name] = float(np.mean([_require_value(metrics[name]) for metrics in by_transform]))
@@ -139,7 +159,7 @@ def _mean_over_transforms(by_transform: Sequence[Values], clean: Values) -> Valu
 
 
 def _drops(values: Values, clean: Values) -> Values:
-    """Return the relative loss of each main metric: (clean - perturbed) / clean."""
+    """Return the relative loss of each main metric: (clean - perturbed) / clean; None where `clean` is not above 0."""
     before = {name: _require_value(clean[name]) for name in MAIN_METRICS}
     return {f"{name}_drop": _ratio(before[name] - _require_value(values[name]), before[name]) for name in MAIN_METRICS}
 

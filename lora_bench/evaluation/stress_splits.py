@@ -45,7 +45,7 @@ def score_stress_splits(
     metrics: Mapping[str, Metric],
     log: Callable[[str], None],
 ) -> dict[str, float | None]:
-    """Return the metrics of a reported split on the stress splits that the settings ask for.
+    """Return the metrics of a reported split on the stress splits that the settings request; empty if there are none.
 
     Args:
         data: the settings.
@@ -53,11 +53,15 @@ def score_stress_splits(
         scores: (N,) P(label 1) of them.
         score_examples: returns P(label 1) of other examples.
         seen: the examples of training and selection, used if `data.unseen` is true.
-        metrics: extra metrics.
+        metrics: extra metrics, reported for the unseen rows only.
         log: receives a line per transform, since perturbing may take minutes.
 
     Returns:
-        `unseen/<metric>`, and the metrics that `robustness` returns.
+        `unseen/<metric>`, absent if no row is unseen, and the metrics that `robustness` returns.
+
+    Raises:
+        UserError: as `resolve_transforms`.
+        DivergedError: a score is not a finite number.
     """
     assert split.labels is not None
     values: dict[str, float | None] = {}
@@ -72,7 +76,10 @@ def score_stress_splits(
 
 
 def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Sequence[Examples]) -> dict[str, object]:
-    """Return the section of a record about stress splits: `unseen` rows by split, and the `perturb` settings."""
+    """Return the section of a record about stress splits: `unseen` rows by split, and the `perturb` settings.
+
+    Each of the two keys is absent if the settings do not request it.
+    """
     description: dict[str, object] = {}
     if data.unseen:
         description["unseen"] = {name: int(sources.unseen_rows(split, *seen).sum()) for name, split in splits.items()}
@@ -88,7 +95,10 @@ def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Seq
 def _trials(
     data: Data, split: Examples, transforms: Sequence[Transform], score_examples: Scorer, log: Callable[[str], None]
 ) -> Iterator[Trial]:
-    """Yield a trial for each transform and each of the seeds 0, 1, …; one trial if the transform is not random."""
+    """Yield a trial for each transform and each of the seeds 0, 1, …; one trial if the transform is not random.
+
+    A line with the rows that the first seed changes is logged before a transform's rows are scored.
+    """
     for transform in transforms:
         seeds = range(data.perturb_seeds if transform.is_random else 1)
         perturbed_by_seed = [perturb(split, transform, seed=seed, intensity=data.intensity) for seed in seeds]
@@ -99,7 +109,12 @@ def _trials(
 
 
 def _scores(perturbed_by_seed: Sequence[PerturbedRows], score_examples: Scorer) -> list[NDArray[np.float64]]:
-    """Return (M,) scores for each seed's perturbed rows. Texts that several seeds produce are scored once."""
+    """Return (M,) scores for each seed's perturbed rows. Texts that several seeds produce are scored once.
+
+    Args:
+        perturbed_by_seed: M rows for each seed, M may differ and be 0.
+        score_examples: called once with all different rows, without labels; not called if there are none.
+    """
     texts = [list(zip(*perturbed.examples.texts, strict=True)) for perturbed in perturbed_by_seed]
     distinct_texts = list(dict.fromkeys(row for rows in texts for row in rows))
     if not distinct_texts:

@@ -43,7 +43,11 @@ class PairFeatures(nn.Module):
 
     @torch.no_grad()
     def initialise(self, features: Tensor, labels: Tensor) -> None:
-        """Initialise as the logistic regression of labels (N,) on the cosines that features (N, 2 D) hold."""
+        """Initialise as the logistic regression of labels (N,) on the cosines that features (N, 2 D) hold.
+
+        It sets equal weights of the D products, and the bias. The weights of the differences stay as they are, 0 at
+        first.
+        """
         D = len(self.weight) // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
         slope, intercept = fit_logistic_regression(cosines, labels)
@@ -52,19 +56,26 @@ class PairFeatures(nn.Module):
 
 
 def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and the two texts' token masks, (N, T) each."""
+    """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and the two texts' token masks, (N, T) each.
+
+    The D products come first, then the D differences. A text without tokens has the mean 0.
+    """
     u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
     D = hidden.shape[-1]
     return torch.cat([D * u * v, D**0.5 * (u - v).abs()], -1)
 
 
 def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean (N, D) of hidden states (N, T, D) over the tokens of a mask (N, T); 0 for rows without tokens."""
     mask = tokens[..., None].to(hidden.dtype)  # (N, T, 1)
     return (hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0)
 
 
 def fit_logistic_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return slope and intercept of the logistic regression of labels (N,) on x (N,), by Newton's method."""
+    """Return slope and intercept of the logistic regression of labels (N,) on x (N,), by 30 steps of Newton's method.
+
+    A ridge penalty keeps both finite, also if one label is absent or x separates the labels.
+    """
     X = torch.stack([x, torch.ones_like(x)], 1)  # (N, 2)
     y = labels.to(X.dtype)
     beta = X.new_zeros(2)

@@ -32,14 +32,15 @@ OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
 def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's config with today's defaults for the keys of `lora-bench train` that it lacks.
 
-    The defaults of a group are those of the option that the record names. Recorded values are unchanged, null included;
-    removed keys whose values changed nothing are left out. The config of a prompted run is returned unchanged, and the
-    seed is never filled in.
+    The defaults of a group are those of the option that the record names, or else of a built-in option of the same
+    method, family or source; a group without such an option, or of another type than it, gets none. Recorded values are
+    unchanged, null included; removed keys whose values changed nothing are left out. The config of a prompted run is
+    returned unchanged, and the seed is never filled in.
     """
     if is_prompted(record):
         return dict(record["config"])
     config, top, default_options = _without_neutral_settings(record["config"]), *_top_level_defaults()
-    options = {group: _option(group, record, option) for group, option in default_options.items()}
+    options = {group: _find_option(group, record, option) for group, option in default_options.items()}
     defaults_by_group = _group_defaults(tuple((group, option) for group, option in options.items() if option))
     for group, defaults in defaults_by_group.items():
         recorded, type_key = config.get(group, {}), TYPE_KEYS.get(group)
@@ -57,7 +58,10 @@ def _without_neutral_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_removed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a finished run without removed training settings, on which its predictions do not depend."""
+    """Return the config of a finished run without removed training settings, on which its predictions do not depend.
+
+    Removed keys are left out, and a removed choice is replaced as `REMOVED_CHOICES` says.
+    """
     kept = _without(config, REMOVED_KEYS.keys())
     for key, value in removed_settings(kept).items():  # only choices of keys that still exist
         group, _, name = key.partition(".")
@@ -114,7 +118,9 @@ def model_paths(node: Mapping[str, Any]) -> ModelPaths:
 
 
 def relocate(config: dict[str, Any], path: str | None, tokenizer: str | None) -> dict[str, Any]:
-    """Return a recorded config with new paths of its backbone and tokenizer; existing paths are made absolute.
+    """Return a recorded config with new paths of its backbone and tokenizer; new paths that exist are made absolute.
+
+    A config whose `model` is no group is returned unchanged.
 
     Args:
         config: as `fill_defaults` returns it.
@@ -122,7 +128,7 @@ def relocate(config: dict[str, Any], path: str | None, tokenizer: str | None) ->
         tokenizer: a path or hub id; None keeps the recorded one.
 
     Raises:
-        UserError: a recorded folder does not exist any more, and no new one is given.
+        UserError: a recorded folder, an absolute path, does not exist any more, and no new one is given.
     """
     if not isinstance(config.get("model"), dict):
         return config
@@ -147,8 +153,8 @@ def relocate(config: dict[str, Any], path: str | None, tokenizer: str | None) ->
 def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return each key whose value differs between an earlier copy of a record's config and the record.
 
-    A key that one of them lacks has its default there. Paths of files are not compared: the content of the files is
-    checked by its hash.
+    A key that one of them lacks has its default there. `path` and `init_from` of any group are not compared: the
+    content of the files is checked by its hash.
 
     Args:
         record: as it is read now.
@@ -166,7 +172,7 @@ def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tu
 def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
     """Refuse a run whose record disagrees with the copy of its config, `.hydra/config.yaml`.
 
-    Only keys of both are compared. A copy that is absent or damaged is ignored.
+    Only keys of both are compared, paths excluded. A copy that is absent or damaged is ignored.
 
     Args:
         folder: of the run.
@@ -175,7 +181,10 @@ def refuse_edited(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UserError: the values of a key differ; it is named with both values.
     """
-    before, now = dict(flatten(with_present_names(_copy(folder / CONFIG_FILE)))), dict(flatten(record["config"]))
+    before, now = (
+        dict(flatten(with_present_names(_read_config_copy(folder / CONFIG_FILE)))),
+        dict(flatten(record["config"])),
+    )
     for difference in _differing([key for key in before if key in now], before, now):
         raise edited(folder, *difference)
 
@@ -196,8 +205,11 @@ def _differing(keys: Iterable[str], before: Mapping[str, Any], now: Mapping[str,
 _COPY_BYTES = 100_000  # a larger copy is ignored
 
 
-def _copy(path: Path) -> dict[str, Any]:
-    """Return the copy of a config beside its record; empty if it is absent, damaged or not written by lora-bench."""
+def _read_config_copy(path: Path) -> dict[str, Any]:
+    """Return the copy of a config beside its record; empty if it cannot be used.
+
+    It cannot if it is absent, damaged, larger than 100,000 bytes, not in ASCII, nested too deeply, or has YAML aliases.
+    """
     import yaml
 
     from lora_bench.config.overrides import MAX_DEPTH, yaml_nesting
@@ -218,7 +230,8 @@ def load_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's config with defaults for newer keys (`fill_defaults`), after a check: a record is untrusted.
 
     Raises:
-        UserError: it is damaged, or holds a value that only the command line may give (`overrides.check_config`).
+        UserError: it is damaged, lacks a group, or holds a value that only the command line may give
+            (`overrides.check_config`). No file is named.
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -249,7 +262,8 @@ def restore_config(folder: Path, record: Mapping[str, Any], paths: ModelPaths) -
         paths: of its backbone and tokenizer.
 
     Raises:
-        UserError: as `load_config` and `relocate`; the run has settings that were removed.
+        UserError: as `load_config` (here the record is named) and `relocate`; or the run has settings that were
+            removed.
     """
     from omegaconf import OmegaConf
 
@@ -265,7 +279,8 @@ def restore_config(folder: Path, record: Mapping[str, Any], paths: ModelPaths) -
 def align_configs(runs: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
     """Return runs (folder, record) whose configs can be compared.
 
-    If runs of the same choices have different keys, defaults are filled in for all runs; otherwise nothing changes.
+    If runs of the same choices have different keys, defaults are filled in for all runs; otherwise configs do not
+    change. Removed groups are always left out of the choices.
     """
     runs = [(folder, record | {"choices": _without_removed_groups(record["choices"])}) for folder, record in runs]
     keys_by_choices: dict[str, set[str]] = {}
@@ -282,8 +297,16 @@ def _without_removed_groups(choices_by_group: Mapping[str, Any]) -> dict[str, An
     return {group: choice for group, choice in choices_by_group.items() if group not in REMOVED_GROUPS}
 
 
-def _option(group: str, record: Mapping[str, Any], default: str) -> str | None:
-    """Return the built-in option with the keys of a record's group: the one it names, else one of the same type."""
+def _find_option(group: str, record: Mapping[str, Any], default: str) -> str | None:
+    """Return the built-in option with the keys of a record's group: the one it names, else one of the same type.
+
+    It is None if there is no such option.
+
+    Args:
+        group: the config group.
+        record: of the run.
+        default: the group's default option, returned for a group without types that the record does not name.
+    """
     option = record["choices"].get(group)
     if option is None and group not in TYPE_KEYS:
         return default
@@ -295,7 +318,10 @@ def _option(group: str, record: Mapping[str, Any], default: str) -> str | None:
 
 @cache
 def _top_level_defaults() -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the top-level keys with their defaults, without the seed, and the default option of each group."""
+    """Return the top-level keys with their defaults, without the seed, and the default option of each group.
+
+    The result is cached, so it must not be changed.
+    """
     import yaml
 
     top = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
@@ -308,7 +334,10 @@ def _top_level_defaults() -> tuple[dict[str, Any], dict[str, str]]:
 
 @cache
 def _group_defaults(options: tuple[tuple[str, str], ...]) -> dict[str, dict[str, Any]]:
-    """Return the keys of these (group, option) pairs with their defaults, by group."""
+    """Return the keys of these (group, option) pairs with their defaults, by group; interpolations are not resolved.
+
+    The result is cached, so it must not be changed.
+    """
     from omegaconf import OmegaConf
 
     from lora_bench.config.compose import compose

@@ -31,7 +31,10 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Return platform, CPU, versions of Python and packages, and the commit of lora-bench (None outside of git)."""
+    """Return platform, CPU, versions of Python and packages, and commit and `dirty` flag of lora-bench's checkout.
+
+    Commit and flag are None outside of git.
+    """
     commit, dirty = _commit()
     return {
         "commit": commit,
@@ -55,7 +58,10 @@ def versions() -> dict[str, str | None]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Return commit and dirty flag of the checkout that this package belongs to; None if git does not track it."""
+    """Return commit and dirty flag of the checkout that this package belongs to; both None if git does not track it.
+
+    Untracked files do not make a checkout dirty.
+    """
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
     tracked = _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
@@ -65,7 +71,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return the output of a git command in a folder; None if it fails."""
+    """Return the stripped output of a git command in a folder; None if it fails or takes 10 seconds, or without git."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -74,7 +80,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _cpu() -> str | None:
-    """Return the model name of the CPU."""
+    """Return the model name of the CPU, on Linux from /proc/cpuinfo, else as Python names it; None if it is unknown."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -87,7 +93,10 @@ COMPARED = ("commit", "versions", "device", "precision", "threads", "processes",
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the differences between two recorded environments as text: `torch 2.9.0 (before: 2.8.0)`."""
+    """Return the differences between two recorded environments as text: `torch 2.9.0 (before: 2.8.0)`.
+
+    Only the keys of `COMPARED` are compared, versions package by package; a missing value is None.
+    """
     differences = []
     for key in COMPARED:
         old, new = before.get(key), now.get(key)
@@ -101,6 +110,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def history(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
     """Return the environments of a resumed run's earlier steps, the oldest first; empty while it has not changed.
+
+    Entries that begin after `step` are dropped, and later ends become `step`. Damaged entries are dropped.
 
     Args:
         before: the recorded environment, with its `history`.

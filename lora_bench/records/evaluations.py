@@ -33,12 +33,15 @@ class Evaluation:
 
 
 def read_evaluations(folder: Path) -> dict[str, Evaluation]:
-    """Return the evaluations in a run's folder, by name; damaged files are skipped."""
+    """Return the evaluations in a run's folder, by name; damaged files are skipped, and a missing folder has none."""
     return _evaluations(folder)[0]
 
 
 def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
-    """Return the evaluations in a run's folder, by name, and a line for each damaged file."""
+    """Return the evaluations in a run's folder, by name, and a line for each damaged file.
+
+    Metrics that are no numbers are left out.
+    """
     by_name, unreadable = {}, []
     for path in sorted((folder / EVALUATIONS).glob("*.json")):
         try:
@@ -54,10 +57,11 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
 
 
 def add_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with the metrics of the run's later evaluations, and with the key `UNREADABLE`.
+    """Return a copy of a record with the metrics of the run's later evaluations, and with the key `UNREADABLE`.
 
-    A metric on the run's own data is added as `split/metric`, unless the run reports it already. A metric on other data
-    is added as `<evaluation>:split/metric`.
+    A metric on the run's own data, of the same split and fingerprint, is added as `split/metric`, unless the run
+    reports it already. A metric on other data is added as `<evaluation>:split/metric`. `UNREADABLE` also has a line for
+    the run's log if that cannot be read.
     """
     metrics: dict[str, Any] = dict(record["metrics"])
     run_fingerprints = _fingerprints(record)
@@ -76,7 +80,11 @@ def add_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def unreadable_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a note for each unreadable file of these runs; beyond `MAX_NOTES` files, a count of the rest."""
+    """Return a note for each unreadable file of these runs; beyond `MAX_NOTES` files, a count of the rest.
+
+    Args:
+        records: from `add_evaluations`.
+    """
     lines = [line for record in records for line in record[UNREADABLE]]
     rest = [f"{len(lines) - MAX_NOTES} more files cannot be read"] if len(lines) > MAX_NOTES else []
     return [f"left out: {line}" for line in lines[:MAX_NOTES]] + rest

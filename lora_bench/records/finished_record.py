@@ -53,7 +53,11 @@ class FinishedRecord:
     def check_weights(self, adapter: Path) -> None:
         """Refuse an adapter's folder whose weight files were changed after the run wrote them.
 
-        Files that the record has no SHA-256 of, as in older records, are accepted.
+        Files that the record has no SHA-256 of, as in older records, are accepted. A missing file or folder is not
+        noticed here.
+
+        Args:
+            adapter: the folder; its own files `*.safetensors` are checked, not those of folders in it.
 
         Raises:
             UserError: the SHA-256 of a file differs from the record, or the file cannot be read.
@@ -87,8 +91,8 @@ class FinishedRecord:
             key: the command-line option that names the folder, for messages.
 
         Raises:
-            UserError: there is no record or it is damaged, or the run is not done, has several tasks, or is a run of
-                `lora-bench prompt`.
+            UserError: there is no record or it is damaged, its config was edited, or the run is not done, has several
+                tasks, or is a run of `lora-bench prompt`.
         """
         path = Path(str(folder))
         record = run_folder.read(path)
@@ -133,7 +137,7 @@ class FinishedRecord:
         columns = config["data"].get("text_columns")
         is_valid = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
         _require(is_valid, "config.data.text_columns", "does not name one or two columns")
-        members = _members(path, config["ensemble"].get("members"), bool(recorded.get("tasks")))
+        members = _count_members(path, config["ensemble"].get("members"), bool(recorded.get("tasks")))
         _check_targets(record["targets"], members)
         environment = record["environment"]
         precision, sha256 = environment.get("precision"), environment.get("backbone_sha256")
@@ -145,7 +149,7 @@ class FinishedRecord:
 
 
 def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits; a `UserError` if it cannot be read or is no regular file."""
     try:
         with untrusted.open_file(path, max_bytes=2**63) as file:
             return file_digest(file, "sha256").hexdigest()
@@ -172,8 +176,15 @@ def _texts(node: Any, name: str) -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{name}.{i}")
 
 
-def _members(path: Path, members: Any, tasks: bool) -> int:
-    """Return the number of adapters in the folder, after a check that an ensemble has one for each member."""
+def _count_members(path: Path, members: Any, tasks: bool) -> int:
+    """Return the number of adapters in the folder, after a check that an ensemble has a folder for each member.
+
+    It is 1 for the folder of a run of several tasks, and for a config without the key. A single adapter's folder is not
+    checked.
+
+    Raises:
+        UserError: the number is invalid, or a member's folder is missing.
+    """
     if members is None or tasks:
         return 1
     _require(type(members) is int and members >= 1, "config.ensemble.members", "is not a number of members")
@@ -196,7 +207,11 @@ def _check_targets(targets: dict[str, Any], members: int) -> None:
 
 
 def _calibrations(selection: dict[str, Any], members: int) -> tuple[Calibration | None, list[Calibration]]:
-    """Return the calibration of a run, and those of its ensemble's members (empty unless all have one)."""
+    """Return the calibration of a run, and those of its ensemble's members (empty unless all have one).
+
+    Raises:
+        UserError: a number is out of range, or there are entries for another number of members.
+    """
     calibration = Calibration.read(selection)
     entries = selection.get("members", [])
     is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)

@@ -45,7 +45,7 @@ class Identity:
         """Refuse to write if the path does not lead to this folder any more.
 
         Raises:
-            LostFolderError: the folder was deleted or moved, or another folder has its path.
+            LostFolderError: the folder was deleted or moved, another folder has its path, or its lock file was removed.
         """
         try:
             if Identity.of(self.folder) == self:
@@ -78,7 +78,9 @@ class Claim:
 
 
 def acquire(folder: Path) -> Claim | None:
-    """Claim a folder; None if another process holds its lock after `TIMEOUT_SECONDS`.
+    """Claim a folder; None if a process, this one included, still holds its lock after `TIMEOUT_SECONDS`.
+
+    A missing folder or lock file is created.
 
     Raises:
         OSError: the folder cannot be written.
@@ -96,7 +98,10 @@ def acquire(folder: Path) -> Claim | None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a living process holds the lock of a folder; True also if that cannot be determined."""
+    """Return whether a living process holds the lock of a folder; True also if that cannot be determined.
+
+    It is False without a lock file. Otherwise the lock is acquired for a moment.
+    """
     if not (folder / LOCK_FILE).exists():
         return False
     try:

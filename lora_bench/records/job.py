@@ -54,17 +54,19 @@ class Job:
     ) -> Job:
         """Return the job of a composed config, and reopen the run that its key `resume` names.
 
-        Paths in the config are made absolute, so that the record can be used from any folder.
+        Paths in the config are made absolute, so that the record can be used from any folder. A resumed job has the
+        config, choices and overrides of its record.
 
         Args:
-            cfg: the config without its `hydra` node.
+            cfg: the config without its `hydra` node; it is changed in place.
             hydra: that node.
-            folder: for a new run; a resumed run has its own.
+            folder: for a new run, not created yet; a resumed run has its own.
             title: its name within a sweep.
             sweep: the folder of its sweep.
 
         Raises:
-            UserError: the run to resume does not exist, is in use by another process, or started with another config.
+            UserError: the run to resume does not exist, is in use by another process, or started with another config;
+                its claim is given up. Or the record of a new run would hide a value that loading needs.
         """
         choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)}
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # as typed
@@ -109,7 +111,7 @@ class Job:
             config: the copy of its config in a checkpoint; None in a checkpoint of an older version, which passes.
 
         Raises:
-            UserError: a value differs between the two.
+            UserError: a value differs between the two, with defaults for keys that one lacks; paths are not compared.
         """
         if self.resumed is None or config is None:
             return
@@ -122,7 +124,11 @@ class Job:
         return OmegaConf.to_container(self.cfg, resolve=False)
 
     def fail(self, error: Exception) -> None:
-        """Leave a failed record of a job that could not start, unless its folder holds a run or is lost."""
+        """Leave a failed record of a job that could not start, unless its folder holds a run or is lost.
+
+        Raises:
+            UserError: the folder cannot be claimed.
+        """
         if not isinstance(error, LostFolderError) and not holds_run(self.folder):
             config = self.config_as_written
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
@@ -133,7 +139,8 @@ def follower_folder(cfg: DictConfig, folder: Path) -> Iterator[Path]:
     """Yield a temporary run folder for a follower: a process that `torchrun` started and that is not the leader.
 
     Only the leader writes the run's own folder. A run to resume is copied into the temporary one, and `cfg.resume` is
-    set to the copy, so that all processes start at the same step.
+    set to the copy, so that all processes start at the same step. For a new run the yielded path does not exist yet.
+    The temporary folder is removed at the end.
 
     Args:
         cfg: the composed config.
@@ -153,8 +160,10 @@ def follower_folder(cfg: DictConfig, folder: Path) -> Iterator[Path]:
 def is_done(cfg: DictConfig) -> bool:
     """Return whether the run to resume is done already; then checkpoints that a kill left behind are removed.
 
+    It is False for a new run.
+
     Raises:
-        UserError: the run to resume does not exist, or is a run of `lora-bench prompt`.
+        UserError: the run to resume does not exist, its record is damaged, or it is a run of `lora-bench prompt`.
     """
     if not cfg.resume:
         return False

@@ -34,6 +34,8 @@ def read_lines(log: Path) -> Iterator[dict[str, Any]]:
 def lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
     """Return the evaluations of the selection split, of single tasks included, up to update number `step`.
 
+    Lines of other splits, and lines without a step, are left out.
+
     Raises:
         OSError: as `read_lines`.
     """
@@ -46,7 +48,10 @@ def lines_up_to(log: Path, step: int) -> list[dict[str, Any]]:
 
 
 def last_line(log: Path) -> dict[str, Any] | None:
-    """Return the newest line of a log, without reading the whole of it; None where there is none."""
+    """Return the newest whole line of a log, without reading all of it; None if there is none, or it cannot be read.
+
+    Numbers that are not finite become None.
+    """
     try:
         with untrusted.open_file(log, max_bytes=2**63) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -64,7 +69,8 @@ def last_line(log: Path) -> dict[str, Any] | None:
 def selection_curve(log: Path, metric: str) -> list[tuple[float, float]]:
     """Return (step, value) of a metric at each evaluation of the selection split, in the order of the steps.
 
-    Evaluations without a number for the metric are skipped. A log that cannot be read gives an empty list.
+    Evaluations without a number for the metric are skipped; of several at one step the last counts. A log that cannot
+    be read gives an empty list.
     """
     points: dict[float, float] = {}
     with suppress(OSError, ValueError):

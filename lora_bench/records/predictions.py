@@ -80,7 +80,7 @@ def encode(ids: Column, labels: Column, scores: Column) -> bytes:
     """Return the bytes of a Parquet file of a split's predictions, with a checksum of each page.
 
     Args:
-        ids: (N,) rows in the source.
+        ids: (N,) rows in the source; a list or tuple if `labels` is None.
         labels: (N,); None, or an entry of it, where a label is unknown.
         scores: (N,) P(label 1).
     """
@@ -94,10 +94,10 @@ def encode(ids: Column, labels: Column, scores: Column) -> bytes:
 
 
 def read(folder: Path, split: str) -> Predictions:
-    """Return the predictions of the run in `folder` on a split.
+    """Return the predictions of the run in `folder` on a split; rows without a label or a score are left out.
 
     Raises:
-        UserError: the file is missing, cannot be read, or its content is invalid.
+        UserError: the file is missing, cannot be read, its content is invalid, or no row has a label and a score.
     """
     path = folder / PREDICTIONS / f"{split}.parquet"
     try:
@@ -125,7 +125,13 @@ def read_if_usable(folder: Path, split: str) -> Predictions | None:
 
 
 def _read(file: IO[bytes]) -> Predictions:
-    """Return the predictions in an open file; raises `ValueError` if they are invalid."""
+    """Return the predictions in an open file.
+
+    Raises:
+        ValueError: a column is missing or of another type, a label, score or id is invalid, or no row remains.
+        OSError: a page is damaged.
+        ArrowException: it is no Parquet file.
+    """
     source = pq.ParquetFile(file, page_checksum_verification=True)
     rows = source.metadata.num_rows
     _require(0 < rows <= MAX_ROWS, f"it declares {rows:,} rows; 1 to {MAX_ROWS:,} are allowed")

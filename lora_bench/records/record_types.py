@@ -20,6 +20,8 @@ _GROUPS = ("model", "adapter", "data", "optimizer", "trainer")
 def with_types(record: Any, layout: Mapping[str, type], *, schema: int, statuses: Sequence[str]) -> dict[str, Any]:
     """Return a record with every key of the layout; absent keys are empty or null.
 
+    Values of metrics, params and cost that are no numbers become null. Keys outside of the layout stay.
+
     Args:
         record: the content of `run.json`; keys are added to it.
         layout: the type of each key.

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def resolve_folder(resume: str, top: Path) -> Path:
     """Return the folder that `resume` names; for `last` the newest unfinished run or sweep below `top`.
 
-    Runs of a sweep and of `lora-bench prompt` do not count. A record without a date, or with one in the future, is
-    never the newest.
+    A name other than `last` is not checked. Runs of a sweep and of `lora-bench prompt` do not count. A record without a
+    date, or with one in the future, is never the newest.
 
     Raises:
         UserError: there is no unfinished run or sweep, or none has a valid date.
@@ -58,7 +58,10 @@ def resolve_folder(resume: str, top: Path) -> Path:
 
 
 def _moment(created: object) -> datetime | None:
-    """Return the time at which a record says it was created; None if it has none or one in the future."""
+    """Return the time (UTC) at which a record says it was created; None if it has no valid time or one in the future.
+
+    A time without a zone is local.
+    """
     try:
         moment = datetime.fromisoformat(str(created)).astimezone(UTC)
     except (ValueError, OverflowError):
@@ -69,12 +72,15 @@ def _moment(created: object) -> datetime | None:
 def sweep_arguments(arguments: Arguments, folder: Path) -> Arguments:
     """Return the arguments that the sweep in `folder` was started with, to run its unfinished jobs.
 
+    They are multirun, with `hydra.sweep.dir` and `resume` set to the folder.
+
     Args:
         arguments: as typed now; they may repeat arguments of the sweep.
         folder: of the sweep.
 
     Raises:
-        UserError: an argument is new, or the sweep was started with a secret.
+        UserError: an argument is new, the sweep was started with a secret or a key that was removed since, or its
+            record is missing or damaged.
     """
     sweep = sweep_folder.read(folder)
     typed = [override for override in arguments.overrides if keys.key_of(override) != "resume"]
@@ -97,7 +103,7 @@ def sweep_arguments(arguments: Arguments, folder: Path) -> Arguments:
 
 
 def refuse_prompted(folder: Path, record: Mapping[str, Any]) -> None:
-    """Refuse to resume a run of `lora-bench prompt`: it trains nothing."""
+    """Refuse to resume a run of `lora-bench prompt`, which trains nothing, with a `UserError`; other runs pass."""
     if is_prompted(record):
         raise UserError(
             "is a run of lora-bench prompt", key="resume", value=folder, remedy=PROMPT_AGAIN, code=Code.NOT_RESUMABLE
@@ -105,7 +111,11 @@ def refuse_prompted(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def refuse_hidden(folder: Path, recorded: Any) -> None:
-    """Refuse to resume a run or sweep whose recorded config or overrides hide a secret, so that they are incomplete."""
+    """Refuse to resume a run or sweep whose recorded config or overrides hide a secret, so that they are incomplete.
+
+    Raises:
+        UserError: naming the folder, not the key.
+    """
     if hides_secret(recorded):
         remedy = "Start a new one, with the secret in an environment variable: '${oc.env:NAME}'."
         reason = "was started with a secret, or text that looks like one, and records do not keep secrets"
@@ -131,6 +141,8 @@ def _refuse_removed(folder: Path, overrides: Sequence[str]) -> None:
 def refuse_unloadable(cfg: DictConfig) -> None:
     """Refuse a new run whose record would hide a value that loading the run needs: a path, a name or a column.
 
+    A config that cannot be resolved passes.
+
     Raises:
         UserError: such a value is a secret, or looks like one; it is named by its key.
     """
@@ -150,6 +162,8 @@ def refuse_difference(
     choices: Mapping[str, Any], recorded: DictConfig, cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
 ) -> None:
     """Refuse overrides that would change a resumed run; overrides that repeat its config pass.
+
+    So do `resume`, `model.path` and `model.tokenizer`, whatever their values.
 
     Args:
         choices: the run's recorded option of each group.

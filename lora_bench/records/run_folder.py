@@ -109,11 +109,14 @@ class Run:
             overrides: as typed.
 
         Raises:
-            UserError: the folder holds a run, is claimed by another process, or cannot be written. It is unchanged.
+            UserError: the folder's name holds a secret, the folder holds a run, is claimed by another process, or
+                cannot be written. An existing run is unchanged; a folder that was created is not removed.
         """
         refuse_secret_name(folder)
         request = {"choices": choices, "config": config, "overrides": overrides}
-        record = _sealed(to_json(_empty() | {"schema": SCHEMA, "status": "running", "created": _now()} | request))
+        record = _sealed(
+            to_json(_empty_record() | {"schema": SCHEMA, "status": "running", "created": _now()} | request)
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_existing_run(folder)
@@ -141,10 +144,11 @@ class Run:
 
     @classmethod
     def reopen(cls, folder: Path) -> Run:
-        """Claim the folder of an existing run, to resume it.
+        """Claim the folder of an existing run, to resume it; its status is not checked.
 
         Raises:
-            UserError: there is no run, another process is training it, or the folder cannot be written.
+            UserError: there is no run, its record is damaged, another process is training it, or the folder cannot be
+                written.
         """
         read(folder)  # so that a folder without a run is refused untouched
         try:
@@ -157,10 +161,13 @@ class Run:
         return cls(folder, read(folder), lock)
 
     def rewind(self, step: int) -> None:
-        """Set the record back to the end of update number `step`: status `running`, and no later line in the log.
+        """Set the record back to the end of update number `step`: status `running`, with no end, error or selection.
+
+        The log keeps only evaluations of the selection split up to that step.
 
         Raises:
             UserError: the log cannot be read.
+            RunFailedError: log or record cannot be written.
         """
         log = self.folder / METRICS_FILE
         if os.path.lexists(log):
@@ -174,8 +181,11 @@ class Run:
     def check(self) -> None:
         """Refuse to write where the path leads to another run's folder by now.
 
+        A finished run, which has no lock, is recognised by its time of creation and its config.
+
         Raises:
-            LostFolderError: the folder is gone, or another one has its path.
+            LostFolderError: another folder has its path, or the claimed folder is gone.
+            UserError: the record of a finished run cannot be read any more.
         """
         if self.lock is not None:
             self.lock.check()
@@ -201,7 +211,7 @@ class Run:
 
         Raises:
             TypeError: there is no such key.
-            RunFailedError: it cannot be written; the file and `record` are unchanged.
+            RunFailedError: it cannot be written; the file and `record` are unchanged. A lost folder is one (`check`).
         """
         record = dict(self.record)
         for name, new in sections.items():
@@ -217,7 +227,7 @@ class Run:
         """Append one line to `metrics.jsonl`; numbers that are not finite become null.
 
         Raises:
-            RunFailedError: it cannot be written.
+            RunFailedError: it cannot be written, or the folder is lost.
         """
         self.check()
         path = self.folder / METRICS_FILE
@@ -225,7 +235,12 @@ class Run:
             file.write(json.dumps(to_json(line), allow_nan=False) + "\n")
 
     def note_files(self, paths: Iterable[Path]) -> None:
-        """Record the SHA-256 of files in the run's folder, keyed by their paths below it."""
+        """Record the SHA-256 of files in the run's folder, keyed by their paths below it; earlier entries stay.
+
+        Raises:
+            OSError: a file cannot be read; nothing is recorded.
+            RunFailedError: as `update`.
+        """
         digests = {}
         for path in paths:
             with path.open("rb") as file:
@@ -233,33 +248,42 @@ class Run:
         self.update(files=digests)
 
     def write_predictions(self, split: str, ids: Column, labels: Column, scores: Column) -> None:
-        """Write `predictions/<split>.parquet`.
+        """Write `predictions/<split>.parquet`, replacing an older file.
 
         Args:
             split: its name.
             ids: (N,) rows in the source.
             labels: (N,); None, or an entry of it, where a label is unknown.
             scores: (N,) P(label 1).
+
+        Raises:
+            RunFailedError: it cannot be written, or the folder is lost.
         """
-        self._write(f"{PREDICTIONS}/{file_name(split)}.parquet", _encoded(ids, labels, scores))
+        self._write(f"{PREDICTIONS}/{file_name(split)}.parquet", _encode_predictions(ids, labels, scores))
 
     def write_evaluation(
         self, name: str, content: Mapping[str, Any], predictions: Mapping[str, Predictions] | None = None
     ) -> Path:
         """Write `evaluations/<name>.json` after its predictions, replacing an older evaluation of that name.
 
+        Its predictions on splits that are not among the new ones are removed.
+
         Args:
-            name: of the evaluation.
+            name: of the evaluation; `file_name` makes it the name of the file.
             content: metrics, data and settings.
             predictions: by split.
 
         Returns:
             The path of the JSON file.
+
+        Raises:
+            UserError: the name is not plain.
+            RunFailedError: a file cannot be written, or the folder is lost.
         """
         stem = f"{EVALUATIONS}/{file_name(name)}"
         columns_by_file = {f"{file_name(split)}.parquet": columns for split, columns in (predictions or {}).items()}
         for file, columns in columns_by_file.items():
-            self._write(f"{stem}/{file}", _encoded(*columns))
+            self._write(f"{stem}/{file}", _encode_predictions(*columns))
         for old in (self.folder / stem).glob("*.parquet"):
             if old.name not in columns_by_file:
                 old.unlink()
@@ -286,8 +310,8 @@ class Run:
     def fail(self, error: Exception) -> None:
         """Record an exception as the run's end: `diverged` for a `DivergedError`, otherwise `failed`.
 
-        The traceback of an unexpected error is written to `run.log`. If the record cannot be written either, for
-        example because the disk is full, it keeps its content.
+        The traceback of an unexpected error, secrets hidden, is written to `run.log`. No error of writing is raised: if
+        a file cannot be written, for example because the disk is full, the record keeps its content.
         """
         with suppress(RunFailedError):
             if isinstance(error, DivergedError):
@@ -315,7 +339,10 @@ def member_adapter_folder(folder: Path, member: int) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of a refused request if it is empty, then its empty parents inside the current folder."""
+    """Remove the folder of a refused request if it is empty, then its empty parents inside the current folder.
+
+    The current folder stays, and errors are ignored.
+    """
     with suppress(OSError, ValueError):
         current = Path.cwd().resolve()
         folder = folder.parent.resolve() / folder.name
@@ -336,10 +363,11 @@ def holds_run(folder: Path) -> bool:
 def read(folder: Path) -> dict[str, Any]:
     """Return a run's record with every key of `LAYOUT`, each of its type.
 
-    Numbers that are not finite become null. The checksum of a record that was changed is `ALTERED`.
+    Numbers that are not finite become null, and keys of the config and overrides that were renamed since have their new
+    names. The checksum of a record that was changed is `ALTERED`.
 
     Raises:
-        UserError: the file is missing, cannot be read, or is damaged; the error names it.
+        UserError: the file is missing, cannot be read, is damaged or of another schema; the error names it.
     """
     path = folder / RECORD_FILE
     try:
@@ -359,7 +387,7 @@ def read(folder: Path) -> dict[str, Any]:
     if isinstance(content, dict) and content.get("checksum") not in (None, _checksum(content)):
         content["checksum"] = ALTERED
     try:
-        # `plain` removes numbers that are not finite, such as 1e999.
+        # `to_json` removes numbers that are not finite, such as 1e999.
         record = with_types(to_json(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
@@ -368,7 +396,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:
-    """Return a note that names runs whose records were changed after they were written; none if there are none."""
+    """Return one note that names runs whose records were changed after they were written; none if there are none.
+
+    At most three folders are named, the others counted.
+    """
     folders = [str(folder) for folder, record in runs if record["checksum"] == ALTERED]
     if not folders:
         return []
@@ -401,10 +432,12 @@ def is_prompted(record: Mapping[str, Any]) -> bool:
 def find_runs(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[tuple[Path, str]]]:
     """Find the runs at or below `paths`.
 
-    Folders inside a run's folder are not searched, and links below the given paths are not followed.
+    Folders inside a run's folder are not searched, and links below the given paths are not followed. A run that is
+    reached by several paths is listed once.
 
     Returns:
-        Folder and record of each run, job 10 after job 2; and the folders that were skipped, with the reason.
+        Folder and record of each run, job 10 after job 2; and the folders that were skipped, with the reason: a damaged
+        record, or no right to list the folder.
 
     Raises:
         UserError: a path does not exist.
@@ -451,7 +484,7 @@ def _natural(path: Path) -> list[list[str | int]]:
     return [[int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))] for name in path.parts]
 
 
-def _empty() -> dict[str, Any]:
+def _empty_record() -> dict[str, Any]:
     """Return a record without content."""
     return {key: type_() if type_ in (dict, list) else None for key, type_ in LAYOUT.items()}
 
@@ -480,7 +513,11 @@ def refuse_existing_run(folder: Path) -> None:
 
 
 def refuse_secret_name(folder: str | Path) -> None:
-    """Refuse a folder whose name holds a secret: the name is visible on the disk and in every report."""
+    """Refuse a folder whose name holds a secret: the name is visible on the disk and in every report.
+
+    Raises:
+        UserError: a part of the path is a secret, or looks like one.
+    """
     if redact_new_path(str(folder)) != str(folder):
         raise UserError(
             "the folder's name holds a key or password, or text that looks like one",
@@ -492,6 +529,7 @@ def refuse_secret_name(folder: str | Path) -> None:
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:
+    """Return the error for a run's folder that cannot be written."""
     remedy = "Give a folder that you may write."
     return UserError(
         f"cannot be written: {reason}", key="hydra.run.dir", value=folder, remedy=remedy, code=Code.UNWRITABLE
@@ -507,7 +545,7 @@ def _yaml(content: Any) -> bytes:
     return encoded
 
 
-def _encoded(*columns: Column) -> bytes:
+def _encode_predictions(*columns: Column) -> bytes:
     from lora_bench.records.predictions import encode  # pyarrow: late
 
     return encode(*columns)
@@ -515,6 +553,8 @@ def _encoded(*columns: Column) -> bytes:
 
 def file_name(name: str) -> str:
     """Return `name` as the stem of a file: characters other than letters, digits, `.`, `-` and `_` become dashes.
+
+    Consecutive ones become one dash, and dashes at the ends are removed; different names may become the same.
 
     Raises:
         UserError: it holds a slash or `..`, begins with a dot, is longer than 200 characters, or nothing remains.

@@ -35,7 +35,7 @@ class Settings:
         """Build the settings from a composed config.
 
         Raises:
-            UserError: a value is of a wrong type or out of range; it names the key.
+            UserError: a key is unknown or missing, or a value is of a wrong type or out of range; it names the key.
         """
         has_method = "method" in (cfg.get("adapter") or {})
         require(has_method, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)

@@ -42,7 +42,7 @@ class Sweep:
     """Overrides of each job, by its folder below the sweep's."""
 
     def unfinished_jobs(self, folder: Path) -> dict[int, bool]:
-        """Return the numbers of the jobs that have not ended, each with whether its run has started.
+        """Return the numbers, from 0, of the jobs that have not ended, each with whether its run has started.
 
         Raises:
             UserError: the record of a job is damaged.
@@ -98,14 +98,21 @@ def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dic
 
 
 def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
-    """Add jobs of a later stage to the record of a sweep; the caller holds the sweep's claim."""
+    """Add jobs of a later stage to the record of a sweep; the caller holds the sweep's claim.
+
+    A job of an existing name replaces the older one.
+
+    Raises:
+        UserError: as `read`.
+        RunFailedError: the record cannot be written.
+    """
     sweep = read(folder)
     extended = replace(sweep, jobs=sweep.jobs | jobs)
     write(folder, SWEEP_FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(extended)})).encode())
 
 
 def reopen(folder: Path) -> folder_lock.Claim:
-    """Claim the folder of an existing sweep.
+    """Claim the folder of an existing sweep; its record is not read.
 
     Raises:
         UserError: another process is running the sweep, the folder cannot be written, or a table's path is a folder.
@@ -150,8 +157,11 @@ def is_sweep(folder: Path) -> bool:
 def read(folder: Path) -> Sweep:
     """Return the record of the sweep in `folder`; it is untrusted and fully checked.
 
+    Keys in overrides that were renamed since have their new names.
+
     Raises:
-        UserError: it is missing, damaged or of another version, or the folder of a job leads out of the sweep's.
+        UserError: it is missing, damaged or of another version, its `config_dir` does not exist, or the folder of a job
+            leads out of the sweep's.
     """
     path = folder / SWEEP_FILE
     try:
@@ -190,7 +200,10 @@ def _is_texts(value: object) -> bool:
 
 
 def unfinished_sweeps(top: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (creation time, folder) of each sweep below `top` with unfinished jobs; damaged ones are skipped."""
+    """Yield (recorded creation time, folder) of each sweep at or below `top` with unfinished jobs.
+
+    Damaged sweeps are skipped.
+    """
     for path in top.rglob(SWEEP_FILE):
         try:
             sweep = read(path.parent)

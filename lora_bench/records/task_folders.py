@@ -56,7 +56,7 @@ def refuse_multitask(run: str | Path, config: Mapping[str, Any], key: str) -> No
 
 
 def split_by_task(runs: Iterable[Recorded]) -> tuple[list[Recorded], list[tuple[Path, str]]]:
-    """Replace each finished run of several tasks by the runs of its tasks.
+    """Replace each finished run of several tasks by the runs of its tasks; other runs stay, unfinished ones included.
 
     Returns:
         The runs; and the folders of tasks that cannot be read, with the reason.

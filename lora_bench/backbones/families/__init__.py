@@ -44,7 +44,10 @@ def family_class(name: str) -> type[Family]:
 
 
 def family_of_type(model_type: str | None) -> str:
-    """Return the name of the family that lists a model type; of one that serves every type if none lists it."""
+    """Return the name of the family that lists a model type; of one that serves every type if none lists it.
+
+    None, the type of weights without one, is listed by no family.
+    """
     classes = {name: family_class(name) for name in family_names()}
     serving = [name for name, cls in classes.items() if model_type in cls.model_types]
     return next(iter([*serving, *(name for name, cls in classes.items() if not cls.model_types)]))

@@ -26,6 +26,11 @@ class T5Family(Family):
     """The words for label 0 and 1; their first tokens are scored."""
 
     def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: the form is unknown, the template has no {fields}, or there are not exactly two label words.
+        """
         super().__post_init__()
         require_one_of("form", self.form, ("text_to_text", "encoder"))
         require(
@@ -39,12 +44,14 @@ class T5Family(Family):
         require(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
 
     def network_class(self, config: Any) -> Any:
+        """Return the class for `form`, whatever the config: that of generation, or of token classification."""
         import transformers
 
         is_text_to_text = self.form == "text_to_text"
         return transformers.T5ForConditionalGeneration if is_text_to_text else transformers.T5ForTokenClassification
 
     def make_backbone(self, network: Any, tokenizer: Any, new_parameters: set[str], task: str) -> Backbone:
+        """Return the backbone that `form` names, around a network of `network_class`."""
         from lora_bench.backbones.t5 import T5Encoder, T5TextToText
 
         if self.form == "encoder":

@@ -39,7 +39,8 @@ class PerturbedRows:
 def perturb(examples: Examples, transform: Transform, *, seed: int | str, intensity: float) -> PerturbedRows:
     """Apply a transform to every row, and return the changed rows.
 
-    Rows are left out if the transform does not change them, or if their new label is unknown.
+    Rows are left out if the transform does not change them, or if their new label is unknown. Examples without labels
+    stay without; a transform that changes labels changes none of them.
     """
     rows, texts, labels = [], [], []
     for row in range(len(examples)):
@@ -57,7 +58,17 @@ def perturb(examples: Examples, transform: Transform, *, seed: int | str, intens
 def perturb_row(
     examples: Examples, row: int, transform: Transform, *, seed: int | str, intensity: float
 ) -> tuple[tuple[str, ...], int | None] | None:
-    """Return a row's new texts and label; None if the transform does not change it, or its new label is unknown."""
+    """Return a row's new texts and label; None if the transform does not change it, or its new label is unknown.
+
+    The label is None if the examples have none; a transform that changes labels does not change such a row.
+
+    Args:
+        examples: the split.
+        row: position in it; the random stream depends on the row's id instead.
+        transform: to apply.
+        seed: of the random stream.
+        intensity: in (0, 1], the share of the possible changes that is made.
+    """
     label = None if examples.labels is None else int(examples.labels[row])
     new_label = None if label is None else transform.labels[label]
     if new_label is None and not transform.keeps_label:
@@ -70,7 +81,7 @@ def perturb_row(
 def choose_transforms(
     names: str | Sequence[str], task: str, texts: int, key: str, *, keep_label: bool = False
 ) -> list[Transform]:
-    """Return the transforms that names, levels or `all` stand for.
+    """Return the transforms that names, levels or `all` stand for, each once, in the order of their first mention.
 
     Args:
         names: names of transforms, levels or `all`, as one text or a list. A level and `all` stand for those of their
@@ -81,7 +92,8 @@ def choose_transforms(
         keep_label: allow only transforms that keep the label.
 
     Raises:
-        UserError: a name is unknown, or its transform does not suit the data.
+        UserError: a name is unknown, its transform does not suit the data, no transform of a level does, or the list is
+            empty.
     """
     chosen: dict[str, Transform] = {}
     for name in [names] if isinstance(names, str) else names:
@@ -110,6 +122,11 @@ def choose_transforms(
 
 
 def _refuse_unsuited(transform: Transform, task: str, texts: int, key: str, keep_label: bool) -> None:
+    """Refuse a transform that does not suit the data; arguments are those of `choose_transforms`.
+
+    Raises:
+        UserError: it changes labels and may not, needs more texts, or has no label rule for the task.
+    """
     if keep_label and not transform.keeps_label:
         raise UserError(
             "changes labels, which trainer.objective=perturb_consistency does not allow",

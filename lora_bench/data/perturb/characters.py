@@ -24,7 +24,7 @@ _END = re.compile(r"[?.!](?=\s*$)|(?<![?.!])\?(?=\s)")
 
 
 def _neighbours() -> dict[str, str]:
-    """Return for each letter the adjacent letters on a QWERTY keyboard, in its row and in the rows next to it."""
+    """Return for each letter (a to z) the adjacent letters on a QWERTY keyboard, in its row and the rows next to it."""
     neighbours: dict[str, str] = {}
     for r, row in enumerate(_ROWS):
         for c, letter in enumerate(row):
@@ -47,14 +47,17 @@ def _words(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _typo(text: str, random: Random) -> Iterator[Edit]:
-    """Leave out or double an inner letter of a word."""
+    """Yield an edit for each word: leave out or double a random inner letter."""
     for start, word in _words(text):
         i = random.randrange(1, len(word) - 1)
         yield start + i, start + i + 1, random.choice(("", word[i] * 2))
 
 
 def _keyboard(text: str, random: Random) -> Iterator[Edit]:
-    """Replace an inner letter by a neighbour on a QWERTY keyboard."""
+    """Yield an edit for each word: replace a random inner letter by a neighbour on a QWERTY keyboard, in the same case.
+
+    Words without such a letter are passed over.
+    """
     for start, word in _words(text):
         indices = [i for i in range(1, len(word) - 1) if word[i].lower() in NEIGHBOURS]
         if indices:
@@ -64,7 +67,7 @@ def _keyboard(text: str, random: Random) -> Iterator[Edit]:
 
 
 def _swap(text: str, random: Random) -> Iterator[Edit]:
-    """Swap two neighbouring inner letters."""
+    """Yield an edit for each word: swap two different inner letters that stand side by side, if there are such."""
     for start, word in _words(text):
         indices = [i for i in range(1, len(word) - 2) if word[i] != word[i + 1]]
         if indices:
@@ -73,14 +76,18 @@ def _swap(text: str, random: Random) -> Iterator[Edit]:
 
 
 def _case(text: str, random: Random) -> Iterator[Edit]:
-    """Write a word in capitals."""
+    """Yield an edit for each word, of any length and script, that is not in capitals yet: write it in capitals."""
     for match in _RUN.finditer(text):
         if match.group().upper() != match.group():
             yield match.start(), match.end(), match.group().upper()
 
 
 def _punctuation(text: str, random: Random) -> Iterator[Edit]:
-    """Leave out, double, set apart or replace the mark at the end of a sentence, unless the text is only that mark."""
+    """Yield an edit for the mark (. ? !) that ends the text, and for each question mark before white space.
+
+    It leaves the mark out, doubles it, sets it apart or replaces it. Marks that only white space precedes are passed
+    over.
+    """
     for match in _END.finditer(text):
         if text[: match.start()].strip():
             yield match.start(), match.end(), random.choice(_ENDS[match.group()])

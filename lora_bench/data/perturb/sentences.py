@@ -53,13 +53,16 @@ def _order(texts: Texts, random: Random, intensity: float) -> Texts:
 
 
 def _polite(text: str, random: Random) -> Iterator[Edit]:
-    """Put a polite beginning before a question in English."""
+    """Yield an edit that puts a polite beginning before a question in English.
+
+    There is none for other texts, or if the text begins so already.
+    """
     if _QUESTION.match(text) and not text.startswith(PREFIXES):
         yield 0, 0, random.choice(PREFIXES)
 
 
 def _paraphrase(text: str, random: Random) -> Iterator[Edit]:
-    """Rewrite a question in English by another template."""
+    """Yield an edit that rewrites a question in English by the first of `TEMPLATES` that fits; none if none fits."""
     for pattern, ways in TEMPLATES:
         if match := pattern.match(text):
             yield match.start(), match.end(), match.expand(random.choice(ways))

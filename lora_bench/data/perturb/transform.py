@@ -55,11 +55,14 @@ class Transform:
 def apply_edits(propose: Callable[[str, Random], Iterable[Edit]]) -> Change:
     """Return a change that applies a random share of the proposed edits: `intensity` of them, rounded up.
 
+    The share is of the edits of all texts of a row together. Texts without edits are returned unchanged.
+
     Args:
         propose: yields edits of one text, in order and without overlap, each of which changes the text.
     """
 
     def change(texts: Texts, random: Random, intensity: float) -> Texts:
+        """Return the texts after a random share of their edits."""
         edits = [(column, edit) for column, text in enumerate(texts) for edit in propose(text, random)]
         chosen = random.sample(range(len(edits)), share(intensity, len(edits)))
         written = list(texts)

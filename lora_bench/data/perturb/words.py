@@ -77,7 +77,7 @@ def _like(original: str, new: str) -> str:
 
 
 def _contraction(text: str, random: Random) -> Iterator[Edit]:
-    """Write "what is" as "what's" and "don't" as "do not"."""
+    """Yield an edit for each contraction and long form before a word: "what is" as "what's", "don't" as "do not"."""
     matches = [(match, _CONTRACTED) for match in _LONG.finditer(text)]
     matches += [(match, _EXPANDED) for match in _SHORT.finditer(text)]
     for match, forms in sorted(matches, key=lambda item: item[0].start()):
@@ -85,20 +85,20 @@ def _contraction(text: str, random: Random) -> Iterator[Edit]:
 
 
 def _synonym(text: str, random: Random) -> Iterator[Edit]:
-    """Replace a word or phrase by its synonym in `SYNONYMS`."""
+    """Yield an edit for each word or phrase in `SYNONYMS` (case matters): replace it by its synonym."""
     for match in _SYNONYM.finditer(text):
         yield match.start(), match.end(), SYNONYMS[match.group()]
 
 
 def _stop_word(text: str, random: Random) -> Iterator[Edit]:
-    """Leave out an article or a filler before a word in small letters."""
+    """Yield an edit for each article or filler before a word in small letters: leave it out."""
     for match in _STOP_WORD.finditer(text):
         if not _NAMED_BY_LETTER.search(text, 0, match.start()):
             yield match.start(), match.end(), ""
 
 
 def _another_number(number: str, taken: set[str], random: Random) -> str:
-    """Return a number at most nine away, not negative and not taken; leading zeros are kept."""
+    """Return another number at most nine away, not negative and not taken; leading zeros are kept."""
     value = int(number)
     near = [other for other in range(max(0, value - 9), value + 10) if str(other) not in taken and other != value]
     return str(random.choice(near)).zfill(len(number) if number.startswith("0") else 0)
@@ -113,9 +113,19 @@ def _another_name(name: str, taken: set[str], random: Random) -> str:
 def _replace(
     pattern: re.Pattern[str], another: Callable[[str, set[str], Random], str], *, alike: bool
 ) -> Callable[[Texts, Random, float], Texts]:
-    """Return a change that replaces numbers or names shared by both texts, alike in both or in a random one of them."""
+    """Return a change that replaces numbers or names shared by both texts, alike in both or in a random one of them.
+
+    It replaces `intensity` of the distinct shared ones, rounded up, wherever they occur. Texts that share none are
+    returned unchanged.
+
+    Args:
+        pattern: of a number or name.
+        another: returns a replacement that is not among the taken ones.
+        alike: replace in both texts; otherwise in one.
+    """
 
     def change(texts: Texts, random: Random, intensity: float) -> Texts:
+        """Return the texts with a random share of their common numbers or names replaced."""
         matches_by_text = [list(dict.fromkeys(pattern.findall(text))) for text in texts]
         shared = [match for match in matches_by_text[0] if all(match in matches for matches in matches_by_text[1:])]
         taken = {match for matches in matches_by_text for match in matches}
