@@ -38,3 +38,23 @@ def describe_failure(metrics: Mapping[str, Any], split: str, examples: int | Non
     if mcc == 0 and recall in (0, 1):
         return f"it predicts label {recall:.0f} for every example"
     return f"its {split} MCC of {mcc:.3f} is not above chance"
+
+
+def failure_notes(record: Mapping[str, Any]) -> list[str]:
+    """Return a note for each reported split on which a finished run, or a task of it, learned nothing.
+
+    Args:
+        record: the content of `run.json`.
+    """
+    metrics, rows = record["metrics"], record["data"].get("rows")
+    notes = []
+    for prefix in (key.removesuffix("/mcc") for key in metrics if key.endswith("/mcc")):
+        split, _, task = prefix.partition("/")
+        if split in ("train", "selection") or (task and task not in record["config"].get("tasks", {})):
+            continue
+        examples = rows.get(prefix, rows.get(split)) if isinstance(rows, dict) else None
+        reason = describe_failure(metrics, prefix, examples if isinstance(examples, int) else None)
+        if reason is not None:
+            subject = f"the run learned nothing of {task}" if task else "the run learned nothing"
+            notes.append(f"{subject}: {reason}. Try another optimizer.lr, more steps, or more data.")
+    return notes

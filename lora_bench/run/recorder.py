@@ -14,6 +14,7 @@ from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.console.progress import show_result
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, shell_argument
+from lora_bench.evaluation.chance import failure_notes
 from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
 from lora_bench.run.final_evaluation import TrainedTask, report_tasks
@@ -241,6 +242,8 @@ class Recorder:
                     folder.clear()
                 title = run.job.title if len(self.runs) > 1 else ""
                 show_result(self.console, record.folder, record.record, title=title, brief=self.brief)
+                for note in failure_notes(record.record):
+                    self.console.print(sanitise(f"note: {note}"))
         if run.progress.error is not None:
             try:
                 record.check()

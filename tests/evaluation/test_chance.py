@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_bench.evaluation.chance import HIGHEST, LOWEST, chance_mcc, describe_failure
+from lora_bench.evaluation.chance import HIGHEST, LOWEST, chance_mcc, describe_failure, failure_notes
 from lora_bench.evaluation.confusion import compute_metric, confusion_counts
 
 
@@ -38,3 +38,12 @@ def test_a_run_within_chance_is_named_with_the_reason(metrics: dict[str, float],
     reason = describe_failure(metrics, "validation", 1000)
     assert (reason is None) == (failed is None)
     assert failed is None or failed in str(reason)
+
+
+def test_the_end_of_a_run_names_the_splits_and_tasks_on_which_it_learned_nothing() -> None:
+    metrics = {"selection/mcc": 0.0, "validation/mcc": 0.5, "validation/one/mcc": 0.0, "validation/typo/mcc": 0.0}
+    record = {"metrics": metrics, "data": {"rows": {"validation": 1000}}, "config": {"tasks": {"one": {}}}}
+    (note,) = failure_notes(record)
+    assert "of one" in note
+    assert failure_notes({**record, "metrics": {"test/mcc": 0.01}, "data": {}})
+    assert not failure_notes({**record, "metrics": {"selection/mcc": 0.0, "train/mcc": 0.0}})
