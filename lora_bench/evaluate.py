@@ -76,12 +76,13 @@ BATCH_SIZE = 128
 def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Evaluate every labelled split except train, and write `evaluations/<name>.json` with the predictions.
 
-    They are written into the run's folder, replacing an older evaluation of that name, or, for an adapter, into
+    The name is `cfg.name`; if that is not set, the stem of `data.path` for local files, and `data_choice` for other
+    data. The files go into the run's folder, replacing an older evaluation of that name, or, for an adapter, into
     `output`. Metrics and the path are printed.
 
     Args:
         cfg: the composed configuration of `eval`.
-        data_choice: the choice of the group `data`, the default name of the evaluation.
+        data_choice: the choice of the group `data`.
         console: receives metrics and notes.
 
     Raises:
@@ -200,10 +201,13 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
 
 
 def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
-    """Load an adapter made by PEFT to evaluate, in fp32; the folder of the results is checked and not created yet.
+    """Load an adapter made by PEFT to evaluate, in fp32.
+
+    The folder of the results, `output` or by default a new one, may exist. It is checked and not created yet.
 
     Raises:
-        UserError: `data.unseen` is set, the adapter or its backbone cannot be loaded, or the output is not allowed.
+        UserError: `data.unseen` is set, the adapter or its backbone cannot be loaded, or the folder of the results is
+            not writable or is inside the adapter's.
     """
     require(
         not data.unseen,

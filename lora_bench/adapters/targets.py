@@ -158,7 +158,12 @@ def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
 def _match_layers(layers: Any, count: int) -> set[int]:
     """Return the numbers of the layers that `layers` chooses among `count` of them.
 
-    `top:n` chooses the last n. Any other value, also an empty list or a number out of range, is a `UserError`.
+    Args:
+        layers: `all`, `top:n` (the last n, with n from 1 to `count`), or a list of layer numbers from 0, not empty.
+        count: number of layers.
+
+    Raises:
+        UserError: `layers` is none of these, or a number is out of range.
     """
     if layers == "all":
         return set(range(count))

@@ -128,9 +128,22 @@ def _matches(table: Table, row: Row, condition: str) -> bool:
 
 
 def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] | None) -> tuple[list[int], str]:
-    """Return the rows of one data set that may be its baseline, and the reason to tell the user.
+    """Return the rows of one data set that its baseline is chosen from, and the reason for the notes.
 
-    Only a named baseline may have learned nothing, or be a setting that does not stand for its method.
+    Of named rows, the candidates are those whose setting stands for its method (`Row.chosen`), or all if none does.
+    They may have learned nothing.
+
+    Without named rows, the candidates are chosen rows that learned something: those of full fine-tuning; if there are
+    none, those of plain LoRA; if there are none, the single row with the highest selection MCC. If that row has no
+    selection MCC, the first row is the candidate.
+
+    Args:
+        table: rows of all data sets.
+        row_numbers: the rows of this one.
+        named_rows: the rows that `--baseline` matches, on any data; None: it is not given.
+
+    Returns:
+        (row numbers, reason); no rows if the data set has no candidate.
     """
     if named_rows is not None:
         named = [i for i in row_numbers if i in named_rows]

@@ -143,9 +143,11 @@ class Comparison:
         )
 
     def seeds_needed(self, difference: float, alpha: float = 0.05, chance: float = 0.8) -> int | None:
-        """Return the number of seeds that detect a true `difference` with probability `chance`.
+        """Return the smallest number of seeds that detects a true `difference` with probability `chance`.
 
-        None if more than `MAX_SEEDS` would be needed, because the examples are too few.
+        The search begins at the comparison's own number of seeds, at least 2: a smaller number is never returned. For
+        a comparison of one seed the variance from seeds counts as 0. None if `MAX_SEEDS` seeds do not suffice, for
+        example because the examples are too few.
         """
         counts = range(max(2, self.seeds), MAX_SEEDS + 1)
         return next((n for n in counts if self.rescaled(n, self.examples).power(difference, alpha) >= chance), None)

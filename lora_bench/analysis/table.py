@@ -193,7 +193,10 @@ def format_cell(row: Row, column: Column, digits: int = 4) -> str:
 
 
 def visible_columns(table: Table) -> list[Column]:
-    """Return the columns that have a value, key or metric. `n` follows the metrics if a row has more than one run."""
+    """Return the columns to show: all key and metric columns, and each other column in which a row has a value.
+
+    If a row has more than one run, a column `n` is inserted after the metrics.
+    """
     always = ("key", "metric")
     columns = [c for c in table.columns if c.format in always or any(format_cell(row, c) for row in table.rows)]
     if any(row.n > 1 for row in table.rows):

@@ -27,10 +27,12 @@ def chance_mcc(examples: int | None) -> float:
 def describe_failure(metrics: Mapping[str, Any], split: str, examples: int | None) -> str | None:
     """Return the reason that a run counts as one that learned nothing, or None.
 
+    A run counts as one if its MCC on the split is at most `chance_mcc(examples)`. Without an MCC it does not.
+
     Args:
         metrics: results by `<split>/<metric>`.
         split: the split to judge by.
-        examples: its number of examples; None if it is not known.
+        examples: its number of examples; None if it is not known, which is judged like a large number.
     """
     mcc, recall = metrics.get(f"{split}/mcc"), metrics.get(f"{split}/recall")
     if not isinstance(mcc, int | float) or isinstance(mcc, bool) or mcc > chance_mcc(examples):

@@ -46,11 +46,14 @@ class Client:
         seed: part of the cache key unless the temperature is 0, so that another seed gets other answers.
 
     Raises:
-        UserError: the API key holds characters that no key has.
+        UserError: the API key holds a character that is not printable ASCII.
     """
 
     def __init__(self, llm: LLM, cache: Cache, seed: int) -> None:
-        """Read the API key from the environment and hide it in all output; nothing is sent."""
+        """Read the API key from the environment and hide it in all output; nothing is sent.
+
+        White space around the key is removed. A missing key is an empty one, which is accepted.
+        """
         self.llm = llm
         self.cache = cache
         self.seed = None if llm.temperature == 0 else seed

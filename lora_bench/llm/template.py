@@ -35,10 +35,12 @@ class Template:
 
     @classmethod
     def build(cls, prompt: Prompt, data: Data, train: Examples | None, seed: int) -> Template:
-        """Return the template with its few-shot examples.
+        """Return the template with its few-shot examples, equally many of each label.
+
+        The words that answer a question are `prompt.answers`; if that is None, the label names of the data.
 
         Args:
-            prompt: the question and the number of examples.
+            prompt: the question, the words that answer it, and the number of examples.
             data: columns and label names of the task.
             train: the split that examples are drawn from; None if there is none.
             seed: of the choice and order of the examples.

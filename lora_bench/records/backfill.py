@@ -298,14 +298,16 @@ def _without_removed_groups(choices_by_group: Mapping[str, Any]) -> dict[str, An
 
 
 def _find_option(group: str, record: Mapping[str, Any], default: str) -> str | None:
-    """Return the built-in option with the keys of a record's group: the one it names, else one of the same type.
+    """Return the built-in option of a group whose defaults complete a record; the recorded keys are not compared.
 
-    It is None if there is no such option.
+    It is the option that the record names in `choices`, if that is built in. Otherwise it is the one of the recorded
+    type (`TYPE_KEYS`), or `default` for a group that has no types or is not a group in the recorded config. It is None
+    if no built-in option has the recorded type.
 
     Args:
         group: the config group.
         record: of the run.
-        default: the group's default option, returned for a group without types that the record does not name.
+        default: the group's default option.
     """
     option = record["choices"].get(group)
     if option is None and group not in TYPE_KEYS:

@@ -266,7 +266,8 @@ class Run:
     ) -> Path:
         """Write `evaluations/<name>.json` after its predictions, replacing an older evaluation of that name.
 
-        Its predictions on splits that are not among the new ones are removed.
+        Its predictions on splits that are not among the new ones are removed. `run.json` is not changed: it holds no
+        hash of these files.
 
         Args:
             name: of the evaluation; `file_name` makes it the name of the file.

@@ -164,9 +164,10 @@ def report_tasks(run: Run, trained_tasks: Mapping[str, TrainedTask], sections: M
 
 
 def _claim_task_folder(run: Run, task: str) -> Run:
-    """Claim the folder of one task of a run, and copy the task's lines of the run's log to it.
+    """Claim the folder of one task of a run, and copy the task's evaluations on the selection split to its log.
 
-    The config in its record is that of a run of this task alone.
+    They are the lines of the run's log whose split is `selection/<task>`; in the copies the split is `selection`. The
+    config in the task's record is that of a run of this task alone.
     """
     record = run.record
     config = {key: value for key, value in record["config"].items() if key != "tasks"}

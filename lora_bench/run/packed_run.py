@@ -131,10 +131,13 @@ class PackedRun:
         )
 
     def adapters(self, inputs: SharedInputs) -> list[Member]:
-        """Return the specifications of the run's members, and set `warm_start`, whose run's ranks they then have.
+        """Return the specifications of the run's members; on a warm start they have the ranks of the source run.
+
+        `warm_start` is set from `adapter.init_from`, to None without it. If the run is resumed, `adapter.init_from` is
+        not read: `warm_start` stays, and `prepare` takes the ranks from the checkpoints.
 
         Raises:
-            UserError: the run cannot be initialised from the one that `adapter.init_from` names.
+            UserError: the run is new and cannot be initialised from the one that `adapter.init_from` names.
         """
         if self.resumed_from is None:
             self.warm_start = WarmStart.of(self.experiment, inputs)

@@ -288,6 +288,8 @@ class AdaLoRAUpdate(Update):
     def load_training_statistics(self, tensors: dict[str, Tensor]) -> None:
         """Load what `training_statistics` returned: the mask of kept triplets, which sets `rank`, and the statistics.
 
+        Statistics that are not given stay as they are. After an error the mask and some statistics may be loaded.
+
         Raises:
             ValueError: a tensor has another shape, or the mask another type.
             KeyError: the mask is missing, or a statistic or parameter is unknown.
