@@ -6,8 +6,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.config.groups import choices, conf_folder
-from lora_bench.config.keys import flatten
+from lora_bench.config.groups import choices
 from lora_bench.console.format import to_single_line
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, write_output
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
 
 OPTION = "--best"
 PRESET = "best"
-GROUPS = ("model", "adapter", "data", "optimizer", "trainer")
-"""Groups whose choices the preset names; `head` and `tasks` have no choices."""
-SECTIONS = (*GROUPS, "head")
-"""Sections of the config that the preset sets."""
 
 
 def save_best(table: Table, folder: Path) -> Path:
@@ -40,14 +35,18 @@ def save_best(table: Table, folder: Path) -> Path:
         UserError: nothing is recommended, or for several data sets; the setting cannot be trained; or the file cannot
             be written.
     """
+    from lora_bench.config.preset import GROUPS, preset_text  # late: Hydra
+
     record = _recommended_record(table)
-    config = load_config(record)
     chosen = {group: _choice(record, group, folder) for group in GROUPS}
-    values = _differing_values(config, chosen, folder)
-    decision = next(decision for decision in table.decisions if decision.recommended is not None)
+    sentences = next(decision.sentences for decision in table.decisions if decision.recommended is not None)
+    command = f"  lora-bench train --config-dir {shlex.quote(str(folder))} experiment={PRESET}"
+    comments = [to_single_line(line) for line in (*sentences, command)]
+    config_dir = str(folder) if folder.is_dir() else None
+    text = preset_text(load_config(record), chosen, config_dir, comments)
     file = folder / "experiment" / f"{PRESET}.yaml"
     check_output(file, OPTION, make_folders=True)
-    write_output(file, _preset(decision.sentences, folder, chosen, values).encode(), OPTION, make_folders=True)
+    write_output(file, text.encode(), OPTION, make_folders=True)
     return file
 
 
@@ -81,36 +80,3 @@ def _choice(record: dict[str, Any], group: str, folder: Path) -> str:
             "is no choice that ships with lora-bench", key=group, value=choice, remedy=remedy, code=Code.UNKNOWN_CHOICE
         )
     return choice
-
-
-def _differing_values(config: dict[str, Any], chosen: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Return the nested values in which a config differs from the defaults of its choices."""
-    from omegaconf import OmegaConf
-
-    from lora_bench.config.compose import compose
-
-    overrides = [f"{group}={choice}" for group, choice in chosen.items()]
-    config_dir = str(folder) if folder.is_dir() else None
-    composed = compose(conf_folder(), "config", overrides, config_dir)
-    sections = {name: OmegaConf.to_container(composed[name], resolve=True) for name in SECTIONS if name in composed}
-    defaults = dict(flatten(sections))
-    values: dict[str, Any] = {}
-    for key, value in flatten({name: config[name] for name in SECTIONS if name in config}):
-        if key not in defaults or defaults[key] != value:
-            *groups, name = key.split(".")
-            node = values
-            for group in groups:
-                node = node.setdefault(group, {})
-            node[name] = value
-    return values
-
-
-def _preset(sentences: list[str], folder: Path, chosen: dict[str, str], values: dict[str, Any]) -> str:
-    """Return the text of the preset."""
-    import yaml
-
-    command = f"  lora-bench train --config-dir {shlex.quote(str(folder))} experiment={PRESET}"
-    lines = ["# @package _global_", *(f"# {to_single_line(line)}" for line in (*sentences, command)), "defaults:"]
-    lines += [f"  - override /{group}: {choice}" for group, choice in chosen.items()]
-    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=False) if values else ""
-    return "\n".join(lines) + "\n" + body

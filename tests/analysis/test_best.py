@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from omegaconf import OmegaConf
 
-from lora_bench.analysis.best import SECTIONS
 from lora_bench.compare import main
 from lora_bench.config.compose import compose
 from lora_bench.config.groups import conf_folder
+from lora_bench.config.preset import SECTIONS
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import Run
 from tests.command_line import refuses
