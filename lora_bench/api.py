@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.formats import to_json
 from lora_bench.analysis.significance import MARGIN
-from lora_bench.analysis.summary import summarise
+from lora_bench.analysis.summary import View, summarise
 from lora_bench.cli import run_command
 from lora_bench.config.compose import register_with_hydra
 from lora_bench.config.groups import conf_folder
@@ -143,23 +143,29 @@ def compare(
     margin: float = MARGIN,
     measure: str = "mcc",
     target: float | None = None,
+    where: str | None = None,
+    all_settings: bool = False,
 ) -> pandas.DataFrame:
-    """Return the finished runs at or below some folders, best first: the rows of `lora-bench compare --format json`.
+    """Return the finished runs at or below some folders: the rows of `lora-bench compare --format json`.
 
-    A row is one setting: mean, standard deviation (`<metric>_std`) and n over its seeds, and the paired test against
-    the baseline. Seconds, bytes and FLOPs are plain numbers. What `compare` prints below its table is the list
-    `frame.attrs["notes"]`.
+    A row is a method with its setting that is best on the selection split: mean, standard deviation (`<metric>_std`)
+    and n over its seeds, and the paired test against the baseline. The row to use is `recommended`, and the first one
+    of its data. Seconds, bytes and FLOPs are plain numbers. What `compare` prints below its table is in
+    `frame.attrs["notes"]` and `frame.attrs["advice"]`, two lists of sentences.
 
     Args:
         folders: run folders, sweeps, or folders above them.
-        by: a configuration key: one row for each of its values.
+        by: configuration keys, separated by commas: one row for each combination of their values.
         baseline: the row that the other ones are tested against: `full`, `adapter=lora,adapter.rank=8`, or a folder.
         margin: a difference up to this counts as equivalent.
         measure: the metric that is tested.
         target: count steps and FLOPs up to this selection MCC.
+        where: conditions on configuration keys: `"adapter=lora and adapter.rank<=16"`.
+        all_settings: also return the settings that are not the best of their method; `chosen` says which are.
 
     Raises:
-        UserError: a folder, key or baseline is not there, the folders hold no runs, or pandas is not installed.
+        UserError: a folder, key, condition or baseline is not there, the folders hold no runs, or pandas is not
+            installed.
     """
     try:
         import pandas
@@ -167,9 +173,10 @@ def compare(
         remedy = "Install it: pip install pandas."
         raise UserError("needs the package pandas", key="compare", remedy=remedy, code=Code.MISSING_PACKAGE) from None
     paths = [Path(folders)] if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
-    table = summarise(paths, by, None if baseline is None else str(baseline), margin, measure, target)
+    named = None if baseline is None else str(baseline)
+    table = summarise(paths, by, named, margin, measure, target, where, View(all_settings=all_settings))
     frame = pandas.DataFrame(json.loads(to_json(table)))
-    frame.attrs["notes"] = table.footnotes
+    frame.attrs |= {"notes": table.footnotes, "advice": table.advice}
     return frame
 
 

@@ -51,6 +51,7 @@ def test_a_sweep_is_compared_as_a_frame() -> None:
     assert list(frame["n"]) == [2, 2]
     assert sorted(folder for row in frame["runs"] for folder in row) == sorted(map(str, folders))
     assert frame.attrs["notes"]
+    assert frame.attrs["advice"]
     assert len(api.compare(folders[:1])) == 1
     assert list(api.compare(folders, by="seed")["seed"]) in ([0, 1], [1, 0])
 

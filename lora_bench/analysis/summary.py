@@ -50,14 +50,12 @@ class View:
     """Number of rows to show; None: all."""
 
 
-def write_tables(folder: Path, baseline: str | None = None) -> Table | None:
-    """Write `table.md` and `table.csv` of a finished sweep into its folder; None if it has no runs."""
-    if not find_runs([folder])[0]:
-        return None
-    table = summarise([folder], baseline=baseline)
-    write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
-    write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
-    return table
+def write_tables(folder: Path, baseline: str | None = None) -> None:
+    """Write `table.md` and `table.csv` of a finished sweep into its folder; nothing if it has no runs."""
+    if find_runs([folder])[0]:
+        table = summarise([folder], baseline=baseline)
+        write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
+        write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
 
 
 def summarise(
