@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill commands at random moments, fill their disk, resume them, and compare with undisturbed ones.
 
-    scripts/torture --kills 100
+    scripts/torture.py --kills 100
 
 Every training is killed (SIGKILL) `--kills-per-run` times, about half of them inside the writing of a checkpoint, and
 resumed after each kill. In the end its weights, predictions, record and log must be those of the same training
@@ -202,7 +202,7 @@ def finish(folder: Path, overrides: list[str], whole: Path) -> str | None:
     """Go on to the end, undisturbed; what is wrong with it then."""
     child = begin_or_go_on(folder, overrides)
     if child.wait() != 0:
-        return f"{folder.name} ended with {child.code}: {child.told()[-500:]}"
+        return f"{folder.name} ended with {child.code}: {child.output_text()[-500:]}"
     os.close(child.output)
     return difference(folder, whole)
 
@@ -217,7 +217,7 @@ def kill_run(folder: Path, overrides: list[str], whole: Path, kills: int, chance
             score.inside += is_writing(folder)
             wrong = older_is_damaged(folder)
         else:
-            wrong = None if child.code == 0 else f"{folder.name} ended with {child.code}: {child.told()[-500:]}"
+            wrong = None if child.code == 0 else f"{folder.name} ended with {child.code}: {child.output_text()[-500:]}"
             if wrong is None:
                 os.close(child.output)
                 break  # it was quicker than the kill
@@ -284,7 +284,7 @@ def scenarios(top: Path) -> list[Scenario]:
     finished = top / "finished"
     child = Child.start("train", *SHORT, "trainer.max_steps=9", f"hydra.run.dir={finished}")
     if child.wait() != 0:
-        sys.exit(f"the run to evaluate failed: {child.told()}")
+        sys.exit(f"the run to evaluate failed: {child.output_text()}")
     os.close(child.output)
 
     tasks = ["--config-dir", f"{top}/conf", *(item for item in SHORT if item != "data=toy" and "_rows" not in item)]
@@ -374,7 +374,7 @@ def kill_scenario(scenario: Scenario, top: Path, kills: int, chance: random.Rand
     began = time.monotonic()
     child = scenario.start(whole)
     if child.wait() != 0:
-        sys.exit(f"{scenario.name}: the undisturbed command failed: {child.told()}")
+        sys.exit(f"{scenario.name}: the undisturbed command failed: {child.output_text()}")
     os.close(child.output)
     seconds, expected = time.monotonic() - began, outcome(whole)
     number = 0
@@ -394,7 +394,9 @@ def kill_scenario(scenario: Scenario, top: Path, kills: int, chance: random.Rand
             break
         score.tried += done
         if child.wait() != 0:
-            score.lose(done or 1, f"{scenario.name} {folder.name} ended with {child.code}: {child.told()[-500:]}")
+            score.lose(
+                done or 1, f"{scenario.name} {folder.name} ended with {child.code}: {child.output_text()[-500:]}"
+            )
             continue
         os.close(child.output)
         contents = outcome(folder)
@@ -415,7 +417,7 @@ def torture(options: argparse.Namespace, top: Path) -> list[Score]:
     def undisturbed(name: str, *arguments: str) -> Path:
         child = Child.start("train", *arguments, f"hydra.run.dir={top / name}")
         if child.wait() != 0:
-            sys.exit(f"the undisturbed run failed: {child.told()}")
+            sys.exit(f"the undisturbed run failed: {child.output_text()}")
         os.close(child.output)
         return top / name
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Damage every file that a command reads, in every way, and run every command that reads it.
 
-    scripts/attack                                  the whole product
-    scripts/attack --only sweep.json --first        some files, each with its first command
-    scripts/attack --damage fifo --damage deep
+    scripts/attack.py                                  the whole product
+    scripts/attack.py --only sweep.json --first        some files, each with its first command
+    scripts/attack.py --damage fifo --damage deep
 
 Each attack runs in a child that is forked from a process with everything loaded; it has 60 seconds and 6 GiB. A line
 for each attack that fails: file, damage, command and what went wrong; then a table. Exits with 1 where any fails.

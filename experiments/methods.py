@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Makes the README's table of methods on QQP.
 
-    scripts/methods DATA OUTPUT [METHOD …]      DATA: a folder with QQP's train.tsv and validation.tsv
+    experiments/methods.py DATA OUTPUT [METHOD …]      DATA: a folder with QQP's train.tsv and validation.tsv
 
 Every method of conf/adapter/ (or those named) on MiniLM, each in a `sweep=methods` of its own: its learning rate is
 chosen from the same four values on the selection split, with 2,000 pairs and seed 0, and the reported split out of

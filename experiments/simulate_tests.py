@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Measures how often each test of lora_bench.analysis.statistics rejects at 0.05, over simulated comparisons.
 
-    scripts/simulate_tests --comparisons 2000 --examples 5000
+    experiments/simulate_tests.py --comparisons 2000 --examples 5000
 
 An example is right where its ease is above 0: a part that is the same for everyone, one of each method (`own`, what its
 seeds share), one of each seed, and how good the seed turned out (`spread`; 0.06 is about a point of MCC). So seeds and
@@ -15,16 +15,17 @@ reject what is true of these models.
 
 from __future__ import annotations
 
-from lora_bench.evaluation import confusion
-
 import argparse
 
 import numpy as np
 
 from lora_bench.analysis import statistics
+from lora_bench.evaluation import confusion
 
 
-def study(comparisons: int, N: int, S: int, spread: float, disagreement: float, gain: float, seed: int) -> dict[str, float]:
+def study(
+    comparisons: int, N: int, S: int, spread: float, disagreement: float, gain: float, seed: int
+) -> dict[str, float]:
     """The share of comparisons that each test rejects; `gain` is what a has over b."""
     rng = np.random.default_rng(seed)
     rejected: dict[str, int] = {}
@@ -34,7 +35,12 @@ def study(comparisons: int, N: int, S: int, spread: float, disagreement: float, 
         ease = rng.normal(3.0, 2.3, N)
         predicted = []
         for lift in (gain, 0.0):
-            logits = ease + disagreement * rng.normal(size=N) + 0.7 * rng.normal(size=(S, N)) + spread * rng.normal(size=(S, 1))
+            logits = (
+                ease
+                + disagreement * rng.normal(size=N)
+                + 0.7 * rng.normal(size=(S, N))
+                + spread * rng.normal(size=(S, 1))
+            )
             predicted.append(y ^ (logits + lift < 0))
         a, b = predicted
         crossed.append(statistics.crossed_test(y, a, b))
@@ -43,7 +49,9 @@ def study(comparisons: int, N: int, S: int, spread: float, disagreement: float, 
             "crossed, one seed": statistics.crossed_test(y, a[0], b[0]).p,
             "mcnemar": statistics.mcnemar(a[0] == y, b[0] == y).p,
             "bootstrap": statistics.paired_bootstrap(y, a[0], b[0], resamples=1000).p,
-            "over seeds": statistics.seeds_test(*(confusion.compute_metric(confusion.confusion_counts(y, x)) for x in (a, b))).p,
+            "over seeds": statistics.seeds_test(
+                *(confusion.compute_metric(confusion.confusion_counts(y, x)) for x in (a, b))
+            ).p,
         }
         for name, value in p.items():
             rejected[name] = rejected.get(name, 0) + (value <= 0.05)

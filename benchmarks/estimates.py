@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Compares `dry_run=true` with the run itself: time, memory and FLOPs, for each adapter.
 
-    scripts/estimates adapter=lora adapter=full -- model=minilm data=pairs data.path=DIR data.train_size=512 trainer.epochs=2
+    benchmarks/estimates.py adapter=lora adapter=full -- model=minilm data=toy data.train_size=512 trainer.epochs=2
 
 Before `--` one set of overrides for each line, separated by commas; after it, those of all. Estimate and run are
 processes of their own, one after the other. With `--cpu-time` a second is one of this process's processor time and
@@ -25,11 +25,11 @@ NAMES = ("train_seconds", "peak_memory_bytes", "train_flops")
 
 
 def estimated(overrides: list[str]) -> dict[str, float]:
-    from lora_bench.sweeps.cost_estimate import estimate_run
     from lora_bench.run.settings import Experiment
+    from lora_bench.sweeps.cost_estimate import estimate_run
     from tests.helpers import composed
 
-    estimate = expect(Experiment.build(composed(*overrides)))
+    estimate = estimate_run(Experiment.build(composed(*overrides)))
     return {name: float(getattr(estimate, name)) for name in NAMES}
 
 

@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """100 runs and then 50 packs in one process: memory, files, threads and the cache stay flat.
 
-    scripts/soak [RUNS [PACKS]]
+    scripts/soak.py [RUNS [PACKS]]
 
 Prints for each of the two the mean resident memory in the first and in the last quarter after a warm-up, and the open
 files, threads, temporary files and bytes of cache after the first and after the last. Exits with 1 where memory grew

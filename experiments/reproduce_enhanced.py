@@ -1,8 +1,8 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Makes every figure about the enhanced method again. What is done is not run again: start it again to go on.
 
-    LORA_BENCH_BACKBONES=DIR scripts/reproduce_enhanced DATA OUTPUT [STAGE …] [KEY=VALUE …]
-    scripts/reproduce_enhanced --toy OUTPUT [STAGE …]       the whole protocol in minutes: random networks, toy pairs
+    LORA_BENCH_BACKBONES=DIR experiments/reproduce_enhanced.py DATA OUTPUT [STAGE …] [KEY=VALUE …]
+    experiments/reproduce_enhanced.py --toy OUTPUT [STAGE …]     everything in minutes: random networks, toy pairs
 
 DATA is a folder with QQP's train.tsv and validation.tsv; PAWS-QQP's test.tsv is in ../paws_qqp beside it. Stages, all
 unless named:

@@ -1,8 +1,8 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Prints how fast methods bring the training loss down in their first 50 steps on QQP, with MiniLM.
 
-    scripts/loss_curves DATA RATES METHOD …
-    scripts/loss_curves DATA 2e-4,5e-4 rslora lora_one 'lora adapter.alpha=8'
+    experiments/loss_curves.py DATA RATES METHOD …
+    experiments/loss_curves.py DATA 2e-4,5e-4 rslora lora_one 'lora adapter.alpha=8'
 
 DATA is a folder with QQP's train.tsv and validation.tsv. 2,000 pairs, batch 32, fp32, a constant rate after the
 warm-up, seeds 0 to 2; a row gives the mean loss of steps 1-10, 11-20, … with the deviation over seeds. About a minute

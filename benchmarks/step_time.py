@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Measures the time of a training step with each method, beside LoRA's, on MiniLM: 32 pairs of 32 tokens, all linears.
 
-    scripts/bench_methods [METHOD …]      the methods of conf/adapter/, or those named; nothing else should be running
+    benchmarks/step_time.py [METHOD …]      the methods of conf/adapter/, or those named; nothing else should be running
 
 One step of every method in turn, for as many rounds as there are; medians and their ratio to LoRA's.
 """

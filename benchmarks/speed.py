@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Measures lora-bench against PEFT and the Hugging Face Trainer: same pairs, model, rank, batch and precision.
 
-    scripts/bench DATA [ROW …] [--pairs 2048] [--rounds 3] [--json FILE]      nothing else should be running
+    benchmarks/speed.py DATA [ROW …] [--pairs 2048] [--rounds 3] [--json FILE]      nothing else should be running
 
 DATA is a folder with QQP's train.tsv and validation.tsv; the rows are those of `RIVALRIES` and of `WITHOUT_RIVAL`
 below. Each contestant is a process of its own, one after another in every round; the table, in markdown, gives medians
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rival import BATCH, Work, experiment_on, theirs
+from peft_trainer import BATCH, Work, experiment_on, theirs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Prints a table of what quantising a backbone's frozen linears loses, alone and with LoftQ's correction.
 
-    scripts/loftq_error [model=minilm] [model.path=DIR …]
+    experiments/loftq_error.py [model=minilm] [model.path=DIR …]
 
 ‖W - Q - B A‖ / ‖W‖ in Frobenius norms, over all linears of the layers together. One iteration of LoftQ is the
 truncated SVD of what quantising loses. MiniLM takes about two and a half minutes on one core.

@@ -1,7 +1,7 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Makes a small RoBERTa-type and a small T5-type backbone from a small BERT, for machines without a hub or a GPU.
 
-    scripts/mini_backbones OUTPUT TEXT_FILE … [--only roberta_mini] [--steps 500] [--teacher DIR]
+    experiments/mini_backbones.py OUTPUT TEXT_FILE … [--only roberta_mini] [--steps 500] [--teacher DIR]
                            [--roberta-tokenizer PLACE] [--t5-tokenizer PLACE]
 
 OUTPUT is what LORA_BENCH_BACKBONES then names: it gets roberta_mini/ and t5_mini/. A TEXT_FILE has a text a line; of a

@@ -1,8 +1,8 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """A sweep of ranks on MiniLM, packed: how quick it is beside PEFT and the Trainer one after another, and our own runs.
 
-    scripts/bench_sweep DATA [--rows packed,peft] [--layers all,top:3] [--pairs 8000] [--json FILE]
-    scripts/bench_sweep DATA --profile          operator calls and milliseconds of a step, of one member and of eight
+    benchmarks/sweep_time.py DATA [--rows packed,peft] [--layers all,top:3] [--pairs 8000] [--json FILE]
+    benchmarks/sweep_time.py DATA --profile      operator calls and milliseconds of a step, of one member and of eight
 
 DATA is a folder with QQP's train.tsv and validation.tsv. Rows:
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rival import BATCH, Work, experiment_on, shared_overrides, theirs
+from peft_trainer import BATCH, Work, experiment_on, shared_overrides, theirs
 
 RANKS = "1,2,4,8,16,32,64,128"
 ROWS = ("packed", "one_by_one", "processes", "peft", "halving", "equal")
