@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compares `dry_run=true` with the run itself: time, memory and FLOPs, for each adapter.
+"""Compare the time, memory and FLOPs that `dry_run=true` estimates with those of the run itself.
 
-    benchmarks/estimates.py adapter=lora adapter=full -- model=minilm data=toy data.train_size=512 trainer.epochs=2
+    benchmarks/estimates.py adapter=lora adapter=full,adapter.layers=top:3 -- model=minilm data=toy trainer.max_steps=20
 
-Before `--` one set of overrides for each line, separated by commas; after it, those of all. Estimate and run are
-processes of their own, one after the other. With `--cpu-time` a second is one of this process's processor time and
-torch has one thread: then it matters little what else the machine does.
+Before `--`, each argument is a row: overrides separated by commas. After it are the overrides of all rows. Estimate and
+run are processes of their own, one after the other. With `--cpu-time`, seconds are processor time of one thread, which
+depends little on other load of the machine.
 """
 
 from __future__ import annotations
@@ -18,63 +18,70 @@ import tempfile
 import time
 from pathlib import Path
 
+from composition import build_experiment
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("train_seconds", "peak_memory_bytes", "train_flops")
+COSTS = ("train_seconds", "peak_memory_bytes", "train_flops")
 
 
-def estimated(overrides: list[str]) -> dict[str, float]:
-    from lora_bench.run.settings import Experiment
+def estimate_costs(overrides: list[str]) -> dict[str, float]:
+    """Return the estimated costs of a run."""
     from lora_bench.sweeps.cost_estimate import estimate_run
-    from tests.helpers import composed
 
-    estimate = estimate_run(Experiment.build(composed(*overrides)))
-    return {name: float(getattr(estimate, name)) for name in NAMES}
+    estimate = estimate_run(build_experiment(overrides))
+    return {name: float(getattr(estimate, name)) for name in COSTS}
 
 
-def ran(overrides: list[str]) -> dict[str, float]:
+def run_for_costs(overrides: list[str]) -> dict[str, float]:
+    """Train the run and return the costs in its record."""
+    from lora_bench.cli import main
     from lora_bench.records import run_folder
-    from lora_bench.records.job import Job
-    from lora_bench.train import train
-    from tests.helpers import composed
 
     with tempfile.TemporaryDirectory() as folder:
-        choices = dict(text.split("=", 1) for text in overrides if "." not in text.split("=")[0])
-        job = Job(composed(*overrides), Path(folder, "run"), choices, overrides)
-        train(job, console=Console(stderr=True))
-        return {name: float(run_folder.read(job.folder)["cost"][name]) for name in NAMES}
+        run = Path(folder, "run")
+        if code := main(["train", *overrides, f"hydra.run.dir={run}"]):
+            sys.exit(code)
+        return {name: float(run_folder.read(run)["cost"][name]) for name in COSTS}
+
+
+WORKERS = {"estimated": estimate_costs, "measured": run_for_costs}
+
+
+def start_worker(worker: str, row: str, shared: list[str], *, cpu_time: bool) -> dict[str, float]:
+    """Estimate or run one row in a process of its own."""
+    options = ["--cpu-time"] if cpu_time else []
+    command = [sys.executable, __file__, *options, "--worker", worker, row, "--", *shared]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"{worker} {row}: the process ended with exit code {process.returncode}\n{process.stdout}")
+    costs: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return costs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lines", nargs="+")
-    parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--child", choices=["estimated", "ran"], help=argparse.SUPPRESS)
+    parser.add_argument("rows", nargs="+", metavar="ROW", help="overrides, separated by commas")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time, with one thread")
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    given, shared = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    if given.cpu_time:
+    separator = arguments.index("--") if "--" in arguments else len(arguments)
+    options, shared = parser.parse_args(arguments[:separator]), arguments[separator + 1 :]
+    if options.cpu_time and "trainer.threads=1" not in shared:
         shared = [*shared, "trainer.threads=1"]
-    if given.child:
-        if given.cpu_time:
+    if options.worker:
+        if options.cpu_time:
             time.perf_counter = time.process_time
-        print(json.dumps(globals()[given.child]([*shared, *given.lines[0].split(",")])))
+        print(json.dumps(WORKERS[options.worker]([*shared, *options.rows[0].split(",")])))
         return
-    table = Table("run", "cost", "estimated", "ran", "error")
-    for line in given.lines:
-        options = ["--cpu-time"] if given.cpu_time else []
-        costs = []
-        for child in ("estimated", "ran"):
-            command = [sys.executable, __file__, *options, "--child", child, line, "--", *shared]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            costs.append(json.loads(out.splitlines()[-1]))
-        for name in NAMES:
-            a, b = (cost[name] for cost in costs)
-            table.add_row(line, name, f"{a:.4g}", f"{b:.4g}", f"{a / b - 1:+.1%}")
+    table = Table("run", "cost", "estimated", "measured", "error")
+    for row in options.rows:
+        estimated, measured = (start_worker(name, row, shared, cpu_time=options.cpu_time) for name in WORKERS)
+        for name in COSTS:
+            error = estimated[name] / measured[name] - 1
+            table.add_row(row, name, f"{estimated[name]:.4g}", f"{measured[name]:.4g}", f"{error:+.1%}")
     Console().print(table)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

@@ -1,127 +1,151 @@
-"""The rival of the benchmarks: PEFT and the Hugging Face Trainer, on the same pairs, at their fastest.
+"""The reference of the benchmarks: PEFT and the Hugging Face Trainer on the same pairs, at their fastest.
 
-Batches are grouped by length and nothing is padded further than it must be, unless the work is `plain`. Needs the extra
-`dev` (peft, accelerate).
+Batches are grouped by length and padded no further than needed, except for a workload with `run_glue_defaults`. Needs
+the extra `dev` (peft, accelerate).
 """
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-BATCH = 32
+from composition import build_experiment
+
+if TYPE_CHECKING:
+    from lora_bench.run.settings import Experiment
+
+BATCH_SIZE = 32
+MAX_LENGTH = 128
+MINILM_LAYERS = 6
 
 
 @dataclass(frozen=True)
-class Work:
-    """The training work of both sides."""
+class Workload:
+    """A training or an evaluation that both sides run."""
 
     adapter: str = "lora"
     rank: int = 8
-    targets: str = "all"
-    top: int | None = None
-    """Only the last so many layers; None: all."""
+    target_modules: str = "all"
+    top_layers: int | None = None
+    """Adapt only the last layers, so many; None: all."""
     precision: str = "fp32"
     epochs: int = 1
-    plain: bool = False
-    """The rival in the defaults of transformers' run_glue (fp32, padded to 128 tokens, not grouped), we in ours."""
-    evaluates: bool = False
-    """Nothing is trained: the reported split is scored."""
-    whole: bool = False
-    """As in a user's run, the selection split is scored after each epoch, and the reported split at the end."""
+    run_glue_defaults: bool = False
+    """The Trainer has the defaults of transformers' run_glue: fp32, padded to 128 tokens, not grouped."""
+    evaluation_only: bool = False
+    """Score the reported split and train nothing."""
+    with_evaluation: bool = False
+    """As in a user's run, score the selection split after each epoch and the reported split at the end."""
 
 
 def shared_overrides(data: str, pairs: int) -> list[str]:
-    """The overrides that say what both sides train on."""
-    overrides = [
+    """Return the overrides that both sides share: model, pairs and batch size."""
+    return [
         "model=minilm",
         "data=pairs",
         f"data.path={data}",
         f"data.train_size={pairs}",
         "data.selection_size=1000",
+        f"trainer.batch_size={BATCH_SIZE}",
     ]
-    return [*overrides, f"trainer.batch_size={BATCH}"]
 
 
-def experiment_on(data: str, pairs: int, *overrides: str) -> Any:
-    from hydra import compose, initialize_config_dir
-
-    from lora_bench.config.compose import register_with_hydra
-    from lora_bench.config.groups import conf_folder
-    from lora_bench.run.settings import Experiment
-
-    register_with_hydra()
+def epoch_experiment(data: str, pairs: int, *overrides: str) -> Experiment:
+    """Return the settings of one epoch on so many pairs, with further overrides."""
     fixed = [*shared_overrides(data, pairs), "trainer.epochs=1", "optimizer.lr=1e-4"]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return Experiment.build(compose("config", [*fixed, *overrides]))
+    replaced = {override.partition("=")[0] for override in overrides}
+    kept = [override for override in fixed if override.partition("=")[0] not in replaced]
+    return build_experiment([*kept, *overrides])
 
 
-def theirs(work: Work, data: str, pairs: int) -> dict[str, float]:
-    """Train, or score the reported split, with PEFT and the Trainer."""
-    import datasets
-    import peft
-    import torch
+def run_trainer(workload: Workload, data: str, pairs: int) -> dict[str, float]:
+    """Train, or score the reported split, with PEFT and the Trainer; return its pairs per second."""
     import transformers
 
     from lora_bench.backbones.locate import locate
     from lora_bench.run.inputs import load_splits
 
     transformers.logging.set_verbosity_error()
-    experiment = experiment_on(data, pairs)
+    experiment = epoch_experiment(data, pairs)
     splits, _ = load_splits(experiment.data)
     folder = locate(experiment.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    padding = {"padding": "max_length"} if work.plain else {}
+    padding = {"padding": "max_length"} if workload.run_glue_defaults else {}
 
     def encode(name: str) -> Any:
-        first, second = splits[name].texts
-        rows = tokenizer(list(first), list(second), truncation=True, max_length=128, **padding)
-        return datasets.Dataset.from_dict({**rows, "labels": splits[name].labels.tolist()})
+        return encode_split(tokenizer, splits[name], **padding)
 
-    def by_length(name: str) -> Any:
-        return encode(name).map(lambda row: {"length": len(row["input_ids"])}).sort("length")
-
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    if work.adapter != "full":
-        names = r"(query|value)" if work.targets == "qv" else r"(query|key|value|dense)"
-        layers = "|".join(map(str, range(6 - work.top, 6))) if work.top else r"\d+"
-        config = peft.LoraConfig(
-            task_type="SEQ_CLS",
-            r=work.rank,
-            lora_alpha=16,
-            target_modules=rf".*encoder\.layer\.({layers})\..*{names}",
-            modules_to_save=["pooler", "classifier"],
-            use_dora=work.adapter == "dora",
-        )
-        model = peft.get_peft_model(model, config)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = transformers.TrainingArguments(
-            folder,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=128,
-            num_train_epochs=work.epochs,
-            learning_rate=1e-4,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=work.precision == "bf16",
-            train_sampling_strategy="random" if work.plain else "group_by_length",
-            eval_strategy="epoch" if work.whole else "no",
-            save_strategy="no",
-            report_to="none",
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
+    with tempfile.TemporaryDirectory() as output:
         trainer = transformers.Trainer(
-            model=model,
-            args=settings,
-            train_dataset=None if work.evaluates else encode("train"),
-            eval_dataset=by_length("selection" if work.whole else "validation"),
+            model=build_model(workload, folder),
+            args=training_arguments(workload, output),
+            train_dataset=None if workload.evaluation_only else encode("train"),
+            eval_dataset=sort_by_length(encode("selection" if workload.with_evaluation else "validation")),
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
         )
-        if work.evaluates:
+        if workload.evaluation_only:
             return {"pairs_per_second": trainer.evaluate()["eval_samples_per_second"]}
         seconds = trainer.train().metrics["train_runtime"]
-        if work.whole:
-            trainer.predict(by_length("validation"))
-        return {"pairs_per_second": work.epochs * pairs / seconds}
+        if workload.with_evaluation:
+            trainer.predict(sort_by_length(encode("validation")))
+        return {"pairs_per_second": workload.epochs * pairs / seconds}
+
+
+def encode_split(tokenizer: Any, examples: Any, **padding: str) -> Any:
+    """Return the tokens and labels of a split as a `datasets.Dataset`."""
+    import datasets
+
+    first, second = examples.texts
+    rows = tokenizer(list(first), list(second), truncation=True, max_length=MAX_LENGTH, **padding)
+    return datasets.Dataset.from_dict({**rows, "labels": examples.labels.tolist()})
+
+
+def sort_by_length(dataset: Any) -> Any:
+    """Return the rows of a data set from the shortest to the longest."""
+    return dataset.map(lambda row: {"length": len(row["input_ids"])}).sort("length")
+
+
+def build_model(workload: Workload, folder: str) -> Any:
+    """Return MiniLM with a classification head, and with PEFT's adapter unless it is fully fine-tuned."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    if workload.adapter == "full":
+        return model
+    names = r"(query|value)" if workload.target_modules == "qv" else r"(query|key|value|dense)"
+    top = workload.top_layers
+    layers = "|".join(map(str, range(MINILM_LAYERS - top, MINILM_LAYERS))) if top else r"\d+"
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=workload.rank,
+        lora_alpha=16,
+        target_modules=rf".*encoder\.layer\.({layers})\..*{names}",
+        modules_to_save=["pooler", "classifier"],
+        use_dora=workload.adapter == "dora",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def training_arguments(workload: Workload, output: str) -> Any:
+    """Return the Trainer's settings: nothing is saved, logged or reported."""
+    import torch
+    import transformers
+
+    return transformers.TrainingArguments(
+        output,
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=128,
+        num_train_epochs=workload.epochs,
+        learning_rate=1e-4,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=workload.precision == "bf16",
+        train_sampling_strategy="random" if workload.run_glue_defaults else "group_by_length",
+        eval_strategy="epoch" if workload.with_evaluation else "no",
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -3,12 +3,12 @@
 
     scripts/torture.py --kills 100
 
-Every training is killed (SIGKILL) `--kills-per-run` times, about half of them inside the writing of a checkpoint, and
-resumed after each kill. In the end its weights, predictions, record and log must be those of the same training
-undisturbed, bit for bit. A full disk is a limit on the size of files that falls on the process in mid-run.
-`--scenario-kills` are spread over packs, halving, ensembles, several tasks, `sweep=methods`, `sweep=transfer`,
-`pack.workers=2`, `eval` and `export`: each is killed at moments spread over its duration, run again, and compared.
-Children are forked from a process that has trained before, so that nothing is loaded again. Needs a Unix; one thread.
+Every training is killed (SIGKILL) `--kills-per-run` times, about half of them while it writes a checkpoint, and resumed
+after each kill. In the end its weights, predictions, record and log must equal those of the same training undisturbed,
+bit for bit. A full disk is a limit on the size of files, set on the process in mid-run. `--scenario-kills` are spread
+over packs, halving, ensembles, several tasks, `sweep=methods`, `sweep=transfer`, `pack.workers=2`, `eval` and `export`.
+Each of these is killed at moments spread over its duration, run again, and compared. Children are forked from a process
+that has trained before, so that nothing is loaded again. Unix only; one thread.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lora_bench.cli import main
+from lora_bench.cli import main as lora_bench
 from lora_bench.data.toy import generate
 from lora_bench.training.checkpoint import Checkpoints
 
@@ -46,7 +45,7 @@ METHODS = (
     "adapter=full",
     "adapter=enhanced",
 )
-SHORT = [
+SHORT_RUN = [
     "model=tiny_bert",
     "data=toy",
     "data.train_rows=120",
@@ -59,36 +58,57 @@ SHORT = [
     "trainer.eval_every=9",
     "trainer.checkpoint_every=2",
 ]
-SAME = ("status", "error", "choices", "config", "overrides", "data", "metrics", "selection", "params", "targets")
+COMPARED_KEYS = (
+    "status",
+    "error",
+    "choices",
+    "config",
+    "overrides",
+    "data",
+    "metrics",
+    "selection",
+    "params",
+    "targets",
+)
 POLL_SECONDS = 0.0002
+DISK_LIMITS = (0, 100, 2_000, 20_000, 60_000, 100_000)
+"""Sizes in bytes that files cannot exceed on a full disk."""
 
 
 @dataclass
 class Child:
-    """A command of lora-bench's in a process of its own."""
+    """A command of lora-bench in a process of its own."""
 
     process: int
     output: int
-    """A pipe's end: a limit on the size of files does not hold it up."""
+    """The read end of a pipe, which a limit on the size of files does not affect."""
     code: int | None = None
 
     @classmethod
     def start(cls, *arguments: str) -> Child:
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
         process = os.fork()
         if process:
-            os.close(writing)
-            return cls(process, reading)
-        os.dup2(writing, 1)
-        os.dup2(writing, 2)
+            os.close(write_end)
+            return cls(process, read_end)
+        os.dup2(write_end, 1)
+        os.dup2(write_end, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        code = main(list(arguments))
+        code = lora_bench(list(arguments))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
-    def ended(self) -> bool:
+    @classmethod
+    def complete(cls, *arguments: str) -> None:
+        """Run a command undisturbed, and end this process if it fails."""
+        child = cls.start(*arguments)
+        if child.wait() != 0:
+            sys.exit(f"the undisturbed command failed: {' '.join(arguments)}\n{child.read_output()}")
+        child.close()
+
+    def has_ended(self) -> bool:
         if self.code is None:
             process, status = os.waitpid(self.process, os.WNOHANG)
             if process:
@@ -96,60 +116,78 @@ class Child:
         return self.code is not None
 
     def wait(self) -> int:
-        while not self.ended():
+        while not self.has_ended():
             time.sleep(0.005)
         assert self.code is not None
         return self.code
 
+    def wait_for_seconds(self, seconds: float) -> None:
+        """Wait so many seconds, or until the process ends."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.has_ended():
+            time.sleep(0.001)
+
     def kill(self) -> bool:
         """Kill the process; return False if it had ended before."""
-        if not self.ended():
+        if not self.has_ended():
             os.kill(self.process, signal.SIGKILL)
         return self.wait() == -signal.SIGKILL
 
-    def output_text(self) -> str:
+    def read_output(self) -> str:
+        """Return the output and close the pipe."""
         with os.fdopen(self.output, "rb") as file:
             return file.read().decode(errors="replace")
+
+    def close(self) -> None:
+        os.close(self.output)
+
+    def failure(self, name: str) -> str:
+        """Describe an unexpected exit code."""
+        return f"{name} ended with {self.code}: {self.read_output()[-500:]}"
 
 
 @dataclass
 class Score:
-    """Trials of one sort, and those that went wrong."""
+    """Trials of one sort, and those that failed."""
 
-    what: str
+    trial: str
     tried: int = 0
-    wrong: list[str] = field(default_factory=list)
     lost: int = 0
-    inside: int = 0
+    during_write: int = 0
     """Kills that left a checkpoint half written."""
+    failures: list[str] = field(default_factory=list)
 
-    def lose(self, trials: int, why: str) -> None:
+    def lose(self, trials: int, failure: str) -> None:
         self.lost += trials
-        self.wrong.append(why)
-        print(f"  LOST: {why}", flush=True)
+        self.failures.append(failure)
+        print(f"  LOST: {failure}", flush=True)
 
     def __str__(self) -> str:
-        return f"{self.what}: survived {self.tried - self.lost} / {self.tried}"
+        return f"{self.trial}: survived {self.tried - self.lost} / {self.tried}"
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """All that must be the same in two runs: what took time is left out."""
+# -- single trainings --
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what two equal runs have in common: record, log, weights and predictions, without times."""
     record = json.loads((folder / "run.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.suffix in (".safetensors", ".parquet")}
     return {
-        **{key: record[key] for key in SAME},
+        **{key: record[key] for key in COMPARED_KEYS},
         "cost": {key: record["cost"].get(key) for key in ("steps", "train_flops")},
         "metrics.jsonl": [{**line, "seconds": None} for line in lines],
         **{name: path.read_bytes() for name, path in files.items()},
     }
 
 
-def difference(run: Path, whole: Path) -> str | None:
-    one, other = content(run), content(whole)
-    one["overrides"] = other["overrides"]  # they name the folder
-    wrong = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
-    return f"{run.name} differs in {', '.join(wrong)}" if wrong else None
+def compare_runs(run: Path, reference: Path) -> str | None:
+    """Return the keys and files in which a run differs from the undisturbed one, if any."""
+    actual, expected = read_run(run), read_run(reference)
+    actual["overrides"] = expected["overrides"]  # they name the folder
+    keys = [key for key in sorted(actual.keys() | expected.keys()) if actual.get(key) != expected.get(key)]
+    return f"{run.name} differs in {', '.join(keys)}" if keys else None
 
 
 def newest_step(folder: Path) -> int:
@@ -164,93 +202,112 @@ def is_writing(folder: Path) -> bool:
         return False
 
 
-def await_moment(child: Child, folder: Path, chance: random.Random) -> None:
-    """Until a random moment of the run: as it starts, in a step, or inside the writing of a checkpoint."""
-    moment = chance.choice(("start", "step", "write", "write"))
+def wait_for_moment(child: Child, folder: Path, rng: random.Random) -> None:
+    """Wait until a random moment of a run: while it starts, in a step, or while it writes a checkpoint."""
+    moment = rng.choice(("start", "step", "write", "write"))
     if moment == "start":
-        until = time.monotonic() + chance.uniform(0, 4)
-        while time.monotonic() < until and not child.ended():
-            time.sleep(0.005)
+        child.wait_for_seconds(rng.uniform(0, 4))
         return
-    target = newest_step(folder) + chance.randint(1, 3) * 2
-    while newest_step(folder) < target and not child.ended():
+    target = newest_step(folder) + rng.randint(1, 3) * 2
+    while newest_step(folder) < target and not child.has_ended():
         time.sleep(0.002)
     if moment == "write":
-        while not is_writing(folder) and not child.ended():
+        while not is_writing(folder) and not child.has_ended():
             time.sleep(POLL_SECONDS)
-        time.sleep(chance.choice((0, chance.uniform(0, 0.004), chance.uniform(0, 0.02))))
+        time.sleep(rng.choice((0, rng.uniform(0, 0.004), rng.uniform(0, 0.02))))
     else:
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))
 
 
-def begin_or_go_on(folder: Path, overrides: list[str]) -> Child:
+def start_or_resume(folder: Path, overrides: list[str]) -> Child:
     if (folder / "run.json").exists():
         return Child.start("train", f"resume={folder}")
     return Child.start("train", *overrides, f"hydra.run.dir={folder}")
 
 
-def older_is_damaged(folder: Path) -> str | None:
+def check_checkpoints(folder: Path) -> str | None:
+    """Return which finished checkpoint is damaged, if any."""
     checkpoints = Checkpoints(folder / "checkpoints")
-    there = newest_step(folder)
+    step = newest_step(folder)
     newest = checkpoints.newest()
-    if checkpoints.damaged or (there and (newest is None or newest.step != there)):
+    if checkpoints.damaged or (step and (newest is None or newest.step != step)):
         return f"{folder.name} has a damaged checkpoint: {checkpoints.damaged}"
     return None
 
 
-def finish(folder: Path, overrides: list[str], whole: Path) -> str | None:
-    """Go on to the end, undisturbed; what is wrong with it then."""
-    child = begin_or_go_on(folder, overrides)
+def finish(folder: Path, overrides: list[str], reference: Path) -> str | None:
+    """Resume a run to its end, undisturbed, and return how it differs from the reference, if at all."""
+    child = start_or_resume(folder, overrides)
     if child.wait() != 0:
-        return f"{folder.name} ended with {child.code}: {child.output_text()[-500:]}"
-    os.close(child.output)
-    return difference(folder, whole)
+        return child.failure(folder.name)
+    child.close()
+    return compare_runs(folder, reference)
 
 
-def kill_run(folder: Path, overrides: list[str], whole: Path, kills: int, chance: random.Random, score: Score) -> None:
+def kill_run(folder: Path, overrides: list[str], reference: Path, kills: int, rng: random.Random, score: Score) -> None:
+    """Kill a training and resume it, so many times or until it ends; then compare it with the reference."""
     done = 0
     while done < kills:
-        child = begin_or_go_on(folder, overrides)
-        await_moment(child, folder, chance)
+        child = start_or_resume(folder, overrides)
+        wait_for_moment(child, folder, rng)
         if child.kill():
+            child.close()
             done += 1
-            score.inside += is_writing(folder)
-            wrong = older_is_damaged(folder)
+            score.during_write += is_writing(folder)
+            failure = check_checkpoints(folder)
+        elif child.code == 0:
+            child.close()
+            break  # it ended before the kill
         else:
-            wrong = None if child.code == 0 else f"{folder.name} ended with {child.code}: {child.output_text()[-500:]}"
-            if wrong is None:
-                os.close(child.output)
-                break  # it was quicker than the kill
-        if wrong:
+            failure = child.failure(folder.name)
+        if failure:
             score.tried += done
-            score.lose(done or 1, wrong)
+            score.lose(done or 1, failure)
             return
-        if child.code != 0:
-            os.close(child.output)
     score.tried += done
-    if wrong := finish(folder, overrides, whole):
-        score.lose(done, wrong)
+    if failure := finish(folder, overrides, reference):
+        score.lose(done, failure)
 
 
-def fill_disk(folder: Path, overrides: list[str], whole: Path, chance: random.Random, score: Score) -> None:
-    """From a random moment on no file can grow beyond a random size; later there is room again."""
-    child = begin_or_go_on(folder, overrides)
-    await_moment(child, folder, chance)
-    limit = chance.choice((0, 100, 2_000, 20_000, 60_000, 100_000))
-    if not child.ended():
+def fill_disk(folder: Path, overrides: list[str], reference: Path, rng: random.Random, score: Score) -> None:
+    """Limit the size of files from a random moment on; then lift the limit, resume, and compare with the reference."""
+    child = start_or_resume(folder, overrides)
+    wait_for_moment(child, folder, rng)
+    limit = rng.choice(DISK_LIMITS)
+    if not child.has_ended():
         resource.prlimit(child.process, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    code, output_text = child.wait(), child.output_text()
+    code, output = child.wait(), child.read_output()
     if code == 0:
         return
     score.tried += 1
-    wrong = older_is_damaged(folder)
-    if code not in (1, 2) or "Traceback" in output_text or "cannot be written" not in output_text:
-        wrong = f"{folder.name}, files up to {limit} bytes: ended with {code}: {output_text[-500:]}"
-    if wrong := wrong or finish(folder, overrides, whole):
-        score.lose(1, wrong)
+    failure = check_checkpoints(folder)
+    if code not in (1, 2) or "Traceback" in output or "cannot be written" not in output:
+        failure = f"{folder.name}, files up to {limit} bytes: ended with {code}: {output[-500:]}"
+    if failure := failure or finish(folder, overrides, reference):
+        score.lose(1, failure)
 
 
-# -- other commands than a single training --
+def torture_runs(options: argparse.Namespace, top: Path, rng: random.Random) -> list[Score]:
+    """Kill single trainings and fill their disk, with one seed after another."""
+    kills, disk = Score("SIGKILL of a training"), Score("full disk")
+    number = 0
+    while kills.tried < options.kills or disk.tried < options.full_disk:
+        seed = options.seed + number
+        method = METHODS[number % len(METHODS)].split()
+        overrides = [*SHORT_RUN, *method, f"seed={seed}", "trainer.max_steps=60"]
+        reference = top / f"reference-{number}"
+        Child.complete("train", *overrides, f"hydra.run.dir={reference}")
+        kills_of_run = min(options.kills_per_run, options.kills - kills.tried)
+        if kills_of_run > 0:
+            kill_run(top / f"killed-{number}", overrides, reference, kills_of_run, rng, kills)
+        if disk.tried < options.full_disk:
+            fill_disk(top / f"full-{number}", overrides, reference, rng, disk)
+        number += 1
+        print(f"run {number}, seed {seed}: {kills} ({kills.during_write} during a write); {disk}", flush=True)
+    return [kills, disk]
+
+
+# -- other commands --
 
 
 @dataclass(frozen=True)
@@ -261,7 +318,7 @@ class Scenario:
     arguments: tuple[str, ...]
     """As first given; FOLDER stands for the folder that it writes."""
     again: tuple[str, ...]
-    """After a kill, where the file `marker_file` exists."""
+    """After a kill, if the file `marker_file` exists."""
     marker_file: str = "sweep.json"
     source: Path | None = None
     """A folder that FOLDER is a copy of at first: a finished run."""
@@ -272,59 +329,60 @@ class Scenario:
         arguments = self.again if (folder / self.marker_file).exists() else self.arguments
         return Child.start(*(argument.replace("FOLDER", str(folder)) for argument in arguments))
 
+    @classmethod
+    def run(cls, name: str, *arguments: str) -> Scenario:
+        return cls(name, ("train", *arguments, "hydra.run.dir=FOLDER"), ("train", "resume=FOLDER"), "run.json")
 
-def scenarios(top: Path) -> list[Scenario]:
-    """Every kind of command that trains or writes, as small as it can be. Writes the data that they need."""
-    for number, task in enumerate(("one", "two")):
-        write_task(top / task, number)
+    @classmethod
+    def sweep(cls, name: str, *arguments: str) -> Scenario:
+        return cls(name, ("train", *arguments, "hydra.sweep.dir=FOLDER"), ("train", "-m", "resume=FOLDER"))
+
+    @classmethod
+    def of_finished_run(cls, name: str, source: Path, *arguments: str) -> Scenario:
+        return cls(name, arguments, arguments, "run.json", source)
+
+
+def list_scenarios(top: Path) -> list[Scenario]:
+    """Write the data that the scenarios need, and return one small command of every sort that trains or writes."""
+    for seed, task in enumerate(("one", "two")):
+        write_task(top / task, seed)
     (top / "conf/data").mkdir(parents=True)
-    for number, task in enumerate(("small", "large")):
-        settings = f"task: {task}\ntrain_rows: {60 + 40 * number}\nvalidation_rows: 16\ngenerator_seed: {number}\n"
+    for seed, task in enumerate(("small", "large")):
+        settings = f"task: {task}\ntrain_rows: {60 + 40 * seed}\nvalidation_rows: 16\ngenerator_seed: {seed}\n"
         (top / f"conf/data/{task}.yaml").write_text(f"defaults: [toy, _self_]\n{settings}")
     finished = top / "finished"
-    child = Child.start("train", *SHORT, "trainer.max_steps=9", f"hydra.run.dir={finished}")
-    if child.wait() != 0:
-        sys.exit(f"the run to evaluate failed: {child.output_text()}")
-    os.close(child.output)
+    Child.complete("train", *SHORT_RUN, "trainer.max_steps=9", f"hydra.run.dir={finished}")
 
-    tasks = ["--config-dir", f"{top}/conf", *(item for item in SHORT if item != "data=toy" and "_rows" not in item)]
-    tasks += ["data.tasks=[small,large]", "trainer.max_steps=40"]
+    without_data = [override for override in SHORT_RUN if not override.startswith("data")]
+    tasks = ["--config-dir", f"{top}/conf", *without_data, "data.tasks=[small,large]", "trainer.max_steps=40"]
     few = ["hydra.sweeper.shots=[8]", "hydra.sweeper.few.trainer.max_steps=6", "hydra.sweeper.few.trainer.eval_every=3"]
-    transfer = [item for item in SHORT if not item.startswith("data")]
-    transfer += ["sweep=transfer", "data=pairs", f"data.path={top}/one,{top}/two", *few, "trainer.max_steps=12"]
-    transfer += ["hydra.sweeper.few.data.selection_size=8"]
-    methods = [*SHORT, "sweep=methods", "adapter=lora,head_only", "optimizer.lr=1e-3,1e-2", "seed=0,1"]
-    methods += ["hydra.sweeper.tune.data.train_size=40", "hydra.sweeper.tune.trainer.epochs=2", "trainer.max_steps=16"]
-    pack = [*SHORT, "trainer.max_steps=40", "pack.size=16"]
-    evaluated = ("eval", "run=FOLDER", "data=pairs", f"data.path={top}/two", "name=two", "device=cpu")
-    exported = ("export", "run=FOLDER", "output=FOLDER/exported")
-
-    def run(name: str, *arguments: str) -> Scenario:
-        return Scenario(name, ("train", *arguments, "hydra.run.dir=FOLDER"), ("train", "resume=FOLDER"), "run.json")
-
-    def sweep(name: str, *arguments: str) -> Scenario:
-        return Scenario(name, ("train", *arguments, "hydra.sweep.dir=FOLDER"), ("train", "-m", "resume=FOLDER"))
-
+    few += ["hydra.sweeper.few.data.selection_size=8"]
+    pairs = ["data=pairs", f"data.path={top}/one,{top}/two", "trainer.max_steps=12"]
+    methods = ["adapter=lora,head_only", "optimizer.lr=1e-3,1e-2", "seed=0,1", "trainer.max_steps=16"]
+    tuning = ["hydra.sweeper.tune.data.train_size=40", "hydra.sweeper.tune.trainer.epochs=2"]
+    pack = ["-m", *SHORT_RUN, "trainer.max_steps=40", "pack.size=16"]
+    in_a_row = ["-m", *SHORT_RUN, "trainer.max_steps=40", "pack.size=1", "adapter=lora,full"]
+    workers = ["pack.workers=2", "trainer.threads=null", "seed=0,1,2,3"]
+    export = ("export", "run=FOLDER", "output=FOLDER/exported")
+    evaluate = ("eval", "run=FOLDER", "data=pairs", f"data.path={top}/two", "name=two", "device=cpu")
     return [
-        run("ensemble", *SHORT, "ensemble.members=3", "trainer.max_steps=40"),
-        run("several tasks", *tasks),
-        run("several tasks, own adapters", *tasks, "data.share=backbone"),
-        sweep("pack", "-m", *pack, "seed=0,1,2"),
-        sweep("jobs in a row", "-m", *pack, "pack.size=1", "adapter=lora,full"),
-        sweep("halving", "-m", *pack, "pack.halving=true", "optimizer.lr=1e-4,1e-3,1e-2,3e-2"),
-        sweep("sweep=methods", *methods),
-        sweep("sweep=transfer", *transfer),
-        sweep("pack.workers=2", "-m", *pack, "pack.workers=2", "trainer.threads=null", "seed=0,1,2,3"),
-        Scenario("eval", evaluated, evaluated, "run.json", finished),
-        Scenario(
-            "export format=merged", (*exported, "format=merged"), (*exported, "format=merged"), "run.json", finished
-        ),
-        Scenario("export format=peft", (*exported, "format=peft"), (*exported, "format=peft"), "run.json", finished),
+        Scenario.run("ensemble", *SHORT_RUN, "ensemble.members=3", "trainer.max_steps=40"),
+        Scenario.run("several tasks", *tasks),
+        Scenario.run("several tasks, own adapters", *tasks, "data.share=backbone"),
+        Scenario.sweep("pack", *pack, "seed=0,1,2"),
+        Scenario.sweep("jobs in a row", *in_a_row),
+        Scenario.sweep("halving", *pack, "pack.halving=true", "optimizer.lr=1e-4,1e-3,1e-2,3e-2"),
+        Scenario.sweep("sweep=methods", *SHORT_RUN, "sweep=methods", *methods, *tuning),
+        Scenario.sweep("sweep=transfer", *without_data, "sweep=transfer", *pairs, *few),
+        Scenario.sweep("pack.workers=2", *pack, *workers),
+        Scenario.of_finished_run("eval", finished, *evaluate),
+        Scenario.of_finished_run("export format=merged", finished, *export, "format=merged"),
+        Scenario.of_finished_run("export format=peft", finished, *export, "format=peft"),
     ]
 
 
 def write_task(folder: Path, seed: int) -> None:
-    """Generated pairs as train.tsv and validation.tsv."""
+    """Write generated pairs as train.tsv and validation.tsv."""
     folder.mkdir()
     for split, rows in (("train", 60), ("validation", 24)):
         examples = generate(rows, seed, split)
@@ -334,126 +392,97 @@ def write_task(folder: Path, seed: int) -> None:
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """All that a killed command must leave as the undisturbed one does: runs, evaluations, exports and tables."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return what a killed command must leave as the undisturbed one does: runs, evaluations, exports and tables."""
     contents: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.name == "run.json":
-            runs = content(path.parent)
-            contents[name] = json.loads(json.dumps({k: v for k, v in runs.items() if not isinstance(v, bytes)}))
+            run = read_run(path.parent)
+            contents[name] = {key: value for key, value in run.items() if not isinstance(value, bytes)}
             contents[name].pop("overrides")  # they name the folder
         elif path.suffix in (".safetensors", ".parquet"):
             contents[name] = path.read_bytes()
         elif path.suffix == ".csv":
-            contents[name] = untimed(path)
+            contents[name] = read_untimed_rows(path)
         elif "evaluations" in path.parts or "exported" in path.parts:
             contents[name] = json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
-    text = json.dumps(contents, default=lambda held: sha256(held).hexdigest())
-    return {k: drop_times(v) for k, v in json.loads(text.replace(str(folder), "FOLDER")).items()}
+    text = json.dumps(contents, default=lambda content: sha256(content).hexdigest())
+    return {name: drop_times(value) for name, value in json.loads(text.replace(str(folder), "FOLDER")).items()}
 
 
 def drop_times(value: Any) -> Any:
-    """A JSON value without what differs from one execution to the next."""
+    """Return a JSON value without what differs from one execution to the next."""
     if isinstance(value, dict):
         return {k: drop_times(v) for k, v in value.items() if k not in ("seconds", "created", "finished")}
     return [drop_times(v) for v in value] if isinstance(value, list) else value
 
 
-def untimed(path: Path) -> list[dict[str, str]]:
-    """The rows of a sweep's table without the columns of time, memory and number of members."""
+def read_untimed_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a sweep's table without the columns of time, memory and number of members."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     measured = ("seconds", "memory", "per_second", "pack_size", "bytes", "rate", "time saved")
     return [{key: value for key, value in row.items() if not any(word in key for word in measured)} for row in rows]
 
 
-def kill_scenario(scenario: Scenario, top: Path, kills: int, chance: random.Random, score: Score) -> None:
-    """Kill a command at moments spread over its duration, run it again each time, and compare what is left."""
-    whole = top / "whole"
-    began = time.monotonic()
-    child = scenario.start(whole)
+def kill_scenario(scenario: Scenario, top: Path, kills: int, rng: random.Random, score: Score) -> None:
+    """Kill a command at moments spread over its duration, run it again each time, and compare its results."""
+    start = time.monotonic()
+    child = scenario.start(top / "reference")
     if child.wait() != 0:
-        sys.exit(f"{scenario.name}: the undisturbed command failed: {child.output_text()}")
-    os.close(child.output)
-    seconds, expected = time.monotonic() - began, outcome(whole)
+        sys.exit(f"the undisturbed command failed: {child.failure(scenario.name)}")
+    child.close()
+    seconds, expected = time.monotonic() - start, read_results(top / "reference")
     number = 0
     while score.tried < kills:
         folder, done = top / str(number), 0
         number += 1
-        while True:
+        child = scenario.start(folder)
+        while score.tried + done < kills:
+            child.wait_for_seconds(rng.uniform(0, seconds))
+            if not child.kill():
+                break
+            child.close()
+            done += 1
             child = scenario.start(folder)
-            if score.tried + done < kills:
-                until = time.monotonic() + chance.uniform(0, seconds)
-                while time.monotonic() < until and not child.ended():
-                    time.sleep(0.001)
-                if child.kill():
-                    done += 1
-                    os.close(child.output)
-                    continue
-            break
         score.tried += done
         if child.wait() != 0:
-            score.lose(
-                done or 1, f"{scenario.name} {folder.name} ended with {child.code}: {child.output_text()[-500:]}"
-            )
+            score.lose(done or 1, child.failure(f"{scenario.name} {folder.name}"))
             continue
-        os.close(child.output)
-        contents = outcome(folder)
-        wrong = [name for name in sorted(contents.keys() | expected.keys()) if contents.get(name) != expected.get(name)]
-        if wrong:
-            score.lose(done or 1, f"{scenario.name} {folder.name} differs in {', '.join(wrong)[:500]}")
+        child.close()
+        results = read_results(folder)
+        names = [name for name in sorted(results.keys() | expected.keys()) if results.get(name) != expected.get(name)]
+        if names:
+            score.lose(done or 1, f"{scenario.name} {folder.name} differs in {', '.join(names)[:500]}")
         shutil.rmtree(folder)
 
 
-def torture(options: argparse.Namespace, top: Path) -> list[Score]:
-    for number, method in enumerate(METHODS):
-        with redirect_stdout(io.StringIO()):
-            main(["train", *SHORT, *method.split(), "trainer.max_steps=9", f"hydra.run.dir={top / f'warm-{number}'}"])
-    gc.freeze()
-    chance = random.Random(options.seed)
-    kills, disk = Score("SIGKILL of a training"), Score("full disk")
-
-    def undisturbed(name: str, *arguments: str) -> Path:
-        child = Child.start("train", *arguments, f"hydra.run.dir={top / name}")
-        if child.wait() != 0:
-            sys.exit(f"the undisturbed run failed: {child.output_text()}")
-        os.close(child.output)
-        return top / name
-
-    number = 0
-    while kills.tried < options.kills or disk.tried < options.full_disk:
-        overrides = [
-            *SHORT,
-            *METHODS[number % len(METHODS)].split(),
-            f"seed={options.seed + number}",
-            "trainer.max_steps=60",
-        ]
-        whole = undisturbed(f"whole-{number}", *overrides)
-        kills_of_run = min(options.kills_per_run, options.kills - kills.tried)
-        if kills_of_run > 0:
-            kill_run(top / f"killed-{number}", overrides, whole, kills_of_run, chance, kills)
-        if disk.tried < options.full_disk:
-            fill_disk(top / f"full-{number}", overrides, whole, chance, disk)
-        number += 1
-        print(
-            f"run {number}, seed {options.seed + number - 1}: {kills} ({kills.inside} inside a write); {disk}",
-            flush=True,
-        )
-    scores = [kills, disk]
-    commands = scenarios(top) if options.scenario_kills else []
-    for number, scenario in enumerate(commands):
-        # the first of them get one more where the kills cannot be shared out evenly
-        share = options.scenario_kills // len(commands) + (number < options.scenario_kills % len(commands))
-        score = Score(f"SIGKILL, {scenario.name}")
-        scores.append(score)
+def torture_scenarios(kills: int, top: Path, rng: random.Random) -> list[Score]:
+    """Share the kills out among all scenarios."""
+    scores = []
+    scenarios = list_scenarios(top) if kills else []
+    for number, scenario in enumerate(scenarios):
+        share = kills // len(scenarios) + (number < kills % len(scenarios))  # the first ones get the remainder
+        scores.append(Score(f"SIGKILL, {scenario.name}"))
         with tempfile.TemporaryDirectory(dir=top) as folder:
-            kill_scenario(scenario, Path(folder), share, chance, score)
-        print(score, flush=True)
+            kill_scenario(scenario, Path(folder), share, rng, scores[-1])
+        print(scores[-1], flush=True)
     return scores
 
 
-def cli() -> int:
+def torture(options: argparse.Namespace, top: Path) -> list[Score]:
+    """Warm this process up, then run all trials."""
+    for number, method in enumerate(METHODS):
+        with redirect_stdout(io.StringIO()):
+            warm_up = [*SHORT_RUN, *method.split(), "trainer.max_steps=9", f"hydra.run.dir={top / f'warm-{number}'}"]
+            lora_bench(["train", *warm_up])
+    gc.freeze()
+    rng = random.Random(options.seed)
+    return [*torture_runs(options, top, rng), *torture_scenarios(options.scenario_kills, top, rng)]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="kills of single trainings")
     parser.add_argument("--kills-per-run", type=int, default=10)
@@ -462,18 +491,21 @@ def cli() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the trainings")
     options = parser.parse_args()
     print(f"seed {options.seed}; moments are in seconds, so a second pass hits other ones", flush=True)
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORA_BENCH_CACHE"] = f"{folder}/cache"
         os.chdir(folder)
         scores = torture(options, Path(folder))
+        os.chdir("/")
     for score in scores:
         print(score)
     tried, lost = sum(score.tried for score in scores), sum(score.lost for score in scores)
     print(f"all: survived {tried - lost} / {tried}")
-    print(f"{scores[0].inside} of the kills fell into the writing of a checkpoint; {time.monotonic() - began:.0f} s")
-    return 1 if any(score.lost for score in scores) else 0
+    print(
+        f"{scores[0].during_write} of the kills fell into the writing of a checkpoint; {time.monotonic() - start:.0f} s"
+    )
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(main())

@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from tests.helpers import composed
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path for folder in ("scripts", "benchmarks", "experiments") for path in (ROOT / folder).glob("[!_]*"))
-PYTHON_SCRIPTS = [path for path in SCRIPTS if path.suffix == ".py" and path.name != "peft_trainer.py"]
+MODULES = {"composition.py", "distillation.py", "peft_trainer.py"}
+"""What scripts of the same folder import."""
+PYTHON_SCRIPTS = [path for path in SCRIPTS if path.suffix == ".py" and path.name not in MODULES]
 TEXTS = ["a", "b c", "is this a question?", "how long is a day on mars?", "what is the best way to learn", "why not"]
 
 
@@ -30,7 +33,7 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> objec
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     monkeypatch.syspath_prepend(str((ROOT / name).parent))
     try:
-        with unchanged_process():
+        with unchanged_process(), patch.dict(os.environ):
             runpy.run_path(str(ROOT / name), run_name="__main__")
     except SystemExit as end:
         return end.code or 0
@@ -41,11 +44,23 @@ def test_a_script_is_python_with_a_suffix_or_shell_without() -> None:
     for path in SCRIPTS:
         first_line = path.read_text(encoding="utf-8").partition("\n")[0]
         if path.suffix == ".py":
-            assert first_line == "#!/usr/bin/env python3" or path.name == "peft_trainer.py", path
+            assert (first_line == "#!/usr/bin/env python3") == (path.name not in MODULES), path
         else:
             assert (path.suffix, first_line) == ("", "#!/usr/bin/env bash"), path
         assert os.access(path, os.X_OK) == first_line.startswith("#!"), path
     assert len(PYTHON_SCRIPTS) >= 14
+
+
+@pytest.mark.parametrize("path", PYTHON_SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_help_shows_how_a_script_is_called(
+    path: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    assert script(monkeypatch, name, "--help") == 0
+    help_text = capsys.readouterr().out
+    assert help_text.startswith("usage: ")
+    assert f"    {name} " in help_text or f"    {name}\n" in help_text or f" {name} " in help_text
+    assert list(in_tmp.iterdir()) == []
 
 
 @pytest.fixture
@@ -140,14 +155,14 @@ def test_a_roberta_begins_as_its_teacher(arguments: list[str], monkeypatch: pyte
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 40])
-def test_spans_left_out_and_their_answers_make_the_whole(length: int) -> None:
-    names = runpy.run_path(str(ROOT / "experiments" / "mini_backbones.py"))
+def test_masked_text_and_target_make_the_whole(length: int) -> None:
+    mask_spans = runpy.run_path(str(ROOT / "experiments" / "distillation.py"))["mask_spans"]
     draw = torch.Generator().manual_seed(length)
     ids, marks = list(range(length)), [1000, 1001, 1002]
-    shortened, answer = names["with_spans_left_out"](ids, marks, draw)
+    masked, target = mask_spans(ids, marks, draw)
     spans: dict[int, list[int]] = {}
-    for token in answer:
+    for token in target:
         spans.setdefault(token, []) if token >= 1000 else spans[list(spans)[-1]].append(token)
-    whole = [token for item in shortened for token in (spans[item] if item >= 1000 else [item])]
+    whole = [token for item in masked for token in (spans[item] if item >= 1000 else [item])]
     assert whole == ids
-    assert 1 <= len(answer) - len(spans) <= max(3, 0.3 * length)
+    assert 1 <= len(target) - len(spans) <= max(3, 0.3 * length)
