@@ -102,9 +102,15 @@ def test_every_option_builds(group: str, option: str) -> None:
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] == "experiment"])
 def test_every_preset_builds(group: str, option: str) -> None:
     Experiment.build(composed(f"{group}={option}"))
-    text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
-    assert f"lora-bench train experiment={option}" in text
-    assert "Expected:" in text
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ("experiment", "sweep")])
+def test_a_preset_opens_with_its_command_its_score_and_its_cost(group: str, option: str) -> None:
+    lines = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
+    opening = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert any(line.startswith(f"#   lora-bench train {group}={option}") for line in opening)
+    for fact in ("# Expected: ", "# Hardware and time: "):
+        assert len([line for line in opening if line.startswith(fact)]) == 1
 
 
 def jobs(*overrides: str) -> list[list[str]]:

@@ -1,12 +1,14 @@
-"""The scripts that make figures and backbones again, on random networks."""
+"""The scripts beside the package: every one explains itself; those that make tables and backbones run in small."""
 
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,23 +20,51 @@ from lora_bench.backbones.load import load, load_tokenizer
 from tests.command_line import unchanged_process
 from tests.helpers import composed
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path for folder in ("scripts", "benchmarks", "experiments") for path in (ROOT / folder).glob("[!_]*"))
+MODULES = {"composition.py", "distillation.py", "peft_trainer.py"}
+"""What scripts of the same folder import."""
+PYTHON_SCRIPTS = [path for path in SCRIPTS if path.suffix == ".py" and path.name not in MODULES]
 TEXTS = ["a", "b c", "is this a question?", "how long is a day on mars?", "what is the best way to learn", "why not"]
 
 
 def script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:
-    """Run it in this process; its exit code."""
+    """Run a script, named from the root, in this process; return its exit code."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.syspath_prepend(str((ROOT / name).parent))
     try:
-        with unchanged_process():
-            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        with unchanged_process(), patch.dict(os.environ):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
     except SystemExit as end:
         return end.code or 0
     return 0
 
 
+def test_a_script_is_python_with_a_suffix_or_shell_without() -> None:
+    for path in SCRIPTS:
+        first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+        if path.suffix == ".py":
+            assert (first_line == "#!/usr/bin/env python3") == (path.name not in MODULES), path
+        else:
+            assert (path.suffix, first_line) == ("", "#!/usr/bin/env bash"), path
+        assert os.access(path, os.X_OK) == first_line.startswith("#!"), path
+    assert len(PYTHON_SCRIPTS) >= 14
+
+
+@pytest.mark.parametrize("path", PYTHON_SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_help_shows_how_a_script_is_called(
+    path: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    assert script(monkeypatch, name, "--help") == 0
+    help_text = capsys.readouterr().out
+    assert help_text.startswith("usage: ")
+    assert f"    {name} " in help_text or f"    {name}\n" in help_text or f" {name} " in help_text
+    assert list(in_tmp.iterdir()) == []
+
+
 @pytest.fixture
-def places(in_tmp: Path) -> list[str]:
+def arguments(in_tmp: Path) -> list[str]:
     """A random teacher, tokenizers of letters, and texts."""
     torch.manual_seed(0)
     config = BertConfig(
@@ -54,17 +84,24 @@ def places(in_tmp: Path) -> list[str]:
     rows = [f"{text}\t{other}\t1\n" for text in TEXTS for other in TEXTS]
     Path("train.tsv").write_text("question1\tquestion2\tlabel\n" + "".join(rows), encoding="utf-8")
     Path("more.txt").write_text("who goes there?\n\nwhy not\n", encoding="utf-8")
-    return ["made", "train.tsv", "more.txt", "--teacher=teacher", "--roberta-tokenizer=roberta", "--t5-tokenizer=t5"]
+    return [
+        "backbones",
+        "train.tsv",
+        "more.txt",
+        "--teacher=teacher",
+        "--roberta-tokenizer=roberta",
+        "--t5-tokenizer=t5",
+    ]
 
 
-def test_backbones_are_made_from_a_teacher(places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert script(monkeypatch, "mini_backbones", *places, "--steps=30", "--batch=4") == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "cosine with the teacher" in line]
-    for line in told:
+def test_backbones_are_made_from_a_teacher(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert script(monkeypatch, "experiments/mini_backbones.py", *arguments, "--steps=30", "--batch=4") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cosine with the teacher" in line]
+    for line in lines:
         after, before = (float(part.split()[0]) for part in line.partition("texts: ")[2].split(", "))
         assert after > before
-    assert len(told) == 2
-    monkeypatch.setenv("LORA_BENCH_BACKBONES", "made")
+    assert len(lines) == 2
+    monkeypatch.setenv("LORA_BENCH_BACKBONES", "backbones")
     for name, layers in (("roberta_mini", 2), ("t5_mini", 4)):
         model = build_model(composed(f"model={name}", "data=toy").model)
         backbone = load(model, load_tokenizer(model), task="qqp")
@@ -73,26 +110,26 @@ def test_backbones_are_made_from_a_teacher(places: list[str], monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = str(script(monkeypatch, "reproduce_enhanced", "--toy", "out", "large"))
+    message = str(script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out", "large"))
     assert "stage methods" in message
     assert "experiment=enhanced" in message
-    assert script(monkeypatch, "reproduce_enhanced", "--toy", "out") == 0
+    assert script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out") == 0
     stages = {"methods", "backbones/tiny_roberta", "backbones/tiny_t5", "large", "target", "ablation", "ranks"}
     assert {stage for stage in stages if not Path("out", stage, "table.md").exists()} == set()
     assert {run["status"] for run in map(_read, Path("out").rglob("run.json"))} == {"done"}
 
     rates = [
-        {json.dumps(run["choices"]): run["config"]["optimizer"]["lr"] for run in map(_read, Path("out").glob(place))}
-        for place in ("methods/report/*/run.json", "target/*/run.json", "large/*/run.json")
+        {json.dumps(run["choices"]): run["config"]["optimizer"]["lr"] for run in map(_read, Path("out").glob(pattern))}
+        for pattern in ("methods/report/*/run.json", "target/*/run.json", "large/*/run.json")
     ]
-    assert [len(found) for found in rates] == [8, 4, 3]
+    assert [len(rate_of) for rate_of in rates] == [8, 4, 3]
     assert len(list(Path("out/target").glob("*/run.json"))) == 5
-    assert all(found.items() <= rates[0].items() for found in rates[1:])
+    assert all(rate_of.items() <= rates[0].items() for rate_of in rates[1:])
     assert len(list(Path("out/methods/report").glob("*/evaluations/perturbed.json"))) == 3
     assert len(Path("out/ranks/one_rate.md").read_text().splitlines()) == 2 + 2 + 2
 
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
-    assert script(monkeypatch, "reproduce_enhanced", "--toy", "out", "target", "robust") == 0
+    assert script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out", "target", "robust") == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
 
 
@@ -100,30 +137,32 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
-def test_a_roberta_begins_as_its_teacher(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_roberta_begins_as_its_teacher(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where both read a text as the same tokens, they give the same vectors; half precision apart."""
-    assert script(monkeypatch, "mini_backbones", *places, "--steps=0", "--only=roberta_mini") == 0
+    assert script(monkeypatch, "experiments/mini_backbones.py", *arguments, "--steps=0", "--only=roberta_mini") == 0
     teacher = BertModel.from_pretrained("teacher").eval()
-    made = RobertaModel.from_pretrained("made/roberta_mini", dtype=torch.float32, add_pooling_layer=False).eval()
+    roberta = RobertaModel.from_pretrained(
+        "backbones/roberta_mini", dtype=torch.float32, add_pooling_layer=False
+    ).eval()
     for text in ("a", "7", "?"):
         theirs = AutoTokenizer.from_pretrained("teacher")(text, return_tensors="pt")
-        own = AutoTokenizer.from_pretrained("made/roberta_mini")(text, return_tensors="pt")
+        tokens = AutoTokenizer.from_pretrained("backbones/roberta_mini")(text, return_tensors="pt")
         with torch.no_grad():
             torch.testing.assert_close(
-                made(**own).last_hidden_state, teacher(**theirs).last_hidden_state, rtol=0, atol=5e-3
+                roberta(**tokens).last_hidden_state, teacher(**theirs).last_hidden_state, rtol=0, atol=5e-3
             )
-    assert not Path("made/t5_mini").exists()
+    assert not Path("backbones/t5_mini").exists()
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 40])
-def test_spans_left_out_and_their_answers_make_the_whole(length: int) -> None:
-    names = runpy.run_path(str(SCRIPTS / "mini_backbones"))
+def test_masked_text_and_target_make_the_whole(length: int) -> None:
+    mask_spans = runpy.run_path(str(ROOT / "experiments" / "distillation.py"))["mask_spans"]
     draw = torch.Generator().manual_seed(length)
     ids, marks = list(range(length)), [1000, 1001, 1002]
-    left, answer = names["with_spans_left_out"](ids, marks, draw)
+    masked, target = mask_spans(ids, marks, draw)
     spans: dict[int, list[int]] = {}
-    for token in answer:
+    for token in target:
         spans.setdefault(token, []) if token >= 1000 else spans[list(spans)[-1]].append(token)
-    whole = [token for each in left for token in (spans[each] if each >= 1000 else [each])]
+    whole = [token for item in masked for token in (spans[item] if item >= 1000 else [item])]
     assert whole == ids
-    assert 1 <= len(answer) - len(spans) <= max(3, 0.3 * length)
+    assert 1 <= len(target) - len(spans) <= max(3, 0.3 * length)

@@ -242,7 +242,7 @@ def simulated(
 
 @pytest.mark.parametrize(("S", "spread", "by_example"), [(3, 0.0, 0.7), (3, 0.2, 0.7), (2, 0.2, 0.0), (5, 0.1, 0.7)])
 def test_under_no_difference_the_crossed_test_keeps_its_size(S: int, spread: float, by_example: float) -> None:
-    """400 comparisons: 5 % has a standard error of 1.1 %; scripts/simulate_tests runs 2,000 of 5,000 examples."""
+    """400 comparisons: 5 % has a standard error of 1.1 %; experiments/simulate_tests.py has 2,000 comparisons."""
     rng = np.random.default_rng(8)
     assert np.mean([simulated(rng, S, spread, by_example).p <= 0.05 for _ in range(400)]) <= 0.06
 

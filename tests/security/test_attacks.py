@@ -1,6 +1,6 @@
 """Every file that a command reads, damaged in every way, against the cheapest command that reads it.
 
-`scripts/attack` runs the whole product of `attacks.py`, each attack in a process of its own.
+`scripts/attack.py` runs the whole product of `attacks.py`, each attack in a process of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_a_damaged_file_is_refused_or_changes_nothing(world: World, target: Targ
 def chosen_damages(target: Target) -> list[Callable[[Path], None]]:
     """Return the damages that the suite tries: where the command loads a model, every fourth, other ones by file.
 
-    Over all files every damage meets a command of either kind; `scripts/attack` tries the rest.
+    Over all files every damage meets a command of either kind; `scripts/attack.py` tries the rest.
     """
     damages = list(damages_of(target))
     return damages if target.commands[0].startswith("compare") else damages[TARGETS.index(target) % 4 :: 4]
