@@ -127,7 +127,7 @@ def training_tables(
     Returns:
         (table, second view). The second view has the texts in reversed order (`order_consistency`), perturbed
         (`perturb_consistency`) or unchanged (`dropout_consistency`); it is None for other objectives. With
-        `either_order`, the first table has the reversed order as its `reversed_view`.
+        `alternate_order`, the first table has the reversed order as its `reversed_view`.
     """
     first_view, second_view = (
         partial(
@@ -152,7 +152,7 @@ def training_tables(
     if objective == "perturb_consistency":
         return first_view(train), augmented(first_view)
     table = augmented(first_view)
-    if objective == "either_order":
+    if objective == "alternate_order":
         return replace(table, reversed_view=augmented(second_view)), None
     if objective == "order_consistency":
         return table, augmented(second_view)

@@ -148,7 +148,7 @@ def test_each_objective_has_its_views(backbone: Callable[..., Any]) -> None:
     assert table.augmentation.perturb(1).examples.fingerprint() == other.augmentation.perturb(1).examples.fingerprint()
     assert row(table.in_epoch(1), 0) != row(other.in_epoch(1), 0)
     assert len(table.augmentation.perturb(1).rows) <= 15
-    table, other = views("either_order", "data.augment=typo")
+    table, other = views("alternate_order", "data.augment=typo")
     assert other is None
     assert table.reversed_view is not None
     assert table.augmentation is not None
