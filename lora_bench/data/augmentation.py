@@ -125,9 +125,9 @@ def training_tables(
     """Tokenise the training pairs, and once more if the objective needs a second view.
 
     Returns:
-        (table, second view). The second view has the texts in reversed order (`order_consistency`), perturbed
-        (`perturb_consistency`) or unchanged (`dropout_consistency`); it is None for other objectives. With
-        `alternate_order`, the first table has the reversed order as its `reversed_view`.
+        (table, second view). The second view has the texts in reversed order (`order_consistency`) or perturbed
+        (`perturb_consistency`); it is None for other objectives. With `alternate_order`, the first table has the
+        reversed order as its `reversed_view`.
     """
     first_view, second_view = (
         partial(
@@ -154,6 +154,4 @@ def training_tables(
     table = augmented(first_view)
     if objective == "alternate_order":
         return replace(table, reversed_view=augmented(second_view)), None
-    if objective == "order_consistency":
-        return table, augmented(second_view)
-    return table, table if objective == "dropout_consistency" else None
+    return table, augmented(second_view) if objective == "order_consistency" else None
