@@ -37,11 +37,18 @@ def key_of(override: str) -> str:
 RENAMED = {"adapter.matching": "head.pair_features"}
 """Keys of older versions with their present names: records are read with these, the command line refuses them."""
 
+RENAMED_CHOICES = {("trainer.objective", "either_order"): "alternate_order"}
+"""Values of keys in older versions with their present names; they are treated as renamed keys are."""
+
 
 def with_present_keys(override: str) -> str:
-    """Return an override of an older record with the present names of its keys, wherever `=` follows one of them."""
+    """Return an override of an older record with the present names of keys and choices, also of those in its value."""
     for old, new in RENAMED.items():
         override = re.sub(rf"(?<![\w.]){re.escape(old)}(?==)", new, override)
+    for (key, old), new in RENAMED_CHOICES.items():
+        if setting := re.search(rf"(?<![\w.]){re.escape(key)}=", override):
+            values = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", new, override[setting.end() :])
+            override = override[: setting.end()] + values
     return override
 
 
@@ -50,8 +57,14 @@ def renamed_key(key: str) -> UserError:
     return UserError("is not a known key", key=key, remedy=f"It is called {RENAMED[key]} now.", code=Code.UNKNOWN_KEY)
 
 
+def renamed_choice_note(key: str, value: object) -> str | None:
+    """Return a sentence with the present name of a renamed choice; None if it was not renamed."""
+    present = RENAMED_CHOICES.get((key, str(value)))
+    return f"It is called {present} now." if present else None
+
+
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a recorded config in which renamed keys have their present names.
+    """Return a copy of a recorded config in which renamed keys and choices have their present names.
 
     Of a key that has both names the present one stays. The given config is unchanged.
     """
@@ -63,4 +76,8 @@ def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
             target = present.get(group, {})
             if isinstance(target, dict):
                 present[group] = {name: node[old_name]} | target
+    for (key, old), new in RENAMED_CHOICES.items():
+        group, name = key.split(".")
+        if isinstance(node := present.get(group), dict) and node.get(name) == old:
+            present[group] = node | {name: new}
     return present

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lora_bench.config.keys import renamed_choice_note
 from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, require, require_number, require_one_of
 
@@ -246,8 +247,8 @@ class Trainer:
     score_both_orders: bool
     """Predict the mean of the probabilities of a pair in both orders of its texts; this doubles the cost."""
     objective: str
-    """The loss. `cross_entropy`. `either_order`: the cross-entropy of each pair in one order of its texts, and in the
-    next epoch in the reversed order. The others take the cross-entropy of two views of each example and add the
+    """The loss. `cross_entropy`. `alternate_order`: the cross-entropy of each pair in one order of its texts, and in
+    the next epoch in the reversed order. The others take the cross-entropy of two views of each example and add the
     divergence of the two predictions: both orders (`order_consistency`), original and perturbed
     (`perturb_consistency`)."""
     consistency_weight: float
@@ -284,9 +285,10 @@ class Trainer:
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 1)
         reason = f"is not one of {', '.join(OBJECTIVES)}"
-        remedy = removal_note("trainer.objective", self.objective) or ""
+        key, objective = "trainer.objective", self.objective
+        remedy = removal_note(key, objective) or renamed_choice_note(key, objective) or ""
         is_known = self.objective in OBJECTIVES
-        require(is_known, "objective", self.objective, reason, remedy, code=Code.UNKNOWN_CHOICE)
+        require(is_known, "objective", objective, reason, remedy, code=Code.UNKNOWN_CHOICE)
         require_number("consistency_weight", self.consistency_weight, 0)
         if self.stop_at is not None:
             require_number("stop_at", self.stop_at, 0, 1, open_low=True)
@@ -296,7 +298,7 @@ class Trainer:
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 
 
-OBJECTIVES = ("cross_entropy", "either_order", "order_consistency", "perturb_consistency")
+OBJECTIVES = ("cross_entropy", "alternate_order", "order_consistency", "perturb_consistency")
 """Values of `trainer.objective`."""
 
 

@@ -143,9 +143,8 @@ def training_tables(
 
     Returns:
         (table, second view). For `order_consistency`, the second view has the texts in reversed order, and both are
-        perturbed. For `perturb_consistency`, it has the texts in order, and it alone is perturbed. For
-        `dropout_consistency`, which was removed, it is the table itself. For other objectives it is None;
-        `either_order` gives the table a `reversed_view` instead.
+        perturbed. For `perturb_consistency`, it has the texts in order, and it alone is perturbed. For other objectives
+        it is None; `alternate_order` gives the table a `reversed_view` instead.
 
     Raises:
         UserError: as `choose_augmentations`.
@@ -177,8 +176,6 @@ def training_tables(
     if objective == "perturb_consistency":
         return first_view(train), augmented(first_view)
     table = augmented(first_view)
-    if objective == "either_order":
+    if objective == "alternate_order":
         return replace(table, reversed_view=augmented(second_view)), None
-    if objective == "order_consistency":
-        return table, augmented(second_view)
-    return table, table if objective == "dropout_consistency" else None
+    return table, augmented(second_view) if objective == "order_consistency" else None

@@ -1,6 +1,6 @@
 """The training objective: from the logits and labels of a batch to one loss per member.
 
-Every objective is cross-entropy on the label. `either_order` shows each pair in one order of its texts, and in the
+Every objective is cross-entropy on the label. `alternate_order` shows each pair in one order of its texts, and in the
 other order in the next epoch. The consistency objectives add a second view of each pair (the reversed order of its
 texts, or a perturbed copy) and penalise answers that differ between the two views (`consistency`). With dropout in the
 adapter, the two views also have different dropout masks.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lora_bench.config.schema import Trainer
 
-SINGLE_VIEW_OBJECTIVES = ("cross_entropy", "either_order")
+SINGLE_VIEW_OBJECTIVES = ("cross_entropy", "alternate_order")
 """Objectives that see each pair once in a step."""
 
 
@@ -60,7 +60,7 @@ def check_objective(trainer: Trainer, text_columns: Sequence[str], *, pair_featu
         UserError: naming the setting that needs two texts.
     """
     for key, value, needs_pairs in (
-        ("trainer.objective", trainer.objective, trainer.objective in ("either_order", "order_consistency")),
+        ("trainer.objective", trainer.objective, trainer.objective in ("alternate_order", "order_consistency")),
         ("trainer.score_both_orders", "true", trainer.score_both_orders),
         ("head.pair_features", "true", pair_features),
     ):

@@ -1,6 +1,6 @@
-"""Batches hold every row once, in an order that the seed fixes and in shapes that it does not; nothing is lost in them.
+"""Batches hold every row once; the seed determines the order of rows, the data alone the shapes of batches.
 
-Members of a pack with unlike seeds travel together only because shapes are the data's alone.
+Members of a pack with different seeds share batches only because the shapes do not depend on the seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ quick = settings(deadline=None, max_examples=60)
 
 
 def table_of(lengths: list[int] | NDArray[np.int64], *, types: bool = True, labels: bool = True) -> TokenTable:
-    """Rows of these lengths; each holds its own number as its first token, so that it can be told anywhere."""
+    """Return a table with rows of these lengths; the first token of row i is 1000 + i, which identifies the row."""
     sizes = np.asarray(lengths, np.int64)
     offsets = np.concatenate([[0], np.cumsum(sizes)])[:-1]
     values = np.random.default_rng(0).integers(8, 90, sizes.sum()).astype(np.int32)
@@ -76,17 +76,17 @@ def test_an_epoch_holds_every_row_once(lengths: list[int], size: int, seed: int,
 
 @quick
 @given(LENGTHS, BATCH_SIZES, st.lists(st.integers(0, 5), min_size=2, max_size=3), st.integers(0, 3))
-def test_shapes_are_the_datas_alone(lengths: list[int], size: int, seeds: list[int], epoch: int) -> None:
+def test_shapes_do_not_depend_on_the_seed(lengths: list[int], size: int, seeds: list[int], epoch: int) -> None:
     table, plan = table_of(lengths), BatchPlan(np.array(lengths), size)
-    alone = [list(training_batches(table, plan, [seed], epoch, PAD)) for seed in seeds]
-    assert all(shapes(batches) == shapes(alone[0]) for batches in alone)
-    together = list(training_batches(table, plan, seeds, epoch, PAD))
+    batches_by_seed = [list(training_batches(table, plan, [seed], epoch, PAD)) for seed in seeds]
+    assert all(shapes(batches) == shapes(batches_by_seed[0]) for batches in batches_by_seed)
+    shared_batches = list(training_batches(table, plan, seeds, epoch, PAD))
     if len(set(seeds)) == 1:
-        assert [rows_of(batch) for batch in together] == [rows_of(batch) for batch in alone[0]]
+        assert [rows_of(batch) for batch in shared_batches] == [rows_of(batch) for batch in batches_by_seed[0]]
         return
-    for i, batch in enumerate(together):  # member by member what each would have seen alone
+    for i, batch in enumerate(shared_batches):  # each member has the rows of its single run
         assert batch.members == len(seeds)
-        assert rows_of(batch) == [row for batches in alone for row in rows_of(batches[i])]
+        assert rows_of(batch) == [row for batches in batches_by_seed for row in rows_of(batches[i])]
 
 
 def order(seed: int, epoch: int) -> list[list[int]]:
@@ -95,21 +95,25 @@ def order(seed: int, epoch: int) -> list[list[int]]:
     return [rows_of(batch) for batch in batches]
 
 
-def test_seed_and_epoch_fix_the_order_and_change_it() -> None:
+def test_order_of_rows_depends_on_seed_and_epoch_only() -> None:
     assert order(3, 1) == order(3, 1)
     assert order(3, 1) != order(4, 1)
     assert order(3, 1) != order(3, 2)
-    assert sorted(order(3, 1)) != sorted(order(4, 1))  # other pairs meet, not only other batches first
+    assert sorted(order(3, 1)) != sorted(order(4, 1))  # batches hold other rows, not only in another order
 
 
 def test_long_and_short_batches_are_mixed() -> None:
     lengths = np.sort(np.random.default_rng(2).integers(3, 200, 2000))
-    tops = [batch.input_ids.shape[1] for batch in training_batches(table_of(lengths), BatchPlan(lengths, 8), [0], 0, 0)]
-    half = len(tops) // 2
-    assert abs(np.mean(tops[:half]) - np.mean(tops[half:])) < 30  # not all the short ones first
+    lengths_of_batches = [
+        batch.input_ids.shape[1] for batch in training_batches(table_of(lengths), BatchPlan(lengths, 8), [0], 0, 0)
+    ]
+    half = len(lengths_of_batches) // 2
+    assert (
+        abs(np.mean(lengths_of_batches[:half]) - np.mean(lengths_of_batches[half:])) < 30
+    )  # short batches are spread over the epoch
 
 
-def test_padding_is_a_small_share_on_lengths_as_questions_have_them() -> None:
+def test_padding_is_below_ten_percent_for_the_lengths_of_questions() -> None:
     lengths = np.clip(np.random.default_rng(3).lognormal(3.3, 0.45, 5000), 6, 128).astype(np.int64)
     table, plan = table_of(lengths), BatchPlan(lengths, 32)
     for batches in (
@@ -117,14 +121,14 @@ def test_padding_is_a_small_share_on_lengths_as_questions_have_them() -> None:
         [batch for _, batch in evaluation_batches(table, 128, PAD)],
     ):
         cells = sum(batch.input_ids.numel() for batch in batches)
-        kept = sum(int(batch.attention_mask.sum()) for batch in batches)
-        assert kept == lengths.sum()
-        assert 1 - kept / cells < 0.1
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        assert tokens == lengths.sum()
+        assert 1 - tokens / cells < 0.1
 
 
 @quick
 @given(LENGTHS, BATCH_SIZES)
-def test_buckets_are_whole_batches_of_like_lengths(lengths: list[int], size: int) -> None:
+def test_buckets_are_whole_batches_of_similar_lengths(lengths: list[int], size: int) -> None:
     sizes = np.array(lengths)
     buckets = BatchPlan(sizes, size).buckets()
     assert sorted(np.concatenate(buckets).tolist()) == list(range(len(lengths)))
@@ -138,20 +142,20 @@ def test_buckets_are_whole_batches_of_like_lengths(lengths: list[int], size: int
 
 @quick
 @given(LENGTHS, st.data(), st.booleans(), st.integers(0, 6))
-def test_collate_is_a_plain_loop_over_rows(lengths: list[int], data: st.DataObject, types: bool, spare: int) -> None:
+def test_collate_pads_each_row_at_its_end(lengths: list[int], data: st.DataObject, types: bool, spare: int) -> None:
     table = table_of(lengths, types=types, labels=types)
     rows = np.array(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=9)))
     length = int(table.lengths[rows].max()) + spare
     batch = collate(table, rows, length, PAD)
-    for place, row in enumerate(rows.tolist()):
+    for position, row in enumerate(rows.tolist()):
         start, n = int(table.offsets[row]), lengths[row]
         padding = length - n
-        assert batch.input_ids[place].tolist() == table.values[start : start + n].tolist() + [PAD] * padding
-        assert batch.attention_mask[place].tolist() == [1] * n + [0] * padding
+        assert batch.input_ids[position].tolist() == table.values[start : start + n].tolist() + [PAD] * padding
+        assert batch.attention_mask[position].tolist() == [1] * n + [0] * padding
         if types:
             assert table.types is not None
             assert batch.token_type_ids is not None
-            assert batch.token_type_ids[place].tolist() == table.types[start : start + n].tolist() + [0] * padding
+            assert batch.token_type_ids[position].tolist() == table.types[start : start + n].tolist() + [0] * padding
     assert (batch.token_type_ids is None) == (not types)
     assert (None if batch.labels is None else batch.labels.tolist()) == ((rows % 2).tolist() if types else None)
     assert batch.full == bool((batch.attention_mask == 1).all())
@@ -161,15 +165,15 @@ def test_collate_is_a_plain_loop_over_rows(lengths: list[int], data: st.DataObje
 @quick
 @given(LENGTHS, BATCH_SIZES)
 def test_evaluation_covers_every_row_once_longest_first(lengths: list[int], size: int) -> None:
-    seen: list[int] = []
-    tops = []
+    evaluated_rows: list[int] = []
+    lengths_of_batches = []
     for rows, batch in evaluation_batches(table_of(lengths, labels=False), size, PAD):
         assert rows_of(batch) == rows.tolist()
-        assert batch.input_ids.shape[1] == max(lengths[row] for row in rows)  # no longer than it need be
-        seen += rows.tolist()
-        tops.append(batch.input_ids.shape[1])
-    assert sorted(seen) == list(range(len(lengths)))
-    assert tops == sorted(tops, reverse=True)
+        assert batch.input_ids.shape[1] == max(lengths[row] for row in rows)  # no padding of the longest row
+        evaluated_rows += rows.tolist()
+        lengths_of_batches.append(batch.input_ids.shape[1])
+    assert sorted(evaluated_rows) == list(range(len(lengths)))
+    assert lengths_of_batches == sorted(lengths_of_batches, reverse=True)
 
 
 @pytest.mark.parametrize("members", [1, 3])
@@ -178,21 +182,25 @@ def test_micro_batches_partition_each_members_rows(members: int, rows: int) -> N
     seeds = list(range(members))
     lengths = np.random.default_rng(5).integers(2, 12, 8)
     (batch,) = training_batches(table_of(lengths), BatchPlan(lengths, 8), seeds, 0, PAD)
-    parts = list(micro_batches(batch, rows))
-    assert len(parts) == -(-8 // rows)
+    micro = list(micro_batches(batch, rows))
+    assert len(micro) == -(-8 // rows)
     for name in ("input_ids", "attention_mask", "token_type_ids", "labels"):
         whole = getattr(batch, name).view(members, 8, -1)
-        pieces = [getattr(part, name).view(members, len(part.input_ids) // members, -1) for part in parts]
+        pieces = [
+            getattr(micro_batch, name).view(members, len(micro_batch.input_ids) // members, -1) for micro_batch in micro
+        ]
         assert all(piece.shape[1] <= rows for piece in pieces)
         assert torch.equal(torch.cat(pieces, 1), whole)
-    assert all(part.members == members for part in parts)
+    assert all(micro_batch.members == members for micro_batch in micro)
 
 
-def test_micro_batches_without_types_and_labels() -> None:
+def test_micro_batches_of_rows_without_types_and_labels() -> None:
     table = replace(table_of([3, 4, 5], types=False), labels=None)
     batch = collate(table, np.arange(3), 5, PAD)
-    assert [len(part.input_ids) for part in micro_batches(batch, 2)] == [2, 1]
-    assert all(part.labels is None and part.token_type_ids is None for part in micro_batches(batch, 2))
+    assert [len(micro_batch.input_ids) for micro_batch in micro_batches(batch, 2)] == [2, 1]
+    assert all(
+        micro_batch.labels is None and micro_batch.token_type_ids is None for micro_batch in micro_batches(batch, 2)
+    )
 
 
 def test_repeat_gives_each_member_the_same_rows() -> None:
@@ -206,16 +214,16 @@ def test_repeat_gives_each_member_the_same_rows() -> None:
 
 @given(LENGTHS, BATCH_SIZES)
 @quick
-def test_padding_is_what_the_rows_of_each_member_leave_of_its_batches(lengths: list[int], batch_size: int) -> None:
+def test_padding_counts_the_cells_of_batches_without_a_token(lengths: list[int], batch_size: int) -> None:
     table = table_of(lengths)
     for seeds, copies in (([0], 1), ([3, 3], 2), ([0, 1, 2], 3)):
         batches = list(training_batches(table, BatchPlan(table.lengths, batch_size), seeds, 0, PAD, table))
-        padding = [sum(each) for each in zip(*(batch.padding(copies) for batch in batches), strict=True)]
-        tokens = sum(batch.orders * batch.pairs * batch.input_ids.shape[1] for batch in batches)
-        assert padding == [tokens - 2 * sum(lengths)] * copies  # each row once, in both orders
+        padding = [sum(of_batches) for of_batches in zip(*(batch.padding(copies) for batch in batches), strict=True)]
+        cells = sum(batch.orders * batch.pairs * batch.input_ids.shape[1] for batch in batches)
+        assert padding == [cells - 2 * sum(lengths)] * copies  # every row occurs once in each order
 
 
-def test_lengths_are_rounded_up_as_far_as_pairs_are_so_long() -> None:
+def test_lengths_are_rounded_up_to_the_multiple_but_not_beyond_the_longest_pair() -> None:
     plan = BatchPlan(np.arange(9, 31), 4, multiple=8)
     lengths = {length for _, length in plan.epoch(0, [0])}
     assert lengths <= {16, 24, 30}

@@ -1,4 +1,4 @@
-"""The readers give exactly what a file holds, or refuse it naming file and row."""
+"""Readers return exactly the content of a file, or refuse it with its name and row."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def refusal(
     columns: tuple[str, ...] = QUESTIONS,
     label: str | None = "label",
     code: Code = Code.INVALID_DATA,
-    **more: Any,
+    **options: Any,
 ) -> UserError:
     with refuses(code) as caught:
-        read(path, columns, label, **more)
+        read(path, columns, label, **options)
     assert caught.value.file == str(path)
     assert "\n" not in str(caught.value)
     return caught.value
 
 
 def has_data(error: UserError, data: str) -> bool:
-    """Return whether an error names each of these numbers, names or values, wherever the file lies."""
+    """Return whether the reason or the remedy of an error has every word of `data`; the file's path does not count."""
     text = f"{error.reason} {error.remedy}"
     return all(datum in text for datum in data.split())
 
@@ -63,7 +63,7 @@ def rows_of(examples: Examples) -> list[tuple[str, ...]]:
     return list(zip(*examples.texts, strict=True))
 
 
-def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
+def test_all_formats_are_read_as_the_same_examples(tmp_path: Path) -> None:
     first, second, labels = ["Why?", 'a "b", c', "Grüße\u2028"], ["Why not?", "NA", ""], [0, 1, 1]
     rows = list(zip(first, second, labels, strict=True))
     files = [
@@ -87,7 +87,7 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
         assert (examples.labels.dtype, examples.labels.tolist(), examples.ids.tolist()) == (np.int64, labels, [0, 1, 2])
 
 
-# --- TSV: tabs and line feeds mean something, nothing else does ---
+# --- TSV: only tabs and line feeds are special ---
 
 plain_text = st.text(st.characters(exclude_characters="\t\n\0", exclude_categories=("Cs",)))
 plain_rows = st.lists(st.tuples(plain_text, plain_text, st.sampled_from([0, 1])), min_size=1)
@@ -96,7 +96,7 @@ plain_rows = st.lists(st.tuples(plain_text, plain_text, st.sampled_from([0, 1]))
 @given(plain_rows, st.sampled_from(["\n", "\r\n"]))
 @example([('"', "NA", 1), ("\u2028\x0b\x0c\x1c\x85\r", "null", 0)], "\r\n")
 @per_example
-def test_any_text_survives_tsv(tmp_path: Path, rows: list[tuple[str, str, int]], end: str) -> None:
+def test_any_text_is_read_from_tsv_unchanged(tmp_path: Path, rows: list[tuple[str, str, int]], end: str) -> None:
     lines = ["question1\tquestion2\tlabel", *(f"{a}\t{b}\t{label}" for a, b, label in rows)]
     examples = read(write(tmp_path / "a.tsv", end.join(lines) + end), QUESTIONS, "label")
     assert rows_of(examples) == [(a, b) for a, b, _ in rows]
@@ -104,12 +104,12 @@ def test_any_text_survives_tsv(tmp_path: Path, rows: list[tuple[str, str, int]],
     assert examples.labels.tolist() == [label for *_, label in rows]
 
 
-def test_byte_order_mark_and_a_last_line_without_its_end(tmp_path: Path) -> None:
+def test_byte_order_mark_and_missing_final_newline_are_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "\ufeff" + HEADER + "\ufeffa\tb\t1")
     assert rows_of(read(path, QUESTIONS, "label")) == [("\ufeffa", "b")]
 
 
-def test_standard_input_is_tsv(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_read_as_tsv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("text\nWhy\r\n\nÜ".encode())))
     assert read("-", ["text"], None).texts == (["Why", "", "Ü"],)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"text\n\xff")))
@@ -119,7 +119,7 @@ def test_standard_input_is_tsv(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "UTF-8" in caught.value.reason
 
 
-def test_without_a_label_column_labels_are_not_looked_at(tmp_path: Path) -> None:
+def test_without_a_label_column_labels_are_not_read(tmp_path: Path) -> None:
     examples = read(write(tmp_path / "a.tsv", HEADER + "a\tb\tmaybe\n"), QUESTIONS, None)
     assert (rows_of(examples), examples.labels) == ([("a", "b")], None)
 
@@ -147,7 +147,7 @@ def test_without_a_label_column_labels_are_not_looked_at(tmp_path: Path) -> None
         ("question1\tquestion2\tlabel\x1b[31m\na\tb\t1\n", None, "label\\x1b[31m"),
     ],
 )
-def test_wrong_tsv_is_refused(tmp_path: Path, content: str | bytes, row: int | None, data: str) -> None:
+def test_invalid_tsv_is_refused(tmp_path: Path, content: str | bytes, row: int | None, data: str) -> None:
     error = refusal(write(tmp_path / "a.tsv", content))
     assert error.row == row
     assert has_data(error, data)
@@ -160,7 +160,7 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: str | bytes) ->
 
 
 @pytest.mark.parametrize("label", ["2", "-1", "0.5", "1.0", "", " 1", "true", "NA", "０", "1" * 5000])
-def test_labels_are_0_or_1(tmp_path: Path, label: str) -> None:
+def test_labels_other_than_0_and_1_are_refused(tmp_path: Path, label: str) -> None:
     error = refusal(write(tmp_path / "a.tsv", HEADER + f"a\tb\t1\na\tb\t{label}\n"))
     assert error.row == 3
     assert label[:10] in str(error)
@@ -168,7 +168,7 @@ def test_labels_are_0_or_1(tmp_path: Path, label: str) -> None:
     assert len(str(error)) < 400
 
 
-def test_hidden_labels_of_a_test_split(tmp_path: Path) -> None:
+def test_hidden_labels_are_accepted_in_a_test_split_only(tmp_path: Path) -> None:
     hidden = write(tmp_path / "a.tsv", HEADER + "a\tb\t-1\na\tb\t-1\n")
     absent = write(tmp_path / "b.tsv", "question1\tquestion2\na\tb\n")
     mixed = write(tmp_path / "c.tsv", HEADER + "a\tb\t1\na\tb\t-1\n")
@@ -186,7 +186,7 @@ any_text = st.text(st.characters(exclude_categories=("Cs",)))
 @given(st.lists(st.tuples(any_text, any_text), min_size=1))
 @example([("a\0\rb", "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029 ")])
 @per_example
-def test_any_text_survives_quoted_csv(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+def test_any_text_is_read_from_quoted_csv_unchanged(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     quoted = ['"{}","{}"'.format(*(text.replace('"', '""') for text in row)) for row in rows]
     path = write(tmp_path / "a.csv", "\n".join(["question1,question2", *quoted]))
     assert rows_of(read(path, QUESTIONS, None)) == rows
@@ -206,7 +206,7 @@ def test_any_text_survives_quoted_csv(tmp_path: Path, rows: list[tuple[str, str]
         ('"two\n\0lines",c,1\n\0', 4, "NUL"),
     ],
 )
-def test_wrong_csv_is_refused(tmp_path: Path, body: str, row: int, data: str) -> None:
+def test_invalid_csv_is_refused(tmp_path: Path, body: str, row: int, data: str) -> None:
     error = refusal(write(tmp_path / "a.csv", "question1,question2,label\n" + body))
     assert (error.row, has_data(error, data)) == (row, True), str(error)
 
@@ -239,12 +239,12 @@ GOOD = '{"question1": "a", "question2": "b", "label": 1}\n'
         ('{"question1": "a", "question2": "b"}', "'label'"),
     ],
 )
-def test_wrong_jsonl_is_refused(tmp_path: Path, line: str, data: str) -> None:
+def test_invalid_jsonl_is_refused(tmp_path: Path, line: str, data: str) -> None:
     error = refusal(write(tmp_path / "a.jsonl", GOOD + line + "\n" + GOOD))
     assert (error.row, has_data(error, data)) == (2, True), str(error)
 
 
-def test_wrong_parquet_is_refused(tmp_path: Path) -> None:
+def test_invalid_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     refusal(write(path, "PAR1 and nothing more"), code=Code.DAMAGED)
     assert refusal(write_parquet(path, question1=["a", None], question2=["b", "b"], label=[0, 1])).row == 2
@@ -252,12 +252,14 @@ def test_wrong_parquet_is_refused(tmp_path: Path) -> None:
     for label in (True, 1.0, 2, None):
         assert refusal(write_parquet(path, question1=["a"] * 2, question2=["b"] * 2, label=[label] * 2)).row == 1
     refusal(write_parquet(path, question1=pa.array([], pa.string())), code=Code.EMPTY)
-    spoiled = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 1], "<i4").tobytes()), pa.py_buffer(b"\xff"))
-    error = refusal(write_parquet(path, question1=spoiled, question2=["b"]), code=Code.DAMAGED)
+    invalid_utf8 = pa.StringArray.from_buffers(
+        1, pa.py_buffer(np.array([0, 1], "<i4").tobytes()), pa.py_buffer(b"\xff")
+    )
+    error = refusal(write_parquet(path, question1=invalid_utf8, question2=["b"]), code=Code.DAMAGED)
     assert "'question1'" in error.reason
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+def test_missing_files_folders_and_unknown_formats_are_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "absent.tsv", code=Code.NOT_FOUND)
     (tmp_path / "folder.tsv").mkdir()
     refusal(tmp_path / "folder.tsv", code=Code.NOT_A_FILE)
@@ -265,10 +267,10 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     assert ".tsv, .csv, .jsonl, .parquet" in error.reason
 
 
-# --- whatever a file holds ---
+# --- arbitrary content ---
 
 
-def outcome(path: Path) -> Examples | UserError:
+def read_or_error(path: Path) -> Examples | UserError:
     try:
         return read(path, ("a", "b"), None)
     except UserError as error:
@@ -280,49 +282,49 @@ def outcome(path: Path) -> Examples | UserError:
 @per_example
 def test_random_bytes_are_read_or_refused(tmp_path: Path, suffix: str, content: bytes, as_body: bool) -> None:
     header = {".tsv": b"a\tb\n", ".csv": b"a,b\n", ".jsonl": b'{"a":"","b":""}\n', ".parquet": b"PAR1"}[suffix]
-    result = outcome(write(tmp_path / f"a{suffix}", header + content if as_body else content))
+    result = read_or_error(write(tmp_path / f"a{suffix}", header + content if as_body else content))
     if isinstance(result, Examples):
         assert len(result) == len(result.texts[0]) == len(result.texts[1]) > 0
     else:
         assert str(tmp_path) in str(result)
 
 
-@given(place=st.integers(min_value=0), byte=st.integers(0, 255))
+@given(position=st.integers(min_value=0), byte=st.integers(0, 255))
 @per_example
-def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, place: int, byte: int) -> None:
+def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, position: int, byte: int) -> None:
     raw = bytearray(write_parquet(tmp_path / "whole.parquet", a=["Why?", "How?"], b=["x", "y"]).read_bytes())
-    raw[place % len(raw)] = byte
-    result = outcome(write(tmp_path / "a.parquet", bytes(raw)))
+    raw[position % len(raw)] = byte
+    result = read_or_error(write(tmp_path / "a.parquet", bytes(raw)))
     assert isinstance(result, Examples) or str(tmp_path) in str(result)
 
 
-# --- long fields, many columns, blank lines, odd places ---
+# --- long fields, many columns, blank lines, devices and pipes ---
 
-KINDS = (".tsv", ".csv", ".jsonl")
+TEXT_SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 
 def as_text(suffix: str, rows: list[dict[str, str]], end: str = "\n") -> str:
-    """Rows whose values need no quoting, as a file of this suffix."""
+    """Return the content of a file of this format; the values need no quoting."""
     if suffix == ".jsonl":
         return end.join(map(json.dumps, rows)) + end
     separator = {".tsv": "\t", ".csv": ","}[suffix]
     return end.join([separator.join(rows[0]), *(separator.join(row.values()) for row in rows)]) + end
 
 
-@pytest.mark.parametrize("suffix", KINDS)
+@pytest.mark.parametrize("suffix", TEXT_SUFFIXES)
 def test_a_field_may_be_of_any_length(tmp_path: Path, suffix: str) -> None:
     long = "word " * 100_000
-    found = read(write(tmp_path / f"a{suffix}", as_text(suffix, [{"a": long, "b": "x"}])), ("a", "b"), None)
-    assert found.texts == ([long], ["x"])
+    examples = read(write(tmp_path / f"a{suffix}", as_text(suffix, [{"a": long, "b": "x"}])), ("a", "b"), None)
+    assert examples.texts == ([long], ["x"])
 
 
-@pytest.mark.parametrize("suffix", KINDS)
-def test_a_file_may_have_very_many_columns(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", TEXT_SUFFIXES)
+def test_a_file_may_have_50_000_columns(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}", as_text(suffix, [{str(i): f"v{i}" for i in range(50_000)}]))
     assert read(path, ("49999", "0"), None).texts == (["v49999"], ["v0"])
 
 
-def test_a_column_that_is_there_twice_among_very_many_is_named(tmp_path: Path) -> None:
+def test_a_duplicate_column_among_100_000_is_named(tmp_path: Path) -> None:
     names = [*map(str, range(100_000)), "99999"]
     path = write(tmp_path / "a.tsv", "\t".join(names) + "\n" + "\t".join(names) + "\n")
     error = refusal(path, ("1",), None)
@@ -332,21 +334,21 @@ def test_a_column_that_is_there_twice_among_very_many_is_named(tmp_path: Path) -
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("tail", ["", "\n", "\n\n\n", "\r\n", "  \n", "\n  "])
-@pytest.mark.parametrize("suffix", KINDS)
+@pytest.mark.parametrize("suffix", TEXT_SUFFIXES)
 def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path, suffix: str, tail: str, end: str) -> None:
     rows = [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]
     for content in (as_text(suffix, rows, end) + tail, as_text(suffix, rows, end).removesuffix(end)):
         assert read(write(tmp_path / f"a{suffix}", content), ("a", "b"), None).texts == (["1", "2"], ["x", "y"])
 
 
-def test_blank_lines_of_single_texts(tmp_path: Path) -> None:
+def test_blank_lines_of_a_single_text_column_are_empty_texts(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.tsv", "text\na\n\nb\n\n\n"), ("text",), None).texts == (["a", "", "b"],)
     assert read(write(tmp_path / "a.csv", 'text\na\n""\nb\n\n'), ("text",), None).texts == (["a", "", "b"],)
     assert refusal(write(tmp_path / "a.csv", "text\na\n\nb\n"), ("text",), None).row == 3
 
 
-@pytest.mark.parametrize("suffix", KINDS)
-def test_old_mac_line_ends_are_named(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", TEXT_SUFFIXES)
+def test_carriage_returns_as_line_ends_are_refused_with_the_remedy(tmp_path: Path, suffix: str) -> None:
     content = as_text(suffix, [{"a": "1", "b": "x"}, {"a": "2", "b": "y"}], "\r")
     error = refusal(write(tmp_path / f"a{suffix}", content), ("a", "b"), None)
     assert error.row is None
@@ -369,7 +371,7 @@ def test_old_mac_line_ends_are_named(tmp_path: Path, suffix: str) -> None:
         ([None, 1], 1, ""),
     ],
 )
-def test_labels_that_are_words_come_with_advice(tmp_path: Path, values: list[Any], row: int, hint: str) -> None:
+def test_remedy_for_labels_other_than_0_and_1(tmp_path: Path, values: list[Any], row: int, hint: str) -> None:
     path = tmp_path / "a.jsonl"
     write(path, "".join(json.dumps({"text": "x", "label": value}) + "\n" for value in values))
     with refuses(Code.INVALID_DATA) as caught:
@@ -380,20 +382,20 @@ def test_labels_that_are_words_come_with_advice(tmp_path: Path, values: list[Any
     assert re.search(hint, str(error.remedy))
 
 
-def test_advice_for_labels_that_may_hide_never_makes_hidden_ones_0(tmp_path: Path) -> None:
+def test_remedy_for_a_split_with_hidden_labels_suggests_no_threshold(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", HEADER + "a\tb\t1\na\tb\t-1\n")
     assert "label_threshold" not in str(refusal(path, labels_may_hide=True))
 
 
-def test_numbers_become_labels_as_the_advice_says(tmp_path: Path) -> None:
+def test_threshold_of_the_remedy_turns_numbers_into_labels(tmp_path: Path) -> None:
     for values, threshold in (([1, 2], 2), ([0.0, 1.0], 1), ([-1, 1], 1)):
         path = write_parquet(tmp_path / "a.parquet", text=["x", "y"], label=values)
-        found = read_table(path).examples(["text"], "label", labels_may_hide=False, threshold=threshold)
-        assert found.labels is not None
-        assert found.labels.tolist() == [0, 1]
+        examples = read_table(path).examples(["text"], "label", labels_may_hide=False, threshold=threshold)
+        assert examples.labels is not None
+        assert examples.labels.tolist() == [0, 1]
 
 
-def test_devices_links_in_a_circle_and_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
+def test_devices_circular_links_and_invalid_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "circle.tsv").symlink_to(tmp_path / "circle.tsv")
     (tmp_path / "zero.tsv").symlink_to("/dev/zero")
     refusal(tmp_path / "circle.tsv", code=Code.UNREADABLE)
@@ -404,7 +406,7 @@ def test_devices_links_in_a_circle_and_names_that_cannot_be_are_refused(tmp_path
         assert caught.value.file == path
 
 
-def test_a_pipe_is_read_to_its_end_and_is_tsv_whatever_its_name(tmp_path: Path) -> None:
+def test_a_pipe_is_read_to_its_end_as_tsv(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=write, args=(tmp_path / "pipe", "a\tb\nx\ty\n"))
     writer.start()
@@ -412,10 +414,10 @@ def test_a_pipe_is_read_to_its_end_and_is_tsv_whatever_its_name(tmp_path: Path) 
     writer.join()
 
 
-def test_parquet_of_odd_types_is_read_or_refused(tmp_path: Path) -> None:
+def test_parquet_columns_of_texts_are_read_and_other_types_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    words = pa.array(["x", "y"]).dictionary_encode()
-    assert read(write_parquet(path, a=words, b=["u", "v"]), ("a", "b"), None).texts == (["x", "y"], ["u", "v"])
+    dictionary = pa.array(["x", "y"]).dictionary_encode()
+    assert read(write_parquet(path, a=dictionary, b=["u", "v"]), ("a", "b"), None).texts == (["x", "y"], ["u", "v"])
     large = pa.array(["x", "y"], pa.large_string())
     assert read(write_parquet(path, a=large, b=["u", "v"]), ("a", "b"), None).texts == (["x", "y"], ["u", "v"])
     nanoseconds = pa.array([1, 2], pa.timestamp("ns"))
@@ -424,6 +426,6 @@ def test_parquet_of_odd_types_is_read_or_refused(tmp_path: Path) -> None:
         assert "'a'" in error.reason
     parquet.ParquetWriter(path, pa.schema({"a": pa.string(), "b": pa.string()})).close()  # without a row group
     refusal(path, ("a", "b"), None, Code.EMPTY)
-    whole = write_parquet(path, a=["x"], b=["y"]).read_bytes()
-    for damaged in (whole[:-5], bytes(len(whole)), whole[:-4] + b"PARE"):
+    content = write_parquet(path, a=["x"], b=["y"]).read_bytes()
+    for damaged in (content[:-5], bytes(len(content)), content[:-4] + b"PARE"):
         refusal(write(path, damaged), ("a", "b"), None, Code.DAMAGED)

@@ -1,4 +1,4 @@
-"""Splits come from hub, files and generator alike; carve and inspect_splits keep what their docstrings promise."""
+"""Loading of splits from hub, files and generator, the split of train, and the statistics of splits."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ HUB = HubData(source="hub", hub_id="nyu-mll/glue", hub_config="qqp", revision=No
 HEADER = "question1\tquestion2\tlabel\n"
 
 
-def files(path: Path) -> FileData:
+def file_data(path: Path) -> FileData:
     return FileData(source="files", path=str(path), **COMMON)
 
 
-def sizes(**settings: Any) -> Data:
+def toy_data(**settings: Any) -> Data:
     return ToyData(source="toy", train_rows=8, validation_rows=8, generator_seed=0, **{**COMMON, **settings})
 
 
@@ -66,41 +66,42 @@ def pairs(*rows: tuple[str, str, int]) -> Examples:
 # --- Examples ---
 
 
-def test_take_keeps_rows_together() -> None:
+def test_take_selects_ids_texts_and_labels_of_the_same_rows() -> None:
     taken = numbered([0, 1, 1]).take(np.array([2, 0]))
     assert taken.labels is not None
     assert (taken.ids.tolist(), taken.texts[1], taken.labels.tolist()) == ([2, 0], ["text 2", "text 0"], [1, 0])
     assert Examples(np.arange(2), (["a", "b"],), None).take(np.array([1])).labels is None
 
 
-def test_fingerprint_tells_contents_apart() -> None:
-    def of(*columns: list[str], labels: list[int] | None = None) -> str:
+def test_fingerprint_differs_between_contents() -> None:
+    def digest(*columns: list[str], labels: list[int] | None = None) -> str:
         label_array = None if labels is None else np.array(labels, dtype=np.int64)
         return Examples(np.arange(len(columns[0])), columns, label_array).fingerprint()
 
-    contents = [
-        of(["a", "b"]), of(["b", "a"]), of(["ab", ""]), of(["", "ab"]), of(["a"], ["b"]), of(["a", "b"], labels=[0, 1]),
-        of(["a", "b"], labels=[1, 0]), of(["a", "c"]), of(["ab"]), of(["a", "b"], ["", ""]),
+    digests = [
+        digest(["a", "b"]), digest(["b", "a"]), digest(["ab", ""]), digest(["", "ab"]), digest(["a"], ["b"]),
+        digest(["a", "b"], labels=[0, 1]), digest(["a", "b"], labels=[1, 0]), digest(["a", "c"]), digest(["ab"]),
+        digest(["a", "b"], ["", ""]),
     ]  # fmt: skip
-    assert len(set(contents)) == len(contents)
-    assert of(["ä", "b"], labels=[0, 1]) == of(["ä", "b"], labels=[0, 1])
-    assert len(contents[0]) == 64
+    assert len(set(digests)) == len(digests)
+    assert digest(["ä", "b"], labels=[0, 1]) == digest(["ä", "b"], labels=[0, 1])
+    assert len(digests[0]) == 64
 
 
 # --- files ---
 
 
-def test_a_folder_gives_the_splits_it_has(tmp_path: Path) -> None:
+def test_split_files_of_a_folder_are_loaded(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t1\n")
     (tmp_path / "validation.csv").write_text("question1,question2,label\nc,d,0\n")
     (tmp_path / "test.jsonl").write_text('{"question1": "e", "question2": "f"}\n')
-    splits = load(files(tmp_path))
+    splits = load(file_data(tmp_path))
     assert [*splits] == ["train", "validation", "test"]
     assert splits["validation"].texts == (["c"], ["d"])
     assert splits["test"].labels is None
     (tmp_path / "validation.csv").write_text("question1,question2\nc,d\n")
     with refuses(Code.INVALID_DATA) as caught:
-        load(files(tmp_path))
+        load(file_data(tmp_path))
     assert caught.value.file == str(tmp_path / "validation.csv")
     assert "data.label_column" in str(caught.value)
 
@@ -109,38 +110,38 @@ def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\t4\ne\tf\t5.0\n")
     (tmp_path / "validation.jsonl").write_text('{"question1": "e", "question2": "f", "label": 4.5}\n')
     (tmp_path / "test.tsv").write_text(HEADER + "a\tb\t-1.0\n")
-    splits = load(replace(files(tmp_path), label_threshold=4.0))
+    splits = load(replace(file_data(tmp_path), label_threshold=4.0))
     assert splits["train"].labels is not None
     assert splits["validation"].labels is not None
     assert (splits["train"].labels.tolist(), splits["validation"].labels.tolist()) == ([0, 1, 1], [1])
     assert splits["test"].labels is None
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\thigh\n")
     with refuses(Code.INVALID_DATA) as caught:
-        load(replace(files(tmp_path), label_threshold=4.0))
+        load(replace(file_data(tmp_path), label_threshold=4.0))
     assert (caught.value.file, caught.value.row) == (str(tmp_path / "train.tsv"), 3)
     assert "'high'" in caught.value.reason
 
 
-def test_one_file_is_the_test_split(tmp_path: Path) -> None:
+def test_a_single_file_is_loaded_as_the_test_split(tmp_path: Path) -> None:
     (tmp_path / "any.tsv").write_text(HEADER + "a\tb\t1\n")
-    assert [*load(files(tmp_path / "any.tsv"))] == ["test"]
+    assert [*load(file_data(tmp_path / "any.tsv"))] == ["test"]
 
 
-def test_folders_that_leave_doubt_are_refused(tmp_path: Path) -> None:
+def test_missing_and_ambiguous_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     for name, code in (("absent", Code.NOT_FOUND), ("long" * 100, Code.NOT_FOUND), ("circle", Code.NOT_A_FILE)):
         with refuses(code, key="data.path") as caught:
-            load(files(tmp_path / name))
+            load(file_data(tmp_path / name))
         assert caught.value.value == str(tmp_path / name)
     (tmp_path / "dev.tsv").write_text(HEADER + "a\tb\t1\n")
     with refuses(Code.NOT_FOUND, key="data.path") as caught:
-        load(files(tmp_path))
+        load(file_data(tmp_path))
     assert caught.value.value == str(tmp_path)
     assert "dev" in str(caught.value.remedy)
     for name in ("train.tsv", "train.csv"):
         (tmp_path / name).write_text(HEADER + "a\tb\t1\n")
     with refuses(Code.CONFLICT, key="data.path") as caught:
-        load(files(tmp_path))
+        load(file_data(tmp_path))
     assert caught.value.value == str(tmp_path)
     assert all(name in caught.value.reason for name in ("train.tsv", "train.csv"))
 
@@ -148,14 +149,14 @@ def test_folders_that_leave_doubt_are_refused(tmp_path: Path) -> None:
 # --- hub ---
 
 
-def hub_holds(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[Any, ...]]:
-    """Let `datasets.load_dataset` return or raise `answer`; the list given back fills with the arguments of calls."""
+def patch_hub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[Any, ...]]:
+    """Let `datasets.load_dataset` return or raise `answer`; return a list that receives the arguments of every call."""
     import datasets
 
     calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(*args: Any, **more: Any) -> Any:
-        calls.append((*args, *more.values()))
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        calls.append((*args, *options.values()))
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -171,7 +172,7 @@ def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> N
         texts = [f"t{label}" for label in labels]
         return Dataset.from_dict({"question1": texts, "question2": texts[::-1], "label": labels, "idx": labels})
 
-    calls = hub_holds(
+    calls = patch_hub(
         monkeypatch, DatasetDict(test=rows([-1, -1]), train=rows([0, 1, 1]), validation=rows([1]), other=rows([7]))
     )
     splits = load(replace(HUB, revision="v1"))
@@ -181,23 +182,23 @@ def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> N
     assert splits["train"].labels is not None
     assert splits["train"].labels.tolist() == [0, 1, 1]
     assert splits["test"].labels is None
-    hub_holds(monkeypatch, DatasetDict(train=rows([0, 2])))
+    patch_hub(monkeypatch, DatasetDict(train=rows([0, 2])))
     with refuses(Code.INVALID_DATA) as caught:
         load(HUB)
     assert (caught.value.file, caught.value.row) == ("nyu-mll/glue/qqp train", 2)
     assert "label 2" in caught.value.reason
-    hub_holds(monkeypatch, DatasetDict(other=rows([0])))
+    patch_hub(monkeypatch, DatasetDict(other=rows([0])))
     with refuses(Code.NOT_FOUND, key="data.hub_id") as caught:
         load(HUB)
     assert caught.value.value == HUB.hub_id
     assert all(split in caught.value.reason for split in ("train", "validation", "test"))
 
 
-def test_a_hub_that_cannot_be_reached_is_one_paragraph_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_refused_with_data_that_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    for trouble in (ConnectionError("no route\nto host"), OfflineModeIsEnabled(""), FileNotFoundError("no such")):
-        hub_holds(monkeypatch, trouble)
+    for error in (ConnectionError("no route\nto host"), OfflineModeIsEnabled(""), FileNotFoundError("no such")):
+        patch_hub(monkeypatch, error)
         with refuses(Code.NOT_FOUND, key="data.hub_id") as caught:
             load(HUB)
         assert caught.value.value == HUB.hub_id
@@ -206,10 +207,10 @@ def test_a_hub_that_cannot_be_reached_is_one_paragraph_with_the_ways_out(monkeyp
         assert "data=toy" in str(caught.value)
 
 
-def test_offline_the_refusal_comes_at_once() -> None:
-    import datasets  # its import is not what is timed
+def test_missing_hub_data_is_refused_within_seconds_offline() -> None:
+    import datasets  # its import is not timed
 
-    assert datasets.config.HF_HUB_OFFLINE, "conftest.py says so"
+    assert datasets.config.HF_HUB_OFFLINE, "conftest.py sets it"
     start = time.perf_counter()
     with refuses(Code.NOT_FOUND, key="data.hub_id") as caught:
         load(replace(HUB, hub_id="nobody/holds-this"))
@@ -217,55 +218,59 @@ def test_offline_the_refusal_comes_at_once() -> None:
     assert time.perf_counter() - start < 5
 
 
-# --- carve ---
+# --- split_selection ---
 
 label_lists = st.lists(st.sampled_from([0, 1]), min_size=2, max_size=60)
 
 
 @given(label_lists, st.integers(0, 2**32), st.data())
 @settings(deadline=None)
-def test_carve_is_exact_stratified_and_disjoint(labels: list[int], seed: int, data: st.DataObject) -> None:
+def test_selection_split_is_exact_stratified_and_disjoint(labels: list[int], seed: int, data: st.DataObject) -> None:
     n = len(labels)
     size = data.draw(st.integers(2, n - 1) if n > 2 else st.just(0.5))
     source = numbered(labels)
-    train, selection = split_selection(source, sizes(selection_size=size, split_seed=seed))
-    wanted = 1 if size == 0.5 else size
-    assert len(selection) == wanted
+    train, selection = split_selection(source, toy_data(selection_size=size, split_seed=seed))
+    expected_size = 1 if size == 0.5 else size
+    assert len(selection) == expected_size
     assert sorted([*train.ids, *selection.ids]) == list(range(n))
-    for part in (train, selection):
-        assert part.labels is not None
-        assert part.labels.tolist() == [labels[row] for row in part.ids]
-        assert part.texts[0] == [f"text {row}" for row in part.ids]
+    for split in (train, selection):
+        assert split.labels is not None
+        assert split.labels.tolist() == [labels[row] for row in split.ids]
+        assert split.texts[0] == [f"text {row}" for row in split.ids]
     assert selection.labels is not None
-    assert abs(selection.labels.sum() - wanted * sum(labels) / n) < 1
+    assert abs(selection.labels.sum() - expected_size * sum(labels) / n) < 1
 
 
 @given(label_lists, st.integers(0, 9), st.data())
 @settings(deadline=None)
-def test_a_smaller_train_is_a_prefix_and_selection_stays(labels: list[int], seed: int, data: st.DataObject) -> None:
-    whole, selection = split_selection(numbered(labels), sizes(selection_size=0.5, split_seed=seed))
+def test_a_smaller_train_size_takes_a_prefix_and_keeps_the_selection_split(
+    labels: list[int], seed: int, data: st.DataObject
+) -> None:
+    whole, selection = split_selection(numbered(labels), toy_data(selection_size=0.5, split_seed=seed))
     size = data.draw(st.integers(1, len(whole)))
-    train, same = split_selection(numbered(labels), sizes(selection_size=0.5, split_seed=seed, train_size=size))
+    train, same = split_selection(numbered(labels), toy_data(selection_size=0.5, split_seed=seed, train_size=size))
     assert train.ids.tolist() == whole.ids[:size].tolist()
     assert same.ids.tolist() == selection.ids.tolist()
     assert train.labels is not None
     assert abs(train.labels.sum() - size * sum(labels) / len(labels)) <= 1
 
 
-def test_few_rows_have_the_share_of_each_label_whatever_was_set_aside() -> None:
+def test_a_small_train_split_has_the_label_shares_of_the_data() -> None:
     source = numbered([0, 0, 1] * 1000)
     for seed in range(20):
-        train, _ = split_selection(source, sizes(selection_size=200, train_size=15, split_seed=seed))
+        train, _ = split_selection(source, toy_data(selection_size=200, train_size=15, split_seed=seed))
         assert train.labels is not None
         assert train.labels.sum() in (4, 5, 6)
 
 
-def test_the_cut_is_the_same_on_any_machine_and_another_for_another_seed() -> None:
+def test_selection_split_depends_on_the_split_seed_only() -> None:
     source = numbered([0, 1] * 10)
-    train, selection = split_selection(source, sizes(selection_size=4, train_size=3))
+    train, selection = split_selection(source, toy_data(selection_size=4, train_size=3))
     assert (train.ids.tolist(), selection.ids.tolist()) == ([13, 8, 15], [11, 2, 3, 18])
-    cuts = {tuple(split_selection(source, sizes(selection_size=4, split_seed=seed))[1].ids) for seed in range(10)}
-    assert len(cuts) == 10
+    selections = {
+        tuple(split_selection(source, toy_data(selection_size=4, split_seed=seed))[1].ids) for seed in range(10)
+    }
+    assert len(selections) == 10
 
 
 @pytest.mark.parametrize(
@@ -277,22 +282,22 @@ def test_the_cut_is_the_same_on_any_machine_and_another_for_another_seed() -> No
         ({"selection_size": 4, "train_size": 7}, "data.train_size"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], key: str) -> None:
+def test_sizes_beyond_the_data_are_refused(settings: dict[str, Any], key: str) -> None:
     with refuses(Code.INVALID_VALUE, key=key) as caught:
-        split_selection(numbered([0, 1] * 5), sizes(**settings))
+        split_selection(numbered([0, 1] * 5), toy_data(**settings))
     assert caught.value.value == settings[key.removeprefix("data.")]
     assert key == "data.selection_size" or "6" in str(caught.value.remedy)
 
 
-def test_train_without_labels_is_refused() -> None:
+def test_a_train_split_without_labels_is_refused() -> None:
     with refuses(Code.INVALID_DATA, key="data.label_column"):
-        split_selection(Examples(np.arange(9), (["a"] * 9,), None), sizes())
+        split_selection(Examples(np.arange(9), (["a"] * 9,), None), toy_data())
 
 
 # --- inspect_splits ---
 
 
-def test_examine_counts_what_a_reader_of_the_record_must_know() -> None:
+def test_inspect_splits_counts_labels_empty_repeated_and_shared_rows() -> None:
     statistics = inspect_splits(
         {
             "train": pairs(("a", "b", 1), ("b", "a", 1), ("NA", "c", 0), ("", " ", 0), ("x", "y", 0)),
@@ -312,21 +317,26 @@ def test_examine_counts_what_a_reader_of_the_record_must_know() -> None:
     assert "label 0" in statistics["warnings"][0]
 
 
-def test_examine_has_nothing_to_say_of_clean_data() -> None:
+def test_inspect_splits_warns_of_nothing_in_clean_data() -> None:
     single = {"train": Examples(np.arange(2), (["a", "b"],), np.array([0, 1]))}
     assert inspect_splits(single)["warnings"] == []
 
 
-def test_toy_is_a_source_too() -> None:
-    splits = load(sizes())
+def test_generated_splits_have_the_requested_sizes_and_share_no_row() -> None:
+    splits = load(toy_data())
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 8, "validation": 8}
     assert inspect_splits(splits)["shared"] == {"train/validation": 0}
 
 
-def test_unseen_rows_share_no_text_with_what_was_seen() -> None:
-    def pairs(first: list[str], second: list[str]) -> Examples:
+def test_unseen_rows_share_no_text_with_seen_examples() -> None:
+    def unlabelled(first: list[str], second: list[str]) -> Examples:
         return Examples(np.arange(len(first)), (first, second), None)
 
-    split = pairs(["a", "b", "c", "d"], ["x", "y", "a", "e"])
+    split = unlabelled(["a", "b", "c", "d"], ["x", "y", "a", "e"])
     assert unseen_rows(split).tolist() == [True] * 4
-    assert unseen_rows(split, pairs(["y"], ["q"]), pairs(["q"], ["a"])).tolist() == [False, False, False, True]
+    assert unseen_rows(split, unlabelled(["y"], ["q"]), unlabelled(["q"], ["a"])).tolist() == [
+        False,
+        False,
+        False,
+        True,
+    ]

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 import lora_bench as package
 from lora_bench.analysis.summary import summarise
+from lora_bench.config.keys import with_present_keys
 from lora_bench.config.schema import DATA
 from lora_bench.errors import Code
 from lora_bench.records import run_folder
@@ -157,7 +158,13 @@ def test_a_finished_run_whose_record_was_edited_is_refused(in_tmp: Path) -> None
     assert lora_bench(*request).code == 0
 
 
-# -- renamed keys --
+# -- renamed keys and choices --
+
+RENAMED = toy_run("head.pair_features=true", "trainer.objective=alternate_order", "trainer.max_steps=4")
+
+
+def with_old_names(override: str) -> str:
+    return override.replace("head.pair_features", "adapter.matching").replace("alternate_order", "either_order")
 
 
 def in_old_form(folder: Path) -> None:
@@ -166,9 +173,7 @@ def in_old_form(folder: Path) -> None:
         content = json.loads(path.read_text())
         content["config"] = old_config(content["config"])
         if path.name == "run.json":
-            content["overrides"] = [
-                text.replace("head.pair_features", "adapter.matching") for text in content["overrides"]
-            ]
+            content["overrides"] = [with_old_names(override) for override in content["overrides"]]
             content = run_folder._sealed(content)
         path.write_text(json.dumps(content))
     for checkpoint in folder.glob("checkpoints/*"):
@@ -180,33 +185,43 @@ def in_old_form(folder: Path) -> None:
 
 def old_config(config: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in config.items() if key != "head"}
-    return rest | {"adapter": config["adapter"] | {"matching": config["head"]["pair_features"]}}
+    return rest | {
+        "adapter": config["adapter"] | {"matching": config["head"]["pair_features"]},
+        "trainer": config["trainer"] | {"objective": with_old_names(config["trainer"]["objective"])},
+    }
 
 
 def test_a_run_of_an_older_version_is_read_with_the_present_names(in_tmp: Path) -> None:
-    asked = toy_run("trainer.max_steps=4", "head.pair_features=true", "adapter.target_modules=qv")
+    settings = [*RENAMED, "adapter.target_modules=qv"]
     for seed in (0, 1):
-        assert lora_bench("train", *asked, f"seed={seed}", f"hydra.run.dir=run{seed}").code == 0
+        assert lora_bench("train", *settings, f"seed={seed}", f"hydra.run.dir=run{seed}").code == 0
     in_old_form(Path("run0"))
-    assert "matching" in Path("run0/run.json").read_text()
+    old = Path("run0/run.json").read_text()
+    assert "matching" in old
+    assert "either_order" in old
     record = run_folder.read(Path("run0"))
     assert record["checksum"] != run_folder.ALTERED
     assert record["config"]["head"] == {"pair_features": True}
+    assert record["config"]["trainer"]["objective"] == "alternate_order"
+    assert {"head.pair_features=true", "trainer.objective=alternate_order"} <= set(record["overrides"])
     assert "matching" not in record["config"]["adapter"]
     assert lora_bench("eval", "run=run0", "data=toy", "data.validation_rows=16").code == 0
-    assert lora_bench("train", *asked, "adapter.init_from=run0", "hydra.run.dir=second").code == 0
+    assert lora_bench("train", *settings, "adapter.init_from=run0", "hydra.run.dir=second").code == 0
     compared = json.loads(lora_bench("compare", "run0", "run1", "--format", "json").out)
     assert "matching" not in json.dumps(compared)
+    assert "either_order" not in json.dumps(compared)
+    (row,) = summarise([Path("run0"), Path("run1")]).rows
+    assert row.n == 2
     refused_export = refused("export", "run=run0", "format=merged", "output=x")
     assert refused_export.key == "head.pair_features"
 
 
 def test_a_run_of_an_older_version_is_resumed_to_the_same_end(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = toy_run("trainer.max_steps=4", "head.pair_features=true", "trainer.checkpoint_every=1")
-    assert lora_bench("train", *asked, "hydra.run.dir=whole").code == 0
+    settings = [*RENAMED, "trainer.checkpoint_every=1"]
+    assert lora_bench("train", *settings, "hydra.run.dir=whole").code == 0
     with monkeypatch.context() as patch:
         at_step(patch, 2, signalled(signal.SIGTERM))
-        assert lora_bench("train", *asked, "hydra.run.dir=run").code == 143
+        assert lora_bench("train", *settings, "hydra.run.dir=run").code == 143
     in_old_form(Path("run"))
     assert list(Path("run/checkpoints").glob("*/state.json"))
     answer = lora_bench("train", "resume=run")
@@ -215,6 +230,7 @@ def test_a_run_of_an_older_version_is_resumed_to_the_same_end(in_tmp: Path, monk
     one, other = (json.loads(Path(f"{name}/run.json").read_text()) for name in ("run", "whole"))
     assert one["metrics"] == other["metrics"]
     assert one["config"]["head"] == {"pair_features": True}
+    assert one["config"]["trainer"]["objective"] == "alternate_order"
 
 
 def test_a_record_of_an_older_version_that_was_edited_is_refused(in_tmp: Path) -> None:
@@ -229,15 +245,44 @@ def test_a_record_of_an_older_version_that_was_edited_is_refused(in_tmp: Path) -
 
 
 def test_a_sweep_of_an_older_version_runs_what_it_lacks(in_tmp: Path) -> None:
-    asked = toy_run("head.pair_features=true,false", "hydra.sweep.dir=sweep")
-    assert lora_bench("train", "-m", *asked).code == 0
+    keys = ["head.pair_features=true,false", "trainer.objective=cross_entropy,alternate_order"]
+    assert lora_bench("train", "-m", *toy_run(*keys, "hydra.sweep.dir=sweep")).code == 0
     path = Path("sweep/sweep.json")
-    path.write_text(path.read_text().replace("head.pair_features", "adapter.matching"))
+    path.write_text(with_old_names(path.read_text()))
     in_old_form(Path("sweep/0"))
-    shutil.rmtree("sweep/1")
+    for job in (1, 2, 3):
+        shutil.rmtree(f"sweep/{job}")
     answer = lora_bench("train", "-m", "resume=sweep")
     assert answer.code == 0, answer.err
-    assert [run_folder.read(Path(f"sweep/{job}"))["config"]["head"]["pair_features"] for job in (0, 1)] == [True, False]
+    configs = [run_folder.read(Path(f"sweep/{job}"))["config"] for job in range(4)]
+    assert [(config["head"]["pair_features"], config["trainer"]["objective"]) for config in configs] == [
+        (True, "cross_entropy"),
+        (True, "alternate_order"),
+        (False, "cross_entropy"),
+        (False, "alternate_order"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "present"),
+    [
+        ("adapter.matching=true", "head.pair_features=true"),
+        ("trainer.objective=either_order", "trainer.objective=alternate_order"),
+        ("+trainer.objective='either_order'", "+trainer.objective='alternate_order'"),
+        (
+            "trainer.objective=choice(cross_entropy, either_order)",
+            "trainer.objective=choice(cross_entropy, alternate_order)",
+        ),
+        (
+            "hydra.sweeper.variants=['adapter.matching=false','trainer.objective=either_order seed=1']",
+            "hydra.sweeper.variants=['head.pair_features=false','trainer.objective=alternate_order seed=1']",
+        ),
+        ("hydra.run.dir=either_order", "hydra.run.dir=either_order"),
+        ("trainer.objective=not_either_order", "trainer.objective=not_either_order"),
+    ],
+)
+def test_old_names_in_overrides_of_a_record_are_replaced(override: str, present: str) -> None:
+    assert with_present_keys(override) == present
 
 
 @pytest.mark.parametrize("arguments", [["adapter.matching=true"], ["-m", "adapter.matching=true,false"]])
@@ -245,6 +290,13 @@ def test_an_old_name_is_refused_with_the_present_one(arguments: list[str], in_tm
     error = refused("train", *arguments[:-1], *toy_run(arguments[-1]))
     assert (error.code, error.key) == (Code.UNKNOWN_KEY, "adapter.matching")
     assert "head.pair_features" in str(error.remedy)
+
+
+@pytest.mark.parametrize("arguments", [["trainer.objective=either_order"], ["-m", "trainer.objective=either_order,x"]])
+def test_an_old_choice_is_refused_with_the_present_one(arguments: list[str], in_tmp: Path) -> None:
+    error = refused("train", *arguments[:-1], *toy_run(arguments[-1]))
+    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "trainer.objective", "either_order")
+    assert "It is called alternate_order now." in str(error.remedy)
 
 
 def test_an_old_name_in_a_file_of_the_user_s_is_refused_with_the_present_one(in_tmp: Path) -> None:

@@ -46,7 +46,7 @@ def test_scores_are_the_mean_of_both_orders(form: str) -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
-@pytest.mark.parametrize("objective", ["order_consistency", "either_order"])
+@pytest.mark.parametrize("objective", ["order_consistency", "alternate_order"])
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> None:
     """Also where the frozen layers' output is kept: of the selection split in both orders."""

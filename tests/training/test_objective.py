@@ -95,7 +95,7 @@ def learn(
     """Fit on the toy pairs, which are their own selection split; with `exchanged` on data whose columns are."""
     as_is, swapped = tables_of(a_pack.backbone, size)
     train, other = (swapped, as_is) if exchanged else (as_is, swapped)
-    if settings.objective == "either_order":
+    if settings.objective == "alternate_order":
         train = replace(train, reversed_view=other)
     watcher = Losses()
     one_a_step_ten_a_row = FlopModel((1.0, 10.0, 0.0, 0.0))
@@ -408,7 +408,7 @@ def test_one_order_of_pairs_alike_in_both_is_cross_entropy() -> None:
         table = tokenize(twice, COLUMNS, a_pack.backbone, 40, cached=False)
         watcher = Losses()
         table = replace(table, reversed_view=table) if turns else table
-        chosen = trainer(steps=5, objective="either_order" if turns else "cross_entropy")
+        chosen = trainer(steps=5, objective="alternate_order" if turns else "cross_entropy")
         fit(a_pack, [optimizer()], chosen, table, replace(table, reversed_view=None), watcher=watcher)
         losses.append(watcher.seen)
     assert losses[0] == losses[1]
@@ -434,7 +434,7 @@ def test_single_sentences_are_refused() -> None:
     for chosen, key, value in (
         (both(), "trainer.objective", "order_consistency"),
         (trainer(score_both_orders=True), "trainer.score_both_orders", "true"),
-        (trainer(objective="either_order"), "trainer.objective", "either_order"),
+        (trainer(objective="alternate_order"), "trainer.objective", "alternate_order"),
     ):
         with refuses(Code.CONFLICT, key=key) as caught:
             check_objective(chosen, ["sentence"], pair_features=False)
@@ -468,7 +468,7 @@ def test_a_whole_run(tmp_path: Path, family: str) -> None:
     quick = [*SMALL_TOY, f"model={family}", "data.max_length=48", "trainer.epochs=1", "trainer.average=0.5"]
     plain = run(tmp_path / "plain", *quick)
     twice = run(tmp_path / "twice", *quick, "trainer.objective=order_consistency")
-    by_turns = run(tmp_path / "by_turns", *quick, "trainer.objective=either_order")
+    by_turns = run(tmp_path / "by_turns", *quick, "trainer.objective=alternate_order")
     assert by_turns["cost"]["train_flops"] == pytest.approx(plain["cost"]["train_flops"], rel=0.02)
     assert by_turns["metrics"]["selection/nll"] != plain["metrics"]["selection/nll"]
     assert twice["status"] == "done"

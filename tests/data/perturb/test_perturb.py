@@ -1,4 +1,4 @@
-"""Every transform of the library, whatever its name: pure, seeded, safe for any text, true to its label rule."""
+"""Every transform is a pure function of its stream, accepts any text and follows its label rule."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ from tests.command_line import refuses
 
 ALL = sorted(TRANSFORMS.values(), key=lambda transform: transform.name)
 NAMES = [transform.name for transform in ALL]
-every = pytest.mark.parametrize("transform", ALL, ids=NAMES)
+every_transform = pytest.mark.parametrize("transform", ALL, ids=NAMES)
 
-# Words that the transforms look for, so that random texts hold places to change.
-PLACES = (
+# words that the transforms change, so that random texts hold some of them
+EXAMPLE_WORDS = (
     "What is the best way to learn Java in 2016 ? How do I lose weight What's don't cannot a an I'm movie India 7 "
     "the few vitamin not India's China différence Straße вопрос ερώτηση 機械学習 नमस्ते שלום مرحبا 👩‍👩‍👧 e\u0301tude "
     "ﬁnd İstanbul"
 )
-WORDS = st.sampled_from(PLACES.split(" "))
+WORDS = st.sampled_from(EXAMPLE_WORDS.split(" "))
 TEXT = st.one_of(st.text(max_size=60), st.lists(st.one_of(WORDS, st.text(max_size=4)), max_size=12).map(" ".join))
 PAIR = st.tuples(TEXT, TEXT)
 INTENSITY = st.floats(0.01, 1)
 
 
-def test_the_library_holds_what_it_should() -> None:
+def test_transforms_by_level_and_label_rule() -> None:
     assert len(TRANSFORMS) == 15
-    levels = {level: [each.name for each in ALL if each.level == level] for level in LEVELS}
+    levels = {level: [transform.name for transform in ALL if transform.level == level] for level in LEVELS}
     assert levels == {
         "character": ["case", "keyboard", "punctuation", "swap", "typo"],
         "word": ["contraction", "entity", "entity_alike", "number", "number_alike", "stop_word", "synonym"],
         "sentence": ["order", "paraphrase", "polite"],
     }
-    assert [each.name for each in ALL if not each.keeps_label] == ["entity", "number"]
-    assert {each.labels for each in ALL} == {KEEPS, BREAKS}
+    assert [transform.name for transform in ALL if not transform.keeps_label] == ["entity", "number"]
+    assert {transform.labels for transform in ALL} == {KEEPS, BREAKS}
 
 
-@every
+@every_transform
 @settings(max_examples=150, deadline=None)
 @given(texts=PAIR, seed=st.integers(0, 2**32), intensity=INTENSITY)
-def test_any_text_survives(transform: Transform, texts: tuple[str, str], seed: int, intensity: float) -> None:
+def test_any_text_is_transformed_reproducibly_and_stays_non_empty(
+    transform: Transform, texts: tuple[str, str], seed: int, intensity: float
+) -> None:
     changed = transform.change(texts, Random(seed), intensity)
-    assert changed == transform.change(texts, Random(seed), intensity)  # pure: all it draws comes from the stream
+    assert changed == transform.change(texts, Random(seed), intensity)  # all randomness is from the stream
     assert isinstance(changed, tuple)
     assert len(changed) == 2
     for before, after in zip(texts if transform.name != "order" else texts[::-1], changed, strict=True):
@@ -58,72 +60,74 @@ def test_any_text_survives(transform: Transform, texts: tuple[str, str], seed: i
         assert bool(after.strip()) == bool(before.strip())
 
 
-@every
-def test_scripts_without_capitals_are_left_alone(transform: Transform) -> None:
+@every_transform
+def test_scripts_without_capitals_are_unchanged(transform: Transform) -> None:
     texts = ("機械学習とは何ですか？", "नमस्ते दुनिया שלום עולם مرحبا بالعالم ภาษาไทย 👩‍👩‍👧")
     assert transform.change(texts, Random(0), 1.0) == (texts[::-1] if transform.name == "order" else texts)
 
 
-@every
+@every_transform
 @settings(max_examples=60, deadline=None)
 @given(texts=PAIR, intensity=INTENSITY)
 def test_combining_marks_stay_on_their_letters(transform: Transform, texts: tuple[str, str], intensity: float) -> None:
     def marked(pair: tuple[str, ...]) -> list[str]:
         text = " ".join(pair)
-        places = [i for i, sign in enumerate(text) if i and unicodedata.combining(sign)]
-        return sorted(text[i - 1 : i + 1].casefold() for i in places if "a" <= text[i - 1].lower() <= "z")
+        positions = [i for i, character in enumerate(text) if i and unicodedata.combining(character)]
+        return sorted(text[i - 1 : i + 1].casefold() for i in positions if "a" <= text[i - 1].lower() <= "z")
 
     assert marked(transform.change(texts, Random(0), intensity)) == marked(texts)
 
 
-@every
+@every_transform
 @settings(max_examples=60, deadline=None)
-@given(texts=PAIR, seed=st.integers(0, 99), again=st.integers(0, 99))
-def test_what_settles_changes_nothing_more(transform: Transform, texts: tuple[str, str], seed: int, again: int) -> None:
+@given(texts=PAIR, seed=st.integers(0, 99), other_seed=st.integers(0, 99))
+def test_idempotent_and_deterministic_transforms(
+    transform: Transform, texts: tuple[str, str], seed: int, other_seed: int
+) -> None:
     once = transform.change(texts, Random(seed), 1.0)
     if transform.is_idempotent:
-        assert transform.change(once, Random(again), 1.0) == once
+        assert transform.change(once, Random(other_seed), 1.0) == once
     if not transform.is_random:
-        assert transform.change(texts, Random(again), 1.0) == once
+        assert transform.change(texts, Random(other_seed), 1.0) == once
 
 
-@every
+@every_transform
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.tuples(TEXT, TEXT, st.integers(0, 1)), min_size=1, max_size=6), seed=st.integers(0, 9))
-def test_rows_keep_their_place_and_labels_follow_the_rule(
+def test_perturbed_rows_keep_their_ids_and_labels_follow_the_rule(
     transform: Transform, rows: list[tuple[str, str, int]], seed: int
 ) -> None:
     first, second, labels = map(list, zip(*rows, strict=True))
     examples = Examples(np.arange(len(rows)) + 10, (first, second), np.array(labels))
-    found = perturb(examples, transform, seed=seed, intensity=0.5)
+    perturbed = perturb(examples, transform, seed=seed, intensity=0.5)
     assert examples.texts == (first, second)
-    assert found.examples.ids.tolist() == (found.rows + 10).tolist()
-    assert found.examples.labels is not None
-    for place, row in enumerate(found.rows.tolist()):
-        texts = tuple(column[place] for column in found.examples.texts)
+    assert perturbed.examples.ids.tolist() == (perturbed.rows + 10).tolist()
+    assert perturbed.examples.labels is not None
+    for position, row in enumerate(perturbed.rows.tolist()):
+        texts = tuple(column[position] for column in perturbed.examples.texts)
         assert texts != rows[row][:2]
-        assert found.examples.labels[place] == transform.labels[rows[row][2]]
-    # A row's perturbation does not depend on the rows around it.
-    alone = perturb(examples.take(np.array([len(rows) - 1])), transform, seed=seed, intensity=0.5)
-    assert tuple(column[:1] for column in alone.examples.texts) == tuple(
-        [column[place] for place in np.flatnonzero(found.rows == len(rows) - 1).tolist()]
-        for column in found.examples.texts
+        assert perturbed.examples.labels[position] == transform.labels[rows[row][2]]
+    # the perturbation of a row does not depend on other rows
+    of_last_row = perturb(examples.take(np.array([len(rows) - 1])), transform, seed=seed, intensity=0.5)
+    assert tuple(column[:1] for column in of_last_row.examples.texts) == tuple(
+        [column[position] for position in np.flatnonzero(perturbed.rows == len(rows) - 1).tolist()]
+        for column in perturbed.examples.texts
     )
 
 
-def test_without_labels_only_those_that_keep_them_change_anything() -> None:
+def test_without_labels_only_label_preserving_transforms_apply() -> None:
     examples = Examples(np.arange(1), (["What is 7 in India?"], ["What is a 7 in India?"]), None)
     for transform in ALL:
-        found = perturb(examples, transform, seed=0, intensity=1.0)
-        assert found.examples.labels is None
-        assert len(found.rows) <= transform.keeps_label
+        perturbed = perturb(examples, transform, seed=0, intensity=1.0)
+        assert perturbed.examples.labels is None
+        assert len(perturbed.rows) <= transform.keeps_label
 
 
-# -- by hand: what each may make of a pair, at full intensity, over twenty seeds --
+# -- cases by hand: the allowed results for a pair at full intensity, over twenty seeds --
 
-RARE = ("Ruby", "Perl", "Fortran", "Haskell")
-OTHERS = ("Microsoft", "Amazon", "Apple", "Samsung", "Facebook", "Twitter", "Instagram", "Uber", "Netflix")
-BEGINNINGS = ("I would like to know", "Can anyone tell me", "A quick question", "Please help me with this")
+LANGUAGES = ("Ruby", "Perl", "Fortran", "Haskell")
+COMPANIES = ("Microsoft", "Amazon", "Apple", "Samsung", "Facebook", "Twitter", "Instagram", "Uber", "Netflix")
+POLITE_OPENINGS = ("I would like to know", "Can anyone tell me", "A quick question", "Please help me with this")
 CASES: dict[str, list[tuple[tuple[str, str], set[tuple[str, str]]]]] = {
     "punctuation": [
         (
@@ -166,21 +170,21 @@ CASES: dict[str, list[tuple[tuple[str, str], set[tuple[str, str]]]]] = {
     "entity_alike": [
         (
             ("Java or Python?", "Python or Java"),
-            {(f"{a} or {b}?", f"{b} or {a}") for a in RARE for b in RARE if a != b},
+            {(f"{a} or {b}?", f"{b} or {a}") for a in LANGUAGES for b in LANGUAGES if a != b},
         ),
         (("Is India big?", "Are Indians tall?"), {("Is India big?", "Are Indians tall?")}),
     ],
     "entity": [
         (
             ("Buy Google", "Sell Google"),
-            {(f"Buy {a}", "Sell Google") for a in OTHERS} | {("Buy Google", f"Sell {a}") for a in OTHERS},
+            {(f"Buy {a}", "Sell Google") for a in COMPANIES} | {("Buy Google", f"Sell {a}") for a in COMPANIES},
         ),
     ],
     "order": [(("a", "b"), {("b", "a")})],
     "polite": [
         (
             ("Why me?", "Because."),
-            {(f"{a}: Why me?", "Because.") for a in BEGINNINGS},
+            {(f"{a}: Why me?", "Because.") for a in POLITE_OPENINGS},
         ),
         (("Warum ich?", "なぜ?"), {("Warum ich?", "なぜ?")}),
     ],
@@ -198,9 +202,9 @@ CASES: dict[str, list[tuple[tuple[str, str], set[tuple[str, str]]]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_cases_by_hand(name: str) -> None:
     for texts, expected in CASES[name]:
-        found = {TRANSFORMS[name].change(texts, Random(seed), 1.0) for seed in range(20)}
-        assert found <= expected
-        assert len(found) >= min(3, len(expected))
+        results = {TRANSFORMS[name].change(texts, Random(seed), 1.0) for seed in range(20)}
+        assert results <= expected
+        assert len(results) >= min(3, len(expected))
 
 
 def test_every_transform_has_cases() -> None:
@@ -208,7 +212,7 @@ def test_every_transform_has_cases() -> None:
 
 
 @pytest.mark.parametrize("name", ["typo", "keyboard", "swap"])
-def test_slips_of_the_pen_leave_first_and_last_letters_and_short_words(name: str) -> None:
+def test_typing_errors_keep_first_and_last_letters_and_short_words(name: str) -> None:
     for seed in range(50):
         first, second = TRANSFORMS[name].change(("Not one WORD is Überall", "não, ещё вопрос"), Random(seed), 1.0)
         words = first.split()
@@ -228,7 +232,7 @@ def test_slips_of_the_pen_leave_first_and_last_letters_and_short_words(name: str
             assert words[2] in ("WOORD", "WORRD", "WRD", "WOD")
 
 
-def test_neighbours_on_the_keyboard() -> None:
+def test_keyboard_neighbours_are_symmetric() -> None:
     assert set(NEIGHBOURS["s"]) == set("adwezx")
     assert set(NEIGHBOURS["q"]) == set("wa")
     assert all(a in NEIGHBOURS[b] for a in NEIGHBOURS for b in NEIGHBOURS[a])
@@ -242,16 +246,16 @@ def test_intensity_is_a_share_rounded_up(intensity: float, count: int, expected:
     assert sum(word != "word" for word in changed.split()) == expected
 
 
-# -- asking for them --
+# -- choice of transforms --
 
 
-def test_levels_and_all_take_what_suits_the_data() -> None:
-    assert [each.name for each in choose_transforms("all", "qqp", 2, "k")] == list(TRANSFORMS)
-    assert {each.name for each in choose_transforms("all", "rte", 2, "k")} == {*NAMES} - {
+def test_levels_and_all_choose_the_transforms_that_fit_the_task() -> None:
+    assert [transform.name for transform in choose_transforms("all", "qqp", 2, "k")] == list(TRANSFORMS)
+    assert {transform.name for transform in choose_transforms("all", "rte", 2, "k")} == {*NAMES} - {
         "order", "number", "number_alike", "entity", "entity_alike",
     }  # fmt: skip
     assert len(choose_transforms("all", "sst2", 1, "k")) == 10
-    assert [each.name for each in choose_transforms(["sentence", "polite", "typo"], "qqp", 2, "k")] == [
+    assert [transform.name for transform in choose_transforms(["sentence", "polite", "typo"], "qqp", 2, "k")] == [
         "order", "polite", "paraphrase", "typo",
     ]  # fmt: skip
 
@@ -268,7 +272,7 @@ def test_levels_and_all_take_what_suits_the_data() -> None:
         ([], "qqp", 2, Code.INVALID_VALUE, "[]", ["all"]),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_unknown_and_unsuitable_transforms_are_refused(
     names: str | list[str], task: str, texts: int, code: Code, value: str, data: list[str]
 ) -> None:
     with refuses(code, key="data.perturb") as caught:
