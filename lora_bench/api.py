@@ -97,7 +97,9 @@ def train(
     arguments = [*overrides, *_overrides(settings)]
     for override in arguments:
         if key_of(override) in ("sweep", "hydra.mode", "dry_run"):
-            remedy = "Call lora_bench.api.sweep, or run `lora-bench train` in a shell."
+            remedy = "Run `lora-bench train` in a shell."
+            if key_of(override) != "dry_run":
+                remedy = "Call lora_bench.api.sweep, or run `lora-bench train` in a shell."
             raise UserError("does not train one run", key=key_of(override), remedy=remedy, code=Code.UNSUPPORTED)
     folder = _train(arguments, "run", folder, resume, config_dir, quiet)
     return TrainedRun(folder, run_folder.read(folder))

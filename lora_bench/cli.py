@@ -115,7 +115,7 @@ def run_command(arguments: list[str]) -> int:
 
         return compare(rest)
     if "-h" in rest or "--help" in rest:
-        print(format_help(command))
+        print(format_help(command, _config_dir(rest)))
         return 0
     if command == "doctor":
         if rest:
@@ -364,6 +364,16 @@ def _prompt(cfg: DictConfig) -> None:
         run_prompt(cfg, folder, choices=choices, overrides=overrides, console=_console())
     finally:
         discard(folder)  # unless the run has started
+
+
+def _config_dir(arguments: list[str]) -> str | None:
+    """Return the folder of `--config-dir` among arguments that are not parsed; None without one."""
+    for argument, follower in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument in ("--config-dir", "-cd"):
+            return follower
+        if argument.startswith("--config-dir="):
+            return argument.partition("=")[2]
+    return None
 
 
 def _console() -> Console:

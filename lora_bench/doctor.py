@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lora_bench.extensions.entry_points import BACKBONES, CONF, METHODS, METRICS, registered
 from lora_bench.records import environment
 
 if TYPE_CHECKING:
@@ -55,10 +56,12 @@ def run_doctor(console: Console) -> None:
             "peft",
             "installed"
             if importlib.util.find_spec("peft")
-            else "not installed: needed only to load adapters with PEFT",
+            else "not installed: needed only to load adapters with PEFT (pip install peft)",
         ),
     ]
     rows += [(feature, _extra(package, extra)) for feature, (package, extra) in EXTRAS.items()]
+    for group in (METHODS, BACKBONES, METRICS, CONF):
+        rows += [(f"{found.distribution}: {group}", found.entry_point.name) for found in registered(group)]
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     console.print(table)

@@ -34,6 +34,8 @@ class Code(StrEnum):
     """A file or split has no rows."""
     EXISTS = "exists"
     """Something older would be overwritten."""
+    EXTENSION = "extension"
+    """What an installed distribution registers cannot be used."""
     FORBIDDEN = "forbidden"
     """The request would run code, show a secret or leave its folder."""
     INVALID_DATA = "invalid_data"

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.load import public_location
+from lora_bench.backbones.locate import local_folder
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
@@ -75,7 +76,8 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
                 files.save(member_folder, run.pack, k, base, for_peft=True)
                 backbone.tokenizer.save_pretrained(member_folder)
             _write_readme(folder, cfg.format, [*differences, *reading])
-        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{base or "BASE"}"), "{first_member}")'
+        here = local_folder(run.experiment.model) or base or "BASE"
+        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{here}"), "{first_member}")'
     else:
         with _new_folder(output) as folder:
             for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):

@@ -35,13 +35,13 @@ GROUP_OF_CLASS = {
     "HubData": ("data", "qqp"),
     "FileData": ("data", "pairs"),
     "ToyData": ("data", "toy"),
-    "Data": ("data", "qqp"),
+    "Data": ("data", "_base"),
     "Optimizer": ("optimizer", "adamw"),
     "Packing": ("pack", "default"),
 }
 """The configuration group of each settings class, and the choice that its defaults are read from. A class that is not
 listed belongs to the group that has its name in lower case."""
-EXCLUDED = {"Metric"}  # described by hand below: its keys stand under a name that the user gives
+EXCLUDED = {"Metric"}  # described beside the choices: its keys stand under a name that the user gives
 COMMANDS = ("eval", "predict", "export", "prompt")
 TYPES = {
     "str": "text",
@@ -162,14 +162,16 @@ def value_in_words(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(value_in_words, value))}]"
-    return "`???` (required)" if value == "???" else str(value)
+    return "???" if value == "???" else str(value)
 
 
-def format_entry(name: str, type_: str, defaults: dict[str, Any], text: str, comment: str = "") -> str:
-    """Return the list item of one key."""
+def format_entry(
+    name: str, type_: str, defaults: dict[str, Any], text: str, comment: str = "", missing: str = "required"
+) -> str:
+    """Return the list item of one key; `missing` stands for the default of a key that its YAML leaves open."""
     key = name.rsplit(".", 1)[-1]
     value = value_in_words(defaults[key]) if key in defaults else ""
-    default = "required" if value.startswith("`???`") else f"default `{value}`" if value else "no default"
+    default = missing if value == "???" else f"default `{value}`" if value else "no default"
     head = ", ".join(filter(None, (type_, default)))
     body = text or comment
     body = f"{body[0].upper()}{body[1:]}" if re.match("[a-z]+ ", body) else body
@@ -200,11 +202,25 @@ def read_defaults(group: str, choice: str) -> tuple[dict[str, Any], dict[str, st
 def format_section(settings: Settings, group: str, choice: str, title: str) -> list[str]:
     """Return the lines of a class of settings: its docstring and its keys."""
     values, comments = read_defaults(group, choice)
+    missing = "set by each choice" if choice == "_base" else "required"
     lines = ["", f"### {title}", "", *([settings.text, ""] if settings.text else [])]
     lines += [
-        format_entry(f"{group}.{key.name}", key.type, values, key.text, comments.get(key.name, ""))
+        format_entry(f"{group}.{key.name}", key.type, values, key.text, comments.get(key.name, ""), missing)
         for key in settings.keys
     ]
+    return lines
+
+
+def choice_sections(group: str) -> list[str]:
+    """Return the defaults that each choice of a group sets, beside those of the choice that it inherits from."""
+    opening = "A choice sets these keys. The others are as above, or as in the choice that it inherits from."
+    lines = ["", f"### Defaults of each `{group}=`", "", opening, ""]
+    for path in sorted((CONF / group).glob("[!_]*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        parents = [name for name in content.pop("defaults", []) if name != "_self_" and not name.startswith("_")]
+        values = {key: value_in_words(value) for key, value in content.items() if value is not None}
+        changed = ", ".join(f"`{key}: {value}`" for key, value in values.items() if value != "???")
+        lines.append(f"- **`{group}={path.stem}`**{f' (from `{parents[0]}`)' if parents else ''}: {changed or 'none'}.")
     return lines
 
 
@@ -217,6 +233,8 @@ def schema_sections() -> list[str]:
             continue
         group, choice = GROUP_OF_CLASS.get(settings.name, (settings.name.lower(), "default"))
         if group != last_group:
+            if last_group == "data":
+                lines += choice_sections("data")
             lines += ["", f"## `{group}`"]
             if (CONF / group).is_dir():
                 lines += ["", f"Choices: {list_choices(group)}."]
@@ -278,6 +296,10 @@ def group_sections() -> list[str]:
         lines += ["", f"## `{group}`", ""]
         for path in sorted((CONF / group).glob("*.yaml")):
             lines.append(f"- **`{group}={path.stem}`**: {read_introduction(path)}")
+        if group == "metric":
+            (settings,) = (settings for settings in read_settings(SCHEMA) if settings.name == "Metric")
+            lines += ["", "A YAML of yours sets these keys below the name of each metric:", ""]
+            lines += [f"- **`{key.name}`** ({key.type}): {key.text}" for key in settings.keys]
     return lines
 
 

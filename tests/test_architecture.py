@@ -18,21 +18,22 @@ SOURCES = sorted(path for path in ROOT.rglob("*.py") if "conf" not in path.relat
 # and inside of functions count too.
 MAY_IMPORT = {
     "errors": "",
-    "config": "errors",
+    "extensions": "errors",
+    "config": "errors extensions",
     "console": "errors config",
     "files": "errors console",
     "head": "",
     "data": "errors config files",
-    "backbones": "errors config files data",
-    "evaluation": "errors config data",
+    "backbones": "errors config files data extensions",
+    "evaluation": "errors config data extensions",
     "records": "errors config console files data backbones evaluation",
-    "adapters": "errors files head data backbones",
+    "adapters": "errors files head data backbones extensions",
     "tracking": "errors config console records",
     "analysis": "errors config console files evaluation records",
     "report": "config console files records analysis",
     "training": "errors config console files head data backbones evaluation adapters",
     "llm": "errors config console files data training",
-    "run": "errors config console files data backbones evaluation records adapters tracking training",
+    "run": "errors config console files data backbones evaluation records adapters tracking training extensions",
     "train": "errors config console data evaluation records adapters training run",
     "evaluate": "errors config console files data backbones evaluation records adapters training run",
     "predict": "evaluation run",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "prompt": "errors config console files data evaluation records tracking llm",
     "compare": "errors config console files analysis report",
     "clean": "errors console files",
-    "doctor": "files records training",
+    "doctor": "files records training extensions",
     "sweeps": "errors config console files evaluation records adapters training run train",
     "hydra_plugins": "errors config console files records analysis run evaluate compare sweeps",
     "__init__": "run",
@@ -52,7 +53,7 @@ MAY_IMPORT = {
 COMMANDS = ("train", "evaluate", "predict", "export", "prompt", "compare", "clean", "doctor")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
 LIGHT_COMMANDS = {"api", "cli", "compare", "clean", "doctor"}
-LIGHT = {*LIGHT_COMMANDS, "errors", "config", "console", "files", "analysis", "report", "tracking"}
+LIGHT = {*LIGHT_COMMANDS, "errors", "extensions", "config", "console", "files", "analysis", "report", "tracking"}
 """What must not load a heavy library as it is imported: `--help`, refusals and tables take a fraction of a second."""
 KNOWS_HYDRA = {
     "api",

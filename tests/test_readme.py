@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+import transformers
 import yaml
 
-import lora_bench.adapters.methods
 import lora_bench.backbones.families
 from lora_bench import compare
+from lora_bench.adapters.methods import method_class
 from lora_bench.config.groups import COMMANDS, GROUPS, conf_folder
+from lora_bench.extensions import entry_points
 from lora_bench.records import run_folder
+from tests.adapters.tools import adapter, pack
+from tests.backbones.tools import enliven, random_batch, reference
 from tests.command_line import lora_bench as run
 from tests.command_line import toy_run
+from tests.extensions.tools import install, on_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +43,7 @@ BLOCKS = [
     for text in TEXTS.values()
     for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
-NEEDS_A_FILE = ("adapter=bias", "adapter=gated", "model=distilbert")
+NEEDS_A_FILE = ("adapter=bias", "adapter=gated", "model=distilbert", "metric=[cost]")
 """Choices that a page adds with a Python file: its own test runs them."""
 MAX_WORDS, MAX_WORDS_OF_A_CELL, MAX_COLUMNS = 30, 15, 100
 
@@ -65,7 +71,7 @@ def named_blocks() -> dict[str, str]:
     """Return the code blocks whose first line is the name of a file, by that name."""
     blocks: dict[str, str] = {}
     for _, block in BLOCKS:
-        if name := re.match(r"# (\S+\.(?:py|yaml))\n", block):
+        if name := re.match(r"# (\S+\.(?:py|yaml|toml))\n", block):
             assert blocks.setdefault(name[1], block) == block, name[1]
     return blocks
 
@@ -177,25 +183,32 @@ def test_the_generated_pages_are_up_to_date() -> None:
 
 
 @pytest.fixture
-def added_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]:
-    """Put the file and the YAML of a documented method in place; gives the arguments that find the YAML."""
-
-    def add(method: str) -> list[str]:
-        write_named_blocks(f"lora_bench/adapters/methods/{method}.py", tmp_path)
-        write_named_blocks(f"conf/adapter/{method}.yaml", tmp_path)
-        folders = [*lora_bench.adapters.methods.__path__, str(tmp_path / "lora_bench" / "adapters" / "methods")]
-        monkeypatch.setattr(lora_bench.adapters.methods, "__path__", folders)
-        return ["--config-dir", str(tmp_path / "conf"), f"adapter={method}"]
-
-    yield add
-    for method in ("bias", "gated"):
-        sys.modules.pop(f"lora_bench.adapters.methods.{method}", None)
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The documented package, installed with the entry points of its `pyproject.toml`; the current folder is empty."""
+    site, project = tmp_path / "site", tomllib.loads(named_blocks()["pyproject.toml"])["project"]
+    files = {name: block for name, block in named_blocks().items() if name.startswith("my_lora/")}
+    install(site, project["name"], project["entry-points"], {"my_lora/__init__.py": "", **files})
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with on_path(site, monkeypatch):
+        yield
 
 
-def test_the_documented_method_trains(in_tmp: Path, added_method: Callable[[str], list[str]]) -> None:
-    answer = run("train", *added_method("bias"), *toy_run("trainer.max_steps=3", "hydra.run.dir=run"))
+def test_the_documented_package_has_all_that_it_registers() -> None:
+    pyproject = tomllib.loads(named_blocks()["pyproject.toml"])
+    groups = pyproject["project"]["entry-points"]
+    for values in groups.values():
+        for value in values.values():
+            module = value.partition(":")[0].replace(".", "/")
+            assert any(name == f"{module}.py" or name.startswith(f"{module}/") for name in named_blocks()), value
+    assert set(groups) == {entry_points.METHODS, entry_points.BACKBONES, entry_points.METRICS, entry_points.CONF}
+    assert pyproject["tool"]["setuptools"]["packages"] == ["my_lora"]
+
+
+def test_the_documented_method_trains(package: None) -> None:
+    answer = run("train", "adapter=bias", *toy_run("trainer.max_steps=3", "hydra.run.dir=run"))
     assert answer.code == 0, answer.err
-    record = run_folder.read(in_tmp / "run")
+    record = run_folder.read(Path("run"))
     assert record["params"]["adapter"] == 2 * (4 * 32 + 64 + 32)  # a bias for each output of two layers' linears
     assert set(record["targets"].values()) == {0}
     answer = run("export", "run=run", "format=merged", "output=merged")
@@ -206,15 +219,15 @@ def test_the_documented_method_trains(in_tmp: Path, added_method: Callable[[str]
     "axes",
     [
         [],
-        ["adapter.magnitude=true", "adapter.init=pissa"],
+        ["adapter.magnitude=true", "adapter.init=pissa", "adapter.gate=0.5"],
         ["adapter.allocation=sensitivity", "adapter.scaling=rank_stable"],
     ],
 )
-def test_the_documented_variant_trains(axes: list[str], in_tmp: Path, added_method: Callable[[str], list[str]]) -> None:
+def test_the_documented_variant_trains(axes: list[str], package: None) -> None:
     arguments = ["trainer.max_steps=3", "hydra.run.dir=run", "adapter.rank=2", *axes]
-    answer = run("train", *added_method("gated"), *toy_run(*arguments))
+    answer = run("train", "adapter=gated", *toy_run(*arguments))
     assert answer.code == 0, answer.err
-    record = run_folder.read(in_tmp / "run")
+    record = run_folder.read(Path("run"))
     gates = sum(record["targets"].values())
     plain = sum(rank * (32 + 32) for name, rank in record["targets"].items() if "attention" in name)
     wide = sum(rank * (32 + 64) for name, rank in record["targets"].items() if "attention" not in name)
@@ -226,42 +239,42 @@ def test_the_documented_variant_trains(axes: list[str], in_tmp: Path, added_meth
     toy = ["data=toy", "data.train_rows=40", "data.validation_rows=16"]
     answer = run("eval", "run=run", *toy, "name=again")
     assert answer.code == 0, answer.err
-    evaluation = yaml.safe_load((in_tmp / "run/evaluations/again.json").read_text(encoding="utf-8"))
+    evaluation = yaml.safe_load(Path("run/evaluations/again.json").read_text(encoding="utf-8"))
     assert evaluation["metrics"]["validation/nll"] == pytest.approx(record["metrics"]["validation/nll"], abs=1e-6)
 
 
-def test_the_documented_model_family_equals_the_model(
-    in_tmp: Path, backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers
+@torch.no_grad()
+def test_the_initial_gate_is_part_of_what_pissa_subtracts(package: None) -> None:
+    settings = vars(adapter("lora", "init=pissa", "magnitude=true", "rank=4")) | {"method": "gated", "gate": 0.5}
+    made = pack("bert", (method_class("gated")(**settings), 0)).eval()
+    batch = random_batch(made.backbone)
+    frozen = pack("bert", (adapter("head_only"), 0)).eval()
+    torch.testing.assert_close(made(batch), frozen(batch), atol=1e-5, rtol=0)
 
-    from tests.backbones.tools import enliven, random_batch, reference
 
+def test_the_documented_metric_is_computed(package: None) -> None:
+    answer = run("train", "metric=[cost]", *toy_run("hydra.run.dir=run"))
+    assert answer.code == 0, answer.err
+    assert run_folder.read(Path("run"))["metrics"]["validation/cost"] >= 0
+
+
+def test_the_documented_model_family_equals_the_model(package: None, backbone: Callable[..., Any]) -> None:
     tokenizer = backbone("tiny_bert").tokenizer
     sizes = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}
     config = transformers.DistilBertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
     network = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     enliven(network.eval()).save_pretrained("MODEL")
     tokenizer.save_pretrained("MODEL")
-    write_named_blocks("lora_bench/backbones/families/distilbert.py", in_tmp)
-    write_named_blocks("conf/model/distilbert.yaml", in_tmp)
-    families = lora_bench.backbones.families
-    folders = [*families.__path__, str(in_tmp / "lora_bench" / "backbones" / "families")]
-    monkeypatch.setattr(families, "__path__", folders)
-    try:
-        family = families.family_class("distilbert")
-        assert families.family_of_type("distilbert") == "distilbert"
-        attached = family.make_backbone(None, network, tokenizer, set(), "qqp")
-        batch = dataclasses.replace(random_batch(attached), token_type_ids=None)
-        for depth in range(4):
-            logits = attached.suffix(attached.prefix(batch, depth), batch, depth)
-            assert logits.tolist() == [pytest.approx(row, abs=1e-5) for row in reference(network, batch).tolist()]
-        overrides = ["model=distilbert", "model.path=MODEL", "adapter.target_modules=qv", "hydra.run.dir=run"]
-        answer = run("train", "--config-dir", "conf", *toy_run(*overrides))
-        assert answer.code == 0, answer.err
-        assert len(run_folder.read(in_tmp / "run")["targets"]) == 2 * 3
-    finally:
-        sys.modules.pop("lora_bench.backbones.families.distilbert", None)
+    family = lora_bench.backbones.families.family_class("distilbert")
+    attached = family.make_backbone(None, network, tokenizer, set(), "qqp")
+    batch = dataclasses.replace(random_batch(attached), token_type_ids=None)
+    for depth in range(4):
+        logits = attached.suffix(attached.prefix(batch, depth), batch, depth)
+        assert logits.tolist() == [pytest.approx(row, abs=1e-5) for row in reference(network, batch).tolist()]
+    overrides = ["model=distilbert", "model.path=MODEL", "adapter.target_modules=qv", "hydra.run.dir=run"]
+    answer = run("train", *toy_run(*overrides))
+    assert answer.code == 0, answer.err
+    assert len(run_folder.read(Path("run"))["targets"]) == 2 * 3
 
 
 def test_the_documented_yamls_are_used(in_tmp: Path, backbone: Callable[..., Any]) -> None:
@@ -280,7 +293,7 @@ def test_the_documented_yamls_are_used(in_tmp: Path, backbone: Callable[..., Any
     )
     assert answer.code == 0, answer.err
     record = run_folder.read(in_tmp / "run")
-    assert "validation/jaccard" in record["metrics"]
+    assert {"validation/jaccard", "validation/f2", "validation/errors"} <= record["metrics"].keys()
     assert set(record["targets"].values()) == {4}
 
 

@@ -68,7 +68,7 @@ class Adapter(ABC):
     """A method and its settings. One object serves one member of a pack."""
 
     method: str
-    """The name of the module in `lora_bench/adapters/methods/` that defines the method."""
+    """Its name: a module in `lora_bench/adapters/methods/`, or an entry point of an installed package."""
     default_lr: float
     """The learning rate to start from where none is given."""
     init_from: str | None

@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.config.groups import choices
+from lora_bench.config.groups import all_choices
 from lora_bench.console.format import to_single_line
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, write_output
@@ -74,7 +74,7 @@ def _choice(record: dict[str, Any], group: str, folder: Path) -> str:
     """Return the choice of a group that a run was made with, which ships with the package or lies in `folder`."""
     choice = str(record["choices"].get(group))
     own = re.fullmatch(r"\w[\w-]*", choice) is not None and (folder / group / f"{choice}.yaml").is_file()
-    if choice not in choices(group) and not own:
+    if choice not in all_choices(group) and not own:
         remedy = f"Give {OPTION} the folder that has {group}/{to_single_line(choice)}.yaml."
         raise UserError(
             "is no choice that ships with lora-bench", key=group, value=choice, remedy=remedy, code=Code.UNKNOWN_CHOICE

@@ -82,5 +82,11 @@ def _arrow(name: str, runs: Sequence[RecordedRun]) -> str:
     """Return the better direction of a metric, named without its split; empty if it is not known."""
     if name in MAIN_METRICS:
         return "↑"
-    directions = {run.keys.get(f"metric.{name}.direction") for run in runs}
+    directions = {run.keys.get(f"metric.{name}.direction", _default_direction(name, run)) for run in runs}
     return "↑" if "up" in directions else "↓" if "down" in directions else STRESS_COLUMNS.get(name, "")
+
+
+def _default_direction(name: str, run: RecordedRun) -> str | None:
+    """Return the direction of a metric of a run whose config gives none: `up`; None if it is no metric of the run's."""
+    is_configured = any(f"metric.{name}.{source}" in run.keys for source in ("torchmetric", "function"))
+    return "up" if is_configured else None

@@ -22,8 +22,9 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lora_bench.config.groups import choices
 from lora_bench.config.keys import key_of
 from lora_bench.config.overrides import (
     CheckedFileSource,
@@ -36,6 +37,7 @@ from lora_bench.config.overrides import (
     parse_override,
 )
 from lora_bench.errors import Code, UserError
+from lora_bench.extensions.entry_points import conf_folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -307,6 +309,8 @@ def compose_hydra(
     if config_dir is not None:
         folder = f"file://{os.path.abspath(config_dir)}"
         search_path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
+    for installed in conf_folders():
+        search_path.prepend("installed", f"file://{installed.path}", anchor=SearchPathQuery(provider="schema"))
     hydra = ComposedHydra("lora-bench", JobLoader(search_path))
     try:
         hydra.config = hydra.config_loader.load_configuration(
@@ -314,6 +318,7 @@ def compose_hydra(
         )
         if config_name is not None:
             refuse_code(hydra.config.hydra)
+            _refuse_ambiguous_choices(hydra.config.hydra)
         if not is_typed_folder(config_dir):
             check_config(hydra.config)
         return hydra
@@ -347,12 +352,41 @@ def compose_job(
     check_job(overrides)
     composed = loader.load_sweep_config(sweep, [*overrides, *resume])
     refuse_code(composed.hydra)
+    _refuse_ambiguous_choices(composed.hydra)
     folders = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
     if folders and not is_typed_folder(folders[0]):
         check_config(composed)
     if keep:
         loader.keep(overrides, composed)
     return composed
+
+
+def _refuse_ambiguous_choices(hydra: Any) -> None:
+    """Refuse a choice that an installed distribution adds and that lora-bench or another distribution has, too.
+
+    Args:
+        hydra: the composed `hydra` node, with the choices of all groups.
+
+    Raises:
+        UserError: naming the distribution.
+    """
+    folders = conf_folders()
+    if not folders:
+        return
+    for group, chosen in hydra.runtime.choices.items():
+        for choice in chosen if isinstance(chosen, ListConfig | list) else [chosen]:
+            having = [folder.distribution for folder in folders if folder.has(group, str(choice))]
+            is_own = str(choice) in choices(group)
+            if not having or (len(having) == 1 and not is_own):
+                continue
+            owner = "is part of lora-bench" if is_own else f"is added by {having.pop(0)}"
+            raise UserError(
+                f"{owner}, and {having[0]} adds another choice of this name",
+                key=group,
+                value=choice,
+                remedy="Rename the file in the folder of choices of that distribution, or uninstall it.",
+                code=Code.EXTENSION,
+            )
 
 
 _LIST_GROUPS = "lora-bench train --help lists the groups and their choices."

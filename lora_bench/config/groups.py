@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from lora_bench.extensions.entry_points import choices_of, conf_folders
+
 COMMANDS = {
     "train": "train, evaluate and record a run; with -m or sweep=NAME, a sweep",
     "eval": "score a finished run, or an adapter made by PEFT, on another data set",
@@ -50,3 +52,14 @@ def choices(group: str) -> tuple[str, ...]:
     An unknown group has none.
     """
     return tuple(sorted(path.stem for path in (conf_folder() / group).glob("[!_]*.yaml")))
+
+
+def all_choices(group: str, config_dir: str | None = None) -> list[str]:
+    """Return the sorted choices of a group: those of the package, of installed distributions and of a folder.
+
+    Args:
+        group: a name, as `adapter` or `hydra/launcher`.
+        config_dir: the folder of `--config-dir`; None without one, and one that does not exist has no choices.
+    """
+    own = (path.stem for path in Path(config_dir, group).glob("[!_]*.yaml")) if config_dir else ()
+    return sorted({*choices(group), *choices_of(conf_folders(), group), *own})

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.compose import _LIST_GROUPS, Arguments, compose
+from lora_bench.config.groups import all_choices
 from lora_bench.config.keys import key_of, split_override
 from lora_bench.config.overrides import (
     parse_override,
@@ -90,7 +91,7 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
     match = re.search(r"Could not (?:find|load) '([^']+)'", message)
     if match:
         group, _, option = match.group(1).rpartition("/")
-        return _no_such_choice(group, option, _options(conf, arguments.config_dir, group), arguments.config_dir)
+        return _no_such_choice(group, option, all_choices(group, arguments.config_dir), arguments.config_dir)
     if "Ambiguous value for argument" in message or "requires --multirun" in message:
         several = next((text for text in arguments.overrides if parse_override(text).is_sweep_override()), "")
         key, value = split_override(several)
@@ -153,13 +154,6 @@ def _no_such_choice(group: str, option: str, options: list[str], config_dir: str
     return UserError(
         "is not one of its choices", key=group, value=option, remedy=f"{hint} {listed}", code=Code.UNKNOWN_CHOICE
     )
-
-
-def _options(conf: Path, config_dir: str | None, group: str) -> list[str]:
-    """Return the sorted choices of a group, those in `config_dir` included; empty if there is no such group."""
-    folders = [str(conf), *([config_dir] if config_dir else [])]
-    listed = [name for folder in folders if os.path.isdir(at := os.path.join(folder, group)) for name in os.listdir(at)]
-    return sorted({name.removesuffix(".yaml") for name in listed if name.endswith(".yaml") and name[0] != "_"})
 
 
 def _all_keys(conf: Path, config_name: str, arguments: Arguments) -> set[str]:

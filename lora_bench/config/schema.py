@@ -8,7 +8,7 @@ adapter in `adapters/methods/`), and its range check in `__post_init__`, which r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_bench.config.keys import renamed_choice_note
@@ -21,7 +21,7 @@ class Model:
     """The frozen backbone: a pretrained network and the sources of its weights, of which the first given is used."""
 
     family: str
-    """The name of the module in `lora_bench/backbones/families/` that defines it; `auto` serves any classifier."""
+    """Its name: `bert`, `t5`, one that an installed package registers, or `auto`, which serves any classifier."""
     path: str | None
     """A local Hugging Face folder: config.json, weights in safetensors, tokenizer."""
     tokenizer: str | None
@@ -159,7 +159,7 @@ class FileData(Data):
     """A data set in local files."""
 
     path: str
-    """A folder with train, validation and test files (.tsv, .csv, .jsonl or .parquet), or one file."""
+    """A folder with train, validation and test files (.tsv, .csv, .jsonl or .parquet). For evaluation also one file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,14 +304,37 @@ OBJECTIVES = ("cross_entropy", "alternate_order", "order_consistency", "perturb_
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A binary metric of torchmetrics, looked up by name: `BinarySpecificity` of `torchmetrics.classification`."""
+    """A binary metric, looked up by name: a class of `torchmetrics.classification`, or an installed function.
 
-    torchmetric: str
-    """The name of the class, as `BinarySpecificity`."""
-    direction: str
+    The keys stand below a name that the user gives, so their defaults are here and not in a YAML file.
+    """
+
+    torchmetric: str | None = None
+    """The name of the class, with or without its prefix: `BinaryFBetaScore` or `FBetaScore`."""
+    function: str | None = None
+    """The name of a function that an installed distribution registers in the entry point group `lora_bench.metrics`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the class or function by name: numbers, texts, true and false."""
+    direction: str = "up"
     """`up` if higher is better, `down` if lower is better; the arrow in tables."""
 
     def __post_init__(self) -> None:
+        """Check that the metric has one source, that its arguments are plain values, and its direction.
+
+        Raises:
+            UserError: naming the key.
+        """
+        require(
+            (self.torchmetric is None) != (self.function is None),
+            "torchmetric",
+            self.torchmetric,
+            "excludes function" if self.torchmetric else "is missing",
+            "Give torchmetric=CLASS, or function=NAME for a metric of an installed package.",
+            code=Code.CONFLICT if self.torchmetric else Code.MISSING,
+        )
+        for name, value in self.args.items():
+            is_plain = isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+            require(is_plain, f"args.{name}", value, "is neither a finite number, a text, true nor false")
         require_one_of("direction", self.direction, ("up", "down"))
 
 

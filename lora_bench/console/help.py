@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_bench.config.groups import COMMANDS, GROUPS, choices, conf_folder
+from lora_bench.config.groups import COMMANDS, GROUPS, all_choices, conf_folder
 
 
 def format_overview() -> str:
@@ -26,11 +26,15 @@ def format_overview() -> str:
     )
 
 
-def format_help(command: str) -> str:
+def format_help(command: str, config_dir: str | None = None) -> str:
     """Return the text of `lora-bench COMMAND --help`, which begins with the command's one-line help.
 
     Usage follows for `train` and `clean`; for `eval`, `predict`, `export` and `prompt` it is the command's YAML file.
     An unknown command is a KeyError.
+
+    Args:
+        command: its name.
+        config_dir: a folder whose choices are listed, too.
     """
     conf = conf_folder()
     lines = [f"lora-bench {command}: {COMMANDS[command]}", ""]
@@ -44,7 +48,7 @@ def format_help(command: str) -> str:
             "  dry_run=true    build everything, run a few probe steps, print what the run would cost",
             "",
             "Groups and their choices:",
-            *(f"  {group}={'|'.join(choices(group))}" for group in GROUPS),
+            *(f"  {group}={'|'.join(all_choices(group, config_dir))}" for group in GROUPS),
             "",
             "Keys: adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, adapter.layers,",
             "  optimizer.lr, trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size,",

@@ -10,32 +10,33 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_bench.config.metric_names import DEFAULT_THRESHOLD
+from lora_bench.config.schema import Metric
 from lora_bench.errors import Code, DivergedError, UserError, nearest
 from lora_bench.evaluation.confusion import compute_metric, confusion_counts
+from lora_bench.extensions.entry_points import METRICS, load_registered, registered_names, unusable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
+    import torchmetrics
     from numpy.typing import NDArray
-
-    from lora_bench.config.schema import Metric
 
 CALIBRATION_BINS = 15
 """Bins of the expected calibration error."""
-_BELOW_THRESHOLD = math.nextafter(DEFAULT_THRESHOLD, 0.0)
 SMALLEST = 1e-15  # a score of exactly 0 or 1 costs 34.5 nats, not infinity
 _TORCHMETRICS = {
-    "accuracy": "BinaryAccuracy",
-    "f1": "BinaryF1Score",
-    "precision": "BinaryPrecision",
-    "recall": "BinaryRecall",
-    "auroc": "BinaryAUROC",
+    "accuracy": Metric(torchmetric="BinaryAccuracy"),
+    "f1": Metric(torchmetric="BinaryF1Score"),
+    "precision": Metric(torchmetric="BinaryPrecision"),
+    "recall": Metric(torchmetric="BinaryRecall"),
+    "auroc": Metric(torchmetric="BinaryAUROC"),
 }
 
 
@@ -47,7 +48,7 @@ def score(
     Args:
         scores: (N,) P(label 1).
         labels: (N,) 0 or 1.
-        extra: metrics of torchmetrics to add to the standard ones, by the name to report.
+        extra: metrics to add to the standard ones, by the name to report.
 
     Returns:
         accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier and the extra ones. Label 1 is predicted from a
@@ -56,13 +57,14 @@ def score(
 
     Raises:
         DivergedError: a score is not a finite number.
+        UserError: an installed metric fails.
     """
     require_finite(scores)
     predicted = scores >= DEFAULT_THRESHOLD
     import torch  # late: a bad record is refused without it
 
     p, y = torch.from_numpy(scores), torch.from_numpy(labels)
-    values = {name: _compute(class_name, p, y) for name, class_name in _TORCHMETRICS.items()}
+    values = {name: _value(_make_metric(metric), p, y) for name, metric in _TORCHMETRICS.items()}
     if labels.min() == labels.max():
         values["auroc"] = None
     values["mcc"] = float(compute_metric(confusion_counts(labels, predicted)))
@@ -71,7 +73,7 @@ def score(
     values["brier"] = float(((scores - labels) ** 2).mean())
     values["ece"] = expected_calibration_error(scores, labels)
     for name, metric in extra.items():
-        values[name] = _compute(metric.torchmetric, p, y)
+        values[name] = compute_extra_metric(metric, f"metric.{name}", scores, labels)
     return values
 
 
@@ -115,53 +117,185 @@ def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.i
 
 
 def check_metrics(extra: Mapping[str, Metric]) -> None:
-    """Refuse extra metrics that torchmetrics does not have, or that are not a single number, before training begins.
+    """Refuse extra metrics that do not exist, or that are not a single number, before training begins.
 
     Raises:
-        UserError: a metric is not a binary metric of torchmetrics.classification, or needs arguments; its key is named.
+        UserError: a metric is neither a binary metric of torchmetrics.classification nor an installed function, or its
+            arguments are wrong; its key is named.
     """
-    if not extra:
-        return
+    for name, metric in extra.items():
+        key = f"metric.{name}"
+        if metric.torchmetric is not None:
+            _check_torchmetric(metric, key)
+        else:
+            _check_function(metric, key)
+
+
+def _check_torchmetric(metric: Metric, key: str) -> None:
+    """Refuse a class that torchmetrics does not have, wrong arguments, and a value that is not a single number."""
     import torch
+
+    metric_class = _metric_class(str(metric.torchmetric))
+    if metric_class is None:
+        raise UserError(
+            "is no binary metric of torchmetrics.classification",
+            key=f"{key}.torchmetric",
+            value=metric.torchmetric,
+            remedy=nearest(str(metric.torchmetric), _metric_classes()),
+            code=Code.UNKNOWN_CHOICE,
+        )
+    _check_arguments(metric_class.__init__, metric.args, f"{metric_class.__name__} of torchmetrics", key)
+    try:
+        made = _make_metric(metric)
+    except (TypeError, ValueError) as error:
+        reason = f"are refused by {metric_class.__name__} of torchmetrics: {str(error).rstrip('.')}"
+        raise UserError(reason, key=f"{key}.args", value=_listed(metric.args), code=Code.INVALID_VALUE) from None
+    try:
+        _value(made, torch.tensor([0.2, 0.8], dtype=torch.float64), torch.tensor([0, 1]))
+    except (TypeError, ValueError, RuntimeError):
+        reason = "is not a single number"
+        remedy = "Take one such as BinarySpecificity or BinaryAveragePrecision."
+        key = f"{key}.torchmetric"
+        raise UserError(reason, key=key, value=metric.torchmetric, remedy=remedy, code=Code.UNSUPPORTED) from None
+
+
+def _check_function(metric: Metric, key: str) -> None:
+    """Refuse a function that no distribution registers, wrong arguments, and a function that gives no number."""
+    function, distribution = _registered_function(str(metric.function), f"{key}.function")
+    try:
+        signature(function)
+    except (TypeError, ValueError):
+        raise unusable(distribution, "has no signature", f"{key}.function", str(metric.function)) from None
+    _check_arguments(function, metric.args, f"{metric.function} of {distribution}", key, given=2)
+    _call(metric, key, np.array([0.2, 0.8]), np.array([0, 1]))
+
+
+def _check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], owner: str, key: str, given: int = 1
+) -> None:
+    """Refuse arguments that a function does not name, and missing ones that have no default.
+
+    Args:
+        function: with further parameters after those that it is always given.
+        arguments: by name.
+        owner: of the parameters, for messages.
+        key: of the metric.
+        given: the number of parameters that it is always given: `self`, or labels and scores.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    parameters = [p for p in list(signature(function).parameters.values())[given:] if p.kind in kinds]
+    names = [parameter.name for parameter in parameters]
+    unknown = next((name for name in arguments if name not in names), None)
+    if unknown is not None:
+        remedy = nearest(unknown, names) or "It has no arguments."
+        raise UserError(
+            f"is not an argument of {owner}", key=f"{key}.args.{unknown}", remedy=remedy, code=Code.UNKNOWN_KEY
+        )
+    missing = [p.name for p in parameters if p.default is Parameter.empty and p.name not in arguments]
+    if missing:
+        raise UserError(
+            f"is missing: {owner} needs it",
+            key=f"{key}.args.{missing[0]}",
+            remedy=f"Add args: {{{missing[0]}: VALUE}} to the metric.",
+            code=Code.MISSING,
+        )
+
+
+def _listed(arguments: Mapping[str, Any]) -> str:
+    """Return arguments as in a YAML file: `{beta: 2.0}`."""
+    return f"{{{', '.join(f'{name}: {value}' for name, value in arguments.items())}}}"
+
+
+def compute_extra_metric(
+    metric: Metric, key: str, scores: NDArray[np.float64], labels: NDArray[np.int64]
+) -> float | None:
+    """Return the value of an extra metric; None if it is not a finite number.
+
+    Args:
+        metric: its settings.
+        key: of the metric, for messages.
+        scores: (N,) P(label 1).
+        labels: (N,) 0 or 1.
+
+    Raises:
+        UserError: an installed function fails or returns no number.
+    """
+    if metric.function is not None:
+        return _call(metric, key, scores, labels)
+    import torch
+
+    return _value(_make_metric(metric), torch.from_numpy(scores), torch.from_numpy(labels))
+
+
+def _call(metric: Metric, key: str, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float | None:
+    """Return the value of an installed function; None if it is not finite.
+
+    Raises:
+        UserError: it fails or returns no number; the distribution is named.
+    """
+    key = f"{key}.function"
+    function, distribution = _registered_function(str(metric.function), key)
+    try:
+        value = float(function(labels.copy(), scores.copy(), **metric.args))
+    except Exception as error:
+        reason = f"fails on {len(labels)} labels and scores ({type(error).__name__}: {str(error)[:200]})"
+        raise unusable(distribution, reason, key, str(metric.function)) from None
+    return value if math.isfinite(value) else None
+
+
+def _registered_function(name: str, key: str) -> tuple[Callable[..., Any], str]:
+    """Return the function of a metric that an installed distribution registers, and the distribution.
+
+    Raises:
+        UserError: none registers it, or it is not a function.
+    """
+    names = registered_names(METRICS)
+    if name not in names:
+        remedy = nearest(name, names) or f"Install the package that registers it in the entry point group {METRICS}."
+        raise UserError(
+            "is no metric of an installed package", key=key, value=name, remedy=remedy, code=Code.UNKNOWN_CHOICE
+        )
+    loaded, distribution = load_registered(METRICS, name, key)
+    if not callable(loaded):
+        raise unusable(distribution, "is not a function", key, name)
+    return loaded, distribution
+
+
+def _metric_classes() -> dict[str, type[torchmetrics.Metric]]:
+    """Return the binary metrics of torchmetrics.classification by the names of their classes."""
     import torchmetrics
 
     classes = vars(torchmetrics.classification).items()
-    class_names = [
-        name
-        for name, metric_class in classes
-        if name.startswith("Binary") and issubclass(metric_class, torchmetrics.Metric)
-    ]
-    for name, metric in extra.items():
-        if metric.torchmetric not in class_names:
-            key = f"metric.{name}.torchmetric"
-            reason = "is no binary metric of torchmetrics.classification"
-            raise UserError(
-                reason,
-                key=key,
-                value=metric.torchmetric,
-                remedy=nearest(metric.torchmetric, class_names),
-                code=Code.UNKNOWN_CHOICE,
-            )
-        try:
-            _compute(metric.torchmetric, torch.tensor([0.2, 0.8]), torch.tensor([0, 1]))
-        except (TypeError, ValueError):
-            reason = "needs settings of its own, or is not a single number"
-            remedy = "Take one such as BinarySpecificity or BinaryAveragePrecision."
-            key = f"metric.{name}.torchmetric"
-            raise UserError(reason, key=key, value=metric.torchmetric, remedy=remedy, code=Code.UNSUPPORTED) from None
+    return {name: cls for name, cls in classes if name.startswith("Binary") and issubclass(cls, torchmetrics.Metric)}
 
 
-def _compute(class_name: str, scores: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """Return the value of a class of torchmetrics.classification; None if it is not a finite number.
+def _metric_class(name: str) -> type[torchmetrics.Metric] | None:
+    """Return the class of this name, with or without the prefix `Binary`; None if there is none."""
+    classes = _metric_classes()
+    return classes.get(name) or classes.get(f"Binary{name}")
 
-    Its threshold, if it has one, is set so that a score of exactly `DEFAULT_THRESHOLD` counts as label 1. Its warnings
-    are discarded.
+
+def _make_metric(metric: Metric) -> torchmetrics.Metric:
+    """Return a new object of the metric's class, which exists, with its arguments.
+
+    An integer is converted where the class takes a float. A score that equals the threshold counts as label 1.
     """
-    import torchmetrics  # takes more than a second: training begins without it
+    metric_class = _metric_class(str(metric.torchmetric))
+    assert metric_class is not None
+    parameters = signature(metric_class.__init__).parameters
+    floats = {name for name, parameter in parameters.items() if parameter.annotation in (float, "float")}
+    arguments = {name: float(x) if name in floats and type(x) is int else x for name, x in metric.args.items()}
+    made = metric_class(**arguments)
+    if hasattr(made, "threshold"):
+        made.threshold = math.nextafter(arguments.get("threshold", DEFAULT_THRESHOLD), 0.0)
+    return made
 
-    metric: torchmetrics.Metric = getattr(torchmetrics.classification, class_name)()
-    if hasattr(metric, "threshold"):
-        metric.threshold = _BELOW_THRESHOLD
+
+def _value(metric: torchmetrics.Metric, scores: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """Return the value of a new metric object; None if it is not a finite number. Its warnings are discarded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that only one label occurs: the data's own warnings say so
         metric.update(scores, labels)

@@ -16,6 +16,7 @@ from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
 from lora_bench.records import run_folder
 from lora_bench.records.backfill import load_config, refuse_edited, relocate, without_removed_settings
+from lora_bench.records.environment import PACKAGES
 from lora_bench.records.run_folder import ADAPTER, RECORD_FILE, is_prompted, member_adapter_folder
 from lora_bench.records.task_folders import refuse_multitask
 
@@ -77,6 +78,13 @@ class FinishedRecord:
     def targets(self) -> dict[str, int | list[int]]:
         """Rank of each target module; a list with one rank per member where an ensemble's members differ."""
         return self.record["targets"]  # type: ignore[no-any-return]
+
+    @property
+    def other_packages(self) -> list[str]:
+        """The packages that registered parts of the run, as `gated-lora 0.1`; empty for a run without them."""
+        versions = self.record["environment"].get("versions")
+        others = versions.items() if isinstance(versions, dict) else ()
+        return [f"{name} {version}" for name, version in others if name not in ("python", *PACKAGES)]
 
     def relocate(self, model_path: str | None, tokenizer: str | None) -> FinishedRecord:
         """Return the record with new paths of its backbone and tokenizer (`backfill.relocate`)."""

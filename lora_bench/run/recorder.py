@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lora_bench.console.progress import Display
     from lora_bench.run.inputs import SharedInputs, Task
     from lora_bench.run.packed_run import PackedRun
+    from lora_bench.run.settings import Experiment
     from lora_bench.training.member_run import MemberRun
 
 
@@ -130,22 +131,27 @@ class Recorder:
             data={**inputs.described, "warnings": list(dict.fromkeys(warnings))},
             params=run.parameters(),
             targets=run.ranks(),
-            environment=self._environment(record.record["environment"], newest.step if newest else None),
+            environment=self._environment(
+                run.experiment, record.record["environment"], newest.step if newest else None
+            ),
         )
         run.record = track_run(record, run.experiment.trackers if self.processes.is_leader else {}, self.console)
 
-    def _environment(self, before: Mapping[str, Any], resumed_at: int | None) -> dict[str, Any]:
+    def _environment(self, experiment: Experiment, before: Mapping[str, Any], resumed_at: int | None) -> dict[str, Any]:
         """Describe the environment of the coming steps, and of a resumed run's earlier steps where it differs.
 
         Changes of a resumed run's environment are added to `environment_notes`.
 
         Args:
+            experiment: the settings of the run.
             before: the environment in the record.
             resumed_at: the step that the run is resumed from; None: a new run.
         """
         backbone = self.inputs.backbone
+        described = environment.describe()
         now = {
-            **environment.describe(),
+            **described,
+            "versions": described["versions"] | experiment.extension_versions,
             "device": str(backbone.device),
             "precision": str(backbone.compute_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from lora_bench.adapters.methods import method_class
+from lora_bench.adapters.methods import method_class, method_names
 from lora_bench.adapters.pack.member import Member
+from lora_bench.backbones.families import family_names
 from lora_bench.config import build, schema
 from lora_bench.config.canonical import settings_hash
 from lora_bench.data.augmentation import choose_augmentations
 from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import resolve_transforms
+from lora_bench.extensions.entry_points import BACKBONES, METHODS, METRICS, versions
 from lora_bench.records.run_folder import RECORD_FILE
 from lora_bench.records.settings import Settings
 from lora_bench.run.inputs import SEEDS_APART
@@ -94,6 +96,13 @@ class Experiment:
             members.append(Member(self.adapter, self.seed, ranks, seeds, heads, self.head.pair_features))
         return members
 
+    @property
+    def extension_versions(self) -> dict[str, str]:
+        """Versions of the installed distributions that registered the method, the model family or a metric."""
+        functions = (metric.function for metric in self.metrics.values() if metric.function is not None)
+        names = [(METHODS, self.adapter.method), (BACKBONES, self.model.family)]
+        return versions([*names, *((METRICS, function) for function in functions)])
+
     @classmethod
     def build(cls, cfg: DictConfig, settings: Settings | None = None) -> Experiment:
         """Build the settings from a composed config.
@@ -126,16 +135,45 @@ class Experiment:
 
     @classmethod
     def of_finished(cls, finished: FinishedRecord) -> Experiment:
-        """Build the settings of a finished run.
+        """Build the settings of a finished run, without its extra metrics: they are computed while it is trained.
 
         Raises:
-            UserError: the record's config is not that of a run; record and key are named.
+            UserError: its method or model family is not installed, or the record's config is not that of a run; record
+                and key are named.
         """
+        _require_extensions(finished)
         try:
-            return cls.build(OmegaConf.create(finished.config))
+            return cls.build(OmegaConf.create(finished.config | {"metric": {}}))
         except UserError as error:
+            if error.code == Code.EXTENSION:
+                raise
             reason = f"is damaged: {str(error).removesuffix('.')}"
             raise UserError(reason, file=finished.folder / RECORD_FILE, code=Code.DAMAGED) from None
+
+
+def _require_extensions(finished: FinishedRecord) -> None:
+    """Refuse a finished run whose adapter method or model family is not installed.
+
+    Raises:
+        UserError: naming the method or family, and how to make it available.
+    """
+    for key, names, group in (
+        ("adapter.method", method_names(), METHODS),
+        ("model.family", family_names(), BACKBONES),
+    ):
+        section, _, name = key.partition(".")
+        value = finished.config[section].get(name)
+        if isinstance(value, str) and value.isidentifier() and value not in names:
+            recorded = finished.other_packages
+            remedy = f"Install the package that registers it in the entry point group {group}."
+            raise UserError(
+                "the run was trained with it, and it is not installed here",
+                key=key,
+                value=value,
+                file=finished.folder / RECORD_FILE,
+                remedy=f"{remedy} The record names {', '.join(recorded)}." if recorded else remedy,
+                code=Code.MISSING_PACKAGE,
+            )
 
 
 def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema.Packing) -> None:

@@ -22,6 +22,8 @@ from lora_bench.evaluation.metrics import check_metrics, expected_calibration_er
 from tests.command_line import refuses
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from numpy.typing import NDArray
 
 STANDARD = ["accuracy", "auroc", "brier", "ece", "f1", "mcc", "nll", "precision", "recall"]
@@ -155,7 +157,41 @@ def test_an_unknown_metric_is_refused_with_a_near_name() -> None:
     assert "BinarySpecificity" in str(caught.value.remedy)
 
 
-@pytest.mark.parametrize("name", ["BinaryROC", "BinaryConfusionMatrix", "BinaryFBetaScore", "BinaryFairness"])
+@pytest.mark.parametrize("beta", [0.5, 2, 2.0])
+@pytest.mark.parametrize("name", ["FBetaScore", "BinaryFBetaScore"])
+def test_a_metric_with_an_argument(name: str, beta: float) -> None:
+    scores, labels = random_scores(300, 6)
+    metric = {"f_beta": Metric(torchmetric=name, args={"beta": beta})}
+    check_metrics(metric)
+    expected = sklearn.metrics.fbeta_score(labels, scores >= 0.5, beta=beta)
+    assert_allclose(score(scores, labels, metric)["f_beta"], expected, atol=1e-6)
+
+
+def test_a_threshold_counts_a_score_that_equals_it_as_label_1() -> None:
+    scores, labels = np.array([0.3, 0.1, 0.2, 0.9]), np.array([1, 0, 0, 0])
+    for threshold, recall in ((0.3, 1.0), (0.31, 0.0)):
+        metric = {"recall_at": Metric(torchmetric="Recall", args={"threshold": threshold})}
+        assert score(scores, labels, metric)["recall_at"] == recall
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "key"),
+    [
+        ({}, Code.MISSING, "metric.mine.args.beta"),
+        ({"bta": 2.0}, Code.UNKNOWN_KEY, "metric.mine.args.bta"),
+        ({"beta": 2.0, "compute_on_cpu": True}, Code.UNKNOWN_KEY, "metric.mine.args.compute_on_cpu"),
+        ({"beta": -1.0}, Code.INVALID_VALUE, "metric.mine.args"),
+        ({"beta": "two"}, Code.INVALID_VALUE, "metric.mine.args"),
+        ({"beta": 2.0, "threshold": 3}, Code.INVALID_VALUE, "metric.mine.args"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(arguments: dict[str, Any], code: Code, key: str) -> None:
+    with refuses(code, key=key) as caught:
+        check_metrics({"mine": Metric(torchmetric="FBetaScore", args=arguments)})
+    assert "bta" not in arguments or "beta?" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["BinaryROC", "BinaryConfusionMatrix"])
 def test_a_metric_that_is_no_single_number_is_refused_before_training(name: str) -> None:
     with refuses(Code.UNSUPPORTED, key="metric.mine.torchmetric") as caught:
         check_metrics({"mine": Metric(torchmetric=name, direction="up")})

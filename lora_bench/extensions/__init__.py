@@ -1,0 +1,1 @@
+"""Extensions: what installed distributions add to lora-bench through entry points."""
