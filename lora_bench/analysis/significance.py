@@ -1,8 +1,9 @@
 """Significance: paired tests of the rows of a table against a baseline, on the predictions of their runs.
 
 The metric is MCC by default. Seeds that two rows share are paired, the examples are equal, and both count as chance
-(`statistics.crossed_test`). p values are adjusted by Holm for the number of rivals that were tested. A row that cannot
-be tested has the reason. Predictions are read only here, and only those of tested rows.
+(`statistics.crossed_test`). The variance over seeds is pooled over the rows (`statistics.pool_seed_variance`). p values
+are adjusted by Holm for the number of rivals that were tested. A row that cannot be tested has the reason. Predictions
+are read only here, and only those of tested rows.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def compare_with_baseline(
     read = _Reader(split)
     pairs = [_pair_seeds(table, read, rival, baseline) for rival in rivals]
     tests = {i: pair.test(measure) for i, pair in enumerate(pairs) if pair.ours}
+    tests |= _with_pooled_seeds({i: tests[i] for i in tests if _can_be_pooled(pairs[i], rivals[i], baseline)}, pairs)
     counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
     p_holm = dict(zip(counted, statistics.holm([test.p for test in counted.values()]), strict=True))
     p_margin = dict(zip(counted, statistics.holm([test.p_beyond(margin) for test in counted.values()]), strict=True))
@@ -137,6 +139,35 @@ def compare_with_baseline(
     return findings
 
 
+def _can_be_pooled(pair: _Pair, rival: Row, baseline: Row) -> bool:
+    """Return whether a pair's spread over seeds can be compared with that of other pairs.
+
+    Runs that learned nothing spread otherwise, and prompted runs have no spread.
+    """
+    return len(pair.ours) > 1 and pair.trained and not rival.unlearned and not baseline.unlearned
+
+
+def _with_pooled_seeds(tests: Mapping[int, Comparison], pairs: Sequence[_Pair]) -> dict[int, Comparison]:
+    """Return tests against one baseline with the variance over seeds that their methods share.
+
+    Args:
+        tests: by the number of their pair.
+        pairs: all pairs.
+    """
+    from lora_bench.analysis import statistics
+
+    if len(tests) < 2:
+        return dict(tests)
+    measure = next(iter(tests.values())).measure
+    baseline: dict[str, float] = {}
+    methods = [baseline]
+    for pair in (pairs[i] for i in tests):
+        baseline |= {seed: side.value(measure) for seed, side in zip(pair.seeds, pair.theirs, strict=True)}
+        methods.append({seed: side.value(measure) for seed, side in zip(pair.seeds, pair.ours, strict=True)})
+    pool = statistics.pool_seed_variance(methods)
+    return {i: test if pool is None else test.with_pooled_seeds(pool) for i, test in tests.items()}
+
+
 # -- pairs of runs --
 
 
@@ -146,8 +177,12 @@ class _Pair:
 
     ours: list[Predictions]
     theirs: list[Predictions]
+    seeds: Sequence[str] = ()
+    """The seed of each pair of predictions."""
     fixed: bool = False
     """Both are prompted runs, which trained nothing, so that there is no chance over seeds."""
+    trained: bool = True
+    """Neither is a prompted run."""
     why: str | None = None
     """The reason that there are none, or fewer than there are seeds."""
 
@@ -212,7 +247,7 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair
     elif fixed[1] and len(theirs) == 1:
         theirs = dict.fromkeys(ours, *theirs.values())
     seeds = [seed for seed in ours if seed in theirs]
-    pairs: list[tuple[Predictions, Predictions]] = []
+    pairs: dict[Any, tuple[Predictions, Predictions]] = {}
     reason = None if seeds else "no seed in common"
     for seed in seeds:
         pair = []
@@ -225,15 +260,17 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair
             else:
                 pair.append(predictions)
         if len(pair) == 2:
-            reference = pairs[0][0] if pairs else pair[0]
+            reference = next(iter(pairs.values()))[0] if pairs else pair[0]
             if all(reference.has_same_examples(predictions) for predictions in pair):
-                pairs.append((pair[0], pair[1]))
+                pairs[seed] = pair[0], pair[1]
             else:
                 reason = f"predictions of other examples than the baseline: {ours[seed]}"
     # A side that predicts one label for all examples has MCC 0 by convention, and no spread shows.
-    if pairs and any(all(predictions.is_constant for predictions in side) for side in zip(*pairs, strict=True)):
-        return _Pair([], [], all(fixed), "one side predicts the same label for all examples, in every seed")
-    return _Pair([a for a, _ in pairs], [b for _, b in pairs], all(fixed), reason)
+    sides = list(zip(*pairs.values(), strict=True))
+    if any(all(predictions.is_constant for predictions in side) for side in sides):
+        return _Pair([], [], fixed=all(fixed), why="one side predicts the same label for all examples, in every seed")
+    ours_paired, theirs_paired = map(list, sides) if sides else ([], [])
+    return _Pair(ours_paired, theirs_paired, list(pairs), all(fixed), not any(fixed), reason)
 
 
 def _by_seed(table: Table, folders: Sequence[Path]) -> dict[Any, Path]:

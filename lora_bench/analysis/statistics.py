@@ -19,7 +19,7 @@ import numpy as np
 from lora_bench.evaluation.confusion import compute_metric, confusion_counts, influence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -78,6 +78,13 @@ class Comparison:
     seeds: int
     examples: int
     """Number of examples; 0 if they are taken as fixed."""
+    seed_degrees: int | None = None
+    """Degrees of freedom of `by_seeds`; None for the `seeds - 1` of a variance that is not pooled."""
+
+    @property
+    def degrees(self) -> int:
+        """Degrees of freedom of `by_seeds`."""
+        return self.seeds - 1 if self.seed_degrees is None else self.seed_degrees
 
     @property
     def error(self) -> float:
@@ -117,7 +124,7 @@ class Comparison:
         estimated = np.array([self.by_seeds])
         if self.seeds > 1:  # the estimated variance over seeds varies: integrate over its chi-squared distribution
             ranks = (np.arange(1000) + 0.5) / 1000
-            estimated = self.by_seeds * chdtri(self.seeds - 1, ranks) / (self.seeds - 1)
+            estimated = self.by_seeds * chdtri(self.degrees, ranks) / self.degrees
         critical, shift = np.sqrt(self._squared(estimated, alpha)), abs(difference)
         detected = ndtr((shift - critical) / self.error) + ndtr((-shift - critical) / self.error)
         return float(detected.mean())
@@ -129,18 +136,28 @@ class Comparison:
         high = self.error
         while self.power(high, alpha) < chance:
             high *= 2
-        return _bisect(lambda difference: self.power(difference, alpha) - chance, 0.0, high)
+        return _find_zero(lambda difference: self.power(difference, alpha) - chance, 0.0, high)
 
     def rescaled(self, seeds: int, examples: int) -> Comparison:
         """Return the comparison that is to be expected with another number of seeds and examples.
 
         The variance over seeds falls with the number of seeds, the variance over examples with that of examples. The
         part of the former that comes from the examples falls with both; it is not counted, so this is conservative.
+        Pooled degrees of freedom grow with the number of seeds.
         """
         by_examples = self.by_examples * self.examples / examples if examples else self.by_examples
-        return replace(
-            self, by_seeds=self.by_seeds * self.seeds / seeds, by_examples=by_examples, seeds=seeds, examples=examples
-        )
+        by_seeds = self.by_seeds * self.seeds / seeds
+        degrees = None if self.seed_degrees is None else self.seed_degrees * (seeds - 1) // (self.seeds - 1)
+        return Comparison(self.measure, self.difference, by_seeds, by_examples, seeds, examples, degrees)
+
+    def with_pooled_seeds(self, pool: SeedVariance) -> Comparison:
+        """Return the comparison of two methods of the pool with the pooled variance over seeds.
+
+        The comparison itself is returned if it has one seed, or the pool shows no spread.
+        """
+        if self.seeds < 2 or not pool.variance:
+            return self
+        return replace(self, by_seeds=2 * pool.variance / self.seeds, seed_degrees=pool.degrees)
 
     def seeds_needed(self, difference: float, alpha: float = 0.05, chance: float = 0.8) -> int | None:
         """Return the smallest number of seeds that detects a true `difference` with probability `chance`.
@@ -164,7 +181,7 @@ class Comparison:
 
     def _squared(self, by_seeds: ArrayLike, alpha: float) -> Floats:
         """Return the squared half-width of the interval at a level, for variances over seeds."""
-        over_seeds = _t_quantile(alpha / 2, self.seeds - 1) if self.seeds > 1 else 0.0
+        over_seeds = _t_quantile(alpha / 2, self.degrees) if self.seeds > 1 else 0.0
         over_examples = _t_quantile(alpha / 2, self.examples - 1) if self.examples > 1 else 0.0
         return np.asarray(over_seeds**2 * np.asarray(by_seeds) + over_examples**2 * self.by_examples)
 
@@ -175,7 +192,15 @@ class Comparison:
         smallest = -300.0  # log p; a smaller p counts as 0
         if distance == 0 or self.half_width(math.exp(smallest)) <= distance:
             return float(distance == 0)
-        return math.exp(_bisect(lambda log_p: distance - self.half_width(math.exp(log_p)), smallest, 0.0))
+        return math.exp(_find_zero(lambda log_p: distance - self.half_width(math.exp(log_p)), smallest, 0.0))
+
+
+@dataclass(frozen=True)
+class SeedVariance:
+    """The variance of one method's metric over seeds, without what a seed does to all methods alike."""
+
+    variance: float
+    degrees: int
 
 
 @dataclass(frozen=True)
@@ -206,7 +231,8 @@ def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLi
     squares give Var(d..) = (MS_seed + max(MS_example - MS_rest, 0)) / (S N) (Dorfman, Berbaum & Metz 1992). Their
     single t with Satterthwaite's degrees of freedom rejects up to 7 % of equal methods with three seeds and 13 % with
     two. Therefore each term has its own t here, see `Comparison.half_width`. Where seeds differ much, the test is the
-    paired t test over seeds; with one seed (`seeds` is 1) only the examples are counted.
+    paired t test over seeds; with one seed (`seeds` is 1) only the examples are counted. `pool_seed_variance` gives the
+    first term more degrees of freedom where more than two methods are compared.
 
     Differences that are equal in all seeds do not prove that there is no spread, because counts are whole numbers. Then
     MS_rest replaces MS_seed, as if seeds were equal and only examples varied.
@@ -230,6 +256,38 @@ def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLi
     ms_rest = max(0.0, float(((pseudo - mean) ** 2).sum()) - of_seeds - S * squares) / ((S - 1) * max(N - 1, 1))
     ms_seed = ms_rest if all_equal(by_seed) else of_seeds / (S - 1)
     return Comparison(measure, mean, ms_seed / (S * N), max(0.0, ms_example - ms_rest) / (S * N), S, N)
+
+
+def pool_seed_variance(values: Sequence[Mapping[str, float]]) -> SeedVariance | None:
+    """Return the variance over seeds that several methods share, from the residuals of method + seed.
+
+    Three seeds give the difference of two methods two degrees of freedom: its variance often looks too small by chance,
+    and the quantile of Student's t is 4.3 in place of 2. Multi-reader studies therefore pool the mean square of methods
+    by readers over all T methods that they compare: MS_TR = sum (x_ts - x_t. - x_.s + x_..)^2 / ((T - 1)(S - 1)), and
+    2 MS_TR / S is the variance of a difference as it shows between S seeds (Dorfman, Berbaum & Metz 1992; Obuchowski &
+    Rockette 1995; Hillis 2007). For two methods it is the variance of their difference alone.
+
+    This takes for granted that methods spread alike over seeds. experiments/simulate_sweeps.py shows what happens
+    otherwise.
+
+    Args:
+        values: the metric of each method, by seed. Methods may have different seeds.
+
+    Returns:
+        None if no degrees of freedom remain.
+    """
+    seeds = list(dict.fromkeys(seed for by_seed in values for seed in by_seed))
+    cells = [(method, seeds.index(seed), x) for method, by_seed in enumerate(values) for seed, x in by_seed.items()]
+    design = np.zeros((len(cells), len(values) + len(seeds)))
+    for i, (method, seed, _) in enumerate(cells):
+        design[i, [method, len(values) + seed]] = 1
+    metric = np.array([x for *_, x in cells])
+    effects, _, rank, _ = np.linalg.lstsq(design, metric, rcond=None)
+    degrees = len(cells) - int(rank)
+    residuals = metric - design @ effects
+    if degrees < 1:
+        return None
+    return SeedVariance(0.0 if all_equal([*residuals, 0.0]) else float(residuals @ residuals) / degrees, degrees)
 
 
 def _pseudo_values(y: NDArray[np.bool_], predicted: NDArray[np.bool_], measure: str) -> Floats:
@@ -373,9 +431,28 @@ def _t_quantile(tail: float, degrees: float) -> float:
     return -float(stdtrit(degrees, tail))
 
 
-def _bisect(rises: Callable[[float], float], low: float, high: float) -> float:
-    """Return the point between `low` and `high` where a rising function crosses 0."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rises(middle) < 0 else (low, middle)
-    return (low + high) / 2
+def _find_zero(rises: Callable[[float], float], low: float, high: float) -> float:
+    """Return the point between `low` and `high` where a rising function crosses 0.
+
+    Twelve bisections leave a range in which the function is nearly a line. Secants between points on both sides, with
+    the Illinois rule (Dowell & Jarratt 1971), then end after a few steps.
+    """
+    for _ in range(12):
+        point = (low + high) / 2
+        low, high = (point, high) if rises(point) < 0 else (low, point)
+    at_low, at_high, last_side = rises(low), rises(high), 0
+    point = high
+    for _ in range(50):
+        if not at_low < 0 < at_high:
+            break
+        previous, point = point, (low * at_high - high * at_low) / (at_high - at_low)
+        value = rises(point)
+        if value == 0 or abs(point - previous) <= 1e-12 * max(1.0, abs(point)):
+            break
+        side = 1 if value > 0 else -1
+        if side > 0:
+            high, at_high, at_low = point, value, at_low / (2 if side == last_side else 1)
+        else:
+            low, at_low, at_high = point, value, at_high / (2 if side == last_side else 1)
+        last_side = side
+    return point

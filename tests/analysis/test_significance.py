@@ -78,10 +78,18 @@ def test_a_row_is_better_worse_or_inconclusive_against_full_fine_tuning(tmp_path
 
 def test_the_numbers_are_those_of_the_crossed_test_and_holm(tmp_path: Path) -> None:
     table = summarise([sweep(tmp_path, {"full": 0.0, "dora": 0.5, "lora": 0.3})])
-    tests = {}
-    for i, (adapter, quality) in enumerate({"dora": 0.5, "lora": 0.3}.items()):
-        ours = np.stack([predicted(quality, 10 * (i + 1) + seed) for seed in range(3)])
-        tests[adapter] = statistics.crossed_test(LABELS, ours, np.stack([predicted(0.0, seed) for seed in range(3)]))
+    sides = {
+        adapter: np.stack([predicted(quality, 10 * i + seed) for seed in range(3)])
+        for i, (adapter, quality) in enumerate({"full": 0.0, "dora": 0.5, "lora": 0.3}.items())
+    }
+    values = [confusion.compute_metric(confusion.confusion_counts(LABELS, side)) for side in sides.values()]
+    pool = statistics.pool_seed_variance([{str(i): float(x) for i, x in enumerate(row)} for row in values])
+    assert pool is not None
+    assert pool.degrees == 4
+    tests = {
+        adapter: statistics.crossed_test(LABELS, sides[adapter], sides["full"]).with_pooled_seeds(pool)
+        for adapter in ("dora", "lora")
+    }
     adjusted = dict(zip(tests, statistics.holm([test.p for test in tests.values()]), strict=True))
     for adapter, test in tests.items():
         result = finding(table, adapter)
@@ -92,6 +100,19 @@ def test_the_numbers_are_those_of_the_crossed_test_and_holm(tmp_path: Path) -> N
         means = {row.keys["adapter"]: row.stats["mcc"].mean for row in table.rows}
         assert result.difference == pytest.approx(means[adapter] - means["full"])
         assert len(result.p_mcnemar) == len(result.p_bootstrap) == 3
+
+
+def test_the_spread_of_methods_that_learned_nothing_or_were_not_trained_is_not_pooled(tmp_path: Path) -> None:
+    sweep(tmp_path, {"full": 0.0, "dora": 0.5})
+    alone = finding(summarise([tmp_path]), "dora")
+    for seed in range(3):
+        guesses = np.random.default_rng(seed).permutation(LABELS)
+        make(tmp_path / f"vera-{seed}", "vera", seed, guesses)
+    make(tmp_path / "llm", "prompted", None, predicted(0.2, 77), config={"llm": {"model": "m"}})
+    table = summarise([tmp_path], baseline="full")
+    with_others = finding(table, "dora")
+    assert with_others.p == alone.p
+    assert {row.finding.verdict for row in table.rows if row.finding} >= {"baseline", "worse"}
 
 
 @pytest.mark.parametrize("measure", ["f1", "accuracy"])

@@ -208,6 +208,87 @@ def test_power_over_seeds_is_that_of_the_t_test() -> None:
     assert result.power(0.01) == pytest.approx(theory, abs=1e-3)
 
 
+# -- the variance over seeds, pooled over methods --
+
+
+def by_seed(values: np.ndarray) -> list[dict[str, float]]:
+    return [{str(i): float(x) for i, x in enumerate(row)} for row in values]
+
+
+def test_the_pool_of_two_methods_is_the_variance_of_their_difference() -> None:
+    values = np.random.default_rng(1).normal(size=(2, 3))
+    pool = statistics.pool_seed_variance(by_seed(values))
+    assert pool is not None
+    assert pool.degrees == 2
+    assert 2 * pool.variance == pytest.approx((values[0] - values[1]).var(ddof=1))
+
+
+def test_the_pool_is_the_mean_square_of_methods_by_seeds() -> None:
+    values = np.random.default_rng(2).normal(size=(4, 3))
+    residuals = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    pool = statistics.pool_seed_variance(by_seed(values))
+    assert pool is not None
+    assert (pool.variance, pool.degrees) == (pytest.approx((residuals**2).sum() / 6), 6)
+    # What a seed does to all methods alike does not count.
+    shifted = statistics.pool_seed_variance(by_seed(values + np.array([0.0, 10.0, -5.0])))
+    assert shifted == statistics.SeedVariance(pytest.approx(pool.variance), 6)  # type: ignore[arg-type]
+
+
+def test_methods_may_have_different_seeds() -> None:
+    values = by_seed(np.random.default_rng(3).normal(size=(3, 4)))
+    del values[0]["3"], values[2]["0"]
+    pool = statistics.pool_seed_variance(values)
+    assert pool is not None
+    assert pool.degrees == 10 - 3 - 4 + 1
+    assert statistics.pool_seed_variance([{"0": 0.5}, {"0": 0.6}]) is None
+    apart = statistics.pool_seed_variance([{"0": 0.5, "1": 0.6}, {"2": 0.6, "3": 0.5}])
+    assert apart is None  # no method shares a seed with another, so a seed's luck cannot be separated
+
+
+def test_a_comparison_takes_the_pooled_variance_and_its_degrees() -> None:
+    own = comparison(0.02, 0.003**2, 0.004**2, seeds=3, examples=5000)
+    pooled = own.with_pooled_seeds(statistics.SeedVariance(6e-6, 6))
+    assert pooled.by_seeds == pytest.approx(2 * 6e-6 / 3)
+    half = math.hypot(scipy.stats.t.ppf(0.975, 6) * 0.002, scipy.stats.t.ppf(0.975, 4999) * 0.004)
+    assert pooled.half_width() == pytest.approx(half)
+    assert (own.degrees, pooled.degrees, pooled.rescaled(5, 5000).degrees) == (2, 6, 12)
+    assert own.with_pooled_seeds(statistics.SeedVariance(0.0, 6)) == own
+    one_seed = comparison(0.02, by_examples=0.004**2)
+    assert one_seed.with_pooled_seeds(statistics.SeedVariance(6e-6, 6)) == one_seed
+
+
+def test_power_with_a_pool_is_that_of_the_t_test_with_its_degrees() -> None:
+    result = comparison(0.0, seeds=3, examples=0).with_pooled_seeds(statistics.SeedVariance(1.5 * 0.004**2, 6))
+    critical = scipy.stats.t.ppf(0.975, 6)
+    theory = scipy.stats.nct.sf(critical, 6, 2.5) + scipy.stats.nct.cdf(-critical, 6, 2.5)
+    assert result.power(0.01) == pytest.approx(theory, abs=1e-3)
+
+
+@pytest.mark.parametrize(("noisy", "at_most"), [(None, 0.05), (1, 0.1), (0, 0.1)])
+def test_the_pooled_test_keeps_its_size_and_nearly_so_if_a_method_varies_more(
+    noisy: int | None, at_most: float
+) -> None:
+    """20,000 comparisons of 4 methods with 3 seeds: any false rejection after Holm, at most 5 % if all vary alike."""
+    rng = np.random.default_rng(5)
+    spread = np.ones((1, 4, 1))
+    if noisy is not None:
+        spread[0, noisy] = 3
+    values = spread * rng.normal(size=(20_000, 4, 3))
+    by_examples = 0.32
+    means = values.mean(2) + math.sqrt(by_examples / 2) * rng.normal(size=(20_000, 4))
+    residuals = (
+        values - values.mean(2, keepdims=True) - values.mean(1, keepdims=True) + values.mean((1, 2))[:, None, None]
+    )
+    variances = (residuals**2).sum((1, 2)) / 6
+    largest = np.abs(means[:, 1:] - means[:, :1]).max(1)
+    # Holm rejects anything if and only if the largest difference is significant at a third of the level.
+    over_seeds, over_examples = scipy.stats.t.isf(0.05 / 6, 6), scipy.stats.norm.isf(0.05 / 6)
+    limits = np.sqrt(over_seeds**2 * 2 * variances / 3 + over_examples**2 * by_examples)
+    pooled = comparison(0, 1.0, by_examples, 3).with_pooled_seeds(statistics.SeedVariance(float(variances[0]), 6))
+    assert pooled.half_width(0.05 / 3) == pytest.approx(limits[0], rel=1e-4)
+    assert 0.01 <= (largest > limits).mean() <= at_most
+
+
 @pytest.mark.parametrize("S", [2, 3, 5])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 0.95, 1.0])
 def test_the_test_keeps_its_size_whatever_share_the_seeds_have(S: int, share: float) -> None:
