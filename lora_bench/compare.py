@@ -22,7 +22,7 @@ from lora_bench.analysis.terminal import render
 from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.console.format import to_single_line
 from lora_bench.errors import Code, UserError
-from lora_bench.files.paths import check_output, write_output
+from lora_bench.files.paths import check_output, is_stream
 
 if TYPE_CHECKING:
     from lora_bench.analysis.table import Table
@@ -39,29 +39,12 @@ def main(arguments: list[str]) -> int:
         UserError: an argument, folder or key is unknown, or there are no runs.
     """
     options = _parser().parse_args(arguments)
-    folders = [Path(folder) for folder in options.folders or ["outputs"]]
-    if options.html is not None and options.measure != "mcc":
-        raise UserError(
-            "applies to tables only: the page shows MCC", key="--measure", value=options.measure, code=Code.CONFLICT
-        )
-    if options.html is not None:
-        check_output(options.html, "--html", make_folders=True)
-    view = View(options.all, options.sort, options.top)
-    settings = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target", "where")}
-    table = summarise(folders, **settings, view=view)
+    _check_page_options(options)
+    if options.html is not None or options.open:
+        return _write_page(options)
+    table = _load(options)
     if options.best is not None:
         save_best(table, options.best)
-    if options.anchors:
-        from lora_bench.analysis.published import add_published_results
-
-        if options.format in ("csv", "json") and options.html is None:
-            remedy = "csv and json contain runs only; use --format table, md or latex."
-            raise UserError(
-                f"cannot be used with --format {options.format}", key="--anchors", remedy=remedy, code=Code.CONFLICT
-            )
-        table = add_published_results(table)
-    if options.html is not None:
-        return _write_page(table, options.html, options.margin)
     if options.format == "table":
         from rich.console import Console
 
@@ -74,12 +57,65 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _write_page(table: Table, file: Path, margin: float) -> int:
-    """Write the page of `--html` to a file and return 0."""
-    from lora_bench.report import page  # late: numpy
+def _load(options: argparse.Namespace) -> Table:
+    """Return the table of the runs below the folders.
 
-    write_output(file, page(table, margin).encode(), "--html", make_folders=True)
-    print(f"written: {to_single_line(str(file))}", file=sys.stderr)
+    Raises:
+        UserError: a folder, key or condition is wrong, or there are no runs.
+    """
+    folders = [Path(folder) for folder in options.folders or ["outputs"]]
+    settings = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target", "where")}
+    table = summarise(folders, **settings, view=View(options.all, options.sort, options.top))
+    if not options.anchors:
+        return table
+    from lora_bench.analysis.published import add_published_results  # late: numpy
+
+    return add_published_results(table)
+
+
+def _check_page_options(options: argparse.Namespace) -> None:
+    """Refuse options that exclude each other.
+
+    Raises:
+        UserError: `--open` or `--watch` are given with a format, a stream, or without a page; or `--anchors` with a
+            format that has runs only.
+    """
+    has_page = options.html is not None or options.open
+    if options.watch and not has_page:
+        remedy = "Add --open or --html FILE."
+        raise UserError("needs a page to write", key="--watch", remedy=remedy, code=Code.CONFLICT)
+    for option in ("open", "watch"):
+        if getattr(options, option) and options.format != "table":
+            reason = f"cannot be used with --format {options.format}: it is about the page"
+            raise UserError(reason, key=f"--{option}", code=Code.CONFLICT)
+        if getattr(options, option) and options.html is not None and is_stream(options.html):
+            remedy = "Give --html a file."
+            raise UserError(
+                "needs a file, and --html is a stream", key=f"--{option}", remedy=remedy, code=Code.CONFLICT
+            )
+    if options.anchors and options.format in ("csv", "json") and not has_page:
+        remedy = "csv and json contain runs only; use --format table, md or latex."
+        raise UserError(
+            f"cannot be used with --format {options.format}", key="--anchors", remedy=remedy, code=Code.CONFLICT
+        )
+
+
+def _write_page(options: argparse.Namespace) -> int:
+    """Write the page of `--html` and `--open`, and write it again with `--watch`; return 0."""
+    from lora_bench.report import page  # late: numpy, jinja2
+    from lora_bench.report.delivery import deliver, temporary_file
+
+    if options.html is not None:
+        check_output(options.html, "--html", make_folders=True)
+    table = deliver(
+        lambda: _load(options),
+        lambda table, refresh: page(table, options.margin, options.measure, refresh),
+        options.html or temporary_file(),
+        show=options.open,
+        watch=options.watch,
+    )
+    if options.best is not None:
+        save_best(table, options.best)
     return 0
 
 
@@ -132,7 +168,13 @@ def _parser() -> argparse.ArgumentParser:
         help="table (default) for people; csv and json with raw numbers; md and latex to paste",
     )
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with verdicts, charts and all tables; it opens offline"
+        "--html", type=Path, metavar="FILE", help="write a page with advice, charts and all tables; it opens offline"
+    )
+    parser.add_argument(
+        "--open", action="store_true", help="show the page in the browser; without --html it is a temporary file"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="write the page again every few seconds until no run is running"
     )
     parser.add_argument(
         "--baseline",

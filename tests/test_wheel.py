@@ -61,7 +61,9 @@ def test_every_module_and_every_yaml_travels(wheel: Path) -> None:
     expected = {f"lora_bench/{path.relative_to(package)}" for path in package.rglob("*.py")}
     expected |= {"lora_bench/py.typed", "lora_bench/analysis/published.yaml"}
     expected |= {f"lora_bench/conf/{path.relative_to(conf)}" for path in conf.rglob("*.yaml")}
-    expected |= {f"lora_bench/report/{name}" for name in ("style.css", "script.js")}
+    report = [path for path in (package / "report").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert len([path for path in report if path.parent.name in ("templates", "vendor")]) >= 12
+    expected |= {f"lora_bench/{path.relative_to(package)}" for path in report}
     assert inside == expected | {"lora_bench/conf/__init__.py"}
 
 

@@ -1,7 +1,8 @@
 """`lora-bench compare --html FILE`: a comparison as one page that opens offline.
 
-A section of the page is a function of the table, or of one block of comparable rows. It returns its HTML, or None if
-the runs have no data for it. Charts are SVG drawn here. Script and style are two files that are embedded in the page.
+A section of the page is a function of one block of comparable settings, or of the table. It returns contents
+(`content`): texts, tables, and charts as Vega-Lite specifications. `document` renders them by the templates; scripts,
+style and the charting library are embedded.
 """
 
 from lora_bench.report.page import page

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.records import predictions
-from lora_bench.report.html import Content, Markup, element, table
+from lora_bench.report.content import DataTable, Widget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_bench.records.predictions import Predictions
-    from lora_bench.report.series import Block, Entry
+    from lora_bench.report.blocks import Block, Entry
+    from lora_bench.report.content import Cell, Content
 
-RUNS = 8
+RUNS = 12
 """Runs that can be chosen."""
 SHOWN = 50
 """Disagreements shown for each pair of runs: those whose scores are farthest apart."""
@@ -28,26 +28,55 @@ SHOWN = 50
 @dataclass(frozen=True)
 class _Candidate:
     name: str
+    setting: str
+    """Name of its setting."""
     folder: str
     predictions: Predictions
 
 
-def disagreements(block: Block, split: str) -> Markup | None:
-    """Return the section with the examples that one of two runs gets right and the other wrong.
+def disagreements(block: Block) -> list[Content]:
+    """Return the examples that one of two runs gets right and the other wrong; empty with fewer than two runs.
 
     The two runs are chosen on the page; at first they are the first runs of the two best rows.
     """
-    runs = _candidates(block.chosen if len(block.chosen) > 1 else block.entries, split)
+    ordered = [*block.chosen, *(entry for entry in block.entries if entry not in block.chosen)]
+    runs = _candidates(ordered, block.split)
     if len(runs) < 2:
-        return None
+        return []
     pairs = {
         (a, b): _compare_pair(runs[a].predictions, runs[b].predictions) for a, b in combinations(range(len(runs)), 2)
     }
+    only_a, only_b, both_wrong, shown_rows = pairs[0, 1]
+    first, second = runs[0], runs[1]
+    rows: list[list[Cell]] = [
+        [
+            str(int(first.predictions.ids[i])),
+            str(int(first.predictions.labels[i])),
+            f"{first.predictions.scores[i]:.4f}",
+            f"{second.predictions.scores[i]:.4f}",
+            first.name if first.predictions.correct[i] else second.name,
+        ]
+        for i in shown_rows
+    ]
+    n = len(first.predictions.ids)
+    names = ["id", "label", f"score of {first.name}", f"score of {second.name}", "right"]
+    values = {
+        "sentence": describe_pair(first.name, second.name, only_a, only_b, both_wrong, n, len(rows)),
+        "runs": [(run.name, run.folder) for run in runs],
+        "table": DataTable("Examples that one of two runs gets right", names, rows),
+        "data": _data(runs, pairs),
+    }
+    return [Widget("disagreements.html", values)]
+
+
+def _data(runs: Sequence[_Candidate], pairs: dict[tuple[int, int], tuple[int, int, int, list[int]]]) -> dict[str, Any]:
+    """Return the numbers of all pairs of runs for the page's script."""
     row_numbers = sorted({int(i) for _, _, _, shown_rows in pairs.values() for i in shown_rows})
     index_by_row = {i: n for n, i in enumerate(row_numbers)}
     reference = runs[0].predictions
-    data = {
+    return {
         "runs": [run.name for run in runs],
+        "settings": [run.setting for run in runs],
         "rows": [[int(reference.ids[i]), int(reference.labels[i])] for i in row_numbers],
         "scores": [[round(float(run.predictions.scores[i]), 4) for i in row_numbers] for run in runs],
         "pairs": {
@@ -57,37 +86,6 @@ def disagreements(block: Block, split: str) -> Markup | None:
         "examples": len(reference.ids),
         "threshold": DEFAULT_THRESHOLD,
     }
-    only_a, only_b, both_wrong, shown_rows = pairs[0, 1]
-    rows: list[list[Content]] = [
-        [
-            str(int(reference.ids[i])),
-            str(int(reference.labels[i])),
-            f"{runs[0].predictions.scores[i]:.4f}",
-            f"{runs[1].predictions.scores[i]:.4f}",
-            runs[0].name if runs[0].predictions.correct[i] else runs[1].name,
-        ]
-        for i in shown_rows
-    ]
-    n = len(reference.ids)
-    sentence = describe_pair(runs[0].name, runs[1].name, only_a, only_b, both_wrong, n, len(rows))
-    names = ["id", "label", f"score of {runs[0].name}", f"score of {runs[1].name}", "right"]
-    controls = element(
-        "p",
-        element("label", "Run A ", _select("run-a", runs, 0)),
-        " ",
-        element("label", "Run B ", _select("run-b", runs, 1)),
-        class_="controls script",
-    )
-    # Inside a script element only "</" has a meaning; JSON may spell "<" otherwise.
-    payload = Markup(json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c"))
-    return element(
-        "div",
-        controls,
-        element("p", sentence, class_="said", role="status"),
-        table("Examples that one of two runs gets right", names, rows),
-        element("script", payload, type="application/json"),
-        class_="disagreements",
-    )
 
 
 def describe_pair(a: str, b: str, only_a: int, only_b: int, both_wrong: int, n: int, n_shown: int) -> str:
@@ -113,9 +111,11 @@ def describe_pair(a: str, b: str, only_a: int, only_b: int, both_wrong: int, n: 
 
 
 def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
-    """Return the first run of each row, if its predictions are of the same examples as those of the first row."""
+    """Return the first run of each setting, if its predictions are of the same examples as those of the first one."""
     candidates: list[_Candidate] = []
     for entry in entries[: 4 * RUNS]:
+        if len(candidates) == RUNS:
+            break
         for folder, record in entry.runs[:1]:
             predictions_of_run = predictions.read_if_usable(folder, split)
             if predictions_of_run is None:
@@ -126,11 +126,12 @@ def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
                 candidates.append(
                     _Candidate(
                         f"{entry.name}, seed {seed}" if seed is not None else entry.name,
+                        entry.name,
                         str(folder),
                         predictions_of_run,
                     )
                 )
-    return candidates[:RUNS]
+    return candidates
 
 
 def _compare_pair(one: Predictions, other: Predictions) -> tuple[int, int, int, list[int]]:
@@ -143,11 +144,3 @@ def _compare_pair(one: Predictions, other: Predictions) -> tuple[int, int, int, 
     farthest = np.argsort(-np.abs(one.scores[differing] - other.scores[differing]), kind="stable")[:SHOWN]
     neither = int((~one.correct & ~other.correct).sum())
     return int(only_one.sum()), int(only_other.sum()), neither, differing[farthest].tolist()
-
-
-def _select(name: str, runs: Sequence[_Candidate], chosen: int) -> Markup:
-    """Return a menu of the runs."""
-    options = [
-        element("option", run.name, value=i, selected=i == chosen, title=run.folder) for i, run in enumerate(runs)
-    ]
-    return element("select", *options, class_=name, autocomplete="off")

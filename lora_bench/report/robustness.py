@@ -5,77 +5,88 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lora_bench.report import axes, folders
-from lora_bench.report.charts import Lane, Mark, draw_lanes, legend
-from lora_bench.report.html import Content, Markup, element, figure, join, table
-from lora_bench.report.tradeoffs import column_name
+from lora_bench.report import folders, specs
+from lora_bench.report.blocks import column_name
+from lora_bench.report.content import DataTable, Figure, Paragraph, signed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lora_bench.records.evaluations import Evaluation
-    from lora_bench.report.series import Block, Entry
+    from lora_bench.report.blocks import Block, Entry
+    from lora_bench.report.content import Cell, Content
 
 TABLE_ROWS = 60
 """Rows of the table that are shown."""
 LANES = 16
-"""Conditions that are drawn: those with the largest falls of the drawn experiments."""
+"""Conditions that are drawn: those with the largest falls of the drawn settings."""
+
+Changes: TypeAlias = "list[tuple[Entry, str, list[tuple[float, float]]]]"
+"""Setting, condition (a perturbation or other data), and the metric before and after for each run scored there."""
 
 
-def robustness(block: Block) -> Markup | None:
-    """Return the section with the main metric on other data and perturbed texts; None if no run has such scores.
+def robustness(block: Block) -> list[Content]:
+    """Return the main metric on other data and perturbed texts; empty if no run has such scores.
 
     Each change is relative to the same runs on the data before.
     """
-    metric = block.main.name.rsplit("/", 1)[-1]
+    ordered = [*block.chosen, *(entry for entry in block.entries if entry not in block.chosen)]
     changes: Changes = [
         (entry, condition, pairs)
-        for entry in block.entries
-        for condition, pairs in _pairs_by_condition(entry, metric).items()
+        for entry in ordered
+        for condition, pairs in _pairs_by_condition(entry, block.metric).items()
     ]
     if not changes:
-        return None
-    rows: list[list[Content]] = []
+        return []
+    rows: list[list[Cell]] = []
     for entry, condition, pairs in changes[:TABLE_ROWS]:
         before, after = fmean(a for a, _ in pairs), fmean(b for _, b in pairs)
-        change = f"{after - before:+.4f}".replace("-", "−")
-        rows.append([entry.name, condition, len(pairs), before, after, change])
+        rows.append([entry.name, condition, len(pairs), before, after, signed(after - before)])
     title = f"Change of {column_name(block.main)} on perturbed texts and on other data"
-    limit_note = f" The first {TABLE_ROWS} of {len(changes)} rows are shown." if len(changes) > TABLE_ROWS else ""
-    header = ["experiment", "condition", "runs", "before", "after", "change"]
-    numbers = join([element("p", limit_note, class_="note") if limit_note else "", table(title, header, rows)])
-    marks_by_condition = _marks_by_condition(block, changes)
-    if not marks_by_condition:
-        return numbers
-    conditions = sorted(
-        marks_by_condition, key=lambda condition: fmean(mark.value for mark in marks_by_condition[condition])
-    )
-    caption = f"{block.chosen_how} Left of 0: worse than the same runs on unperturbed texts or the reported split."
-    caption = caption.strip()
+    header = ["setting", "condition", "runs", "before", "after", "change"]
+    limit_note = f"The first {TABLE_ROWS} of {len(changes)} rows are shown."
+    notes: list[Content] = [Paragraph(limit_note)] if len(changes) > TABLE_ROWS else []
+    numbers = DataTable(title, header, rows)
+    figure = _figure(block, changes, title)
+    return [*([figure] if figure else []), *notes, numbers]
+
+
+def _figure(block: Block, changes: Changes, title: str) -> Figure | None:
+    """Return the changes of the chosen settings in points; None if none of them has any."""
+    series = {entry.number: block.series_name(entry) for entry in block.chosen}
+    values: dict[str, list[dict[str, Any]]] = {}
+    for entry, condition, pairs in changes:
+        if entry.number in series:
+            change = 100 * fmean(after - before for before, after in pairs)
+            tip = f"{entry.name}, {condition}: {signed(change, 1)} points"
+            values.setdefault(condition, []).append({"value": change, "series": series[entry.number], "tip": tip})
+    if not values:
+        return None
+    conditions = sorted(values, key=lambda condition: fmean(value["value"] for value in values[condition]))
+    caption = f"{block.chosen_note} Left of 0: worse than the same runs on unperturbed texts or the reported split."
     if len(conditions) > LANES:
         caption += f" The {LANES} of {len(conditions)} conditions with the largest falls are drawn."
-    drawn_lanes = [Lane(condition, marks_by_condition[condition]) for condition in conditions[:LANES]]
-    x = axes.linear([0.0, *(mark.value for lane in drawn_lanes for mark in lane.marks)], "points →")
-    chart = draw_lanes(x, drawn_lanes, f"{title}. {caption}")
-    rows_drawn = {mark.row for lane in drawn_lanes for mark in lane.marks}
-    key = legend([(entry.series, entry.name) for entry in block.chosen if entry.number in rows_drawn])
-    return join([key, figure(chart, caption, numbers, title=title, class_="wide")])
+    drawn = conditions[:LANES]
+    return Figure(title, caption.strip(), _lanes(block, {name: values[name] for name in drawn}), style="wide")
 
 
-Changes: TypeAlias = "list[tuple[Entry, str, list[tuple[float, float]]]]"
-"""Experiment, condition (a perturbation or other data), and the metric before and after for each run scored there."""
-
-
-def _marks_by_condition(block: Block, changes: Changes) -> dict[str, list[Mark]]:
-    """Return the changes of the chosen experiments in points, by condition."""
-    chosen = {entry.number for entry in block.chosen}
-    marks: dict[str, list[Mark]] = {}
-    for entry, condition, pairs in changes:
-        if entry.number in chosen:
-            change = 100 * fmean(after - before for before, after in pairs)
-            mark = Mark(change, entry.series, f"{entry.name}, {condition}: {change:+.1f}", entry.number)
-            marks.setdefault(condition, []).append(mark)
-    return marks
+def _lanes(block: Block, values: Mapping[str, Sequence[dict[str, Any]]]) -> specs.Spec:
+    """Return the specification of changes with a lane for each condition."""
+    labels, lines = specs.labels(list(values), [[condition] for condition in values])
+    points = [value | {"label": labels[condition]} for condition, marks in values.items() for value in marks]
+    x = specs.quantity("value", "points", axis={"format": "+.3~f"}, scale={"zero": True})
+    zero = {"data": {"values": [{"value": 0}]}, "mark": {"type": "rule", "stroke": "var(--soft)"}, "encoding": {"x": x}}
+    marks = {
+        "mark": {"type": "point", "filled": True, "opacity": 0.9, "size": 110},
+        "encoding": {
+            "x": x,
+            "y": specs.lanes(list(labels.values()), lines),
+            **specs.series_channels(block.series),
+            "tooltip": specs.TIP,
+        },
+    }
+    height = specs.lane_height(lines) * len(labels)
+    return specs.chart(points, [zero, marks], height=height, **specs.legend_width(block.series))
 
 
 def _pairs_by_condition(entry: Entry, metric: str) -> dict[str, list[tuple[float, float]]]:

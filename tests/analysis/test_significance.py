@@ -138,9 +138,6 @@ def test_another_measure_is_tested_where_it_is_asked_for(
     output = capsys.readouterr().out
     assert f"| {measure} difference |" in output
     assert f"validation {'F1' if measure == 'f1' else measure} against adapter=full" in output
-    with refuses(Code.CONFLICT, key="--measure") as caught:
-        main([str(tmp_path), "--measure", measure, "--html", str(tmp_path / "page.html")])
-    assert caught.value.value == measure
 
 
 def test_a_measure_that_is_not_tested_is_refused(tmp_path: Path) -> None:

@@ -37,6 +37,6 @@ def test_the_page_has_the_counts_of_its_first_two_runs(tmp_path: Path) -> None:
     match = re.search(r'<p class="said" role="status">(.*?)</p>', html)
     assert match
     assert match[1] == describe_pair("lora, seed 0", "dora, seed 0", 6, 4, 1, 40, 10)
-    section = html[html.index('<section id="disagreements"') :].partition("</table>")[0]
+    section = html[html.index('<details id="disagreements"') :].partition("</table>")[0]
     right = re.findall(r"<td>((?:lora|dora), seed 0)</td></tr>", section)
     assert (right.count("lora, seed 0"), right.count("dora, seed 0")) == (6, 4)

@@ -2,51 +2,78 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import shutil
+from html import unescape
 from html.parser import HTMLParser
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
-from lora_bench.analysis.summary import summarise
+from lora_bench.analysis.summary import View, summarise
 from lora_bench.compare import main
 from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
 from lora_bench.report import page
-from lora_bench.report.axes import linear, logarithmic
-from lora_bench.report.tradeoffs import pareto
+from tests.analysis.test_decision import grids
+from tests.analysis.test_decision import make as make_graded
 from tests.command_line import refuses
 from tests.report.runs import HOSTILE, make
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lora_bench.analysis.table import Table
+
 
 class Outline(HTMLParser):
-    """Ids of the sections, and every tag with its attributes."""
+    """Every tag with its attributes."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(html)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
     @property
     def sections(self) -> list[str | None]:
-        return [attributes.get("id") for attributes in self.all("section")]
+        return [
+            attributes["id"] for name, attributes in self.tags if name in ("section", "details") and "id" in attributes
+        ]
+
+
+def text_of(html: str) -> str:
+    return re.sub(r"\s+", " ", unescape(re.sub("<[^>]*>", "", html))).strip()
+
+
+def first_spec(html: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" class="spec">(.*?)</script>', html)
+    assert match
+    spec: dict[str, Any] = json.loads(match[1])
+    return spec
+
+
+def section(html: str, name: str) -> str:
+    """The HTML of a folded section."""
+    return html[html.index(f'<details id="{name}"') :].partition('<details id="')[2]
+
+
+# -- what it holds --
 
 
 def test_every_section_that_has_data(runs: Path) -> None:
-    outline = Outline(page(summarise([runs])))
-    figures = ["cost", "rank", "rate", "curves", "calibration", "allocation", "robustness", "disagreements"]
-    assert outline.sections == [
-        *("summary", "leaderboard", *figures, "configuration", "environment", "missing", "folders")
+    assert Outline(page(summarise([runs]))).sections == [
+        *("result-0", "settings", "grid", "cost", "curves", "tests", "calibration", "allocation", "robustness"),
+        *("disagreements", "configuration", "environment", "missing", "folders"),
     ]
 
 
@@ -55,8 +82,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     run.update(metrics={"validation/mcc": 0.5})
     run.finish("done")
     html = page(summarise([tmp_path]))
-    assert Outline(html).sections == ["summary", "leaderboard", "configuration", "environment", "missing", "folders"]
-    assert "from one seed" in html
+    assert Outline(html).sections == ["result-0", "settings", "configuration", "environment", "missing", "folders"]
 
 
 def test_no_finished_run(tmp_path: Path) -> None:
@@ -67,45 +93,102 @@ def test_no_finished_run(tmp_path: Path) -> None:
     assert "no room" in html
 
 
+# -- it says one thing --
+
+
+def check_one_finding(table: Table, html: str) -> None:
+    """Assert that title, heading, advice, chart and table say what the decision says."""
+    (decision,) = table.decisions
+    for tag in ("h1", "title"):
+        match = re.search(rf"<{tag}>(.*?)</{tag}>", html)
+        assert match
+        assert unescape(match[1]).removesuffix(" · lora-bench").replace("−", "-") == decision.headline
+    advice = [text_of(text).replace("−", "-") for text in re.findall(r'<p class="(?:lead|next)">(.*?)</p>', html)]
+    assert advice == decision.sentences
+    marked = re.findall(r'<tr class="marked"><th scope="row">(.*?)</tr>', html.partition("</section>")[0])
+    assert len(marked) == (decision.recommended is not None)
+    cells = re.findall(r'<th scope="row">(.*?)</th>', html.partition("</section>")[0])
+    assert len(cells) == len(table.rows)
+    if 'class="spec"' not in html.partition("</section>")[0]:
+        assert len(table.rows) == 1
+        return
+    spec = first_spec(html)
+    recommended = [value for value in spec["data"]["values"] if value["recommended"]]
+    if decision.recommended is not None:
+        (winner,) = recommended
+        assert text_of(marked[0]).startswith(
+            (table.rows[0].keys and str(next(iter(table.rows[0].keys.values())))) or ""
+        )
+        assert winner["label"].strip().startswith("★")
+        check_chart(table, [value["value"] for value in spec["data"]["values"]])
+
+
+def check_chart(table: Table, drawn: list[float]) -> None:
+    """Assert that the chart has the numbers of the table: differences in points, or else the means."""
+    tested = [row.finding for row in table.rows if row.finding and row.finding.difference is not None]
+    if tested:
+        expected = [
+            0.0 if row.finding.difference is None else 100 * row.finding.difference
+            for row in table.rows
+            if row.finding and (row.finding.difference is not None or row.finding.verdict == "baseline")
+        ]
+    else:
+        expected = [row.stats["mcc"].mean for row in table.rows]
+    assert drawn == pytest.approx(expected, abs=1e-3)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[*HealthCheck])
+@given(runs=grids())
+def test_headline_advice_chart_and_table_name_the_same_winner(
+    tmp_path_factory: pytest.TempPathFactory, runs: list[dict[str, Any]]
+) -> None:
+    top = tmp_path_factory.mktemp("grid")
+    try:
+        for i, run in enumerate(runs):
+            make_graded(top / str(i), **run)
+        table = summarise([top])
+        check_one_finding(table, page(table))
+    finally:
+        shutil.rmtree(top)
+
+
 def test_the_numbers_are_those_of_the_table(runs: Path) -> None:
     table = summarise([runs])
     html = page(table)
-    values = [json.loads(text) for text in re.findall(r'data-value="([^"]*)">(?:<b>)?0\.\d{4} ± ', html)]
-    means = [row.stats[c.name].mean for row in table.rows for c in table.columns if c.format == "metric"]
-    assert values == pytest.approx(means, rel=1e-9)
+    match = re.search(r'<script type="application/json" class="data">(.*?)</script>', section(html, "settings"))
+    assert match
+    data = json.loads(match[1])
+    for i, column in enumerate(data["columns"]):
+        if column["metric"] and column["name"] != "selection/mcc":
+            means = [row.stats[column["name"]].mean for row in table.settings]
+            assert [row["values"][i] for row in data["rows"]] == pytest.approx(means, rel=1e-9)
 
 
-def test_names_cannot_break_out(runs: Path, tmp_path: Path) -> None:
-    make(tmp_path / "a", HOSTILE, 0, 0.6)
-    make(tmp_path / "b", "lora", 0, 0.5)
-    for top in (runs, tmp_path):
-        html = page(summarise([top]))
-        assert "<script>alert" not in html
-        assert "\x1b" not in html
-        assert "\u202e" not in html
-        assert html.count("</style>") == 1
-        assert "alert(1)" in html  # it is there, as text
+def test_another_measure_is_that_of_the_page(runs: Path) -> None:
+    html = page(summarise([runs], measure="accuracy"), measure="accuracy")
+    assert "Difference of accuracy from" in html
+    assert first_spec(html)["layer"][1]["encoding"]["x"]["axis"]["title"] == "points of accuracy"
 
 
-def test_pictures_have_words_and_tables_have_headers(runs: Path) -> None:
-    outline = Outline(page(summarise([runs])))
-    pictures = [svg for svg in outline.all("svg") if svg.get("aria-hidden") != "true"]
-    assert len(pictures) >= 10
-    assert all(svg["role"] == "img" and len(svg["aria-label"] or "") > 20 for svg in pictures)
-    assert all(th.get("scope") in ("col", "row") for th in outline.all("th"))
-    assert len(outline.all("caption")) == len(outline.all("table"))
-    assert not [attributes for _, attributes in outline.tags if "style" in attributes]
+def test_rows_are_those_of_the_view(runs: Path) -> None:
+    table = summarise([runs], view=View(all_settings=True, top=3))
+    html = page(table)
+    assert html.partition("</section>")[0].count('<th scope="row">') == 3
+    assert section(html, "settings").count('data-row="') == 4
 
 
 def test_runs_on_different_data_are_apart(tmp_path: Path) -> None:
-    make(tmp_path / "a", "lora", 0, 0.6)
-    make(tmp_path / "b", "dora", 0, 0.9)
-    record = json.loads((tmp_path / "b" / "run.json").read_text())
-    record["data"]["fingerprint"] = {"validation": "two"}
-    (tmp_path / "b" / "run.json").write_text(json.dumps(record))
-    html = page(summarise([tmp_path]))
-    assert "Runs on different data" in html
-    assert "points above" not in html
+    for name, adapter, fingerprint in (("a", "lora", "one"), ("b", "dora", "two"), ("c", "vera", "two")):
+        make(tmp_path / name, adapter, 0, 0.6)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        record["data"]["fingerprint"] = {"validation": fingerprint}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    table = summarise([tmp_path])
+    html = page(table)
+    assert "<h1>Results on 2 data sets</h1>" in html
+    assert Outline(html).sections[:2] == ["result-0", "result-1"]
+    headings = [unescape(heading) for heading in re.findall(r'<h2 id="h-result-\d">(.*?)</h2>', html)]
+    assert headings == [decision.headline for decision in table.decisions]
 
 
 def test_damaged_files_are_left_out(tmp_path: Path) -> None:
@@ -129,14 +212,13 @@ def test_scores_fall_from_those_of_the_same_data(tmp_path: Path) -> None:
         ("typo", "0.6000", "0.5500", "−0.0500"),
         ("paws: typo", "0.3500", "0.2500", "−0.1000"),
     ):
-        numbers = "".join(f'<td class="number">{number}</td>' for number in (before, after))
-        assert f'<td>{condition}</td><td class="number">1</td>{numbers}<td>{change}</td>' in html
+        numbers = "".join(f'<td class="number">{number}</td>' for number in ("1", before, after, change))
+        assert f"<td>{condition}</td>{numbers}" in html
 
 
 def test_every_key_that_differs_is_told(runs: Path) -> None:
-    html = page(summarise([runs]))
-    section = html[html.index('<section id="configuration"') : html.index('<section id="environment"')]
-    differ = re.findall(r'<th scope="row">([^<]*)</th><td>(.*?)</td>', section.partition("<details>")[0])
+    text = section(page(summarise([runs])), "configuration").partition("<details>")[0]
+    differ = re.findall(r'<th scope="row"><code>([^<]*)</code></th><td>(.*?)</td>', text)
     values_by_key = {key: re.findall(r"<code>([^<]*)</code> \((\d+)\)", values) for key, values in differ}
     assert values_by_key == {
         "adapter": [("dora", "4"), ("lora", "4")],
@@ -146,35 +228,73 @@ def test_every_key_that_differs_is_told(runs: Path) -> None:
     }
 
 
-def test_curves_are_drawn_by_step_and_by_what_was_computed(tmp_path: Path) -> None:
-    for name, seed, flops in (("a", 0, 50e12), ("b", 0, 10e12)):
-        make(tmp_path / name, "lora" if name == "a" else "dora", seed, 0.6)
-        run = Run(tmp_path / name, json.loads((tmp_path / name / "run.json").read_text()))
-        run.update(cost={"steps": 50, "train_flops": flops, "prepare_flops": 5e12 if name == "b" else None})
-    html = page(summarise([tmp_path]))
-    section = html[html.index("Learning curves by TFLOP, mean over runs") :]
-    rows = re.findall(
-        r'<tr>(?:<t[hd][^>]*>)(\w+)</t[hd]><td class="number">([\d.]+)</td>', section.partition("</table>")[0]
-    )
-    assert [(name, float(at)) for name, at in rows if name == "lora"] == [("lora", 10.0 * i) for i in range(1, 6)]
-    assert [(name, float(at)) for name, at in rows if name == "dora"] == [("dora", 5.0 + i) for i in range(1, 6)]
-    make(tmp_path / "c", "dora", 1, 0.6)  # of one run it is not known
-    html = page(summarise([tmp_path]))
-    assert "Learning curves by step" in html
-    assert "Learning curves by TFLOP" not in html
+# -- it is safe --
 
 
-def test_rows_of_one_method_share_a_colour_and_have_dashes_of_their_own(runs: Path) -> None:
+def test_names_cannot_break_out(runs: Path, tmp_path: Path) -> None:
+    make(tmp_path / "a", HOSTILE, 0, 0.6)
+    make(tmp_path / "b", "lora", 0, 0.5)
+    for top in (runs, tmp_path):
+        html = page(summarise([top]))
+        assert "<script>alert" not in html
+        assert "\x1b" not in html
+        assert "\u202e" not in html
+        assert html.count("</style>") == 1
+        assert "alert(1)" in html  # it is there, as text
+        names = [json.loads(text) for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html)]
+        assert len(names) >= 5
+
+
+def test_the_policy_allows_the_scripts_of_the_page_and_nothing_else(runs: Path) -> None:
     html = page(summarise([runs]))
-    section = html[html.index('<section id="curves"') : html.index('<section id="calibration"')]
-    assert sorted(re.findall(r'class="line (s\d dash\d)"', section.partition("</ul>")[0])) == [
-        *("s0 dash0", "s0 dash1", "s1 dash0", "s1 dash1")
-    ]
+    (policy,) = [tag["content"] for tag in Outline(html).all("meta") if tag.get("http-equiv")]
+    assert policy
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    hashed = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (*scripts, style)]
+    assert rules["script-src"].split() == [f"'sha256-{digest}'" for digest in hashed[:-1]]
+    assert rules["style-src"] == f"'sha256-{hashed[-1]}'"
+
+
+def test_nothing_is_linked_and_no_element_has_a_style(runs: Path) -> None:
+    outline = Outline(page(summarise([runs])))
+    assert not [attributes for _, attributes in outline.tags if "style" in attributes or "src" in attributes]
+    assert all((tag["href"] or "").startswith(("#", "data:,")) for name in ("a", "link") for tag in outline.all(name))
+
+
+def test_charts_have_words_and_numbers_and_tables_have_headers(runs: Path) -> None:
+    html = page(summarise([runs]))
+    outline = Outline(html)
+    pictures = [tag for tag in outline.all("div") if tag.get("role") == "img"]
+    assert len(pictures) >= 9
+    assert all(len(picture["aria-label"] or "") > 20 for picture in pictures)
+    assert all(th.get("scope") in ("col", "row") for th in outline.all("th"))
+    assert len(outline.all("caption")) == len(outline.all("table"))
+
+
+def test_numbers_have_one_minus_sign(runs: Path, tmp_path: Path) -> None:
+    make(tmp_path / "a", "lora", 0, -0.2)
+    make(tmp_path / "b", "lora", 1, -0.3)
+    for top in (runs, tmp_path):
+        html = page(summarise([top]))
+        body = re.sub(r"<script.*?</script>|<style.*?</style>|<code>.*?</code>", "", html, flags=re.DOTALL)
+        assert not re.findall(r"(?:^|[\s(>])-\.?\d", text_of(body))
+        assert "−0.2" in html
+
+
+# -- the command --
 
 
 def test_the_command_writes_the_page(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(runs), "--html", str(tmp_path / "new" / "report.html")]) == 0
-    assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    html = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert html.startswith("<!DOCTYPE html>")
+    assert len(html.encode()) < 1_500_000
+    assert "data-refresh" not in html.partition("<head>")[0]
     assert capsys.readouterr().out == ""
     for name in (".", "new/report.html/x", "x" * 300):
         with refuses(Code.UNWRITABLE, key="--html") as caught:
@@ -182,69 +302,6 @@ def test_the_command_writes_the_page(runs: Path, tmp_path: Path, capsys: pytest.
         assert caught.value.value == tmp_path / name
 
 
-def test_pareto_front() -> None:
-    assert pareto([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9)]) == [1, 3, 0]
-
-
-def test_a_cost_that_rows_visibly_share_has_no_chart(tmp_path: Path) -> None:
-    for name, totals in (("alike", (22_700_000, 22_710_000)), ("unlike", (22_700_000, 30_300_000))):
-        for adapter, mcc, total in (("lora", 0.6, totals[0]), ("dora", 0.5, totals[1])):
-            make(folder := tmp_path / name / adapter, adapter, 0, mcc)
-            Run(folder, json.loads((folder / "run.json").read_text())).update(params={"total": total})
-        assert ("MCC against all parameters" in page(summarise([tmp_path / name]))) == (name == "unlike")
-
-
-def test_axes() -> None:
-    axis = linear([0.52, 0.58], "MCC")
-    assert [words for _, words in axis.ticks] == ["0.52", "0.54", "0.56", "0.58"]
-    assert 0 < axis.position(0.52) < axis.position(0.58) < 1
-    axis = logarithmic([0, 1000, 1e6], "parameters", lambda value: f"{value:g}")
-    assert axis.ticks[0] == (0.0, "0")
-    assert axis.position(0) == 0 < axis.position(1000) < axis.position(1e6) < 1
-    assert axis.position(31622.7766) == pytest.approx((axis.position(1000) + axis.position(1e6)) / 2, abs=1e-6)
-
-
-# -- in words --
-
-
-def verdict_of(tmp_path: Path, *rivals: tuple[str, list[float]], **settings: str) -> tuple[str, str]:
-    """Heading and summary, as text, of lora with 0.5 beside rivals with an MCC for each of three seeds."""
-    for adapter, values in (("lora", [0.5, 0.5, 0.5]), *rivals):
-        for seed, mcc in enumerate(values):
-            make(tmp_path / adapter / str(seed), adapter, seed, mcc)
-    html = page(summarise([tmp_path], **settings))
-    match = re.search(r"<h1>(.*?)</h1>.*?(<p class=\"lead\">.*?</p>)", html, re.DOTALL)
-    assert match
-    return match[1], re.sub("<[^>]*>", "", match[2])
-
-
-def test_a_rival_that_is_better(tmp_path: Path) -> None:
-    heading, summary = verdict_of(tmp_path, ("dora", [0.84, 0.86, 0.88]), ("vera", [0.2, 0.22, 0.24]))
-    assert heading == "dora is better than lora"
-    assert "dora has the highest MCC" in summary
-    assert "36.0 points above the baseline lora" in summary
-
-
-def test_a_baseline_that_nothing_beats(tmp_path: Path) -> None:
-    heading, summary = verdict_of(tmp_path, ("dora", [0.2, 0.22, 0.24]))
-    assert heading == "lora is better than all its rivals"
-    assert "baseline" in summary
-
-
-def test_a_difference_that_may_be_chance(tmp_path: Path) -> None:
-    heading, summary = verdict_of(tmp_path, ("dora", [0.36, 0.52, 0.68]))
-    assert heading == "Nothing is surely better than lora"
-    assert "chance alone may explain" in summary
-
-
-def test_another_baseline(tmp_path: Path) -> None:
-    heading, _ = verdict_of(tmp_path, ("dora", [0.84, 0.86, 0.88]), baseline="dora")
-    assert heading == "dora is better than all its rivals"
-
-
-def test_one_seed_has_no_verdict(tmp_path: Path) -> None:
-    make(tmp_path / "a", "lora", 0, 0.5)
-    make(tmp_path / "b", "dora", 0, 0.6)
-    html = page(summarise([tmp_path]))
-    assert "dora leads" in html
-    assert "one seed" in html
+def test_the_page_of_another_measure(runs: Path, tmp_path: Path) -> None:
+    assert main([str(runs), "--measure", "accuracy", "--html", str(tmp_path / "report.html")]) == 0
+    assert "Difference of accuracy from" in (tmp_path / "report.html").read_text(encoding="utf-8")

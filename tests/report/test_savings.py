@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def section(table: Table, name: str) -> list[list[str]]:
     """The cells, headers first, of the table in a section of the page."""
     html = page(table)
-    inside = html[html.index(f'<section id="{name}"') :].partition("</section>")[0]
+    inside = html[html.index(f'<details id="{name}"') :].partition("</details>")[0]
     return [
         [unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
         for row in re.findall(r"<tr[^>]*>(.*?)</tr>", inside, re.DOTALL)
@@ -43,7 +43,7 @@ def test_savings_by_cause(tmp_path: Path) -> None:
         "fewer layers": "+17%",  # 1 / 3 · 1 / 2
         "cached prefix": "+10%",  # 1 / 3 · 1 / 2 - 0.2 / 3
         "less padding": "+9%",  # 1.1 / 3 · (1 / 0.8 - 1)
-        "the adapter itself": "-6%",  # what is left
+        "the adapter itself": "−6%",  # what is left
         "FLOPs saved": "+63%",  # 1 - 1.1 / 3
         "rate": "+12%",  # 0.75 - 0.63
         "time saved": "+75%",
