@@ -12,7 +12,7 @@ from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import format_cell, format_value
 from lora_bench.config.metric_names import display_name
 from lora_bench.console.format import format_number, to_single_line
-from lora_bench.report.specs import SERIES
+from lora_bench.report.specs import SERIES, legend_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -179,7 +179,7 @@ def _block(
         entries=[by_number[entry.number] for entry in entries],
         main=main,
         chosen=[by_number[number] for number in chosen],
-        series=series,
+        series=[legend_name(name) for name in series],
     )
 
 

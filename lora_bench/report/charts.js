@@ -24,7 +24,9 @@ const charts = (() => {
 
   const render = async (box, spec) => {
     if (box.view) box.view.finalize();
-    box.replaceChildren();
+    const canvas = document.createElement("div"); // Vega describes its container, and the description of the box stays
+    canvas.setAttribute("aria-hidden", "true");
+    box.replaceChildren(canvas);
     const longest = spec.usermeta ? spec.usermeta.longest : 1;
     const columns = Math.max(1, Math.floor((box.clientWidth - 40) / (7.2 * longest + 40)));
     const legend = { ...config.legend, columns };
@@ -32,7 +34,7 @@ const charts = (() => {
     box.view = new vega.View(vega.parse(compiled, null, { ast: true }), {
       expr: vegaInterpreter.expressionInterpreter,
       renderer: "svg",
-      container: box,
+      container: canvas,
       loader: { load: refuse, sanitize: refuse, http: refuse, file: refuse },
       logLevel: vega.Error,
     });

@@ -113,9 +113,9 @@ const settings = (() => {
     if (!drawn.length) return;
     const spec = read("curves-spec");
     spec.data.values = drawn.flatMap((row) => row.curve.map(([step, value]) => (
-      { series: row.name, step, value, tip: `${row.name}\nstep ${step}: ${number(value)}` })));
-    spec.usermeta = { longest: Math.max(...drawn.map((row) => row.name.length)) };
-    const scale = { domain: drawn.map((row) => row.name), range: drawn.map((_, i) => `var(--s${i})`) };
+      { series: row.legend, step, value, tip: `${row.name}\nstep ${step}: ${number(value)}` })));
+    spec.usermeta = { longest: Math.max(...drawn.flatMap((row) => row.legend.split("\n")).map((line) => line.length)) };
+    const scale = { domain: drawn.map((row) => row.legend), range: drawn.map((_, i) => `var(--s${i})`) };
     for (const layer of spec.layer) layer.encoding.color.scale = scale;
     charts.render(root.querySelector(".lines"), spec);
   };

@@ -99,6 +99,7 @@ def settings_data(table: Table, blocks: Sequence[Block], entries: Sequence[Entry
             {
                 "name": entry.name,
                 "label": labels[entry.name],
+                "legend": specs.legend_name(entry.name),
                 "series": block.series_name(entry) or specs.OTHERS,
                 "block": block_of[entry.number],
                 "recommended": entry.row.recommended,

@@ -24,6 +24,8 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 LINE_WIDTH = 26
 """Characters of a line of a label."""
 LINE_HEIGHT = 15
+LEGEND_WIDTH = 38
+"""Characters of a line of a legend."""
 TIP = {"field": "tip", "type": "nominal"}
 
 
@@ -93,9 +95,14 @@ def series_channels(names: Sequence[str], *, shape: bool = True, others: bool = 
     return channels
 
 
+def legend_name(name: str) -> str:
+    """Return a name in lines that fit into a legend on a narrow screen."""
+    return "\n".join(wrap(name, LEGEND_WIDTH))
+
+
 def legend_width(names: Sequence[str]) -> Spec:
     """Return the property that tells the page how wide an entry of the legend is, so that it can choose columns."""
-    return {"usermeta": {"longest": max(map(len, names), default=1)}}
+    return {"usermeta": {"longest": max((len(line) for name in names for line in name.split("\n")), default=1)}}
 
 
 # -- labels --
