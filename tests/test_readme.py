@@ -81,7 +81,7 @@ def write_named_blocks(prefix: str, folder: Path) -> None:
         if name.startswith(prefix):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block, encoding="utf-8")
+            path.write_text(block.partition("\n")[2], encoding="utf-8")  # Hydra reads `# @package` in the first line
 
 
 # -- commands --

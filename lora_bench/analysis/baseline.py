@@ -48,7 +48,7 @@ def add_verdicts(
     named_rows = None if baseline is None else _named_rows(table, baseline)
     n_runs = sum(row.n for row in table.rows if row.chosen)
     if baseline is None and n_runs > FEW_RUNS:
-        note = f"{n_runs:,} runs are tested only against a named row: give --baseline NAME"
+        note = f"no tests: {n_runs:,} runs are tested only against a baseline that you name (--baseline NAME)"
         return replace(table, notes=[*table.notes, note])
     rows, notes = list(table.rows), []
     for row_numbers in rows_by_data.values():
@@ -67,7 +67,9 @@ def add_verdicts(
         for i, finding in zip(rivals, tests, strict=True):
             rows[i] = replace(rows[i], finding=finding)
         subject = f"{split} {display_name(measure)} against {name}"
-        notes += _notes(subject, reason if len(candidates) == 1 else f"{reason}, the best on selection", tests, margin)
+        reason += "" if len(candidates) == 1 else ", the best of them on selection"
+        reason += "; --baseline names another" if named_rows is None else ""
+        notes += _notes(subject, reason, tests, margin)
     for i, row in enumerate(rows):
         if row.finding is None and row.chosen and notes:
             rows[i] = replace(row, finding=Finding("", NOT_TESTED, measure, "no baseline has the same data"))
@@ -147,18 +149,18 @@ def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] |
     """
     if named_rows is not None:
         named = [i for i in row_numbers if i in named_rows]
-        return [i for i in named if table.rows[i].chosen] or named, "--baseline"
+        return [i for i in named if table.rows[i].chosen] or named, "named by --baseline"
     chosen = [i for i in row_numbers if table.rows[i].chosen and table.rows[i].learned]
     for adapter, reason in (("full", "full fine-tuning"), ("lora", "plain LoRA")):
         matches = [i for i in chosen if _first_record(table, table.rows[i])["choices"].get("adapter") == adapter]
         if matches:
-            return matches, f"{reason}, unless --baseline names another"
+            return matches, reason
     if not chosen:
         return [], ""
     best = max(chosen, key=lambda i: _selection_mcc(table, table.rows[i]))
     if _selection_mcc(table, table.rows[best]) > -math.inf:
-        return [best], "best on selection, unless --baseline names another"
-    return chosen[:1], "best on these same scores, which flatters it, unless --baseline names another"
+        return [best], "the best on selection"
+    return chosen[:1], "the best on the tested scores, so differences from it are too large"
 
 
 def _first_record(table: Table, row: Row) -> dict[str, Any]:
@@ -171,14 +173,14 @@ def _first_record(table: Table, row: Row) -> dict[str, Any]:
 
 def _notes(subject: str, reason: str, tests: Sequence[Finding], margin: float) -> list[str]:
     """Return the notes about the tests of one data set: baseline, seeds, examples, and rows without a test."""
-    subject_line = f"verdicts: {subject} ({reason})"
+    subject_line = f"tests of {subject} ({reason})"
     decided = [test for test in tests if test.p_holm is not None]
     lines = []
     if decided:
         lines.append(
-            f"{subject_line}: {seeds_range(decided)} paired seeds and {decided[0].examples:,} examples, both counted "
-            f"as chance; p by Holm over {len(decided)} rival{'s' * (len(decided) > 1)}; within {margin:g} is "
-            "equivalent (--margin)"
+            f"{subject_line}: {seeds_range(decided)} paired seeds and {decided[0].examples:,} examples; "
+            f"p adjusted by Holm over {len(decided)} rival{'s' * (len(decided) > 1)}; a difference "
+            f"within {margin:g} is equivalent (--margin)"
         )
     else:
         lines.append(f"{subject_line}: no row could be tested")

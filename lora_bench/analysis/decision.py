@@ -217,7 +217,7 @@ class _Writer:
                 f"{baseline} ({self._interval(finding)}){self._cost_note(row)}."
             )
         if self.reason == BEST_KNOWN:
-            return f"{prefix}no rival has a higher {self._metric} by more than chance, or the same at lower cost."
+            return f"{prefix}no rival is better by more than chance, or equivalent at lower cost."
         selection = mean_selection_mcc([self.table.records[folder] for folder in row.folders])
         how = f" (MCC {selection:.3f})" if selection > -math.inf else ""
         best = f"it is the best on the selection split{how}" if how else f"it has the highest {self._metric} here"
@@ -228,7 +228,7 @@ class _Writer:
             more = " and others" if row is self.baseline and len(undecided) > 1 else ""
             return f"{prefix}{best}, but its difference from {subject}{more} may be chance{self._cost_note(row)}."
         if self.reason == UNTESTED:
-            return f"{prefix}{best}; whether by chance is not known."
+            return f"{prefix}{best}, but no test shows whether that is chance."
         if self.n_settings > 1:
             return f"{prefix}{best}, of {self.n_settings} settings; its {self._metric} is {self._score(row)}."
         return f"{prefix}it is the only setting here; its {self._metric} is {self._score(row)}."
@@ -243,6 +243,8 @@ class _Writer:
             if self.reason == ONLY and seeds == 1:
                 return ["Run at least three seeds ('seed=range(3)') to learn how much the result varies."]
             return []
+        from lora_bench.analysis.statistics import MAX_SEEDS  # late: numpy, which the tests have loaded
+
         detectable = max(finding.detectable or 0.0 for finding in findings)
         n_seeds = seeds_range(findings)
         seeds_text = f"{n_seeds} seed{'s' * (n_seeds != '1')}"
@@ -254,15 +256,15 @@ class _Writer:
         if not undecided:
             return [f"{sentence}."]
         finding = min(undecided, key=lambda one: one.seeds_needed or math.inf)
-        target = max(abs(finding.difference or 0.0), self.margin)
+        points = f"{100 * max(abs(finding.difference or 0.0), self.margin):.1f} points"
         if finding.seeds_needed:
             command = f"'seed=range({finding.seeds_needed})'"
-            return [f"{sentence}; to detect {100 * target:.1f} points, run {finding.seeds_needed} seeds ({command})."]
+            return [f"{sentence}; to detect {points}, run {finding.seeds_needed} seeds ({command})."]
         if finding.examples_needed:
-            return [
-                f"{sentence}; to detect {100 * target:.1f} points, score about {finding.examples_needed:,} examples."
-            ]
-        return [f"{sentence}; {100 * target:.1f} points cannot be detected with these methods."]
+            more_seeds = f"run {MAX_SEEDS} seeds and " if (finding.paired_seeds or 0) > 1 else ""
+            examples = f"{more_seeds}score about {finding.examples_needed:,} examples"
+            return [f"{sentence}; to detect {points}, {examples}."]
+        return [f"{sentence}; {points} would need more than {MAX_SEEDS} seeds."]
 
     @property
     def _metric(self) -> str:

@@ -189,7 +189,7 @@ def test_a_baseline_is_named_by_value_key_or_folder(tmp_path: Path, name: str) -
     sweep(tmp_path, {"full": 0.0, "dora": 2.0})
     table = summarise([tmp_path], baseline=name.replace("FOLDER", str(tmp_path)))
     assert verdicts(table) == {"full": "worse", "dora": "baseline"}
-    assert "against adapter=dora (--baseline)" in table.notes[0]
+    assert "against adapter=dora (named by --baseline)" in table.notes[0]
 
 
 def test_without_full_the_baseline_is_plain_lora_then_the_best_on_selection(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_of_several_methods_that_fit_the_best_on_selection_is_the_baseline(tmp_p
         "kaiming": "worse",
         "pissa": "baseline",
     }
-    assert any("(--baseline, the best on selection)" in note for note in table.notes)
+    assert any("(named by --baseline, the best of them on selection)" in note for note in table.notes)
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_variants_are_overrides_that_go_together_and_are_compared_with_the_first
     assert [each["adapter"].get("alpha") for each in found[::2]] == [8, None, 16]
     baseline = next(row for row in table(in_tmp / "sweep") if row["verdict"] == "baseline")
     assert (baseline["adapter"], baseline["adapter.rank"]) == ("lora", "4")
-    assert "adapter.rank=4" in next(line for line in answer.out.splitlines() if line.startswith("verdicts: "))
+    assert "adapter.rank=4" in next(line for line in answer.out.splitlines() if line.startswith("tests of "))
     alike = "hydra.sweeper.variants=['','adapter.rank=8']"
     error = refused("train", "-m", *toy_run("hydra.sweep.dir=other"), "seed=0,1", alike)
     assert (error.code, error.key) == (Code.CONFLICT, "sweep")
