@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MAPS = 12
 """Methods that have a heat map."""
+SIDE = 10
+"""Ranks and learning rates of a heat map."""
 NONE = "none"
 """The rank of a method without one."""
 
@@ -46,9 +48,11 @@ def _figure(method: str, entries: Sequence[Entry]) -> Figure | None:
     if len(cells) < 2:
         return None
     best = {cell: max(group, key=lambda e: (e.row.chosen, e.selection_mcc)) for cell, group in cells.items()}
+    n_cells = len(best)
+    best = _readable(best)
     scores = [entry.selection_mcc for entry in best.values()]
     low, high = min(scores), max(scores)
-    ranks, rates = (sorted({cell[i] for cell in cells}, key=lambda value: value or 0.0) for i in (0, 1))
+    ranks, rates = (sorted({cell[i] for cell in best}, key=lambda value: value or 0.0) for i in (0, 1))
     values: list[dict[str, Any]] = []
     chosen = ""
     for (rank, rate), entry in best.items():
@@ -71,7 +75,22 @@ def _figure(method: str, entries: Sequence[Entry]) -> Figure | None:
     caption = chosen or "none is chosen: seeds are missing"
     if any(len(group) > 1 for group in cells.values()):
         caption += "; of settings that differ in other keys, the chosen or best one"
+    if len(best) < n_cells:
+        caption += f"; {len(best)} of {n_cells} cells, those of the ranks and learning rates with the best scores"
     return Figure(method, caption, spec, numbers)
+
+
+Cells = dict[tuple[float | None, float | None], "Entry"]
+"""Setting by rank and learning rate."""
+
+
+def _readable(cells: Cells) -> Cells:
+    """Return the cells of the `SIDE` ranks and learning rates with the best settings; the chosen one is kept."""
+    for i in (0, 1):
+        ordered = sorted(cells.items(), key=lambda item: (not item[1].row.chosen, -item[1].selection_mcc))
+        kept = list(dict.fromkeys(cell[i] for cell, _ in ordered))[:SIDE]
+        cells = {cell: entry for cell, entry in cells.items() if cell[i] in kept}
+    return cells
 
 
 def _number(entry: Entry, group: str, key: str) -> float | None:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from time import perf_counter, process_time
+from time import process_time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser, Locator, Page
 
-SLOW = 4
-"""Times that a machine shared with other tests may be slower than a free one."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -52,7 +50,14 @@ class Opened:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.metrics = self.page.context.new_cdp_session(self.page)
+        self.metrics.send("Performance.enable", {"timeDomain": "threadTicks"})
         self.page.goto(file.as_uri())
+
+    def processor_seconds(self) -> float:
+        """Return the time of the processor that the page has taken, which other programs do not change."""
+        metrics = self.metrics.send("Performance.getMetrics")["metrics"]
+        return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
 
     def rows(self) -> list[str]:
         rows = self.page.locator(".board tbody tr:visible")
@@ -385,11 +390,9 @@ def test_a_page_of_a_thousand_rows(browser: Browser, tmp_path: Path) -> None:
     assert process_time() - began < 10  # 1 on a free core
     assert len(html.encode()) < 3_000_000
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
-    Opened(browser, tmp_path / "report.html").page.context.close()  # the browser has started
-    before = perf_counter()
     opened = Opened(browser, tmp_path / "report.html")
     opened.page.wait_for_selector(".result .chart[data-drawn]")
-    assert perf_counter() - before < 2 * SLOW
+    assert opened.processor_seconds() < 2  # 0.8 was measured
     assert opened.page.locator(".board tbody tr").count() == 1000
     opened.unfold("settings", "cost")
     opened.page.get_by_label("Filter").fill("vera mcc>=0.4")
