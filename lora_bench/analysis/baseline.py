@@ -53,10 +53,15 @@ def add_verdicts(
     rows, notes = list(table.rows), []
     for row_numbers in rows_by_data.values():
         candidates, reason = _candidates(table, row_numbers, named_rows)
+        chosen_rows = [i for i in row_numbers if rows[i].chosen]
+        if not candidates and named_rows is None and len(chosen_rows) > 1:
+            finding = Finding("", NOT_TESTED, measure, "no method learned the task")
+            rows = [replace(row, finding=finding) if i in chosen_rows else row for i, row in enumerate(rows)]
+            notes.append(f"verdicts: {split} {display_name(measure)}: no row is tested, since none learned the task")
         if not candidates:
             continue
         chosen = max(candidates, key=lambda i: _selection_mcc(table, table.rows[i]))
-        rivals = [i for i in row_numbers if i != chosen and table.rows[i].chosen]
+        rivals = [i for i in chosen_rows if i != chosen]
         if not rivals:
             continue
         name = table.label(table.rows[chosen])

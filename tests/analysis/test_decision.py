@@ -154,6 +154,7 @@ def test_where_nothing_was_learned_nothing_is_advised(tmp_path: Path) -> None:
     table = summarise([tmp_path])
     assert (table.decisions[0].reason, recommended(table)) == (decision.UNLEARNED, [])
     assert "optimizer.lr" in table.advice[1]
+    assert [row.finding.verdict for row in table.rows if row.finding] == ["not tested", "not tested"]
 
 
 # -- one row is one setting --
