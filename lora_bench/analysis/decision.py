@@ -222,8 +222,7 @@ class _Writer:
         how = f" (MCC {selection:.3f})" if selection > -math.inf else ""
         best = f"it is the best on the selection split{how}" if how else f"it has the highest {self._metric} here"
         if self.reason == INCONCLUSIVE:
-            others = [other for other in self.rows if other is not row and other.finding is not None]
-            undecided = [other for other in others if other.finding and other.finding.verdict == "inconclusive"]
+            undecided = [other for other in self._rivals if other.finding and other.finding.verdict == "inconclusive"]
             subject = self._name(self.baseline) if row is not self.baseline else self._name(undecided[0])
             more = " and others" if row is self.baseline and len(undecided) > 1 else ""
             return f"{prefix}{best}, but its difference from {subject}{more} may be chance{self._cost_note(row)}."
@@ -245,26 +244,34 @@ class _Writer:
             return []
         from lora_bench.analysis.statistics import MAX_SEEDS  # late: numpy, which the tests have loaded
 
-        detectable = max(finding.detectable or 0.0 for finding in findings)
+        undecided = self._undecided
+        detectable = undecided.detectable if undecided else max(finding.detectable or 0.0 for finding in findings)
         n_seeds = seeds_range(findings)
         seeds_text = f"{n_seeds} seed{'s' * (n_seeds != '1')}"
         sentence = (
             f"With {seeds_text} and {findings[0].examples:,} examples this comparison detects differences of "
-            f"{100 * detectable:.1f} points or more"
+            f"{100 * (detectable or 0.0):.1f} points or more"
         )
-        undecided = [finding for finding in findings if finding.verdict == "inconclusive"]
-        if not undecided:
+        if undecided is None:
             return [f"{sentence}."]
-        finding = min(undecided, key=lambda one: one.seeds_needed or math.inf)
-        points = f"{100 * max(abs(finding.difference or 0.0), self.margin):.1f} points"
-        if finding.seeds_needed:
-            command = f"'seed=range({finding.seeds_needed})'"
-            return [f"{sentence}; to detect {points}, run {finding.seeds_needed} seeds ({command})."]
-        if finding.examples_needed:
-            more_seeds = f"run {MAX_SEEDS} seeds and " if (finding.paired_seeds or 0) > 1 else ""
-            examples = f"{more_seeds}score about {finding.examples_needed:,} examples"
+        difference = abs(undecided.difference or 0.0)
+        points = f"{100 * max(difference, self.margin):.1f} points"
+        points = f"this difference of {points}" if difference >= self.margin else points
+        if undecided.seeds_needed:
+            command = f"'seed=range({undecided.seeds_needed})'"
+            return [f"{sentence}; to detect {points}, run {undecided.seeds_needed} seeds ({command})."]
+        if undecided.examples_needed:
+            more_seeds = f"run {MAX_SEEDS} seeds and " if (undecided.paired_seeds or 0) > 1 else ""
+            examples = f"{more_seeds}score about {undecided.examples_needed:,} examples"
             return [f"{sentence}; to detect {points}, {examples}."]
         return [f"{sentence}; {points} would need more than {MAX_SEEDS} seeds."]
+
+    @property
+    def _undecided(self) -> Finding | None:
+        """The inconclusive test that the advice is about: the recommended row's, else that of the first such rival."""
+        rows = [self.recommended, *self._rivals]
+        tests = [row.finding for row in rows if row is not None and row.finding is not None]
+        return next((finding for finding in tests if finding.verdict == "inconclusive"), None)
 
     @property
     def _metric(self) -> str:
@@ -284,8 +291,8 @@ class _Writer:
         return f"95 % interval {low:.1f} to {high:.1f}, {format_p(p)}"
 
     def _cost_note(self, row: Row) -> str:
-        """Return the row's cost as a share of the baseline's, as a clause; empty if it is the baseline or unknown."""
+        """Return the row's cost as a share of the baseline's, as a clause; empty if it is about the same or unknown."""
         if self.baseline is None or row is self.baseline:
             return ""
-        shares = _cost_shares(row, self.baseline)
-        return f", at {shares[0][1]:.0%} of its {shares[0][0]}" if shares else ""
+        shares = [(name, share) for name, share in _cost_shares(row, self.baseline)[:1] if abs(share - 1) >= 0.05]
+        return "".join(f", at {share:.0%} of its {name}" for name, share in shares)
