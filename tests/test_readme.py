@@ -121,7 +121,7 @@ def test_clean_commands_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_scripts_exist() -> None:
     for name in WRITTEN:
-        for script in re.findall(r"(?<![\w/])((?:scripts|benchmarks|experiments)/\w+)", TEXTS[name]):
+        for script in re.findall(r"(?<![\w/])((?:scripts|benchmarks|experiments)/\w+(?:\.py)?)", TEXTS[name]):
             assert (ROOT / script).exists(), f"{name}: {script}"
 
 
