@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Draw docs/img/verdicts.svg: how an interval, zero and the margin give a verdict.
 
     python experiments/draw_verdicts.py
@@ -8,6 +8,7 @@ The drawing has its own background, so that it reads the same on a light and on 
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 FILE = Path(__file__).parent.parent / "docs" / "img" / "verdicts.svg"
@@ -88,4 +89,5 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(draw(), encoding="utf-8")

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Simulate whole sweeps and count how often a method is called better, rightly and falsely.
 
     python experiments/simulate_sweeps.py --sweeps 2000

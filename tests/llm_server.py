@@ -1,4 +1,4 @@
-"""A scripted OpenAI-compatible server on a port of this machine, which counts what it is asked."""
+"""A scripted OpenAI-compatible server on a local port, which records its requests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 def completion(text: str | None = "yes", *, logprobs: dict[str, float] | None = None, **message: Any) -> Reply:
-    """A chat completion; `logprobs` are those of its first token.
+    """Return a chat completion; `logprobs` are those of its first token.
 
-    Of the replies' headers `X-Slow` makes one come byte by byte, and `X-Cut` ends one in the middle.
+    A reply with the header `X-Slow` is sent byte by byte, and one with `X-Cut` ends in the middle.
     """
     choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text, **message}}
     choice["finish_reason"] = "stop"
@@ -36,11 +36,11 @@ def error(status: int, message: str = "no", headers: dict[str, str] | None = Non
 
 
 class Server:
-    """Answers as `script(body, number)` says, number counting the requests from 0."""
+    """Answers a request with `script(body, number)`; the requests are numbered from 0."""
 
     def __init__(self, script: Callable[[dict[str, Any], int], Reply | None]) -> None:
         self.script = script
-        self.asked: list[dict[str, Any]] = []
+        self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         lock = threading.Lock()
         owner = self
@@ -51,8 +51,8 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
-                    number = len(owner.asked)
-                    owner.asked.append(body)
+                    number = len(owner.bodies)
+                    owner.bodies.append(body)
                     owner.keys.append(self.headers["Authorization"])
                 status, headers, content = owner.script(body, number) or completion()
                 try:
@@ -71,7 +71,7 @@ class Server:
                             time.sleep(0.02)
                     else:
                         self.wfile.write(content)
-                except OSError:  # the client has gone
+                except OSError:  # the client has closed the connection
                     self.close_connection = True
 
             def log_message(self, *_: object) -> None:
@@ -79,7 +79,7 @@ class Server:
 
         class Quiet(http.server.ThreadingHTTPServer):
             def handle_error(self, *_: object) -> None:
-                """Say nothing of a client that hangs up."""
+                """Ignore errors of clients that close the connection."""
 
         self.server = Quiet(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -91,8 +91,8 @@ class Server:
 
     @property
     def repeated(self) -> list[str]:
-        """What was asked more than once: the requests' bodies."""
-        counts = Counter(json.dumps(body, sort_keys=True) for body in self.asked)
+        """The bodies of the requests that were sent more than once."""
+        counts = Counter(json.dumps(body, sort_keys=True) for body in self.bodies)
         return [body for body, count in counts.items() if count > 1]
 
     def __enter__(self) -> Server:

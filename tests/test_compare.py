@@ -566,13 +566,18 @@ def test_keys_share_a_column_where_they_leave_no_room(tmp_path: Path) -> None:
     assert "…" not in output
 
 
-def test_a_pipe_gets_all_columns_without_colours(tmp_path: Path) -> None:
+def test_a_pipe_gets_all_columns_without_colours_unless_its_width_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = sweep(tmp_path, keys=8)
+    monkeypatch.delenv("COLUMNS", raising=False)
     lines = printed(table, None).splitlines()
     assert len({cell_len(line) for line in lines[:4]}) == 1
     assert cell_len(lines[0]) > 200
     assert lines[0].split()[-1] == "cost.peak_memory_bytes"
     assert "\x1b" not in "".join(lines)
+    monkeypatch.setenv("COLUMNS", "90")
+    assert 60 < max(cell_len(line) for line in printed(table, None).splitlines()) <= 90
 
 
 def test_comparing_needs_neither_torch_nor_pyarrow() -> None:

@@ -129,7 +129,7 @@ def test_a_server_that_misbehaves_is_asked_again(in_tmp: Path) -> None:
     assert time.monotonic() - began > 0.3 + 2
     found = run_folder.read(in_tmp / "run")
     assert found["answers"]["validation"] == {"probabilities": 0, "text": 12, "refused": 0, "unparsable": 0}
-    assert found["cost"]["requests"] == len(server.asked) >= 12 + len(bad)
+    assert found["cost"]["requests"] == len(server.bodies) >= 12 + len(bad)
 
 
 def test_without_logprobs_the_text_is_read_and_nothing_is_repeated(in_tmp: Path) -> None:
@@ -139,11 +139,11 @@ def test_without_logprobs_the_text_is_read_and_nothing_is_repeated(in_tmp: Path)
     with Server(script) as server:
         first = lora_bench("prompt", *asked(server))
         assert first.code == 0, first
-        assert len(server.asked) == 13
+        assert len(server.bodies) == 13
         assert "no log-probabilities" in first.out
         again = lora_bench("prompt", *asked(server, "hydra.run.dir=again"))
         assert again.code == 0, again
-        assert len(server.asked) == 13
+        assert len(server.bodies) == 13
     assert run_folder.read(in_tmp / "again")["cost"]["requests"] == 0
     assert run_folder.read(in_tmp / "again")["metrics"] == run_folder.read(in_tmp / "run")["metrics"]
 
@@ -157,7 +157,7 @@ def test_budgets_interrupt_and_a_rerun_goes_on(in_tmp: Path) -> None:
         assert (answer.error.code, answer.error.key) == (Code.BUDGET_SPENT, "llm.max_requests")
         assert "5 of 12" in answer.err
         assert run_folder.read(in_tmp / "run")["status"] == "interrupted"
-        assert len(server.asked) == 5
+        assert len(server.bodies) == 5
         error = refused("prompt", *asked(server, "hydra.run.dir=b", "llm.max_cost=10", *prices))
         assert (error.code, error.key, error.value) == (Code.INVALID_VALUE, "llm.max_cost", 10.0)
         answer = lora_bench("prompt", *asked(server, "hydra.run.dir=c", "llm.max_cost=2000", *prices))
@@ -166,7 +166,7 @@ def test_budgets_interrupt_and_a_rerun_goes_on(in_tmp: Path) -> None:
         answer = lora_bench("prompt", *asked(server, "hydra.run.dir=d"))
         assert answer.code == 0
     assert server.repeated == []
-    assert len(server.asked) == 12
+    assert len(server.bodies) == 12
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_few_shot_examples_are_balanced_and_from_train(in_tmp: Path) -> None:
     with Server(lambda body, number: completion("no")) as server:
         assert lora_bench("prompt", *asked(server, "prompt=few_shot", "prompt.shots=4", "seed=1")).code == 0
         assert lora_bench("prompt", *asked(server, "prompt.shots=4", "seed=2", "hydra.run.dir=b")).code == 0
-    first, other = server.asked[0]["messages"], server.asked[-1]["messages"]
+    first, other = server.bodies[0]["messages"], server.bodies[-1]["messages"]
     train, selection = sources.split_selection(
         toy.generate(40, 0, "train"), build_data(composed(*DATA, name="prompt").data)
     )
@@ -280,11 +280,11 @@ def test_killed_and_run_again_asks_nothing_twice_that_was_answered(in_tmp: Path)
     held = Held(50)
     with Server(held) as server:
         process = child("prompt", *asked(server, *BIG))
-        wait_until(lambda: kept() == 50 and len(server.asked) == 53)
+        wait_until(lambda: kept() == 50 and len(server.bodies) == 53)
         process.kill()
         process.communicate()
         held.go.set()
-        under_way = [json.dumps(body, sort_keys=True) for body in server.asked[50:]]
+        under_way = [json.dumps(body, sort_keys=True) for body in server.bodies[50:]]
         folder = in_tmp / "run"
         assert "same command" in lora_bench("compare", ".").out
         error = refused("train", f"resume={folder}")
@@ -307,7 +307,7 @@ def test_an_interrupt_waits_for_what_is_under_way(in_tmp: Path, number: signal.S
     held = Held(10)
     with Server(held) as server:
         process = child("prompt", *asked(server, *BIG))
-        wait_until(lambda: kept() == 10 and len(server.asked) == 13)
+        wait_until(lambda: kept() == 10 and len(server.bodies) == 13)
         process.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
@@ -325,7 +325,7 @@ def test_a_second_interrupt_ends_at_once(in_tmp: Path) -> None:
     held = Held(10)
     with Server(held) as server:
         process = child("prompt", *asked(server, *BIG))
-        wait_until(lambda: kept() == 10 and len(server.asked) == 13)
+        wait_until(lambda: kept() == 10 and len(server.bodies) == 13)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
@@ -360,7 +360,7 @@ def test_a_server_that_counts_no_tokens_spends_the_most_there_can_be(in_tmp: Pat
         assert "llm.max_tokens" in str(error)
         bound = "+llm.extra.max_completion_tokens=100"
         answer = lora_bench("prompt", *asked(server, *prices, "llm.max_cost=900", bound))
-    assert (answer.code, len(server.asked)) == (1, 2), answer  # each counts some 400: its bytes and 100 tokens
+    assert (answer.code, len(server.bodies)) == (1, 2), answer  # each counts some 400: its bytes and 100 tokens
     cost = run_folder.read(in_tmp / "run")["cost"]
     assert (cost["money"], cost["prompt_tokens"]) == (None, None)
     assert 600 < cost["money_spent"] <= 900
@@ -370,7 +370,7 @@ def test_a_metric_that_is_none_is_refused_before_anything_is_asked(in_tmp: Path)
     with Server(lambda body, number: completion("no")) as server:
         error = refused("prompt", *asked(server, "+metric.mine={torchmetric: Nothing, direction: up}"))
     assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "metric.mine.torchmetric", "Nothing")
-    assert server.asked == []
+    assert server.bodies == []
 
 
 def test_pace_and_concurrency(in_tmp: Path) -> None:

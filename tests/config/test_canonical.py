@@ -1,4 +1,4 @@
-"""Equal settings have equal hashes, different ones different hashes."""
+"""Equal settings have equal hashes, and different settings have different hashes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Settings:
 
 
 @dataclass
-class Others(Settings):
+class OtherSettings(Settings):
     pass
 
 
@@ -35,15 +35,15 @@ JSON = st.recursive(
 
 
 def with_types(value: Any) -> Any:
-    """Return the value such that Python's `==` tells true from 1."""
+    """Return the value in a form in which Python's `==` distinguishes true from 1."""
     if isinstance(value, dict):
         return {key: with_types(item) for key, item in value.items()}
     return [with_types(item) for item in value] if isinstance(value, list) else (isinstance(value, bool), value)
 
 
 @given(JSON, JSON)
-def test_hash_is_equal_where_the_values_are(one: Any, other: Any) -> None:
-    assert (settings_hash(one) == settings_hash(other)) == (with_types(one) == with_types(other))
+def test_hashes_are_equal_if_and_only_if_the_values_are(first: Any, second: Any) -> None:
+    assert (settings_hash(first) == settings_hash(second)) == (with_types(first) == with_types(second))
 
 
 @given(st.dictionaries(st.text(max_size=3), JSON, max_size=4))
@@ -52,19 +52,19 @@ def test_order_of_keys_does_not_matter(value: dict[str, Any]) -> None:
     assert settings_hash(json.loads(json.dumps(value))) == settings_hash(value)
 
 
-def test_dataclasses() -> None:
+def test_hashes_of_dataclasses() -> None:
     assert settings_hash(Settings(16.0)) == settings_hash(Settings(16))
-    different = [Settings(8), Settings(16, []), Settings(16, [1]), Others(16), {"rank": 16, "layers": None}]
+    different = [Settings(8), Settings(16, []), Settings(16, [1]), OtherSettings(16), {"rank": 16, "layers": None}]
     assert len({settings_hash(value) for value in [Settings(16), *different]}) == 6
 
 
-def test_what_is_no_setting_is_refused() -> None:
+def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError):
         settings_hash(object())
 
 
 def test_identity_of_a_run() -> None:
-    """Settings of how a run is computed do not count, everything that decides what it learns does."""
+    """The identity depends on the settings that change what is learned, and not on how it is computed."""
 
     def identity(*overrides: str) -> str:
         return Experiment.build(composed(*overrides)).identity
@@ -74,6 +74,6 @@ def test_identity_of_a_run() -> None:
     assert len({identity(), *(identity(override) for override in different)}) == len(different) + 1
 
 
-def test_a_field_of_real_settings_counts() -> None:
+def test_hash_of_data_settings_depends_on_a_field() -> None:
     data = build_data(composed("data=toy").data)
     assert settings_hash(data) != settings_hash(replace(data, train_size=9))

@@ -1,4 +1,4 @@
-"""Wrong requests: one paragraph that names key, file or row, exit code 2, nothing left behind, nothing executed."""
+"""Invalid requests: a message that names key, file or row, exit code 2, no new files and no code executed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.command_line import TOY_RUN, files_below, lora_bench, refused, refuse
 if TYPE_CHECKING:
     from pathlib import Path
 
-WRONG_VALUES = [
+INVALID_VALUES = [
     ("adapter.rank=abc", "abc"),
     ("adapter.rank=0", 0),
     ("adapter.rank=-3", -3),
@@ -49,9 +49,9 @@ WRONG_VALUES = [
     ("adapter.layers=top:9", "top:9"),
     ("adapter.layers=[2]", [2]),
 ]
-"""Values of a wrong type or out of range, each with the value that the refusal names beside the key."""
+"""Values of a wrong type or out of range, each with the value in the error."""
 
-WRONG_CHOICES = [
+UNKNOWN_CHOICES = [
     ("optimizer.schedule=step", "linear, cosine, constant"),
     ("trainer.precision=fp8", "auto, fp32, bf16"),
     ("trainer.device=tpu", "auto, cpu, cuda"),
@@ -59,21 +59,21 @@ WRONG_CHOICES = [
     ("metric=nonsense", "average_precision, cohen_kappa"),
     ("experiment=nonsense", "enhanced, quickstart"),
     ("sweep=nonsense", "ablation, baselines, lr, methods, rank, seeds, transfer"),
-    # methods are looked up among ours, never imported by a name
+    # a method is one of those in the package; nothing is imported by name
     *((f"adapter.method={name}", "adalora, bitfit, full") for name in ("os", "../x", "__init__", "base", "pack")),
 ]
-"""Values that are not one of the choices, each with choices that the refusal names."""
+"""Values that are not one of the choices, each with choices that the message lists."""
 
-WRONG_KEYS = [
+UNKNOWN_KEYS = [
     ("adapter.rnak=8", "Did you mean adapter.rank?"),
     ("modle=bert", "Did you mean model?"),
     ("optimiser.lr=1", "Did you mean optimizer.lr?"),
     ("+foo=1", "adapter, data"),
     ("+adapter.rnak=8", "Did you mean rank?"),
 ]
-"""Keys that there are not, each with the keys that the refusal names."""
+"""Unknown keys, each with keys that the message names."""
 
-WRONG = [
+INVALID_REQUESTS = [
     ("adapter.rank=null", (Code.MISSING, "adapter.rank", None), ""),
     ("~adapter.rank", (Code.MISSING, "adapter.rank", None), ""),
     ("~adapter", (Code.MISSING, "adapter", None), ""),
@@ -89,7 +89,7 @@ WRONG = [
     ),
     ("adapter=null", (Code.UNKNOWN_CHOICE, None, None), "'adapter=null'"),
     ("adapter=3", (Code.UNKNOWN_CHOICE, None, None), "'adapter=3'"),
-    # how it is written
+    # syntax
     ("foo", (Code.INVALID_SYNTAX, None, None), "'foo'"),
     ("adapter.target_modules=(", (Code.INVALID_SYNTAX, None, None), "'adapter.target_modules=('"),
     ("adapter.target_modules='('", (Code.INVALID_SYNTAX, "adapter.target_modules", "("), ""),
@@ -98,7 +98,7 @@ WRONG = [
     ("--resolve", (Code.CONFLICT, None, None), "--cfg job"),
     ("--config-dir=nowhere", (Code.NOT_FOUND, "--config-dir", "nowhere"), ""),
     ("hydra.run.dir=null", (Code.INVALID_SYNTAX, None, None), "hydra.run.dir=null"),
-    # what does not fit the backbone or the data
+    # limits of the backbone and the data
     ("adapter.rank=33", (Code.INVALID_VALUE, "adapter.rank", 33), "32"),
     ("data.train_size=1000", (Code.INVALID_VALUE, "data.train_size", 1000), "36 rows"),
     (
@@ -112,51 +112,53 @@ WRONG = [
         "bert.encoder.layer.0.attention.self.query",
     ),
 ]
-"""Other wrong requests, each with the code, key and value of its refusal, and what else the refusal names."""
+"""Other invalid requests, each with the code, key and value of the error and another text of its message."""
 
 
-@pytest.mark.parametrize(("override", "value"), WRONG_VALUES, ids=[override for override, _ in WRONG_VALUES])
-def test_wrong_value(in_tmp: Path, override: str, value: object) -> None:
+@pytest.mark.parametrize(("override", "value"), INVALID_VALUES, ids=[override for override, _ in INVALID_VALUES])
+def test_invalid_value(in_tmp: Path, override: str, value: object) -> None:
     error = refused("train", *toy_run(override))
     key = override.removeprefix("+").partition("=")[0]
     assert (error.code, error.key, repr(error.value)) == (Code.INVALID_VALUE, key, repr(value))
 
 
-@pytest.mark.parametrize(("override", "choices"), WRONG_CHOICES)
-def test_wrong_choice(in_tmp: Path, override: str, choices: str) -> None:
+@pytest.mark.parametrize(("override", "choices"), UNKNOWN_CHOICES)
+def test_unknown_choice(in_tmp: Path, override: str, choices: str) -> None:
     error = refused("train", *toy_run(override))
     key, _, value = override.partition("=")
     assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, key, value)
     assert choices in str(error)
 
 
-@pytest.mark.parametrize(("override", "keys"), WRONG_KEYS)
-def test_wrong_key(in_tmp: Path, override: str, keys: str) -> None:
+@pytest.mark.parametrize(("override", "keys"), UNKNOWN_KEYS)
+def test_unknown_key(in_tmp: Path, override: str, keys: str) -> None:
     error = refused("train", *toy_run(override))
     assert (error.code, error.key) == (Code.UNKNOWN_KEY, override.removeprefix("+").partition("=")[0])
     assert keys in str(error)
 
 
-@pytest.mark.parametrize(("override", "expected", "named"), WRONG, ids=[override for override, _, _ in WRONG])
-def test_wrong_request(in_tmp: Path, override: str, expected: tuple[Code, str | None, object], named: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "expected", "detail"), INVALID_REQUESTS, ids=[override for override, _, _ in INVALID_REQUESTS]
+)
+def test_invalid_request(in_tmp: Path, override: str, expected: tuple[Code, str | None, object], detail: str) -> None:
     error = refused("train", *toy_run(override))
     assert (error.code, error.key, error.value) == expected
-    assert named in str(error)
+    assert detail in str(error)
 
 
-def test_a_model_folder_that_is_not_there(in_tmp: Path) -> None:
+def test_a_missing_model_folder_is_refused(in_tmp: Path) -> None:
     error = refused("train", *toy_run("model.path=nowhere"))
     assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "model.path", str(in_tmp / "nowhere"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the request can be met here")
-def test_cuda_where_there_is_none(in_tmp: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
+def test_cuda_without_a_device_is_refused(in_tmp: Path) -> None:
     error = refused("train", *toy_run("trainer.device=cuda"))
     assert (error.code, error.key, error.value) == (Code.NO_DEVICE, "trainer.device", "cuda")
 
 
 @pytest.mark.parametrize("model", ["bert", "roberta", "t5"])
-def test_hub_model_offline_names_the_remedy(
+def test_a_missing_hub_model_is_refused_offline_with_a_remedy(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
 ) -> None:
     error = refused("train", *TOY_RUN[1:], f"model={model}", "model.hub_id=nobody/has-this-one")
@@ -171,62 +173,62 @@ def write_pairs(path: Path, *, header: str = "question1\tquestion2\tlabel", rows
     path.parent.mkdir(exist_ok=True)
     lines = [header, *("\t".join(row) for row in ROWS[:rows])]
     if row_7:
-        lines[6] = row_7  # the editor's line 7
+        lines[6] = row_7  # line 7 in an editor
     path.write_text("\n".join(lines) + "\n")
 
 
-GOOD: dict[str, object] = {}
+VALID_SPLIT: dict[str, object] = {}
 
-WRONG_DATA = [
+INVALID_DATA = [
     ({}, [], (Code.MISSING, "data.path", None), None, ""),
     ({}, ["data.path=nowhere"], (Code.NOT_FOUND, "data.path", None), "nowhere", ""),
     ({}, ["data.path=pairs"], (Code.NOT_FOUND, "data.path", None), "pairs", "train, validation or test"),
-    ({"train": GOOD}, ["data.path=pairs"], (Code.EMPTY, "data", None), None, "validation file"),
-    ({"validation": GOOD}, ["data.path=pairs"], (Code.EMPTY, "data", None), None, "train file"),
+    ({"train": VALID_SPLIT}, ["data.path=pairs"], (Code.EMPTY, "data", None), None, "validation file"),
+    ({"validation": VALID_SPLIT}, ["data.path=pairs"], (Code.EMPTY, "data", None), None, "train file"),
     (
-        {"train": GOOD, "validation": {"rows": 0}},
+        {"train": VALID_SPLIT, "validation": {"rows": 0}},
         ["data.path=pairs"],
         (Code.EMPTY, None, None),
         "pairs/validation.tsv",
         "",
     ),
     (
-        {"train": {"header": "question1\tquestion_2\tlabel"}, "validation": GOOD},
+        {"train": {"header": "question1\tquestion_2\tlabel"}, "validation": VALID_SPLIT},
         ["data.path=pairs"],
         (Code.INVALID_DATA, None, None),
         "pairs/train.tsv",
         "'question2'",
     ),
     (
-        {"train": GOOD, "validation": {"row_7": "a\tb\t2"}},
+        {"train": VALID_SPLIT, "validation": {"row_7": "a\tb\t2"}},
         ["data.path=pairs"],
         (Code.INVALID_DATA, None, 7),
         "pairs/validation.tsv",
         "'2'",
     ),
     (
-        {"train": {"row_7": "a\t1"}, "validation": GOOD},
+        {"train": {"row_7": "a\t1"}, "validation": VALID_SPLIT},
         ["data.path=pairs"],
         (Code.INVALID_DATA, None, 7),
         "pairs/train.tsv",
         "2 columns",
     ),
 ]
-"""Splits, overrides; code, key and row of the refusal; the path that is its value or file; what else it names."""
+"""Splits, overrides; code, key and row of the error; the path in its value or file; another text of its message."""
 
 
 @pytest.mark.parametrize(
-    ("data", "overrides", "expected", "path", "named"),
-    WRONG_DATA,
+    ("data", "overrides", "expected", "path", "detail"),
+    INVALID_DATA,
     ids=["no path", "no folder", "no file", "train only", "validation only", "no rows", "header", "label", "columns"],
 )
-def test_wrong_data(
+def test_invalid_data(
     in_tmp: Path,
     data: dict[str, dict[str, object]],
     overrides: list[str],
     expected: tuple[Code, str | None, int | None],
     path: str | None,
-    named: str,
+    detail: str,
 ) -> None:
     (in_tmp / "pairs").mkdir()
     for split, settings in data.items():
@@ -234,10 +236,10 @@ def test_wrong_data(
     error = refused("train", "model=tiny_bert", "data=pairs", "trainer.device=cpu", *overrides)
     assert (error.code, error.key, error.row) == expected
     assert (error.value or error.file) == (None if path is None else str(in_tmp / path))
-    assert named in str(error)
+    assert detail in str(error)
 
 
-def test_data_of_the_hub_offline(in_tmp: Path) -> None:
+def test_missing_hub_data_is_refused_offline_with_a_remedy(in_tmp: Path) -> None:
     error = refused("train", "model=tiny_bert", "data=qqp", "data.hub_id=nobody/has-this-one")
     assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "data.hub_id", "nobody/has-this-one")
     assert "data=toy" in str(error)
@@ -261,7 +263,7 @@ def test_invalid_yaml_is_refused_with_file_and_row(in_tmp: Path, text: str, row:
     assert (error.code, error.file, error.row) == (Code.INVALID_SYNTAX, path, row)
 
 
-def test_yml_is_refused_as_what_it_is(in_tmp: Path) -> None:
+def test_a_file_with_the_suffix_yml_is_refused(in_tmp: Path) -> None:
     write(in_tmp / "mine" / "adapter" / "other.yml", "method: lora\n")
     error = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=other")
     assert (error.code, str(error.file)) == (Code.UNKNOWN_CHOICE, "mine/adapter/other.yml")
@@ -285,7 +287,7 @@ def test_keys_of_the_chosen_options_are_suggested(in_tmp: Path) -> None:
     assert "Did you mean data.path?" in str(error)
 
 
-# -- code that a config names --
+# -- code in configs --
 
 
 def write(path: Path, text: str) -> None:
@@ -315,7 +317,7 @@ FORBIDDEN = [
     "adapter._target_=os.mkdir",
     f"+adapter.x={TARGET}",
 ]
-NO_OPTIONS = [
+FORBIDDEN_OPTIONS = [
     "--experimental-rerun=config.pickle",
     "--experimental-re=config.pickle",
     "--config-path=mine",
@@ -324,32 +326,32 @@ NO_OPTIONS = [
 ]
 IN_ARGUMENTS = [
     *((argument, Code.FORBIDDEN, argument.lstrip("+").partition("=")[0]) for argument in FORBIDDEN),
-    *((argument, Code.INVALID_SYNTAX, argument.partition("=")[2]) for argument in NO_OPTIONS),
+    *((argument, Code.INVALID_SYNTAX, argument.partition("=")[2]) for argument in FORBIDDEN_OPTIONS),
     (f"hydra.sweeper={TARGET}", Code.UNKNOWN_KEY, "hydra.sweeper"),
 ]
-"""Arguments, the code of their refusal, and the part of the argument that it names."""
+"""Arguments, the code of the error, and the part of the argument in its message."""
 
 
 @pytest.mark.parametrize("mode", [[], ["-m"], ["--cfg=job"]], ids=["run", "sweep", "cfg"])
-@pytest.mark.parametrize(("argument", "code", "named"), IN_ARGUMENTS)
-def test_code_in_arguments_is_refused(in_tmp: Path, argument: str, code: Code, named: str, mode: list[str]) -> None:
+@pytest.mark.parametrize(("argument", "code", "detail"), IN_ARGUMENTS)
+def test_code_in_arguments_is_refused(in_tmp: Path, argument: str, code: Code, detail: str, mode: list[str]) -> None:
     evil = in_tmp / "evil"
     error = refused("train", *TOY_RUN, *mode, argument.replace("EVIL", str(evil)))
     assert not evil.exists()
     assert error.code == code
-    assert named in str(error)
+    assert detail in str(error)
 
 
 PRESET = "# @package _global_\n"
 IN_FILES = {
     "callbacks": ("experiment", f"{PRESET}hydra: {{callbacks: {{x: {TARGET}}}}}"),
-    "callbacks by reference": ("experiment", f"{PRESET}x: {{y: {TARGET}}}\nhydra: {{callbacks: '${{x}}'}}"),
+    "callbacks by interpolation": ("experiment", f"{PRESET}x: {{y: {TARGET}}}\nhydra: {{callbacks: '${{x}}'}}"),
     "callbacks as a group": ("+hydra/callbacks", f"# @package hydra.callbacks\nx: {TARGET}"),
     "callbacks beside hydra's settings": ("hydra", f"defaults: [quiet]\ncallbacks: {{x: {TARGET}}}"),
     "a package directive": ("adapter", f"# @package hydra.callbacks\nx: {TARGET}"),
     "job logging": ("experiment", f"{PRESET}hydra: {{job_logging: {LOGGING}}}"),
     "hydra's logging": ("experiment", f"{PRESET}hydra: {{hydra_logging: {LOGGING}}}"),
-    "a sweeper's part": ("experiment", f"{PRESET}hydra: {{sweeper: {{params: {TARGET}}}}}"),
+    "a parameter of the sweeper": ("experiment", f"{PRESET}hydra: {{sweeper: {{params: {TARGET}}}}}"),
     "a launcher": ("hydra/launcher", "_target_: os.mkdir\npath: EVIL"),
     "the environment": ("experiment", f"{PRESET}hydra: {{job: {{env_set: {{PATH: EVIL}}}}}}"),
     "an adapter": ("adapter", f"defaults: [lora]\nlayers: {TARGET}"),
@@ -359,7 +361,7 @@ IN_FILES = {
 
 @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])
 @pytest.mark.parametrize("case", IN_FILES)
-def test_code_in_a_users_folder_is_never_run(in_tmp: Path, case: str, mode: list[str]) -> None:
+def test_code_in_a_users_folder_is_not_run(in_tmp: Path, case: str, mode: list[str]) -> None:
     evil = in_tmp / "evil"
     group, text = IN_FILES[case]
     choice = f"{group}=bad"
@@ -370,11 +372,11 @@ def test_code_in_a_users_folder_is_never_run(in_tmp: Path, case: str, mode: list
     assert answer.code == 2, answer
     assert answer.err.count("\n") == 1, answer
     assert "Traceback" not in answer.out + answer.err
-    if not any(in_tmp.rglob("run.json")):  # what only the backbone can tell is a job that failed
+    if not any(in_tmp.rglob("run.json")):  # a job fails if the error is found after loading the backbone
         assert files_below(in_tmp) == before
 
 
-def test_one_bad_option_of_a_sweep_is_found_before_the_first_job(in_tmp: Path) -> None:
+def test_a_forbidden_choice_of_a_sweep_is_refused_before_the_first_job(in_tmp: Path) -> None:
     evil = in_tmp / "evil"
     write(in_tmp / "mine" / "adapter" / "bad.yaml", f"# @package hydra.job_logging\nx: {evil}\nroot: {{level: INFO}}")
     error = refused("train", "-m", "--config-dir=mine", *TOY_RUN, "adapter=lora,bad")
@@ -382,17 +384,17 @@ def test_one_bad_option_of_a_sweep_is_found_before_the_first_job(in_tmp: Path) -
     assert "'hydra.job_logging'" in str(error)
 
 
-# -- folders that are someone else's --
+# -- existing folders --
 
 
-def test_a_taken_folder_is_left_as_it_was(in_tmp: Path) -> None:
+def test_an_existing_run_folder_is_refused_and_unchanged(in_tmp: Path) -> None:
     write(in_tmp / "run" / "run.json", "{}")
     write(in_tmp / "run" / "notes.txt", "mine")
     error = refused("train", *TOY_RUN, "hydra.run.dir=run")
     assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", in_tmp / "run")
 
 
-def test_a_folder_below_a_file(in_tmp: Path) -> None:
+def test_a_folder_below_a_file_is_refused(in_tmp: Path) -> None:
     write(in_tmp / "a_file", "")
     error = refused("train", *TOY_RUN, "hydra.run.dir=a_file/run")
     assert (error.code, error.key, str(error.value)) == (Code.UNWRITABLE, "hydra.run.dir", "a_file/run")
@@ -400,13 +402,13 @@ def test_a_folder_below_a_file(in_tmp: Path) -> None:
     assert (error.code, error.key, str(error.value)) == (Code.UNWRITABLE, "hydra.sweep.dir", "a_file/sweep")
 
 
-# -- the arguments themselves --
+# -- arguments --
 
 
-def test_options_may_stand_between_the_overrides() -> None:
-    read = Arguments.read(["a=1", "--cfg", "job", "b=2", "-p", "adapter", "c=3", "--resolve"])
-    assert read.overrides == ["a=1", "b=2", "c=3"]
-    assert (read.cfg, read.package, read.resolve, read.multirun) == ("job", "adapter", True, False)
+def test_options_between_overrides_are_read() -> None:
+    arguments = Arguments.read(["a=1", "--cfg", "job", "b=2", "-p", "adapter", "c=3", "--resolve"])
+    assert arguments.overrides == ["a=1", "b=2", "c=3"]
+    assert (arguments.cfg, arguments.package, arguments.resolve, arguments.multirun) == ("job", "adapter", True, False)
 
 
 @pytest.mark.parametrize(
@@ -420,23 +422,23 @@ def test_options_may_stand_between_the_overrides() -> None:
         (["seed=1"], None),
     ],
 )
-def test_resume_is_read_before_composing(overrides: list[str], expected: str | None) -> None:
+def test_resume_is_read_without_composing(overrides: list[str], expected: str | None) -> None:
     assert Arguments.read(overrides).resume() == expected
 
 
-def test_repeated_overrides() -> None:
-    read = Arguments.read(["a=1", "b=2", "+a=2", "b=2", "a=3"])
-    assert read.repeated() == ["a=1", "+a=2"]
+def test_repeated_overrides_are_listed() -> None:
+    arguments = Arguments.read(["a=1", "b=2", "+a=2", "b=2", "a=3"])
+    assert arguments.repeated() == ["a=1", "+a=2"]
 
 
 @pytest.mark.parametrize("arguments", [["-m", "--cfg=job"], ["--cfg"], ["-cd"], ["--multi"], ["--info"], ["--version"]])
-def test_options_that_make_no_sense(arguments: list[str]) -> None:
+def test_unknown_and_conflicting_options_are_refused(arguments: list[str]) -> None:
     with refuses(Code.INVALID_SYNTAX):
         Arguments.read(arguments)
 
 
-def test_hydra_itself_would_have_run_it(in_tmp: Path) -> None:
-    """The control: what `refuse_code` stops is executed by Hydra, so the tests above prove something."""
+def test_hydra_alone_runs_the_code(in_tmp: Path) -> None:
+    """A control for the tests above: without `refuse_code`, Hydra executes the code."""
     from hydra._internal.callbacks import Callbacks
     from omegaconf import OmegaConf
 

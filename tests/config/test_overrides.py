@@ -1,4 +1,4 @@
-"""Overrides and YAML files run no code, read no secret and lead out of no folder, typed or from a record."""
+"""Overrides and YAML files, typed or from a record, run no code, read no secret and stay in their folder."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LOGGING = "{version: 1, handlers: {x: {class: os.mkdir, path: canary}}, root: {h
 
 
 def record_sweep(overrides: list[str], /, **keys: Any) -> None:
-    """Write the record of a sweep of one job that somebody else made."""
+    """Write the record of a sweep with one job."""
     record = {"schema": 1, "created": "2026-01-01T00:00:00+00:00", "overrides": overrides, "config_dir": None}
     Path("sweep").mkdir()
     Path("sweep/sweep.json").write_text(json.dumps(record | {"jobs": {"0": []}} | keys))
 
 
-def resumed(*overrides: str) -> UserError:
-    """Return the error that refuses to go on with the sweep."""
+def refused_resume(*overrides: str) -> UserError:
+    """Return the error of resuming the sweep; assert that no code was run."""
     error = refused("train", "-m", "resume=sweep", *overrides)
     assert not Path("canary").exists()
     return error
@@ -67,7 +67,7 @@ FORBIDDEN = [
     "+hydra.job.env_set.PATH=x",
     "hydra.job.env_copy=[HOME]",
 ]
-NO_OVERRIDES = [
+FORBIDDEN_OPTIONS = [
     f"+={{hydra: {{callbacks: {{x: {TARGET}}}}}}}",
     "--experimental-rerun=canary.pickle",
     "--config-path=x",
@@ -80,15 +80,15 @@ NO_OVERRIDES = [
     ("override", "code"),
     [
         *((override, Code.FORBIDDEN) for override in FORBIDDEN),
-        *((override, Code.INVALID_SYNTAX) for override in NO_OVERRIDES),
+        *((override, Code.INVALID_SYNTAX) for override in FORBIDDEN_OPTIONS),
         ("hydra=x", Code.UNKNOWN_KEY),
         ("hydra.output_subdir=.hydra", Code.UNKNOWN_KEY),
         ("hydra/launcher=joblib", Code.UNKNOWN_CHOICE),
     ],
 )
-def test_a_sweeps_record_runs_no_code(in_tmp: Path, override: str, code: Code) -> None:
+def test_code_in_a_sweeps_record_is_refused(in_tmp: Path, override: str, code: Code) -> None:
     record_sweep([*TOY_RUN, "seed=0", override])
-    error = resumed()
+    error = refused_resume()
     assert (error.code, str(error.file)) == (code, "sweep/sweep.json")
     name = override.lstrip("+~").partition("=")[0] or override
     assert name.replace("/", ".") in str(error).replace("/", ".")
@@ -108,26 +108,26 @@ def test_a_sweeps_record_runs_no_code(in_tmp: Path, override: str, code: Code) -
     ],
 )
 @pytest.mark.parametrize("choices", ["bad", "bad,bad"])
-def test_a_folder_that_a_sweeps_record_names_runs_no_code(
+def test_code_in_the_config_folder_of_a_sweeps_record_is_refused(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, group: str, text: str, choices: str
 ) -> None:
-    """Choices of a sweep are composed job by job, after the sweep itself."""
+    """With two choices, the config file is composed for the jobs and not for the sweep."""
     monkeypatch.setenv("SECRET", "do-not-read-me")
     Path("mine", group).mkdir(parents=True)
     Path("mine", group, "bad.yaml").write_text(text)
     Path("canary").with_suffix(".py").write_text("open('canary', 'w')")
     record_sweep([*toy_run(f"{group}={choices}")], config_dir=str(in_tmp / "mine"))
-    assert "do-not-read-me" not in str(resumed())
+    assert "do-not-read-me" not in str(refused_resume())
 
 
-def test_a_record_reads_no_environment_variable_unless_the_user_types_it(
+def test_environment_variables_in_a_record_are_refused_unless_typed(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TASK_OF_MINE", "a-task-name")
     override = "data.task=${oc.env:TASK_OF_MINE}"
     assert lora_bench("train", "-m", *TOY_RUN, override, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
     shutil.rmtree("sweep/1")
-    error = resumed()
+    error = refused_resume()
     assert (error.code, error.key, str(error.file)) == (Code.FORBIDDEN, "data.task", "sweep/sweep.json")
     assert "'${oc.env:TASK_OF_MINE}'" in str(error)
     assert "a-task-name" not in str(error)
@@ -147,10 +147,10 @@ def test_a_record_reads_no_environment_variable_unless_the_user_types_it(
         "model.package=canary.weights",
     ],
 )
-def test_a_job_that_was_added_to_a_record_does_not_run(in_tmp: Path, override: str) -> None:
+def test_a_forbidden_job_added_to_a_record_is_refused(in_tmp: Path, override: str) -> None:
     first = [*TOY_RUN, "seed=0"]
     record_sweep(first, jobs={"0": first, "1": [*TOY_RUN, "seed=1", override]})
-    error = resumed()
+    error = refused_resume()
     assert error.code == Code.FORBIDDEN
     assert override.lstrip("+").partition("=")[0] in str(error)
     assert not Path("sweep/0").exists()
@@ -159,11 +159,11 @@ def test_a_job_that_was_added_to_a_record_does_not_run(in_tmp: Path, override: s
 @pytest.mark.parametrize(
     ("name", "code"), [("../canary", Code.DAMAGED), ("/canary", Code.DAMAGED), ("link", Code.NOT_A_FILE)]
 )
-def test_a_jobs_folder_lies_in_its_sweep(in_tmp: Path, name: str, code: Code) -> None:
+def test_a_job_folder_outside_its_sweep_is_refused(in_tmp: Path, name: str, code: Code) -> None:
     Path("elsewhere").mkdir()
     record_sweep(TOY_RUN, jobs={name: TOY_RUN})
     Path("sweep/link").symlink_to(in_tmp / "elsewhere")
-    error = resumed()
+    error = refused_resume()
     assert (error.code, str(error.file)) == (code, "sweep/sweep.json")
     assert repr(name) in str(error)
     assert list(Path("elsewhere").iterdir()) == []
@@ -188,26 +188,26 @@ def test_a_jobs_folder_lies_in_its_sweep(in_tmp: Path, name: str, code: Code) ->
     ],
     ids=lambda value: None if isinstance(value, Code) else str(value)[:40],
 )
-def test_a_sweeps_record_of_other_types_is_refused(in_tmp: Path, damage: dict[str, Any], code: Code) -> None:
+def test_a_damaged_record_of_a_sweep_is_refused(in_tmp: Path, damage: dict[str, Any], code: Code) -> None:
     record_sweep(TOY_RUN, **damage)
-    error = resumed()
+    error = refused_resume()
     assert (error.code, str(error.file)) == (code, "sweep/sweep.json")
 
 
-def test_lines_of_shell_count_only_if_they_are_typed(in_tmp: Path) -> None:
+def test_shell_commands_in_a_record_are_refused_unless_typed(in_tmp: Path) -> None:
     record_sweep([*TOY_RUN, "hydra/launcher=slurm", "hydra.launcher.setup=['touch canary']"])
-    error = resumed()
+    error = refused_resume()
     assert (error.code, error.key) == (Code.FORBIDDEN, "hydra.launcher.setup")
     assert "'touch canary'" in str(error)
-    record_again = [*TOY_RUN, "hydra/launcher=slurm", "hydra.launcher.partition='x\ntouch canary'"]
+    overrides = [*TOY_RUN, "hydra/launcher=slurm", "hydra.launcher.partition='x\ntouch canary'"]
     Path("sweep/sweep.json").unlink()
     Path("sweep").rmdir()
-    record_sweep(record_again)
-    error = resumed()
+    record_sweep(overrides)
+    error = refused_resume()
     assert (error.code, error.key) == (Code.INVALID_VALUE, "hydra.launcher.partition")
 
 
-def test_only_what_was_typed_may_name_a_package() -> None:
+def test_packages_are_refused_unless_typed_or_shipped() -> None:
     (shipped,) = shipped_packages()
     with typed_by(["model.package=mine"], None):
         check_overrides([f"model.package={shipped}", "model.package=mine", "data.task=other.package"])
@@ -216,7 +216,7 @@ def test_only_what_was_typed_may_name_a_package() -> None:
                 check_overrides([override])
 
 
-def test_overrides_of_a_sweep_stay_as_they_are() -> None:
+def test_allowed_overrides_are_unchanged() -> None:
     texts = [
         "adapter=lora,dora",
         "adapter.rank=2,4",
@@ -231,7 +231,7 @@ def test_overrides_of_a_sweep_stay_as_they_are() -> None:
     assert [override.input_line for override in check_overrides(texts)] == texts
 
 
-# -- what cannot be read --
+# -- invalid syntax and limits --
 
 
 @pytest.mark.parametrize(
@@ -246,18 +246,18 @@ def test_overrides_of_a_sweep_stay_as_they_are() -> None:
     ],
     ids=["digits", "exponent", "nested", "long", "no key", "empty"],
 )
-def test_an_override_that_cannot_be_read(in_tmp: Path, override: str, code: Code, key: str | None) -> None:
+def test_invalid_and_too_long_overrides_are_refused(in_tmp: Path, override: str, code: Code, key: str | None) -> None:
     error = refused("train", *TOY_RUN, override)
     assert (error.code, error.key) == (code, key)
     assert repr(override)[:20] in str(error) or key
     assert len(str(error)) < 1000
 
 
-def test_an_override_as_long_as_allowed_is_read() -> None:
+def test_an_override_of_the_maximum_length_is_read() -> None:
     assert len(parse_override("a=" + "b" * (MAX_OVERRIDE_LENGTH - 2)).value()) == MAX_OVERRIDE_LENGTH - 2  # type: ignore[arg-type]
 
 
-LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+BILLION_LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
 )
 
@@ -267,7 +267,7 @@ LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         ("rank: &x [*x]", Code.INVALID_SYNTAX, 1),
         ("rank: &x {a: *x}", Code.INVALID_SYNTAX, 1),
-        (LAUGHS, Code.TOO_LARGE, 4),
+        (BILLION_LAUGHS, Code.TOO_LARGE, 4),
         ("rank: " + "[" * 60 + "]" * 60, Code.TOO_LARGE, None),
         ("rank: " + "[" * 5000 + "]" * 5000, Code.TOO_LARGE, None),
         ("rank: " + "9" * 5000, Code.INVALID_SYNTAX, None),
@@ -277,20 +277,20 @@ LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
     ids=["list", "dict", "laughs", "deep", "deeper", "digits", "nul", "large", "bytes"],
 )
-def test_a_yaml_file_that_would_take_for_ever(in_tmp: Path, text: str | bytes, code: Code, row: int | None) -> None:
+def test_yaml_files_beyond_the_limits_are_refused(in_tmp: Path, text: str | bytes, code: Code, row: int | None) -> None:
     Path("mine/adapter").mkdir(parents=True)
     Path("mine/adapter/bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     error = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=bad")
     assert (error.code, error.file, error.row) == (code, str(in_tmp / "mine/adapter/bad.yaml"), row)
 
 
-def test_aliases_count_as_what_they_repeat(tmp_path: Path) -> None:
+def test_aliases_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "fine.yaml"
     path.write_text("a: &a [1, 2]\nb: [*a, *a]\n")
     check_yaml(str(path))
 
 
-def test_a_choice_outside_its_folder_is_not_read(in_tmp: Path) -> None:
+def test_a_choice_outside_its_group_is_refused(in_tmp: Path) -> None:
     Path("mine/adapter").mkdir(parents=True)
     Path("other.yaml").write_text("method: lora\n")
     error = refused("train", *TOY_RUN, "--config-dir=mine", "adapter=../../other")
@@ -298,7 +298,7 @@ def test_a_choice_outside_its_folder_is_not_read(in_tmp: Path) -> None:
     assert "'adapter/../../other'" in str(error)
 
 
-# -- advice --
+# -- remedies --
 
 
 @pytest.mark.parametrize(
@@ -336,30 +336,30 @@ def test_a_choice_outside_its_folder_is_not_read(in_tmp: Path) -> None:
         *(os.fsdecode(b"\xff"), "`id`", "a;b", "outputs/2026-01-01/12-00-00"),
     ],
 )
-def test_advice_can_be_pasted_into_a_shell(value: str) -> None:
-    advice = shell_argument("data.path", value)
-    assert " ".join(advice.split()) == advice  # messages are one line with single spaces
-    printed = subprocess.run(["sh", "-c", f"printf '%s' {advice}"], capture_output=True, check=True).stdout
+def test_suggested_arguments_can_be_pasted_into_a_shell(value: str) -> None:
+    argument = shell_argument("data.path", value)
+    assert " ".join(argument.split()) == argument  # messages are one line with single spaces
+    printed = subprocess.run(["sh", "-c", f"printf '%s' {argument}"], capture_output=True, check=True).stdout
     override = OverridesParser.create().parse_override(os.fsdecode(printed))
     assert OmegaConf.create({"path": override.value()}).path == value
 
 
 @pytest.mark.parametrize("folder", ["données (1)", "a,b", "it's [1]", "x=1 {y}"])
-def test_the_advice_about_a_path_leads_to_a_run(in_tmp: Path, folder: str) -> None:
+def test_the_suggested_path_argument_is_accepted(in_tmp: Path, folder: str) -> None:
     Path(folder).mkdir()
     rows = "".join(f"how {i}\twhy {i}\t{i % 2}\n" for i in range(16))
     for split in ("train", "validation"):
         Path(folder, f"{split}.tsv").write_text(f"question1\tquestion2\tlabel\n{rows}")
     overrides = [text for text in toy_run("data=pairs", "data.selection_size=4") if "_rows" not in text]
     message = str(refused("train", *overrides, f"data.path={folder}"))
-    advice = message[message.rindex("'data.path=") :]
-    typed = subprocess.run(["sh", "-c", f"printf '%s' {advice}"], capture_output=True, check=True, text=True).stdout
+    argument = message[message.rindex("'data.path=") :]
+    typed = subprocess.run(["sh", "-c", f"printf '%s' {argument}"], capture_output=True, check=True, text=True).stdout
     answer = lora_bench("train", *overrides, typed, "hydra.run.dir=run")
     assert answer.code == 0, answer
     assert json.loads(Path("run/run.json").read_text())["config"]["data"]["path"] == str(in_tmp / folder)
 
 
-def test_several_values_of_a_list(in_tmp: Path) -> None:
+def test_values_separated_by_commas_for_a_list_are_refused_with_a_suggestion(in_tmp: Path) -> None:
     error = refused("train", *TOY_RUN, "data.text_columns=question1,question2")
     assert (error.code, error.key) == (Code.INVALID_VALUE, "data.text_columns")
     assert "'data.text_columns=[question1,question2]'" in str(error)

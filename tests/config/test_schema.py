@@ -1,4 +1,4 @@
-"""`build()`: every field typed and in range, or a refusal that names its key; nothing else ever comes out of it."""
+"""`build()` returns settings with fields of the right type and range, or refuses them with the key."""
 
 from __future__ import annotations
 
@@ -25,52 +25,52 @@ from tests.helpers import composed
 
 
 def defaults(group: str, *overrides: str) -> dict[str, Any]:
-    """A group as its YAML has it, its references resolved."""
-    found = OmegaConf.to_container(OmegaConf.to_container(composed(*overrides), resolve=True)[group])  # type: ignore[index, call-overload]
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    """Return the values of a group of a composed config, with interpolations resolved."""
+    values = OmegaConf.to_container(OmegaConf.to_container(composed(*overrides), resolve=True)[group])  # type: ignore[index, call-overload]
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def every_dataclass() -> list[tuple[type[Any], str, dict[str, Any]]]:
-    """Each dataclass with its group and values that it takes."""
-    found: list[tuple[type[Any], str, dict[str, Any]]] = []
-    whole = {
+    """Return all dataclasses, each with its group and valid values."""
+    classes: list[tuple[type[Any], str, dict[str, Any]]] = []
+    configs = {
         choice: OmegaConf.to_container(composed(*choice.split()), resolve=True)
         for choice in ("data=toy", "data=qqp model=t5", "data=pairs data.path=x model=minilm metric=specificity")
     }
-    toy, hub, files = whole.values()
-    found.append((schema.ToyData, "data", toy["data"]))  # type: ignore[index, call-overload]
-    found.append((schema.HubData, "data", hub["data"]))  # type: ignore[index, call-overload]
-    found.append((T5Family, "model", hub["model"]))  # type: ignore[index, call-overload]
-    found.append((schema.FileData, "data", files["data"]))  # type: ignore[index, call-overload]
-    found.append((BertFamily, "model", files["model"]))  # type: ignore[index, call-overload]
+    toy, hub, files = configs.values()
+    classes.append((schema.ToyData, "data", toy["data"]))  # type: ignore[index, call-overload]
+    classes.append((schema.HubData, "data", hub["data"]))  # type: ignore[index, call-overload]
+    classes.append((T5Family, "model", hub["model"]))  # type: ignore[index, call-overload]
+    classes.append((schema.FileData, "data", files["data"]))  # type: ignore[index, call-overload]
+    classes.append((BertFamily, "model", files["model"]))  # type: ignore[index, call-overload]
     metric = {"function": None, "args": {}, **files["metric"]["specificity"]}  # type: ignore[index, call-overload, dict-item]
-    found.append((schema.Metric, "metric.specificity", metric))
-    found.append((schema.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
-    found.append((schema.Head, "head", toy["head"]))  # type: ignore[index, call-overload]
-    found.append((schema.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
-    found.append((schema.Ensemble, "ensemble", toy["ensemble"]))  # type: ignore[index, call-overload]
-    found.append((schema.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
+    classes.append((schema.Metric, "metric.specificity", metric))
+    classes.append((schema.Optimizer, "optimizer", toy["optimizer"]))  # type: ignore[index, call-overload]
+    classes.append((schema.Head, "head", toy["head"]))  # type: ignore[index, call-overload]
+    classes.append((schema.Packing, "pack", toy["pack"]))  # type: ignore[index, call-overload]
+    classes.append((schema.Ensemble, "ensemble", toy["ensemble"]))  # type: ignore[index, call-overload]
+    classes.append((schema.Trainer, "trainer", toy["trainer"]))  # type: ignore[index, call-overload]
     for name in method_names():
         values = OmegaConf.to_container(composed(f"adapter={name}").adapter)
-        found.append((method_class(name), "adapter", typing.cast("dict[str, Any]", values)))
-    return found
+        classes.append((method_class(name), "adapter", typing.cast("dict[str, Any]", values)))
+    return classes
 
 
 CLASSES = every_dataclass()
 FIELDS = [(cls, group, values, field.name) for cls, group, values in CLASSES for field in dataclasses.fields(cls)]
 
 
-def test_there_is_a_dataclass_for_everything() -> None:
-    written = {
+def test_every_dataclass_of_the_schema_is_tested() -> None:
+    declared = {
         cls for cls in vars(schema).values() if dataclasses.is_dataclass(cls) and cls.__module__ == schema.__name__
     }
-    assert written - {schema.Data, schema.Model} == {cls for cls, _, _ in CLASSES if cls.__module__ == schema.__name__}
+    assert declared - {schema.Data, schema.Model} == {cls for cls, _, _ in CLASSES if cls.__module__ == schema.__name__}
     assert len(FIELDS) >= 85
 
 
 @pytest.mark.parametrize(("cls", "group", "values"), CLASSES, ids=lambda value: getattr(value, "__name__", None))
-def test_defaults_live_in_the_yaml_alone(cls: type[Any], group: str, values: dict[str, Any]) -> None:
+def test_defaults_are_only_in_the_yaml(cls: type[Any], group: str, values: dict[str, Any]) -> None:
     for field in dataclasses.fields(cls) if cls is not schema.Metric else ():  # its keys stand below names of the user
         assert field.default is dataclasses.MISSING
         assert field.default_factory is dataclasses.MISSING
@@ -79,29 +79,29 @@ def test_defaults_live_in_the_yaml_alone(cls: type[Any], group: str, values: dic
 
 
 @pytest.mark.parametrize(("cls", "group", "values"), CLASSES, ids=lambda value: getattr(value, "__name__", None))
-def test_builds_what_the_yaml_says(cls: type[Any], group: str, values: dict[str, Any]) -> None:
-    made = build.build(cls, OmegaConf.create(values), group)
-    assert type(made) is cls
-    assert dataclasses.asdict(made) == values
+def test_build_returns_the_values_of_the_yaml(cls: type[Any], group: str, values: dict[str, Any]) -> None:
+    built = build.build(cls, OmegaConf.create(values), group)
+    assert type(built) is cls
+    assert dataclasses.asdict(built) == values
     with pytest.raises(dataclasses.FrozenInstanceError):
-        made.anything = 1
+        built.anything = 1
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value has the type that its annotation says; a float is a float, not an int that equals it."""
+    """Return whether a value has the type of an annotation; an int that equals a float does not."""
     if hint is Any:
         return True
     if isinstance(hint, types.UnionType):
-        return any(fits(value, each) for each in typing.get_args(hint))
+        return any(fits(value, option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        (each,) = typing.get_args(hint)
-        return isinstance(value, list) and all(fits(item, each) for item in value)
+        (item_hint,) = typing.get_args(hint)
+        return isinstance(value, list) and all(fits(item, item_hint) for item in value)
     if typing.get_origin(hint) is dict:
         return isinstance(value, dict)
     return type(value) is (hint if hint is not None else type(None))
 
 
-# A lone "$" begins a reference, which Hydra refuses before `build` sees it.
+# a "$" begins an interpolation, which Hydra refuses before `build`
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=8) | st.sampled_from(
     ["1", "-1", "1e400", "nan", "???", "all", "top:2", "true", "null", "9" * 400]
 )
@@ -118,26 +118,26 @@ ANYTHING = st.recursive(
 def test_any_value_is_typed_or_refused(field: tuple[type[Any], str, dict[str, Any], str], value: object) -> None:
     cls, group, values, name = field
     node = OmegaConf.create({**values, name: value})
-    made, error = None, UserError("was not refused", code=Code.INVALID_VALUE)
+    built, error = None, UserError("was not refused", code=Code.INVALID_VALUE)
     try:
-        made = build.build(cls, node, group)
+        built = build.build(cls, node, group)
     except UserError as refusal:
         error = refusal
-    if made is None:
-        # The key named is the field's own, or that of the field that no longer fits beside it.
+    if built is None:
+        # the key is that of the field, or of another one that conflicts with it
         assert str(error.key).startswith(f"{group}.")
         assert len(str(error).splitlines()) == 1
         return
-    assert type(made) is cls
+    assert type(built) is cls
     hints = typing.get_type_hints(cls, {**vars(schema), "Any": Any})
-    for each in dataclasses.fields(cls):
-        assert fits(getattr(made, each.name), hints[each.name]), each.name
-    numbers = [v for v in dataclasses.asdict(made).values() if isinstance(v, float)]
+    for typed_field in dataclasses.fields(cls):
+        assert fits(getattr(built, typed_field.name), hints[typed_field.name]), typed_field.name
+    numbers = [v for v in dataclasses.asdict(built).values() if isinstance(v, float)]
     assert all(map(math.isfinite, numbers))
 
 
-def test_numbers_beyond_any_machine_are_refused_by_key() -> None:
-    """Every numeric field of every class, each with an integer of 400 digits as number and as text."""
+def test_numbers_of_400_digits_are_refused_with_the_key() -> None:
+    """Every numeric field of every class refuses an integer of 400 digits as number and as text."""
     numeric = (int, int | None, float, float | None, int | float)
     failures, tried = [], 0
     for cls, group, values, name in FIELDS:
@@ -161,11 +161,11 @@ def test_numbers_beyond_any_machine_are_refused_by_key() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(ANYTHING)
-def test_whatever_stands_in_a_groups_place(node: Any) -> None:
-    assume(node != "???")  # missing: asking for it fails before it gets here
-    made = OmegaConf.create({"group": node}).group
+def test_other_values_in_place_of_a_group_are_refused(node: Any) -> None:
+    assume(node != "???")  # a missing value fails before `build`
+    group = OmegaConf.create({"group": node}).group
     with pytest.raises(UserError):
-        build.build(schema.Trainer, made, "trainer")
+        build.build(schema.Trainer, group, "trainer")
 
 
 RANGES = [
@@ -273,7 +273,7 @@ def test_ranges(group: str, name: str, inside: list[Any], outside: list[Any]) ->
 
     def build(value: object) -> Any:
         cfg = with_method(choice).copy()
-        cfg.model.label_words = ["no", "yes"]  # follows data.label_names unless given
+        cfg.model.label_words = ["no", "yes"]  # by default data.label_names
         cfg[group][name] = value
         return getattr(Experiment.build(cfg), group)
 
@@ -288,8 +288,8 @@ def test_ranges(group: str, name: str, inside: list[Any], outside: list[Any]) ->
         assert value is None or str(error.value).startswith(str(value)) or isinstance(value, int)
 
 
-def test_every_range_that_is_checked_is_tried() -> None:
-    """A number without a range is a mistake: each numeric or worded field is in `RANGES`."""
+def test_every_field_with_a_range_is_tested() -> None:
+    """Every field except free text is in `RANGES`, as numbers and choices have a range."""
     free_text = {"method", "target_modules", "layers", "task", "label_column", "path", "tokenizer", "package", "sha256"}
     free_text |= {"tasks"}
     free_text |= {"folder", "hub_id", "hub_config", "revision", "random", "torchmetric", "direction", "init_from"}
@@ -301,7 +301,7 @@ TRAINER, TOY, T5 = (schema.Trainer, "trainer"), (schema.ToyData, "data"), (T5Fam
 
 
 @pytest.mark.parametrize(
-    ("built", "changed", "code", "key", "named"),
+    ("group_class", "changed", "code", "key", "detail"),
     [
         (TRAINER, {"batch_size": "x"}, Code.INVALID_VALUE, "batch_size", ""),
         (TRAINER, {"epochs": "x"}, Code.INVALID_VALUE, "epochs", ""),
@@ -318,41 +318,41 @@ TRAINER, TOY, T5 = (schema.Trainer, "trainer"), (schema.ToyData, "data"), (T5Fam
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
-def test_wrong_types(
-    groups: DictConfig, built: tuple[type[Any], str], changed: dict[str, Any], code: Code, key: str, named: str
+def test_values_of_wrong_types_are_refused(
+    groups: DictConfig, group_class: tuple[type[Any], str], changed: dict[str, Any], code: Code, key: str, detail: str
 ) -> None:
-    cls, group = built
+    cls, group = group_class
     with refuses(code, key=f"{group}.{key}") as caught:
         build.build(cls, OmegaConf.create({group: {**groups[group], **changed}})[group], group)
     assert caught.value.value in (changed.get(key), None)
-    assert named in str(caught.value)
+    assert detail in str(caught.value)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31])
-def test_seed(seed: int) -> None:
+def test_a_seed_is_read(seed: int) -> None:
     assert Experiment.build(composed(f"seed={seed}")).seed == seed
 
 
 @pytest.mark.parametrize("seed", ["-1", "abc", "null", "1.5", "true", "[1]"])
-def test_wrong_seed(seed: str) -> None:
+def test_an_invalid_seed_is_refused(seed: str) -> None:
     with refuses(Code.INVALID_VALUE, key="seed"):
         Experiment.build(composed(f"seed={seed}"))
 
 
 @pytest.mark.parametrize("name", ["os", "../x", "__init__", "base", "pack", "targets", "peft_format", "", "lora.LoRA"])
-def test_a_method_is_one_of_ours(name: str) -> None:
+def test_an_unknown_method_is_refused(name: str) -> None:
     with refuses(Code.UNKNOWN_CHOICE, key="adapter.method") as caught:
         method_class(name)
     assert caught.value.value == name
     assert "adalora, bitfit, full, head_only, lora" in str(caught.value)
 
 
-def test_a_config_without_one_of_its_keys() -> None:
-    """As a record may be that somebody has edited: what has no default is named."""
-    whole = OmegaConf.to_container(composed())
-    assert isinstance(whole, dict)
-    for key in whole:
-        config_without = OmegaConf.create({name: value for name, value in whole.items() if name != key})
+def test_a_config_without_a_required_key_is_refused() -> None:
+    """An edited record can lack a key."""
+    config = OmegaConf.to_container(composed())
+    assert isinstance(config, dict)
+    for key in config:
+        config_without = OmegaConf.create({name: value for name, value in config.items() if name != key})
         if key in ("resume", "tracking"):
             assert Experiment.build(config_without).seed == 0
             continue

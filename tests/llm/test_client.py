@@ -1,4 +1,4 @@
-"""Budget, pace and waiting times, without a server."""
+"""Budget, request rate and waiting times, without a server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers import composed
 if TYPE_CHECKING:
     from pathlib import Path
 
-QUESTION = [{"role": "user", "content": "x" * 84}]  # 100 tokens at most
+QUESTION = [{"role": "user", "content": "x" * 84}]  # at most 100 tokens
 
 
 def llm(*overrides: str) -> LLM:
@@ -30,57 +30,57 @@ def llm(*overrides: str) -> LLM:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_cap_holds_whatever_is_under_way(seed: int) -> None:
-    """Forty workers, answers that cost anything up to the most: never more than the cap, and no money lies idle."""
-    draw = random.Random(seed)
+def test_concurrent_requests_never_exceed_the_maximum_cost(seed: int) -> None:
+    """With 40 workers and random costs, the total cost stays below the maximum and comes close to it."""
+    random_numbers = random.Random(seed)
     budget = Budget(llm("llm.max_cost=2000", "llm.max_tokens=10"))
     highest = 0.0
 
-    async def work() -> None:
+    async def request_until_refused() -> None:
         nonlocal highest
         while True:
             reserved = await budget.reserve(QUESTION)
             assert reserved == 110
             highest = max(highest, budget.spent + budget.reserved)
-            await asyncio.sleep(draw.random() * 0.002)
-            await budget.settle(reserved, draw.uniform(20, 110))
+            await asyncio.sleep(random_numbers.random() * 0.002)
+            await budget.settle(reserved, random_numbers.uniform(20, 110))
 
-    async def all_of_them() -> list[Any]:
-        return await asyncio.gather(*(work() for _ in range(40)), return_exceptions=True)
+    async def run_workers() -> list[Any]:
+        return await asyncio.gather(*(request_until_refused() for _ in range(40)), return_exceptions=True)
 
-    ends = asyncio.run(all_of_them())
-    assert {type(end) for end in ends} == {BudgetReachedError}
+    results = asyncio.run(run_workers())
+    assert {type(result) for result in results} == {BudgetReachedError}
     assert highest <= 2000
     assert 2000 - 110 < budget.spent <= 2000
     assert budget.under_way == budget.reserved == 0
 
 
-def test_the_cap_on_requests_is_exact() -> None:
+def test_the_maximum_number_of_requests_is_exact() -> None:
     budget = Budget(llm("llm.max_requests=7"))
 
-    async def work() -> None:
+    async def request() -> None:
         reserved = await budget.reserve(QUESTION)
         await asyncio.sleep(0)
         await budget.settle(reserved, 0.0)
 
-    async def all_of_them() -> list[Any]:
-        return await asyncio.gather(*(work() for _ in range(20)), return_exceptions=True)
+    async def run_workers() -> list[Any]:
+        return await asyncio.gather(*(request() for _ in range(20)), return_exceptions=True)
 
-    ends = asyncio.run(all_of_them())
-    assert sum(end is None for end in ends) == budget.requests == 7
+    results = asyncio.run(run_workers())
+    assert sum(result is None for result in results) == budget.requests == 7
 
 
-def test_pace_spaces_what_begins() -> None:
-    async def begin() -> list[float]:
+def test_pace_limits_the_requests_per_minute() -> None:
+    async def start_times() -> list[float]:
         pace = Pace(6000)
 
-        async def one() -> float:
+        async def start_time() -> float:
             await pace.wait()
             return time.monotonic()
 
-        return sorted(await asyncio.gather(*(one() for _ in range(10))))
+        return sorted(await asyncio.gather(*(start_time() for _ in range(10))))
 
-    times = asyncio.run(begin())
+    times = asyncio.run(start_times())
     assert times[-1] - times[0] >= 9 * 0.01 * 0.99
 
 
@@ -104,23 +104,21 @@ def test_retry_after_a_date() -> None:
     assert _retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=3)
 
 
-def test_the_wait_before_each_repetition_doubles_up_to_a_minute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wait_before_a_retry_doubles_up_to_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai")
     waits: list[float] = []
 
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    async def no_answer(*_: object) -> None:
+    async def fail(*_: object) -> None:
         raise BrokenAnswerError("the reply is not JSON")
 
     async def ask() -> None:
         with Cache(tmp_path) as cache:
             client = Client(llm("llm.model=m", "llm.base_url=http://localhost:1", "llm.retries=9"), cache, 0)
             await client.open()
-            monkeypatch.setattr(client, "_send", no_answer)
+            monkeypatch.setattr(client, "_send", fail)
             monkeypatch.setattr(asyncio, "sleep", sleep)
             try:
                 await client.ask(QUESTION)
@@ -134,4 +132,4 @@ def test_the_wait_before_each_repetition_doubles_up_to_a_minute(
     expected = [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
     assert len(waits) == len(expected)
     assert all(0.75 * middle <= wait <= 1.25 * middle for wait, middle in zip(waits, expected, strict=True))
-    assert len({wait / middle for wait, middle in zip(waits, expected, strict=True)}) > 1  # clients spread out
+    assert len({wait / middle for wait, middle in zip(waits, expected, strict=True)}) > 1  # with random jitter

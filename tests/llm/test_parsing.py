@@ -1,4 +1,4 @@
-"""From a reply to P(label 1): closed forms, and whatever else servers send."""
+"""Parsing of replies: P(label 1) from probabilities or text, and the refusal of invalid replies."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from lora_bench.llm.parsing import Answer, BrokenAnswerError, read_label, read_r
 NO_YES = ("no", "yes")
 
 
-def answer(text: str | None = "no", *places: dict[str, float], refused: bool = False) -> Answer:
-    """Each place: probability by token."""
-    tokens = [[(token, math.log(p)) for token, p in place.items()] for place in places]
+def answer(text: str | None = "no", *positions: dict[str, float], refused: bool = False) -> Answer:
+    """Return an answer with these probabilities by token at its first positions."""
+    tokens = [[(token, math.log(p)) for token, p in probabilities.items()] for probabilities in positions]
     return Answer(text, refused, tokens, 10, 1, "served")
 
 
 @pytest.mark.parametrize(
-    ("place", "expected"),
+    ("probabilities", "expected"),
     [
         ({"yes": 0.6, "no": 0.2}, 0.6 / 0.8),
-        ({" Yes": 0.3, "YES": 0.3, "no": 0.2}, 0.6 / 0.8),  # every way to begin the word counts
+        ({" Yes": 0.3, "YES": 0.3, "no": 0.2}, 0.6 / 0.8),  # all tokens that begin the word count
         ({"y": 0.5, "n": 0.5}, 0.5),
-        ({"yes": 0.9, "the": 0.05}, 0.9 / 0.95),  # the other has at most what the least listed has
+        (
+            {"yes": 0.9, "the": 0.05},
+            0.9 / 0.95,
+        ),  # a word that is not listed has at most the smallest listed probability
         ({"yes": 0.999, "the": 0.0005}, 0.999 / 0.9995),
         ({"no": 0.98, "nope": 0.01}, 0.01 / 0.99),
     ],
 )
-def test_probabilities(place: dict[str, float], expected: float) -> None:
-    score, kind = read_label(answer("whatever", place), NO_YES)
-    assert kind == "probabilities"
+def test_score_from_probabilities(probabilities: dict[str, float], expected: float) -> None:
+    score, source = read_label(answer("whatever", probabilities), NO_YES)
+    assert source == "probabilities"
     assert score == pytest.approx(expected)
 
 
-def test_white_space_and_quotes_before_the_answer_are_passed_over() -> None:
-    places = ({"\n": 0.9, "x": 0.1}, {'"': 0.9, "no": 0.1}, {"yes": 0.75, "no": 0.25})
-    assert read_label(answer("yes", *places), NO_YES) == (pytest.approx(0.75), "probabilities")
+def test_white_space_and_quotes_before_the_answer_are_skipped() -> None:
+    positions = ({"\n": 0.9, "x": 0.1}, {'"': 0.9, "no": 0.1}, {"yes": 0.75, "no": 0.25})
+    assert read_label(answer("yes", *positions), NO_YES) == (pytest.approx(0.75), "probabilities")
 
 
-def test_tokens_that_begin_both_words_decide_nothing() -> None:
+def test_tokens_that_begin_both_words_are_ignored() -> None:
     words = ("equivalent", "equivalent_not")
     assert read_label(answer("Equivalent.", {"equi": 0.9, "the": 0.1}), words) == (0.0, "text")
 
@@ -58,11 +61,11 @@ def test_tokens_that_begin_both_words_decide_nothing() -> None:
         (None, (None, "unparsable")),
     ],
 )
-def test_the_text_is_read_strictly(text: str | None, expected: tuple[float | None, str]) -> None:
+def test_the_text_must_be_one_of_the_two_words(text: str | None, expected: tuple[float | None, str]) -> None:
     assert read_label(answer(text), NO_YES) == expected
 
 
-def test_a_refusal_is_one_whatever_else_was_sent() -> None:
+def test_a_refusal_takes_precedence_over_probabilities() -> None:
     assert read_label(answer("yes", {"yes": 0.9, "no": 0.1}, refused=True), NO_YES) == (None, "refused")
 
 
@@ -70,19 +73,19 @@ def reply(message: dict[str, Any], **choice: Any) -> dict[str, Any]:
     return {"choices": [{"message": message, "finish_reason": "stop", **choice}]}
 
 
-def test_replies_of_all_kinds() -> None:
+def test_valid_replies() -> None:
     assert read_reply(reply({"content": "no"})) == Answer("no", False, [], None, None, None)
     assert read_reply(reply({"content": None, "refusal": "I will not"})).refused
     assert read_reply(reply({"content": ""}, finish_reason="content_filter")).refused
     usage = {"prompt_tokens": 7, "completion_tokens": 0}
     assert read_reply(reply({"content": "no"}) | {"usage": usage}).prompt_tokens == 7
     listed = [{"token": "no", "logprob": -0.5}, {"token": "yes", "logprob": -9999.0}, {"token": "?", "logprob": "-inf"}]
-    places = {"content": [{"token": "no", "logprob": -0.5, "top_logprobs": listed}]}
-    assert read_reply(reply({"content": "no"}, logprobs=places)).tokens == [[("no", -0.5), ("yes", -9999.0)]]
+    logprobs = {"content": [{"token": "no", "logprob": -0.5, "top_logprobs": listed}]}
+    assert read_reply(reply({"content": "no"}, logprobs=logprobs)).tokens == [[("no", -0.5), ("yes", -9999.0)]]
 
 
 @pytest.mark.parametrize("tokens", [-1, 1.5, True, math.nan, math.inf, "7", [7], 10**9, int("9" * 400)])
-def test_an_absurd_usage_is_refused_by_name(tokens: Any) -> None:
+def test_invalid_token_counts_are_refused_and_named(tokens: Any) -> None:
     for name in ("prompt_tokens", "completion_tokens"):
         with pytest.raises(BrokenAnswerError, match=name):
             read_reply(reply({"content": "no"}) | {"usage": {name: tokens}})
@@ -92,7 +95,7 @@ ENTRY = {"text": "no", "refused": False, "tokens": [[["no", -0.5]]], "prompt_tok
 ENTRY |= {"model": "served"}
 
 
-def test_an_entry_of_the_cache_is_an_answer() -> None:
+def test_a_cached_entry_is_read_as_an_answer() -> None:
     assert Answer.from_json(ENTRY) == Answer("no", False, [[("no", -0.5)]], 7, 1, "served")
 
 
@@ -108,10 +111,10 @@ def test_an_entry_of_the_cache_is_an_answer() -> None:
         {"prompt_tokens": -1},
         {"completion_tokens": True},
         {"model": ["served"]},
-        {"more": 1},
+        {"other": 1},
     ],
 )
-def test_a_damaged_entry_of_the_cache_is_none(damage: dict[str, Any]) -> None:
+def test_a_damaged_cached_entry_is_refused(damage: dict[str, Any]) -> None:
     with pytest.raises(BrokenAnswerError):
         Answer.from_json(ENTRY | damage)
 
@@ -144,6 +147,6 @@ def test_a_damaged_entry_of_the_cache_is_none(damage: dict[str, Any]) -> None:
         reply({"content": "no"}, logprobs={"content": [{"top_logprobs": [{"token": "no"}]}]}),
     ],
 )
-def test_what_is_no_completion_is_told(broken: Any) -> None:
+def test_invalid_replies_are_refused(broken: Any) -> None:
     with pytest.raises(BrokenAnswerError):
         read_reply(broken)

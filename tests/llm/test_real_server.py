@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")
+REQUIREMENTS = ("fastapi", "uvicorn", "openai", "pydantic")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason=f"transformers serve needs {', '.join(NEEDED)}"),
+    pytest.mark.skipif(
+        not all(map(find_spec, REQUIREMENTS)), reason=f"transformers serve needs {', '.join(REQUIREMENTS)}"
+    ),
 ]
 
 
 def make_language_model(folder: Path) -> tuple[int, int]:
-    """A random Llama that reads bytes, saved with tokenizer and chat template; the ids of its words no and yes."""
+    """Save a random byte-level Llama with tokenizer and chat template; return the ids of its tokens no and yes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -53,7 +55,7 @@ def make_language_model(folder: Path) -> tuple[int, int]:
 
 
 @dataclass
-class Served:
+class RunningServer:
     url: str
     model: str
     words: tuple[int, int]
@@ -61,12 +63,12 @@ class Served:
 
     @property
     def requests(self) -> int:
-        """Completions that it was asked for, by its own log."""
+        """The number of requested completions in the server's log."""
         return len(re.findall("POST /v1/chat/completions", self.log.read_text()))
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     top = tmp_path_factory.mktemp("served")
     words = make_language_model(top / "model")
     with socket.socket() as free:
@@ -88,25 +90,25 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 break
             except OSError:
                 time.sleep(0.1)
-        yield Served(f"http://127.0.0.1:{port}/v1", str(top / "model"), words, log)
+        yield RunningServer(f"http://127.0.0.1:{port}/v1", str(top / "model"), words, log)
     finally:
         process.kill()
         process.wait()
 
 
-def test_two_hundred_pairs_stopped_and_run_again(
-    in_tmp: Path, served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+def test_a_terminated_run_is_repeated_with_cached_answers(
+    in_tmp: Path, served: RunningServer, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path_factory.mktemp("answers")))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     no, yes = served.words
-    bias = f"+llm.extra.logit_bias={{{no}: 100.0, {yes}: 100.0}}"  # so that the model says one of the two
-    asked = [
+    bias = f"+llm.extra.logit_bias={{{no}: 100.0, {yes}: 100.0}}"  # the model answers with one of the two
+    arguments = [
         *("prompt", f"llm.model={served.model}", f"llm.base_url={served.url}", bias, "llm.max_tokens=1"),
         *("data=toy", "data.train_rows=40", "data.validation_rows=200", "prompt=few_shot", "prompt.shots=2"),
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lora_bench", *asked, "hydra.run.dir=stopped"],
+        [sys.executable, "-m", "lora_bench", *arguments, "hydra.run.dir=stopped"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -122,24 +124,24 @@ def test_two_hundred_pairs_stopped_and_run_again(
     assert stopped["status"] == "interrupted"
     assert stopped["cost"]["requests"] < 200
 
-    answer = lora_bench(*asked, "hydra.run.dir=run")
+    answer = lora_bench(*arguments, "hydra.run.dir=run")
     assert answer.code == 0, answer
-    found = run_folder.read(in_tmp / "run")
-    assert found["cost"]["cached"] == stopped["cost"]["requests"]
-    assert found["cost"]["cached"] + found["cost"]["requests"] == 200
-    assert served.requests == 200  # none of them twice
-    assert found["answers"]["validation"] == {"probabilities": 0, "text": 200, "refused": 0, "unparsable": 0}
-    assert found["cost"]["completion_tokens"] == 200
+    record = run_folder.read(in_tmp / "run")
+    assert record["cost"]["cached"] == stopped["cost"]["requests"]
+    assert record["cost"]["cached"] + record["cost"]["requests"] == 200
+    assert served.requests == 200  # every pair once
+    assert record["answers"]["validation"] == {"probabilities": 0, "text": 200, "refused": 0, "unparsable": 0}
+    assert record["cost"]["completion_tokens"] == 200
     assert "no log-probabilities" in answer.out
-    again = lora_bench(*asked, "hydra.run.dir=again")
-    assert (again.code, served.requests) == (0, 200)
-    assert run_folder.read(in_tmp / "again")["metrics"] == found["metrics"]
+    repeated = lora_bench(*arguments, "hydra.run.dir=repeated")
+    assert (repeated.code, served.requests) == (0, 200)
+    assert run_folder.read(in_tmp / "repeated")["metrics"] == record["metrics"]
 
 
-def test_a_model_that_says_neither_word_is_always_wrong(in_tmp: Path, served: Served) -> None:
-    asked = [f"llm.model={served.model}", f"llm.base_url={served.url}", "llm.max_tokens=2", "hydra.run.dir=run"]
-    answer = lora_bench("prompt", *asked, "data=toy", "data.train_rows=40", "data.validation_rows=8")
+def test_unparsable_answers_count_as_wrong(in_tmp: Path, served: RunningServer) -> None:
+    arguments = [f"llm.model={served.model}", f"llm.base_url={served.url}", "llm.max_tokens=2", "hydra.run.dir=run"]
+    answer = lora_bench("prompt", *arguments, "data=toy", "data.train_rows=40", "data.validation_rows=8")
     assert answer.code == 0, answer
-    found = run_folder.read(in_tmp / "run")
-    assert found["answers"]["validation"]["unparsable"] == 8
-    assert found["metrics"]["validation/accuracy"] == 0.0
+    record = run_folder.read(in_tmp / "run")
+    assert record["answers"]["validation"]["unparsable"] == 8
+    assert record["metrics"]["validation/accuracy"] == 0.0

@@ -28,7 +28,14 @@ def test_versions_of_every_package_that_results_depend_on() -> None:
     assert described == {name: version(name) for name in environment.PACKAGES}
     named = [re.split("[<>=!~; ]", line)[0] for line in requires("lora-bench") or [] if "extra" not in line]
     required = {name for name in named if name}
-    no_figure_depends_on = {"rich", "pyyaml", "sentencepiece", "filelock", "xxhash"}  # screen, files, locks
+    no_figure_depends_on = {
+        "rich",
+        "pyyaml",
+        "sentencepiece",
+        "filelock",
+        "xxhash",
+        "jinja2",
+    }  # screen, files, locks, pages
     assert required - no_figure_depends_on <= set(environment.PACKAGES)
 
 

@@ -1,6 +1,6 @@
-"""Packs in processes of their own: each run is what it would be, and what becomes of a process is told.
+"""Packs in worker processes: runs equal those of one process, and the end of a process is reported.
 
-Every test here starts two processes that load torch: that is what they are about, and what they take.
+Most tests start two processes that import torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.helpers import composed
 
 SWEEP = toy_run("trainer.max_steps=4", "trainer.checkpoint_every=2", "hydra.sweep.dir=sweep", "pack.workers=2")
 LONG = toy_run("trainer.max_steps=1000", "trainer.epochs=1000", "trainer.eval_every=1000", *SWEEP[-2:])
-"""It tells of every hundredth step."""
+"""Overrides of a training that reports every hundredth step."""
 
 
 def record(folder: str) -> dict[str, Any]:
@@ -41,41 +41,41 @@ def statuses() -> dict[str, str]:
 
 
 def at_first_step(monkeypatch: pytest.MonkeyPatch, worker: int, action: Any) -> None:
-    """Do something when this worker first tells of a step."""
-    say = workers._Worker._say
+    """Call `action` with this worker when it first reports a step."""
+    report = workers._Worker._say
 
-    def saying(self: workers._Worker, text: str) -> None:
-        say(self, text)
+    def report_and_act(self: workers._Worker, text: str) -> None:
+        report(self, text)
         if self.number == worker and text.startswith("step "):
             action(self)
 
-    monkeypatch.setattr(workers._Worker, "_say", saying)
+    monkeypatch.setattr(workers._Worker, "_say", report_and_act)
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_runs_are_what_they_are_in_one_process() -> None:
-    asked = [*SWEEP, "optimizer.warmup=0", "optimizer.lr=1e-3,1e30,2e-3"]
-    answer = lora_bench("train", "-m", *asked)
+def test_runs_equal_those_of_one_process() -> None:
+    overrides = [*SWEEP, "optimizer.warmup=0", "optimizer.lr=1e-3,1e30,2e-3"]
+    answer = lora_bench("train", "-m", *overrides)
     assert answer.code == 1, answer
     assert "1 of 3 jobs" in answer.err
     assert "worker 0: 2 jobs on one tiny_bert" in answer.out
     assert "worker 1: lora on tiny_bert" in answer.out
     assert answer.out.count("job 1 failed: step") == 1
-    assert lora_bench("train", "-m", *asked, "hydra.sweep.dir=whole", "pack.workers=1").code == 1
+    assert lora_bench("train", "-m", *overrides, "hydra.sweep.dir=one_process", "pack.workers=1").code == 1
     assert statuses() == {"0": "done", "1": "diverged", "2": "done"}
     for k in range(3):
-        one, other = record(f"sweep/{k}"), record(f"whole/{k}")
-        assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
-        assert one["error"] == other["error"]
-        assert one["cost"]["train_flops"] == other["cost"]["train_flops"]
-        assert (one["cost"]["pack_size"], other["cost"]["pack_size"]) == ((2, 1)[k == 0], 3)
-        assert one["environment"]["threads"] == max(1, torch.get_num_threads() // 2)
-        assert one["cost"]["train_seconds"] is None  # the other process was on the same device
+        run, expected = record(f"sweep/{k}"), record(f"one_process/{k}")
+        assert run["metrics"] == pytest.approx(expected["metrics"], abs=1e-5)
+        assert run["error"] == expected["error"]
+        assert run["cost"]["train_flops"] == expected["cost"]["train_flops"]
+        assert (run["cost"]["pack_size"], expected["cost"]["pack_size"]) == ((2, 1)[k == 0], 3)
+        assert run["environment"]["threads"] == max(1, torch.get_num_threads() // 2)
+        assert run["cost"]["train_seconds"] is None  # both processes used the same device
     assert Path("sweep/table.md").exists()
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_a_killed_process_is_told_and_its_jobs_go_on_with_the_sweep() -> None:
+def test_a_killed_worker_is_reported_and_its_jobs_are_resumed_with_the_sweep() -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_first_step(patch, 0, lambda worker: worker.process.kill())
         answer = lora_bench("train", "-m", *SWEEP, "seed=0,1,2")
@@ -89,21 +89,21 @@ def test_a_killed_process_is_told_and_its_jobs_go_on_with_the_sweep() -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_ctrl_c_lets_each_leave_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_workers_after_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(worker: workers._Worker) -> None:
         raise KeyboardInterrupt
 
     at_first_step(monkeypatch, 0, interrupt)
     answer = lora_bench("train", "-m", *LONG, "seed=0,1,2,3")
     assert (answer.code, answer.err.count("\n")) == (130, 1), answer
-    begun = statuses()
-    assert set(begun.values()) == {"interrupted"}
-    assert begun.keys() >= {"0", "1"}
+    status_by_job = statuses()
+    assert set(status_by_job.values()) == {"interrupted"}
+    assert status_by_job.keys() >= {"0", "1"}
     assert any(Path("sweep/0/checkpoints").iterdir())
     assert "lora-bench train -m resume=sweep" in answer.out
 
 
-KILLED = """
+KILLED_SCRIPT = """
 import os, signal, sys
 from lora_bench.sweeps import workers
 from lora_bench.cli import main
@@ -116,12 +116,12 @@ if __name__ == "__main__":
     workers._Worker._say = say
     main(sys.argv[1:])
 """
-"""A command that is killed outright when one of its workers first tells of a step."""
+"""A command that is killed with SIGKILL when one of its workers first reports a step."""
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_no_process_outlives_a_killed_sweep() -> None:
-    Path("killed.py").write_text(KILLED)
+def test_workers_end_with_a_killed_sweep() -> None:
+    Path("killed.py").write_text(KILLED_SCRIPT)
     command = [sys.executable, "killed.py", "train", "-m", *LONG, "seed=0,1"]
     killed = subprocess.run(command, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL
@@ -129,11 +129,11 @@ def test_no_process_outlives_a_killed_sweep() -> None:
     while any(folder_lock.is_locked(folder) for folder in Path("sweep").iterdir()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(folder_lock.is_locked(folder) for folder in Path("sweep").iterdir())
-    assert set(statuses().values()) == {"running"}  # killed, that is
+    assert set(statuses().values()) == {"running"}  # the status of a killed run
 
 
 @pytest.mark.parametrize(
-    ("asked", "visible", "found", "expected"),
+    ("overrides", "visible", "device_count", "expected"),
     [
         ([], None, 0, (1, [None], 1)),
         (["pack.workers=3"], None, 0, (3, [None, None, None], 3)),
@@ -143,37 +143,39 @@ def test_no_process_outlives_a_killed_sweep() -> None:
         (["trainer.device=cpu"], None, 2, (1, [None], 1)),
     ],
 )
-def test_each_worker_has_a_gpu_while_there_are_any(
+def test_number_of_workers_and_their_gpus(
     monkeypatch: pytest.MonkeyPatch,
-    asked: list[str],
+    overrides: list[str],
     visible: str | None,
-    found: int,
+    device_count: int,
     expected: tuple[int, list[str | None], int],
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: device_count)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    job: Any = SimpleNamespace(settings=Settings.build(composed("data=toy", *asked)))
-    made = Workers.of([job])
-    assert (made.count, [made.gpu_of(i) for i in range(made.count)], made.sharing) == expected
+    job: Any = SimpleNamespace(settings=Settings.build(composed("data=toy", *overrides)))
+    assigned = Workers.of([job])
+    assert (assigned.count, [assigned.gpu_of(i) for i in range(assigned.count)], assigned.sharing) == expected
 
 
-def test_a_group_is_cut_evenly_but_not_where_its_jobs_are_compared() -> None:
+def test_a_group_is_split_evenly_unless_halving_compares_its_jobs() -> None:
     jobs: list[Any] = list(range(10))
-    for halving, most, sizes in (("false", 4, [3, 3, 4]), ("false", 10, [10]), ("true", 4, [10])):
+    for halving, maximum, sizes in (("false", 4, [3, 3, 4]), ("false", 10, [10]), ("true", 4, [10])):
         experiments = [Experiment.build(composed("data=toy", f"pack.halving={halving}"))] * 10
-        cut = workers.split_group(Group(jobs, experiments), most)
-        assert [len(part.jobs) for part in cut] == [len(part.experiments) for part in cut] == sizes
-        assert [job for part in cut for job in part.jobs] == jobs
+        groups = workers.split_group(Group(jobs, experiments), maximum)
+        assert (
+            [len(subgroup.jobs) for subgroup in groups] == [len(subgroup.experiments) for subgroup in groups] == sizes
+        )
+        assert [job for subgroup in groups for job in subgroup.jobs] == jobs
 
 
-def test_several_on_one_device_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_on_one_device_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         packing,
         "memory_demand",
-        lambda common, experiment: packing.MemoryDemand(persistent_bytes=10.0, step_bytes=0.0, depth=0),
+        lambda inputs, experiment: packing.MemoryDemand(persistent_bytes=10.0, step_bytes=0.0, depth=0),
     )
     monkeypatch.setattr(packing, "free_bytes", lambda device: 80.0 / packing.SHARE_OF_FREE)
     on_cpu: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cpu")))
