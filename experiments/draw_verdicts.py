@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw docs/img/verdicts.svg: how an interval, zero and the margin give a verdict.
 
-    python experiments/draw_verdicts.py
+    experiments/draw_verdicts.py
 
 The drawing has its own background, so that it reads the same on a light and on a dark page.
 """
