@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.config.removed import REMOVED_GROUPS
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -50,6 +51,12 @@ def with_present_keys(override: str) -> str:
             values = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", new, override[setting.end() :])
             override = override[: setting.end()] + values
     return override
+
+
+def present_overrides(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides of an older record with present names, without those that chose a group that was removed."""
+    removed = {f"{group}=default" for group in REMOVED_GROUPS}
+    return [with_present_keys(text) for text in overrides if text.lstrip("+") not in removed]
 
 
 def renamed_key(key: str) -> UserError:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import yaml
 from xxhash import xxh3_128_hexdigest
 
-from lora_bench.config.keys import with_present_keys, with_present_names
+from lora_bench.config.keys import present_overrides, with_present_names
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
@@ -392,7 +392,7 @@ def read(folder: Path) -> dict[str, Any]:
         record = with_types(to_json(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
-    overrides = [with_present_keys(text) for text in record["overrides"]]
+    overrides = present_overrides(record["overrides"])
     return record | {"config": with_present_names(record["config"]), "overrides": overrides}
 
 

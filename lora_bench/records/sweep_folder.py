@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.config.keys import with_present_keys
+from lora_bench.config.keys import present_overrides
 from lora_bench.errors import Code, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import describe_error, dump, to_json, write
@@ -189,8 +189,8 @@ def read(folder: Path) -> Sweep:
         raise UserError(f"is damaged: {describe_error(error)}", file=path, code=Code.DAMAGED) from None
     return replace(
         sweep,
-        overrides=[with_present_keys(text) for text in sweep.overrides],
-        jobs={name: [with_present_keys(text) for text in job] for name, job in sweep.jobs.items()},
+        overrides=present_overrides(sweep.overrides),
+        jobs={name: present_overrides(job) for name, job in sweep.jobs.items()},
     )
 
 

@@ -248,7 +248,10 @@ def test_a_sweep_of_an_older_version_runs_what_it_lacks(in_tmp: Path) -> None:
     keys = ["head.pair_features=true,false", "trainer.objective=cross_entropy,alternate_order"]
     assert lora_bench("train", "-m", *toy_run(*keys, "hydra.sweep.dir=sweep")).code == 0
     path = Path("sweep/sweep.json")
-    path.write_text(with_old_names(path.read_text()))
+    sweep = json.loads(with_old_names(path.read_text()))
+    for overrides in (sweep["overrides"], *sweep["jobs"].values()):
+        overrides.append("pack=default")  # a group that was removed
+    path.write_text(json.dumps(sweep))
     in_old_form(Path("sweep/0"))
     for job in (1, 2, 3):
         shutil.rmtree(f"sweep/{job}")
