@@ -117,6 +117,8 @@ DISPATCH = cli.run_command
 def refused(*arguments: str) -> UserError:
     """Run a wrong request and return its error; assert exit code 2, one line, no traceback and no new file.
 
+    The current folder has to be the test's own (`in_tmp`), since nothing else may write into it.
+
     Its text has to stand in the golden file of the command, `tests/messages/COMMAND.txt`.
     """
     before = files_below(Path.cwd())

@@ -62,6 +62,7 @@ def test_none_is_overlooked() -> None:
     assert names == {"__init__.py"}
 
 
+@pytest.mark.usefixtures("in_tmp")
 def test_a_shared_base_is_no_choice() -> None:
     assert Path("data/_base.yaml") in FILES
     assert "_base" not in choices("data")

@@ -29,6 +29,7 @@ def give_old_settings(folder: str, status: str = "done", **settings: Any) -> Non
     shutil.rmtree(Path(folder, ".hydra"))
 
 
+@pytest.mark.usefixtures("in_tmp")
 @pytest.mark.parametrize("sign", ["", "+"])
 @pytest.mark.parametrize("key", REMOVED_KEYS)
 def test_a_removed_key_is_refused_with_the_reason(key: str, sign: str) -> None:
@@ -37,6 +38,7 @@ def test_a_removed_key_is_refused_with_the_reason(key: str, sign: str) -> None:
     assert error.remedy == removal_note(key)
 
 
+@pytest.mark.usefixtures("in_tmp")
 @pytest.mark.parametrize(("key", "choice"), REMOVED_CHOICES)
 def test_a_removed_choice_is_refused_with_the_reason(key: str, choice: str) -> None:
     error = refused("train", *toy_run(f"{key}={choice}"))
