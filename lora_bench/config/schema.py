@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_bench.config.keys import renamed_choice_note
+from lora_bench.config.metric_names import ALL_MAIN_METRICS
 from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, require, require_number, require_one_of
 
@@ -63,10 +64,12 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A task: texts in one or two columns, labels 0 and 1."""
+    """A task: texts in one or two columns, and a class or a number for each."""
 
     source: str
     """`hub`, `files` or `toy`."""
+    type: str
+    """`classification`: two or more classes. `regression`: a number, such as a similarity score."""
     task: str
     """The short name of the task, the {task} of T5's template."""
     text_columns: list[str]
@@ -74,11 +77,20 @@ class Data:
     label_column: str
     """The column of the labels."""
     label_threshold: float | None
-    """The column holds scores, and a score of at least this threshold is label 1; null: it holds 0 and 1."""
-    label_names: list[str]
-    """The names of label 0 and label 1, which are also T5's label words."""
+    """The column holds scores, and a score of at least this threshold is label 1 of two; null: it holds classes."""
+    label_names: list[str] | None
+    """The names of the classes 0, 1, …, which are also T5's label words. The column holds these names, or the numbers.
+    null: the distinct values of the train split, sorted."""
+    positive_label: str | None
+    """The class of two whose F1, precision and recall are reported; null: the second one."""
+    relation: str | None
+    """The relation of the two texts that the label states, which decides which perturbations keep the label:
+    `paraphrase`, `entailment` or `similarity`; null: none of these."""
     max_length: int
     """Maximum tokens of an example; longer examples are truncated and counted."""
+    truncation: str
+    """Where a longer example loses tokens: `longest_first` (at the end of its longer text), `first` or `second` (at the
+    end of that text), or `middle` (of its longer text)."""
     train_size: int | None
     """Train on the first n rows of a fixed permutation of the train rows outside the selection split; null: on all."""
     selection_size: int | float
@@ -119,10 +131,12 @@ class Data:
             require(
                 math.isfinite(self.label_threshold), "label_threshold", self.label_threshold, "is not a finite number"
             )
-        require(
-            len(self.label_names) == 2, "label_names", self.label_names, "must be two names, of label 0 and label 1"
-        )
+        require_one_of("type", self.type, TASK_TYPES)
+        self._check_labels()
+        if self.relation is not None:
+            require_one_of("relation", self.relation, RELATIONS)
         require_number("max_length", self.max_length, 8)
+        require_one_of("truncation", self.truncation, TRUNCATIONS)
         if self.train_size is not None:
             require_number("train_size", self.train_size, 1)
         size = self.selection_size
@@ -140,6 +154,43 @@ class Data:
             names = [value] if isinstance(value, str) else value
             is_listed = names is None or (isinstance(names, list) and all(isinstance(item, str) for item in names))
             require(is_listed, name, value, "is not a name or a list of names")
+
+    def _check_labels(self) -> None:
+        """Check that the settings of labels are consistent with one another and with the type of the task.
+
+        Raises:
+            UserError: naming the key.
+        """
+        names = self.label_names
+        if self.type == "regression":
+            for name in ("label_threshold", "label_names", "positive_label"):
+                value = getattr(self, name)
+                remedy = "Set it to null, or data.type=classification."
+                reason = "is about classes, and data.type=regression has none"
+                require(value is None, name, value, reason, remedy, code=Code.CONFLICT)
+            return
+        if names is not None:
+            require(len(names) >= 2, "label_names", names, "must be two or more names")
+            require(all(names), "label_names", names, "has an empty name")
+            require(len(set(names)) == len(names), "label_names", names, "has a name twice")
+        if self.label_threshold is not None:
+            is_binary = names is None or len(names) == 2
+            require(is_binary, "label_names", names, "must be two names where data.label_threshold is given")
+        if self.positive_label is not None and names is not None:
+            reason = "says which class of two binary F1 is about, and there are more"
+            remedy = "Leave it out: F1 is then the mean over the classes."
+            require(len(names) == 2, "positive_label", self.positive_label, reason, remedy, code=Code.CONFLICT)
+            require_one_of("positive_label", self.positive_label, tuple(names))
+
+
+TASK_TYPES = ("classification", "regression")
+"""Values of `data.type`."""
+
+RELATIONS = ("paraphrase", "entailment", "similarity")
+"""Values of `data.relation`."""
+
+TRUNCATIONS = ("longest_first", "first", "second", "middle")
+"""Values of `data.truncation`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +291,15 @@ class Trainer:
     """Examples per forward pass of an evaluation."""
     eval_every: int | None
     """Steps between evaluations on the selection split; null: one per epoch. The last step is always evaluated."""
+    main_metric: str | None
+    """The metric that chooses the best state, stops early, ranks, tunes and is tested: `mcc`, `accuracy`, `f1` (two
+    classes), `macro_f1` or `weighted_f1` (more classes); for regression `spearman`, `pearson` or `r2`. null: `mcc`, for
+    regression `spearman`."""
     early_stopping_patience: int | None
-    """Stop after this many evaluations in a row without a better selection MCC; null: never."""
+    """Stop after this many evaluations in a row without a better main metric on the selection split; null: never."""
     stop_at: float | None
-    """Stop at the first evaluation whose selection MCC reaches this value, to measure the cost of it; null: never."""
+    """Stop at the first evaluation whose main metric on the selection split reaches this value, to measure the cost of
+    it; null: never."""
     score_both_orders: bool
     """Predict the mean of the probabilities of a pair in both orders of its texts; this doubles the cost."""
     objective: str
@@ -251,6 +307,9 @@ class Trainer:
     the next epoch in the reversed order. The others take the cross-entropy of two views of each example and add the
     divergence of the two predictions: both orders (`order_consistency`), original and perturbed
     (`perturb_consistency`)."""
+    class_weights: str
+    """Weights of the classes in the loss. `none`. `balanced`: a class of n of N training examples with k classes has
+    the weight N / (k n), so that each class counts as much as any other."""
     consistency_weight: float
     """Weight of that divergence, a symmetric Kullback-Leibler divergence in nats."""
     average: float
@@ -289,6 +348,9 @@ class Trainer:
         remedy = removal_note(key, objective) or renamed_choice_note(key, objective) or ""
         is_known = self.objective in OBJECTIVES
         require(is_known, "objective", objective, reason, remedy, code=Code.UNKNOWN_CHOICE)
+        if self.main_metric is not None:
+            require_one_of("main_metric", self.main_metric, ALL_MAIN_METRICS)
+        require_one_of("class_weights", self.class_weights, ("none", "balanced"))
         require_number("consistency_weight", self.consistency_weight, 0)
         if self.stop_at is not None:
             require_number("stop_at", self.stop_at, 0, 1, open_low=True)
