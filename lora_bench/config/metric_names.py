@@ -37,8 +37,8 @@ def task_form(task_type: str, classes: int) -> str:
 
 
 DEFAULT_THRESHOLD = 0.5
-"""Of two classes label 1 is predicted from this score P(label 1) on, in every metric: no threshold is tuned on a reported
-split. Of more classes the most probable one is predicted."""
+"""Of two classes label 1 is predicted from this score P(label 1) on, in every metric: no threshold is tuned on a
+reported split. Of more classes the most probable one is predicted."""
 
 _DISPLAY_NAMES = {
     "mcc": "MCC",
