@@ -119,8 +119,13 @@ def _reading(run: FinishedRun) -> list[str]:
     if backbone.peft_task == "TOKEN_CLS":
         notes.append("the logits of a pair are the mean of its tokens' logits, padding left out.")
     if backbone.peft_task == "SEQ_2_SEQ_LM":
-        words = ", ".join(getattr(experiment.model, "label_words", ()))
-        notes.append(f"its logits are the decoder's first scores of the first tokens of: {words}.")
+        words = ", ".join(getattr(experiment.model, "label_words", None) or experiment.data.label_names or ())
+        single_step = all(len(path) == 1 for path in backbone.words[0].paths)
+        first = "the decoder's first scores of the first tokens of"
+        scores = (
+            first if single_step else "the log-probabilities of the whole words, given that the answer is one of them"
+        )
+        notes.append(f"its logits are {scores}: {words}.")
     return notes
 
 
@@ -138,14 +143,14 @@ def _member_folders(folder: Path, members: int) -> list[Path]:
 
 
 @torch.no_grad()
-def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str]) -> None:
+def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str] | None) -> None:
     """Write a member as a plain Hugging Face model with its tokenizer; this detaches the pack and changes the backbone.
 
     Args:
         folder: is created.
         pack: on a backbone in fp32.
         member: its number in the pack.
-        label_names: names of label 0 and label 1.
+        label_names: names of the classes; None: the model predicts a number.
     """
     trained = {name: p.detach().clone() for name, p in pack.head_parameters(member).items()}
     merged = {**pack.merged(member), **trained}
