@@ -286,4 +286,4 @@ def _is_fixed(record: Mapping[str, Any]) -> bool:
 def _agrees(record: Mapping[str, Any], split: str, predictions: Predictions) -> bool:
     """Return whether the MCC of a run's predictions is the one in its record."""
     recorded = record["metrics"].get(f"{split}/mcc")
-    return isinstance(recorded, int | float) and abs(recorded - predictions.mcc) < 1e-6
+    return isinstance(recorded, int | float) and abs(recorded - predictions.value("mcc")) < 1e-6
