@@ -176,7 +176,8 @@ def class_influence(totals: ArrayLike, measure: str = "mcc") -> Floats:
         of_predicted = -scale * labelled - value * _ratio(n * (n - predicted), spread_predicted)
         of_label, of_predicted = np.where(root > 0, of_label, 0.0), np.where(root > 0, of_predicted, 0.0)
         if_correct = scale * n + 0 * hits
-    return of_label[..., :, None] + of_predicted[..., None, :] + if_correct[..., None] * np.eye(hits.shape[-1])
+    by_cell = of_label[..., :, None] + of_predicted[..., None, :] + if_correct[..., None] * np.eye(hits.shape[-1])
+    return np.asarray(by_cell)
 
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:

@@ -72,5 +72,5 @@ def pseudo_values(labels: ArrayLike, predicted: ArrayLike, measure: str) -> Floa
         return confusion.compute_metric(counts, measure)[:, None] + added
     totals = confusion.class_totals(y, p)  # (S, 3, k)
     by_cell = confusion.class_influence(totals, measure)  # (S, k, k)
-    added = by_cell[np.arange(len(p))[:, None], y, p]  # (S, N)
+    added = np.asarray(by_cell[np.arange(len(p))[:, None], y, p])  # (S, N)
     return confusion.compute_class_metric(totals, measure)[:, None] + added

@@ -36,7 +36,7 @@ def compute_metric(labels: ArrayLike, scores: ArrayLike, measure: str) -> Floats
         return np.asarray(np.where(spread.any(), 1 - _ratio(((p - y) ** 2).mean(-1), (spread**2).mean()), 0.0))
     if measure == "spearman":
         y, p = midranks(y), midranks(p)
-    return (_standardise(y) * _standardise(p)).mean(-1)
+    return np.asarray((_standardise(y) * _standardise(p)).mean(-1))
 
 
 def influence(labels: ArrayLike, scores: ArrayLike, measure: str) -> Floats:
@@ -50,7 +50,7 @@ def influence(labels: ArrayLike, scores: ArrayLike, measure: str) -> Floats:
     y, p = np.asarray(labels, float), np.asarray(scores, float)
     value = compute_metric(y, p, measure)[..., None]  # (..., 1)
     if measure == "mse":
-        return (p - y) ** 2 - value
+        return np.asarray((p - y) ** 2 - value)
     if measure == "r2":
         spread = _centre(y)
         residual, squared = (p - y) ** 2, np.broadcast_to(spread**2, p.shape)
@@ -91,7 +91,8 @@ def _spearman_influence(labels: Floats, scores: Floats, value: Floats) -> Floats
 
     def slope(a: Floats, b: Floats) -> Floats:
         """Return the derivative of E[a b] by the weight of each example: (..., N)."""
-        return a * b - 3 * (a * b).mean(-1, keepdims=True) + _mean_above(a, b) + _mean_above(b, a)
+        product: Floats = a * b
+        return np.asarray(product - 3 * product.mean(-1, keepdims=True) + _mean_above(a, b) + _mean_above(b, a))
 
     variance_f, variance_g = ((a**2).mean(-1, keepdims=True) - 0.25 for a in (f, g))
     variance_f, variance_g = (np.where(v > SMALLEST_SPREAD, v, 0.0) for v in (variance_f, variance_g))
@@ -108,7 +109,7 @@ def _mean_above(order: Floats, weights: Floats) -> Floats:
         _, inverse = np.unique(order[index], return_inverse=True)
         by_value = np.bincount(inverse, weights=weights[index])
         sums[index] = (by_value.sum() - by_value.cumsum() + by_value / 2)[inverse]
-    return sums / n
+    return np.asarray(sums / n)
 
 
 def _centre(values: Floats) -> Floats:

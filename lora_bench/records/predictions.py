@@ -67,7 +67,7 @@ class Predictions:
         the most probable one. Regression: the scores.
         """
         if self.form == "multiclass":
-            return self.scores.argmax(axis=1)
+            return np.asarray(self.scores.argmax(axis=1))
         return self.scores if self.form == "regression" else np.greater_equal(self.scores, DEFAULT_THRESHOLD)
 
     @property
