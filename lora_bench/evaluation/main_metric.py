@@ -65,7 +65,7 @@ def pseudo_values(labels: ArrayLike, predicted: ArrayLike, measure: str) -> Floa
     if is_of_numbers(measure):
         return regression.compute_metric(y, p, measure)[:, None] + regression.influence(y, p, measure)
     if is_of_two_classes(measure, y, p):
-        y, p = y.astype(bool), p.astype(bool)
+        y, p = y.astype(bool, copy=False), p.astype(bool, copy=False)
         counts = confusion.confusion_counts(y, p)  # (S, 4)
         cell = np.where(p, 0, 2) + np.where(y, 0, 1)  # (S, N): tp 0, fp 1, fn 2, tn 3
         added = np.take_along_axis(confusion.influence(counts, measure), cell, axis=1)  # (S, N)
