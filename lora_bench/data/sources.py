@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.config.schema import Data, FileData, HubData, ToyData
+from lora_bench.config.schema import SPLITS, Data, FileData, HubData, ToyData
 from lora_bench.data import readers, toy
 from lora_bench.data.readers import Table
 from lora_bench.errors import Code, UserError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from lora_bench.data.examples import Examples
 
-SPLITS = ("train", "validation", "test")
 _NULLS = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none"})
 
 
@@ -76,11 +75,11 @@ def _from_files(data: FileData) -> dict[str, Examples]:
 def _from_hub(data: HubData) -> dict[str, Examples]:
     """Return those of the three splits that a data set of the hub has, downloaded or from its local cache.
 
-    In each split, labels may be hidden. Progress bars of the hub's libraries are off from then on, and so is the
-    network if the hub does not answer.
+    `data.splits` may give them other names on the hub. In each split, labels may be hidden. Progress bars of the hub's
+    libraries are off from then on, and so is the network if the hub does not answer.
 
     Raises:
-        UserError: it cannot be loaded, has none of the splits, or a value is neither a text nor a label 0 or 1.
+        UserError: it cannot be loaded, lacks the splits, or a value is neither a text nor a label 0 or 1.
     """
     import datasets  # late: seconds
     import huggingface_hub
@@ -100,29 +99,51 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
         )
         reason = f"{name} cannot be loaded from the hub: {reason}"
         raise UserError(reason, key="data.hub_id", value=data.hub_id, remedy=remedy, code=Code.NOT_FOUND) from None
-    present = {split: splits[split] for split in SPLITS if split in splits}
-    if not present:
+    names = data.splits or {split: split for split in SPLITS if split in splits}
+    missing = sorted(set(names.values()) - set(splits))
+    if missing or not names:
         raise UserError(
-            f"{name} has none of the splits {', '.join(SPLITS)}",
-            key="data.hub_id",
-            value=data.hub_id,
+            f"{name} has no split {', '.join(missing)}"
+            if missing
+            else f"{name} has none of the splits {', '.join(SPLITS)}",
+            key="data.splits" if data.splits else "data.hub_id",
+            value=data.splits or data.hub_id,
+            remedy=f"It has {', '.join(splits)}. Name those to use, as data.splits={{train: NAME, validation: NAME}}.",
             code=Code.NOT_FOUND,
         )
     return {
-        split: Table(
-            source=f"{name} {split}",
-            names=rows.column_names,
-            column=lambda column, rows=rows: rows[column][:],  # type: ignore[misc]
-            rows=range(1, len(rows) + 1),
-        ).examples(
+        split: _labelled_table(splits[hub_split], f"{name} {hub_split}", data.label_column).examples(
             data.text_columns,
             data.label_column,
             labels_may_hide=True,
             threshold=data.label_threshold,
             label_names=data.label_names,
         )
-        for split, rows in present.items()
+        for split, hub_split in names.items()
     }
+
+
+def _labelled_table(rows: Any, source: str, label_column: str) -> Table:
+    """Return the rows of a split of the hub, without those that the hub marks as unlabelled in a column of classes.
+
+    Their label is -1, as in SNLI where the annotators have no majority. If every label is -1, the labels are hidden,
+    and all rows stay.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        source: its name in messages.
+        label_column: the column of the labels; it may be missing.
+    """
+    import datasets
+
+    kept = range(len(rows))
+    if isinstance(rows.features.get(label_column), datasets.ClassLabel):
+        labelled = np.flatnonzero(np.array(rows[label_column][:]) != -1)
+        if 0 < len(labelled) < len(rows):
+            rows, kept = rows.select(labelled), labelled.tolist()
+    return Table(
+        source=source, names=rows.column_names, column=lambda column: rows[column][:], rows=[row + 1 for row in kept]
+    )
 
 
 def reported_splits(splits: dict[str, Examples]) -> dict[str, Examples]:
