@@ -136,7 +136,7 @@ def _labelled_table(rows: Any, source: str, label_column: str) -> Table:
     """
     import datasets
 
-    kept = range(len(rows))
+    kept = list(range(len(rows)))
     if isinstance(rows.features.get(label_column), datasets.ClassLabel):
         labelled = np.flatnonzero(np.array(rows[label_column][:]) != -1)
         if 0 < len(labelled) < len(rows):
