@@ -15,6 +15,7 @@ from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
+from lora_bench.backbones.t5 import T5TextToText
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
@@ -118,9 +119,9 @@ def _reading(run: FinishedRun) -> list[str]:
         notes.append(f"the model reads one text, made of the columns: {backbone.render(columns)[0][0]!r}.")
     if backbone.peft_task == "TOKEN_CLS":
         notes.append("the logits of a pair are the mean of its tokens' logits, padding left out.")
-    if backbone.peft_task == "SEQ_2_SEQ_LM":
+    if isinstance(backbone, T5TextToText):
         words = ", ".join(getattr(experiment.model, "label_words", None) or experiment.data.label_names or ())
-        single_step = all(len(path) == 1 for path in backbone.words[0].paths)
+        single_step = backbone.words[0].is_single_step
         first = "the decoder's first scores of the first tokens of"
         scores = (
             first if single_step else "the log-probabilities of the whole words, given that the answer is one of them"

@@ -171,7 +171,7 @@ def test_a_second_evaluation_of_a_name_replaces_the_first(run: Path) -> None:
     [
         (["name=../x"], Code.INVALID_VALUE, "name", "../x", ""),
         (["data.perturb=[typo,numbr]"], Code.UNKNOWN_CHOICE, "data.perturb", "numbr", "number"),
-        (["data.perturb=number", "data.task=rte"], Code.UNSUPPORTED, "data.perturb", "number", "rte"),
+        (["data.perturb=number", "data.relation=entailment"], Code.UNSUPPORTED, "data.perturb", "number", "entailment"),
         (["data.augment=typo"], Code.CONFLICT, "data.augment", "typo", ""),
         (["data.text_columns=[question1]"], Code.MISMATCH, "data.text_columns", ["question1"], "2"),
         (

@@ -84,8 +84,8 @@ class Data:
     positive_label: str | None
     """The class of two whose F1, precision and recall are reported; null: the second one."""
     relation: str | None
-    """The relation of the two texts that the label states, which decides which perturbations keep the label:
-    `paraphrase`, `entailment` or `similarity`; null: none of these."""
+    """The property of the texts that the label states, which decides which perturbations keep the label: `paraphrase`,
+    `entailment` or `similarity` of two texts, or `form` (well-formedness); null: another one, such as a topic."""
     max_length: int
     """Maximum tokens of an example; longer examples are truncated and counted."""
     truncation: str
@@ -196,10 +196,13 @@ class Data:
             require_one_of("positive_label", self.positive_label, tuple(names))
 
 
+SPLITS = ("train", "validation", "test")
+"""Splits of the data; the last two are reported if they have labels."""
+
 TASK_TYPES = ("classification", "regression")
 """Values of `data.type`."""
 
-RELATIONS = ("paraphrase", "entailment", "similarity")
+RELATIONS = ("paraphrase", "entailment", "similarity", "form")
 """Values of `data.relation`."""
 
 TRUNCATIONS = ("longest_first", "first", "second", "middle")
@@ -216,6 +219,19 @@ class HubData(Data):
     """Its configuration, as `qqp`; null: it has one only."""
     revision: str | None
     """Branch, tag or commit of the data set on the hub; null: the newest."""
+    splits: dict[str, str] | None
+    """The split of the hub that is used as `train`, `validation` or `test`; null: the splits of these names."""
+
+    def __post_init__(self) -> None:
+        """Check the settings of `Data`, and that `splits` has no other keys than the three splits.
+
+        Raises:
+            UserError: naming the key.
+        """
+        super().__post_init__()
+        unknown = sorted(set(self.splits or {}) - set(SPLITS))
+        reason = f"has keys other than {', '.join(SPLITS)}: {', '.join(unknown)}"
+        require(not unknown, "splits", self.splits, reason)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Examples:
 
     ids: NDArray[np.int64]  # (N,) row in the source, from 0
     texts: tuple[list[str], ...]  # one list per text column, each N long
-    labels: NDArray[np.int64] | NDArray[np.float64] | None  # (N,) class numbers, or numbers; None where there are none
+    labels: NDArray[Any] | None  # (N,) class numbers, or numbers; None where there are none
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -57,9 +57,6 @@ def excerpt(value: Any) -> str:
 class LabelFormat(ABC):
     """The format of a label column."""
 
-    missing_is_hidden = False
-    """True if rows with the label -1 have none and are left out, as in data sets of the hub."""
-
     @abstractmethod
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64] | NDArray[np.float64]:
         """Return the labels of the rows: (N,) class numbers from 0, or numbers to predict.
@@ -82,21 +79,18 @@ class ClassLabels(LabelFormat):
     """Classes by name, or by their number from 0; a column holds either names only or numbers only."""
 
     names: Sequence[str]
-    missing_is_hidden: bool = False
 
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
-        """Return the class numbers (N,); rows without a label are -1 if `missing_is_hidden`."""
+        """Return the class numbers (N,)."""
         texts = [class_text(value) for value in values]
         numbers = {name: number for number, name in enumerate(self.names)}
         if not set(texts) <= numbers.keys():
             by_number = {str(number): number for number in range(len(self.names))}
-            if self.missing_is_hidden:
-                by_number["-1"] = -1
             if sum(text in by_number for text in texts) > sum(text in numbers for text in texts):
                 numbers = by_number
-        labels = [-2 if text is None else numbers.get(text, -2) for text in texts]
-        if -2 in labels:
-            self._refuse(values, labels.index(-2), column)
+        labels = [-1 if text is None else numbers.get(text, -1) for text in texts]
+        if -1 in labels:
+            self._refuse(values, labels.index(-1), column)
         return np.array(labels, dtype=np.int64)
 
     def _refuse(self, values: Sequence[Any], bad: int, column: str) -> NoReturn:
@@ -123,9 +117,8 @@ class DeclaredLabels(ClassLabels):
 
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
         """Return the class numbers (N,) in the order of `names`."""
-        labels = ClassLabels(self.declared, self.missing_is_hidden).read(values, column)
-        numbers = np.array([*(self.names.index(name) for name in self.declared), -1])
-        return numbers[labels]
+        numbers = np.array([self.names.index(name) for name in self.declared])
+        return numbers[ClassLabels(self.declared).read(values, column)]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Table:
         """Check texts and labels, and return them with the ids 0 to N - 1; see `read` for the arguments and errors.
 
         `labels` is None without `label_column`, and where they are hidden: in a column that is absent or -1 throughout.
-        A table without rows is refused. If the format says so, rows without a label are left out; ids are not changed.
+        A table without rows is refused.
         """
         if not self.rows:
             raise UserError(
@@ -65,10 +65,7 @@ class Table:
         labels = None
         if label_column is not None:
             labels = self._labels(label_column, label_format, labels_may_hide)
-        examples = Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
-        if labels is not None and label_format.missing_is_hidden and (labels == -1).any():
-            return examples.take(np.flatnonzero(labels != -1))
-        return examples
+        return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
 
     def class_names(self, label_column: str) -> list[str]:
         """Return the classes of the label column: those that the file's own metadata names, else its distinct values.

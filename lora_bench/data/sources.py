@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.config.schema import Data, FileData, HubData, ToyData
+from lora_bench.config.schema import SPLITS, Data, FileData, HubData, ToyData
 from lora_bench.data import readers, toy
 from lora_bench.data.labels import (
     ClassLabels,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from lora_bench.data.examples import Examples
 
-SPLITS = ("train", "validation", "test")
 _NULLS = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none"})
 
 
@@ -66,7 +65,7 @@ def load(data: Data) -> tuple[Data, dict[str, Examples]]:
     names = data.label_names
     if data.type == "classification" and names is None:
         names = ["0", "1"] if data.label_threshold is not None else first.class_names(data.label_column)
-    label_format = _label_format(data, names, declared, missing_is_hidden=from_hub)
+    label_format = _label_format(data, names, declared)
     splits = {
         split: table.examples(
             data.text_columns, data.label_column, label_format, labels_may_hide=from_hub or split == "test"
@@ -76,16 +75,13 @@ def load(data: Data) -> tuple[Data, dict[str, Examples]]:
     return _with_positive_last(replace(data, label_names=names), splits)
 
 
-def _label_format(
-    data: Data, names: Sequence[str] | None, declared: Sequence[str], *, missing_is_hidden: bool
-) -> LabelFormat:
+def _label_format(data: Data, names: Sequence[str] | None, declared: Sequence[str]) -> LabelFormat:
     """Return the format of the label column.
 
     Args:
         data: the settings.
         names: of the classes; None for regression.
         declared: names of the classes that the source itself declares; empty if it declares none.
-        missing_is_hidden: rows with the label -1 are left out.
     """
     if data.type == "regression":
         return NumberLabels()
@@ -93,8 +89,8 @@ def _label_format(
         return ThresholdLabels(data.label_threshold)
     assert names is not None
     if declared and set(declared) == set(names) and list(declared) != list(names):
-        return DeclaredLabels(tuple(names), missing_is_hidden, tuple(declared))
-    return ClassLabels(tuple(names), missing_is_hidden)
+        return DeclaredLabels(tuple(names), tuple(declared))
+    return ClassLabels(tuple(names))
 
 
 def _with_positive_last(data: Data, splits: dict[str, Examples]) -> tuple[Data, dict[str, Examples]]:
@@ -177,10 +173,11 @@ def _file_tables(data: FileData) -> dict[str, Table]:
 def _hub_tables(data: HubData) -> dict[str, Table]:
     """Return those of the three splits that a data set of the hub has, downloaded or from its local cache.
 
-    Progress bars of the hub's libraries are off from then on, and so is the network if the hub does not answer.
+    `data.splits` may give them other names on the hub. Progress bars of the hub's libraries are off from then on, and
+    so is the network if the hub does not answer.
 
     Raises:
-        UserError: it cannot be loaded, or has none of the splits.
+        UserError: it cannot be loaded, or lacks the splits.
     """
     import datasets  # late: seconds
     import huggingface_hub
@@ -200,28 +197,53 @@ def _hub_tables(data: HubData) -> dict[str, Table]:
         )
         reason = f"{name} cannot be loaded from the hub: {reason}"
         raise UserError(reason, key="data.hub_id", value=data.hub_id, remedy=remedy, code=Code.NOT_FOUND) from None
-    present = {split: splits[split] for split in SPLITS if split in splits}
-    if not present:
+    names = data.splits or {split: split for split in SPLITS if split in splits}
+    missing = sorted(set(names.values()) - set(splits))
+    if missing or not names:
         raise UserError(
-            f"{name} has none of the splits {', '.join(SPLITS)}",
-            key="data.hub_id",
-            value=data.hub_id,
+            f"{name} has no split {', '.join(missing)}"
+            if missing
+            else f"{name} has none of the splits {', '.join(SPLITS)}",
+            key="data.splits" if data.splits else "data.hub_id",
+            value=data.splits or data.hub_id,
+            remedy=f"It has {', '.join(splits)}. Name those to use, as data.splits={{train: NAME, validation: NAME}}.",
             code=Code.NOT_FOUND,
         )
     return {
-        split: Table(
-            source=f"{name} {split}",
-            names=rows.column_names,
-            column=lambda column, rows=rows: rows[column][:],  # type: ignore[misc]
-            rows=range(1, len(rows) + 1),
-            declared_names={
-                column: feature.names
-                for column, feature in getattr(rows, "features", {}).items()
-                if isinstance(feature, datasets.ClassLabel)
-            },
-        )
-        for split, rows in present.items()
+        split: _labelled_table(splits[hub_split], f"{name} {hub_split}", data.label_column)
+        for split, hub_split in names.items()
     }
+
+
+def _labelled_table(rows: Any, source: str, label_column: str) -> Table:
+    """Return the rows of a split of the hub, without those that the hub marks as unlabelled in a column of classes.
+
+    Their label is -1, as in SNLI where the annotators have no majority. If every label is -1, the labels are hidden,
+    and all rows stay.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        source: its name in messages.
+        label_column: the column of the labels; it may be missing.
+    """
+    import datasets
+
+    kept = list(range(len(rows)))
+    if isinstance(rows.features.get(label_column), datasets.ClassLabel):
+        labelled = np.flatnonzero(np.array(rows[label_column][:]) != -1)
+        if 0 < len(labelled) < len(rows):
+            rows, kept = rows.select(labelled), labelled.tolist()
+    return Table(
+        source=source,
+        names=rows.column_names,
+        column=lambda column: rows[column][:],
+        rows=[row + 1 for row in kept],
+        declared_names={
+            column: feature.names
+            for column, feature in rows.features.items()
+            if isinstance(feature, datasets.ClassLabel)
+        },
+    )
 
 
 def reported_splits(splits: dict[str, Examples]) -> dict[str, Examples]:

@@ -55,7 +55,7 @@ class TokenTable:
     offsets: NDArray[np.int64]  # (N,)
     lengths: NDArray[np.int64]  # (N,)
     types: NDArray[np.int8] | None  # (sum of lengths,) 0 for the first text, 1 for the second; None: no difference
-    labels: NDArray[np.int64] | NDArray[np.float64] | None  # (N,) class numbers, or numbers
+    labels: NDArray[Any] | None  # (N,) class numbers, or numbers
     ids: NDArray[np.int64]  # (N,) row in the source
     truncated: int  # rows that were longer than the limit
     hidden: HiddenStates | None = None  # output of the frozen prefix for the tokens, if it is cached

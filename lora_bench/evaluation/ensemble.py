@@ -39,8 +39,8 @@ def score_members(
         calibrations: M, one fitted for each member; None where numbers are predicted.
 
     Returns:
-        The values by the names that the module describes: `disagreement` (of classes), then `members/…` (None if it is None
-        for a member), then `member_0/…` and so on.
+        The values by the names that the module describes: `disagreement` (of classes), then `members/…` (None if it is
+        None for a member), then `member_0/…` and so on.
 
     Raises:
         DivergedError: a score is not a finite number.

@@ -44,7 +44,7 @@ _MULTICLASS = {
     "weighted_f1": Metric(torchmetric="F1Score", args={"average": "weighted"}),
 }
 
-Labels: TypeAlias = "NDArray[np.int64] | NDArray[np.float64]"
+Labels: TypeAlias = "NDArray[Any]"
 """(N,) class numbers, or numbers to predict."""
 
 

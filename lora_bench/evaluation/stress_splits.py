@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_bench.data import sources
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import choose_transforms, perturb
+from lora_bench.data.perturb import choose_transforms, may_be_binary, perturb, refuse_more_classes
 from lora_bench.evaluation.metrics import score
 from lora_bench.evaluation.robustness import Trial, robustness
 
@@ -28,11 +28,12 @@ def resolve_transforms(data: Data) -> list[Transform]:
     """Return the transforms that `data.perturb` names; none if it is null.
 
     Raises:
-        UserError: a name is unknown, or a transform does not suit the task or its number of texts.
+        UserError: a name is unknown, or a transform does not suit the relation of the texts or their number.
     """
     if data.perturb is None:
         return []
-    return choose_transforms(data.perturb, data.task, len(data.text_columns), "data.perturb")
+    texts = len(data.text_columns)
+    return choose_transforms(data.perturb, data.relation, texts, "data.perturb", binary=may_be_binary(data))
 
 
 def score_stress_splits(
@@ -79,11 +80,16 @@ def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Seq
     """Return the section of a record about stress splits: `unseen` rows by split, and the `perturb` settings.
 
     Each of the two keys is absent if the settings do not request it.
+
+    Raises:
+        UserError: as `resolve_transforms`, or a transform changes labels and a split has more than two classes.
     """
     description: dict[str, object] = {}
     if data.unseen:
         description["unseen"] = {name: int(sources.unseen_rows(split, *seen).sum()) for name, split in splits.items()}
     if transforms := resolve_transforms(data):
+        for split in splits.values():
+            refuse_more_classes(transforms, split.labels, "data.perturb")
         description["perturb"] = {
             "transforms": [transform.name for transform in transforms],
             "seeds": data.perturb_seeds,

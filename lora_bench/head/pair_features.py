@@ -103,7 +103,7 @@ def fit_logistic_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def fit_linear_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return slope and intercept of the least squares of numbers (N,) on x (N,), with the ridge penalty on the slope."""
+    """Return slope and intercept of the least squares of numbers (N,) on x (N,), with a ridge penalty on the slope."""
     y = labels.to(x.dtype)
     centred = x - x.mean()
     slope = float((centred * y).sum() / (centred.square().sum() + RIDGE * len(x)))

@@ -172,7 +172,7 @@ def report_tasks(run: Run, trained_tasks: Mapping[str, TrainedTask], sections: M
 
 
 def _mean_of_splits(by_task: Mapping[str, Mapping[str, Any]], main_metrics: Mapping[str, str]) -> dict[str, Any]:
-    """Return the means over tasks of the metrics that all have, by `<split>/<name>` (`mean_of_tasks` for each split)."""
+    """Return means over tasks of the metrics that all have, by `<split>/<name>` (`mean_of_tasks` for each split)."""
     means: dict[str, Any] = {}
     splits_by_task = [{key.split("/")[0] for key in metrics} for metrics in by_task.values()]
     for split in sorted(set.intersection(*splits_by_task)):

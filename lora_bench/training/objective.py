@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SINGLE_VIEW_OBJECTIVES = ("cross_entropy", "alternate_order")
 """Objectives that see each pair once in a step."""
+REVERSING_OBJECTIVES = ("alternate_order", "order_consistency")
+"""Objectives that also see pairs with their texts in reversed order."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def check_objective(trainer: Trainer, text_columns: Sequence[str], *, pair_featu
         UserError: naming the setting that needs two texts.
     """
     for key, value, needs_pairs in (
-        ("trainer.objective", trainer.objective, trainer.objective in ("alternate_order", "order_consistency")),
+        ("trainer.objective", trainer.objective, trainer.objective in REVERSING_OBJECTIVES),
         ("trainer.score_both_orders", "true", trainer.score_both_orders),
         ("head.pair_features", "true", pair_features),
     ):
@@ -95,6 +97,21 @@ def check_objective(trainer: Trainer, text_columns: Sequence[str], *, pair_featu
                 value=value,
                 code=Code.CONFLICT,
             )
+
+
+def order_note(trainer: Trainer, relation: str | None) -> str | None:
+    """Return a sentence on settings that reverse the order of the texts where the label depends on it; None without.
+
+    Args:
+        trainer: the objective, and whether both orders are scored.
+        relation: `data.relation`; of entailment alone it is known that the order matters.
+    """
+    settings = [f"trainer.objective={trainer.objective}"] if trainer.objective in REVERSING_OBJECTIVES else []
+    settings += ["trainer.score_both_orders=true"] if trainer.score_both_orders else []
+    if relation != "entailment" or not settings:
+        return None
+    verb = "reads" if len(settings) == 1 else "read"
+    return f"{' and '.join(settings)} {verb} pairs in both orders, and data.relation=entailment holds in one of them."
 
 
 def consistency(

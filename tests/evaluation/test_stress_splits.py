@@ -108,6 +108,6 @@ def test_unknown_and_unsuited_transforms_are_refused() -> None:
     assert caught.value.value == "tipo"
     assert "typo" in str(caught.value.remedy)
     with refuses(Code.UNSUPPORTED, key="data.perturb") as caught:
-        resolve_transforms(replace(settings("data.perturb=[entity]"), task="rte"))
+        resolve_transforms(replace(settings("data.perturb=[entity]"), relation="entailment"))
     assert caught.value.value == "entity"
-    assert "rte" in caught.value.reason
+    assert "entailment" in caught.value.reason
