@@ -1,9 +1,10 @@
 """The training objective: from the logits and labels of a batch to one loss per member.
 
-Every objective is cross-entropy on the label, or, where a number is to be predicted, the squared error. `alternate_order` shows each pair in one order of its texts, and in the
-other order in the next epoch. The consistency objectives add a second view of each pair (the reversed order of its
-texts, or a perturbed copy) and penalise answers that differ between the two views (`consistency`). With dropout in the
-adapter, the two views also have different dropout masks.
+Every objective is cross-entropy on the label, or, where a number is to be predicted, the squared error.
+`alternate_order` shows each pair in one order of its texts, and in the other order in the next epoch. The consistency
+objectives add a second view of each pair (the reversed order of its texts, or a perturbed copy) and penalise answers
+that differ between the two views (`consistency`). With dropout in the adapter, the two views also have different
+dropout masks.
 
 A loss is a mean over pairs, so neither micro-batches, nor packs, nor processes change what is learned. A loss that
 compares pairs of a batch with one another (supervised contrastive learning, ranking losses) would not have this
@@ -121,8 +122,8 @@ def consistency(
 
     The mean over pairs of (L(p) + L(p′)) / 2 + weight · (KL(p ‖ p′) + KL(p′ ‖ p)) / 2, with L the loss and p, p′ the
     predicted distributions of the two views. R-Drop (Liang et al. 2021, arXiv 2106.14448, section 2.1, where L is
-    summed) regularises two dropout masks of the same input in this way. For numbers the divergence is that of two normal
-    distributions of variance 1: half of the squared difference.
+    summed) regularises two dropout masks of the same input in this way. For numbers the divergence is that of two
+    normal distributions of variance 1: half of the squared difference.
 
     Args:
         logits: (K, 2 · B, C); the second half of a member's rows are the second views of the first half's pairs.

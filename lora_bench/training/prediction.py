@@ -30,7 +30,9 @@ def predict(
     """Return the scores of every row for every active member, in the table's order, not calibrated.
 
     Of two classes a score is P(label 1): (K, N); of C > 2 it is a probability of each: (K, N, C); in regression it is
-    the predicted number: (K, N). A table with a `reversed_view` is scored in both orders, and the mean is returned. With several processes each
+    the predicted number: (K, N).
+
+    A table with a `reversed_view` is scored in both orders, and the mean is returned. With several processes each
     scores a part and all get the whole. Afterwards the pack is in the mode (training or evaluation) that it was in
     before.
     """
