@@ -36,16 +36,15 @@ DATA_SETS = 4
 """Data sets that have charts; the others have their advice and their table."""
 
 
-def page(table: Table, margin: float = MARGIN, measure: str = "mcc", refresh: int | None = None) -> str:
+def page(table: Table, margin: float = MARGIN, refresh: int | None = None) -> str:
     """Return the table as one HTML page that needs no other file; its numbers are those of the other formats.
 
     Args:
         table: as `summarise` returns it.
         margin: the largest difference that counts as equivalent.
-        measure: the metric that was tested.
         refresh: seconds after which the page loads itself again, while runs finish; None: it does not.
     """
-    blocks = group_blocks(table, measure)
+    blocks = group_blocks(table)
     headlines = [block.decision.headline if block.decision else block.name for block in blocks]
     title = headlines[0] if headlines else "No finished run yet"
     if len(blocks) > 1:
