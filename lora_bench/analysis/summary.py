@@ -114,7 +114,7 @@ def _check_measure(measure: str, runs: Sequence[RecordedRun]) -> None:
         return
     remedy = f"Give one of {', '.join(choices)}."
     if not choices:
-        remedy = "The runs are of tasks with different metrics. Leave it out, or choose one task with --where."
+        remedy = "These tasks share no metric. Leave the option out, or choose one task with --where."
     elif len(forms) > 1:
         remedy += " Tasks of different forms are compared; choose one with --where for its other metrics."
     reason = "cannot be computed from the predictions of these runs"
