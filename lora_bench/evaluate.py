@@ -229,7 +229,8 @@ def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
 
     def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
         """Return P(label 1) of the examples, (1, N); a `UserError` if a score is not finite."""
-        table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
+        truncation, columns = data.truncation, data.text_columns
+        table = tokenize(examples, columns, backbone, data.max_length, truncation=truncation, cached=cached)
         scores = predict(pack, table, BATCH_SIZE)
         if not np.isfinite(scores).all():
             raise UserError(

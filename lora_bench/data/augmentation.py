@@ -170,6 +170,7 @@ def training_tables(
             columns=data.text_columns,
             backbone=backbone,
             max_length=data.max_length,
+            truncation=data.truncation,
             reverse=reverse,
             head=head,
         )

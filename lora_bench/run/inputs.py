@@ -11,7 +11,7 @@ from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
-from lora_bench.data.tokenization import TokenTable, scoring_table
+from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_notes
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.stress_splits import describe_stress_splits
 from lora_bench.training.memory import keep_freed_memory
@@ -85,7 +85,8 @@ class Task:
         Args:
             data: settings of the task.
             splits: by name.
-            described: the description of the data for the record; the numbers of truncated pairs are added to it.
+            described: the description of the data for the record; the truncated rows and the tokens of the longest
+                row are added to it, by split.
             backbone: gives the tokenizer.
             trainer: objective, and whether both orders are scored.
             head: number of the head that learns the task.
@@ -98,6 +99,7 @@ class Task:
             if name != "train"
         }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
+        described["longest"] = {name: table.longest for name, table in tables.items()}
         needs_texts = data.unseen or data.perturb is not None
         return cls(data, tables, second_view, described, splits if needs_texts else {})
 
@@ -127,6 +129,15 @@ class SharedInputs:
                 else:
                     merged.setdefault(key, value)
         return merged
+
+    def truncation_notes(self) -> list[str]:
+        """Return sentences on the truncated examples of each split, in which names begin with the task if several."""
+        return [
+            note
+            for name, task in self.tasks.items()
+            for split, table in task.tables.items()
+            for note in truncation_notes(f"{name}/{split}" if name else split, table, task.data)
+        ]
 
     @property
     def longest(self) -> int:
