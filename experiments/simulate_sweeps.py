@@ -230,7 +230,7 @@ def calibrate(folder: Path) -> list[dict[str, Any]]:
         read = [predictions.read(run.folder, loaded.splits[0]) for run in runs]
         predicted = np.stack([one.predicted for one in read])  # (S, N)
         pairs = [(a != b).mean() for a, b in itertools.combinations(predicted, 2)]
-        mcc = [one.mcc for one in read]
+        mcc = [one.value("mcc") for one in read]
         line: dict[str, Any] = {
             "setting": ",".join(str(runs[0].keys[key]) for key in ("adapter", "adapter.rank", "optimizer.lr"))
         }

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.analysis import statistics
+from lora_bench.analysis.bootstrap import paired_bootstrap
 from lora_bench.evaluation import confusion
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def p_values(y: NDArray[np.bool_], a: NDArray[np.bool_], b: NDArray[np.bool_]) -
     return {
         "crossed, one seed": statistics.crossed_test(y, a[0], b[0]).p,
         "mcnemar": statistics.mcnemar(a[0] == y, b[0] == y).p,
-        "bootstrap": statistics.paired_bootstrap(y, a[0], b[0], resamples=1000).p,
+        "bootstrap": paired_bootstrap(y, a[0], b[0], resamples=1000).p,
         "over seeds": statistics.seeds_test(mcc_a, mcc_b).p,
     }
 

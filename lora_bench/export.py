@@ -15,6 +15,7 @@ from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
+from lora_bench.backbones.t5 import T5TextToText
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
@@ -127,9 +128,14 @@ def _reading(run: FinishedRun) -> list[str]:
         notes.append(f"the model reads one text, made of the columns: {backbone.render(columns)[0][0]!r}.")
     if backbone.peft_task == "TOKEN_CLS":
         notes.append("the logits of a pair are the mean of its tokens' logits, padding left out.")
-    if backbone.peft_task == "SEQ_2_SEQ_LM":
-        words = ", ".join(getattr(experiment.model, "label_words", ()))
-        notes.append(f"its logits are the decoder's first scores of the first tokens of: {words}.")
+    if isinstance(backbone, T5TextToText):
+        words = ", ".join(getattr(experiment.model, "label_words", None) or experiment.data.label_names or ())
+        single_step = backbone.words[0].is_single_step
+        first = "the decoder's first scores of the first tokens of"
+        scores = (
+            first if single_step else "the log-probabilities of the whole words, given that the answer is one of them"
+        )
+        notes.append(f"its logits are {scores}: {words}.")
     return notes
 
 
@@ -147,14 +153,14 @@ def _member_folders(folder: Path, members: int) -> list[Path]:
 
 
 @torch.no_grad()
-def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str]) -> None:
+def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str] | None) -> None:
     """Write a member as a plain Hugging Face model with its tokenizer; this detaches the pack and changes the backbone.
 
     Args:
         folder: is created.
         pack: on a backbone in fp32.
         member: its number in the pack.
-        label_names: names of label 0 and label 1.
+        label_names: names of the classes; None: the model predicts a number.
     """
     trained = {name: p.detach().clone() for name, p in pack.head_parameters(member).items()}
     merged = {**pack.merged(member), **trained}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lora_bench.config.schema import Data
     from lora_bench.data.examples import Examples
     from lora_bench.tracking.base import Tracker
 
@@ -80,10 +81,6 @@ class Request:
             remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with its answers."
             require(bool(request.llm.model), "llm.model", None, "is needed", remedy, code=Code.MISSING)
             require(bool(request.llm.base_url), "llm.base_url", None, "is needed", remedy, code=Code.MISSING)
-        if request.metrics:
-            from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
-
-            check_metrics(request.metrics)
         for tracker in request.trackers.values():
             tracker.check()
         return request
@@ -109,7 +106,8 @@ def run_prompt(
         RunFailedError: the server or the budget ended the run; its answers are cached.
     """
     request = Request.build(cfg)
-    splits, described = _load(request)
+    data, splits, described = _load(request)
+    request = replace(request, data=data)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     resolved = {key: value for key, value in resolved.items() if key != "predictions" or value is not None}
     new_run = _NewRun(folder, choices, resolved, overrides, described, request.trackers, console)
@@ -147,8 +145,8 @@ class _NewRun:
         return track_run(run, self.trackers, self.console)
 
 
-def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Return all splits and their description for the record.
+def _load(request: Request) -> tuple[Data, dict[str, Examples], dict[str, Any]]:
+    """Return the settings with the names of the classes, all splits, and their description for the record.
 
     They are the train and selection splits of `lora-bench train`, if there is a train split, and the reported ones:
     every labelled split except train, or the one that `split` names.
@@ -156,7 +154,11 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     Raises:
         UserError: there is no labelled split or not that one, or there are several and `predictions` is a file.
     """
-    loaded = sources.load(request.data)
+    data, loaded = sources.load(request.data)
+    if request.metrics:
+        from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
+
+        check_metrics(request.metrics, data.form, data.outputs)
     reported = sources.reported_splits(loaded)
     if request.split is not None:
         names = ", ".join(reported) or "none"
@@ -176,7 +178,7 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     if "train" in loaded:
         train, selection = sources.split_selection(loaded["train"], request.data)
         splits = {"train": train, "selection": selection, **reported}
-    return splits, sources.describe_data(request.data, splits)
+    return data, splits, sources.describe_data(data, splits)
 
 
 def _reported(splits: dict[str, Examples]) -> dict[str, Examples]:

@@ -71,7 +71,7 @@ class Finding:
     p_mcnemar: list[float] | None = None
     """p values of each seed's pair of models, which take the models as fixed.
 
-    The bootstrap tests the metric, McNemar's mid-p test the accuracy.
+    The bootstrap tests the metric, McNemar's mid-p test the accuracy, which a regression does not have.
     """
 
 
@@ -200,18 +200,18 @@ class _Pair:
     def usual_tests(self, measure: str) -> dict[str, Any]:
         """Return the other fields of a finding: tests over seeds alone, and over examples alone for each seed."""
         from lora_bench.analysis import statistics
+        from lora_bench.analysis.bootstrap import paired_bootstrap
 
         labels = self.ours[0].labels
         seed_pairs = list(zip(self.ours, self.theirs, strict=True))
         ours, theirs = ([predictions.value(measure) for predictions in side] for side in (self.ours, self.theirs))
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        is_regression = self.ours[0].form == "regression"
         return {
             "effect_size": statistics.effect_size(differences),
             "p_seeds": None if statistics.all_equal(differences) else statistics.seeds_test(ours, theirs).p,
-            "p_bootstrap": [
-                statistics.paired_bootstrap(labels, a.predicted, b.predicted, measure).p for a, b in seed_pairs
-            ],
-            "p_mcnemar": [statistics.mcnemar(a.correct, b.correct).p for a, b in seed_pairs],
+            "p_bootstrap": [paired_bootstrap(labels, a.predicted, b.predicted, measure).p for a, b in seed_pairs],
+            "p_mcnemar": None if is_regression else [statistics.mcnemar(a.correct, b.correct).p for a, b in seed_pairs],
         }
 
 
@@ -286,4 +286,4 @@ def _is_fixed(record: Mapping[str, Any]) -> bool:
 def _agrees(record: Mapping[str, Any], split: str, predictions: Predictions) -> bool:
     """Return whether the MCC of a run's predictions is the one in its record."""
     recorded = record["metrics"].get(f"{split}/mcc")
-    return isinstance(recorded, int | float) and abs(recorded - predictions.mcc) < 1e-6
+    return isinstance(recorded, int | float) and abs(recorded - predictions.value("mcc")) < 1e-6

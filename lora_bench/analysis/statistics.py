@@ -1,11 +1,11 @@
 """Statistics of a comparison: intervals, paired tests, corrections, power. Pure functions that import scipy late.
 
 Two sources of chance matter when two methods are compared: the seeds they were trained with and the examples they were
-scored on. A t test over seeds takes the examples as fixed; a bootstrap or McNemar's test over examples takes the
-trained models as fixed. `crossed_test` counts both and decides the verdicts of `compare`. The others are customary in
-the field and reported beside it.
+scored on. A t test over seeds takes the examples as fixed; a bootstrap (`bootstrap`) or McNemar's test over examples
+takes the trained models as fixed. `crossed_test` counts both and decides the verdicts of `compare`. The others are
+customary in the field and reported beside it.
 
-Predictions are boolean: `scores >= threshold`. A difference is `a - b`: above 0, `a` is better.
+Predictions are classes or numbers, not scores. A difference is `a - b`: above 0, `a` is better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.evaluation.confusion import compute_metric, confusion_counts, influence
+from lora_bench.evaluation import main_metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -212,17 +212,6 @@ class McNemar:
     p: float
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """A difference `a - b` with its percentile interval, standard error and two-sided p value over resamples."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    error: float
-
-
 def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLike, measure: str = "mcc") -> Comparison:
     """Test whether `a` differs from `b`, with seeds and examples as two crossed sources of chance.
 
@@ -238,14 +227,14 @@ def crossed_test(labels: ArrayLike, predicted_a: ArrayLike, predicted_b: ArrayLi
     MS_rest replaces MS_seed, as if seeds were equal and only examples varied.
 
     Args:
-        labels: (N,) 0 or 1.
-        predicted_a: (S, N), or (N,) for one seed: the predicted labels of each seed's model. Row s of both is the same
-            seed.
-        predicted_b: the predicted labels of the rival, in the same shape.
-        measure: accuracy, f1 or mcc.
+        labels: (N,) classes 0, 1, …, or numbers.
+        predicted_a: (S, N), or (N,) for one seed: the classes or numbers that each seed's model predicts. Row s of both
+            is the same seed.
+        predicted_b: the predictions of the rival, in the same shape.
+        measure: one of `ALL_MAIN_METRICS`.
     """
-    y, a, b = np.asarray(labels, bool), *(np.atleast_2d(np.asarray(x, bool)) for x in (predicted_a, predicted_b))
-    pseudo = _pseudo_values(y, a, measure) - _pseudo_values(y, b, measure)  # (S, N)
+    a, b = (main_metric.pseudo_values(labels, np.atleast_2d(x), measure) for x in (predicted_a, predicted_b))
+    pseudo = a - b  # (S, N)
     S, N = pseudo.shape
     by_seed, by_example, mean = pseudo.mean(1), pseudo.mean(0), float(pseudo.mean())
     squares = float(((by_example - mean) ** 2).sum())
@@ -290,14 +279,6 @@ def pool_seed_variance(values: Sequence[Mapping[str, float]]) -> SeedVariance | 
     return SeedVariance(0.0 if all_equal([*residuals, 0.0]) else float(residuals @ residuals) / degrees, degrees)
 
 
-def _pseudo_values(y: NDArray[np.bool_], predicted: NDArray[np.bool_], measure: str) -> Floats:
-    """Return (S, N): the metric of each seed plus the influence of each example on it."""
-    counts = confusion_counts(y, predicted)  # (S, 4)
-    cell = np.where(predicted, 0, 2) + np.where(y, 0, 1)  # (S, N): tp 0, fp 1, fn 2, tn 3
-    added = np.take_along_axis(influence(counts, measure), cell, axis=1)  # (S, N)
-    return compute_metric(counts, measure)[:, None] + added
-
-
 def seeds_test(values_a: ArrayLike, values_b: ArrayLike) -> Comparison:
     """Return the paired t test over seeds (at least two), which takes the examples as fixed."""
     d = np.asarray(values_a, float) - np.asarray(values_b, float)
@@ -314,45 +295,6 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return McNemar(only_a, only_b, float(_mid_p(np.array([only_a]), np.array([only_b]))[0]))
-
-
-def paired_bootstrap(
-    labels: ArrayLike,
-    predicted_a: ArrayLike,
-    predicted_b: ArrayLike,
-    measure: str = "mcc",
-    confidence: float = CONFIDENCE,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Bootstrap:
-    """Return the percentile bootstrap over the examples of one pair of models.
-
-    A resample depends only on how often each (label, a, b) occurs, so it is one draw of eight counts.
-
-    Args:
-        labels: (N,) 0 or 1.
-        predicted_a: (N,) predicted labels.
-        predicted_b: (N,) predicted labels of the rival.
-        measure: accuracy, f1 or mcc.
-        confidence: of the interval.
-        resamples: number of resamples.
-        seed: of the random draws.
-    """
-    y, a, b = (np.asarray(x, bool) for x in (labels, predicted_a, predicted_b))
-    joint = np.bincount(4 * y + 2 * a + b, minlength=8)  # (8,)
-    draws = np.random.default_rng(seed).multinomial(len(y), joint / len(y), size=resamples)  # (R, 8)
-
-    def difference(counts: NDArray[Any]) -> Floats:
-        nnn, nnb, nan, nab, ynn, ynb, yan, yab = np.moveaxis(counts, -1, 0)  # label, a, b: y, a, b where they are 1
-        of_a = np.stack([yan + yab, nan + nab, ynn + ynb, nnn + nnb], -1)
-        of_b = np.stack([ynb + yab, nnb + nab, ynn + yan, nnn + nan], -1)
-        return compute_metric(of_a, measure) - compute_metric(of_b, measure)
-
-    observed, resampled = float(difference(joint)), difference(draws)
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    n_beyond = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
-    p = min(1.0, 2 * (n_beyond + 1) / (resamples + 1))
-    return Bootstrap(observed, float(low), float(high), p, float(resampled.std(ddof=1)))
 
 
 def effect_size(differences: ArrayLike) -> float | None:

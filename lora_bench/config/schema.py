@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_bench.config.keys import renamed_choice_note
-from lora_bench.config.metric_names import ALL_MAIN_METRICS
+from lora_bench.config.metric_names import ALL_MAIN_METRICS, MAIN_METRIC_CHOICES, task_form
 from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, require, require_number, require_one_of
 
@@ -157,6 +157,19 @@ class Data:
             names = [value] if isinstance(value, str) else value
             is_listed = names is None or (isinstance(names, list) and all(isinstance(item, str) for item in names))
             require(is_listed, name, value, "is not a name or a list of names")
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the model: the classes, or 1 for regression. The label names must be known."""
+        if self.type == "regression":
+            return 1
+        assert self.label_names is not None
+        return len(self.label_names)
+
+    @property
+    def form(self) -> str:
+        """The form of the task: a key of `SHOWN_METRICS`. The label names must be known."""
+        return task_form(self.type, self.outputs)
 
     def _check_labels(self) -> None:
         """Check that the settings of labels are consistent with one another and with the type of the task.
@@ -347,6 +360,21 @@ class Trainer:
     """On a GPU, capture forward and backward pass as a CUDA graph once per batch shape, and replay it."""
     threads: int | None
     """CPU threads; null: torch's default."""
+
+    def main_metric_of(self, data: Data) -> str:
+        """Return the main metric of a task, whose label names are known: `main_metric`, or the default of its form.
+
+        Raises:
+            UserError: `main_metric` does not suit the task.
+        """
+        choices = MAIN_METRIC_CHOICES[data.form]
+        if self.main_metric is not None:
+            what = "regression" if data.type == "regression" else f"{data.outputs} classes"
+            reason = f"does not suit {data.task}, a task of {what}"
+            remedy = f"Choose one of {', '.join(choices)}."
+            is_known = self.main_metric in choices
+            require(is_known, "trainer.main_metric", self.main_metric, reason, remedy, code=Code.CONFLICT)
+        return self.main_metric or choices[0]
 
     def __post_init__(self) -> None:
         """Check the ranges: sizes and intervals from 1, `stop_at` in (0, 1], `average` in [0, 1], `epochs` above 0.

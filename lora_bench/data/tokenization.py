@@ -57,7 +57,7 @@ class TokenTable:
     offsets: NDArray[np.int64]  # (N,)
     lengths: NDArray[np.int64]  # (N,)
     types: NDArray[np.int8] | None  # (sum of lengths,) 0 for the first text, 1 for the second; None: no difference
-    labels: NDArray[np.int64] | None  # (N,)
+    labels: NDArray[Any] | None  # (N,) class numbers, or numbers
     ids: NDArray[np.int64]  # (N,) row in the source
     truncated: int  # rows that were longer than the limit
     longest: int = 0  # tokens of the longest row before truncation

@@ -1,4 +1,8 @@
-"""Confusion counts of binary predictions, and accuracy, F1 and MCC computed from them. Needs no torch."""
+"""Confusion counts of predicted classes, and accuracy, F1 and MCC computed from them. Needs no torch.
+
+Two classes have four counts, and F1 is that of label 1. With k classes, every metric here depends on three counts of
+each class only: the correct predictions of it, its labels, and its predictions. 0 / 0 gives 0 in both.
+"""
 
 from __future__ import annotations
 
@@ -85,6 +89,95 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
         (tp, predicted_0, labelled_0),
     ]
     return np.asarray(np.where(root[..., None] > 0, np.stack([gradient(*cell) for cell in cells], -1), 0.0))
+
+
+def confusion_matrix(labels: ArrayLike, predicted: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """Return the number of examples by label (row) and predicted class (column): (k, k).
+
+    Args:
+        labels: (N,) 0 to k - 1.
+        predicted: (N,) 0 to k - 1.
+        classes: k.
+    """
+    cell = np.asarray(labels, int) * classes + np.asarray(predicted, int)
+    return np.bincount(cell, minlength=classes**2).reshape(classes, classes)
+
+
+def class_totals(labels: ArrayLike, predicted: ArrayLike, classes: int | None = None) -> Floats:
+    """Return the number of correct predictions, labels and predictions of each class: (..., 3, k) as floats.
+
+    Args:
+        labels: (N,) 0 to k - 1.
+        predicted: (..., N) 0 to k - 1.
+        classes: k; None takes the smallest that the classes need, which changes no metric.
+    """
+    y, p = np.asarray(labels, int), np.asarray(predicted, int)
+    k = classes or 1 + int(max(y.max(initial=0), p.max(initial=0)))
+    totals = np.empty((*p.shape[:-1], 3, k))
+    labelled = np.bincount(y, minlength=k)
+    for index in np.ndindex(p.shape[:-1]):
+        hits = y[p[index] == y]
+        totals[index] = np.bincount(hits, minlength=k), labelled, np.bincount(p[index], minlength=k)
+    return totals
+
+
+def compute_class_metric(totals: ArrayLike, measure: str = "mcc") -> Floats:
+    """Return a metric of k classes, one value per array of counts: (...).
+
+    macro_f1 is the mean F1 of the classes that occur among labels or predictions, and weighted_f1 the mean of all
+    weighted by labels, both as in scikit-learn. mcc is the R_K of Gorodkin (2004, eq. 8), for k = 2 Matthews'.
+
+    Args:
+        totals: (..., 3, k) as `class_totals` returns them.
+        measure: accuracy, macro_f1 or weighted_f1; mcc for any other name.
+    """
+    hits, labelled, predicted = np.moveaxis(np.asarray(totals, float), -2, 0)  # (..., k) each
+    n = labelled.sum(-1)
+    if measure == "accuracy":
+        return _ratio(hits.sum(-1), n)
+    if measure in ("macro_f1", "weighted_f1"):
+        f1 = _ratio(2 * hits, labelled + predicted)
+        weights = labelled + predicted > 0 if measure == "macro_f1" else labelled
+        return _ratio((f1 * weights).sum(-1), weights.sum(-1))
+    covariance = hits.sum(-1) * n - (labelled * predicted).sum(-1)
+    return _ratio(covariance, np.sqrt((n**2 - (predicted**2).sum(-1)) * (n**2 - (labelled**2).sum(-1))))
+
+
+def class_influence(totals: ArrayLike, measure: str = "mcc") -> Floats:
+    """Return the influence of one example of each confusion cell on a metric of k classes, as `influence` does for two.
+
+    Args:
+        totals: (..., 3, k) as `class_totals` returns them.
+        measure: as in `compute_class_metric`.
+
+    Returns:
+        (..., k, k) by label and predicted class; of use for cells that occur. 0 where the metric is 0 / 0.
+    """
+    totals = np.asarray(totals, float)
+    hits, labelled, predicted = np.moveaxis(totals, -2, 0)  # (..., k) each
+    n = labelled.sum(-1)[..., None]
+    value = compute_class_metric(totals, measure)[..., None]
+    # Every influence is the sum of a term of the label, one of the predicted class, and one if they are equal.
+    if measure == "accuracy":
+        of_label, of_predicted, if_correct = -value + 0 * hits, 0 * hits, 1 + 0 * hits
+    elif measure in ("macro_f1", "weighted_f1"):
+        size = labelled + predicted
+        f1 = _ratio(2 * hits, size)
+        weight = _ratio(n, size * (size > 0).sum(-1)[..., None]) if measure == "macro_f1" else _ratio(labelled, size)
+        of_label = of_predicted = -weight * f1
+        of_label = of_label + (f1 - value if measure == "weighted_f1" else 0.0)
+        if_correct = 2 * weight
+    else:
+        spread_predicted = n**2 - (predicted**2).sum(-1)[..., None]
+        spread_labelled = n**2 - (labelled**2).sum(-1)[..., None]
+        root = np.sqrt(spread_predicted * spread_labelled)
+        scale, correct = _ratio(n, root), hits.sum(-1)[..., None]
+        of_label = scale * (correct - predicted) - value * _ratio(n * (n - labelled), spread_labelled)
+        of_predicted = -scale * labelled - value * _ratio(n * (n - predicted), spread_predicted)
+        of_label, of_predicted = np.where(root > 0, of_label, 0.0), np.where(root > 0, of_predicted, 0.0)
+        if_correct = scale * n + 0 * hits
+    by_cell = of_label[..., :, None] + of_predicted[..., None, :] + if_correct[..., None] * np.eye(hits.shape[-1])
+    return np.asarray(by_cell)
 
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_bench.data import sources
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import choose_transforms, may_be_binary, perturb, refuse_more_classes
+from lora_bench.data.perturb import choose_transforms, may_be_binary, perturb
 from lora_bench.evaluation.metrics import score
 from lora_bench.evaluation.robustness import Trial, robustness
 
@@ -82,14 +82,12 @@ def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Seq
     Each of the two keys is absent if the settings do not request it.
 
     Raises:
-        UserError: as `resolve_transforms`, or a transform changes labels and a split has more than two classes.
+        UserError: as `resolve_transforms`.
     """
     description: dict[str, object] = {}
     if data.unseen:
         description["unseen"] = {name: int(sources.unseen_rows(split, *seen).sum()) for name, split in splits.items()}
     if transforms := resolve_transforms(data):
-        for split in splits.values():
-            refuse_more_classes(transforms, split.labels, "data.perturb")
         description["perturb"] = {
             "transforms": [transform.name for transform in transforms],
             "seeds": data.perturb_seeds,

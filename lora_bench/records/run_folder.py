@@ -2,7 +2,7 @@
 
     run.json                      the record: request, results and costs (the keys of `LAYOUT`, in that order)
     metrics.jsonl                 one line per evaluation (`metrics_log`)
-    predictions/<split>.parquet   id, label and score of every example
+    predictions/<split>.parquet   id, label and score or probabilities of every example
     evaluations/<name>.json       a later evaluation of the finished run, its predictions in evaluations/<name>/
     adapter/                      the trained adapter; of an ensemble adapter/member_<i>/
     checkpoints/                  the state of training, while the run is resumable
@@ -253,8 +253,8 @@ class Run:
         Args:
             split: its name.
             ids: (N,) rows in the source.
-            labels: (N,); None, or an entry of it, where a label is unknown.
-            scores: (N,) P(label 1).
+            labels: (N,) classes or numbers; None, or an entry of it, where a label is unknown.
+            scores: (N,) P(label 1) or predicted numbers; (N, C) probabilities of three or more classes.
 
         Raises:
             RunFailedError: it cannot be written, or the folder is lost.

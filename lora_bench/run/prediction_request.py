@@ -89,7 +89,8 @@ class PredictionRequest:
         labelled.check_texts(table, file_format)
         size = sum(len(text) for column in examples.texts for text in column) + BYTES_PER_ROW * len(examples)
         check_output(output, "output", size)
-        threshold = run.calibration.threshold if from_selection and run.calibration else float(cfg.threshold)
+        fitted_threshold = run.calibration.threshold if run.calibration else None
+        threshold = fitted_threshold if from_selection and fitted_threshold is not None else float(cfg.threshold)
         flags = cfg.calibrated, cfg.uncertainty, str(cfg.device), model_paths(cfg.model)
         return cls(run, table, examples, output, file_format, threshold, *flags)
 

@@ -134,7 +134,8 @@ def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> 
     inputs = inputs or SharedInputs.load(experiment)
     (task,) = inputs.tasks.values()
     reset_peak_memory(inputs.backbone.device)
-    member = Member(experiment.adapter, experiment.seed, pair_features=experiment.head.pair_features)
+    features = experiment.head.pair_features
+    member = Member(experiment.adapter, experiment.seed, outputs=[task.data.outputs], pair_features=features)
     pack = Pack(inputs.backbone, [member])
     try:
         began = time.perf_counter()

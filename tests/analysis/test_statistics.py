@@ -10,6 +10,7 @@ import scipy.stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lora_bench.analysis import statistics
+from lora_bench.analysis.bootstrap import paired_bootstrap
 from lora_bench.config.metric_names import MAIN_METRICS
 from lora_bench.evaluation import confusion
 
@@ -153,7 +154,7 @@ def test_differences_that_are_equal_in_all_seeds_are_not_certain() -> None:
 
 def test_the_bootstrap_spreads_as_the_influences_say() -> None:
     y, a, b = draw_predictions(6, n=3000)
-    bootstrap, exact = statistics.paired_bootstrap(y, a[0], b[0]), statistics.crossed_test(y, a[0], b[0])
+    bootstrap, exact = paired_bootstrap(y, a[0], b[0]), statistics.crossed_test(y, a[0], b[0])
     assert bootstrap.difference == pytest.approx(exact.difference)
     assert bootstrap.error == pytest.approx(exact.error, rel=0.03)
     assert (bootstrap.low, bootstrap.high) == pytest.approx(exact.interval(), abs=0.2 * exact.error)

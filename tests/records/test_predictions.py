@@ -129,3 +129,97 @@ def test_a_changed_score_is_noticed(tmp_path: Path) -> None:
     with refuses(Code.DAMAGED) as caught:
         predictions.read(run.folder, "validation")
     assert caught.value.file == path
+
+
+THREE = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.2, 0.6, 0.2]])
+
+
+def written(labels: Any, scores: Any) -> predictions.Predictions:
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_bytes(predictions.encode([3, 1, 2], labels, scores))
+    return predictions.read(Path(), "test")
+
+
+def test_binary_files_keep_their_columns(in_tmp: Path) -> None:
+    stored = written([1, None, 0], [0.9, 0.2, 0.5])
+    schema = pq.read_schema(FILE)
+    assert schema.names == ["id", "label", "score"]
+    assert schema.types == [pa.int64(), pa.int64(), pa.float64()]
+    assert (stored.form, stored.predicted.tolist(), stored.correct.tolist()) == ("binary", [True, True], [False, True])
+
+
+def test_probabilities_of_three_classes(in_tmp: Path) -> None:
+    stored = written([0, None, 2], THREE)
+    assert pq.read_schema(FILE).types == [pa.int64(), pa.int64(), pa.list_(pa.float64(), 3)]
+    assert (stored.form, stored.ids.tolist(), stored.labels.tolist()) == ("multiclass", [2, 3], [2, 0])
+    assert stored.scores.tolist() == THREE[[2, 0]].tolist()
+    assert stored.predicted.tolist() == [1, 0]
+    assert stored.correct.tolist() == [False, True]
+    assert stored.value("accuracy") == 0.5
+    assert not stored.is_constant
+    with pytest.raises(ValueError, match="f1"):
+        stored.value("f1")
+
+
+@pytest.mark.parametrize("labels", [[2.5, None, 1], np.array([2.5, np.nan, 1])])
+def test_numbers(in_tmp: Path, labels: Any) -> None:
+    stored = written(labels, [2.0, 9.0, -1.5])
+    assert pq.read_schema(FILE).types == [pa.int64(), pa.float64(), pa.float64()]
+    assert pq.read_table(FILE)["label"].null_count == 1
+    assert (stored.form, stored.labels.tolist(), stored.predicted.tolist()) == ("regression", [1.0, 2.5], [-1.5, 2.0])
+    assert stored.value("spearman") == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "word"),
+    [
+        ([0, 1, 3], THREE, "label"),
+        ([0, 1, -1], THREE, "label"),
+        ([0, 1, 2], np.add(THREE, [0, 0, 0.01]), "probabilities"),
+        ([0, 1, 2], np.add(THREE, [-0.5, 0.5, 0]), "probabilities"),
+        ([0, 1, 2], np.full((3, 3), np.nan), "probabilities"),
+        ([0, 1, 1], THREE[:, :2], "probabilities"),
+        ([None] * 3, THREE, "label"),
+        ([0.5, 1.0, float("inf")], [0.5] * 3, "label"),
+        ([0.5, 1.0, 2.0], [0.5, float("nan"), 1.0], "score"),
+        (np.full(3, np.nan), [0.5] * 3, "label"),
+    ],
+)
+def test_odd_values_of_other_tasks_are_refused(in_tmp: Path, labels: Any, scores: Any, word: str) -> None:
+    with refuses(Code.DAMAGED) as caught:
+        written(labels, scores)
+    assert word in caught.value.reason.split()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([[0.2, 0.3, 0.5], [0.2, 0.3, None], [0.2, 0.3, 0.5]], pa.list_(pa.float64(), 3)),
+        pa.array([[0.2, 0.3, 0.5]] * 3, pa.list_(pa.float64())),
+        pa.array([[0, 0, 1]] * 3, pa.list_(pa.int64(), 3)),
+        pa.array(["a", "b", "c"]),
+    ],
+)
+def test_odd_probabilities_are_refused(in_tmp: Path, values: Any) -> None:
+    write({"id": [1, 2, 3], "label": [0, 1, 2], "probabilities": values})
+    with refuses(Code.DAMAGED) as caught:
+        predictions.read(in_tmp, "test")
+    assert "probabilities" in caught.value.reason.split()
+
+
+def test_more_probabilities_than_are_read(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "MAX_VALUES", 8)
+    with refuses(Code.DAMAGED) as caught:
+        written([0, 1, 2], THREE)
+    assert "3 rows of 3 probabilities" in str(caught.value)
+
+
+def test_no_bit_of_a_file_of_probabilities_raises_anything_else(in_tmp: Path) -> None:
+    FILE.parent.mkdir()
+    original = predictions.encode(list(range(30)), [0, 1, 2] * 10, np.tile(THREE, (10, 1)))
+    chance = np.random.default_rng(0)
+    for position in chance.integers(0, len(original), 300):
+        content = bytearray(original)
+        content[position] ^= 1 << chance.integers(8)
+        FILE.write_bytes(content)
+        predictions.read_if_usable(in_tmp, "test")

@@ -22,10 +22,11 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.head.loss import cross_entropy
 from lora_bench.records import run_folder
 from lora_bench.records.job import Job
 from lora_bench.run.settings import Experiment
-from lora_bench.training.objective import check_objective, consistency, cross_entropy, make_objective, order_note
+from lora_bench.training.objective import check_objective, consistency, make_objective, order_note
 from lora_bench.training.prediction import predict
 from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, trainer
 from tests.command_line import refuses
