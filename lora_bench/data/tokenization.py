@@ -135,6 +135,7 @@ def tokenize(
         truncation = _OTHER_TEXT.get(truncation, truncation)
     encode = _load_or_encode if cached else _encode
     batch = encode(first, second, backbone.tokenizer, max_length, truncation)
+    truncated, longest, fallback = _read_counts(batch)
     tokens = batch.column("input_ids")
     offsets = tokens.offsets.to_numpy().astype(np.int64)
     types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
@@ -145,7 +146,9 @@ def tokenize(
         types=types,
         labels=examples.labels,
         ids=examples.ids,
-        **{name: int(batch.schema.metadata[name.encode()]) for name in _COUNTS},
+        truncated=truncated,
+        longest=longest,
+        fallback=fallback,
         head=head,
     )
 
@@ -262,7 +265,7 @@ def _kept_positions(encoding: Any, max_length: int, truncation: str) -> tuple[li
         the positions, and True if `truncation` names a text and the other one alone leaves no room for it.
     """
     texts: tuple[list[int], list[int]] = [], []
-    special = []
+    special: list[int] = []
     for position, text in enumerate(encoding.sequence_ids):
         (special if text is None else texts[text]).append(position)
     room = max_length - len(special)
@@ -341,7 +344,7 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
     try:
         batch = pa.ipc.open_stream(payload).read_next_batch()
         batch.validate(full=True)
-        truncated, longest, fallback = (int((batch.schema.metadata or {})[name.encode()]) for name in _COUNTS)
+        truncated, longest, fallback = _read_counts(batch)
     except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
         raise ValueError(f"holds no tokens: {error}") from None
     if batch.num_rows != rows or not 0 <= fallback <= truncated <= rows:
@@ -362,6 +365,16 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
     if (not types and any(empty)) or any(_outside(values, max(1, *short)) for values in types):
         raise ValueError("holds other token types than the tokenizer gives")
     return batch
+
+
+def _read_counts(batch: pa.RecordBatch) -> tuple[int, ...]:
+    """Return the counts in a batch's metadata, in the order of `_COUNTS`.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one is no whole number.
+    """
+    return tuple(int((batch.schema.metadata or {})[name.encode()]) for name in _COUNTS)
 
 
 def _outside(values: pa.Array, highest: int) -> bool:
