@@ -20,7 +20,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.files.cache import CacheFiles, token_limit_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import BinaryIO
 
     from numpy.typing import NDArray
@@ -180,29 +180,31 @@ def scoring_table(
     return replace(table, reversed_view=reversed_tables[0]) if reversed_tables else table
 
 
-def truncation_notes(split: str, table: TokenTable, data: Data) -> list[str]:
-    """Return sentences on the examples of a split that lose tokens; none if no example does.
+def truncation_notes(tables: Mapping[str, TokenTable], data: Data) -> list[str]:
+    """Return sentences on the examples of a task that lose tokens; none if no example does.
 
     Args:
-        split: its name.
-        table: its tokens.
+        tables: by split.
         data: settings of the task.
     """
     notes = []
     limit = f"data.max_length={data.max_length}"
-    if table.truncated:
-        percent = 100 * table.truncated / len(table)
-        share = f"{percent:.0f} %" if percent >= 1 else f"{table.truncated:,}"
+    if shares := [_truncated_share(split, table) for split, table in tables.items() if table.truncated]:
+        longest = max(table.longest for table in tables.values())
+        notes.append(f"{', '.join(shares)} are longer than {limit} and lose tokens; the longest has {longest:,}.")
+    if fallback := sum(table.fallback for table in tables.values()):
         notes.append(
-            f"{split}: {share} of {len(table):,} examples are longer than {limit} and lose tokens; "
-            f"the longest has {table.longest:,}."
-        )
-    if table.fallback:
-        notes.append(
-            f"{split}: {table.fallback:,} examples are truncated as with data.truncation=longest_first, because their "
+            f"{fallback:,} of these examples are truncated as with data.truncation=longest_first, because their "
             f"{_OTHER_TEXT[data.truncation]} text alone fills {limit}."
         )
     return notes
+
+
+def _truncated_share(split: str, table: TokenTable) -> str:
+    """Return the share of a split's examples that lose tokens, in words; their number below one per cent."""
+    percent = 100 * table.truncated / len(table)
+    share = f"{percent:.0f} %" if percent >= 1 else f"{table.truncated:,}"
+    return f"{share} of {len(table):,} examples of {split}"
 
 
 def _encode(

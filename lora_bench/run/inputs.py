@@ -136,12 +136,11 @@ class SharedInputs:
         return merged
 
     def truncation_notes(self) -> list[str]:
-        """Return sentences on the truncated examples of each split, in which names begin with the task if several."""
+        """Return sentences on the truncated examples of each task, which begin with its name if there are several."""
         return [
-            note
+            f"{name}: {note}" if name else note
             for name, task in self.tasks.items()
-            for split, table in task.tables.items()
-            for note in truncation_notes(f"{name}/{split}" if name else split, table, task.data)
+            for note in truncation_notes(task.tables, task.data)
         ]
 
     @property

@@ -142,12 +142,10 @@ def test_settings_reach_the_tokens(backbone: Callable[..., Backbone]) -> None:
 def test_truncated_examples_are_told_with_their_share_and_the_longest(backbone: Callable[..., Backbone]) -> None:
     data = build_data(composed(*SMALL_TOY, "data.truncation=first", "data.max_length=32").data)
     table = scoring_table(examples(), data, backbone(), both_orders=False)
-    lost, fallback = truncation_notes("train", table, data)
-    assert "train: 80 % of 5 examples" in lost
+    short = scoring_table(examples(["a"], ["b"]), data, backbone(), both_orders=False)
+    lost, fallback = truncation_notes({"train": table, "validation": short, "test": table}, data)
+    assert "80 % of 5 examples of train, 80 % of 5 examples of test are longer" in lost
     assert f"data.max_length=32 and lose tokens; the longest has {table.longest}." in lost
-    assert "3 examples" in fallback
+    assert "6 of these examples" in fallback
     assert "second text" in fallback
-    assert (
-        truncation_notes("train", scoring_table(examples(["a"], ["b"]), data, backbone(), both_orders=False), data)
-        == []
-    )
+    assert truncation_notes({"train": short}, data) == []
