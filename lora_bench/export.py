@@ -110,10 +110,19 @@ def _differences(run: FinishedRun) -> list[str]:
     return notes
 
 
+_TRUNCATED = {
+    "longest_first": "the longer text first",
+    "first": "the first text",
+    "second": "the second text",
+    "middle": "the longer text in its middle",
+}
+"""What loses tokens, by `data.truncation`."""
+
+
 def _reading(run: FinishedRun) -> list[str]:
     """Return notes on the model's input format and the meaning of its logits."""
     experiment, backbone = run.experiment, run.pack.backbone
-    notes = [f"pairs are truncated to {experiment.data.max_length} tokens, the longer text first."]
+    notes = [f"pairs are truncated to {experiment.data.max_length} tokens, {_TRUNCATED[experiment.data.truncation]}."]
     if backbone.peft_task != "SEQ_CLS":
         columns = [(name, ["…"]) for name in experiment.data.text_columns]
         notes.append(f"the model reads one text, made of the columns: {backbone.render(columns)[0][0]!r}.")
