@@ -76,6 +76,8 @@ LAYOUT: dict[str, type] = {
     "checksum": str,
 }
 """Every key of `run.json` with its type, in the order they are written; a value that is no dict or list may be null."""
+OPTIONAL_LAYOUT: dict[str, type] = {"per_class": dict}
+"""Keys that only some runs have, with their types, written after the others: metrics of each class, by split."""
 ALTERED = "altered"
 """The checksum that `read` gives to a record that was changed after it was written."""
 
@@ -215,7 +217,7 @@ class Run:
         """
         record = dict(self.record)
         for name, new in sections.items():
-            if name not in LAYOUT:
+            if name not in LAYOUT | OPTIONAL_LAYOUT:
                 raise TypeError(f"{RECORD_FILE} has no key {name!r}")
             old, new = record.get(name), to_json(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
@@ -362,7 +364,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return a run's record with every key of `LAYOUT`, each of its type.
+    """Return a run's record with every key of `LAYOUT`, and those of `OPTIONAL_LAYOUT` that it has, each of its type.
 
     Numbers that are not finite become null, and keys of the config and overrides and choices that were renamed since
     have their new names. The checksum of a record that was changed is `ALTERED`.
@@ -389,7 +391,9 @@ def read(folder: Path) -> dict[str, Any]:
         content["checksum"] = ALTERED
     try:
         # `to_json` removes numbers that are not finite, such as 1e999.
-        record = with_types(to_json(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
+        names = OPTIONAL_LAYOUT.keys() & content if isinstance(content, dict) else ()
+        layout = LAYOUT | {name: OPTIONAL_LAYOUT[name] for name in sorted(names)}
+        record = with_types(to_json(content), layout, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
     return record | {

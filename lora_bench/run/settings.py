@@ -154,22 +154,13 @@ class Experiment:
             experiment = cls.build(OmegaConf.create(finished.config | {"metric": {}}))
             if experiment.tasks:
                 return experiment
-            return experiment.with_data([_with_recorded_names(experiment.data, finished)])
+            names = finished.label_names
+            return experiment.with_data([replace(experiment.data, label_names=names, positive_label=None)])
         except UserError as error:
             if error.code == Code.EXTENSION:
                 raise
             reason = f"is damaged: {str(error).removesuffix('.')}"
             raise UserError(reason, file=finished.folder / RECORD_FILE, code=Code.DAMAGED) from None
-
-
-def _with_recorded_names(data: schema.Data, finished: FinishedRecord) -> schema.Data:
-    """Return settings of a finished run's data with the names of the classes as they were when it was trained."""
-    if data.type == "regression":
-        return data
-    names = finished.record["data"].get("label_names") or data.label_names
-    is_list = isinstance(names, list) and len(names) >= 2 and all(isinstance(name, str) for name in names)
-    require(is_list, "data.label_names", names, "is not a list of two or more names", code=Code.DAMAGED)
-    return replace(data, label_names=names, positive_label=None)
 
 
 def _check_metrics(single: Experiment) -> None:
