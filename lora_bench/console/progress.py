@@ -364,6 +364,7 @@ _ROBUST = {
     "spearman_worst": "worst",
     "spearman_drop": "drop",
     "flip_rate": "flips",
+    "mean_change": "change",
     "attack_success": "attacked",
 }
 """Metrics of a perturbed split with their column headers; `worst` and `drop` are of the metric on their left. A metric
