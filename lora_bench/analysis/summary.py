@@ -158,7 +158,8 @@ def _settings_table(loaded: LoadedRuns, by: str | None, measure: str | None) -> 
     records = {run.folder: run.record for run in loaded.all}
     main_metrics = dict.fromkeys(run.main_metric for run in runs) or ["mcc"]
     main = {name: metrics[f"{loaded.splits[0]}/{name}"].name for name in main_metrics}
-    intervals = [Column(f"{name} 95 %", "interval", of=name) for name in main.values()]
+    in_order = [column.name for column in metrics.values() if column.name in main.values()]
+    intervals = [Column(f"{name} 95 %", "interval", of=name) for name in in_order]
     columns = [*(Column(key, "key") for key in shown_keys), *metrics.values(), *intervals, *costs.values()]
     return Table(columns, _best_first(rows, main, records), [], loaded.missing, records)
 

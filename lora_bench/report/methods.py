@@ -139,7 +139,7 @@ def _table(table: Table, block: Block) -> list[Content]:
     """Return the rows that `compare` prints, with their verdicts."""
     if not block.rows:
         return []
-    columns = visible_columns(table)
+    columns = [column for column in visible_columns(table) if not _is_of_other_data(table, block, column)]
     keys = [column for column in columns if column.format == "key"] or [Column("method", "key")]
     metrics = [column for column in columns if column.format in ("metric", "interval", "n")]
     costs = [column for column in columns if column.format not in ("key", "metric", "interval", "n")]
@@ -171,6 +171,14 @@ def _table(table: Table, block: Block) -> list[Content]:
         note = f"The first {MAX_ROWS} of {len(block.rows):,} rows. The section “All settings” has the others."
         contents.append(Paragraph(note))
     return contents
+
+
+def _is_of_other_data(table: Table, block: Block, column: Column) -> bool:
+    """Return whether rows of other data have values of a metric, and those of this block have none."""
+    if column.format not in ("metric", "interval"):
+        return False
+    name = column.of or column.name
+    return any(name in row.stats for row in table.rows) and not any(name in entry.row.stats for entry in block.rows)
 
 
 def _key(entry: Entry, key: Column) -> str:

@@ -115,7 +115,12 @@ def test_tasks_of_every_form_stand_in_one_table(tmp_path: Path) -> None:
     assert table.tests is not None
     assert [column.name for column in table.tests.columns if column.format == "text"][:2] == ["metric", "difference"]
     assert len(table.decisions) == 3
-    page(table)
+    assert [name for name in names(table) if "95" in name] == ["mcc 95 %", "spearman 95 %"]
+    html = page(table)
+    assert [html.count(f'<th scope="col">{name} ↑</th>') for name in ("macro_f1", "pearson")] == [
+        1,
+        1,
+    ]  # one table each
     with refuses(Code.UNKNOWN_CHOICE, key="--measure") as caught:
         summarise([tmp_path], measure="accuracy")
     assert "--where" in str(caught.value.remedy)
