@@ -7,9 +7,9 @@
 An example is predicted correctly if its ease is above 0. The ease is a sum: a term that all models share, one of each
 method (`method_spread`, shared by its seeds), one of each seed, and how good the seed turned out (`spread`; 0.06 is
 about a point of MCC). So seeds and examples are both sources of chance; about 6 % of the examples change between two
-seeds. Without a difference both methods draw from the same distribution. `truth` is the mean difference in the metric over the
-comparisons, `theory` the power that the formula gives for that difference and the mean variances, and `seeds' share`
-the part of the variance that shows between seeds.
+seeds. Without a difference both methods draw from the same distribution. `truth` is the mean difference in the metric
+over the comparisons, `theory` the power that the formula gives for that difference and the mean variances, and
+`seeds' share` the part of the variance that shows between seeds.
 
 With three or 77 classes, an example that is not predicted correctly gets a class that most models take for it.
 Predicted numbers are the label plus an error that is a sum of the same terms. `spread`, and the difference of the

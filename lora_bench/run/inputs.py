@@ -159,6 +159,10 @@ class SharedInputs:
             return [TaskMixture([run.numbers[i] for run in runs], {name: data[name]}) for i, name in enumerate(data)]
         return [TaskMixture([k for run in runs for k in run.numbers], data, runs[0].experiment.data.temperature)]
 
+    def with_classes(self, experiment: Experiment) -> Experiment:
+        """Return the settings of a run of these inputs with the names of its classes."""
+        return experiment.with_data([task.data for task in self.tasks.values()])
+
     @classmethod
     def load(cls, experiment: Experiment) -> SharedInputs:
         """Load data and backbone, and tokenize the data.
