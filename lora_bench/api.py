@@ -143,7 +143,7 @@ def compare(
     by: str | None = None,
     baseline: str | Path | None = None,
     margin: float = MARGIN,
-    measure: str = "mcc",
+    measure: str | None = None,
     target: float | None = None,
     where: str | None = None,
     all_settings: bool = False,
@@ -160,8 +160,8 @@ def compare(
         by: configuration keys, separated by commas: one row for each combination of their values.
         baseline: the row that the other ones are tested against: `full`, `adapter=lora,adapter.rank=8`, or a folder.
         margin: a difference up to this counts as equivalent.
-        measure: the metric that is tested.
-        target: count steps and FLOPs up to this selection MCC.
+        measure: the metric that is tested; None: the main metric of the runs.
+        target: count steps and FLOPs up to this main metric on the selection split.
         where: conditions on configuration keys: `"adapter=lora and adapter.rank<=16"`.
         all_settings: also return the settings that are not the best of their method; `chosen` says which are.
 

@@ -19,7 +19,7 @@ from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.summary import View, summarise
 from lora_bench.analysis.terminal import render
-from lora_bench.config.metric_names import MAIN_METRICS
+from lora_bench.config.metric_names import ALL_MAIN_METRICS
 from lora_bench.console.format import to_single_line
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, is_stream
@@ -109,7 +109,7 @@ def _write_page(options: argparse.Namespace) -> int:
         check_output(options.html, "--html", make_folders=True)
     table = deliver(
         lambda: _load(options),
-        lambda table, refresh: page(table, options.margin, options.measure, refresh),
+        lambda table, refresh: page(table, options.margin, refresh),
         options.html or temporary_file(),
         show=options.open,
         watch=options.watch,
@@ -191,15 +191,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--measure",
-        choices=MAIN_METRICS,
-        default="mcc",
-        help="the metric to test (default: mcc; name it before you see the results)",
+        choices=ALL_MAIN_METRICS,
+        help="the metric to test (default: the main metric of the runs; name it before you see the results)",
     )
     parser.add_argument(
         "--target",
         type=_fraction,
-        metavar="MCC",
-        help="count steps and FLOPs up to this selection MCC (default: the final one of full fine-tuning)",
+        metavar="VALUE",
+        help="count steps and FLOPs up to this main metric on the selection split (default: the final one of full "
+        "fine-tuning)",
     )
     parser.add_argument(
         "--anchors", action="store_true", help="show published results beside runs on GLUE's QQP dev set"

@@ -244,7 +244,8 @@ def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
 
     def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
         """Return the scores of the examples, (1, N) or (1, N, C); a `UserError` if a score is not finite."""
-        table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
+        truncation, columns = data.truncation, data.text_columns
+        table = tokenize(examples, columns, backbone, data.max_length, truncation=truncation, cached=cached)
         scores = predict(pack, table, BATCH_SIZE)
         if not np.isfinite(scores).all():
             raise UserError(

@@ -155,12 +155,19 @@ def _usage(run: FinishedRun, form: str) -> list[str]:
     return notes
 
 
+_TRUNCATED = {
+    "longest_first": "the longer text first",
+    "first": "the first text",
+    "second": "the second text",
+    "middle": "the longer text in its middle",
+}
+"""What loses tokens, by `data.truncation`."""
+
+
 def _reading(run: FinishedRun) -> list[str]:
     """Return notes on the model's input format and the meaning of its logits."""
     experiment, backbone = run.experiment, run.pack.backbone
-    notes = [
-        f"inputs are truncated to {experiment.data.max_length} tokens, {_TRUNCATIONS[experiment.data.truncation]}."
-    ]
+    notes = [f"pairs are truncated to {experiment.data.max_length} tokens, {_TRUNCATED[experiment.data.truncation]}."]
     if backbone.peft_task != "SEQ_CLS":
         columns = [(name, ["…"]) for name in experiment.data.text_columns]
         notes.append(f"the model reads one text, made of the columns: {backbone.render(columns)[0][0]!r}.")
@@ -175,15 +182,6 @@ def _reading(run: FinishedRun) -> list[str]:
         )
         notes.append(f"its logits are {scores}: {words}.")
     return notes
-
-
-_TRUNCATIONS = {
-    "longest_first": "the longer text first",
-    "first": "the first text only",
-    "second": "the second text only",
-    "middle": "in the middle of the longer text",
-}
-"""The text that loses tokens, by `data.truncation`."""
 
 
 def _write_readme(folder: Path, form: str, notes: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.settings import mean_selection_mcc
+from lora_bench.analysis.settings import mean_selection_score
 from lora_bench.analysis.significance import BASELINE, MARGIN, NOT_TESTED, Finding, compare_with_baseline
 from lora_bench.analysis.table import Column, Row, Table, format_value
 from lora_bench.config.metric_names import display_name
@@ -24,12 +24,11 @@ FEW_RUNS = 200
 """Runs of chosen settings that are tested without `--baseline`; the predictions of more take long to read."""
 
 
-def add_verdicts(
-    table: Table, split: str, baseline: str | None = None, margin: float = MARGIN, measure: str = "mcc"
-) -> Table:
+def add_verdicts(table: Table, split: str, baseline: str | None = None, margin: float = MARGIN) -> Table:
     """Return the table with a `Finding` in the rows of chosen settings, and notes about the tests.
 
-    The methods on one data set, each with its chosen setting, are tested against one baseline of theirs.
+    The methods on one data set, each with its chosen setting, are tested against one baseline of theirs, by the metric
+    of their rows (`Row.measure`).
 
     Args:
         table: rows of all settings, and the records of their runs.
@@ -37,7 +36,6 @@ def add_verdicts(
         baseline: the name of the baseline (`_named_rows`), which may be a setting that is not chosen; None takes full
             fine-tuning, else plain LoRA, else the method that is best on the selection split.
         margin: the largest difference that counts as equivalent.
-        measure: the metric to test, of `MAIN_METRICS`.
 
     Raises:
         UserError: `baseline` matches no row.
@@ -53,6 +51,7 @@ def add_verdicts(
     rows, notes = list(table.rows), []
     for row_numbers in rows_by_data.values():
         candidates, reason = _candidates(table, row_numbers, named_rows)
+        measure = rows[row_numbers[0]].measure
         chosen_rows = [i for i in row_numbers if rows[i].chosen]
         if not candidates and named_rows is None and len(chosen_rows) > 1:
             finding = Finding("", NOT_TESTED, measure, "no method learned the task")
@@ -60,7 +59,7 @@ def add_verdicts(
             notes.append(f"verdicts: {split} {display_name(measure)}: no row is tested, since none learned the task")
         if not candidates:
             continue
-        chosen = max(candidates, key=lambda i: _selection_mcc(table, table.rows[i]))
+        chosen = max(candidates, key=lambda i: _selection_score(table, table.rows[i]))
         rivals = [i for i in chosen_rows if i != chosen]
         if not rivals:
             continue
@@ -77,13 +76,13 @@ def add_verdicts(
         notes += _notes(subject, reason, tests, margin)
     for i, row in enumerate(rows):
         if row.finding is None and row.chosen and notes:
-            rows[i] = replace(row, finding=Finding("", NOT_TESTED, measure, "no baseline has the same data"))
+            rows[i] = replace(row, finding=Finding("", NOT_TESTED, row.measure, "no baseline has the same data"))
     return replace(table, rows=rows, notes=[*notes, *table.notes]) if notes else table
 
 
-def _selection_mcc(table: Table, row: Row) -> float:
-    """Return the mean MCC of a row's runs on the selection split; -inf if one has none."""
-    return mean_selection_mcc([table.records[folder] for folder in row.folders])
+def _selection_score(table: Table, row: Row) -> float:
+    """Return the mean main metric of a row's runs on the selection split; -inf if one has none."""
+    return mean_selection_score([table.records[folder] for folder in row.folders])
 
 
 # -- the baseline --
@@ -141,8 +140,8 @@ def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] |
     They may have learned nothing.
 
     Without named rows, the candidates are chosen rows that learned something: those of full fine-tuning; if there are
-    none, those of plain LoRA; if there are none, the single row with the highest selection MCC. If that row has no
-    selection MCC, the first row is the candidate.
+    none, those of plain LoRA; if there are none, the single row that is best on the selection split. If that row has no
+    score of that split, the first row is the candidate.
 
     Args:
         table: rows of all data sets.
@@ -162,8 +161,8 @@ def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] |
             return matches, reason
     if not chosen:
         return [], ""
-    best = max(chosen, key=lambda i: _selection_mcc(table, table.rows[i]))
-    if _selection_mcc(table, table.rows[best]) > -math.inf:
+    best = max(chosen, key=lambda i: _selection_score(table, table.rows[i]))
+    if _selection_score(table, table.rows[best]) > -math.inf:
         return [best], "the best on selection"
     return chosen[:1], "the best on the tested scores, so differences from it are too large"
 
@@ -219,26 +218,33 @@ _KEEP_BY_COLUMN = {
 """Columns of the table of tests, with their `Column.keep`."""
 
 
-def readable_tests(table: Table, measure: str) -> Table | None:
-    """Return the findings as a table of texts, a row for each tested row of `table`; None if no row was tested."""
+def readable_tests(table: Table) -> Table | None:
+    """Return the findings as a table of texts, a row for each tested row of `table`; None if no row was tested.
+
+    The column of differences is named by the tested metric. If there are several, a column `metric` names them.
+    """
+    measures = list(dict.fromkeys(row.finding.measure for row in table.rows if row.finding))
+    difference = f"{measures[0]} difference" if len(measures) == 1 else "difference"
+    names = {("metric" if len(measures) > 1 else ""): 7, **_KEEP_BY_COLUMN}
     columns = [
-        *table.keys,
-        *(Column(_header(name, measure), "text", keep=keep) for name, keep in _KEEP_BY_COLUMN.items()),
+        Column(difference if name == "difference" else name, "text", keep=keep) for name, keep in names.items() if name
     ]
-    rows = [replace(row, keys=row.keys | _finding_texts(row.finding), n=1) for row in table.rows if row.finding]
-    return Table(columns, rows) if rows else None
+    rows = [
+        replace(row, keys=row.keys | _finding_texts(row.finding, difference), n=1) for row in table.rows if row.finding
+    ]
+    return Table([*table.keys, *columns], rows) if rows else None
 
 
-def _header(name: str, measure: str) -> str:
-    """Return the header of a column; a difference is one of the tested metric."""
-    return f"{measure} difference" if name == "difference" else name
+def _finding_texts(finding: Finding, difference: str) -> dict[str, str]:
+    """Return the cells of a finding by column; a value that is None has no cell.
 
-
-def _finding_texts(finding: Finding) -> dict[str, str]:
-    """Return the cells of a finding by column; a value that is None has no cell."""
-    texts = {"verdict": finding.verdict}
+    Args:
+        finding: of a row.
+        difference: the header of the column of differences.
+    """
+    texts = {"verdict": finding.verdict, "metric": finding.measure}
     if finding.difference is not None:
-        texts[_header("difference", finding.measure)] = f"{finding.difference:+.4f}"
+        texts[difference] = f"{finding.difference:+.4f}"
         texts["95 % interval"] = f"{finding.difference_low:+.4f} to {finding.difference_high:+.4f}"
         texts["seeds"] = str(finding.paired_seeds)
     if finding.p_holm is not None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.table import Column
-from lora_bench.config.metric_names import MAIN_METRICS
+from lora_bench.config.metric_names import SHOWN_METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_bench.analysis.settings import RecordedRun
 
-OTHER_METRICS = ("precision", "recall", "auroc", "nll", "ece", "brier")
-"""Standard metrics without a column; they stay in run.json. Main metrics and configured ones have columns."""
+STANDARD_METRICS = {
+    "binary": (*SHOWN_METRICS["binary"], "precision", "recall", "auroc", "nll", "ece", "brier"),
+    "multiclass": (*SHOWN_METRICS["multiclass"], "weighted_f1", "auroc", "nll", "ece", "brier"),
+    "regression": (*SHOWN_METRICS["regression"], "mae", "r2"),
+}
+"""Metrics of every run by form of task. Those in `SHOWN_METRICS`, and the tested one, have a column; the others stay in
+run.json. Configured metrics have columns too."""
+LOWER_IS_BETTER = ("mse", "mae", "nll", "ece", "brier")
 
 STRESS_COLUMNS = {
     "unseen/f1": "↑",
@@ -21,9 +27,12 @@ STRESS_COLUMNS = {
     "perturbed/f1": "↑",
     "perturbed/f1_drop": "↓",
     "perturbed/flip_rate": "↓",
+    "perturbed/mean_change": "↓",
     "perturbed/attack_success": "↓",
     "perturbed/order_consistency": "↑",
     "members/mcc": "↑",
+    **{f"{part}/{name}": "↑" for name in ("macro_f1", "spearman") for part in ("unseen", "perturbed", "members")},
+    **{f"perturbed/{name}_drop": "↓" for name in ("macro_f1", "spearman")},
 }
 """Metrics with a column in addition to the main ones, named without the split; the arrow is the better direction."""
 
@@ -61,27 +70,43 @@ def cost_columns() -> dict[str, Column]:
     return {name: Column(name, unit, keep=KEEP.index(name)) for name, unit in COSTS.items()}
 
 
-def metric_columns(runs: Sequence[RecordedRun], splits: Sequence[str]) -> dict[str, Column]:
-    """Return a column for each `split/metric` of run.json; its header names the split where it is not obvious."""
+def metric_columns(runs: Sequence[RecordedRun], splits: Sequence[str], measure: str | None = None) -> dict[str, Column]:
+    """Return a column for each `split/metric` of run.json; its header names the split where it is not obvious.
+
+    Args:
+        runs: the runs of the table.
+        splits: the reported splits, the main one first.
+        measure: a metric to show in addition to those that the forms of task, and the main metrics, ask for.
+    """
     columns = {}
+    forms = [form for form in SHOWN_METRICS if any(run.form == form for run in runs)] or ["binary"]
+    always = [name for form in forms for name in SHOWN_METRICS[form]] + [run.main_metric for run in runs]
+    shown = list(dict.fromkeys([*always, *([measure] if measure else [])]))
     recorded = sorted({key for run in runs for key in run.record["metrics"]})
+    extra_keys = {key for run in runs for key in _extra_keys(run)}
     own_splits = [split for split in splits if ":" not in split]  # the rest are later evaluations on other data
     for i, split in enumerate(splits):
-        extra = [key.removeprefix(f"{split}/") for key in recorded if key.startswith(f"{split}/")]
-        extra = [name for name in extra if name not in MAIN_METRICS + OTHER_METRICS and has_column(name)]
-        main = [name for name in MAIN_METRICS if split in own_splits or f"{split}/{name}" in recorded]
+        extra = [key.removeprefix(f"{split}/") for key in recorded if key.startswith(f"{split}/") and key in extra_keys]
+        extra = [name for name in extra if name not in shown and has_column(name)]
+        main = [name for name in shown if split in own_splits or f"{split}/{name}" in recorded]
         for name in [*main, *extra]:
             header = name if own_splits == [split] and split != "selection" else f"{split}/{name}"
-            rank = MAIN_METRICS.index(name) if name in MAIN_METRICS else -1
+            rank = shown.index(name) if name in shown else -1
             keep = len(KEEP) + 9 * (len(splits) - i) + rank
-            columns[f"{split}/{name}"] = Column(header, "metric", _arrow(name, runs), keep=keep)
+            columns[f"{split}/{name}"] = Column(header, "metric", _arrow(name, runs, forms), keep=keep)
     return columns
 
 
-def _arrow(name: str, runs: Sequence[RecordedRun]) -> str:
+def _extra_keys(run: RecordedRun) -> list[str]:
+    """Return the `split/metric` of a run's metrics that not every run of its form has."""
+    standard = STANDARD_METRICS[run.form]
+    return [key for key in run.record["metrics"] if key.partition("/")[2] not in standard]
+
+
+def _arrow(name: str, runs: Sequence[RecordedRun], forms: Sequence[str]) -> str:
     """Return the better direction of a metric, named without its split; empty if it is not known."""
-    if name in MAIN_METRICS:
-        return "↑"
+    if any(name in STANDARD_METRICS[form] for form in forms):
+        return "↓" if name in LOWER_IS_BETTER else "↑"
     directions = {run.keys.get(f"metric.{name}.direction", _default_direction(name, run)) for run in runs}
     return "↑" if "up" in directions else "↓" if "down" in directions else STRESS_COLUMNS.get(name, "")
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis.baseline import seeds_range
-from lora_bench.analysis.settings import mean_selection_mcc
+from lora_bench.analysis.settings import mean_selection_score
 from lora_bench.analysis.significance import BASELINE
 from lora_bench.config.metric_names import display_name
+from lora_bench.config.recorded_task import main_metric
 from lora_bench.console.format import format_p
 
 if TYPE_CHECKING:
@@ -55,12 +56,11 @@ class Decision:
     """The row that the others were tested against, if any was."""
 
 
-def add_decisions(table: Table, measure: str, margin: float) -> Table:
+def add_decisions(table: Table, margin: float) -> Table:
     """Return the table with a decision for each data set, and its recommended rows marked.
 
     Args:
         table: rows of all settings with their findings and costs.
-        measure: the metric that was tested.
         margin: the largest difference that counts as equivalent.
     """
     decisions, rows = [], list(table.rows)
@@ -75,8 +75,8 @@ def add_decisions(table: Table, measure: str, margin: float) -> Table:
         block = [rows[i] for i in chosen]
         recommended = None if number is None else rows[number]
         baseline = next((row for row in block if _is_baseline(row)), None)
-        writer = _Writer(table, block, len(row_numbers), recommended, baseline, reason, measure, margin)
-        prefix = f"{_data_label(table, rows[row_numbers[0]])}: " if len(blocks) > 1 else ""
+        writer = _Writer(table, block, len(row_numbers), recommended, baseline, reason, margin)
+        prefix = f"{block_label(table, rows[row_numbers[0]])}: " if len(blocks) > 1 else ""
         headline, sentences = writer.headline(), writer.sentences()
         decisions.append(
             Decision(data, reason, prefix + headline, [prefix + text for text in sentences], recommended, baseline)
@@ -88,9 +88,21 @@ def _is_baseline(row: Row) -> bool:
     return row.finding is not None and row.finding.verdict == BASELINE
 
 
-def _data_label(table: Table, row: Row) -> str:
-    """Return the name of a row's data: its key columns of group `data`, else the chosen data set."""
-    return table.label(row, "data") or f"data={table.records[row.folders[0]]['choices'].get('data')}"
+def block_label(table: Table, row: Row) -> str:
+    """Return the name of a row's data: its key columns of group `data`, else the chosen data set.
+
+    The main metric is added if the table's rows differ in it and not in the data alone.
+    """
+
+    def label(other: Row) -> str:
+        return table.label(other, "data") or f"data={table.records[other.folders[0]]['choices'].get('data')}"
+
+    def metric(other: Row) -> str:
+        return main_metric(table.records[other.folders[0]])
+
+    rows = table.settings or table.rows
+    is_ambiguous = any(label(other) == label(row) and metric(other) != metric(row) for other in rows)
+    return f"{label(row)}, {display_name(metric(row))}" if is_ambiguous else label(row)
 
 
 # -- which row --
@@ -104,10 +116,10 @@ def _recommend(table: Table, rows: dict[int, Row]) -> tuple[int | None, str]:
         rows: chosen settings and the baseline, by number.
     """
     learned = {i: row for i, row in rows.items() if row.learned}
-    scores = {i: mean_selection_mcc([table.records[folder] for folder in rows[i].folders]) for i in learned}
+    scores = {i: mean_selection_score([table.records[folder] for folder in rows[i].folders]) for i in learned}
 
     def best(numbers: Sequence[int]) -> int:
-        """Return the best of some rows on selection; without such scores the first one, which has the best MCC."""
+        """Return the best of some rows on selection; without such scores the first one, the best of the table."""
         return max(numbers, key=lambda i: scores[i])
 
     if not learned:
@@ -165,7 +177,6 @@ class _Writer:
     recommended: Row | None
     baseline: Row | None
     reason: str
-    measure: str
     margin: float
 
     def headline(self) -> str:
@@ -218,8 +229,9 @@ class _Writer:
             )
         if self.reason == BEST_KNOWN:
             return f"{prefix}no rival is better by more than chance, or equivalent at lower cost."
-        selection = mean_selection_mcc([self.table.records[folder] for folder in row.folders])
-        how = f" (MCC {selection:.3f})" if selection > -math.inf else ""
+        selection = mean_selection_score([self.table.records[folder] for folder in row.folders])
+        metric = display_name(main_metric(self.table.records[row.folders[0]]))
+        how = f" ({metric} {selection:.3f})" if selection > -math.inf else ""
         best = f"it is the best on the selection split{how}" if how else f"it has the highest {self._metric} here"
         if self.reason == INCONCLUSIVE:
             undecided = [other for other in self._rivals if other.finding and other.finding.verdict == "inconclusive"]
@@ -275,10 +287,11 @@ class _Writer:
 
     @property
     def _metric(self) -> str:
-        return display_name(self.measure)
+        return display_name(self.rows[0].measure)
 
     def _score(self, row: Row) -> str:
-        column = next((c.name for c in self.table.columns if c.name.rsplit("/", 1)[-1] == self.measure), self.measure)
+        names = [column.name for column in self.table.columns if column.name.rsplit("/", 1)[-1] == row.measure]
+        column = next(iter(names), row.measure)
         stat = row.stats.get(column)
         return "unknown" if stat is None else f"{stat.mean:.3f}"
 

@@ -129,8 +129,8 @@ def _unfinished(run: RecordedRun) -> Missing:
     reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
     logged = metrics_log.last_line(run.folder / METRICS_FILE) or {}
     metrics = logged.get("metrics")
-    mcc = metrics.get("mcc") if isinstance(metrics, dict) else None
-    if isinstance(mcc, float):
-        reason += f", step {logged.get('step')}, {logged.get('split')} mcc {mcc:.4f}"
+    value = metrics.get(run.main_metric) if isinstance(metrics, dict) else None
+    if isinstance(value, float):
+        reason += f", step {logged.get('step')}, {logged.get('split')} {run.main_metric} {value:.4f}"
     remedy = "run the same command again" if is_prompted(record) else f"resume it with resume={run.folder}"
     return Missing(status, run.folder, f"{reason}; its process has ended: {remedy}" if killed else reason, overrides)

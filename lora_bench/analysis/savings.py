@@ -1,8 +1,8 @@
-"""Savings: bytes on disk, the cost of reaching the MCC of full fine-tuning, and the causes of what was saved.
+"""Savings: bytes on disk, the cost of reaching the score of full fine-tuning, and the causes of what was saved.
 
-The target is the selection MCC that full fine-tuning of the same model on the same data ends with in its worst seed, or
-a given one. FLOPs and seconds to target are those of the steps up to it, and all that came before the first step. With
-`trainer.stop_at` that is the whole run.
+The target is the main metric on the selection split that full fine-tuning of the same model on the same data ends with
+in its worst seed, or a given one. FLOPs and seconds to target are those of the steps up to it, and all that came before
+the first step. With `trainer.stop_at` that is the whole run.
 
 A step of full fine-tuning is one third forward pass, one third gradients of inputs, one third gradients of weights. An
 adapter saves the last third. If it leaves the lowest m of L layers unadapted, it saves m / L of the second third, and
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import Column, Stat, Table
+from lora_bench.config.metric_names import display_name
+from lora_bench.config.recorded_task import main_metric
 from lora_bench.files.untrusted import as_number
 from lora_bench.records.metrics_log import selection_curve
 from lora_bench.records.run_folder import ADAPTER, METRICS_FILE
@@ -55,7 +57,8 @@ def add_costs(table: Table, target: float | None = None) -> Table:
 
     Args:
         table: rows with their findings, and the records of their runs.
-        target: a selection MCC; None takes the final MCC of full fine-tuning, where the table has such a row.
+        target: a main metric on the selection split; None takes the final one of full fine-tuning, where the table has
+            such a row.
     """
     rows = [_add_bytes(row) for row in table.rows]
     full: dict[Any, int] = {}
@@ -65,7 +68,7 @@ def add_costs(table: Table, target: float | None = None) -> Table:
             is_baseline = row.finding is not None and row.finding.verdict == BASELINE
             if group not in full or is_baseline or (row.chosen and not rows[full[group]].chosen):
                 full[group] = i  # the best comes first
-    targets = {group: target or _final_mcc(rows[i]) for group, i in full.items()}
+    targets = {group: target or _final_score(table, rows[i]) for group, i in full.items()}
     for i, row in enumerate(rows):
         row_target = target or targets.get(_comparable_group(table, row))
         if row_target is not None and not row.unlearned:
@@ -76,7 +79,7 @@ def add_costs(table: Table, target: float | None = None) -> Table:
             rows[i] = replace(row, saved=savings(table, row, rows[baseline]))
     costed = replace(table, rows=rows, columns=[*table.columns, *COLUMNS])
     ends = sorted({end for end in targets.values() if end is not None}) if target is None else [target]
-    notes = [_note(rows, ends, target)] if ends else []
+    notes = [_note(table, rows, ends, target)] if ends else []
     return replace(costed, notes=table.notes + notes)
 
 
@@ -97,9 +100,9 @@ def _bytes(folder: Path | os.DirEntry[str]) -> float:
         return float(sum(_bytes(entry) if entry.is_dir() else entry.stat().st_size for entry in entries))
 
 
-def _final_mcc(row: Row) -> float | None:
-    """Return the selection MCC that the row's worst seed ends with; None if a run has no evaluations."""
-    evaluations = [_selection_curve(folder) for folder in row.folders]
+def _final_score(table: Table, row: Row) -> float | None:
+    """Return the main metric on selection that the row's worst seed ends with; None if a run has no evaluations."""
+    evaluations = [_selection_curve(table, folder) for folder in row.folders]
     return min(evaluation[-1][1] for evaluation in evaluations) if all(evaluations) else None
 
 
@@ -116,16 +119,16 @@ def _comparable_group(table: Table, row: Row) -> tuple[Any, ...]:
     return row.data, record["choices"].get("model"), str(selection)
 
 
-def _selection_curve(folder: Path) -> list[tuple[float, float]]:
-    """Return step and MCC of each evaluation of the selection split."""
-    return selection_curve(folder / METRICS_FILE, "mcc")
+def _selection_curve(table: Table, folder: Path) -> list[tuple[float, float]]:
+    """Return step and main metric of each evaluation of the selection split."""
+    return selection_curve(folder / METRICS_FILE, main_metric(table.records[folder]))
 
 
 def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
     """Return the row with steps, FLOPs and seconds to target; unchanged if a seed did not reach it or has no costs."""
     values_by_column: dict[str, list[float]] = {STEPS: [], FLOPS: [], SECONDS: []}
     for folder in row.folders:
-        reached = next((step for step, mcc in _selection_curve(folder) if mcc >= target), None)
+        reached = next((step for step, score in _selection_curve(table, folder) if score >= target), None)
         cost = table.records[folder]["cost"]
         if reached is None or not _positive(cost.get("steps")) or not _positive(cost.get("train_flops")):
             return row
@@ -158,13 +161,15 @@ def _positive(value: Any) -> bool:
     return (as_number(value) or 0) > 0
 
 
-def _note(rows: Sequence[Row], ends: Sequence[float], given: float | None) -> str:
+def _note(table: Table, rows: Sequence[Row], ends: Sequence[float], given: float | None) -> str:
     """Return the note about the target and the rows that did not reach it."""
+    metrics = {main_metric(table.records[row.folders[0]]) for row in rows}
+    metric = display_name(*metrics) if len(metrics) == 1 else "main metric"
     targets = f"{ends[0]:.4f}" if ends[0] == ends[-1] else f"{ends[0]:.4f} to {ends[-1]:.4f}, by model and data"
-    source = "full fine-tuning's final MCC in its worst seed" if given is None else "--target"
+    source = f"full fine-tuning's final {metric} in its worst seed" if given is None else "--target"
     n_missed = sum(STEPS not in row.stats for row in rows)
     missed_note = f"; {n_missed} of {len(rows)} rows did not reach it with every seed" if n_missed else ""
-    return f"target: selection MCC {targets} ({source}){missed_note}"
+    return f"target: selection {metric} {targets} ({source}){missed_note}"
 
 
 # -- what was saved, by cause --

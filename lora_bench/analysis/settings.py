@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.canonical import normalise_numbers
 from lora_bench.config.keys import flatten
+from lora_bench.config.recorded_task import main_metric, recorded_form
 from lora_bench.errors import Code, UserError, nearest
 from lora_bench.records.run_folder import is_prompted
 
@@ -65,8 +66,24 @@ class RecordedRun:
 
     @property
     def data(self) -> str | None:
-        """The identity of the data, which must be equal for two scores to be comparable."""
+        """The identity of the data."""
         return self.tokens.get("data.fingerprint", self.tokens.get("data"))
+
+    @property
+    def block(self) -> str | None:
+        """The identity of data, form of task and main metric, which must be equal for two runs to be compared."""
+        task = f"{self.form} {self.main_metric}"
+        return self.data if task == "binary mcc" else f"{self.data} {task}"
+
+    @property
+    def form(self) -> str:
+        """The form of the task: a key of `MAIN_METRIC_CHOICES`."""
+        return recorded_form(self.record)
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that chooses between the settings of a method."""
+        return main_metric(self.record)
 
 
 def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> RecordedRun:
@@ -94,9 +111,9 @@ def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) ->
 _encode = json.JSONEncoder(sort_keys=True).encode
 
 
-def mean_selection_mcc(records: Sequence[dict[str, Any]]) -> float:
-    """Return the mean MCC on the selection split over the records of some runs; -inf if one of them has none."""
-    values = [record["metrics"].get("selection/mcc") for record in records]
+def mean_selection_score(records: Sequence[dict[str, Any]]) -> float:
+    """Return the mean main metric on the selection split over the records of some runs; -inf if one has none."""
+    values = [record["metrics"].get(f"selection/{main_metric(record)}") for record in records]
     numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
     return fmean(numbers) if len(numbers) == len(values) else -math.inf
 
@@ -114,7 +131,7 @@ def choose_setting(settings: Sequence[Sequence[RecordedRun]]) -> int | None:
         return 0
     most_seeds = max(map(len, settings))
     scores = [
-        mean_selection_mcc([run.record for run in runs]) if 2 * len(runs) >= most_seeds else -math.inf
+        mean_selection_score([run.record for run in runs]) if 2 * len(runs) >= most_seeds else -math.inf
         for runs in settings
     ]
     best = max(range(len(settings)), key=lambda i: scores[i])

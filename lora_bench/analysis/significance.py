@@ -1,9 +1,9 @@
 """Significance: paired tests of the rows of a table against a baseline, on the predictions of their runs.
 
-The metric is MCC by default. Seeds that two rows share are paired, the examples are equal, and both count as chance
-(`statistics.crossed_test`). The variance over seeds is pooled over the rows (`statistics.pool_seed_variance`). p values
-are adjusted by Holm for the number of rivals that were tested. A row that cannot be tested has the reason. Predictions
-are read only here, and only those of tested rows.
+The metric is the main metric of the runs, or that of `--measure`. Seeds that two rows share are paired, the examples
+are equal, and both count as chance (`statistics.crossed_test`). The variance over seeds is pooled over the rows
+(`statistics.pool_seed_variance`). p values are adjusted by Holm for the number of rivals that were tested. A row that
+cannot be tested has the reason. Predictions are read only here, and only those of tested rows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.config.metric_names import MAIN_METRIC_CHOICES, display_name
 from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Finding:
     verdict: str
     """One of `statistics.VERDICTS` about the row, or `baseline`, `no verdict` or `not tested`."""
     measure: str = "mcc"
-    """The metric that was tested, of `MAIN_METRICS`."""
+    """The metric that was tested, of `ALL_MAIN_METRICS`."""
     why: str | None = None
     """The reason that there is no verdict or no test."""
     difference: float | None = None
@@ -86,7 +87,7 @@ def compare_with_baseline(
         rivals: the rows to test.
         split: the split whose predictions are compared.
         margin: the largest difference that counts as equivalent.
-        measure: the metric to test, of `MAIN_METRICS`.
+        measure: the metric to test, of `ALL_MAIN_METRICS`.
 
     Returns:
         A finding for each rival, in their order.
@@ -94,7 +95,7 @@ def compare_with_baseline(
     from lora_bench.analysis import statistics
 
     read = _Reader(split)
-    pairs = [_pair_seeds(table, read, rival, baseline) for rival in rivals]
+    pairs = [_pair_seeds(table, read, rival, baseline, measure) for rival in rivals]
     tests = {i: pair.test(measure) for i, pair in enumerate(pairs) if pair.ours}
     tests |= _with_pooled_seeds({i: tests[i] for i in tests if _can_be_pooled(pairs[i], rivals[i], baseline)}, pairs)
     counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
@@ -236,8 +237,8 @@ class _Reader:
         return self.seen[folder]
 
 
-def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair:
-    """Return the predictions of the seeds that both rows have, on the same examples."""
+def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row, measure: str) -> _Pair:
+    """Return the predictions of the seeds that both rows have, on the same examples, where they give the measure."""
     ours, theirs = (_by_seed(table, row.folders) for row in (rival, baseline))
     fixed = [all(_is_fixed(table.records[folder]) for folder in seeds.values()) for seeds in (ours, theirs)]
     if fixed == [True, True]:
@@ -255,8 +256,11 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair
             predictions = read(folder)
             if isinstance(predictions, str):
                 reason = f"predictions of the {read.split} split cannot be used: {folder} (its file {predictions})"
+            elif measure not in MAIN_METRIC_CHOICES[predictions.form]:
+                reason = f"{display_name(measure)} cannot be computed from the predictions: {folder}"
             elif not _agrees(table.records[folder], read.split, predictions):
-                reason = f"predictions and run.json disagree about MCC: {folder}"
+                metric = display_name(MAIN_METRIC_CHOICES[predictions.form][0])
+                reason = f"predictions and run.json disagree about {metric}: {folder}"
             else:
                 pair.append(predictions)
         if len(pair) == 2:
@@ -265,10 +269,13 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row) -> _Pair
                 pairs[seed] = pair[0], pair[1]
             else:
                 reason = f"predictions of other examples than the baseline: {ours[seed]}"
-    # A side that predicts one label for all examples has MCC 0 by convention, and no spread shows.
+    # A side that predicts the same for all examples has MCC or correlation 0 by convention, and no spread shows.
     sides = list(zip(*pairs.values(), strict=True))
     if any(all(predictions.is_constant for predictions in side) for side in sides):
-        return _Pair([], [], fixed=all(fixed), why="one side predicts the same label for all examples, in every seed")
+        output = "number" if measure in MAIN_METRIC_CHOICES["regression"] else "label"
+        return _Pair(
+            [], [], fixed=all(fixed), why=f"one side predicts the same {output} for all examples, in every seed"
+        )
     ours_paired, theirs_paired = map(list, sides) if sides else ([], [])
     return _Pair(ours_paired, theirs_paired, list(pairs), all(fixed), not any(fixed), reason)
 
@@ -284,6 +291,7 @@ def _is_fixed(record: Mapping[str, Any]) -> bool:
 
 
 def _agrees(record: Mapping[str, Any], split: str, predictions: Predictions) -> bool:
-    """Return whether the MCC of a run's predictions is the one in its record."""
-    recorded = record["metrics"].get(f"{split}/mcc")
-    return isinstance(recorded, int | float) and abs(recorded - predictions.value("mcc")) < 1e-6
+    """Return whether MCC, or Spearman's correlation, of a run's predictions is the one in its record."""
+    metric = MAIN_METRIC_CHOICES[predictions.form][0]
+    recorded = record["metrics"].get(f"{split}/{metric}")
+    return isinstance(recorded, int | float) and abs(recorded - predictions.value(metric)) < 1e-6

@@ -27,6 +27,9 @@ from lora_bench.analysis.settings import (
 )
 from lora_bench.analysis.significance import BASELINE, MARGIN
 from lora_bench.analysis.table import Column, Row, Stat, Table
+from lora_bench.config.metric_names import ALL_MAIN_METRICS, MAIN_METRIC_CHOICES, display_name
+from lora_bench.config.recorded_task import main_metric
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.chance import describe_failure
 from lora_bench.files.atomic_io import write
 from lora_bench.records import sweep_folder
@@ -45,7 +48,7 @@ class View:
     all_settings: bool = False
     """Also show the settings that do not stand for their method."""
     sort: str | None = None
-    """Column to sort by in place of the order by data, recommendation and MCC."""
+    """Column to sort by in place of the order by data, recommendation and main metric."""
     top: int | None = None
     """Number of rows to show; None: all."""
 
@@ -63,7 +66,7 @@ def summarise(
     by: str | None = None,
     baseline: str | None = None,
     margin: float = MARGIN,
-    measure: str = "mcc",
+    measure: str | None = None,
     target: float | None = None,
     where: str | None = None,
     view: View | None = None,
@@ -75,33 +78,60 @@ def summarise(
         by: configuration keys, separated by commas: a row per combination of their values instead of a row per method.
         baseline: the row that the others are tested against (`add_verdicts`).
         margin: the largest difference that counts as equivalent.
-        measure: the metric to test.
-        target: the selection MCC up to which costs are counted (`add_costs`).
+        measure: the metric to test; None: the main metric of the runs.
+        target: the main metric on the selection split up to which costs are counted (`add_costs`).
         where: conditions on configuration keys that runs have to meet (`where.parse`).
         view: rows to show and their order.
 
     Raises:
-        UserError: a path does not exist, there are no runs, or a key, condition or baseline is wrong.
+        UserError: a path does not exist, there are no runs, or a key, condition, baseline or measure is wrong.
     """
     loaded = load_runs(paths)
     if where is not None:
         loaded = loaded.filtered(where)
     view = view or View()
-    table = _settings_table(loaded, by)
-    table = add_verdicts(table, loaded.splits[0], baseline, margin, measure)
+    if measure is not None:
+        _check_measure(measure, loaded.finished)
+    table = _settings_table(loaded, by, measure)
+    table = add_verdicts(table, loaded.splits[0], baseline, margin)
     table = add_costs(table, target)
-    table = add_decisions(table, measure, margin)
+    table = add_decisions(table, margin)
     table = replace(table, settings=table.rows, rows=_visible(table.rows, view), notes=_notes(table, loaded))
     table = replace(table, rows=mark_best(table))
     table = limit(sort_rows(table, view.sort), view.top)
-    return replace(table, tests=readable_tests(table, measure), savings=readable_savings(table))
+    return replace(table, tests=readable_tests(table), savings=readable_savings(table))
+
+
+def _check_measure(measure: str, runs: Sequence[RecordedRun]) -> None:
+    """Refuse a metric that the predictions of some of the runs do not give.
+
+    Raises:
+        UserError: naming the choices.
+    """
+    forms = list(dict.fromkeys(run.form for run in runs))
+    choices = [name for name in ALL_MAIN_METRICS if all(name in MAIN_METRIC_CHOICES[form] for form in forms)]
+    if measure in choices:
+        return
+    remedy = f"Give one of {', '.join(choices)}."
+    if not choices:
+        remedy = "These tasks share no metric. Leave the option out, or choose one task with --where."
+    elif len(forms) > 1:
+        remedy += " Tasks of different forms are compared; choose one with --where for its other metrics."
+    reason = "cannot be computed from the predictions of these runs"
+    raise UserError(reason, key="--measure", value=measure, remedy=remedy, code=Code.UNKNOWN_CHOICE)
 
 
 # -- rows --
 
 
-def _settings_table(loaded: LoadedRuns, by: str | None) -> Table:
-    """Return the table of all settings, best first, with the chosen setting of each method marked."""
+def _settings_table(loaded: LoadedRuns, by: str | None, measure: str | None) -> Table:
+    """Return the table of all settings, best first, with the chosen setting of each method marked.
+
+    Args:
+        loaded: the runs.
+        by: the option `--by`.
+        measure: the metric to test; None: the main metric of the runs.
+    """
     runs, keys = loaded.newest, loaded.keys
     varying = [key for key in keys if differs(key, runs)]
     shown_keys = [key for key in varying if not is_implied(key, varying, runs)]
@@ -116,18 +146,21 @@ def _settings_table(loaded: LoadedRuns, by: str | None) -> Table:
         keys = [*keys, *(key for key in by_keys if key not in keys)]
         shown_keys = [*method_keys, *(key for key in shown_keys if key not in method_keys)]
     shown_keys = shown_keys or [key for key in ("model", "adapter", "data") if key in keys]
-    metrics, costs = metric_columns(runs, loaded.splits), cost_columns()
+    metrics, costs = metric_columns(runs, loaded.splits, measure), cost_columns()
     rows: list[Row] = []
     for number, method in enumerate(group_runs(runs, method_keys)):
         settings = group_runs(method, keys)
         chosen = choose_setting(settings)
         for i, setting in enumerate(settings):
             row = _row(setting, shown_keys, metrics | costs, loaded.splits[0])
-            rows.append(replace(row, method=number, chosen=i == chosen))
-    mcc = metrics[f"{loaded.splits[0]}/mcc"].name
-    interval = Column(f"{mcc} 95 %", "interval", of=mcc)
-    columns = [*(Column(key, "key") for key in shown_keys), *metrics.values(), interval, *costs.values()]
-    return Table(columns, _by_mcc(rows, mcc), [], loaded.missing, {run.folder: run.record for run in loaded.all})
+            row = replace(row, method=number, chosen=i == chosen, measure=measure or setting[0].main_metric)
+            rows.append(row)
+    records = {run.folder: run.record for run in loaded.all}
+    main_metrics = dict.fromkeys(run.main_metric for run in runs) or ["mcc"]
+    main = {name: metrics[f"{loaded.splits[0]}/{name}"].name for name in main_metrics}
+    intervals = [Column(f"{name} 95 %", "interval", of=name) for name in main.values()]
+    columns = [*(Column(key, "key") for key in shown_keys), *metrics.values(), *intervals, *costs.values()]
+    return Table(columns, _best_first(rows, main, records), [], loaded.missing, records)
 
 
 def _row(runs: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[str, Column], split: str) -> Row:
@@ -148,14 +181,14 @@ def _row(runs: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[s
             stats[column.name] = stat
     keys = {key: _short(runs[0].keys[key]) for key in shown_keys if key in runs[0].keys}
     unlearned = sum(_failure(run.record, split) is not None for run in runs)
-    return Row(keys, stats, len(runs), [run.folder for run in runs], data=runs[0].data, unlearned=unlearned)
+    return Row(keys, stats, len(runs), [run.folder for run in runs], data=runs[0].block, unlearned=unlearned)
 
 
 def _failure(record: dict[str, Any], split: str) -> str | None:
     """Return the reason that a run counts as one that learned nothing, or None."""
     rows = record["data"].get("rows")
     examples = rows.get(split) if isinstance(rows, dict) else None
-    return describe_failure(record["metrics"], split, examples if isinstance(examples, int) else None)
+    return describe_failure(record, split, examples if isinstance(examples, int) else None)
 
 
 def _short(value: Any) -> Any:
@@ -175,10 +208,21 @@ def _stat(values: Sequence[Any]) -> Stat | None:
     return Stat(mean, std, n) if std is None or math.isfinite(std) else None
 
 
-def _by_mcc(rows: Sequence[Row], mcc: str) -> list[Row]:
-    """Return the rows grouped by data, the block with the best MCC first, and best first within a block."""
+def _best_first(rows: Sequence[Row], columns: dict[str, str], records: dict[Path, dict[str, Any]]) -> list[Row]:
+    """Return the rows grouped by data, the block with the best value first, and best first within a block.
+
+    Args:
+        rows: of all data sets.
+        columns: the column of each main metric.
+        records: `run.json` by folder.
+    """
+
+    def position(row: Row) -> float:
+        stat = row.stats.get(columns[main_metric(records[row.folders[0]])])
+        return math.inf if stat is None else -stat.mean
+
     blocks: dict[str | None, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: -row.stats[mcc].mean if mcc in row.stats else math.inf):
+    for row in sorted(rows, key=position):
         blocks.setdefault(row.data, []).append(row)
     return [row for block in blocks.values() for row in block]
 
@@ -291,6 +335,11 @@ def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, sp
         lines.append("a run of several tasks has a row for each; what they share (adapter, time, FLOPs) counts in all")
     if len({run.data for run in runs}) > 1:
         lines.append("runs on different data are not comparable: the best values are marked for each data set")
+    if len(metrics := dict.fromkeys(run.main_metric for run in runs)) > 1:
+        names = ", ".join(map(display_name, metrics))
+        lines.append(
+            f"the main metrics differ ({names}): runs are compared with those of the same task and main metric only"
+        )
     if repeated:
         lines.append(f"{repeated} finished run(s) repeat a setting and its seed; the newest counts")
     mixed = [str(run.folder) for run in runs if run.record["environment"].get("history")]

@@ -73,7 +73,9 @@ class Row:
     best: frozenset[str] = frozenset()
     """Metrics in which no comparable row is better."""
     data: str | None = None
-    """The identity of the data; rows are comparable if it is equal."""
+    """The identity of the data, the form of task and the main metric; rows are comparable if it is equal."""
+    measure: str = "mcc"
+    """The metric that is tested: that of `--measure`, else the main metric of the runs."""
     finding: Finding | None = None
     """The test against the baseline."""
     saved: dict[str, float] | None = None
@@ -112,7 +114,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of finished runs, the recommended one first and then by MCC, with notes and side tables."""
+    """Rows of finished runs, the recommended one first and then by main metric, with notes and side tables."""
 
     columns: list[Column]
     rows: list[Row]

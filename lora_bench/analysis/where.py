@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.analysis.settings import check_key
 from lora_bench.analysis.table import format_value
 from lora_bench.config.keys import RENAMED
+from lora_bench.config.metric_names import ALL_MAIN_METRICS, SHOWN_METRICS
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_RESULTS = {*ALL_MAIN_METRICS, *(name for names in SHOWN_METRICS.values() for name in names)}
+"""Metrics that are refused as conditions, with the reason."""
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -159,7 +162,7 @@ class _Parser:
     def _check(self, key: str) -> None:
         """Refuse a key that no run has; a result is refused with the reason."""
         name = key.rsplit("/", 1)[-1]
-        if key not in self.keys and (key.startswith(("cost.", "params.")) or name in ("mcc", "f1", "accuracy")):
+        if key not in self.keys and (key.startswith(("cost.", "params.")) or name in _RESULTS):
             remedy = "To choose runs by their results biases a comparison. --sort and --top choose among finished rows."
             raise UserError(
                 "is a result, not a config key", key=OPTION, value=key, remedy=remedy, code=Code.UNSUPPORTED

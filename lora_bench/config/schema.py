@@ -90,7 +90,7 @@ class Data:
     """Maximum tokens of an example; longer examples are truncated and counted."""
     truncation: str
     """Where a longer example loses tokens: `longest_first` (at the end of its longer text), `first` or `second` (at the
-    end of that text), or `middle` (of its longer text)."""
+    end of that text, or as `longest_first` if the other text alone is too long), or `middle` (of its longer text)."""
     train_size: int | None
     """Train on the first n rows of a fixed permutation of the train rows outside the selection split; null: on all."""
     selection_size: int | float
@@ -137,6 +137,9 @@ class Data:
             require_one_of("relation", self.relation, RELATIONS)
         require_number("max_length", self.max_length, 8)
         require_one_of("truncation", self.truncation, TRUNCATIONS)
+        has_text = self.truncation != "second" or len(self.text_columns) == 2
+        reason = "names the second of two texts, and data.text_columns has one"
+        require(has_text, "truncation", self.truncation, reason, code=Code.CONFLICT)
         if self.train_size is not None:
             require_number("train_size", self.train_size, 1)
         size = self.selection_size

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from lora_bench.config.metric_names import MAIN_METRIC_CHOICES, SHOWN_METRICS
+from lora_bench.config.recorded_task import form_of_metrics
 from lora_bench.console.format import format_number
 from lora_bench.console.text import sanitise
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 LINES_PER_RUN = 10
 """Maximum progress lines of a run without a terminal."""
+MAX_CLASSES_SHOWN = 8
+"""Maximum names of classes that are printed before training."""
 _SMOOTHING = 0.1
 """Weight of the newest value in moving averages."""
 
@@ -88,8 +92,10 @@ class Display(Live):
         self.names = names if len(names) >= self.rows_from else ()
         self.losses: dict[int, float] = {}
         """Moving average of the loss of each member."""
-        self.mcc_by_member: dict[int, float] = {}
-        """The latest selection MCC of each member."""
+        self.metric = "mcc"
+        """The name of the metric that is shown beside the loss: the first choice of the task's form."""
+        self.score_by_member: dict[int, float] = {}
+        """The latest value of that metric of each member."""
         self.active: Collection[int] = range(len(names))
         """Members that are still training."""
         if self.names:
@@ -97,8 +103,8 @@ class Display(Live):
             self.progress.get_renderables = lambda: (*bar(), self._members())  # type: ignore[method-assign]
         self.loss: float | None = None
         """Moving average of the mean loss over the members."""
-        self.mcc: float | None = None
-        """The latest selection MCC."""
+        self.score: float | None = None
+        """The latest value of `metric`."""
         self.pairs_per_second: float | None = None
         self.last_step = time.perf_counter()
 
@@ -134,36 +140,37 @@ class Display(Live):
             line: of `metrics.jsonl`: epoch, split and metrics.
         """
         metrics = line["metrics"]
-        self.mcc = metrics["mcc"]
-        self.mcc_by_member[member] = metrics["mcc"]
+        form = form_of_metrics(metrics)
+        self.metric = MAIN_METRIC_CHOICES[form][0]
+        self.score = self.score_by_member[member] = metrics[self.metric]
         self.last_step = time.perf_counter()
         if self.names and self.console.is_terminal:  # its row shows it
             return
         title = f"{self.names[member].partition(':')[0]}  " if self.names else ""
-        main = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("accuracy", "f1", "mcc"))
+        main = "  ".join(f"{name} {_number(metrics[name], 3)}" for name in SHOWN_METRICS[form])
         text = f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"  # 60 columns at most
         self.console.print(Text(f"{title}{text}"))
 
     def _state(self, step: int) -> str:
-        """Return step, mean loss, MCC and throughput as one line.
+        """Return step, mean loss, metric and throughput as one line.
 
-        The MCC is left out before the first evaluation, and where each member has a row.
+        The metric is left out before the first evaluation, and where each member has a row.
         """
         fields = [f"{step}/{self.total}", f"loss {self.loss:.3f}"]
-        fields += [] if self.mcc is None or self.names else [f"mcc {self.mcc:.3f}"]
+        fields += [] if self.score is None or self.names else [f"{self.metric} {self.score:.3f}"]
         return "  ".join([*fields, f"{self.pairs_per_second:.0f} pairs/s"])
 
     def _members(self) -> Table:
-        """Return a table with a row per member: name, loss, MCC, and `ended` for one that does not train any more.
+        """Return a table with a row per member: name, loss, metric, and `ended` for one that does not train any more.
 
         A name that is too long for the terminal is shortened; a missing value is empty.
         """
         table = Table(box=None, pad_edge=False, expand=True)
         table.add_column("job", no_wrap=True, overflow="ellipsis", ratio=1)
-        for header in ("loss", "mcc", ""):
+        for header in ("loss", self.metric, ""):
             table.add_column(header, justify="right", no_wrap=True)
         for member, name in enumerate(self.names):
-            numbers = (_number(values.get(member), 3) for values in (self.losses, self.mcc_by_member))
+            numbers = (_number(values.get(member), 3) for values in (self.losses, self.score_by_member))
             state, style = ("", "") if member in self.active else ("ended", "dim")
             table.add_row(sanitise(name.removeprefix("job ")), *numbers, state, style=style)
         return table
@@ -241,8 +248,25 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
         first,
         f"{data}: {sizes}; {environment['precision']} on {environment['device']}, {environment['threads']} threads",
     ]
+    lines += [] if record["config"].get("tasks") else _label_lines(record["data"])
     for line in [*lines, *(f"note: {note}" for note in notes)]:
         console.print(sanitise(line))
+
+
+def _label_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return a line with the classes of a task, or the range of its numbers; none where neither is recorded.
+
+    Args:
+        data: the section of the record.
+    """
+    names, ranges = data.get("label_names"), data.get("label_range")
+    if names:
+        shown = names if len(names) <= MAX_CLASSES_SHOWN else [*names[: MAX_CLASSES_SHOWN - 2], "…", names[-1]]
+        return [f"{len(names)} classes: {', '.join(name[:40] for name in shown)}"]
+    if ranges and ranges.get("train"):
+        low, mean, high = ranges["train"]
+        return [f"numbers from {low:g} to {high:g}, mean {mean:.3g}"]
+    return []
 
 
 def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, title: str = "", brief: bool) -> None:
@@ -265,7 +289,7 @@ def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, ti
         for prefix in _prefixes(metrics):
             split, _, task = prefix.partition("/")
             if split != "selection" and (not task or task in tasks):
-                main = "  ".join(f"{name} {metrics[f'{prefix}/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
+                main = "  ".join(f"{name} {_number(value)}" for name, value in _shown_metrics(metrics, prefix).items())
                 console.print(Text(f"{prefix}  {main}"))
     else:
         print_metrics(console, metrics)
@@ -314,13 +338,16 @@ def robustness_table(metrics: Mapping[str, float | None]) -> Table | None:
     if not prefixes:
         return None
     splits = {prefix.split("/")[0] for prefix in prefixes}
+    columns = {
+        key: header for key, header in _ROBUST.items() if any(f"{prefix}/{key}" in metrics for prefix in prefixes)
+    }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("perturbed", no_wrap=True)
-    for header in _ROBUST.values():
+    for header in columns.values():
         table.add_column(header, justify="right")
     for prefix in prefixes:
         name = prefix if len(splits) > 1 else prefix.partition("/")[2]
-        table.add_row(sanitise(name), *(_number(metrics.get(f"{prefix}/{key}"), 3) for key in _ROBUST))
+        table.add_row(sanitise(name), *(_number(metrics.get(f"{prefix}/{key}"), 3) for key in columns))
     return table
 
 
@@ -330,10 +357,24 @@ _ROBUST = {
     "f1": "f1",
     "f1_worst": "worst",
     "f1_drop": "drop",
+    "macro_f1": "macro f1",
+    "macro_f1_worst": "worst",
+    "macro_f1_drop": "drop",
+    "spearman": "spearman",
+    "spearman_worst": "worst",
+    "spearman_drop": "drop",
     "flip_rate": "flips",
+    "mean_change": "change",
     "attack_success": "attacked",
 }
-"""Metrics of a perturbed split with their column headers; `worst` and `drop` are of F1."""
+"""Metrics of a perturbed split with their column headers; `worst` and `drop` are of the metric on their left. A metric
+that no split has gets no column."""
+
+
+def _shown_metrics(metrics: Mapping[str, float | None], prefix: str) -> dict[str, float | None]:
+    """Return the recorded metrics of a split, or of a part of one, that are always shown, by name."""
+    names = {key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] == prefix}
+    return {name: metrics[f"{prefix}/{name}"] for name in SHOWN_METRICS[form_of_metrics(names)] if name in names}
 
 
 def _prefixes(metrics: Mapping[str, float | None]) -> list[str]:

@@ -20,7 +20,6 @@ from lora_bench.data.perturb import (
     choose_transforms,
     may_be_binary,
     perturb_row,
-    refuse_more_classes,
 )
 from lora_bench.data.tokenization import PairReader, tokenize
 from lora_bench.errors import Code, UserError
@@ -162,7 +161,7 @@ def training_tables(
         it is None; `alternate_order` gives the table a `reversed_view` instead.
 
     Raises:
-        UserError: as `choose_augmentations` and `refuse_more_classes`.
+        UserError: as `choose_augmentations`.
     """
     first_view, second_view = (
         partial(
@@ -170,13 +169,13 @@ def training_tables(
             columns=data.text_columns,
             backbone=backbone,
             max_length=data.max_length,
+            truncation=data.truncation,
             reverse=reverse,
             head=head,
         )
         for reverse in (False, True)
     )
     transforms = choose_augmentations(data, objective)
-    refuse_more_classes(transforms, train.labels, "data.augment")
 
     def augmented(view: Callable[..., TokenTable]) -> TokenTable:
         """Return the tokens of the training pairs in a view, with an augmentation if there are transforms.

@@ -74,6 +74,16 @@ class LabelFormat(ABC):
         return all(type(value) in (str, int) and value in _HIDDEN for value in values)
 
 
+class _NumericLabels(LabelFormat):
+    """A column of numbers."""
+
+    def is_hidden(self, values: Sequence[Any]) -> bool:
+        """Return whether all labels are hidden: -1, in any spelling, in every row."""
+        with suppress(ValueError, OverflowError, TypeError):
+            return all(type(value) is not bool and float(value) == -1 for value in values)
+        return False
+
+
 @dataclass(frozen=True)
 class ClassLabels(LabelFormat):
     """Classes by name, or by their number from 0; a column holds either names only or numbers only."""
@@ -95,11 +105,14 @@ class ClassLabels(LabelFormat):
 
     def _refuse(self, values: Sequence[Any], bad: int, column: str) -> NoReturn:
         """Raise a `LabelError` for the value at a position, which is none of the classes."""
-        classes = " and ".join(map(excerpt, self.names)) if len(self.names) == 2 else excerpt(list(self.names))
-        reason = f"label {excerpt(values[bad])} is not one of the {len(self.names)} classes"
-        remedy = f"The column that data.label_column={column} names must hold {classes}, or their numbers from 0."
+        two = len(self.names) == 2
+        classes = " and ".join(map(excerpt, self.names)) if two else excerpt(list(self.names))
+        reason = f"label {excerpt(values[bad])} is none of the {len(self.names)} classes {classes}"
+        numbered = list(self.names) == [str(number) for number in range(len(self.names))]
+        required = "them" if numbered else "them, or their numbers from 0,"
+        remedy = f"The column that data.label_column={column} names must hold {required} in every row."
         numbers = _distinct_numbers(values)
-        if numbers and len(numbers) > 2 and len(self.names) == 2:
+        if numbers and len(numbers) > 2 and two:
             remedy += (
                 " Numbers of more than two values become two classes by data.label_threshold, the least that counts "
                 "as the second; data.type=regression predicts the numbers."
@@ -122,7 +135,7 @@ class DeclaredLabels(ClassLabels):
 
 
 @dataclass(frozen=True)
-class ThresholdLabels(LabelFormat):
+class ThresholdLabels(_NumericLabels):
     """Scores, of which those from a threshold on are class 1 of two."""
 
     threshold: float
@@ -133,7 +146,7 @@ class ThresholdLabels(LabelFormat):
         return (read_numbers(values, remedy) >= self.threshold).astype(np.int64)
 
 
-class NumberLabels(LabelFormat):
+class NumberLabels(_NumericLabels):
     """Numbers to predict."""
 
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.float64]:

@@ -56,7 +56,7 @@ def load(data: Data) -> tuple[Data, dict[str, Examples]]:
         case ToyData():
             sizes = {"train": data.train_rows, "validation": data.validation_rows}
             splits = {split: toy.generate(rows, data.generator_seed, split) for split, rows in sizes.items()}
-            return _with_positive_last(replace(data, label_names=data.label_names or ["0", "1"]), splits)
+            return _with_positive_last(data, data.label_names or ["0", "1"], splits)
         case _:
             raise TypeError(type(data).__name__)
     from_hub = isinstance(data, HubData)
@@ -72,7 +72,7 @@ def load(data: Data) -> tuple[Data, dict[str, Examples]]:
         )
         for split, table in tables.items()
     }
-    return _with_positive_last(replace(data, label_names=names), splits)
+    return _with_positive_last(data, names, splits)
 
 
 def _label_format(data: Data, names: Sequence[str] | None, declared: Sequence[str]) -> LabelFormat:
@@ -93,27 +93,28 @@ def _label_format(data: Data, names: Sequence[str] | None, declared: Sequence[st
     return ClassLabels(tuple(names))
 
 
-def _with_positive_last(data: Data, splits: dict[str, Examples]) -> tuple[Data, dict[str, Examples]]:
-    """Return settings and splits with the class of `data.positive_label` as the second of two classes.
+def _with_positive_last(
+    data: Data, names: list[str] | None, splits: dict[str, Examples]
+) -> tuple[Data, dict[str, Examples]]:
+    """Return settings and splits with these names, the class of `data.positive_label` as the second of two.
 
     Raises:
         UserError: there is no such class, or there are more than two.
     """
-    positive, names = data.positive_label, data.label_names
-    if positive is None or names is None:
-        return data, splits
-    require_one_of("data.positive_label", positive, tuple(names))
-    if len(names) > 2:
-        reason = f"says which class of two binary F1 is about, and there are {len(names)}"
-        remedy = "Leave it out: F1 is then the mean over the classes."
-        raise UserError(reason, key="data.positive_label", value=positive, remedy=remedy, code=Code.CONFLICT)
-    if positive == names[1]:
-        return data, splits
-    flipped = {
-        name: split if split.labels is None else replace(split, labels=1 - split.labels)
-        for name, split in splits.items()
-    }
-    return replace(data, label_names=[names[1], names[0]]), flipped
+    positive = data.positive_label
+    if positive is not None and names is not None:
+        require_one_of("data.positive_label", positive, tuple(names))
+        if len(names) > 2:
+            reason = f"says which class of two binary F1 is about, and there are {len(names)}"
+            remedy = "Leave it out: F1 is then the mean over the classes."
+            raise UserError(reason, key="data.positive_label", value=positive, remedy=remedy, code=Code.CONFLICT)
+        if positive == names[0]:
+            names = names[::-1]
+            splits = {
+                name: split if split.labels is None else replace(split, labels=1 - split.labels)
+                for name, split in splits.items()
+            }
+    return replace(data, label_names=names), splits
 
 
 def load_for_run(data: Data, run: Data, note: Callable[[str], None]) -> dict[str, Examples]:

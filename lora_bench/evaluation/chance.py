@@ -1,45 +1,80 @@
-"""Runs that learned nothing: their MCC is within what guessing gives. Needs no numpy."""
+"""Runs that learned nothing: their MCC or rank correlation is within what guessing gives. Needs no numpy.
+
+MCC decides for every classification task, whatever its main metric is: that of guesses is 0 for any distribution of the
+classes, where their accuracy and F1 depend on it.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.config.metric_names import display_name
+from lora_bench.config.recorded_task import count_classes, form_of_metrics, label_names, positive_label
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LOWEST, HIGHEST = 0.02, 0.1
-"""Bounds of the MCC up to which a run counts as one that learned nothing."""
+"""Bounds of the MCC or correlation up to which a run counts as one that learned nothing."""
 
 
-def chance_mcc(examples: int | None) -> float:
-    """Return the MCC up to which predictions count as guessed.
+def chance_level(examples: int | None, classes: int = 2) -> float:
+    """Return the MCC up to which predicted classes, or the correlation up to which predicted numbers, count as guessed.
 
-    The MCC of guesses on N examples has a standard deviation of 1 / sqrt(N) (N MCC² is the chi-squared statistic of the
-    confusion table), so one in twenty exceeds 1.645 / sqrt(N). On few examples the bound is 0.1, on many 0.02.
+    The MCC of guesses of two classes on N examples has a standard deviation of 1 / sqrt(N) (N MCC² is the chi-squared
+    statistic of the confusion table), and so have correlations. For k classes that are about equally frequent it is
+    1 / sqrt(N (k - 1)). One in twenty guesses exceeds 1.645 times that. On few examples the bound is 0.1, on many 0.02.
 
     Args:
         examples: number of examples; None if it is not known.
+        classes: k.
     """
-    return LOWEST if not examples else min(HIGHEST, max(LOWEST, 1.645 / math.sqrt(examples)))
+    return LOWEST if not examples else min(HIGHEST, max(LOWEST, 1.645 / math.sqrt(examples * (classes - 1))))
 
 
-def describe_failure(metrics: Mapping[str, Any], split: str, examples: int | None) -> str | None:
+def describe_failure(record: Mapping[str, Any], split: str, examples: int | None) -> str | None:
     """Return the reason that a run counts as one that learned nothing, or None.
 
-    A run counts as one if its MCC on the split is at most `chance_mcc(examples)`. Without an MCC it does not.
+    A run counts as one if its MCC on the split, or for a regression Spearman's correlation, is at most the
+    `chance_level`. Without such a metric it does not.
 
     Args:
-        metrics: results by `<split>/<metric>`.
+        record: the content of `run.json`, with metrics by `<split>/<metric>`.
         split: the split to judge by.
         examples: its number of examples; None if it is not known, which is judged like a large number.
     """
-    mcc, recall = metrics.get(f"{split}/mcc"), metrics.get(f"{split}/recall")
-    if not isinstance(mcc, int | float) or isinstance(mcc, bool) or mcc > chance_mcc(examples):
+    metrics = record["metrics"]
+    names = {key.rpartition("/")[2] for key in metrics if key.rpartition("/")[0] == split}
+    form = form_of_metrics(names)
+    metric = "spearman" if form == "regression" else "mcc"
+    value = metrics.get(f"{split}/{metric}")
+    level = chance_level(examples, count_classes(record) if form == "multiclass" else 2)
+    if not isinstance(value, int | float) or isinstance(value, bool) or value > level:
         return None
-    if mcc == 0 and recall in (0, 1):
-        return f"it predicts label {recall:.0f} for every example"
-    return f"its {split} MCC of {mcc:.3f} is not above chance"
+    if value == 0 and form == "regression":
+        return "it predicts the same number for every example"
+    constant = _only_predicted_class(record, split) if value == 0 else None
+    if constant is not None:
+        label = dict(enumerate(label_names(record) or [])).get(constant, constant)
+        return f"it predicts label {label} for every example"
+    return f"its {split} {display_name(metric)} of {value:.3f} is not above chance"
+
+
+def _only_predicted_class(record: Mapping[str, Any], split: str) -> int | None:
+    """Return the class that a run predicts for every example; None if it predicts several, or it is not known.
+
+    Its recall is 1, and that of the other classes 0.
+    """
+    recall = record["metrics"].get(f"{split}/recall")
+    if recall in (0, 1):  # of one of two classes
+        positive = positive_label(record)
+        return positive if recall == 1 else 1 - positive
+    of_split = record["per_class"].get(split) if isinstance(record.get("per_class"), dict) else None
+    recalls = of_split.get("recall") if isinstance(of_split, dict) else None
+    if not isinstance(recalls, list) or sorted(x or 0 for x in recalls) != [0] * (len(recalls) - 1) + [1]:
+        return None
+    return recalls.index(1)
 
 
 def failure_notes(record: Mapping[str, Any]) -> list[str]:
@@ -50,12 +85,12 @@ def failure_notes(record: Mapping[str, Any]) -> list[str]:
     """
     metrics, rows = record["metrics"], record["data"].get("rows")
     notes = []
-    for prefix in (key.removesuffix("/mcc") for key in metrics if key.endswith("/mcc")):
+    for prefix in (key.rpartition("/")[0] for key in metrics if key.endswith(("/mcc", "/spearman"))):
         split, _, task = prefix.partition("/")
         if split in ("train", "selection") or (task and task not in record["config"].get("tasks", {})):
             continue
         examples = rows.get(prefix, rows.get(split)) if isinstance(rows, dict) else None
-        reason = describe_failure(metrics, prefix, examples if isinstance(examples, int) else None)
+        reason = describe_failure(record, prefix, examples if isinstance(examples, int) else None)
         if reason is not None:
             subject = f"the run learned nothing of {task}" if task else "the run learned nothing"
             notes.append(f"{subject}: {reason}. Try another optimizer.lr, more steps, or more data.")

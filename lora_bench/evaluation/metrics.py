@@ -247,7 +247,7 @@ def expected_calibration_error(scores: NDArray[np.float64], labels: Labels) -> f
     return float(np.abs(gaps).sum() / len(scores))
 
 
-def check_metrics(extra: Mapping[str, Metric], form: str, classes: int = 2) -> None:
+def check_metrics(extra: Mapping[str, Metric], form: str = "binary", classes: int = 2) -> None:
     """Refuse extra metrics that do not exist, or that are not a single number, before training begins.
 
     Args:

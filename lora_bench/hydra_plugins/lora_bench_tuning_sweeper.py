@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from lora_bench.config.keys import key_of
+from lora_bench.config.recorded_task import main_metric
 from lora_bench.errors import Code, DivergedError, UserError
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
     SUBDIR_KEY,
@@ -91,7 +92,9 @@ class TunedSweeper(GridSweeper):
         return in_subfolders((job for job in jobs if _value(job, TUNED_KEY) == any_value), "report")
 
     def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
-        """Return each combination with all seeds at the learning rate of best selection MCC; print each choice, once.
+        """Return each combination with all seeds at its best learning rate on selection; print each choice, once.
+
+        The best is that of the highest main metric.
 
         A method with a failed tuning run is omitted until the sweep is resumed, one without any result for good.
         """
@@ -106,8 +109,9 @@ class TunedSweeper(GridSweeper):
                 run = run_folder.read(folder / name) if (folder / name / "run.json").exists() else None
                 if run is None or run["status"] not in sweep_folder.FINAL_STATUSES:
                     untried.add(method)
-                mcc = run["metrics"].get("selection/mcc") if run and run["status"] == "done" else None
-                scores.setdefault(method, {})[_value(job, TUNED_KEY)] = mcc
+                is_done = run is not None and run["status"] == "done"
+                score = run["metrics"].get(f"selection/{main_metric(run)}") if run and is_done else None
+                scores.setdefault(method, {})[_value(job, TUNED_KEY)] = score
         best: dict[str, str | None] = {}
         self.reported_methods |= {self._method(job) for job in reported}
         for method, scores_by_value in scores.items():
@@ -130,14 +134,16 @@ class TunedSweeper(GridSweeper):
         return " ".join(text for text in job if key_of(text) in self.method_keys)
 
     def _choose(self, method: str, scores: dict[str, float | None]) -> str | None:
-        """Return the value of best MCC, the first of equals, or None if no run is done, and print the choice.
+        """Return the value of best score, the first of equals, or None if no run is done, and print the choice.
 
         Args:
             method: its overrides; empty if there is one method.
-            scores: MCC by value; None for a run that is not done.
+            scores: main metric on the selection split by value; None for a run that is not done.
         """
-        results = ", ".join(f"{rate}: {'no result' if mcc is None else f'{mcc:.4f}'}" for rate, mcc in scores.items())
-        finished = {rate: mcc for rate, mcc in scores.items() if mcc is not None}
+        results = ", ".join(
+            f"{rate}: {'no result' if score is None else f'{score:.4f}'}" for rate, score in scores.items()
+        )
+        finished = {rate: score for rate, score in scores.items() if score is not None}
         name = method or "all"
         if not finished:
             print(f"{name}: no learning rate gave a result, so it is not reported ({results})")

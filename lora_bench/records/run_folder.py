@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import yaml
 from xxhash import xxh3_128_hexdigest
 
-from lora_bench.config.keys import present_overrides, with_present_names
+from lora_bench.config.keys import present_choices, present_overrides, with_present_names
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
@@ -366,8 +366,8 @@ def holds_run(folder: Path) -> bool:
 def read(folder: Path) -> dict[str, Any]:
     """Return a run's record with every key of `LAYOUT`, and those of `OPTIONAL_LAYOUT` that it has, each of its type.
 
-    Numbers that are not finite become null, and keys of the config and overrides that were renamed since have their new
-    names. The checksum of a record that was changed is `ALTERED`.
+    Numbers that are not finite become null, and keys of the config and overrides and choices that were renamed since
+    have their new names. The checksum of a record that was changed is `ALTERED`.
 
     Raises:
         UserError: the file is missing, cannot be read, is damaged or of another schema; the error names it.
@@ -396,8 +396,11 @@ def read(folder: Path) -> dict[str, Any]:
         record = with_types(to_json(content), layout, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
-    overrides = present_overrides(record["overrides"])
-    return record | {"config": with_present_names(record["config"]), "overrides": overrides}
+    return record | {
+        "config": with_present_names(record["config"]),
+        "overrides": present_overrides(record["overrides"]),
+        "choices": present_choices(record["choices"], record["config"]),
+    }
 
 
 def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:

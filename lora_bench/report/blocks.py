@@ -7,10 +7,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.settings import TUNED_KEYS, mean_selection_mcc
+from lora_bench.analysis.decision import block_label
+from lora_bench.analysis.settings import TUNED_KEYS, mean_selection_score
 from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import format_cell, format_value
 from lora_bench.config.metric_names import display_name
+from lora_bench.config.recorded_task import label_names, main_metric, recorded_form
 from lora_bench.console.format import format_number, to_single_line
 from lora_bench.report.specs import SERIES, legend_name
 
@@ -48,9 +50,9 @@ class Entry:
         return self.row.stats.get(column.name)
 
     @property
-    def selection_mcc(self) -> float:
-        """Mean MCC on the selection split, which chooses between settings; -inf if a run has none."""
-        return mean_selection_mcc([record for _, record in self.runs])
+    def selection_score(self) -> float:
+        """Mean main metric on the selection split, which chooses between settings; -inf if a run has none."""
+        return mean_selection_score([record for _, record in self.runs])
 
     @property
     def is_baseline(self) -> bool:
@@ -92,8 +94,23 @@ class Block:
 
     @property
     def metric(self) -> str:
-        """The main metric without its split: `mcc`."""
+        """The tested metric without its split: `mcc`."""
         return self.main.name.rsplit("/", 1)[-1]
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that chooses between settings on the selection split."""
+        return main_metric(self.entries[0].runs[0][1])
+
+    @property
+    def form(self) -> str:
+        """The form of the task: `binary`, `multiclass` or `regression`."""
+        return recorded_form(self.entries[0].runs[0][1])
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The names of the classes; None where they are not recorded."""
+        return label_names(self.entries[0].runs[0][1])
 
     @property
     def n_methods(self) -> int:
@@ -114,12 +131,11 @@ class Block:
         return f"Each method at its chosen setting, of {len(self.entries)} settings."
 
 
-def group_blocks(table: Table, measure: str = "mcc") -> list[Block]:
+def group_blocks(table: Table) -> list[Block]:
     """Return the table's settings in blocks of comparable ones; a data set without the metric is left out.
 
     Args:
         table: as `summarise` returns it.
-        measure: the metric that was tested.
     """
     settings = table.settings or table.rows
     entries = _name_entries(table, settings)
@@ -135,15 +151,16 @@ def group_blocks(table: Table, measure: str = "mcc") -> list[Block]:
     blocks = []
     for data in dict.fromkeys([*(row.data for row in table.rows), *by_data]):
         group = by_data[data]
-        main = _main_column(table, group, measure)
+        main = _main_column(table, group)
         if main is not None:
             rows = [number for number in visible if entries[number].row.data == data]
             blocks.append(_block(table, group, rows, main, decisions.get(data), len(by_data) > 1))
     return blocks
 
 
-def _main_column(table: Table, entries: Sequence[Entry], measure: str) -> Column | None:
+def _main_column(table: Table, entries: Sequence[Entry]) -> Column | None:
     """Return the column of the tested metric, else of the first metric that an entry has."""
+    measure = entries[0].row.measure
     metrics = [column for column in table.columns if column.format == "metric"]
     metrics.sort(key=lambda column: column.name.rsplit("/", 1)[-1] != measure)
     return next((column for column in metrics if any(entry.stat(column) for entry in entries)), None)
@@ -167,13 +184,13 @@ def _block(
         colour = {number: i for i, name in enumerate(series) for number in numbers if by_number[number].method == name}
         chosen = [_representative([e for e in ordered if e.method == name]).number for name in series]
     else:
-        best = sorted(ordered, key=lambda entry: (-entry.selection_mcc, entry.number))[:SERIES]
+        best = sorted(ordered, key=lambda entry: (-entry.selection_score, entry.number))[:SERIES]
         chosen = [number for number in numbers if number in {entry.number for entry in best}]
         series = [by_number[number].name for number in chosen]
         colour = {number: i for i, number in enumerate(chosen)}
     by_number = {number: replace(entry, series=colour.get(number)) for number, entry in by_number.items()}
     return Block(
-        name=_data_name(table, entries) if several else "",
+        name=block_label(table, entries[0].row) if several else "",
         decision=decision,
         rows=[by_number[number] for number in row_numbers],
         entries=[by_number[entry.number] for entry in entries],
@@ -249,11 +266,6 @@ def _short_keys(table: Table) -> dict[str, str]:
 def _value(row: Row, key: Column) -> str:
     """Return the text of a key's value; empty if the row does not have the key."""
     return format_value(row.keys[key.name]) if key.name in row.keys else ""
-
-
-def _data_name(table: Table, entries: Sequence[Entry]) -> str:
-    """Return the name of the data of some entries: their key columns of group `data`, else the chosen data set."""
-    return table.label(entries[0].row, "data") or f"data={entries[0].runs[0][1]['choices'].get('data')}"
 
 
 def _seed(record: dict[str, Any]) -> tuple[bool, int | str]:

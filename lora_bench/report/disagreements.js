@@ -23,17 +23,16 @@ const disagreements = (() => {
         `Of ${number(data.examples)} examples, only ${nameA} predicts ${number(onlyA)} correctly, ` +
         `only ${nameB} ${number(onlyB)}, neither ${number(neither)}.` +
         (shown.length < onlyA + onlyB ? ` The ${number(shown.length)} with the largest difference of scores are shown.` : "");
-      table.tHead.rows[0].cells[2].textContent = `score of ${nameA}`;
-      table.tHead.rows[0].cells[3].textContent = `score of ${nameB}`;
+      table.tHead.rows[0].cells[2].textContent = `${data.noun} of ${nameA}`;
+      table.tHead.rows[0].cells[3].textContent = `${data.noun} of ${nameB}`;
       table.tBodies[0].replaceChildren(...shown.map((n) => line(n, i, j)));
     };
 
     const line = (n, i, j) => {
       const [id, label] = data.rows[n];
-      const [x, y] = [data.scores[i][n], data.scores[j][n]];
-      const right = data.runs[(x >= data.threshold) === (label === 1) ? i : j];
+      const right = data.runs[data.correct[i][n] ? i : j];
       const row = document.createElement("tr");
-      for (const [k, content] of [id, label, x.toFixed(4), y.toFixed(4), right].entries()) {
+      for (const [k, content] of [id, label, data.answers[i][n], data.answers[j][n], right].entries()) {
         const cell = document.createElement(k ? "td" : "th");
         if (!k) cell.scope = "row";
         else if (k < 4) cell.className = "number";

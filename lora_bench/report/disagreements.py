@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.config.metric_names import DEFAULT_THRESHOLD
+from lora_bench.console.format import to_single_line
 from lora_bench.records import predictions
 from lora_bench.report.content import DataTable, Widget
 
@@ -37,8 +37,10 @@ class _Candidate:
 def disagreements(block: Block) -> list[Content]:
     """Return the examples that one of two runs gets right and the other wrong; empty with fewer than two runs.
 
-    The two runs are chosen on the page; at first they are the first runs of the two best rows.
+    A regression has none. The two runs are chosen on the page; at first they are the first runs of the two best rows.
     """
+    if block.form == "regression":
+        return []
     ordered = [*block.chosen, *(entry for entry in block.entries if entry not in block.chosen)]
     runs = _candidates(ordered, block.split)
     if len(runs) < 2:
@@ -51,25 +53,45 @@ def disagreements(block: Block) -> list[Content]:
     rows: list[list[Cell]] = [
         [
             str(int(first.predictions.ids[i])),
-            str(int(first.predictions.labels[i])),
-            f"{first.predictions.scores[i]:.4f}",
-            f"{second.predictions.scores[i]:.4f}",
+            _name(block, int(first.predictions.labels[i])),
+            _answer(block, first.predictions, i),
+            _answer(block, second.predictions, i),
             first.name if first.predictions.correct[i] else second.name,
         ]
         for i in shown_rows
     ]
     n = len(first.predictions.ids)
-    names = ["id", "label", f"score of {first.name}", f"score of {second.name}", "right"]
+    noun = "score" if block.form == "binary" else "prediction"
+    names = ["id", "label", f"{noun} of {first.name}", f"{noun} of {second.name}", "right"]
     values = {
         "sentence": describe_pair(first.name, second.name, only_a, only_b, both_wrong, n, len(rows)),
         "runs": [(run.name, run.folder) for run in runs],
         "table": DataTable("Examples that one of two runs gets right", names, rows),
-        "data": _data(runs, pairs),
+        "data": _data(block, runs, pairs, noun),
     }
     return [Widget("disagreements.html", values)]
 
 
-def _data(runs: Sequence[_Candidate], pairs: dict[tuple[int, int], tuple[int, int, int, list[int]]]) -> dict[str, Any]:
+def _name(block: Block, label: int) -> str:
+    """Return the name of a class; its number where the names are not recorded."""
+    names = block.label_names or []
+    return to_single_line(names[label]) if label < len(names) else str(label)
+
+
+def _answer(block: Block, run: Predictions, i: int) -> str:
+    """Return a prediction: P(label 1), or of more classes the most probable one with its probability."""
+    if run.form == "binary":
+        return f"{run.scores[i]:.4f}"
+    label = int(run.predicted[i])
+    return f"{_name(block, label)} {run.scores[i, label]:.2f}"
+
+
+def _data(
+    block: Block,
+    runs: Sequence[_Candidate],
+    pairs: dict[tuple[int, int], tuple[int, int, int, list[int]]],
+    noun: str,
+) -> dict[str, Any]:
     """Return the numbers of all pairs of runs for the page's script."""
     row_numbers = sorted({int(i) for _, _, _, shown_rows in pairs.values() for i in shown_rows})
     index_by_row = {i: n for n, i in enumerate(row_numbers)}
@@ -77,14 +99,15 @@ def _data(runs: Sequence[_Candidate], pairs: dict[tuple[int, int], tuple[int, in
     return {
         "runs": [run.name for run in runs],
         "settings": [run.setting for run in runs],
-        "rows": [[int(reference.ids[i]), int(reference.labels[i])] for i in row_numbers],
-        "scores": [[round(float(run.predictions.scores[i]), 4) for i in row_numbers] for run in runs],
+        "noun": noun,
+        "rows": [[int(reference.ids[i]), _name(block, int(reference.labels[i]))] for i in row_numbers],
+        "answers": [[_answer(block, run.predictions, i) for i in row_numbers] for run in runs],
+        "correct": [[int(run.predictions.correct[i]) for i in row_numbers] for run in runs],
         "pairs": {
             f"{a},{b}": [only_a, only_b, both_wrong, [index_by_row[int(i)] for i in shown_rows]]
             for (a, b), (only_a, only_b, both_wrong, shown_rows) in pairs.items()
         },
         "examples": len(reference.ids),
-        "threshold": DEFAULT_THRESHOLD,
     }
 
 
@@ -137,10 +160,12 @@ def _candidates(entries: Sequence[Entry], split: str) -> list[_Candidate]:
 def _compare_pair(one: Predictions, other: Predictions) -> tuple[int, int, int, list[int]]:
     """Return how many examples only `one`, only `other` and neither predicts correctly, and which to show.
 
-    The examples to show are at most `SHOWN` of the first two groups, with the largest difference of scores first.
+    The examples to show are at most `SHOWN` of the first two groups, with the largest difference of scores first. With
+    more than two classes, the score is the probability of the example's label.
     """
     only_one, only_other = one.correct & ~other.correct, other.correct & ~one.correct
     differing = np.flatnonzero(only_one | only_other)
-    farthest = np.argsort(-np.abs(one.scores[differing] - other.scores[differing]), kind="stable")[:SHOWN]
+    of_label = (differing, one.labels[differing]) if one.form == "multiclass" else differing
+    farthest = np.argsort(-np.abs(one.scores[of_label] - other.scores[of_label]), kind="stable")[:SHOWN]
     neither = int((~one.correct & ~other.correct).sum())
     return int(only_one.sum()), int(only_other.sum()), neither, differing[farthest].tolist()

@@ -12,11 +12,13 @@ from lora_bench.report import (
     allocation,
     appendix,
     calibration,
+    confusions,
     curves,
     disagreements,
     heat_map,
     methods,
     robustness,
+    scatter,
     settings,
     significance,
     tradeoffs,
@@ -36,16 +38,15 @@ DATA_SETS = 4
 """Data sets that have charts; the others have their advice and their table."""
 
 
-def page(table: Table, margin: float = MARGIN, measure: str = "mcc", refresh: int | None = None) -> str:
+def page(table: Table, margin: float = MARGIN, refresh: int | None = None) -> str:
     """Return the table as one HTML page that needs no other file; its numbers are those of the other formats.
 
     Args:
         table: as `summarise` returns it.
         margin: the largest difference that counts as equivalent.
-        measure: the metric that was tested.
         refresh: seconds after which the page loads itself again, while runs finish; None: it does not.
     """
-    blocks = group_blocks(table, measure)
+    blocks = group_blocks(table)
     headlines = [block.decision.headline if block.decision else block.name for block in blocks]
     title = headlines[0] if headlines else "No finished run yet"
     if len(blocks) > 1:
@@ -81,6 +82,8 @@ def _details(table: Table, blocks: list[Block]) -> list[Section]:
         Section("curves", "Learning curves", per_block(curves.curves), "by step and by FLOPs"),
         Section("tests", "Tests in detail", per_block(significance.tests), "p values, effect sizes, power"),
         Section("calibration", "Calibration", per_block(calibration.calibration), "are probabilities right"),
+        Section("scatter", "Predictions and labels", per_block(scatter.scatter), "of regression tasks"),
+        Section("confusions", "Confusions", per_block(confusions.confusions), "of classes, and F1 of each class"),
         Section("allocation", "Where the ranks went", per_block(allocation.allocation), "by layer and module"),
         Section("robustness", "Robustness", per_block(robustness.robustness), "perturbed texts and other data"),
         Section("disagreements", "Disagreements", per_block(disagreements.disagreements), "examples of two runs"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.table import Column, format_cell, visible_columns
+from lora_bench.config.recorded_task import main_metric
 from lora_bench.console.format import to_single_line
 from lora_bench.report import specs
 from lora_bench.report.blocks import bounds, column_name, finite
@@ -36,7 +37,6 @@ COST_NAMES = {
     "seconds_to_target": "seconds to the target (s)",
 }
 """Names of costs on axes, with their unit."""
-SELECTION = Column("selection/mcc", "metric", "↑")
 
 
 def settings(table: Table, blocks: Sequence[Block]) -> list[Content]:
@@ -119,7 +119,8 @@ def numeric_columns(table: Table, entries: Sequence[Entry]) -> list[Column]:
     """Return the columns that can be an axis: metrics, costs, and keys with numbers."""
     metrics = [column for column in table.columns if column.format == "metric"]
     costs = [column for column in table.columns if column.format not in ("key", "metric", "interval", "text")]
-    metrics += [SELECTION] * all(column.name != SELECTION.name for column in metrics)
+    selection = dict.fromkeys(f"selection/{main_metric(entry.runs[0][1])}" for entry in entries)
+    metrics += [Column(name, "metric", "↑") for name in selection if all(column.name != name for column in metrics)]
     columns = [*metrics, *table.keys, *costs]
     return [column for column in columns if any(_values(entry, column)[0] is not None for entry in entries)]
 
@@ -132,7 +133,8 @@ def _values(entry: Entry, column: Column) -> tuple[float | None, float | None, f
         return (finite(float(value)) if is_number and value is not None else None), None, None
     stat = entry.stat(column)
     if stat is None:
-        return (finite(entry.selection_mcc) if column is SELECTION else None), None, None
+        is_selection = column.name == f"selection/{main_metric(entry.runs[0][1])}"
+        return (finite(entry.selection_score) if is_selection else None), None, None
     low, high = bounds(stat) if column.format == "metric" else (None, None)
     return _short(stat.mean), _short(low), _short(high)
 

@@ -37,8 +37,9 @@ def tests(block: Block) -> list[Content]:
     contents: list[Content] = [DataTable(caption, header, rows)]
     if other_rows:
         titles = ["setting", "p, not adjusted", "t test over seeds", "bootstrap, by seed", "McNemar mid-p, by seed"]
-        note = (
-            "The usual tests answer other questions: the t test takes the examples as fixed, the last two the models."
-        )
+        rest = "the last two the models"
+        if all(finding.p_mcnemar is None for _, finding in rivals):  # a regression
+            titles, other_rows, rest = titles[:-1], [row[:-1] for row in other_rows], "the bootstrap the models"
+        note = f"The usual tests answer other questions: the t test takes the examples as fixed, {rest}."
         contents += [Paragraph(note), DataTable("Other p values", titles, other_rows)]
     return contents

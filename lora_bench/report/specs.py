@@ -215,7 +215,11 @@ def interval_chart(
 
 
 def heat_map(
-    values: Sequence[dict[str, Any]], columns: Sequence[str], rows: Sequence[str], titles: tuple[str, str | None]
+    values: Sequence[dict[str, Any]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    titles: tuple[str, str | None],
+    angle: int = 0,
 ) -> Spec:
     """Return a heat map with the number in each cell; the darker, the larger.
 
@@ -224,9 +228,10 @@ def heat_map(
         columns: from left to right.
         rows: from the top to the bottom.
         titles: of the columns and of the rows.
+        angle: of the columns' labels in degrees.
     """
     x: Spec = {"field": "column", "type": "ordinal", "scale": {"domain": list(columns)}}
-    x |= {"axis": axis(titles[0], labelAngle=0, grid=False, domain=False, ticks=False)}
+    x |= {"axis": axis(titles[0], labelAngle=angle, grid=False, domain=False, ticks=False)}
     y: Spec = {"field": "row", "type": "ordinal", "scale": {"domain": list(rows)}}
     y |= {"axis": axis(titles[1], grid=False, domain=False, ticks=False)}
     text_colour = {"condition": {"test": "datum.share > 0.6", "value": "var(--paper)"}, "value": "var(--ink)"}

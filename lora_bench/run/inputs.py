@@ -11,7 +11,7 @@ from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
-from lora_bench.data.tokenization import TokenTable, scoring_table
+from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_notes
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import describe_stress_splits
@@ -89,7 +89,8 @@ class Task:
         Args:
             data: settings of the task, with the names of its classes.
             splits: by name.
-            described: the description of the data for the record; the numbers of truncated pairs are added to it.
+            described: the description of the data for the record; the truncated rows and the tokens of the longest
+                row are added to it, by split.
             backbone: gives the tokenizer.
             trainer: objective, and whether both orders are scored.
             head: number of the task, and of the head that learns it where a member has several.
@@ -102,6 +103,7 @@ class Task:
             if name != "train"
         }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
+        described["longest"] = {name: table.longest for name, table in tables.items()}
         needs_texts = data.unseen or data.perturb is not None
         main_metric = trainer.main_metric_of(data)
         return cls(data, tables, second_view, described, splits if needs_texts else {}, main_metric)
@@ -133,6 +135,14 @@ class SharedInputs:
                     merged.setdefault(key, value)
         return merged
 
+    def truncation_notes(self) -> list[str]:
+        """Return sentences on the truncated examples of each task, which begin with its name if there are several."""
+        return [
+            f"{name}: {note}" if name else note
+            for name, task in self.tasks.items()
+            for note in truncation_notes(task.tables, task.data)
+        ]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest training pair."""
@@ -148,6 +158,10 @@ class SharedInputs:
         if runs[0].experiment.has_adapter_per_task:
             return [TaskMixture([run.numbers[i] for run in runs], {name: data[name]}) for i, name in enumerate(data)]
         return [TaskMixture([k for run in runs for k in run.numbers], data, runs[0].experiment.data.temperature)]
+
+    def with_classes(self, experiment: Experiment) -> Experiment:
+        """Return the settings of a run of these inputs with the names of its classes."""
+        return experiment.with_data([task.data for task in self.tasks.values()])
 
     @classmethod
     def load(cls, experiment: Experiment) -> SharedInputs:

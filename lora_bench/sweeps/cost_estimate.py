@@ -239,7 +239,11 @@ def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:
 
     It is 0 for a single member, and for members with different seeds of `order`, whose batches differ.
     """
-    candidates = [(member, experiment.adapter) for experiment in experiments for member in experiment.members()]
+    candidates = [
+        (member, experiment.adapter)
+        for experiment in experiments
+        for member in inputs.with_classes(experiment).members()
+    ]
     if len(candidates) == 1 or len({member.seed_of("order") for member, _ in candidates}) > 1:
         return 0.0
     members = [replace(member, saved_ranks=assumed_ranks(adapter, inputs)) for member, adapter in candidates]

@@ -14,6 +14,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config import keys
+from lora_bench.config.metric_names import SHOWN_METRICS
+from lora_bench.config.recorded_task import main_metric, recorded_form
 from lora_bench.files.atomic_io import write as write_file
 from lora_bench.records import evaluations, run_folder, sweep_folder
 from lora_bench.records.task_folders import task_folder, task_names
@@ -25,7 +27,6 @@ NO_SOURCE = "no source adapter"
 """The source of a run that is not initialised from another one."""
 ALL_TASKS = "all tasks"
 """The source of a run that was trained on all tasks."""
-METRICS = ("mcc", "accuracy", "f1")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class TransferScore:
     examples: int | None
     """Training examples of the target task; 0: zero-shot transfer, None: all of them."""
     values: dict[str, float]
+    """The metrics in `SHOWN_METRICS` and the main metric, by name."""
+    metric: str = "mcc"
+    """The main metric of the run."""
 
 
 def data_overrides(job: Sequence[str]) -> dict[str, str]:
@@ -80,20 +84,20 @@ def _scores(folder: Path) -> Iterator[TransferScore]:
     for name in jobs:
         if not run_folder.holds_run(folder / name) or (run := run_folder.read(folder / name))["status"] != "done":
             continue
-        values = _values(run["metrics"])
+        values, metric = _values(run, run["metrics"]), main_metric(run)
         if learned := task_names(run["config"]):
             for task in learned:
                 of_task = run_folder.read(task_folder(folder / name, task))
-                yield TransferScore(ALL_TASKS, task, 0, _values(of_task["metrics"]))
+                yield TransferScore(ALL_TASKS, task, 0, _values(of_task, of_task["metrics"]), main_metric(of_task))
         elif name.startswith("train/"):
-            yield TransferScore(tasks[name], tasks[name], None, values)
+            yield TransferScore(tasks[name], tasks[name], None, values, metric)
             for title, evaluation in evaluations.read_evaluations(folder / name).items():
                 if title in tasks.values():
-                    yield TransferScore(tasks[name], title, 0, _values(evaluation.metrics))
+                    yield TransferScore(tasks[name], title, 0, _values(run, evaluation.metrics), metric)
         else:
             init_from = run["config"]["adapter"]["init_from"]
             source = tasks[source_of(init_from).as_posix()] if init_from else NO_SOURCE
-            yield TransferScore(source, tasks[name], run["config"]["data"]["train_size"], values)
+            yield TransferScore(source, tasks[name], run["config"]["data"]["train_size"], values, metric)
 
 
 def source_of(init_from: str | Path) -> Path:
@@ -106,24 +110,31 @@ def source_of(init_from: str | Path) -> Path:
     return Path(*(names[-4:-2] if names[-2] == "tasks" else names[-2:]))
 
 
-def _values(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return `METRICS` of the validation split, or else of the first reported split, without missing ones."""
-    splits = [key.removesuffix("/mcc") for key in metrics if key.count("/") == 1 and key.endswith("/mcc")]
-    splits = [split for split in splits if split != "selection"]
-    split = "validation" if "validation" in splits else next(iter(splits), None)
-    values = {name: metrics.get(f"{split}/{name}") for name in METRICS}
+def _values(record: dict[str, Any], metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the shown metrics of the validation split, or else of the first reported split, without missing ones.
+
+    Args:
+        record: of the run, which says what its main metric is.
+        metrics: of the run or of a later evaluation, by `<split>/<metric>`.
+    """
+    names = dict.fromkeys([main_metric(record), *SHOWN_METRICS[recorded_form(record)]])
+    splits = dict.fromkeys(key.partition("/")[0] for key in metrics if key.count("/") == 1)
+    reported = [split for split in splits if split not in ("train", "selection")]
+    split = "validation" if "validation" in reported else next(iter(reported), None)
+    values = {name: metrics.get(f"{split}/{name}") for name in names}
     return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 def _csv(scores: Sequence[TransferScore]) -> str:
-    """Return `transfer.csv`: a row per cell with mean and standard deviation of `METRICS`, and the number of runs."""
+    """Return `transfer.csv`: a row per cell with mean and standard deviation of each metric, and the number of runs."""
     text = io.StringIO()
-    header = ["trained_on", "tested_on", "examples", *(f"{m}{end}" for m in METRICS for end in ("", "_std")), "n"]
+    names = list(dict.fromkeys(name for score in scores for name in score.values)) or ["mcc", "accuracy", "f1"]
+    header = ["trained_on", "tested_on", "examples", *(f"{m}{end}" for m in names for end in ("", "_std")), "n"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     for (source, target, examples), cell in _cells(scores).items():
         row: list[Any] = [source, target, "all" if examples is None else examples]
-        for name in METRICS:
+        for name in names:
             values = [score.values[name] for score in cell if name in score.values]
             row += [fmean(values) if values else "", stdev(values) if len(values) > 1 else ""]
         writer.writerow([*row, len(cell)])
@@ -139,25 +150,30 @@ def _cells(scores: Sequence[TransferScore]) -> dict[tuple[str, str, int | None],
 
 
 def _markdown(scores: Sequence[TransferScore]) -> str:
-    """Return `transfer.md`: a table of the MCC for each number of training examples of the target task, and a note.
+    """Return `transfer.md`: a table of the main metric for each number of training examples of the target task.
 
-    A row is a task trained on, a column a task tested on, a cell the mean ± standard deviation over seeds, or empty.
-    The diagonal of every table shows the runs that were trained on all examples of the task. Rows for an adapter of all
-    tasks and, with training examples, for no source adapter come last.
+    A note follows. Where the tasks have several main metrics, the header of a column names its own. A row is a task
+    trained on, a column a task tested on, a cell the mean ± standard deviation over seeds, or empty. The diagonal of
+    every table shows the runs that were trained on all examples of the task. Rows for an adapter of all tasks and, with
+    training examples, for no source adapter come last.
     """
     cells = _cells(scores)
-    targets = list(dict.fromkeys(score.tested_on for score in scores if score.examples is None))
+    metric_by_target = {score.tested_on: score.metric for score in scores if score.examples is None}
+    targets, metrics = list(metric_by_target), set(metric_by_target.values())
+    metric = next(iter(metrics), "mcc") if len(metrics) <= 1 else "main metric"
+    titles = [name if len(metrics) <= 1 else f"{name} ({metric_by_target[name]})" for name in targets]
     levels = sorted({score.examples for score in scores if score.examples is not None})
     tables = []
     has_all_tasks = any(score.trained_on == ALL_TASKS for score in scores)
     for level in levels:
         condition = f"after {level:,} examples of it" if level else "zero-shot"
         rows = [*targets, *([ALL_TASKS] if has_all_tasks else []), *([NO_SOURCE] if level else [])]
-        header = f"| mcc, {condition}: trained on | {' | '.join(targets)} |"
+        header = f"| {metric}, {condition}: trained on | {' | '.join(titles)} |"
         lines = [header, f"| --- |{' ---: |' * len(targets)}"]
         for source in rows:
             row = [
-                _cell_text(cells.get((source, target, None if source == target else level), [])) for target in targets
+                _cell_text(cells.get((source, target, None if source == target else level), []), name)
+                for target, name in metric_by_target.items()
             ]
             lines.append(f"| {source} | {' | '.join(row)} |")
         tables.append("\n".join(lines))
@@ -167,9 +183,9 @@ def _markdown(scores: Sequence[TransferScore]) -> str:
     return "\n\n".join([*tables, " ".join(notes)]) + "\n"
 
 
-def _cell_text(cell: Sequence[TransferScore]) -> str:
-    """Return mean and standard deviation of the MCC over seeds; empty without a score."""
-    values = [score.values["mcc"] for score in cell if "mcc" in score.values]
+def _cell_text(cell: Sequence[TransferScore], metric: str) -> str:
+    """Return mean and standard deviation of a metric over seeds; empty without a score."""
+    values = [score.values[metric] for score in cell if metric in score.values]
     if not values:
         return ""
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")

@@ -79,6 +79,7 @@ def prepare(
         for k in (k for k in mixture.members if k in chosen):
             with pack.only([k]):
                 single = mixture.for_initialisation(k)
+                head_initialisation.centre_numbers(pack, k, single.tasks.values())
                 notes.append(pack.members[k].adapter.prepare(pack, k, single.batches(pack, trainer.batch_size)))
                 notes.append(head_initialisation.initialise(pack, k, single.batches(pack, trainer.batch_size)))
     return [note for note in notes if note]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lora_bench.console.progress import Display, metric_table
+from lora_bench.console.progress import Display, metric_table, show_result
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -61,6 +62,39 @@ def test_a_line_says_step_loss_and_rate_and_the_best_known_mcc() -> None:
     first, *_, last = [one for one in file.getvalue().splitlines() if one.startswith("step ")]
     assert re.fullmatch(r"step 1/10  loss 0\.650  \d+ pairs/s", first)
     assert re.fullmatch(r"step 10/10  loss 0\.\d{3}  mcc -0\.123  \d+ pairs/s", last)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "evaluation", "state"),
+    [
+        (
+            {"accuracy": 0.5, "macro_f1": 0.25, "weighted_f1": 0.3, "mcc": 0.1},
+            "accuracy 0.500  macro_f1 0.250  mcc 0.100",
+            "mcc 0.100",
+        ),
+        (
+            {"pearson": 0.5, "spearman": 0.25, "mse": 2.0, "mae": 1.0, "r2": None},
+            "pearson 0.500  spearman 0.250  mse 2.000",
+            "spearman 0.250",
+        ),
+    ],
+)
+def test_each_form_of_task_shows_its_own_metrics(metrics: dict[str, Any], evaluation: str, state: str) -> None:
+    file = io.StringIO()
+    with Display(Console(file=file), 2) as display:
+        display.evaluated(0, {**line(1.0), "metrics": metrics})
+        display.stepped(1, {0: 0.5}, 8)
+    shown, step = file.getvalue().splitlines()
+    assert shown == f"epoch 1  selection  {evaluation}"
+    assert step.startswith(f"step 1/2  loss 0.500  {state}  ")
+
+
+def test_the_end_of_a_run_shows_the_metrics_of_its_form() -> None:
+    file = io.StringIO()
+    cost = {"steps": 1, "train_seconds": None, "pairs_per_second": None, "train_flops": 1.0, "peak_memory_bytes": None}
+    metrics = {f"validation/{name}": 0.5 for name in ("pearson", "spearman", "mse", "mae")}
+    show_result(Console(file=file), Path("run"), {"cost": cost, "metrics": metrics, "config": {}}, brief=True)
+    assert file.getvalue().startswith("validation  pearson 0.5000  spearman 0.5000  mse 0.5000\n")
 
 
 def test_the_loss_is_smoothed_and_the_mean_over_members() -> None:

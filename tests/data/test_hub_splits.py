@@ -35,14 +35,14 @@ def serve(monkeypatch: pytest.MonkeyPatch, **splits: Dataset) -> None:
 
 def test_splits_of_other_names_stand_for_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, train=rows([0, 1]), validation_matched=rows([1]), test_matched=rows([-1]))
-    splits = load(hub_data("data.splits={train: train, validation: validation_matched}"))
+    splits = load(hub_data("data.splits={train: train, validation: validation_matched}"))[1]
     assert {name: len(split) for name, split in splits.items()} == {"train": 2, "validation": 1}
     assert [*reported_splits(splits)] == ["validation"]
 
 
 def test_data_without_a_validation_split_is_reported_on_test(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, train=rows([0, 1]), test=rows([1, 0]), unsupervised=rows([-1]))
-    assert [*reported_splits(load(hub_data()))] == ["test"]
+    assert [*reported_splits(load(hub_data())[1])] == ["test"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_an_unknown_split_of_a_run_is_refused() -> None:
 
 def test_rows_that_the_hub_marks_as_unlabelled_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, train=rows([0, -1, 1, -1]), test=rows([-1, -1]))
-    splits = load(hub_data())
+    splits = load(hub_data())[1]
     assert splits["train"].labels is not None
     assert (splits["train"].labels.tolist(), splits["train"].texts) == ([0, 1], (["text 0", "text 2"],))
     assert splits["test"].labels is None

@@ -165,7 +165,7 @@ def test_the_numbers_are_those_of_the_table(runs: Path) -> None:
 
 
 def test_another_measure_is_that_of_the_page(runs: Path) -> None:
-    html = page(summarise([runs], measure="accuracy"), measure="accuracy")
+    html = page(summarise([runs], measure="accuracy"))
     assert "Difference of accuracy from" in html
     assert first_spec(html)["layer"][1]["encoding"]["x"]["axis"]["title"] == "points of accuracy"
 

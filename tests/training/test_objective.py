@@ -75,7 +75,7 @@ class Losses:
 @cache
 def examples(size: int) -> Examples:
     data = experiment(f"data.train_size={size}").data
-    train, _ = sources.split_selection(sources.load(data)["train"], data)
+    train, _ = sources.split_selection(sources.load(data)[1]["train"], data)
     return train
 
 

@@ -90,18 +90,24 @@ def _resize(head: nn.Module, present: int, outputs: int) -> tuple[nn.Module, str
         The module, and the name of its linear that was replaced, empty if it is the module itself; None if the module
         gives no logits, or has the number already.
     """
-    linears = [name for name, m in head.named_modules() if isinstance(m, nn.Linear) and m.out_features == present]
-    if present == outputs or not linears:
+    name = output_linear(head, present)
+    if present == outputs or name is None:
         return head, None
-    linear: Any = head.get_submodule(linears[-1])
+    linear: Any = head.get_submodule(name)
     has_bias = linear.bias is not None
     new = nn.Linear(linear.in_features, outputs, bias=has_bias, device=linear.weight.device)
     if has_bias:
         nn.init.zeros_(new.bias)
-    if not linears[-1]:
+    if not name:
         return new, ""
-    _replace(head, linears[-1], new)
-    return head, linears[-1]
+    _replace(head, name, new)
+    return head, name
+
+
+def output_linear(head: nn.Module, outputs: int) -> str | None:
+    """Return the name of the last linear of a head module with this many outputs, empty for the module itself."""
+    linears = [name for name, m in head.named_modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
+    return linears[-1] if linears else None
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -138,21 +138,8 @@ def choose_transforms(
 
 
 def may_be_binary(data: Data) -> bool:
-    """Return whether a task may have two classes: the number of classes may not be known before the data is read."""
+    """Return whether a task may have two classes: without `data.label_names`, the data will tell."""
     return data.type == "classification" and (data.label_names is None or len(data.label_names) == 2)
-
-
-def refuse_more_classes(transforms: Sequence[Transform], labels: NDArray[np.generic] | None, key: str) -> None:
-    """Refuse transforms that change labels if the labels, (N,) or None, have more than two classes.
-
-    Raises:
-        UserError: naming the first such transform.
-    """
-    if labels is None or not len(labels) or labels.max() <= 1:
-        return
-    for transform in transforms:
-        if not transform.keeps_label:
-            raise UserError(_NEEDS_TWO, key=key, value=transform.name, code=Code.UNSUPPORTED)
 
 
 _NEEDS_TWO = "changes labels, which needs a task of two classes"

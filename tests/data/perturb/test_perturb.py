@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import LEVELS, TRANSFORMS, choose_transforms, perturb, refuse_more_classes
+from lora_bench.data.perturb import LEVELS, TRANSFORMS, choose_transforms, perturb
 from lora_bench.data.perturb.characters import NEIGHBOURS
 from lora_bench.data.perturb.transform import BREAKS, Transform, share
 from lora_bench.errors import Code
@@ -299,13 +299,3 @@ def test_labels_of_any_type_are_kept(labels: Any) -> None:
     assert changed.examples.labels is not None
     assert changed.examples.labels.dtype == labels.dtype
     assert changed.examples.labels.tolist() == labels[changed.rows].tolist() != []
-
-
-def test_a_change_of_labels_needs_two_classes() -> None:
-    changing, keeping = TRANSFORMS["number"], TRANSFORMS["typo"]
-    refuse_more_classes([changing, keeping], np.array([0, 1]), "data.perturb")
-    refuse_more_classes([changing], None, "data.perturb")
-    refuse_more_classes([keeping], np.array([0, 2]), "data.perturb")
-    with refuses(Code.UNSUPPORTED, key="data.perturb") as caught:
-        refuse_more_classes([keeping, changing], np.array([0, 1, 2]), "data.perturb")
-    assert caught.value.value == "number"
