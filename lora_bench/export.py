@@ -68,7 +68,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             code=Code.UNSUPPORTED,
         )
     first_member = output if run.pack.size == 1 else output / "member_0"
-    differences, reading = _differences(run), _reading(run)
+    differences, reading = _differences(run), [*_reading(run), *_usage(run, str(cfg.format))]
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
         base = public_location(run.experiment.model)
@@ -78,7 +78,8 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
                 backbone.tokenizer.save_pretrained(member_folder)
             _write_readme(folder, cfg.format, [*differences, *reading])
         here = local_folder(run.experiment.model) or base or "BASE"
-        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{here}"), "{first_member}")'
+        outputs = _num_labels(run)
+        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{here}"{outputs}), "{first_member}")'
     else:
         with _new_folder(output) as folder:
             for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):
@@ -103,10 +104,54 @@ def _differences(run: FinishedRun) -> list[str]:
     if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
         notes.append(
             "this run scores both orders of the two texts (trainer.score_both_orders), an exported model one. "
-            "For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of P(label 1)."
+            f"For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of {_SCORES[run.form]}."
         )
     if run.pack.size > 1:
-        notes.append(f"it is an ensemble of {run.pack.size}, member_0, member_1, …: average their probabilities.")
+        scores = "numbers" if run.form == "regression" else "probabilities"
+        notes.append(f"it is an ensemble of {run.pack.size}, member_0, member_1, …: average their {scores}.")
+    return notes
+
+
+_SCORES = {"binary": "P(label 1)", "multiclass": "the probabilities", "regression": "the numbers"}
+"""The scores of `lora-bench predict`, by form of task."""
+
+
+def _num_labels(run: FinishedRun) -> str:
+    """Return the argument that gives a base model as many outputs as the run has; empty for two, and for text to text.
+
+    A base model with another number has a head of another shape, which PEFT does not replace.
+    """
+    outputs = run.experiment.data.outputs
+    return "" if outputs == 2 or isinstance(run.pack.backbone, T5TextToText) else f", num_labels={outputs}"
+
+
+def _usage(run: FinishedRun, form: str) -> list[str]:
+    """Return notes on the classes of an exported model, and how to use it.
+
+    Args:
+        run: the loaded run.
+        form: `peft` or `merged`.
+    """
+    names, backbone = run.label_names, run.pack.backbone
+    notes = []
+    if names is None:
+        notes.append("its one output is the predicted number.")
+    else:
+        classes = ", ".join(f"{label}: {name!r}" for label, name in enumerate(names))
+        notes.append(f"its classes are {{{classes}}}.")
+    if form == "peft":
+        if arguments := _num_labels(run).removeprefix(", "):
+            named = ", id2label={…}, label2id={…}" if names else ""
+            notes.append(
+                f"load the base model with {arguments}{named}, then this adapter with "
+                "`peft.PeftModel.from_pretrained(model, FOLDER)`, which fills its head."
+            )
+    elif backbone.peft_task == "SEQ_CLS":
+        texts = '"text": A' + (', "text_pair": B' if len(run.experiment.data.text_columns) > 1 else "")
+        notes.append(
+            f"`transformers.pipeline('text-classification', FOLDER)({{{texts}}}, top_k=None)` gives "
+            + ("the number." if names is None else "the probability of each class by its name.")
+        )
     return notes
 
 

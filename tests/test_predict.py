@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -30,6 +29,7 @@ from lora_bench.train import train
 from tests import three_classes
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed
+from tests.three_classes import as_tsv, put
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -266,24 +266,6 @@ def test_a_flipped_bit_in_the_weights_is_refused(runs: Run, tmp_path: Path) -> N
     with refuses(Code.DAMAGED) as caught:
         lora_bench.load(folder)
     assert caught.value.file == path
-
-
-def as_tsv(rows: list[dict[str, str]]) -> bytes:
-    return "".join("\t".join(row) + "\n" for row in [list(rows[0]), *(list(r.values()) for r in rows)]).encode()
-
-
-def put(path: Path, rows: list[dict[str, str]]) -> Path:
-    """An input file in the format that its ending names."""
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".csv":
-        lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
-        path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
-    else:
-        path.write_bytes(as_tsv(rows))
-    return path
 
 
 def got(path: Path) -> list[dict[str, Any]]:

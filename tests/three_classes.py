@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 
 from lora_bench.records.job import Job
@@ -20,6 +23,24 @@ CLASSES = ["data.text_columns=[text]", "data.label_names=[bird,big cat,fish]"]
 NUMBERS = ["data.text_columns=[text]", "data.type=regression"]
 QUICK = ["data.max_length=24", "trainer.precision=fp32", "trainer.device=cpu", "trainer.max_steps=3"]
 ROWS = {"train": 48, "validation": 12}
+
+
+def as_tsv(rows: list[dict[str, Any]]) -> bytes:
+    return "".join("\t".join(row) + "\n" for row in [list(rows[0]), *(list(r.values()) for r in rows)]).encode()
+
+
+def put(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """An input file in the format that its ending names."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
+    else:
+        path.write_bytes(as_tsv(rows))
+    return path
 
 
 def texts(rows: int, start: int = 0) -> list[str]:

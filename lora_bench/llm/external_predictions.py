@@ -132,7 +132,7 @@ def _classes(values: Sequence[Any], names: Sequence[str], table: Table, column: 
     except LabelError as error:
         row = table.rows[positions[error.position or 0]]
         remedy = f"{column} has the name of a class, or its number from 0 to {len(names) - 1}."
-        raise _error(f"{column}: {error.reason}", table, row, remedy) from None
+        raise _error(error.reason, table, row, remedy) from None
     answers: list[Scores | None] = [None] * len(values)
     for i, label in zip(positions, labels.tolist(), strict=True):
         answers[i] = float(label) if len(names) == 2 else np.eye(len(names))[label].tolist()

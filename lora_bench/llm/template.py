@@ -69,6 +69,9 @@ class Template:
             raise UserError(
                 "there is no train split to take examples from", key="prompt.shots", value=prompt.shots, code=Code.EMPTY
             )
+        if not answers:
+            reason = f"takes more examples than the {len(train)} rows of train"
+            require(prompt.shots <= len(train), "prompt.shots", prompt.shots, reason, "Give fewer.")
         notes = []
         if prompt.shots < len(answers):
             reason = f"prompt.shots={prompt.shots} examples show as many of the {len(answers)} classes"
@@ -180,13 +183,7 @@ class Template:
             quota = shots // count + (group in reached[: shots % count])
             candidates = order[groups[order] == group]
             if len(candidates) < quota:
-                name = (
-                    f"of label {group}"
-                    if count == 2
-                    else f"of {self.answers[group]!r}"
-                    if self.answers
-                    else "of its own"
-                )
+                name = f"of label {group}" if count == 2 else f"of {self.answers[group]!r}"
                 reason = f"takes {quota} examples {name}, and train has {len(candidates)}"
                 raise UserError(reason, key="prompt.shots", value=shots, remedy="Give fewer.", code=Code.INVALID_VALUE)
             rows += candidates[:quota].tolist()

@@ -161,7 +161,10 @@ class FinishedRecord:
         _require(precision in PRECISIONS, "environment.precision", f"is not one of {', '.join(PRECISIONS)}")
         is_hash = type(sha256) is str and re.fullmatch("[0-9a-f]{64}", sha256) is not None
         _require(is_hash, "environment.backbone_sha256", "is not a SHA-256")
-        calibrations = _calibrations(record["selection"], members)
+        calibrations = calibration, of_members = _calibrations(record["selection"], members)
+        if label_names is not None and len(label_names) == 2:
+            has_threshold = all(fitted is None or fitted.threshold is not None for fitted in (calibration, *of_members))
+            _require(has_threshold, "selection.threshold", "is null, and the run has two classes")
         return cls(path, record, config, columns, label_names, members, precision, sha256, *calibrations)
 
 

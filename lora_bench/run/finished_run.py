@@ -111,6 +111,11 @@ class FinishedRun:
         return self.finished.calibration
 
     @property
+    def form(self) -> str:
+        """The form of its task: a key of `SHOWN_METRICS`."""
+        return self.finished.form
+
+    @property
     def label_names(self) -> list[str] | None:
         """Names of the classes 0, 1, …; None if the run predicts a number."""
         return self.finished.label_names
@@ -137,7 +142,7 @@ class FinishedRun:
                 code=Code.INVALID_DATA,
             )
         if not rows:
-            return np.empty((0, len(self.label_names or ())) if self.finished.form == "multiclass" else 0)
+            return np.empty((0, len(self.label_names or ())) if self.form == "multiclass" else 0)
         texts = tuple([row[c] for row in rows] for c in range(columns))
         return self.score(Examples(np.arange(len(rows)), texts, None))
 
