@@ -34,6 +34,8 @@ def test_the_loss_of_a_number_is_the_squared_error() -> None:
 def test_balanced_weights_are_scikit_learns_with_mean_one_over_the_examples() -> None:
     labels = np.array([0] * 90 + [2] * 9 + [3])
     weights = balanced_weights(labels, 5).numpy()
-    np.testing.assert_allclose(weights[[0, 2, 3]], compute_class_weight("balanced", classes=np.array([0, 2, 3]), y=labels), 1e-6)
+    np.testing.assert_allclose(
+        weights[[0, 2, 3]], compute_class_weight("balanced", classes=np.array([0, 2, 3]), y=labels), 1e-6
+    )
     assert weights[[1, 4]].tolist() == [1, 1]  # no example has them
     np.testing.assert_allclose(weights[labels].mean(), 1, 1e-6)
