@@ -68,7 +68,7 @@ def run_trainer(workload: Workload, data: str, pairs: int) -> dict[str, float]:
 
     transformers.logging.set_verbosity_error()
     experiment = epoch_experiment(data, pairs)
-    splits, _ = load_splits(experiment.data)
+    _, splits, _ = load_splits(experiment.data)
     folder = locate(experiment.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     padding = {"padding": "max_length"} if workload.run_glue_defaults else {}

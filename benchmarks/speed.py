@@ -109,7 +109,7 @@ def run_lora_bench(workload: Workload, data: str, pairs: int) -> Measurements:
 
     keep_freed_memory()
     experiment = epoch_experiment(data, pairs, *adapter_overrides(workload))
-    splits, _ = load_splits(experiment.data)
+    _, splits, _ = load_splits(experiment.data)
     device = resolve_device("auto")
     pack, sha256 = attach(experiment, device, resolve_precision(workload.precision, device))
     columns, length = experiment.data.text_columns, experiment.data.max_length
@@ -173,7 +173,7 @@ def measure_tokenising(data: str, pairs: int) -> Measurements:
     from lora_bench.data.tokenization import tokenize
 
     experiment = epoch_experiment(data, pairs)
-    train = sources.load(experiment.data)["train"]
+    train = sources.load(experiment.data)[1]["train"]
 
     class PairReader:
         """The tokenizer and the template of a backbone, without its weights."""
@@ -204,7 +204,7 @@ def train_for_memory(data: str, pairs: int) -> Measurements:
 
     keep_freed_memory()
     experiment = epoch_experiment(data, pairs, "trainer.max_steps=30")
-    splits, _ = load_splits(experiment.data)
+    _, splits, _ = load_splits(experiment.data)
     device = resolve_device("auto")
     pack, _ = attach(experiment, device, resolve_precision("auto", device))
     columns, length = experiment.data.text_columns, experiment.data.max_length

@@ -200,7 +200,7 @@ class StepProfiler:
         experiments = [
             epoch_experiment(self.options.data, self.options.pairs, *settings, f"adapter.rank={rank}") for rank in ranks
         ]
-        members = [member for experiment in experiments for member in experiment.members()]
+        members = [member for experiment in experiments for member in self.inputs.with_classes(experiment).members()]
         pack = Pack(self.inputs.backbone, members, batched=True)
         train = self.inputs.tasks[""].tables["train"]
         try:

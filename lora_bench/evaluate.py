@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,14 @@ from lora_bench.data.tokenization import tokenize
 from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
-from lora_bench.evaluation.metrics import check_metrics, score
+from lora_bench.evaluation.metrics import check_metrics, class_metrics, score
 from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_transforms, score_stress_splits
 from lora_bench.files.paths import check_folder
 from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_folder import EVALUATIONS, Run, discard, file_name
 from lora_bench.run.finished_run import FinishedRun
+from lora_bench.run.settings import Experiment
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device
 from lora_bench.training.prediction import predict
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from lora_bench.data.examples import Examples
 
 Scorer = Callable[["Examples", bool], "NDArray[np.float64]"]
-"""Returns P(label 1) of N examples from M members, (M, N); with the flag set, their tokens are cached."""
+"""Returns the scores of N examples from M members, (M, N) or (M, N, C); with the flag set, their tokens are cached."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """
     data = build.build_data(cfg.data)
     metrics = build.build_metrics(cfg.metric)
-    check_metrics(metrics)
     resolve_transforms(data)
     require(data.augment is None, "data.augment", data.augment, "is for lora-bench train", code=Code.CONFLICT)
     reason = "is for lora-bench train: a run is evaluated on one data set at a time"
@@ -106,7 +106,18 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     title = str(cfg.name or (Path(data.path).stem if isinstance(data, schema.FileData) else data_choice))
     file_name(title)  # refuses what is not a file name
     finished = _check_run(cfg, data) if cfg.run else None
-    splits = sources.reported_splits(sources.load(data))
+    notes: list[str] = []
+    if finished:
+        own = Experiment.of_finished(finished).data
+        check_metrics(metrics, own.form, own.outputs)
+        loaded = sources.load_for_run(data, own, notes.append)
+        data = replace(data, type=own.type, label_names=own.label_names, label_threshold=None, positive_label=None)
+    else:
+        data, loaded = sources.load(data)
+    for note in notes:
+        console.print(sanitise(f"note: {note}"))
+    check_metrics(metrics, data.form, data.outputs)
+    splits = sources.reported_splits(loaded)
     if not splits:
         raise UserError(
             "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.EMPTY
@@ -115,6 +126,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
 
     metrics_by_split: dict[str, float | None] = {}
     predictions = {}
+    per_class: dict[str, Any] = {}
     for name, split in splits.items():
         assert split.labels is not None
         member_scores = subject.scored(split, True)
@@ -134,6 +146,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             log=lambda line: console.print(sanitise(line)),
         )
         metrics_by_split |= {f"{name}/{key}": value for key, value in values.items()}
+        if data.form == "multiclass":
+            per_class[name] = class_metrics(scores, split.labels, data.label_names or [])
         predictions[name] = (split.ids, split.labels, scores)
     described = {
         "path": getattr(data, "path", None),
@@ -142,6 +156,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         **describe_stress_splits(data, splits, subject.seen),
     }
     content = {**subject.described, "data": described, "metrics": metrics_by_split}
+    content |= {"per_class": per_class} if per_class else {}
     path = _write(subject.target, title, content, predictions)
     print_metrics(console, metrics_by_split)
     console.print(sanitise(f"written: {path}"), soft_wrap=True)  # without wrapping the path
@@ -187,7 +202,7 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
         UserError: the data have changed since, or the record has no fingerprint of them.
     """
     data = run.experiment.data
-    seen = train, selection = sources.split_selection(sources.load(data)["train"], data)
+    seen = train, selection = sources.split_selection(sources.load(data)[1]["train"], data)
     recorded = run.record["data"].get("fingerprint")
     for name, split in (("train", train), ("selection", selection)):
         if not isinstance(recorded, dict) or split.fingerprint() != recorded.get(name):
@@ -221,15 +236,16 @@ def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
     check_folder(output, "output")
     model = _model(cfg.model, adapter)
     device = resolve_device(cfg.device)
-    backbone = load(model, load_tokenizer(model), task=data.task, device=device)
+    backbone = load(model, load_tokenizer(model), task=data.task, label_names=[data.label_names], device=device)
     backbone.require_length(data.max_length)
     check_padding(backbone)
     backbone.to(device, torch.float32, trained=False)
     pack = importer.attach(adapter, backbone).eval()
 
     def scored(examples: Examples, cached: bool) -> NDArray[np.float64]:
-        """Return P(label 1) of the examples, (1, N); a `UserError` if a score is not finite."""
-        table = tokenize(examples, data.text_columns, backbone, data.max_length, cached=cached)
+        """Return the scores of the examples, (1, N) or (1, N, C); a `UserError` if a score is not finite."""
+        truncation, columns = data.truncation, data.text_columns
+        table = tokenize(examples, columns, backbone, data.max_length, truncation=truncation, cached=cached)
         scores = predict(pack, table, BATCH_SIZE)
         if not np.isfinite(scores).all():
             raise UserError(

@@ -15,6 +15,7 @@ from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
+from lora_bench.backbones.t5 import T5TextToText
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
@@ -67,7 +68,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             code=Code.UNSUPPORTED,
         )
     first_member = output if run.pack.size == 1 else output / "member_0"
-    differences, reading = _differences(run), _reading(run)
+    differences, reading = _differences(run), [*_reading(run), *_usage(run, str(cfg.format))]
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
         base = public_location(run.experiment.model)
@@ -77,7 +78,8 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
                 backbone.tokenizer.save_pretrained(member_folder)
             _write_readme(folder, cfg.format, [*differences, *reading])
         here = local_folder(run.experiment.model) or base or "BASE"
-        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{here}"), "{first_member}")'
+        outputs = _num_labels(run)
+        load = f'peft.PeftModel.from_pretrained({auto_class}.from_pretrained("{here}"{outputs}), "{first_member}")'
     else:
         with _new_folder(output) as folder:
             for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):
@@ -102,25 +104,83 @@ def _differences(run: FinishedRun) -> list[str]:
     if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
         notes.append(
             "this run scores both orders of the two texts (trainer.score_both_orders), an exported model one. "
-            "For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of P(label 1)."
+            f"For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of {_SCORES[run.form]}."
         )
     if run.pack.size > 1:
-        notes.append(f"it is an ensemble of {run.pack.size}, member_0, member_1, …: average their probabilities.")
+        scores = "numbers" if run.form == "regression" else "probabilities"
+        notes.append(f"it is an ensemble of {run.pack.size}, member_0, member_1, …: average their {scores}.")
     return notes
+
+
+_SCORES = {"binary": "P(label 1)", "multiclass": "the probabilities", "regression": "the numbers"}
+"""The scores of `lora-bench predict`, by form of task."""
+
+
+def _num_labels(run: FinishedRun) -> str:
+    """Return the argument that gives a base model as many outputs as the run has; empty for two, and for text to text.
+
+    A base model with another number has a head of another shape, which PEFT does not replace.
+    """
+    outputs = run.experiment.data.outputs
+    return "" if outputs == 2 or isinstance(run.pack.backbone, T5TextToText) else f", num_labels={outputs}"
+
+
+def _usage(run: FinishedRun, form: str) -> list[str]:
+    """Return notes on the classes of an exported model, and how to use it.
+
+    Args:
+        run: the loaded run.
+        form: `peft` or `merged`.
+    """
+    names, backbone = run.label_names, run.pack.backbone
+    notes = []
+    if names is None:
+        notes.append("its one output is the predicted number.")
+    else:
+        classes = ", ".join(f"{label}: {name!r}" for label, name in enumerate(names))
+        notes.append(f"its classes are {{{classes}}}.")
+    if form == "peft":
+        if arguments := _num_labels(run).removeprefix(", "):
+            named = ", id2label={…}, label2id={…}" if names else ""
+            notes.append(
+                f"load the base model with {arguments}{named}, then this adapter with "
+                "`peft.PeftModel.from_pretrained(model, FOLDER)`, which fills its head."
+            )
+    elif backbone.peft_task == "SEQ_CLS":
+        texts = '"text": A' + (', "text_pair": B' if len(run.experiment.data.text_columns) > 1 else "")
+        notes.append(
+            f"`transformers.pipeline('text-classification', FOLDER)({{{texts}}}, top_k=None)` gives "
+            + ("the number." if names is None else "the probability of each class by its name.")
+        )
+    return notes
+
+
+_TRUNCATED = {
+    "longest_first": "the longer text first",
+    "first": "the first text",
+    "second": "the second text",
+    "middle": "the longer text in its middle",
+}
+"""What loses tokens, by `data.truncation`."""
 
 
 def _reading(run: FinishedRun) -> list[str]:
     """Return notes on the model's input format and the meaning of its logits."""
     experiment, backbone = run.experiment, run.pack.backbone
-    notes = [f"pairs are truncated to {experiment.data.max_length} tokens, the longer text first."]
+    notes = [f"pairs are truncated to {experiment.data.max_length} tokens, {_TRUNCATED[experiment.data.truncation]}."]
     if backbone.peft_task != "SEQ_CLS":
         columns = [(name, ["…"]) for name in experiment.data.text_columns]
         notes.append(f"the model reads one text, made of the columns: {backbone.render(columns)[0][0]!r}.")
     if backbone.peft_task == "TOKEN_CLS":
         notes.append("the logits of a pair are the mean of its tokens' logits, padding left out.")
-    if backbone.peft_task == "SEQ_2_SEQ_LM":
-        words = ", ".join(getattr(experiment.model, "label_words", ()))
-        notes.append(f"its logits are the decoder's first scores of the first tokens of: {words}.")
+    if isinstance(backbone, T5TextToText):
+        words = ", ".join(getattr(experiment.model, "label_words", None) or experiment.data.label_names or ())
+        single_step = backbone.words[0].is_single_step
+        first = "the decoder's first scores of the first tokens of"
+        scores = (
+            first if single_step else "the log-probabilities of the whole words, given that the answer is one of them"
+        )
+        notes.append(f"its logits are {scores}: {words}.")
     return notes
 
 
@@ -138,14 +198,14 @@ def _member_folders(folder: Path, members: int) -> list[Path]:
 
 
 @torch.no_grad()
-def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str]) -> None:
+def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[str] | None) -> None:
     """Write a member as a plain Hugging Face model with its tokenizer; this detaches the pack and changes the backbone.
 
     Args:
         folder: is created.
         pack: on a backbone in fp32.
         member: its number in the pack.
-        label_names: names of label 0 and label 1.
+        label_names: names of the classes; None: the model predicts a number.
     """
     trained = {name: p.detach().clone() for name, p in pack.head_parameters(member).items()}
     merged = {**pack.merged(member), **trained}

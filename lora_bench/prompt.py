@@ -22,7 +22,7 @@ from lora_bench.llm.cache import Cache
 from lora_bench.llm.client import Client, ask_all
 from lora_bench.llm.display import Display, announce, show_cost, show_request
 from lora_bench.llm.external_predictions import fill_missing, read_predictions
-from lora_bench.llm.parsing import READINGS, Answer, read_label
+from lora_bench.llm.parsing import READINGS, Answer, read_label, read_number
 from lora_bench.llm.settings import LLM, Prompt
 from lora_bench.llm.template import Messages, Template
 from lora_bench.records import environment
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lora_bench.config.schema import Data
     from lora_bench.data.examples import Examples
+    from lora_bench.llm.external_predictions import Scores
     from lora_bench.tracking.base import Tracker
 
 _KEYS = ("llm", "prompt", "data", "metric", "tracking", "predictions", "split", "seed", "dry_run")
@@ -80,10 +82,6 @@ class Request:
             remedy = "Give llm.model=ID and llm.base_url=URL, or predictions=FILE with its answers."
             require(bool(request.llm.model), "llm.model", None, "is needed", remedy, code=Code.MISSING)
             require(bool(request.llm.base_url), "llm.base_url", None, "is needed", remedy, code=Code.MISSING)
-        if request.metrics:
-            from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
-
-            check_metrics(request.metrics)
         for tracker in request.trackers.values():
             tracker.check()
         return request
@@ -109,7 +107,8 @@ def run_prompt(
         RunFailedError: the server or the budget ended the run; its answers are cached.
     """
     request = Request.build(cfg)
-    splits, described = _load(request)
+    data, splits, described = _load(request)
+    request = replace(request, data=data)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     resolved = {key: value for key, value in resolved.items() if key != "predictions" or value is not None}
     new_run = _NewRun(folder, choices, resolved, overrides, described, request.trackers, console)
@@ -147,8 +146,8 @@ class _NewRun:
         return track_run(run, self.trackers, self.console)
 
 
-def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Return all splits and their description for the record.
+def _load(request: Request) -> tuple[Data, dict[str, Examples], dict[str, Any]]:
+    """Return the settings with the names of the classes, all splits, and their description for the record.
 
     They are the train and selection splits of `lora-bench train`, if there is a train split, and the reported ones:
     every labelled split except train, or the one that `split` names.
@@ -156,7 +155,11 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     Raises:
         UserError: there is no labelled split or not that one, or there are several and `predictions` is a file.
     """
-    loaded = sources.load(request.data)
+    data, loaded = sources.load(request.data)
+    if request.metrics:
+        from lora_bench.evaluation.metrics import check_metrics  # late: it imports torch
+
+        check_metrics(request.metrics, data.form, data.outputs)
     reported = sources.reported_splits(loaded)
     if request.split is not None:
         names = ", ".join(reported) or "none"
@@ -176,7 +179,7 @@ def _load(request: Request) -> tuple[dict[str, Examples], dict[str, Any]]:
     if "train" in loaded:
         train, selection = sources.split_selection(loaded["train"], request.data)
         splits = {"train": train, "selection": selection, **reported}
-    return splits, sources.describe_data(request.data, splits)
+    return data, splits, sources.describe_data(data, splits)
 
 
 def _reported(splits: dict[str, Examples]) -> dict[str, Examples]:
@@ -189,7 +192,7 @@ def _read(
 ) -> Run | None:
     """Score the predictions of a file and return the run; None after a dry run, which prints the number of answers.
 
-    A missing answer counts as wrong. The record has no prompt.
+    A missing answer counts as wrong, a missing number as the mean of train. The record has no prompt.
 
     Args:
         request: the settings.
@@ -203,7 +206,7 @@ def _read(
         UserError: the file is wrong (`read_predictions`), or the folder cannot be claimed.
     """
     ((name, split),) = _reported(splits).items()
-    scores = read_predictions(path, split)
+    scores = read_predictions(path, split, request.data)
     missing = scores.count(None)
     console.print(
         sanitise(f"{path}: {len(scores) - missing:,} answers for {name}, {missing:,} missing"), soft_wrap=True
@@ -260,9 +263,7 @@ def _ask(
                 announce(console, run.record, request.llm, len(cached))
                 with Display(console, len(questions)) as answers.display:
                     runner.run(ask_all(client, answers.missing(), answers.take, request.llm.concurrency))
-                read = {
-                    name: [read_label(answers.received[key], template.answers) for key in keys[name]] for name in keys
-                }
+                read = {name: [_read_answer(answers.received[key], template) for key in keys[name]] for name in keys}
                 counts = {
                     name: {source: sum(s == source for _, s in labels) for source in READINGS}
                     for name, labels in read.items()
@@ -270,11 +271,22 @@ def _ask(
                 scores = {name: [score for score, _ in labels] for name, labels in read.items()}
                 run.update(environment={"llm": answers.models()})
                 _score(run, request, splits, scores, counts)
-                for note in answers.notes(keys, read):
+                for note in [*template.notes, *answers.notes(keys, read, request.data.form)]:
                     console.print(sanitise(f"note: {note}"))
         finally:
             runner.run(client.close())
     return run
+
+
+def _read_answer(answer: Answer, template: Template) -> tuple[Scores | None, str]:
+    """Return P(label 1), the probability of each class (C,), or the number in an answer, and its source (`READINGS`).
+
+    None if the answer is missing or cannot be read.
+    """
+    if not template.answers:
+        return read_number(answer)
+    probabilities, source = read_label(answer, template.answers)
+    return (probabilities[1] if probabilities and len(probabilities) == 2 else probabilities), source
 
 
 async def _ask_first(client: Client, question: dict[str, Messages], answers: _Answers) -> None:
@@ -327,22 +339,27 @@ class _Answers:
         """Return the server's names of the models that answered, sorted; empty if it gives none."""
         return sorted({answer.model for answer in self.received.values() if answer.model})
 
-    def notes(self, keys: dict[str, list[str]], read: dict[str, list[tuple[float | None, str]]]) -> Iterator[str]:
-        """Yield notes about answers that are not labels, refusals, and missing log-probabilities.
+    def notes(
+        self, keys: dict[str, list[str]], read: dict[str, list[tuple[Scores | None, str]]], form: str
+    ) -> Iterator[str]:
+        """Yield notes about answers that cannot be read, refusals, and missing log-probabilities.
 
         Args:
             keys: of each split's questions.
             read: score and source (`READINGS`) of each answer, by split.
+            form: of the task, a key of `SHOWN_METRICS`.
         """
+        description = {"binary": "neither label", "multiclass": "none of the labels", "regression": "no number"}[form]
+        consequence = "count as the mean of train" if form == "regression" else "count as wrong"
         sources = [(key, source) for name in keys for key, (_, source) in zip(keys[name], read[name], strict=True)]
         texts = [self.received[key].text or "" for key, source in sources if source == "unparsable"]
         if texts:
             examples = ", ".join(repr(text[:40]) for text in dict.fromkeys(texts[:3]))
-            yield f"{len(texts)} answers are neither label and count as wrong, for example {examples}"
+            yield f"{len(texts)} answers are {description} and {consequence}, for example {examples}"
         refused = sum(source == "refused" for _, source in sources)
         if refused:
-            yield f"{refused} answers were refused and count as wrong"
-        if self.client.llm.logprobs and any(source == "text" for _, source in sources):
+            yield f"{refused} answers were refused and {consequence}"
+        if form != "regression" and self.client.llm.logprobs and any(source == "text" for _, source in sources):
             yield "no log-probabilities for some answers: their text was read, so that a score is 0 or 1"
 
     def cost(self) -> dict[str, float | None]:
@@ -375,31 +392,36 @@ def _score(
     run: Run,
     request: Request,
     splits: dict[str, Examples],
-    scores: dict[str, list[float | None]],
+    scores: dict[str, list[Scores | None]],
     counts: dict[str, dict[str, int]],
 ) -> None:
-    """Record metrics and predictions of every reported split; a missing answer counts as a wrong one.
+    """Record metrics and predictions of every reported split; a missing answer counts as wrong (`fill_missing`).
 
     Metrics go to `run.json` and the log, predictions to a file for each split.
 
     Args:
         run: claimed.
         request: gives the metrics.
-        splits: by name; train and selection are ignored.
-        scores: P(label 1) of each example, by split.
+        splits: by name; of train only the numbers of a regression are used, and selection is ignored.
+        scores: of each example P(label 1), the probability of each class, or a number, by split.
         counts: number of answers of each source, by split.
     """
-    from lora_bench.evaluation.metrics import score  # late: it imports torch
+    from lora_bench.evaluation.metrics import class_metrics, score  # late: it imports torch
 
+    data = request.data
+    train = splits["train"].labels if "train" in splits else None
     metrics: dict[str, float | None] = {}
+    per_class: dict[str, Any] = {}
     for name, split in _reported(splits).items():
         assert split.labels is not None
-        filled = fill_missing(scores[name], split.labels)
+        filled = fill_missing(scores[name], split.labels, data.outputs, train)
         values = score(filled, split.labels, request.metrics)
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        if data.form == "multiclass":
+            per_class[name] = class_metrics(filled, split.labels, data.label_names or [])
         run.log({"step": None, "epoch": None, "split": name, "metrics": values})
         run.write_predictions(name, split.ids, split.labels, filled)
-    run.update(metrics=metrics, answers=counts)
+    run.update(metrics=metrics, answers=counts, **({"per_class": per_class} if per_class else {}))
 
 
 @contextmanager

@@ -32,8 +32,8 @@ BASES = (PACKAGE / "adapters" / "base.py", PACKAGE / "adapters" / "targets.py")
 GROUP_OF_CLASS = {
     "T5Model": ("model", "t5"),
     "Model": ("model", "bert"),
-    "HubData": ("data", "qqp"),
-    "FileData": ("data", "pairs"),
+    "HubData": ("data", "hub"),
+    "FileData": ("data", "files"),
     "ToyData": ("data", "toy"),
     "Data": ("data", "_base"),
     "Optimizer": ("optimizer", "adamw"),
@@ -53,6 +53,7 @@ TYPES = {
     "list[str]": "list of texts",
     "list[int]": "list of integers",
     "dict[str, Any]": "keys",
+    "dict[str, str]": "keys",
 }
 
 
@@ -162,6 +163,8 @@ def value_in_words(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(value_in_words, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {value_in_words(item)}' for key, item in value.items())}}}"
     return "???" if value == "???" else str(value)
 
 

@@ -79,9 +79,10 @@ def backbone() -> Callable[..., Any]:
     def make(model: str = "tiny_bert", *overrides: str) -> Any:
         from lora_bench.backbones.families import build_model
         from lora_bench.backbones.load import load, load_tokenizer
+        from tests.helpers import QQP_LABELS
 
         settings = build_model(composed(f"model={model}", *overrides).model)
-        return load(settings, load_tokenizer(settings), task="qqp")
+        return load(settings, load_tokenizer(settings), task="qqp", label_names=[QQP_LABELS])
 
     return make
 

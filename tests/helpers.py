@@ -26,3 +26,7 @@ def composed(*overrides: str, name: str = "config") -> DictConfig:
         chosen.insert(0, "model=tiny_bert")
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return compose(name, chosen)
+
+
+QQP_LABELS = ("not_duplicate", "duplicate")
+"""Names of QQP's classes, which are T5's words for them."""

@@ -28,7 +28,7 @@ from tests.helpers import composed
 CONF = conf_folder()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 AT_LEAST = {
-    ".": 5, "adapter": 21, "data": 10, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1,
+    ".": 5, "adapter": 21, "data": 25, "experiment": 2, "hydra": 1, "metric": 3, "model": 11, "optimizer": 1,
     "prompt": 3, "sweep": 2, "tracking": 2, "trainer": 1,
 }  # fmt: skip
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.name in GROUPS and file.stem[0] != "_"]
@@ -38,7 +38,9 @@ PLAIN = [(group, option) for group, option in OPTIONS if group not in ("experime
 
 def chosen(group: str, option: str) -> list[str]:
     """The overrides that choose an option, with what it leaves open."""
-    return [f"{group}={option}", *(["data.path=pairs"] if option in ("pairs", "paws_qqp") else [])]
+    columns = ["data.text_columns=[text]"] if option in ("files", "hub") and group == "data" else []
+    path = ["data.path=pairs"] if option in ("files", "pairs", "paws_qqp") else []
+    return [f"{group}={option}", *columns, *path, *(["data.hub_id=x/y"] if option == "hub" else [])]
 
 
 def container(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:

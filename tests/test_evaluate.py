@@ -60,7 +60,7 @@ def read(path: Path) -> Any:
 
 def pairs(folder: Path, split: str = "validation", label: str = "label") -> None:
     """The toy pairs of a split as a local file."""
-    source = sources.load(build_data(composed(*SMALL_TOY).data))["validation"]
+    source = sources.load(build_data(composed(*SMALL_TOY).data))[1]["validation"]
     rows = zip(*source.texts, map(str, source.labels.tolist()), strict=True)
     folder.mkdir(exist_ok=True)
     header = f"question1\tquestion2\t{label}\n"
@@ -171,7 +171,7 @@ def test_a_second_evaluation_of_a_name_replaces_the_first(run: Path) -> None:
     [
         (["name=../x"], Code.INVALID_VALUE, "name", "../x", ""),
         (["data.perturb=[typo,numbr]"], Code.UNKNOWN_CHOICE, "data.perturb", "numbr", "number"),
-        (["data.perturb=number", "data.task=rte"], Code.UNSUPPORTED, "data.perturb", "number", "rte"),
+        (["data.perturb=number", "data.relation=entailment"], Code.UNSUPPORTED, "data.perturb", "number", "entailment"),
         (["data.augment=typo"], Code.CONFLICT, "data.augment", "typo", ""),
         (["data.text_columns=[question1]"], Code.MISMATCH, "data.text_columns", ["question1"], "2"),
         (
@@ -242,7 +242,7 @@ def evaluated_peft(adapter: Path, *overrides: str) -> Any:
 def test_an_adapter_of_peft_gets_the_figures_of_its_own_scores(made: dict[str, Path], in_tmp: Path) -> None:
     adapter = made["adapters"] / "bert"
     found = evaluated_peft(adapter)
-    split = sources.load(build_data(composed(*SMALL_TOY).data))["validation"]
+    split = sources.load(build_data(composed(*SMALL_TOY).data))[1]["validation"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(made["bert"])
     batch = tokenizer(*(list(texts) for texts in split.texts), padding=True, return_tensors="pt")
     logits = in_peft("bert", made["bert"], adapter)(**batch).logits

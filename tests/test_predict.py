@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -22,12 +21,15 @@ from safetensors.torch import load_file, save_file
 import lora_bench
 from lora_bench.data.toy import generate
 from lora_bench.errors import Code
+from lora_bench.evaluation.calibration import apply_temperature
 from lora_bench.predict import run_predict
 from lora_bench.records.job import Job
 from lora_bench.run.prediction_request import PredictionRequest
 from lora_bench.train import train
+from tests import three_classes
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, TINY, composed
+from tests.three_classes import as_tsv, put
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -266,24 +268,6 @@ def test_a_flipped_bit_in_the_weights_is_refused(runs: Run, tmp_path: Path) -> N
     assert caught.value.file == path
 
 
-def as_tsv(rows: list[dict[str, str]]) -> bytes:
-    return "".join("\t".join(row) + "\n" for row in [list(rows[0]), *(list(r.values()) for r in rows)]).encode()
-
-
-def put(path: Path, rows: list[dict[str, str]]) -> Path:
-    """An input file in the format that its ending names."""
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".csv":
-        lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
-        path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
-    else:
-        path.write_bytes(as_tsv(rows))
-    return path
-
-
 def got(path: Path) -> list[dict[str, Any]]:
     """The rows of an output file, as its format has them."""
     if path.suffix == ".parquet":
@@ -312,7 +296,7 @@ def test_every_format_in_and_out(runs: Run, tmp_path: Path, given: str, output: 
     assert [answer["score"] for answer in answers] == expected.tolist()
     assert [answer["label"] for answer in answers] == (expected >= 0.5).astype(int).tolist()
     assert [(a["question1"], a["question2"]) for a in answers] == PAIRS
-    assert list(answers[0]) == ["question1", "question2", "label", "score"]
+    assert list(answers[0]) == ["question1", "question2", "label", "label_name", "score"]
 
 
 def test_standard_input_to_standard_output(
@@ -322,8 +306,8 @@ def test_standard_input_to_standard_output(
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(as_tsv(ROWS))))
     ask(run=folder, input="-")
     lines = capsysbinary.readouterr().out.decode().splitlines()
-    assert lines[0] == "question1\tquestion2\tlabel\tscore"
-    assert [float(line.split("\t")[3]) for line in lines[1:]] == written(folder).tolist()
+    assert lines[0] == "question1\tquestion2\tlabel\tlabel_name\tscore"
+    assert [float(line.split("\t")[4]) for line in lines[1:]] == written(folder).tolist()
 
 
 def test_other_column_names_and_more_columns(runs: Run, tmp_path: Path) -> None:
@@ -332,7 +316,7 @@ def test_other_column_names_and_more_columns(runs: Run, tmp_path: Path) -> None:
     ask(run=folder, input=put(tmp_path / "new.tsv", rows), output=tmp_path / "out.jsonl", text_columns="[a,b]")
     answers = got(tmp_path / "out.jsonl")
     assert [answer["score"] for answer in answers] == written(folder).tolist()
-    assert list(answers[0]) == ["id", "b", "a", "label", "score"]
+    assert list(answers[0]) == ["id", "b", "a", "label", "label_name", "score"]
 
 
 def test_tabs_and_line_breaks_do_not_break_a_tsv(runs: Run, tmp_path: Path) -> None:
@@ -341,7 +325,7 @@ def test_tabs_and_line_breaks_do_not_break_a_tsv(runs: Run, tmp_path: Path) -> N
     ask(run=runs("model=tiny_bert"), input=tmp_path / "in.jsonl", output=tmp_path / "out.tsv")
     lines = (tmp_path / "out.tsv").read_text().splitlines()
     assert len(lines) == 3
-    assert all(line.count("\t") == 3 for line in lines)
+    assert all(line.count("\t") == 4 for line in lines)
     ask(run=runs("model=tiny_bert"), input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl")
     kept = [{key: row[key] for key in ("question1", "question2")} for row in got(tmp_path / "out.jsonl")]
     assert kept == rows
@@ -387,7 +371,7 @@ def test_gold_labels_keep_their_name(runs: Run, tmp_path: Path, kind: str, capsy
     folder, source = runs("model=tiny_bert"), put(tmp_path / f"gold{kind}", GOLD)
     ask(run=folder, input=source, output=tmp_path / "out.jsonl")
     answers = got(tmp_path / "out.jsonl")
-    assert list(answers[0]) == ["id", "label", "question1", "question2", "predicted_label", "score"]
+    assert list(answers[0]) == ["id", "label", "question1", "question2", "predicted_label", "label_name", "score"]
     assert [{key: row[key] for key in GOLD[0]} for row in answers] == GOLD
     assert [row["predicted_label"] for row in answers] == (written(folder)[:3] >= 0.5).astype(int).tolist()
     assert "label as predicted_label" in capsys.readouterr().err
@@ -402,7 +386,7 @@ def test_a_second_run_labels_the_output_of_the_first(runs: Run, tmp_path: Path) 
     names = [
         f"{prefix}{name}{number}"
         for prefix, number in (("", ""), ("predicted_", ""), ("predicted_", "_2"))
-        for name in ("label", "score")
+        for name in ("label", "label_name", "score")
     ]
     assert list(answer) == ["question1", "question2", *names]
     assert answer["score"] == answer["predicted_score"] == repr(answer["predicted_score_2"])
@@ -461,7 +445,7 @@ def test_wrong_requests_are_refused_before_the_model_is_loaded(
 def test_streams_in_and_out(runs: Run, in_tmp: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     put(Path("in.tsv"), ROWS[:2])
     ask(run=runs("model=tiny_bert"), input="in.tsv", output="/dev/stdout")
-    assert capfdbinary.readouterr().out.startswith(b"question1\tquestion2\tlabel\tscore\n")
+    assert capfdbinary.readouterr().out.startswith(b"question1\tquestion2\tlabel\tlabel_name\tscore\n")
     ask(run=runs("model=tiny_bert"), input="in.tsv", output=os.devnull)
     assert Path(os.devnull).is_char_device()
 
@@ -475,3 +459,100 @@ def test_a_rank_that_no_tensor_has_room_for_is_refused(runs: Run, tmp_path: Path
         lora_bench.load(folder)
     assert caught.value.file == folder / "adapter/adapter_model.safetensors"
     assert str(10**6) in str(caught.value)
+
+
+# -- three classes, and numbers --
+
+
+@pytest.fixture(scope="module")
+def of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return three_classes.run_of(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="module")
+def of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return three_classes.run_of(tmp_path_factory.mktemp("numbers"), numbers=True)
+
+
+@pytest.fixture(scope="module")
+def of_number_members(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return three_classes.run_of(tmp_path_factory.mktemp("members"), "ensemble.members=2", numbers=True)
+
+
+def probabilities_of(folder: Path) -> NDArray[np.float64]:
+    table = pq.read_table(folder / "predictions" / "validation.parquet")
+    return np.array(table.column("probabilities").to_pylist())
+
+
+def sentences(path: Path, rows: list[str]) -> Path:
+    return put(path, [{"text": text} for text in rows])
+
+
+def test_three_classes_have_names_and_probabilities(of_classes: Path, tmp_path: Path) -> None:
+    expected, names = probabilities_of(of_classes), three_classes.NAMES
+    run = lora_bench.load(of_classes)
+    assert run.label_names == names
+    texts = three_classes.texts(12, 100)
+    assert np.array_equal(run.predict(texts), expected)
+    assert run.predict([]).shape == (0, 3)
+    source, temperature = sentences(tmp_path / "in.tsv", texts), json.loads((of_classes / "run.json").read_text())
+    temperature = temperature["selection"]["temperature"]
+    ask(run=of_classes, input=source, output=tmp_path / "plain.parquet")
+    rows = got(tmp_path / "plain.parquet")
+    assert list(rows[0]) == ["text", "label", "label_name", "score"]
+    assert [row["label"] for row in rows] == expected.argmax(1).tolist()
+    assert [row["label_name"] for row in rows] == [names[row["label"]] for row in rows]
+    assert [row["score"] for row in rows] == expected.max(1).tolist()
+    more = {"probabilities": "true", "uncertainty": "true", "calibrated": "true"}
+    ask(run=of_classes, input=source, output=tmp_path / "more.parquet", **more)
+    rows = got(tmp_path / "more.parquet")
+    columns = ["p_bird", "p_big_cat", "p_fish"]
+    assert list(rows[0]) == ["text", "label", "label_name", "score", *columns, "calibrated"]
+    scaled = np.array([[row[column] for column in columns] for row in rows])
+    np.testing.assert_allclose(scaled, apply_temperature(expected, temperature))
+    np.testing.assert_allclose(scaled.sum(1), 1)
+    assert [row["score"] for row in rows] == [row["calibrated"] for row in rows] == scaled.max(1).tolist()
+
+
+@pytest.mark.parametrize("choice", ["selection", "0.5"])
+def test_three_classes_have_no_threshold(of_classes: Path, tmp_path: Path, choice: str) -> None:
+    with refuses(Code.UNSUPPORTED, key="threshold"):
+        ask(run=of_classes, input=sentences(tmp_path / "in.tsv", ["a"]), output=tmp_path / "o.tsv", threshold=choice)
+
+
+def test_a_regression_predicts_numbers(of_numbers: Path, of_number_members: Path, tmp_path: Path) -> None:
+    texts = three_classes.texts(12, 100)
+    for folder, more in ((of_numbers, {}), (of_number_members, {"uncertainty": "true"})):
+        run = lora_bench.load(folder)
+        assert run.label_names is None
+        assert np.array_equal(run.predict(texts), written(folder))
+        assert run.predict([]).shape == (0,)
+        ask(run=folder, input=sentences(tmp_path / "in.tsv", texts), output=tmp_path / "out.parquet", **more)
+        rows = got(tmp_path / "out.parquet")
+        assert list(rows[0]) == ["text", "prediction", *(["spread"] if more else [])]
+        assert [row["prediction"] for row in rows] == written(folder).tolist()
+    choices = {"threshold": "0", "calibrated": "true", "probabilities": "true", "uncertainty": "true"}
+    for key, value in choices.items():
+        with refuses(Code.UNSUPPORTED, key=key):
+            ask(run=of_numbers, input=tmp_path / "in.tsv", output=tmp_path / "o.tsv", **{key: value})
+
+
+def test_two_classes_in_words_have_names(tmp_path: Path, runs: Run) -> None:
+    folder = Path(shutil.copytree(runs("model=tiny_bert"), tmp_path / "run"))
+    record = json.loads((folder / "run.json").read_text())
+    record["data"]["label_names"] = ["no\tor", "no or"]
+    (folder / "run.json").write_text(json.dumps(record))
+    source = put(tmp_path / "in.tsv", ROWS[:3])
+    ask(run=folder, input=source, output=tmp_path / "out.jsonl", probabilities="true")
+    rows = got(tmp_path / "out.jsonl")
+    assert list(rows[0]) == ["question1", "question2", "label", "label_name", "score", "p_no_or", "p_no_or_2"]
+    assert [row["label_name"] for row in rows] == [record["data"]["label_names"][row["label"]] for row in rows]
+    assert [row["p_no_or"] for row in rows] == [1 - row["score"] for row in rows]
+    ask(run=folder, input=source, output=tmp_path / "out.tsv")
+    assert all(line.count("\t") == 4 for line in (tmp_path / "out.tsv").read_text().splitlines())
+    for wrong in ("yes", ["no"], ["no", "no"], ["no", ""], ["no", 1]):
+        record["data"]["label_names"] = wrong
+        (folder / "run.json").write_text(json.dumps(record))
+        with refuses(Code.DAMAGED) as caught:
+            lora_bench.load(folder)
+        assert caught.value.file == folder / "run.json"

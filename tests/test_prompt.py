@@ -21,10 +21,12 @@ from lora_bench.errors import Code
 from lora_bench.files.cache import cache_folder
 from lora_bench.llm import client
 from lora_bench.records import run_folder
+from tests import three_classes
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import composed
 from tests.llm_server import Reply, Server, completion
 from tests.llm_server import error as error_reply
+from tests.three_classes import put
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -458,3 +460,179 @@ def test_wrong_files_of_answers(in_tmp: Path, text: str, row: int | None, named:
     error = refused("prompt", "predictions=a.tsv", *DATA)
     assert (error.code, str(error.file), error.row) == (Code.INVALID_DATA, str(in_tmp / "a.tsv"), row)
     assert named in str(error)
+
+
+# -- three classes, and numbers --
+
+WORDS = {"robin": "bird", "lion": "big cat", "trout": "fish"}
+
+
+def classes(folder: Path, server_url: str, *more: str, numbers: bool = False) -> list[str]:
+    data = three_classes.write(folder / "data", numbers=numbers)
+    of_task = three_classes.NUMBERS if numbers else three_classes.CLASSES
+    prompt = "prompt=similarity" if numbers else "prompt=labels"
+    given = ["data=files", f"data.path={data}", *of_task, prompt, "llm.model=some-1", f"llm.base_url={server_url}"]
+    return overridden([*given, "hydra.run.dir=run"], *more)
+
+
+def class_asked(body: dict[str, Any]) -> str:
+    return next(name for word, name in WORDS.items() if word in body["messages"][-1]["content"])
+
+
+def test_three_classes_get_probabilities(in_tmp: Path) -> None:
+    def script(body: dict[str, Any], number: int) -> Reply:
+        name = class_asked(body)
+        answers = [
+            completion(name, logprobs={name[:2]: -0.5108256238, "the": -1.2039728043}),
+            completion(f"{name.replace(' ', '_').upper()}!"),
+            completion(json.dumps({"bird": 1, "big cat": 1, "fish": 1} | {name: 3})),
+            completion("It is a dog"),
+        ]
+        return answers[number % 4]
+
+    with Server(script) as server:
+        answer = lora_bench("prompt", *classes(in_tmp, server.url, "llm.concurrency=1"))
+    assert (answer.code, answer.err) == (0, ""), answer
+    assert "3 answers are none of the labels and count as wrong, for example 'It is a dog'" in answer.out
+    assert "Answer bird, big cat or fish, with no other word." in server.bodies[0]["messages"][-1]["content"]
+    record = run_folder.read(in_tmp / "run")
+    assert record["answers"]["validation"] == {"probabilities": 4, "text": 5, "refused": 0, "unparsable": 3}
+    table = pq.read_table(in_tmp / "run" / "predictions" / "validation.parquet").to_pydict()
+    for i, (label, probabilities) in enumerate(zip(table["label"], table["probabilities"], strict=True)):
+        assert sum(probabilities) == pytest.approx(1)
+        expected = {2: 0.6, 3: 0.0}.get(i % 4, 1.0)  # "bi" begins two of the words, so the text decides
+        if i % 4 == 0 and label == 2:
+            expected = 0.6 / 0.7
+        assert probabilities[label] == pytest.approx(expected), (i, label)
+    assert record["metrics"]["validation/accuracy"] == pytest.approx(9 / 12)
+    assert set(record["per_class"]["validation"]) == set(three_classes.NAMES)
+
+
+@pytest.mark.parametrize(("shots", "counts"), [(6, [2, 2, 2]), (4, [1, 1, 2]), (2, [0, 1, 1])])
+def test_examples_of_three_classes_are_balanced(in_tmp: Path, shots: int, counts: list[int]) -> None:
+    with Server(lambda body, number: completion(class_asked(body))) as server:
+        answer = lora_bench("prompt", *classes(in_tmp, server.url, f"prompt.shots={shots}"))
+    assert answer.code == 0, answer
+    given = [message["content"] for message in server.bodies[0]["messages"][1:-1:2]]
+    assert sorted(given.count(name) for name in three_classes.NAMES) == counts
+    assert ("prompt.shots=2 examples show as many of the 3 classes" in answer.out) == (shots == 2)
+
+
+def test_a_regression_reads_numbers(in_tmp: Path) -> None:
+    replies = [completion("0.5"), completion("The score is -0.25."), completion("no idea"), completion("7/9")]
+    with Server(lambda body, number: replies[number % 4]) as server:
+        shots = ["prompt.shots=4", "llm.concurrency=1"]
+        answer = lora_bench("prompt", *classes(in_tmp, server.url, *shots, numbers=True))
+    assert (answer.code, answer.err) == (0, ""), answer
+    assert "6 answers are no number and count as the mean of train" in answer.out
+    messages = server.bodies[0]["messages"]
+    assert "from -0.5 (not at all) to 2 (the same)" in messages[-1]["content"]
+    given = [float(message["content"]) for message in messages[1:-1:2]]
+    assert len(given) == 4
+    assert min(given) < 0.5 < 1 <= max(given)
+    record = run_folder.read(in_tmp / "run")
+    assert record["answers"]["validation"] == {"probabilities": 0, "text": 6, "refused": 0, "unparsable": 6}
+    files = ["data=files", f"data.path={in_tmp / 'data'}", *three_classes.NUMBERS]
+    data, splits = sources.load(build_data(composed(*files, name="prompt").data))
+    train, _ = sources.split_selection(splits["train"], data)
+    assert train.labels is not None
+    table = pq.read_table(in_tmp / "run" / "predictions" / "validation.parquet").to_pydict()
+    assert table["score"] == pytest.approx([0.5, -0.25, train.labels.mean(), train.labels.mean()] * 3)
+    assert "validation/spearman" in record["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("prompt=zero_shot", (Code.MISMATCH, "prompt.answers")),
+        ("prompt.answers=[a,b]", (Code.MISMATCH, "prompt.answers")),
+        ("prompt.answers=[a-b,A b,c]", (Code.INVALID_VALUE, "prompt.answers")),
+        ("prompt.answers=[a,b,'?']", (Code.INVALID_VALUE, "prompt.answers")),
+        ("prompt.shots=100", (Code.INVALID_VALUE, "prompt.shots")),
+        ("prompt.template='{fields} {label_3}'", (Code.INVALID_SYNTAX, "prompt.template")),
+        ("prompt.template='{fields} {min}'", (Code.INVALID_SYNTAX, "prompt.template")),
+    ],
+)
+def test_wrong_requests_about_three_classes(in_tmp: Path, override: str, expected: tuple[Code, str]) -> None:
+    error = refused("prompt", *classes(in_tmp, NOBODY, override))
+    assert (error.code, error.key) == expected
+
+
+def test_wrong_requests_about_numbers(in_tmp: Path) -> None:
+    for override, key in (("prompt.answers=[a,b]", "prompt.answers"), ("prompt.shots=100", "prompt.shots")):
+        assert refused("prompt", *classes(in_tmp, NOBODY, override, numbers=True)).key == key
+    error = refused("prompt", *classes(in_tmp, NOBODY, "prompt=labels", numbers=True))
+    assert (error.code, error.key) == (Code.INVALID_SYNTAX, "prompt.template")
+
+
+TRUTH = [(i + 100) % 3 for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "row_of"),
+    [
+        ("a.jsonl", lambda y: {"label": y}),
+        ("a.parquet", lambda y: {"label": float(y)}),
+        ("a.csv", lambda y: {"label": three_classes.NAMES[y]}),
+        ("a.tsv", lambda y: {"label": 0, "predicted_label": y}),
+        ("a.tsv", lambda y: {"label": "", "probabilities": json.dumps([0.6 if c == y else 0.2 for c in range(3)])}),
+        ("a.parquet", lambda y: {"probabilities": [0.6 if c == y else 0.2 for c in range(3)]}),
+        (
+            "a.csv",
+            lambda y: {f"p_{name}": 0.6 if c == y else 0.2 for c, name in enumerate(("bird", "big_cat", "fish"))},
+        ),
+    ],
+)
+def test_predictions_of_three_classes_from_elsewhere(
+    in_tmp: Path, name: str, row_of: Callable[[int], dict[str, Any]]
+) -> None:
+    rows = [{"id": i, **row_of(y)} for i, y in enumerate(TRUTH)]
+    if name.endswith(("csv", "tsv")):
+        rows = [{key: str(value) for key, value in row.items()} for row in rows]
+    put(in_tmp / name, rows)
+    data = classes(in_tmp, NOBODY, f"predictions={name}")
+    answer = lora_bench("prompt", *(each for each in data if not each.startswith(("llm.", "prompt="))))
+    assert answer.code == 0, answer
+    record = run_folder.read(in_tmp / "run")
+    assert record["metrics"]["validation/accuracy"] == 1.0
+    table = pq.read_table(in_tmp / "run" / "predictions" / "validation.parquet").to_pydict()
+    assert table["label"] == TRUTH
+    expected = 0.6 if "probabilities" in rows[0] or "p_bird" in rows[0] else 1.0
+    assert [max(each) for each in table["probabilities"]] == pytest.approx([expected] * 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("id\tscore\n0\t1\n", None),
+        ("id\tlabel\n0\tdog\n", 2),
+        ("id\tlabel\n0\t\n1\t3\n", 3),
+        ("id\tprobabilities\n0\t[0.5,0.5]\n", 2),
+        ("id\tprobabilities\n0\t[0.5,0.5,0.5]\n", 2),
+        ("id\tprobabilities\n0\t[0.5,0.5,NaN]\n", 2),
+        ("id\tprobabilities\n0\t0.5\n", 2),
+        ("id\tp_bird\tp_big_cat\tp_fish\n0\t1\t0\t\n", 2),
+        ("id\tprediction\n0\t1\n", None),
+    ],
+)
+def test_wrong_files_of_three_classes(in_tmp: Path, text: str, row: int | None) -> None:
+    (in_tmp / "a.tsv").write_text(text)
+    error = refused("prompt", *classes(in_tmp, NOBODY, "predictions=a.tsv"))
+    assert (error.code, str(error.file), error.row) == (Code.INVALID_DATA, str(in_tmp / "a.tsv"), row)
+
+
+@pytest.mark.parametrize("text", ["id\tlabel\n0\t1\n", "id\tscore\n0\tnan\n", "id\tprediction\n0\thigh\n"])
+def test_wrong_files_of_numbers(in_tmp: Path, text: str) -> None:
+    (in_tmp / "a.tsv").write_text(text)
+    error = refused("prompt", *classes(in_tmp, NOBODY, "predictions=a.tsv", numbers=True))
+    assert (error.code, str(error.file)) == (Code.INVALID_DATA, str(in_tmp / "a.tsv"))
+
+
+def test_predicted_numbers_from_elsewhere(in_tmp: Path) -> None:
+    rows = "".join(f"{i}\t{'' if i == 3 else i % 3 - 0.5 * (i % 2)}\t9\n" for i in range(12))
+    (in_tmp / "a.tsv").write_text(f"id\tprediction\tscore\n{rows}")
+    answer = lora_bench("prompt", *classes(in_tmp, NOBODY, "predictions=a.tsv", numbers=True))
+    assert answer.code == 0, answer
+    record = run_folder.read(in_tmp / "run")
+    assert record["answers"] == {"validation": {"given": 11, "absent": 1}}
+    assert 0.8 < record["metrics"]["validation/pearson"] < 1

@@ -158,7 +158,7 @@ def test_the_written_predictions_give_the_written_metrics(runs: Callable[..., Tr
     run = runs(f"model={family}")
     predictions = run.predictions("validation")
     assert list(predictions) == ["id", "label", "score"]
-    source = sources.load(build_data(composed(*QUICK).data))["validation"]
+    source = sources.load(build_data(composed(*QUICK).data))[1]["validation"]
     assert predictions["id"].tolist() == source.ids.tolist()  # every row, by its number in the source
     assert predictions["label"].tolist() == source.labels.tolist()
     values = score(predictions["score"], predictions["label"], {})

@@ -27,6 +27,7 @@ STRESS_COLUMNS = {
     "perturbed/f1": "↑",
     "perturbed/f1_drop": "↓",
     "perturbed/flip_rate": "↓",
+    "perturbed/mean_change": "↓",
     "perturbed/attack_success": "↓",
     "perturbed/order_consistency": "↑",
     "members/mcc": "↑",

@@ -287,22 +287,33 @@ def _choice_notes(table: Table) -> list[str]:
             f"{len(unchosen)} methods have several settings and no selection scores, so none of them is chosen or "
             f"tested: {example}"
         )
-    return notes + [note for rows in tuned for note in _edge_notes(table, rows)]
+    return notes + _edge_notes(table, tuned)
 
 
-def _edge_notes(table: Table, rows: Sequence[Row]) -> list[str]:
-    """Return a note for each tuned key whose chosen value is the smallest or largest that was tried."""
-    chosen = next((row for row in rows if row.chosen), None)
-    notes = []
-    for key in (key.name for key in table.keys if key.name in ("adapter.rank", "optimizer.lr")):
-        values = sorted({row.keys[key] for row in rows if isinstance(row.keys.get(key), int | float)})
-        if chosen is None or len(values) < 3 or chosen.keys.get(key) not in (values[0], values[-1]):
-            continue
-        end, beyond = ("smallest", "smaller") if chosen.keys[key] == values[0] else ("largest", "larger")
-        if key == "adapter.rank" and values[0] == 1 and end == "smallest":
-            continue
-        notes.append(f"{table.label(chosen)}: {key} is the {end} value tried, so a {beyond} one may be better")
-    return notes
+def _edge_notes(table: Table, methods: Sequence[Sequence[Row]]) -> list[str]:
+    """Return a note about the tuned keys whose chosen value is the smallest or largest that was tried.
+
+    Args:
+        table: gives the keys.
+        methods: the rows of each method that has several.
+    """
+    methods_by_edge: dict[str, list[str]] = {}
+    keys = [key.name for key in table.keys if key.name in ("adapter.rank", "optimizer.lr")]
+    for rows in methods:
+        chosen = next((row for row in rows if row.chosen), None)
+        for key in keys:
+            values = sorted({row.keys[key] for row in rows if isinstance(row.keys.get(key), int | float)})
+            if chosen is None or len(values) < 3 or chosen.keys.get(key) not in (values[0], values[-1]):
+                continue
+            end = "smallest" if chosen.keys[key] == values[0] else "largest"
+            if key == "adapter.rank" and values[0] == 1 and end == "smallest":
+                continue
+            method = " ".join(str(value) for name, value in chosen.keys.items() if name not in TUNED_KEYS)
+            methods_by_edge.setdefault(f"{end} {key}", []).append(method)
+    if not methods_by_edge:
+        return []
+    edges = [f"{edge} ({', '.join(of_edge)})" if any(of_edge) else edge for edge, of_edge in methods_by_edge.items()]
+    return [f"at the edge of the values tried, so that one beyond it may be better: {'; '.join(edges)}"]
 
 
 def _unlearned_notes(table: Table, split: str) -> list[str]:

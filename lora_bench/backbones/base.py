@@ -74,10 +74,17 @@ class Backbone(ABC):
 
     @abstractmethod
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
-        """Return the head's logits (N, 2) for the output of `encode`."""
+        """Return the head's logits (N, C) for the output of `encode`."""
+
+    def outputs(self, head: int = 0) -> int:
+        """Return the number of logits C of a head: the classes of its task, or 1 for a number."""
+        return int(self.network.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+    def name_labels(self, label_names: Sequence[Sequence[str] | None]) -> None:
+        """Tell a family whose answers are words the names of the classes of each head; None for a number."""
 
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        """Return the logits (N, 2) of the layers from `depth` on and the head; `hidden` is the prefix of this depth."""
+        """Return the logits (N, C) of the layers from `depth` on and the head; `hidden` is the prefix of this depth."""
         return self.classify(self.encode(hidden, batch, depth), batch)
 
     @property
@@ -108,11 +115,11 @@ class Backbone(ABC):
         """Standard deviation of a new head's weights."""
         return float(getattr(self.network.config, "initializer_range", 0.02))
 
-    def export_config(self, label_names: Sequence[str]) -> Any:
+    def export_config(self, label_names: Sequence[str] | None) -> Any:
         """Return the config of a plain Hugging Face model in fp32 with this network's weights and these labels.
 
         It is a copy. What config.json said of the checkpoint's own task and class is left behind. A network without a
-        head (text to text) gets no labels.
+        head (text to text) gets no labels. Without label names the model predicts a number.
         """
         config = copy.deepcopy(cast("Any", self.network.config))
         config.architectures = [type(self.network).__name__]
@@ -120,9 +127,10 @@ class Backbone(ABC):
         for stale in ("finetuning_task", "auto_map"):
             vars(config).pop(stale, None)
         if self.head_modules:
-            config.id2label = dict(enumerate(label_names))
+            config.id2label = dict(enumerate(label_names or ["LABEL_0"]))
             config.label2id = {name: label for label, name in config.id2label.items()}
-        config.problem_type = "single_label_classification" if self.peft_task == "SEQ_CLS" else None
+        problem = "single_label_classification" if label_names else "regression"
+        config.problem_type = problem if self.peft_task == "SEQ_CLS" else None
         return config
 
     @property

@@ -23,6 +23,8 @@ from lora_bench.backbones.tokenizer import first_line, read_tokenizer
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lora_bench.backbones.base import Backbone
     from lora_bench.backbones.family import Family
     from lora_bench.config.schema import Model
@@ -78,7 +80,14 @@ def _tokenizer_keywords(model: Model, location: str) -> dict[str, Any]:
     return {"tokenizer_type": config.model_type}
 
 
-def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU) -> Backbone:
+def load(
+    model: Family,
+    tokenizer: Any,
+    *,
+    task: str,
+    label_names: Sequence[Sequence[str] | None] = (("0", "1"),),
+    device: torch.device = CPU,
+) -> Backbone:
     """Load the backbone in fp32 on the CPU, in evaluation mode, without adapters.
 
     Torch's global random stream is left unchanged. A random network does not depend on it; a new head does.
@@ -87,6 +96,8 @@ def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU
         model: the family's settings.
         tokenizer: the result of `load_tokenizer`.
         task: the task's short name, for T5's template.
+        label_names: of the classes of each task that it learns; None for a number. The first task gives the size of the
+            network's own head.
         device: the device on which it will run; it decides the attention implementation, and nothing is moved there.
 
     Raises:
@@ -95,7 +106,7 @@ def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU
     """
     _quiet()
     location = None if model.random is not None and not model.path else _checked_location(model)
-    config = _config(model, location, tokenizer)
+    config = _config(model, location, tokenizer, 1 if label_names[0] is None else len(label_names[0]))
     hf_class = _network_class(model, config)
     # On a CPU plain products beat torch's fused attention at these lengths; elsewhere transformers knows best.
     options = {"attn_implementation": "eager"} if device.type == "cpu" else {}
@@ -110,6 +121,7 @@ def load(model: Family, tokenizer: Any, *, task: str, device: torch.device = CPU
     _refuse_unknown_tokens(network, tokenizer, model.tokenizer or location)
     _align_padding(network, tokenizer.pad_token_id)
     backbone = model.make_backbone(network, tokenizer, new_parameters, task)
+    backbone.name_labels(label_names)
     if not backbone.layers:
         raise UserError(
             "the model has no layers",
@@ -192,8 +204,8 @@ def _checked_location(model: Model) -> str:
     return location
 
 
-def _config(model: Model, location: str | None, tokenizer: Any) -> Any:
-    """Return the Hugging Face config of the weights with two labels, or that of a random model.
+def _config(model: Model, location: str | None, tokenizer: Any, outputs: int) -> Any:
+    """Return the Hugging Face config of the weights with these outputs, or that of a random model.
 
     A random model has the vocabulary of the tokenizer, unless its settings name another size.
 
@@ -201,6 +213,7 @@ def _config(model: Model, location: str | None, tokenizer: Any) -> Any:
         model: the settings.
         location: of the weights; None for a random model.
         tokenizer: gives the padding id if the config has none.
+        outputs: number of labels.
 
     Raises:
         UserError: config.json cannot be read, or has a setting that `check_settings` refuses.
@@ -208,13 +221,13 @@ def _config(model: Model, location: str | None, tokenizer: Any) -> Any:
     if location is None:
         assert model.random is not None
         settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **model.random}
-        return transformers.AutoConfig.for_model(**settings, num_labels=2)
+        return transformers.AutoConfig.for_model(**settings, num_labels=outputs)
     try:
         config = transformers.AutoConfig.from_pretrained(location, revision=model.revision, trust_remote_code=False)
     except Exception as error:
         raise _unreachable(model, location, error) from None
     check_settings(vars(config), location)
-    config.num_labels = 2
+    config.num_labels = outputs
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     return config

@@ -1,8 +1,9 @@
 """T5 text to text, as in its pretraining on sentence-pair tasks, or as an encoder with a head.
 
 Text to text (Raffel et al. 2020, appendix D): the encoder reads `qqp question1: … question2: …`, the decoder takes
-one step from its start token, and the scores of the first tokens of the two label words are the logits. There is no
-head. Layers count through the encoder, then the decoder.
+one step from its start token, and the scores of the first tokens of the words for the classes are the logits. Where two
+words begin with the same token, the decoder reads all of their tokens, and whole words are scored. There is no head.
+Layers count through the encoder, then the decoder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.backbones.base import Backbone, additive_mask, run_layer
+from lora_bench.backbones.label_words import LabelWords
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
@@ -74,16 +76,16 @@ class _T5(Backbone):
 
 
 class T5TextToText(_T5):
-    """`T5ForConditionalGeneration` whose logits are the scores of two label words.
+    """`T5ForConditionalGeneration` whose logits are the scores of the words for the classes.
 
     Args:
         network, tokenizer, new_parameters: as for `Backbone`.
         template: the encoder's input, with `{task}` and `{fields}`.
         task: the task's short name.
-        label_words: words for label 0 and 1; the first token of each is scored.
+        label_words: words for the classes; None: their names (`name_labels`).
 
     Raises:
-        UserError: the two label words begin with the same token.
+        UserError: two words have the same tokens, or one has none.
     """
 
     head_modules = ()
@@ -97,44 +99,109 @@ class T5TextToText(_T5):
         new_parameters: set[str],
         template: str,
         task: str,
-        label_words: list[str],
+        label_words: list[str] | None = None,
     ) -> None:
         super().__init__(network, tokenizer, new_parameters, template, task)
         self.encoder = network.encoder
-        self.label_tokens = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in label_words]
-        if self.label_tokens[0] == self.label_tokens[1]:
-            raise UserError(
-                "both words begin with the same token, so their scores are equal",
-                key="model.label_words",
-                value=label_words,
-                remedy="Give two words that begin differently, for example 'model.label_words=[no,yes]'.",
-                code=Code.INVALID_VALUE,
-            )
+        self.given_words = label_words
+        self.words: list[LabelWords] = []
+        """Of each head: the words for the classes of its task."""
+        if label_words is not None:
+            self.name_labels([label_words])
+
+    def name_labels(self, label_names: Sequence[Sequence[str] | None]) -> None:
+        """Score the words for these classes: `label_words` if they were given, else the names.
+
+        Raises:
+            UserError: a task predicts a number, has another number of classes than there are words, or its names cannot
+                be told apart by their tokens.
+        """
+        self.words = []
+        for names in label_names:
+            if names is None:
+                raise UserError(
+                    "text_to_text answers with a word, and data.type=regression asks for a number",
+                    key="model.form",
+                    value="text_to_text",
+                    remedy="Set model.form=encoder.",
+                    code=Code.CONFLICT,
+                )
+            words = self.given_words or names
+            if len(words) != len(names):
+                raise UserError(
+                    f"has {len(words)} words for {len(names)} classes",
+                    key="model.label_words",
+                    value=list(words),
+                    remedy="Give a word for each class, or leave it out: the names of the classes are the words.",
+                    code=Code.MISMATCH,
+                )
+            self.words.append(LabelWords.read(words, self.tokenizer, self.tokenizer.eos_token_id))
+
+    @property
+    def label_tokens(self) -> list[int]:
+        """The first tokens of the words for the classes of the first task."""
+        (words, *_) = self.words
+        return [words.children[node][index] for ((node, index), *_) in words.paths]
+
+    def outputs(self, head: int = 0) -> int:
+        """Return the number of classes of a head's task."""
+        return len(self.words[head].paths)
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Return the linears of encoder and decoder, without queries and keys of the decoder's self-attention."""
-        # The decoder's one step attends to itself alone: its query and key change nothing and could learn nothing.
+        """Return the linears of encoder and decoder.
+
+        Without queries and keys of the decoder's self-attention if it takes one step, which attends to itself alone:
+        they change nothing and could learn nothing.
+        """
+        single_step = all(words.is_single_step for words in self.words)
         idle = re.compile(r"decoder\..*\.SelfAttention\.[qk]")
-        return {name: linear for name, linear in super().linears().items() if not idle.fullmatch(name)}
+        return {
+            name: linear for name, linear in super().linears().items() if not (single_step and idle.fullmatch(name))
+        }
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        # `classify` runs the whole decoder: its one step costs little.
+        # `classify` runs the whole decoder: its few steps cost little.
         return self._run_encoder(hidden, batch, min(depth, len(self.encoder.block)))  # (N, T, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
-        """Return the scores (N, 2) of the first tokens of the two label words, after one step of the decoder."""
+        """Return the scores (N, C) of the words for the classes of the batch's task (`LabelWords.logits`)."""
+        network: Any = self.network
+        words = self.words[batch.head if len(self.words) > 1 else 0]
+        decode = self._decode_start if words.is_single_step else self._decode_tree
+        decoded = decode(encoded, batch, words)  # (N, M, D)
+        if network.config.scale_decoder_outputs:
+            decoded = decoded * network.config.d_model**-0.5
+        return words.logits(decoded, network.lm_head.weight)  # (N, C)
+
+    def _decode_start(self, encoded: Tensor, batch: Batch, words: LabelWords) -> Tensor:
+        """Return the decoder's output (N, 1, D) for its start token."""
         network: Any = self.network
         start = torch.full((len(encoded), 1), network.config.decoder_start_token_id, device=encoded.device)
-        decoded = network.decoder(
+        decoded: Tensor = network.decoder(
             input_ids=start,
             encoder_hidden_states=encoded,
             encoder_attention_mask=batch.attention_mask,
             use_cache=False,
-        ).last_hidden_state[:, 0]  # (N, D)
-        if network.config.scale_decoder_outputs:
-            decoded = decoded * network.config.d_model**-0.5
-        words = torch.stack([network.lm_head.weight[token] for token in self.label_tokens])  # (2, D)
-        return decoded @ words.T  # type: ignore[no-any-return]  # (N, 2)
+        ).last_hidden_state
+        return decoded
+
+    def _decode_tree(self, encoded: Tensor, batch: Batch, words: LabelWords) -> Tensor:
+        """Return the decoder's output (N, M, D) for the nodes of a tree of words, each attending to its ancestors."""
+        network: Any = self.network
+        decoder, device = network.decoder, encoded.device
+        tokens = torch.tensor([network.config.decoder_start_token_id, *words.node_tokens[1:]], device=device)  # (M,)
+        hidden = decoder.dropout(decoder.embed_tokens(tokens)).expand(len(encoded), -1, -1)  # (N, M, D)
+        depths = torch.tensor(words.depths, device=device)
+        longest = int(depths.max()) + 1
+        by_depth = decoder.block[0].layer[0].SelfAttention.compute_bias(longest, longest, device=device)
+        bias = by_depth[:, :, depths][:, :, :, depths]  # (1, heads, M, M)
+        bias = bias.masked_fill(~words.ancestors(device), torch.finfo(bias.dtype).min)
+        mask = additive_mask(batch, bias.dtype)  # (N, 1, 1, T)
+        if mask is None:
+            mask = bias.new_zeros(1, 1, 1, encoded.shape[1])
+        for block in decoder.block:
+            hidden = run_layer(block, hidden, None, bias, encoded, None, mask)
+        return decoder.dropout(decoder.final_layer_norm(hidden))  # type: ignore[no-any-return]
 
 
 class T5Encoder(_T5):

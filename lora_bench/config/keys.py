@@ -70,6 +70,18 @@ def renamed_choice_note(key: str, value: object) -> str | None:
     return f"It is called {present} now." if present else None
 
 
+def present_choices(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the choices of a record, with `data=stsb` of version 0.1, which has two classes, as `stsb_binary`.
+
+    Args:
+        choices: option by group.
+        config: of the record; with the key `data.type` it is newer than that version.
+    """
+    data = config.get("data")
+    is_older = isinstance(data, dict) and "type" not in data and data.get("label_threshold") is not None
+    return {**choices, "data": "stsb_binary"} if is_older and choices.get("data") == "stsb" else dict(choices)
+
+
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a recorded config in which renamed keys and choices have their present names.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_bench.config.keys import renamed_choice_note
-from lora_bench.config.metric_names import ALL_MAIN_METRICS
+from lora_bench.config.metric_names import ALL_MAIN_METRICS, MAIN_METRIC_CHOICES, task_form
 from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, require, require_number, require_one_of
 
@@ -84,13 +84,13 @@ class Data:
     positive_label: str | None
     """The class of two whose F1, precision and recall are reported; null: the second one."""
     relation: str | None
-    """The relation of the two texts that the label states, which decides which perturbations keep the label:
-    `paraphrase`, `entailment` or `similarity`; null: none of these."""
+    """The property of the texts that the label states, which decides which perturbations keep the label: `paraphrase`,
+    `entailment` or `similarity` of two texts, or `form` (well-formedness); null: another one, such as a topic."""
     max_length: int
     """Maximum tokens of an example; longer examples are truncated and counted."""
     truncation: str
     """Where a longer example loses tokens: `longest_first` (at the end of its longer text), `first` or `second` (at the
-    end of that text), or `middle` (of its longer text)."""
+    end of that text, or as `longest_first` if the other text alone is too long), or `middle` (of its longer text)."""
     train_size: int | None
     """Train on the first n rows of a fixed permutation of the train rows outside the selection split; null: on all."""
     selection_size: int | float
@@ -137,6 +137,9 @@ class Data:
             require_one_of("relation", self.relation, RELATIONS)
         require_number("max_length", self.max_length, 8)
         require_one_of("truncation", self.truncation, TRUNCATIONS)
+        has_text = self.truncation != "second" or len(self.text_columns) == 2
+        reason = "names the second of two texts, and data.text_columns has one"
+        require(has_text, "truncation", self.truncation, reason, code=Code.CONFLICT)
         if self.train_size is not None:
             require_number("train_size", self.train_size, 1)
         size = self.selection_size
@@ -154,6 +157,19 @@ class Data:
             names = [value] if isinstance(value, str) else value
             is_listed = names is None or (isinstance(names, list) and all(isinstance(item, str) for item in names))
             require(is_listed, name, value, "is not a name or a list of names")
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the model: the classes, or 1 for regression. The label names must be known."""
+        if self.type == "regression":
+            return 1
+        assert self.label_names is not None
+        return len(self.label_names)
+
+    @property
+    def form(self) -> str:
+        """The form of the task: a key of `SHOWN_METRICS`. The label names must be known."""
+        return task_form(self.type, self.outputs)
 
     def _check_labels(self) -> None:
         """Check that the settings of labels are consistent with one another and with the type of the task.
@@ -183,10 +199,13 @@ class Data:
             require_one_of("positive_label", self.positive_label, tuple(names))
 
 
+SPLITS = ("train", "validation", "test")
+"""Splits of the data; the last two are reported if they have labels."""
+
 TASK_TYPES = ("classification", "regression")
 """Values of `data.type`."""
 
-RELATIONS = ("paraphrase", "entailment", "similarity")
+RELATIONS = ("paraphrase", "entailment", "similarity", "form")
 """Values of `data.relation`."""
 
 TRUNCATIONS = ("longest_first", "first", "second", "middle")
@@ -203,6 +222,19 @@ class HubData(Data):
     """Its configuration, as `qqp`; null: it has one only."""
     revision: str | None
     """Branch, tag or commit of the data set on the hub; null: the newest."""
+    splits: dict[str, str] | None
+    """The split of the hub that is used as `train`, `validation` or `test`; null: the splits of these names."""
+
+    def __post_init__(self) -> None:
+        """Check the settings of `Data`, and that `splits` has no other keys than the three splits.
+
+        Raises:
+            UserError: naming the key.
+        """
+        super().__post_init__()
+        unknown = sorted(set(self.splits or {}) - set(SPLITS))
+        reason = f"has keys other than {', '.join(SPLITS)}: {', '.join(unknown)}"
+        require(not unknown, "splits", self.splits, reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +360,21 @@ class Trainer:
     """On a GPU, capture forward and backward pass as a CUDA graph once per batch shape, and replay it."""
     threads: int | None
     """CPU threads; null: torch's default."""
+
+    def main_metric_of(self, data: Data) -> str:
+        """Return the main metric of a task, whose label names are known: `main_metric`, or the default of its form.
+
+        Raises:
+            UserError: `main_metric` does not suit the task.
+        """
+        choices = MAIN_METRIC_CHOICES[data.form]
+        if self.main_metric is not None:
+            what = "regression" if data.type == "regression" else f"{data.outputs} classes"
+            reason = f"does not suit {data.task}, a task of {what}"
+            remedy = f"Choose one of {', '.join(choices)}."
+            is_known = self.main_metric in choices
+            require(is_known, "trainer.main_metric", self.main_metric, reason, remedy, code=Code.CONFLICT)
+        return self.main_metric or choices[0]
 
     def __post_init__(self) -> None:
         """Check the ranges: sizes and intervals from 1, `stop_at` in (0, 1], `average` in [0, 1], `epochs` above 0.

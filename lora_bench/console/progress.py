@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LINES_PER_RUN = 10
 """Maximum progress lines of a run without a terminal."""
+MAX_CLASSES_SHOWN = 8
+"""Maximum names of classes that are printed before training."""
 _SMOOTHING = 0.1
 """Weight of the newest value in moving averages."""
 
@@ -246,8 +248,25 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
         first,
         f"{data}: {sizes}; {environment['precision']} on {environment['device']}, {environment['threads']} threads",
     ]
+    lines += [] if record["config"].get("tasks") else _label_lines(record["data"])
     for line in [*lines, *(f"note: {note}" for note in notes)]:
         console.print(sanitise(line))
+
+
+def _label_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return a line with the classes of a task, or the range of its numbers; none where neither is recorded.
+
+    Args:
+        data: the section of the record.
+    """
+    names, ranges = data.get("label_names"), data.get("label_range")
+    if names:
+        shown = names if len(names) <= MAX_CLASSES_SHOWN else [*names[: MAX_CLASSES_SHOWN - 2], "…", names[-1]]
+        return [f"{len(names)} classes: {', '.join(name[:40] for name in shown)}"]
+    if ranges and ranges.get("train"):
+        low, mean, high = ranges["train"]
+        return [f"numbers from {low:g} to {high:g}, mean {mean:.3g}"]
+    return []
 
 
 def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, title: str = "", brief: bool) -> None:
@@ -345,6 +364,7 @@ _ROBUST = {
     "spearman_worst": "worst",
     "spearman_drop": "drop",
     "flip_rate": "flips",
+    "mean_change": "change",
     "attack_success": "attacked",
 }
 """Metrics of a perturbed split with their column headers; `worst` and `drop` are of the metric on their left. A metric

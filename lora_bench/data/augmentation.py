@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import PerturbedRows, choose_transforms, perturb_row
+from lora_bench.data.perturb import (
+    PerturbedRows,
+    choose_transforms,
+    may_be_binary,
+    perturb_row,
+)
 from lora_bench.data.tokenization import PairReader, tokenize
 from lora_bench.errors import Code, UserError
 
@@ -67,7 +72,9 @@ class Augmentation:
                     break
         indices = np.array(rows, np.int64)
         columns = tuple([row_texts[c] for row_texts in texts] for c in range(len(self.examples.texts)))
-        return PerturbedRows(indices, Examples(self.examples.ids[indices], columns, np.array(labels, np.int64)))
+        assert self.examples.labels is not None
+        new_labels = np.array(labels, self.examples.labels.dtype)
+        return PerturbedRows(indices, Examples(self.examples.ids[indices], columns, new_labels))
 
     def table(self, table: TokenTable, epoch: int) -> TokenTable:
         """Return a copy of the table in which the rows perturbed in this epoch have their new tokens and labels.
@@ -124,7 +131,14 @@ def choose_augmentations(data: Data, objective: str) -> list[Transform]:
                 code=Code.CONFLICT,
             )
         return []
-    return choose_transforms(data.augment, data.task, len(data.text_columns), "data.augment", keep_label=keeps_labels)
+    return choose_transforms(
+        data.augment,
+        data.relation,
+        len(data.text_columns),
+        "data.augment",
+        keep_label=keeps_labels,
+        binary=may_be_binary(data),
+    )
 
 
 def training_tables(
@@ -155,6 +169,7 @@ def training_tables(
             columns=data.text_columns,
             backbone=backbone,
             max_length=data.max_length,
+            truncation=data.truncation,
             reverse=reverse,
             head=head,
         )

@@ -40,7 +40,7 @@ class Batch:
     input_ids: Tensor  # (N, T) int64
     attention_mask: Tensor  # (N, T) int64, 1 for tokens, 0 for padding
     token_type_ids: Tensor | None  # (N, T) int64; None if the tokenizer has no token types
-    labels: Tensor | None  # (N,) int64
+    labels: Tensor | None  # (N,) int64 class numbers, or float32 numbers
     full: bool  # no padding anywhere
     members: int = 1
     orders: int = 1
@@ -276,12 +276,18 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
         torch.from_numpy(ids),
         torch.from_numpy(is_token.astype(np.int64)),
         None if types is None else torch.from_numpy(types),
-        None if table.labels is None else torch.from_numpy(table.labels[rows]),
+        None if table.labels is None else _label_tensor(table.labels[rows]),
         bool(is_token.all()),
         members,
         hidden=None if table.hidden is None else table.hidden.read(positions, is_token),
         head=table.head,
     )
+
+
+def _label_tensor(labels: NDArray[Any]) -> Tensor:
+    """Return labels as a tensor: class numbers as int64, numbers as float32."""
+    tensor = torch.from_numpy(labels)
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def token_positions(table: TokenTable, rows: Rows, length: int) -> tuple[Rows, NDArray[np.bool_]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Examples:
 
     ids: NDArray[np.int64]  # (N,) row in the source, from 0
     texts: tuple[list[str], ...]  # one list per text column, each N long
-    labels: NDArray[np.int64] | None  # (N,) 0 or 1; None where the source has none
+    labels: NDArray[Any] | None  # (N,) class numbers, or numbers; None where there are none
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,5 +37,5 @@ class Examples:
             digest.update(np.array([len(text) for text in encoded], dtype="<i8").tobytes())
             digest.update(b"".join(encoded))
         if self.labels is not None:
-            digest.update(self.labels.astype("<i8").tobytes())
+            digest.update(self.labels.astype("<f8" if self.labels.dtype.kind == "f" else "<i8").tobytes())
         return digest.hexdigest()

@@ -42,6 +42,25 @@ def unique_column_names(names: Sequence[str], taken: Sequence[str]) -> dict[str,
     return written
 
 
+def probability_columns(names: Sequence[str]) -> list[str]:
+    """Return a column name for the probability of each class: `p_` and its name, of letters, digits, `-`, `.` and `_`.
+
+    Other characters become `_`, and names are cut after 60 characters. A name that is then taken gets a number.
+
+    Args:
+        names: of the classes.
+    """
+    columns: dict[str, None] = {}
+    for name in names:
+        stem = column = "p_" + re.sub(r"[^\w.-]+", "_", name)[:60]
+        number = 1
+        while column in columns:
+            number += 1
+            column = f"{stem}_{number}"
+        columns[column] = None
+    return list(columns)
+
+
 def check_texts(table: Table, suffix: str) -> None:
     """Refuse texts that a format cannot hold: half of a surrogate pair, which JSON alone can write.
 

@@ -1,18 +1,52 @@
-"""Remedies for labels that are neither 0 nor 1."""
+"""Labels: the values of a label column as class numbers, or as numbers to predict.
+
+A column's format (`LabelFormat`) follows from the settings: classes by name or number, scores with a threshold, or
+numbers. Names that the settings do not give are the distinct values of the train split (`infer_names`).
+"""
 
 from __future__ import annotations
 
 import math
+import re
 import reprlib
+from abc import ABC, abstractmethod
+from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
+MAX_CLASSES = 1000
+"""Largest number of classes that is inferred from a column."""
+MIN_ROWS_PER_CLASS = 2
+"""Smallest mean number of rows per class that is inferred from a column of more than `FEW_CLASSES` values."""
+FEW_CLASSES = 20
+
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 _repr.maxlist = 20
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_HIDDEN = (-1, "-1")
+
+
+class LabelError(Exception):
+    """A value of a label column that cannot be read.
+
+    Args:
+        reason: what is wrong, as a clause.
+        position: of the value in the column; None: the column as a whole.
+        remedy: sentences on what to do.
+    """
+
+    def __init__(self, reason: str, position: int | None, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.position, self.remedy = reason, position, remedy
 
 
 def excerpt(value: Any) -> str:
@@ -20,31 +54,199 @@ def excerpt(value: Any) -> str:
     return _repr.repr(value)
 
 
-def advise(values: Sequence[Any], bad: int, label_names: Sequence[str], may_hide: bool) -> str:
-    """Return a sentence that explains how to turn these labels into 0 and 1; empty if there is no advice.
+class LabelFormat(ABC):
+    """The format of a label column."""
+
+    @abstractmethod
+    def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64] | NDArray[np.float64]:
+        """Return the labels of the rows: (N,) class numbers from 0, or numbers to predict.
+
+        Args:
+            values: N values of the column, as the file's format gives them.
+            column: its name, for messages.
+
+        Raises:
+            LabelError: a value is not in this format.
+        """
+
+    def is_hidden(self, values: Sequence[Any]) -> bool:
+        """Return whether all labels are hidden: -1 in every row."""
+        return all(type(value) in (str, int) and value in _HIDDEN for value in values)
+
+
+class _NumericLabels(LabelFormat):
+    """A column of numbers."""
+
+    def is_hidden(self, values: Sequence[Any]) -> bool:
+        """Return whether all labels are hidden: -1, in any spelling, in every row."""
+        with suppress(ValueError, OverflowError, TypeError):
+            return all(type(value) is not bool and float(value) == -1 for value in values)
+        return False
+
+
+@dataclass(frozen=True)
+class ClassLabels(LabelFormat):
+    """Classes by name, or by their number from 0; a column holds either names only or numbers only."""
+
+    names: Sequence[str]
+
+    def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
+        """Return the class numbers (N,)."""
+        texts = [class_text(value) for value in values]
+        numbers = {name: number for number, name in enumerate(self.names)}
+        if not set(texts) <= numbers.keys():
+            by_number = {str(number): number for number in range(len(self.names))}
+            if sum(text in by_number for text in texts) > sum(text in numbers for text in texts):
+                numbers = by_number
+        labels = [-1 if text is None else numbers.get(text, -1) for text in texts]
+        if -1 in labels:
+            self._refuse(values, labels.index(-1), column)
+        return np.array(labels, dtype=np.int64)
+
+    def _refuse(self, values: Sequence[Any], bad: int, column: str) -> NoReturn:
+        """Raise a `LabelError` for the value at a position, which is none of the classes."""
+        two = len(self.names) == 2
+        classes = " and ".join(map(excerpt, self.names)) if two else excerpt(list(self.names))
+        reason = f"label {excerpt(values[bad])} is none of the {len(self.names)} classes {classes}"
+        numbered = list(self.names) == [str(number) for number in range(len(self.names))]
+        required = "them" if numbered else "them, or their numbers from 0,"
+        remedy = f"The column that data.label_column={column} names must hold {required} in every row."
+        numbers = _distinct_numbers(values)
+        if numbers and len(numbers) > 2 and two:
+            remedy += (
+                " Numbers of more than two values become two classes by data.label_threshold, the least that counts "
+                "as the second; data.type=regression predicts the numbers."
+            )
+        else:
+            remedy += " data.label_names gives the names; null takes them from the train split."
+        raise LabelError(reason, bad, remedy)
+
+
+@dataclass(frozen=True)
+class DeclaredLabels(ClassLabels):
+    """Classes whose numbers in the column follow an order of the names that the source declares (`ClassLabel`)."""
+
+    declared: Sequence[str] = ()
+
+    def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
+        """Return the class numbers (N,) in the order of `names`."""
+        numbers = np.array([self.names.index(name) for name in self.declared])
+        return numbers[ClassLabels(self.declared).read(values, column)]
+
+
+@dataclass(frozen=True)
+class ThresholdLabels(_NumericLabels):
+    """Scores, of which those from a threshold on are class 1 of two."""
+
+    threshold: float
+
+    def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
+        """Return the class numbers (N,): 1 from the threshold on, else 0."""
+        remedy = f"data.label_threshold makes classes of numbers, which {column} must hold in every row."
+        return (read_numbers(values, remedy) >= self.threshold).astype(np.int64)
+
+
+class NumberLabels(_NumericLabels):
+    """Numbers to predict."""
+
+    def read(self, values: Sequence[Any], column: str) -> NDArray[np.float64]:
+        """Return the numbers (N,)."""
+        return read_numbers(
+            values,
+            f"data.type=regression predicts numbers, which {column} must hold in every row, with a decimal point.",
+        )
+
+
+def read_numbers(values: Sequence[Any], remedy: str) -> NDArray[np.float64]:
+    """Return values as finite numbers, (N,); texts are converted, booleans are no numbers.
+
+    Raises:
+        LabelError: a value is not one, with this remedy.
+    """
+    numbers = np.full(len(values), np.nan)
+    for i, value in enumerate(values):
+        if type(value) in (str, int, float):
+            with suppress(ValueError, OverflowError):
+                numbers[i] = float(value)
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if len(bad):
+        raise LabelError(f"label {excerpt(values[bad[0]])} is not a finite number", int(bad[0]), remedy)
+    return numbers
+
+
+def infer_names(values: Sequence[Any], column: str) -> list[str]:
+    """Return the classes of a column: its distinct values, whole numbers by size and texts alphabetically.
 
     Args:
-        values: the column; at most its first 10,000 values decide.
-        bad: the index of the first label that is neither 0 nor 1.
-        label_names: the task's names of 0 and 1.
-        may_hide: -1 may stand for a hidden label, and is then no value of its own.
+        values: the column of the train split.
+        column: its name, for messages.
+
+    Raises:
+        LabelError: a value is no class (a null, an empty text, a number with a decimal point), there is one class only,
+            or there are so many that the column is probably another one.
     """
-    label = values[bad]
-    if label in label_names:
-        pairs = " and ".join(f"{i} for {excerpt(name)}" for i, name in enumerate(label_names))
-        return f"data.label_names only names the labels 0 and 1: write {pairs} in the file."
+    counts: Counter[str] = Counter()
+    for i, value in enumerate(values):
+        text = class_text(value)
+        if text is None or not text:
+            raise LabelError(f"label {excerpt(value)} is no class", i, _no_class_remedy(value, column))
+        counts[text] += 1
+    names = sorted(counts)
+    if all(map(_WHOLE_NUMBER.fullmatch, names)):
+        names.sort(key=int)
+    elif (numbers := _distinct_numbers(names)) and len(numbers) == len(names):
+        reason = f"label {excerpt(names[0])} is a number with a decimal point, and so are others"
+        remedy = f"data.type=regression predicts numbers; data.label_threshold={numbers[-1]:g} makes two classes."
+        raise LabelError(reason, None, remedy)
+    if len(names) == 1:
+        reason = f"all {len(values):,} labels of train are {excerpt(names[0])}, and a task has at least two classes"
+        raise LabelError(reason, None, f"data.label_column={column} must name the column of the classes.")
+    few_rows = len(names) > FEW_CLASSES and len(values) < MIN_ROWS_PER_CLASS * len(names)
+    if few_rows or len(names) > MAX_CLASSES:
+        examples = ", ".join(excerpt(name) for name in names[:3])
+        reason = f"holds {len(names):,} different values in {len(values):,} rows ({examples}, …), too many for classes"
+        remedy = (
+            "Name the column of the classes; if it is this one, list the classes in data.label_names, "
+            "and if its numbers are to be predicted, give data.type=regression."
+        )
+        raise LabelError(reason, None, remedy)
+    return names
+
+
+def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of class names that differ in case or white space only."""
+    first: dict[str, str] = {}
+    pairs = []
+    for name in names:
+        key = " ".join(name.casefold().split())
+        if key in first:
+            pairs.append((first[key], name))
+        first.setdefault(key, name)
+    return pairs
+
+
+def class_text(value: Any) -> str | None:
+    """Return a value of a label column as the name of a class; None for what is no class.
+
+    Texts stay, whole numbers become their digits, and booleans `true` or `false`.
+    """
+    if type(value) is str:
+        return value
+    if type(value) is bool:
+        return "true" if value else "false"
+    return str(value) if type(value) is int and abs(value) < 10**18 else None
+
+
+def _no_class_remedy(value: Any, column: str) -> str:
+    if type(value) is float and math.isfinite(value):
+        return f"data.type=regression predicts numbers; classes in {column} are texts, whole numbers, true or false."
+    return f"{column} must hold a text, a whole number, true or false in every row."
+
+
+def _distinct_numbers(values: Sequence[Any]) -> list[float]:
+    """Return the distinct numbers of a column of numbers, ascending; empty if one of its values is no number."""
     distinct = {value: None for value in values[:10_000] if type(value) in (str, int, float, bool)}
-    if type(label) is bool:
-        return "Write 0 for false and 1 for true."
-    numbers: list[float] = []
-    with suppress(ValueError, OverflowError):
-        numbers = sorted({number for number in map(float, distinct) if not may_hide or number != -1})
-    if len(numbers) == 2 and -math.inf < numbers[0] and numbers[1] < math.inf:
-        return f"Or give data.label_threshold={numbers[1]:g}: labels are then 1 from there on, and 0 below."
-    if len(numbers) > 2:
-        return "Numbers of more than two values become 0 and 1 by data.label_threshold, the least that counts as 1."
-    if len(distinct) == 2 and type(label) is str:
-        return f"Write 0 for one and 1 for the other of {' and '.join(map(excerpt, distinct))}."
-    if len(distinct) > 2:
-        return "Tasks have two classes: keep the rows of two of the labels, or merge them into two, called 0 and 1."
-    return ""
+    try:
+        return sorted({number for number in map(float, distinct) if math.isfinite(number) and number != -1})
+    except (ValueError, OverflowError):
+        return []

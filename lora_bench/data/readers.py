@@ -10,25 +10,26 @@ from __future__ import annotations
 import csv
 import json
 import os
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.labels import advise, excerpt
+from lora_bench.data.labels import ClassLabels, LabelError, LabelFormat, excerpt, infer_names
 from lora_bench.data.lines import split_lines
 from lora_bench.errors import Code, UserError, nearest
 from lora_bench.files.paths import STREAM, is_stream, read_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-_LABELS = {"0": 0, "1": 1, 0: 0, 1: 1}
+BINARY_NUMBERS = ClassLabels(("0", "1"))
+"""The format of labels 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,19 @@ class Table:
     rows: Sequence[int]  # (N,) where each record begins, for error messages
     objects: Sequence[Mapping[str, Any]] | None = None  # (N,) of JSONL, where a row may lack a column
     arrow: Callable[[], Any] | None = None  # of Parquet: all columns as a pyarrow.Table, types included
+    declared_names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of classes, by column (`ClassLabel`)
 
     def examples(
         self,
         text_columns: Sequence[str],
         label_column: str | None,
+        label_format: LabelFormat = BINARY_NUMBERS,
         *,
         labels_may_hide: bool,
-        threshold: float | None = None,
-        label_names: Sequence[str] = (),
     ) -> Examples:
         """Check texts and labels, and return them with the ids 0 to N - 1; see `read` for the arguments and errors.
 
-        With `threshold`, labels from it on become 1, others 0; a column that is -1 throughout stays hidden.
-        `label_names`, the names of labels 0 and 1, are only used in messages. `labels` is None without `label_column`.
+        `labels` is None without `label_column`, and where they are hidden: in a column that is absent or -1 throughout.
         A table without rows is refused.
         """
         if not self.rows:
@@ -64,8 +64,20 @@ class Table:
         texts = tuple(self._texts(name) for name in text_columns)
         labels = None
         if label_column is not None:
-            labels = self._labels(label_column, labels_may_hide, threshold, label_names)
+            labels = self._labels(label_column, label_format, labels_may_hide)
         return Examples(np.arange(len(self.rows), dtype=np.int64), texts, labels)
+
+    def class_names(self, label_column: str) -> list[str]:
+        """Return the classes of the label column: those that the file's own metadata names, else its distinct values.
+
+        Raises:
+            UserError: there is no such column, or its values are no classes (`infer_names`).
+        """
+        self._require_column(label_column, "data.label_column")
+        if label_column in self.declared_names:
+            return list(self.declared_names[label_column])
+        with self._locating_errors(label_column):
+            return infer_names(self.column(label_column), label_column)
 
     def _texts(self, name: str) -> list[str]:
         """Return the N texts of a column, unaltered.
@@ -86,60 +98,36 @@ class Table:
         return values
 
     def _labels(
-        self, name: str, may_hide: bool, threshold: float | None, label_names: Sequence[str]
-    ) -> NDArray[np.int64] | None:
-        """Return the labels of a column, (N,) of 0 and 1; None if they are hidden.
+        self, name: str, label_format: LabelFormat, may_hide: bool
+    ) -> NDArray[np.int64] | NDArray[np.float64] | None:
+        """Return the labels of a column, (N,); None if they are hidden.
 
         Args:
-            name: the column; it holds integers or texts, where `True` and `1.0` are no labels.
+            name: the column.
+            label_format: of its values.
             may_hide: allow hidden labels: no such column, or -1 in every row.
-            threshold: labels are 1 where the column's number is at least this; None: the column itself holds 0 and 1.
-            label_names: names of the labels 0 and 1; used only in messages, for a column that holds names.
 
         Raises:
-            UserError: there is no such column, or a value is none of these; the row is named.
+            UserError: there is no such column, or a value is not in the format; the row is named.
         """
         if may_hide and name not in self.names:
             return None
         self._require_column(name, "data.label_column")
         values = self.column(name)
-        if threshold is not None:
-            numbers = self._numbers(name, values)
-            return None if may_hide and (numbers == -1).all() else (numbers >= threshold).astype(np.int64)
-        # Only str and int are looked up: True and 1.0 would find the 1 of a dict.
-        labels = [_LABELS.get(value) if type(value) in (str, int) else None for value in values]
-        if None not in labels:
-            return np.array(labels, dtype=np.int64)
-        if may_hide and all(type(value) in (str, int) and value in ("-1", -1) for value in values):
+        if may_hide and label_format.is_hidden(values):
             return None
-        bad = labels.index(None)
-        allowed = "0 or 1 in every row" + (", or -1 in all of them where labels are hidden" if may_hide else "")
-        raise self._error(
-            f"label {excerpt(values[bad])} is neither 0 nor 1",
-            self.rows[bad],
-            f"The column that data.label_column={name} names must hold {allowed}. "
-            + advise(values, bad, label_names, may_hide),
-        )
+        with self._locating_errors(name):
+            return label_format.read(values, name)
 
-    def _numbers(self, name: str, values: Sequence[Any]) -> NDArray[np.float64]:
-        """Return the column's values as finite numbers, (N,); texts are converted, booleans are no numbers.
-
-        Raises:
-            UserError: a value is not one; the row is named.
-        """
-        numbers = np.full(len(values), np.nan)
-        for i, value in enumerate(values):
-            if type(value) in (str, int, float):
-                with suppress(ValueError, OverflowError):
-                    numbers[i] = float(value)
-        bad = np.flatnonzero(~np.isfinite(numbers))
-        if len(bad):
-            raise self._error(
-                f"label {excerpt(values[bad[0]])} is not a number",
-                self.rows[bad[0]],
-                f"data.label_threshold makes labels of numbers, which {name} must hold in every row.",
-            )
-        return numbers
+    @contextmanager
+    def _locating_errors(self, column: str) -> Iterator[None]:
+        """Raise a `LabelError` of the context as a `UserError` that names file and row."""
+        try:
+            yield
+        except LabelError as error:
+            row = None if error.position is None else self.rows[error.position]
+            reason = error.reason if row is not None else f"column {excerpt(column)}: {error.reason}"
+            raise UserError(reason, file=self.source, row=row, remedy=error.remedy, code=Code.INVALID_DATA) from None
 
     def _require_column(self, name: str, key: str) -> None:
         """Raise a `UserError` if there is no column of this name; `key` is the config key that gives the name."""
@@ -161,7 +149,7 @@ def read(
     Args:
         path: the file; its ending says what it is.
         text_columns: columns to read, in this order. Every value must be a string; none is altered.
-        label_column: column with 0 or 1 in every row; None: labels are neither needed nor looked at.
+        label_column: column with 0 or 1 in every row; None: labels are not read.
         labels_may_hide: a test split, where the label column may be absent or -1 throughout (`labels` is then None).
 
     Raises:
@@ -426,7 +414,18 @@ def _parquet(source: str, raw: bytes) -> Table:
         except Exception as error:  # as above
             raise UserError(f"cannot be read: {_first_line(error)}", file=source, code=Code.DAMAGED) from None
 
-    return Table(source, names, column, range(1, count + 1), arrow=arrow)
+    return Table(source, names, column, range(1, count + 1), arrow=arrow, declared_names=_declared(file.schema_arrow))
+
+
+def _declared(schema: Any) -> dict[str, list[str]]:
+    """Return the class names that `datasets` noted in a Parquet file's metadata, by column; empty if there are none."""
+    try:
+        info = json.loads((schema.metadata or {})[b"huggingface"])
+        features = {name: feature for name, feature in info["info"]["features"].items() if "names" in feature}
+        names = {name: list(map(str, feature["names"])) for name, feature in features.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    return {name: of_column for name, of_column in names.items() if len(of_column) == len(set(of_column)) > 1}
 
 
 def _first_line(error: Exception) -> str:

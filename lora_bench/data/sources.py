@@ -3,53 +3,160 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_bench.config.schema import Data, FileData, HubData, ToyData
+from lora_bench.config.schema import SPLITS, Data, FileData, HubData, ToyData
 from lora_bench.data import readers, toy
+from lora_bench.data.labels import (
+    ClassLabels,
+    DeclaredLabels,
+    LabelFormat,
+    NumberLabels,
+    ThresholdLabels,
+    excerpt,
+    similar_names,
+)
 from lora_bench.data.readers import Table
-from lora_bench.errors import Code, UserError
+from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files import hub
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from lora_bench.data.examples import Examples
 
-SPLITS = ("train", "validation", "test")
 _NULLS = frozenset({"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none"})
 
 
-def load(data: Data) -> dict[str, Examples]:
+def load(data: Data) -> tuple[Data, dict[str, Examples]]:
     """Load those of the splits train, validation and test that the source has.
 
     A single local file is the test split; generated data have no test split. `labels` is None where the source hides
     them, which local files may do in the test split only.
 
+    Returns:
+        The settings with the names of the classes, and the splits. The names are `data.label_names`, or those that the
+        source declares, or the distinct labels of train (of the first split, if there is no train). The class of
+        `data.positive_label` is the second of two.
+
     Raises:
-        UserError: the source cannot be reached, is absent, or holds something other than texts and labels 0 and 1.
+        UserError: the source cannot be reached, is absent, or holds something other than texts and labels of the task.
     """
     match data:
         case HubData():
-            return _from_hub(data)
+            tables = _hub_tables(data)
         case FileData():
-            return _from_files(data)
+            tables = _file_tables(data)
         case ToyData():
             sizes = {"train": data.train_rows, "validation": data.validation_rows}
-            return {split: toy.generate(rows, data.generator_seed, split) for split, rows in sizes.items()}
-    raise TypeError(type(data).__name__)
+            splits = {split: toy.generate(rows, data.generator_seed, split) for split, rows in sizes.items()}
+            return _with_positive_last(data, data.label_names or ["0", "1"], splits)
+        case _:
+            raise TypeError(type(data).__name__)
+    from_hub = isinstance(data, HubData)
+    first = tables.get("train") or next(iter(tables.values()))
+    declared = list(first.declared_names.get(data.label_column, ()))
+    names = data.label_names
+    if data.type == "classification" and names is None:
+        names = ["0", "1"] if data.label_threshold is not None else first.class_names(data.label_column)
+    label_format = _label_format(data, names, declared)
+    splits = {
+        split: table.examples(
+            data.text_columns, data.label_column, label_format, labels_may_hide=from_hub or split == "test"
+        )
+        for split, table in tables.items()
+    }
+    return _with_positive_last(data, names, splits)
 
 
-def _from_files(data: FileData) -> dict[str, Examples]:
-    """Return the splits of a local folder, or a local file as the test split; in the test split, labels may be hidden.
+def _label_format(data: Data, names: Sequence[str] | None, declared: Sequence[str]) -> LabelFormat:
+    """Return the format of the label column.
+
+    Args:
+        data: the settings.
+        names: of the classes; None for regression.
+        declared: names of the classes that the source itself declares; empty if it declares none.
+    """
+    if data.type == "regression":
+        return NumberLabels()
+    if data.label_threshold is not None:
+        return ThresholdLabels(data.label_threshold)
+    assert names is not None
+    if declared and set(declared) == set(names) and list(declared) != list(names):
+        return DeclaredLabels(tuple(names), tuple(declared))
+    return ClassLabels(tuple(names))
+
+
+def _with_positive_last(
+    data: Data, names: list[str] | None, splits: dict[str, Examples]
+) -> tuple[Data, dict[str, Examples]]:
+    """Return settings and splits with these names, the class of `data.positive_label` as the second of two.
 
     Raises:
-        UserError: the path does not exist or has no split, or a file is not exactly in its format.
+        UserError: there is no such class, or there are more than two.
+    """
+    positive = data.positive_label
+    if positive is not None and names is not None:
+        require_one_of("data.positive_label", positive, tuple(names))
+        if len(names) > 2:
+            reason = f"says which class of two binary F1 is about, and there are {len(names)}"
+            remedy = "Leave it out: F1 is then the mean over the classes."
+            raise UserError(reason, key="data.positive_label", value=positive, remedy=remedy, code=Code.CONFLICT)
+        if positive == names[0]:
+            names = names[::-1]
+            splits = {
+                name: split if split.labels is None else replace(split, labels=1 - split.labels)
+                for name, split in splits.items()
+            }
+    return replace(data, label_names=names), splits
+
+
+def load_for_run(data: Data, run: Data, note: Callable[[str], None]) -> dict[str, Examples]:
+    """Load the splits of other data with the class numbers of a run that was trained on `run`.
+
+    Args:
+        data: settings of the data to evaluate. Without label names its labels are the names or numbers of the run's.
+        run: settings of the run's own data, with the names of its classes.
+        note: receives a sentence if classes are matched by their number.
+
+    Raises:
+        UserError: as `load`, or the number of classes differs.
+    """
+    if run.type == "regression":
+        return load(replace(data, type="regression", label_names=None, label_threshold=None, positive_label=None))[1]
+    assert run.label_names is not None
+    if data.type == "regression":
+        reason = "has numbers to predict, and the run was trained on classes"
+        raise UserError(reason, key="data", value=data.task, remedy="Evaluate it on classes.", code=Code.MISMATCH)
+    own = run.label_names
+    resolved, splits = load(replace(data, label_names=data.label_names or own, positive_label=None))
+    names = resolved.label_names
+    assert names is not None
+    if set(names) == set(own):
+        numbers = np.array([own.index(name) for name in names])
+    elif len(names) == len(own):
+        note(f"the classes {', '.join(names)} count as the run's {', '.join(own)}, in this order")
+        numbers = np.arange(len(own))
+    else:
+        reason = f"has {len(names)} classes ({excerpt(names)}), and the run was trained on {len(own)} ({excerpt(own)})"
+        raise UserError(reason, key="data.label_names", remedy="Evaluate it on data of as many.", code=Code.MISMATCH)
+    return {
+        name: split if split.labels is None else replace(split, labels=numbers[split.labels])
+        for name, split in splits.items()
+    }
+
+
+def _file_tables(data: FileData) -> dict[str, Table]:
+    """Return the files of a local folder by split, or a local file as the test split.
+
+    Raises:
+        UserError: the path does not exist or has no split, or a file cannot be read.
     """
     if os.path.isdir(data.path):
         paths = readers.find_split_files(data.path)
@@ -61,26 +168,17 @@ def _from_files(data: FileData) -> dict[str, Examples]:
         code = Code.NOT_A_FILE if is_odd else Code.NOT_FOUND
         remedy = "Give a folder with train, validation and test files, or one file."
         raise UserError(reason, key="data.path", value=data.path, remedy=remedy, code=code)
-    return {
-        split: readers.read_table(path).examples(
-            data.text_columns,
-            data.label_column,
-            labels_may_hide=split == "test",
-            threshold=data.label_threshold,
-            label_names=data.label_names,
-        )
-        for split, path in paths.items()
-    }
+    return {split: readers.read_table(path) for split, path in paths.items()}
 
 
-def _from_hub(data: HubData) -> dict[str, Examples]:
+def _hub_tables(data: HubData) -> dict[str, Table]:
     """Return those of the three splits that a data set of the hub has, downloaded or from its local cache.
 
-    In each split, labels may be hidden. Progress bars of the hub's libraries are off from then on, and so is the
-    network if the hub does not answer.
+    `data.splits` may give them other names on the hub. Progress bars of the hub's libraries are off from then on, and
+    so is the network if the hub does not answer.
 
     Raises:
-        UserError: it cannot be loaded, has none of the splits, or a value is neither a text nor a label 0 or 1.
+        UserError: it cannot be loaded, or lacks the splits.
     """
     import datasets  # late: seconds
     import huggingface_hub
@@ -95,34 +193,58 @@ def _from_hub(data: HubData) -> dict[str, Examples]:
     except Exception as error:  # a dozen unrelated types
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         remedy = (
-            "Without network use local files (data=pairs data.path=DIR) or the generator (data=toy); "
+            "Without network use local files (data=files data.path=DIR) or the generator (data=toy); "
             "with network check the name and the revision."
         )
         reason = f"{name} cannot be loaded from the hub: {reason}"
         raise UserError(reason, key="data.hub_id", value=data.hub_id, remedy=remedy, code=Code.NOT_FOUND) from None
-    present = {split: splits[split] for split in SPLITS if split in splits}
-    if not present:
+    names = data.splits or {split: split for split in SPLITS if split in splits}
+    missing = sorted(set(names.values()) - set(splits))
+    if missing or not names:
         raise UserError(
-            f"{name} has none of the splits {', '.join(SPLITS)}",
-            key="data.hub_id",
-            value=data.hub_id,
+            f"{name} has no split {', '.join(missing)}"
+            if missing
+            else f"{name} has none of the splits {', '.join(SPLITS)}",
+            key="data.splits" if data.splits else "data.hub_id",
+            value=data.splits or data.hub_id,
+            remedy=f"It has {', '.join(splits)}. Name those to use, as data.splits={{train: NAME, validation: NAME}}.",
             code=Code.NOT_FOUND,
         )
     return {
-        split: Table(
-            source=f"{name} {split}",
-            names=rows.column_names,
-            column=lambda column, rows=rows: rows[column][:],  # type: ignore[misc]
-            rows=range(1, len(rows) + 1),
-        ).examples(
-            data.text_columns,
-            data.label_column,
-            labels_may_hide=True,
-            threshold=data.label_threshold,
-            label_names=data.label_names,
-        )
-        for split, rows in present.items()
+        split: _labelled_table(splits[hub_split], f"{name} {hub_split}", data.label_column)
+        for split, hub_split in names.items()
     }
+
+
+def _labelled_table(rows: Any, source: str, label_column: str) -> Table:
+    """Return the rows of a split of the hub, without those that the hub marks as unlabelled in a column of classes.
+
+    Their label is -1, as in SNLI where the annotators have no majority. If every label is -1, the labels are hidden,
+    and all rows stay.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        source: its name in messages.
+        label_column: the column of the labels; it may be missing.
+    """
+    import datasets
+
+    kept = list(range(len(rows)))
+    if isinstance(rows.features.get(label_column), datasets.ClassLabel):
+        labelled = np.flatnonzero(np.array(rows[label_column][:]) != -1)
+        if 0 < len(labelled) < len(rows):
+            rows, kept = rows.select(labelled), labelled.tolist()
+    return Table(
+        source=source,
+        names=rows.column_names,
+        column=lambda column: rows[column][:],
+        rows=[row + 1 for row in kept],
+        declared_names={
+            column: feature.names
+            for column, feature in rows.features.items()
+            if isinstance(feature, datasets.ClassLabel)
+        },
+    )
 
 
 def reported_splits(splits: dict[str, Examples]) -> dict[str, Examples]:
@@ -131,7 +253,7 @@ def reported_splits(splits: dict[str, Examples]) -> dict[str, Examples]:
 
 
 def split_selection(train: Examples, data: Data) -> tuple[Examples, Examples]:
-    """Split train into a smaller train and a selection split, both stratified by label.
+    """Split train into a smaller train and a selection split, both stratified by class (regression: by size of number).
 
     Both depend on `split_seed` alone: the selection split is the same for every `train_size`, and a smaller train is a
     prefix of a larger one.
@@ -156,7 +278,7 @@ def split_selection(train: Examples, data: Data) -> tuple[Examples, Examples]:
         )
     # numpy promises the raw stream of PCG64 for ever, but not that of `permutation`.
     order = np.argsort(np.random.PCG64(data.split_seed).random_raw(len(train)), kind="stable")
-    order = order[np.argsort(_depths(train.labels[order]), kind="stable")]
+    order = order[np.argsort(_depths(_strata(train.labels[order])), kind="stable")]
     chosen, remaining = order[:size], order[size:]
     train_size = len(remaining) if data.train_size is None else data.train_size
     if train_size > len(remaining):
@@ -168,6 +290,15 @@ def split_selection(train: Examples, data: Data) -> tuple[Examples, Examples]:
             code=Code.INVALID_VALUE,
         )
     return train.take(remaining[:train_size]), train.take(chosen)
+
+
+def _strata(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the stratum of each row, (N,): its class, or one of 20 equally large groups of neighbouring numbers."""
+    if labels.dtype.kind != "f":
+        return labels
+    ranks = np.empty(len(labels), np.int64)
+    ranks[np.argsort(labels, kind="stable")] = np.arange(len(labels))
+    return ranks * min(20, len(labels)) // len(labels)
 
 
 def _depths(labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -182,23 +313,25 @@ def _depths(labels: NDArray[np.int64]) -> NDArray[np.float64]:
     return depths
 
 
-def inspect_splits(splits: dict[str, Examples]) -> dict[str, Any]:
+def inspect_splits(splits: dict[str, Examples], label_names: Sequence[str] | None = None) -> dict[str, Any]:
     """Return statistics of the splits, and warnings about them, for the run's record.
 
+    Args:
+        splits: by name.
+        label_names: of the classes; None if the labels are numbers.
+
     Returns:
-        `rows`, `positives` (None without labels), `empty_texts` (nothing but white space), `null_texts` (`NA`, `null`,
-        … kept as text) and `repeated` (rows whose texts stood in an earlier row), each by split; `shared` by pair of
-        splits (`train/validation`: rows of the second whose texts are in the first); and `warnings`: a sentence for
-        each split whose labels are all equal, and for each of the last four numbers that is not 0. Texts, not rows, are
+        `rows`, `positives` (of two classes), `label_counts` (by class) or `label_range` (least, mean, greatest number;
+        each None without labels), `empty_texts` (nothing but white space), `null_texts` (`NA`, `null`, … kept as text)
+        and `repeated` (rows whose texts stood in an earlier row), each by split; `shared` by pair of splits
+        (`train/validation`: rows of the second whose texts are in the first); and `warnings`. Texts, not rows, are
         counted in `empty_texts` and `null_texts`. Texts of a pair count as the same in either order.
     """
     pairs = {split: _unordered(examples.texts) for split, examples in splits.items()}
     distinct = {split: set(keys) for split, keys in pairs.items()}
     statistics: dict[str, dict[str, Any]] = {
         "rows": {split: len(examples) for split, examples in splits.items()},
-        "positives": {
-            split: None if examples.labels is None else int(examples.labels.sum()) for split, examples in splits.items()
-        },
+        **_label_statistics(splits, label_names),
         "empty_texts": {split: _count(examples, lambda text: not text.strip()) for split, examples in splits.items()},
         "null_texts": {split: _count(examples, _NULLS.__contains__) for split, examples in splits.items()},
         "repeated": {split: len(keys) - len(distinct[split]) for split, keys in pairs.items()},
@@ -206,11 +339,7 @@ def inspect_splits(splits: dict[str, Examples]) -> dict[str, Any]:
             f"{one}/{other}": sum(key in distinct[one] for key in pairs[other]) for one, other in combinations(pairs, 2)
         },
     }
-    warnings = [
-        f"{split}: all {statistics['rows'][split]} rows have label {int(positives > 0)}."
-        for split, positives in statistics["positives"].items()
-        if positives in (0, statistics["rows"][split])
-    ]
+    warnings = _label_warnings(statistics, label_names)
     descriptions = {
         "empty_texts": "empty texts",
         "null_texts": "texts such as NA or null, kept as text",
@@ -226,10 +355,63 @@ def inspect_splits(splits: dict[str, Examples]) -> dict[str, Any]:
     return {**statistics, "warnings": warnings}
 
 
+def _label_statistics(splits: dict[str, Examples], names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Return the entries of `inspect_splits` about labels."""
+    labels = {split: examples.labels for split, examples in splits.items()}
+    if names is None:
+        return {
+            "label_range": {
+                split: None if y is None else [float(y.min()), float(y.mean()), float(y.max())]
+                for split, y in labels.items()
+            }
+        }
+    counts = {
+        split: None if y is None else np.bincount(y.astype(np.int64), minlength=len(names)).tolist()
+        for split, y in labels.items()
+    }
+    positives = {split: of_split and of_split[1] for split, of_split in counts.items()}
+    return ({"positives": positives} if len(names) == 2 else {}) | {"label_counts": counts}
+
+
+def _label_warnings(statistics: dict[str, dict[str, Any]], names: Sequence[str] | None) -> list[str]:
+    """Return warnings about splits with one class or one number only, missing classes, and names that look alike."""
+    rows = statistics["rows"]
+    if names is None:
+        ranges = statistics["label_range"].items()
+        return [
+            f"{split}: all {rows[split]} rows have the number {r[0]:g}." for split, r in ranges if r and r[0] == r[2]
+        ]
+    warnings = [
+        f"the classes {excerpt(one)} and {excerpt(other)} differ in case or white space only."
+        for one, other in similar_names(names)
+    ]
+    for split, counts in statistics["label_counts"].items():
+        missing = [name for name, count in zip(names, counts or (), strict=False) if count == 0]
+        if len(missing) == len(names) - 1:
+            label = next(i for i, count in enumerate(counts) if count)
+            warnings.append(f"{split}: all {rows[split]} rows have label {names[label] if len(names) > 2 else label}.")
+        elif missing:
+            listed = ", ".join(map(excerpt, missing[:3])) + (
+                f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            )
+            consequence = {
+                "train": "The run cannot learn to predict them.",
+                "selection": "They have too few examples to be set aside too; all are in train.",
+            }.get(split, "Their metrics are not known.")
+            warnings.append(f"{split}: no example of the classes {listed}. {consequence}")
+    return warnings
+
+
 def describe_data(data: Data, splits: dict[str, Examples]) -> dict[str, Any]:
-    """Return the `data` entry of a run's record: source, SHA-256 of each split, and the keys of `inspect_splits`."""
+    """Return the `data` entry of a run's record: source, type, SHA-256 of each split, and `inspect_splits`.
+
+    Args:
+        data: settings, with the names of the classes (`load`), which are `label_names` of the entry.
+        splits: by name.
+    """
     fingerprint = {name: split.fingerprint() for name, split in splits.items()}
-    return {"source": data.source, "fingerprint": fingerprint, **inspect_splits(splits)}
+    described = {"source": data.source, "type": data.type, "label_names": data.label_names}
+    return {**described, "fingerprint": fingerprint, **inspect_splits(splits, data.label_names)}
 
 
 def unseen_rows(examples: Examples, *seen: Examples) -> NDArray[np.bool_]:

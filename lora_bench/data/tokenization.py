@@ -1,7 +1,7 @@
 """Token tables: tokenised texts in flat arrays, cached as Arrow streams under a hash of their content.
 
-The hash covers the texts, the tokenizer and the length limit, so a stale file is never read. A cached table is read
-into memory and checked there: its ids and types must be ones that the tokenizer can produce.
+The hash covers the texts, the tokenizer, the length limit and the truncation, so a stale file is never read. A cached
+table is read into memory and checked there: its ids and types must be ones that the tokenizer can produce.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.files.cache import CacheFiles, token_limit_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import BinaryIO
 
     from numpy.typing import NDArray
@@ -45,6 +45,8 @@ class PairReader(Protocol):
 
 _IDS = pa.schema([("input_ids", pa.list_(pa.int32()))])
 _TYPES = pa.field("token_type_ids", pa.list_(pa.int8()))
+_COUNTS = ("truncated", "longest", "fallback")  # of a table, in the metadata of its batch
+_OTHER_TEXT = {"first": "second", "second": "first"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class TokenTable:
     offsets: NDArray[np.int64]  # (N,)
     lengths: NDArray[np.int64]  # (N,)
     types: NDArray[np.int8] | None  # (sum of lengths,) 0 for the first text, 1 for the second; None: no difference
-    labels: NDArray[np.int64] | None  # (N,)
+    labels: NDArray[Any] | None  # (N,) class numbers, or numbers
     ids: NDArray[np.int64]  # (N,) row in the source
     truncated: int  # rows that were longer than the limit
+    longest: int = 0  # tokens of the longest row before truncation
+    fallback: int = 0  # truncated rows whose other text alone fills the limit, so that both texts lost tokens
     hidden: HiddenStates | None = None  # output of the frozen prefix for the tokens, if it is cached
     augmentation: Augmentation | None = None  # perturbation of its pairs in each epoch, if any
     head: int = 0  # index of the member's head that classifies it
@@ -92,32 +96,46 @@ def tokenize(
     backbone: PairReader,
     max_length: int,
     *,
+    truncation: str = "longest_first",
     reverse: bool = False,
     cached: bool = True,
     head: int = 0,
 ) -> TokenTable:
     """Tokenise the examples of one split.
 
-    Padding of the tokenizer is turned off for it and stays off.
+    Padding and truncation of the tokenizer are turned off for it and stay off.
 
     Args:
         examples: the split's texts and labels.
         columns: names of its text columns; T5's template shows them.
         backbone: gives the template and the tokenizer.
-        max_length: tokens per pair; longer pairs lose tokens from their longer text.
+        max_length: tokens per example.
+        truncation: where a longer example loses tokens, a value of `data.truncation`. `first` and `second` are the
+            texts as the columns have them, also with `reverse`. If the other text alone fills `max_length`, they act as
+            `longest_first`.
         reverse: tokenise the texts in reversed order; the names of the columns keep their order.
         cached: read the tokens from the cache if it has them, else write them to it.
         head: index of the member's head that classifies the rows.
 
     Raises:
-        UserError: the tokenizer fails on a text, or the cache's environment variables are invalid.
+        UserError: the tokenizer fails on a text, the cache's environment variables are invalid, or `truncation` names
+            one of two texts and the backbone reads both as one text.
     """
     texts = examples.texts[::-1] if reverse else examples.texts
     first, second = backbone.render(list(zip(columns, texts, strict=True)))
-    if cached:
-        batch = _load_or_encode(first, second, backbone.tokenizer, max_length)
-    else:
-        batch = _encode(first, second, backbone.tokenizer, max_length)
+    if truncation in _OTHER_TEXT and second is None and len(columns) > 1:
+        raise UserError(
+            "names one of two texts, and this model reads both as one text",
+            key="data.truncation",
+            value=truncation,
+            remedy="Set data.truncation to longest_first, which truncates that text at its end, or to middle.",
+            code=Code.UNSUPPORTED,
+        )
+    if reverse:
+        truncation = _OTHER_TEXT.get(truncation, truncation)
+    encode = _load_or_encode if cached else _encode
+    batch = encode(first, second, backbone.tokenizer, max_length, truncation)
+    truncated, longest, fallback = _read_counts(batch)
     tokens = batch.column("input_ids")
     offsets = tokens.offsets.to_numpy().astype(np.int64)
     types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
@@ -128,7 +146,9 @@ def tokenize(
         types=types,
         labels=examples.labels,
         ids=examples.ids,
-        truncated=int(batch.schema.metadata[b"truncated"]),
+        truncated=truncated,
+        longest=longest,
+        fallback=fallback,
         head=head,
     )
 
@@ -145,42 +165,125 @@ def scoring_table(
         both_orders: tokenise the texts in reversed order too.
     """
     table, *reversed_tables = [
-        tokenize(examples, data.text_columns, backbone, data.max_length, reverse=reverse, cached=cached, head=head)
+        tokenize(
+            examples,
+            data.text_columns,
+            backbone,
+            data.max_length,
+            truncation=data.truncation,
+            reverse=reverse,
+            cached=cached,
+            head=head,
+        )
         for reverse in ((False, True) if both_orders else (False,))
     ]
     return replace(table, reversed_view=reversed_tables[0]) if reversed_tables else table
 
 
-def _encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+def truncation_notes(tables: Mapping[str, TokenTable], data: Data) -> list[str]:
+    """Return sentences on the examples of a task that lose tokens; none if no example does.
+
+    Args:
+        tables: by split.
+        data: settings of the task.
+    """
+    notes = []
+    limit = f"data.max_length={data.max_length}"
+    if shares := [_truncated_share(split, table) for split, table in tables.items() if table.truncated]:
+        longest = max(table.longest for table in tables.values())
+        notes.append(f"{', '.join(shares)} are longer than {limit} and lose tokens; the longest has {longest:,}.")
+    if fallback := sum(table.fallback for table in tables.values()):
+        notes.append(
+            f"{fallback:,} of these examples are truncated as with data.truncation=longest_first, because their "
+            f"{_OTHER_TEXT[data.truncation]} text alone fills {limit}."
+        )
+    return notes
+
+
+def _truncated_share(split: str, table: TokenTable) -> str:
+    """Return the share of a split's examples that lose tokens, in words; their number below one per cent."""
+    percent = 100 * table.truncated / len(table)
+    share = f"{percent:.0f} %" if percent >= 1 else f"{table.truncated:,}"
+    return f"{share} of {len(table):,} examples of {split}"
+
+
+def _encode(
+    first: list[str], second: list[str] | None, tokenizer: Any, max_length: int, truncation: str
+) -> pa.RecordBatch:
     """Return the tokens of the texts, encoded in chunks: `input_ids`, and `token_type_ids` if any of them is not 0.
 
-    The metadata of the batch has the number of `truncated` pairs, which were longer than `max_length` tokens. The
-    tokenizer is left without padding and with truncation to `max_length`.
+    The metadata of the batch has the counts of `TokenTable`: `truncated`, `longest` and `fallback`. The tokenizer is
+    left without padding and truncation.
 
     Raises:
         UserError: as `_encode_chunk`.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.enable_truncation(max_length, strategy="longest_first")
+    backend.no_truncation()
     pairs = first if second is None else list(zip(first, second, strict=True))
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.int8]] = []
     lengths: list[NDArray[np.int64]] = []
-    truncated = 0
+    counts = dict.fromkeys(_COUNTS, 0)
     for i in range(0, len(pairs), CHUNK):
         encodings = _encode_chunk(backend, pairs[i : i + CHUNK])
-        lengths.append(np.array([len(encoding) for encoding in encodings]))
-        ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32))
-        types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in encodings), np.int8))
-        truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+        kept: list[Sequence[int] | None] = [None] * len(encodings)  # positions; None: all
+        for row, encoding in enumerate(encodings):
+            counts["longest"] = max(counts["longest"], len(encoding))
+            if len(encoding) > max_length:
+                kept[row], is_fallback = _kept_positions(encoding, max_length, truncation)
+                counts["truncated"] += 1
+                counts["fallback"] += is_fallback
+        rows = list(zip(encodings, kept, strict=True))
+        lengths.append(np.array([len(encoding if positions is None else positions) for encoding, positions in rows]))
+        ids.append(np.fromiter(chain.from_iterable(_take(e.ids, positions) for e, positions in rows), np.int32))
+        types.append(np.fromiter(chain.from_iterable(_take(e.type_ids, positions) for e, positions in rows), np.int8))
     offsets = pa.array(np.concatenate([[0], *lengths]).cumsum(), pa.int32())
     columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))}
     flat_types = np.concatenate(types)
     if flat_types.any():
         columns["token_type_ids"] = pa.ListArray.from_arrays(offsets, pa.array(flat_types))
     batch = pa.RecordBatch.from_pydict(columns)
-    return batch.replace_schema_metadata({"truncated": str(truncated)})
+    return batch.replace_schema_metadata({name: str(count) for name, count in counts.items()})
+
+
+def _take(values: Sequence[int], positions: Sequence[int] | None) -> Sequence[int]:
+    """Return the values at these positions; all of them if it is None."""
+    return values if positions is None else [values[position] for position in positions]
+
+
+def _kept_positions(encoding: Any, max_length: int, truncation: str) -> tuple[list[int], bool]:
+    """Return the positions of the `max_length` tokens of an example that stay, in order.
+
+    Special tokens stay. With `middle`, a truncated text keeps its beginning and its end, otherwise its beginning.
+
+    Args:
+        encoding: of an example with more tokens.
+        max_length: at least the number of special tokens.
+        truncation: a value of `data.truncation`.
+
+    Returns:
+        the positions, and True if `truncation` names a text and the other one alone leaves no room for it.
+    """
+    texts: tuple[list[int], list[int]] = [], []
+    special: list[int] = []
+    for position, text in enumerate(encoding.sequence_ids):
+        (special if text is None else texts[text]).append(position)
+    room = max_length - len(special)
+    sizes = len(texts[0]), len(texts[1])
+    named = {"first": 0, "second": 1}.get(truncation)
+    is_fallback = named is not None and sizes[1 - named] >= room
+    if named is None or is_fallback:  # equal to the tokenizers' own truncation with the strategy `longest_first`
+        shorter = min(*sizes, room // 2)
+        first = shorter if sizes[0] <= sizes[1] else room - shorter
+    else:
+        first = sizes[0] if named == 1 else room - sizes[1]
+    kept = special
+    for positions, size in zip(texts, (first, room - first), strict=True):
+        tail = size // 2 if truncation == "middle" and size < len(positions) else 0
+        kept = kept + positions[: size - tail] + positions[len(positions) - tail :]
+    return sorted(kept), is_fallback
 
 
 def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
@@ -201,7 +304,9 @@ def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
         raise UserError(reason, key="model.tokenizer", remedy=remedy, code=Code.UNSUPPORTED) from None
 
 
-def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> pa.RecordBatch:
+def _load_or_encode(
+    first: list[str], second: list[str] | None, tokenizer: Any, max_length: int, truncation: str
+) -> pa.RecordBatch:
     """Return the tokens from the cache, or encode the texts and write them to it.
 
     The cache is not used if its limit is 0, and tokens larger than the limit are not written. If a cache file is
@@ -212,13 +317,13 @@ def _load_or_encode(first: list[str], second: list[str] | None, tokenizer: Any, 
     """
     files = CacheFiles("tokens", token_limit_bytes())
     if not files.limit_bytes:
-        return _encode(first, second, tokenizer, max_length)
-    key = _key(first, second, tokenizer, max_length)
+        return _encode(first, second, tokenizer, max_length, truncation)
+    key = _key(first, second, tokenizer, max_length, truncation)
     parse = partial(_parse, rows=len(first), paired=second is not None, tokenizer=tokenizer, max_length=max_length)
     max_bytes = len(first) * (max_length * 5 + 8) + (1 << 20)  # an id, a type; two offsets; the schema
     batch = files.read(key, parse, max_bytes=max_bytes)
     if batch is None:
-        batch = _encode(first, second, tokenizer, max_length)
+        batch = _encode(first, second, tokenizer, max_length, truncation)
         if batch.nbytes <= files.limit_bytes:
             written = files.write(key, partial(_write, batch), size_bytes=batch.nbytes)
             if written:
@@ -241,17 +346,19 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
     try:
         batch = pa.ipc.open_stream(payload).read_next_batch()
         batch.validate(full=True)
-        truncated = int((batch.schema.metadata or {})[b"truncated"])
+        truncated, longest, fallback = _read_counts(batch)
     except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
         raise ValueError(f"holds no tokens: {error}") from None
-    if batch.num_rows != rows or not 0 <= truncated <= rows:
+    if batch.num_rows != rows or not 0 <= fallback <= truncated <= rows:
         raise ValueError(f"does not hold the tokens of {rows} rows")
     if batch.schema.remove_metadata() not in (_IDS, _IDS.append(_TYPES)) or any(c.null_count for c in batch.columns):
         raise ValueError("holds other columns than tokens have")
     ids, *types = [column.values for column in batch.columns]
     offsets, *type_offsets = [column.offsets.to_numpy() for column in batch.columns]
     flat = ids.null_count == 0 and offsets[0] == 0 and offsets[-1] == len(ids)
-    if not flat or np.diff(offsets).max(initial=0) > max_length or any((o != offsets).any() for o in type_offsets):
+    widest = int(np.diff(offsets).max(initial=0))
+    fits = widest == longest <= max_length if not truncated else widest == max_length < longest
+    if not flat or not fits or any((o != offsets).any() for o in type_offsets):
         raise ValueError("holds rows of other lengths than tokens have")
     backend = tokenizer.backend_tokenizer
     if _outside(ids, _highest_id(backend, ids)):
@@ -260,6 +367,16 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
     if (not types and any(empty)) or any(_outside(values, max(1, *short)) for values in types):
         raise ValueError("holds other token types than the tokenizer gives")
     return batch
+
+
+def _read_counts(batch: pa.RecordBatch) -> tuple[int, ...]:
+    """Return the counts in a batch's metadata, in the order of `_COUNTS`.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one is no whole number.
+    """
+    return tuple(int((batch.schema.metadata or {})[name.encode()]) for name in _COUNTS)
 
 
 def _outside(values: pa.Array, highest: int) -> bool:
@@ -277,8 +394,8 @@ def _highest_id(backend: Any, ids: pa.Array) -> int:
     return size - 1 if not _outside(ids, size - 1) else max(backend.get_vocab().values(), default=-1)
 
 
-def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int) -> str:
-    """Return the cache key of these tokens: 40 hexadecimal digits, a hash of the texts, the tokenizer and the limit.
+def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int, truncation: str) -> str:
+    """Return the cache key of these tokens: 40 hexadecimal digits, a hash of all that they depend on.
 
     Padding and truncation of the tokenizer are turned off for it and stay off.
     """
@@ -286,7 +403,7 @@ def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length:
     backend.no_padding()
     backend.no_truncation()  # its state is part of the text below
     version = f"{tokenizers.__version__}|{backend.encode_special_tokens}"
-    digest = sha256(f"{backend.to_str()}|{max_length}|{second is not None}|{version}".encode())
+    digest = sha256(f"{backend.to_str()}|{max_length}|{truncation}|{second is not None}|{version}".encode())
     for texts in (first, second or []):
         digest.update(f"{len(texts)}|".encode())
         for text in texts:

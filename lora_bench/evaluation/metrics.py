@@ -1,4 +1,4 @@
-"""Binary metrics from scores P(label 1): torchmetrics' where they suit, our own where they do not.
+"""Metrics from scores: torchmetrics' where they suit, our own where they do not.
 
 Three of torchmetrics' conventions do not suit: its Matthews correlation of a constant predictor is not 0, its binary
 calibration error bins P(label 1) instead of the confidence in the predicted label, and it accepts NaN scores. Those
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -31,49 +31,180 @@ if TYPE_CHECKING:
 CALIBRATION_BINS = 15
 """Bins of the expected calibration error."""
 SMALLEST = 1e-15  # a score of exactly 0 or 1 costs 34.5 nats, not infinity
-_TORCHMETRICS = {
-    "accuracy": Metric(torchmetric="BinaryAccuracy"),
-    "f1": Metric(torchmetric="BinaryF1Score"),
-    "precision": Metric(torchmetric="BinaryPrecision"),
-    "recall": Metric(torchmetric="BinaryRecall"),
-    "auroc": Metric(torchmetric="BinaryAUROC"),
+_BINARY = {
+    "accuracy": Metric(torchmetric="Accuracy"),
+    "f1": Metric(torchmetric="F1Score"),
+    "precision": Metric(torchmetric="Precision"),
+    "recall": Metric(torchmetric="Recall"),
+    "auroc": Metric(torchmetric="AUROC"),
+}
+_MULTICLASS = {
+    "accuracy": Metric(torchmetric="Accuracy", args={"average": "micro"}),
+    "macro_f1": Metric(torchmetric="F1Score", args={"average": "macro"}),
+    "weighted_f1": Metric(torchmetric="F1Score", args={"average": "weighted"}),
 }
 
+Labels: TypeAlias = "NDArray[Any]"
+"""(N,) class numbers, or numbers to predict."""
 
-def score(
-    scores: NDArray[np.float64], labels: NDArray[np.int64], extra: Mapping[str, Metric]
-) -> dict[str, float | None]:
+
+def form_of(scores: NDArray[np.float64], labels: Labels) -> str:
+    """Return the form of a task, a key of `SHOWN_METRICS`, from its scores, (N,) or (N, C), and labels (N,)."""
+    if labels.dtype.kind == "f":
+        return "regression"
+    return "binary" if scores.ndim == 1 else "multiclass"
+
+
+def score(scores: NDArray[np.float64], labels: Labels, extra: Mapping[str, Metric]) -> dict[str, float | None]:
     """Return all metrics of one split.
 
     Args:
-        scores: (N,) P(label 1).
-        labels: (N,) 0 or 1.
+        scores: for two classes (N,) P(label 1); for more (N, C), a probability of each; in regression (N,) numbers.
+        labels: (N,) class numbers from 0; in regression numbers.
         extra: metrics to add to the standard ones, by the name to report.
 
     Returns:
-        accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier and the extra ones. Label 1 is predicted from a
-        score of `DEFAULT_THRESHOLD` on. If only one label occurs, auroc is None, and so is an extra metric without a
-        value.
+        For two classes accuracy, f1, mcc, precision, recall, auroc, nll, ece, brier; label 1 is predicted from a score
+        of `DEFAULT_THRESHOLD` on. For more classes accuracy, macro_f1, weighted_f1, mcc, auroc, nll, ece, brier; the
+        most probable class is predicted. For numbers pearson, spearman, mse, mae, r2. Then the extra ones. auroc is
+        None if only one class occurs, and an extra metric is None without a value.
 
     Raises:
         DivergedError: a score is not a finite number.
         UserError: an installed metric fails.
     """
     require_finite(scores)
-    predicted = scores >= DEFAULT_THRESHOLD
+    form = form_of(scores, labels)
+    if form == "regression":
+        values: dict[str, float | None] = dict(regression_metrics(scores, labels))
+    else:
+        values = _binary_metrics(scores, labels) if form == "binary" else _multiclass_metrics(scores, labels)
+    for name, metric in extra.items():
+        values[name] = compute_extra_metric(metric, f"metric.{name}", scores, labels)
+    return values
+
+
+def _binary_metrics(scores: NDArray[np.float64], labels: Labels) -> dict[str, float | None]:
+    """Return the standard metrics of two classes."""
     import torch  # late: a bad record is refused without it
 
     p, y = torch.from_numpy(scores), torch.from_numpy(labels)
-    values = {name: _value(_make_metric(metric), p, y) for name, metric in _TORCHMETRICS.items()}
+    values = {name: _value(_make_metric(metric, "binary"), p, y) for name, metric in _BINARY.items()}
     if labels.min() == labels.max():
         values["auroc"] = None
-    values["mcc"] = float(compute_metric(confusion_counts(labels, predicted)))
+    values["mcc"] = float(compute_metric(confusion_counts(labels, scores >= DEFAULT_THRESHOLD)))
     likelihood = np.where(labels == 1, scores, 1 - scores)
     values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
     values["brier"] = float(((scores - labels) ** 2).mean())
     values["ece"] = expected_calibration_error(scores, labels)
-    for name, metric in extra.items():
-        values[name] = compute_extra_metric(metric, f"metric.{name}", scores, labels)
+    return values
+
+
+def _multiclass_metrics(scores: NDArray[np.float64], labels: Labels) -> dict[str, float | None]:
+    """Return the standard metrics of more than two classes, with scores (N, C).
+
+    MCC is Gorodkin's R_K (2004, eq. 8); the Brier score is Brier's own (1950), the sum over classes, up to 2.
+    """
+    import torch  # late, as above
+
+    N, C = scores.shape
+    p, y = torch.from_numpy(scores), torch.from_numpy(labels)
+    values = {name: _value(_make_metric(metric, "multiclass", C), p, y) for name, metric in _MULTICLASS.items()}
+    values["mcc"] = multiclass_mcc(labels, predict_labels(scores), C)
+    values["auroc"] = macro_auroc(scores, labels)
+    likelihood = scores[np.arange(N), labels]
+    values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
+    values["brier"] = float(((scores - np.eye(C)[labels]) ** 2).sum(1).mean())
+    values["ece"] = expected_calibration_error(scores, labels)
+    return values
+
+
+def predict_labels(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the predicted classes (...): of scores (..., N) of two classes, or the most probable of (..., N, C).
+
+    A split has one or two dimensions; a leading dimension of members is not allowed here.
+    """
+    return scores.argmax(-1) if scores.ndim > 1 else (scores >= DEFAULT_THRESHOLD).astype(np.int64)
+
+
+def multiclass_mcc(labels: Labels, predicted: NDArray[np.int64], classes: int) -> float:
+    """Return Gorodkin's R_K (2004, eq. 8) of (N,) labels and predictions; 0 if only one class occurs in either."""
+    counts = np.bincount(labels.astype(np.int64) * classes + predicted, minlength=classes * classes)
+    table = counts.reshape(classes, classes).astype(float)  # label, prediction
+    of_label, of_prediction, n = table.sum(1), table.sum(0), float(len(labels))
+    covariance = np.trace(table) * n - of_label @ of_prediction
+    spread = (n**2 - of_label @ of_label) * (n**2 - of_prediction @ of_prediction)
+    return float(covariance / math.sqrt(spread)) if spread > 0 else 0.0
+
+
+def macro_auroc(scores: NDArray[np.float64], labels: Labels) -> float | None:
+    """Return the mean area under the ROC curve of each class against the rest, over the classes that occur.
+
+    Each area is the probability that a row of the class has a higher score than another row (Mann and Whitney 1947); of
+    equal scores half counts.
+
+    Args:
+        scores: (N, C).
+        labels: (N,).
+
+    Returns:
+        None if only one class occurs.
+    """
+    from scipy.stats import rankdata
+
+    areas = []
+    for c in np.unique(labels):
+        of_class = labels == c
+        n, rest = int(of_class.sum()), int((~of_class).sum())
+        if n and rest:
+            ranks = rankdata(scores[:, c])
+            areas.append((ranks[of_class].sum() - n * (n + 1) / 2) / (n * rest))
+    return float(np.mean(areas)) if areas else None
+
+
+def regression_metrics(scores: NDArray[np.float64], labels: Labels) -> dict[str, float]:
+    """Return pearson, spearman, mse, mae and r2 of predicted numbers (N,) for (N,) labels.
+
+    A correlation is 0 if all predictions or all labels are equal, and so is r2 if all labels are.
+    """
+    from scipy.stats import rankdata
+
+    errors, spread = scores - labels, float(((labels - labels.mean()) ** 2).sum())
+    return {
+        "pearson": _correlation(scores, labels),
+        "spearman": _correlation(rankdata(scores), rankdata(labels)),
+        "mse": float((errors**2).mean()),
+        "mae": float(np.abs(errors).mean()),
+        "r2": 1 - float((errors**2).sum()) / spread if spread > 0 else 0.0,
+    }
+
+
+def _correlation(x: NDArray[np.float64], y: Labels) -> float:
+    """Return the correlation coefficient of two arrays (N,); 0 if one is constant."""
+    a, b = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(np.clip(a @ b / scale, -1, 1)) if scale > 1e-12 * len(x) else 0.0
+
+
+def class_metrics(scores: NDArray[np.float64], labels: Labels, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return precision, recall, F1 and number of rows (`support`) of each class by its name; 0 / 0 gives 0.
+
+    Args:
+        scores: (N,) of two classes, or (N, C).
+        labels: (N,).
+        names: of the C classes.
+    """
+    predicted = predict_labels(scores)
+    values = {}
+    for c, name in enumerate(names):
+        hits = float(((predicted == c) & (labels == c)).sum())
+        n_predicted, support = float((predicted == c).sum()), float((labels == c).sum())
+        values[name] = {
+            "precision": hits / n_predicted if n_predicted else 0.0,
+            "recall": hits / support if support else 0.0,
+            "f1": 2 * hits / (n_predicted + support) if n_predicted + support else 0.0,
+            "support": int(support),
+        }
     return values
 
 
@@ -100,66 +231,83 @@ def require_finite(scores: NDArray[np.float64]) -> None:
         raise DivergedError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite numbers")
 
 
-def expected_calibration_error(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+def expected_calibration_error(scores: NDArray[np.float64], labels: Labels) -> float:
     """Return the ECE: over equal-width bins of the confidence in the predicted label (Guo et al. 2017, eq. 3).
 
-    The CALIBRATION_BINS bins divide [0, 1], so that confidences, at least 0.5, fall into the upper half of them.
+    The CALIBRATION_BINS bins divide [0, 1]; of two classes confidences, at least 0.5, fall into the upper half of them.
 
     Args:
-        scores: (N,) P(label 1).
-        labels: (N,) 0 or 1.
+        scores: (N,) P(label 1), or (N, C).
+        labels: (N,) class numbers.
     """
-    confidence = np.maximum(scores, 1 - scores)
-    correct = (scores >= DEFAULT_THRESHOLD) == (labels == 1)
+    confidence = scores.max(-1) if scores.ndim > 1 else np.maximum(scores, 1 - scores)
+    correct = predict_labels(scores) == labels
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(scores))
 
 
-def check_metrics(extra: Mapping[str, Metric]) -> None:
+def check_metrics(extra: Mapping[str, Metric], form: str = "binary", classes: int = 2) -> None:
     """Refuse extra metrics that do not exist, or that are not a single number, before training begins.
 
+    Args:
+        extra: by name.
+        form: of the task, a key of `SHOWN_METRICS`.
+        classes: number of classes.
+
     Raises:
-        UserError: a metric is neither a binary metric of torchmetrics.classification nor an installed function, or its
-            arguments are wrong; its key is named.
+        UserError: a metric is neither one of torchmetrics for this form nor an installed function, or its arguments are
+            wrong; its key is named.
     """
     for name, metric in extra.items():
         key = f"metric.{name}"
         if metric.torchmetric is not None:
-            _check_torchmetric(metric, key)
+            _check_torchmetric(metric, key, form, classes)
         else:
-            _check_function(metric, key)
+            _check_function(metric, key, form, classes)
 
 
-def _check_torchmetric(metric: Metric, key: str) -> None:
+def _probe(form: str, classes: int) -> tuple[NDArray[np.float64], Labels]:
+    """Return scores and labels of a task of this form, to try a metric on."""
+    if form == "regression":
+        return np.array([0.2, 0.8, 0.5]), np.array([0.1, 0.9, 0.3])
+    if form == "binary":
+        return np.array([0.2, 0.8]), np.array([0, 1])
+    labels = np.arange(classes)
+    return 0.5 * np.eye(classes) + 0.5 / classes, labels
+
+
+def _check_torchmetric(metric: Metric, key: str, form: str, classes: int) -> None:
     """Refuse a class that torchmetrics does not have, wrong arguments, and a value that is not a single number."""
     import torch
 
-    metric_class = _metric_class(str(metric.torchmetric))
+    metric_class = _metric_class(str(metric.torchmetric), form)
     if metric_class is None:
         raise UserError(
-            "is no binary metric of torchmetrics.classification",
+            f"is no {form} metric of torchmetrics",
             key=f"{key}.torchmetric",
             value=metric.torchmetric,
-            remedy=nearest(str(metric.torchmetric), _metric_classes()),
+            remedy=nearest(str(metric.torchmetric), _metric_classes(form)),
             code=Code.UNKNOWN_CHOICE,
         )
-    _check_arguments(metric_class.__init__, metric.args, f"{metric_class.__name__} of torchmetrics", key)
+    needs_classes = form == "multiclass" and "num_classes" in signature(metric_class.__init__).parameters
+    arguments = ({"num_classes": classes} if needs_classes else {}) | metric.args
+    _check_arguments(metric_class.__init__, arguments, f"{metric_class.__name__} of torchmetrics", key)
     try:
-        made = _make_metric(metric)
+        made = _make_metric(metric, form, classes)
     except (TypeError, ValueError) as error:
         reason = f"are refused by {metric_class.__name__} of torchmetrics: {str(error).rstrip('.')}"
         raise UserError(reason, key=f"{key}.args", value=_listed(metric.args), code=Code.INVALID_VALUE) from None
     try:
-        _value(made, torch.tensor([0.2, 0.8], dtype=torch.float64), torch.tensor([0, 1]))
+        _value(made, *map(torch.from_numpy, _probe(form, classes)))
     except (TypeError, ValueError, RuntimeError):
         reason = "is not a single number"
-        remedy = "Take one such as BinarySpecificity or BinaryAveragePrecision."
+        remedy = f"Take one such as {_EXAMPLES[form]}."
         key = f"{key}.torchmetric"
         raise UserError(reason, key=key, value=metric.torchmetric, remedy=remedy, code=Code.UNSUPPORTED) from None
 
 
-def _check_function(metric: Metric, key: str) -> None:
+def _check_function(metric: Metric, key: str, form: str, classes: int) -> None:
     """Refuse a function that no distribution registers, wrong arguments, and a function that gives no number."""
     function, distribution = _registered_function(str(metric.function), f"{key}.function")
     try:
@@ -167,7 +315,7 @@ def _check_function(metric: Metric, key: str) -> None:
     except (TypeError, ValueError):
         raise unusable(distribution, "has no signature", f"{key}.function", str(metric.function)) from None
     _check_arguments(function, metric.args, f"{metric.function} of {distribution}", key, given=2)
-    _call(metric, key, np.array([0.2, 0.8]), np.array([0, 1]))
+    _call(metric, key, *_probe(form, classes))
 
 
 def _check_arguments(
@@ -209,16 +357,14 @@ def _listed(arguments: Mapping[str, Any]) -> str:
     return f"{{{', '.join(f'{name}: {value}' for name, value in arguments.items())}}}"
 
 
-def compute_extra_metric(
-    metric: Metric, key: str, scores: NDArray[np.float64], labels: NDArray[np.int64]
-) -> float | None:
+def compute_extra_metric(metric: Metric, key: str, scores: NDArray[np.float64], labels: Labels) -> float | None:
     """Return the value of an extra metric; None if it is not a finite number.
 
     Args:
         metric: its settings.
         key: of the metric, for messages.
-        scores: (N,) P(label 1).
-        labels: (N,) 0 or 1.
+        scores: (N,) or (N, C), see `score`.
+        labels: (N,).
 
     Raises:
         UserError: an installed function fails or returns no number.
@@ -227,10 +373,11 @@ def compute_extra_metric(
         return _call(metric, key, scores, labels)
     import torch
 
-    return _value(_make_metric(metric), torch.from_numpy(scores), torch.from_numpy(labels))
+    form, classes = form_of(scores, labels), scores.shape[-1] if scores.ndim > 1 else 2
+    return _value(_make_metric(metric, form, classes), torch.from_numpy(scores), torch.from_numpy(labels))
 
 
-def _call(metric: Metric, key: str, scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float | None:
+def _call(metric: Metric, key: str, scores: NDArray[np.float64], labels: Labels) -> float | None:
     """Return the value of an installed function; None if it is not finite.
 
     Raises:
@@ -264,32 +411,48 @@ def _registered_function(name: str, key: str) -> tuple[Callable[..., Any], str]:
     return loaded, distribution
 
 
-def _metric_classes() -> dict[str, type[torchmetrics.Metric]]:
-    """Return the binary metrics of torchmetrics.classification by the names of their classes."""
+_PREFIXES = {"binary": "Binary", "multiclass": "Multiclass", "regression": ""}
+"""What the names of torchmetrics' classes begin with, by form of task."""
+_EXAMPLES = {
+    "binary": "Specificity or AveragePrecision",
+    "multiclass": "Specificity or AveragePrecision",
+    "regression": "MeanAbsolutePercentageError or KendallRankCorrCoef",
+}
+
+
+def _metric_classes(form: str) -> dict[str, type[torchmetrics.Metric]]:
+    """Return the metrics of torchmetrics for a form of task by the names of their classes."""
     import torchmetrics
 
-    classes = vars(torchmetrics.classification).items()
-    return {name: cls for name, cls in classes if name.startswith("Binary") and issubclass(cls, torchmetrics.Metric)}
+    module = torchmetrics.regression if form == "regression" else torchmetrics.classification
+    prefix = _PREFIXES[form]
+    return {
+        name: cls
+        for name, cls in vars(module).items()
+        if name.startswith(prefix) and isinstance(cls, type) and issubclass(cls, torchmetrics.Metric)
+    }
 
 
-def _metric_class(name: str) -> type[torchmetrics.Metric] | None:
-    """Return the class of this name, with or without the prefix `Binary`; None if there is none."""
-    classes = _metric_classes()
-    return classes.get(name) or classes.get(f"Binary{name}")
+def _metric_class(name: str, form: str) -> type[torchmetrics.Metric] | None:
+    """Return the class of this name for a form of task, with any or no prefix of a form; None if there is none."""
+    stem = name.removeprefix("Binary").removeprefix("Multiclass")
+    return _metric_classes(form).get(_PREFIXES[form] + stem)
 
 
-def _make_metric(metric: Metric) -> torchmetrics.Metric:
+def _make_metric(metric: Metric, form: str, classes: int = 2) -> torchmetrics.Metric:
     """Return a new object of the metric's class, which exists, with its arguments.
 
     An integer is converted where the class takes a float. A score that equals the threshold counts as label 1.
     """
-    metric_class = _metric_class(str(metric.torchmetric))
+    metric_class = _metric_class(str(metric.torchmetric), form)
     assert metric_class is not None
     parameters = signature(metric_class.__init__).parameters
     floats = {name for name, parameter in parameters.items() if parameter.annotation in (float, "float")}
     arguments = {name: float(x) if name in floats and type(x) is int else x for name, x in metric.args.items()}
+    if form == "multiclass" and "num_classes" in parameters:
+        arguments = {"num_classes": classes} | arguments
     made = metric_class(**arguments)
-    if hasattr(made, "threshold"):
+    if form == "binary" and hasattr(made, "threshold"):
         made.threshold = math.nextafter(arguments.get("threshold", DEFAULT_THRESHOLD), 0.0)
     return made
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_bench.data import sources
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import choose_transforms, perturb
+from lora_bench.data.perturb import choose_transforms, may_be_binary, perturb
 from lora_bench.evaluation.metrics import score
 from lora_bench.evaluation.robustness import Trial, robustness
 
@@ -28,11 +28,12 @@ def resolve_transforms(data: Data) -> list[Transform]:
     """Return the transforms that `data.perturb` names; none if it is null.
 
     Raises:
-        UserError: a name is unknown, or a transform does not suit the task or its number of texts.
+        UserError: a name is unknown, or a transform does not suit the relation of the texts or their number.
     """
     if data.perturb is None:
         return []
-    return choose_transforms(data.perturb, data.task, len(data.text_columns), "data.perturb")
+    texts = len(data.text_columns)
+    return choose_transforms(data.perturb, data.relation, texts, "data.perturb", binary=may_be_binary(data))
 
 
 def score_stress_splits(
@@ -50,8 +51,8 @@ def score_stress_splits(
     Args:
         data: the settings.
         split: N labelled examples.
-        scores: (N,) P(label 1) of them.
-        score_examples: returns P(label 1) of other examples.
+        scores: of them: (N,) P(label 1) or predicted numbers, or (N, C) probabilities of more than two classes.
+        score_examples: returns the scores of other examples.
         seen: the examples of training and selection, used if `data.unseen` is true.
         metrics: extra metrics, reported for the unseen rows only.
         log: receives a line per transform, since perturbing may take minutes.
@@ -71,7 +72,8 @@ def score_stress_splits(
             metrics_of_unseen = score(scores[rows], split.labels[rows], metrics)
             values |= {f"unseen/{name}": value for name, value in metrics_of_unseen.items()}
     if transforms := resolve_transforms(data):
-        values |= robustness(scores, split.labels, list(_trials(data, split, transforms, score_examples, log)))
+        trials = list(_trials(data, split, transforms, score_examples, log))
+        values |= robustness(scores, split.labels, trials)
     return values
 
 
@@ -79,6 +81,9 @@ def describe_stress_splits(data: Data, splits: Mapping[str, Examples], seen: Seq
     """Return the section of a record about stress splits: `unseen` rows by split, and the `perturb` settings.
 
     Each of the two keys is absent if the settings do not request it.
+
+    Raises:
+        UserError: as `resolve_transforms`.
     """
     description: dict[str, object] = {}
     if data.unseen:
@@ -109,17 +114,16 @@ def _trials(
 
 
 def _scores(perturbed_by_seed: Sequence[PerturbedRows], score_examples: Scorer) -> list[NDArray[np.float64]]:
-    """Return (M,) scores for each seed's perturbed rows. Texts that several seeds produce are scored once.
+    """Return the scores, (M,) or (M, C), of each seed's perturbed rows. Texts that several seeds give are scored once.
 
     Args:
         perturbed_by_seed: M rows for each seed, M may differ and be 0.
         score_examples: called once with all different rows, without labels; not called if there are none.
     """
     texts = [list(zip(*perturbed.examples.texts, strict=True)) for perturbed in perturbed_by_seed]
-    distinct_texts = list(dict.fromkeys(row for rows in texts for row in rows))
-    if not distinct_texts:
+    numbers = {row: number for number, row in enumerate(dict.fromkeys(row for rows in texts for row in rows))}
+    if not numbers:
         return [np.empty(0) for _ in perturbed_by_seed]
-    columns = tuple(list(column) for column in zip(*distinct_texts, strict=True))
-    scores = score_examples(Examples(np.arange(len(distinct_texts)), columns, None))
-    score_by_row = dict(zip(distinct_texts, scores.tolist(), strict=True))
-    return [np.array([score_by_row[row] for row in rows]) for rows in texts]
+    columns = tuple(list(column) for column in zip(*numbers, strict=True))
+    scores = score_examples(Examples(np.arange(len(numbers)), columns, None))
+    return [scores[np.array([numbers[row] for row in rows], np.int64)] for rows in texts]

@@ -3,10 +3,12 @@
     u, v = mean token vectors of the first and the second text (special tokens too) in the last layer, at length 1
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
 
+With more classes each has its own w and b, and s is added to its logit; with a number to predict, s is added to it.
+
 Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT
 (Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. They are
-initialised as the logistic regression of the label on the cosine u · v over a few training batches: equal weights of
-the products.
+initialised as the logistic regression of the label (of each class against the rest; the linear regression of a number)
+on the cosine u · v over a few training batches: equal weights of the products.
 """
 
 from __future__ import annotations
@@ -29,30 +31,42 @@ class PairFeatures(nn.Module):
     Args:
         hidden_size: D.
         device: of the backbone.
+        outputs: C, the number of logits.
     """
 
-    def __init__(self, hidden_size: int, device: torch.device) -> None:
+    def __init__(self, hidden_size: int, device: torch.device, outputs: int = 2) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2 * hidden_size, device=device))
-        self.bias = nn.Parameter(torch.zeros(1, device=device))
+        self.outputs = outputs
+        shape = (2 * hidden_size,) if outputs <= 2 else (outputs, 2 * hidden_size)
+        self.weight = nn.Parameter(torch.zeros(shape, device=device))
+        self.bias = nn.Parameter(torch.zeros(outputs if outputs > 2 else 1, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the part of the two logits, (…, 2), that features (…, 2 D) give."""
+        """Return the part of the logits, (…, C), that features (…, 2 D) give."""
+        if self.outputs > 2:
+            return F.linear(features, self.weight, self.bias)  # (…, C)
         s = features @ self.weight + self.bias  # (…,)
-        return torch.stack([-s, s], -1)
+        return torch.stack([-s, s], -1) if self.outputs == 2 else s[..., None]
 
     @torch.no_grad()
     def initialise(self, features: Tensor, labels: Tensor) -> None:
-        """Initialise as the logistic regression of labels (N,) on the cosines that features (N, 2 D) hold.
+        """Initialise as the regression of labels (N,) on the cosines that features (N, 2 D) hold.
 
         It sets equal weights of the D products, and the bias. The weights of the differences stay as they are, 0 at
         first.
         """
-        D = len(self.weight) // 2
+        D = self.weight.shape[-1] // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
-        slope, intercept = fit_logistic_regression(cosines, labels)
-        self.weight[:D] = slope / 2 / D
-        self.bias.fill_(intercept / 2)
+        if self.outputs > 2:
+            for c in range(self.outputs):
+                slope, intercept = fit_logistic_regression(cosines, labels == c)
+                self.weight[c, :D] = slope / D
+                self.bias[c] = intercept
+            return
+        fit, scale = (fit_logistic_regression, 2) if self.outputs == 2 else (fit_linear_regression, 1)
+        slope, intercept = fit(cosines, labels)
+        self.weight[:D] = slope / scale / D
+        self.bias.fill_(intercept / scale)
 
 
 def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -86,3 +100,11 @@ def fit_logistic_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
         hessian = (X * (p * (1 - p)).clamp_min(1e-6)[:, None]).T @ X + ridge
         beta = beta + torch.linalg.solve(hessian, X.T @ (y - p) - ridge @ beta)
     return float(beta[0]), float(beta[1])
+
+
+def fit_linear_regression(x: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return slope and intercept of the least squares of numbers (N,) on x (N,), with a ridge penalty on the slope."""
+    y = labels.to(x.dtype)
+    centred = x - x.mean()
+    slope = float((centred * y).sum() / (centred.square().sum() + RIDGE * len(x)))
+    return slope, float(y.mean() - slope * x.mean())

@@ -1,4 +1,4 @@
-"""Parsing of a server's reply, and of a model's answer into P(label 1)."""
+"""Parsing of a server's reply, and of a model's answer into the probability of each class, or a number."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.files import untrusted
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lora_bench.llm.settings import LLM
 
 READINGS = ("probabilities", "text", "refused", "unparsable")
-"""Sources of a label: log-probabilities, the text, or none (a refusal or another text)."""
+"""Sources of a label: probabilities (of tokens, or in JSON), the text, or none (a refusal or another text)."""
 _AROUND = re.compile(r"^[\W_]+|[\W_]+$")
+_SEPARATORS = re.compile(r"[\s_-]+")
+_NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?(?!\.?\w)")
+_MAX_CHARACTERS = 20_000
+"""Of an answer, what is parsed."""
 _MAX_POSITIONS = 4  # tokens: white space or a quotation mark may come before the answer
 
 
@@ -160,61 +166,113 @@ def _logprob(token: Any) -> float:
     return max(float(value), -1e30) if value != -math.inf else -math.inf
 
 
-def read_label(answer: Answer, words: Sequence[str]) -> tuple[float | None, str]:
-    """Return P(label 1) of an answer, and the source of it (`READINGS`).
+def read_label(answer: Answer, words: Sequence[str]) -> tuple[list[float] | None, str]:
+    """Return the probability of each class by an answer, (C,), and the source of it (`READINGS`).
 
-    From log-probabilities it is p1 / (p0 + p1), with p the sum over the tokens with which a word can begin. A label
-    without a listed token gets its upper bound: the smallest listed probability, or 1 minus their sum. Without usable
-    log-probabilities it is 0 or 1 from the text, if that is one of the two words apart from case and punctuation around
-    it. None if the model refused, or the answer is not a label.
+    A JSON object gives the probability of every word, divided by their sum, or in its only member one of the words.
+    From log-probabilities the probability of a class is the share of the tokens with which only its word can begin. The
+    classes without a listed token get their upper bound: the smallest listed probability, or an equal part of 1 minus
+    their sum. Without usable log-probabilities it is 1 for the word that is the text, apart from case, punctuation
+    around it and the separators in it. None if the model refused, or the answer is no class.
 
     Args:
         answer: of the model.
-        words: for label 0 and label 1.
+        words: for the classes 0, 1, …, as `normalise` tells them apart.
     """
     if answer.refused:
         return None, "refused"
-    score = _from_tokens(answer.tokens, words)
-    if score is not None:
-        return score, "probabilities"
-    text = _normalise(answer.text or "")
-    for label, word in enumerate(words):
-        if text == _normalise(word):
-            return float(label), "text"
-    return None, "unparsable"
+    normalised = [normalise(word) for word in words]
+    text = (answer.text or "")[:_MAX_CHARACTERS]
+    members = _json_members(text)
+    if members is not None:
+        probabilities = _from_members(members, normalised)
+        if probabilities is not None:
+            return probabilities, "probabilities"
+        text = str(next(iter(members.values()))) if len(members) == 1 else ""
+    else:
+        probabilities = _from_tokens(answer.tokens, normalised)
+        if probabilities is not None:
+            return probabilities, "probabilities"
+    text = normalise(text)
+    if text not in normalised:
+        return None, "unparsable"
+    return [float(word == text) for word in normalised], "text"
 
 
-def _normalise(text: str) -> str:
-    """Return a text in lower case, without the punctuation and white space around it."""
-    return _AROUND.sub("", text).casefold()
+def read_number(answer: Answer) -> tuple[float | None, str]:
+    """Return the number in an answer, and the source of it (`READINGS`).
+
+    It is the only number in the text, whatever its size. None if the model refused, or there is not exactly one.
+    """
+    if answer.refused:
+        return None, "refused"
+    numbers = _NUMBER.findall((answer.text or "")[:_MAX_CHARACTERS])
+    if len(numbers) != 1 or not math.isfinite(float(numbers[0])):
+        return None, "unparsable"
+    return float(numbers[0]), "text"
 
 
-def _from_tokens(positions: Sequence[Sequence[tuple[str, float]]], words: Sequence[str]) -> float | None:
-    """Return P(label 1) from log-probabilities, as `read_label` defines it.
+def normalise(text: str) -> str:
+    """Return a text in lower case, without punctuation and white space around it, and with one space for `_` or `-`."""
+    return _SEPARATORS.sub(" ", _AROUND.sub("", text)).casefold()
+
+
+def _json_members(text: str) -> dict[str, Any] | None:
+    """Return the members of the JSON object that is the text, also in a code block; None if it is something else."""
+    text = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
+    if not text.startswith("{"):
+        return None
+    try:
+        members = untrusted.parse_json(text)
+    except ValueError:
+        return None
+    return members if isinstance(members, dict) else None
+
+
+def _from_members(members: Mapping[str, Any], words: Sequence[str]) -> list[float] | None:
+    """Return the probability of each word from a JSON object that gives all of them; None if it is another object."""
+    values = {normalise(name): value for name, value in members.items()}
+    if len(values) != len(members) or values.keys() != set(words):
+        return None
+    numbers = [value for value in values.values() if type(value) in (int, float) and 0 <= value < math.inf]
+    total = sum(numbers)
+    if len(numbers) < len(words) or not 0 < total < math.inf:
+        return None
+    return [values[word] / total for word in words]
+
+
+def _from_tokens(positions: Sequence[Sequence[tuple[str, float]]], words: Sequence[str]) -> list[float] | None:
+    """Return the probability of each word from log-probabilities, as `read_label` defines it.
 
     It is read at the first position whose likeliest token is more than punctuation or white space. None if there is no
-    such position, it has fewer than two tokens, or none of them begins exactly one of the words.
+    such position, it has fewer than two tokens, none of them begins exactly one of the words, or the likeliest one
+    begins several.
+
+    Args:
+        positions: tokens with log-probabilities.
+        words: normalised.
     """
-    zero, one = map(_normalise, words)
     for candidates in positions:
         if len(candidates) < 2:
             return None
-        if not _normalise(max(candidates, key=lambda candidate: candidate[1])[0]):
+        first = normalise(max(candidates, key=lambda candidate: candidate[1])[0])
+        if not first:
             continue
-        masses = {0: 0.0, 1: 0.0}
+        masses = [0.0] * len(words)
         for token, logprob in candidates:
-            begins = [_begins(_normalise(token), word) for word in (zero, one)]
-            if begins in ([True, False], [False, True]):
-                masses[begins.index(True)] += math.exp(min(logprob, 0.0))
-        if not any(masses.values()):
+            begun = _begun(normalise(token), words)
+            if len(begun) == 1:
+                masses[begun[0]] += math.exp(min(logprob, 0.0))
+        if not any(masses) or len(_begun(first, words)) > 1:
             return None
         probabilities = [math.exp(min(logprob, 0.0)) for _, logprob in candidates]
-        upper_bound = min(*probabilities, max(0.0, 1 - sum(probabilities)))
-        zero_mass, one_mass = (mass or upper_bound for mass in masses.values())
-        return one_mass / (zero_mass + one_mass)
+        upper_bound = min(*probabilities, max(0.0, 1 - sum(probabilities)) / max(1, masses.count(0.0)))
+        masses = [mass or upper_bound for mass in masses]
+        total = sum(masses)
+        return [mass / total for mass in masses]
     return None
 
 
-def _begins(token: str, word: str) -> bool:
-    """Return whether an answer that begins with this token can be the word."""
-    return bool(token) and word.startswith(token)
+def _begun(token: str, words: Sequence[str]) -> list[int]:
+    """Return the classes whose words can begin with this token."""
+    return [label for label, word in enumerate(words) if token and word.startswith(token)]

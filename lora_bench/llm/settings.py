@@ -166,14 +166,15 @@ class Prompt:
     system: str | None
     """The system message; null: none."""
     template: str
-    """The question. Filled in: {fields} (a line `name: text` for each text), a text by the name of its column,
-    {label_0} and {label_1} (the two answers)."""
+    """The question. Filled in: {fields} (a line `name: text` for each text), a text by the name of its column, {labels}
+    (the answers, as `a, b or c`) and {label_0}, {label_1}, … (one of them); for regression {min} and {max} (the least
+    and the greatest number in train)."""
     answers: list[str] | None
-    """The words for label 0 and label 1; null: `data.label_names`."""
+    """The words for the classes 0, 1, …; null: `data.label_names`."""
     shots: int
-    """Examples from train before the question, half of them of each label, chosen by the seed."""
+    """Examples from train before the question, chosen by the seed: as many of each class as of another, to within one.
+    For regression they are spread over the range of the numbers."""
 
     def __post_init__(self) -> None:
-        require(self.answers is None or len(self.answers) == 2, "answers", self.answers, "must be two words")
+        require(self.answers is None or len(self.answers) >= 2, "answers", self.answers, "must be two or more words")
         require_number("shots", self.shots, 0)
-        require(self.shots % 2 == 0, "shots", self.shots, "must be even: as many examples of one label as of the other")

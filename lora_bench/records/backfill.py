@@ -26,21 +26,38 @@ if TYPE_CHECKING:
 TYPE_KEYS = {"model": "family", "adapter": "method", "data": "source"}
 """The key of a group on which its other keys depend."""
 OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
-"""An option with each family, method or source that has no option of its own name."""
+"""An option with each family, method or source whose option of that name is absent or leaves keys open."""
+RELATIONS = {
+    "qqp": "paraphrase",
+    "mrpc": "paraphrase",
+    "stsb": "similarity",
+    "rte": "entailment",
+    "qnli": "entailment",
+    "cola": "form",
+}
+"""`data.relation` by `data.task`, in records without that key."""
 
 
 def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's config with today's defaults for the keys of `lora-bench train` that it lacks.
 
     The defaults of a group are those of the option that the record names, or else of a built-in option of the same
-    method, family or source; a group without such an option, or of another type than it, gets none. Recorded values are
-    unchanged, null included; removed keys whose values changed nothing are left out. The config of a prompted run is
-    returned unchanged, and the seed is never filled in.
+    method, family or source; a group without such an option gets none. The data of each of several tasks is completed
+    like that of a single one, and `data.relation` follows from the task (`RELATIONS`). Recorded values are unchanged,
+    null included; removed keys whose values changed nothing are left out. The config of a prompted run is returned
+    unchanged, and the seed is never filled in.
     """
     if is_prompted(record):
         return dict(record["config"])
     config, top, default_options = _without_neutral_settings(record["config"]), *_top_level_defaults()
-    options = {group: _find_option(group, record, option) for group, option in default_options.items()}
+    if isinstance(config.get("data"), dict):
+        config["data"] = _with_relation(config["data"])
+    if isinstance(config.get("tasks"), dict):
+        config["tasks"] = {name: _fill_task(name, node) for name, node in config["tasks"].items()}
+    options = {
+        group: _find_option(group, record["choices"].get(group), record["config"].get(group), option)
+        for group, option in default_options.items()
+    }
     defaults_by_group = _group_defaults(tuple((group, option) for group, option in options.items() if option))
     for group, defaults in defaults_by_group.items():
         recorded, type_key = config.get(group, {}), TYPE_KEYS.get(group)
@@ -50,6 +67,22 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(key, default)
         config[key] = default | value if isinstance(default, dict) and isinstance(value, dict) else value
     return config
+
+
+def _with_relation(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of a record with `relation`, by its task if it has none."""
+    return {"relation": RELATIONS.get(str(data.get("task"))), **data}
+
+
+def _fill_task(name: str, data: Any) -> Any:
+    """Return the data of one of several tasks with defaults for the keys that it lacks, as `fill_defaults` does.
+
+    What is no group of keys, or of an unknown source, is returned unchanged.
+    """
+    option = _find_option("data", name, data, "") if isinstance(data, dict) else None
+    if option is None:
+        return data
+    return _group_defaults((("data", option),))["data"] | _with_relation(data)
 
 
 def _without_neutral_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,25 +330,28 @@ def _without_removed_groups(choices_by_group: Mapping[str, Any]) -> dict[str, An
     return {group: choice for group, choice in choices_by_group.items() if group not in REMOVED_GROUPS}
 
 
-def _find_option(group: str, record: Mapping[str, Any], default: str) -> str | None:
+def _find_option(group: str, option: str | None, node: Any, default: str) -> str | None:
     """Return the built-in option of a group whose defaults complete a record; the recorded keys are not compared.
 
-    It is the option that the record names in `choices`, if that is built in. Otherwise it is the one of the recorded
-    type (`TYPE_KEYS`), or `default` for a group that has no types or is not a group in the recorded config. It is None
-    if no built-in option has the recorded type.
+    It is the recorded option, if that is built in and of the recorded type (`TYPE_KEYS`). Otherwise it is one of that
+    type, or `default` for a group that has no types or is not a group in the recorded config. It is None if no built-in
+    option has the recorded type.
 
     Args:
         group: the config group.
-        record: of the run.
+        option: in the record's `choices`.
+        node: the group in the record's config.
         default: the group's default option.
     """
-    option = record["choices"].get(group)
     if option is None and group not in TYPE_KEYS:
         return default
-    node = record["config"].get(group)
-    type_ = str(node.get(TYPE_KEYS[group])) if group in TYPE_KEYS and isinstance(node, dict) else default
-    candidates = (option, OPTIONS.get(type_, type_))
-    return next((candidate for candidate in candidates if candidate in choices(group)), None)
+    type_key = TYPE_KEYS.get(group) if isinstance(node, dict) else None
+    type_ = default if type_key is None else str(node.get(type_key))
+    built_in = [candidate for candidate in (option, OPTIONS.get(type_, type_)) if candidate in choices(group)]
+    if type_key is None:
+        return next(iter(built_in), None)
+    types = ((candidate, _group_defaults(((group, candidate),))[group][type_key]) for candidate in built_in)
+    return next((candidate for candidate, candidate_type in types if candidate_type == type_), None)
 
 
 @cache

@@ -11,6 +11,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.config.metric_names import task_form
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
@@ -40,6 +41,8 @@ class FinishedRecord:
     """The config, with defaults for keys that are newer than the run."""
     text_columns: list[str]
     """Names of one or two columns."""
+    label_names: list[str] | None
+    """Names of the classes 0, 1, …; None if the run predicts a number."""
     members: int
     """Number of adapters: the size of an ensemble, otherwise 1."""
     precision: str
@@ -78,6 +81,11 @@ class FinishedRecord:
     def targets(self) -> dict[str, int | list[int]]:
         """Rank of each target module; a list with one rank per member where an ensemble's members differ."""
         return self.record["targets"]  # type: ignore[no-any-return]
+
+    @property
+    def form(self) -> str:
+        """The form of the run's task: a key of `SHOWN_METRICS`."""
+        return task_form(str(self.config["data"].get("type")), len(self.label_names or ()))
 
     @property
     def other_packages(self) -> list[str]:
@@ -145,6 +153,7 @@ class FinishedRecord:
         columns = config["data"].get("text_columns")
         is_valid = isinstance(columns, list) and len(columns) in (1, 2) and all(type(name) is str for name in columns)
         _require(is_valid, "config.data.text_columns", "does not name one or two columns")
+        label_names = _label_names(record["data"], config["data"])
         members = _count_members(path, config["ensemble"].get("members"), bool(recorded.get("tasks")))
         _check_targets(record["targets"], members)
         environment = record["environment"]
@@ -152,8 +161,11 @@ class FinishedRecord:
         _require(precision in PRECISIONS, "environment.precision", f"is not one of {', '.join(PRECISIONS)}")
         is_hash = type(sha256) is str and re.fullmatch("[0-9a-f]{64}", sha256) is not None
         _require(is_hash, "environment.backbone_sha256", "is not a SHA-256")
-        calibrations = _calibrations(record["selection"], members)
-        return cls(path, record, config, columns, members, precision, sha256, *calibrations)
+        calibrations = calibration, of_members = _calibrations(record["selection"], members)
+        if label_names is not None and len(label_names) == 2:
+            has_threshold = all(fitted is None or fitted.threshold is not None for fitted in (calibration, *of_members))
+            _require(has_threshold, "selection.threshold", "is null, and the run has two classes")
+        return cls(path, record, config, columns, label_names, members, precision, sha256, *calibrations)
 
 
 def _sha256(path: Path) -> str:
@@ -182,6 +194,24 @@ def _texts(node: Any, name: str) -> Iterator[tuple[str, str]]:
     elif isinstance(node, list):
         for i, value in enumerate(node):
             yield from _texts(value, f"{name}.{i}")
+
+
+def _label_names(data: dict[str, Any], config: dict[str, Any]) -> list[str] | None:
+    """Return the names of a run's classes when it was trained; None if it predicts a number.
+
+    Args:
+        data: the section of the record, which older records have without names.
+        config: the group `data`.
+
+    Raises:
+        UserError: they are not two or more different names.
+    """
+    if config.get("type") == "regression":
+        return None
+    names = data.get("label_names") or config.get("label_names") or ["0", "1"]
+    is_valid = isinstance(names, list) and all(type(name) is str and name for name in names)
+    _require(is_valid and len(names) == len(set(names)) >= 2, "data.label_names", "is not a list of two or more names")
+    return names
 
 
 def _count_members(path: Path, members: Any, tasks: bool) -> int:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import yaml
 from xxhash import xxh3_128_hexdigest
 
-from lora_bench.config.keys import present_overrides, with_present_names
+from lora_bench.config.keys import present_choices, present_overrides, with_present_names
 from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
@@ -76,6 +76,8 @@ LAYOUT: dict[str, type] = {
     "checksum": str,
 }
 """Every key of `run.json` with its type, in the order they are written; a value that is no dict or list may be null."""
+OPTIONAL_LAYOUT: dict[str, type] = {"per_class": dict}
+"""Keys that only some runs have, with their types, written after the others: metrics of each class, by split."""
 ALTERED = "altered"
 """The checksum that `read` gives to a record that was changed after it was written."""
 
@@ -215,7 +217,7 @@ class Run:
         """
         record = dict(self.record)
         for name, new in sections.items():
-            if name not in LAYOUT:
+            if name not in LAYOUT | OPTIONAL_LAYOUT:
                 raise TypeError(f"{RECORD_FILE} has no key {name!r}")
             old, new = record.get(name), to_json(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
@@ -362,10 +364,10 @@ def holds_run(folder: Path) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return a run's record with every key of `LAYOUT`, each of its type.
+    """Return a run's record with every key of `LAYOUT`, and those of `OPTIONAL_LAYOUT` that it has, each of its type.
 
-    Numbers that are not finite become null, and keys of the config and overrides that were renamed since have their new
-    names. The checksum of a record that was changed is `ALTERED`.
+    Numbers that are not finite become null, and keys of the config and overrides and choices that were renamed since
+    have their new names. The checksum of a record that was changed is `ALTERED`.
 
     Raises:
         UserError: the file is missing, cannot be read, is damaged or of another schema; the error names it.
@@ -389,11 +391,16 @@ def read(folder: Path) -> dict[str, Any]:
         content["checksum"] = ALTERED
     try:
         # `to_json` removes numbers that are not finite, such as 1e999.
-        record = with_types(to_json(content), LAYOUT, schema=SCHEMA, statuses=STATUSES)
+        names = OPTIONAL_LAYOUT.keys() & content if isinstance(content, dict) else ()
+        layout = LAYOUT | {name: OPTIONAL_LAYOUT[name] for name in sorted(names)}
+        record = with_types(to_json(content), layout, schema=SCHEMA, statuses=STATUSES)
     except ValueError as error:
         raise UserError(str(error), file=path, code=Code.DAMAGED) from None
-    overrides = present_overrides(record["overrides"])
-    return record | {"config": with_present_names(record["config"]), "overrides": overrides}
+    return record | {
+        "config": with_present_names(record["config"]),
+        "overrides": present_overrides(record["overrides"]),
+        "choices": present_choices(record["choices"], record["config"]),
+    }
 
 
 def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:

@@ -11,12 +11,14 @@ from lora_bench.backbones.load import public_location
 from lora_bench.data.tokenization import scoring_table
 from lora_bench.evaluation.calibration import Calibration, score_calibrated
 from lora_bench.evaluation.ensemble import score_members
-from lora_bench.evaluation.metrics import mean_metrics, score
+from lora_bench.evaluation.metrics import class_metrics, score
 from lora_bench.evaluation.stress_splits import score_stress_splits
 from lora_bench.records import metrics_log
 from lora_bench.records.run_folder import METRICS_FILE, Run, adapter_folders
 from lora_bench.records.task_folders import task_folder
+from lora_bench.training.model_selection import mean_of_tasks
 from lora_bench.training.prediction import predict
+from lora_bench.training.task_mixture import MEAN_OF_MAIN_METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from lora_bench.training.distributed import Processes
 
 Predicted: TypeAlias = "dict[str, tuple[NDArray[Any], float]]"
-"""By split: scores (M, N) of the M members that learned a task, and the seconds taken."""
+"""By split: scores (M, N) or (M, N, C) of the M members that learned a task, and the seconds taken."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,15 @@ class TrainedTask:
         labels = task.tables["selection"].labels
         assert labels is not None
         calibration = Calibration.fit(selected.mean(axis=0), labels)
-        chosen: dict[str, Any] = {**best, "metric": "mcc", **calibration.to_json()}
-        by_member: list[Calibration] = []
+        chosen: dict[str, Any] = {**best, "metric": task.main_metric, **_to_json(calibration)}
+        by_member: list[Calibration | None] = []
         if len(steps) > 1:
             by_member = [Calibration.fit(scores, labels) for scores in selected]
-            chosen["members"] = [entry | fitted.to_json() for entry, fitted in zip(steps, by_member, strict=True)]
+            chosen["members"] = [entry | _to_json(fitted) for entry, fitted in zip(steps, by_member, strict=True)]
         is_single = len(steps) == self.pack.members[self.members[0]].heads == 1
         values = self.bests[0]["metrics"] if is_single else score(selected.mean(axis=0), labels, extra)
         metrics = {f"selection/{name}": value for name, value in values.items()}
+        per_class: dict[str, Any] = {}
         for name in task.reported:
             scores, seconds = self.predicted[name]
             pooled, table = scores.mean(axis=0), task.tables[name]
@@ -87,22 +90,24 @@ class TrainedTask:
                 further |= score_members(scores, table.labels, extra, by_member)
             further |= self._score_stress_splits(name, pooled) if task.splits else {}
             metrics |= {f"{name}/{key}": value for key, value in (values | further).items()}
+            if task.data.form == "multiclass":
+                per_class[name] = class_metrics(pooled, table.labels, task.data.label_names or [])
             run.log({**best, "split": name, "metrics": values, "seconds": seconds})
             run.write_predictions(name, table.ids, table.labels, pooled)
-        run.update(metrics=metrics, selection=chosen)
+        run.update(metrics=metrics, selection=chosen, **({"per_class": per_class} if per_class else {}))
 
     def _score_stress_splits(self, name: str, scores: NDArray[Any]) -> dict[str, float | None]:
         """Return metrics of a reported split on its unseen rows and perturbed; empty if the settings ask for neither.
 
         Args:
             name: of the split.
-            scores: (N,) the members' mean P(label 1).
+            scores: the members' mean scores, (N,) or (N, C).
         """
         data, splits, trainer = self.task.data, self.task.splits, self.experiment.trainer
         reader = self.pack.backbone.for_task(data.task)
 
         def scored(examples: Examples) -> NDArray[Any]:
-            """Return the members' mean P(label 1) of each example: (N,)."""
+            """Return the members' mean scores of each example: (N,) or (N, C)."""
             both = trainer.score_both_orders
             table = scoring_table(examples, data, reader, both_orders=both, cached=False, head=self.head)
             with self.pack.only(self.members):
@@ -124,7 +129,7 @@ class TrainedTask:
             folders[0].parent.mkdir(exist_ok=True)
         for k, folder in zip(self.members, folders, strict=True):
             run.check()
-            base_model, names = public_location(self.experiment.model), self.experiment.data.label_names
+            base_model, names = public_location(self.experiment.model), self.task.data.label_names
             files.save(folder, self.pack, k, base_model, head=self.head, label_names=names)
         run.note_files(path for folder in folders for path in folder.glob("*.safetensors"))
 
@@ -156,11 +161,32 @@ def report_tasks(run: Run, trained_tasks: Mapping[str, TrainedTask], sections: M
         for name, metrics in metrics_by_task.items()
         for key, value in metrics.items()
     }
-    shared = set.intersection(*map(set, metrics_by_task.values()))
-    means = mean_metrics([{k: v for k, v in metrics.items() if k in shared} for metrics in metrics_by_task.values()])
+    means = _mean_of_splits(
+        metrics_by_task, {name: trained.task.main_metric for name, trained in trained_tasks.items()}
+    )
     latest = max(selections.values(), key=lambda selection: selection["step"])
-    position = {key: latest[key] for key in ("step", "epoch", "metric")}
+    main_metrics = {selection["metric"] for selection in selections.values()}
+    main_metric = main_metrics.pop() if len(main_metrics) == 1 else MEAN_OF_MAIN_METRICS
+    position = {"step": latest["step"], "epoch": latest["epoch"], "metric": main_metric}
     run.update(metrics=means | by_task, selection={**position, "tasks": selections})
+
+
+def _mean_of_splits(by_task: Mapping[str, Mapping[str, Any]], main_metrics: Mapping[str, str]) -> dict[str, Any]:
+    """Return means over tasks of the metrics that all have, by `<split>/<name>` (`mean_of_tasks` for each split)."""
+    means: dict[str, Any] = {}
+    splits_by_task = [{key.split("/")[0] for key in metrics} for metrics in by_task.values()]
+    for split in sorted(set.intersection(*splits_by_task)):
+        of_split = {
+            task: {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{split}/")}
+            for task, metrics in by_task.items()
+        }
+        means |= {f"{split}/{key}": value for key, value in mean_of_tasks(of_split, main_metrics).items()}
+    return means
+
+
+def _to_json(calibration: Calibration | None) -> dict[str, float | None]:
+    """Return the entries of a record about a calibration; none without one."""
+    return {} if calibration is None else calibration.to_json()
 
 
 def _claim_task_folder(run: Run, task: str) -> Run:

@@ -107,11 +107,24 @@ class FinishedRun:
 
     @property
     def calibration(self) -> Calibration | None:
-        """Temperature and threshold, fitted on the selection split; None if the record of an older run has none."""
+        """Temperature and threshold, fitted on the selection split; None for a regression or an older run without."""
         return self.finished.calibration
 
+    @property
+    def form(self) -> str:
+        """The form of its task: a key of `SHOWN_METRICS`."""
+        return self.finished.form
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes 0, 1, …; None if the run predicts a number."""
+        return self.finished.label_names
+
     def predict(self, pairs: Sequence[tuple[str, ...] | str]) -> NDArray[np.float64]:
-        """Return P(label 1) of each row, not calibrated: (N,); empty without rows.
+        """Return the scores of each row, not calibrated; empty without rows.
+
+        They are (N,) P(label 1) of two classes, (N, C) the probability of each of three or more classes, in the order
+        of `label_names`, or (N,) numbers of a regression.
 
         Args:
             pairs: pairs of texts; single texts if the run was trained on single sentences.
@@ -129,7 +142,7 @@ class FinishedRun:
                 code=Code.INVALID_DATA,
             )
         if not rows:
-            return np.empty(0)
+            return np.empty((0, len(self.label_names or ())) if self.form == "multiclass" else 0)
         texts = tuple([row[c] for row in rows] for c in range(columns))
         return self.score(Examples(np.arange(len(rows)), texts, None))
 
@@ -139,7 +152,7 @@ class FinishedRun:
         return self.finished.member_calibrations
 
     def score(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
-        """Return P(label 1) of each example, not calibrated: (N,); an ensemble's is the mean over its members.
+        """Return the scores of each example as `predict` does; an ensemble's are the mean over its members.
 
         Args:
             examples: with the text columns of the run.
@@ -151,7 +164,7 @@ class FinishedRun:
         return self.member_scores(examples, cached=cached).mean(axis=0)  # type: ignore[no-any-return]
 
     def member_scores(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
-        """Return P(label 1) of each example by each member: (M, N), with M = 1 without an ensemble.
+        """Return the scores of each example by each member: (M, N) or (M, N, C), with M = 1 without an ensemble.
 
         Raises:
             RunFailedError: a score is not finite.

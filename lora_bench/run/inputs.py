@@ -11,8 +11,9 @@ from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
-from lora_bench.data.tokenization import TokenTable, scoring_table
+from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_notes
 from lora_bench.errors import Code, UserError
+from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import describe_stress_splits
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.padding import check_padding
@@ -45,6 +46,8 @@ class Task:
     """The description of the data for the record."""
     splits: dict[str, Examples]
     """The texts of all splits, if reported splits are also scored on unseen rows or perturbed; otherwise empty."""
+    main_metric: str
+    """The metric that chooses on the selection split."""
 
     @property
     def reported(self) -> list[str]:
@@ -54,7 +57,7 @@ class Task:
     @property
     def pairs(self) -> TaskData:
         """The splits that training uses."""
-        return TaskData(self.tables["train"], self.tables["selection"], self.second_view)
+        return TaskData(self.tables["train"], self.tables["selection"], self.second_view, self.main_metric)
 
     def with_tables(self, tables: Mapping[str, TokenTable]) -> Task:
         """Return the task with these tables in place of its own: the same pairs, with cached hidden states.
@@ -78,17 +81,19 @@ class Task:
         described: dict[str, Any],
         backbone: Backbone,
         trainer: schema.Trainer,
+        *,
         head: int,
     ) -> Task:
         """Tokenize the result of `load_splits`.
 
         Args:
-            data: settings of the task.
+            data: settings of the task, with the names of its classes.
             splits: by name.
-            described: the description of the data for the record; the numbers of truncated pairs are added to it.
+            described: the description of the data for the record; the truncated rows and the tokens of the longest
+                row are added to it, by split.
             backbone: gives the tokenizer.
             trainer: objective, and whether both orders are scored.
-            head: number of the head that learns the task.
+            head: number of the task, and of the head that learns it where a member has several.
         """
         reader = backbone.for_task(data.task)
         train, second_view = training_tables(data, splits["train"], reader, trainer.objective, head)
@@ -98,8 +103,10 @@ class Task:
             if name != "train"
         }
         described["truncated"] = {name: table.truncated for name, table in tables.items()}
+        described["longest"] = {name: table.longest for name, table in tables.items()}
         needs_texts = data.unseen or data.perturb is not None
-        return cls(data, tables, second_view, described, splits if needs_texts else {})
+        main_metric = trainer.main_metric_of(data)
+        return cls(data, tables, second_view, described, splits if needs_texts else {}, main_metric)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,14 @@ class SharedInputs:
                     merged.setdefault(key, value)
         return merged
 
+    def truncation_notes(self) -> list[str]:
+        """Return sentences on the truncated examples of each task, which begin with its name if there are several."""
+        return [
+            f"{name}: {note}" if name else note
+            for name, task in self.tasks.items()
+            for note in truncation_notes(task.tables, task.data)
+        ]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest training pair."""
@@ -144,6 +159,10 @@ class SharedInputs:
             return [TaskMixture([run.numbers[i] for run in runs], {name: data[name]}) for i, name in enumerate(data)]
         return [TaskMixture([k for run in runs for k in run.numbers], data, runs[0].experiment.data.temperature)]
 
+    def with_classes(self, experiment: Experiment) -> Experiment:
+        """Return the settings of a run of these inputs with the names of its classes."""
+        return experiment.with_data([task.data for task in self.tasks.values()])
+
     @classmethod
     def load(cls, experiment: Experiment) -> SharedInputs:
         """Load data and backbone, and tokenize the data.
@@ -158,39 +177,28 @@ class SharedInputs:
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
         loaded = {name: load_splits(single.data) for name, single in experiment.by_task.items()}
+        for data, *_ in loaded.values():
+            trainer.main_metric_of(data)
+            check_metrics(experiment.metrics, data.form, data.outputs)
+        experiment = experiment.with_data([data for data, *_ in loaded.values()])
         device = resolve_device(trainer.device)
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
-        _require_equal_label_names(experiment, backbone)
-        tasks = {
-            name: Task.read(single.data, *loaded[name], backbone, trainer, 0 if experiment.has_adapter_per_task else i)
-            for i, (name, single) in enumerate(experiment.by_task.items())
-        }
+        tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
         return cls(backbone, sha256, tasks)
 
 
-def _require_equal_label_names(experiment: Experiment, backbone: Backbone) -> None:
-    """Refuse tasks with different label names if the backbone is text-to-text, so that tasks share the label words."""
-    names = {name: data.label_names for name, data in experiment.tasks.items()}
-    if backbone.head_modules or len(set(map(tuple, names.values()))) < 2:
-        return
-    listed = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in names.items())
-    reason = f"have different labels ({listed}), and this text-to-text model uses the same label words for all tasks"
-    remedy = "Use model.form=encoder, which has a head for each task."
-    raise UserError(reason, key="data.tasks", value=list(names), remedy=remedy, code=Code.UNSUPPORTED)
-
-
-def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]:
+def load_splits(data: schema.Data) -> tuple[schema.Data, dict[str, Examples], dict[str, Any]]:
     """Load train, selection and every labelled split to report, and describe them for the record.
 
     The selection split is a part of the train split. With `data.report=false` no split is reported.
 
     Returns:
-        The splits by name, train and selection first, and the description.
+        The settings with the names of the classes, the splits by name, train and selection first, and the description.
 
     Raises:
         UserError: the source cannot be read, has no train split, or no labelled split to report.
     """
-    loaded = sources.load(data)
+    data, loaded = sources.load(data)
     if "train" not in loaded:
         raise UserError(
             "there is no train split",
@@ -206,9 +214,25 @@ def load_splits(data: schema.Data) -> tuple[dict[str, Examples], dict[str, Any]]
             remedy="Add a validation file with labels: scores on the training pairs are no evidence.",
             code=Code.EMPTY,
         )
+    _require_two_labels(data, loaded["train"])
     train, selection = sources.split_selection(loaded["train"], data)
     splits = {"train": train, "selection": selection, **reported}
-    return splits, {**sources.describe_data(data, splits), **describe_stress_splits(data, reported, [train, selection])}
+    described = sources.describe_data(data, splits) | describe_stress_splits(data, reported, [train, selection])
+    return data, splits, described
+
+
+def _require_two_labels(data: schema.Data, train: Examples) -> None:
+    """Refuse training data whose labels are all the same, from which nothing can be learned."""
+    if train.labels is None or len(train) == 0 or train.labels.min() < train.labels.max():
+        return
+    label = f"{train.labels[0]:g}" if data.label_names is None else data.label_names[int(train.labels[0])]
+    raise UserError(
+        f"all {len(train):,} rows of train have the label {label}",
+        key="data.label_column",
+        value=data.label_column,
+        remedy="Name the column of the labels, and give examples of at least two.",
+        code=Code.INVALID_DATA,
+    )
 
 
 def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
@@ -221,9 +245,12 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
         UserError: it cannot be loaded, takes fewer tokens than a task's `data.max_length`, or cannot score a padded
             batch.
     """
-    backbone = load(experiment.model, load_tokenizer(experiment.model), task=experiment.data.task, device=device)
-    for single in experiment.by_task.values():
-        backbone.require_length(single.data.max_length)
+    all_data = [single.data for single in experiment.by_task.values()]
+    names = [data.label_names for data in all_data]
+    tokenizer, task = load_tokenizer(experiment.model), all_data[0].task
+    backbone = load(experiment.model, tokenizer, task=task, label_names=names, device=device)
+    for data in all_data:
+        backbone.require_length(data.max_length)
     check_padding(backbone)
     sha256 = backbone.hash()
     backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)

@@ -141,7 +141,8 @@ class PackedRun:
         """
         if self.resumed_from is None:
             self.warm_start = WarmStart.of(self.experiment, inputs)
-        return self.experiment.members(self.warm_start.ranks if self.warm_start else None)
+        ranks = self.warm_start.ranks if self.warm_start else None
+        return inputs.with_classes(self.experiment).members(ranks)
 
     # -- before the first step --
 

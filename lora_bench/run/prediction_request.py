@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lora_bench.records.backfill import ModelPaths
 
 DEVICES = ("auto", "cpu", "cuda")
-BYTES_PER_ROW = 24
-"""Approximate bytes that predictions add to a row of the output."""
+BYTES_PER_ROW, BYTES_PER_PROBABILITY = 24, 20
+"""Approximate bytes that predictions, and the probability of a class, add to a row of the output."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class PredictionRequest:
     """The texts of the input, in the order of the run's text columns."""
     output: str
     format: str
-    threshold: float
-    """The lowest uncalibrated score that gets label 1."""
+    threshold: float | None
+    """Of two classes the lowest uncalibrated score that gets label 1; None: `DEFAULT_THRESHOLD`."""
     calibrated: bool
     uncertainty: bool
+    probabilities: bool
+    """Write the probability of each class."""
     device: str
     model_places: ModelPaths
     """The present folders of the run's backbone and tokenizer."""
@@ -53,15 +55,15 @@ class PredictionRequest:
 
         Raises:
             UserError: naming the key, file or row that is wrong, for example an output that is the input, or a setting
-                that needs a calibration which the run does not have.
+                that does not apply to the run's task or needs a calibration which the run does not have.
         """
         source, output = str(cfg.input), str(cfg.output)
         file_format = output_format(output)
-        for key in ("calibrated", "uncertainty"):
+        for key in ("calibrated", "uncertainty", "probabilities"):
             require(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
         require_one_of("device", str(cfg.device), DEVICES)
         from_selection = cfg.threshold == "selection"
-        if not from_selection:
+        if cfg.threshold is not None and not from_selection:
             is_number = type(cfg.threshold) in (int, float)
             require(
                 is_number, "threshold", cfg.threshold, "is neither a number nor selection", "Give a number from 0 to 1."
@@ -77,9 +79,10 @@ class PredictionRequest:
             )
         check_output(output, "output")
         run = FinishedRecord.read(cfg.run)
+        _refuse_unsuitable(cfg, run)
         columns = _columns(cfg.text_columns, run.text_columns)
         fitted = [key for key in ("calibrated", "uncertainty") if cfg[key]] + ["threshold"] * from_selection
-        if fitted and run.calibration is None:
+        if fitted and run.calibration is None and run.form != "regression":
             key = fitted[0]
             raise UserError(
                 "needs a calibration, and the run's record has none", key=key, value=cfg[key], code=Code.UNSUPPORTED
@@ -87,10 +90,14 @@ class PredictionRequest:
         table = readers.read_table(source)
         examples = table.examples(columns, None, labels_may_hide=False)
         labelled.check_texts(table, file_format)
-        size = sum(len(text) for column in examples.texts for text in column) + BYTES_PER_ROW * len(examples)
+        added = BYTES_PER_ROW + BYTES_PER_PROBABILITY * len(run.label_names or ()) * cfg.probabilities
+        size = sum(len(text) for column in examples.texts for text in column) + added * len(examples)
         check_output(output, "output", size)
-        threshold = run.calibration.threshold if from_selection and run.calibration else float(cfg.threshold)
-        flags = cfg.calibrated, cfg.uncertainty, str(cfg.device), model_paths(cfg.model)
+        threshold = cfg.threshold
+        if from_selection:
+            assert run.calibration is not None
+            threshold = run.calibration.threshold
+        flags = cfg.calibrated, cfg.uncertainty, cfg.probabilities, str(cfg.device), model_paths(cfg.model)
         return cls(run, table, examples, output, file_format, threshold, *flags)
 
     def write(self, predictions: dict[str, Sequence[Any]]) -> None:
@@ -114,6 +121,33 @@ class PredictionRequest:
         if replaced:
             remedy = "use an output that ends in .csv, .jsonl or .parquet to keep them"
             _note(f"tabs, line breaks and NUL in {replaced} texts were replaced by spaces; {remedy}")
+
+
+def _refuse_unsuitable(cfg: DictConfig, run: FinishedRecord) -> None:
+    """Refuse settings that do not apply to the task of a run: a threshold to more than two classes, most to numbers.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if run.form == "multiclass":
+        reason = f"is a threshold between two classes, and this run has {len(run.label_names or ())}"
+        remedy = "Leave it out: the most probable class is predicted."
+        require(cfg.threshold is None, "threshold", cfg.threshold, reason, remedy, code=Code.UNSUPPORTED)
+    elif run.form == "regression":
+        reason = "is about classes, and this run predicts a number"
+        for key in ("threshold", "calibrated", "probabilities"):
+            require(
+                cfg[key] is None or cfg[key] is False, key, cfg[key], reason, "Leave it out.", code=Code.UNSUPPORTED
+            )
+        reason = "is the spread of an ensemble's members, and this run is a single one that predicts a number"
+        require(
+            not cfg.uncertainty or run.members > 1,
+            "uncertainty",
+            cfg.uncertainty,
+            reason,
+            "Leave it out.",
+            code=Code.UNSUPPORTED,
+        )
 
 
 def output_format(output: str) -> str:

@@ -21,6 +21,7 @@ from lora_bench.run.final_evaluation import TrainedTask, report_tasks
 from lora_bench.tracking.base import TrackedRun, track_run
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import isolate_failure
+from lora_bench.training.objective import order_note
 from lora_bench.training.prediction import predict
 
 if TYPE_CHECKING:
@@ -167,12 +168,13 @@ class Recorder:
     def notes(self) -> list[str]:
         """Return notes for the user before the members train, each once.
 
-        They are those of `_notes`, changes of the environment, damaged checkpoints and warm starts.
+        They are those of `_notes`, the share of truncated examples of each split, changes of the environment, damaged
+        checkpoints and warm starts.
         """
         notes = list(self.environment_notes)
         for run in self.running:
             assert run.record is not None
-            notes += _notes(run, run.record.record)
+            notes += [*_notes(run, run.record.record), *self.inputs.truncation_notes()]
             damaged = [checkpoint for folder in run.folders for checkpoint in folder.damaged]
             notes += [f"skipped a damaged checkpoint, {checkpoint}" for checkpoint in damaged]
         notes += [run.warm_start.note() for run in self.runs if run.warm_start]
@@ -426,14 +428,12 @@ def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> lis
 def _notes(run: PackedRun, record: Mapping[str, Any]) -> list[str]:
     """Return notes for the user on a run before it trains; an empty list if there are none.
 
-    They are the warnings in the record (on the data, the backbone and initialisations), the number of pairs that
-    `data.max_length` truncates, and the alternatives of `adapter.target_modules` that match no linear.
+    They are the warnings in the record (on the data, the backbone and initialisations), settings that reverse texts
+    whose order matters, and the alternatives of `adapter.target_modules` that match no linear.
     """
     notes = list(record["data"]["warnings"])
-    truncated = sum(record["data"]["truncated"].values())
-    if truncated:
-        limit = run.experiment.data.max_length
-        notes.append(f"{truncated:,} pairs are longer than data.max_length={limit} and are truncated.")
+    order_notes = (order_note(single.trainer, single.data.relation) for single in run.experiment.by_task.values())
+    notes += [note for note in order_notes if note]
     pattern = getattr(run.experiment.adapter, "target_modules", "all")
     for alternative in unmatched_alternatives(pattern, list(record["targets"])):
         notes.append(f"adapter.target_modules: no linear matches {alternative!r}.")

@@ -24,7 +24,7 @@ from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.objective import check_objective
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from omegaconf import DictConfig
 
@@ -76,8 +76,14 @@ class Experiment:
         learned = (self.model, self.adapter, self.head, self.data, self.optimizer, self.trainer, self.ensemble)
         return settings_hash((*learned, self.tasks, self.metrics, self.seed))
 
+    def with_data(self, data: Sequence[schema.Data]) -> Experiment:
+        """Return the settings with those of the data of each task replaced, in their order."""
+        return replace(self, data=data[0], tasks=dict(zip(self.tasks, data, strict=True)) if self.tasks else {})
+
     def members(self, saved_ranks: Mapping[str, int | list[int]] | None = None) -> list[Member]:
         """Return the members that the run trains: one, one for each task, or those of its ensemble.
+
+        The names of the classes must be known (`with_data`).
 
         The first member of an ensemble is the member of the run without an ensemble. The others have the seeds
         `seed` + 1,000,000, `seed` + 2,000,000, … for everything that `ensemble.vary` lists.
@@ -86,14 +92,16 @@ class Experiment:
             saved_ranks: by module, if saved tensors will be loaded; a list has the rank of each member.
         """
         members = []
-        heads = 1 if self.has_adapter_per_task else max(1, len(self.tasks))
+        of_tasks = [single.data.outputs for single in self.by_task.values()]
         for i in range(self.size):
             offset = 0 if self.has_adapter_per_task else i * SEEDS_APART
             seeds = dict.fromkeys(self.ensemble.vary, self.seed + offset)
             ranks = None
             if saved_ranks is not None:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
-            members.append(Member(self.adapter, self.seed, ranks, seeds, heads, self.head.pair_features))
+            outputs = of_tasks[i : i + 1] if self.has_adapter_per_task else of_tasks
+            features = self.head.pair_features
+            members.append(Member(self.adapter, self.seed, ranks, seeds, len(outputs), outputs, pair_features=features))
         return members
 
     @property
@@ -117,7 +125,6 @@ class Experiment:
         build.check_top(cfg, _KEYS)
         require("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         metrics = build.build_metrics(cfg.metric)
-        check_metrics(metrics)
         experiment = cls(
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
             **vars(settings or Settings.build(cfg)),
@@ -128,6 +135,7 @@ class Experiment:
         _check_ensemble(experiment.ensemble, experiment.adapter, experiment.pack)
         _check_tasks(experiment)
         for single in experiment.by_task.values():
+            _check_metrics(single)
             check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
             resolve_transforms(single.data)
             choose_augmentations(single.data, single.trainer.objective)
@@ -143,12 +151,38 @@ class Experiment:
         """
         _require_extensions(finished)
         try:
-            return cls.build(OmegaConf.create(finished.config | {"metric": {}}))
+            experiment = cls.build(OmegaConf.create(finished.config | {"metric": {}}))
+            if experiment.tasks:
+                return experiment
+            names = finished.label_names
+            return experiment.with_data([replace(experiment.data, label_names=names, positive_label=None)])
         except UserError as error:
             if error.code == Code.EXTENSION:
                 raise
             reason = f"is damaged: {str(error).removesuffix('.')}"
             raise UserError(reason, file=finished.folder / RECORD_FILE, code=Code.DAMAGED) from None
+
+
+def _check_metrics(single: Experiment) -> None:
+    """Refuse extra metrics and a main metric that do not suit a task, as far as its settings give its classes."""
+    data = single.data
+    if data.type == "classification" and data.label_names is None:
+        forms = ("binary", "multiclass")
+        errors = [error for form in forms if (error := _refusal(single.metrics, form)) is not None]
+        if len(errors) == len(forms):
+            raise errors[0]
+        return
+    check_metrics(single.metrics, data.form, data.outputs)
+    single.trainer.main_metric_of(data)
+
+
+def _refusal(metrics: Mapping[str, schema.Metric], form: str) -> UserError | None:
+    """Return the refusal of metrics for a form of task (three classes, if there are more than two), or None."""
+    try:
+        check_metrics(metrics, form, 3)
+    except UserError as error:
+        return error
+    return None
 
 
 def _require_extensions(finished: FinishedRecord) -> None:

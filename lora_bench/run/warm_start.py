@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.identity import refuse_other_tokenizer
+from lora_bench.data.labels import excerpt
 from lora_bench.errors import Code, UserError
 from lora_bench.records import run_folder
 from lora_bench.records.finished_record import FinishedRecord
@@ -25,7 +26,7 @@ class WarmStart:
     """A finished run that a new run is initialised from."""
 
     finished: FinishedRecord
-    label_names: list[str]
+    label_names: list[str] | None
     with_head: bool
     """True if the head is initialised too: both runs learn one task, with the same label names."""
 
@@ -64,7 +65,10 @@ class WarmStart:
             remedy = f"The backbone of this run has hash {sha256[:12]}…, the record names {recorded[:12]}…."
             raise refusal("was trained on another backbone", remedy)
         refuse_other_tokenizer(finished.record["environment"], inputs.backbone.tokenizer_identity, refusal)
-        with_head = not experiment.tasks and source.data.label_names == experiment.data.label_names
+        with_head = False
+        if not experiment.tasks:
+            (task,) = inputs.tasks.values()
+            with_head = (source.data.type, source.data.label_names) == (task.data.type, task.data.label_names)
         return cls(finished, source.data.label_names, with_head)
 
     def load_into(self, pack: Pack, members: Sequence[int]) -> None:
@@ -74,20 +78,15 @@ class WarmStart:
             UserError: a file is damaged, or its tensors do not fit.
         """
         for k, folder in zip(members, run_folder.adapter_folders(self.folder, len(members)), strict=True):
-            heads = pack.head_parameters(k)
-            initial = {name: p.detach().clone() for name, p in heads.items()}
-            files.load(folder, pack, k)
+            files.load(folder, pack, k, with_head=self.with_head)
             self.finished.check_weights(folder)
-            if not self.with_head:
-                for name, p in heads.items():
-                    p.data.copy_(initial[name])
 
     def note(self) -> str:
         """Return a note for the user on what is initialised."""
         if self.with_head:
             return f"adapter and head are initialised from {self.folder}."
-        names = ", ".join(self.label_names)
-        return f"the adapter is initialised from {self.folder}; the head is not, as its labels there are {names}."
+        labels = excerpt(list(self.label_names)) if self.label_names else "numbers"
+        return f"the adapter is initialised from {self.folder}; the head is not, as its labels there are {labels}."
 
 
 def _shared_settings(experiment: Experiment, source: Experiment) -> list[tuple[str, Any, Any]]:

@@ -134,7 +134,8 @@ def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> 
     inputs = inputs or SharedInputs.load(experiment)
     (task,) = inputs.tasks.values()
     reset_peak_memory(inputs.backbone.device)
-    member = Member(experiment.adapter, experiment.seed, pair_features=experiment.head.pair_features)
+    features = experiment.head.pair_features
+    member = Member(experiment.adapter, experiment.seed, outputs=[task.data.outputs], pair_features=features)
     pack = Pack(inputs.backbone, [member])
     try:
         began = time.perf_counter()
@@ -238,7 +239,11 @@ def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:
 
     It is 0 for a single member, and for members with different seeds of `order`, whose batches differ.
     """
-    candidates = [(member, experiment.adapter) for experiment in experiments for member in experiment.members()]
+    candidates = [
+        (member, experiment.adapter)
+        for experiment in experiments
+        for member in inputs.with_classes(experiment).members()
+    ]
     if len(candidates) == 1 or len({member.seed_of("order") for member, _ in candidates}) > 1:
         return 0.0
     members = [replace(member, saved_ranks=assumed_ranks(adapter, inputs)) for member, adapter in candidates]

@@ -259,7 +259,7 @@ def memory_demand(inputs: SharedInputs, experiment: Experiment) -> MemoryDemand:
         UserError: the adapter does not fit the backbone.
     """
     ranks = assumed_ranks(experiment.adapter, inputs)
-    pack = Pack(inputs.backbone, experiment.members(ranks)[:1])
+    pack = Pack(inputs.backbone, inputs.with_classes(experiment).members(ranks)[:1])
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from lora_bench.data.batching import Batch
+from lora_bench.head.loss import label_loss
 
 if TYPE_CHECKING:
     from lora_bench.adapters.pack.pack import Pack
@@ -34,7 +34,7 @@ def dummy_step(pack: Pack, rows: int, length: int) -> None:
     pack.eval()  # no dropout: it would draw from the members' streams
     logits = pack(batch)
     assert batch.labels is not None
-    F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(len(pack.active))).backward()  # type: ignore[no-untyped-call]
+    label_loss(logits, batch.labels.expand(len(pack.active), -1)).mean().backward()  # type: ignore[no-untyped-call]
     for p in pack.parameters():
         p.grad = None
 

@@ -1,4 +1,4 @@
-"""Initialise the pair features of the head from training batches."""
+"""Initialise the head from training data: the pair features, and the bias of a head that predicts numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_bench.adapters.lowrank.calibration_batches import evaluation_of, explain_insufficient_data
+from lora_bench.adapters.pack.attachment import output_linear
 from lora_bench.head.pair_features import BATCHES
 
 if TYPE_CHECKING:
@@ -16,6 +17,29 @@ if TYPE_CHECKING:
 
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.data.batching import Batch
+    from lora_bench.training.task_mixture import TaskData
+
+
+@torch.no_grad()
+def centre_numbers(pack: Pack, member: int, tasks: Iterable[TaskData]) -> None:
+    """Set the bias of each head that predicts a number to the mean label of its training examples.
+
+    It is the constant with the smallest squared error, so that no steps are spent on it. Heads of classes, and members
+    with pair features, whose own initialisation has the mean, are left as they are.
+    """
+    if str(member) in pack.pair_features:
+        return
+    for task in tasks:
+        labels = task.train.labels
+        if pack.outputs(member, task.train.head) != 1 or labels is None:
+            continue
+        for name in pack.backbone.head_modules:
+            heads: Any = pack.network.get_submodule(name)
+            module = heads.of(member, task.train.head)
+            linear = output_linear(module, 1)
+            bias = None if linear is None else module.get_submodule(linear).bias
+            if bias is not None:
+                bias.fill_(float(labels.mean()))
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ def prepare(
         for k in (k for k in mixture.members if k in chosen):
             with pack.only([k]):
                 single = mixture.for_initialisation(k)
+                head_initialisation.centre_numbers(pack, k, single.tasks.values())
                 notes.append(pack.members[k].adapter.prepare(pack, k, single.batches(pack, trainer.batch_size)))
                 notes.append(head_initialisation.initialise(pack, k, single.batches(pack, trainer.batch_size)))
     return [note for note in notes if note]
@@ -164,7 +165,7 @@ class PackTraining:
         self.last_step = max(member.schedule.last_step for member in members)
 
     def fit(self, *, halving: bool = False) -> None:
-        """Train every running member, and leave it at its best selection MCC; of several tasks at the best mean.
+        """Train every running member, and leave it at its best main metric; of several tasks at the best mean.
 
         Members that are `done` already are reported to the observer first. The pack is left in evaluation mode.
 
@@ -243,7 +244,8 @@ class PackTraining:
                     may_choose = member in due and member.ranks_are_final(step)
                     line = update_best(member, step, results[member.index], self.metrics, may_choose=may_choose)
                     if line is not None:
-                        ranking[member.index] = line["metrics"]["mcc"], line["metrics"]["auroc"] or 0.0
+                        metrics = line["metrics"]
+                        ranking[member.index] = metrics[member.progress.main_metric], metrics.get("auroc") or 0.0
                         if self.observer:
                             self.observer.evaluated(member.index, line)
                     self.stop_early(member)
@@ -255,13 +257,13 @@ class PackTraining:
     def stop_early(self, member: MemberRun) -> None:
         """Set a member's status to `done` if its settings for stopping early say so; the caller scores and closes it.
 
-        They are `early_stopping_patience` evaluations in a row without improvement, and a best MCC of at least
+        They are `early_stopping_patience` evaluations in a row without improvement, and a best main metric of at least
         `stop_at`. One that is None does not stop it.
         """
         progress, patience, target = member.progress, self.trainer.early_stopping_patience, self.trainer.stop_at
         if patience is not None and progress.without_gain >= patience:
             progress.status = "done"
-        if target is not None and progress.best and progress.best["metrics"]["mcc"] >= target:
+        if target is not None and progress.best_value >= target:
             progress.status = "done"
 
     def save(self, step: int, active: Sequence[MemberRun], *, needed: bool) -> None:

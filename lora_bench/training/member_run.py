@@ -41,7 +41,9 @@ class MemberProgress:
     state: dict[str, Tensor] = field(default_factory=dict)
     """Its trained tensors at that evaluation."""
     scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """P(label 1) of the selection split at that evaluation, by task: (N,) each."""
+    """Scores of the selection split at that evaluation, by task: (N,) or (N, C) each, as `predict` returns them."""
+    main_metric: str = "mcc"
+    """The metric that chooses the best evaluation."""
     steps: int = 0
     """Optimizer updates made."""
     seconds: float = 0.0
@@ -55,11 +57,16 @@ class MemberProgress:
     flops: float = 0.0
     """FLOPs of the training steps, forward and backward."""
     without_gain: int = 0
-    """Consecutive evaluations without a better selection MCC; those before ranks are final do not count."""
+    """Consecutive evaluations without a better main metric; those before ranks are final do not count."""
 
     @property
     def is_running(self) -> bool:
         return self.status == "running"
+
+    @property
+    def best_value(self) -> float:
+        """The main metric of the best evaluation; minus infinity before the first."""
+        return -math.inf if self.best is None else float(self.best["metrics"][self.main_metric])
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ class MemberRun:
         progress: MemberProgress | None = None,
     ) -> MemberRun:
         """Return a member before its first step, as the only member of its run, without FLOP model and checkpoints."""
+        progress = progress or MemberProgress()
+        progress.main_metric = mixture.main_metric
         return cls(
             index,
             pack,
@@ -127,7 +136,7 @@ class MemberRun:
             make_optimizer(settings, pack, index),
             WeightAverage(pack.trainable(index).values(), trainer.average),
             Schedule.of(mixture, trainer),
-            progress or MemberProgress(),
+            progress,
             [index],
         )
 

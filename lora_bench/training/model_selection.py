@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from lora_bench.evaluation.metrics import mean_metrics, score
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import diverge
 from lora_bench.training.prediction import predict
+from lora_bench.training.task_mixture import MEAN_OF_MAIN_METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """P(label 1) and labels of the selection split of each task that a member learns, and the seconds taken."""
+    """Scores and labels of the selection split of each task that a member learns, and the seconds taken."""
 
     scores: dict[str, NDArray[np.float64]]
-    labels: dict[str, NDArray[np.int64]]
+    labels: dict[str, NDArray[Any]]
+    main_metrics: dict[str, str]
+    """The metric of each task that chooses the best state."""
     seconds: float
 
 
@@ -58,15 +60,36 @@ def evaluate_members(
             }
         seconds = time.perf_counter() - began
         labels = {name: t.selection.labels for name, t in mixture.tasks.items() if t.selection.labels is not None}
+        main_metrics = {name: task.main_metric for name, task in mixture.tasks.items()}
         for i, k in enumerate(learners):
-            results[k] = EvaluationResult({name: rows[i] for name, rows in scores.items()}, labels, seconds)
+            own_scores = {name: rows[i] for name, rows in scores.items()}
+            results[k] = EvaluationResult(own_scores, labels, main_metrics, seconds)
     return {k: results[k] for k in members}
+
+
+def mean_of_tasks(
+    by_task: Mapping[str, Mapping[str, float | None]], main_metrics: Mapping[str, str]
+) -> dict[str, float | None]:
+    """Return the mean over tasks of the metrics that all of them have.
+
+    If their main metrics differ, the mean of each task's main metric is added as `main`.
+
+    Args:
+        by_task: metrics of each task; one task keeps its own.
+        main_metrics: name of the main metric of each task.
+    """
+    shared = set.intersection(*map(set, by_task.values()))
+    values = mean_metrics([{k: v for k, v in metrics.items() if k in shared} for metrics in by_task.values()])
+    if len(set(main_metrics.values())) > 1:
+        of_each = [{MEAN_OF_MAIN_METRICS: metrics[main_metrics[name]]} for name, metrics in by_task.items()]
+        values |= mean_metrics(of_each)
+    return values
 
 
 def update_best(
     member: MemberRun, step: int, result: EvaluationResult, metrics: Mapping[str, Metric], *, may_choose: bool
 ) -> dict[str, Any] | None:
-    """Compute a member's selection metrics, and keep its state and scores if its MCC is above the best so far.
+    """Compute a member's selection metrics, and keep its state and scores if its main metric is above the best so far.
 
     Otherwise its count of evaluations without improvement is increased.
 
@@ -86,13 +109,13 @@ def update_best(
     except DivergedError as error:
         diverge(member.progress, step, str(error))
         return None
-    values = mean_metrics(list(by_task.values()))
+    values = mean_of_tasks(by_task, result.main_metrics)
     position = {"step": step, "epoch": round(step / member.schedule.steps_per_epoch, 4)}
     line = {**position, "split": "selection", "metrics": values, "seconds": round(result.seconds, 3)}
-    progress, mcc = member.progress, values["mcc"]
-    best = progress.best["metrics"]["mcc"] if progress.best else -math.inf
-    assert mcc is not None
-    if may_choose and mcc > best:
+    progress = member.progress
+    value = values[progress.main_metric]
+    assert value is not None
+    if may_choose and value > progress.best_value:
         progress.best, progress.state, progress.without_gain = line, member.pack.state(member.index), 0
         progress.scores = result.scores
     elif may_choose:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.training.cuda_graphs import Backward
-from lora_bench.training.objective import make_objective
+from lora_bench.training.objective import balanced_weights, make_objective
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from lora_bench.data.tokenization import TokenTable
 
 
+MEAN_OF_MAIN_METRICS = "main"
+"""Name of the mean over tasks whose main metrics differ."""
+
+
 @dataclass(frozen=True)
 class TaskData:
     """The splits of one task that training uses."""
@@ -40,6 +44,8 @@ class TaskData:
     """The pairs on which every choice is made; never the reported split."""
     second_view: TokenTable | None = None
     """Second views of the pairs of `train` (in reversed order, or perturbed), if the objective has any."""
+    main_metric: str = "mcc"
+    """The metric that chooses on the selection split."""
 
     def plan(self, batch_size: int, multiple: int = 1) -> BatchPlan:
         """Return the rows and the length of each batch; lengths are multiples of `multiple` tokens."""
@@ -64,6 +70,12 @@ class TaskMixture:
     tasks: Mapping[str, TaskData]
     temperature: float = 1.0
 
+    @property
+    def main_metric(self) -> str:
+        """The main metric of all tasks; `MEAN_OF_MAIN_METRICS` if they differ."""
+        names = {task.main_metric for task in self.tasks.values()}
+        return names.pop() if len(names) == 1 else MEAN_OF_MAIN_METRICS
+
     def for_initialisation(self, member: int) -> TaskMixture:
         """Return the mixture for one of its members, with its tasks but without second views."""
         tasks = {name: replace(task, second_view=None) for name, task in self.tasks.items()}
@@ -82,9 +94,15 @@ class TaskMixture:
 
         Tasks must have second views if the objective needs them, and only then.
         """
-        objective = make_objective(trainer)
-        assert all(objective.orders == (1 if task.second_view is None else 2) for task in self.tasks.values())
-        objectives = {task.train.head: objective for task in self.tasks.values()}
+        objectives = {}
+        for task in self.tasks.values():
+            weights = None
+            outputs = pack.outputs(self.members[0], task.train.head)
+            if trainer.class_weights == "balanced" and outputs > 1 and task.train.labels is not None:
+                weights = balanced_weights(task.train.labels.astype(np.int64), outputs)
+            objective = make_objective(trainer, weights)
+            assert objective.orders == (1 if task.second_view is None else 2)
+            objectives[task.train.head] = objective
         return Backward(pack, objectives, graphs=trainer.cuda_graphs)
 
     def batches(self, pack: Pack, batch_size: int, multiple: int = 1) -> Iterator[Batch]:

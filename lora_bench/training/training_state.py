@@ -149,18 +149,21 @@ def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: di
     best, scores = _take(tensors, "best/"), _take(tensors, "scores/")
     shapes = {name: p.shape for name, p in member.pack.trainable(member.index).items()} if best else {}
     _require({name: tensor.shape for name, tensor in best.items()} == shapes, "best")
-    _require(all(tensor.ndim == 1 and tensor.dtype == torch.float64 for tensor in scores.values()), "scores")
+    _require(all(tensor.ndim in (1, 2) and tensor.dtype == torch.float64 for tensor in scores.values()), "scores")
     _require(all(bool(torch.isfinite(tensor).all()) for tensor in scores.values()), "scores")
     _require(outcome.keys() == _TYPES.keys(), "the progress")
     if outcome["status"] == "stopped":  # the name of `eliminated` in version 0.1
         outcome = {**outcome, "status": "eliminated"}
     member.progress = MemberProgress(
-        **outcome, state=best, scores={task: tensor.numpy() for task, tensor in scores.items()}
+        **outcome,
+        state=best,
+        scores={task: tensor.numpy() for task, tensor in scores.items()},
+        main_metric=member.progress.main_metric,
     )
     for name, types in _TYPES.items():
         _require(isinstance(getattr(member.progress, name), types), f"the outcome's {name}")
     if member.progress.best is not None:
-        _require(math.isfinite(member.progress.best["metrics"]["mcc"]), "the best evaluation")
+        _require(math.isfinite(member.progress.best_value), "the best evaluation")
 
 
 def _restore_streams(member: MemberRun, tensors: dict[str, Tensor]) -> None:

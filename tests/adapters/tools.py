@@ -71,7 +71,7 @@ def trainer(steps: int = 12, **changes: Any) -> Trainer:
 def tables(backbone: Backbone) -> tuple[TokenTable, TokenTable]:
     """Token tables of the toy data: 72 training pairs and 12 to select on."""
     data = experiment("data.train_size=72", "data.selection_size=12").data
-    train, selection = sources.split_selection(sources.load(data)["train"], data)
+    train, selection = sources.split_selection(sources.load(data)[1]["train"], data)
     encode = [tokenize(split, data.text_columns, backbone, 64) for split in (train, selection)]
     return encode[0], encode[1]
 

@@ -60,10 +60,44 @@ def test_label_words_are_scored_by_their_first_tokens_in_the_order_given() -> No
     )
 
 
-def test_label_words_that_begin_alike_are_refused() -> None:
-    with refuses(Code.INVALID_VALUE, key="model.label_words") as caught:
-        make_t5("text_to_text", "model.label_words=[no,none]")
-    assert caught.value.value == ["no", "none"]
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_words_that_begin_alike_are_scored_token_by_token(variant: str, padded: bool) -> None:
+    """log p(word) is the sum over its tokens of log p(token | those before), given that a word of the list follows."""
+    words = ["no", "none", "not one", "yes", "not two"]
+    backbone = make("tiny_t5", *VARIANTS[variant])
+    backbone.name_labels([words])
+    batch = random_batch(backbone, padded=padded)
+    network, tokenizer = backbone.network, backbone.tokenizer
+    end, start = tokenizer.eos_token_id, network.config.decoder_start_token_id
+    paths = [(*tokenizer(word, add_special_tokens=False)["input_ids"], end) for word in words]
+    expected = torch.zeros(len(batch.input_ids), len(words))
+    for c, path in enumerate(paths):
+        for i, token in enumerate(path):
+            decoded = torch.tensor([[start, *path[:i]]]).expand(len(batch.input_ids), -1)
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            logits = network(**inputs, decoder_input_ids=decoded).logits[:, -1]
+            possible = sorted({other[i] for other in paths if other[:i] == path[:i]})
+            expected[:, c] += logits[:, possible].log_softmax(-1)[:, possible.index(token)]
+    torch.testing.assert_close(expected.exp().sum(1), torch.ones(len(expected)))
+    assert spread(expected) > 0.01
+    for depth in (0, 1, 2):
+        torch.testing.assert_close(cut_logits(backbone, batch, depth), expected, atol=1e-5, rtol=0)
+    assert "decoder.block.0.layer.0.SelfAttention.q" in backbone.linears()  # its queries count from the second step on
+
+
+@pytest.mark.parametrize("words", [["no", "no"], ["yes", ""]])
+def test_label_words_with_the_same_tokens_or_none_are_refused(words: list[str]) -> None:
+    with refuses(Code.INVALID_VALUE, key="model.label_words"):
+        make("tiny_t5").name_labels([words])
+
+
+def test_words_must_be_as_many_as_classes_and_numbers_have_none() -> None:
+    with refuses(Code.MISMATCH, key="model.label_words"):
+        make("tiny_t5", "model.label_words=[yes,no,maybe]")
+    with refuses(Code.CONFLICT, key="model.form"):
+        make("tiny_t5").name_labels([None])
 
 
 def test_label_words_of_the_encoder_form_do_not_matter() -> None:

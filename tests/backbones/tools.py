@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.data.batching import Batch
-from tests.helpers import composed
+from tests.helpers import QQP_LABELS, composed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ FORMS = {
 def make(model: str = "tiny_bert", *overrides: str) -> Any:
     """A backbone as the command line would load it, with weights large enough for a mistake to show."""
     settings = model_settings(model, *overrides)
-    backbone = load(settings, load_tokenizer(settings), task="qqp")
+    backbone = load(settings, load_tokenizer(settings), task="qqp", label_names=[QQP_LABELS])
     if settings.random is not None and not settings.path:
         enliven(backbone.network)
     return backbone

@@ -37,7 +37,7 @@ def encode(backbone: Callable[..., Any], request: pytest.FixtureRequest) -> Call
 def augmented(
     encode: Callable[..., TokenTable], names: Any = "all", share: float = 0.5, *, reverse: bool = False
 ) -> TokenTable:
-    transforms = choose_transforms(names, "qqp", 2, "data.augment")
+    transforms = choose_transforms(names, "paraphrase", 2, "data.augment")
     encode_side = partial(encode, reverse=reverse)
     return replace(encode_side(EXAMPLES), augmentation=Augmentation(EXAMPLES, transforms, share, 0.3, 0, encode_side))
 
@@ -173,7 +173,7 @@ def test_training_tables_of_each_objective(backbone: Callable[..., Any]) -> None
     ("overrides", "code", "key", "value", "datum"),
     [
         (["data.augment=typ"], Code.UNKNOWN_CHOICE, "data.augment", "typ", "typo"),
-        (["data.augment=number", "data.task=rte"], Code.UNSUPPORTED, "data.augment", "number", "rte"),
+        (["data.augment=number", "data.relation=entailment"], Code.UNSUPPORTED, "data.augment", "number", "entailment"),
         (
             ["trainer.objective=perturb_consistency"],
             Code.CONFLICT,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import threading
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lora_bench.data.examples import Examples
+from lora_bench.data.labels import ClassLabels
 from lora_bench.data.readers import READERS, read, read_table
 from lora_bench.errors import Code, UserError
 from tests.command_line import refuses
@@ -355,44 +356,20 @@ def test_carriage_returns_as_line_ends_are_refused_with_the_remedy(tmp_path: Pat
     assert "tr '\\r' '\\n'" in str(error.remedy)
 
 
-@pytest.mark.parametrize(
-    ("values", "row", "hint"),
-    [
-        (["no", "yes"], 1, r"data\.label_names .*\b0 .*'no' .*\b1 .*'yes'"),
-        (["0", "yes"], 2, r"data\.label_names .*\b0 .*'no' .*\b1 .*'yes'"),
-        (["true", "false"], 1, "'true' .*'false'"),
-        (["a", "b", "c"], 1, r"\btwo\b"),
-        (["1", "2"], 2, "data.label_threshold=2"),
-        (["-1", "1"], 1, "data.label_threshold=1"),
-        ([0.0, 1.0], 1, "data.label_threshold=1"),
-        (["0", "1", "2"], 3, "data.label_threshold"),
-        ([True, False], 1, r"\b0 .*false .*\b1 .*true\b"),
-        (["1", "no "], 2, "'1' .*'no '"),
-        ([None, 1], 1, ""),
-    ],
-)
-def test_remedy_for_labels_other_than_0_and_1(tmp_path: Path, values: list[Any], row: int, hint: str) -> None:
-    path = tmp_path / "a.jsonl"
-    write(path, "".join(json.dumps({"text": "x", "label": value}) + "\n" for value in values))
+def test_class_names_are_those_of_the_file_or_its_values(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["b", "a"])})
+    datasets.Dataset.from_dict({"text": ["x", "y"], "label": [0, 1]}, features).to_parquet(tmp_path / "a.parquet")
+    assert read_table(tmp_path / "a.parquet").class_names("label") == ["b", "a"]
+    write_parquet(tmp_path / "b.parquet", text=["x", "y", "z"], label=["b", "a", "b"])
+    table = read_table(tmp_path / "b.parquet")
+    assert table.class_names("label") == ["a", "b"]
+    labels = table.examples(["text"], "label", ClassLabels(["a", "b"]), labels_may_hide=False).labels
+    assert labels is not None
+    assert labels.tolist() == [1, 0, 1]
+    write_parquet(tmp_path / "c.parquet", text=["x", "y"], label=["a", None])
     with refuses(Code.INVALID_DATA) as caught:
-        read_table(path).examples(["text"], "label", labels_may_hide=False, label_names=["no", "yes"])
-    error = caught.value
-    assert (error.file, error.row) == (str(path), row)
-    assert repr(values[row - 1]) in error.reason
-    assert re.search(hint, str(error.remedy))
-
-
-def test_remedy_for_a_split_with_hidden_labels_suggests_no_threshold(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tsv", HEADER + "a\tb\t1\na\tb\t-1\n")
-    assert "label_threshold" not in str(refusal(path, labels_may_hide=True))
-
-
-def test_threshold_of_the_remedy_turns_numbers_into_labels(tmp_path: Path) -> None:
-    for values, threshold in (([1, 2], 2), ([0.0, 1.0], 1), ([-1, 1], 1)):
-        path = write_parquet(tmp_path / "a.parquet", text=["x", "y"], label=values)
-        examples = read_table(path).examples(["text"], "label", labels_may_hide=False, threshold=threshold)
-        assert examples.labels is not None
-        assert examples.labels.tolist() == [0, 1]
+        read_table(tmp_path / "c.parquet").class_names("label")
+    assert (caught.value.file, caught.value.row) == (str(tmp_path / "c.parquet"), 2)
 
 
 def test_devices_circular_links_and_invalid_names_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora_bench.config.schema import Data, FileData, HubData, ToyData
 from lora_bench.data.examples import Examples
-from lora_bench.data.sources import inspect_splits, load, split_selection, unseen_rows
+from lora_bench.data.sources import inspect_splits, load, load_for_run, split_selection, unseen_rows
 from lora_bench.errors import Code
 from tests.command_line import refuses
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMON: dict[str, Any] = {
+    "type": "classification",
     "task": "qqp",
     "text_columns": ["question1", "question2"],
     "label_column": "label",
     "label_threshold": None,
     "label_names": ["not_duplicate", "duplicate"],
+    "positive_label": None,
+    "relation": "paraphrase",
     "max_length": 128,
+    "truncation": "longest_first",
     "train_size": None,
     "selection_size": 0.1,
     "split_seed": 0,
@@ -41,7 +46,7 @@ COMMON: dict[str, Any] = {
     "share": "adapter",
     "temperature": 1.0,
 }
-HUB = HubData(source="hub", hub_id="nyu-mll/glue", hub_config="qqp", revision=None, **COMMON)
+HUB = HubData(source="hub", hub_id="nyu-mll/glue", hub_config="qqp", revision=None, splits=None, **COMMON)
 HEADER = "question1\tquestion2\tlabel\n"
 
 
@@ -95,7 +100,7 @@ def test_split_files_of_a_folder_are_loaded(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t1\n")
     (tmp_path / "validation.csv").write_text("question1,question2,label\nc,d,0\n")
     (tmp_path / "test.jsonl").write_text('{"question1": "e", "question2": "f"}\n')
-    splits = load(file_data(tmp_path))
+    _, splits = load(file_data(tmp_path))
     assert [*splits] == ["train", "validation", "test"]
     assert splits["validation"].texts == (["c"], ["d"])
     assert splits["test"].labels is None
@@ -110,7 +115,7 @@ def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(HEADER + "a\tb\t3.99\nc\td\t4\ne\tf\t5.0\n")
     (tmp_path / "validation.jsonl").write_text('{"question1": "e", "question2": "f", "label": 4.5}\n')
     (tmp_path / "test.tsv").write_text(HEADER + "a\tb\t-1.0\n")
-    splits = load(replace(file_data(tmp_path), label_threshold=4.0))
+    _, splits = load(replace(file_data(tmp_path), label_threshold=4.0))
     assert splits["train"].labels is not None
     assert splits["validation"].labels is not None
     assert (splits["train"].labels.tolist(), splits["validation"].labels.tolist()) == ([0, 1, 1], [1])
@@ -124,7 +129,7 @@ def test_numbers_become_labels_at_a_threshold(tmp_path: Path) -> None:
 
 def test_a_single_file_is_loaded_as_the_test_split(tmp_path: Path) -> None:
     (tmp_path / "any.tsv").write_text(HEADER + "a\tb\t1\n")
-    assert [*load(file_data(tmp_path / "any.tsv"))] == ["test"]
+    assert [*load(file_data(tmp_path / "any.tsv"))[1]] == ["test"]
 
 
 def test_missing_and_ambiguous_folders_are_refused(tmp_path: Path) -> None:
@@ -175,7 +180,7 @@ def test_hub_splits_are_checked_like_files(monkeypatch: pytest.MonkeyPatch) -> N
     calls = patch_hub(
         monkeypatch, DatasetDict(test=rows([-1, -1]), train=rows([0, 1, 1]), validation=rows([1]), other=rows([7]))
     )
-    splits = load(replace(HUB, revision="v1"))
+    _, splits = load(replace(HUB, revision="v1"))
     assert calls == [("nyu-mll/glue", "qqp", "v1")]
     assert [*splits] == ["train", "validation", "test"]
     assert splits["train"].texts == (["t0", "t1", "t1"], ["t1", "t1", "t0"])
@@ -203,7 +208,7 @@ def test_an_unreachable_hub_is_refused_with_data_that_needs_no_network(monkeypat
             load(HUB)
         assert caught.value.value == HUB.hub_id
         assert "\n" not in str(caught.value)
-        assert "data=pairs data.path=DIR" in str(caught.value)
+        assert "data=files data.path=DIR" in str(caught.value)
         assert "data=toy" in str(caught.value)
 
 
@@ -303,10 +308,12 @@ def test_inspect_splits_counts_labels_empty_repeated_and_shared_rows() -> None:
             "train": pairs(("a", "b", 1), ("b", "a", 1), ("NA", "c", 0), ("", " ", 0), ("x", "y", 0)),
             "validation": pairs(("y", "x", 0), ("b", "a", 0), ("new", "pair", 0)),
             "test": Examples(np.arange(1), (["q"], ["r"]), None),
-        }
+        },
+        ["no", "yes"],
     )
     assert statistics["rows"] == {"train": 5, "validation": 3, "test": 1}
     assert statistics["positives"] == {"train": 2, "validation": 0, "test": None}
+    assert statistics["label_counts"] == {"train": [3, 2], "validation": [3, 0], "test": None}
     assert statistics["empty_texts"] == {"train": 2, "validation": 0, "test": 0}
     assert statistics["null_texts"] == {"train": 1, "validation": 0, "test": 0}
     assert statistics["repeated"] == {"train": 1, "validation": 0, "test": 0}
@@ -319,13 +326,13 @@ def test_inspect_splits_counts_labels_empty_repeated_and_shared_rows() -> None:
 
 def test_inspect_splits_warns_of_nothing_in_clean_data() -> None:
     single = {"train": Examples(np.arange(2), (["a", "b"],), np.array([0, 1]))}
-    assert inspect_splits(single)["warnings"] == []
+    assert inspect_splits(single, ["no", "yes"])["warnings"] == []
 
 
 def test_generated_splits_have_the_requested_sizes_and_share_no_row() -> None:
-    splits = load(toy_data())
+    _, splits = load(toy_data())
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 8, "validation": 8}
-    assert inspect_splits(splits)["shared"] == {"train/validation": 0}
+    assert inspect_splits(splits, ["no", "yes"])["shared"] == {"train/validation": 0}
 
 
 def test_unseen_rows_share_no_text_with_seen_examples() -> None:
@@ -339,4 +346,94 @@ def test_unseen_rows_share_no_text_with_seen_examples() -> None:
         False,
         False,
         True,
+    ]
+
+
+# --- classes and numbers ---
+
+
+def write_splits(folder: Path, train: list[Any], validation: list[Any]) -> FileData:
+    """Write two JSONL files with these labels, and return the settings of a task with one text column."""
+    for split, labels in (("train", train), ("validation", validation)):
+        lines = [json.dumps({"text": f"{split} {i}", "label": label}) for i, label in enumerate(labels)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return replace(file_data(folder), text_columns=["text"], label_names=None)
+
+
+def labels_of(splits: dict[str, Examples]) -> list[list[float] | None]:
+    return [None if split.labels is None else split.labels.tolist() for split in splits.values()]
+
+
+def test_names_are_inferred_from_train_and_hold_for_every_split(tmp_path: Path) -> None:
+    data, splits = load(write_splits(tmp_path, ["b", "c", "a", "b"], ["c", "c"]))
+    assert data.label_names == ["a", "b", "c"]
+    assert labels_of(splits) == [[1, 2, 0, 1], [2, 2]]
+    with refuses(Code.INVALID_DATA) as caught:
+        load(write_splits(tmp_path, ["b", "a"], ["a", "d"]))
+    assert (caught.value.file, caught.value.row) == (str(tmp_path / "validation.jsonl"), 2)
+    assert "'d'" in caught.value.reason
+
+
+def test_the_positive_label_becomes_the_second_of_two_classes(tmp_path: Path) -> None:
+    data = write_splits(tmp_path, ["spam", "ham"], ["ham"])
+    resolved, splits = load(data)
+    assert (resolved.label_names, labels_of(splits)) == (["ham", "spam"], [[1, 0], [0]])
+    resolved, splits = load(replace(data, positive_label="ham"))
+    assert (resolved.label_names, labels_of(splits)) == (["spam", "ham"], [[0, 1], [1]])
+    with refuses(Code.UNKNOWN_CHOICE, key="data.positive_label"):
+        load(replace(data, positive_label="eggs"))
+    with refuses(Code.CONFLICT, key="data.positive_label"):
+        load(replace(write_splits(tmp_path, ["a", "b", "c"], ["a"]), positive_label="a"))
+
+
+def test_numbers_are_loaded_for_regression(tmp_path: Path) -> None:
+    data = replace(write_splits(tmp_path, [0.5, 5, "2"], [1.25]), type="regression")
+    resolved, splits = load(data)
+    assert (resolved.label_names, labels_of(splits)) == (None, [[0.5, 5.0, 2.0], [1.25]])
+    assert inspect_splits(splits)["label_range"] == {"train": [0.5, 2.5, 5.0], "validation": [1.25, 1.25, 1.25]}
+    assert splits["train"].fingerprint() != replace(splits["train"], labels=np.array([0.5, 5.0, 2.5])).fingerprint()
+
+
+def test_a_selection_split_of_numbers_has_small_and_large_ones() -> None:
+    values = np.linspace(0, 5, 400)
+    examples = Examples(np.arange(400), ([f"t{i}" for i in range(400)],), values)
+    data = replace(toy_data(), type="regression", label_names=None)
+    train, selection = split_selection(examples, data)
+    assert train.labels is not None
+    assert selection.labels is not None
+    assert len(selection) == 40
+    assert np.histogram(selection.labels, 4, (0, 5))[0].tolist() == [10, 10, 10, 10]
+
+
+def test_other_data_are_read_with_the_classes_of_a_run(tmp_path: Path) -> None:
+    run = replace(toy_data(), label_names=["entailment", "neutral", "contradiction"])
+    notes: list[str] = []
+
+    def read(labels: list[Any], names: list[str] | None) -> list[float] | None:
+        return labels_of(
+            load_for_run(replace(write_splits(tmp_path, labels, labels), label_names=names), run, notes.append)
+        )[1]
+
+    assert read([0, 2, 1], None) == [0, 2, 1]
+    assert read(["neutral", "entailment"], None) == [1, 0]
+    assert read([0, 1, 2], ["contradiction", "entailment", "neutral"]) == [2, 0, 1]
+    assert notes == []
+    assert read(["c", "a"], ["a", "b", "c"]) == [2, 0]
+    assert len(notes) == 1
+    with refuses(Code.MISMATCH, key="data.label_names"):
+        read(["a", "b"], ["a", "b"])
+    with refuses(Code.INVALID_DATA):
+        read(["yes", "no"], None)
+
+
+def test_classes_that_look_alike_or_have_no_examples_are_warned_of() -> None:
+    splits = {
+        "train": Examples(np.arange(3), (["a", "b", "c"],), np.array([0, 1, 1])),
+        "selection": Examples(np.arange(1), (["d"],), np.array([1])),
+    }
+    warnings = inspect_splits(splits, ["No", "no", "yes"])["warnings"]
+    assert [[word for word in ("'No'", "'yes'", "train", "selection") if word in text] for text in warnings] == [
+        ["'No'"],
+        ["'yes'", "train"],
+        ["selection"],
     ]

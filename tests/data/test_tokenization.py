@@ -246,6 +246,13 @@ def with_null_value(array: pa.ListArray) -> pa.Array:
     return pa.array([[None, *head[1:]], *rest], array.type)
 
 
+def counted(batch: pa.RecordBatch, **counts: str) -> pa.RecordBatch:
+    """Return the batch with these counts in its metadata."""
+    metadata = batch.schema.metadata | {name.encode(): count for name, count in counts.items()}
+    changed: pa.RecordBatch = batch.replace_schema_metadata(metadata)
+    return changed
+
+
 WRONG: dict[str, Callable[[pa.RecordBatch], pa.RecordBatch]] = {
     "a row less": lambda batch: batch.slice(1),
     "a row more": lambda batch: pa.concat_batches([batch, batch.slice(0, 1)]),
@@ -266,9 +273,13 @@ WRONG: dict[str, Callable[[pa.RecordBatch], pa.RecordBatch]] = {
     "no ids": lambda batch: batch.select(["token_type_ids"]),
     "other names": lambda batch: batch.rename_columns(["ids", "types"]),
     "no metadata": lambda batch: batch.replace_schema_metadata(None),
-    "count of another type": lambda batch: batch.replace_schema_metadata({"truncated": "many"}),
-    "negative count": lambda batch: batch.replace_schema_metadata({"truncated": "-1"}),
-    "count beyond the rows": lambda batch: batch.replace_schema_metadata({"truncated": "9"}),
+    "count of another type": lambda batch: counted(batch, truncated="many"),
+    "negative count": lambda batch: counted(batch, truncated="-1"),
+    "count beyond the rows": lambda batch: counted(batch, truncated="9"),
+    "no count": lambda batch: batch.replace_schema_metadata({"truncated": "3"}),
+    "longest row within the limit": lambda batch: counted(batch, longest="64"),
+    "longest row beyond the limit but none truncated": lambda batch: counted(batch, truncated="0"),
+    "more exceptions than truncated rows": lambda batch: counted(batch, fallback="8"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from numpy.testing import assert_allclose
 
 from lora_bench.config.schema import Metric
 from lora_bench.errors import Code, DivergedError
-from lora_bench.evaluation.metrics import check_metrics, expected_calibration_error, score
+from lora_bench.evaluation.metrics import check_metrics, class_metrics, expected_calibration_error, score
 from tests.command_line import refuses
 
 if TYPE_CHECKING:
@@ -232,3 +233,110 @@ def test_every_metric_stays_in_its_range(rows: list[tuple[float, int]]) -> None:
             assert 0.0 <= value <= 1.0 + 1e-6, name
     assert 0.0 <= values["nll"] <= 34.6
     assert -1.0 <= values["mcc"] <= 1.0
+
+
+# --- more classes ---
+
+
+def class_scores(classes: int, n: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return probabilities (n, classes) that know a little about their labels; not every class need occur."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    logits = rng.normal(size=(n, classes)).round(1) + 1.5 * np.eye(classes)[labels]
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True), labels
+
+
+@pytest.mark.parametrize(("classes", "n"), [(3, 9), (3, 1000), (77, 200), (77, 3000)])
+def test_metrics_of_many_classes_are_scikit_learns(classes: int, n: int) -> None:
+    scores, labels = class_scores(classes, n, n)
+    predicted, present = scores.argmax(1), np.unique(labels)
+    with np.errstate(all="ignore"):
+        expected = {
+            "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
+            "macro_f1": sklearn.metrics.f1_score(labels, predicted, average="macro"),
+            "weighted_f1": sklearn.metrics.f1_score(labels, predicted, average="weighted"),
+            "mcc": sklearn.metrics.matthews_corrcoef(labels, predicted),
+            "auroc": np.mean([sklearn.metrics.roc_auc_score(labels == c, scores[:, c]) for c in present]),
+            "nll": sklearn.metrics.log_loss(labels, scores, labels=np.arange(classes)),
+            "brier": ((scores - np.eye(classes)[labels]) ** 2).sum(1).mean(),
+        }
+    values = score(scores, labels, {})
+    assert sorted(values) == sorted([*expected, "ece"])
+    for name, value in expected.items():
+        assert_allclose(values[name], value, atol=1e-6, err_msg=name)
+    if len(present) == classes:
+        whole = sklearn.metrics.roc_auc_score(labels, scores, multi_class="ovr", average="macro")
+        assert_allclose(values["auroc"], whole, atol=1e-6)
+    json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted"),
+    [([0, 0, 0], [0, 0, 0]), ([0, 0, 0], [1, 1, 1]), ([0, 1, 1], [1, 1, 1]), ([0, 1, 2], [0, 0, 1]), ([2], [2])],
+)
+def test_degenerate_splits_of_three_classes_have_finite_metrics(labels: list[int], predicted: list[int]) -> None:
+    scores, y = 0.4 * np.eye(3)[predicted] + 0.2, np.array(labels)
+    values = score(scores, y, {"specificity": Metric(torchmetric="Specificity")})
+    both = len({*labels, *predicted}) > 1
+    assert_allclose(values["mcc"], sklearn.metrics.matthews_corrcoef(y, predicted) if both else 0.0, atol=1e-6)
+    assert_allclose(values["macro_f1"], sklearn.metrics.f1_score(y, predicted, average="macro"), atol=1e-6)
+    assert (values["auroc"] is None) == (len(set(labels)) == 1)
+    json.dumps(values, allow_nan=False)
+
+
+def test_ece_of_three_classes_is_about_the_predicted_one() -> None:
+    scores = np.array([[0.9, 0.05, 0.05]] * 4)
+    assert_allclose(expected_calibration_error(scores, np.array([0, 0, 0, 2])), 0.15)
+    assert_allclose(expected_calibration_error(scores[:, [1, 0, 2]], np.array([1, 1, 1, 2])), 0.15)
+
+
+def test_metrics_of_each_class_are_scikit_learns() -> None:
+    scores, labels = class_scores(5, 300, 0)
+    names = [f"class {i}" for i in range(5)]
+    table = sklearn.metrics.precision_recall_fscore_support(labels, scores.argmax(1))
+    values = class_metrics(scores, labels, names)
+    assert [*values] == names
+    for column, key in zip(table, ("precision", "recall", "f1", "support"), strict=True):
+        assert_allclose([values[name][key] for name in names], column)
+
+
+@pytest.mark.parametrize("name", ["FBetaScore", "BinaryFBetaScore", "MulticlassFBetaScore"])
+def test_extra_metrics_take_the_form_of_the_task(name: str) -> None:
+    extra = {"f2": Metric(torchmetric=name, args={"beta": 2})}
+    check_metrics(extra)
+    check_metrics(extra, "multiclass", 3)
+    scores, labels = class_scores(3, 200, 0)
+    expected = sklearn.metrics.fbeta_score(labels, scores.argmax(1), beta=2, average="macro")
+    assert_allclose(score(scores, labels, extra)["f2"], expected, atol=1e-6)
+    with refuses(Code.UNKNOWN_CHOICE, key="metric.f2.torchmetric"):
+        check_metrics(extra, "regression")
+
+
+# --- numbers ---
+
+
+def test_metrics_of_numbers_are_scipys_and_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.normal(size=500).round(1)  # with ties
+    scores = labels + rng.normal(size=500).round(1)
+    expected = {
+        "pearson": scipy.stats.pearsonr(scores, labels)[0],
+        "spearman": scipy.stats.spearmanr(scores, labels)[0],
+        "mse": sklearn.metrics.mean_squared_error(labels, scores),
+        "mae": sklearn.metrics.mean_absolute_error(labels, scores),
+        "r2": sklearn.metrics.r2_score(labels, scores),
+    }
+    extra = {"kendall": Metric(torchmetric="KendallRankCorrCoef")}
+    check_metrics(extra, "regression")
+    values = score(scores, labels, extra)
+    assert_allclose(values.pop("kendall"), scipy.stats.kendalltau(scores, labels)[0], atol=1e-4)
+    assert [*values] == [*expected]
+    for name, value in expected.items():
+        assert_allclose(values[name], value, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(("scores", "labels"), [([1.0, 1.0, 1.0], [0.0, 1.0, 2.0]), ([0.0, 1.0, 2.0], [3.0, 3.0, 3.0])])
+def test_constant_numbers_have_no_correlation(scores: list[float], labels: list[float]) -> None:
+    values = score(np.array(scores), np.array(labels), {})
+    assert (values["pearson"], values["spearman"]) == (0.0, 0.0)
+    json.dumps(values, allow_nan=False)

@@ -99,3 +99,48 @@ def test_a_drop_from_nothing_has_no_value() -> None:
 def test_scores_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(DivergedError):
         robustness(SCORES, LABELS, [trial("typo", [0], [np.nan])])
+
+
+# -- more classes, and numbers --
+
+CLASSES = np.array([0, 1, 2, 2, 1, 0])
+PROBABILITIES = np.full((6, 3), 0.1) + 0.7 * np.eye(3)[[0, 1, 2, 0, 1, 0]]  # right but for row 3
+
+
+def probabilities(classes: list[int]) -> Any:
+    return np.full((len(classes), 3), 0.1) + 0.7 * np.eye(3)[classes]
+
+
+def test_more_than_two_classes_flip_where_the_most_probable_one_changes() -> None:
+    changed = Trial("typo", True, np.array([0, 2, 3]), CLASSES[[0, 2, 3]], probabilities([1, 2, 2]))
+    unchanged = Trial("typo", True, np.array([], np.int64), CLASSES[:0], np.empty(0))
+    metrics = robustness(PROBABILITIES, CLASSES, [changed, unchanged])
+    predicted = [1, 1, 2, 2, 1, 0]
+    macro_f1 = sklearn.metrics.f1_score(CLASSES, predicted, average="macro")
+    clean = sklearn.metrics.f1_score(CLASSES, [0, 1, 2, 0, 1, 0], average="macro")
+    assert metrics["typo/macro_f1"] == pytest.approx((macro_f1 + clean) / 2)
+    assert metrics["typo/macro_f1_drop"] == pytest.approx((clean - (macro_f1 + clean) / 2) / clean)
+    assert metrics["typo/accuracy_worst"] == pytest.approx(5 / 6)
+    assert metrics["typo/flip_rate"] == pytest.approx(2 / 3)
+    assert metrics["typo/attack_success"] == pytest.approx(1 / 2)  # rows 0 and 2 were right, 0 is wrong now
+    assert metrics["perturbed/attack_success"] == metrics["typo/attack_success"]
+    assert "typo/f1" not in metrics
+
+
+def test_numbers_have_a_mean_change_and_no_attacks() -> None:
+    labels = np.array([0.0, 1.0, 2.5, 5.0])
+    scores = np.array([0.5, 1.0, 2.0, 4.0])
+    rows = np.array([0, 3])
+    metrics = robustness(scores, labels, [Trial("order", True, rows, labels[rows], np.array([1.5, 3.5]))])
+    perturbed = np.array([1.5, 1.0, 2.0, 3.5])
+    assert metrics["order/mean_change"] == pytest.approx((1.0 + 0.5) / 2)
+    assert (
+        metrics["order/pearson"]
+        == metrics["order/pearson_worst"]
+        == pytest.approx(np.corrcoef(perturbed, labels)[0, 1])
+    )
+    assert metrics["perturbed/mean_change"] == metrics["order/mean_change"]
+    drop = 1 - np.corrcoef(perturbed, labels)[0, 1] / np.corrcoef(scores, labels)[0, 1]
+    assert metrics["order/pearson_drop"] == pytest.approx(drop)
+    names = {key.partition("/")[2] for key in metrics}
+    assert names.isdisjoint({"flip_rate", "attack_success", "order_consistency", "mse"})

@@ -108,6 +108,18 @@ def test_unknown_and_unsuited_transforms_are_refused() -> None:
     assert caught.value.value == "tipo"
     assert "typo" in str(caught.value.remedy)
     with refuses(Code.UNSUPPORTED, key="data.perturb") as caught:
-        resolve_transforms(replace(settings("data.perturb=[entity]"), task="rte"))
+        resolve_transforms(replace(settings("data.perturb=[entity]"), relation="entailment"))
     assert caught.value.value == "entity"
-    assert "rte" in caught.value.reason
+    assert "entailment" in caught.value.reason
+
+
+def test_scores_of_several_classes_keep_their_columns() -> None:
+    labels = np.array([2, 0, 1, 0])
+    split = Examples(np.arange(4), (FIRST, SECOND), labels)
+    data = replace(settings("data.perturb=[typo,number_alike]"), label_names=["a", "b", "c"])
+    scores = np.eye(3)[labels]
+    metrics = score_stress_splits(
+        data, split, scores, lambda rows: np.eye(3)[[1] * len(rows)], seen=(), metrics={}, log=lambda line: None
+    )
+    assert metrics["typo/flip_rate"] == pytest.approx(2 / 3)  # of three rows that change, one is of class 1
+    assert "typo/macro_f1" in metrics

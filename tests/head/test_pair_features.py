@@ -56,10 +56,17 @@ def test_the_regression_is_finite_where_labels_are_alike_or_told_apart(labels: t
 
 def test_where_it_can_see_one_label_alone_it_begins_at_zero_and_the_record_says_so(in_tmp: Path) -> None:
     for split in ("train", "validation"):
-        rows = "".join(f"what is {i}\twhy is {i}\t1\n" for i in range(24))
+        rows = "".join(f"what is {i}\twhy is {i}\t{int(i > 0)}\n" for i in range(65))
         Path(f"{split}.tsv").write_text(f"question1\tquestion2\tlabel\n{rows}")
     asked = [text for text in ASKED if not text.startswith("data")]
-    asked += ["data=pairs", "data.path=.", "data.selection_size=8", "adapter=enhanced", "hydra.run.dir=run"]
+    asked += [
+        "data=pairs",
+        "data.path=.",
+        "data.selection_size=8",
+        "data.train_size=16",
+        "adapter=enhanced",
+        "hydra.run.dir=run",
+    ]
     answer = lora_bench("train", *asked)
     assert answer.code == 0, answer
     warnings = json.loads(Path("run/run.json").read_text())["data"]["warnings"]

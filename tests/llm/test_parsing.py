@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_bench.llm.parsing import Answer, BrokenAnswerError, read_label, read_reply
+from lora_bench.llm.parsing import Answer, BrokenAnswerError, read_label, read_number, read_reply
 
 NO_YES = ("no", "yes")
 
@@ -33,27 +33,39 @@ def answer(text: str | None = "no", *positions: dict[str, float], refused: bool 
     ],
 )
 def test_score_from_probabilities(probabilities: dict[str, float], expected: float) -> None:
-    score, source = read_label(answer("whatever", probabilities), NO_YES)
+    read, source = read_label(answer("whatever", probabilities), NO_YES)
     assert source == "probabilities"
-    assert score == pytest.approx(expected)
+    assert read == pytest.approx([1 - expected, expected])
 
 
 def test_white_space_and_quotes_before_the_answer_are_skipped() -> None:
     positions = ({"\n": 0.9, "x": 0.1}, {'"': 0.9, "no": 0.1}, {"yes": 0.75, "no": 0.25})
-    assert read_label(answer("yes", *positions), NO_YES) == (pytest.approx(0.75), "probabilities")
+    assert read_label(answer("yes", *positions), NO_YES) == (pytest.approx([0.25, 0.75]), "probabilities")
 
 
 def test_tokens_that_begin_both_words_are_ignored() -> None:
     words = ("equivalent", "equivalent_not")
-    assert read_label(answer("Equivalent.", {"equi": 0.9, "the": 0.1}), words) == (0.0, "text")
+    assert read_label(answer("Equivalent.", {"equi": 0.9, "the": 0.1}), words) == ([1.0, 0.0], "text")
+    words = ("card arrival", "card_linking", "top_up")
+    positions = {"card": 0.9, "top": 0.05}
+    assert read_label(answer("card_arrival", positions), words) == ([1.0, 0.0, 0.0], "text")
+    assert read_label(answer("Card-Linking.", positions), words) == ([0.0, 1.0, 0.0], "text")
+    assert read_label(answer("card", positions), words) == (None, "unparsable")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("yes", (1.0, "text")),
-        (" Yes.", (1.0, "text")),
-        ("**NO**\n", (0.0, "text")),
+        ("yes", ([0.0, 1.0], "text")),
+        (" Yes.", ([0.0, 1.0], "text")),
+        ("**NO**\n", ([1.0, 0.0], "text")),
+        ('{"answer": "Yes"}', ([0.0, 1.0], "text")),
+        ('```json\n{"yes": 3, "no": 1}\n```', ([0.25, 0.75], "probabilities")),
+        ('{"yes": 0, "no": 0}', (None, "unparsable")),
+        ('{"yes": NaN, "no": 1}', (None, "unparsable")),
+        ('{"yes": "no", "no": "yes"}', (None, "unparsable")),
+        ('{"yes": 1}', (None, "unparsable")),
+        ('{"yes": 1', (None, "unparsable")),
         ("yes, they are", (None, "unparsable")),
         ("no yes", (None, "unparsable")),
         ("yesterday", (None, "unparsable")),
@@ -61,8 +73,50 @@ def test_tokens_that_begin_both_words_are_ignored() -> None:
         (None, (None, "unparsable")),
     ],
 )
-def test_the_text_must_be_one_of_the_two_words(text: str | None, expected: tuple[float | None, str]) -> None:
+def test_the_text_must_be_one_of_the_two_words(text: str | None, expected: tuple[list[float] | None, str]) -> None:
     assert read_label(answer(text), NO_YES) == expected
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "expected"),
+    [
+        ({"en": 0.6, "neut": 0.2, "Contra": 0.2}, [0.6, 0.2, 0.2]),
+        ({"en": 0.9, "maybe": 0.04}, [0.9 / 0.96, 0.03 / 0.96, 0.03 / 0.96]),  # 0.06 is left for two words
+        ({"en": 0.7, "neut": 0.2}, [0.7, 0.2, 0.1]),
+    ],
+)
+def test_probabilities_of_three_classes(probabilities: dict[str, float], expected: list[float]) -> None:
+    words = ("entailment", "neutral", "contradiction")
+    assert read_label(answer("?", probabilities), words) == (pytest.approx(expected), "probabilities")
+
+
+def test_probabilities_in_json_take_precedence_over_tokens() -> None:
+    words = ("entailment", "neutral", "contradiction")
+    positions = ({'{"': 1.0, "x": 0.0001}, {"neutral": 0.9, "en": 0.1})
+    text = '{"neutral": 0.1, "Entailment": 0.7, "contradiction": 0.2}'
+    assert read_label(answer(text, *positions), words) == (pytest.approx([0.7, 0.1, 0.2]), "probabilities")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4.5", 4.5),
+        ("**-1e-3**.", -1e-3),
+        ("The score is 7.", 7.0),
+        ('{"score": .25}', 0.25),
+        ("1e9", 1e9),
+        ("4/5", None),
+        ("3,5", None),
+        ("4.5x", None),
+        ("v2", None),
+        ("1e999", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_number_must_be_the_only_one_in_the_text(text: str | None, expected: float | None) -> None:
+    assert read_number(answer(text)) == (expected, "unparsable" if expected is None else "text")
+    assert read_number(answer(text, refused=True)) == (None, "refused")
 
 
 def test_a_refusal_takes_precedence_over_probabilities() -> None:

@@ -308,3 +308,62 @@ def test_an_old_name_in_a_file_of_the_user_s_is_refused_with_the_present_one(in_
     error = refused("train", "--config-dir", "conf", *toy_run("adapter=mine"))
     assert (error.code, error.key) == (Code.UNKNOWN_KEY, "adapter.matching")
     assert "head.pair_features" in str(error.remedy)
+
+
+# -- records without the type, the relation and the truncation of data --
+
+NEWER_DATA = ("type", "positive_label", "relation", "truncation", "splits")
+
+
+def older_data(*overrides: str) -> dict[str, Any]:
+    """Return the node `data` that a record of version 0.1 has."""
+    data: Any = OmegaConf.to_container(composed(*overrides), resolve=True)["data"]  # type: ignore[call-overload, index]
+    return {key: value for key, value in data.items() if key not in NEWER_DATA}
+
+
+def test_the_older_stsb_has_two_classes(in_tmp: Path) -> None:
+    assert lora_bench("train", *toy_run("hydra.run.dir=run")).code == 0
+    record = json.loads(Path("run/run.json").read_text())
+    record["config"]["data"] = older_data("data=stsb_binary")
+    record["choices"]["data"] = "stsb"
+    Path("run/run.json").write_text(json.dumps(record))
+    present = run_folder.read(Path("run"))
+    assert present["choices"]["data"] == "stsb_binary"
+    data = fill_defaults(present)["data"]
+    assert (data["type"], data["label_threshold"], data["relation"]) == ("classification", 4.0, "similarity")
+    record["config"]["data"] |= {"type": "classification"}  # a newer run that chose stsb and made classes of it
+    Path("run/run.json").write_text(json.dumps(record))
+    assert run_folder.read(Path("run"))["choices"]["data"] == "stsb"
+
+
+@pytest.mark.parametrize(
+    ("choice", "overrides", "relation"),
+    [
+        ("qqp", ["data=qqp"], "paraphrase"),
+        ("pairs", ["data=pairs", "data.path=x"], "paraphrase"),
+        ("pairs", ["data=pairs", "data.path=x", "data.task=rte"], "entailment"),
+        ("cola", ["data=cola"], "form"),
+        ("sst2", ["data=sst2"], None),
+        ("mine", ["data=pairs", "data.path=x", "data.task=mine"], None),
+    ],
+)
+def test_the_task_tells_the_relation_of_an_older_run(choice: str, overrides: list[str], relation: str | None) -> None:
+    record = record_of(data=choice)
+    record["config"]["data"] = older_data(*overrides)
+    data = fill_defaults(record)["data"]
+    assert data["relation"] == relation
+    assert (data["type"], data["truncation"], data["positive_label"]) == ("classification", "longest_first", None)
+    assert "splits" in data or data["source"] == "files"
+
+
+def test_each_of_several_older_tasks_is_completed() -> None:
+    record = record_of(data="qqp")
+    record["config"]["tasks"] = {
+        "rte": older_data("data=rte"),
+        "mrpc": older_data("data=pairs", "data.path=x", "data.task=mrpc"),  # local files under the name of an option
+    }
+    tasks = fill_defaults(record)["tasks"]
+    assert (tasks["rte"]["relation"], tasks["rte"]["splits"]) == ("entailment", None)
+    assert (tasks["mrpc"]["relation"], tasks["mrpc"]["source"], tasks["mrpc"]["path"]) == ("paraphrase", "files", "x")
+    assert tasks["mrpc"]["truncation"] == "longest_first"
+    assert "hub_id" not in tasks["mrpc"]

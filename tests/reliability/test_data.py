@@ -145,4 +145,4 @@ def test_41_what_is_odd_about_the_splits_is_warned_of_and_counted() -> None:
     assert record["metrics"]["validation/mcc"] == 0
     assert re.search(r"note: validation: .*\b11\b.*\b1\b", screen)
     assert re.search(r"note: \w+/\w+: 1 rows", screen)
-    assert re.search(r"note: \d+ pairs .*data\.max_length=16", screen)
+    assert re.search(r"note: .* of 11 examples of validation .*data\.max_length=16", screen)

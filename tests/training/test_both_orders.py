@@ -61,7 +61,7 @@ def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> No
     assert (record["cost"]["prefix_fill_flops"] is not None) == kept
     run = lora_bench.load("run")
     assert run.predict(PAIRS) == pytest.approx(run.predict([pair[::-1] for pair in PAIRS]), abs=1e-6)
-    splits, _ = load_splits(run.experiment.data)
+    _, splits, _ = load_splits(run.experiment.data)
     for name in ("validation", "selection"):
         scores_again = run.score(splits[name])
         plain, swapped = (

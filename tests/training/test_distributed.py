@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.errors import Code
+from lora_bench.head.loss import cross_entropy
 from lora_bench.training.distributed import Processes, processes_of_torchrun
-from lora_bench.training.objective import cross_entropy
 from lora_bench.training.optim import make_optimizer
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables
 from tests.command_line import lora_bench, refused, toy_run

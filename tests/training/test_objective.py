@@ -22,10 +22,11 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.head.loss import cross_entropy
 from lora_bench.records import run_folder
 from lora_bench.records.job import Job
 from lora_bench.run.settings import Experiment
-from lora_bench.training.objective import check_objective, consistency, cross_entropy, make_objective
+from lora_bench.training.objective import check_objective, consistency, make_objective, order_note
 from lora_bench.training.prediction import predict
 from tests.adapters.tools import adapter, assert_close, experiment, optimizer, pack, trainer
 from tests.command_line import refuses
@@ -74,7 +75,7 @@ class Losses:
 @cache
 def examples(size: int) -> Examples:
     data = experiment(f"data.train_size={size}").data
-    train, _ = sources.split_selection(sources.load(data)["train"], data)
+    train, _ = sources.split_selection(sources.load(data)[1]["train"], data)
     return train
 
 
@@ -442,6 +443,14 @@ def test_single_sentences_are_refused() -> None:
         assert "'sentence'" in str(caught.value)
     check_objective(both(score_both_orders=True), COLUMNS, pair_features=False)
     check_objective(trainer(), ["sentence"], pair_features=False)
+
+
+def test_reversed_orders_of_entailment_are_noted() -> None:
+    reversing = trainer(objective="alternate_order", score_both_orders=True)
+    assert order_note(trainer(), "entailment") is None
+    assert [order_note(reversing, relation) for relation in ("paraphrase", "similarity", None)] == [None] * 3
+    note = str(order_note(reversing, "entailment"))
+    assert "trainer.objective=alternate_order and trainer.score_both_orders=true" in note
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:

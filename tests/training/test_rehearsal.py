@@ -40,7 +40,7 @@ def experiment_of(*overrides: str) -> Experiment:
 
 def given(experiment: Experiment, pack: Pack) -> tuple[dict[str, TokenTable], TokenTable | None]:
     """The tables, and the training pairs once more where the objective asks for it."""
-    splits, _ = load_splits(experiment.data)
+    _, splits, _ = load_splits(experiment.data)
     columns, limit = experiment.data.text_columns, experiment.data.max_length
     train, second_view = training_tables(experiment.data, splits["train"], pack.backbone, experiment.trainer.objective)
     others = {name: tokenize(split, columns, pack.backbone, limit) for name, split in splits.items() if name != "train"}

@@ -125,7 +125,11 @@ def test_the_temperature_is_that_of_the_selection_split(plain_run: dict[str, Any
     ("overrides", "expected", "named"),
     [
         (["data.augment=tipo"], (Code.UNKNOWN_CHOICE, "data.augment", "tipo"), "Did you mean typo?"),
-        (["data.perturb=[number]", "data.task=rte"], (Code.UNSUPPORTED, "data.perturb", "number"), "rte"),
+        (
+            ["data.perturb=[number]", "data.relation=entailment"],
+            (Code.UNSUPPORTED, "data.perturb", "number"),
+            "entailment",
+        ),
         (
             ["trainer.objective=perturb_consistency"],
             (Code.CONFLICT, "trainer.objective", "perturb_consistency"),

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lora_bench.head.loss import label_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,9 +85,9 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
 def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Return ∂L/∂W of each frozen weight W that the member adapts, (out, in), in fp32, averaged over the batches.
 
-    L is the mean cross-entropy of the member's pairs, without dropout. No weight requires a gradient for it: while the
-    update beside W changes nothing, y = W x + bias, and ∂L/∂W is the sum of ∂L/∂y xᵀ over tokens. Without batches the
-    gradients are zero.
+    L is the mean loss (`label_loss`) of the member's pairs, without dropout. No weight requires a gradient for it:
+    while the update beside W changes nothing, y = W x + bias, and ∂L/∂W is the sum of ∂L/∂y xᵀ over tokens. Without
+    batches the gradients are zero.
 
     Args:
         pack: not changed; no parameter's `.grad` is written. The member's updates must still compute zero.
@@ -112,7 +113,7 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
         for batch in batches:
             on_device = batch.select_members([member]).to(pack.backbone.device)
             assert on_device.labels is not None
-            loss = F.cross_entropy(pack(on_device)[0], on_device.labels)
+            loss = label_loss(pack(on_device), on_device.labels[None]).mean()
             torch.autograd.grad(loss, zero)
             count += 1
     return {name: gradient / max(1, count) for name, gradient in gradients.items()}

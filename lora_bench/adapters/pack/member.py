@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lora_bench.adapters.base import Adapter
 
@@ -26,6 +26,8 @@ class Member:
     """Seeds of `init`, `order` and `dropout` that differ from `seed`."""
     heads: int = 1
     """Number of heads: one for each task that the member learns; `Batch.head` chooses among them."""
+    outputs: Sequence[int] = ()
+    """Number of logits of each head; empty: those of the backbone."""
     pair_features: bool | None = False
     """Add pair features to the logits; None: if the backbone can tell the two texts apart."""
 

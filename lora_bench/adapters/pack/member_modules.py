@@ -122,9 +122,9 @@ class MemberHeads(nn.Module):
         self.copies = nn.ModuleList(nn.ModuleList(of_member) for of_member in copies)
 
     def of(self, member: int, head: int) -> nn.Module:
-        """Return the member's copy for the task of this number."""
+        """Return the member's copy for the task of this number; its only one, if it learns one task."""
         copies: Any = self.copies[member]
-        return copies[head]  # type: ignore[no-any-return]
+        return copies[head if len(copies) > 1 else 0]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (K·B, …, in) to (K·B, …, out) in fp32, rows of each active member in turn, by its active head."""

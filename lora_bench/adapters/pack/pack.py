@@ -132,13 +132,13 @@ class Pack(PackState):
     # -- the forward pass --
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits (K, B, 2) of the K active members, in fp32.
+        """Return the logits (K, B, C) of the K active members, in fp32.
 
         A batch of B rows is shared by all members; one of K·B rows holds each member's own pairs, member by member.
         """
         hidden = self.prefix(batch)  # (B or K·B, T, D)
         groups = self.member_groups()
-        logits = torch.cat([self.suffix(hidden, batch, group) for group in groups])  # (K, B, 2)
+        logits = torch.cat([self.suffix(hidden, batch, group) for group in groups])  # (K, B, C)
         order = [k for group in groups for k in group]
         return logits if order == self.active else logits[[order.index(k) for k in self.active]]
 
@@ -155,7 +155,7 @@ class Pack(PackState):
             return self.backbone.prefix(batch, self.depth)
 
     def suffix(self, hidden: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        """Return the logits (K, B, 2) of K active members, in fp32.
+        """Return the logits (K, B, C) of K active members, in fp32.
 
         Args:
             hidden: the output of `prefix` for the batch.
@@ -169,8 +169,8 @@ class Pack(PackState):
         has_pair_features = any(str(k) in self.pair_features for k in members)
         with self._computing(members, batch.head, all_positions=has_pair_features), self._autocast():
             encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
-            logits = self.backbone.classify(encoded, batch)  # (K·B, 2)
-        logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, 2)
+            logits = self.backbone.classify(encoded, batch)  # (K·B, C)
+        logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, C)
         return self._add_pair_features(logits, encoded, batch, members) if has_pair_features else logits
 
     def _rows_of(self, hidden: Tensor, batch: Batch, members: list[int]) -> tuple[Tensor, Batch]:
@@ -200,14 +200,14 @@ class Pack(PackState):
             self.backbone.all_positions = before
 
     def _add_pair_features(self, logits: Tensor, encoded: Tensor, batch: Batch, members: list[int]) -> Tensor:
-        """Return the logits (K, B, 2) with the pair features' part added, for the members that have them."""
+        """Return the logits (K, B, C) with the pair features' part added, for the members that have them."""
         features = compute_pair_features(encoded, *self.backbone.text_masks(batch))  # (K·B, 2 D)
         features = features.view(*logits.shape[:2], -1)  # (K, B, 2 D)
         sums = [
-            of_member + self.pair_features[str(k)](rows) if str(k) in self.pair_features else of_member  # (B, 2)
+            of_member + self.pair_features[str(k)](rows) if str(k) in self.pair_features else of_member  # (B, C)
             for k, of_member, rows in zip(members, logits, features, strict=True)
         ]
-        return torch.stack(sums)  # (K, B, 2)
+        return torch.stack(sums)  # (K, B, C)
 
     def _first_adapted_layer(self) -> int:
         """Return the number of layers below the first one with an update of an active member; they run once for all.

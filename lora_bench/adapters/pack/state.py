@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_bench.adapters.pack.attachment import head_outputs
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
 from lora_bench.errors import Code, UserError
@@ -54,7 +55,7 @@ class PackState(nn.Module):
         """Ranks by module that each member's updates were built with; None where its method's settings gave them."""
         self.pair_features = nn.ModuleDict(
             {
-                str(k): PairFeatures(backbone.hidden_size, backbone.device)
+                str(k): PairFeatures(backbone.hidden_size, backbone.device, head_outputs(member, backbone)[0])
                 for k, member in enumerate(members)
                 if _has_pair_features(member, backbone)
             }
@@ -65,6 +66,11 @@ class PackState(nn.Module):
     def size(self) -> int:
         """K, the number of members."""
         return len(self.members)
+
+    def outputs(self, member: int, head: int) -> int:
+        """Return the number of logits of one of a member's heads."""
+        outputs = head_outputs(self.members[member], self.backbone)
+        return outputs[head if len(outputs) > 1 else 0]
 
     # -- parameters --
 

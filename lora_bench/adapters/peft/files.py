@@ -42,7 +42,7 @@ def save(
     *,
     head: int = 0,
     for_peft: bool = False,
-    label_names: Sequence[str] = ("LABEL_0", "LABEL_1"),
+    label_names: Sequence[str] | None = ("LABEL_0", "LABEL_1"),
 ) -> None:
     """Write a member's adapter and one head into `folder`; with `full` a whole Hugging Face model with its tokenizer.
 
@@ -55,7 +55,7 @@ def save(
         base_model: where the backbone came from, for peft's `base_model_name_or_path`.
         head: which of its heads goes along.
         for_peft: leave out what peft has no name for, without which `load` cannot put the member together again.
-        label_names: what label 0 and label 1 are called, for the config of a model that was trained whole.
+        label_names: of the classes, for the config of a model that was trained whole; None: it predicts a number.
     """
     folder.mkdir(exist_ok=True)
     if pack.trains_backbone:
@@ -82,16 +82,21 @@ def save(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, pack: Pack, member: int) -> None:
+def load(folder: Path, pack: Pack, member: int, *, with_head: bool = True) -> None:
     """Put the tensors that `save` wrote into a pack of the same backbone, adapter settings and ranks, and into head 0.
 
-    `adapter_config.json` is not read.
+    `adapter_config.json` is not read. Without `with_head` the head stays as it is, and that of the file may be of any
+    number of classes.
 
     Raises:
         UserError: the file is absent or damaged, or tensors are missing, left over, misshapen or not finite.
     """
     path = folder / ("model.safetensors" if pack.trains_backbone else TENSORS)
     tensors = read(path)
+    heads = {f"model.{name}": p for name, p in pack.head_parameters(member, 0).items()}
+    if not with_head:
+        prefix = "" if pack.trains_backbone else f"{PREFIX}model."
+        tensors |= {f"{prefix}{name.removeprefix('model.')}": p.detach().cpu() for name, p in heads.items()}
     if pack.trains_backbone:
         try:
             pack.load_state(member, tensors)
@@ -100,7 +105,6 @@ def load(folder: Path, pack: Pack, member: int) -> None:
         return
     refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in _saved(pack, member).items()})
     unprefixed = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    heads = {f"model.{name}": p for name, p in pack.head_parameters(member, 0).items()}
     with torch.no_grad():
         for name, p in heads.items():
             p.copy_(unprefixed.pop(name))

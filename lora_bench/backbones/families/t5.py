@@ -22,14 +22,15 @@ class T5Family(Family):
     """`text_to_text`: the label words' scores are the logits, no head. `encoder`: mean-pooled encoder and a head."""
     template: str
     """The encoder's input; {task} and {fields} (`question1: … question2: …`) are filled in."""
-    label_words: list[str]
-    """The words for label 0 and 1; their first tokens are scored."""
+    label_words: list[str] | None
+    """The words for the classes; null: `data.label_names`. Their first tokens are scored, or the whole words where two
+    of them begin with the same token."""
 
     def __post_init__(self) -> None:
         """Check the settings.
 
         Raises:
-            UserError: the form is unknown, the template has no {fields}, or there are not exactly two label words.
+            UserError: the form is unknown, the template has no {fields}, or there are fewer than two label words.
         """
         super().__post_init__()
         require_one_of("form", self.form, ("text_to_text", "encoder"))
@@ -41,7 +42,8 @@ class T5Family(Family):
             "Put {fields} where the text goes.",
             code=Code.INVALID_SYNTAX,
         )
-        require(len(self.label_words) == 2, "label_words", self.label_words, "must be two words")
+        words = self.label_words
+        require(words is None or len(words) >= 2, "label_words", words, "must be at least two words")
 
     def network_class(self, config: Any) -> Any:
         """Return the class for `form`, whatever the config: that of generation, or of token classification."""
@@ -56,4 +58,4 @@ class T5Family(Family):
 
         if self.form == "encoder":
             return T5Encoder(network, tokenizer, new_parameters, self.template, task)
-        return T5TextToText(network, tokenizer, new_parameters, self.template, task, list(self.label_words))
+        return T5TextToText(network, tokenizer, new_parameters, self.template, task, self.label_words)

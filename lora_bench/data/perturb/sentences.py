@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lora_bench.data.perturb.transform import Edit, Texts, Transform, apply_edits
+from lora_bench.data.perturb.transform import SYMMETRIC, Edit, Texts, Transform, apply_edits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +70,7 @@ def _paraphrase(text: str, random: Random) -> Iterator[Edit]:
 
 
 TRANSFORMS = (
-    Transform(name="order", level="sentence", change=_order, texts=2, paraphrases_only=True, is_random=False),
+    Transform(name="order", level="sentence", change=_order, texts=2, relations=SYMMETRIC, is_random=False),
     Transform(name="polite", level="sentence", change=apply_edits(_polite), is_idempotent=True),
     Transform(name="paraphrase", level="sentence", change=apply_edits(_paraphrase)),
 )

@@ -13,16 +13,13 @@ Change = Callable[[Texts, Random, float], Texts]
 Edit = tuple[int, int, str]
 """Start, end (exclusive), and the new text of the span."""
 
-LabelRule = tuple[int | None, int | None]
-"""The new label of rows with label 0 and with label 1; None: unknown, so rows with that label are not changed."""
-KEEPS: LabelRule = (0, 1)
-BREAKS: LabelRule = (None, 0)
-"""A duplicate becomes a non-duplicate; the new label of a non-duplicate is unknown."""
+LabelRule = dict[int, int]
+"""The new label of rows with each label; a row whose label is not in it has no known new label, and is not changed."""
+BREAKS: LabelRule = {1: 0}
+"""Of two classes: a duplicate becomes a non-duplicate."""
 
-PARAPHRASE_TASKS = ("qqp", "mrpc")
-"""Tasks whose label 1 means that two texts have the same meaning, in either order."""
-FORM_TASKS = ("cola",)
-"""Tasks whose label depends on the form of the text, which every transform changes."""
+SYMMETRIC = ("paraphrase", "similarity")
+"""Values of `data.relation` whose label is the same for both orders of the two texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +30,10 @@ class Transform:
     level: str
     """`character`, `word` or `sentence`."""
     change: Change
-    labels: LabelRule = KEEPS
-    paraphrases_only: bool = False
-    """True if the label rule holds only in `PARAPHRASE_TASKS`."""
+    labels: LabelRule | None = None
+    """None: rows keep their label, a class or a number."""
+    relations: tuple[str, ...] | None = None
+    """Values of `data.relation` with which the label rule holds; None: all but `form`, which transforms change."""
     is_random: bool = True
     """True if the change depends on the random stream; otherwise every seed gives the same texts."""
     is_idempotent: bool = False
@@ -45,11 +43,11 @@ class Transform:
 
     @property
     def keeps_label(self) -> bool:
-        return self.labels == KEEPS
+        return self.labels is None
 
-    def has_rule(self, task: str) -> bool:
-        """Return whether the label of a changed row is known in this task."""
-        return task in PARAPHRASE_TASKS if self.paraphrases_only else task not in FORM_TASKS
+    def has_rule(self, relation: str | None) -> bool:
+        """Return whether the label of a changed row is known with this value of `data.relation`."""
+        return relation != "form" if self.relations is None else relation in self.relations
 
 
 def apply_edits(propose: Callable[[str, Random], Iterable[Edit]]) -> Change:

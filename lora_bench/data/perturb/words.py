@@ -148,18 +148,18 @@ TRANSFORMS = (
     Transform(name="stop_word", level="word", change=apply_edits(_stop_word), is_idempotent=True),
     Transform(
         name="number_alike", level="word", change=_replace(_NUMBER, _another_number, alike=True), texts=2,
-        paraphrases_only=True,
+        relations=("paraphrase",),
     ),
     Transform(
         name="entity_alike", level="word", change=_replace(_NAME, _another_name, alike=True), texts=2,
-        paraphrases_only=True,
+        relations=("paraphrase",),
     ),
     Transform(
         name="number", level="word", change=_replace(_NUMBER, _another_number, alike=False), labels=BREAKS, texts=2,
-        paraphrases_only=True,
+        relations=("paraphrase",),
     ),
     Transform(
         name="entity", level="word", change=_replace(_NAME, _another_name, alike=False), labels=BREAKS, texts=2,
-        paraphrases_only=True,
+        relations=("paraphrase",),
     ),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lora_bench.data.examples import Examples
 from lora_bench.data.perturb import LEVELS, TRANSFORMS, choose_transforms, perturb
 from lora_bench.data.perturb.characters import NEIGHBOURS
-from lora_bench.data.perturb.transform import BREAKS, KEEPS, Transform, share
+from lora_bench.data.perturb.transform import BREAKS, Transform, share
 from lora_bench.errors import Code
 from tests.command_line import refuses
 
@@ -42,7 +43,7 @@ def test_transforms_by_level_and_label_rule() -> None:
         "sentence": ["order", "paraphrase", "polite"],
     }
     assert [transform.name for transform in ALL if not transform.keeps_label] == ["entity", "number"]
-    assert {transform.labels for transform in ALL} == {KEEPS, BREAKS}
+    assert all(transform.labels in (None, BREAKS) for transform in ALL)
 
 
 @every_transform
@@ -106,7 +107,8 @@ def test_perturbed_rows_keep_their_ids_and_labels_follow_the_rule(
     for position, row in enumerate(perturbed.rows.tolist()):
         texts = tuple(column[position] for column in perturbed.examples.texts)
         assert texts != rows[row][:2]
-        assert perturbed.examples.labels[position] == transform.labels[rows[row][2]]
+        assert perturbed.examples.labels[position] == (rows[row][2] if transform.labels is None else 0)
+        assert transform.labels is None or rows[row][2] == 1
     # the perturbation of a row does not depend on other rows
     of_last_row = perturb(examples.take(np.array([len(rows) - 1])), transform, seed=seed, intensity=0.5)
     assert tuple(column[:1] for column in of_last_row.examples.texts) == tuple(
@@ -250,32 +252,50 @@ def test_intensity_is_a_share_rounded_up(intensity: float, count: int, expected:
 
 
 def test_levels_and_all_choose_the_transforms_that_fit_the_task() -> None:
-    assert [transform.name for transform in choose_transforms("all", "qqp", 2, "k")] == list(TRANSFORMS)
-    assert {transform.name for transform in choose_transforms("all", "rte", 2, "k")} == {*NAMES} - {
-        "order", "number", "number_alike", "entity", "entity_alike",
-    }  # fmt: skip
-    assert len(choose_transforms("all", "sst2", 1, "k")) == 10
-    assert [transform.name for transform in choose_transforms(["sentence", "polite", "typo"], "qqp", 2, "k")] == [
-        "order", "polite", "paraphrase", "typo",
-    ]  # fmt: skip
+    def chosen(names: str | list[str], relation: str | None, texts: int, binary: bool = True) -> set[str]:
+        return {transform.name for transform in choose_transforms(names, relation, texts, "k", binary=binary)}
+
+    assert [transform.name for transform in choose_transforms("all", "paraphrase", 2, "k")] == list(TRANSFORMS)
+    alike = {"number_alike", "entity_alike"}
+    assert chosen("all", "paraphrase", 2, binary=False) == {*NAMES} - {"number", "entity"}
+    assert chosen("all", "similarity", 2, binary=False) == {*NAMES} - {"number", "entity", *alike}
+    keep_any = {*NAMES} - {"order", "number", "entity", *alike}
+    assert chosen("all", "entailment", 2) == chosen("all", None, 2) == chosen("all", None, 1) == keep_any
+    listed = choose_transforms(["sentence", "polite", "typo"], "paraphrase", 2, "k")
+    assert [transform.name for transform in listed] == ["order", "polite", "paraphrase", "typo"]
 
 
 @pytest.mark.parametrize(
-    ("names", "task", "texts", "code", "value", "data"),
+    ("names", "relation", "texts", "binary", "code", "value", "data"),
     [
-        ("tipo", "qqp", 2, Code.UNKNOWN_CHOICE, "tipo", ["typo"]),
-        (["typo", "nothing"], "qqp", 2, Code.UNKNOWN_CHOICE, "nothing", ["all", "case", "character"]),
-        ("number", "rte", 2, Code.UNSUPPORTED, "number", ["rte", "qqp", "mrpc"]),
-        ("order", "qqp", 1, Code.CONFLICT, "order", []),
-        ("typo", "cola", 1, Code.UNSUPPORTED, "typo", ["cola"]),
-        ("all", "cola", 1, Code.UNSUPPORTED, "all", ["cola"]),
-        ([], "qqp", 2, Code.INVALID_VALUE, "[]", ["all"]),
+        ("tipo", "paraphrase", 2, True, Code.UNKNOWN_CHOICE, "tipo", ["typo"]),
+        (["typo", "nothing"], "paraphrase", 2, True, Code.UNKNOWN_CHOICE, "nothing", ["all", "case", "character"]),
+        ("number", "entailment", 2, True, Code.UNSUPPORTED, "number", ["entailment", "paraphrase"]),
+        ("order", "entailment", 2, True, Code.UNSUPPORTED, "order", ["entailment", "paraphrase", "similarity"]),
+        ("order", None, 2, True, Code.UNSUPPORTED, "order", ["null", "paraphrase", "similarity"]),
+        ("number", "paraphrase", 2, False, Code.UNSUPPORTED, "number", ["two classes"]),
+        ("order", "paraphrase", 1, True, Code.CONFLICT, "order", []),
+        ("typo", "form", 1, True, Code.UNSUPPORTED, "typo", ["form"]),
+        ("all", "form", 1, True, Code.UNSUPPORTED, "all", ["form"]),
+        ([], "paraphrase", 2, True, Code.INVALID_VALUE, "[]", ["all"]),
     ],
 )
 def test_unknown_and_unsuitable_transforms_are_refused(
-    names: str | list[str], task: str, texts: int, code: Code, value: str, data: list[str]
+    names: str | list[str], relation: str | None, texts: int, binary: bool, code: Code, value: str, data: list[str]
 ) -> None:
     with refuses(code, key="data.perturb") as caught:
-        choose_transforms(names, task, texts, "data.perturb")
+        choose_transforms(names, relation, texts, "data.perturb", binary=binary)
     assert caught.value.value == value
     assert all(datum in f"{caught.value.reason} {caught.value.remedy}" for datum in data)
+
+
+# -- classes and numbers --
+
+
+@pytest.mark.parametrize("labels", [np.array([2, 0, 76]), np.array([4.25, 0.0, 3.5])], ids=["classes", "numbers"])
+def test_labels_of_any_type_are_kept(labels: Any) -> None:
+    texts = ["What is a horse?", "Where is it?", "Whose horses?"]
+    changed = perturb(Examples(np.arange(3), (texts,), labels), TRANSFORMS["typo"], seed=0, intensity=1.0)
+    assert changed.examples.labels is not None
+    assert changed.examples.labels.dtype == labels.dtype
+    assert changed.examples.labels.tolist() == labels[changed.rows].tolist() != []
