@@ -54,27 +54,36 @@ def describe_failure(record: Mapping[str, Any], split: str, examples: int | None
         return None
     if value == 0 and form == "regression":
         return "it predicts the same number for every example"
-    constant = _only_predicted_class(record, split) if value == 0 else None
-    if constant is not None:
-        label = dict(enumerate(label_names(record) or [])).get(constant, constant)
+    label = _only_predicted_label(record, split) if value == 0 else None
+    if label is not None:
         return f"it predicts label {label} for every example"
     return f"its {split} {display_name(metric)} of {value:.3f} is not above chance"
 
 
-def _only_predicted_class(record: Mapping[str, Any], split: str) -> int | None:
-    """Return the class that a run predicts for every example; None if it predicts several, or it is not known.
+def _only_predicted_label(record: Mapping[str, Any], split: str) -> str | None:
+    """Return the name of the class that a run predicts for every example; None if it predicts several, or unknown.
 
-    Its recall is 1, and that of the other classes 0.
+    Two classes are judged by the recall of the positive one. More classes have an entry each in `per_class`: that of
+    the only predicted one has a recall of 1, and as its precision its share of the examples.
     """
     recall = record["metrics"].get(f"{split}/recall")
-    if recall in (0, 1):  # of one of two classes
+    if recall in (0, 1):
         positive = positive_label(record)
-        return positive if recall == 1 else 1 - positive
+        label = positive if recall == 1 else 1 - positive
+        return dict(enumerate(label_names(record) or [])).get(label, str(label))
     of_split = record["per_class"].get(split) if isinstance(record.get("per_class"), dict) else None
-    recalls = of_split.get("recall") if isinstance(of_split, dict) else None
-    if not isinstance(recalls, list) or sorted(x or 0 for x in recalls) != [0] * (len(recalls) - 1) + [1]:
+    entries: dict[str, Any] = of_split if isinstance(of_split, dict) else {}
+    keys = ("precision", "recall", "support")
+    values: dict[str, list[Any]] = {
+        name: [entry.get(key) for key in keys] for name, entry in entries.items() if isinstance(entry, dict)
+    }
+    if not all(isinstance(value, int | float) for of_class in values.values() for value in of_class):
         return None
-    return recalls.index(1)
+    examples = sum(support for _, _, support in values.values())
+    for name, (precision, recall, support) in values.items():
+        if recall == 1 and math.isclose(precision * examples, support):
+            return name
+    return None
 
 
 def failure_notes(record: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRIC_CHOICES
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation import main_metric
+from lora_bench.evaluation.confusion import confusion_matrix
 from lora_bench.files import untrusted
 from lora_bench.records.run_folder import PREDICTIONS
 
@@ -90,6 +91,10 @@ class Predictions:
         if measure not in MAIN_METRIC_CHOICES[self.form]:
             raise ValueError(f"{measure} is no metric of a {self.form} task")
         return float(main_metric.compute(self.labels, self.predicted, measure))
+
+    def confusion_matrix(self) -> NDArray[np.int64]:
+        """Return the number of examples by label (row) and predicted class (column): (C, C). A regression has none."""
+        return confusion_matrix(self.labels, self.predicted, self.scores.shape[1] if self.scores.ndim == 2 else 2)
 
     def has_same_examples(self, other: Predictions) -> bool:
         """Return whether ids and labels agree, so that a paired test can be made."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.console.format import to_single_line
-from lora_bench.evaluation.confusion import confusion_matrix
 from lora_bench.records import predictions
 from lora_bench.report import specs
 from lora_bench.report.content import DataTable, Figure, Grid, Paragraph
@@ -61,7 +60,7 @@ def _pool(entry: Entry, split: str) -> NDArray[np.int64] | None:
     """Return the confusion matrix (k, k) summed over an entry's runs; None without predictions of classes."""
     loaded = [predictions.read_if_usable(folder, split) for folder, _ in entry.runs]
     usable = [run for run in loaded if run is not None and run.form == "multiclass"]
-    matrices = [confusion_matrix(run.labels, run.predicted, run.scores.shape[1]) for run in usable]
+    matrices = [run.confusion_matrix() for run in usable]
     matrices = [matrix for matrix in matrices if matrix.shape == matrices[0].shape]
     return np.sum(matrices, axis=0) if matrices else None
 

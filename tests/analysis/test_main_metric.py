@@ -159,7 +159,9 @@ def test_constant_predictions_are_named(tmp_path: Path) -> None:
         (folder / "predictions/validation.parquet").write_bytes(content)
         record = json.loads((folder / "run.json").read_text())
         record["metrics"]["validation/mcc"] = 0.0
-        record["per_class"] = {"validation": {"recall": [0.0, 1.0, 0.0]}}
+        one_of_three = {"precision": 0.3, "recall": 1.0, "support": 450}
+        others = {"precision": 0.0, "recall": 0.0, "support": 525}
+        record["per_class"] = {"validation": {"entailment": others, "neutral": one_of_three, "contradiction": others}}
         (folder / "run.json").write_text(json.dumps(record))
     table = summarise([tmp_path])
     assert "the same label for all examples" in str(findings(table)["lora"].why)

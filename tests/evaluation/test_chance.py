@@ -7,6 +7,7 @@ import pytest
 
 from lora_bench.evaluation.chance import HIGHEST, LOWEST, chance_level, describe_failure, failure_notes
 from lora_bench.evaluation.confusion import class_totals, compute_class_metric, compute_metric, confusion_counts
+from lora_bench.evaluation.metrics import class_metrics
 from lora_bench.evaluation.regression import compute_metric as compute_correlation
 
 
@@ -67,12 +68,17 @@ def test_the_end_of_a_run_names_the_splits_and_tasks_on_which_it_learned_nothing
 
 
 def test_the_only_predicted_class_has_its_name() -> None:
-    names = {"label_names": ["yes", "no", "maybe"]}
     metrics = {"validation/mcc": 0.0, "validation/macro_f1": 0.2}
-    record = {"metrics": metrics, "data": names, "per_class": {"validation": {"recall": [0.0, 1.0, 0.0]}}}
+    always_no = class_metrics(np.array([[0.2, 0.5, 0.3]] * 4), np.array([0, 1, 2, 1]), ["yes", "no", "maybe"])
+    record = {"metrics": metrics, "data": {}, "per_class": {"validation": always_no}}
     assert describe_failure(record, "validation", 500) == "it predicts label no for every example"
-    record["per_class"] = {"validation": {"recall": [0.5, 1.0, 0.0]}}
-    assert describe_failure(record, "validation", 500) == "its validation MCC of 0.000 is not above chance"
+    for per_class in (
+        {"validation": always_no | {"no": {**always_no["no"], "precision": 0.6}}},
+        {"validation": 3},
+        None,
+    ):
+        reason = describe_failure({**record, "per_class": per_class}, "validation", 500)
+        assert reason == "its validation MCC of 0.000 is not above chance"
     of_two = {"metrics": {"validation/mcc": 0.0, "validation/recall": 1.0}, "data": {"label_names": ["no", "yes"]}}
     assert describe_failure(of_two, "validation", 500) == "it predicts label yes for every example"
     of_two["config"] = {"data": {"positive_label": "no"}}
