@@ -26,6 +26,9 @@ def load(
 ) -> FinishedRun:
     """Load a finished run for prediction: backbone, adapter and head of its best evaluation.
 
+    Its `predict` returns (N,) P(label 1) of two classes, (N, C) probabilities of more, in the order of its
+    `label_names`, or (N,) numbers of a regression.
+
     Args:
         run: the run's folder.
         device: `cpu`, `cuda` or `auto`.

@@ -53,12 +53,14 @@ class TrainedRun:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """Results by `<split>/<metric>`, as `validation/mcc`."""
+        """Results by `<split>/<metric>`, as `validation/mcc`, or `validation/spearman` of a regression."""
         metrics: dict[str, float | None] = self.record["metrics"]
         return metrics
 
     def load(self, *, device: str = "auto") -> FinishedRun:
         """Load the run's backbone, adapter and head for prediction (`lora_bench.load`), anew in each call.
+
+        Its `predict` returns (N,) P(label 1) of two classes, (N, C) probabilities of more, or (N,) numbers.
 
         Args:
             device: `cpu`, `cuda` or `auto`.

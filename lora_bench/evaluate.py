@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
+from omegaconf import OmegaConf
 
 from lora_bench.adapters.peft import importer
 from lora_bench.adapters.peft.config import PeftConfig
@@ -110,6 +111,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     if finished:
         own = Experiment.of_finished(finished).data
         check_metrics(metrics, own.form, own.outputs)
+        data = _with_order_of_numbers(data, finished)
         loaded = sources.load_for_run(data, own, notes.append)
         data = replace(data, type=own.type, label_names=own.label_names, label_threshold=None, positive_label=None)
     else:
@@ -157,6 +159,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     }
     content = {**subject.described, "data": described, "metrics": metrics_by_split}
     content |= {"per_class": per_class} if per_class else {}
+    for warning in described["warnings"]:
+        console.print(sanitise(f"note: {warning}"))
     path = _write(subject.target, title, content, predictions)
     print_metrics(console, metrics_by_split)
     console.print(sanitise(f"written: {path}"), soft_wrap=True)  # without wrapping the path
@@ -180,6 +184,16 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
     return finished
 
 
+def _with_order_of_numbers(data: schema.Data, finished: FinishedRecord) -> schema.Data:
+    """Return settings whose label numbers mean the classes that they meant in the run's training data.
+
+    `data.positive_label` may have put the run's classes into another order than its `data.label_names`.
+    """
+    given, own = finished.config["data"].get("label_names"), finished.label_names
+    is_reordered = data.label_names is None and given and own and given != own and sorted(given) == sorted(own)
+    return replace(data, label_names=given) if is_reordered else data
+
+
 def _run_subject(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
     """Load a finished run to evaluate, and print its notes; with `data.unseen` load its training data too."""
     run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
@@ -201,7 +215,7 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     Raises:
         UserError: the data have changed since, or the record has no fingerprint of them.
     """
-    data = run.experiment.data
+    data = build.build_data(OmegaConf.create(run.finished.config["data"]))
     seen = train, selection = sources.split_selection(sources.load(data)[1]["train"], data)
     recorded = run.record["data"].get("fingerprint")
     for name, split in (("train", train), ("selection", selection)):

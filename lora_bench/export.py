@@ -175,11 +175,12 @@ def _reading(run: FinishedRun) -> list[str]:
         notes.append("the logits of a pair are the mean of its tokens' logits, padding left out.")
     if isinstance(backbone, T5TextToText):
         words = ", ".join(getattr(experiment.model, "label_words", None) or experiment.data.label_names or ())
-        single_step = backbone.words[0].is_single_step
-        first = "the decoder's first scores of the first tokens of"
-        scores = (
-            first if single_step else "the log-probabilities of the whole words, given that the answer is one of them"
-        )
+        scores = "the decoder's first scores of the first tokens of"
+        if not backbone.words[0].is_single_step:
+            scores = (
+                "the log-probabilities of whole words with their end token, where each token counts among those that "
+                "continue one of the words"
+            )
         notes.append(f"its logits are {scores}: {words}.")
     return notes
 

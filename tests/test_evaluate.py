@@ -19,10 +19,11 @@ from rich.console import Console
 
 from lora_bench.config.build import build_data
 from lora_bench.data import sources
-from lora_bench.errors import Code
+from lora_bench.errors import Code, UserError
 from lora_bench.evaluate import run_eval
 from lora_bench.records.job import Job
 from lora_bench.train import train
+from tests import messages, three_classes
 from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
 from tests.command_line import files_below, lora_bench, refused, refuses, toy_run
 from tests.helpers import SMALL_TOY, composed
@@ -345,3 +346,102 @@ def test_an_adapter_that_is_none_of_peft_is_refused_by_its_type(in_tmp: Path) ->
     assert (error.code, error.key) == (Code.UNSUPPORTED, "peft_type")
     assert error.file == Path("run/adapter/adapter_config.json")
     assert "LORA, ADALORA, VERA" in str(error)
+
+
+# -- three classes, and numbers --
+
+
+@pytest.fixture(scope="module")
+def of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return three_classes.run_of(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="module")
+def of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return three_classes.run_of(tmp_path_factory.mktemp("numbers"), numbers=True)
+
+
+TEXT = "data.text_columns=[text]"
+
+
+def labelled_file(path: Path, labels: list[object]) -> str:
+    """Write the validation texts of three classes with other labels, and return the override that names the file."""
+    rows = zip(three_classes.texts(12, 100), labels, strict=True)
+    path.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    return f"data.path={path}"
+
+
+def test_three_classes_by_name_and_by_number(of_classes: Path, tmp_path: Path) -> None:
+    record = read(of_classes / "run.json")
+    expected = {key.partition("/")[2]: value for key, value in record["metrics"].items() if "validation" in key}
+    truth = [(i + 100) % 3 for i in range(12)]
+    words, digits = [three_classes.NAMES[y] for y in truth], list(truth)
+    others = [("avian", "feline", "piscine")[y] for y in truth]
+    by_order = "data.label_names=[avian,feline,piscine]"
+    for labels, more, note in (
+        (words, [], ""),
+        (digits, [], "the label numbers 0 to 2 count as the run's bird, big cat, fish"),
+        (others, [by_order], "the classes avian, feline, piscine count as the run's bird, big cat, fish"),
+        (words, ["data.label_names=[fish,bird,big cat]"], ""),
+    ):
+        given = labelled_file(tmp_path / "other.tsv", labels)
+        shown = evaluated(of_classes, given, TEXT, "data.max_length=24", *more, choice="files")
+        result = read(of_classes / "evaluations" / "other.json")
+        assert {key.partition("/")[2]: value for key, value in result["metrics"].items()} == expected
+        assert result["per_class"] == {"test": record["per_class"]["validation"]}
+        assert note in " ".join(shown.split())
+        assert ("count as" in shown) == bool(note)
+    evaluated(of_classes, labelled_file(tmp_path / "some.tsv", words[:1] * 12), TEXT, choice="files")
+    assert read(of_classes / "evaluations" / "some.json")["data"]["label_counts"] == {"test": [0, 12, 0]}
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "code"),
+    [
+        (["dog"] * 12, [], Code.INVALID_DATA),
+        ([3] * 12, [], Code.INVALID_DATA),
+        (["a", "b"] * 6, ["data.label_names=[a,b]"], Code.MISMATCH),
+        ([0.5, 1.5] * 6, ["data.label_threshold=1"], Code.MISMATCH),
+        ([0.5, 1.5] * 6, ["data.type=regression"], Code.MISMATCH),
+    ],
+)
+def test_other_classes_are_refused(
+    of_classes: Path, tmp_path: Path, labels: list[object], more: list[str], code: Code
+) -> None:
+    given = labelled_file(tmp_path / "other.tsv", labels)
+    with pytest.raises(UserError) as caught:
+        evaluated(of_classes, given, TEXT, *more, choice="files")
+    assert caught.value.code == code, str(caught.value)
+    messages.check("eval", str(caught.value))
+
+
+def test_a_regression_is_evaluated_on_numbers(of_numbers: Path, tmp_path: Path) -> None:
+    numbers: list[object] = [i % 3 - 0.5 * (i % 2) for i in range(12)]
+    given = labelled_file(tmp_path / "other.tsv", numbers)
+    shown = evaluated(of_numbers, given, TEXT, "data.max_length=24", choice="files")
+    result, record = read(of_numbers / "evaluations" / "other.json"), read(of_numbers / "run.json")
+    assert result["metrics"]["test/mse"] == record["metrics"]["validation/mse"]
+    assert "spearman" in shown
+    with refuses(Code.INVALID_DATA):
+        evaluated(of_numbers, labelled_file(tmp_path / "words.tsv", ["a"] * 12), TEXT, choice="files")
+
+
+def test_unseen_rows_of_inferred_classes(tmp_path: Path) -> None:
+    folder = three_classes.run_of(tmp_path, "data.label_names=null")
+    shown = evaluated(folder, f"data.path={tmp_path / 'data'}", TEXT, "data.unseen=true", choice="files")
+    assert "unseen" in shown
+    assert read(folder / "evaluations" / "data.json")["metrics"]["validation/unseen/accuracy"] is not None
+
+
+def test_numbers_keep_their_meaning_when_the_positive_label_is_the_first(tmp_path: Path) -> None:
+    data = ["data.label_names=[no,yes]", "data.positive_label=no"]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + "".join(f"text {i}\t{i % 2}\n" for i in range(24)))
+    settings = ["data=files", f"data.path={tmp_path}", TEXT, *data, *three_classes.QUICK]
+    choices = {"model": "tiny_bert", "adapter": "lora", "data": "files"}
+    train(Job(composed(*settings), tmp_path / "run", choices, []), console=Console(file=io.StringIO()))
+    evaluated(tmp_path / "run", f"data.path={tmp_path / 'validation.tsv'}", TEXT, "data.max_length=24", choice="files")
+    record, result = read(tmp_path / "run/run.json"), read(tmp_path / "run/evaluations/validation.json")
+    assert record["data"]["label_names"] == ["yes", "no"]
+    assert result["metrics"]["test/nll"] == record["metrics"]["validation/nll"]
+    evaluated(tmp_path / "run", f"data.path={tmp_path}", TEXT, "data.unseen=true", choice="files")

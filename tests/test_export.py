@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -26,6 +27,7 @@ from lora_bench.errors import Code
 from lora_bench.records.job import Job
 from lora_bench.run.finished_run import FinishedRun
 from lora_bench.train import train
+from tests import three_classes
 from tests.adapters.peft_tools import CLASSES, CLOSE, bodies, in_peft, logits_of, on_folder
 from tests.adapters.tools import adapter, stir, tables, trainer
 from tests.backbones.tools import FORMS, held, random_batch, spread
@@ -35,6 +37,8 @@ from tests.training.tools import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
 # peft asks transformers for a property that is going away.
 pytestmark = [
@@ -313,3 +317,101 @@ def test_an_unfinished_run_is_refused(runs: Callable[..., Path], in_tmp: Path) -
     error = refused("export", "run=run", "format=peft", "output=x")
     assert (error.code, error.key, error.value) == (Code.UNFINISHED, "run", "run")
     assert "diverged" in str(error)
+
+
+# -- three classes, and numbers --
+
+
+@pytest.fixture(scope="module")
+def of_task(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> Callable[..., Path]:
+    """Finished runs of three classes or of numbers on a local backbone, each made once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def run(form: str, *overrides: str, numbers: bool = False) -> Path:
+        key = (form, numbers, *overrides)
+        if key not in made:
+            model = [f"model={form.partition('_')[0]}", f"model.path={folders[form]}", *FORMS[form][1:]]
+            folder = tmp_path_factory.mktemp("tasks")
+            made[key] = three_classes.run_of(folder, *model, *overrides, numbers=numbers)
+        return made[key]
+
+    return run
+
+
+TEXTS = three_classes.texts(9, 100)
+
+
+def by_class(pipeline: Any) -> NDArray[np.float64]:
+    """Return the probabilities of `TEXTS` by a pipeline, (N, C), in the order of the classes."""
+    answers = pipeline([{"text": text} for text in TEXTS], top_k=None, truncation=True, max_length=24)
+    scores = [{entry["label"]: entry["score"] for entry in answer} for answer in answers]
+    return np.array([[of_text[name] for name in three_classes.NAMES] for of_text in scores])
+
+
+@pytest.mark.parametrize("adapter_choice", ["lora", "full"])
+def test_a_pipeline_gives_the_classes_their_names(
+    adapter_choice: str, of_task: Callable[..., Path], folders: dict[str, Path], in_tmp: Path
+) -> None:
+    run = of_task("bert", f"adapter={adapter_choice}")
+    expected = FinishedRun.load(run).predict(TEXTS)
+    assert expected.shape == (9, 3)
+    assert np.ptp(expected) > 1e-3
+    assert lora_bench("export", f"run={run}", "format=merged", "output=merged").code == 0
+    merged = transformers.pipeline("text-classification", "merged", device="cpu")
+    np.testing.assert_allclose(by_class(merged), expected, atol=1e-5)
+    readme = Path("merged/README.md").read_text(encoding="utf-8")
+    assert "{0: 'bird', 1: 'big cat', 2: 'fish'}" in readme
+    assert "top_k=None" in readme
+    if adapter_choice == "full":
+        whole = transformers.pipeline("text-classification", str(run / "adapter"), device="cpu")
+        np.testing.assert_allclose(by_class(whole), expected, atol=1e-5)
+        return
+    answer = lora_bench("export", f"run={run}", "format=peft", "output=adapter")
+    assert f'("{folders["bert"]}", num_labels=3), "adapter")\n' in answer.out
+    assert "num_labels=3" in Path("adapter/README.md").read_text(encoding="utf-8")
+    labels = {"id2label": dict(enumerate(three_classes.NAMES)), "num_labels": 3}
+    base = CLASSES["bert"].from_pretrained(folders["bert"], **labels)
+    adapted = peft.PeftModel.from_pretrained(base, "adapter").eval()
+    batch = transformers.AutoTokenizer.from_pretrained("adapter")(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        np.testing.assert_allclose(adapted(**batch).logits.softmax(-1).numpy(), expected, atol=1e-5)
+
+
+def test_a_pipeline_gives_the_number(of_task: Callable[..., Path], folders: dict[str, Path], in_tmp: Path) -> None:
+    run = of_task("roberta", numbers=True)
+    expected = FinishedRun.load(run).predict(TEXTS)
+    assert lora_bench("export", f"run={run}", "format=merged", "output=merged").code == 0
+    config = json.loads(Path("merged/config.json").read_text())
+    assert config["problem_type"] == "regression"
+    answers = transformers.pipeline("text-classification", "merged", device="cpu")(TEXTS)
+    np.testing.assert_allclose([answer["score"] for answer in answers], expected, atol=1e-5)
+    answer = lora_bench("export", f"run={run}", "format=peft", "output=adapter")
+    assert "num_labels=1" in answer.out
+    base = CLASSES["roberta"].from_pretrained(folders["roberta"], num_labels=1)
+    adapted = peft.PeftModel.from_pretrained(base, "adapter").eval()
+    batch = transformers.AutoTokenizer.from_pretrained("adapter")(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        np.testing.assert_allclose(adapted(**batch).logits[:, 0].numpy(), expected, atol=1e-5)
+
+
+def test_words_that_begin_alike_are_scored_whole(of_task: Callable[..., Path], in_tmp: Path) -> None:
+    """Each word's probability is the product of its tokens', each among the tokens that continue one of the words."""
+    words = ["what is", "what is the", "how"]
+    run = of_task("t5", f"model.label_words=[{','.join(words)}]")
+    expected = FinishedRun.load(run).predict(TEXTS)
+    assert lora_bench("export", f"run={run}", "format=merged", "output=merged").code == 0
+    assert "continue one of the words" in Path("merged/README.md").read_text(encoding="utf-8")
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained("merged"), CLASSES["t5"].from_pretrained("merged")
+    batch = tokenizer([f"classification text: {text}" for text in TEXTS], padding=True, return_tensors="pt")
+    paths = [[*tokenizer(word, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for word in words]
+    assert len({path[0] for path in paths}) < 3
+    log_p = torch.zeros(len(TEXTS), 3)
+    for label, path in enumerate(paths):
+        for i, token in enumerate(path):
+            children = sorted({other[i] for other in paths if other[:i] == path[:i]})
+            read = torch.tensor([[model.config.decoder_start_token_id, *path[:i]]] * len(TEXTS))
+            with torch.no_grad():
+                logits = model.eval()(**batch, decoder_input_ids=read).logits[:, -1, children]
+            log_p[:, label] += logits.log_softmax(-1)[:, children.index(token)]
+    np.testing.assert_allclose(log_p.exp().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(expected.sum(1), 1, atol=1e-5)

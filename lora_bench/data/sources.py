@@ -17,6 +17,7 @@ from lora_bench.data.labels import (
     LabelFormat,
     NumberLabels,
     ThresholdLabels,
+    class_text,
     excerpt,
     similar_names,
 )
@@ -48,19 +49,29 @@ def load(data: Data) -> tuple[Data, dict[str, Examples]]:
     Raises:
         UserError: the source cannot be reached, is absent, or holds something other than texts and labels of the task.
     """
+    if isinstance(data, ToyData):
+        sizes = {"train": data.train_rows, "validation": data.validation_rows}
+        splits = {split: toy.generate(rows, data.generator_seed, split) for split, rows in sizes.items()}
+        return _with_positive_last(data, data.label_names or ["0", "1"], splits)
+    return _read_tables(data, _tables(data))
+
+
+def _tables(data: Data) -> dict[str, Table]:
+    """Return the files or the hub's splits, by split; nothing is checked. Generated data have none."""
     match data:
         case HubData():
-            tables = _hub_tables(data)
+            return _hub_tables(data)
         case FileData():
-            tables = _file_tables(data)
+            return _file_tables(data)
         case ToyData():
-            sizes = {"train": data.train_rows, "validation": data.validation_rows}
-            splits = {split: toy.generate(rows, data.generator_seed, split) for split, rows in sizes.items()}
-            return _with_positive_last(data, data.label_names or ["0", "1"], splits)
-        case _:
-            raise TypeError(type(data).__name__)
+            return {}
+    raise TypeError(type(data).__name__)
+
+
+def _read_tables(data: Data, tables: dict[str, Table]) -> tuple[Data, dict[str, Examples]]:
+    """Return settings and splits as `load` does, from the tables of the source."""
     from_hub = isinstance(data, HubData)
-    first = tables.get("train") or next(iter(tables.values()))
+    first = _first_table(tables)
     declared = list(first.declared_names.get(data.label_column, ()))
     names = data.label_names
     if data.type == "classification" and names is None:
@@ -73,6 +84,11 @@ def load(data: Data) -> tuple[Data, dict[str, Examples]]:
         for split, table in tables.items()
     }
     return _with_positive_last(data, names, splits)
+
+
+def _first_table(tables: dict[str, Table]) -> Table:
+    """Return the table that names the classes: train, or the first one if there is no train."""
+    return tables.get("train") or next(iter(tables.values()))
 
 
 def _label_format(data: Data, names: Sequence[str] | None, declared: Sequence[str]) -> LabelFormat:
@@ -121,7 +137,8 @@ def load_for_run(data: Data, run: Data, note: Callable[[str], None]) -> dict[str
     """Load the splits of other data with the class numbers of a run that was trained on `run`.
 
     Args:
-        data: settings of the data to evaluate. Without label names its labels are the names or numbers of the run's.
+        data: settings of the data to evaluate. Without label names they are those that the source declares; without
+            these its labels are the names or numbers of the run's.
         run: settings of the run's own data, with the names of its classes.
         note: receives a sentence if classes are matched by their number.
 
@@ -134,14 +151,25 @@ def load_for_run(data: Data, run: Data, note: Callable[[str], None]) -> dict[str
     if data.type == "regression":
         reason = "has numbers to predict, and the run was trained on classes"
         raise UserError(reason, key="data", value=data.task, remedy="Evaluate it on classes.", code=Code.MISMATCH)
-    own = run.label_names
-    resolved, splits = load(replace(data, label_names=data.label_names or own, positive_label=None))
+    own, names, tables = run.label_names, data.label_names, _tables(data)
+    in_words = True
+    if names is None and tables and data.label_threshold is None:
+        first = _first_table(tables)
+        names = list(first.declared_names.get(data.label_column, ())) or None
+        labels = first.column(data.label_column) if data.label_column in first.names else []
+        in_words = names is not None or {*map(class_text, labels)} <= {*own}
+    if names is None and data.label_threshold is not None and len(own) > 2:
+        names = ["0", "1"]
+    data = replace(data, label_names=names or own, positive_label=None)
+    resolved, splits = _read_tables(data, tables) if tables else load(data)
+    if not in_words:
+        note(f"the label numbers 0 to {len(own) - 1} count as the run's {_listed(own)}, in this order")
     names = resolved.label_names
     assert names is not None
-    if set(names) == set(own):
+    if set(names) <= set(own):
         numbers = np.array([own.index(name) for name in names])
     elif len(names) == len(own):
-        note(f"the classes {', '.join(names)} count as the run's {', '.join(own)}, in this order")
+        note(f"the classes {_listed(names)} count as the run's {_listed(own)}, in this order")
         numbers = np.arange(len(own))
     else:
         reason = f"has {len(names)} classes ({excerpt(names)}), and the run was trained on {len(own)} ({excerpt(own)})"
@@ -150,6 +178,11 @@ def load_for_run(data: Data, run: Data, note: Callable[[str], None]) -> dict[str
         name: split if split.labels is None else replace(split, labels=numbers[split.labels])
         for name, split in splits.items()
     }
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names separated by commas; of more than ten the first ten."""
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _file_tables(data: FileData) -> dict[str, Table]:
