@@ -67,8 +67,8 @@ def print_table(output: Path) -> None:
     print("| task | split, n | method | seeds | results | train FLOPs |")
     print("| --- | --- | --- | ---: | --- | ---: |")
     for task, names in COLUMNS.items():
-        folders = run_folder.find_runs([output / task])[0] if (output / task).is_dir() else []
-        records = [run_folder.read(folder) for folder in folders]
+        runs_found = run_folder.find_runs([output / task])[0] if (output / task).is_dir() else []
+        records = [record for _, record in runs_found]
         for method in METHODS:
             runs = [r for r in records if r["choices"]["adapter"] == method and r["status"] == "done"]
             if not runs:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "run": "errors config console files data backbones evaluation records adapters tracking training extensions",
     "train": "errors config console data evaluation records adapters training run",
     "evaluate": "errors config console files data backbones evaluation records adapters training run",
-    "predict": "evaluation run",
+    "predict": "config data evaluation run",
     "export": "errors console files backbones records adapters run",
     "prompt": "errors config console files data evaluation records tracking llm",
     "compare": "errors config console files analysis report",

@@ -220,8 +220,10 @@ RANGES = [
     ("trainer", "device", ["auto", "cpu", "cuda"], ["gpu", "cuda:0"]),
     ("trainer", "threads", [None, 1], [0, -1]),
     ("data", "text_columns", [["a", "b"]], [[], ["a"], ["a", "b", "c"], None]),
-    ("data", "label_names", [["no", "yes"]], [[], ["no"], ["a", "b", "c"]]),
     ("data", "label_threshold", [None, 4, -0.5], [math.nan, math.inf]),
+    ("data", "type", ["classification"], ["ranking", None]),
+    ("data", "label_names", [None, ["no", "yes"], ["a", "b", "c"]], [["no"], ["no", "no"], ["", "yes"]]),
+    ("data", "positive_label", [None, "duplicate"], ["maybe"]),
     ("data", "relation", [None, "paraphrase", "entailment", "similarity", "form"], ["same"]),
     ("data", "max_length", [8], [7, 0]),
     ("data", "truncation", ["longest_first", "first", "second", "middle"], ["last", None]),
@@ -232,6 +234,8 @@ RANGES = [
     ("data", "report", [True, False], [None, "yes please"]),
     ("pack", "workers", [None, 1, 8], [0, -1]),
     ("pack", "halving", [True, False], [None, "yes please"]),
+    ("trainer", "main_metric", [None, "mcc", "accuracy", "f1"], ["macro_f1", "spearman", "auroc"]),
+    ("trainer", "class_weights", ["none", "balanced"], ["equal", None]),
     ("trainer", "prefix_cache_bytes", [0.0, 4e9], [-1.0, math.inf]),
     ("trainer", "cuda_graphs", [True, False], [None, "yes please"]),
     ("head", "pair_features", [True, False, None], ["yes please"]),
@@ -293,7 +297,7 @@ def test_ranges(group: str, name: str, inside: list[Any], outside: list[Any]) ->
 def test_every_field_with_a_range_is_tested() -> None:
     """Every field except free text is in `RANGES`, as numbers and choices have a range."""
     free_text = {"method", "target_modules", "layers", "task", "label_column", "path", "tokenizer", "package", "sha256"}
-    free_text |= {"tasks"}
+    free_text |= {"tasks", "splits"}
     free_text |= {"folder", "hub_id", "hub_config", "revision", "random", "torchmetric", "direction", "init_from"}
     free_text |= {"function", "args"}
     assert {name for _, _, _, name in FIELDS} - free_text == {name for _, name, _, _ in RANGES}

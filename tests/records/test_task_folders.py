@@ -269,15 +269,15 @@ def test_order_consistency_and_a_target_with_a_shared_adapter(runs: Path, in_tmp
     assert run_record["cost"]["steps"] == (reached[0] if reached else 18)
 
 
-def test_t5_reads_each_task_under_its_name_and_answers_with_one_head_only_the_same_labels(
-    runs: Path, in_tmp: Path
-) -> None:
+def test_t5_reads_each_task_under_its_name_and_answers_with_the_words_of_its_classes(runs: Path, in_tmp: Path) -> None:
     arguments = ["--config-dir", str(runs / "conf"), *ASKED[1:], "model=tiny_t5", "trainer.max_steps=2"]
-    error = refused("train", *arguments, THREE)
-    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "data.tasks", list(ROWS))
-    assert "small: not_duplicate, duplicate; middle: no, yes" in str(error)
-    assert "model.form=encoder" in str(error)
-    assert command("train", *arguments, "data.tasks=[small,large]", "hydra.run.dir=words").code == 0
+    assert command("train", *arguments, THREE, "hydra.run.dir=words").code == 0
+    for task in ROWS:
+        words = lora_bench.load(f"words/tasks/{task}")
+        assert words.score(generate(16, 2, "validation")).shape == (16,)
+    assert lora_bench.load("words/tasks/middle").score(generate(16, 2, "validation")) == pytest.approx(
+        scores("words/tasks/middle"), abs=1e-6
+    )
     assert command("train", *arguments, THREE, "model.form=encoder", "hydra.run.dir=heads").code == 0
     run = lora_bench.load("heads/tasks/large")
     texts, _ = run.pack.backbone.render([("question1", ["a"]), ("question2", ["b"])])
