@@ -397,12 +397,13 @@ def test_a_pipeline_gives_the_number(of_task: Callable[..., Path], folders: dict
 def test_words_that_begin_alike_are_scored_whole(of_task: Callable[..., Path], in_tmp: Path) -> None:
     """Each word's probability is the product of its tokens', each among the tokens that continue one of the words."""
     words = ["what is", "what is the", "how"]
-    run = of_task("t5", f"model.label_words=[{','.join(words)}]")
+    run = of_task("t5", f"model.label_words=[{','.join(words)}]", "data.max_length=96")
     expected = FinishedRun.load(run).predict(TEXTS)
     assert lora_bench("export", f"run={run}", "format=merged", "output=merged").code == 0
     assert "continue one of the words" in Path("merged/README.md").read_text(encoding="utf-8")
     tokenizer, model = transformers.AutoTokenizer.from_pretrained("merged"), CLASSES["t5"].from_pretrained("merged")
-    batch = tokenizer([f"classification text: {text}" for text in TEXTS], padding=True, return_tensors="pt")
+    texts = [f"classification text: {text}" for text in TEXTS]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", truncation=True, max_length=96)
     paths = [[*tokenizer(word, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for word in words]
     assert len({path[0] for path in paths}) < 3
     log_p = torch.zeros(len(TEXTS), 3)
