@@ -74,7 +74,7 @@ def _lanes(block: Block, values: Mapping[str, Sequence[dict[str, Any]]]) -> spec
     """Return the specification of changes with a lane for each condition."""
     labels, lines = specs.labels(list(values), [[condition] for condition in values])
     points = [value | {"label": labels[condition]} for condition, marks in values.items() for value in marks]
-    x = specs.quantity("value", "points", axis={"format": "+.3~f"}, scale={"zero": True})
+    x = specs.quantity("value", "points", axis=specs.SIGNED, scale={"zero": True})
     zero = {"data": {"values": [{"value": 0}]}, "mark": {"type": "rule", "stroke": "var(--soft)"}, "encoding": {"x": x}}
     marks = {
         "mark": {"type": "point", "filled": True, "opacity": 0.9, "size": 110},

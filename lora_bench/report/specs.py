@@ -27,6 +27,8 @@ LINE_HEIGHT = 15
 LEGEND_WIDTH = 38
 """Characters of a line of a legend."""
 TIP = {"field": "tip", "type": "nominal"}
+SIGNED = {"format": "+.3~f", "labelExpr": "datum.value === 0 ? '0' : datum.label"}
+"""Axis of differences: numbers with their sign, and zero without one."""
 
 
 def chart(values: Sequence[dict[str, Any]], layers: Sequence[Spec], **properties: Any) -> Spec:
@@ -174,7 +176,7 @@ def interval_chart(
         margin: half the width of a band around 0 to shade, and 0 is marked; None: neither.
         signs: the axis has numbers with their sign.
     """
-    x = quantity("value", title, axis={"format": "+.3~f"} if signs else {})
+    x = quantity("value", title, axis=SIGNED if signs else {})
     y = lanes(domain, lines)
     colour = {"condition": {"test": "datum.recommended", "value": "var(--accent)"}, "value": "var(--mark)"}
     layers: list[Spec] = []
