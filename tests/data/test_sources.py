@@ -415,6 +415,8 @@ def test_other_data_are_read_with_the_classes_of_a_run(tmp_path: Path) -> None:
         )[1]
 
     assert read([0, 2, 1], None) == [0, 2, 1]
+    assert len(notes) == 1  # numbers are noted
+    notes.clear()
     assert read(["neutral", "entailment"], None) == [1, 0]
     assert read([0, 1, 2], ["contradiction", "entailment", "neutral"]) == [2, 0, 1]
     assert notes == []
