@@ -81,6 +81,7 @@ def metric_columns(runs: Sequence[RecordedRun], splits: Sequence[str], measure: 
     columns = {}
     forms = [form for form in SHOWN_METRICS if any(run.form == form for run in runs)] or ["binary"]
     always = [name for form in forms for name in SHOWN_METRICS[form]] + [run.main_metric for run in runs]
+    main_metrics = {run.main_metric for run in runs}
     shown = list(dict.fromkeys([*always, *([measure] if measure else [])]))
     recorded = sorted({key for run in runs for key in run.record["metrics"]})
     extra_keys = {key for run in runs for key in _extra_keys(run)}
@@ -92,7 +93,8 @@ def metric_columns(runs: Sequence[RecordedRun], splits: Sequence[str], measure: 
         for name in [*main, *extra]:
             header = name if own_splits == [split] and split != "selection" else f"{split}/{name}"
             rank = shown.index(name) if name in shown else -1
-            keep = len(KEEP) + 9 * (len(splits) - i) + rank
+            rank += len(shown) if name in main_metrics else 0  # a narrow table keeps one metric of each row
+            keep = len(KEEP) + 2 * (len(shown) + 1) * (len(splits) - i) + rank
             columns[f"{split}/{name}"] = Column(header, "metric", _arrow(name, runs, forms), keep=keep)
     return columns
 

@@ -52,6 +52,9 @@ NAMING_KEYS = ("model", "adapter", "prompt", "llm.model", "predictions")
 DATA_KEYS = ("data.fingerprint", "data.fingerprint.train", "data.rows.train")
 """Keys about the loaded data, taken from the record; all other keys are configuration keys."""
 
+IDENTIFYING_KEYS = ("data", "data.task", "data.path", "data.hub_id", "data.hub_config")
+"""Keys that name a data set. Other keys of the data that follow from one of them need no column."""
+
 
 @dataclass(frozen=True)
 class RecordedRun:
@@ -193,6 +196,11 @@ def is_implied(key: str, varying: Sequence[str], runs: Sequence[RecordedRun]) ->
     if key in DATA_KEYS:
         determining = [k for k in varying if k.split(".")[0] == "data" and k not in DATA_KEYS]
         return bool(determining) and _is_function_of(key, determining, runs)
+    if group == "data" and key not in GROUPS:
+        identifying = [name for name in IDENTIFYING_KEYS if name in varying]
+        earlier = identifying[: identifying.index(key)] if key in identifying else identifying
+        if any(_is_function_of(key, [name], runs) for name in earlier):
+            return True
     if key == "optimizer.lr" and "adapter" in varying:
         at_default = all(
             run.tokens.get(key) == run.tokens.get("adapter.default_lr", run.tokens.get(key)) for run in runs
