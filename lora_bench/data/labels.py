@@ -153,7 +153,7 @@ class NumberLabels(_NumericLabels):
         """Return the numbers (N,)."""
         return read_numbers(
             values,
-            f"data.type=regression predicts numbers, which {column} must hold in every row, with a decimal point.",
+            f"data.type=regression predicts numbers, which {column} must hold in every row; the decimal sign is a point.",
         )
 
 
