@@ -151,10 +151,8 @@ class NumberLabels(_NumericLabels):
 
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.float64]:
         """Return the numbers (N,)."""
-        return read_numbers(
-            values,
-            f"data.type=regression predicts numbers, which {column} must hold in every row; the decimal sign is a point.",
-        )
+        required = f"which {column} must hold in every row; the decimal sign is a point."
+        return read_numbers(values, f"data.type=regression predicts numbers, {required}")
 
 
 def read_numbers(values: Sequence[Any], remedy: str) -> NDArray[np.float64]:
