@@ -448,7 +448,7 @@ def one_row(folder: Path) -> None:
         (validation_alone, Code.EMPTY, "data", None, None, "train file"),
         (empty_split, Code.EMPTY, None, "validation.tsv", None, ""),
         (short_row, Code.INVALID_DATA, None, "train.tsv", 14, "2 columns"),
-        (one_row, Code.INVALID_VALUE, "data.selection_size", None, None, "1 rows"),
+        (one_row, Code.INVALID_DATA, None, "train.tsv", None, "1 labels"),
     ],
 )
 def test_refused_data_leaves_no_folder(

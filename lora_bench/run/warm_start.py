@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.identity import refuse_other_tokenizer
-from lora_bench.data.labels import excerpt
 from lora_bench.errors import Code, UserError
 from lora_bench.records import run_folder
 from lora_bench.records.finished_record import FinishedRecord
@@ -85,7 +84,7 @@ class WarmStart:
         """Return a note for the user on what is initialised."""
         if self.with_head:
             return f"adapter and head are initialised from {self.folder}."
-        labels = excerpt(list(self.label_names)) if self.label_names else "numbers"
+        labels = ", ".join(self.label_names[:20]) if self.label_names else "numbers"
         return f"the adapter is initialised from {self.folder}; the head is not, as its labels there are {labels}."
 
 

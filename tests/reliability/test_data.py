@@ -15,7 +15,7 @@ from tests.command_line import lora_bench, refused
 HEADER = "question1\tquestion2\tlabel\n"
 GOOD = HEADER + "".join(f"how do i {i}?\twhat is {i}?\t{i % 2}\n" for i in range(24))
 RUN = ["model=tiny_bert", "data=pairs", "data.path=pairs", "data.selection_size=8", "trainer.precision=fp32"]
-RUN += ["trainer.device=cpu", "trainer.max_steps=1", "hydra.run.dir=run"]
+RUN += ["trainer.device=cpu", "trainer.max_steps=1", "hydra.run.dir=run", "data.label_names=[not_duplicate,duplicate]"]
 
 
 @pytest.fixture(autouse=True)

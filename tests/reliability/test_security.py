@@ -266,15 +266,17 @@ def test_48_nothing_of_the_data_or_of_a_name_drives_the_terminal(in_tmp: Path) -
     assert "\x1b" not in answer.out + answer.err
     assert "/\\x1b[31mrun" in answer.out
     Path("pairs").mkdir()
-    Path("pairs/train.tsv").write_text("question1\tquestion2\tlabel\na\tb\t\x1b]0;title\x07\n")
-    arguments = [override for override in toy_run("data=pairs", "data.path=pairs") if "_rows" not in override]
+    Path("pairs/train.tsv").write_text("question1\tquestion2\tlabel\na\tb\t1\na\tb\t\x1b]0;title\x07\n")
+    arguments = ["data.label_names=[no,yes]"] + [
+        override for override in toy_run("data=pairs", "data.path=pairs") if "_rows" not in override
+    ]
     answer = lora_bench("train", *arguments)
     assert (answer.code, "\x1b" in answer.err, "\x07" in answer.err) == (2, False, False)
     assert answer.error is not None
     assert (answer.error.code, str(answer.error.file), answer.error.row) == (
         Code.INVALID_DATA,
         str(in_tmp / "pairs/train.tsv"),
-        2,
+        3,
     )
     assert "'\\x1b]0;title\\x07'" in answer.err
     answer = lora_bench("train", *toy_run("adapter='\x1b[2J'"))

@@ -142,7 +142,9 @@ def test_predict_writes_calibrated_probability_and_spread(runs: Path, in_tmp: Pa
     request = ["input=pairs.tsv", "output=out.parquet", "uncertainty=true"]
     assert command("predict", f"run={runs / 'ensemble'}", *request).code == 0
     labelled = pq.read_table("out.parquet")
-    assert labelled.column_names == ["question1", "question2", "label", "score", "calibrated", "spread"]
+    assert labelled.column_names == [
+        *("question1", "question2", "label", "label_name", "score", "calibrated", "spread")
+    ]
     of_members = np.stack([scores(runs / str(i)) for i in range(3)])
     assert labelled["score"].to_numpy() == pytest.approx(of_members.mean(axis=0), abs=1e-4)
     assert labelled["spread"].to_numpy() == pytest.approx(of_members.std(axis=0), abs=1e-4)
@@ -150,7 +152,7 @@ def test_predict_writes_calibrated_probability_and_spread(runs: Path, in_tmp: Pa
     temperature = record(runs / "ensemble")["selection"]["temperature"]
     assert labelled["calibrated"].to_numpy() == pytest.approx(1 / (1 + np.exp(-logits / temperature)), abs=1e-5)
     assert command("predict", f"run={runs / '0'}", *request).code == 0
-    assert pq.read_table("out.parquet").column_names[2:] == ["label", "score", "calibrated"]
+    assert pq.read_table("out.parquet").column_names[2:] == ["label", "label_name", "score", "calibrated"]
 
 
 @pytest.mark.parametrize("form", ["peft", "merged"])

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lora_bench.errors import Code
 from tests.command_line import lora_bench, toy_run
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("labels", [("[no, yes]", "[different, same]"), ("[no, yes]", "[no, same]")])
-def test_a_text_to_text_model_refuses_two_tasks_with_different_labels(in_tmp: Path, labels: tuple[str, str]) -> None:
+def test_a_text_to_text_model_answers_each_task_with_its_own_words(in_tmp: Path, labels: tuple[str, str]) -> None:
     (in_tmp / "conf/data").mkdir(parents=True)
     for name, label_names in zip(("one", "two"), labels, strict=True):
         quoted = label_names.replace("[", "['").replace(", ", "', '").replace("]", "']")
@@ -22,6 +21,4 @@ def test_a_text_to_text_model_refuses_two_tasks_with_different_labels(in_tmp: Pa
         (in_tmp / f"conf/data/{name}.yaml").write_text(text)
     settings = [text for text in toy_run() if not text.startswith(("model=", "data"))]
     answer = lora_bench("train", "--config-dir", "conf", *settings, "model=tiny_t5", "data.tasks=[one,two]")
-    assert answer.code == 2, answer
-    assert answer.error is not None
-    assert (answer.error.code, answer.error.key, answer.error.value) == (Code.UNSUPPORTED, "data.tasks", ["one", "two"])
+    assert answer.code == 0, answer
