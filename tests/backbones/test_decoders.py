@@ -1,0 +1,134 @@
+"""Decoders as classifiers: a padding token is chosen, and the head reads the last token of a text."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lora_bench.errors import Code
+from lora_bench.training.padding import check_padding
+from tests.backbones.tools import enliven, make, save
+from tests.command_line import refuses
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+END = "<|endoftext|>"
+
+
+def byte_tokenizer(**special_tokens: str) -> Any:
+    """Return a byte tokenizer without a template, as GPT-2's is, with these special tokens."""
+    words = [*special_tokens.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inputs = ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **special_tokens)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 160,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 16}
+"""Sizes of decoders in which attention heads share keys and values."""
+DECODERS: Mapping[str, Mapping[str, Any]] = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "gemma": GROUPED,
+    "gemma2": GROUPED,
+    "gemma3_text": GROUPED,
+    "mistral": GROUPED,
+    "smollm3": GROUPED,
+    "phi": SIZES,
+    "gpt_neox": SIZES,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 160},
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 160},
+}  # fmt: skip
+"""Sizes of a tiny random decoder by its model type."""
+
+
+def config_of(model_type: str, tokenizer: Any) -> Any:
+    """Return the config of a tiny decoder, which names no padding token."""
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return transformers.AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **DECODERS[model_type])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Return a folder with a tiny random language model for each type; its tokenizer names an end token only."""
+    tokenizer = byte_tokenizer(eos_token=END)
+    root = tmp_path_factory.mktemp("decoders")
+    return {
+        model_type: save(
+            root / model_type,
+            enliven(transformers.AutoModelForCausalLM.from_config(config_of(model_type, tokenizer))),
+            tokenizer,
+        )
+        for model_type in DECODERS
+    }
+
+
+# -- padding --
+
+
+def llama_folder(place: Path, **special_tokens: str) -> Path:
+    """Save a tiny Llama with a tokenizer of these special tokens, and return its folder."""
+    tokenizer = byte_tokenizer(**special_tokens)
+    config = config_of("llama", tokenizer)
+    folder = save(place, enliven(transformers.LlamaForCausalLM(config)), tokenizer)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # LlamaTokenizer adds special tokens of its own
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("special_tokens", "token", "noted"),
+    [
+        ({"unk_token": "<unk>", "eos_token": END, "pad_token": "<pad>"}, "<pad>", False),
+        ({"unk_token": "<unk>", "eos_token": END}, END, True),
+        ({"unk_token": "<unk>"}, "<unk>", True),
+    ],
+)
+def test_the_padding_token_is_the_named_one_else_the_end_else_the_unknown(
+    tmp_path: Path, special_tokens: dict[str, str], token: str, noted: bool
+) -> None:
+    backbone = make("deberta", f"model.path={llama_folder(tmp_path, **special_tokens)}")
+    assert backbone.tokenizer.pad_token == token
+    assert backbone.network.config.pad_token_id == backbone.tokenizer.convert_tokens_to_ids(token)
+    assert any(token in note for note in backbone.notes) == noted
+    check_padding(backbone)
+    assert len(backbone.notes) == noted
+
+
+def test_a_tokenizer_without_any_token_to_pad_with_is_refused(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path, bos_token="<s>")
+    with refuses(Code.UNSUPPORTED, key="model.tokenizer") as caught:
+        make("deberta", f"model.path={folder}")
+    assert caught.value.value == str(folder)
+    assert "pad_token" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_side_on_which_a_tokenizer_pads_changes_no_score(
+    folders: Mapping[str, Path], tmp_path: Path, model_type: str, side: str
+) -> None:
+    tokenizer = byte_tokenizer(eos_token=END)
+    tokenizer.padding_side = side
+    tokenizer.save_pretrained(tmp_path)
+    backbone = make("deberta", f"model.path={folders[model_type]}", f"model.tokenizer={tmp_path}")
+    check_padding(backbone)
+    assert [note for note in backbone.notes if "differently in a batch" in note] == []
+    assert backbone.network.config.pad_token_id == backbone.tokenizer.pad_token_id
