@@ -299,22 +299,17 @@ REMEDY = "Take the tokenizer.json that the weights came with."
 
 
 def _choose_padding(tokenizer: Any) -> list[str]:
-    """Set the padding token of a tokenizer that names none: its end token, else its unknown token.
+    """Set the end token as the padding token of a tokenizer that names none.
 
-    Decoders are trained without padding, and examples of transformers and PEFT pad them with the end token.
+    Decoders are trained without padding; examples of transformers and PEFT pad them so.
 
     Returns:
-        A note for the user if a token was set, else nothing.
+        A note for the user if the token was set, else nothing.
     """
-    if tokenizer.pad_token is not None:
+    if tokenizer.pad_token is not None or tokenizer.eos_token not in tokenizer.get_vocab():
         return []
-    vocabulary = tokenizer.get_vocab()
-    for name, meaning in (("eos_token", "end"), ("unk_token", "unknown")):
-        token = getattr(tokenizer, name)
-        if token in vocabulary:
-            tokenizer.pad_token = token
-            return [f"the tokenizer names no padding token; its {meaning} token {token} is used."]
-    return []
+    tokenizer.pad_token = tokenizer.eos_token
+    return [f"the tokenizer names no padding token; its end token {tokenizer.eos_token} is used."]
 
 
 def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], UserError]) -> None:
@@ -326,7 +321,7 @@ def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], 
     faults = {
         "is not a fast tokenizer": not tokenizer.is_fast,
         "holds no tokenizer": len(words) < 10,
-        "has no padding token, and no end or unknown token to pad with": pad is None or tokenizer.pad_token_id is None,
+        "has neither a padding token nor an end token": pad is None or tokenizer.pad_token_id is None,
         f"has a padding token, {pad}, that is not in its vocabulary": pad is not None
         and pad not in tokenizer.get_vocab(),
     }

@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -98,10 +97,9 @@ def llama_folder(place: Path, **special_tokens: str) -> Path:
     [
         ({"unk_token": "<unk>", "eos_token": END, "pad_token": "<pad>"}, "<pad>", False),
         ({"unk_token": "<unk>", "eos_token": END}, END, True),
-        ({"unk_token": "<unk>"}, "<unk>", True),
     ],
 )
-def test_the_padding_token_is_the_named_one_else_the_end_else_the_unknown(
+def test_the_padding_token_is_the_named_one_else_the_end_token(
     tmp_path: Path, special_tokens: dict[str, str], token: str, noted: bool
 ) -> None:
     backbone = make("deberta", f"model.path={llama_folder(tmp_path, **special_tokens)}")
@@ -112,8 +110,8 @@ def test_the_padding_token_is_the_named_one_else_the_end_else_the_unknown(
     assert len(backbone.notes) == noted
 
 
-def test_a_tokenizer_without_any_token_to_pad_with_is_refused(tmp_path: Path) -> None:
-    folder = llama_folder(tmp_path, bos_token="<s>")
+def test_a_tokenizer_without_padding_and_end_token_is_refused(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path, unk_token="<unk>")
     with refuses(Code.UNSUPPORTED, key="model.tokenizer") as caught:
         make("deberta", f"model.path={folder}")
     assert caught.value.value == str(folder)
