@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import transformers
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import lora_bench
+from lora_bench.adapters.targets import match_targets
 from lora_bench.errors import Code
+from lora_bench.records.job import Job
+from lora_bench.train import train
 from lora_bench.training.padding import check_padding
 from tests.backbones.tools import enliven, make, save
 from tests.command_line import refuses
+from tests.helpers import SMALL_TOY, composed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -130,3 +138,45 @@ def test_the_side_on_which_a_tokenizer_pads_changes_no_score(
     check_padding(backbone)
     assert [note for note in backbone.notes if "differently in a batch" in note] == []
     assert backbone.network.config.pad_token_id == backbone.tokenizer.pad_token_id
+
+
+# -- every type --
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_attention_and_mlp_are_adapted_and_neither_embeddings_nor_heads(
+    folders: Mapping[str, Path], model_type: str
+) -> None:
+    backbone = make("deberta", f"model.path={folders[model_type]}")
+    targets = match_targets(backbone, "all", "all")
+    weights = {name for name, p in backbone.network.named_parameters() if p.ndim > 1}
+    outside = {name for name in weights if "embed" in name or name.endswith(("wte.weight", "wpe.weight"))}
+    assert {f"{name}.weight" for name in targets} == weights - outside - {"score.weight"}
+    assert backbone.new_parameters == {"score.weight"}
+    assert len(backbone.layers) == 2
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """Train five steps of LoRA into a folder, and return it."""
+    settings = ["model=deberta", *SMALL_TOY, "data.max_length=160", "trainer.max_steps=5", "optimizer.lr=0.02"]
+    job = Job(composed(*settings, *overrides), folder, {"model": "m", "adapter": "a", "data": "d"}, [])
+    train(job, console=Console(file=io.StringIO()))
+    return folder
+
+
+TEXTS = ["Is it?", "What is the best way to learn a language in a year, and at which age?", "Why not?", ""]
+PAIRS = list(zip(TEXTS, reversed(TEXTS), strict=True))
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_a_decoder_learns_and_predicts_the_same_alone_in_a_batch_and_reloaded(
+    folders: Mapping[str, Path], tmp_path: Path, model_type: str
+) -> None:
+    folder = trained(tmp_path / "run", f"model.path={folders[model_type]}")
+    run = lora_bench.load(folder)
+    together = run.predict(PAIRS)
+    assert together.std() > 1e-3
+    assert all(update.lora_B.abs().max() > 0 for update in run.pack.updates[0].values())
+    alone = np.concatenate([run.predict([pair]) for pair in PAIRS])
+    np.testing.assert_allclose(alone, together, atol=1e-6)
+    np.testing.assert_array_equal(lora_bench.load(folder).predict(PAIRS), together)
