@@ -165,7 +165,7 @@ def trained(folder: Path, *overrides: str) -> Path:
 
 
 TEXTS = ["Is it?", "What is the best way to learn a language in a year, and at which age?", "Why not?", ""]
-PAIRS = list(zip(TEXTS, reversed(TEXTS), strict=True))
+PAIRS = [*zip(TEXTS, reversed(TEXTS), strict=True), ("", "")]
 
 
 @pytest.mark.parametrize("model_type", DECODERS)
