@@ -18,7 +18,7 @@ from lora_bench.errors import Code
 from lora_bench.records.job import Job
 from lora_bench.train import train
 from lora_bench.training.padding import check_padding
-from tests.backbones.tools import enliven, make, save
+from tests.backbones.tools import enliven, make, model_settings, save
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, composed
 
@@ -180,3 +180,12 @@ def test_a_decoder_learns_and_predicts_the_same_alone_in_a_batch_and_reloaded(
     alone = np.concatenate([run.predict([pair]) for pair in PAIRS])
     np.testing.assert_allclose(alone, together, atol=1e-6)
     np.testing.assert_array_equal(lora_bench.load(folder).predict(PAIRS), together)
+
+
+@pytest.mark.parametrize("choice", ["llama", "qwen", "gemma", "mistral", "gpt2", "smollm"])
+def test_a_named_choice_loads_any_folder_of_its_family(folders: Mapping[str, Path], choice: str) -> None:
+    settings = model_settings(choice)
+    assert settings.family == "auto"
+    assert settings.hub_id
+    folder = folders.get(choice, folders["llama"])
+    assert len(make(choice, f"model.path={folder}").layers) == 2
