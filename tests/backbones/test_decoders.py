@@ -7,18 +7,24 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import peft
 import pytest
+import torch
 import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_bench
 from lora_bench.adapters.targets import match_targets
+from lora_bench.backbones.conv1d import replace_conv1d
 from lora_bench.errors import Code
 from lora_bench.records.job import Job
 from lora_bench.train import train
 from lora_bench.training.padding import check_padding
 from tests.backbones.tools import enliven, make, model_settings, save
+from tests.command_line import lora_bench as command_line
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, composed
 
@@ -174,12 +180,55 @@ def test_a_decoder_learns_and_predicts_the_same_alone_in_a_batch_and_reloaded(
 ) -> None:
     folder = trained(tmp_path / "run", f"model.path={folders[model_type]}")
     run = lora_bench.load(folder)
+    record = json.loads((folder / "run.json").read_text())
+    noted = [note for note in record["data"]["warnings"] if "padding token" in note]
+    assert len(noted) == (model_type != "qwen2")  # its class names one
     together = run.predict(PAIRS)
     assert together.std() > 1e-3
     assert all(update.lora_B.abs().max() > 0 for update in run.pack.updates[0].values())
     alone = np.concatenate([run.predict([pair]) for pair in PAIRS])
     np.testing.assert_allclose(alone, together, atol=1e-6)
     np.testing.assert_array_equal(lora_bench.load(folder).predict(PAIRS), together)
+
+
+# -- linears that store their weights transposed --
+
+
+def test_a_replaced_conv1d_computes_and_saves_the_same() -> None:
+    network = nn.Sequential(enliven(Conv1D(5, 3)))
+    state, x = {name: p.clone() for name, p in network.state_dict().items()}, torch.randn(2, 4, 3)
+    expected = network(x)
+    replace_conv1d(network)
+    (linear,) = network
+    assert isinstance(linear, nn.Linear)
+    assert (linear.in_features, linear.out_features, linear.weight.shape) == (3, 5, (5, 3))
+    torch.testing.assert_close(network(x), expected, atol=1e-6, rtol=0)
+    assert network.state_dict().keys() == state.keys()
+    assert all(torch.equal(network.state_dict()[name], p) for name, p in state.items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("adapter", ["lora", "dora", "vera"])
+def test_an_exported_gpt2_gives_the_scores_of_the_run(
+    folders: Mapping[str, Path], tmp_path: Path, adapter: str
+) -> None:
+    base = folders["gpt2"]
+    folder = trained(tmp_path / "run", f"model.path={base}", f"adapter={adapter}")
+    run = lora_bench.load(folder)
+    for form in ("merged", "peft"):
+        output = tmp_path / form
+        assert command_line("export", f"run={folder}", f"format={form}", f"output={output}").code == 0
+        source = output if form == "merged" else base
+        network: Any = transformers.AutoModelForSequenceClassification.from_pretrained(source)
+        if form == "peft":
+            network = peft.PeftModel.from_pretrained(network, output)
+        with torch.no_grad():
+            rows = [run.pack.backbone.tokenizer(*pair, return_tensors="pt").input_ids for pair in PAIRS[:-1]]
+            scores = [float(network.eval()(input_ids=row).logits.softmax(1)[0, 1]) for row in rows]
+        np.testing.assert_allclose(scores, run.predict(PAIRS[:-1]), atol=1e-6)
+
+
+# -- choices --
 
 
 @pytest.mark.parametrize("choice", ["llama", "qwen", "gemma", "mistral", "gpt2", "smollm"])
