@@ -213,7 +213,8 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
     pack.detach()
     network: Any = pack.network
     for name, tensor in merged.items():
-        network.get_parameter(name).copy_(tensor)
+        module, _, key = name.rpartition(".")
+        getattr(network.get_submodule(module), key).copy_(tensor)  # no parameter where a weight is stored transposed
     network.config = pack.backbone.export_config(label_names)
     network.save_pretrained(folder)
     pack.backbone.tokenizer.save_pretrained(folder)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_bench.backbones.base import Backbone
+from lora_bench.backbones.conv1d import replace_conv1d
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Auto(Backbone):
     layer_paths = ()
 
     def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
+        replace_conv1d(network)
         base: Any = network.base_model
         self.head_modules = [
             name

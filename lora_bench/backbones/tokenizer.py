@@ -73,6 +73,7 @@ def read_tokenizer(
         raise refusal(f"no tokenizer could be loaded from there ({first_line(error)})", None, code) from None
     if path is not None:
         _refuse_other_ids(path, tokenizer, added)
+    padding_notes = _choose_padding(tokenizer)
     _refuse_unusable(tokenizer, refusal)
     try:
         call_with_timeout(lambda: tokenizer.backend_tokenizer.encode_batch_fast([*PAIRS, *TEXTS, *HARD]), SECONDS)
@@ -82,7 +83,7 @@ def read_tokenizer(
             "Replace its tokenizer.json: the patterns in normalizer and pre_tokenizer are damaged or do not terminate."
         )
         raise refusal(reason, remedy, Code.DAMAGED) from None
-    return tokenizer, _notes(tokenizer, by_class)
+    return tokenizer, [*_notes(tokenizer, by_class), *padding_notes]
 
 
 def reject_special_files(folder: Path) -> None:
@@ -297,16 +298,30 @@ def _refuse_other_ids(path: Path, tokenizer: Any, added: list[Any]) -> None:
 REMEDY = "Take the tokenizer.json that the weights came with."
 
 
+def _choose_padding(tokenizer: Any) -> list[str]:
+    """Set the end token as the padding token of a tokenizer that names none.
+
+    Decoders are trained without padding; examples of transformers and PEFT pad them so.
+
+    Returns:
+        A note for the user if the token was set, else nothing.
+    """
+    if tokenizer.pad_token is not None or tokenizer.eos_token not in tokenizer.get_vocab():
+        return []
+    tokenizer.pad_token = tokenizer.eos_token
+    return [f"the tokenizer names no padding token; its end token {tokenizer.eos_token} is used."]
+
+
 def _refuse_unusable(tokenizer: Any, refusal: Callable[[str, str | None, Code], UserError]) -> None:
     """Refuse a tokenizer that is not fast, has fewer than 10 tokens besides special ones, or cannot pad."""
     # Where there are no files, transformers makes a tokenizer up that knows its special tokens and nothing else.
     words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
     pad = tokenizer.pad_token
-    names_it = "Name it as pad_token in its tokenizer_config.json."
+    names_it = "Name a token of its vocabulary as pad_token in its tokenizer_config.json."
     faults = {
         "is not a fast tokenizer": not tokenizer.is_fast,
         "holds no tokenizer": len(words) < 10,
-        "has no padding token": pad is None or tokenizer.pad_token_id is None,
+        "has neither a padding token nor an end token": pad is None or tokenizer.pad_token_id is None,
         f"has a padding token, {pad}, that is not in its vocabulary": pad is not None
         and pad not in tokenizer.get_vocab(),
     }

@@ -212,8 +212,9 @@ def _encode(
 ) -> pa.RecordBatch:
     """Return the tokens of the texts, encoded in chunks: `input_ids`, and `token_type_ids` if any of them is not 0.
 
-    The metadata of the batch has the counts of `TokenTable`: `truncated`, `longest` and `fallback`. The tokenizer is
-    left without padding and truncation.
+    The metadata of the batch has the counts of `TokenTable`: `truncated`, `longest` and `fallback`. An empty text of
+    which a tokenizer without special tokens makes no token is one padding token, which the network reads. The tokenizer
+    is left without padding and truncation.
 
     Raises:
         UserError: as `_encode_chunk`.
@@ -230,6 +231,8 @@ def _encode(
         encodings = _encode_chunk(backend, pairs[i : i + CHUNK])
         kept: list[Sequence[int] | None] = [None] * len(encodings)  # positions; None: all
         for row, encoding in enumerate(encodings):
+            if not len(encoding):
+                encoding.pad(1, pad_id=tokenizer.pad_token_id)
             counts["longest"] = max(counts["longest"], len(encoding))
             if len(encoding) > max_length:
                 kept[row], is_fallback = _kept_positions(encoding, max_length, truncation)
@@ -356,9 +359,10 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
     ids, *types = [column.values for column in batch.columns]
     offsets, *type_offsets = [column.offsets.to_numpy() for column in batch.columns]
     flat = ids.null_count == 0 and offsets[0] == 0 and offsets[-1] == len(ids)
-    widest = int(np.diff(offsets).max(initial=0))
+    lengths = np.diff(offsets)
+    widest = int(lengths.max(initial=0))
     fits = widest == longest <= max_length if not truncated else widest == max_length < longest
-    if not flat or not fits or any((o != offsets).any() for o in type_offsets):
+    if not flat or not fits or not lengths.all() or any((o != offsets).any() for o in type_offsets):
         raise ValueError("holds rows of other lengths than tokens have")
     backend = tokenizer.backend_tokenizer
     if _outside(ids, _highest_id(backend, ids)):

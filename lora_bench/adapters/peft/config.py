@@ -41,7 +41,7 @@ _IDLE = {
     *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "vera_dropout", "d_initial", "init_weights"),
     *("projection_prng_key", "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "corda_config"),
     *("lora_ga_config", "loftq_config", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
-    *("total_step",),
+    *("total_step", "fan_in_fan_out"),
 }
 # Starts that leave the backbone's weights as they are.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

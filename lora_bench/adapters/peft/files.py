@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_bench.backbones.conv1d import Conv1DLinear
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lora_bench.adapters.pack.pack import Pack
 
@@ -70,9 +71,12 @@ def save(
         tensors = {name: tensor for name, tensor in tensors.items() if name in of_head or _OF_PEFT.fullmatch(name)}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     updates = pack.updates[member]
+    settings = pack.members[member].adapter.peft_settings(updates)
+    if settings and all(isinstance(linear, Conv1DLinear) for linear in _adapted(pack, updates)):
+        settings["fan_in_fan_out"] = True  # PEFT's name for weights that are stored as (in, out)
     config = {
         "peft_type": None,
-        **pack.members[member].adapter.peft_settings(updates),
+        **settings,
         "base_model_name_or_path": base_model,
         "task_type": pack.backbone.peft_task,
         "inference_mode": True,
@@ -80,6 +84,13 @@ def save(
         "modules_to_save": list(pack.backbone.head_modules) or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _adapted(pack: Pack, updates: Iterable[str]) -> Iterator[nn.Module]:
+    """Yield the frozen module beside each update."""
+    for name in updates:
+        adapted: Any = pack.network.get_submodule(name)
+        yield adapted.base
 
 
 def load(folder: Path, pack: Pack, member: int, *, with_head: bool = True) -> None:
