@@ -273,10 +273,11 @@ class _Writer:
             command = f"'seed=range({undecided.seeds_needed})'"
             return [f"{sentence}; to detect {points}, run {undecided.seeds_needed} seeds ({command})."]
         if undecided.examples_needed:
-            more_seeds = f"run {MAX_SEEDS} seeds and " if (undecided.paired_seeds or 0) > 1 else ""
+            more_seeds = f"run {MAX_SEEDS} seeds and " if 1 < (undecided.paired_seeds or 0) < MAX_SEEDS else ""
             examples = f"{more_seeds}score about {undecided.examples_needed:,} examples"
             return [f"{sentence}; to detect {points}, {examples}."]
-        return [f"{sentence}; {points} would need more than {MAX_SEEDS} seeds."]
+        seeds = max(MAX_SEEDS, undecided.paired_seeds or 0)
+        return [f"{sentence}; {points} would need more than {seeds} seeds."]
 
     @property
     def _undecided(self) -> Finding | None:

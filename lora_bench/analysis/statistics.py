@@ -170,10 +170,13 @@ class Comparison:
         return next((n for n in counts if self.rescaled(n, self.examples).power(difference, alpha) >= chance), None)
 
     def examples_needed(self, difference: float, alpha: float = 0.05, chance: float = 0.8) -> int | None:
-        """Return the number of examples, to two digits, that do so with `MAX_SEEDS` seeds; None if none does."""
+        """Return the number of examples, to two digits, that do so with `MAX_SEEDS` seeds; None if none does.
+
+        A comparison of more seeds keeps them.
+        """
         n = float(max(self.examples, 2))
         for _ in range(60):
-            if self.rescaled(MAX_SEEDS, int(n)).power(difference, alpha) >= chance:
+            if self.rescaled(max(MAX_SEEDS, self.seeds), int(n)).power(difference, alpha) >= chance:
                 step = 10 ** (len(str(int(n))) - 2) if n >= 10 else 1
                 return math.ceil(n / step) * step
             n *= 1.25

@@ -353,3 +353,12 @@ def test_mcnemar_rejects_as_often_as_it_should_and_finds_what_theory_says() -> N
 
     assert rejects(0.04, 0.04) == pytest.approx(0.05, abs=0.01)
     assert rejects(0.045, 0.035) == pytest.approx(statistics.mcnemar_power(5000, 0.045, 0.035), abs=0.03)
+
+
+def test_a_comparison_of_many_seeds_is_not_told_to_run_fewer() -> None:
+    test = statistics.Comparison("mcc", 0.01, 1e-6, 4e-5, statistics.MAX_SEEDS + 16, 1000)
+    assert test.seeds_needed(0.01) is None
+    needed = test.examples_needed(0.01)
+    assert needed is not None
+    assert test.rescaled(test.seeds, needed).power(0.01) >= 0.8
+    assert test.rescaled(test.seeds, int(needed / 1.4)).power(0.01) < 0.8
