@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.groups import GROUPS
 from lora_bench.config.keys import key_of, with_present_names
@@ -130,7 +131,10 @@ class Job:
             UserError: the folder cannot be claimed.
         """
         if not isinstance(error, LostFolderError) and not holds_run(self.folder):
-            config = self.config_as_written
+            try:
+                config = self.config
+            except OmegaConfBaseException:  # which may be what the job failed of
+                config = self.config_as_written
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
 
 

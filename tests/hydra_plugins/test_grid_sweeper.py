@@ -114,6 +114,7 @@ def test_a_job_that_fails_does_not_stop_the_others(in_tmp: Path) -> None:
     assert "job 2 failed: adapter.rank=40:" in answer.out
     found = records(in_tmp / "sweep")
     assert [each["status"] for each in found.values()] == ["failed", "done", "failed"]
+    assert all(isinstance(each["config"]["optimizer"]["lr"], float) for each in found.values())  # no interpolation
     assert found["0"]["error"].startswith("adapter.rank=33:")
     assert found["2"]["config"]["adapter"]["rank"] == 40
     assert [row["adapter.rank"] for row in table(in_tmp / "sweep") if "adapter.rank" in row] in ([], ["2"])
