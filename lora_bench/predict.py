@@ -11,6 +11,7 @@ from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.data.labelled import probability_columns
 from lora_bench.evaluation.calibration import apply_temperature
 from lora_bench.evaluation.ensemble import member_spread
+from lora_bench.evaluation.scores import predict_labels
 from lora_bench.run.finished_run import FinishedRun
 
 if TYPE_CHECKING:
@@ -57,11 +58,7 @@ def _columns(request: PredictionRequest, run: FinishedRun, scores: NDArray[np.fl
     """
     names = run.label_names or []
     calibrated_scores = scores if run.calibration is None else apply_temperature(scores, run.calibration.temperature)
-    if scores.ndim > 1:
-        labels = scores.argmax(-1)  # (N,)
-    else:
-        threshold = DEFAULT_THRESHOLD if request.threshold is None else request.threshold
-        labels = (scores >= threshold).astype(int)
+    labels = predict_labels(scores, DEFAULT_THRESHOLD if request.threshold is None else request.threshold)  # (N,)
 
     def score_column(values: NDArray[np.float64]) -> list[float]:
         """Return what `score` is of these scores: P(label 1), or the probability of the predicted class."""

@@ -40,6 +40,9 @@ DEFAULT_THRESHOLD = 0.5
 """Of two classes label 1 is predicted from this score P(label 1) on, in every metric: no threshold is tuned on a
 reported split. Of more classes the most probable one is predicted."""
 
+SUM_TOLERANCE = 1e-3
+"""The largest difference from 1 of the sum of an example's probabilities that is read from a file."""
+
 _DISPLAY_NAMES = {
     "mcc": "MCC",
     "f1": "F1",

@@ -16,12 +16,15 @@ import numpy as np
 from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRICS
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.confusion import compute_metric, confusion_counts
-from lora_bench.evaluation.metrics import SMALLEST, Labels, form_of, require_finite, score
+from lora_bench.evaluation.metrics import SMALLEST, require_finite, score
+from lora_bench.evaluation.scores import form_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
+
+    from lora_bench.evaluation.scores import Labels
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 """Bounds of a fitted temperature."""

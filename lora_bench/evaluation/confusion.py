@@ -39,10 +39,10 @@ def compute_metric(counts: ArrayLike, measure: str = "mcc") -> Floats:
     """
     tp, fp, fn, tn = np.moveaxis(np.asarray(counts, float), -1, 0)
     if measure == "accuracy":
-        return _ratio(tp + tn, tp + fp + fn + tn)
+        return ratio(tp + tn, tp + fp + fn + tn)
     if measure == "f1":
-        return _ratio(2 * tp, 2 * tp + fp + fn)
-    return _ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
+        return ratio(2 * tp, 2 * tp + fp + fn)
+    return ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
 
 
 def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
@@ -62,11 +62,11 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
     tp, fp, fn, tn = np.moveaxis(counts, -1, 0)
     n = counts.sum(-1)
     if measure == "accuracy":
-        accuracy = _ratio(tp + tn, n)
+        accuracy = ratio(tp + tn, n)
         return np.stack([1 - accuracy, -accuracy, -accuracy, 1 - accuracy], -1)
     if measure == "f1":
         f1, scale = compute_metric(counts, "f1"), 2 * tp + fp + fn
-        return np.stack([_ratio(n * g, scale) for g in (2 - 2 * f1, -f1, -f1, np.zeros_like(f1))], -1)
+        return np.stack([ratio(n * g, scale) for g in (2 - 2 * f1, -f1, -f1, np.zeros_like(f1))], -1)
     mcc = compute_metric(counts, "mcc")
     predicted_1, predicted_0, labelled_1, labelled_0 = tp + fp, fn + tn, tp + fn, fp + tn
     root = np.sqrt(predicted_1 * predicted_0 * labelled_1 * labelled_0)
@@ -79,7 +79,7 @@ def influence(counts: ArrayLike, measure: str = "mcc") -> Floats:
             predicted: examples predicted as in the cell.
             labelled: examples labelled as in the cell.
         """
-        slope: Floats = n * (_ratio(product, root) - mcc / 2 * (_ratio(1.0, predicted) + _ratio(1.0, labelled)))
+        slope: Floats = n * (ratio(product, root) - mcc / 2 * (ratio(1.0, predicted) + ratio(1.0, labelled)))
         return slope
 
     cells = [
@@ -134,13 +134,13 @@ def compute_class_metric(totals: ArrayLike, measure: str = "mcc") -> Floats:
     hits, labelled, predicted = np.moveaxis(np.asarray(totals, float), -2, 0)  # (..., k) each
     n = labelled.sum(-1)
     if measure == "accuracy":
-        return _ratio(hits.sum(-1), n)
+        return ratio(hits.sum(-1), n)
     if measure in ("macro_f1", "weighted_f1"):
-        f1 = _ratio(2 * hits, labelled + predicted)
+        f1 = ratio(2 * hits, labelled + predicted)
         weights = labelled + predicted > 0 if measure == "macro_f1" else labelled
-        return _ratio((f1 * weights).sum(-1), weights.sum(-1))
+        return ratio((f1 * weights).sum(-1), weights.sum(-1))
     covariance = hits.sum(-1) * n - (labelled * predicted).sum(-1)
-    return _ratio(covariance, np.sqrt((n**2 - (predicted**2).sum(-1)) * (n**2 - (labelled**2).sum(-1))))
+    return ratio(covariance, np.sqrt((n**2 - (predicted**2).sum(-1)) * (n**2 - (labelled**2).sum(-1))))
 
 
 def class_influence(totals: ArrayLike, measure: str = "mcc") -> Floats:
@@ -162,8 +162,8 @@ def class_influence(totals: ArrayLike, measure: str = "mcc") -> Floats:
         of_label, of_predicted, if_correct = -value + 0 * hits, 0 * hits, 1 + 0 * hits
     elif measure in ("macro_f1", "weighted_f1"):
         size = labelled + predicted
-        f1 = _ratio(2 * hits, size)
-        weight = _ratio(n, size * (size > 0).sum(-1)[..., None]) if measure == "macro_f1" else _ratio(labelled, size)
+        f1 = ratio(2 * hits, size)
+        weight = ratio(n, size * (size > 0).sum(-1)[..., None]) if measure == "macro_f1" else ratio(labelled, size)
         of_label = of_predicted = -weight * f1
         of_label = of_label + (f1 - value if measure == "weighted_f1" else 0.0)
         if_correct = 2 * weight
@@ -171,16 +171,16 @@ def class_influence(totals: ArrayLike, measure: str = "mcc") -> Floats:
         spread_predicted = n**2 - (predicted**2).sum(-1)[..., None]
         spread_labelled = n**2 - (labelled**2).sum(-1)[..., None]
         root = np.sqrt(spread_predicted * spread_labelled)
-        scale, correct = _ratio(n, root), hits.sum(-1)[..., None]
-        of_label = scale * (correct - predicted) - value * _ratio(n * (n - labelled), spread_labelled)
-        of_predicted = -scale * labelled - value * _ratio(n * (n - predicted), spread_predicted)
+        scale, correct = ratio(n, root), hits.sum(-1)[..., None]
+        of_label = scale * (correct - predicted) - value * ratio(n * (n - labelled), spread_labelled)
+        of_predicted = -scale * labelled - value * ratio(n * (n - predicted), spread_predicted)
         of_label, of_predicted = np.where(root > 0, of_label, 0.0), np.where(root > 0, of_predicted, 0.0)
         if_correct = scale * n + 0 * hits
     by_cell = of_label[..., :, None] + of_predicted[..., None, :] + if_correct[..., None] * np.eye(hits.shape[-1])
     return np.asarray(by_cell)
 
 
-def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
+def ratio(above: ArrayLike, below: ArrayLike) -> Floats:
     """Return element-wise ratios; 0 where the denominator is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
     return np.asarray(np.divide(above, below, out=np.zeros(above.shape), where=below > 0))

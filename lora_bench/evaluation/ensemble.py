@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.evaluation.calibration import score_calibrated
-from lora_bench.evaluation.metrics import Labels, mean_metrics, score
+from lora_bench.evaluation.metrics import mean_metrics, score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lora_bench.config.schema import Metric
     from lora_bench.evaluation.calibration import Calibration
+    from lora_bench.evaluation.scores import Labels
 
 
 def score_members(

@@ -1,4 +1,6 @@
-"""Metrics from scores: torchmetrics' where they suit, our own where they do not.
+"""Metrics from scores: of two classes torchmetrics' where they suit, otherwise our own.
+
+Metrics of more classes and of numbers are those that the tests of a comparison use (`confusion`, `regression`).
 
 Three of torchmetrics' conventions do not suit: its Matthews correlation of a constant predictor is not 0, its binary
 calibration error bins P(label 1) instead of the confidence in the predicted label, and it accepts NaN scores. Those
@@ -11,14 +13,22 @@ from __future__ import annotations
 import math
 import warnings
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.config.schema import Metric
 from lora_bench.errors import Code, DivergedError, UserError, nearest
-from lora_bench.evaluation.confusion import compute_metric, confusion_counts
+from lora_bench.evaluation import regression
+from lora_bench.evaluation.confusion import (
+    class_totals,
+    compute_class_metric,
+    compute_metric,
+    confusion_counts,
+    ratio,
+)
+from lora_bench.evaluation.scores import form_of, predict_labels
 from lora_bench.extensions.entry_points import METRICS, load_registered, registered_names, unusable
 
 if TYPE_CHECKING:
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
     import torch
     import torchmetrics
     from numpy.typing import NDArray
+
+    from lora_bench.evaluation.scores import Labels
 
 CALIBRATION_BINS = 15
 """Bins of the expected calibration error."""
@@ -38,21 +50,9 @@ _BINARY = {
     "recall": Metric(torchmetric="Recall"),
     "auroc": Metric(torchmetric="AUROC"),
 }
-_MULTICLASS = {
-    "accuracy": Metric(torchmetric="Accuracy", args={"average": "micro"}),
-    "macro_f1": Metric(torchmetric="F1Score", args={"average": "macro"}),
-    "weighted_f1": Metric(torchmetric="F1Score", args={"average": "weighted"}),
-}
-
-Labels: TypeAlias = "NDArray[Any]"
-"""(N,) class numbers, or numbers to predict."""
-
-
-def form_of(scores: NDArray[np.float64], labels: Labels) -> str:
-    """Return the form of a task, a key of `SHOWN_METRICS`, from its scores, (N,) or (N, C), and labels (N,)."""
-    if labels.dtype.kind == "f":
-        return "regression"
-    return "binary" if scores.ndim == 1 else "multiclass"
+_OF_CLASSES = ("accuracy", "macro_f1", "weighted_f1", "mcc")
+"""Metrics of more than two classes that depend on the predicted classes alone."""
+_OF_NUMBERS = ("pearson", "spearman", "mse", "mae", "r2")
 
 
 def score(scores: NDArray[np.float64], labels: Labels, extra: Mapping[str, Metric]) -> dict[str, float | None]:
@@ -76,7 +76,9 @@ def score(scores: NDArray[np.float64], labels: Labels, extra: Mapping[str, Metri
     require_finite(scores)
     form = form_of(scores, labels)
     if form == "regression":
-        values: dict[str, float | None] = dict(regression_metrics(scores, labels))
+        values: dict[str, float | None] = {
+            name: float(regression.compute_metric(labels, scores, name)) for name in _OF_NUMBERS
+        }
     else:
         values = _binary_metrics(scores, labels) if form == "binary" else _multiclass_metrics(scores, labels)
     for name, metric in extra.items():
@@ -105,36 +107,15 @@ def _multiclass_metrics(scores: NDArray[np.float64], labels: Labels) -> dict[str
 
     MCC is Gorodkin's R_K (2004, eq. 8); the Brier score is Brier's own (1950), the sum over classes, up to 2.
     """
-    import torch  # late, as above
-
     N, C = scores.shape
-    p, y = torch.from_numpy(scores), torch.from_numpy(labels)
-    values = {name: _value(_make_metric(metric, "multiclass", C), p, y) for name, metric in _MULTICLASS.items()}
-    values["mcc"] = multiclass_mcc(labels, predict_labels(scores), C)
+    totals = class_totals(labels, predict_labels(scores), C)
+    values: dict[str, float | None] = {name: float(compute_class_metric(totals, name)) for name in _OF_CLASSES}
     values["auroc"] = macro_auroc(scores, labels)
     likelihood = scores[np.arange(N), labels]
     values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
     values["brier"] = float(((scores - np.eye(C)[labels]) ** 2).sum(1).mean())
     values["ece"] = expected_calibration_error(scores, labels)
     return values
-
-
-def predict_labels(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the predicted classes (...): of scores (..., N) of two classes, or the most probable of (..., N, C).
-
-    A split has one or two dimensions; a leading dimension of members is not allowed here.
-    """
-    return scores.argmax(-1) if scores.ndim > 1 else (scores >= DEFAULT_THRESHOLD).astype(np.int64)
-
-
-def multiclass_mcc(labels: Labels, predicted: NDArray[np.int64], classes: int) -> float:
-    """Return Gorodkin's R_K (2004, eq. 8) of (N,) labels and predictions; 0 if only one class occurs in either."""
-    counts = np.bincount(labels.astype(np.int64) * classes + predicted, minlength=classes * classes)
-    table = counts.reshape(classes, classes).astype(float)  # label, prediction
-    of_label, of_prediction, n = table.sum(1), table.sum(0), float(len(labels))
-    covariance = np.trace(table) * n - of_label @ of_prediction
-    spread = (n**2 - of_label @ of_label) * (n**2 - of_prediction @ of_prediction)
-    return float(covariance / math.sqrt(spread)) if spread > 0 else 0.0
 
 
 def macro_auroc(scores: NDArray[np.float64], labels: Labels) -> float | None:
@@ -162,30 +143,6 @@ def macro_auroc(scores: NDArray[np.float64], labels: Labels) -> float | None:
     return float(np.mean(areas)) if areas else None
 
 
-def regression_metrics(scores: NDArray[np.float64], labels: Labels) -> dict[str, float]:
-    """Return pearson, spearman, mse, mae and r2 of predicted numbers (N,) for (N,) labels.
-
-    A correlation is 0 if all predictions or all labels are equal, and so is r2 if all labels are.
-    """
-    from scipy.stats import rankdata
-
-    errors, spread = scores - labels, float(((labels - labels.mean()) ** 2).sum())
-    return {
-        "pearson": _correlation(scores, labels),
-        "spearman": _correlation(rankdata(scores), rankdata(labels)),
-        "mse": float((errors**2).mean()),
-        "mae": float(np.abs(errors).mean()),
-        "r2": 1 - float((errors**2).sum()) / spread if spread > 0 else 0.0,
-    }
-
-
-def _correlation(x: NDArray[np.float64], y: Labels) -> float:
-    """Return the correlation coefficient of two arrays (N,); 0 if one is constant."""
-    a, b = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(np.clip(a @ b / scale, -1, 1)) if scale > 1e-12 * len(x) else 0.0
-
-
 def class_metrics(scores: NDArray[np.float64], labels: Labels, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return precision, recall, F1 and number of rows (`support`) of each class by its name; 0 / 0 gives 0.
 
@@ -194,18 +151,16 @@ def class_metrics(scores: NDArray[np.float64], labels: Labels, names: Sequence[s
         labels: (N,).
         names: of the C classes.
     """
-    predicted = predict_labels(scores)
-    values = {}
-    for c, name in enumerate(names):
-        hits = float(((predicted == c) & (labels == c)).sum())
-        n_predicted, support = float((predicted == c).sum()), float((labels == c).sum())
-        values[name] = {
-            "precision": hits / n_predicted if n_predicted else 0.0,
-            "recall": hits / support if support else 0.0,
-            "f1": 2 * hits / (n_predicted + support) if n_predicted + support else 0.0,
-            "support": int(support),
+    counts = class_totals(labels, predict_labels(scores), len(names))  # (3, C)
+    return {
+        name: {
+            "precision": float(ratio(hits, predicted)),
+            "recall": float(ratio(hits, labelled)),
+            "f1": float(ratio(2 * hits, labelled + predicted)),
+            "support": int(labelled),
         }
-    return values
+        for name, (hits, labelled, predicted) in zip(names, counts.T, strict=True)
+    }
 
 
 def mean_metrics(metric_sets: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
@@ -294,12 +249,12 @@ def _check_torchmetric(metric: Metric, key: str, form: str, classes: int) -> Non
     arguments = ({"num_classes": classes} if needs_classes else {}) | metric.args
     _check_arguments(metric_class.__init__, arguments, f"{metric_class.__name__} of torchmetrics", key)
     try:
-        made = _make_metric(metric, form, classes)
+        instance = _make_metric(metric, form, classes)
     except (TypeError, ValueError) as error:
         reason = f"are refused by {metric_class.__name__} of torchmetrics: {str(error).rstrip('.')}"
         raise UserError(reason, key=f"{key}.args", value=_listed(metric.args), code=Code.INVALID_VALUE) from None
     try:
-        _value(made, *map(torch.from_numpy, _probe(form, classes)))
+        _value(instance, *map(torch.from_numpy, _probe(form, classes)))
     except (TypeError, ValueError, RuntimeError):
         reason = "is not a single number"
         remedy = f"Take one such as {_EXAMPLES[form]}."
@@ -451,10 +406,10 @@ def _make_metric(metric: Metric, form: str, classes: int = 2) -> torchmetrics.Me
     arguments = {name: float(x) if name in floats and type(x) is int else x for name, x in metric.args.items()}
     if form == "multiclass" and "num_classes" in parameters:
         arguments = {"num_classes": classes} | arguments
-    made = metric_class(**arguments)
-    if form == "binary" and hasattr(made, "threshold"):
-        made.threshold = math.nextafter(arguments.get("threshold", DEFAULT_THRESHOLD), 0.0)
-    return made
+    instance = metric_class(**arguments)
+    if form == "binary" and hasattr(instance, "threshold"):
+        instance.threshold = math.nextafter(arguments.get("threshold", DEFAULT_THRESHOLD), 0.0)
+    return instance
 
 
 def _value(metric: torchmetrics.Metric, scores: torch.Tensor, labels: torch.Tensor) -> float | None:

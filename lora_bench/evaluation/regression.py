@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_bench.evaluation.confusion import ratio
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -26,14 +28,17 @@ def compute_metric(labels: ArrayLike, scores: ArrayLike, measure: str) -> Floats
     Args:
         labels: (N,).
         scores: (..., N).
-        measure: pearson, spearman (of midranks), r2 (1 less the residual sum of squares over the total one), or mse.
+        measure: pearson, spearman (of midranks), r2 (1 less the residual sum of squares over the total one), mse or
+            mae.
     """
     y, p = np.asarray(labels, float), np.asarray(scores, float)
     if measure == "mse":
         return np.asarray(((p - y) ** 2).mean(-1))
+    if measure == "mae":
+        return np.asarray(np.abs(p - y).mean(-1))
     if measure == "r2":
         spread = _centre(y)
-        return np.asarray(np.where(spread.any(), 1 - _ratio(((p - y) ** 2).mean(-1), (spread**2).mean()), 0.0))
+        return np.asarray(np.where(spread.any(), 1 - ratio(((p - y) ** 2).mean(-1), (spread**2).mean()), 0.0))
     if measure == "spearman":
         y, p = midranks(y), midranks(p)
     return np.asarray((_standardise(y) * _standardise(p)).mean(-1))
@@ -45,7 +50,7 @@ def influence(labels: ArrayLike, scores: ArrayLike, measure: str) -> Floats:
     Args:
         labels: (N,).
         scores: (..., N).
-        measure: as in `compute_metric`.
+        measure: as in `compute_metric`, without mae.
     """
     y, p = np.asarray(labels, float), np.asarray(scores, float)
     value = compute_metric(y, p, measure)[..., None]  # (..., 1)
@@ -54,7 +59,7 @@ def influence(labels: ArrayLike, scores: ArrayLike, measure: str) -> Floats:
     if measure == "r2":
         spread = _centre(y)
         residual, squared = (p - y) ** 2, np.broadcast_to(spread**2, p.shape)
-        return _ratio((1 - value) * squared - residual, squared.mean(-1, keepdims=True))
+        return ratio((1 - value) * squared - residual, squared.mean(-1, keepdims=True))
     if measure == "spearman":
         return _spearman_influence(y, p, value)
     u, v = _standardise(y), _standardise(p)
@@ -64,13 +69,9 @@ def influence(labels: ArrayLike, scores: ArrayLike, measure: str) -> Floats:
 
 def midranks(values: Floats) -> Floats:
     """Return the ranks from 1 to N along the last axis; equal values have the mean of their ranks: (..., N)."""
-    flat = values.reshape(-1, values.shape[-1])
-    ranks = np.empty(flat.shape)
-    for row, out in zip(flat, ranks, strict=True):
-        _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
-        last = counts.cumsum()
-        out[:] = (last - (counts - 1) / 2)[inverse]
-    return ranks.reshape(values.shape)
+    from scipy.stats import rankdata  # late: a comparison of classes does not need it
+
+    return np.asarray(rankdata(values, axis=-1))
 
 
 def _spearman_influence(labels: Floats, scores: Floats, value: Floats) -> Floats:
@@ -97,7 +98,7 @@ def _spearman_influence(labels: Floats, scores: Floats, value: Floats) -> Floats
     variance_f, variance_g = ((a**2).mean(-1, keepdims=True) - 0.25 for a in (f, g))
     variance_f, variance_g = (np.where(v > SMALLEST_SPREAD, v, 0.0) for v in (variance_f, variance_g))
     root = np.sqrt(variance_f * variance_g)
-    change = _ratio(slope(f, g), root) - value / 2 * (_ratio(slope(f, f), variance_f) + _ratio(slope(g, g), variance_g))
+    change = ratio(slope(f, g), root) - value / 2 * (ratio(slope(f, f), variance_f) + ratio(slope(g, g), variance_g))
     return np.where(root > 0, change, 0.0)
 
 
@@ -122,10 +123,4 @@ def _centre(values: Floats) -> Floats:
 def _standardise(values: Floats) -> Floats:
     """Return values with mean 0 and standard deviation 1 along the last axis: (..., N); 0 if they are constant."""
     centred = _centre(values)
-    return _ratio(centred, np.sqrt((centred**2).mean(-1, keepdims=True)))
-
-
-def _ratio(above: ArrayLike, below: ArrayLike) -> Floats:
-    """Return element-wise ratios; 0 where the denominator is 0."""
-    above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
-    return np.asarray(np.divide(above, below, out=np.zeros(above.shape), where=below > 0))
+    return ratio(centred, np.sqrt((centred**2).mean(-1, keepdims=True)))

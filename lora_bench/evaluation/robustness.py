@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_bench.config.metric_names import MAIN_METRIC_CHOICES, SHOWN_METRICS
-from lora_bench.evaluation.metrics import form_of, predict_labels, score
+from lora_bench.evaluation.metrics import score
+from lora_bench.evaluation.scores import form_of, predict_labels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from lora_bench.evaluation.metrics import Labels
+    from lora_bench.evaluation.scores import Labels
 
 Values = dict[str, float | None]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from lora_bench.config.metric_names import SUM_TOLERANCE
 from lora_bench.data.labelled import probability_columns
 from lora_bench.data.labels import ClassLabels, LabelError
 from lora_bench.data.readers import read_table
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
     Scores: TypeAlias = float | Sequence[float]
     """P(label 1) or a number; of three or more classes a probability of each, (C,)."""
-
-SUM_TOLERANCE = 1e-3
-"""The largest difference from 1 of the sum of an example's probabilities, as `records.predictions` accepts it."""
 
 
 def read_predictions(path: str, examples: Examples, data: Data) -> list[Scores | None]:

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRIC_CHOICES
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD, MAIN_METRIC_CHOICES, SUM_TOLERANCE
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation import main_metric
 from lora_bench.evaluation.confusion import confusion_matrix
+from lora_bench.evaluation.scores import form_of
 from lora_bench.files import untrusted
 from lora_bench.records.run_folder import PREDICTIONS
 
@@ -32,8 +33,6 @@ MAX_ROWS = 50_000_000
 """Rows of the largest file that is read: a small file can declare any number of rows."""
 MAX_VALUES = 4 * MAX_ROWS
 """Probabilities of the largest file that is read: rows times classes."""
-SUM_TOLERANCE = 1e-3
-"""The largest difference from 1 of the sum of an example's probabilities."""
 _ID, _LABEL = "id", "label"
 SCORE, PROBABILITIES = "score", "probabilities"
 """The column of a file with one number per example, and that of a file with one probability per class."""
@@ -56,9 +55,7 @@ class Predictions:
     @property
     def form(self) -> str:
         """The form of the task: a key of `MAIN_METRIC_CHOICES`."""
-        if self.scores.ndim == 2:
-            return "multiclass"
-        return "regression" if np.issubdtype(self.labels.dtype, np.floating) else "binary"
+        return form_of(self.scores, self.labels)
 
     @cached_property
     def predicted(self) -> NDArray[Any]:
