@@ -76,7 +76,7 @@ class TrainedTask:
         if len(steps) > 1:
             by_member = [Calibration.fit(scores, labels) for scores in selected]
             chosen["members"] = [entry | _to_json(fitted) for entry, fitted in zip(steps, by_member, strict=True)]
-        is_single = len(steps) == self.pack.members[self.members[0]].heads == 1
+        is_single = len(steps) == self.pack.heads(self.members[0]) == 1
         values = self.bests[0]["metrics"] if is_single else score(selected.mean(axis=0), labels, extra)
         metrics = {f"selection/{name}": value for name, value in values.items()}
         per_class: dict[str, Any] = {}

@@ -101,7 +101,7 @@ class Experiment:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
             outputs = of_tasks[i : i + 1] if self.has_adapter_per_task else of_tasks
             features = self.head.pair_features
-            members.append(Member(self.adapter, self.seed, ranks, seeds, len(outputs), outputs, pair_features=features))
+            members.append(Member(self.adapter, self.seed, ranks, seeds, outputs, features))
         return members
 
     @property

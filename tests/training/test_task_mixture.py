@@ -33,7 +33,7 @@ def test_turns_go_with_size_and_temperature(sizes: list[int], temperature: float
 
 def two_tasks(size: int, seeds: tuple[int, ...] = (0,)) -> tuple[Pack, dict[str, TaskData]]:
     """A pack whose members have two heads, and two tasks of `size` and twice as many pairs."""
-    a_pack = Pack(make("tiny_bert"), [Member(adapter("lora"), seed, heads=2) for seed in seeds])
+    a_pack = Pack(make("tiny_bert"), [Member(adapter("lora"), seed, outputs=(2, 2)) for seed in seeds])
     train, selection = tables(a_pack.backbone)
     rows = np.arange(3 * size)
     first, second = (train.take(chosen) for chosen in (rows[:size], rows[size:]))

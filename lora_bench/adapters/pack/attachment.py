@@ -62,7 +62,7 @@ def detach(network: nn.Module, *classes: type[AdaptedLinear | MemberHeads]) -> N
 
 def head_outputs(member: Member, backbone: Backbone) -> list[int]:
     """Return the number of logits of each of a member's heads."""
-    return list(member.outputs) or [backbone.outputs(head) for head in range(member.heads)]
+    return list(member.outputs) or [backbone.outputs()]
 
 
 def _new_head(backbone: Backbone, name: str, original: nn.Module, member: Member, outputs: int) -> nn.Module:

@@ -24,10 +24,9 @@ class Member:
     """Rank by module of a saved adapter whose tensors are about to be loaded; None: a member that is to be trained."""
     seeds: Mapping[str, int] = field(default_factory=dict)
     """Seeds of `init`, `order` and `dropout` that differ from `seed`."""
-    heads: int = 1
-    """Number of heads: one for each task that the member learns; `Batch.head` chooses among them."""
     outputs: Sequence[int] = ()
-    """Number of logits of each head; empty: those of the backbone."""
+    """Number of logits of each head, one for each task that the member learns; `Batch.head` chooses among them. Empty:
+    one head with the outputs of the backbone's own."""
     pair_features: bool | None = False
     """Add pair features to the logits; None: if the backbone can tell the two texts apart."""
 

@@ -67,6 +67,10 @@ class PackState(nn.Module):
         """K, the number of members."""
         return len(self.members)
 
+    def heads(self, member: int) -> int:
+        """Return the number of a member's heads: one for each task that it learns."""
+        return len(head_outputs(self.members[member], self.backbone))
+
     def outputs(self, member: int, head: int) -> int:
         """Return the number of logits of one of a member's heads."""
         outputs = head_outputs(self.members[member], self.backbone)
@@ -97,7 +101,7 @@ class PackState(nn.Module):
         heads_by_name = {name: self.network.get_submodule(name) for name in self.backbone.head_modules}
         modules: dict[str, nn.Module] = {
             f"{f'head_{i}.' if i and head is None else ''}{name}": heads.of(member, i)
-            for i in (range(self.members[member].heads) if head is None else [head])
+            for i in (range(self.heads(member)) if head is None else [head])
             for name, heads in heads_by_name.items()
             if isinstance(heads, MemberHeads)
         }
