@@ -109,16 +109,17 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     finished = _check_run(cfg, data) if cfg.run else None
     notes: list[str] = []
     if finished:
-        own = Experiment.of_finished(finished).data
-        check_metrics(metrics, own.form, own.outputs)
+        trained = Experiment.of_finished(finished).data
+        check_metrics(metrics, trained.form, trained.outputs)
         data = _with_order_of_numbers(data, finished)
-        loaded = sources.load_for_run(data, own, notes.append)
-        data = replace(data, type=own.type, label_names=own.label_names, label_threshold=None, positive_label=None)
+        loaded = sources.load_for_run(data, trained, notes.append)
+        names = trained.label_names
+        data = replace(data, type=trained.type, label_names=names, label_threshold=None, positive_label=None)
     else:
         data, loaded = sources.load(data)
+        check_metrics(metrics, data.form, data.outputs)
     for note in notes:
         console.print(sanitise(f"note: {note}"))
-    check_metrics(metrics, data.form, data.outputs)
     splits = sources.reported_splits(loaded)
     if not splits:
         raise UserError(

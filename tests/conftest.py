@@ -87,6 +87,22 @@ def backbone() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="module")
+def of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run of three classes, for all tests of a file."""
+    from tests import three_classes
+
+    return three_classes.run_of(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="module")
+def of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run that predicts numbers, for all tests of a file."""
+    from tests import three_classes
+
+    return three_classes.run_of(tmp_path_factory.mktemp("numbers"), numbers=True)
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder."""

@@ -351,16 +351,6 @@ def test_an_adapter_that_is_none_of_peft_is_refused_by_its_type(in_tmp: Path) ->
 # -- three classes, and numbers --
 
 
-@pytest.fixture(scope="module")
-def of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return three_classes.run_of(tmp_path_factory.mktemp("classes"))
-
-
-@pytest.fixture(scope="module")
-def of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return three_classes.run_of(tmp_path_factory.mktemp("numbers"), numbers=True)
-
-
 TEXT = "data.text_columns=[text]"
 
 

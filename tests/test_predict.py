@@ -465,16 +465,6 @@ def test_a_rank_that_no_tensor_has_room_for_is_refused(runs: Run, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return three_classes.run_of(tmp_path_factory.mktemp("classes"))
-
-
-@pytest.fixture(scope="module")
-def of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return three_classes.run_of(tmp_path_factory.mktemp("numbers"), numbers=True)
-
-
-@pytest.fixture(scope="module")
 def of_number_members(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return three_classes.run_of(tmp_path_factory.mktemp("members"), "ensemble.members=2", numbers=True)
 

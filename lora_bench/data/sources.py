@@ -151,28 +151,29 @@ def load_for_run(data: Data, run: Data, note: Callable[[str], None]) -> dict[str
     if data.type == "regression":
         reason = "has numbers to predict, and the run was trained on classes"
         raise UserError(reason, key="data", value=data.task, remedy="Evaluate it on classes.", code=Code.MISMATCH)
-    own, names, tables = run.label_names, data.label_names, _tables(data)
+    run_names, names, tables = run.label_names, data.label_names, _tables(data)
     in_words = True
     if names is None and tables and data.label_threshold is None:
         first = _first_table(tables)
         names = list(first.declared_names.get(data.label_column, ())) or None
         labels = first.column(data.label_column) if data.label_column in first.names else []
-        in_words = names is not None or {*map(class_text, labels)} <= {*own}
-    if names is None and data.label_threshold is not None and len(own) > 2:
+        in_words = names is not None or {*map(class_text, labels)} <= {*run_names}
+    if names is None and data.label_threshold is not None and len(run_names) > 2:
         names = ["0", "1"]
-    data = replace(data, label_names=names or own, positive_label=None)
+    data = replace(data, label_names=names or run_names, positive_label=None)
     resolved, splits = _read_tables(data, tables) if tables else load(data)
     if not in_words:
-        note(f"the label numbers 0 to {len(own) - 1} count as the run's {_listed(own)}, in this order")
+        note(f"the label numbers 0 to {len(run_names) - 1} count as the run's {_listed(run_names)}, in this order")
     names = resolved.label_names
     assert names is not None
-    if set(names) <= set(own):
-        numbers = np.array([own.index(name) for name in names])
-    elif len(names) == len(own):
-        note(f"the classes {_listed(names)} count as the run's {_listed(own)}, in this order")
-        numbers = np.arange(len(own))
+    if set(names) <= set(run_names):
+        numbers = np.array([run_names.index(name) for name in names])
+    elif len(names) == len(run_names):
+        note(f"the classes {_listed(names)} count as the run's {_listed(run_names)}, in this order")
+        numbers = np.arange(len(run_names))
     else:
-        reason = f"has {len(names)} classes ({excerpt(names)}), and the run was trained on {len(own)} ({excerpt(own)})"
+        trained = f"the run was trained on {len(run_names)} ({excerpt(run_names)})"
+        reason = f"has {len(names)} classes ({excerpt(names)}), and {trained}"
         raise UserError(reason, key="data.label_names", remedy="Evaluate it on data of as many.", code=Code.MISMATCH)
     return {
         name: split if split.labels is None else replace(split, labels=numbers[split.labels])

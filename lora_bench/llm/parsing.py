@@ -260,10 +260,10 @@ def _from_tokens(positions: Sequence[Sequence[tuple[str, float]]], words: Sequen
             continue
         masses = [0.0] * len(words)
         for token, logprob in candidates:
-            begun = _begun(normalise(token), words)
-            if len(begun) == 1:
-                masses[begun[0]] += math.exp(min(logprob, 0.0))
-        if not any(masses) or len(_begun(first, words)) > 1:
+            classes = _classes_beginning_with(normalise(token), words)
+            if len(classes) == 1:
+                masses[classes[0]] += math.exp(min(logprob, 0.0))
+        if not any(masses) or len(_classes_beginning_with(first, words)) > 1:
             return None
         probabilities = [math.exp(min(logprob, 0.0)) for _, logprob in candidates]
         upper_bound = min(*probabilities, max(0.0, 1 - sum(probabilities)) / max(1, masses.count(0.0)))
@@ -273,6 +273,6 @@ def _from_tokens(positions: Sequence[Sequence[tuple[str, float]]], words: Sequen
     return None
 
 
-def _begun(token: str, words: Sequence[str]) -> list[int]:
+def _classes_beginning_with(token: str, words: Sequence[str]) -> list[int]:
     """Return the classes whose words can begin with this token."""
     return [label for label, word in enumerate(words) if token and word.startswith(token)]

@@ -107,8 +107,13 @@ def test_what_is_no_file_of_predictions(in_tmp: Path, make: Callable[[Path], obj
     assert datum in str(caught.value)
 
 
-def test_no_bit_of_a_file_raises_anything_else(in_tmp: Path) -> None:
-    write({"id": np.arange(50), "label": np.arange(50) % 2, "score": np.linspace(0, 1, 50)})
+@pytest.mark.parametrize("classes", [2, 3])
+def test_no_bit_of_a_file_raises_anything_else(in_tmp: Path, classes: int) -> None:
+    if classes == 2:
+        write({"id": np.arange(50), "label": np.arange(50) % 2, "score": np.linspace(0, 1, 50)})
+    else:
+        FILE.parent.mkdir()
+        FILE.write_bytes(predictions.encode(list(range(30)), [0, 1, 2] * 10, np.tile(THREE, (10, 1))))
     original = FILE.read_bytes()
     chance = np.random.default_rng(0)
     for position in chance.integers(0, len(original), 300):
@@ -212,14 +217,3 @@ def test_more_probabilities_than_are_read(in_tmp: Path, monkeypatch: pytest.Monk
     with refuses(Code.DAMAGED) as caught:
         written([0, 1, 2], THREE)
     assert "3 rows of 3 probabilities" in str(caught.value)
-
-
-def test_no_bit_of_a_file_of_probabilities_raises_anything_else(in_tmp: Path) -> None:
-    FILE.parent.mkdir()
-    original = predictions.encode(list(range(30)), [0, 1, 2] * 10, np.tile(THREE, (10, 1)))
-    chance = np.random.default_rng(0)
-    for position in chance.integers(0, len(original), 300):
-        content = bytearray(original)
-        content[position] ^= 1 << chance.integers(8)
-        FILE.write_bytes(content)
-        predictions.read_if_usable(in_tmp, "test")
