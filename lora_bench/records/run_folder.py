@@ -116,7 +116,7 @@ class Run:
         """
         refuse_secret_name(folder)
         request = {"choices": choices, "config": config, "overrides": overrides}
-        record = _sealed(
+        record = with_checksum(
             to_json(_empty_record() | {"schema": SCHEMA, "status": "running", "created": _now()} | request)
         )
         try:
@@ -221,7 +221,7 @@ class Run:
                 raise TypeError(f"{RECORD_FILE} has no key {name!r}")
             old, new = record.get(name), to_json(new)
             record[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
-        record = _sealed(record)
+        record = with_checksum(record)
         self._write(RECORD_FILE, dump(record).encode())
         self.record = record
 
@@ -415,7 +415,7 @@ def altered_notes(runs: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[str]:
     return [f"{RECORD_FILE} was edited or damaged after it was written, in: {', '.join(folders[:3])}{rest}"]
 
 
-def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record in the types that JSON gives back, with its checksum."""
     content: dict[str, Any] = json.loads(dump(record))
     return content | {"checksum": _checksum(content)}

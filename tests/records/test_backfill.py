@@ -174,7 +174,7 @@ def in_old_form(folder: Path) -> None:
         content["config"] = old_config(content["config"])
         if path.name == "run.json":
             content["overrides"] = [with_old_names(override) for override in content["overrides"]]
-            content = run_folder._sealed(content)
+            content = run_folder.with_checksum(content)
         path.write_text(json.dumps(content))
     for checkpoint in folder.glob("checkpoints/*"):
         manifest = {name: _describe(checkpoint / name) for name in ("tensors.safetensors", "state.json")}

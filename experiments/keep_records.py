@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Copy the records of finished runs without weights, texts and local paths, so that they can be committed.
+
+    experiments/keep_records.py RUNS RECORDS
+
+Of every finished run below RUNS it copies run.json, metrics.jsonl and predictions/ (ids, labels and scores) to the same
+place below RECORDS. Folders of the machine are cut from the paths in run.json: /home/me/data/qqp becomes qqp.
+`lora-bench compare RECORDS` prints the tables again. A record that is there is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_bench.records import run_folder
+
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^/\s'\",=]+/)+(?=[^/\s'\",=])")
+"""The folders of an absolute path; not of an address on the web."""
+
+
+def without_folders(value: Any) -> Any:
+    """Return a JSON value whose absolute paths are cut to their last names."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, metavar="RUNS")
+    parser.add_argument("records", type=Path, metavar="RECORDS")
+    options = parser.parse_args()
+    found, _ = run_folder.find_runs([options.runs])
+    done = [folder for folder, record in found if record["status"] == "done"]
+    for folder in done:
+        target = options.records / folder.resolve().relative_to(options.runs.resolve())
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        raw = json.loads((folder / run_folder.RECORD_FILE).read_text(encoding="utf-8"))
+        text = json.dumps(run_folder.with_checksum(without_folders(raw)), ensure_ascii=False, indent=1)
+        (target / run_folder.RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+        shutil.copy(folder / run_folder.METRICS_FILE, target)
+        shutil.copytree(folder / run_folder.PREDICTIONS, target / run_folder.PREDICTIONS)
+    print(f"{len(done)} records in {options.records}")
+
+
+if __name__ == "__main__":
+    main()
