@@ -49,9 +49,7 @@ class Auto(Backbone):
         UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
     """
 
-    query_value = (
-        r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q_head|v_head|query_global|value_global|q|v)"
-    )
+    query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q_head|v_head|q|v)"
     layer_paths = ()
 
     def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:

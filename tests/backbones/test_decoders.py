@@ -208,12 +208,12 @@ def test_a_replaced_conv1d_computes_and_saves_the_same() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera"])
+@pytest.mark.parametrize(("adapter", "modules"), [("lora", "all"), ("dora", "qv"), ("vera", "all")])
 def test_an_exported_gpt2_gives_the_scores_of_the_run(
-    folders: Mapping[str, Path], tmp_path: Path, adapter: str
+    folders: Mapping[str, Path], tmp_path: Path, adapter: str, modules: str
 ) -> None:
     base = folders["gpt2"]
-    folder = trained(tmp_path / "run", f"model.path={base}", f"adapter={adapter}")
+    folder = trained(tmp_path / "run", f"model.path={base}", f"adapter={adapter}", f"adapter.target_modules={modules}")
     run = lora_bench.load(folder)
     for form in ("merged", "peft"):
         output = tmp_path / form
@@ -226,6 +226,14 @@ def test_an_exported_gpt2_gives_the_scores_of_the_run(
             rows = [run.pack.backbone.tokenizer(*pair, return_tensors="pt").input_ids for pair in PAIRS[:-1]]
             scores = [float(network.eval()(input_ids=row).logits.softmax(1)[0, 1]) for row in rows]
         np.testing.assert_allclose(scores, run.predict(PAIRS[:-1]), atol=1e-6)
+
+
+def test_peft_has_no_form_for_vera_on_a_part_of_a_linear(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    options = ["adapter=vera", "adapter.target_modules=qv", "trainer.max_steps=1"]
+    folder = trained(tmp_path / "run", f"model.path={folders['gpt_neox']}", *options)
+    answer = command_line("export", f"run={folder}", "format=peft", f"output={tmp_path / 'peft'}")
+    assert answer.code == 2
+    assert "format=merged" in answer.err
 
 
 # -- choices --
