@@ -43,7 +43,8 @@ class Auto(Backbone):
     The prefix is the output of the layers below the cut (`LayerCut`), or the token ids (N, T) if the network cannot be
     cut at or below that depth: then the whole network is suffix.
 
-    A subclass with another output overrides `run_network` and `read_logits`.
+    A subclass with another output overrides `run_network`, `read_logits` and, if these need more than the network,
+    `probe_output`.
 
     Raises:
         UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
@@ -94,6 +95,12 @@ class Auto(Backbone):
             return self._position_limit
         configured = getattr(self.network.config, "max_position_embeddings", None)
         return configured if isinstance(configured, int) and configured > 0 else None  # XLNet's is -1
+
+    @property
+    def hidden_size(self) -> int:
+        """D, which the config of a model for more than text has in the part for text."""
+        config: Any = self.network.config
+        return int(getattr(config, "hidden_size", None) or config.get_text_config().hidden_size)
 
     # -- computation --
 
@@ -183,7 +190,7 @@ class Auto(Backbone):
         self.network.eval()
         try:
             with tables:
-                calls, logits = record_calls(self.network, paths, lambda: self._probe_logits(batch))
+                calls, logits = record_calls(self.network, paths, lambda: self.probe_output(batch))
         except Exception as error:  # whatever an unknown model raises
             reason = f"{type(self.network).__name__} cannot compute a pair of texts ({type(error).__name__}: {error})"
             remedy = "Give the tokenizer and config.json of these weights."
@@ -204,12 +211,17 @@ class Auto(Backbone):
                 code=Code.UNSUPPORTED,
             )
         layers = _in_order(lists, first_calls)
-        forward = partial(self._probe_logits, batch)
+        forward = partial(self.probe_output, batch)
         cut = LayerCut(self.network, layers, calls, logits, forward, batch.attention_mask, self.hidden_size)
         self.network.train(training)
         return layers, min(tables.limits, default=None), all(takes_rows), cut
 
-    def _probe_logits(self, batch: Batch) -> Tensor:
+    def probe_output(self, batch: Batch) -> Tensor:
+        """Return what the observation compares between forward passes: the logits (N, C).
+
+        It is called at construction. A subclass whose logits need more than the network, such as the names of the
+        classes, overrides it.
+        """
         return self.read_logits(self.run_network(batch), batch)
 
     def _probe_batch(self) -> Batch:

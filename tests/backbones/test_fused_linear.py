@@ -15,10 +15,12 @@ from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.targets import match_targets
-from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones import fused_linear, tiny_tokenizers
 from lora_bench.backbones.auto import Auto
+from lora_bench.errors import Code
 from tests.adapters.tools import adapter, stir
 from tests.backbones.tools import enliven, random_batch
+from tests.command_line import refuses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,3 +128,10 @@ def test_peft_computes_the_scores_of_an_exported_adapter(tmp_path: Path, model_t
     again = Pack(pack.backbone, [Member(adapter(method, "target_modules=qv", "rank=4"), 0)])
     files.load(tmp_path / "own", again, 0)
     torch.testing.assert_close(again(batch)[0], expected, atol=1e-6, rtol=0)
+
+
+def test_a_fused_linear_of_unknown_layout_is_refused_with_the_names_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "LAYOUTS", {})
+    with refuses(Code.NO_MATCH, key="target_modules") as caught:
+        match_targets(make("gpt2"), "qv", "all")
+    assert "transformer.h.*.attn.c_attn" in str(caught.value.remedy)
