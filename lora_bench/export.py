@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from lora_bench.adapters.lowrank.linear import QuantizedLinear
 from lora_bench.adapters.peft import files
+from lora_bench.adapters.peft.fused_rows import can_be_joined, has_parts
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
 from lora_bench.backbones.t5 import T5TextToText
@@ -231,9 +232,13 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
         UserError: with the reason; the remedy is `format=merged`.
     """
     updates = pack.updates[0]
-    if pack.members[0].adapter.peft_settings(updates):
+    settings = pack.members[0].adapter.peft_settings(updates)
+    is_split = bool(settings) and has_parts(pack.network, updates)
+    if settings and (not is_split or can_be_joined(settings)):
         return
-    if pack.trains_backbone:
+    if is_split:
+        reason = "adapts query and value of a fused linear, which PEFT can express for LoRA only"
+    elif pack.trains_backbone:
         reason = "trains the backbone itself, so it has no adapter"
     elif not updates:
         reason = "has no adapter, only a head"

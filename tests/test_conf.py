@@ -40,6 +40,7 @@ def chosen(group: str, option: str) -> list[str]:
     """The overrides that choose an option, with what it leaves open."""
     columns = ["data.text_columns=[text]"] if option in ("files", "hub") and group == "data" else []
     path = ["data.path=pairs"] if option in ("files", "pairs", "paws_qqp") else []
+    path += ["model.hub_id=x/y"] if (group, option) == ("model", "auto") else []
     return [f"{group}={option}", *columns, *path, *(["data.hub_id=x/y"] if option == "hub" else [])]
 
 
@@ -187,7 +188,7 @@ def test_the_other_commands_configs(name: str) -> None:
             "tokenizer": None,
         }
         for model in (option for group, option in OPTIONS if group == "model"):
-            build_model(composed("peft=x", f"model={model}", *chosen("data", "pairs"), name=name).model)
+            build_model(composed("peft=x", *chosen("model", model), *chosen("data", "pairs"), name=name).model)
 
 
 @pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)

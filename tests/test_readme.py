@@ -43,7 +43,7 @@ BLOCKS = [
     for text in TEXTS.values()
     for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
-NEEDS_A_FILE = ("adapter=bias", "adapter=gated", "model=distilbert", "metric=[cost]")
+NEEDS_A_FILE = ("adapter=bias", "adapter=gated", "model=distilbert_direct", "metric=[cost]")
 """Choices that a page adds with a Python file: its own test runs them."""
 MAX_WORDS, MAX_WORDS_OF_A_CELL, MAX_COLUMNS = 30, 15, 100
 
@@ -271,7 +271,7 @@ def test_the_documented_model_family_equals_the_model(package: None, backbone: C
     for depth in range(4):
         logits = attached.suffix(attached.prefix(batch, depth), batch, depth)
         assert logits.tolist() == [pytest.approx(row, abs=1e-5) for row in reference(network, batch).tolist()]
-    overrides = ["model=distilbert", "model.path=MODEL", "adapter.target_modules=qv", "hydra.run.dir=run"]
+    overrides = ["model=distilbert_direct", "model.path=MODEL", "adapter.target_modules=qv", "hydra.run.dir=run"]
     answer = run("train", *toy_run(*overrides))
     assert answer.code == 0, answer.err
     assert len(run_folder.read(Path("run"))["targets"]) == 2 * 3

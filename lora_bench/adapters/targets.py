@@ -11,7 +11,7 @@ from lora_bench.adapters.patterns import limited_matching
 from lora_bench.errors import Code, UserError, require
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
 
@@ -27,7 +27,8 @@ class LinearAdapter(Adapter):
     target_modules: str
     """`all`, `qv`, or a regular expression that a linear's full name must match from end to end."""
     layers: Any
-    """`all`, `top:n`, or a list of layer numbers, counted from 0 in the order of computation."""
+    """`all`, `top:n`, or a list of layer numbers, counted from 0 in the order of computation; of a model with both also
+    `encoder`, `decoder`, `encoder:top:n` or `decoder:top:n`."""
 
     def __post_init__(self) -> None:
         """Refuse `layers` of a wrong type.
@@ -64,7 +65,8 @@ def match_targets(
         backbone: its linears are the candidates; a name outside its layers is never chosen.
         target_modules: `all` (every linear of the layers), `qv` (query and value of every attention; the words mean the
             same for every family), or a regular expression that the full name matches from end to end.
-        layers: `all`, `top:n` (the last n), or a list of layer numbers from 0, not empty.
+        layers: `all`, `top:n` (the last n), a list of layer numbers from 0, not empty, or one of the first two among
+            the layers of one stack of the backbone, such as `decoder` or `decoder:top:n`.
         candidates: names to choose from in place of the linears', in the order of the result.
 
     Raises:
@@ -72,11 +74,14 @@ def match_targets(
             exist.
     """
     names = list(backbone.linears() if candidates is None else candidates)
-    chosen_layers = _match_layers(layers, len(backbone.layers))
+    chosen_layers = _match_layers(layers, len(backbone.layers), backbone.stacks)
     pattern = {"all": r".*", "qv": backbone.query_value}.get(target_modules, target_modules)
     with limited_matching("target_modules", target_modules):
         matched = _match_names(names, pattern, target_modules)
-    matched = [name for name in matched if backbone.layer_of(name) in chosen_layers]
+    outer = set(matched)  # a fused linear is adapted as a whole, or its query, key and value are
+    matched = [
+        name for name in matched if backbone.layer_of(name) in chosen_layers and name.rpartition(".")[0] not in outer
+    ]
     if not matched:
         raise UserError(
             f"leaves no linear that target_modules={target_modules} matches",
@@ -155,25 +160,33 @@ def unmatched_alternatives(target_modules: str, names: list[str]) -> list[str]:
         return [a for a, pattern in compiled.items() if not any(map(pattern.fullmatch, names))]
 
 
-def _match_layers(layers: Any, count: int) -> set[int]:
+def _match_layers(layers: Any, count: int, stacks: Mapping[str, range]) -> set[int]:
     """Return the numbers of the layers that `layers` chooses among `count` of them.
 
     Args:
-        layers: `all`, `top:n` (the last n, with n from 1 to `count`), or a list of layer numbers from 0, not empty.
+        layers: `all`, `top:n` (the last n, with n from 1 to `count`), a list of layer numbers from 0, not empty; or the
+            name of a stack, alone or followed by `:top:n`.
         count: number of layers.
+        stacks: the numbers of the layers of each stack; empty if there is only one.
 
     Raises:
         UserError: `layers` is none of these, or a number is out of range.
     """
-    if layers == "all":
-        return set(range(count))
-    top = re.fullmatch(r"top:(\d+)", str(layers))
-    if top and 1 <= int(top.group(1)) <= count:
-        return set(range(count - int(top.group(1)), count))
+    numbers, choice = range(count), layers
+    if isinstance(layers, str) and layers.partition(":")[0] in stacks:
+        stack, _, within = layers.partition(":")
+        numbers, choice = stacks[stack], within or "all"
+    if choice == "all":
+        return set(numbers)
+    top = re.fullmatch(r"top:(\d+)", str(choice))
+    if top and 1 <= int(top.group(1)) <= len(numbers):
+        return set(numbers[-int(top.group(1)) :])
     if isinstance(layers, list | tuple) and layers and all(type(i) is int and 0 <= i < count for i in layers):
         return set(layers)
+    places = [f"{name} {numbers[0]} to {numbers[-1]}" for name, numbers in stacks.items()]
+    listed = f" ({', '.join(places)})" if places else ""
     raise UserError(
-        f"is neither all, nor top:n with n from 1 to {count}, nor a list of layers from 0 to {count - 1}",
+        f"is neither all, nor top:n with n from 1 to {count}, nor a list of layers from 0 to {count - 1}{listed}",
         key="layers",
         value=layers,
         remedy=_LAYERS_REMEDY,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import Column, Stat, Table
+from lora_bench.config.groups import model_name
 from lora_bench.config.metric_names import display_name
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.files.untrusted import as_number
@@ -116,7 +117,7 @@ def _comparable_group(table: Table, row: Row) -> tuple[Any, ...]:
     record = table.records[row.folders[0]]
     fingerprint = record["data"].get("fingerprint")
     selection = fingerprint.get("selection") if isinstance(fingerprint, dict) else None
-    return row.data, record["choices"].get("model"), str(selection)
+    return row.data, model_name(record), str(selection)
 
 
 def _selection_curve(table: Table, folder: Path) -> list[tuple[float, float]]:

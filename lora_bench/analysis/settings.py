@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.canonical import normalise_numbers
+from lora_bench.config.groups import model_name
 from lora_bench.config.keys import flatten
 from lora_bench.config.recorded_task import main_metric, recorded_form
 from lora_bench.errors import Code, UserError, nearest
@@ -98,6 +99,8 @@ def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) ->
         splits: the reported splits, whose fingerprint identifies the data.
     """
     choices = {group: record["choices"][group] for group in GROUPS if record["choices"].get(group) is not None}
+    if "model" in choices:
+        choices["model"] = model_name(record)
     keys = choices | {key: value for key, value in flatten(record["config"]) if key not in GROUPS}
     fingerprint, rows = record["data"].get("fingerprint"), record["data"].get("rows")
     if isinstance(fingerprint, dict):

@@ -1,12 +1,14 @@
-"""Any Hugging Face sequence classifier, through its own forward pass: members share the weights and no computation.
+"""Any Hugging Face sequence classifier, through its own forward pass.
 
-The layers of an unknown model cannot be derived from class names, so they are observed: the model computes an
-artificial pair. The order in which its modules are called gives its layers, and the rows that it reads from its
-position tables give the longest input.
+The layers of an unknown model cannot be derived from class names, so they are observed: the model computes a few copies
+of an artificial pair. The order in which its modules are called gives its layers, the rows that it reads from its
+position tables give the longest input, and the inputs of its layers show between which of them it can be cut.
 """
 
 from __future__ import annotations
 
+import inspect
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,40 +18,53 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_bench.backbones.base import Backbone
 from lora_bench.backbones.conv1d import replace_conv1d
+from lora_bench.backbones.fused_linear import replace_fused_linears
+from lora_bench.backbones.layer_cut import LayerCut, record_calls
+from lora_bench.data.batching import Batch
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lora_bench.data.batching import Batch
-
 PROBE_ROWS = 7  # a number that tables and windows seldom have as a factor
-PROBE_TOKENS = 12
+PROBE_TOKENS = 13  # likewise: a network that pads rows to whole windows is seen to do so
+PROBE_PADDING = 4
 
 
 class Auto(Backbone):
     """`AutoModelForSequenceClassification`; what lies outside its base model is the head.
 
+    A pooler in the base model belongs to the head if the checkpoint does not hold it. Without that it stays frozen.
+
     Its layers are the entries of every outermost list of modules. Lists whose entries take turns (XLM keeps attentions
     and feed-forward networks apart) make up the same layers; lists that follow one another (an encoder's, a decoder's)
     make up layers that follow one another. The order is observed at construction, as the network computes a pair once.
+
+    The prefix is the output of the layers below the cut (`LayerCut`), or the token ids (N, T) if the network cannot be
+    cut at or below that depth: then the whole network is suffix.
+
+    A subclass with another output overrides `run_network`, `read_logits` and, if these need more than the network,
+    `probe_output`.
 
     Raises:
         UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
     """
 
-    has_prefix = False
-    query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q|v)"
+    query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q_head|v_head|q|v)"
     layer_paths = ()
 
     def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         replace_conv1d(network)
+        replace_fused_linears(network)
         base: Any = network.base_model
         self.head_modules = [
             name
             for name, child in network.named_children()
             if child is not base and any(True for _ in child.parameters())
         ]
+        pooler = f"{network.base_model_prefix}.pooler"
+        if any(name.startswith(f"{pooler}.") for name in new_parameters):
+            self.head_modules.insert(0, pooler)
         lists = [] if base is network else list(_outermost_lists(network, self.head_modules))
         if not lists:
             raise UserError(
@@ -60,8 +75,13 @@ class Auto(Backbone):
                 code=Code.UNSUPPORTED,
             )
         super().__init__(network, tokenizer, new_parameters)
-        self._layers, self._position_limit, self.can_be_batched = self._observe(lists)
+        self._takes_use_cache = "use_cache" in inspect.signature(network.forward).parameters
+        self._layers, self._position_limit, self.can_be_batched, self._cut = self._observe(lists)
         self.layers = [(paths[0], network.get_submodule(paths[0])) for paths in self._layers]
+        if not self._cut.depths:
+            self.notes.append(
+                f"{type(network).__name__} cannot be cut between layers: every layer runs for every member."
+            )
 
     def layer_modules(self) -> Iterator[tuple[int, str, nn.Module]]:
         for number, paths in enumerate(self._layers):
@@ -76,36 +96,72 @@ class Auto(Backbone):
         configured = getattr(self.network.config, "max_position_embeddings", None)
         return configured if isinstance(configured, int) and configured > 0 else None  # XLNet's is -1
 
+    @property
+    def hidden_size(self) -> int:
+        """D, which the config of a model for more than text has in the part for text."""
+        config: Any = self.network.config
+        return int(getattr(config, "hidden_size", None) or config.get_text_config().hidden_size)
+
+    # -- computation --
+
+    def cut_depth(self, depth: int) -> int:
+        """Return the largest depth up to this one at which the network can be cut; 0 if there is none."""
+        return self._cut.deepest(depth)
+
     def prefix(self, batch: Batch, depth: int) -> Tensor:
-        return batch.input_ids  # (N, T): the whole network is suffix
+        """Return the output (N, T, D) of the first `cut_depth(depth)` layers; for 0 the token ids (N, T)."""
+        depth = self.cut_depth(depth)
+        return self._cut.prefix(depth, lambda: self.run_network(batch)) if depth else batch.input_ids
 
-    def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
-        return hidden  # (N, T)
+    def suffix_with_states(self, hidden: Tensor, batch: Batch, depth: int) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, C), and the hidden states (N, T, D) that the base model returns."""
+        cut = self._cut.suffix(self.cut_depth(depth), hidden) if hidden.is_floating_point() else nullcontext()
+        with cut, self._base_outputs() as outputs:
+            logits = self.read_logits(self.run_network(batch), batch)
+        return logits, outputs[0]
 
-    def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
-        return self._logits(encoded, batch.attention_mask, batch.token_type_ids)
+    def run_network(self, batch: Batch) -> Any:
+        """Return what the network's own forward pass returns for the rows of a batch."""
+        return self.network(**self.inputs(batch))
 
-    def _logits(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
-        """Return the logits (N, 2) of the whole network for ids, mask and token types, (N, T) each.
+    def read_logits(self, output: Any, batch: Batch) -> Tensor:
+        """Return the logits (N, C) in an output of `run_network`."""
+        return output.logits  # type: ignore[no-any-return]
 
-        Token types are left out if the tokenizer does not name them as an input.
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the network's forward pass.
+
+        Token types are left out if the tokenizer does not name them as an input. A decoder stores no keys and values.
         """
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self.tokenizer.model_input_names and types is not None:
-            inputs["token_type_ids"] = types
-        return self.network(**inputs).logits  # type: ignore[no-any-return]
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if "token_type_ids" in self.tokenizer.model_input_names and batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        return inputs | ({"use_cache": False} if self._takes_use_cache else {})
+
+    @contextmanager
+    def _base_outputs(self) -> Iterator[list[Tensor]]:
+        """Yield a list that gets the hidden states of the base model's calls within the context."""
+        outputs: list[Tensor] = []
+        base: Any = self.network.base_model
+        hook = base.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0]))
+        try:
+            yield outputs
+        finally:
+            hook.remove()
+
+    # -- observation --
 
     @torch.no_grad()
-    def _observe(self, lists: Sequence[Sequence[str]]) -> tuple[list[list[str]], int | None, bool]:
-        """Compute a few copies of an artificial pair, and observe the modules.
+    def _observe(self, lists: Sequence[Sequence[str]]) -> tuple[list[list[str]], int | None, bool, LayerCut]:
+        """Compute a few copies of an artificial pair, the last one shorter and padded, and observe the modules.
 
         Args:
             lists: names of the modules in each outermost list.
 
         Returns:
             The layers in the order of computation, each as the names of its modules; the most tokens that the position
-            tables have rows for, None where there are no such tables; and whether every linear takes the batch's rows,
-            and not, as in DeBERTa, relative positions that all rows share.
+            tables have rows for, None where there are no such tables; whether every linear takes the batch's rows,
+            and not, as in DeBERTa, relative positions that all rows share; and where the network can be cut.
 
         Raises:
             UserError: the model cannot compute the pair, or does not use one of the modules.
@@ -128,13 +184,13 @@ class Auto(Backbone):
             for module in self.network.get_submodule(path).modules()  # SqueezeBERT calls a layer's `forward` itself
             if _has_own_parameters(module)  # layers may share an activation
         ]
-        ids, types = (row.expand(PROBE_ROWS, -1).to(self.device) for row in self.probe_row(PROBE_TOKENS))
+        batch = self._probe_batch()
         tables = _PositionTables(PROBE_TOKENS)
         training = self.network.training
         self.network.eval()
         try:
             with tables:
-                self._logits(ids, torch.ones_like(ids), types)
+                calls, logits = record_calls(self.network, paths, lambda: self.probe_output(batch))
         except Exception as error:  # whatever an unknown model raises
             reason = f"{type(self.network).__name__} cannot compute a pair of texts ({type(error).__name__}: {error})"
             remedy = "Give the tokenizer and config.json of these weights."
@@ -142,7 +198,6 @@ class Auto(Backbone):
                 " ".join(reason.split()), key="model.family", value="auto", remedy=remedy, code=Code.UNSUPPORTED
             ) from None
         finally:
-            self.network.train(training)
             for hook in hooks:
                 hook.remove()
         idle = [path for path in paths if path not in first_calls]
@@ -155,7 +210,30 @@ class Auto(Backbone):
                 remedy="Take a model that uses all its layers.",
                 code=Code.UNSUPPORTED,
             )
-        return _in_order(lists, first_calls), min(tables.limits, default=None), all(takes_rows)
+        layers = _in_order(lists, first_calls)
+        forward = partial(self.probe_output, batch)
+        cut = LayerCut(self.network, layers, calls, logits, forward, batch.attention_mask, self.hidden_size)
+        self.network.train(training)
+        return layers, min(tables.limits, default=None), all(takes_rows), cut
+
+    def probe_output(self, batch: Batch) -> Tensor:
+        """Return what the observation compares between forward passes: the logits (N, C).
+
+        It is called at construction. A subclass whose logits need more than the network, such as the names of the
+        classes, overrides it.
+        """
+        return self.read_logits(self.run_network(batch), batch)
+
+    def _probe_batch(self) -> Batch:
+        """Return PROBE_ROWS artificial pairs of PROBE_TOKENS tokens; the last has PROBE_PADDING tokens of padding."""
+        ids, types = (row.repeat(PROBE_ROWS, 1) for row in self.probe_row(PROBE_TOKENS))  # (N, T)
+        mask = torch.ones_like(ids)
+        if self.tokenizer.pad_token_id is not None:
+            short_ids, short_types = self.probe_row(PROBE_TOKENS - PROBE_PADDING)
+            ids[-1] = nn.functional.pad(short_ids, (0, PROBE_PADDING), value=self.tokenizer.pad_token_id)
+            types[-1] = nn.functional.pad(short_types, (0, PROBE_PADDING))
+            mask[-1, -PROBE_PADDING:] = 0
+        return Batch(ids, mask, types, None, full=False).map(lambda tensor: tensor.to(self.device))
 
 
 class _PositionTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -176,9 +254,9 @@ class _PositionTables(TorchDispatchMode):  # type: ignore[no-untyped-call]
             table, indices = args[:2]
             tokens = len(self._ascending)
             if indices.ndim and indices.shape[-1] >= tokens:  # Longformer fills up a row to whole windows
-                rows = indices[..., :tokens].reshape(-1, tokens)
-                offset = int(rows[0, 0])
-                if torch.equal(rows, (self._ascending + offset).to(rows).expand_as(rows)):
+                row = indices[..., :tokens].reshape(-1, tokens)[0]  # the last row is padded
+                offset = int(row[0])
+                if torch.equal(row, (self._ascending + offset).to(row)):
                     self.limits.append(len(table) - offset)
         return func(*args, **(kwargs or {}))
 

@@ -3,7 +3,7 @@
     prefix(batch, depth)          -> hidden   the layers below `depth`, once for all members
     suffix(hidden, batch, depth)  -> logits   the rest, for every member's rows, and the head: encode, then classify
 
-The prefix is frozen, so its output may be shared. A subclass per architecture implements the two; their composition
+The prefix is frozen, so its output may be shared. A subclass per architecture implements them; their composition
 equals the output of the Hugging Face model.
 """
 
@@ -13,6 +13,7 @@ import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
 from hashlib import sha256
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -42,8 +43,6 @@ class Backbone(ABC):
     """Regular expression for the linears that `target_modules=qv` selects."""
     peft_task = "SEQ_CLS"
     """PEFT's `task_type`."""
-    has_prefix = True
-    """True if the prefix computes something; False if the whole network is suffix."""
     can_be_batched = True
     """True if the inputs of every linear have one row per row of the batch; only then can members be batched."""
     all_positions = False
@@ -68,13 +67,28 @@ class Backbone(ABC):
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         """Return the output of the embeddings and the first `depth` layers: (N, T, D) for N rows."""
 
-    @abstractmethod
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """Return the output of the layers from `depth` on: (N, T, D), or (N, 1, D) if the head reads one position."""
+        raise NotImplementedError
 
-    @abstractmethod
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         """Return the head's logits (N, C) for the output of `encode`."""
+        raise NotImplementedError
+
+    def suffix_with_states(self, hidden: Tensor, batch: Batch, depth: int) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, C) of `suffix`, and the hidden states that its head reads, (N, T, D) or (N, 1, D).
+
+        They are those of `classify` and `encode`. A family that cannot separate the two overrides this method instead.
+        """
+        encoded = self.encode(hidden, batch, depth)
+        return self.classify(encoded, batch), encoded
+
+    def cut_depth(self, depth: int) -> int:
+        """Return the number of layers that `prefix` computes for a depth: fewer where the network cannot be cut there.
+
+        With 0 the prefix holds nothing worth caching.
+        """
+        return depth
 
     def outputs(self, head: int = 0) -> int:
         """Return the number of logits C of a head: the classes of its task, or 1 for a number."""
@@ -85,7 +99,7 @@ class Backbone(ABC):
 
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """Return the logits (N, C) of the layers from `depth` on and the head; `hidden` is the prefix of this depth."""
-        return self.classify(self.encode(hidden, batch, depth), batch)
+        return self.suffix_with_states(hidden, batch, depth)[0]
 
     @property
     def separates_texts(self) -> bool:
@@ -182,10 +196,25 @@ class Backbone(ABC):
         for number, (path, layer) in enumerate(self.layers):
             yield number, path, layer
 
+    @property
+    def stacks(self) -> dict[str, range]:
+        """The numbers of the layers of each list of layers, such as `encoder` and `decoder`; empty for a single list.
+
+        Its name is what the lists' full names differ in.
+        """
+        lists = [path.rpartition(".")[0] for path, _ in self.layers]
+        distinct = [name for name, _ in groupby(lists)]
+        columns = zip(*(name.split(".") for name in distinct), strict=False)
+        names = next((column for column in columns if len(set(column)) > 1), ())
+        if len(set(names)) < len(distinct) or not all(name.isidentifier() for name in names):
+            return {}
+        starts = [lists.index(name) for name in distinct]
+        return dict(zip(names, map(range, starts, [*starts[1:], len(lists)]), strict=True))
+
     def linears(self) -> dict[str, nn.Linear]:
         """Return every linear of the layers by its full name, in the order of computation: the possible targets.
 
-        Embeddings and the head are outside of the layers.
+        Embeddings and the head are outside of the layers. Query, key and value of a fused linear come behind it.
         """
         return {
             f"{path}.{name}" if name else path: module

@@ -245,7 +245,7 @@ def _network_class(model: Family, config: Any) -> Any:
             f"the weights are those of a {config.model_type}, not of the family {model.family}",
             key="model.path" if model.path else "model.family",
             value=model.path or model.family,
-            remedy="Choose the model option of that family; model=deberta with model.path=DIR loads any classifier.",
+            remedy="Choose the model option of that family; model=auto with model.path=DIR loads any classifier.",
             code=Code.UNSUPPORTED,
         )
     return model.network_class(config)

@@ -76,7 +76,7 @@ class _T5(Backbone):
 
 
 class T5TextToText(_T5):
-    """`T5ForConditionalGeneration` whose logits are the scores of the words for the classes.
+    """`T5ForConditionalGeneration` (or mT5's) whose logits are the scores of the words for the classes.
 
     Args:
         network, tokenizer, new_parameters: as for `Backbone`.
@@ -169,7 +169,9 @@ class T5TextToText(_T5):
         words = self.words[batch.head if len(self.words) > 1 else 0]
         decode = self._decode_start if words.is_single_step else self._decode_tree
         decoded = decode(encoded, batch, words)  # (N, M, D)
-        if network.config.scale_decoder_outputs:
+        if getattr(
+            network.config, "scale_decoder_outputs", False
+        ):  # not v1.1 and mT5, whose output embedding is untied
             decoded = decoded * network.config.d_model**-0.5
         return words.logits(decoded, network.lm_head.weight)  # (N, C)
 
@@ -205,7 +207,7 @@ class T5TextToText(_T5):
 
 
 class T5Encoder(_T5):
-    """`T5ForTokenClassification` whose token logits are averaged: a linear head on the mean-pooled encoder."""
+    """T5 (or mT5) for token classification, the token logits averaged: a linear head on the mean-pooled encoder."""
 
     head_modules = ("classifier",)
     peft_task = "TOKEN_CLS"

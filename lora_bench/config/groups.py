@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_bench.extensions.entry_points import choices_of, conf_folders
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 COMMANDS = {
     "train": "train, evaluate and record a run; with -m or sweep=NAME, a sweep",
@@ -36,6 +40,27 @@ GROUPS = (
 
 PROMPT_GROUPS = ("data", "prompt", "metric", "tracking")
 """Groups of `lora-bench prompt`."""
+
+
+ANY_MODEL = "auto"
+"""The choice of `model` for weights without a choice of their own."""
+
+
+def model_name(record: Mapping[str, Any]) -> str:
+    """Return the name under which a run's model is reported: its choice, or for `auto` that of its folder or hub id.
+
+    A choice of the family `auto` loads any classifier. With `model.path` the folder names it.
+
+    Args:
+        record: of the run, with its choices and its config.
+    """
+    choice = str(record["choices"].get("model"))
+    settings = record["config"].get("model")
+    if not isinstance(settings, dict):
+        return choice
+    location = settings.get("path") if settings.get("family") == "auto" else None
+    location = location or (settings.get("hub_id") if choice == ANY_MODEL else None)
+    return str(location).rstrip("/").rpartition("/")[2] if location else choice
 
 
 def conf_folder() -> Path:

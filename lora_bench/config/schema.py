@@ -48,7 +48,7 @@ class Model:
             "path",
             self.path,
             "names no weights",
-            "Give model.path=DIR, a local Hugging Face folder.",
+            "Give model.path=DIR, a local Hugging Face folder, or model.hub_id=NAME, a model on the Hugging Face hub.",
             code=Code.MISSING,
         )
 

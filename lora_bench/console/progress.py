@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from lora_bench.config.groups import model_name
 from lora_bench.config.metric_names import MAIN_METRIC_CHOICES, SHOWN_METRICS
 from lora_bench.config.recorded_task import form_of_metrics
 from lora_bench.console.format import format_number
@@ -234,15 +235,16 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
     """
     record = records[0]
     choices, params, environment = record["choices"], record["params"], record["environment"]
+    model = model_name(record)
     members = record["config"].get("ensemble", {}).get("members")
     adapters = f"{members} times {choices['adapter']}" if members else choices["adapter"]
     sizes = ", ".join(f"{name} {rows:,}" for name, rows in record["data"]["rows"].items())
     adapter, head, total = (format_number(params[name]) for name in ("adapter", "head", "total"))
-    first = f"{adapters} on {choices['model']}: {adapted} adapted linears, "
+    first = f"{adapters} on {model}: {adapted} adapted linears, "
     first += f"{adapter} adapter + {head} head of {total} parameters"
     if len(records) > 1:
         adapters_total = format_number(sum(record["params"]["adapter"] for record in records))
-        first = f"{len(records)} jobs on one {choices['model']}: {adapters_total} adapter parameters in all"
+        first = f"{len(records)} jobs on one {model}: {adapters_total} adapter parameters in all"
     data = ", ".join(record["config"].get("tasks", [choices["data"]]))
     lines = [
         first,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TYPE_KEYS = {"model": "family", "adapter": "method", "data": "source"}
 """The key of a group on which its other keys depend."""
-OPTIONS = {"auto": "deberta", "hub": "qqp", "files": "pairs"}
+OPTIONS = {"hub": "qqp", "files": "pairs"}
 """An option with each family, method or source whose option of that name is absent or leaves keys open."""
 RELATIONS = {
     "qqp": "paraphrase",

@@ -56,9 +56,9 @@ class PrefixCache:
 
         The first table and its `second_view` are used in the same batches, so both are cached or neither is. Further
         tables follow up to the first that exceeds the limit or is perturbed anew in each epoch. The list is empty if
-        there is no limit, the pack adapts the first layer, or its backbone cannot be cut.
+        there is no limit, the pack adapts the first layer, or its backbone cannot be cut below its first adapted layer.
         """
-        if not (self.limit_bytes and pack.depth and pack.backbone.has_prefix):
+        if not (self.limit_bytes and pack.backbone.cut_depth(pack.depth)):
             return []
         cached: list[str] = []
         used = 0

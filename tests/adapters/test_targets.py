@@ -124,6 +124,26 @@ def test_the_top_layers_of_t5_are_those_of_the_decoder() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("encoder", {0, 1}),
+        ("decoder", {2, 3}),
+        ("encoder:top:1", {1}),
+        ("decoder:top:2", {2, 3}),
+        ("all", {0, 1, 2, 3}),
+    ],
+)
+def test_layers_of_encoder_and_decoder_are_told_apart(layers: str, expected: set[int]) -> None:
+    t5 = BACKBONES["t5"]
+    assert {t5.layer_of(name) for name in match_targets(t5, "all", layers)} == expected
+    with refuses(Code.INVALID_VALUE, key="layers") as caught:
+        match_targets(t5, "all", "decoder:top:3")
+    assert "encoder 0 to 1, decoder 2 to 3" in str(caught.value)
+    with refuses(Code.INVALID_VALUE, key="layers"):
+        match_targets(BERT, "all", "encoder")
+
+
+@pytest.mark.parametrize(
     "layers",
     ["top:0", "top:3", "top:-1", "top:", "top", "1", "", 1, -1, None, True, [], [2], [-1], [0.0], ["0"], [None]],
 )

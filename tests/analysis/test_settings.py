@@ -29,3 +29,19 @@ def test_a_key_that_a_whole_type_of_runs_lacks_does_not(tmp_path: Path) -> None:
     assert "adapter" in keys(table)
     assert "trainer.extra" not in keys(table)
     assert len(table.rows) == 3
+
+
+def test_any_classifier_is_reported_under_its_own_name(tmp_path: Path) -> None:
+    for i, (choice, config) in enumerate(
+        [
+            ("auto", {"model.family": "auto", "model.hub_id": "org/some-bert", "model.path": None}),
+            ("auto", {"model.family": "auto", "model.hub_id": None, "model.path": "/models/tiny-llama/"}),
+            ("deberta", {"model.family": "auto", "model.hub_id": "microsoft/deberta", "model.path": "/models/other"}),
+            ("deberta", {"model.family": "auto", "model.hub_id": "microsoft/deberta", "model.path": None}),
+            ("roberta", {"model.family": "bert", "model.hub_id": None, "model.path": "/models/mine"}),
+        ]
+    ):
+        make(tmp_path / str(i), 0.5, config=config, choices={"model": choice})
+    table = summarise([tmp_path])
+    assert keys(table)[0] == "model"
+    assert {row[0] for row in values(table)} == {"some-bert", "tiny-llama", "other", "deberta", "roberta"}

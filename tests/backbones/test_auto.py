@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
@@ -16,7 +18,7 @@ from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.auto import Auto
 from lora_bench.errors import Code
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.training.dummy_step import dummy_step
+from lora_bench.training.dummy_step import dummy_step, probe_batch
 from lora_bench.training.padding import check_padding
 from tests.adapters.tools import adapter
 from tests.backbones.tools import cut_logits, enliven, make, own_logits, random_batch, save, spread
@@ -62,7 +64,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_prefix_and_suffix_make_the_logits_of_hugging_face(
     kind: str, depth: int, padded: bool, request: pytest.FixtureRequest
 ) -> None:
-    backbone = make("deberta", f"model.path={request.getfixturevalue(kind)}")
+    backbone = make("auto", f"model.path={request.getfixturevalue(kind)}")
     for head in backbone.head_modules:
         enliven(backbone.network.get_submodule(head))  # a new one is next to constant
     batch = random_batch(backbone, padded=padded)
@@ -72,14 +74,14 @@ def test_prefix_and_suffix_make_the_logits_of_hugging_face(
 
 
 def test_bert_gives_the_same_logits_as_in_its_own_family(bert: Path) -> None:
-    generic, own = make("deberta", f"model.path={bert}"), make("bert", f"model.path={bert}")
+    generic, own = make("auto", f"model.path={bert}"), make("bert", f"model.path={bert}")
     batch = random_batch(own)
     with torch.no_grad():
         torch.testing.assert_close(cut_logits(generic, batch, 0), cut_logits(own, batch, 1), atol=1e-5, rtol=0)
 
 
 def test_layers_and_head_of_deberta_are_found(deberta: Path) -> None:
-    backbone = make("deberta", f"model.path={deberta}")
+    backbone = make("auto", f"model.path={deberta}")
     names = list(backbone.linears())
     assert [path for path, _ in backbone.layers] == ["deberta.encoder.layer.0", "deberta.encoder.layer.1"]
     assert {backbone.layer_of(name) for name in names} == {0, 1}
@@ -95,7 +97,7 @@ def test_layers_and_head_of_deberta_are_found(deberta: Path) -> None:
 
 def test_qv_means_query_and_value(deberta: Path, bert: Path) -> None:
     for folder, kinds in ((deberta, {"query_proj", "value_proj"}), (bert, {"query", "value"})):
-        backbone = make("deberta", f"model.path={folder}")
+        backbone = make("auto", f"model.path={folder}")
         chosen = [name for name in backbone.linears() if re.fullmatch(backbone.query_value, name)]
         assert {name.rpartition(".")[2] for name in chosen} == kinds
         assert len(chosen) == 4
@@ -105,23 +107,30 @@ def test_a_head_by_another_name_may_be_new_too(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizers.tokenizer("bert")
     config = transformers.DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=2, hidden_dim=64)
     folder = save(tmp_path, transformers.DistilBertModel(config), tokenizer)
-    backbone = make("deberta", f"model.path={folder}")
+    backbone = make("auto", f"model.path={folder}")
     assert list(backbone.head_modules) == ["pre_classifier", "classifier"]
     assert {name.partition(".")[0] for name in backbone.new_parameters} == {"pre_classifier", "classifier"}
 
 
-def test_a_pooler_that_would_stay_random_and_frozen_is_refused(tmp_path: Path) -> None:
+def test_a_pooler_that_the_checkpoint_lacks_is_a_part_of_the_head(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizers.tokenizer("bert")
-    network = transformers.BertModel(
-        transformers.BertConfig(vocab_size=len(tokenizer), **SIZES), add_pooling_layer=False
-    )
-    folder = save(tmp_path, network, tokenizer)
-    assert make("bert", f"model.path={folder}").new_parameters >= {"bert.pooler.dense.weight"}  # there it is trained
+    config = transformers.AlbertConfig(vocab_size=len(tokenizer), embedding_size=16, **SIZES)
+    folder = save(tmp_path, transformers.AlbertModel(config, add_pooling_layer=False), tokenizer)
+    backbone = make("albert", f"model.path={folder}")
+    assert list(backbone.head_modules) == ["albert.pooler", "classifier"]
+    pack = Pack(backbone, [Member(adapter("lora"), seed) for seed in (0, 1)], batched=True)
+    pack(random_batch(backbone)).square().sum().backward()
+    assert all(p.grad is not None for k in (0, 1) for p in pack.head_parameters(k).values())
+
+
+def test_a_missing_layer_is_refused(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(bert / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if ".layer.1." not in name}, tmp_path / "model.safetensors")
     with refuses(Code.DAMAGED) as caught:
-        make("deberta", f"model.path={folder}")
-    assert caught.value.file == str(folder)
-    assert " 2 " in caught.value.reason
-    assert "bert.pooler.dense.bias" in caught.value.reason
+        make("auto", f"model.path={tmp_path}")
+    assert caught.value.file == str(tmp_path)
+    assert "bert.encoder.layer.1." in caught.value.reason
 
 
 def test_a_network_without_a_base_model_is_refused() -> None:
@@ -167,7 +176,7 @@ def xlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_takes_every_linear_of_every_outermost_list(xlm: Path, bart: Path) -> None:
     for folder, layers in ((xlm, 2), (bart, 3)):
-        backbone = make("deberta", f"model.path={folder}")
+        backbone = make("auto", f"model.path={folder}")
         base = backbone.network.base_model
         linears = {name for name, module in backbone.network.named_modules() if isinstance(module, torch.nn.Linear)}
         inside = {name for name in linears if not name.startswith(tuple(backbone.head_modules))}
@@ -177,14 +186,14 @@ def test_all_takes_every_linear_of_every_outermost_list(xlm: Path, bart: Path) -
 
 
 def test_top_layers_are_those_computed_last(xlm: Path, bart: Path) -> None:
-    of_xlm = match_targets(make("deberta", f"model.path={xlm}"), "all", "top:1")
+    of_xlm = match_targets(make("auto", f"model.path={xlm}"), "all", "top:1")
     assert {re.sub(r"\.\w+$", "", name) for name in of_xlm} == {"transformer.attentions.1", "transformer.ffns.1"}
-    of_bart = match_targets(make("deberta", f"model.path={bart}"), "all", "top:2")
+    of_bart = match_targets(make("auto", f"model.path={bart}"), "all", "top:2")
     assert {".".join(name.split(".")[:4]) for name in of_bart} == {"model.decoder.layers.0", "model.decoder.layers.1"}
 
 
 def test_a_probe_has_what_a_classifier_looks_for(bart: Path) -> None:
-    pack = Pack(make("deberta", f"model.path={bart}"), [Member(adapter("lora"), 0)])
+    pack = Pack(make("auto", f"model.path={bart}"), [Member(adapter("lora"), 0)])
     flops = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
     assert flops(1, 32) > flops(1, 16) > 0
 
@@ -207,8 +216,8 @@ def test_the_longest_pair_is_what_the_position_table_has_rows_for(kind: str) -> 
     backbone = Auto(network_class(config).eval(), tokenizer, set())
     assert backbone.max_tokens == limit
     backbone.require_length(limit)
-    ids, types = (row[None] for row in backbone.probe_row(limit))
-    assert backbone._logits(ids, torch.ones_like(ids), types).isfinite().all()
+    batch = probe_batch(backbone, 1, limit)
+    assert backbone.suffix(batch.input_ids, batch, 0).isfinite().all()
     with refuses(Code.INVALID_VALUE, key="data.max_length") as caught:
         backbone.require_length(limit + 1)
     assert caught.value.value == limit + 1
@@ -221,11 +230,11 @@ def test_a_model_without_positions_takes_any_length() -> None:
     backbone = Auto(transformers.XLNetForSequenceClassification(config).eval(), tokenizer, set())
     assert backbone.max_tokens is None
     check_padding(backbone)
-    assert len(backbone.notes) == 1  # it answers by the last position, padding or not
+    assert len(backbone.notes) == 2  # it cannot be cut; it answers by the last position, padding or not
 
 
 def test_padding_that_changes_no_score_needs_no_note(bert: Path, bart: Path) -> None:
-    backbones = [make("deberta", f"model.path={folder}") for folder in (bert, bart)]
+    backbones = [make("auto", f"model.path={folder}") for folder in (bert, bart)]
     for backbone in backbones:
         check_padding(backbone)
     assert [backbone.notes for backbone in backbones] == [[], []]
@@ -248,4 +257,4 @@ def test_a_model_that_changes_outputs_in_place_learns(option: str) -> None:
 
 def test_a_pack_is_computed_at_once_where_every_linear_takes_the_rows(bert: Path, bart: Path) -> None:
     for folder in (bert, bart):
-        assert Pack(make("deberta", f"model.path={folder}"), [Member(adapter("lora"), 0)], batched=True).batched
+        assert Pack(make("auto", f"model.path={folder}"), [Member(adapter("lora"), 0)], batched=True).batched

@@ -116,7 +116,7 @@ def llama_folder(place: Path, **special_tokens: str) -> Path:
 def test_the_padding_token_is_the_named_one_else_the_end_token(
     tmp_path: Path, special_tokens: dict[str, str], token: str, noted: bool
 ) -> None:
-    backbone = make("deberta", f"model.path={llama_folder(tmp_path, **special_tokens)}")
+    backbone = make("auto", f"model.path={llama_folder(tmp_path, **special_tokens)}")
     assert backbone.tokenizer.pad_token == token
     assert backbone.network.config.pad_token_id == backbone.tokenizer.convert_tokens_to_ids(token)
     assert any(token in note for note in backbone.notes) == noted
@@ -127,7 +127,7 @@ def test_the_padding_token_is_the_named_one_else_the_end_token(
 def test_a_tokenizer_without_padding_and_end_token_is_refused(tmp_path: Path) -> None:
     folder = llama_folder(tmp_path, unk_token="<unk>")
     with refuses(Code.UNSUPPORTED, key="model.tokenizer") as caught:
-        make("deberta", f"model.path={folder}")
+        make("auto", f"model.path={folder}")
     assert caught.value.value == str(folder)
     assert "pad_token" in str(caught.value.remedy)
 
@@ -140,7 +140,7 @@ def test_the_side_on_which_a_tokenizer_pads_changes_no_score(
     tokenizer = byte_tokenizer(eos_token=END)
     tokenizer.padding_side = side
     tokenizer.save_pretrained(tmp_path)
-    backbone = make("deberta", f"model.path={folders[model_type]}", f"model.tokenizer={tmp_path}")
+    backbone = make("auto", f"model.path={folders[model_type]}", f"model.tokenizer={tmp_path}")
     check_padding(backbone)
     assert [note for note in backbone.notes if "differently in a batch" in note] == []
     assert backbone.network.config.pad_token_id == backbone.tokenizer.pad_token_id
@@ -153,7 +153,7 @@ def test_the_side_on_which_a_tokenizer_pads_changes_no_score(
 def test_attention_and_mlp_are_adapted_and_neither_embeddings_nor_heads(
     folders: Mapping[str, Path], model_type: str
 ) -> None:
-    backbone = make("deberta", f"model.path={folders[model_type]}")
+    backbone = make("auto", f"model.path={folders[model_type]}")
     targets = match_targets(backbone, "all", "all")
     weights = {name for name, p in backbone.network.named_parameters() if p.ndim > 1}
     outside = {name for name in weights if "embed" in name or name.endswith(("wte.weight", "wpe.weight"))}
@@ -164,7 +164,7 @@ def test_attention_and_mlp_are_adapted_and_neither_embeddings_nor_heads(
 
 def trained(folder: Path, *overrides: str) -> Path:
     """Train five steps of LoRA into a folder, and return it."""
-    settings = ["model=deberta", *SMALL_TOY, "data.max_length=160", "trainer.max_steps=5", "optimizer.lr=0.02"]
+    settings = ["model=auto", *SMALL_TOY, "data.max_length=160", "trainer.max_steps=5", "optimizer.lr=0.02"]
     job = Job(composed(*settings, *overrides), folder, {"model": "m", "adapter": "a", "data": "d"}, [])
     train(job, console=Console(file=io.StringIO()))
     return folder
@@ -208,12 +208,12 @@ def test_a_replaced_conv1d_computes_and_saves_the_same() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera"])
+@pytest.mark.parametrize(("adapter", "modules"), [("lora", "all"), ("dora", "qv"), ("vera", "all")])
 def test_an_exported_gpt2_gives_the_scores_of_the_run(
-    folders: Mapping[str, Path], tmp_path: Path, adapter: str
+    folders: Mapping[str, Path], tmp_path: Path, adapter: str, modules: str
 ) -> None:
     base = folders["gpt2"]
-    folder = trained(tmp_path / "run", f"model.path={base}", f"adapter={adapter}")
+    folder = trained(tmp_path / "run", f"model.path={base}", f"adapter={adapter}", f"adapter.target_modules={modules}")
     run = lora_bench.load(folder)
     for form in ("merged", "peft"):
         output = tmp_path / form
@@ -226,6 +226,14 @@ def test_an_exported_gpt2_gives_the_scores_of_the_run(
             rows = [run.pack.backbone.tokenizer(*pair, return_tensors="pt").input_ids for pair in PAIRS[:-1]]
             scores = [float(network.eval()(input_ids=row).logits.softmax(1)[0, 1]) for row in rows]
         np.testing.assert_allclose(scores, run.predict(PAIRS[:-1]), atol=1e-6)
+
+
+def test_peft_has_no_form_for_vera_on_a_part_of_a_linear(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    options = ["adapter=vera", "adapter.target_modules=qv", "trainer.max_steps=1"]
+    folder = trained(tmp_path / "run", f"model.path={folders['gpt_neox']}", *options)
+    answer = command_line("export", f"run={folder}", "format=peft", f"output={tmp_path / 'peft'}")
+    assert answer.code == 2
+    assert "format=merged" in answer.err
 
 
 # -- choices --

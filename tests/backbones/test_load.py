@@ -166,7 +166,7 @@ def test_no_code_of_a_checkpoint_is_run(bert: Path) -> None:
     (bert / "config.json").write_text(json.dumps({**config, "auto_map": names}))
     make("bert", f"model.path={bert}")
     (bert / "config.json").write_text(json.dumps({**config, "auto_map": names, "model_type": "evil"}))
-    assert refusal(Code.UNSUPPORTED, f"model.path={bert}", model="deberta").file == str(bert)
+    assert refusal(Code.UNSUPPORTED, f"model.path={bert}", model="auto").file == str(bert)
     assert not (bert / "ran").exists()
 
 
@@ -188,7 +188,7 @@ def test_a_model_that_is_no_text_classifier_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     save_file({"vit.layernorm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
     tiny_tokenizers.tokenizer("bert").save_pretrained(tmp_path)
-    error = refusal(Code.UNSUPPORTED, f"model.path={tmp_path}", key="model.path", model="deberta")
+    error = refusal(Code.UNSUPPORTED, f"model.path={tmp_path}", key="model.path", model="auto")
     assert error.value == str(tmp_path)
     assert " vit," in error.reason
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.errors import Code
-from tests.backbones.tools import cut_logits, make, own_logits, random_batch, spread
+from tests.backbones.tools import cut_logits, enliven, make, own_logits, random_batch, save, spread
 from tests.command_line import refuses
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMS = ("text_to_text", "encoder")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -50,6 +55,38 @@ def test_encoder_form_makes_the_mean_of_the_token_logits(depth: int, padded: boo
     expected = own_logits(backbone, batch)
     assert spread(expected) > 0.01
     torch.testing.assert_close(cut_logits(backbone, batch, depth), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["text_to_text", "encoder", "whole words"])
+@torch.no_grad()
+def test_mt5_makes_what_its_own_classes_make(form: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizers.tokenizer("t5")
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    config = transformers.MT5Config(vocab_size=len(tokenizer), **sizes)
+    folder = save(tmp_path, enliven(transformers.MT5ForConditionalGeneration(config)), tokenizer)
+    words = ["model.label_words=[yes,yell]"] if form == "whole words" else []
+    form = "encoder" if form == "encoder" else "text_to_text"
+    backbone = make("mt5", f"model.path={folder}", f"model.form={form}", *words)
+    enliven(backbone.network)  # the encoder's head is new
+    batch = random_batch(backbone)
+    for depth in range(len(backbone.layers) + 1):
+        logits = cut_logits(backbone, batch, depth)
+        if words:
+            torch.testing.assert_close(logits, _word_scores(backbone, batch, ["yes", "yell"]), atol=1e-5, rtol=0)
+        else:
+            torch.testing.assert_close(logits, own_logits(backbone, batch), atol=1e-5, rtol=0)
+
+
+def _word_scores(backbone: Any, batch: Any, words: list[str]) -> torch.Tensor:
+    """The log-probability of each word and the end token among the words, by the network's own forward pass."""
+    rows = [[0, *backbone.tokenizer(word, add_special_tokens=False).input_ids, 1] for word in words]
+    shared = next(i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
+    scores = []
+    for row in rows:
+        ids = torch.tensor([row[:-1]]).expand(len(batch.input_ids), -1)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "decoder_input_ids": ids}
+        scores.append(backbone.network(**inputs).logits[:, shared - 1, [r[shared] for r in rows]].log_softmax(-1))
+    return torch.stack([score[:, i] for i, score in enumerate(scores)], 1)
 
 
 def test_label_words_are_scored_by_their_first_tokens_in_the_order_given() -> None:

@@ -263,7 +263,7 @@ def classifier(kind: str, place: Path, **settings: Any) -> Any:
     config = transformers.AutoConfig.for_model(kind, **{"vocab_size": 141, **SIZES, **settings})
     network = enliven(transformers.AutoModelForSequenceClassification.from_config(config))
     save(place, network, tiny_tokenizers.tokenizer("bert"))
-    model = model_settings("deberta", f"model.path={place}")
+    model = model_settings("auto", f"model.path={place}")
     backbone = load(model, load_tokenizer(model), task="qqp")
     check_padding(backbone)
     return backbone
@@ -278,7 +278,7 @@ def test_a_score_does_not_depend_on_the_padding_id_of_the_config(pad_id: int | N
     classifier("gpt2", tmp_path, n_positions=64, pad_token_id=0)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad_id}))
-    model = model_settings("deberta", f"model.path={tmp_path}")
+    model = model_settings("auto", f"model.path={tmp_path}")
     backbone = load(model, load_tokenizer(model), task="qqp")
     check_padding(backbone)
     assert padding_notes(backbone) == []

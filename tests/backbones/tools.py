@@ -75,10 +75,10 @@ def random_batch(backbone: Backbone, *, padded: bool = True, rows: int = 4, leng
 def reference(network: Any, batch: Batch, label_tokens: list[int] | None = None) -> Tensor:
     """The logits (N, 2) of the Hugging Face model itself, through its own forward pass."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if isinstance(network, transformers.T5ForConditionalGeneration):
+    if isinstance(network, transformers.T5ForConditionalGeneration | transformers.MT5ForConditionalGeneration):
         start = torch.full((len(batch.input_ids), 1), network.config.decoder_start_token_id)
         return network(**inputs, decoder_input_ids=start).logits[:, 0, label_tokens]
-    if isinstance(network, transformers.T5ForTokenClassification):
+    if isinstance(network, transformers.T5ForTokenClassification | transformers.MT5ForTokenClassification):
         kept = batch.attention_mask[:, :, None]
         return (network(**inputs).logits * kept).sum(1) / kept.sum(1)
     if batch.token_type_ids is not None:

@@ -204,7 +204,7 @@ def test_prefix_of_an_augmented_table_is_not_cached(encode: Callable[..., TokenT
         depth = 1
 
         class backbone:  # noqa: N801
-            has_prefix = True
+            cut_depth = int
 
     table = augmented(encode)
     tables = PrefixCache("hash", 1e9).with_cached_hidden_states(Pack(), {"train": table})  # type: ignore[arg-type]

@@ -168,8 +168,8 @@ class Pack(PackState):
             self._synced(members).copy_parameters()
         has_pair_features = any(str(k) in self.pair_features for k in members)
         with self._computing(members, batch.head, all_positions=has_pair_features), self._autocast():
-            encoded = self.backbone.encode(hidden, batch, self.depth)  # (K·B, T, D) or (K·B, 1, D)
-            logits = self.backbone.classify(encoded, batch)  # (K·B, C)
+            # (K·B, C), and (K·B, T, D) or (K·B, 1, D)
+            logits, encoded = self.backbone.suffix_with_states(hidden, batch, self.depth)
         logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, C)
         return self._add_pair_features(logits, encoded, batch, members) if has_pair_features else logits
 

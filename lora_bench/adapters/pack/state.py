@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_bench.adapters.pack.attachment import head_outputs
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
+from lora_bench.backbones.fused_linear import join_rows
 from lora_bench.errors import Code, UserError
 from lora_bench.head.pair_features import PairFeatures
 
@@ -175,7 +176,7 @@ class PackState(nn.Module):
             with torch.no_grad():
                 weight, bias = update.merge(base.weight.float(), None if base.bias is None else base.bias.float())
             merged |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
-        return merged
+        return join_rows(self.network, merged)
 
     def _new_updates(self, member: int, ranks: dict[str, int] | None) -> dict[str, Update]:
         settings = self.members[member]

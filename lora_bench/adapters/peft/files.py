@@ -3,8 +3,8 @@
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight, for the head base_model.model.<parameter>
     adapter_config.json          peft's own keys; the head is in `modules_to_save`
 
-A method that peft has no name for (`head_only`) gets the same two files with `peft_type: null`. Full fine-tuning has
-no adapter: it leaves a plain Hugging Face model, config.json and model.safetensors.
+What peft has no name for (`head_only`, the query of a fused linear) gets the same two files with `peft_type: null`.
+Full fine-tuning has no adapter: it leaves a plain Hugging Face model, config.json and model.safetensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_bench.backbones.conv1d import Conv1DLinear
+from lora_bench.adapters.peft.fused_rows import has_parts, join_parts
+from lora_bench.backbones.fused_linear import is_transposed
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 
@@ -69,10 +70,15 @@ def save(
     if for_peft:
         of_head = {f"{PREFIX}model.{name}" for name in pack.head_parameters(member, head)}
         tensors = {name: tensor for name, tensor in tensors.items() if name in of_head or _OF_PEFT.fullmatch(name)}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     updates = pack.updates[member]
-    settings = pack.members[member].adapter.peft_settings(updates)
-    if settings and all(isinstance(linear, Conv1DLinear) for linear in _adapted(pack, updates)):
+    settings, targets = pack.members[member].adapter.peft_settings(updates), list(updates)
+    if settings and has_parts(pack.network, targets):
+        if for_peft:
+            tensors, settings, targets = join_parts(pack.network, tensors, settings, targets, f"{PREFIX}model.")
+        else:
+            settings = {}  # PEFT has no name for a part of a linear
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    if settings and all(is_transposed(linear) for linear in _adapted(pack, updates)):
         settings["fan_in_fan_out"] = True  # PEFT's name for weights that are stored as (in, out)
     config = {
         "peft_type": None,
@@ -80,7 +86,7 @@ def save(
         "base_model_name_or_path": base_model,
         "task_type": pack.backbone.peft_task,
         "inference_mode": True,
-        "target_modules": list(updates),
+        "target_modules": targets,
         "modules_to_save": list(pack.backbone.head_modules) or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ from lora_bench.adapters.patterns import limited_matching
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.config import FILE as CONFIG_FILE
 from lora_bench.adapters.peft.config import SUBTRACTED_STARTS, PeftConfig, is_rank
+from lora_bench.backbones.fused_linear import LinearRows
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _linears(config: PeftConfig, backbone: Backbone) -> Linears:
     targets = config.values["target_modules"]
     linears: Linears = {}
     for name, module in backbone.network.named_modules():
-        if not config.adapts(name):
+        if isinstance(module, LinearRows) or not config.adapts(name):  # PEFT knows the fused linear only
             continue
         placed = backbone.layer_of(name) is not None or _within(name, backbone.head_modules)
         if not (isinstance(module, nn.Linear) and placed):

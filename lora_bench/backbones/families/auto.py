@@ -1,4 +1,4 @@
-"""Any sequence classifier of transformers, without shared prefixes; the network is in `backbones/auto.py`."""
+"""Any sequence classifier of transformers; the network is in `backbones/auto.py`."""
 
 from __future__ import annotations
 

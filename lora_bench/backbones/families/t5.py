@@ -1,4 +1,4 @@
-"""T5, text to text or as an encoder with a head; the networks are in `backbones/t5.py`."""
+"""T5, T5 v1.1 (Flan-T5) and mT5, text to text or as an encoder with a head; the networks are in `backbones/t5.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class T5Family(Family):
     """T5 answers with a word (encoder and one decoder step), or classifies from its encoder."""
 
-    model_types = ("t5",)
+    model_types = ("t5", "mt5")
 
     form: str
     """`text_to_text`: the label words' scores are the logits, no head. `encoder`: mean-pooled encoder and a head."""
@@ -49,8 +49,9 @@ class T5Family(Family):
         """Return the class for `form`, whatever the config: that of generation, or of token classification."""
         import transformers
 
-        is_text_to_text = self.form == "text_to_text"
-        return transformers.T5ForConditionalGeneration if is_text_to_text else transformers.T5ForTokenClassification
+        if self.form == "text_to_text":
+            return transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+        return transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
 
     def make_backbone(self, network: Any, tokenizer: Any, new_parameters: set[str], task: str) -> Backbone:
         """Return the backbone that `form` names, around a network of `network_class`."""
