@@ -7,7 +7,7 @@ position tables give the longest input.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_bench.backbones.base import Backbone
 from lora_bench.backbones.conv1d import replace_conv1d
+from lora_bench.data.batching import Batch
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lora_bench.data.batching import Batch
+    from lora_bench.backbones.template import Template
 
 PROBE_ROWS = 7  # a number that tables and windows seldom have as a factor
 PROBE_TOKENS = 12
@@ -34,6 +35,10 @@ class Auto(Backbone):
     and feed-forward networks apart) make up the same layers; lists that follow one another (an encoder's, a decoder's)
     make up layers that follow one another. The order is observed at construction, as the network computes a pair once.
 
+    Args:
+        network, tokenizer, new_parameters: as for `Backbone`.
+        template: makes one text of a pair; None: the tokenizer joins the two texts.
+
     Raises:
         UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
     """
@@ -41,8 +46,13 @@ class Auto(Backbone):
     has_prefix = False
     query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q|v)"
     layer_paths = ()
+    keeps_template = True
+    needs_text_ids = True
 
-    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
+    def __init__(
+        self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: Template | None = None
+    ) -> None:
+        self.template = template
         replace_conv1d(network)
         base: Any = network.base_model
         self.head_modules = [
@@ -84,6 +94,30 @@ class Auto(Backbone):
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         return self._logits(encoded, batch.attention_mask, batch.token_type_ids)
+
+    def suffix_with_states(self, hidden: Tensor, batch: Batch, depth: int) -> tuple[Tensor, Tensor]:
+        states: list[Tensor] = []
+
+        def note_states(_module: nn.Module, _inputs: object, output: Any) -> None:
+            of_encoder = getattr(output, "encoder_last_hidden_state", None)
+            states.append(output[0] if of_encoder is None else of_encoder)
+
+        base: Any = self.network.base_model
+        hook = base.register_forward_hook(note_states)
+        try:
+            logits = self.suffix(hidden, batch, depth)
+        finally:
+            hook.remove()
+        return logits, states[-1]
+
+    @cached_property
+    def separates_texts(self) -> bool:
+        """True if the last layer gives a vector of the layers' width for each token; a test pair is computed."""
+        ids, types = (row[None].to(self.device) for row in self.probe_row(PROBE_TOKENS))
+        batch = Batch(ids, torch.ones_like(ids), types, None, full=True)
+        with torch.no_grad():
+            _, states = self.suffix_with_states(self.prefix(batch, 0), batch, 0)
+        return tuple(states.shape) == (1, PROBE_TOKENS, self.hidden_size)
 
     def _logits(self, ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
         """Return the logits (N, 2) of the whole network for ids, mask and token types, (N, T) each.

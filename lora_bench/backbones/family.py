@@ -28,14 +28,14 @@ class Family(Model, ABC):
         return not cls.model_types or model_type in cls.model_types
 
     def network_class(self, config: Any) -> Any:
-        """Return the transformers class that the weights are loaded into.
+        """Return the transformers class that the weights are loaded into; None if transformers has none.
 
         Args:
-            config: the Hugging Face config of the weights; transformers has a sequence classifier for it.
+            config: the Hugging Face config of the weights, of a model type that the family serves.
         """
         import transformers
 
-        return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
 
     @abstractmethod
     def make_backbone(self, network: Any, tokenizer: Any, new_parameters: set[str], task: str) -> Backbone:
