@@ -55,6 +55,7 @@ class CausalTextToText(Auto):
         self.given_words = label_words
         self.reads_tree = False
         """True if the network computes all words in one pass; observed with words that begin alike."""
+        self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._check_language_model()
 
     @property
@@ -184,7 +185,10 @@ class CausalTextToText(Auto):
             the inputs of the head so far, (N, T, D) of each pass.
         """
         head: Any = self.network.get_output_embeddings()  # type: ignore[operator]
-        chosen = torch.tensor(tokens, device=positions.device)
+        key = (tuple(tokens), positions.device)
+        if key not in self._indices:  # a CUDA graph cannot record copies from the CPU
+            self._indices[key] = torch.tensor(tokens, device=positions.device)
+        chosen = self._indices[key]
         states: list[Tensor] = []
 
         def read(hidden: Tensor) -> Tensor:

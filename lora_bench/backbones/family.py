@@ -27,6 +27,14 @@ class Family(Model, ABC):
         """Return whether weights of this model type can be loaded with the family."""
         return not cls.model_types or model_type in cls.model_types
 
+    @classmethod
+    def settings_of_type(cls, model_type: str | None) -> dict[str, Any]:
+        """Return the family's own settings that follow from a model type alone, for adapters that name a backbone.
+
+        Keys that are left out have to be given by the user.
+        """
+        return {}
+
     def network_class(self, config: Any) -> Any:
         """Return the transformers class that the weights are loaded into; None if transformers has none.
 

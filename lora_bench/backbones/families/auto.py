@@ -53,6 +53,13 @@ class AutoFamily(Family):
         require(has_text, "chat_template", "true", reason, "Give a model.template.", code=Code.CONFLICT)
         require(words is None or len(words) >= 2, "label_words", words, "must be at least two words")
 
+    @classmethod
+    def settings_of_type(cls, model_type: str | None) -> dict[str, Any]:
+        """Return the settings of a classifier; of a decoder none, which may have been trained with any template."""
+        if model_type is not None and _is_decoder(model_type):
+            return {}
+        return {"form": "classifier", "template": None, "chat_template": False, "label_words": None}
+
     def network_class(self, config: Any) -> Any:
         """Return the sequence classifier of the model type, or its causal language model with `text_to_text`.
 
@@ -63,10 +70,7 @@ class AutoFamily(Family):
 
         if self.form == "classifier":
             return super().network_class(config)
-        cls = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        # The language-model heads of encoders fill masks: transformers lists these types as causal too.
-        is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-        if cls is None or is_encoder or getattr(config, "is_encoder_decoder", False):
+        if not _is_decoder(config.model_type) or getattr(config, "is_encoder_decoder", False):
             raise UserError(
                 f"needs a decoder language model, and the weights are of the type {config.model_type}",
                 key="model.form",
@@ -74,7 +78,7 @@ class AutoFamily(Family):
                 remedy="Set model.form=classifier, or choose a decoder such as model=gemma.",
                 code=Code.UNSUPPORTED,
             )
-        return cls
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
     def make_backbone(self, network: Any, tokenizer: Any, new_parameters: set[str], task: str) -> Backbone:
         """Return the backbone that `form` names, around a network of `network_class`."""
@@ -90,3 +94,14 @@ class AutoFamily(Family):
             return Auto(network, tokenizer, new_parameters, template)
         assert template is not None
         return CausalTextToText(network, tokenizer, new_parameters, template, self.label_words)
+
+
+def _is_decoder(model_type: str) -> bool:
+    """Return whether transformers has a causal language model of this type and none that fills masks.
+
+    It lists many encoders, such as BERT, under both.
+    """
+    from transformers.models.auto import modeling_auto
+
+    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return model_type in causal and model_type not in masked
