@@ -317,7 +317,7 @@ def _model(node: DictConfig, adapter: PeftConfig) -> Family:
             f"is an adapter of a {model_type}, and its files do not give {', '.join(missing_keys)}",
             key="peft",
             value=adapter.folder,
-            remedy=f"Add a model= of the family {family} with those of these keys that differ from its defaults, and "
+            remedy=f"Add model={cls.example or family} with those of these keys that differ from its defaults, and "
             f"model.path={base} if it is there.",
             code=Code.UNSUPPORTED,
         )

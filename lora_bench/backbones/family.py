@@ -22,6 +22,9 @@ class Family(Model, ABC):
     model_types = tuple[str, ...]()
     """The `model_type`s of config.json that the family serves; empty: every sequence classifier of transformers."""
 
+    example = ""
+    """A choice of the group `model` for remedies, if it has another name than the family."""
+
     @classmethod
     def serves(cls, model_type: str) -> bool:
         """Return whether weights of this model type can be loaded with the family."""

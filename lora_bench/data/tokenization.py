@@ -243,7 +243,7 @@ def _encode(
     backend.no_padding()
     backend.no_truncation()
     pairs = first if second is None else list(zip(first, second, strict=True))
-    truncated = positions if positions is not None and positions.keeps_template else TextPositions()
+    for_truncation = positions if positions is not None and positions.keeps_template else TextPositions()
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.int8]] = []
     text_ids: list[NDArray[np.int8]] = []
@@ -259,7 +259,8 @@ def _encode(
                 encoding.pad(1, pad_id=tokenizer.pad_token_id)
             counts["longest"] = max(counts["longest"], len(encoding))
             if len(encoding) > max_length:
-                kept[row], is_fallback = _kept_positions(truncated.text_ids(encoding, i + row), max_length, truncation)
+                of_tokens = for_truncation.text_ids(encoding, i + row)
+                kept[row], is_fallback = _kept_positions(of_tokens, max_length, truncation)
                 counts["truncated"] += 1
                 counts["fallback"] += is_fallback
         rows = list(zip(encodings, kept, strict=True))

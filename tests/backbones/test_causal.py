@@ -22,7 +22,7 @@ from lora_bench.train import train
 from tests.backbones.test_decoders import END, byte_tokenizer, config_of
 from tests.backbones.tools import enliven, make, model_settings, save, spread
 from tests.command_line import lora_bench as command_line
-from tests.command_line import refuses
+from tests.command_line import refused, refuses
 from tests.helpers import SMALL_TOY, composed
 
 if TYPE_CHECKING:
@@ -213,3 +213,16 @@ def test_wrong_words_are_refused(folders: Mapping[str, Path], tmp_path: Path) ->
     tokenizer.save_pretrained(tmp_path)
     with refuses(Code.INVALID_VALUE, key="model.label_words"):
         in_words(folders["gpt2"], f"model.tokenizer={tmp_path}", "model.label_words=[no,yes]")
+
+
+def test_an_adapter_of_a_decoder_needs_its_template(folders: Mapping[str, Path], in_tmp: Path) -> None:
+    """Nothing in the adapter's files says how the two texts were joined."""
+    base = folders["gpt2"]
+    folder = trained(in_tmp / "run", "model=gpt2", f"model.path={base}")
+    assert command_line("export", f"run={folder}", "format=peft", "output=adapter").code == 0
+    asked = ("peft=adapter", "data=toy", "data.validation_rows=16", "data.max_length=160")
+    error = refused("eval", *asked)
+    assert (error.code, error.key) == (Code.UNSUPPORTED, "peft")
+    assert "model.template" in str(error)
+    answer = command_line("eval", *asked, "model=gpt2", f"model.path={base}", "output=scores")
+    assert answer.code == 0, answer

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class AutoFamily(Family):
     """Every model type that transformers has a sequence classifier for, and decoders with a language-model head."""
 
+    example = "gemma"  # keys are missing for decoders only (`settings_of_type`)
+
     form: str
     """`classifier`: a new head. `text_to_text`: the scores that the language-model head of a decoder gives the label
     words after the text are the logits, no head."""
