@@ -183,6 +183,9 @@ def measure_tokenising(data: str, pairs: int) -> Measurements:
         def render(self, columns: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
             return columns[0][1], columns[1][1]
 
+        def text_positions(self, columns: list[tuple[str, list[str]]]) -> None:
+            return None
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LORA_BENCH_CACHE"] = folder
         seconds = []

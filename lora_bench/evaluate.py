@@ -310,14 +310,15 @@ def _model(node: DictConfig, adapter: PeftConfig) -> Family:
     family = family_of_type(model_type := _model_type(schema.Model(**settings)))
     settings["family"] = family
     cls = family_class(family)
+    settings |= cls.settings_of_type(model_type)
     missing_keys = [f"model.{field.name}" for field in fields(cls) if field.name not in settings]
     if missing_keys:
         raise UserError(
             f"is an adapter of a {model_type}, and its files do not give {', '.join(missing_keys)}",
             key="peft",
             value=adapter.folder,
-            remedy=f"Add model={family} with those of these keys that differ from its defaults, and model.path={base} "
-            "if it is there.",
+            remedy=f"Add model={cls.example or family} with those of these keys that differ from its defaults, and "
+            f"model.path={base} if it is there.",
             code=Code.UNSUPPORTED,
         )
     return cls(**settings)

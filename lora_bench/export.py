@@ -16,7 +16,6 @@ from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.fused_rows import can_be_joined, has_parts
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
-from lora_bench.backbones.t5 import T5TextToText
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
@@ -123,7 +123,7 @@ def _num_labels(run: FinishedRun) -> str:
     A base model with another number has a head of another shape, which PEFT does not replace.
     """
     outputs = run.experiment.data.outputs
-    return "" if outputs == 2 or isinstance(run.pack.backbone, T5TextToText) else f", num_labels={outputs}"
+    return "" if outputs == 2 or run.pack.backbone.words else f", num_labels={outputs}"
 
 
 def _usage(run: FinishedRun, form: str) -> list[str]:
@@ -148,7 +148,8 @@ def _usage(run: FinishedRun, form: str) -> list[str]:
                 "`peft.PeftModel.from_pretrained(model, FOLDER)`, which fills its head."
             )
     elif backbone.peft_task == "SEQ_CLS":
-        texts = '"text": A' + (', "text_pair": B' if len(run.experiment.data.text_columns) > 1 else "")
+        is_pair = backbone.template is None and len(run.experiment.data.text_columns) > 1
+        texts = '"text": A' + (', "text_pair": B' if is_pair else "")
         notes.append(
             f"`transformers.pipeline('text-classification', FOLDER)({{{texts}}}, top_k=None)` gives "
             + ("the number." if names is None else "the probability of each class by its name.")
@@ -169,14 +170,18 @@ def _reading(run: FinishedRun) -> list[str]:
     """Return notes on the model's input format and the meaning of its logits."""
     experiment, backbone = run.experiment, run.pack.backbone
     notes = [f"pairs are truncated to {experiment.data.max_length} tokens, {_TRUNCATED[experiment.data.truncation]}."]
-    if backbone.peft_task != "SEQ_CLS":
+    if backbone.template is not None:
         columns = [(name, ["…"]) for name in experiment.data.text_columns]
-        notes.append(f"the model reads one text, made of the columns: {backbone.render(columns)[0][0]!r}.")
+        kept = ", whose own words are never truncated" if backbone.keeps_template else ""
+        notes.append(f"the model reads one text, made of the columns{kept}: {backbone.render(columns)[0][0]!r}.")
     if backbone.peft_task == "TOKEN_CLS":
         notes.append("the logits of a pair are the mean of its tokens' logits, padding left out.")
-    if isinstance(backbone, T5TextToText):
+    if backbone.words:
         words = ", ".join(getattr(experiment.model, "label_words", None) or experiment.data.label_names or ())
-        scores = "the decoder's first scores of the first tokens of"
+        tokens = ", ".join(map(str, backbone.words[0].first_tokens))
+        scores = f"the scores of the next token after the text's last, of the first tokens ({tokens}) of"
+        if backbone.peft_task == "SEQ_2_SEQ_LM":
+            scores = f"the decoder's first scores of the first tokens ({tokens}) of"
         if not backbone.words[0].is_single_step:
             scores = (
                 "the log-probabilities of whole words with their end token, where each token counts among those that "

@@ -255,7 +255,8 @@ def family_sections() -> list[str]:
         for path in sorted(FAMILIES.glob("*.py"))
         for settings in read_settings(path)
         if settings.keys
-        for line in format_section(settings, "model", path.stem, f"{settings.name} (`model.family={path.stem}`)")
+        for choice in [path.stem if (CONF / "model" / path.name).with_suffix(".yaml").is_file() else f"_{path.stem}"]
+        for line in format_section(settings, "model", choice, f"{settings.name} (`model.family={path.stem}`)")
     ]
 
 

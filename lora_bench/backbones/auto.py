@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,8 @@ from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from lora_bench.backbones.template import Template
 
 PROBE_ROWS = 7  # a number that tables and windows seldom have as a factor
 PROBE_TOKENS = 13  # likewise: a network that pads rows to whole windows is seen to do so
@@ -46,14 +48,23 @@ class Auto(Backbone):
     A subclass with another output overrides `run_network`, `read_logits` and, if these need more than the network,
     `probe_output`.
 
+    Args:
+        network, tokenizer, new_parameters: as for `Backbone`.
+        template: makes one text of a pair; None: the tokenizer joins the two texts.
+
     Raises:
         UserError: the model exposes no layers, cannot compute a pair, or does not use a layer.
     """
 
     query_value = r".*\.(query|value|query_proj|value_proj|q_proj|v_proj|q_lin|v_lin|q_head|v_head|q|v)"
     layer_paths = ()
+    keeps_template = True
+    needs_text_ids = True
 
-    def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
+    def __init__(
+        self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: Template | None = None
+    ) -> None:
+        self.template = template
         replace_conv1d(network)
         replace_fused_linears(network)
         base: Any = network.base_model
@@ -114,11 +125,20 @@ class Auto(Backbone):
         return self._cut.prefix(depth, lambda: self.run_network(batch)) if depth else batch.input_ids
 
     def suffix_with_states(self, hidden: Tensor, batch: Batch, depth: int) -> tuple[Tensor, Tensor]:
-        """Return the logits (N, C), and the hidden states (N, T, D) that the base model returns."""
+        """Return the logits (N, C), and the hidden states (N, T, D) that the base model, or its encoder, returns."""
         cut = self._cut.suffix(self.cut_depth(depth), hidden) if hidden.is_floating_point() else nullcontext()
-        with cut, self._base_outputs() as outputs:
+        with cut, self.collecting_states() as states:
             logits = self.read_logits(self.run_network(batch), batch)
-        return logits, outputs[0]
+        return logits, states[0]
+
+    @cached_property
+    def separates_texts(self) -> bool:
+        """True if the last layer gives a vector of the layers' width for each token; a test pair is computed."""
+        ids, types = (row[None].to(self.device) for row in self.probe_row(PROBE_TOKENS))
+        batch = Batch(ids, torch.ones_like(ids), types, None, full=True)
+        with torch.no_grad():
+            _, states = self.suffix_with_states(self.prefix(batch, 0), batch, 0)
+        return tuple(states.shape) == (1, PROBE_TOKENS, self.hidden_size)
 
     def run_network(self, batch: Batch) -> Any:
         """Return what the network's own forward pass returns for the rows of a batch."""
@@ -139,13 +159,18 @@ class Auto(Backbone):
         return inputs | ({"use_cache": False} if self._takes_use_cache else {})
 
     @contextmanager
-    def _base_outputs(self) -> Iterator[list[Tensor]]:
-        """Yield a list that gets the hidden states of the base model's calls within the context."""
-        outputs: list[Tensor] = []
+    def collecting_states(self) -> Iterator[list[Tensor]]:
+        """Yield a list that gets the hidden states (N, T, D) of each pass within the context."""
+        states: list[Tensor] = []
+
+        def note_states(_module: nn.Module, _inputs: object, output: Any) -> None:
+            of_encoder = getattr(output, "encoder_last_hidden_state", None)
+            states.append(output[0] if of_encoder is None else of_encoder)
+
         base: Any = self.network.base_model
-        hook = base.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0]))
+        hook = base.register_forward_hook(note_states)
         try:
-            yield outputs
+            yield states
         finally:
             hook.remove()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
@@ -20,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.backbones.identity import tokenizer_digests
+from lora_bench.data.text_positions import TextPositions
 from lora_bench.errors import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from lora_bench.backbones.label_words import LabelWords
+    from lora_bench.backbones.template import Template
     from lora_bench.data.batching import Batch
 
 
@@ -49,6 +53,16 @@ class Backbone(ABC):
     """True if the last layer computes every position even if the head reads only one; set by users of its output."""
     layer_paths: Sequence[str]
     """Names of the lists of layers, in the order of computation."""
+    template: Template | None = None
+    """The text around the text columns, which become one text; None: the tokenizer reads the columns themselves."""
+    keeps_template = False
+    """True if truncation shortens the texts in a template only, and keeps its words."""
+    needs_text_ids = False
+    """True if token tables and batches hold the text of each token (`Batch.text_ids`), which `text_masks` reads."""
+    has_default_pair_features = True
+    """True if `head.pair_features=null` stands for pair features where the texts are separated."""
+    words: Sequence[LabelWords] = ()
+    """Of each head: the words for the classes, whose scores are the logits; empty with a classification head."""
 
     def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         self.network = network
@@ -78,7 +92,8 @@ class Backbone(ABC):
     def suffix_with_states(self, hidden: Tensor, batch: Batch, depth: int) -> tuple[Tensor, Tensor]:
         """Return the logits (N, C) of `suffix`, and the hidden states that its head reads, (N, T, D) or (N, 1, D).
 
-        They are those of `classify` and `encode`. A family that cannot separate the two overrides this method instead.
+        They are those of `classify` and `encode`, and of every token if `all_positions` is true. An encoder-decoder
+        gives the output of its encoder. A family that cannot separate the two overrides this method instead.
         """
         encoded = self.encode(hidden, batch, depth)
         return self.classify(encoded, batch), encoded
@@ -103,21 +118,39 @@ class Backbone(ABC):
 
     @property
     def separates_texts(self) -> bool:
-        """True if `text_masks` is implemented and the tokenizer separates a pair's texts."""
-        return False
+        """True if `text_masks` gives the tokens of each text, and `suffix_with_states` their vectors."""
+        return self.needs_text_ids
 
     def text_masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the token masks (N, T) of the first and of the second text."""
-        raise NotImplementedError
+        assert batch.text_ids is not None
+        return batch.text_ids == 1, batch.text_ids == 2
 
     def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], list[str] | None]:
-        """Return the tokenizer's input for named text columns: the first texts and, for pairs, the second texts."""
+        """Return the tokenizer's input for named text columns: the first texts and, for pairs, the second texts.
+
+        A template makes one text of the columns.
+        """
+        if self.template is not None:
+            return self.template.render(columns), None
         texts = [text for _, text in columns]
         return texts[0], texts[1] if len(texts) > 1 else None
 
+    def text_positions(self, columns: Sequence[tuple[str, list[str]]]) -> TextPositions | None:
+        """Return how the tokens of the result of `render` are assigned to their texts; None if nothing needs it."""
+        if not self.needs_text_ids:
+            return None
+        if self.template is None:
+            return TextPositions()
+        return TextPositions(self.template.spans(columns), self.keeps_template)
+
     def for_task(self, task: str) -> Backbone:
-        """Return a backbone with the same network whose input names this task, if the family's input does."""
-        return self
+        """Return a backbone with the same network and tokenizer whose template, if it has one, names this task."""
+        if self.template is None:
+            return self
+        backbone = copy.copy(self)
+        backbone.template = replace(self.template, task=task)
+        return backbone
 
     @property
     def hidden_size(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class LabelWords:
     """(C,) of each word its steps: a node, and the index of the next token among the node's children."""
 
     @classmethod
-    def read(cls, words: Sequence[str], tokenizer: Any, end: int) -> LabelWords:
-        """Tokenise the words: one token of each if the first tokens differ, else all of them and an end token.
+    def read(cls, words: Sequence[str], sequences: list[list[int]], end: int, unknown: int | None) -> LabelWords:
+        """Take one token of each word if the first tokens differ, else all of them and an end token.
 
         Args:
             words: of the classes.
-            tokenizer: gives the tokens, without special ones.
+            sequences: the tokens of each, without special ones.
             end: the token that ends a word.
+            unknown: the token for unknown words, if there is one.
 
         Raises:
-            UserError: a word has no token, or two words have the same tokens.
+            UserError: a word has no token or an unknown one, or two words have the same tokens. It has no remedy.
         """
-        sequences = [list(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words]
         for word, tokens in zip(words, sequences, strict=True):
             if not tokens:
                 raise _refusal(words, f"the tokenizer has no token for {word!r}")
@@ -56,6 +56,8 @@ class LabelWords:
             sequences = [[*tokens, end] for tokens in sequences]
         seen: dict[tuple[int, ...], str] = {}
         for word, tokens in zip(words, sequences, strict=True):
+            if unknown in tokens and unknown != end:
+                raise _refusal(words, f"the tokenizer does not know a token of {word!r}")
             if tuple(tokens) in seen:
                 reason = f"{seen[tuple(tokens)]!r} and {word!r} have the same tokens, so their scores are equal"
                 raise _refusal(words, reason)
@@ -96,6 +98,11 @@ class LabelWords:
                 mask[node] |= mask[parent]
         return mask.to(device)
 
+    @property
+    def first_tokens(self) -> list[int]:
+        """(C,) the first token of each word."""
+        return [self.children[node][index] for ((node, index), *_) in self.paths]
+
     def logits(self, decoded: Tensor, embedding: Tensor) -> Tensor:
         """Return (N, C): the first tokens' scores if they differ, else log p(word) among the words.
 
@@ -104,9 +111,41 @@ class LabelWords:
             embedding: (V, D) rows of the language-model head.
         """
         if self.is_single_step:
-            order = [self.children[0][index] for ((_, index),) in self.paths]
-            return decoded[:, 0] @ torch.stack([embedding[token] for token in order]).T  # (N, C)
-        logits = decoded.new_zeros(len(decoded), len(self.paths))
+            return decoded[:, 0] @ torch.stack([embedding[token] for token in self.first_tokens]).T  # (N, C)
+        return self._word_logits(len(decoded), lambda node, tokens: decoded[:, node] @ embedding[tokens].T)
+
+    @property
+    def branches(self) -> list[list[int]]:
+        """The longest sequences of nodes from node 0 downwards; each node is in at least one."""
+        inner = set(self.parents)
+        branches = []
+        for leaf in range(len(self.parents)):
+            if leaf in inner:
+                continue
+            branch = [leaf]
+            while self.parents[branch[0]] >= 0:
+                branch.insert(0, self.parents[branch[0]])
+            branches.append(branch)
+        return branches
+
+    def logits_of_scores(self, scores: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return log p(word) among the words, (N, C), for scores of the language-model head at each node.
+
+        Args:
+            scores: (N, M, L) of L tokens.
+            tokens: (L,) these tokens, all children among them.
+        """
+        column = {token: i for i, token in enumerate(tokens)}
+        return self._word_logits(len(scores), lambda node, of: scores[:, node, [column[token] for token in of]])
+
+    def _word_logits(self, rows: int, scores_of: Callable[[int, list[int]], Tensor]) -> Tensor:
+        """Return log p(word) among the words, (N, C).
+
+        Args:
+            rows: N.
+            scores_of: returns the scores (N, children) of a node's children.
+        """
+        logits: Any = None
         steps: dict[int, list[tuple[int, int]]] = {}
         for word, path in enumerate(self.paths):
             for node, index in path:
@@ -115,17 +154,65 @@ class LabelWords:
             tokens = self.children[node]
             if len(tokens) == 1:
                 continue  # no choice: its log-probability is 0
-            log_p = (decoded[:, node] @ embedding[tokens].T).float().log_softmax(-1)  # (N, children)
+            scores = scores_of(node, tokens)
+            log_p = scores.float().log_softmax(-1)  # (N, children)
             words, indices = map(list, zip(*of_node, strict=True))
+            if logits is None:
+                logits = scores.new_zeros(rows, len(self.paths))
             logits = logits.index_add(1, torch.tensor(words, device=logits.device), log_p[:, indices].to(logits.dtype))
-        return logits
+        return logits  # type: ignore[no-any-return]
+
+
+def read_label_words(
+    label_names: Sequence[Sequence[str] | None],
+    given_words: Sequence[str] | None,
+    tokens_of: Callable[[str], list[int]],
+    tokenizer: Any,
+    *,
+    other_form: str,
+) -> list[LabelWords]:
+    """Return the words for the classes of each task: those that are given, else the names of the classes.
+
+    Args:
+        label_names: of each task; None for a number.
+        given_words: `model.label_words`.
+        tokens_of: returns the tokens of a word.
+        tokenizer: its end token, or its padding token without one, ends a word.
+        other_form: the `model.form` with a classification head, for remedies.
+
+    Raises:
+        UserError: a task predicts a number, has another number of classes than there are words, or its words cannot
+            be told apart by their tokens.
+    """
+    end = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    words_by_task = []
+    for names in label_names:
+        if names is None:
+            raise UserError(
+                "text_to_text answers with a word, and data.type=regression asks for a number",
+                key="model.form",
+                value="text_to_text",
+                remedy=f"Set model.form={other_form}.",
+                code=Code.CONFLICT,
+            )
+        words = given_words or names
+        if len(words) != len(names):
+            raise UserError(
+                f"has {len(words)} words for {len(names)} classes",
+                key="model.label_words",
+                value=list(words),
+                remedy="Give a word for each class, or leave it out: the names of the classes are the words.",
+                code=Code.MISMATCH,
+            )
+        try:
+            sequences = [tokens_of(word) for word in words]
+            words_by_task.append(LabelWords.read(words, sequences, end, tokenizer.unk_token_id))
+        except UserError as error:
+            example = "for example 'model.label_words=[no,yes]'"
+            error.remedy = f"Give words that differ, {example}, or set model.form={other_form}."
+            raise
+    return words_by_task
 
 
 def _refusal(words: Sequence[str], reason: str) -> UserError:
-    return UserError(
-        reason,
-        key="model.label_words",
-        value=list(words)[:20],
-        remedy="Give words that differ, for example 'model.label_words=[no,yes]', or set model.form=encoder.",
-        code=Code.INVALID_VALUE,
-    )
+    return UserError(reason, key="model.label_words", value=list(words)[:20], code=Code.INVALID_VALUE)

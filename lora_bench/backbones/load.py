@@ -237,10 +237,10 @@ def _network_class(model: Family, config: Any) -> Any:
     """Return the transformers class for the family.
 
     Raises:
-        UserError: the family does not serve this model type, or transformers has no sequence classifier for it.
+        UserError: the family does not serve this model type, or transformers has no class for it.
     """
-    classifiers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if not model.serves(config.model_type) or type(config) not in classifiers:
+    network_class = model.network_class(config) if model.serves(config.model_type) else None
+    if network_class is None:
         raise UserError(
             f"the weights are those of a {config.model_type}, not of the family {model.family}",
             key="model.path" if model.path else "model.family",
@@ -248,7 +248,7 @@ def _network_class(model: Family, config: Any) -> Any:
             remedy="Choose the model option of that family; model=auto with model.path=DIR loads any classifier.",
             code=Code.UNSUPPORTED,
         )
-    return model.network_class(config)
+    return network_class
 
 
 def _pretrained(

@@ -8,7 +8,6 @@ Layers count through the encoder, then the decoder.
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.backbones.base import Backbone, additive_mask, run_layer
-from lora_bench.backbones.label_words import LabelWords
-from lora_bench.errors import Code, UserError
+from lora_bench.backbones.label_words import LabelWords, read_label_words
+from lora_bench.backbones.template import Template
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,24 +28,13 @@ class _T5(Backbone):
     """The template and the encoder, with its one relative position bias, of both forms."""
 
     query_value = r".*\.(q|v)"
+    needs_text_ids = True
+    has_default_pair_features = False  # runs of earlier versions had none
     encoder: Any
 
     def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: str, task: str) -> None:
         super().__init__(network, tokenizer, new_parameters)
-        self.template = template
-        self.task = task
-
-    def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], None]:
-        """Return the texts of the template with the fields of each row filled in, and no second texts."""
-        named = zip(*[[f"{name}: {text}" for text in texts] for name, texts in columns], strict=True)
-        before, after = self.template.replace("{task}", self.task).split("{fields}", 1)
-        return [before + " ".join(fields) + after for fields in named], None
-
-    def for_task(self, task: str) -> _T5:
-        """Return a backbone with the same network and tokenizer whose template names this task."""
-        backbone = copy.copy(self)
-        backbone.task = task
-        return backbone
+        self.template = Template(template, task, separator=" ")
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))
@@ -104,44 +92,23 @@ class T5TextToText(_T5):
         super().__init__(network, tokenizer, new_parameters, template, task)
         self.encoder = network.encoder
         self.given_words = label_words
-        self.words: list[LabelWords] = []
-        """Of each head: the words for the classes of its task."""
         if label_words is not None:
             self.name_labels([label_words])
 
     def name_labels(self, label_names: Sequence[Sequence[str] | None]) -> None:
-        """Score the words for these classes: `label_words` if they were given, else the names.
+        """Score the words for these classes: `label_words` if they were given, else the names; raises like
+        `read_label_words`."""
+        self.words = read_label_words(
+            label_names, self.given_words, self._tokens_of, self.tokenizer, other_form="encoder"
+        )
 
-        Raises:
-            UserError: a task predicts a number, has another number of classes than there are words, or its names cannot
-                be told apart by their tokens.
-        """
-        self.words = []
-        for names in label_names:
-            if names is None:
-                raise UserError(
-                    "text_to_text answers with a word, and data.type=regression asks for a number",
-                    key="model.form",
-                    value="text_to_text",
-                    remedy="Set model.form=encoder.",
-                    code=Code.CONFLICT,
-                )
-            words = self.given_words or names
-            if len(words) != len(names):
-                raise UserError(
-                    f"has {len(words)} words for {len(names)} classes",
-                    key="model.label_words",
-                    value=list(words),
-                    remedy="Give a word for each class, or leave it out: the names of the classes are the words.",
-                    code=Code.MISMATCH,
-                )
-            self.words.append(LabelWords.read(words, self.tokenizer, self.tokenizer.eos_token_id))
+    def _tokens_of(self, word: str) -> list[int]:
+        return list(self.tokenizer(word, add_special_tokens=False)["input_ids"])
 
     @property
     def label_tokens(self) -> list[int]:
         """The first tokens of the words for the classes of the first task."""
-        (words, *_) = self.words
-        return [words.children[node][index] for ((node, index), *_) in words.paths]
+        return self.words[0].first_tokens
 
     def outputs(self, head: int = 0) -> int:
         """Return the number of classes of a head's task."""

@@ -59,7 +59,7 @@ class Head:
 
     pair_features: bool | None
     """Add products and differences of the two texts' mean token vectors to the logits; null: if the model can tell
-    the texts apart."""
+    the texts apart, but not with T5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Data:
     type: str
     """`classification`: two or more classes. `regression`: a number, such as a similarity score."""
     task: str
-    """The short name of the task, the {task} of T5's template."""
+    """The short name of the task, the {task} of a template such as T5's."""
     text_columns: list[str]
     """One column (single sentences) or two columns (pairs)."""
     label_column: str
@@ -79,8 +79,8 @@ class Data:
     label_threshold: float | None
     """The column holds scores, and a score of at least this threshold is label 1 of two; null: it holds classes."""
     label_names: list[str] | None
-    """The names of the classes 0, 1, …, which are also T5's label words. The column holds these names, or the numbers.
-    null: the distinct values of the train split, sorted."""
+    """The names of the classes 0, 1, …, which are also the label words of `model.form=text_to_text`. The column holds
+    these names, or the numbers. null: the distinct values of the train split, sorted."""
     positive_label: str | None
     """The class of two whose F1, precision and recall are reported; null: the second one."""
     relation: str | None

@@ -92,17 +92,19 @@ class Augmentation:
         labels = None if table.labels is None else table.labels.copy()
         if labels is not None and new.labels is not None:
             labels[perturbed.rows] = new.labels
-        types = None
-        if table.types is not None:
-            types = np.concatenate(
-                [table.types, np.zeros(len(new.values), np.int8) if new.types is None else new.types]
-            )
+        types, text_ids = (
+            None
+            if marks is None
+            else np.concatenate([marks, np.zeros(len(new.values), np.int8) if new_marks is None else new_marks])
+            for marks, new_marks in ((table.types, new.types), (table.text_ids, new.text_ids))
+        )
         return replace(
             table,
             values=np.concatenate([table.values, new.values]),
             offsets=offsets,
             lengths=lengths,
             types=types,
+            text_ids=text_ids,
             labels=labels,
             hidden=None,
             augmentation=None,

@@ -46,6 +46,7 @@ class Batch:
     orders: int = 1
     hidden: Tensor | None = None  # (N, T, D) output of the frozen prefix, if it is cached
     head: int = 0  # index of the members' head that classifies the rows, if they have one per task
+    text_ids: Tensor | None = None  # (N, T) int8, 1: first text, 2: second, 0: neither; None: not needed
 
     @property
     def pairs(self) -> int:
@@ -272,6 +273,7 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
     positions, is_token = token_positions(table, rows, length)  # (N, T) each
     ids = np.where(is_token, table.values[positions], pad_id).astype(np.int64)
     types = None if table.types is None else np.where(is_token, table.types[positions], 0).astype(np.int64)
+    texts = None if table.text_ids is None else np.where(is_token, table.text_ids[positions], 0).astype(np.int8)
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(is_token.astype(np.int64)),
@@ -281,6 +283,7 @@ def collate(table: TokenTable, rows: Rows, length: int, pad_id: int, members: in
         members,
         hidden=None if table.hidden is None else table.hidden.read(positions, is_token),
         head=table.head,
+        text_ids=None if texts is None else torch.from_numpy(texts),
     )
 
 

@@ -1,7 +1,8 @@
 """Token tables: tokenised texts in flat arrays, cached as Arrow streams under a hash of their content.
 
-The hash covers the texts, the tokenizer, the length limit and the truncation, so a stale file is never read. A cached
-table is read into memory and checked there: its ids and types must be ones that the tokenizer can produce.
+The hash covers the texts, the tokenizer, the length limit, the truncation and the positions of the texts, so a stale
+file is never read. A cached table is read into memory and checked there: its ids and types must be ones that the
+tokenizer can produce.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 
+from lora_bench.data.text_positions import TextPositions
 from lora_bench.errors import Code, UserError
 from lora_bench.files.cache import CacheFiles, token_limit_bytes
 
@@ -42,9 +44,14 @@ class PairReader(Protocol):
         """Return the first and the second text of every pair as the model reads them."""
         ...
 
+    def text_positions(self, columns: Sequence[tuple[str, list[str]]]) -> TextPositions | None:
+        """Return how the tokens of every pair are assigned to its texts; None if nothing depends on that."""
+        ...
 
-_IDS = pa.schema([("input_ids", pa.list_(pa.int32()))])
+
+_IDS = pa.field("input_ids", pa.list_(pa.int32()))
 _TYPES = pa.field("token_type_ids", pa.list_(pa.int8()))
+_TEXTS = pa.field("text_ids", pa.list_(pa.int8()))
 _COUNTS = ("truncated", "longest", "fallback")  # of a table, in the metadata of its batch
 _OTHER_TEXT = {"first": "second", "second": "first"}
 
@@ -66,6 +73,7 @@ class TokenTable:
     augmentation: Augmentation | None = None  # perturbation of its pairs in each epoch, if any
     head: int = 0  # index of the member's head that classifies it
     reversed_view: TokenTable | None = None  # the same rows with their texts in reversed order
+    text_ids: NDArray[np.int8] | None = None  # (sum of lengths,) 1: first text, 2: second, 0: neither; None: not needed
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -122,8 +130,11 @@ def tokenize(
             one of two texts and the backbone reads both as one text.
     """
     texts = examples.texts[::-1] if reverse else examples.texts
-    first, second = backbone.render(list(zip(columns, texts, strict=True)))
-    if truncation in _OTHER_TEXT and second is None and len(columns) > 1:
+    named_texts = list(zip(columns, texts, strict=True))
+    first, second = backbone.render(named_texts)
+    positions = backbone.text_positions(named_texts)
+    are_separable = second is not None or (positions is not None and positions.keeps_template)
+    if truncation in _OTHER_TEXT and len(columns) > 1 and not are_separable:
         raise UserError(
             "names one of two texts, and this model reads both as one text",
             key="data.truncation",
@@ -134,11 +145,14 @@ def tokenize(
     if reverse:
         truncation = _OTHER_TEXT.get(truncation, truncation)
     encode = _load_or_encode if cached else _encode
-    batch = encode(first, second, backbone.tokenizer, max_length, truncation)
+    batch = encode(first, second, backbone.tokenizer, max_length, truncation, positions)
     truncated, longest, fallback = _read_counts(batch)
     tokens = batch.column("input_ids")
     offsets = tokens.offsets.to_numpy().astype(np.int64)
-    types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
+    types, text_ids = (
+        batch.column(field.name).values.to_numpy() if field.name in batch.schema.names else None
+        for field in (_TYPES, _TEXTS)
+    )
     return TokenTable(
         values=tokens.values.to_numpy(),
         offsets=offsets[:-1],
@@ -150,6 +164,7 @@ def tokenize(
         longest=longest,
         fallback=fallback,
         head=head,
+        text_ids=text_ids,
     )
 
 
@@ -208,45 +223,60 @@ def _truncated_share(split: str, table: TokenTable) -> str:
 
 
 def _encode(
-    first: list[str], second: list[str] | None, tokenizer: Any, max_length: int, truncation: str
+    first: list[str],
+    second: list[str] | None,
+    tokenizer: Any,
+    max_length: int,
+    truncation: str,
+    positions: TextPositions | None = None,
 ) -> pa.RecordBatch:
     """Return the tokens of the texts, encoded in chunks: `input_ids`, and `token_type_ids` if any of them is not 0.
 
-    The metadata of the batch has the counts of `TokenTable`: `truncated`, `longest` and `fallback`. An empty text of
-    which a tokenizer without special tokens makes no token is one padding token, which the network reads. The tokenizer
-    is left without padding and truncation.
+    With `positions` there are `text_ids` too. The metadata of the batch has the counts of `TokenTable`: `truncated`,
+    `longest` and `fallback`. An empty text of which a tokenizer without special tokens makes no token is one padding
+    token, which the network reads. The tokenizer is left without padding and truncation.
 
     Raises:
-        UserError: as `_encode_chunk`.
+        UserError: as `_encode_chunk` and `_kept_positions`.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
     pairs = first if second is None else list(zip(first, second, strict=True))
+    for_truncation = positions if positions is not None and positions.keeps_template else TextPositions()
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.int8]] = []
+    text_ids: list[NDArray[np.int8]] = []
     lengths: list[NDArray[np.int64]] = []
     counts = dict.fromkeys(_COUNTS, 0)
     for i in range(0, len(pairs), CHUNK):
-        encodings = _encode_chunk(backend, pairs[i : i + CHUNK])
+        encodings = _encode_chunk(
+            backend, pairs[i : i + CHUNK], with_offsets=positions is not None and positions.spans is not None
+        )
         kept: list[Sequence[int] | None] = [None] * len(encodings)  # positions; None: all
         for row, encoding in enumerate(encodings):
             if not len(encoding):
                 encoding.pad(1, pad_id=tokenizer.pad_token_id)
             counts["longest"] = max(counts["longest"], len(encoding))
             if len(encoding) > max_length:
-                kept[row], is_fallback = _kept_positions(encoding, max_length, truncation)
+                of_tokens = for_truncation.text_ids(encoding, i + row)
+                kept[row], is_fallback = _kept_positions(of_tokens, max_length, truncation)
                 counts["truncated"] += 1
                 counts["fallback"] += is_fallback
         rows = list(zip(encodings, kept, strict=True))
-        lengths.append(np.array([len(encoding if positions is None else positions) for encoding, positions in rows]))
-        ids.append(np.fromiter(chain.from_iterable(_take(e.ids, positions) for e, positions in rows), np.int32))
-        types.append(np.fromiter(chain.from_iterable(_take(e.type_ids, positions) for e, positions in rows), np.int8))
+        lengths.append(np.array([len(encoding if keep is None else keep) for encoding, keep in rows]))
+        ids.append(np.fromiter(chain.from_iterable(_take(e.ids, keep) for e, keep in rows), np.int32))
+        types.append(np.fromiter(chain.from_iterable(_take(e.type_ids, keep) for e, keep in rows), np.int8))
+        if positions is not None:
+            of_rows = (positions.text_ids(e, i + row) for row, e in enumerate(encodings))
+            text_ids += [of_row if keep is None else of_row[keep] for of_row, keep in zip(of_rows, kept, strict=True)]
     offsets = pa.array(np.concatenate([[0], *lengths]).cumsum(), pa.int32())
     columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))}
     flat_types = np.concatenate(types)
     if flat_types.any():
         columns["token_type_ids"] = pa.ListArray.from_arrays(offsets, pa.array(flat_types))
+    if positions is not None:
+        columns["text_ids"] = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(text_ids)))
     batch = pa.RecordBatch.from_pydict(columns)
     return batch.replace_schema_metadata({name: str(count) for name, count in counts.items()})
 
@@ -256,24 +286,29 @@ def _take(values: Sequence[int], positions: Sequence[int] | None) -> Sequence[in
     return values if positions is None else [values[position] for position in positions]
 
 
-def _kept_positions(encoding: Any, max_length: int, truncation: str) -> tuple[list[int], bool]:
+def _kept_positions(text_ids: NDArray[np.int8], max_length: int, truncation: str) -> tuple[list[int], bool]:
     """Return the positions of the `max_length` tokens of an example that stay, in order.
 
-    Special tokens stay. With `middle`, a truncated text keeps its beginning and its end, otherwise its beginning.
+    Tokens outside of the texts stay. With `middle`, a truncated text keeps its beginning and its end, otherwise its
+    beginning.
 
     Args:
-        encoding: of an example with more tokens.
-        max_length: at least the number of special tokens.
+        text_ids: of an example with more tokens, (T,): 1 or 2 for a token of that text, 0 for one outside of them.
+        max_length: more than the tokens outside of the texts.
         truncation: a value of `data.truncation`.
 
     Returns:
         the positions, and True if `truncation` names a text and the other one alone leaves no room for it.
+
+    Raises:
+        UserError: the tokens outside of the texts leave no room for a text.
     """
-    texts: tuple[list[int], list[int]] = [], []
-    special: list[int] = []
-    for position, text in enumerate(encoding.sequence_ids):
-        (special if text is None else texts[text]).append(position)
+    special, *texts = (np.flatnonzero(text_ids == text).tolist() for text in (0, 1, 2))
     room = max_length - len(special)
+    if room < 1:
+        reason = f"leaves no token for the texts: the template around them has {len(special)}"
+        remedy = "Give more tokens, or a shorter model.template."
+        raise UserError(reason, key="data.max_length", value=max_length, remedy=remedy, code=Code.CONFLICT)
     sizes = len(texts[0]), len(texts[1])
     named = {"first": 0, "second": 1}.get(truncation)
     is_fallback = named is not None and sizes[1 - named] >= room
@@ -289,14 +324,14 @@ def _kept_positions(encoding: Any, max_length: int, truncation: str) -> tuple[li
     return sorted(kept), is_fallback
 
 
-def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
-    """Return the encodings of the pairs (or single texts), computed on all cores.
+def _encode_chunk(backend: Any, pairs: Sequence[Any], *, with_offsets: bool) -> list[Any]:
+    """Return the encodings of the pairs (or single texts), computed on all cores, with character offsets if requested.
 
     Raises:
         UserError: the tokenizer's native code fails or panics, for example where a pattern of it backtracks for ever.
     """
     try:
-        return list(backend.encode_batch_fast(pairs))
+        return list(backend.encode_batch(pairs) if with_offsets else backend.encode_batch_fast(pairs))
     except BaseException as error:  # a panic is no Exception
         if type(error).__name__ != "PanicException" and type(error) is not Exception:
             raise
@@ -308,7 +343,12 @@ def _encode_chunk(backend: Any, pairs: Sequence[Any]) -> list[Any]:
 
 
 def _load_or_encode(
-    first: list[str], second: list[str] | None, tokenizer: Any, max_length: int, truncation: str
+    first: list[str],
+    second: list[str] | None,
+    tokenizer: Any,
+    max_length: int,
+    truncation: str,
+    positions: TextPositions | None,
 ) -> pa.RecordBatch:
     """Return the tokens from the cache, or encode the texts and write them to it.
 
@@ -320,13 +360,21 @@ def _load_or_encode(
     """
     files = CacheFiles("tokens", token_limit_bytes())
     if not files.limit_bytes:
-        return _encode(first, second, tokenizer, max_length, truncation)
-    key = _key(first, second, tokenizer, max_length, truncation)
-    parse = partial(_parse, rows=len(first), paired=second is not None, tokenizer=tokenizer, max_length=max_length)
-    max_bytes = len(first) * (max_length * 5 + 8) + (1 << 20)  # an id, a type; two offsets; the schema
+        return _encode(first, second, tokenizer, max_length, truncation, positions)
+    key = _key(first, second, tokenizer, max_length, truncation, positions)
+    has_texts = positions is not None
+    parse = partial(
+        _parse,
+        rows=len(first),
+        paired=second is not None,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        has_texts=has_texts,
+    )
+    max_bytes = len(first) * (max_length * 6 + 12) + (1 << 20)  # an id, a type, a text; three offsets; the schema
     batch = files.read(key, parse, max_bytes=max_bytes)
     if batch is None:
-        batch = _encode(first, second, tokenizer, max_length, truncation)
+        batch = _encode(first, second, tokenizer, max_length, truncation, positions)
         if batch.nbytes <= files.limit_bytes:
             written = files.write(key, partial(_write, batch), size_bytes=batch.nbytes)
             if written:
@@ -340,8 +388,10 @@ def _write(batch: pa.RecordBatch, file: BinaryIO) -> None:
         stream.write_batch(batch)
 
 
-def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_length: int) -> pa.RecordBatch:
-    """Read a cached batch, and check that the tokenizer could have given it: rows, lengths, ids and token types.
+def _parse(
+    payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_length: int, has_texts: bool
+) -> pa.RecordBatch:
+    """Read a cached batch, and check that the tokenizer could have given it: rows, lengths, ids, types and texts.
 
     Raises:
         ValueError: it could not, or is no Arrow stream.
@@ -354,22 +404,27 @@ def _parse(payload: bytes, *, rows: int, paired: bool, tokenizer: Any, max_lengt
         raise ValueError(f"holds no tokens: {error}") from None
     if batch.num_rows != rows or not 0 <= fallback <= truncated <= rows:
         raise ValueError(f"does not hold the tokens of {rows} rows")
-    if batch.schema.remove_metadata() not in (_IDS, _IDS.append(_TYPES)) or any(c.null_count for c in batch.columns):
+    has_types = _TYPES.name in batch.schema.names
+    fields = [_IDS, *([_TYPES] if has_types else []), *([_TEXTS] if has_texts else [])]
+    if batch.schema.remove_metadata() != pa.schema(fields) or any(c.null_count for c in batch.columns):
         raise ValueError("holds other columns than tokens have")
-    ids, *types = [column.values for column in batch.columns]
-    offsets, *type_offsets = [column.offsets.to_numpy() for column in batch.columns]
+    ids, *_ = [column.values for column in batch.columns]
+    offsets, *other_offsets = [column.offsets.to_numpy() for column in batch.columns]
     flat = ids.null_count == 0 and offsets[0] == 0 and offsets[-1] == len(ids)
     lengths = np.diff(offsets)
     widest = int(lengths.max(initial=0))
     fits = widest == longest <= max_length if not truncated else widest == max_length < longest
-    if not flat or not fits or not lengths.all() or any((o != offsets).any() for o in type_offsets):
+    if not flat or not fits or not lengths.all() or any((o != offsets).any() for o in other_offsets):
         raise ValueError("holds rows of other lengths than tokens have")
     backend = tokenizer.backend_tokenizer
     if _outside(ids, _highest_id(backend, ids)):
         raise ValueError("holds ids that the tokenizer does not have")
     empty, short = [backend.encode(*[text] * (2 if paired else 1)).type_ids for text in ("", "a")]
-    if (not types and any(empty)) or any(_outside(values, max(1, *short)) for values in types):
+    is_wrong = _outside(batch.column(_TYPES.name).values, max(1, *short)) if has_types else any(empty)
+    if is_wrong:
         raise ValueError("holds other token types than the tokenizer gives")
+    if has_texts and _outside(batch.column(_TEXTS.name).values, 2):
+        raise ValueError("holds tokens of other texts than the first and the second")
     return batch
 
 
@@ -398,7 +453,14 @@ def _highest_id(backend: Any, ids: pa.Array) -> int:
     return size - 1 if not _outside(ids, size - 1) else max(backend.get_vocab().values(), default=-1)
 
 
-def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length: int, truncation: str) -> str:
+def _key(
+    first: list[str],
+    second: list[str] | None,
+    tokenizer: Any,
+    max_length: int,
+    truncation: str,
+    positions: TextPositions | None,
+) -> str:
     """Return the cache key of these tokens: 40 hexadecimal digits, a hash of all that they depend on.
 
     Padding and truncation of the tokenizer are turned off for it and stay off.
@@ -408,6 +470,8 @@ def _key(first: list[str], second: list[str] | None, tokenizer: Any, max_length:
     backend.no_truncation()  # its state is part of the text below
     version = f"{tokenizers.__version__}|{backend.encode_special_tokens}"
     digest = sha256(f"{backend.to_str()}|{max_length}|{truncation}|{second is not None}|{version}".encode())
+    if positions is not None:
+        digest.update(positions.key)
     for texts in (first, second or []):
         digest.update(f"{len(texts)}|".encode())
         for text in texts:

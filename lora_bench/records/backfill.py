@@ -36,6 +36,8 @@ RELATIONS = {
     "cola": "form",
 }
 """`data.relation` by `data.task`, in records without that key."""
+BEFORE_TEMPLATES = {"form": "classifier", "template": None, "chat_template": False, "label_words": None}
+"""Keys of the model family `auto` in records without `model.form`: the tokenizer joined the texts of a pair."""
 
 
 def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,8 +46,8 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
     The defaults of a group are those of the option that the record names, or else of a built-in option of the same
     method, family or source; a group without such an option gets none. The data of each of several tasks is completed
     like that of a single one, and `data.relation` follows from the task (`RELATIONS`). Recorded values are unchanged,
-    null included; removed keys whose values changed nothing are left out. The config of a prompted run is returned
-    unchanged, and the seed is never filled in.
+    null included, but for pair features that a model could not have then; removed keys whose values changed nothing are
+    left out. The config of a prompted run is returned unchanged, and the seed is never filled in.
     """
     if is_prompted(record):
         return dict(record["config"])
@@ -54,6 +56,7 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
         config["data"] = _with_relation(config["data"])
     if isinstance(config.get("tasks"), dict):
         config["tasks"] = {name: _fill_task(name, node) for name, node in config["tasks"].items()}
+    config = _with_form(config)
     options = {
         group: _find_option(group, record["choices"].get(group), record["config"].get(group), option)
         for group, option in default_options.items()
@@ -67,6 +70,19 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(key, default)
         config[key] = default | value if isinstance(default, dict) and isinstance(value, dict) else value
     return config
+
+
+def _with_form(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded config whose model of the family `auto` has a form and, if it had none yet, no pair features.
+
+    Such a model had none before there were forms, so `head.pair_features=null` meant false.
+    """
+    model, head = config.get("model"), config.get("head")
+    if not isinstance(model, dict) or model.get("family") != "auto" or "form" in model:
+        return config
+    if isinstance(head, dict) and head.get("pair_features", False) is None:
+        config = config | {"head": head | {"pair_features": False}}
+    return config | {"model": model | BEFORE_TEMPLATES}
 
 
 def _with_relation(data: Mapping[str, Any]) -> dict[str, Any]:

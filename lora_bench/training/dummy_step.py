@@ -42,7 +42,8 @@ def dummy_step(pack: Pack, rows: int, length: int) -> None:
 def probe_batch(backbone: Backbone, rows: int, length: int) -> Batch:
     """Return `rows` copies of a dummy pair of `length` tokens with label 0, on the backbone's device."""
     ids, types = (row.expand(rows, -1).contiguous().to(backbone.device) for row in backbone.probe_row(length))
-    return Batch(ids, torch.ones_like(ids), types, torch.zeros_like(ids[:, 0]), full=True)
+    text_ids = torch.where(torch.arange(length, device=ids.device) < length // 2, 1, 2).expand(rows, -1)
+    return Batch(ids, torch.ones_like(ids), types, torch.zeros_like(ids[:, 0]), full=True, text_ids=text_ids)
 
 
 def saved_bytes(pack: Pack, rows: int, length: int) -> int:

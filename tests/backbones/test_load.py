@@ -99,7 +99,7 @@ def test_a_saved_model_gives_its_own_logits(kind: str, dtype: torch.dtype, tmp_p
 
 
 def t5_arguments(backbone: Any) -> tuple[Any, ...]:
-    return backbone.template, backbone.task, ["not_duplicate", "duplicate"]
+    return backbone.template.text, backbone.template.task, ["not_duplicate", "duplicate"]
 
 
 def test_loading_twice_gives_the_same_hash_whatever_the_new_head(tmp_path: Path) -> None:

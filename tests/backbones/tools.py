@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.data.batching import Batch
@@ -111,3 +112,12 @@ def save(folder: Path, network: Any, tokenizer: Any) -> Path:
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_distilbert(folder: Path) -> Path:
+    """Save a tiny random DistilBERT, an encoder of the generic family, and return its folder."""
+    tokenizer = tiny_tokenizers.tokenizer("bert")
+    config = transformers.DistilBertConfig(
+        vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=160
+    )
+    return save(folder, enliven(transformers.DistilBertForSequenceClassification(config)), tokenizer)

@@ -325,6 +325,7 @@ def test_a_vocabulary_may_have_gaps(cache: Path, capfd: pytest.CaptureFixture[st
     backbone = SimpleNamespace(
         tokenizer=SimpleNamespace(backend_tokenizer=tokenizers.Tokenizer(model)),
         render=lambda columns: (columns[0][1], None),
+        text_positions=lambda columns: None,
     )
     for _ in range(2):
         assert tokenize(examples(["far"], None), COLUMNS[:1], backbone, 8).values.tolist() == [9]  # type: ignore[arg-type]
@@ -374,7 +375,9 @@ from lora_bench.data.examples import Examples
 tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
 tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
 backbone = SimpleNamespace(
-    tokenizer=SimpleNamespace(backend_tokenizer=tokenizer), render=lambda columns: (columns[0][1], None)
+    tokenizer=SimpleNamespace(backend_tokenizer=tokenizer),
+    render=lambda columns: (columns[0][1], None),
+    text_positions=lambda columns: None,
 )
 folder, name = Path(sys.argv[1]), sys.argv[2]
 (folder / name).touch()

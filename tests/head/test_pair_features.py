@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
-from lora_bench.data.batching import Batch
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
+from lora_bench.backbones.t5 import T5TextToText
+from lora_bench.data.batching import Batch, collate
+from lora_bench.data.examples import Examples
+from lora_bench.data.tokenization import tokenize
 from lora_bench.errors import Code
 from lora_bench.head.pair_features import RIDGE, PairFeatures, compute_pair_features, fit_logistic_regression
+from lora_bench.run.finished_run import FinishedRun
+from tests.adapters.tools import adapter
+from tests.backbones.test_decoders import END, byte_tokenizer, config_of
+from tests.backbones.tools import enliven, save, tiny_distilbert
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
@@ -120,7 +130,53 @@ def test_every_method_takes_it_and_is_put_together_again(in_tmp: Path, method: s
     assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "head.pair_features", "true")
 
 
-def test_it_is_refused_where_there_are_no_two_texts(in_tmp: Path) -> None:
+def model_of(kind: str, folder: Path) -> list[str]:
+    """Return the overrides that choose T5, an encoder of the generic family, or a decoder in words."""
+    if kind == "t5":
+        return ["model=tiny_t5"]
+    if kind == "encoder":
+        return ["model=deberta", f"model.path={tiny_distilbert(folder)}"]
+    tokenizer = byte_tokenizer(eos_token=END)
+    save(folder, enliven(transformers.AutoModelForCausalLM.from_config(config_of("llama", tokenizer))), tokenizer)
+    return ["model=llama", f"model.path={folder}", "model.form=text_to_text", 'model.template="{fields}\n"']
+
+
+@pytest.mark.parametrize("kind", ["t5", "encoder", "decoder"])
+def test_any_model_takes_it_and_is_put_together_again(in_tmp: Path, kind: str) -> None:
+    """The features are those of the network's own last hidden states, and they change what is predicted."""
+    asked = [text for text in ASKED if not text.startswith("model=")]
+    model = model_of(kind, in_tmp / "model")
+    answer = lora_bench("train", *asked, *model, "data.max_length=160", "hydra.run.dir=run")
+    assert answer.code == 0, answer
+    run = FinishedRun.load("run")
+    pairs = [("what is it", "why"), ("who", "what is it not or is it"), ("", "a")]
+    scores = run.predict(pairs)
+    np.testing.assert_array_equal(FinishedRun.load("run").predict(pairs), scores)
+    np.testing.assert_allclose(np.concatenate([run.predict([pair]) for pair in pairs]), scores, atol=1e-6)
+    features: Any = run.pack.pair_features["0"]
+    examples = Examples(np.arange(3), tuple(map(list, zip(*pairs, strict=True))), None)
+    table = tokenize(examples, ["question1", "question2"], run.pack.backbone, 160, cached=False)
+    batch = collate(table, np.arange(3), int(table.lengths.max()), run.pack.backbone.tokenizer.pad_token_id)
+    with torch.no_grad():
+        logits = run.pack(batch)[0]
+        network: Any = run.pack.network
+        base = network.encoder if kind == "t5" else network.base_model
+        hidden = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        added = features(compute_pair_features(hidden, *run.pack.backbone.text_masks(batch)))
+        assert added.abs().max() > 1e-3
+        features.weight.zero_()
+        features.bias.zero_()
+        torch.testing.assert_close(run.pack(batch)[0] + added, logits, atol=1e-5, rtol=1e-4)
+
+
+def test_null_leaves_it_out_of_t5(backbone: Callable[..., Any]) -> None:
+    """Runs of earlier versions had none, and their numbers stay comparable."""
+    for model, expected in (("tiny_t5", 0), ("tiny_bert", 1)):
+        assert len(Pack(backbone(model), [Member(adapter("lora"), 0, pair_features=None)]).pair_features) == expected
+
+
+def test_it_is_refused_where_there_are_no_two_texts(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(T5TextToText, "needs_text_ids", False)  # as a family of another package may be
     error = refused("train", *(o for o in ASKED if "model=" not in o), "model=tiny_t5")
     assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "head.pair_features", "true")
     for split in ("train", "validation"):

@@ -57,6 +57,19 @@ def test_what_is_there_stays_and_what_is_not_has_its_default() -> None:
     assert "pack" not in record["config"]
 
 
+def test_a_generic_model_of_an_older_run_keeps_its_input_and_its_head() -> None:
+    """Then the tokenizer joined the texts of a pair, and `head.pair_features=null` gave such a model none."""
+    record = record_of("model=gemma", "head.pair_features=null", model="gemma")
+    for key in ("form", "template", "chat_template", "label_words"):
+        del record["config"]["model"][key]
+    config = fill_defaults(record)
+    assert (config["model"]["form"], config["model"]["template"]) == ("classifier", None)
+    assert config["head"]["pair_features"] is False
+    newer = fill_defaults(record_of("model=gemma", "head.pair_features=null", model="gemma"))
+    assert newer["model"]["template"] == "{fields}\nanswer:"
+    assert newer["head"]["pair_features"] is None
+
+
 def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
     record = record_of("adapter=adalora", adapter="mine", model="mine", data="mine")
     del record["config"]["adapter"]["beta1"], record["config"]["model"]["revision"], record["config"]["data"]["unseen"]

@@ -26,7 +26,7 @@ class HeadOnly(Adapter):
                 "this backbone answers in words and has no head to train",
                 key="method",
                 value="head_only",
-                remedy="Take adapter=lora or adapter=full, or give T5 a head with model.form=encoder.",
+                remedy="Take adapter=lora or adapter=full, or the other model.form, which has a head.",
                 code=Code.UNSUPPORTED,
             )
         return []

@@ -169,9 +169,9 @@ class Pack(PackState):
         has_pair_features = any(str(k) in self.pair_features for k in members)
         with self._computing(members, batch.head, all_positions=has_pair_features), self._autocast():
             # (K·B, C), and (K·B, T, D) or (K·B, 1, D)
-            logits, encoded = self.backbone.suffix_with_states(hidden, batch, self.depth)
+            logits, states = self.backbone.suffix_with_states(hidden, batch, self.depth)
         logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, C)
-        return self._add_pair_features(logits, encoded, batch, members) if has_pair_features else logits
+        return self._add_pair_features(logits, states, batch, members) if has_pair_features else logits
 
     def _rows_of(self, hidden: Tensor, batch: Batch, members: list[int]) -> tuple[Tensor, Batch]:
         """Return the rows of these members, member by member: (K·B, T, D) and a batch of as many rows.
@@ -199,9 +199,9 @@ class Pack(PackState):
             self._active.members = active
             self.backbone.all_positions = before
 
-    def _add_pair_features(self, logits: Tensor, encoded: Tensor, batch: Batch, members: list[int]) -> Tensor:
+    def _add_pair_features(self, logits: Tensor, states: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Return the logits (K, B, C) with the pair features' part added, for the members that have them."""
-        features = compute_pair_features(encoded, *self.backbone.text_masks(batch))  # (K·B, 2 D)
+        features = compute_pair_features(states, *self.backbone.text_masks(batch))  # (K·B, 2 D)
         features = features.view(*logits.shape[:2], -1)  # (K, B, 2 D)
         sums = [
             of_member + self.pair_features[str(k)](rows) if str(k) in self.pair_features else of_member  # (B, C)

@@ -185,18 +185,20 @@ class PackState(nn.Module):
 
 
 def _has_pair_features(member: Member, backbone: Backbone) -> bool:
-    """Return whether a member has pair features; None in its settings means if the backbone separates the texts.
+    """Return whether a member has pair features; None in its settings means the backbone's default, where it can.
 
     Raises:
-        UserError: they are requested, and the backbone reads both texts as one.
+        UserError: they are requested, and the backbone does not give the tokens' vectors of each text.
     """
-    requested, possible = member.pair_features, backbone.separates_texts
-    if requested and not possible:
+    requested = member.pair_features
+    if requested is None:
+        return backbone.has_default_pair_features and backbone.separates_texts
+    if requested and not backbone.separates_texts:
         raise UserError(
-            "needs to know where the second text begins, and this model reads both as one",
+            "needs a vector for each token of the two texts, and this model does not give them",
             key="head.pair_features",
             value="true",
             remedy="Set head.pair_features=false.",
             code=Code.UNSUPPORTED,
         )
-    return possible if requested is None else requested
+    return requested
