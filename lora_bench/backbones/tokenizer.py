@@ -35,6 +35,8 @@ MAX_ID = 2**24
 """The highest token id that is read; the library walks through all ids up to the highest, used or not."""
 SECONDS = 20.0
 """The longest time that native code may take for the probe texts, which need milliseconds."""
+READING_SECONDS = 120.0
+"""The longest time for reading the files: those of Gemma (262,144 tokens) take 8 seconds of a whole core."""
 
 HARD = [
     *(unit * (4000 // len(unit)) for unit in ("a", "A", "1", " ", "\n", "!", "é", "日", "ab ", "a1", "aA1_- ", "a\n")),
@@ -64,8 +66,10 @@ def read_tokenizer(
         keywords = options()
         path = _file(location, keywords.get("revision"))
         added = [] if path is None else _refuse_contradictions(path)
-        by_class = call_with_timeout(lambda: _by_class(location, keywords, path), SECONDS)
-        tokenizer = by_class if path is None else call_with_timeout(lambda: _as_in_file(by_class, path), SECONDS)
+        by_class = call_with_timeout(lambda: _by_class(location, keywords, path), READING_SECONDS)
+        tokenizer = (
+            by_class if path is None else call_with_timeout(lambda: _as_in_file(by_class, path), READING_SECONDS)
+        )
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: the files are not there
