@@ -39,6 +39,11 @@ _NORMAL_FLOAT = (
 )
 
 
+def bytes_per_value(quant_type: str) -> float:
+    """Return the bytes that a value of a quantised weight takes: its code, and its share of the block's scale."""
+    return _BITS[quant_type] / 8 + 4 / BLOCK
+
+
 @dataclass(frozen=True, eq=False)
 class Quantized:
     """A quantised weight; its four fields rebuild it bit for bit."""
