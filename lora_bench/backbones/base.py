@@ -296,7 +296,7 @@ class Backbone(ABC):
             if not name.startswith(tuple(f"{head}." for head in self.head_modules)):
                 dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
                 digest.update(f"{name} {tuple(tensor.shape)} {dtype}".encode())
-                for part in tensor.detach().cpu().flatten().split(HASHED_NUMBERS):
+                for part in torch.split(tensor.detach().cpu().flatten(), HASHED_NUMBERS):
                     digest.update(part.to(dtype).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

@@ -331,7 +331,7 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in the precision of the products."""
-        return Quantized(self.codes, self.scales, self.shape, self.quant_type).dequantize().to(self.dtype)
+        return Quantized(self.codes, self.scales, self.shape, self.quant_type).dequantize(self.dtype)
 
     def load(self, codes: Tensor, scales: Tensor) -> None:
         """Replace codes and scales by those of an adapter file, of the same shapes; equal ones stay shared."""
