@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from lora_bench.adapters.lowrank.linear import QuantizedLinear
+from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.fused_rows import can_be_joined, has_parts
 from lora_bench.backbones.load import public_location
@@ -217,6 +217,7 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
     trained = {name: p.detach().clone() for name, p in pack.head_parameters(member).items()}
     merged = {**pack.merged(member), **trained}
     pack.detach()
+    pack.backbone.load_weights()
     network: Any = pack.network
     for name, tensor in merged.items():
         module, _, key = name.rpartition(".")
@@ -247,7 +248,7 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
         reason = "trains the backbone itself, so it has no adapter"
     elif not updates:
         reason = "has no adapter, only a head"
-    elif any(isinstance(module, QuantizedLinear) for update in updates.values() for module in update.modules()):
+    elif any(isinstance(module, QuantizedWeight) for update in updates.values() for module in update.modules()):
         reason = "adapts quantised weights, which a PEFT adapter does not include"
     else:
         reason = "is a method that PEFT does not have"

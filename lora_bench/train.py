@@ -20,9 +20,11 @@ from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
 from lora_bench.run.recorder import Recorder
+from lora_bench.training.checkpointing import set_checkpointing
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes, processes_of_torchrun
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import PackTraining, total_steps
+from lora_bench.training.memory import trim_freed_memory
 from lora_bench.training.prefix_cache import PrefixCache
 from lora_bench.training.signals import Interruption
 from lora_bench.training.training_state import restore
@@ -117,6 +119,8 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
     mixtures = inputs.mixtures(runs)
     for run in runs:
         run.prepare(pack, mixtures, trainer)
+    trim_freed_memory()
+    set_checkpointing(pack, trainer, inputs.longest, inputs.orders)
     processes.broadcast(tensor for k in range(pack.size) for tensor in pack.tensors(k))
     inputs, seconds, flops = _with_prefixes(inputs, pack, trainer)
     for run in runs:

@@ -39,6 +39,11 @@ class Update(nn.Module, ABC):
     """Whether `forward` takes the frozen module's output; else it makes its own from x (a quantised weight) and y is x.
     """
 
+    @property
+    def needs_weight(self) -> bool:
+        """True if it computes with the frozen module's weight; False if it holds that weight in another form."""
+        return True
+
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adapted output (B, T, out) from the input x (B, T, in) and the frozen output y (B, T, out)."""
@@ -84,6 +89,13 @@ class Adapter(ABC):
 
     def targets(self, backbone: Backbone) -> list[str]:
         """Return the full names of the linears to adapt, in the order of computation."""
+        return []
+
+    def replaced_weights(self, backbone: Backbone) -> list[str]:
+        """Return the names of linears whose weights the method holds in another form; the device needs no copy of them.
+
+        `updates` reads such a weight within `backbone.loaded_weight`.
+        """
         return []
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> Update:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
@@ -21,22 +22,28 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.backbones.identity import tokenizer_digests
+from lora_bench.backbones.page_out import page_out
 from lora_bench.data.text_positions import TextPositions
 from lora_bench.errors import require
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
+    from lora_bench.backbones.activation_checkpointing import ActivationCheckpointing
     from lora_bench.backbones.label_words import LabelWords
     from lora_bench.backbones.template import Template
     from lora_bench.data.batching import Batch
+
+
+HASHED_NUMBERS = 2**22
+"""Numbers of a tensor that are cast to fp32 at a time to be hashed."""
 
 
 class Backbone(ABC):
     """A pretrained network with its tokenizer.
 
     Args:
-        network: the Hugging Face model, in fp32 and in evaluation mode.
+        network: the Hugging Face model on the CPU, in evaluation mode.
         tokenizer: its fast tokenizer.
         new_parameters: names of parameters that the checkpoint did not hold (the new head).
     """
@@ -69,6 +76,10 @@ class Backbone(ABC):
         self.tokenizer = tokenizer
         self.new_parameters = new_parameters
         self.compute_dtype = torch.float32
+        self.device = torch.device("cpu")
+        self._used_cache = False
+        self.offloaded: set[str] = set()
+        """Names of linears whose weights are as the checkpoint has them, and not on the device."""
         self.notes: list[str] = []
         """Notes for the user about how it reads and scores texts."""
         self.layers: list[tuple[str, nn.Module]] = [
@@ -181,10 +192,6 @@ class Backbone(ABC):
         return config
 
     @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
     def max_tokens(self) -> int | None:
         """The largest number of tokens of an input; None if positions are relative."""
         return None
@@ -269,19 +276,73 @@ class Backbone(ABC):
         """Return the index, from 0, of the layer that contains module `name`; None if no layer does."""
         return next((i for i, path, _ in self.layer_modules() if f"{name}.".startswith(f"{path}.")), None)
 
-    def to(self, device: torch.device, dtype: torch.dtype, *, trained: bool) -> None:
+    def to(self, device: torch.device, dtype: torch.dtype, *, trained: bool, offload: Collection[str] = ()) -> None:
         """Move to a device, and set the precision of products (`compute_dtype`).
+
+        One tensor after another is cast and moved, so the network is never held twice. Frequencies of rotary positions
+        stay fp32, since angles of far positions need them exact.
 
         Args:
             device: to move the network to, head included.
             dtype: the precision of products.
             trained: the network's own weights are trained, so they stay fp32; otherwise all are cast to `dtype`, head
                 included.
+            offload: names of linears whose weights stay as they are until `load_weights`.
         """
-        self.compute_dtype = dtype
-        self.network.to(device)
-        if not trained:
-            self.network.to(dtype)
+        self.device, self.compute_dtype, self.offloaded = device, dtype, set(offload)
+        kept = {f"{name}.weight" for name in offload}
+        for name, p in self.network.named_parameters():
+            if name not in kept:
+                p.data = p.data.to(device, None if trained else dtype)
+        for module in self.network.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                is_cast = buffer.is_floating_point() and not trained and not name.endswith("inv_freq")
+                module._buffers[name] = buffer.to(device, dtype if is_cast else None)
+
+    def checkpoint_layers(self, checkpointing: ActivationCheckpointing | None) -> None:
+        """Recompute the layers' activations in the backward pass from now on; None: hold them again.
+
+        A family that does not call its layers as modules overrides this.
+        """
+        config: Any = self.network.config
+        if checkpointing is not None and getattr(config, "use_cache", False):
+            config.use_cache = False  # a layer that is computed twice would fill the cache twice
+            self._used_cache = True
+        elif checkpointing is None and self._used_cache:
+            config.use_cache, self._used_cache = True, False
+        for _, _, layer in self.layer_modules():
+            vars(layer).pop("forward", None)
+            if checkpointing is not None:
+                layer.forward = checkpointing.wrap(layer.forward)
+
+    def load_weights(self, names: Collection[str] | None = None) -> None:
+        """Cast the weights of these offloaded linears (None: of all), and move them to the device."""
+        for name in sorted(self.offloaded if names is None else self.offloaded.intersection(names)):
+            p = self._stored_weight(name)
+            p.data = p.data.to(self.device, self.compute_dtype)
+            self.offloaded.remove(name)
+
+    @contextmanager
+    def loaded_weight(self, name: str) -> Iterator[None]:
+        """Hold the weight of a linear on the device, in the precision of products, within the context.
+
+        An offloaded weight is as before afterwards, and the memory of its file's pages is returned.
+        """
+        if name not in self.offloaded:
+            yield
+            return
+        p = self._stored_weight(name)
+        stored = p.data
+        p.data = stored.to(self.device, self.compute_dtype)
+        try:
+            yield
+        finally:
+            p.data = stored
+            page_out(stored)
+
+    def _stored_weight(self, name: str) -> nn.Parameter:
+        """Return the parameter that holds the weight of a linear, transposed for a `Conv1D`."""
+        return cast("nn.Parameter", self.network.get_submodule(name)._parameters["weight"])
 
     @cached_property
     def tokenizer_identity(self) -> dict[str, str]:
@@ -289,12 +350,17 @@ class Backbone(ABC):
         return tokenizer_digests(self.tokenizer)
 
     def hash(self) -> str:
-        """Return the SHA-256 of the names and bytes of all tensors excluding the head; no adapter may be attached."""
+        """Return the SHA-256 of the names and bytes of all tensors excluding the head; no adapter may be attached.
+
+        Floating-point numbers count as fp32, so a network in bf16 has the hash of the same numbers in fp32.
+        """
         digest = sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             if not name.startswith(tuple(f"{head}." for head in self.head_modules)):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                digest.update(f"{name} {tuple(tensor.shape)} {dtype}".encode())
+                for part in torch.split(tensor.detach().cpu().flatten(), HASHED_NUMBERS):
+                    digest.update(part.to(dtype).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

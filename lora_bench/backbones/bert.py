@@ -12,8 +12,11 @@ from lora_bench.backbones.attention import attend
 from lora_bench.backbones.base import Backbone, additive_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
+    from lora_bench.backbones.activation_checkpointing import ActivationCheckpointing
     from lora_bench.data.batching import Batch
 
 
@@ -32,6 +35,7 @@ class Bert(Backbone):
         pooled = getattr(self.encoder, "pooler", None) is not None
         self.head_modules = [f"{self.name}.pooler", "classifier"] if pooled else ["classifier"]
         super().__init__(network, tokenizer, new_parameters)
+        self._run: Callable[..., Tensor] = _run
 
     @property
     def max_tokens(self) -> int:
@@ -52,6 +56,9 @@ class Bert(Backbone):
             hidden = _run(layer, hidden, hidden, mask)
         return hidden  # (N, T, D)
 
+    def checkpoint_layers(self, checkpointing: ActivationCheckpointing | None) -> None:
+        self._run = _run if checkpointing is None else checkpointing.wrap(_run)
+
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """Return the output (N, 1, D) of the layers from `depth` on for the first token, which alone the head reads.
 
@@ -59,10 +66,10 @@ class Bert(Backbone):
         """
         mask = additive_mask(batch, hidden.dtype)
         for _, layer in self.layers[depth:-1]:
-            hidden = _run(layer, hidden, hidden, mask)
+            hidden = self._run(layer, hidden, hidden, mask)
         if depth < len(self.layers):  # the head reads the first token only, so the last layer computes only that
             queries = hidden if self.all_positions else hidden[:, :1]
-            hidden = _run(self.layers[-1][1], queries, hidden, mask)
+            hidden = self._run(self.layers[-1][1], queries, hidden, mask)
         return hidden  # (N, T, D) or (N, 1, D)
 
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:

@@ -138,8 +138,9 @@ class CausalTextToText(Auto):
         return output  # type: ignore[no-any-return]
 
     def probe_output(self, batch: Batch) -> Tensor:
-        """Return the scores (N, T, V) of every token of the vocabulary: words are not known yet."""
-        return super().run_network(batch).logits  # type: ignore[no-any-return]
+        """Return the scores (tokens, V) of the whole vocabulary at every token: words are not known yet."""
+        logits: Tensor = super().run_network(batch).logits  # (N, T, V)
+        return logits[batch.attention_mask.bool()]  # a cached prefix has zeros in place of padding
 
     def _read_tree(self, batch: Batch, words: LabelWords, tokens: list[int]) -> Tensor:
         """Return the scores (N, M, L) of tokens at the nodes of a tree of words.

@@ -1,13 +1,14 @@
 """Loading of a backbone and its tokenizer from a model's settings.
 
-Weights come only from safetensors, always into fp32, and no code of a checkpoint is ever run.
+Weights come only from safetensors, and no code of a checkpoint is ever run. They are memory-mapped from the file as far
+as their type there is the one they are loaded in, so they take no memory of the process before they are cast.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,24 @@ import transformers
 from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
-from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
+from lora_bench.backbones.model_folder import (
+    INDEX,
+    WEIGHTS,
+    bounded_construction,
+    check_model_folder,
+    check_settings,
+    checkpoint_tensors,
+    stored_dtype,
+)
 from lora_bench.backbones.tokenizer import first_line, read_tokenizer
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lora_bench.backbones.base import Backbone
     from lora_bench.backbones.family import Family
+    from lora_bench.backbones.model_folder import TensorInfo
     from lora_bench.config.schema import Model
 
 OFFLINE_REMEDY = (
@@ -87,8 +97,10 @@ def load(
     task: str,
     label_names: Sequence[Sequence[str] | None] = (("0", "1"),),
     device: torch.device = CPU,
+    trained: bool = True,
+    refusal: Callable[[Mapping[str, tuple[int, ...]]], UserError | None] | None = None,
 ) -> Backbone:
-    """Load the backbone in fp32 on the CPU, in evaluation mode, without adapters.
+    """Load the backbone on the CPU, in evaluation mode, without adapters; in fp32, unless `trained` is false.
 
     Torch's global random stream is left unchanged. A random network does not depend on it; a new head does.
 
@@ -99,6 +111,8 @@ def load(
         label_names: of the classes of each task that it learns; None for a number. The first task gives the size of the
             network's own head.
         device: the device on which it will run; it decides the attention implementation, and nothing is moved there.
+        trained: the network's own weights will be trained. Otherwise a checkpoint stored in bf16 is loaded in bf16.
+        refusal: returns the error for weights of these shapes, by name, that are too large; None accepts all.
 
     Raises:
         UserError: the weights cannot be loaded, lack a tensor outside the head, are not finite, have another digest,
@@ -116,7 +130,11 @@ def load(
             network = hf_class._from_config(config, dtype=torch.float32, **options)
         new_parameters = {name for name, _ in network.named_parameters()}
     else:
-        network, new_parameters = _pretrained(hf_class, model, location, config, options)
+        tensors = _checkpoint_tensors(model, location)
+        dtype = torch.float32 if trained else stored_dtype(tensors)
+        if refusal is not None:
+            _refuse_too_large(hf_class, config, tensors, refusal)
+        network, new_parameters = _pretrained(hf_class, model, location, config, {**options, "dtype": dtype})
     network.eval()
     _refuse_unknown_tokens(network, tokenizer, model.tokenizer or location)
     _align_padding(network, tokenizer.pad_token_id)
@@ -254,7 +272,7 @@ def _network_class(model: Family, config: Any) -> Any:
 def _pretrained(
     hf_class: Any, model: Model, location: str, config: Any, options: dict[str, Any]
 ) -> tuple[Any, set[str]]:
-    """Return the network with the weights of a checkpoint in fp32, and the names of parameters that it does not hold.
+    """Return the network with the weights of a checkpoint, and the names of parameters that it does not hold.
 
     Parameters of another shape count as absent, and are initialised anew, whatever they belong to.
 
@@ -271,7 +289,6 @@ def _pretrained(
                 location,
                 config=config,
                 revision=model.revision,
-                dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -292,6 +309,42 @@ def _pretrained(
             code=Code.UNSUPPORTED,
         )
     return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+
+
+def _checkpoint_tensors(model: Model, location: str) -> dict[str, TensorInfo]:
+    """Return the tensors of a local folder, or of the snapshot of a hub id, whose weights are downloaded if absent.
+
+    It is empty where no safetensors file is found: loading then gives the reason.
+    """
+    if Path(location).is_dir():
+        with suppress(UserError):
+            return checkpoint_tensors(Path(location))
+        return {}
+    for name in (WEIGHTS, INDEX):
+        with suppress(Exception):
+            file = transformers.utils.cached_file(location, name, revision=model.revision)
+            return checkpoint_tensors(Path(file).parent)
+    return {}
+
+
+def _refuse_too_large(
+    hf_class: Any,
+    config: Any,
+    tensors: Mapping[str, TensorInfo],
+    refusal: Callable[[Mapping[str, tuple[int, ...]]], UserError | None],
+) -> None:
+    """Raise the error that `refusal` returns for the network's parameters.
+
+    They are listed only if the checkpoint's tensors are too large, since a checkpoint may hold more than the network:
+    a decoder, a language-model head.
+    """
+    if refusal({name: info.shape for name, info in tensors.items()}) is None:
+        return
+    with torch.device("meta"):
+        network = hf_class._from_config(config)
+    error = refusal({name: tuple(p.shape) for name, p in network.named_parameters()})
+    if error is not None:
+        raise error
 
 
 def _refuse_other_weights(model: Model, location: str) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -53,6 +54,12 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
+def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """Return bf16 if all numbers of a checkpoint are stored in it, else fp32, in which numbers of 16 bits are exact."""
+    types = {info.dtype for info in tensors.values() if info.dtype in FLOATS}
+    return torch.bfloat16 if types == {"BF16"} else torch.float32
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse a local model folder that cannot be loaded unchanged, before large files are read.
 
@@ -66,7 +73,7 @@ def check_model_folder(folder: Path) -> None:
     config_file = folder / "config.json"
     settings = read_json(config_file)
     check_settings(settings, config_file)
-    tensors = _tensors(folder)
+    tensors = checkpoint_tensors(folder)
     _refuse_adapted_tensors(tensors, folder)
     _refuse_types(tensors, folder)
     _refuse_impossible_numbers(settings, tensors, config_file)
@@ -127,7 +134,7 @@ def bounded_construction(folder: Path) -> Iterator[None]:
     Raises:
         UserError: config.json asks for more; or the checkpoint is absent or damaged.
     """
-    tensors = _tensors(folder)
+    tensors = checkpoint_tensors(folder)
     most = 4 * sum(prod(info.shape) for info in tensors.values()) + SPARE_ELEMENTS
     count = 0
 
@@ -189,7 +196,7 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
-def _tensors(folder: Path) -> dict[str, TensorInfo]:
+def checkpoint_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Return the tensors of the checkpoint by name, read from the headers of its files.
 
     They are those of model.safetensors if it exists, else of the files that its index names.

@@ -110,6 +110,7 @@ _TYPES = {
     "to Integer": "is not a whole number",
     "to Float": "is not a number",
     "Union[int, float]": "is not a number",
+    "Union[bool, str]": "is neither true, false nor text",
     "to String": "is not text",
     "is not a ListConfig": "is not a list",
     "subclass of str": "is not a list of texts",

@@ -352,6 +352,10 @@ class Trainer:
     prefix_cache_bytes: float
     """Maximum bytes on disk of the cached prefix: the output of the frozen layers below the first adapted layer, which
     later epochs and runs read. 0: the prefix is computed in every step."""
+    activation_checkpointing: bool | str
+    """Compute the activations of the layers again in the backward pass instead of holding them: less memory, a third to
+    a half more arithmetic, which the FLOPs in the record include. `auto`: if they would not fit into the free memory,
+    even in micro-batches of one pair (or of `micro_batch_size`, if it is set). It turns `cuda_graphs` off."""
     precision: str
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
@@ -403,6 +407,10 @@ class Trainer:
             require_number("stop_at", self.stop_at, 0, 1, open_low=True)
         require_number("average", self.average, 0, 1)
         require_number("prefix_cache_bytes", self.prefix_cache_bytes, 0)
+        setting = self.activation_checkpointing
+        is_known = isinstance(setting, bool) or setting == "auto"
+        reason = "is not one of auto, true, false"
+        require(is_known, "activation_checkpointing", setting, reason, code=Code.UNKNOWN_CHOICE)
         require_one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 

@@ -15,6 +15,7 @@ from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_n
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import describe_stress_splits
+from lora_bench.run.model_memory import WeightMemory
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device, resolve_precision
@@ -148,6 +149,11 @@ class SharedInputs:
         """Tokens of the longest training pair."""
         return max(int(task.tables["train"].lengths.max()) for task in self.tasks.values())
 
+    @property
+    def orders(self) -> int:
+        """Views of each training pair in a step: 2 if a task has second views, else 1."""
+        return max(1 if task.second_view is None else 2 for task in self.tasks.values())
+
     def mixtures(self, runs: Sequence[PackedRun]) -> list[TaskMixture]:
         """Return the task mixtures of these runs' members: one of all tasks for all members.
 
@@ -248,12 +254,26 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
     all_data = [single.data for single in experiment.by_task.values()]
     names = [data.label_names for data in all_data]
     tokenizer, task = load_tokenizer(experiment.model), all_data[0].task
-    backbone = load(experiment.model, tokenizer, task=task, label_names=names, device=device)
+    trained = experiment.adapter.trains_backbone
+    memory = WeightMemory(experiment, device, dtype)
+    backbone = load(
+        experiment.model,
+        tokenizer,
+        task=task,
+        label_names=names,
+        device=device,
+        trained=trained,
+        refusal=memory.refusal,
+    )
     for data in all_data:
         backbone.require_length(data.max_length)
     check_padding(backbone)
     sha256 = backbone.hash()
-    backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
+    try:
+        replaced = () if trained else experiment.adapter.replaced_weights(backbone)
+    except UserError as error:
+        raise error.under("adapter") from None
+    backbone.to(device, dtype, trained=trained, offload=replaced)
     return backbone, sha256
 
 

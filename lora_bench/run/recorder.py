@@ -11,6 +11,7 @@ import torch
 
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_other_tokenizer
+from lora_bench.console.format import format_number
 from lora_bench.console.progress import show_result
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, shell_argument
@@ -132,6 +133,7 @@ class Recorder:
             data={**inputs.described, "warnings": list(dict.fromkeys(warnings))},
             params=run.parameters(),
             targets=run.ranks(),
+            cost=self.pack.quantized_bytes(run.numbers),
             environment=self._environment(
                 run.experiment, record.record["environment"], newest.step if newest else None
             ),
@@ -157,6 +159,7 @@ class Recorder:
             "precision": str(backbone.compute_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "processes": self.processes.size,
+            "activation_checkpointing": self.pack.recomputes_activations,
             "backbone_sha256": self.inputs.backbone_sha256,
             **backbone.tokenizer_identity,
         }
@@ -178,7 +181,19 @@ class Recorder:
             damaged = [checkpoint for folder in run.folders for checkpoint in folder.damaged]
             notes += [f"skipped a damaged checkpoint, {checkpoint}" for checkpoint in damaged]
         notes += [run.warm_start.note() for run in self.runs if run.warm_start]
+        notes += self._memory_notes()
         return list(dict.fromkeys(notes))
+
+    def _memory_notes(self) -> list[str]:
+        """Return sentences on quantised weights, and on activations that are recomputed without a setting of it."""
+        notes = []
+        if held := self.pack.quantized_bytes(range(self.pack.size)):
+            codes, scales, replaced = (format_number(number, "B") for number in held.values())
+            notes.append(f"quantised weights: {codes} of codes and {scales} of scales are held instead of {replaced}.")
+        trainer = self.runs[0].experiment.trainer
+        if self.pack.recomputes_activations and trainer.activation_checkpointing == "auto":
+            notes.append("activations would not fit into memory, so they are recomputed in the backward pass.")
+        return notes
 
     # -- while they train --
 

@@ -28,6 +28,7 @@ from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.packing import assumed_ranks, group_jobs, memory_demand, split_into_packs
 from lora_bench.sweeps.workers import Workers, split_group
 from lora_bench.train import prefix_of
+from lora_bench.training.checkpointing import set_checkpointing
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import prepare_task
 from lora_bench.training.rehearsal import Estimate, estimate
@@ -142,6 +143,7 @@ def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> 
         with FlopCounterMode(display=False) as counter:
             prepare_task(pack, experiment.trainer, task.tables["train"])
         seconds = time.perf_counter() - began
+        set_checkpointing(pack, experiment.trainer, inputs.longest, inputs.orders)
         prefix, repeated = prefix_of(inputs, task, experiment.trainer)
         cached = prefix.cached_tables(pack, repeated)
         pack.prefix_depth = pack.depth if cached else None

@@ -17,8 +17,9 @@ from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
 from lora_bench.train import train_pack
 from lora_bench.training.checkpoint import Checkpoints
+from lora_bench.training.checkpointing import set_checkpointing
 from lora_bench.training.dummy_step import saved_bytes
-from lora_bench.training.memory import free_bytes
+from lora_bench.training.memory import TRANSIENT, free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,8 +34,6 @@ SHARE_OF_FREE = 0.75
 """Share of the free memory that a pack may take when it starts."""
 BYTES_PER_PARAMETER = 6 * 4
 """Bytes of a trained parameter in fp32: value, gradient, AdamW's two moments, best value and average."""
-TRANSIENT = 1.5
-"""Peak memory of a step, as a multiple of the tensors that it saves for its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -263,12 +262,12 @@ def memory_demand(inputs: SharedInputs, experiment: Experiment) -> MemoryDemand:
     try:
         trainer = experiment.trainer
         pairs = min(trainer.batch_size, trainer.micro_batch_size or trainer.batch_size)
-        orders = max(1 if task.second_view is None else 2 for task in inputs.tasks.values())
+        set_checkpointing(pack, trainer, inputs.longest, inputs.orders)
         row = saved_bytes(pack, 1, inputs.longest)
         member_bytes = BYTES_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size
         at_once = 1 if inputs.backbone.device.type == "cpu" else size
-        return MemoryDemand(size * member_bytes, at_once * TRANSIENT * orders * pairs * row, pack.depth)
+        return MemoryDemand(size * member_bytes, at_once * TRANSIENT * inputs.orders * pairs * row, pack.depth)
     finally:
         pack.detach()
 

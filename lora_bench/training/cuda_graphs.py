@@ -38,13 +38,14 @@ class Backward:
     Args:
         pack: the members.
         objectives: by number of the head that they are computed with.
-        graphs: replay CUDA graphs, if the pack is on a GPU.
+        graphs: replay CUDA graphs, if the pack is on a GPU and holds its activations: a recomputed pass restores random
+            streams, which cannot be recorded.
     """
 
     def __init__(self, pack: Pack, objectives: Mapping[int, Objective], *, graphs: bool) -> None:
         self.pack = pack
         self.objectives = objectives
-        graphs = graphs and pack.backbone.device.type == "cuda"
+        graphs = graphs and pack.backbone.device.type == "cuda" and not pack.recomputes_activations
         self._pass = Graphs(pack, self._add) if graphs else self._add_from_cpu
         self.multiple = LENGTH_MULTIPLE if graphs else 1
         """The length of a batch, in tokens, should be a multiple of this."""

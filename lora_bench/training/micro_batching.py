@@ -59,7 +59,11 @@ def in_micro_batches(pack: Pack, batch: Batch, requested: int | None, work: Call
                 raise
         # Outside the handler: the error held the stack frames, and these held the activations.
         if pairs == 1:
-            remedy = "Use trainer.precision=bf16, a smaller data.max_length or model, or a device with more memory."
+            holds_activations = phase == "training" and not pack.recomputes_activations
+            first = "trainer.activation_checkpointing=true, " if holds_activations else ""
+            remedy = (
+                f"Use {first}trainer.precision=bf16, a smaller data.max_length or model, or a device with more memory."
+            )
             raise RunFailedError(
                 f"memory does not suffice for the {phase} of a single pair", remedy=remedy, code=Code.OUT_OF_MEMORY
             )

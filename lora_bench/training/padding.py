@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from lora_bench.backbones.base import Backbone
 
-TOLERANCE = 1e-4
-"""Largest difference, relative to the largest logit, that counts as rounding in fp32."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Largest difference, relative to the largest logit, that counts as rounding in weights of this type."""
 
 
 def check_padding(backbone: Backbone) -> None:
@@ -41,7 +41,7 @@ def check_padding(backbone: Backbone) -> None:
             code=Code.UNSUPPORTED,
         ) from None
     difference = float((alone - padded).abs().max())
-    if difference <= TOLERANCE * max(1.0, float(alone.abs().max())):
+    if difference <= TOLERANCES[alone.dtype] * max(1.0, float(alone.abs().max())):
         return
     backbone.notes.append(
         f"{type(network).__name__} scores a pair differently in a batch of longer ones (logits of a test pair "

@@ -13,7 +13,7 @@ import transformers
 
 import lora_bench
 from lora_bench.data.toy import generate
-from tests.backbones.tools import make, random_batch, spread
+from tests.backbones.tools import cut_logits, make, random_batch, spread
 from tests.command_line import lora_bench as command_line
 
 if TYPE_CHECKING:
@@ -65,15 +65,16 @@ def largest_cut_difference(architecture: Architecture, folder: Path) -> float | 
     None if the model cannot be cut.
     """
     backbone = make(architecture.choice, f"model.path={folder}", *architecture.overrides)
-    if not backbone.has_prefix:
-        return None
+    depths = {backbone.cut_depth(depth) for depth in range(1, len(backbone.layers) + 1)} - {0}
     batch = random_batch(backbone)
+    if backbone.tokenizer.eos_token_id is not None:  # BART reads the end token, and no other
+        batch.input_ids[torch.arange(len(batch.input_ids)), batch.attention_mask.sum(1) - 1] = (
+            backbone.tokenizer.eos_token_id
+        )
     with torch.no_grad():
-        logits = [
-            backbone.suffix(backbone.prefix(batch, depth), batch, depth) for depth in range(len(backbone.layers) + 1)
-        ]
-    assert spread(logits[0]) > 0
-    return max(float((cut - logits[0]).abs().max()) for cut in logits)
+        whole, *cuts = [cut_logits(backbone, batch, depth) for depth in (0, *sorted(depths))]
+    assert spread(whole) > 0
+    return max((float((cut - whole).abs().max()) for cut in cuts), default=None)
 
 
 def check(architecture: Architecture, model: Path, method: Sequence[str], work: Path, exports: Sequence[str]) -> Result:
@@ -147,7 +148,7 @@ def _scores(architecture: Architecture, run: Any, network: Any, folder: Path) ->
             inputs["decoder_input_ids"] = torch.tensor([[network.config.decoder_start_token_id]])
         logits = network(**inputs).logits
         if architecture.answers_in_words:
-            logits = logits[:, -1, backbone.label_tokens]
+            logits = logits[:, -1, backbone.words[0].first_tokens]
         elif logits.ndim == 3:
             logits = logits.mean(1)
         scores.append(float(logits.softmax(-1)[0, 1]))

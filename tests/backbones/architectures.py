@@ -31,7 +31,7 @@ class Architecture:
     """Settings of its config."""
     tokenizer: str = "bert"
     """The tokenizer that is written beside it: `bert`, `roberta`, `t5`, or `bytes` (of a decoder)."""
-    choice: str = "deberta"
+    choice: str = "auto"
     """The option of the group `model`."""
     overrides: tuple[str, ...] = ()
     """Further settings."""
@@ -108,7 +108,8 @@ _FUNNEL = {"block_sizes": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_i
 
 _CAUSAL = "AutoModelForCausalLM"
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
-_WORDS = "model.form=text_to_text"
+# The template ends in a space, so that the words begin with different bytes.
+_WORDS = ("model.form=text_to_text", 'model.template="{fields} answer: "')
 
 ARCHITECTURES = [
     Architecture("BERT", "bert", _SIZES, choice="bert"),
@@ -130,15 +131,15 @@ ARCHITECTURES = [
     Architecture("T5 v1.1 (FLAN), text to text", "t5", _GATED, "t5", "flan_t5", (), _SEQ2SEQ, True),
     Architecture("mT5, text to text", "mt5", _GATED, "t5", "mt5", (), _SEQ2SEQ, True),
     Architecture("Llama", "llama", _DECODER, "bytes", "llama", (), _CAUSAL),
-    Architecture("Llama, text to text", "llama", _DECODER, "bytes", "llama", (_WORDS,), _CAUSAL, True),
+    Architecture("Llama, text to text", "llama", _DECODER, "bytes", "llama", _WORDS, _CAUSAL, True),
     Architecture("Qwen2", "qwen2", _DECODER, "bytes", "qwen", (), _CAUSAL),
     Architecture("Qwen3", "qwen3", _DECODER, "bytes", "qwen", (), _CAUSAL),
     Architecture("Gemma 3", "gemma3_text", _DECODER, "bytes", "gemma", (), _CAUSAL),
-    Architecture("Gemma 3, text to text", "gemma3_text", _DECODER, "bytes", "gemma", (_WORDS,), _CAUSAL, True),
+    Architecture("Gemma 3, text to text", "gemma3_text", _DECODER, "bytes", "gemma", _WORDS, _CAUSAL, True),
     Architecture("Mistral", "mistral", _DECODER, "bytes", "mistral", (), _CAUSAL),
     Architecture("Phi", "phi", _SIZES, "bytes", "phi", (), _CAUSAL),
     Architecture("GPT-2", "gpt2", _GPT2, "bytes", "gpt2", (), _CAUSAL),
-    Architecture("GPT-2, text to text", "gpt2", _GPT2, "bytes", "gpt2", (_WORDS,), _CAUSAL, True),
+    Architecture("GPT-2, text to text", "gpt2", _GPT2, "bytes", "gpt2", _WORDS, _CAUSAL, True),
     Architecture("OPT", "opt", _OPT, "bytes", "opt", (), _CAUSAL),
     Architecture("GPT-NeoX", "gpt_neox", _SIZES, "bytes", "auto", (), _CAUSAL),
     Architecture("SmolLM3", "smollm3", _DECODER, "bytes", "smollm", (), _CAUSAL),

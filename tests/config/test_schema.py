@@ -238,6 +238,7 @@ RANGES = [
     ("trainer", "class_weights", ["none", "balanced"], ["equal", None]),
     ("trainer", "prefix_cache_bytes", [0.0, 4e9], [-1.0, math.inf]),
     ("trainer", "cuda_graphs", [True, False], [None, "yes please"]),
+    ("trainer", "activation_checkpointing", ["auto", True, False], ["always", 1, None]),
     ("head", "pair_features", [True, False, None], ["yes please"]),
     ("adapter", "weight_decay_B", [None, 0, 100.0], [-1, math.inf]),
     ("ensemble", "members", [None, 2, 5], [1, 0, 101]),

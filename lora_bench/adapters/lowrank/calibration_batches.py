@@ -57,7 +57,7 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
         batches: training batches.
     """
     moments = {
-        name: weight.new_zeros(2 * weight.shape[1:], dtype=torch.float32) for name, weight in _weights(pack, member)
+        name: torch.zeros(columns, columns, device=pack.backbone.device) for name, (_, columns) in _shapes(pack, member)
     }
     counts = dict.fromkeys(moments, 0)
     mask = torch.empty(0)
@@ -94,7 +94,8 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
         member: the member whose linears and rows count.
         batches: training batches, with labels.
     """
-    gradients = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in _weights(pack, member)}
+    device = pack.backbone.device
+    gradients = {name: torch.zeros(shape, device=device) for name, shape in _shapes(pack, member)}
     zero = torch.zeros((), device=pack.backbone.device, requires_grad=True)
 
     def observe(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -160,7 +161,8 @@ def _hook(name: str, observe: Hook) -> Callable[[nn.Module, tuple[Any, ...], Ten
     return hook
 
 
-def _weights(pack: Pack, member: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and frozen weight, (out, in), of each linear that the member adapts."""
+def _shapes(pack: Pack, member: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the name and the shape (out, in) of each linear that the member adapts."""
     for name in pack.updates[member]:
-        yield name, pack.network.get_submodule(name).weight.detach()  # type: ignore[operator]
+        base: Any = pack.network.get_submodule(f"{name}.base")
+        yield name, (base.out_features, base.in_features)

@@ -14,7 +14,6 @@ files, merging and PEFT export.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
+from lora_bench.adapters.lowrank.quantization import Quantized
 
 if TYPE_CHECKING:
-    from lora_bench.adapters.lowrank.quantization import Quantized
+    from collections.abc import Iterable
 
 
 class LowRank(Update):
@@ -76,7 +76,7 @@ class LowRank(Update):
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self.register_parameter("magnitude", None)
-        self.quantized: QuantizedLinear | None = None
+        self.quantized: QuantizedWeight | None = None
         self.rank = lora_A.shape[0]
         self.scaling = scaling
         self.dropout = dropout
@@ -118,14 +118,18 @@ class LowRank(Update):
 
     @torch.no_grad()
     def quantize_base(self, quantized: Quantized) -> None:
-        """Use a quantised weight in place of the frozen one."""
-        self.quantized = QuantizedLinear(quantized, self.base[0])
+        """Use a quantised weight in place of the frozen one, whose type and device stay those of the products."""
+        self.quantized = QuantizedWeight(quantized, self.base[0].weight)
+
+    @property
+    def needs_weight(self) -> bool:
+        return self.quantized is None
 
     # -- computation --
 
     def frozen_weight(self) -> Tensor:
-        """Return W (out, in) in the precision of the products: the backbone's weight, or the dequantised one."""
-        return (self.quantized or self.base[0]).weight
+        """Return W (out, in) in the precision of the products: the backbone's weight, or the quantised one's values."""
+        return self.base[0].weight if self.quantized is None else self.quantized.dequantize()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (R, in) and (out, R) whose product, times the scaling, is added to the frozen weight.
@@ -144,7 +148,7 @@ class LowRank(Update):
         Only the input of A is dropped out, and only in training.
         """
         A, B = self.factors()
-        W = self.frozen_weight()
+        W: Tensor | QuantizedWeight = self.quantized or self.base[0].weight
         ratio = None if self.magnitude is None else self.magnitude / self._norm(A, B)  # (out,)
         rows = dropped = x.flatten(0, -2)  # (N, in)
         if self.dropout and self.training:
@@ -214,7 +218,7 @@ class LowRank(Update):
         """Copy tensors that `to_tensors` returned into this update, which must have the same rank and the same parts.
 
         A missing tensor is a `KeyError`; tensors of parts that this update does not have are ignored. Quantised codes
-        are dequantised anew.
+        are replaced.
         """
         A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
         self.lora_A.copy_(A[: self.rank])
@@ -238,7 +242,7 @@ class _LowRankLinear(torch.autograd.Function):
     x, x′ (N, in), W (out, in), bias (out,), A (R, in), B (out, R), ratio (out,). In one function products add up in
     place, and the backward pass needs only x, A x′ and, for the ratio, the output. The ratio scales weights, not
     activations. W · (ratio − 1) is added to W, so that the ratio is not rounded to bf16, whose numbers around 1 lie far
-    apart.
+    apart. A quantised W is dequantised in the forward pass and again in the backward pass, and not held in between.
     """
 
     @staticmethod
@@ -246,7 +250,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor,
-        weight: Tensor,
+        frozen: Tensor | QuantizedWeight,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -257,12 +261,13 @@ class _LowRankLinear(torch.autograd.Function):
         scale = scaling * lora_B if ratio is None else scaling * ratio[:, None] * lora_B
         # Thin products are up to five times as fast with this layout and order.
         A, B = lora_A.to(x.dtype), scale.T.contiguous().to(x.dtype)  # (R, in), (R, out)
-        if ratio is not None:
-            weight = torch.addcmul(weight, weight, (ratio - 1).to(weight.dtype)[:, None])  # (out, in)
+        weight = _scaled(frozen, ratio)  # (out, in)
         low = dropped @ A.T  # (N, R)
         y = F.linear(x, weight, bias if ratio is None else None)  # (N, out)
         torch.addmm(y, low, B, out=y)  # (N, out), in place; the FLOP counter does not know `addmm_`
-        ctx.save_for_backward(dropped, low, weight, A, B, ratio, None if ratio is None else y)
+        ctx.quantized = frozen if isinstance(frozen, QuantizedWeight) else None
+        held = weight if ctx.quantized is None else None
+        ctx.save_for_backward(dropped, low, held, A, B, ratio, None if ratio is None else y)
         ctx.without_dropout, ctx.scaling, ctx.dtype = dropped is x, scaling, lora_A.dtype
         if ratio is None:
             return y
@@ -275,10 +280,11 @@ class _LowRankLinear(torch.autograd.Function):
         They are None, too, for a frozen A, for a ratio of None, and for x and x′ if x needs none. Without dropout the
         gradient of x′ is in that of x.
         """
-        dropped, low, weight, A, B, ratio, y = ctx.saved_tensors
+        dropped, low, held, A, B, ratio, y = ctx.saved_tensors
         low_grad = grad @ B.T  # (N, R)
         x_grad = dropped_grad = ratio_grad = None
         if ctx.needs_input_grad[0]:
+            weight = held if ctx.quantized is None else _scaled(ctx.quantized, ratio)
             x_grad = grad @ weight  # (N, in)
             if ctx.without_dropout:
                 torch.addmm(x_grad, low_grad, A, out=x_grad)
@@ -292,36 +298,54 @@ class _LowRankLinear(torch.autograd.Function):
         return x_grad, dropped_grad, None, None, A_grad, B_grad, None, ratio_grad
 
 
-class QuantizedLinear(nn.Module):
-    """The quantised weight of a frozen linear, dequantised once into the precision of the products.
+def _scaled(frozen: Tensor | QuantizedWeight, ratio: Tensor | None) -> Tensor:
+    """Return W (out, in) with its rows multiplied by the ratio (out,); None means 1."""
+    weight = frozen.dequantize() if isinstance(frozen, QuantizedWeight) else frozen
+    return weight if ratio is None else torch.addcmul(weight, weight, (ratio - 1).to(weight.dtype)[:, None])
 
-    It shows what quantisation costs in quality. It saves no memory, since other members keep the backbone's weight.
+
+class QuantizedWeight(nn.Module):
+    """The codes and scales that are held in place of a frozen weight, and dequantised whenever it is computed with.
 
     Args:
         quantized: codes and scales.
-        original: the linear that it replaces; never written to.
+        weight: (out, in), the weight that they replace; not held.
     """
 
     codes: Tensor
     scales: Tensor
-    weight: Tensor
-    """(out, in), dequantised."""
+    like: Tensor
 
-    def __init__(self, quantized: Quantized, original: nn.Linear) -> None:
+    def __init__(self, quantized: Quantized, weight: Tensor) -> None:
         super().__init__()
-        device = original.weight.device
-        self.quantized = quantized
-        self.register_buffer("codes", quantized.codes.to(device))
-        self.register_buffer("scales", quantized.scales.to(device))
-        self.register_buffer("weight", quantized.dequantize().to(original.weight), persistent=False)  # (out, in)
+        self.shape, self.quant_type = quantized.shape, quantized.quant_type
+        self.register_buffer("codes", quantized.codes.to(weight.device))
+        self.register_buffer("scales", quantized.scales.to(weight.device))
+        self.register_buffer("like", weight.detach().new_empty(0), persistent=False)  # holds the precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the products."""
+        return self.like.dtype
 
     @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """Return the weight (out, in) in the precision of the products."""
+        return Quantized(self.codes, self.scales, self.shape, self.quant_type).dequantize(self.dtype)
+
     def load(self, codes: Tensor, scales: Tensor) -> None:
-        """Replace codes and scales by those of an adapter file, of the same shapes, and dequantise the weight anew."""
-        self.quantized = dataclasses.replace(self.quantized, codes=codes.cpu(), scales=scales.cpu())
-        self.codes.copy_(codes)
-        self.scales.copy_(scales)
-        self.weight.copy_(self.quantized.dequantize())
+        """Replace codes and scales by those of an adapter file, of the same shapes; equal ones stay shared."""
+        device = self.codes.device
+        codes, scales = codes.to(device), scales.to(device)
+        if not (torch.equal(self.codes, codes) and torch.equal(self.scales, scales)):
+            self.codes, self.scales = codes, scales
+
+    def share(self, others: Iterable[QuantizedWeight]) -> None:
+        """Hold the tensors of one of these that has equal codes and scales in place of its own, if there is one."""
+        for other in others:
+            if torch.equal(self.codes, other.codes) and torch.equal(self.scales, other.scales):
+                self.codes, self.scales = other.codes, other.scales
+                return
 
 
 def keep_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:

@@ -25,6 +25,9 @@ from torch import Tensor
 BLOCK = 64
 """Number of values that share a scale."""
 
+CACHED_BLOCKS = 4096
+"""Number of blocks that are dequantised at a time on a CPU: 1 MB in fp32."""
+
 _BITS = {"nf4": 4, "int8": 8, "int4": 4, "int2": 2}
 
 QUANT_TYPES: tuple[str, ...] = tuple(_BITS)
@@ -37,6 +40,11 @@ _NORMAL_FLOAT = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+
+
+def bytes_per_value(quant_type: str) -> float:
+    """Return the bytes that a value of a quantised weight takes: its code, and its share of the block's scale."""
+    return _BITS[quant_type] / 8 + 4 / BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +61,19 @@ class Quantized:
     quant_type: str
     """One of `QUANT_TYPES`."""
 
-    def dequantize(self) -> Tensor:
-        """Return the weight, (out, in), in fp32, on the device of the codes."""
-        values = F.embedding(
-            self.codes.int(), _values_of_byte(self.quant_type, self.codes.device)
-        )  # (blocks, bytes, 8/bits)
-        blocks = values.view(-1, BLOCK).mul_(self.scales[:, None])
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight, (out, in), computed in fp32 and rounded to `dtype`, on the device of the codes.
+
+        On a CPU it is computed in parts that its cache holds.
+        """
+        device, count = self.codes.device, len(self.codes)
+        table = _values_of_byte(self.quant_type, device)
+        at_once = CACHED_BLOCKS if device.type == "cpu" else max(1, count)
+        blocks = torch.empty(count, BLOCK, dtype=dtype, device=device)
+        parts = (torch.split(tensor, at_once) for tensor in (blocks, self.codes, self.scales))
+        for part, codes, scales in zip(*parts, strict=True):
+            values = F.embedding(codes.int(), table)  # (part, bytes, 8/bits)
+            part.copy_(values.view(-1, BLOCK).mul_(scales[:, None]))
         return blocks.flatten()[: math.prod(self.shape)].view(self.shape)
 
 

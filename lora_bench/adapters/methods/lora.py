@@ -80,8 +80,8 @@ class LoRA(LinearAdapter):
     freeze_A: bool
     """Train B alone, its gradient corrected by (A Aᵀ)⁻¹ (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
     quantize: str | None
-    """Quantise the frozen weights: `nf4`, `int8`, `int4`, `int2` (QLoRA, Dettmers et al. 2023, arXiv 2305.14314);
-    null: not quantised."""
+    """Hold the weights of the adapted linears quantised: `nf4`, `int8`, `int4`, `int2` (QLoRA, Dettmers et al. 2023,
+    arXiv 2305.14314); null: not quantised."""
 
     training_settings = LinearAdapter.training_settings | {"lr_ratio", "weight_decay_B", "calibration_batches"}
     layer_class = LowRank
@@ -170,6 +170,16 @@ class LoRA(LinearAdapter):
 
     # -- building updates --
 
+    def replaced_weights(self, backbone: Backbone) -> list[str]:
+        """Return the targets if they are quantised, else nothing.
+
+        Query and value of a fused linear are left out: the rest of its weight is needed as it is.
+        """
+        if not self.quantize:
+            return []
+        linears = backbone.linears()
+        return [name for name in self.targets(backbone) if "weight" in linears[name]._parameters]
+
     def updates(
         self,
         backbone: Backbone,
@@ -199,11 +209,12 @@ class LoRA(LinearAdapter):
         elif ranks is None:
             caps = {name: largest_rank(linears[name]) for name in names}
             ranks = allocation.pattern(names, list(self.allocation), self.rank, caps)
-        return {
-            name: settings.at_rank(ranks[name]).update(name, linears[name], init, dropout)
-            for name in names
-            if ranks[name]
-        }
+        updates: dict[str, Update] = {}
+        for name in names:
+            if ranks[name]:
+                with backbone.loaded_weight(name):
+                    updates[name] = settings.at_rank(ranks[name]).update(name, linears[name], init, dropout)
+        return updates
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> LowRank:
         """Return the update of one linear at `rank`, initialised, and with a magnitude and a quantised base if set.

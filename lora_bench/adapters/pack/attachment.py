@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import AdaptedLinear, MemberHeads
 
@@ -36,7 +37,15 @@ def attach_updates(network: nn.Module, updates: Sequence[dict[str, Update]], act
     """
     for name in dict.fromkeys(name for of_member in updates for name in of_member):
         base = network.get_submodule(name)
+        _share_quantized([of_member[name] for of_member in updates if name in of_member])
         _replace(network, name, AdaptedLinear(base, [of_member.get(name) for of_member in updates], active))
+
+
+def _share_quantized(updates: Sequence[Update]) -> None:
+    """Let members whose quantised weights of one linear are equal hold them once."""
+    quantized = [module for update in updates for module in update.modules() if isinstance(module, QuantizedWeight)]
+    for i, weight in enumerate(quantized):
+        weight.share(quantized[:i])
 
 
 def attach_heads(backbone: Backbone, members: Sequence[Member], active: ActiveMembers) -> None:

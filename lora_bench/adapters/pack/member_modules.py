@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.pack.batched_lora import BatchedLoRA, batching_key
 
 if TYPE_CHECKING:
@@ -53,11 +54,15 @@ class AdaptedLinear(nn.Module):
         self.groups: list[tuple[list[int], BatchedLoRA | None]] = []
         """Neighbouring members with one batching key, and what computes them together; None: one after another."""
         self.updates = nn.ModuleList([update if update is not None else NoUpdate() for update in updates])
+        self._quantized = [module for module in self.updates.modules() if isinstance(module, QuantizedWeight)]
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; T5's feed-forward layer reads its dtype."""
-        return self.base.weight  # type: ignore[return-value]
+        """The frozen weight, or an empty tensor in the precision of products if it is quantised.
+
+        T5's feed-forward layer reads its dtype.
+        """
+        return self._quantized[0].like if self._quantized else self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:

@@ -20,10 +20,12 @@ from lora_bench.adapters.pack.attachment import attach_heads, attach_updates, de
 from lora_bench.adapters.pack.batched_lora import ParameterSync, batching_key
 from lora_bench.adapters.pack.member_modules import ActiveMembers, AdaptedLinear, MemberHeads
 from lora_bench.adapters.pack.state import PackState
+from lora_bench.backbones.activation_checkpointing import ActivationCheckpointing
 from lora_bench.head.pair_features import compute_pair_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from lora_bench.adapters.pack.member import Member
     from lora_bench.backbones.base import Backbone
@@ -49,6 +51,7 @@ class Pack(PackState):
         self.max_micro_batch: dict[str, int] = {}
         """Pairs of each member per forward pass that fit into memory in `training` and in `evaluation`; a key is
         absent until a larger micro-batch has failed."""
+        self.recomputes_activations = False
         self.prefix_depth: int | None = None
         """The number of layers whose output is read from the cached prefix; None where it is computed."""
         self._active = ActiveMembers(list(range(len(members))))
@@ -72,13 +75,53 @@ class Pack(PackState):
 
     def detach(self) -> None:
         """Put the backbone's own modules back, unchanged."""
+        self.checkpoint_activations(False)
         detach(self.network, AdaptedLinear, MemberHeads)
 
     def _attach_updates(self) -> None:
-        """Attach the members' present updates to the network, find the first adapted layer, and discard the stacks."""
+        """Attach the members' present updates to the network, find the first adapted layer, and discard the stacks.
+
+        Weights that an update computes with, or that a member does not adapt, are loaded.
+        """
+        self.backbone.load_weights(
+            {
+                name
+                for name in self.backbone.offloaded
+                if any(name not in updates or updates[name].needs_weight for updates in self.updates)
+            }
+        )
         attach_updates(self.network, self.updates, self._active)
         self.depth = self._first_adapted_layer()
         self._sync = None
+
+    def checkpoint_activations(self, recomputed: bool) -> None:
+        """Compute the layers' activations again in the backward pass from now on, or hold them."""
+        self.recomputes_activations = recomputed
+        self.backbone.checkpoint_layers(ActivationCheckpointing(self._capture_pass) if recomputed else None)
+
+    def _capture_pass(self) -> AbstractContextManager[None]:
+        """Return a context in which a layer computes as now: the same members, head and random numbers of dropout.
+
+        Afterwards members, head and random streams are those from before the context.
+        """
+        members, head = self._active.members, self._active.head
+        states = {k: self.dropout[k].get_state() for k in members}
+
+        @contextmanager
+        def captured() -> Iterator[None]:
+            present = {k: self.dropout[k].get_state() for k in members}
+            active, present_head = self._active.members, self._active.head
+            self._active.members, self._active.head = members, head
+            for k, state in states.items():
+                self.dropout[k].set_state(state)
+            try:
+                yield
+            finally:
+                self._active.members, self._active.head = active, present_head
+                for k, state in present.items():
+                    self.dropout[k].set_state(state)
+
+        return captured()
 
     # -- active members --
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.pack.attachment import head_outputs
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
@@ -15,7 +17,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.head.pair_features import PairFeatures
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lora_bench.adapters.base import Update
     from lora_bench.adapters.pack.member import Member
@@ -117,6 +119,7 @@ class PackState(nn.Module):
     def tensors(self, member: int) -> list[Tensor]:
         """Return the member's trained tensors, and the frozen ones that belong to its adapter."""
         buffers = [buffer for update in self.updates[member].values() for buffer in update.buffers()]
+        buffers = [buffer for buffer in buffers if buffer.numel()]
         return [*self.trainable(member).values(), *buffers]
 
     def count_parameters(self, member: int, head: int | None = None) -> dict[str, int]:
@@ -133,6 +136,26 @@ class PackState(nn.Module):
         trained = sum(p.numel() for k in range(self.size) for p in self.trainable(k).values())
         frozen = sum(p.numel() for p in self.parameters()) - trained
         return {"adapter": adapter, "head": heads, "trainable": adapter + heads, "total": frozen + adapter + heads}
+
+    def quantized_bytes(self, members: Iterable[int]) -> dict[str, int]:
+        """Return the bytes of codes and scales that these members hold, and of the weights in bf16 that they replace.
+
+        Tensors that members share count once. It is empty without quantised weights.
+        """
+        weights = {
+            module.codes.data_ptr(): module
+            for k in members
+            for update in self.updates[k].values()
+            for module in update.modules()
+            if isinstance(module, QuantizedWeight)
+        }.values()
+        if not weights:
+            return {}
+        return {
+            "quantized_codes_bytes": sum(weight.codes.nbytes for weight in weights),
+            "quantized_scales_bytes": sum(weight.scales.nbytes for weight in weights),
+            "quantized_bf16_bytes": sum(2 * math.prod(weight.shape) for weight in weights),
+        }
 
     # -- state dicts --
 

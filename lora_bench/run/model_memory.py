@@ -1,0 +1,73 @@
+"""Refuse a model whose weights do not fit into the memory of the device, before they are loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_bench.adapters.lowrank.quantization import bytes_per_value
+from lora_bench.console.format import format_number
+from lora_bench.errors import Code, UserError
+from lora_bench.training.memory import free_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_bench.run.settings import Experiment
+
+TRAINED_BYTES = 4 * 4
+"""Bytes of a trained weight in fp32: value, gradient, and AdamW's two moments."""
+_IN_LAYER = re.compile(r".*\.\d+\..*weight")
+
+
+@dataclass(frozen=True)
+class WeightMemory:
+    """The memory that the weights of a run's model take on a device."""
+
+    experiment: Experiment
+    device: torch.device
+    dtype: torch.dtype
+    """Of a frozen backbone's weights."""
+
+    def required_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
+        """Return a lower bound of the bytes that weights of these shapes, by name, take.
+
+        All matrices of the layers count as quantised if the method quantises any.
+        """
+        adapter = self.experiment.adapter
+        quant_type = getattr(adapter, "quantize", None)
+        per_weight = TRAINED_BYTES if adapter.trains_backbone else self.dtype.itemsize
+        per_matrix = per_weight if quant_type is None else bytes_per_value(quant_type)
+        return sum(
+            prod(shape) * (per_matrix if len(shape) == 2 and _IN_LAYER.fullmatch(name) else per_weight)
+            for name, shape in shapes.items()
+        )
+
+    def refusal(self, shapes: Mapping[str, tuple[int, ...]]) -> UserError | None:
+        """Return the error if weights of these shapes, by name, do not fit into the free memory; None if they do."""
+        required, free = self.required_bytes(shapes), free_bytes(self.device)
+        if required <= free:
+            return None
+        model, adapter = self.experiment.model, self.experiment.adapter
+        count = format_number(sum(map(prod, shapes.values())))
+        held = "weights, gradients and moments" if adapter.trains_backbone else "weights"
+        key = "model.path" if model.path else "model.hub_id"
+        remedies = ["a smaller model or another device"]
+        if adapter.trains_backbone:
+            remedies.insert(0, "adapter=lora")
+        elif self.dtype == torch.float32:
+            remedies.insert(0, "trainer.precision=bf16")
+        if getattr(adapter, "quantize", None) is None:
+            remedies.insert(0, "adapter=qlora")
+        return UserError(
+            f"its {count} parameters take at least {format_number(required, 'B')} ({held}), and "
+            f"{self.device.type} has {format_number(free, 'B')} of free memory",
+            key=key,
+            value=getattr(model, key.partition(".")[2]) or model.package or model.folder,
+            remedy=f"Use {', '.join(remedies)}.",
+            code=Code.OUT_OF_MEMORY,
+        )
