@@ -9,6 +9,7 @@ import torch
 
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.console.stages import stage
 from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
 from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_notes
@@ -198,7 +199,8 @@ def load_splits(data: schema.Data) -> tuple[schema.Data, dict[str, Examples], di
     Raises:
         UserError: the source cannot be read, has no train split, or no labelled split to report.
     """
-    data, loaded = sources.load(data)
+    with stage(f"reading {data.task}"):
+        data, loaded = sources.load(data)
     if "train" not in loaded:
         raise UserError(
             "there is no train split",
@@ -215,9 +217,10 @@ def load_splits(data: schema.Data) -> tuple[schema.Data, dict[str, Examples], di
             code=Code.EMPTY,
         )
     _require_two_labels(data, loaded["train"])
-    train, selection = sources.split_selection(loaded["train"], data)
-    splits = {"train": train, "selection": selection, **reported}
-    described = sources.describe_data(data, splits) | describe_stress_splits(data, reported, [train, selection])
+    with stage(f"checking {data.task}"):
+        train, selection = sources.split_selection(loaded["train"], data)
+        splits = {"train": train, "selection": selection, **reported}
+        described = sources.describe_data(data, splits) | describe_stress_splits(data, reported, [train, selection])
     return data, splits, described
 
 
@@ -247,13 +250,14 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
     """
     all_data = [single.data for single in experiment.by_task.values()]
     names = [data.label_names for data in all_data]
-    tokenizer, task = load_tokenizer(experiment.model), all_data[0].task
-    backbone = load(experiment.model, tokenizer, task=task, label_names=names, device=device)
-    for data in all_data:
-        backbone.require_length(data.max_length)
-    check_padding(backbone)
-    sha256 = backbone.hash()
-    backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
+    with stage("loading the model"):
+        tokenizer, task = load_tokenizer(experiment.model), all_data[0].task
+        backbone = load(experiment.model, tokenizer, task=task, label_names=names, device=device)
+        for data in all_data:
+            backbone.require_length(data.max_length)
+        check_padding(backbone)
+        sha256 = backbone.hash()
+        backbone.to(device, dtype, trained=experiment.adapter.trains_backbone)
     return backbone, sha256
 
 
