@@ -111,9 +111,7 @@ class TrainedTask:
             both = trainer.score_both_orders
             table = scoring_table(examples, data, reader, both_orders=both, cached=False, head=self.head)
             with self.pack.only(self.members):
-                member_scores = predict(
-                    self.pack, table, trainer.eval_batch_size, self.processes, name=f"perturbed {name}"
-                )
+                member_scores = predict(self.pack, table, trainer.eval_batch_size, self.processes)
             return member_scores.mean(axis=0)  # type: ignore[no-any-return]
 
         seen, metrics = (splits["train"], splits["selection"]), self.experiment.metrics

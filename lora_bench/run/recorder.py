@@ -338,8 +338,7 @@ class Recorder:
                     by_member = {k: scores for k, scores in best.items() if scores is not None}
                 else:
                     batch_size = self.runs[0].experiment.trainer.eval_batch_size
-                    table, title = task.tables[split], f"{name} {split}".lstrip()
-                    scores = predict(self.pack, table, batch_size, self.processes, name=title)  # (K, N)
+                    scores = predict(self.pack, task.tables[split], batch_size, self.processes)  # (K, N)
                     by_member = dict(zip(numbers, scores, strict=True))
                 predicted[split] = by_member, round(time.perf_counter() - began, 3)
         return predicted

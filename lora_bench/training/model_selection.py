@@ -56,8 +56,7 @@ def evaluate_members(
         began = time.perf_counter()
         with pack.only(learners):
             scores = {
-                name: predict(pack, task.selection, batch_size, processes, name=f"{name} selection".lstrip())
-                for name, task in mixture.tasks.items()
+                name: predict(pack, task.selection, batch_size, processes) for name, task in mixture.tasks.items()
             }
         seconds = time.perf_counter() - began
         labels = {name: t.selection.labels for name, t in mixture.tasks.items() if t.selection.labels is not None}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS, *, name: str = ""
+    pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS
 ) -> NDArray[np.float64]:
     """Return the scores of every row for every active member, in the table's order, not calibrated.
 
@@ -34,10 +34,10 @@ def predict(
 
     A table with a `reversed_view` is scored in both orders, and the mean is returned. With several processes each
     scores a part and all get the whole. Afterwards the pack is in the mode (training or evaluation) that it was in
-    before. A stage shows the pairs that this process has scored, with the split's `name`.
+    before. A stage shows the pairs that this process has scored.
     """
     views = [view for view in (table, table.reversed_view) if view is not None]
-    with stage(f"scoring {name}".rstrip(), total=sum(map(len, views)), unit="pairs") as progress:
+    with stage("scoring", total=sum(map(len, views)), unit="pairs") as progress:
         by_view = [_score_view(pack, view, batch_size, processes, progress) for view in views]
     return by_view[0] if len(by_view) == 1 else (by_view[0] + by_view[1]) / 2
 
