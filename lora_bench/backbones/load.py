@@ -1,6 +1,7 @@
 """Loading of a backbone and its tokenizer from a model's settings.
 
-Weights come only from safetensors, always into fp32, and no code of a checkpoint is ever run.
+Weights come from safetensors, or with `model.allow_bin` from PyTorch's pickled files, always into fp32. No code of a
+checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ import torch
 import transformers
 
 from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones.hub_files import HubWeights, download_texts, download_weights
 from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
-from lora_bench.backbones.model_folder import bounded_construction, check_model_folder, check_settings
+from lora_bench.backbones.model_folder import (
+    PICKLED_WEIGHTS,
+    WEIGHTS,
+    bounded_construction,
+    check_model_folder,
+    check_settings,
+    is_pickled,
+)
 from lora_bench.backbones.tokenizer import first_line, read_tokenizer
 from lora_bench.errors import Code, UserError
+from lora_bench.files import hub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +59,9 @@ def load_tokenizer(model: Model) -> Any:
     if model.random is not None and not (model.tokenizer or model.path):
         return tiny_tokenizers.tokenizer(str(model.random["model_type"]))
     location = model.tokenizer or locate(model)
+    if not os.path.isdir(location):
+        revision, key = (None, "model.tokenizer") if model.tokenizer else (model.revision, "model.hub_id")
+        download_texts(location, revision, key)  # before the time limit of reading them begins
 
     def refusal(reason: str, remedy: str | None, code: Code) -> UserError:
         """Return the error with the config key that names the tokenizer, and with a general remedy if there is none."""
@@ -200,7 +213,7 @@ def _checked_location(model: Model) -> str:
     """
     location = locate(model)
     if model.path or model.folder:
-        check_model_folder(Path(location))
+        check_model_folder(Path(location), allow_bin=model.allow_bin)
     return location
 
 
@@ -262,17 +275,25 @@ def _pretrained(
         UserError: the weights cannot be loaded, have another digest than `model.sha256`, are far smaller than
             config.json asks for, or come with an adapter.
     """
+    folder = Path(location) if os.path.isdir(location) else None
+    if folder is None:
+        weights = download_weights(location, model.revision, allow_bin=model.allow_bin)
+    else:
+        weights = HubWeights(model.revision, is_pickled(folder))
     if model.sha256 and not model.path:
-        _refuse_other_weights(model, location)
+        _refuse_other_weights(model, location, weights)
+    # transformers would ask a public service to convert pickled weights, in a thread of its own.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        building = bounded_construction(Path(location)) if Path(location).is_dir() else nullcontext()
+        building = bounded_construction(folder, allow_bin=model.allow_bin) if folder else nullcontext()
         with building, torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
             network, report = hf_class.from_pretrained(
                 location,
                 config=config,
-                revision=model.revision,
+                revision=weights.revision,
                 dtype=torch.float32,
-                use_safetensors=True,
+                use_safetensors=not weights.is_pickled,
+                weights_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # a head for other labels is drawn anew; `_refuse_holes` sees the rest
@@ -294,16 +315,17 @@ def _pretrained(
     return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
-def _refuse_other_weights(model: Model, location: str) -> None:
-    """Refuse weights whose digest is not `model.sha256`; only model.safetensors is read.
+def _refuse_other_weights(model: Model, location: str, weights: HubWeights) -> None:
+    """Refuse weights whose digest is not `model.sha256`; only model.safetensors or pytorch_model.bin is read.
 
     Raises:
         UserError: the digest differs, or the file cannot be found or read.
     """
     try:
-        path = transformers.utils.cached_file(location, "model.safetensors", revision=model.revision)
-        with open(path, "rb") as weights:
-            digest = file_digest(weights, "sha256").hexdigest()
+        name = PICKLED_WEIGHTS if weights.is_pickled else WEIGHTS
+        path = transformers.utils.cached_file(location, name, revision=weights.revision)
+        with open(path, "rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
     except Exception as error:
         raise _unreachable(model, location, error) from None
     if digest != model.sha256:
@@ -346,6 +368,8 @@ def _unreachable(model: Model, location: str, error: Exception) -> UserError:
         return UserError(
             f"no model could be loaded from there ({first_line(error)})", file=location, code=Code.UNSUPPORTED
         )
+    if (known := hub.translate_error(error, "model.hub_id", location, model.revision)) is not None:
+        return known
     return UserError(
         f"could neither be downloaded nor found in the local cache ({first_line(error)})",
         key="model.hub_id",
