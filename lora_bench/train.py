@@ -97,7 +97,8 @@ def train_pack(
             Recorder(pack, runs, inputs, console, processes, sharing, brief) as recorder,
             Interruption() as interruption,
         ):
-            recorder.start_runs()  # signals wait until every folder is claimed and its record written
+            with stage("starting the run"):
+                recorder.start_runs()  # signals wait until every folder is claimed and its record written
             if recorder.running:
                 _fit(recorder, display, interruption)
         return [run.progress.error for run in runs]

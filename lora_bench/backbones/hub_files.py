@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.backbones.model_folder import INDEX, PICKLE_INDEX, PICKLED_WEIGHTS, WEIGHTS, read_header, read_json
@@ -17,6 +16,7 @@ from lora_bench.files import hub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 _BOT = "SFconvertbot"
 _BOT_TITLE = "Adding `safetensors` variant of this model"
@@ -139,11 +139,8 @@ def _download(hub_id: str, names: Sequence[str], revision: str | None, key: str)
     Raises:
         UserError: a file cannot be downloaded.
     """
-    import huggingface_hub
-
     try:
-        with hub.shown_progress():
-            return [Path(huggingface_hub.hf_hub_download(hub_id, name, revision=revision)) for name in names]
+        return [hub.download(hub_id, name, revision) for name in names]
     except Exception as error:
         raise _refusal(error, key, hub_id, revision) from None
 

@@ -181,12 +181,12 @@ class Stage(Live):
 
     shown_after_seconds = _BAR_AFTER_SECONDS
 
-    def __init__(self, console: Console, name: str, total: float | None, unit: str) -> None:
+    def __init__(self, console: Console, name: str, total: float | None, unit: str, done: float = 0) -> None:
         """Create the stage; `unit` is the plural of what is counted, or `B` for bytes."""
         state = TextColumn("{task.fields[state]}", markup=False)
         super().__init__(console, total, state, title=name, state="")
         self.name, self.unit = name, unit
-        self.done = 0.0
+        self.done = self.done_before = done
 
     def advance(self, number: float = 1) -> None:
         """Count more of it as done; this is cheap."""
@@ -197,7 +197,7 @@ class Stage(Live):
         """Return what is done and how fast; empty if nothing is counted."""
         if not self.unit:
             return ""
-        rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        rate = (self.done - self.done_before) / max(time.monotonic() - self.began, 1e-9)
         if self.unit == "B":
             total = "" if self.total is None else f"/{format_number(self.total, 'B')}"
             return f"{format_number(self.done, 'B')}{total}  {format_number(rate, 'B')}/s"
@@ -211,18 +211,19 @@ class Stage(Live):
 
 
 @contextmanager
-def stage(name: str, total: float | None = None, unit: str = "") -> Iterator[Stage]:
+def stage(name: str, total: float | None = None, unit: str = "", *, done: float = 0) -> Iterator[Stage]:
     """Show a stage on the current screen while the context lasts; nothing is shown if there is none.
 
     Args:
         name: what is being done, such as `tokenising train`.
         total: how much there is to do; None if it is unknown.
         unit: the plural of what is counted, such as `pairs`; `B` for bytes; empty if nothing is counted.
+        done: how much was done before, which does not count in the rate.
     """
     if _current is None:
-        yield Stage(_NOWHERE, name, total, unit)
+        yield Stage(_NOWHERE, name, total, unit, done)
         return
-    with Stage(_current.console, name, total, unit) as shown:
+    with Stage(_current.console, name, total, unit, done) as shown:
         yield shown
 
 

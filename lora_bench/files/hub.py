@@ -6,7 +6,9 @@ import errno
 import sys
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from lora_bench.console.stages import stage
 from lora_bench.errors import Code, UserError
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _TIMEOUT_SECONDS = 5
+_LARGE_BYTES = 10_000_000
 _ACCESS = "log in with hf auth login, or set HF_TOKEN"
-_RETRY = "Start the command again: files that are complete are kept."
+_RETRY = "Start the command again: it goes on with what has been downloaded."
 
 
 @cache
@@ -70,15 +73,15 @@ def _stage_bar() -> Any:
         def __init__(self, *arguments: Any, name: str | None = None, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords | {"disable": True})
             is_download = keywords.get("unit") == "B"
-            text = str(keywords.get("desc") or "files").removeprefix("Generating ")
+            text = str(keywords.get("desc") or "files").rpartition("/")[2].removeprefix("Generating ")
             context = stage(
                 f"{'downloading' if is_download else 'reading'} {text}",
                 total=keywords.get("total"),
                 unit="B" if is_download else "rows",
+                done=keywords.get("initial") or 0,
             )
             self.context: Any = context
             self.stage = context.__enter__()
-            self.stage.advance(keywords.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> bool | None:
             """Count more bytes or rows."""
@@ -92,6 +95,57 @@ def _stage_bar() -> Any:
                 context.__exit__(None, None, None)
 
     return StageBar
+
+
+def download(repository: str, name: str, revision: str | None) -> Path:
+    """Return the path of a model's file in the hub's cache, downloaded if it is not there.
+
+    A large file goes on where an earlier download of it broke off. The hub's own client begins it anew.
+
+    Raises:
+        Exception: of the hub's client, if the download fails; see `translate_error`.
+    """
+    import huggingface_hub
+
+    with shown_progress():
+        _resume_large(repository, name, revision)
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+
+
+def _resume_large(repository: str, name: str, revision: str | None) -> None:
+    """Download a large file that is missing to its place in the hub's cache, beginning at the part that is there."""
+    from filelock import FileLock
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    url = file_download.hf_hub_url(repository, name, revision=revision)
+    metadata = file_download.get_hf_file_metadata(url)
+    name_in_cache = file_download.repo_folder_name(repo_id=repository, repo_type="model")
+    if metadata.etag is None or metadata.size is None or metadata.size < _LARGE_BYTES:
+        return
+    blob = Path(constants.HF_HUB_CACHE, name_in_cache, "blobs", metadata.etag)
+    if blob.exists():
+        return
+    partial = blob.with_name(f"{metadata.etag}.partial")
+    lock = Path(constants.HF_HUB_CACHE, ".locks", name_in_cache, partial.name)
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    headers = build_hf_headers()
+    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # the token is for the hub alone
+    with FileLock(lock), partial.open("ab") as file:
+        if blob.exists():  # another process was faster
+            return
+        if file.tell() < metadata.size:
+            file_download.http_get(
+                metadata.location,
+                file,
+                resume_size=file.tell(),
+                headers=headers,
+                expected_size=metadata.size,
+                displayed_filename=name,
+            )
+        partial.rename(blob)
 
 
 def translate_error(error: Exception, key: str, repository: str, revision: str | None = None) -> UserError | None:

@@ -184,7 +184,8 @@ class SharedInputs:
         experiment = experiment.with_data([data for data, *_ in loaded.values()])
         device = resolve_device(trainer.device)
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
-        tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
+        with stage("tokenising"):
+            tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
         return cls(backbone, sha256, tasks)
 
 

@@ -45,13 +45,13 @@ class FakeHub:
         commits = ["the bot's", "newest"] if revision else ["newest", "older"]
         return [SimpleNamespace(commit_id=commit) for commit in commits]
 
-    def download(self, _id: str, name: str, revision: str | None) -> str:
+    def download(self, _id: str, name: str, revision: str | None) -> Path:
         if self.error is not None:
             raise self.error
         self.downloaded.append((name, revision))
         if name.endswith(".safetensors"):
             save_file({"weight": torch.ones(2)}, self.folder / name)
-        return str(self.folder / name)
+        return self.folder / name
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake
     fake = FakeHub(tmp_path)
     monkeypatch.setattr(hub, "is_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.download)
+    monkeypatch.setattr(hub, "download", fake.download)
     hub_files._names.cache_clear()
     yield fake
     hub_files._names.cache_clear()
@@ -99,14 +99,13 @@ def test_the_bots_own_pull_request_stands_in_for_a_pickle(author: str, repositor
 
 
 def test_a_truncated_file_in_the_cache_is_named(repository: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(*arguments: Any, **keywords: Any) -> str:
-        path = repository.download(*arguments, **keywords)
-        content = (repository.folder / "model.safetensors").read_bytes()
-        (repository.folder / "model.safetensors").write_bytes(content[:-3])
+    def cut(*arguments: Any) -> Path:
+        path = repository.download(*arguments)
+        path.write_bytes(path.read_bytes()[:-3])
         return path
 
     repository.names[None] += ["model.safetensors"]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cut)
+    monkeypatch.setattr(hub, "download", cut)
     with refuses(Code.DAMAGED) as caught:
         download_weights("some/model", None, allow_bin=False)
     assert caught.value.file == repository.folder / "model.safetensors"
@@ -149,3 +148,32 @@ def test_each_fault_of_the_hub_has_its_paragraph(
     is_revision = isinstance(repository.error, errors.RevisionNotFoundError)
     with refuses(code, key="model.revision" if is_revision else "model.hub_id"):
         download_weights("some/model", "v7", allow_bin=False)
+
+
+def test_a_download_goes_on_where_it_broke_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a large file; a second command asks for the rest, and the hub's client then finds the whole."""
+    content = bytes(range(256)) * 40
+    asked: list[int] = []
+
+    def http_get(_url: str, file: Any, *, resume_size: int, **_: Any) -> None:
+        asked.append(resume_size)
+        end = len(content) if resume_size else 1000
+        file.write(content[resume_size:end])
+        if end < len(content):
+            raise KeyboardInterrupt
+
+    def hf_hub_download(*_: Any, **__: Any) -> str:
+        return str(tmp_path / "models--some--model" / "blobs" / "digest")
+
+    metadata = SimpleNamespace(etag="digest", size=len(content), location="https://elsewhere.co/file")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda _: metadata)
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", http_get)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(hub, "_LARGE_BYTES", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        hub.download("some/model", "model.safetensors", None)
+    path = hub.download("some/model", "model.safetensors", None)
+    assert path.read_bytes() == content
+    assert asked == [0, 1000]
+    assert [blob.name for blob in path.parent.iterdir()] == ["digest"]
