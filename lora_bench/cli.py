@@ -22,7 +22,7 @@ from lora_bench.console import streams
 from lora_bench.console.help import format_help, format_overview
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
-from lora_bench.console.stages import show_progress, stage
+from lora_bench.console.stages import importing_libraries, show_progress
 from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.records.job import follower_folder
@@ -30,7 +30,6 @@ from lora_bench.records.resume import sweep_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from omegaconf import DictConfig
 
@@ -291,12 +290,12 @@ def _train(cfg: DictConfig) -> None:
             check_train(job)
             console.print(sanitise(f"{_title(job)}: loading"))
             if cfg.dry_run:
-                with _loading_libraries():
+                with importing_libraries():
                     from lora_bench.sweeps import cost_estimate  # torch: late
 
                 cost_estimate.print_run_estimate(job, console)
             else:
-                with _loading_libraries():
+                with importing_libraries():
                     from lora_bench.train import train
 
                 train(job, console=console)
@@ -318,11 +317,6 @@ def _title(job: Job) -> str:
     return f"{adapter} on {model}, {', '.join(job.settings.tasks) or data}"
 
 
-def _loading_libraries() -> AbstractContextManager[object]:
-    """Show that torch and transformers are imported, which takes seconds."""
-    return stage("importing torch and transformers")
-
-
 def _eval(cfg: DictConfig) -> None:
     """Evaluate a finished run, or an adapter of PEFT; a wrong request is refused before torch is imported."""
     from hydra.core.hydra_config import HydraConfig
@@ -333,7 +327,7 @@ def _eval(cfg: DictConfig) -> None:
     console, choice = _console(), str(HydraConfig.get().runtime.choices["data"])
     with show_progress(console):
         console.print(sanitise(f"{cfg.run or cfg.peft} on {choice}: loading"))
-        with _loading_libraries():
+        with importing_libraries():
             from lora_bench.evaluate import run_eval
 
         run_eval(cfg, data_choice=choice, console=console)
@@ -347,7 +341,7 @@ def _predict(cfg: DictConfig) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)  # standard output may be for the predictions
     with show_progress(console):
         console.print(sanitise(f"{cfg.run}: loading"))
-        with _loading_libraries():
+        with importing_libraries():
             from lora_bench.predict import run_predict  # torch: late
 
         run_predict(request)
@@ -361,7 +355,7 @@ def _export(cfg: DictConfig) -> None:
     console = _console()
     with show_progress(console):
         console.print(sanitise(f"{cfg.run} as {cfg.format}: loading"))
-        with _loading_libraries():
+        with importing_libraries():
             from lora_bench.export import run_export
 
         run_export(cfg, console=console)
@@ -391,7 +385,7 @@ def _prompt(cfg: DictConfig) -> None:
         check_data(build_data(cfg.data))
         console = _console()
         with show_progress(console):
-            with _loading_libraries():
+            with importing_libraries():
                 from lora_bench.prompt import run_prompt  # torch: late
 
             run_prompt(cfg, folder, choices=choices, overrides=overrides, console=console)

@@ -23,6 +23,7 @@ from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from rich.progress import ProgressColumn
@@ -225,6 +226,11 @@ def stage(name: str, total: float | None = None, unit: str = "", *, done: float 
         return
     with Stage(_current.console, name, total, unit, done) as shown:
         yield shown
+
+
+def importing_libraries() -> AbstractContextManager[Stage]:
+    """Show that torch and transformers are imported, which takes seconds."""
+    return stage("importing torch and transformers")
 
 
 @contextmanager

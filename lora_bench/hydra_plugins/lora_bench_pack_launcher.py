@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
-from lora_bench.console.stages import show_progress, stage
+from lora_bench.console.stages import importing_libraries, show_progress
 from lora_bench.console.text import sanitise
 from lora_bench.records.folder_lock import Identity
 from lora_bench.records.job import Job, is_done, job_title
@@ -55,7 +55,7 @@ class PackedLauncher(BasicLauncher):
     def _launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]], console: Console) -> Sequence[JobReturn]:
         """Run the jobs as `launch_numbered` does, with messages on a console that shows progress."""
         console.print(f"{len(jobs_by_number)} job{'s' * (len(jobs_by_number) != 1)}: loading")
-        with stage("importing torch and transformers"):
+        with importing_libraries():
             from lora_bench.sweeps import cost_estimate  # torch: late
 
         ended: dict[str, Exception | None] = {}
