@@ -34,6 +34,10 @@ class HubWeights:
     paths: tuple[Path, ...] = ()
     """The downloaded files; empty without network, where transformers finds them in the hub's cache."""
 
+    def location(self, hub_id: str) -> str:
+        """Return what transformers loads them from: the folder of the downloaded files, else the hub id."""
+        return str(self.paths[0].parent) if self.paths else hub_id
+
 
 def download_texts(hub_id: str, revision: str | None, key: str = "model.hub_id") -> None:
     """Download config.json and the files of the tokenizer, if the hub can be reached and they are not here yet.

@@ -288,7 +288,7 @@ def _pretrained(
         building = bounded_construction(folder, allow_bin=model.allow_bin) if folder else nullcontext()
         with building, torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
             network, report = hf_class.from_pretrained(
-                location,
+                weights.location(location),
                 config=config,
                 revision=weights.revision,
                 dtype=torch.float32,
