@@ -22,6 +22,7 @@ from lora_bench.console import streams
 from lora_bench.console.help import format_help, format_overview
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
+from lora_bench.console.stages import importing_libraries, show_progress
 from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.records.job import follower_folder
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.config.compose import Arguments, ComposedHydra
+    from lora_bench.records.job import Job
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -281,16 +283,20 @@ def _train(cfg: DictConfig) -> None:
     job = None
     is_follower = Launch.read().rank > 0  # of torchrun: only the process of rank 0 writes and prints
     console = Console(quiet=True) if is_follower else console
-    with follower_folder(cfg, folder) if is_follower else nullcontext(folder) as run_folder:
+    run_context = follower_folder(cfg, folder) if is_follower else nullcontext(folder)
+    with show_progress(console), run_context as run_folder:
         try:
             job = Job.composed(cfg, hydra, run_folder)
             check_train(job)
+            console.print(sanitise(f"{_title(job)}: loading"))
             if cfg.dry_run:
-                from lora_bench.sweeps import cost_estimate  # torch: late
+                with importing_libraries():
+                    from lora_bench.sweeps import cost_estimate  # torch: late
 
                 cost_estimate.print_run_estimate(job, console)
             else:
-                from lora_bench.train import train
+                with importing_libraries():
+                    from lora_bench.train import train
 
                 train(job, console=console)
         except Exception as error:
@@ -305,6 +311,12 @@ def _train(cfg: DictConfig) -> None:
         discard(folder)
 
 
+def _title(job: Job) -> str:
+    """Return what a job trains on what: `lora on roberta, qqp`."""
+    adapter, model, data = (job.choices.get(group) or "" for group in ("adapter", "model", "data"))
+    return f"{adapter} on {model}, {', '.join(job.settings.tasks) or data}"
+
+
 def _eval(cfg: DictConfig) -> None:
     """Evaluate a finished run, or an adapter of PEFT; a wrong request is refused before torch is imported."""
     from hydra.core.hydra_config import HydraConfig
@@ -312,9 +324,13 @@ def _eval(cfg: DictConfig) -> None:
     from lora_bench.run.preflight import check_eval
 
     check_eval(cfg)
-    from lora_bench.evaluate import run_eval
+    console, choice = _console(), str(HydraConfig.get().runtime.choices["data"])
+    with show_progress(console):
+        console.print(sanitise(f"{cfg.run or cfg.peft} on {choice}: loading"))
+        with importing_libraries():
+            from lora_bench.evaluate import run_eval
 
-    run_eval(cfg, data_choice=str(HydraConfig.get().runtime.choices["data"]), console=_console())
+        run_eval(cfg, data_choice=choice, console=console)
 
 
 def _predict(cfg: DictConfig) -> None:
@@ -322,9 +338,13 @@ def _predict(cfg: DictConfig) -> None:
     from lora_bench.run.prediction_request import PredictionRequest
 
     request = PredictionRequest.read(cfg)
-    from lora_bench.predict import run_predict  # torch: late
+    console = Console(stderr=True, highlight=False, soft_wrap=True)  # standard output may be for the predictions
+    with show_progress(console):
+        console.print(sanitise(f"{cfg.run}: loading"))
+        with importing_libraries():
+            from lora_bench.predict import run_predict  # torch: late
 
-    run_predict(request)
+        run_predict(request)
 
 
 def _export(cfg: DictConfig) -> None:
@@ -332,9 +352,13 @@ def _export(cfg: DictConfig) -> None:
     from lora_bench.run.preflight import check_export
 
     check_export(cfg)
-    from lora_bench.export import run_export
+    console = _console()
+    with show_progress(console):
+        console.print(sanitise(f"{cfg.run} as {cfg.format}: loading"))
+        with importing_libraries():
+            from lora_bench.export import run_export
 
-    run_export(cfg, console=_console())
+        run_export(cfg, console=console)
 
 
 def _prompt(cfg: DictConfig) -> None:
@@ -359,9 +383,12 @@ def _prompt(cfg: DictConfig) -> None:
             node[key] = os.path.abspath(str(node[key]))
     try:
         check_data(build_data(cfg.data))
-        from lora_bench.prompt import run_prompt  # torch: late
+        console = _console()
+        with show_progress(console):
+            with importing_libraries():
+                from lora_bench.prompt import run_prompt  # torch: late
 
-        run_prompt(cfg, folder, choices=choices, overrides=overrides, console=_console())
+            run_prompt(cfg, folder, choices=choices, overrides=overrides, console=console)
     finally:
         discard(folder)  # unless the run has started
 

@@ -15,6 +15,7 @@ import torch
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.canonical import settings_hash
 from lora_bench.console.progress import Display, announce
+from lora_bench.console.stages import stage
 from lora_bench.console.text import sanitise
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
@@ -92,12 +93,14 @@ def train_pack(
     reset_peak_memory(inputs.backbone.device)
     pack = Pack(inputs.backbone, [member for run in runs for member in run.adapters(inputs)])
     try:
-        inputs = _prepare(pack, runs, inputs, processes)
+        with stage("initialising the adapters"):
+            inputs = _prepare(pack, runs, inputs, processes)
         with (
             Recorder(pack, runs, inputs, console, processes, sharing, brief) as recorder,
             Interruption() as interruption,
         ):
-            recorder.start_runs()  # signals wait until every folder is claimed and its record written
+            with stage("starting the run"):
+                recorder.start_runs()  # signals wait until every folder is claimed and its record written
             if recorder.running:
                 _fit(recorder, display, interruption)
         return [run.progress.error for run in runs]
@@ -139,7 +142,8 @@ def _fit(recorder: Recorder, display: DisplayFactory, interruption: Interruption
     members = [member for run in runs for member in run.members]
     records = [run.record.record for run in runs if run.record]
     announce(console, records, len(pack.updates[started.numbers[0]]), recorder.notes())
-    flop_models = _flop_models(pack)
+    with stage("counting FLOPs"):
+        flop_models = _flop_models(pack)
     for run in runs:
         run.open_checkpoints(flop_models)
         for member, checkpoint in zip(run.members, run.resumed_from or (), strict=False):

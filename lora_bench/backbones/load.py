@@ -1,7 +1,8 @@
 """Loading of a backbone and its tokenizer from a model's settings.
 
-Weights come only from safetensors, and no code of a checkpoint is ever run. They are memory-mapped from the file as far
-as their type there is the one they are loaded in, so they take no memory of the process before they are cast.
+Weights come from safetensors, or with `model.allow_bin` from PyTorch's pickled files. No code of a checkpoint is ever
+run. Safetensors are memory-mapped from the file as far as their type there is the one they are loaded in, so they take
+no memory of the process before they are cast.
 """
 
 from __future__ import annotations
@@ -15,21 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 
 from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones.hub_files import HubWeights, download_texts, download_weights
 from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import (
     INDEX,
+    PICKLED_WEIGHTS,
     WEIGHTS,
     bounded_construction,
     check_model_folder,
     check_settings,
     checkpoint_tensors,
+    is_pickled,
     stored_dtype,
 )
 from lora_bench.backbones.tokenizer import first_line, read_tokenizer
 from lora_bench.errors import Code, UserError
+from lora_bench.files import hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +65,9 @@ def load_tokenizer(model: Model) -> Any:
     if model.random is not None and not (model.tokenizer or model.path):
         return tiny_tokenizers.tokenizer(str(model.random["model_type"]))
     location = model.tokenizer or locate(model)
+    if not os.path.isdir(location):
+        revision, key = (None, "model.tokenizer") if model.tokenizer else (model.revision, "model.hub_id")
+        download_texts(location, revision, key)  # before the time limit of reading them begins
 
     def refusal(reason: str, remedy: str | None, code: Code) -> UserError:
         """Return the error with the config key that names the tokenizer, and with a general remedy if there is none."""
@@ -130,11 +139,12 @@ def load(
             network = hf_class._from_config(config, dtype=torch.float32, **options)
         new_parameters = {name for name, _ in network.named_parameters()}
     else:
-        tensors = _checkpoint_tensors(model, location)
+        weights = _find_weights(model, location)
+        tensors = _checkpoint_tensors(model, location, weights)
         dtype = torch.float32 if trained else stored_dtype(tensors)
         if refusal is not None:
             _refuse_too_large(hf_class, config, tensors, refusal)
-        network, new_parameters = _pretrained(hf_class, model, location, config, {**options, "dtype": dtype})
+        network, new_parameters = _pretrained(hf_class, model, location, weights, config, {**options, "dtype": dtype})
     network.eval()
     _refuse_unknown_tokens(network, tokenizer, model.tokenizer or location)
     _align_padding(network, tokenizer.pad_token_id)
@@ -218,7 +228,7 @@ def _checked_location(model: Model) -> str:
     """
     location = locate(model)
     if model.path or model.folder:
-        check_model_folder(Path(location))
+        check_model_folder(Path(location), allow_bin=model.allow_bin)
     return location
 
 
@@ -269,8 +279,15 @@ def _network_class(model: Family, config: Any) -> Any:
     return network_class
 
 
+def _find_weights(model: Model, location: str) -> HubWeights:
+    """Return the weights that lie in a local folder, or of a hub id, whose files are downloaded if they are absent."""
+    if os.path.isdir(location):
+        return HubWeights(model.revision, is_pickled(Path(location)))
+    return download_weights(location, model.revision, allow_bin=model.allow_bin)
+
+
 def _pretrained(
-    hf_class: Any, model: Model, location: str, config: Any, options: dict[str, Any]
+    hf_class: Any, model: Model, location: str, weights: HubWeights, config: Any, options: dict[str, Any]
 ) -> tuple[Any, set[str]]:
     """Return the network with the weights of a checkpoint, and the names of parameters that it does not hold.
 
@@ -280,16 +297,20 @@ def _pretrained(
         UserError: the weights cannot be loaded, have another digest than `model.sha256`, are far smaller than
             config.json asks for, or come with an adapter.
     """
+    folder = Path(location) if os.path.isdir(location) else None
     if model.sha256 and not model.path:
-        _refuse_other_weights(model, location)
+        _refuse_other_weights(model, location, weights)
+    # transformers would ask a public service to convert pickled weights, in a thread of its own.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        building = bounded_construction(Path(location)) if Path(location).is_dir() else nullcontext()
+        building = bounded_construction(folder, allow_bin=model.allow_bin) if folder else nullcontext()
         with building, torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
             network, report = hf_class.from_pretrained(
-                location,
+                weights.location(location),
                 config=config,
-                revision=model.revision,
-                use_safetensors=True,
+                revision=weights.revision,
+                use_safetensors=not weights.is_pickled,
+                weights_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # a head for other labels is drawn anew; `_refuse_holes` sees the rest
@@ -311,19 +332,20 @@ def _pretrained(
     return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
-def _checkpoint_tensors(model: Model, location: str) -> dict[str, TensorInfo]:
-    """Return the tensors of a local folder, or of the snapshot of a hub id, whose weights are downloaded if absent.
+def _checkpoint_tensors(model: Model, location: str, weights: HubWeights) -> dict[str, TensorInfo]:
+    """Return the tensors of a local folder or of the files of a hub id.
 
-    It is empty where no safetensors file is found: loading then gives the reason.
+    It is empty where no file is found: loading then gives the reason.
     """
-    if Path(location).is_dir():
-        with suppress(UserError):
-            return checkpoint_tensors(Path(location))
-        return {}
-    for name in (WEIGHTS, INDEX):
-        with suppress(Exception):
-            file = transformers.utils.cached_file(location, name, revision=model.revision)
-            return checkpoint_tensors(Path(file).parent)
+    folder = Path(weights.location(location))
+    if not folder.is_dir():  # no network
+        cached = (try_to_load_from_cache(location, name, revision=weights.revision) for name in (WEIGHTS, INDEX))
+        file = next((path for path in cached if isinstance(path, str)), None)
+        if file is None:
+            return {}
+        folder = Path(file).parent
+    with suppress(UserError):
+        return checkpoint_tensors(folder, allow_bin=model.allow_bin)
     return {}
 
 
@@ -347,16 +369,17 @@ def _refuse_too_large(
         raise error
 
 
-def _refuse_other_weights(model: Model, location: str) -> None:
-    """Refuse weights whose digest is not `model.sha256`; only model.safetensors is read.
+def _refuse_other_weights(model: Model, location: str, weights: HubWeights) -> None:
+    """Refuse weights whose digest is not `model.sha256`; only model.safetensors or pytorch_model.bin is read.
 
     Raises:
         UserError: the digest differs, or the file cannot be found or read.
     """
     try:
-        path = transformers.utils.cached_file(location, "model.safetensors", revision=model.revision)
-        with open(path, "rb") as weights:
-            digest = file_digest(weights, "sha256").hexdigest()
+        name = PICKLED_WEIGHTS if weights.is_pickled else WEIGHTS
+        path = transformers.utils.cached_file(location, name, revision=weights.revision)
+        with open(path, "rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
     except Exception as error:
         raise _unreachable(model, location, error) from None
     if digest != model.sha256:
@@ -399,6 +422,8 @@ def _unreachable(model: Model, location: str, error: Exception) -> UserError:
         return UserError(
             f"no model could be loaded from there ({first_line(error)})", file=location, code=Code.UNSUPPORTED
         )
+    if (known := hub.translate_error(error, "model.hub_id", location, model.revision)) is not None:
+        return known
     return UserError(
         f"could neither be downloaded nor found in the local cache ({first_line(error)})",
         key="model.hub_id",

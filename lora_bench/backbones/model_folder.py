@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import stat
 from contextlib import contextmanager
 from math import prod
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.modeling_utils import load_state_dict
 
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+OTHER_WEIGHTS = (PICKLED_WEIGHTS, PICKLE_INDEX, "tf_model.h5", "flax_model.msgpack")
+DOWNLOAD_AGAIN = "Copy or download the model's files once more."
 LARGEST_JSON_BYTES = 64 * 2**20
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST_NUMBER = 2**21
@@ -40,15 +43,10 @@ SPARE_ELEMENTS = 2**26
 """Elements that a network may have beyond four times those of its checkpoint, for a new head."""
 _FREE_NUMBERS = ("theta", "seed", "version")
 """Settings whose names contain one of these may be of any size: nothing is allocated for them."""
-_CONVERT = (
-    "import glob, sys, torch, safetensors.torch as s; d = sys.argv[1]; "
-    "s.save_file({k: v.clone() for f in glob.glob(d + '/pytorch_model*.bin') for k, v in "
-    "torch.load(f, weights_only=True).items()}, d + '/model.safetensors', {'format': 'pt'})"
-)
 
 
 class TensorInfo(NamedTuple):
-    """The type and shape of a tensor in a safetensors file, read from its header."""
+    """The type and shape of a tensor in a file of weights."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,10 +58,10 @@ def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     return torch.bfloat16 if types == {"BF16"} else torch.float32
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, *, allow_bin: bool = False) -> None:
     """Refuse a local model folder that cannot be loaded unchanged, before large files are read.
 
-    Of the weights only headers are read.
+    Of the weights only headers are read. With `allow_bin` they may be PyTorch's pickled files.
 
     Raises:
         UserError: a file is absent, damaged, or would change what is loaded; the message names it.
@@ -73,7 +71,7 @@ def check_model_folder(folder: Path) -> None:
     config_file = folder / "config.json"
     settings = read_json(config_file)
     check_settings(settings, config_file)
-    tensors = checkpoint_tensors(folder)
+    tensors = checkpoint_tensors(folder, allow_bin=allow_bin)
     _refuse_adapted_tensors(tensors, folder)
     _refuse_types(tensors, folder)
     _refuse_impossible_numbers(settings, tensors, config_file)
@@ -126,7 +124,7 @@ def check_settings(settings: Mapping[str, Any], file: str | Path) -> None:
 
 
 @contextmanager
-def bounded_construction(folder: Path) -> Iterator[None]:
+def bounded_construction(folder: Path, *, allow_bin: bool = False) -> Iterator[None]:
     """Limit the size of networks that are built on the meta device within the context by the folder's checkpoint.
 
     The limit is four times the elements of the checkpoint, and SPARE_ELEMENTS. It holds for all threads of the process.
@@ -134,7 +132,7 @@ def bounded_construction(folder: Path) -> Iterator[None]:
     Raises:
         UserError: config.json asks for more; or the checkpoint is absent or damaged.
     """
-    tensors = checkpoint_tensors(folder)
+    tensors = checkpoint_tensors(folder, allow_bin=allow_bin)
     most = 4 * sum(prod(info.shape) for info in tensors.values()) + SPARE_ELEMENTS
     count = 0
 
@@ -168,7 +166,7 @@ def _refuse_special_files(folder: Path) -> None:
         paths = list(folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", file=folder, code=Code.UNREADABLE) from None
-    needed = {"config.json", WEIGHTS, INDEX, *ADAPTER_FILES}
+    needed = {"config.json", WEIGHTS, INDEX, PICKLED_WEIGHTS, PICKLE_INDEX, *ADAPTER_FILES}
     for path in paths:
         try:
             mode = path.stat().st_mode
@@ -196,25 +194,37 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
-def checkpoint_tensors(folder: Path) -> dict[str, TensorInfo]:
+def is_pickled(folder: Path) -> bool:
+    """Return whether a folder has weights in PyTorch's pickled format only."""
+    has_safetensors = any((folder / name).exists() for name in (WEIGHTS, INDEX))
+    return not has_safetensors and any((folder / name).exists() for name in (PICKLED_WEIGHTS, PICKLE_INDEX))
+
+
+def checkpoint_tensors(folder: Path, *, allow_bin: bool) -> dict[str, TensorInfo]:
     """Return the tensors of the checkpoint by name, read from the headers of its files.
 
-    They are those of model.safetensors if it exists, else of the files that its index names.
+    They are those of model.safetensors if it exists, else of the files that its index names; with `allow_bin` those of
+    pickled files, if there are no others.
 
     Raises:
         UserError: there is neither, or a file is damaged.
     """
     if (folder / WEIGHTS).exists():
-        return _header(folder / WEIGHTS)
+        return read_header(folder / WEIGHTS)
+    if allow_bin and is_pickled(folder):
+        single, pickled = folder / PICKLED_WEIGHTS, dict[str, TensorInfo]()
+        for path in [single] if single.exists() else _shards(folder / PICKLE_INDEX, ".bin"):
+            pickled |= _pickled_header(path)
+        return pickled
     if not (folder / INDEX).exists():
         raise _without_safetensors(folder)
     tensors: dict[str, TensorInfo] = {}
-    for shard in _shards(folder / INDEX):
-        tensors |= _header(shard)
+    for shard in _shards(folder / INDEX, ".safetensors"):
+        tensors |= read_header(shard)
     return tensors
 
 
-def _shards(index: Path) -> list[Path]:
+def _shards(index: Path, suffix: str) -> list[Path]:
     """Return the files that an index names, each once; all of them lie beside it.
 
     Raises:
@@ -224,26 +234,47 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError("is damaged: it has no weight_map", file=index, code=Code.DAMAGED)
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
-            reason = f"weight_map: {tensor!r} is in {name!r}, which is not a .safetensors file of this folder"
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(suffix):
+            reason = f"weight_map: {tensor!r} is in {name!r}, which is not a {suffix} file of this folder"
             raise UserError(reason, file=index, remedy="Save the model anew with save_pretrained.", code=Code.DAMAGED)
     shards = [index.with_name(name) for name in dict.fromkeys(weight_map.values())]
     missing = next((shard for shard in shards if not shard.is_file()), None)
     if missing:
         reason = f"weight_map: {missing.name} is not in this folder"
-        raise UserError(reason, file=index, remedy="Copy or download the model's files once more.", code=Code.DAMAGED)
+        raise UserError(reason, file=index, remedy=DOWNLOAD_AGAIN, code=Code.DAMAGED)
     return shards
 
 
-def _header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, remedy: str = DOWNLOAD_AGAIN) -> dict[str, TensorInfo]:
     """Return the type and shape of each tensor in a safetensors file, by name; a `UserError` if the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: TensorInfo(entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
     except (OSError, SafetensorError, ValueError) as error:
-        remedy = "Copy or download the model's files once more."
         raise UserError(f"is damaged: {error}", file=path, remedy=remedy, code=Code.DAMAGED) from None
+
+
+def _pickled_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the type and shape of each tensor in a pickled file, by name; nothing in it is executed.
+
+    transformers reads it with `torch.load(weights_only=True)`, here without the numbers.
+
+    Raises:
+        UserError: the file is damaged, or holds anything else than tensors by name.
+    """
+    try:
+        state: Any = load_state_dict(path, map_location="meta", weights_only=True)
+        return {name: TensorInfo(_type_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()}
+    except Exception as error:  # of the unpickler, of the archive, or of what is no dictionary of tensors
+        reason = f"is damaged, or holds something else than tensors ({type(error).__name__})"
+        raise UserError(reason, file=path, remedy=DOWNLOAD_AGAIN, code=Code.DAMAGED) from None
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    """Return the name that safetensors has for a type: `F32`, `BF16`, `I64`."""
+    name = str(dtype).removeprefix("torch.")
+    return name.upper().replace("BFLOAT", "BF").replace("FLOAT", "F").replace("UINT", "U").replace("INT", "I")
 
 
 def _without_safetensors(folder: Path) -> UserError:
@@ -257,12 +288,10 @@ def _without_safetensors(folder: Path) -> UserError:
         return UserError(
             reason, file=folder, remedy="Give the folder that save_pretrained of a model wrote.", code=Code.NOT_FOUND
         )
-    reason += f", only {other_weights[0]}, which is not read here"
+    reason += f", only {other_weights[0]}"
     if other_weights[0].startswith("pytorch_model"):
-        command = f'python -c "{_CONVERT}" {shlex.quote(str(folder))}'
-        return UserError(
-            reason, file=folder, remedy=f"Convert it once, without running code of it: {command}", code=Code.UNSUPPORTED
-        )
+        remedy = "Set model.allow_bin=true to read it with torch.load(weights_only=True), which runs no code of it."
+        return UserError(reason, file=folder, remedy=remedy, code=Code.UNSUPPORTED)
     return UserError(
         reason, file=folder, remedy="Load it with transformers and save it with save_pretrained.", code=Code.UNSUPPORTED
     )

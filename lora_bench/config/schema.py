@@ -37,6 +37,8 @@ class Model:
     """The id of a model on the Hugging Face hub."""
     revision: str | None
     """Branch, tag or commit of the model on the hub; null: the newest."""
+    allow_bin: bool
+    """Read `pytorch_model.bin`, with `torch.load(weights_only=True)`, where there is no `model.safetensors`."""
     random: dict[str, Any] | None
     """Settings of a Hugging Face config; a network with random weights is made of it, for tests."""
 

@@ -1,15 +1,12 @@
-"""Progress of training: a live bar in a terminal, a line per evaluation elsewhere, and a table of the results."""
+"""Progress of training: a live bar in a terminal, lines of steps and evaluations elsewhere, a table of the results."""
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rich import box
-from rich.console import Group
-from rich.live import Live as Refreshed
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,62 +14,19 @@ from lora_bench.config.groups import model_name
 from lora_bench.config.metric_names import MAIN_METRIC_CHOICES, SHOWN_METRICS
 from lora_bench.config.recorded_task import form_of_metrics
 from lora_bench.console.format import format_number
+from lora_bench.console.stages import Live
 from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
-    from types import TracebackType
 
     from rich.console import Console
-    from rich.progress import ProgressColumn
 
-LINES_PER_RUN = 10
-"""Maximum progress lines of a run without a terminal."""
 MAX_CLASSES_SHOWN = 8
 """Maximum names of classes that are printed before training."""
 _SMOOTHING = 0.1
 """Weight of the newest value in moving averages."""
-
-
-class Live:
-    """A progress bar in a terminal; without a terminal it is not shown, and `due` tells when to print a line instead.
-
-    A context manager; the bar is removed on exit.
-
-    Args:
-        console: the terminal.
-        total: number of steps.
-        columns: shown after the bar.
-        fields: initial values of the fields that the columns show.
-    """
-
-    def __init__(self, console: Console, total: int, *columns: ProgressColumn, **fields: Any) -> None:
-        """Create the bar; it is shown on entering the context."""
-        self.console = console
-        self.total = total
-        bar = [BarColumn(bar_width=None), *columns, TimeRemainingColumn(compact=True)]
-        self.progress = Progress(*bar, console=console, expand=True, transient=True)
-        self.task = self.progress.add_task("", total=total, **fields)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self.progress.start()
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Remove the bar; an exception is raised further."""
-        if self.console.is_terminal:
-            self.progress.stop()
-
-    def due(self, done: int) -> bool:
-        """Return whether a line is to be printed after this many steps.
-
-        Never in a terminal; otherwise after equal intervals, about `LINES_PER_RUN` times in all.
-        """
-        return not self.console.is_terminal and done % math.ceil(self.total / LINES_PER_RUN) == 0
 
 
 class Display(Live):
@@ -107,6 +61,8 @@ class Display(Live):
         self.score: float | None = None
         """The latest value of `metric`."""
         self.pairs_per_second: float | None = None
+        self.steps = steps
+        self.step = 0
         self.last_step = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -126,10 +82,10 @@ class Display(Live):
         self.active = losses.keys()
         self.losses |= {member: _smooth(self.losses.get(member), loss) for member, loss in losses.items()}
         self.pairs_per_second = _smooth(self.pairs_per_second, pairs / max(now - self.last_step, 1e-9))
-        self.last_step = now
-        self.progress.update(self.task, completed=step, state=self._state(step))
+        self.last_step, self.step = now, step
+        self.progress.update(self.task, completed=step, state=self._state())
         if self.due(step):
-            self.console.print(Text(f"step {self._state(step)}"))
+            self.screen.print(self.line())
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         """Show an evaluation of a member: in its row, or as a printed line where there is no terminal or a single run.
@@ -150,14 +106,20 @@ class Display(Live):
         title = f"{self.names[member].partition(':')[0]}  " if self.names else ""
         main = "  ".join(f"{name} {_number(metrics[name], 3)}" for name in SHOWN_METRICS[form])
         text = f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"  # 60 columns at most
-        self.console.print(Text(f"{title}{text}"))
+        self.screen.print(f"{title}{text}")
 
-    def _state(self, step: int) -> str:
-        """Return step, mean loss, metric and throughput as one line.
+    def line(self) -> str:
+        """Return the state of the training as one line."""
+        return f"step {self._state()}"
+
+    def _state(self) -> str:
+        """Return step, mean loss, metric and throughput as one line; before the first step only its number.
 
         The metric is left out before the first evaluation, and where each member has a row.
         """
-        fields = [f"{step}/{self.total}", f"loss {self.loss:.3f}"]
+        if self.loss is None:
+            return f"{self.step}/{self.steps}"
+        fields = [f"{self.step}/{self.steps}", f"loss {self.loss:.3f}"]
         fields += [] if self.score is None or self.names else [f"{self.metric} {self.score:.3f}"]
         return "  ".join([*fields, f"{self.pairs_per_second:.0f} pairs/s"])
 
@@ -185,40 +147,9 @@ class DisplayFactory(Protocol):
 
 
 class RowDisplay(Display):
-    """A display on a `Screen` with others; each name has a row, even a single one."""
+    """A display on a screen with others; each name has a row, even a single one."""
 
     rows_from = 1
-
-
-class Screen:
-    """The displays of several trainings at a time, one below the other; shown in a terminal only.
-
-    A context manager like `Live`.
-    """
-
-    def __init__(self, console: Console) -> None:
-        """Create the screen without displays; callers add them to `displays`. It is shown on entering the context."""
-        self.console = console
-        self.displays: dict[int, Display] = {}
-        """Displays by the number of their worker."""
-        self.refreshed = Refreshed(console=console, get_renderable=self._all, transient=True)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self.refreshed.start()
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Remove the displays from the terminal; an exception is raised further."""
-        if self.console.is_terminal:
-            self.refreshed.stop()
-
-    def _all(self) -> Group:
-        """Return the bars and rows of all displays."""
-        displays = list(self.displays.values())
-        return Group(*(renderable for display in displays for renderable in display.progress.get_renderables()))
 
 
 def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> None:

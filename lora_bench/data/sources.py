@@ -223,8 +223,11 @@ def _hub_tables(data: HubData) -> dict[str, Table]:
         datasets.config.HF_HUB_OFFLINE = True
     name = data.hub_id if data.hub_config is None else f"{data.hub_id}/{data.hub_config}"
     try:
-        splits = datasets.load_dataset(data.hub_id, data.hub_config, revision=data.revision)
+        with hub.shown_progress():
+            splits = datasets.load_dataset(data.hub_id, data.hub_config, revision=data.revision)
     except Exception as error:  # a dozen unrelated types
+        if (known := hub.translate_error(error, "data.hub_id", data.hub_id, data.revision)) is not None:
+            raise known from None
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         remedy = (
             "Without network use local files (data=files data.path=DIR) or the generator (data=toy); "

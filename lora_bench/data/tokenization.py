@@ -7,22 +7,24 @@ tokenizer can produce.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import tokenizers
 
+from lora_bench.console.stages import stage
 from lora_bench.data.text_positions import TextPositions
 from lora_bench.errors import Code, UserError
 from lora_bench.files.cache import CacheFiles, token_limit_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import BinaryIO
 
     from numpy.typing import NDArray
@@ -249,27 +251,27 @@ def _encode(
     text_ids: list[NDArray[np.int8]] = []
     lengths: list[NDArray[np.int64]] = []
     counts = dict.fromkeys(_COUNTS, 0)
-    for i in range(0, len(pairs), CHUNK):
-        encodings = _encode_chunk(
-            backend, pairs[i : i + CHUNK], with_offsets=positions is not None and positions.spans is not None
-        )
-        kept: list[Sequence[int] | None] = [None] * len(encodings)  # positions; None: all
-        for row, encoding in enumerate(encodings):
-            if not len(encoding):
-                encoding.pad(1, pad_id=tokenizer.pad_token_id)
-            counts["longest"] = max(counts["longest"], len(encoding))
-            if len(encoding) > max_length:
-                of_tokens = for_truncation.text_ids(encoding, i + row)
-                kept[row], is_fallback = _kept_positions(of_tokens, max_length, truncation)
-                counts["truncated"] += 1
-                counts["fallback"] += is_fallback
-        rows = list(zip(encodings, kept, strict=True))
-        lengths.append(np.array([len(encoding if keep is None else keep) for encoding, keep in rows]))
-        ids.append(np.fromiter(chain.from_iterable(_take(e.ids, keep) for e, keep in rows), np.int32))
-        types.append(np.fromiter(chain.from_iterable(_take(e.type_ids, keep) for e, keep in rows), np.int8))
+    first_row = 0
+    with_offsets = positions is not None and positions.spans is not None
+    for encodings in _encode_in_chunks(backend, pairs, with_offsets=with_offsets):
+        sizes = np.fromiter(map(len, encodings), np.int64, len(encodings))
+        for row in np.flatnonzero(sizes == 0).tolist():
+            encodings[row].pad(1, pad_id=tokenizer.pad_token_id)
+        kept: dict[int, Sequence[int]] = {}  # positions in the rows that are longer than the limit
+        for row in np.flatnonzero(sizes > max_length).tolist():
+            of_tokens = for_truncation.text_ids(encodings[row], first_row + row)
+            kept[row], is_fallback = _kept_positions(of_tokens, max_length, truncation)
+            counts["fallback"] += is_fallback
+        counts["truncated"] += len(kept)
+        counts["longest"] = max(counts["longest"], 1, int(sizes.max()))
+        lengths.append(np.clip(sizes, 1, max_length))
+        total = int(lengths[-1].sum())
+        ids.append(np.fromiter(_flat((e.ids for e in encodings), kept), np.int32, total))
+        types.append(np.fromiter(_flat((e.type_ids for e in encodings), kept), np.int8, total))
         if positions is not None:
-            of_rows = (positions.text_ids(e, i + row) for row, e in enumerate(encodings))
-            text_ids += [of_row if keep is None else of_row[keep] for of_row, keep in zip(of_rows, kept, strict=True)]
+            of_rows = [positions.text_ids(e, first_row + row) for row, e in enumerate(encodings)]
+            text_ids += [of_row[kept[row]] if row in kept else of_row for row, of_row in enumerate(of_rows)]
+        first_row += len(encodings)
     offsets = pa.array(np.concatenate([[0], *lengths]).cumsum(), pa.int32())
     columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids)))}
     flat_types = np.concatenate(types)
@@ -281,9 +283,38 @@ def _encode(
     return batch.replace_schema_metadata({name: str(count) for name, count in counts.items()})
 
 
-def _take(values: Sequence[int], positions: Sequence[int] | None) -> Sequence[int]:
-    """Return the values at these positions; all of them if it is None."""
-    return values if positions is None else [values[position] for position in positions]
+def _encode_in_chunks(backend: Any, pairs: Sequence[Any], *, with_offsets: bool) -> Iterator[list[Any]]:
+    """Yield the encodings of `CHUNK` pairs (or single texts) at a time, and show the progress of a long table.
+
+    The tokenizer's native code uses all cores. It encodes the next chunk while the caller works on the last one, which
+    takes an eighth of the processor time and would leave the other cores idle.
+
+    Raises:
+        UserError: as `_encode_chunk`.
+    """
+    encode = partial(_encode_chunk, with_offsets=with_offsets)
+    chunks = (pairs[i : i + CHUNK] for i in range(0, len(pairs), CHUNK))
+    with stage("tokenising", total=len(pairs), unit="pairs") as progress, ThreadPoolExecutor(1) as thread:
+        pending = [thread.submit(encode, backend, chunk) for chunk in islice(chunks, 1)]
+        while pending:
+            encodings = pending.pop().result()
+            pending = [thread.submit(encode, backend, chunk) for chunk in islice(chunks, 1)]
+            yield encodings
+            progress.advance(len(encodings))
+
+
+def _flat(rows: Iterable[Sequence[int]], kept: Mapping[int, Sequence[int]]) -> Iterator[int]:
+    """Return the values of all rows one after the other.
+
+    Args:
+        rows: values of each row.
+        kept: positions of the values to return, by the number of a row that does not keep all.
+    """
+    if not kept:
+        return chain.from_iterable(rows)
+    return chain.from_iterable(
+        values if row not in kept else [values[position] for position in kept[row]] for row, values in enumerate(rows)
+    )
 
 
 def _kept_positions(text_ids: NDArray[np.int8], max_length: int, truncation: str) -> tuple[list[int], bool]:

@@ -1,6 +1,7 @@
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,10 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
+from rich.console import Console
 
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
+from lora_bench.console.stages import show_progress, stage
 from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
 from lora_bench.files.atomic_io import to_json
 from lora_bench.records.settings import Settings
@@ -231,8 +234,15 @@ class GridSweeper(BasicSweeper):
 
         job_by_folder: dict[str, list[str]] = {}
         job_by_identity: dict[str, list[str]] = {}
-        for number, job in enumerate(jobs, first):
-            name, identity = self._check(number, job)
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        if first == 0:
+            console.print(f"{len(jobs)} job{'s' * (len(jobs) != 1)}: checking")
+        with show_progress(console), stage("checking the jobs", total=len(jobs), unit="jobs") as progress:
+            checked = []
+            for number, job in enumerate(jobs, first):
+                checked.append(self._check(number, job))
+                progress.advance()
+        for (name, identity), job in zip(checked, jobs, strict=True):
             if sweep_folder.is_outside(name):
                 raise UserError("leads out of the sweep's folder", key=SUBDIR_KEY, value=name, code=Code.FORBIDDEN)
             if identity in job_by_identity:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
+from lora_bench.console.stages import importing_libraries, show_progress
 from lora_bench.console.text import sanitise
 from lora_bench.records.folder_lock import Identity
 from lora_bench.records.job import Job, is_done, job_title
@@ -47,9 +48,16 @@ class PackedLauncher(BasicLauncher):
         Returns:
             For each job, as return value, the error that ended it early, or None; the status is always `COMPLETED`.
         """
-        from lora_bench.sweeps import cost_estimate  # torch: late
-
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        with show_progress(console):
+            return self._launch_numbered(jobs_by_number, console)
+
+    def _launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]], console: Console) -> Sequence[JobReturn]:
+        """Run the jobs as `launch_numbered` does, with messages on a console that shows progress."""
+        console.print(f"{len(jobs_by_number)} job{'s' * (len(jobs_by_number) != 1)}: loading")
+        with importing_libraries():
+            from lora_bench.sweeps import cost_estimate  # torch: late
+
         ended: dict[str, Exception | None] = {}
 
         def end(job: Job, error: Exception | None) -> None:

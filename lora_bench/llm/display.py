@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import MofNCompleteColumn
 
 from lora_bench.console.format import format_number
-from lora_bench.console.progress import Live
+from lora_bench.console.stages import Live
 from lora_bench.console.text import sanitise
 
 if TYPE_CHECKING:
@@ -26,12 +26,18 @@ class Display(Live):
 
     def __init__(self, console: Console, questions: int) -> None:
         super().__init__(console, questions, MofNCompleteColumn())
+        self.answers = 0
 
     def update(self, answers: int) -> None:
         """Show the number of questions that are answered; without a terminal, print a line if one is `due`."""
+        self.answers = answers
         self.progress.update(self.task, completed=answers)
         if self.due(answers):
-            self.console.print(sanitise(f"answers {answers:,}/{self.total:,}"))
+            self.screen.print(self.line())
+
+    def line(self) -> str:
+        """Return the number of answers as one line."""
+        return f"answers {self.answers:,}/{self.total:,}"
 
 
 def announce(console: Console, record: Mapping[str, Any], llm: LLM, cached: int) -> None:

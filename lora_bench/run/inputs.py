@@ -9,6 +9,7 @@ import torch
 
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.console.stages import stage
 from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
 from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_notes
@@ -189,7 +190,8 @@ class SharedInputs:
         experiment = experiment.with_data([data for data, *_ in loaded.values()])
         device = resolve_device(trainer.device)
         backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
-        tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
+        with stage("tokenising"):
+            tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
         return cls(backbone, sha256, tasks)
 
 
@@ -204,7 +206,8 @@ def load_splits(data: schema.Data) -> tuple[schema.Data, dict[str, Examples], di
     Raises:
         UserError: the source cannot be read, has no train split, or no labelled split to report.
     """
-    data, loaded = sources.load(data)
+    with stage(f"reading {data.task}"):
+        data, loaded = sources.load(data)
     if "train" not in loaded:
         raise UserError(
             "there is no train split",
@@ -221,9 +224,10 @@ def load_splits(data: schema.Data) -> tuple[schema.Data, dict[str, Examples], di
             code=Code.EMPTY,
         )
     _require_two_labels(data, loaded["train"])
-    train, selection = sources.split_selection(loaded["train"], data)
-    splits = {"train": train, "selection": selection, **reported}
-    described = sources.describe_data(data, splits) | describe_stress_splits(data, reported, [train, selection])
+    with stage(f"checking {data.task}"):
+        train, selection = sources.split_selection(loaded["train"], data)
+        splits = {"train": train, "selection": selection, **reported}
+        described = sources.describe_data(data, splits) | describe_stress_splits(data, reported, [train, selection])
     return data, splits, described
 
 
@@ -253,27 +257,28 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
     """
     all_data = [single.data for single in experiment.by_task.values()]
     names = [data.label_names for data in all_data]
-    tokenizer, task = load_tokenizer(experiment.model), all_data[0].task
-    trained = experiment.adapter.trains_backbone
-    memory = WeightMemory(experiment, device, dtype)
-    backbone = load(
-        experiment.model,
-        tokenizer,
-        task=task,
-        label_names=names,
-        device=device,
-        trained=trained,
-        refusal=memory.refusal,
-    )
-    for data in all_data:
-        backbone.require_length(data.max_length)
-    check_padding(backbone)
-    sha256 = backbone.hash()
-    try:
-        replaced = () if trained else experiment.adapter.replaced_weights(backbone)
-    except UserError as error:
-        raise error.under("adapter") from None
-    backbone.to(device, dtype, trained=trained, offload=replaced)
+    with stage("loading the model"):
+        tokenizer, task = load_tokenizer(experiment.model), all_data[0].task
+        trained = experiment.adapter.trains_backbone
+        memory = WeightMemory(experiment, device, dtype)
+        backbone = load(
+            experiment.model,
+            tokenizer,
+            task=task,
+            label_names=names,
+            device=device,
+            trained=trained,
+            refusal=memory.refusal,
+        )
+        for data in all_data:
+            backbone.require_length(data.max_length)
+        check_padding(backbone)
+        sha256 = backbone.hash()
+        try:
+            replaced = () if trained else experiment.adapter.replaced_weights(backbone)
+        except UserError as error:
+            raise error.under("adapter") from None
+        backbone.to(device, dtype, trained=trained, offload=replaced)
     return backbone, sha256
 
 

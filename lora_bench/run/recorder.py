@@ -13,6 +13,7 @@ from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import show_result
+from lora_bench.console.stages import stage
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.evaluation.chance import failure_notes
@@ -237,7 +238,7 @@ class Recorder:
         ended = [run for run in runs if run.has_ended]
         trained = self._trained_tasks([run for run in ended if run.is_done])
         for run in ended:
-            with isolate_failure(run.progress):
+            with isolate_failure(run.progress), stage("writing results"):
                 self._record_cost(run)
                 self._record_micro_batches(run)
                 if run in trained:

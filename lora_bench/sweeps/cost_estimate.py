@@ -20,6 +20,7 @@ from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_duration, format_number
+from lora_bench.console.stages import stage
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
@@ -148,7 +149,8 @@ def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> 
         cached = prefix.cached_tables(pack, repeated)
         pack.prefix_depth = pack.depth if cached else None
         settings = (experiment.optimizer, experiment.trainer, task.tables, task.second_view)
-        single = estimate(pack, *settings, cached=cached, prefix_flops=prefix.flops)
+        with stage("rehearsing"):
+            single = estimate(pack, *settings, cached=cached, prefix_flops=prefix.flops)
     finally:
         pack.detach()
     return replace(

@@ -18,15 +18,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import wait
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 import torch
 from rich.console import Console
 
 from lora_bench.console import streams
-from lora_bench.console.progress import Display, RowDisplay, Screen
+from lora_bench.console.progress import Display, RowDisplay
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import terminate
+from lora_bench.console.stages import Screen, show_progress
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError
 from lora_bench.records.run_folder import Run
@@ -123,7 +124,7 @@ def train_jobs(jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exce
     free = list(range(min(workers.count, len(waiting))))
     threads = max(1, torch.get_num_threads() // len(free))
     running: dict[Connection, _Worker] = {}
-    with Screen(console) as screen:
+    with show_progress(console) as screen:
         try:
             while waiting or running:
                 while waiting and free:
@@ -173,6 +174,8 @@ class _Worker:
         self.pending = {job.title: job for job in jobs}
         """Jobs that have not ended, by title."""
         self.screen = screen
+        self.display: RowDisplay | None = None
+        """The progress of its training, if it is training and progress is sent."""
         self.ended = ended
         sent = hand_over(jobs)
         context = multiprocessing.get_context("spawn")
@@ -192,7 +195,7 @@ class _Worker:
             message, *arguments = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            self.screen.displays.pop(self.number, None)
+            self._hide()
             for job in self.pending.values():
                 reason = f"its worker process ended with exit code {self.process.exitcode}"
                 self.ended(
@@ -208,16 +211,21 @@ class _Worker:
             self.screen.console.print(sanitise(f"{self.name}: {line}"))
 
     def _show(self, steps: int, names: Sequence[str]) -> None:
-        self.screen.displays[self.number] = RowDisplay(self.screen.console, steps, names)
+        self.display = RowDisplay(self.screen.console, steps, names)
+        self.screen.add(self.display)
 
     def _stepped(self, *arguments: Any) -> None:
-        self.screen.displays[self.number].stepped(*arguments)
+        if self.display is not None:
+            self.display.stepped(*arguments)
 
     def _evaluated(self, *arguments: Any) -> None:
-        self.screen.displays[self.number].evaluated(*arguments)
+        if self.display is not None:
+            self.display.evaluated(*arguments)
 
     def _hide(self) -> None:
-        del self.screen.displays[self.number]
+        if self.display is not None:
+            self.screen.remove(self.display)
+            self.display = None
 
     def _end(self, title: str, error: Exception | None) -> None:
         self.ended(self.pending.pop(title), error)
@@ -286,14 +294,19 @@ def _work(
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch counts the devices
     torch.set_num_threads(threads)
 
+    lock = threading.Lock()
+
     def send(*message: Any) -> None:
-        connection.send(message)
+        with lock:  # lines of progress come from a thread of their own
+            connection.send(message)
 
     def ended(job: Job, error: Exception | None) -> None:
         send("end", job.title, error)
 
     console = Console(file=cast("IO[str]", _Lines(send)), highlight=False, soft_wrap=True)
-    train_handed_over(jobs, console, ended, display=partial(_SentDisplay, send) if live else Display, sharing=sharing)
+    display = partial(_SentDisplay, send) if live else Display
+    with show_progress(console):
+        train_handed_over(jobs, console, ended, display=display, sharing=sharing)
 
 
 def train_handed_over(
@@ -356,6 +369,9 @@ class _SentDisplay(Display):
         super().__init__(console, steps, names)
         self.send = send
         send("show", steps, list(names))
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lora_bench.console.stages import stage
 from lora_bench.data.batching import evaluation_batches, micro_batches
 from lora_bench.head.loss import scores_of_logits
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.console.stages import Stage
     from lora_bench.data.batching import Batch
     from lora_bench.data.tokenization import TokenTable
 
 
-@torch.no_grad()
 def predict(
     pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS
 ) -> NDArray[np.float64]:
@@ -34,11 +34,19 @@ def predict(
 
     A table with a `reversed_view` is scored in both orders, and the mean is returned. With several processes each
     scores a part and all get the whole. Afterwards the pack is in the mode (training or evaluation) that it was in
-    before.
+    before. A stage shows the pairs that this process has scored.
     """
-    if table.reversed_view is not None:
-        forward, reversed_view = replace(table, reversed_view=None), table.reversed_view
-        return (predict(pack, forward, batch_size, processes) + predict(pack, reversed_view, batch_size, processes)) / 2
+    views = [view for view in (table, table.reversed_view) if view is not None]
+    with stage("scoring", total=sum(map(len, views)), unit="pairs") as progress:
+        by_view = [_score_view(pack, view, batch_size, processes, progress) for view in views]
+    return by_view[0] if len(by_view) == 1 else (by_view[0] + by_view[1]) / 2
+
+
+@torch.no_grad()
+def _score_view(
+    pack: Pack, table: TokenTable, batch_size: int, processes: Processes, progress: Stage
+) -> NDArray[np.float64]:
+    """Return the scores of every row as the table has it, without its `reversed_view`: see `predict`."""
     outputs = pack.outputs(pack.active[0], table.head)
     scores = np.zeros((len(pack.active), len(table), *([outputs] if outputs > 2 else [])))
     mode = pack.training
@@ -47,6 +55,7 @@ def predict(
     for rows, batch in processes.shard_batches(batches):
         logits = in_micro_batches(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, C)
         scores[:, rows] = scores_of_logits(logits).cpu().numpy()
+        progress.advance(len(rows))
     pack.train(mode)
     return processes.gather(scores)
 

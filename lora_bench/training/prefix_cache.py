@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_bench.console.stages import stage
 from lora_bench.data.batching import evaluation_batches, evaluation_rows, token_positions
 from lora_bench.data.hidden_states import HiddenStates, HiddenStatesWriter
 from lora_bench.evaluation.cost import FlopModel
@@ -146,9 +147,11 @@ def _fill(pack: Pack, table: TokenTable, file: BinaryIO) -> None:
     mode = pack.training
     pack.eval()
     try:
-        for rows, batch in evaluation_batches(table, ROWS, backbone.tokenizer.pad_token_id):
-            hidden = backbone.prefix(batch.to(backbone.device), pack.depth)  # (N, T, D)
-            writer.write(*token_positions(table, rows, batch.input_ids.shape[1]), hidden.cpu())
+        with stage("filling the prefix cache", total=len(table), unit="pairs") as progress:
+            for rows, batch in evaluation_batches(table, ROWS, backbone.tokenizer.pad_token_id):
+                hidden = backbone.prefix(batch.to(backbone.device), pack.depth)  # (N, T, D)
+                writer.write(*token_positions(table, rows, batch.input_ids.shape[1]), hidden.cpu())
+                progress.advance(len(rows))
     finally:
         pack.train(mode)
 

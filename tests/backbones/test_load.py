@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,15 +272,36 @@ def test_a_tokenizer_without_a_padding_token(bert: Path) -> None:
 
 
 def test_weights_in_a_pickle_only(bert: Path) -> None:
+    expected = make("bert", f"model.path={bert}").hash()
     torch.save(held(bert / "model.safetensors"), bert / "pytorch_model.bin")
     (bert / "model.safetensors").unlink()
     error = refusal(Code.UNSUPPORTED, f"model.path={bert}")
     assert error.file == bert
     assert "pytorch_model.bin" in error.reason
-    message = str(error)
-    command = shlex.split(message[message.index("python -c") :].rstrip("."))
-    subprocess.run([sys.executable, *command[1:]], check=True)
-    make("bert", f"model.path={bert}")
+    assert "model.allow_bin=true" in str(error.remedy)
+    assert make("bert", f"model.path={bert}", "model.allow_bin=true").hash() == expected
+
+
+def test_a_pickle_that_would_run_code_is_refused_unread(bert: Path, tmp_path: Path) -> None:
+    """Also where pickles are allowed: only tensors are read."""
+
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (bert / "model.safetensors").unlink()
+    torch.save({"bert.embeddings.word_embeddings.weight": Attack()}, bert / "pytorch_model.bin")
+    error = refusal(Code.DAMAGED, f"model.path={bert}", "model.allow_bin=true")
+    assert error.file == bert / "pytorch_model.bin"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_that_lacks_a_layer_is_refused(bert: Path) -> None:
+    tensors = held(bert / "model.safetensors")
+    del tensors["bert.encoder.layer.1.output.dense.weight"]
+    torch.save(tensors, bert / "pytorch_model.bin")
+    (bert / "model.safetensors").unlink()
+    assert "lacks" in refusal(Code.DAMAGED, f"model.path={bert}", "model.allow_bin=true").reason
 
 
 def test_a_pickle_beside_the_weights_is_not_read(bert: Path) -> None:

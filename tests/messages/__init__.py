@@ -29,7 +29,7 @@ REPLACEMENTS = (
     (re.compile(r"(?<=loaded from the hub: ).*(?=\. Without network)"), "LIBRARY"),
     (re.compile(r"(?<=is not valid Parquet: ).*"), "LIBRARY."),
     (re.compile(r"(column '[^']*' cannot be read: ).*"), r"\1LIBRARY."),
-    (re.compile(r"(?<=\.safetensors: is damaged: ).*(?=\. Copy)"), "LIBRARY"),
+    (re.compile(r"(?<=\.safetensors: is damaged: ).*(?=\. (Copy|Delete))"), "LIBRARY"),
     (re.compile(r"maximum recursion depth exceeded[^.]*"), "LIBRARY"),
 )
 """What differs from machine to machine, from run to run, and between versions of Python and the libraries."""
