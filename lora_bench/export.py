@@ -118,12 +118,14 @@ _SCORES = {"binary": "P(label 1)", "multiclass": "the probabilities", "regressio
 
 
 def _num_labels(run: FinishedRun) -> str:
-    """Return the argument that gives a base model as many outputs as the run has; empty for two, and for text to text.
+    """Return the argument that gives a base model as many outputs as the run has.
 
-    A base model with another number has a head of another shape, which PEFT does not replace.
+    A base model with another number has a head of another shape, which PEFT does not replace. It is empty for text to
+    text, and for the number that models of this type have by default: two, but three for BART.
     """
-    outputs = run.experiment.data.outputs
-    return "" if outputs == 2 or run.pack.backbone.words else f", num_labels={outputs}"
+    outputs, backbone = run.experiment.data.outputs, run.pack.backbone
+    config: Any = type(backbone.network.config)
+    return "" if backbone.words or outputs == config().num_labels else f", num_labels={outputs}"
 
 
 def _usage(run: FinishedRun, form: str) -> list[str]:

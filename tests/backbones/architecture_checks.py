@@ -30,7 +30,7 @@ TRAINING = [
     "data=toy",
     "data.train_rows=64",
     "data.validation_rows=12",
-    "data.max_length=150",
+    "data.max_length=240",
     "trainer.precision=fp32",
     "trainer.device=cpu",
     "trainer.max_steps=5",
@@ -130,7 +130,8 @@ def _score_merged(architecture: Architecture, run: Any, base: Path, folder: Path
 
 
 def _score_peft(architecture: Architecture, run: Any, base: Path, folder: Path) -> NDArray[np.float64]:
-    network = peft.PeftModel.from_pretrained(_auto_class(architecture, run).from_pretrained(base), folder)
+    labels = {} if architecture.answers_in_words else {"num_labels": 2}  # BART has three by default
+    network = peft.PeftModel.from_pretrained(_auto_class(architecture, run).from_pretrained(base, **labels), folder)
     return _scores(architecture, run, network, folder)
 
 

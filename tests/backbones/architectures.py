@@ -1,4 +1,4 @@
-"""Tiny random models of 26 architectures, as local folders: for tests and for `scripts/architectures.py`."""
+"""Tiny random models of 27 architectures, as local folders: for tests and for `scripts/architectures.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-LENGTH = 160
+LENGTH = 256
 """Tokens that every model takes: the texts of `data=toy` are shorter, in characters."""
 END = "<|endoftext|>"
 
@@ -91,6 +91,7 @@ _BART = {
     "max_position_embeddings": LENGTH,
     "decoder_start_token_id": 2,
     "forced_eos_token_id": 2,
+    "num_labels": 2,
 }
 _T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 _GATED = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -124,8 +125,8 @@ ARCHITECTURES = [
     Architecture("BART", "bart", _BART, "roberta", "bart"),
     Architecture("Longformer", "longformer", {**_SIZES, "attention_window": 16}, "roberta"),
     Architecture("Funnel", "funnel", _FUNNEL),
-    Architecture("SqueezeBERT", "squeezebert", {**_SIZES, "embedding_size": 32}),
-    Architecture("MobileBERT", "mobilebert", {**_SIZES, "embedding_size": 16, "intra_bottleneck_size": 16}),
+    Architecture("RoFormer", "roformer", {**_SIZES, "embedding_size": 32}),
+    Architecture("ERNIE", "ernie", _SIZES),
     Architecture("T5, text to text", "t5", _T5, "t5", "t5", (), _SEQ2SEQ, True),
     Architecture("T5, encoder", "t5", _T5, "t5", "t5", ("model.form=encoder",), _SEQ2SEQ),
     Architecture("T5 v1.1 (FLAN), text to text", "t5", _GATED, "t5", "flan_t5", (), _SEQ2SEQ, True),
