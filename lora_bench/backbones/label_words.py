@@ -106,7 +106,7 @@ class LabelWords:
         if self.is_single_step:
             order = [self.children[0][index] for ((_, index),) in self.paths]
             return decoded[:, 0] @ torch.stack([embedding[token] for token in order]).T  # (N, C)
-        logits = decoded.new_zeros(len(decoded), len(self.paths))
+        logits = decoded.new_zeros(decoded.shape[0], len(self.paths))
         steps: dict[int, list[tuple[int, int]]] = {}
         for word, path in enumerate(self.paths):
             for node, index in path:

@@ -1,0 +1,152 @@
+"""Score texts with the model in this folder, as `lora-bench predict` does.
+
+    python score.py "How do I learn Go?" "What is the best way to learn Go?"
+
+It needs numpy, tokenizers, and onnxruntime for `model.onnx` or torch for `model.pt2`. The settings are in scoring.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from lora_bench.data.truncation import kept_positions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    Arrays = dict[str, NDArray[Any]]
+
+
+HERE = Path(__file__).parent
+
+
+class Model:
+    """A model with its tokenizer and settings.
+
+    Args:
+        folder: with scoring.json, tokenizer.json and the graph; by default that of this file.
+    """
+
+    def __init__(self, folder: str | Path = HERE) -> None:
+        self.folder = folder = Path(folder)
+        self.settings = json.loads((folder / "scoring.json").read_text(encoding="utf-8"))
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.encode_special_tokens = self.settings["split_special_tokens"]
+
+    @cached_property
+    def compute(self) -> Callable[[Mapping[str, Any]], Arrays]:
+        """The function of the graph, from its inputs to its outputs by name."""
+        return GRAPHS[self.settings["graph"]](self.folder / self.settings["graph"])
+
+    def predict(self, rows: Sequence[tuple[str, ...]], batch_size: int = 32) -> Arrays:
+        """Return `scores` and, unless numbers are predicted, `labels` of the rows.
+
+        Scores are (N,) P(label 1) of two classes, (N, C) the probability of each class, or (N,) numbers. Labels are
+        (N,) class numbers, in the order of `label_names` in scoring.json.
+
+        Args:
+            rows: N, each with a text for every one of the `text_columns`.
+            batch_size: rows that are computed at once.
+        """
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        outputs = [self.compute(self.inputs(batch)) for batch in batches]
+        return {name: np.concatenate([output[name] for output in outputs]) for name in self.settings["outputs"]}
+
+    def inputs(self, rows: Sequence[tuple[str, ...]]) -> Arrays:
+        """Return the inputs of the graph by name, (N, T) each, padded on the right."""
+        orders = (False, True) if self.settings["both_orders"] else (False,)
+        tokens_by_order = {reverse: self._tokenize(rows, reverse) for reverse in orders}
+        length = max(len(ids) for tokens in tokens_by_order.values() for ids, _ in tokens)
+        arrays: Arrays = {}
+        for reverse, tokens in tokens_by_order.items():
+            prefix = "reversed_" if reverse else ""
+            pad = self.settings["pad_token_id"]
+            arrays[f"{prefix}input_ids"] = _padded([ids for ids, _ in tokens], length, pad)
+            arrays[f"{prefix}attention_mask"] = _padded([[1] * len(ids) for ids, _ in tokens], length, 0)
+            arrays[f"{prefix}token_type_ids"] = _padded([types for _, types in tokens], length, 0)
+        return {name: arrays[name] for name in self.settings["inputs"]}
+
+    def _tokenize(self, rows: Sequence[tuple[str, ...]], reverse: bool) -> list[tuple[list[int], list[int]]]:
+        """Return (token ids, token types) of each row, at most `max_length`, with its texts in this order."""
+        limit, truncation = self.settings["max_length"], self.settings["truncation"]
+        if reverse:  # `first` and `second` are the texts as the columns have them
+            truncation = {"first": "second", "second": "first"}.get(truncation, truncation)
+        tokens = []
+        for encoding in self.tokenizer.encode_batch([self._text(row[::-1] if reverse else row) for row in rows]):
+            if not len(encoding):  # an empty text without special tokens
+                encoding.pad(1, pad_id=self.settings["pad_token_id"])
+            positions = range(len(encoding))
+            if len(encoding) > limit:
+                positions = kept_positions(encoding, limit, truncation)[0]  # type: ignore[assignment]
+            tokens.append(([encoding.ids[i] for i in positions], [encoding.type_ids[i] for i in positions]))
+        return tokens
+
+    def _text(self, row: Sequence[str]) -> str | tuple[str, str]:
+        """Return the tokenizer's input for a row: its texts, or one text with them between the parts of the template.
+
+        Raises:
+            ValueError: the row has another number of texts than `text_columns`.
+        """
+        columns, template = self.settings["text_columns"], self.settings["template"]
+        if len(row) != len(columns):
+            raise ValueError(f"a row has {len(row)} texts, and the model reads {len(columns)}: {', '.join(columns)}")
+        if template is not None:
+            *before, after = template
+            return "".join([*(part + text for part, text in zip(before, row, strict=True)), str(after)])
+        return row[0] if len(row) == 1 else (row[0], row[1])
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> NDArray[np.int64]:
+    """Return rows as one array (N, length), filled up with a value on the right."""
+    return np.array([[*row, *[value] * (length - len(row))] for row in rows], dtype=np.int64)
+
+
+def _load_onnx(path: Path) -> Callable[[Mapping[str, Any]], Arrays]:
+    """Return the function of an ONNX graph, from inputs to outputs by name."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def _load_torch(path: Path) -> Callable[[Mapping[str, Any]], Arrays]:
+    """Return the function of a `torch.export` program, from inputs to outputs by name."""
+    import torch
+
+    module = torch.export.load(path).module()
+
+    def compute(inputs: Mapping[str, Any]) -> Arrays:
+        with torch.no_grad():
+            outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    return compute
+
+
+GRAPHS = {"model.onnx": _load_onnx, "model.pt2": _load_torch}
+"""The function that loads a graph, by the name of its file."""
+
+
+def main() -> None:
+    """Print the prediction for the texts of the command line as a line of JSON."""
+    model = Model()
+    predictions = {name: values[0].tolist() for name, values in model.predict([tuple(sys.argv[1:])]).items()}
+    if names := model.settings["label_names"]:
+        predictions["label_name"] = names[predictions["labels"]]
+    print(json.dumps(predictions, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
