@@ -1,6 +1,6 @@
 """The folder of an export for deployment: the graph of a run, its tokenizer and settings, a script and a README.
 
-model.onnx or model.pt2    the graph, from token ids to scores and labels
+graph.onnx or graph.pt2    the graph, from token ids to scores and labels
 scoring.json               what turns texts into its inputs, and its outputs into the names of classes
 tokenizer.json, …          the tokenizer
 score.py                   reads texts and computes the graph; needs neither lora-bench nor transformers
@@ -41,7 +41,7 @@ TOLERANCE = 1e-4
 TRACED_ROWS = 3
 """Probe rows that the graph is traced with; it is checked with all of them, and with one alone."""
 MAX_FILE_BYTES = 2**31 - 2**20
-"""Weights beyond this size are a second file, `model.onnx.data`: an ONNX file has at most 2 GiB."""
+"""Weights beyond this size are a second file, `graph.onnx.data`: an ONNX file has at most 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ def _write_torch(program: ExportedProgram, path: Path, outputs: Sequence[str]) -
 _PLAIN_MODEL = "format=merged writes a plain Hugging Face model of a run without pair features."
 GRAPH_FORMATS = {
     "onnx": GraphFormat(
-        "model.onnx",
+        "graph.onnx",
         "A text classifier as an ONNX graph",
         "numpy tokenizers onnxruntime",
         _write_onnx,
         f"format=torch writes the graph for torch; {_PLAIN_MODEL}",
     ),
     "torch": GraphFormat(
-        "model.pt2", "A text classifier as a torch.export program", "numpy tokenizers torch", _write_torch, _PLAIN_MODEL
+        "graph.pt2", "A text classifier as a torch.export program", "numpy tokenizers torch", _write_torch, _PLAIN_MODEL
     ),
 }
 """The formats, by `format` of `lora-bench export`."""
@@ -157,9 +157,12 @@ def _write_graph(
     except OSError:
         raise
     except Exception as error:  # of any kind, from an unknown model
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch wraps the reason in general advice
+            cause = cause.__cause__
         name = type(graph.pack.network).__name__
         raise UserError(
-            f"{name} cannot be written as a graph ({type(error).__name__}: {first_line(error)})",
+            f"{name} cannot be written as a graph ({type(cause).__name__}: {first_line(cause)})",
             key="format",
             value=format_name,
             remedy=graph_format.remedy,

@@ -2,7 +2,7 @@
 
     python score.py "How do I learn Go?" "What is the best way to learn Go?"
 
-It needs numpy, tokenizers, and onnxruntime for `model.onnx` or torch for `model.pt2`. The settings are in scoring.json.
+It needs numpy, tokenizers, and onnxruntime for `graph.onnx` or torch for `graph.pt2`. The settings are in scoring.json.
 """
 
 from __future__ import annotations
@@ -135,17 +135,18 @@ def _load_torch(path: Path) -> Callable[[Mapping[str, Any]], Arrays]:
     return compute
 
 
-GRAPHS = {"model.onnx": _load_onnx, "model.pt2": _load_torch}
+GRAPHS = {"graph.onnx": _load_onnx, "graph.pt2": _load_torch}
 """The function that loads a graph, by the name of its file."""
 
 
 def main() -> None:
-    """Print the prediction for the texts of the command line as a line of JSON."""
+    """Print score and label of the texts of the command line as a line of JSON."""
     model = Model()
-    predictions = {name: values[0].tolist() for name, values in model.predict([tuple(sys.argv[1:])]).items()}
+    predictions = model.predict([tuple(sys.argv[1:])])
+    line = {name.removesuffix("s"): values[0].tolist() for name, values in predictions.items()}
     if names := model.settings["label_names"]:
-        predictions["label_name"] = names[predictions["labels"]]
-    print(json.dumps(predictions, ensure_ascii=False))
+        line["label_name"] = names[line["label"]]
+    print(json.dumps(line, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_the_enhanced_method_as_an_onnx_graph(tmp_path: Path) -> None:
     assert (settings["label_names"], settings["threshold"]) == (["not_duplicate", "duplicate"], threshold)
     import onnx
 
-    graph = onnx.load(exported.folder / "model.onnx").graph
+    graph = onnx.load(exported.folder / "graph.onnx").graph
     axes = {tuple(axis.dim_param for axis in value.type.tensor_type.shape.dim) for value in graph.input}
     assert axes == {("batch", "length")}
     assert not [tensor.name for tensor in graph.initializer if "lora" in tensor.name]
@@ -154,7 +154,7 @@ def test_a_threshold_of_a_plain_model(plain_run: Path, in_tmp: Path) -> None:
 
 def test_a_model_that_cannot_be_traced(plain_run: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise ValueError("no kernel for aten::unknown\nmore lines")
+        raise RuntimeError("Failed. Next steps: …") from ValueError("no kernel for aten::unknown\nmore lines")
 
     monkeypatch.setattr(deployment, "trace", fail)
     error = refused("export", f"run={plain_run}", "format=torch", "output=x")
