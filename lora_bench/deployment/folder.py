@@ -26,12 +26,14 @@ from lora_bench.backbones.tokenizer import first_line
 from lora_bench.data.truncation import kept_positions
 from lora_bench.deployment import score
 from lora_bench.deployment.graph import ScoringGraph, trace
+from lora_bench.deployment.readme import render_readme
 from lora_bench.errors import Code, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from rich.console import Console
+    from torch import Tensor
     from torch.export import ExportedProgram
 
     from lora_bench.run.finished_run import FinishedRun
@@ -48,6 +50,8 @@ MAX_FILE_BYTES = 2**31 - 2**20
 class GraphFormat:
     """A format of graphs."""
 
+    name: str
+    """The value of `format` of `lora-bench export`."""
     file: str
     """The name of the file."""
     title: str
@@ -58,6 +62,10 @@ class GraphFormat:
     """Writes a traced program to a file; the last argument names its outputs."""
     remedy: str
     """The advice if a graph cannot be written."""
+
+    def refusal(self, reason: str) -> UserError:
+        """Return the error for a run that cannot be exported in this format, for this reason."""
+        return UserError(reason, key="format", value=self.name, remedy=self.remedy, code=Code.UNSUPPORTED)
 
 
 def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str]) -> None:
@@ -77,19 +85,26 @@ def _write_torch(program: ExportedProgram, path: Path, outputs: Sequence[str]) -
 
 
 _PLAIN_MODEL = "format=merged writes a plain Hugging Face model of a run without pair features."
-GRAPH_FORMATS = {
-    "onnx": GraphFormat(
+_FORMATS = (
+    GraphFormat(
+        "onnx",
         "graph.onnx",
         "A text classifier as an ONNX graph",
         "numpy tokenizers onnxruntime",
         _write_onnx,
         f"format=torch writes the graph for torch; {_PLAIN_MODEL}",
     ),
-    "torch": GraphFormat(
-        "graph.pt2", "A text classifier as a torch.export program", "numpy tokenizers torch", _write_torch, _PLAIN_MODEL
+    GraphFormat(
+        "torch",
+        "graph.pt2",
+        "A text classifier as a torch.export program",
+        "numpy tokenizers torch",
+        _write_torch,
+        _PLAIN_MODEL,
     ),
-}
-"""The formats, by `format` of `lora-bench export`."""
+)
+GRAPH_FORMATS = {graph_format.name: graph_format for graph_format in _FORMATS}
+"""The formats of graphs, by `format` of `lora-bench export`."""
 
 
 def write_deployment(
@@ -114,37 +129,38 @@ def write_deployment(
     rows = _probe_rows(run)
     expected = run.predict(rows)
     settings = _settings(run, graph_format, threshold)
+    readme = render_readme(settings, graph_format.title, graph_format.requirements, notes)
     run.pack.backbone.tokenizer.save_pretrained(folder)
     (folder / "score.py").write_text(_standalone_script(), encoding="utf-8")
-    (folder / "README.md").write_text(_readme(settings, graph_format, notes), encoding="utf-8")
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     (folder / "scoring.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"tracing {type(run.pack.network).__name__} and writing {graph_format.file}")
     model = score.Model(folder)
     inputs = {name: torch.from_numpy(array) for name, array in model.inputs(rows[:TRACED_ROWS]).items()}
     graph = ScoringGraph(run.pack, threshold if run.form == "binary" else None, is_regression=run.form == "regression")
-    _write_graph(folder / graph_format.file, graph.eval(), inputs, settings, graph_format, format_name)
+    _write_graph(folder / graph_format.file, graph.eval(), inputs, settings, graph_format)
     scores = np.concatenate([model.predict(rows)["scores"], model.predict(rows[:1])["scores"]])
     difference = float(np.abs(scores - np.concatenate([expected, expected[:1]])).max())
     if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise UserError(
-            f"the graph's scores differ from those of the run by up to {difference:.2g}",
-            key="format",
-            value=format_name,
-            remedy=graph_format.remedy,
-            code=Code.UNSUPPORTED,
-        )
+        raise graph_format.refusal(f"the graph's scores differ from those of the run by up to {difference:.2g}")
     console.print(f"checked: scores of {len(rows)} probe texts differ from lora-bench predict by {difference:.1e}")
 
 
 def _write_graph(
     path: Path,
     graph: ScoringGraph,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
     settings: Mapping[str, Any],
     graph_format: GraphFormat,
-    format_name: str,
 ) -> None:
     """Trace a graph and write it to a file.
+
+    Args:
+        path: of the file.
+        graph: the module.
+        inputs: an example of its arguments, by name.
+        settings: the content of scoring.json.
+        graph_format: of the file.
 
     Raises:
         UserError: torch cannot trace it, or the format has no counterpart of one of its operators.
@@ -160,14 +176,8 @@ def _write_graph(
         cause: BaseException = error
         while cause.__cause__ is not None:  # torch wraps the reason in general advice
             cause = cause.__cause__
-        name = type(graph.pack.network).__name__
-        raise UserError(
-            f"{name} cannot be written as a graph ({type(cause).__name__}: {first_line(cause)})",
-            key="format",
-            value=format_name,
-            remedy=graph_format.remedy,
-            code=Code.UNSUPPORTED,
-        ) from error
+        name, reason = type(graph.pack.network).__name__, f"{type(cause).__name__}: {first_line(cause)}"
+        raise graph_format.refusal(f"{name} cannot be written as a graph ({reason})") from error
 
 
 def _settings(run: FinishedRun, graph_format: GraphFormat, threshold: float) -> dict[str, Any]:
@@ -222,83 +232,3 @@ def _standalone_script() -> str:
     before, after = Path(score.__file__).read_text(encoding="utf-8").split(line)
     imports, main = after.split("\n\nHERE", 1)
     return f"{before.rstrip()}\n{imports}\n\n{inspect.getsource(kept_positions)}\n\nHERE{main}"
-
-
-def _readme(settings: Mapping[str, Any], graph_format: GraphFormat, notes: Sequence[str]) -> str:
-    """Return README.md: a complete example, the files, and the graph's inputs and outputs for other languages."""
-    example = ["How do I learn Go?", "What is the best way to learn Go?"][: len(settings["text_columns"])]
-    arguments = " ".join(f'"{text}"' for text in example)
-    return README.format(
-        title=graph_format.title,
-        requirements=graph_format.requirements,
-        arguments=arguments,
-        row=repr(tuple(example)),
-        file=graph_format.file,
-        inputs=", ".join(f"`{name}`" for name in settings["inputs"]),
-        facts="\n".join(f"- {fact[0].upper()}{fact[1:]}" for fact in [*_facts(settings), *notes]),
-    )
-
-
-def _facts(settings: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the inputs and outputs of a graph."""
-    facts = [f"a row has the texts {', '.join(settings['text_columns'])}, in this order."]
-    if settings["template"] is not None:
-        facts.append("the texts stand between the parts of `template`, and the tokenizer reads them as one text.")
-    facts.append(
-        f"more than {settings['max_length']} tokens are truncated as `data.truncation={settings['truncation']}` says: "
-        "see `kept_positions`."
-    )
-    if settings["both_orders"]:
-        facts.append(
-            "inputs with the prefix `reversed_` have the same rows with their texts in reversed order, padded to the "
-            "same length. The score is the mean of both orders."
-        )
-    if settings["members"] > 1:
-        facts.append(f"the score is the mean of {settings['members']} members, all of which are in the graph.")
-    facts.append(f"`scores` {SCORES[settings['form']]}.")
-    if settings["threshold"] is not None:
-        facts.append(f"`labels` is 1 for scores of at least {settings['threshold']:.6g}, else 0. The graph has it.")
-    if settings["label_names"]:
-        classes = ", ".join(f"{label}: {name!r}" for label, name in enumerate(settings["label_names"]))
-        facts.append(f"the classes are {{{classes}}}.")
-    return facts
-
-
-SCORES = {
-    "binary": "is P(label 1) of each row, (N,)",
-    "multiclass": "is the probability of each class, (N, C), and `labels` the most probable one",
-    "regression": "is the predicted number, (N,)",
-}
-"""The meaning of the scores, by form of task."""
-
-README = """\
-# {title}
-
-Written by `lora-bench export`. The scores are those of `lora-bench predict`.
-
-```bash
-pip install {requirements}
-python score.py {arguments}
-```
-
-In Python, in this folder:
-
-```python
-from score import Model
-
-model = Model()
-print(model.predict([{row}]))
-```
-
-| file | contents |
-| --- | --- |
-| `{file}` | the graph, in fp32 |
-| `scoring.json` | settings of the inputs, names of the classes |
-| `tokenizer.json` | the tokenizer |
-| `score.py` | the code above, without lora-bench and transformers |
-
-## The graph
-
-- The inputs are {inputs}: int64, one row per example, padded to a common length.
-{facts}
-"""

@@ -7,7 +7,6 @@ are there once for all members. The second order of a pair, where the run scores
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,9 +144,7 @@ def trace(graph: ScoringGraph, inputs: Mapping[str, Tensor], max_length: int) ->
         Exception: whatever torch raises for a module that it cannot trace.
     """
     shape = {0: Dim("batch"), 1: Dim("length", max=max_length)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the inner workings of torch and transformers
-        program = torch.export.export(graph, (), dict(inputs), dynamic_shapes=dict.fromkeys(inputs, shape))
+    program = torch.export.export(graph, (), dict(inputs), dynamic_shapes=dict.fromkeys(inputs, shape))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names paths of this machine
     return program
