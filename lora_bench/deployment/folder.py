@@ -186,7 +186,7 @@ def _settings(run: FinishedRun, graph_format: GraphFormat, threshold: float) -> 
     both_orders = run.experiment.trainer.score_both_orders and len(data.text_columns) > 1
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if _has_token_types(run) else [])]
     return {
-        "lora_bench": version("lora-bench"),
+        "versions": {name: version(name) for name in ("lora-bench", "torch", "tokenizers")},
         "graph": graph_format.file,
         "form": run.form,
         "label_names": run.label_names,

@@ -52,6 +52,8 @@ def _facts(settings: Mapping[str, Any]) -> list[str]:
     if settings["label_names"]:
         classes = ", ".join(f"{label}: {name!r}" for label, name in enumerate(settings["label_names"]))
         facts.append(f"the classes are {{{classes}}}.")
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    facts.append(f"written with {versions}.")
     return facts
 
 
