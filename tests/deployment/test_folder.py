@@ -122,7 +122,7 @@ def test_a_decoder_in_words_with_pair_features(tmp_path: Path) -> None:
     config.n_layer = 1
     save(tmp_path / "model", enliven(transformers.AutoModelForCausalLM.from_config(config)), tokenizer)
     settings = ["model=gpt2", "model.form=text_to_text", f"model.path={tmp_path / 'model'}", "head.pair_features=true"]
-    settings += ["adapter.target_modules=qv", "data.truncation=first", "data.max_length=90"]
+    settings += ["adapter.target_modules=qv", "data.truncation=first", "data.max_length=90", "optimizer.lr=0.02"]
     run = toy_run(tmp_path, *settings)
     backbone = FinishedRun.load(run).pack.backbone
     assert not backbone.words[0].is_single_step
