@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from omegaconf import OmegaConf
 
 from lora_bench.adapters.peft import importer
 from lora_bench.adapters.peft.config import PeftConfig
@@ -216,18 +215,12 @@ def _seen(run: FinishedRun) -> tuple[Examples, Examples]:
     Raises:
         UserError: the data have changed since, or the record has no fingerprint of them.
     """
-    data = build.build_data(OmegaConf.create(run.finished.config["data"]))
-    seen = train, selection = sources.split_selection(sources.load(data)[1]["train"], data)
-    recorded = run.record["data"].get("fingerprint")
-    for name, split in (("train", train), ("selection", selection)):
-        if not isinstance(recorded, dict) or split.fingerprint() != recorded.get(name):
-            raise UserError(
-                f"the {name} split of the run's data has changed, so its training examples are not known",
-                key="data.unseen",
-                value=True,
-                code=Code.MISMATCH,
-            )
-    return seen
+    try:
+        return run.reload_splits()
+    except UserError as error:
+        if error.code == Code.MISMATCH:
+            error.key, error.value = "data.unseen", True
+        raise
 
 
 def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:

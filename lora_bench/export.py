@@ -1,4 +1,4 @@
-"""`lora-bench export`: write a finished run as an adapter for PEFT, or as a plain Hugging Face model."""
+"""`lora-bench export`: write a finished run as an adapter for PEFT, a plain Hugging Face model, or a graph."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.fused_rows import can_be_joined, has_parts
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
+from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.console.text import sanitise
+from lora_bench.deployment.folder import GRAPH_FORMATS, write_deployment
+from lora_bench.deployment.order_effect import describe_order_effect
 from lora_bench.errors import Code, UserError, require_one_of
 from lora_bench.files.paths import check_folder
 from lora_bench.records.backfill import model_paths
 from lora_bench.run.finished_run import FinishedRun
+from lora_bench.run.prediction_request import resolve_threshold
+from lora_bench.run.preflight import EXPORT_FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
     from omegaconf import DictConfig
     from rich.console import Console
 
+    from lora_bench.adapters.base import Update
     from lora_bench.adapters.pack.pack import Pack
 
 AUTO_CLASSES = {
@@ -41,22 +47,50 @@ AUTO_CLASSES = {
 
 
 def run_export(cfg: DictConfig, *, console: Console) -> None:
-    """Export the run of `cfg.run` as `cfg.format` (`peft` or `merged`) into the new folder `cfg.output`.
+    """Export the run of `cfg.run` in a format of `EXPORT_FORMATS` into the new folder `cfg.output`.
 
-    An ensemble is written as one folder for each member. A README.md is added. The line of code that loads the model is
-    printed. After an error there is no output.
+    A README.md is added. The line of code that loads the model is printed. After an error there is no output.
 
     Raises:
         UserError: the run cannot be loaded, has no such form, or the output exists or cannot be written.
     """
     output = Path(str(cfg.output))
-    require_one_of("format", str(cfg.format), ("peft", "merged"))
+    require_one_of("format", str(cfg.format), EXPORT_FORMATS)
     _refuse_taken(output)
     check_folder(output, "output")
     paths = model_paths(cfg.model)
     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **paths)
     for note in run.notes:
         console.print(sanitise(f"note: {note}"))
+    if cfg.format in GRAPH_FORMATS:
+        _export_graph(cfg, run, output, console)
+    else:
+        _export_model(cfg, run, output, console)
+
+
+def _export_graph(cfg: DictConfig, run: FinishedRun, output: Path, console: Console) -> None:
+    """Write the run as a graph with its tokenizer, settings and a script (`deployment/folder.py`)."""
+    threshold = resolve_threshold(cfg.threshold, run.finished)
+    notes = []
+    if any(_is_quantised(updates) for updates in run.pack.updates):
+        notes.append("the run was trained on quantised weights. The graph has them dequantised, in fp32.")
+    if run.finished.precision != "float32":
+        notes.append(f"the run was trained in {run.finished.precision}. The graph computes in fp32.")
+    with _new_folder(output) as folder:
+        default = DEFAULT_THRESHOLD if threshold is None else threshold
+        write_deployment(folder, run, str(cfg.format), default, notes, console)
+    for line in (f"written: {output}", *(f"note: {note}" for note in notes)):
+        console.print(sanitise(line), soft_wrap=True)
+    texts = " ".join("TEXT" for _ in run.experiment.data.text_columns)
+    console.print(sanitise(f"try it: python {output / 'score.py'} {texts}"), soft_wrap=True)
+
+
+def _export_model(cfg: DictConfig, run: FinishedRun, output: Path, console: Console) -> None:
+    """Write the run as an adapter of PEFT or a plain Hugging Face model, an ensemble as a folder for each member.
+
+    Raises:
+        UserError: the run has pair features, or its method has no such form.
+    """
     backbone = run.pack.backbone
     auto_class = f"transformers.{AUTO_CLASSES[backbone.peft_task]}"
     if run.pack.pair_features:
@@ -65,13 +99,14 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
             reason,
             key="head.pair_features",
             value="true",
-            remedy="Train with head.pair_features=false.",
+            remedy="Use format=onnx or format=torch, whose graph has them; or train with head.pair_features=false.",
             code=Code.UNSUPPORTED,
         )
-    first_member = output if run.pack.size == 1 else output / "member_0"
-    differences, reading = _differences(run), [*_reading(run), *_usage(run, str(cfg.format))]
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
+    first_member = output if run.pack.size == 1 else output / "member_0"
+    differences, reading = _differences(run, console), [*_reading(run), *_usage(run, str(cfg.format))]
+    if cfg.format == "peft":
         base = public_location(run.experiment.model)
         with _new_folder(output) as folder:
             for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):
@@ -85,6 +120,7 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         with _new_folder(output) as folder:
             for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):
                 if k > 0:  # writing the previous member has detached the pack
+                    paths = model_paths(cfg.model)
                     run = FinishedRun.load(cfg.run, device="cpu", dtype=torch.float32, **paths)
                 write_merged(member_folder, run.pack, k, run.experiment.data.label_names)
             _write_readme(folder, cfg.format, [*differences, *reading])
@@ -95,18 +131,20 @@ def run_export(cfg: DictConfig, *, console: Console) -> None:
         console.print(sanitise(f"note: {difference}"), soft_wrap=True)
 
 
-def _differences(run: FinishedRun) -> list[str]:
+def _differences(run: FinishedRun, console: Console) -> list[str]:
     """Return notes on what `lora-bench predict` does beyond the exported model: score both orders, average members.
 
-    An empty list if it does neither.
+    An empty list if it does neither. The difference that both orders make is measured on the run's selection split.
     """
     experiment = run.experiment
     notes = []
     if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
         notes.append(
             "this run scores both orders of the two texts (trainer.score_both_orders), an exported model one. "
-            f"For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of {_SCORES[run.form]}."
+            f"For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of {_SCORES[run.form]}, "
+            "or export with format=onnx or format=torch."
         )
+        notes.append(describe_order_effect(run, console))
     if run.pack.size > 1:
         scores = "numbers" if run.form == "regression" else "probabilities"
         notes.append(f"it is an ensemble of {run.pack.size}, member_0, member_1, …: average their {scores}.")
@@ -250,7 +288,7 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
         reason = "trains the backbone itself, so it has no adapter"
     elif not updates:
         reason = "has no adapter, only a head"
-    elif any(isinstance(module, QuantizedWeight) for update in updates.values() for module in update.modules()):
+    elif _is_quantised(updates):
         reason = "adapts quantised weights, which a PEFT adapter does not include"
     else:
         reason = "is a method that PEFT does not have"
@@ -261,6 +299,11 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
         remedy="format=merged writes it as a plain Hugging Face model.",
         code=Code.UNSUPPORTED,
     )
+
+
+def _is_quantised(updates: Mapping[str, Update]) -> bool:
+    """Return whether a member's updates are beside quantised weights."""
+    return any(isinstance(module, QuantizedWeight) for update in updates.values() for module in update.modules())
 
 
 def _refuse_taken(output: Path) -> None:

@@ -51,7 +51,8 @@ def test_what_is_missing_comes_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("LORA_BENCH_BACKBONES", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     values = rows()
-    for name, extra in (("model=minilm", "minilm"), ("lora-bench prompt", "llm"), ("tracking=mlflow", "mlflow")):
+    extras = {"model=minilm": "minilm", "lora-bench prompt": "llm", "lora-bench export format=onnx": "onnx"}
+    for name, extra in {**extras, "tracking=mlflow": "mlflow"}.items():
         assert values[name].startswith("missing")
         assert f"pip install 'lora-bench[{extra}]'" in values[name]
     assert values["peft"].startswith("not installed")

@@ -303,9 +303,9 @@ def test_what_is_missing_or_wrong_is_refused_by_its_key(runs: Callable[..., Path
     for missing in request:
         error = refused("export", *(f"{key}={value}" for key, value in request.items() if key != missing))
         assert (error.code, error.key) == (Code.MISSING, missing)
-    error = refused("export", "run=x", "format=onnx", "output=x")
-    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "format", "onnx")
-    assert "peft, merged" in str(error)
+    error = refused("export", "run=x", "format=gguf", "output=x")
+    assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "format", "gguf")
+    assert "peft, merged, onnx, torch" in str(error)
     error = refused("export", "run=nowhere", "format=peft", "output=x")
     assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/run.json"))
 

@@ -53,7 +53,8 @@ class _Attention(torch.autograd.Function):
             mask = mask.expand(-1, heads, query.shape[1], -1).flatten(0, 1)  # (N·heads, S, T)
         p = _probabilities(q, k, mask)
         ctx.heads = heads
-        is_saved = key.shape[1] <= KEPT_LENGTH
+        # Without gradients nothing depends on the length: `torch.export` traces one graph for all lengths.
+        is_saved = any(ctx.needs_input_grad) and key.shape[1] <= KEPT_LENGTH
         ctx.save_for_backward(q, k, v, *((p, None) if is_saved else (None, mask)))
         return _join(torch.bmm(p, v), heads)
 

@@ -116,8 +116,11 @@ class Auto(Backbone):
     # -- computation --
 
     def cut_depth(self, depth: int) -> int:
-        """Return the largest depth up to this one at which the network can be cut; 0 if there is none."""
-        return self._cut.deepest(depth)
+        """Return the largest depth up to this one at which the network can be cut; 0 if there is none.
+
+        It is 0 while `torch.export` traces the network, whose tracer loses its place where a forward pass ends early.
+        """
+        return 0 if torch.compiler.is_exporting() else self._cut.deepest(depth)
 
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         """Return the output (N, T, D) of the first `cut_depth(depth)` layers; for 0 the token ids (N, T)."""

@@ -151,7 +151,7 @@ class CausalTextToText(Auto):
         device, (rows, length) = batch.input_ids.device, batch.input_ids.shape
         last, is_token = _last_positions(batch), batch.attention_mask.bool()  # (N,), (N, T)
         nodes, depths = torch.tensor([words.node_tokens, words.depths], device=device)[:, 1:]  # (M - 1,) each
-        size = length + len(nodes)
+        size = length + nodes.shape[0]
         allowed = torch.zeros(rows, size, size, dtype=torch.bool, device=device)
         ascending = torch.arange(size, device=device)
         allowed[:, :length, :length] = (ascending[:length, None] >= ascending[:length]) & is_token[:, None]
@@ -172,7 +172,7 @@ class CausalTextToText(Auto):
 
     def _read_branches(self, batch: Batch, words: LabelWords, tokens: list[int]) -> Tensor:
         """Return the result of `_read_tree`, computed with one pass for each branch of the tree."""
-        device, rows = batch.input_ids.device, len(batch.input_ids)
+        device, rows = batch.input_ids.device, batch.input_ids.shape[0]
         last = _last_positions(batch)[:, None]  # (N, 1)
         scores: dict[int, Tensor] = {}
         for branch in words.branches:
@@ -254,7 +254,10 @@ class CausalTextToText(Auto):
         return tree.shape == branches.shape and _are_close(tree, branches)
 
     def _fits_window(self, batch: Batch, words: LabelWords) -> bool:
-        """Return whether text and words fit into a sliding window of attention, which a 4D mask would replace."""
+        """Return whether text and words fit into a sliding window of attention, which a 4D mask would replace.
+
+        `torch.export` decides it once for all lengths; it refuses a window that is shorter than the longest text.
+        """
         window = getattr(self.network.config.get_text_config(), "sliding_window", None)  # type: ignore[union-attr, operator]
         return not window or batch.input_ids.shape[1] + max(words.depths) <= window
 

@@ -112,7 +112,7 @@ class LabelWords:
         """
         if self.is_single_step:
             return decoded[:, 0] @ torch.stack([embedding[token] for token in self.first_tokens]).T  # (N, C)
-        return self._word_logits(len(decoded), lambda node, tokens: decoded[:, node] @ embedding[tokens].T)
+        return self._word_logits(decoded.shape[0], lambda node, tokens: decoded[:, node] @ embedding[tokens].T)
 
     @property
     def branches(self) -> list[list[int]]:
@@ -136,7 +136,7 @@ class LabelWords:
             tokens: (L,) these tokens, all children among them.
         """
         column = {token: i for i, token in enumerate(tokens)}
-        return self._word_logits(len(scores), lambda node, of: scores[:, node, [column[token] for token in of]])
+        return self._word_logits(scores.shape[0], lambda node, of: scores[:, node, [column[token] for token in of]])
 
     def _word_logits(self, rows: int, scores_of: Callable[[int, list[int]], Tensor]) -> Tensor:
         """Return log p(word) among the words, (N, C).

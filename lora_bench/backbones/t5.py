@@ -145,7 +145,7 @@ class T5TextToText(_T5):
     def _decode_start(self, encoded: Tensor, batch: Batch, words: LabelWords) -> Tensor:
         """Return the decoder's output (N, 1, D) for its start token."""
         network: Any = self.network
-        start = torch.full((len(encoded), 1), network.config.decoder_start_token_id, device=encoded.device)
+        start = torch.full((encoded.shape[0], 1), network.config.decoder_start_token_id, device=encoded.device)
         decoded: Tensor = network.decoder(
             input_ids=start,
             encoder_hidden_states=encoded,
@@ -159,9 +159,9 @@ class T5TextToText(_T5):
         network: Any = self.network
         decoder, device = network.decoder, encoded.device
         tokens = torch.tensor([network.config.decoder_start_token_id, *words.node_tokens[1:]], device=device)  # (M,)
-        hidden = decoder.dropout(decoder.embed_tokens(tokens)).expand(len(encoded), -1, -1)  # (N, M, D)
+        hidden = decoder.dropout(decoder.embed_tokens(tokens)).expand(encoded.shape[0], -1, -1)  # (N, M, D)
         depths = torch.tensor(words.depths, device=device)
-        longest = int(depths.max()) + 1
+        longest = max(words.depths) + 1
         by_depth = decoder.block[0].layer[0].SelfAttention.compute_bias(longest, longest, device=device)
         bias = by_depth[:, :, depths][:, :, :, depths]  # (1, heads, M, M)
         bias = bias.masked_fill(~words.ancestors(device), torch.finfo(bias.dtype).min)

@@ -20,6 +20,7 @@ import tokenizers
 
 from lora_bench.console.stages import stage
 from lora_bench.data.text_positions import TextPositions
+from lora_bench.data.truncation import kept_positions
 from lora_bench.errors import Code, UserError
 from lora_bench.files.cache import CacheFiles, token_limit_bytes
 
@@ -239,7 +240,7 @@ def _encode(
     token, which the network reads. The tokenizer is left without padding and truncation.
 
     Raises:
-        UserError: as `_encode_chunk` and `_kept_positions`.
+        UserError: as `_encode_chunk` and `_truncate`.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -260,7 +261,7 @@ def _encode(
         kept: dict[int, Sequence[int]] = {}  # positions in the rows that are longer than the limit
         for row in np.flatnonzero(sizes > max_length).tolist():
             of_tokens = for_truncation.text_ids(encodings[row], first_row + row)
-            kept[row], is_fallback = _kept_positions(of_tokens, max_length, truncation)
+            kept[row], is_fallback = _truncate(of_tokens, max_length, truncation)
             counts["fallback"] += is_fallback
         counts["truncated"] += len(kept)
         counts["longest"] = max(counts["longest"], 1, int(sizes.max()))
@@ -317,42 +318,19 @@ def _flat(rows: Iterable[Sequence[int]], kept: Mapping[int, Sequence[int]]) -> I
     )
 
 
-def _kept_positions(text_ids: NDArray[np.int8], max_length: int, truncation: str) -> tuple[list[int], bool]:
-    """Return the positions of the `max_length` tokens of an example that stay, in order.
-
-    Tokens outside of the texts stay. With `middle`, a truncated text keeps its beginning and its end, otherwise its
-    beginning.
-
-    Args:
-        text_ids: of an example with more tokens, (T,): 1 or 2 for a token of that text, 0 for one outside of them.
-        max_length: more than the tokens outside of the texts.
-        truncation: a value of `data.truncation`.
-
-    Returns:
-        the positions, and True if `truncation` names a text and the other one alone leaves no room for it.
+def _truncate(text_ids: NDArray[np.int8], max_length: int, truncation: str) -> tuple[list[int], bool]:
+    """Return the result of `kept_positions`.
 
     Raises:
         UserError: the tokens outside of the texts leave no room for a text.
     """
-    special, *texts = (np.flatnonzero(text_ids == text).tolist() for text in (0, 1, 2))
-    room = max_length - len(special)
-    if room < 1:
-        reason = f"leaves no token for the texts: the template around them has {len(special)}"
+    try:
+        return kept_positions(text_ids, max_length, truncation)
+    except ValueError as error:
         remedy = "Give more tokens, or a shorter model.template."
-        raise UserError(reason, key="data.max_length", value=max_length, remedy=remedy, code=Code.CONFLICT)
-    sizes = len(texts[0]), len(texts[1])
-    named = {"first": 0, "second": 1}.get(truncation)
-    is_fallback = named is not None and sizes[1 - named] >= room
-    if named is None or is_fallback:  # equal to the tokenizers' own truncation with the strategy `longest_first`
-        shorter = min(*sizes, room // 2)
-        first = shorter if sizes[0] <= sizes[1] else room - shorter
-    else:
-        first = sizes[0] if named == 1 else room - sizes[1]
-    kept = special
-    for positions, size in zip(texts, (first, room - first), strict=True):
-        tail = size // 2 if truncation == "middle" and size < len(positions) else 0
-        kept = kept + positions[: size - tail] + positions[len(positions) - tail :]
-    return sorted(kept), is_fallback
+        raise UserError(
+            str(error), key="data.max_length", value=max_length, remedy=remedy, code=Code.CONFLICT
+        ) from None
 
 
 def _encode_chunk(backend: Any, pairs: Sequence[Any], *, with_offsets: bool) -> list[Any]:

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from lora_bench.adapters.peft import files
 from lora_bench.backbones.identity import refuse_other_tokenizer
+from lora_bench.config import build
+from lora_bench.data import sources
 from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import scoring_table
 from lora_bench.errors import Code, RunFailedError, UserError
@@ -150,6 +153,22 @@ class FinishedRun:
     def member_calibrations(self) -> list[Calibration]:
         """The calibration of each member of an ensemble, fitted on its own scores; empty for a run without one."""
         return self.finished.member_calibrations
+
+    def reload_splits(self) -> tuple[Examples, Examples]:
+        """Return the run's train and selection splits, made from its data again.
+
+        Raises:
+            UserError: the data cannot be read, have changed since, or the record has no fingerprint of them.
+        """
+        data = build.build_data(OmegaConf.create(self.finished.config["data"]))
+        splits = train, selection = sources.split_selection(sources.load(data)[1]["train"], data)
+        recorded = self.record["data"].get("fingerprint")
+        for name, split in (("train", train), ("selection", selection)):
+            if not isinstance(recorded, dict) or split.fingerprint() != recorded.get(name):
+                raise UserError(
+                    f"the {name} split of the run's data has changed since its training", code=Code.MISMATCH
+                )
+        return splits
 
     def score(self, examples: Examples, *, cached: bool = False) -> NDArray[np.float64]:
         """Return the scores of each example as `predict` does; an ensemble's are the mean over its members.

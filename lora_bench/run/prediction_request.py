@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lora_bench.data.examples import Examples
     from lora_bench.data.readers import Table
+    from lora_bench.evaluation.calibration import Calibration
     from lora_bench.records.backfill import ModelPaths
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -62,13 +63,7 @@ class PredictionRequest:
         for key in ("calibrated", "uncertainty", "probabilities"):
             require(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
         require_one_of("device", str(cfg.device), DEVICES)
-        from_selection = cfg.threshold == "selection"
-        if cfg.threshold is not None and not from_selection:
-            is_number = type(cfg.threshold) in (int, float)
-            require(
-                is_number, "threshold", cfg.threshold, "is neither a number nor selection", "Give a number from 0 to 1."
-            )
-            require_number("threshold", cfg.threshold, 0, 1)
+        check_threshold(cfg.threshold)
         if is_same_file(source, output):
             raise UserError(
                 "is the input file, which is never overwritten",
@@ -81,22 +76,16 @@ class PredictionRequest:
         run = FinishedRecord.read(cfg.run)
         _refuse_unsuitable(cfg, run)
         columns = _columns(cfg.text_columns, run.text_columns)
-        fitted = [key for key in ("calibrated", "uncertainty") if cfg[key]] + ["threshold"] * from_selection
-        if fitted and run.calibration is None and run.form != "regression":
-            key = fitted[0]
-            raise UserError(
-                "needs a calibration, and the run's record has none", key=key, value=cfg[key], code=Code.UNSUPPORTED
-            )
+        for key in ("calibrated", "uncertainty"):
+            if cfg[key] and run.form != "regression":
+                _require_calibration(run, key, cfg[key])
+        threshold = resolve_threshold(cfg.threshold, run)
         table = readers.read_table(source)
         examples = table.examples(columns, None, labels_may_hide=False)
         labelled.check_texts(table, file_format)
         added = BYTES_PER_ROW + BYTES_PER_PROBABILITY * len(run.label_names or ()) * cfg.probabilities
         size = sum(len(text) for column in examples.texts for text in column) + added * len(examples)
         check_output(output, "output", size)
-        threshold = cfg.threshold
-        if from_selection:
-            assert run.calibration is not None
-            threshold = run.calibration.threshold
         flags = cfg.calibrated, cfg.uncertainty, cfg.probabilities, str(cfg.device), model_paths(cfg.model)
         return cls(run, table, examples, output, file_format, threshold, *flags)
 
@@ -124,21 +113,14 @@ class PredictionRequest:
 
 
 def _refuse_unsuitable(cfg: DictConfig, run: FinishedRecord) -> None:
-    """Refuse settings that do not apply to the task of a run: a threshold to more than two classes, most to numbers.
+    """Refuse settings that do not apply to a run that predicts numbers, except a threshold.
 
     Raises:
         UserError: naming the key.
     """
-    if run.form == "multiclass":
-        reason = f"is a threshold between two classes, and this run has {len(run.label_names or ())}"
-        remedy = "Leave it out: the most probable class is predicted."
-        require(cfg.threshold is None, "threshold", cfg.threshold, reason, remedy, code=Code.UNSUPPORTED)
-    elif run.form == "regression":
-        reason = "is about classes, and this run predicts a number"
-        for key in ("threshold", "calibrated", "probabilities"):
-            require(
-                cfg[key] is None or cfg[key] is False, key, cfg[key], reason, "Leave it out.", code=Code.UNSUPPORTED
-            )
+    if run.form == "regression":
+        for key in ("calibrated", "probabilities"):
+            require(cfg[key] is False, key, cfg[key], _OF_CLASSES, "Leave it out.", code=Code.UNSUPPORTED)
         reason = "is the spread of an ensemble's members, and this run is a single one that predicts a number"
         require(
             not cfg.uncertainty or run.members > 1,
@@ -148,6 +130,51 @@ def _refuse_unsuitable(cfg: DictConfig, run: FinishedRecord) -> None:
             "Leave it out.",
             code=Code.UNSUPPORTED,
         )
+
+
+_OF_CLASSES = "is about classes, and this run predicts a number"
+
+
+def check_threshold(threshold: Any) -> None:
+    """Refuse a threshold that is neither null, a number from 0 to 1, nor `selection`."""
+    if threshold is None or threshold == "selection":
+        return
+    is_number = type(threshold) in (int, float)
+    require(is_number, "threshold", threshold, "is neither a number nor selection", "Give a number from 0 to 1.")
+    require_number("threshold", threshold, 0, 1)
+
+
+def resolve_threshold(threshold: Any, run: FinishedRecord) -> float | None:
+    """Return the threshold that a request names for a run; None if it names none.
+
+    Args:
+        threshold: null, a number, or `selection` for the one with the best MCC on the selection split.
+        run: the record of the run.
+
+    Raises:
+        UserError: the run has not two classes, or needs a calibration that its record lacks.
+    """
+    if threshold is None:
+        return None
+    if run.form == "multiclass":
+        reason = f"is a threshold between two classes, and this run has {len(run.label_names or ())}"
+        remedy = "Leave it out: the most probable class is predicted."
+        raise UserError(reason, key="threshold", value=threshold, remedy=remedy, code=Code.UNSUPPORTED)
+    if run.form == "regression":
+        remedy = "Leave it out."
+        raise UserError(_OF_CLASSES, key="threshold", value=threshold, remedy=remedy, code=Code.UNSUPPORTED)
+    if threshold == "selection":
+        return _require_calibration(run, "threshold", threshold).threshold
+    return float(threshold)
+
+
+def _require_calibration(run: FinishedRecord, key: str, value: Any) -> Calibration:
+    """Return the calibration of a run; a `UserError` for this value of a key if its record has none."""
+    if run.calibration is None:
+        raise UserError(
+            "needs a calibration, and the run's record has none", key=key, value=value, code=Code.UNSUPPORTED
+        )
+    return run.calibration
 
 
 def output_format(output: str) -> str:

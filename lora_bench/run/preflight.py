@@ -6,12 +6,14 @@ All values are checked again where they are used.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from lora_bench.backbones.locate import local_folder
 from lora_bench.config import build, schema
 from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.records.finished_record import FinishedRecord
+from lora_bench.run.prediction_request import check_threshold, resolve_threshold
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -67,9 +69,27 @@ def check_eval(cfg: DictConfig) -> None:
         check_run(str(cfg.run))
 
 
+EXPORT_FORMATS = ("peft", "merged", "onnx", "torch")
+"""The choices of `format` of `lora-bench export`."""
+MODEL_FORMATS = ("peft", "merged")
+"""Those without the threshold: labels follow from the scores in the program that loads the model."""
+
+
 def check_export(cfg: DictConfig) -> None:
-    """Refuse an export of a folder without a finished run, in an unknown format, or to no folder."""
-    run, output = str(cfg.run), str(cfg.output)
-    require_one_of("format", str(cfg.format), ("peft", "merged"))
+    """Refuse an export of a folder without a finished run, in an unknown format, or to no folder.
+
+    Refused are, too, a threshold that does not apply, and `format=onnx` without the packages that it needs.
+    """
+    output, export_format = str(cfg.output), str(cfg.format)
+    require_one_of("format", export_format, EXPORT_FORMATS)
     require(bool(output), "output", output, "names no folder")
-    check_run(run)
+    check_threshold(cfg.threshold)
+    reason, remedy = "applies to format=onnx and format=torch, whose graph has it", "Leave it out."
+    has_threshold = export_format not in MODEL_FORMATS or cfg.threshold is None
+    require(has_threshold, "threshold", cfg.threshold, reason, remedy, code=Code.UNSUPPORTED)
+    if export_format == "onnx":
+        missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
+        reason = f"needs the packages {', '.join(missing)}"
+        remedy = "Install them: pip install 'lora-bench[onnx]'. Or use format=torch, which needs no other package."
+        require(not missing, "format", export_format, reason, remedy, code=Code.MISSING_PACKAGE)
+    resolve_threshold(cfg.threshold, FinishedRecord.read(str(cfg.run)))
