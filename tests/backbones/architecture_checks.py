@@ -13,6 +13,7 @@ import transformers
 
 import lora_bench
 from lora_bench.data.toy import generate
+from lora_bench.deployment.score import Model
 from tests.backbones.tools import cut_logits, make, random_batch, spread
 from tests.command_line import lora_bench as command_line
 
@@ -156,5 +157,11 @@ def _scores(architecture: Architecture, run: Any, network: Any, folder: Path) ->
     return np.array(scores)
 
 
-_SCORERS = {"merged": _score_merged, "peft": _score_peft}
+def _score_graph(architecture: Architecture, run: Any, base: Path, folder: Path) -> NDArray[np.float64]:
+    """Return P(label 1) by the script in the folder of an exported graph, in batches of five."""
+    scores: NDArray[np.float64] = Model(folder).predict(PAIRS, batch_size=5)["scores"]
+    return scores
+
+
+_SCORERS = {"merged": _score_merged, "peft": _score_peft, "onnx": _score_graph, "torch": _score_graph}
 """Scores of an exported folder, by form."""

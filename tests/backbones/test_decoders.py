@@ -174,23 +174,6 @@ TEXTS = ["Is it?", "What is the best way to learn a language in a year, and at w
 PAIRS = [*zip(TEXTS, reversed(TEXTS), strict=True), ("", "")]
 
 
-@pytest.mark.parametrize("model_type", DECODERS)
-def test_a_decoder_learns_and_predicts_the_same_alone_in_a_batch_and_reloaded(
-    folders: Mapping[str, Path], tmp_path: Path, model_type: str
-) -> None:
-    folder = trained(tmp_path / "run", f"model.path={folders[model_type]}")
-    run = lora_bench.load(folder)
-    record = json.loads((folder / "run.json").read_text())
-    noted = [note for note in record["data"]["warnings"] if "padding token" in note]
-    assert len(noted) == (model_type != "qwen2")  # its class names one
-    together = run.predict(PAIRS)
-    assert together.std() > 1e-3
-    assert all(update.lora_B.abs().max() > 0 for update in run.pack.updates[0].values())
-    alone = np.concatenate([run.predict([pair]) for pair in PAIRS])
-    np.testing.assert_allclose(alone, together, atol=1e-6)
-    np.testing.assert_array_equal(lora_bench.load(folder).predict(PAIRS), together)
-
-
 # -- linears that store their weights transposed --
 
 
