@@ -179,3 +179,8 @@ def test_a_network_that_uses_weights_outside_of_a_layers_call_is_refused(tmp_pat
 def test_what_cannot_be_sharded_is_refused(overrides: tuple[str, ...], in_tmp: Path) -> None:
     error = refused("train", "model=tiny_bert", *overrides, "trainer.sharding=fsdp")
     assert (error.code, error.key) == (Code.CONFLICT, "trainer.sharding")
+
+
+def test_a_sweep_of_sharded_runs_is_refused(in_tmp: Path) -> None:
+    error = refused("train", "-m", "model=tiny_bert", "seed=0,1", "trainer.sharding=fsdp")
+    assert (error.code, error.key) == (Code.CONFLICT, "trainer.sharding")
