@@ -20,6 +20,7 @@ from lora_bench.console.text import sanitise
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
+from lora_bench.run.preflight import check_processes
 from lora_bench.run.recorder import Recorder
 from lora_bench.training.checkpointing import set_checkpointing
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes, processes_of_torchrun
@@ -27,6 +28,7 @@ from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.loop import PackTraining, total_steps
 from lora_bench.training.memory import trim_freed_memory
 from lora_bench.training.prefix_cache import PrefixCache
+from lora_bench.training.sharding import shard
 from lora_bench.training.signals import Interruption
 from lora_bench.training.training_state import restore
 
@@ -89,7 +91,8 @@ def train_pack(
         KeyboardInterrupt, SystemExit: a signal; the runs are recorded as `interrupted`.
     """
     runs = PackedRun.open_all(jobs)
-    inputs = inputs or SharedInputs.load(runs[0].experiment)
+    check_processes(runs[0].experiment.trainer)
+    inputs = inputs or SharedInputs.load(runs[0].experiment, processes)
     reset_peak_memory(inputs.backbone.device)
     pack = Pack(inputs.backbone, [member for run in runs for member in run.adapters(inputs)])
     try:
@@ -118,6 +121,8 @@ def _prepare(pack: Pack, runs: Sequence[PackedRun], inputs: SharedInputs, proces
     for run in runs:
         if run.warm_start:
             run.warm_start.load_into(pack, run.numbers)
+    if pack.backbone.is_sharded:
+        shard(pack)
     _seed_everything(experiment.seed)
     mixtures = inputs.mixtures(runs)
     for run in runs:

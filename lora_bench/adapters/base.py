@@ -129,10 +129,11 @@ class Adapter(ABC):
             ranks: rank of each target where it is known already (an allocation, a saved adapter); a method whose ranks
                 are all its own ignores it.
         """
-        return {
-            name: self.update(name, backbone.network.get_submodule(name), init, dropout)
-            for name in self.targets(backbone)
-        }
+        updates: dict[str, Update] = {}
+        for name in self.targets(backbone):
+            with backbone.loaded_weight(name):
+                updates[name] = self.update(name, backbone.network.get_submodule(name), init, dropout)
+        return updates
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
         """Return PEFT's settings of the trained method (`peft_type`, `r`, …); empty where PEFT has no such method."""

@@ -134,6 +134,9 @@ class Auto(Backbone):
             logits = self.read_logits(self.run_network(batch), batch)
         return logits, states[0]
 
+    def compute_sharded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.suffix_with_states(batch.input_ids, batch, 0)
+
     @cached_property
     def separates_texts(self) -> bool:
         """True if the last layer gives a vector of the layers' width for each token; a test pair is computed."""

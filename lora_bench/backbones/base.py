@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from lora_bench.backbones.identity import tokenizer_digests
 from lora_bench.backbones.page_out import page_out
+from lora_bench.backbones.sharding import call_as_forward, full_tensor, is_sharded, shard_modules
 from lora_bench.data.text_positions import TextPositions
 from lora_bench.errors import require
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from lora_bench.backbones.activation_checkpointing import ActivationCheckpointing
     from lora_bench.backbones.label_words import LabelWords
@@ -73,6 +74,7 @@ class Backbone(ABC):
 
     def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str]) -> None:
         self.network = network
+        self._architecture = type(network).__name__
         self.tokenizer = tokenizer
         self.new_parameters = new_parameters
         self.compute_dtype = torch.float32
@@ -80,6 +82,8 @@ class Backbone(ABC):
         self._used_cache = False
         self.offloaded: set[str] = set()
         """Names of linears whose weights are as the checkpoint has them, and not on the device."""
+        self.is_sharded = False
+        """True if each process holds its part of the weights; they are on the CPU and whole until `shard`."""
         self.notes: list[str] = []
         """Notes for the user about how it reads and scores texts."""
         self.layers: list[tuple[str, nn.Module]] = [
@@ -126,6 +130,20 @@ class Backbone(ABC):
     def suffix(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """Return the logits (N, C) of the layers from `depth` on and the head; `hidden` is the prefix of this depth."""
         return self.suffix_with_states(hidden, batch, depth)[0]
+
+    def compute_sharded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the result of `suffix_with_states` for all layers, computed as the network's own forward pass.
+
+        Only so weights outside of the layers are gathered for it. A family that calls the network overrides this.
+        """
+        result: tuple[Tensor, Tensor] = call_as_forward(
+            self.network, lambda: self.suffix_with_states(self.prefix(batch, 0), batch, 0)
+        )
+        return result
+
+    def shared_modules(self) -> list[nn.Module]:
+        """Return the modules within a layer that are also called outside of the layer's forward pass."""
+        return []
 
     @property
     def separates_texts(self) -> bool:
@@ -180,7 +198,7 @@ class Backbone(ABC):
         head (text to text) gets no labels. Without label names the model predicts a number.
         """
         config = copy.deepcopy(cast("Any", self.network.config))
-        config.architectures = [type(self.network).__name__]
+        config.architectures = [self._architecture]  # the class of a sharded network has another name
         config.dtype = torch.float32
         for stale in ("finetuning_task", "auto_map"):
             vars(config).pop(stale, None)
@@ -315,6 +333,27 @@ class Backbone(ABC):
             if checkpointing is not None:
                 layer.forward = checkpointing.wrap(layer.forward)
 
+    def to_shards(self, device: torch.device, dtype: torch.dtype, *, trained: bool) -> None:
+        """Set the precision, as `to` does, and the device to which `shard` will move the weights.
+
+        Until then they stay on the CPU, in the memory of their file if they are stored in this precision.
+        """
+        self.separates_texts  # noqa: B018  # a family may compute a test pair for it, and remembers the answer
+        self.to(torch.device("cpu"), dtype, trained=trained)
+        self.device, self.is_sharded = device, True
+
+    def shard(self, whole: Iterable[nn.Parameter]) -> None:
+        """Shard the weights of every layer and then the rest over the processes of torchrun.
+
+        Args:
+            whole: trained parameters of adapters and heads, which are moved to the device as they are.
+        """
+        kept = set(whole)
+        for p in kept:
+            p.data = p.data.to(self.device)
+        modules = [*self.shared_modules(), *(layer for _, _, layer in self.layer_modules()), self.network]
+        shard_modules(modules, self.device, kept)
+
     def load_weights(self, names: Collection[str] | None = None) -> None:
         """Cast the weights of these offloaded linears (None: of all), and move them to the device."""
         for name in sorted(self.offloaded if names is None else self.offloaded.intersection(names)):
@@ -326,19 +365,21 @@ class Backbone(ABC):
     def loaded_weight(self, name: str) -> Iterator[None]:
         """Hold the weight of a linear on the device, in the precision of products, within the context.
 
-        An offloaded weight is as before afterwards, and the memory of its file's pages is returned.
+        An offloaded or sharded weight is as before afterwards, and the memory of its file's pages is returned.
         """
-        if name not in self.offloaded:
+        parameters = self.network.get_submodule(name)._parameters
+        stored = parameters.get("weight")
+        if stored is None or not (name in self.offloaded or self.is_sharded):
             yield
             return
-        p = self._stored_weight(name)
-        stored = p.data
-        p.data = stored.to(self.device, self.compute_dtype)
+        weight = full_tensor(stored).to(self.device, self.compute_dtype)
+        parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         try:
             yield
         finally:
-            p.data = stored
-            page_out(stored)
+            parameters["weight"] = stored
+            if not is_sharded(stored):
+                page_out(stored)
 
     def _stored_weight(self, name: str) -> nn.Parameter:
         """Return the parameter that holds the weight of a linear, transposed for a `Conv1D`."""

@@ -6,6 +6,7 @@ classifier of two layers. Both are trained whole.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.backbones.attention import attend
@@ -57,7 +58,12 @@ class Bert(Backbone):
         return hidden  # (N, T, D)
 
     def checkpoint_layers(self, checkpointing: ActivationCheckpointing | None) -> None:
-        self._run = _run if checkpointing is None else checkpointing.wrap(_run)
+        run = _run if checkpointing is None else checkpointing.wrap(_run)
+        self._run = _call if self.is_sharded else run
+        for _, layer in self.layers:
+            vars(layer).pop("forward", None)
+            if self.is_sharded:
+                layer.forward = partial(run, layer)
 
     def encode(self, hidden: Tensor, batch: Batch, depth: int) -> Tensor:
         """Return the output (N, 1, D) of the layers from `depth` on for the first token, which alone the head reads.
@@ -92,6 +98,11 @@ class Bert(Backbone):
         separators = (batch.input_ids == self.tokenizer.sep_token_id).long()  # (N, T)
         first = (batch.attention_mask == 1) & (separators.cumsum(1) - separators == 0)
         return first, (batch.attention_mask == 1) & ~first
+
+
+def _call(layer: Any, *arguments: Any) -> Tensor:
+    """Call a layer as a module, so that the hooks that gather its weights run."""
+    return layer(*arguments)  # type: ignore[no-any-return]
 
 
 def _run(layer: Any, queries: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_bench.backbones.sharding import is_sharded
+
 if TYPE_CHECKING:
     from torch.nn import Parameter
 
@@ -27,9 +29,12 @@ class Conv1DLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight (out, in), a view of the parameter: what is written to it reaches the parameter."""
+        """The weight (out, in), a view of the parameter: what is written to it reaches the parameter.
+
+        While it is sharded it is the parameter itself: nothing computes with it, and `fully_shard` reads it here.
+        """
         stored: Any = self._parameters["weight"]
-        return stored.T  # type: ignore[no-any-return]
+        return stored if is_sharded(stored) else stored.T  # type: ignore[no-any-return]
 
 
 def replace_conv1d(network: nn.Module) -> None:

@@ -36,6 +36,10 @@ class _T5(Backbone):
         super().__init__(network, tokenizer, new_parameters)
         self.template = Template(template, task, separator=" ")
 
+    def shared_modules(self) -> list[nn.Module]:
+        """Return the tables of relative positions: each is in the first block of a stack, and read for all of them."""
+        return [module for name, module in self.network.named_modules() if name.endswith("relative_attention_bias")]
+
     def prefix(self, batch: Batch, depth: int) -> Tensor:
         hidden: Tensor = self.encoder.dropout(self.encoder.embed_tokens(batch.input_ids))
         return self._run_blocks(hidden, batch, 0, depth)  # (N, T, D)

@@ -357,7 +357,12 @@ class Trainer:
     activation_checkpointing: bool | str
     """Compute the activations of the layers again in the backward pass instead of holding them: less memory, a third to
     a half more arithmetic, which the FLOPs in the record include. `auto`: if they would not fit into the free memory,
-    even in micro-batches of one pair (or of `micro_batch_size`, if it is set). It turns `cuda_graphs` off."""
+    even in micro-batches of one pair (or of `micro_batch_size`, if it is set), and with `sharding=fsdp`. It turns
+    `cuda_graphs` off."""
+    sharding: str
+    """`none`: each process of torchrun holds the whole backbone. `fsdp`: each holds a part of it, and a layer's weights
+    are gathered while it computes (torch's `fully_shard`), with `adapter=full` too. Adapters and heads stay whole. No
+    prefix is cached, and `cuda_graphs` are off."""
     precision: str
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
@@ -413,6 +418,7 @@ class Trainer:
         is_known = isinstance(setting, bool) or setting == "auto"
         reason = "is not one of auto, true, false"
         require(is_known, "activation_checkpointing", setting, reason, code=Code.UNKNOWN_CHOICE)
+        require_one_of("sharding", self.sharding, ("none", "fsdp"))
         require_one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 

@@ -25,7 +25,7 @@ from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError,
 from lora_bench.files.atomic_io import to_json
 from lora_bench.records.settings import Settings
 from lora_bench.records.sweep_folder import Sweep
-from lora_bench.run.preflight import check_paths
+from lora_bench.run.preflight import check_paths, check_processes
 
 SUBDIR_KEY = "hydra.sweep.subdir"
 """The key of a job's folder, relative to the sweep's."""
@@ -270,6 +270,7 @@ class GridSweeper(BasicSweeper):
         compose_tasks(composed, job, hydra.runtime.config_sources)
         settings = Settings.build(composed)
         check_paths(settings)
+        check_processes(settings.trainer)
         from lora_bench.run.settings import Experiment  # torch: late
 
         return name, Experiment.build(composed, settings).identity

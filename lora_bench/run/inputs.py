@@ -17,6 +17,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import describe_stress_splits
 from lora_bench.run.model_memory import WeightMemory
+from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device, resolve_precision
@@ -171,10 +172,14 @@ class SharedInputs:
         return experiment.with_data([task.data for task in self.tasks.values()])
 
     @classmethod
-    def load(cls, experiment: Experiment) -> SharedInputs:
+    def load(cls, experiment: Experiment, processes: Processes = SINGLE_PROCESS) -> SharedInputs:
         """Load data and backbone, and tokenize the data.
 
         For the process it also sets `trainer.threads` and makes the allocator keep freed memory.
+
+        Args:
+            experiment: the settings.
+            processes: that will train together, and over which the backbone is sharded if the settings say so.
 
         Raises:
             UserError: the data or the backbone cannot be loaded, or they do not fit together.
@@ -189,7 +194,9 @@ class SharedInputs:
             check_metrics(experiment.metrics, data.form, data.outputs)
         experiment = experiment.with_data([data for data, *_ in loaded.values()])
         device = resolve_device(trainer.device)
-        backbone, sha256 = load_backbone(experiment, device, resolve_precision(trainer.precision, device))
+        shards = processes.size if trainer.sharding == "fsdp" else 1
+        precision = resolve_precision(trainer.precision, device)
+        backbone, sha256 = load_backbone(experiment, device, precision, shards=shards)
         with stage("tokenising"):
             tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
         return cls(backbone, sha256, tasks)
@@ -245,8 +252,16 @@ def _require_two_labels(data: schema.Data, train: Examples) -> None:
     )
 
 
-def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dtype) -> tuple[Backbone, str]:
-    """Load the backbone onto its device, frozen unless the method trains it.
+def load_backbone(
+    experiment: Experiment, device: torch.device, dtype: torch.dtype, *, shards: int = 1
+) -> tuple[Backbone, str]:
+    """Load the backbone onto its device, frozen unless the method trains it; with several shards it stays on the CPU.
+
+    Args:
+        experiment: the settings.
+        device: of the backbone.
+        dtype: of the matrix products.
+        shards: number of processes over which it will be sharded.
 
     Returns:
         The backbone, with products in `dtype`, and the SHA-256 of its weights as they were loaded (`Backbone.hash`).
@@ -260,7 +275,7 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
     with stage("loading the model"):
         tokenizer, task = load_tokenizer(experiment.model), all_data[0].task
         trained = experiment.adapter.trains_backbone
-        memory = WeightMemory(experiment, device, dtype)
+        memory = WeightMemory(experiment, device, dtype, shards)
         backbone = load(
             experiment.model,
             tokenizer,
@@ -274,6 +289,9 @@ def load_backbone(experiment: Experiment, device: torch.device, dtype: torch.dty
             backbone.require_length(data.max_length)
         check_padding(backbone)
         sha256 = backbone.hash()
+        if shards > 1:
+            backbone.to_shards(device, dtype, trained=trained)
+            return backbone, sha256
         try:
             replaced = () if trained else experiment.adapter.replaced_weights(backbone)
         except UserError as error:

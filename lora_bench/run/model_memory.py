@@ -32,9 +32,11 @@ class WeightMemory:
     device: torch.device
     dtype: torch.dtype
     """Of a frozen backbone's weights."""
+    shards: int = 1
+    """Number of processes of which each holds a part of the weights, on a GPU of its own."""
 
     def required_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
-        """Return a lower bound of the bytes that weights of these shapes, by name, take.
+        """Return a lower bound of the bytes that weights of these shapes, by name, take on a device.
 
         All matrices of the layers count as quantised if the method quantises any.
         """
@@ -42,10 +44,12 @@ class WeightMemory:
         quant_type = getattr(adapter, "quantize", None)
         per_weight = TRAINED_BYTES if adapter.trains_backbone else self.dtype.itemsize
         per_matrix = per_weight if quant_type is None else bytes_per_value(quant_type)
-        return sum(
+        devices = self.shards if self.device.type == "cuda" else 1  # processes on a CPU share its memory
+        total = sum(
             prod(shape) * (per_matrix if len(shape) == 2 and _IN_LAYER.fullmatch(name) else per_weight)
             for name, shape in shapes.items()
         )
+        return total / devices
 
     def refusal(self, shapes: Mapping[str, tuple[int, ...]]) -> UserError | None:
         """Return the error if weights of these shapes, by name, do not fit into the free memory; None if they do."""
@@ -61,8 +65,12 @@ class WeightMemory:
             remedies.insert(0, "adapter=lora")
         elif self.dtype == torch.float32:
             remedies.insert(0, "trainer.precision=bf16")
-        if getattr(adapter, "quantize", None) is None:
+        if self.shards > 1:
+            remedies.insert(0, "more processes")
+        elif getattr(adapter, "quantize", None) is None:
             remedies.insert(0, "adapter=qlora")
+            if self.device.type == "cuda":
+                remedies.append("trainer.sharding=fsdp with torchrun and several GPUs")
         return UserError(
             f"its {count} parameters take at least {format_number(required, 'B')} ({held}), and "
             f"{self.device.type} has {format_number(free, 'B')} of free memory",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.backbones.locate import local_folder
 from lora_bench.config import build, schema
+from lora_bench.config.launch import Launch
 from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.run.prediction_request import check_threshold, resolve_threshold
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from lora_bench.records.job import Job
     from lora_bench.records.settings import Settings
+    from lora_bench.run.settings import Experiment
 
 
 def check_paths(settings: Settings) -> None:
@@ -35,8 +37,43 @@ def check_train(job: Job) -> None:
     A resumed run may have started already, so the run that it is initialised from is not looked for.
     """
     check_paths(job.settings)
+    check_sharding(job.settings, job.cfg.adapter.get("quantize"))
+    if not job.cfg.dry_run:
+        check_processes(job.settings.trainer)
     if job.cfg.adapter.get("init_from") and job.resumed is None:
         check_run(str(job.cfg.adapter.init_from), "adapter.init_from")
+
+
+def check_sharding(settings: Settings | Experiment, quantize: str | None) -> None:
+    """Refuse a sharded backbone with several adapters, or with `adapter.quantize`, whose codes are not sharded."""
+    trainer, ensemble, data = settings.trainer, settings.ensemble, settings.data
+    if trainer.sharding == "none":
+        return
+    several = {
+        "ensemble.members": ensemble.members is not None,
+        "data.share=backbone": bool(settings.tasks) and data.share == "backbone",
+    }
+    conflicts = {key: "trains several adapters on it" for key, is_set in several.items() if is_set}
+    conflicts |= {} if quantize is None else {"adapter.quantize": "holds codes in place of its weights"}
+    for key, effect in conflicts.items():
+        raise UserError(
+            f"shards the backbone for one adapter, and {key} {effect}",
+            key="trainer.sharding",
+            value=trainer.sharding,
+            remedy=f"Set trainer.sharding=none, or leave out {key}.",
+            code=Code.CONFLICT,
+        )
+
+
+def check_processes(trainer: schema.Trainer) -> None:
+    """Refuse `trainer.sharding=fsdp` in a single process, which has no others to share the weights with."""
+    remedy = (
+        "Start the run with torchrun --nproc-per-node N -m lora_bench train …, with N processes, or set "
+        "trainer.sharding=none."
+    )
+    is_possible = trainer.sharding == "none" or Launch.read().world_size > 1
+    reason = "spreads the weights over the processes of torchrun, and there is only this one"
+    require(is_possible, "trainer.sharding", trainer.sharding, reason, remedy, code=Code.CONFLICT)
 
 
 def check_data(data: schema.Data) -> None:

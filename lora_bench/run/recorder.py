@@ -193,7 +193,8 @@ class Recorder:
             notes.append(f"quantised weights: {codes} of codes and {scales} of scales are held instead of {replaced}.")
         trainer = self.runs[0].experiment.trainer
         if self.pack.recomputes_activations and trainer.activation_checkpointing == "auto":
-            notes.append("activations would not fit into memory, so they are recomputed in the backward pass.")
+            reason = "weights are sharded" if self.pack.backbone.is_sharded else "activations would not fit into memory"
+            notes.append(f"{reason}, so activations are recomputed in the backward pass.")
         return notes
 
     # -- while they train --

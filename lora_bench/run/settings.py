@@ -20,6 +20,7 @@ from lora_bench.extensions.entry_points import BACKBONES, METHODS, METRICS, vers
 from lora_bench.records.run_folder import RECORD_FILE
 from lora_bench.records.settings import Settings
 from lora_bench.run.inputs import SEEDS_APART
+from lora_bench.run.preflight import check_sharding
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.objective import check_objective
 
@@ -134,6 +135,7 @@ class Experiment:
         )
         _check_ensemble(experiment.ensemble, experiment.adapter, experiment.pack)
         _check_tasks(experiment)
+        check_sharding(experiment, getattr(experiment.adapter, "quantize", None))
         for single in experiment.by_task.values():
             _check_metrics(single)
             check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)

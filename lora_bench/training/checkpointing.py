@@ -19,7 +19,8 @@ SHARE_OF_FREE = 0.8
 def set_checkpointing(pack: Pack, trainer: Trainer, longest: int, orders: int) -> None:
     """Let the pack recompute activations if `trainer.activation_checkpointing` is true, or is `auto` and they must be.
 
-    They must be if one forward pass does not fit into the free memory of the device otherwise. Without a
+    They must be if the backbone is sharded, because each process has its own free memory and all must decide alike, or
+    if one forward pass does not fit into the free memory of the device otherwise. Without a
     `trainer.micro_batch_size` that is a pass of a single pair: smaller micro-batches save memory and cost no
     arithmetic, so they come first.
 
@@ -32,7 +33,8 @@ def set_checkpointing(pack: Pack, trainer: Trainer, longest: int, orders: int) -
     setting = trainer.activation_checkpointing
     pack.checkpoint_activations(False)
     if setting == "auto":
-        setting = _activation_bytes(pack, trainer, longest, orders) > SHARE_OF_FREE * free_bytes(pack.backbone.device)
+        free = free_bytes(pack.backbone.device)
+        setting = pack.backbone.is_sharded or _activation_bytes(pack, trainer, longest, orders) > SHARE_OF_FREE * free
     pack.checkpoint_activations(bool(setting))
 
 

@@ -18,7 +18,7 @@ from lora_bench.data.batching import micro_batches
 from lora_bench.training.micro_batching import is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -38,14 +38,15 @@ class Backward:
     Args:
         pack: the members.
         objectives: by number of the head that they are computed with.
-        graphs: replay CUDA graphs, if the pack is on a GPU and holds its activations: a recomputed pass restores random
-            streams, which cannot be recorded.
+        graphs: replay CUDA graphs, if the pack is on a GPU, and neither recomputes activations nor is sharded: a
+            recomputed pass restores random streams, and gathered weights lie elsewhere in each pass.
     """
 
     def __init__(self, pack: Pack, objectives: Mapping[int, Objective], *, graphs: bool) -> None:
         self.pack = pack
         self.objectives = objectives
-        graphs = graphs and pack.backbone.device.type == "cuda" and not pack.recomputes_activations
+        is_recordable = not (pack.recomputes_activations or pack.backbone.is_sharded)
+        graphs = graphs and pack.backbone.device.type == "cuda" and is_recordable
         self._pass = Graphs(pack, self._add) if graphs else self._add_from_cpu
         self.multiple = LENGTH_MULTIPLE if graphs else 1
         """The length of a batch, in tokens, should be a multiple of this."""
@@ -64,10 +65,14 @@ class Backward:
         Returns:
             By member, the batch's contribution to its mean loss.
         """
+        return self.accumulate((micro, micro.pairs / of_pairs) for micro in micro_batches(batch, pairs))
+
+    def accumulate(self, shares: Iterable[tuple[Batch, float]]) -> dict[int, float]:
+        """Accumulate the gradients of micro-batches, each with its weight in the mean; return the members' losses."""
         losses = torch.zeros(len(self.pack.active), device=self.pack.backbone.device)
         with self.pack.accumulating_gradients():
-            for micro in micro_batches(batch, pairs):
-                losses += self._pass(micro, micro.pairs / of_pairs)
+            for micro, share in shares:
+                losses += self._pass(micro, share)
         return dict(zip(self.pack.active, losses.tolist(), strict=True))
 
     def _add_from_cpu(self, batch: Batch, share: float) -> Tensor:

@@ -1,8 +1,9 @@
 """Data-parallel training: each process computes its shard of every global batch, and gradients are all-reduced.
 
 `torchrun` starts the processes and gives each its rank through the environment. Only the gradients of adapters and
-heads are exchanged, as one flat tensor per step: the frozen backbone is the same in every process and small enough for
-each to hold, so there is nothing for FSDP to shard.
+heads are exchanged, as one flat tensor per step: the frozen backbone is the same in every process. With
+`trainer.sharding=fsdp` each process holds a part of the backbone (`backbones.sharding`). Then all processes must make
+equally many passes, because a layer's weights are gathered from all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from lora_bench.backbones.sharding import is_sharded
 from lora_bench.config.launch import Launch
 from lora_bench.console.text import sanitise
 from lora_bench.data.batching import slice_pairs
@@ -58,11 +60,27 @@ class Processes:
             return batch
         return slice_pairs(batch, start, end) if start < end else None
 
+    def equal_shares(self, batch: Batch, pairs: int) -> Iterator[tuple[Batch, range]]:
+        """Yield this process's micro-batches of a global batch, equally many in every process.
+
+        Args:
+            batch: of the same shape in every process.
+            pairs: pairs of each member per micro-batch, at most.
+
+        Yields:
+            A micro-batch and the positions of its pairs in the batch. The range is empty if there is no pair left for
+            this process: then it gets some pair, whose result does not count.
+        """
+        for start in range(0, batch.pairs, pairs * self.size):
+            count = min(pairs * self.size, batch.pairs - start)
+            first, last = (start + count * rank // self.size for rank in (self.rank, self.rank + 1))
+            yield slice_pairs(batch, first, max(last, first + 1)), range(first, last)
+
     def all_reduce(self, parameters: Iterable[nn.Parameter], losses: dict[int, float]) -> dict[int, float]:
         """Sum gradients and losses over the processes; each process holds its share of the global mean.
 
-        Each parameter that requires a gradient gets the sum as its `.grad`. A single process returns the losses
-        unchanged.
+        Each parameter that requires a gradient gets the sum as its `.grad`; those that are sharded have it already. A
+        single process returns the losses unchanged.
 
         Args:
             parameters: the same in every process; one without a gradient counts as zero.
@@ -73,9 +91,10 @@ class Processes:
         """
         if self.size == 1:
             return losses
-        trained = [p for p in parameters if p.requires_grad]
+        every = list(parameters)
+        trained = [p for p in every if p.requires_grad and not is_sharded(p)]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        flat_losses = torch.tensor(list(losses.values()), dtype=torch.float32, device=trained[0].device)
+        flat_losses = torch.tensor(list(losses.values()), dtype=torch.float32, device=every[0].device)
         flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), flat_losses])
         dist.all_reduce(flat)
         summed = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(losses)])
@@ -84,11 +103,12 @@ class Processes:
         return dict(zip(losses, summed[-1].tolist(), strict=True))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with the leader's values, in place."""
+        """Overwrite the tensors with the leader's values, in place; those that are sharded stay."""
         if self.size > 1:
             with torch.no_grad():
                 for tensor in tensors:
-                    dist.broadcast(tensor, 0)
+                    if not is_sharded(tensor):
+                        dist.broadcast(tensor, 0)
 
     def shard_batches(self, batches: Iterable[T]) -> Iterator[T]:
         """Return this process's batches of an evaluation: every `size`-th, from number `rank` on."""

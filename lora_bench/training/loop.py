@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Metric, Optimizer, Trainer
+    from lora_bench.data.batching import Batch
     from lora_bench.data.tokenization import TokenTable
     from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.member_run import MemberProgress
@@ -119,7 +120,10 @@ class MixtureSteps:
         with pack.only(numbers):
             batch = next(self.batches).select_members([self.mixture.members.index(k) for k in numbers])
             losses = dict.fromkeys(numbers, 0.0)
-            if (shard := processes.shard(batch)) is not None:
+            if pack.backbone.is_sharded:
+                work = partial(self._backward_in_step, batch, processes)
+                losses = in_micro_batches(pack, batch, self.trainer.micro_batch_size, work)
+            elif (shard := processes.shard(batch)) is not None:
                 work = partial(self.backward, shard, batch.pairs)
                 losses = in_micro_batches(pack, shard, self.trainer.micro_batch_size, work)
             trained = (p for k in numbers for p in pack.trainable(k, batch.head).values())
@@ -131,6 +135,20 @@ class MixtureSteps:
         for member, padding in zip(learning, batch.padding(len(learning)), strict=True):
             member.count(step, batch, padding, seconds)
         return losses, batch.pairs
+
+    def _backward_in_step(self, batch: Batch, processes: Processes, pairs: int) -> dict[int, float]:
+        """Accumulate the gradients of this process's share of a batch, in as many passes as every process makes.
+
+        Args:
+            batch: the global batch.
+            processes: that share it.
+            pairs: pairs of each member per micro-batch.
+
+        Returns:
+            By member, the share's contribution to its mean loss.
+        """
+        shares = processes.equal_shares(batch, pairs)
+        return self.backward.accumulate((micro, len(positions) / batch.pairs) for micro, positions in shares)
 
 
 class PackTraining:
@@ -287,7 +305,9 @@ class PackTraining:
                 if member.checkpoints and not alive.isdisjoint(member.siblings):
                     with isolate_failure(member.progress):
                         try:
-                            member.checkpoints.save(step, *gather(member))
+                            state = gather(member)  # every process takes part in gathering what is sharded
+                            if self.processes.is_leader:
+                                member.checkpoints.save(step, *state)
                         except RunFailedError as error:
                             if needed or isinstance(error, LostFolderError):
                                 raise  # otherwise training goes on, and its result can still be scored and saved

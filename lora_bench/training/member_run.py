@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_bench.backbones.sharding import local_tensor, total_norm
 from lora_bench.errors import DivergedError
 from lora_bench.training.optim import make_optimizer, set_learning_rate
 from lora_bench.training.weight_averaging import WeightAverage
@@ -204,9 +205,9 @@ def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:
     None does not clip. torch's `clip_grad_norm_` calls an operator for each parameter; this function calls one for all.
     """
     gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) if gradients else 0.0
+    norm = total_norm(gradients)
     if settings.grad_clip_norm is not None and norm > settings.grad_clip_norm:
-        torch._foreach_mul_(gradients, settings.grad_clip_norm / (norm + 1e-6))
+        torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], settings.grad_clip_norm / (norm + 1e-6))
     return norm
 
 

@@ -58,6 +58,14 @@ def in_micro_batches(pack: Pack, batch: Batch, requested: int | None, work: Call
             if not is_out_of_memory(error):
                 raise
         # Outside the handler: the error held the stack frames, and these held the activations.
+        if pack.backbone.is_sharded:
+            key = "trainer.micro_batch_size" if phase == "training" else "trainer.eval_batch_size"
+            raise RunFailedError(
+                f"memory does not suffice for the {phase} of {pairs} pairs, and a process with sharded weights cannot "
+                "repeat a pass without the others",
+                remedy=f"Set {key} to a smaller number.",
+                code=Code.OUT_OF_MEMORY,
+            )
         if pairs == 1:
             holds_activations = phase == "training" and not pack.recomputes_activations
             first = "trainer.activation_checkpointing=true, " if holds_activations else ""

@@ -52,12 +52,29 @@ def _score_view(
     mode = pack.training
     pack.eval()
     batches = evaluation_batches(table, batch_size, pack.backbone.tokenizer.pad_token_id)
-    for rows, batch in processes.shard_batches(batches):
-        logits = in_micro_batches(pack, batch, None, partial(_logits, pack, batch)).double()  # (K, B, C)
-        scores[:, rows] = scores_of_logits(logits).cpu().numpy()
+    for rows, batch in batches if pack.backbone.is_sharded else processes.shard_batches(batches):
+        if pack.backbone.is_sharded:
+            logits, positions = in_micro_batches(pack, batch, None, partial(_logits_in_step, pack, batch, processes))
+            rows = rows[positions]
+        else:
+            logits = in_micro_batches(pack, batch, None, partial(_logits, pack, batch))  # (K, B, C)
+        scores[:, rows] = scores_of_logits(logits.double()).cpu().numpy()
         progress.advance(len(rows))
     pack.train(mode)
     return processes.gather(scores)
+
+
+def _logits_in_step(pack: Pack, batch: Batch, processes: Processes, pairs: int) -> tuple[Tensor, list[int]]:
+    """Return logits (K, S, C) of this process's S of the B pairs, computed in as many passes as in every process.
+
+    Returns:
+        The logits, and the positions of their pairs in the batch.
+    """
+    logits, positions = [], list[int]()
+    for micro, of_micro in processes.equal_shares(batch, pairs):
+        logits.append(pack(micro.to(pack.backbone.device))[:, : len(of_micro)])
+        positions += of_micro
+    return torch.cat(logits, dim=1), positions
 
 
 def _logits(pack: Pack, batch: Batch, pairs: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_bench.backbones.sharding import full_tensor, part_of
 from lora_bench.errors import Code, UserError
 from lora_bench.training.member_run import MemberProgress
 
@@ -37,6 +38,8 @@ _TYPES |= {"steps": int, "pairs": int, "tokens": int, "padding": int, "seconds":
 
 def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the training state of a member: copies of its tensors on the CPU, and the rest as JSON.
+
+    Every process of a sharded pack must call this.
 
     Returns:
         Tensors by `<section>/<name>`, and metadata: `outcome` (its progress), `averaged` (steps in the mean), `ranks`
@@ -59,7 +62,7 @@ def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     tensors = {"dropout": pack.dropout[k].get_state()}
     tensors |= {f"{section}/{name}": tensor for section, named in sections.items() for name, tensor in named.items()}
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    copies = {name: full_tensor(tensor).cpu().clone() for name, tensor in tensors.items()}
     metadata = {
         "outcome": {name: getattr(progress, name) for name in _TYPES},
         "averaged": average.steps,
@@ -123,6 +126,8 @@ def _restore_optimizer(member: MemberRun, tensors: dict[str, Tensor]) -> None:
         shape = parameters[number].shape
         shapes = {name: tensor.shape for name, tensor in of_parameter.items()}
         _require(shapes == {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, f"adamw/{number}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            of_parameter[name] = part_of(of_parameter[name], parameters[number].detach())
     member.optimizer.load_state_dict({**member.optimizer.state_dict(), "state": moments})
 
 
@@ -135,8 +140,8 @@ def _restore_average(member: MemberRun, tensors: dict[str, Tensor], steps: int) 
     average, means = member.average, _take(tensors, "mean/")
     average.steps = steps
     _require(len(means) == (len(average.parameters) if steps > 0 else 0), "mean")
-    device = member.pack.backbone.device
-    average.means = {average.parameters[int(i)]: mean.to(device) for i, mean in means.items()}
+    parameters = {i: average.parameters[int(i)] for i in means}
+    average.means = {p: part_of(means[i], p.detach()) for i, p in parameters.items()}
     _require(all(m.shape == p.shape and m.dtype == torch.float32 for p, m in average.means.items()), "mean")
 
 
@@ -242,4 +247,4 @@ def _copy(tensors: dict[str, Tensor], prefix: str, targets: Mapping[str, Tensor]
     wrong = sorted(saved.keys() ^ targets.keys()) or [n for n, p in targets.items() if saved[n].shape != p.shape]
     _require(not wrong, ", ".join(wrong[:1]))
     for name, p in targets.items():
-        p.copy_(saved[name])
+        p.copy_(part_of(saved[name], p))

@@ -240,6 +240,7 @@ RANGES = [
     ("trainer", "prefix_cache_bytes", [0.0, 4e9], [-1.0, math.inf]),
     ("trainer", "cuda_graphs", [True, False], [None, "yes please"]),
     ("trainer", "activation_checkpointing", ["auto", True, False], ["always", 1, None]),
+    ("trainer", "sharding", ["none", "fsdp"], ["ddp", True, None]),
     ("head", "pair_features", [True, False, None], ["yes please"]),
     ("adapter", "weight_decay_B", [None, 0, 100.0], [-1, math.inf]),
     ("ensemble", "members", [None, 2, 5], [1, 0, 101]),

@@ -94,6 +94,16 @@ class Pack(PackState):
         self.depth = self._first_adapted_layer()
         self._sync = None
 
+    def shard(self) -> None:
+        """Shard the backbone over the processes of torchrun; adapters and heads stay whole in each process.
+
+        With `full` only the heads stay whole.
+        """
+        adapters = [] if self.trains_backbone else [self.adapter_parameters(k) for k in range(self.size)]
+        whole = [*adapters, *(self.head_parameters(k) for k in range(self.size))]
+        self.backbone.shard(p for parameters in whole for p in parameters.values())
+        self.checkpoint_activations(self.recomputes_activations)
+
     def checkpoint_activations(self, recomputed: bool) -> None:
         """Compute the layers' activations again in the backward pass from now on, or hold them."""
         self.recomputes_activations = recomputed
@@ -189,10 +199,13 @@ class Pack(PackState):
         """Return the hidden states below the first adapted layer, (B or K·B, T, D), once for all active members.
 
         Cached hidden states of the batch are returned as they are. With `full` these are the embeddings, with
-        gradients. A backbone that can only be computed as a whole returns the token ids, (B or K·B, T).
+        gradients. A backbone that can only be computed as a whole, as a sharded one, returns the token ids,
+        (B or K·B, T).
         """
         if batch.hidden is not None:
             return batch.hidden
+        if self.backbone.is_sharded:  # its weights are there in one pass of the whole network
+            return batch.input_ids
         gradients = torch.is_grad_enabled() and self.trains_backbone
         with torch.set_grad_enabled(gradients), self._autocast():
             return self.backbone.prefix(batch, self.depth)
@@ -212,7 +225,11 @@ class Pack(PackState):
         has_pair_features = any(str(k) in self.pair_features for k in members)
         with self._computing(members, batch.head, all_positions=has_pair_features), self._autocast():
             # (K·B, C), and (K·B, T, D) or (K·B, 1, D)
-            logits, states = self.backbone.suffix_with_states(hidden, batch, self.depth)
+            logits, states = (
+                self.backbone.compute_sharded(batch)
+                if self.backbone.is_sharded
+                else self.backbone.suffix_with_states(hidden, batch, self.depth)
+            )
         logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, C)
         return self._add_pair_features(logits, states, batch, members) if has_pair_features else logits
 
@@ -255,12 +272,12 @@ class Pack(PackState):
     def _first_adapted_layer(self) -> int:
         """Return the number of layers below the first one with an update of an active member; they run once for all.
 
-        With a cached prefix it is the depth of that prefix, with `full`, which freezes no layer, 0. If no layer has an
-        update, it is the number of layers; updates outside the layers do not count.
+        With a cached prefix it is the depth of that prefix; with `full`, which freezes no layer, and if the backbone is
+        sharded, 0. If no layer has an update, it is the number of layers; updates outside the layers do not count.
         """
         if self.prefix_depth is not None:
             return self.prefix_depth
-        if self.trains_backbone:
+        if self.trains_backbone or self.backbone.is_sharded:
             return 0
         layers = [self.backbone.layer_of(name) for k in self.active for name in self.updates[k]]
         return min((layer for layer in layers if layer is not None), default=len(self.backbone.layers))
@@ -268,10 +285,13 @@ class Pack(PackState):
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         """Return a context that casts products with `full`, whose weights stay fp32; without effect otherwise.
 
-        Frozen weights were cast when they were loaded.
+        Frozen weights were cast when they were loaded. The cast copies of sharded weights are not kept for later
+        layers.
         """
-        if self.trains_backbone and self.backbone.compute_dtype != torch.float32:
-            return torch.autocast(self.backbone.device.type, self.backbone.compute_dtype)
+        backbone = self.backbone
+        if self.trains_backbone and backbone.compute_dtype != torch.float32:
+            keep = not backbone.is_sharded
+            return torch.autocast(backbone.device.type, backbone.compute_dtype, cache_enabled=keep)
         return nullcontext()
 
     # -- stacked parameters of members that are computed together --

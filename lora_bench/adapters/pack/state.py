@@ -13,6 +13,7 @@ from lora_bench.adapters.pack.attachment import head_outputs
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
 from lora_bench.backbones.fused_linear import join_rows
+from lora_bench.backbones.sharding import full_tensor, part_of
 from lora_bench.errors import Code, UserError
 from lora_bench.head.pair_features import PairFeatures
 
@@ -160,8 +161,11 @@ class PackState(nn.Module):
     # -- state dicts --
 
     def state(self, member: int, head: int | None = None) -> dict[str, Tensor]:
-        """Return CPU copies of the member's trained tensors, with all heads or the one of this number."""
-        return {name: p.detach().cpu().clone() for name, p in self.trainable(member, head).items()}
+        """Return CPU copies of the member's trained tensors, with all heads or the one of this number.
+
+        Every process of a sharded pack must call this.
+        """
+        return {name: full_tensor(p).cpu().clone() for name, p in self.trainable(member, head).items()}
 
     def load_state(self, member: int, state: dict[str, Tensor]) -> None:
         """Load tensors that `state` returned.
@@ -181,7 +185,7 @@ class PackState(nn.Module):
             )
         with torch.no_grad():
             for name, p in parameters.items():
-                p.copy_(state[name])
+                p.copy_(part_of(state[name], p))
 
     def ranks(self, member: int) -> dict[str, int]:
         """Return the rank of each of the member's targets; 0 where it is not adapted or the method has no ranks."""
