@@ -78,6 +78,20 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gather_part(part: Tensor, tensor: Tensor) -> Tensor:
+    """Return the full tensor of which each process has a part, as of another tensor; every process must call this.
+
+    Args:
+        part: of the size of `local_tensor(tensor)`, on any device.
+        tensor: sharded in the same way; if it is not sharded, `part` is the full tensor.
+    """
+    if not isinstance(tensor, DTensor):
+        return part
+    mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+    sharded = DTensor.from_local(part.to(tensor.device), mesh, placements, run_check=False, shape=shape, stride=stride)
+    return sharded.full_tensor()
+
+
 def part_of(full: Tensor, tensor: Tensor) -> Tensor:
     """Return a full tensor, which every process has, on the device of another one and sharded as that one is."""
     full = full.to(tensor.device)

@@ -120,9 +120,15 @@ class TrainedTask:
     def save(self, run: Run) -> None:
         """Write each member's adapter and head to `adapter/` of the run, or below it, and record their SHA-256.
 
+        The leader of several processes writes; the others take part in gathering sharded weights.
+
         Raises:
             LostFolderError: the run's folder is gone, or another run's by now.
         """
+        if not self.processes.is_leader:
+            for k in self.members:
+                self.pack.state(k, self.head, keep=False)
+            return
         run.check()
         folders = adapter_folders(run.folder, len(self.members))
         if len(self.members) > 1:

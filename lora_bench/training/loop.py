@@ -305,7 +305,7 @@ class PackTraining:
                 if member.checkpoints and not alive.isdisjoint(member.siblings):
                     with isolate_failure(member.progress):
                         try:
-                            state = gather(member)  # every process takes part in gathering what is sharded
+                            state = gather(member, keep=self.processes.is_leader)
                             if self.processes.is_leader:
                                 member.checkpoints.save(step, *state)
                         except RunFailedError as error:

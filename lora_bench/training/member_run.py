@@ -40,7 +40,7 @@ class MemberProgress:
     best: dict[str, Any] | None = None
     """The log line of its best evaluation: step, epoch, metrics on the selection split."""
     state: dict[str, Tensor] = field(default_factory=dict)
-    """Its trained tensors at that evaluation."""
+    """Its trained tensors at that evaluation, of sharded ones the part of this process."""
     scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Scores of the selection split at that evaluation, by task: (N,) or (N, C) each, as `predict` returns them."""
     main_metric: str = "mcc"
@@ -196,7 +196,7 @@ class MemberRun:
     def load_best(self) -> None:
         """Load the state of the best evaluation into the pack, if there was an evaluation."""
         if self.progress.state:
-            self.pack.load_state(self.index, self.progress.state)
+            self.pack.load_parts(self.index, self.progress.state)
 
 
 def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:

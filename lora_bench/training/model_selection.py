@@ -116,7 +116,7 @@ def update_best(
     value = values[progress.main_metric]
     assert value is not None
     if may_choose and value > progress.best_value:
-        progress.best, progress.state, progress.without_gain = line, member.pack.state(member.index), 0
+        progress.best, progress.state, progress.without_gain = line, member.pack.parts(member.index), 0
         progress.scores = result.scores
     elif may_choose:
         progress.without_gain += 1

@@ -177,7 +177,7 @@ class _Rehearsal:
     def hold_state(self) -> None:
         """Allocate what a run holds after its first evaluation, and for a moment the copies for a checkpoint."""
         self.member.average.update()
-        self.member.progress.state = self.pack.state(0)
+        self.member.progress.state = self.pack.parts(0)
         gather(self.member)
 
 

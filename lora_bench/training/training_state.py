@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_bench.backbones.sharding import full_tensor, part_of
+from lora_bench.backbones.sharding import full_tensor, gather_part, local_tensor, part_of
 from lora_bench.errors import Code, UserError
 from lora_bench.training.member_run import MemberProgress
 
@@ -36,19 +37,20 @@ _TYPES: dict[str, Any] = {"status": str, "best": dict | None, "without_gain": in
 _TYPES |= {"steps": int, "pairs": int, "tokens": int, "padding": int, "seconds": int | float, "flops": int | float}
 
 
-def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def gather(member: MemberRun, *, keep: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the training state of a member: copies of its tensors on the CPU, and the rest as JSON.
 
-    Every process of a sharded pack must call this.
+    Every process of a sharded pack must call this; those that do not need the copies set `keep` to False.
 
     Returns:
         Tensors by `<section>/<name>`, and metadata: `outcome` (its progress), `averaged` (steps in the mean), `ranks`
         and `room` (micro-batches that fit into memory).
     """
     pack, k, progress, average = member.pack, member.index, member.progress, member.average
+    trained = pack.trainable(k)
     sections: dict[str, dict[str, Tensor]] = {
         "rng": _torch_streams(pack),
-        "weights": dict(pack.trainable(k)),
+        "weights": dict(trained),
         "buffers": _buffers(pack, k),
         "running": _running_statistics(pack, k),
         "adamw": {
@@ -57,12 +59,16 @@ def gather(member: MemberRun) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for key, value in moments.items()
         },
         "mean": {str(i): average.means[p] for i, p in enumerate(average.parameters) if p in average.means},
-        "best": progress.state,
         "scores": {task: torch.from_numpy(scores) for task, scores in progress.scores.items()},
     }
     tensors = {"dropout": pack.dropout[k].get_state()}
     tensors |= {f"{section}/{name}": tensor for section, named in sections.items() for name, tensor in named.items()}
-    copies = {name: full_tensor(tensor).cpu().clone() for name, tensor in tensors.items()}
+    full = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
+    best = ((f"best/{name}", gather_part(part, trained[name])) for name, part in progress.state.items())
+    copies = {}
+    for name, tensor in chain(full, best):  # one after another: a device need not hold all of them
+        if keep:
+            copies[name] = tensor.cpu().clone()
     metadata = {
         "outcome": {name: getattr(progress, name) for name in _TYPES},
         "averaged": average.steps,
@@ -152,7 +158,8 @@ def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: di
         UserError: a value is missing, unknown, of another type or shape, or not finite.
     """
     best, scores = _take(tensors, "best/"), _take(tensors, "scores/")
-    shapes = {name: p.shape for name, p in member.pack.trainable(member.index).items()} if best else {}
+    trained = member.pack.trainable(member.index)
+    shapes = {name: p.shape for name, p in trained.items()} if best else {}
     _require({name: tensor.shape for name, tensor in best.items()} == shapes, "best")
     _require(all(tensor.ndim in (1, 2) and tensor.dtype == torch.float64 for tensor in scores.values()), "scores")
     _require(all(bool(torch.isfinite(tensor).all()) for tensor in scores.values()), "scores")
@@ -161,7 +168,7 @@ def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: di
         outcome = {**outcome, "status": "eliminated"}
     member.progress = MemberProgress(
         **outcome,
-        state=best,
+        state={name: local_tensor(part_of(tensor, trained[name])).cpu().clone() for name, tensor in best.items()},
         scores={task: tensor.numpy() for task, tensor in scores.items()},
         main_metric=member.progress.main_metric,
     )

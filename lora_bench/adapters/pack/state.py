@@ -13,7 +13,7 @@ from lora_bench.adapters.pack.attachment import head_outputs
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
 from lora_bench.backbones.fused_linear import join_rows
-from lora_bench.backbones.sharding import full_tensor, part_of
+from lora_bench.backbones.sharding import full_tensor, local_tensor, part_of
 from lora_bench.errors import Code, UserError
 from lora_bench.head.pair_features import PairFeatures
 
@@ -160,12 +160,26 @@ class PackState(nn.Module):
 
     # -- state dicts --
 
-    def state(self, member: int, head: int | None = None) -> dict[str, Tensor]:
+    def state(self, member: int, head: int | None = None, *, keep: bool = True) -> dict[str, Tensor]:
         """Return CPU copies of the member's trained tensors, with all heads or the one of this number.
 
-        Every process of a sharded pack must call this.
+        Every process of a sharded pack must call this; those that do not need the copies set `keep` to False.
         """
-        return {name: full_tensor(p).cpu().clone() for name, p in self.trainable(member, head).items()}
+        state = {}
+        for name, p in self.trainable(member, head).items():
+            tensor = full_tensor(p)
+            if keep:
+                state[name] = tensor.cpu().clone()
+        return state
+
+    def parts(self, member: int) -> dict[str, Tensor]:
+        """Return CPU copies of the member's trained tensors, of sharded ones the part of this process."""
+        return {name: local_tensor(p).cpu().clone() for name, p in self.trainable(member).items()}
+
+    def load_parts(self, member: int, parts: dict[str, Tensor]) -> None:
+        """Load tensors that `parts` returned in this process."""
+        for name, p in self.trainable(member).items():
+            local_tensor(p).copy_(parts[name])
 
     def load_state(self, member: int, state: dict[str, Tensor]) -> None:
         """Load tensors that `state` returned.
