@@ -126,12 +126,13 @@ def refused(*arguments: str) -> UserError:
     assert answer.code == 2, answer
     assert answer.error is not None, answer
     assert "Traceback" not in answer.out + answer.err, answer
-    assert answer.err.startswith("lora-bench: "), answer
-    assert answer.err.endswith("\n"), answer
-    assert answer.err.count("\n") == 1, answer
+    *progress, message = answer.err.splitlines(keepends=True)
+    assert all(line.endswith(": loading\n") for line in progress), answer
+    assert message.startswith("lora-bench: "), answer
+    assert message.endswith("\n"), answer
     assert files_below(Path.cwd()) == before
     command = "sweep" if arguments[:2] == ("train", "-m") else arguments[0] if arguments[0] in COMMANDS else "other"
-    messages.check(command, answer.err.removeprefix("lora-bench: "))
+    messages.check(command, message.removeprefix("lora-bench: "))
     return answer.error
 
 

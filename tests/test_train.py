@@ -475,7 +475,7 @@ def test_refused_data_leaves_no_folder(
         (["adapter.rank=33"], Code.INVALID_VALUE, "adapter.rank", 33, "32"),
         (["adapter.rank=0"], Code.INVALID_VALUE, "adapter.rank", 0, ""),
         (["adapter.target_modules=nothing"], Code.NO_MATCH, "adapter.target_modules", "nothing", ""),
-        (["model=tiny_t5", "adapter=head_only"], Code.UNSUPPORTED, "adapter.method", "head_only", "model.form=encoder"),
+        (["model=tiny_t5", "adapter=head_only"], Code.UNSUPPORTED, "adapter.method", "head_only", "model.form"),
         (["optimizer.lr=-1"], Code.INVALID_VALUE, "optimizer.lr", -1.0, ""),
         (["+adapter.rnak=3"], Code.UNKNOWN_KEY, "adapter.rnak", None, "Did you mean rank?"),
         (["+extra=1"], Code.UNKNOWN_KEY, "extra", None, ""),

@@ -104,10 +104,11 @@ def total_norm(tensors: Sequence[Tensor]) -> float:
     """Return the Euclidean norm of all numbers of these tensors; 0 without tensors. Every process must call this."""
     if not tensors:
         return 0.0
+    is_part = [is_sharded(tensor) for tensor in tensors]
+    if not any(is_part):  # an operator for each tensor would cost more than the norms
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))))
     norms = torch.stack(torch._foreach_norm([local_tensor(tensor) for tensor in tensors]))
-    sharded = torch.tensor([is_sharded(tensor) for tensor in tensors], device=norms.device)
-    if sharded.any():
-        squares = norms[sharded].square().sum()
-        dist.all_reduce(squares)
-        norms = torch.cat([norms[~sharded], squares.sqrt()[None]])
-    return float(torch.linalg.vector_norm(norms))
+    sharded = torch.tensor(is_part, device=norms.device)
+    squares = norms[sharded].square().sum()
+    dist.all_reduce(squares)
+    return float(torch.linalg.vector_norm(torch.cat([norms[~sharded], squares.sqrt()[None]])))

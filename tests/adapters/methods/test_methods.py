@@ -176,7 +176,7 @@ def test_the_probe_is_refused_where_there_is_no_head() -> None:
     with refuses(Code.UNSUPPORTED, key="adapter.method") as caught:
         pack("t5", (adapter("head_only"), 0))
     assert caught.value.value == "head_only"
-    assert "model.form=encoder" in str(caught.value)
+    assert "model.form" in str(caught.value.remedy)
 
 
 @pytest.mark.parametrize("rate", ["0.0", "-1.0", "nan", "inf"])
