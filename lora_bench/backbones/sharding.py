@@ -106,7 +106,7 @@ def total_norm(tensors: Sequence[Tensor]) -> float:
         return 0.0
     is_part = [is_sharded(tensor) for tensor in tensors]
     if not any(is_part):  # an operator for each tensor would cost more than the norms
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))))
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
     norms = torch.stack(torch._foreach_norm([local_tensor(tensor) for tensor in tensors]))
     sharded = torch.tensor(is_part, device=norms.device)
     squares = norms[sharded].square().sum()

@@ -24,7 +24,7 @@ from lora_bench.errors import Code
 from lora_bench.training.distributed import Processes
 from lora_bench.training.sharding import shard
 from tests.adapters.tools import adapter, assert_close, pack, stir, tables
-from tests.backbones.architectures import ARCHITECTURES
+from tests.backbones.architectures import ARCHITECTURES, Architecture
 from tests.backbones.tools import QQP_LABELS, make, model_settings, random_batch
 from tests.command_line import at_step, lora_bench, refused, refuses, signalled, toy_run
 
@@ -166,7 +166,9 @@ def test_gradients_are_those_of_whole_weights(model: str, method: str, recompute
 
 @pytest.mark.usefixtures("group")
 def test_a_network_that_uses_weights_outside_of_a_layers_call_is_refused(tmp_path: Path) -> None:
-    folder = saved_model("SqueezeBERT", tmp_path / "squeezebert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    squeezebert = Architecture("SqueezeBERT", "squeezebert", {**sizes, "embedding_size": 32})
+    folder = squeezebert.save(tmp_path / "squeezebert")
     with refuses(Code.UNSUPPORTED, key="trainer.sharding"):
         sharded_pack("auto", "full", f"model.path={folder}")
 
