@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_help_names_every_command(in_tmp: Path) -> None:
 
 def test_version(in_tmp: Path) -> None:
     answer = lora_bench("--version")
-    assert (answer.code, answer.out) == (0, "lora-bench 0.1.0\n")
+    assert (answer.code, answer.out) == (0, f"lora-bench {version('lora-bench')}\n")
 
 
 @pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("comapre", "compare"), ("predcit", "predict")])

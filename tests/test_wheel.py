@@ -72,7 +72,7 @@ def test_the_installed_command_works_from_any_folder(installed: Path, tmp_path: 
     where = "import lora_bench, lora_bench.cli; print(lora_bench.__file__); print(lora_bench.cli.conf_folder())"
     found = run(sys.executable, "-c", where, cwd=tmp_path, path=installed).stdout.splitlines()
     assert found == [str(installed / "lora_bench" / "__init__.py"), str(installed / "lora_bench" / "conf")]
-    assert run(command, "--version", cwd=tmp_path, path=installed).stdout == "lora-bench 0.1.0\n"
+    assert run(command, "--version", cwd=tmp_path, path=installed).stdout == "lora-bench 0.2.0\n"
     shown = run(command, "train", "--cfg", "job", "model=tiny_bert", cwd=tmp_path, path=installed).stdout
     assert "default_lr: 0.0005" in shown
 

@@ -32,10 +32,11 @@ def test_versions_of_every_package_that_results_depend_on() -> None:
         "rich",
         "pyyaml",
         "sentencepiece",
+        "protobuf",
         "filelock",
         "xxhash",
         "jinja2",
-    }  # screen, files, locks, pages
+    }  # screen, files, tokenizers' formats, locks, pages
     assert required - no_figure_depends_on <= set(environment.PACKAGES)
 
 
