@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.training.dummy_step import saved_bytes
 from lora_bench.training.memory import TRANSIENT, free_bytes
+from lora_bench.training.micro_batching import is_out_of_memory
 
 if TYPE_CHECKING:
     from lora_bench.adapters.pack.pack import Pack
@@ -33,9 +34,19 @@ def set_checkpointing(pack: Pack, trainer: Trainer, longest: int, orders: int) -
     setting = trainer.activation_checkpointing
     pack.checkpoint_activations(False)
     if setting == "auto":
-        free = free_bytes(pack.backbone.device)
-        setting = pack.backbone.is_sharded or _activation_bytes(pack, trainer, longest, orders) > SHARE_OF_FREE * free
+        setting = pack.backbone.is_sharded or not _activations_fit(pack, trainer, longest, orders)
     pack.checkpoint_activations(bool(setting))
+
+
+def _activations_fit(pack: Pack, trainer: Trainer, longest: int, orders: int) -> bool:
+    """Return whether the activations of one forward pass fit; False also if not even a short pass does."""
+    try:
+        needed = _activation_bytes(pack, trainer, longest, orders)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return needed <= SHARE_OF_FREE * free_bytes(pack.backbone.device)
 
 
 def _activation_bytes(pack: Pack, trainer: Trainer, longest: int, orders: int) -> float:
