@@ -103,17 +103,21 @@ def _verdict(row: dict[str, object], keys: tuple[str, ...]) -> str:
         return "failed"
     if row.get("refused"):
         return "refused"
-    differences = {key: row[key] for key in keys if isinstance(row.get(key), float)}
-    if above := [key for key, value in differences.items() if not value <= LIMITS[key]]:  # type: ignore[operator]
-        return f"{', '.join(above)} above limit"
-    return "yes" if differences else "no"
+    compared, above = _compared(row, keys)
+    return above or ("yes" if compared else "no")
 
 
 def _graphs(row: dict[str, object]) -> str:
     """Return the forms of graphs that give the scores of `predict`; a form that is refused is left out."""
-    forms = [form for form in ("onnx", "torch") if isinstance(row.get(form), float)]
-    above = [form for form in forms if not row[form] <= LIMITS[form]]  # type: ignore[operator]
-    return f"{', '.join(above)} above limit" if above else ", ".join(forms) or "no"
+    forms, above = _compared(row, ("onnx", "torch"))
+    return above or ", ".join(forms) or "no"
+
+
+def _compared(row: dict[str, object], keys: tuple[str, ...]) -> tuple[list[str], str]:
+    """Return those of the quantities that were compared, and what to say of those above their limits, if any are."""
+    differences = {key: value for key in keys if isinstance(value := row.get(key), float)}
+    above = [key for key, value in differences.items() if not value <= LIMITS[key]]
+    return list(differences), f"{', '.join(above)} above limit" if above else ""
 
 
 def main() -> None:

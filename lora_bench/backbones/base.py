@@ -122,7 +122,13 @@ class Backbone(ABC):
 
     def outputs(self, head: int = 0) -> int:
         """Return the number of logits C of a head: the classes of its task, or 1 for a number."""
+        if self.words:
+            return len(self.words[head].paths)
         return int(self.network.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+    def words_of(self, batch: Batch) -> LabelWords:
+        """Return the words for the classes of a batch's task, where words are scored; tasks may share them."""
+        return self.words[batch.head if len(self.words) > 1 else 0]
 
     def name_labels(self, label_names: Sequence[Sequence[str] | None]) -> None:
         """Tell a family whose answers are words the names of the classes of each head; None for a number."""

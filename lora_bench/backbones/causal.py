@@ -95,10 +95,6 @@ class CausalTextToText(Auto):
         before, whole, alone = self.tokenizer([cue, text, word], add_special_tokens=False)["input_ids"]
         return list(whole[len(before) :] if whole[: len(before)] == before else alone)
 
-    def outputs(self, head: int = 0) -> int:
-        """Return the number of classes of a head's task."""
-        return len(self.words[head].paths)
-
     # -- logits --
 
     def cut_depth(self, depth: int) -> int:
@@ -114,11 +110,10 @@ class CausalTextToText(Auto):
 
         The first tokens' scores if they differ, else log p(word) among the words.
         """
-        words = self.words[batch.head if len(self.words) > 1 else 0]
+        words = self.words_of(batch)
         if words.is_single_step:
             with self._reading(_last_positions(batch)[:, None], words.first_tokens):
-                scores: Tensor = super().run_network(batch).logits  # (N, 1, C)
-            return scores[:, 0]
+                return self._compute_logits(batch)[:, 0]  # (N, C) of (N, 1, C)
         tokens = sorted({token for children in words.children for token in children})  # (L,)
         read = self._read_tree if self.reads_tree and self._fits_window(batch, words) else self._read_branches
         return words.logits_of_scores(read(batch, words, tokens), tokens)
@@ -139,8 +134,7 @@ class CausalTextToText(Auto):
 
     def probe_output(self, batch: Batch) -> Tensor:
         """Return the scores (tokens, V) of the whole vocabulary at every token: words are not known yet."""
-        logits: Tensor = super().run_network(batch).logits  # (N, T, V)
-        return logits[batch.attention_mask.bool()]  # a cached prefix has zeros in place of padding
+        return self._compute_logits(batch)[batch.attention_mask.bool()]  # a cached prefix has zeros in place of padding
 
     def _read_tree(self, batch: Batch, words: LabelWords, tokens: list[int]) -> Tensor:
         """Return the scores (N, M, L) of tokens at the nodes of a tree of words.
@@ -182,13 +176,13 @@ class CausalTextToText(Auto):
             ids = ids.scatter(1, positions[:, 1:], following)
             mask = mask.scatter(1, positions[:, 1:], torch.ones_like(following))
             with self._reading(positions, tokens):
-                of_branch = self._compute_scores(ids, mask)  # (N, nodes, L)
+                of_branch = self._compute_logits(Batch(ids, mask, None, None, full=False))  # (N, nodes, L)
             scores |= {node: of_branch[:, i] for i, node in enumerate(branch)}
         return torch.stack([scores[node] for node in range(len(words.parents))], 1)
 
-    def _compute_scores(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the network's own logits for ids and mask, (N, T) each."""
-        return super().run_network(Batch(ids, mask, None, None, full=False)).logits  # type: ignore[no-any-return]
+    def _compute_logits(self, batch: Batch) -> Tensor:
+        """Return the network's own logits: (N, T, V), or what `_reading` leaves of them."""
+        return super().run_network(batch).logits  # type: ignore[no-any-return]
 
     @contextmanager
     def _reading(self, positions: Tensor, tokens: Sequence[int]) -> Iterator[None]:
@@ -228,12 +222,12 @@ class CausalTextToText(Auto):
         ids = self.probe_row(PROBE_TOKENS)[0].to(self.device).repeat(2, 1)
         ids[1, -1] = (ids[1, -1] + 1) % head.out_features
         mask = torch.ones_like(ids)
-        whole = self._compute_scores(ids, mask)  # (2, T, V)
+        whole = self._compute_logits(Batch(ids, mask, None, None, full=False))  # (2, T, V)
         if not _are_close(whole[0, :-1], whole[1, :-1]):
             raise self._refusal("reads the tokens that follow, so it continues no text")
         positions, tokens = torch.tensor([[PROBE_TOKENS - 1, 2], [1, 0]], device=self.device), [3, 0, 1]
         with self._reading(positions, tokens):
-            read = self._compute_scores(ids, mask)
+            read = self._compute_logits(Batch(ids, mask, None, None, full=False))
         expected = torch.stack([row[at][:, tokens] for row, at in zip(whole, positions, strict=True)])
         if read.shape != expected.shape or not _are_close(read, expected):
             raise self._refusal("computes its scores in an unknown way")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.backbones.model_folder import INDEX, PICKLE_INDEX, PICKLED_WEIGHTS, WEIGHTS, read_header, read_json
@@ -16,7 +17,6 @@ from lora_bench.files import hub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 _BOT = "SFconvertbot"
 _BOT_TITLE = "Adding `safetensors` variant of this model"
@@ -32,7 +32,7 @@ class HubWeights:
     is_pickled: bool = False
     """They are read with `torch.load(weights_only=True)`."""
     paths: tuple[Path, ...] = ()
-    """The downloaded files; empty without network, where transformers finds them in the hub's cache."""
+    """The files in the hub's cache, of shards perhaps only the index; empty for a local folder, or if none is there."""
 
     def location(self, hub_id: str) -> str:
         """Return what transformers loads them from: the folder of the downloaded files, else the hub id."""
@@ -93,13 +93,14 @@ def _cached_weights(hub_id: str, revision: str | None, *, allow_bin: bool) -> Hu
     """
     from huggingface_hub import try_to_load_from_cache
 
-    def has(name: str) -> bool:
-        return isinstance(try_to_load_from_cache(hub_id, name, revision=revision), str)
-
-    is_pickled = not (has(WEIGHTS) or has(INDEX)) and (has(PICKLED_WEIGHTS) or has(PICKLE_INDEX))
-    if is_pickled and not allow_bin:
-        raise _only_pickled(hub_id)
-    return HubWeights(revision, is_pickled)
+    for names in ((WEIGHTS, INDEX), (PICKLED_WEIGHTS, PICKLE_INDEX)):
+        cached = (try_to_load_from_cache(hub_id, name, revision=revision) for name in names)
+        if path := next((path for path in cached if isinstance(path, str)), None):
+            is_pickled = names[0] == PICKLED_WEIGHTS
+            if is_pickled and not allow_bin:
+                raise _only_pickled(hub_id)
+            return HubWeights(revision, is_pickled, (Path(path),))
+    return HubWeights(revision)
 
 
 @cache

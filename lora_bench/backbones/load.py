@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 
 from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.hub_files import HubWeights, download_texts, download_weights
 from lora_bench.backbones.identity import probe
 from lora_bench.backbones.locate import locate as locate
 from lora_bench.backbones.model_folder import (
-    INDEX,
     PICKLED_WEIGHTS,
     WEIGHTS,
     bounded_construction,
@@ -337,15 +335,8 @@ def _checkpoint_tensors(model: Model, location: str, weights: HubWeights) -> dic
 
     It is empty where no file is found: loading then gives the reason.
     """
-    folder = Path(weights.location(location))
-    if not folder.is_dir():  # no network
-        cached = (try_to_load_from_cache(location, name, revision=weights.revision) for name in (WEIGHTS, INDEX))
-        file = next((path for path in cached if isinstance(path, str)), None)
-        if file is None:
-            return {}
-        folder = Path(file).parent
     with suppress(UserError):
-        return checkpoint_tensors(folder, allow_bin=model.allow_bin)
+        return checkpoint_tensors(Path(weights.location(location)), allow_bin=model.allow_bin)
     return {}
 
 

@@ -67,8 +67,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds, without gradients; changes of it change the tensor."""
-    tensor = tensor.detach()
+    """Return the part of a tensor that this process holds, without gradients; changes of it change the tensor.
+
+    A tensor that needs neither is returned itself: `clip_gradients` calls this for every gradient of a step.
+    """
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -104,11 +108,10 @@ def total_norm(tensors: Sequence[Tensor]) -> float:
     """Return the Euclidean norm of all numbers of these tensors; 0 without tensors. Every process must call this."""
     if not tensors:
         return 0.0
-    is_part = [is_sharded(tensor) for tensor in tensors]
-    if not any(is_part):  # an operator for each tensor would cost more than the norms
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
     norms = torch.stack(torch._foreach_norm([local_tensor(tensor) for tensor in tensors]))
-    sharded = torch.tensor(is_part, device=norms.device)
-    squares = norms[sharded].square().sum()
-    dist.all_reduce(squares)
-    return float(torch.linalg.vector_norm(torch.cat([norms[~sharded], squares.sqrt()[None]])))
+    if any(map(is_sharded, tensors)):
+        sharded = torch.tensor([is_sharded(tensor) for tensor in tensors], device=norms.device)
+        squares = norms[sharded].square().sum()
+        dist.all_reduce(squares)
+        norms = torch.cat([norms[~sharded], squares.sqrt()[None]])
+    return float(torch.linalg.vector_norm(norms))

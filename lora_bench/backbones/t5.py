@@ -114,10 +114,6 @@ class T5TextToText(_T5):
         """The first tokens of the words for the classes of the first task."""
         return self.words[0].first_tokens
 
-    def outputs(self, head: int = 0) -> int:
-        """Return the number of classes of a head's task."""
-        return len(self.words[head].paths)
-
     def linears(self) -> dict[str, nn.Linear]:
         """Return the linears of encoder and decoder.
 
@@ -137,7 +133,7 @@ class T5TextToText(_T5):
     def classify(self, encoded: Tensor, batch: Batch) -> Tensor:
         """Return the scores (N, C) of the words for the classes of the batch's task (`LabelWords.logits`)."""
         network: Any = self.network
-        words = self.words[batch.head if len(self.words) > 1 else 0]
+        words = self.words_of(batch)
         decode = self._decode_start if words.is_single_step else self._decode_tree
         decoded = decode(encoded, batch, words)  # (N, M, D)
         if getattr(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -117,7 +118,7 @@ class Screen:
                     self.print(bar.line())
 
 
-class Live:
+class Live(ABC):
     """A progress bar in a terminal; without a terminal, `due` tells when to print a line instead.
 
     A context manager; the bar is removed on exit.
@@ -172,9 +173,9 @@ class Live:
         """
         return not self.console.is_terminal and done % -(-int(self.total or 1) // self.lines_per_run) == 0
 
+    @abstractmethod
     def line(self) -> str:
         """Return the progress as one line, which is printed if nothing else was for a while."""
-        raise NotImplementedError
 
 
 class Stage(Live):

@@ -40,19 +40,19 @@ def set_checkpointing(pack: Pack, trainer: Trainer, longest: int, orders: int) -
 
 def _activations_fit(pack: Pack, trainer: Trainer, longest: int, orders: int) -> bool:
     """Return whether the activations of one forward pass fit; False also if not even a short pass does."""
+    room = SHARE_OF_FREE * free_bytes(pack.backbone.device)
     try:
-        needed = _activation_bytes(pack, trainer, longest, orders)
+        return _activation_bytes(pack, trainer, longest, orders, room) <= room
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return False
-    return needed <= SHARE_OF_FREE * free_bytes(pack.backbone.device)
 
 
-def _activation_bytes(pack: Pack, trainer: Trainer, longest: int, orders: int) -> float:
+def _activation_bytes(pack: Pack, trainer: Trainer, longest: int, orders: int, room: float) -> float:
     """Estimate the peak memory of the activations of one forward pass of the longest pairs.
 
-    A bound that grows with the square of the length costs one short pass. Only if it is above the free memory, a
+    A bound that grows with the square of the length costs one short pass. Only if it is above `room` bytes, a
     polynomial in the length is fitted: attention grows with its square, the rest linearly.
     """
     pairs = min(trainer.batch_size, trainer.micro_batch_size or 1)
@@ -60,7 +60,7 @@ def _activation_bytes(pack: Pack, trainer: Trainer, longest: int, orders: int) -
     probe = min(PROBE_TOKENS, longest)
     one = saved_bytes(pack, 1, probe)
     bound = TRANSIENT * rows * one * (longest / probe) ** 2
-    if bound <= SHARE_OF_FREE * free_bytes(pack.backbone.device) or longest < 4 * probe:
+    if bound <= room or longest < 4 * probe:
         return bound
     two, three = saved_bytes(pack, 1, 2 * probe), saved_bytes(pack, 1, 3 * probe)
     square = (three - 2 * two + one) / 2

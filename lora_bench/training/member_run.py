@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_bench.backbones.sharding import is_sharded, local_tensor, total_norm
+from lora_bench.backbones.sharding import local_tensor, total_norm
 from lora_bench.errors import DivergedError
 from lora_bench.training.optim import make_optimizer, set_learning_rate
 from lora_bench.training.weight_averaging import WeightAverage
@@ -207,8 +207,7 @@ def clip_gradients(pack: Pack, member: int, settings: Optimizer) -> float:
     gradients = [p.grad for p in pack.trainable(member).values() if p.grad is not None]
     norm = total_norm(gradients)
     if settings.grad_clip_norm is not None and norm > settings.grad_clip_norm:
-        local = [local_tensor(gradient) if is_sharded(gradient) else gradient for gradient in gradients]
-        torch._foreach_mul_(local, settings.grad_clip_norm / (norm + 1e-6))
+        torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], settings.grad_clip_norm / (norm + 1e-6))
     return norm
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_bench.backbones import tiny_tokenizers
-from tests.backbones.tools import enliven
+from tests.backbones.tools import END, byte_tokenizer, enliven
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 LENGTH = 256
 """Tokens that every model takes: the texts of `data=toy` are shorter, in characters."""
-END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,10 @@ class Architecture:
 
     def save(self, folder: Path) -> Path:
         """Write the model, with lively weights, and its tokenizer to a folder, and return the folder."""
-        tokenizer = _bytes() if self.tokenizer == "bytes" else tiny_tokenizers.tokenizer(self.tokenizer)
+        of_decoder = self.tokenizer == "bytes"
+        tokenizer = byte_tokenizer(eos_token=END) if of_decoder else tiny_tokenizers.tokenizer(self.tokenizer)
         ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("pad", "bos", "eos")}
-        if self.tokenizer == "bytes":  # decoders are published without a padding token
+        if of_decoder:  # decoders are published without a padding token
             ids["bos_token_id"] = ids["eos_token_id"]
         settings = {"vocab_size": len(tokenizer), **ids, **self.sizes}
         config = transformers.AutoConfig.for_model(self.model_type, **settings)
@@ -52,15 +51,6 @@ class Architecture:
         enliven(network).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
-
-
-def _bytes() -> Any:
-    """Return a tokenizer of single bytes without a template, whose only special token is the end token."""
-    words = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inputs = ["input_ids", "attention_mask"]
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, eos_token=END)
 
 
 _SIZES = {

@@ -19,8 +19,8 @@ from lora_bench.data.tokenization import tokenize
 from lora_bench.errors import Code
 from lora_bench.records.job import Job
 from lora_bench.train import train
-from tests.backbones.test_decoders import END, byte_tokenizer, config_of
-from tests.backbones.tools import enliven, make, model_settings, save, spread
+from tests.backbones.test_decoders import config_of
+from tests.backbones.tools import END, byte_tokenizer, enliven, make, model_settings, save, spread
 from tests.command_line import lora_bench as command_line
 from tests.command_line import refused, refuses
 from tests.helpers import SMALL_TOY, composed

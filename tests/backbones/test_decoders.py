@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +22,7 @@ from lora_bench.errors import Code
 from lora_bench.records.job import Job
 from lora_bench.train import train
 from lora_bench.training.padding import check_padding
-from tests.backbones.tools import enliven, make, model_settings, save
+from tests.backbones.tools import END, byte_tokenizer, enliven, make, model_settings, save
 from tests.command_line import lora_bench as command_line
 from tests.command_line import refuses
 from tests.helpers import SMALL_TOY, composed
@@ -31,18 +30,6 @@ from tests.helpers import SMALL_TOY, composed
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-END = "<|endoftext|>"
-
-
-def byte_tokenizer(**special_tokens: str) -> Any:
-    """Return a byte tokenizer without a template, as GPT-2's is, with these special tokens."""
-    words = [*special_tokens.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inputs = ["input_ids", "attention_mask"]
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **special_tokens)
-
 
 SIZES = {
     "hidden_size": 32,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from lora_bench.backbones import tiny_tokenizers
@@ -28,6 +29,18 @@ FORMS = {
     "t5": ("tiny_t5",),
     "t5_encoder": ("tiny_t5", "model.form=encoder"),
 }
+
+
+END = "<|endoftext|>"
+
+
+def byte_tokenizer(**special_tokens: str) -> Any:
+    """Return a byte tokenizer without a template, as GPT-2's is, with these special tokens."""
+    words = [*special_tokens.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inputs = ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, **special_tokens)
 
 
 def make(model: str = "tiny_bert", *overrides: str) -> Any:

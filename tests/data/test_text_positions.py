@@ -14,8 +14,8 @@ from lora_bench.data.batching import collate
 from lora_bench.data.examples import Examples
 from lora_bench.data.perturb import choose_transforms
 from lora_bench.data.tokenization import tokenize
-from tests.backbones.test_decoders import END, byte_tokenizer, config_of
-from tests.backbones.tools import make, save, tiny_distilbert
+from tests.backbones.test_decoders import config_of
+from tests.backbones.tools import END, byte_tokenizer, make, save, tiny_distilbert
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,8 +22,8 @@ from lora_bench.run import preflight
 from lora_bench.run.finished_run import FinishedRun
 from lora_bench.train import train
 from tests import three_classes
-from tests.backbones.test_decoders import END, byte_tokenizer, config_of
-from tests.backbones.tools import enliven, save, tiny_distilbert
+from tests.backbones.test_decoders import config_of
+from tests.backbones.tools import END, byte_tokenizer, enliven, save, tiny_distilbert
 from tests.command_line import lora_bench, refused
 from tests.helpers import SMALL_TOY, composed
 

@@ -23,8 +23,8 @@ from lora_bench.errors import Code
 from lora_bench.head.pair_features import RIDGE, PairFeatures, compute_pair_features, fit_logistic_regression
 from lora_bench.run.finished_run import FinishedRun
 from tests.adapters.tools import adapter
-from tests.backbones.test_decoders import END, byte_tokenizer, config_of
-from tests.backbones.tools import enliven, save, tiny_distilbert
+from tests.backbones.test_decoders import config_of
+from tests.backbones.tools import END, byte_tokenizer, enliven, save, tiny_distilbert
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
