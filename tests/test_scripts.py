@@ -21,7 +21,8 @@ from tests.command_line import unchanged_process
 from tests.helpers import composed
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path for folder in ("scripts", "benchmarks", "experiments") for path in (ROOT / folder).glob("[!_]*"))
+FOLDERS = ("scripts", "benchmarks", "experiments")
+SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("[!_]*") if path.is_file())
 MODULES = {"composition.py", "distillation.py", "peft_trainer.py"}
 """What scripts of the same folder import."""
 PYTHON_SCRIPTS = [path for path in SCRIPTS if path.suffix == ".py" and path.name not in MODULES]
