@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lora_bench.data.examples import Examples
     from lora_bench.data.hidden_states import HiddenStates
 
-CHUNK = 8192  # pairs handed to the tokenizer at a time
+CHUNK = 512  # pairs handed to the tokenizer at a time: larger chunks leave the processor's cache
 
 
 class PairReader(Protocol):
