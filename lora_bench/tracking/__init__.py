@@ -1,1 +1,1 @@
-"""Tracking servers and viewers (TensorBoard, MLflow): they receive the metrics that the run folder records."""
+"""Tracking servers and viewers (TensorBoard, MLflow, Weights & Biases, Trackio): they receive the metrics of runs."""

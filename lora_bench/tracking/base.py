@@ -10,6 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -144,6 +145,16 @@ def note_failure(console: Console | None, name: str, error: Exception) -> None:
     if console is not None:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
         console.print(sanitise(f"note: tracking={name} failed: {reason}. The run continues; its record is complete."))
+
+
+def identity(run: Run) -> str:
+    """Return a hexadecimal digest of the run's creation time and the folder's name: equal for a resumed run."""
+    return sha256(f"{run.record['created']} {run.folder.name}".encode()).hexdigest()
+
+
+def display_name(run: Run) -> str:
+    """Return the last two names of the run's folder: `2026-11-30/07-43-24-339437-b49726`."""
+    return "/".join(run.folder.resolve().parts[-2:])
 
 
 def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:

@@ -8,13 +8,20 @@ from lora_bench.config.build import build
 from lora_bench.errors import Code, nearest, require
 from lora_bench.tracking.mlflow import MLflow
 from lora_bench.tracking.tensorboard import TensorBoard
+from lora_bench.tracking.trackio import Trackio
+from lora_bench.tracking.wandb import WeightsAndBiases
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.tracking.base import Tracker
 
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
 
 
 def build_trackers(node: DictConfig | None) -> dict[str, Tracker]:

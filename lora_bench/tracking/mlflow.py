@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_bench.errors import Code, UserError
-from lora_bench.tracking.base import Tracker, TrackerSession, hyperparameters
+from lora_bench.tracking.base import Tracker, TrackerSession, display_name, hyperparameters, identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,15 +77,14 @@ class MLflow(Tracker):
         client = mlflow.MlflowClient(self.uri)
         existing = client.get_experiment_by_name(self.experiment)
         experiment = existing.experiment_id if existing else client.create_experiment(self.experiment)
-        identity = sha256(f"{run.record['created']} {run.folder.name}".encode()).hexdigest()
-        earlier = client.search_runs([experiment], f"tags.`{_TAG}` = '{identity}'", max_results=1)
+        tag = identity(run)
+        earlier = client.search_runs([experiment], f"tags.`{_TAG}` = '{tag}'", max_results=1)
         if earlier:
             identifier = earlier[0].info.run_id
             client.update_run(identifier, "RUNNING")
             return _MLflowSession(client, identifier)
-        name = "/".join(run.folder.resolve().parts[-2:])
-        tags = {_TAG: identity, "lora_bench.folder": str(run.folder.resolve())}
-        identifier = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        tags = {_TAG: tag, "lora_bench.folder": str(run.folder.resolve())}
+        identifier = client.create_run(experiment, run_name=display_name(run), tags=tags).info.run_id
         params = [
             mlflow.entities.Param(key, str(value)[:_MAX_PARAM_LENGTH])
             for key, value in hyperparameters(run.record["config"])

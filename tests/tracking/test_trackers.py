@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
+import json
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,8 @@ from lora_bench.tracking.base import Tracker, TrackerSession, track_run
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.tracking.mlflow import MLflow
 from lora_bench.tracking.tensorboard import TensorBoard
+from lora_bench.tracking.trackio import Trackio
+from lora_bench.tracking.wandb import WeightsAndBiases
 from tests.command_line import refuses
 
 if TYPE_CHECKING:
@@ -140,6 +145,89 @@ def test_mlflow_goes_on_with_a_run_that_was_interrupted(tmp_path: Path, store: s
     assert stored.data.metrics["validation/mcc"] == 0.375
 
 
+def records_of(file: Path) -> list[Any]:
+    """Return the records of a .wandb file: after 7 bytes, blocks of 32 KiB with chunks of crc, length and type."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts, records = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
+            at += 32768 - at % 32768
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            with contextlib.suppress(DecodeError):
+                records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_runs_of_a_pack_at_weights_and_biases_and_trackio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs at the same time in one process, offline; the second is interrupted and resumed."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("trackio")
+    import trackio.utils
+
+    for module in (trackio.utils, importlib.import_module("trackio.sqlite_storage")):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio", raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackers = {
+        "wandb": WeightsAndBiases(project="mine", entity=None, mode="offline"),
+        "trackio": Trackio(project="mine", space_id=None),
+    }
+    first, second = (begin(tmp_path / "runs" / name, trackers) for name in ("first", "second"))
+    end(second, LINES[:1], "interrupted")
+    end(first)
+    again = track_run(Run.reopen(tmp_path / "runs" / "second"), {"trackio": trackers["trackio"]}, Console())
+    again.rewind(5)
+    end(again, LINES[1:])
+    assert base.identity(again) == base.identity(second) != base.identity(first)
+    assert capsys.readouterr().out == ""
+
+    (file,) = (tmp_path / "runs" / "first" / "wandb").glob("offline-run-*/*.wandb")
+    records = records_of(file)
+    (started,) = (record.run for record in records if record.HasField("run"))
+    assert (started.project, started.display_name) == ("mine", "runs/first")
+    config = {item.key: json.loads(item.value_json) for item in started.config.update}
+    assert {name: config[name] for name in FLAT} == FLAT
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    assert [(row["_step"], row["selection/mcc"]) for row in rows] == [(5, 0.25), (10, 0.5)]
+    assert rows[1]["validation/mcc"] == 0.375
+    assert started.run_id == base.identity(first)[:16]
+
+    stored = {run.name[:-7]: run for run in trackio.Api().runs("mine")}
+    assert set(stored) == {"runs/first", "runs/second"}
+    storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    for run in stored.values():
+        logs = storage.get_logs("mine", run.name)
+        assert [(row["step"], row["selection/mcc"]) for row in logs if "selection/mcc" in row] == [(5, 0.25), (10, 0.5)]
+        assert (logs[-1]["status"], logs[-1]["cost.train_seconds"]) == ("done", 1.5)
+        assert {name: run.config[name] for name in FLAT} == FLAT
+
+
+def test_a_key_for_weights_and_biases_is_required_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    tracker = WeightsAndBiases(project="mine", entity=None, mode=None)
+    with refuses(Code.MISSING, key="tracking.wandb"):
+        tracker.check()
+    WeightsAndBiases(project="mine", entity=None, mode="offline").check()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    tracker.check()
+    with refuses(Code.UNKNOWN_CHOICE, key="tracking.wandb.mode"):
+        WeightsAndBiases(project="mine", entity=None, mode="of")
+
+
 def test_a_server_that_is_away_costs_a_note_and_no_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,7 +336,13 @@ def test_wrong_choices(node: dict[str, Any], code: Code, key: str, named: str) -
 def test_what_is_missing_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(base, "find_spec", lambda name: None)
-    for name, tracker in (("tensorboard", TensorBoard()), ("mlflow", MLflow(uri="http://x", experiment="x"))):
+    trackers = {
+        "tensorboard": TensorBoard(),
+        "mlflow": MLflow(uri="http://x", experiment="x"),
+        "wandb": WeightsAndBiases(project="x", entity=None, mode=None),
+        "trackio": Trackio(project="x", space_id=None),
+    }
+    for name, tracker in trackers.items():
         with refuses(Code.MISSING_PACKAGE, key="tracking") as caught:
             tracker.check()
         assert caught.value.value == name
