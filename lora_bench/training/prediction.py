@@ -12,6 +12,7 @@ from lora_bench.console.stages import stage
 from lora_bench.data.batching import evaluation_batches, micro_batches
 from lora_bench.head.loss import scores_of_logits
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
+from lora_bench.training.memory import trim_freed_memory
 from lora_bench.training.micro_batching import in_micro_batches
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def predict(
     before. A stage shows the pairs that this process has scored.
     """
     views = [view for view in (table, table.reversed_view) if view is not None]
+    trim_freed_memory()  # the blocks of training's activations do not fit those of scoring
     with stage("scoring", total=sum(map(len, views)), unit="pairs") as progress:
         by_view = [_score_view(pack, view, batch_size, processes, progress) for view in views]
     return by_view[0] if len(by_view) == 1 else (by_view[0] + by_view[1]) / 2
