@@ -146,7 +146,7 @@ class Encoding:
                 text_ids += [of_row[kept[row]] if row in kept else of_row for row, of_row in enumerate(of_rows)]
             first_row += len(encodings)
             progress.advance(len(encodings))
-        columns = {IDS.name: np.concatenate(ids)}
+        columns: dict[str, NDArray[Any]] = {IDS.name: np.concatenate(ids)}
         flat_types = np.concatenate(types)
         if flat_types.any():
             columns[TYPES.name] = flat_types
