@@ -111,7 +111,7 @@ def _export_model(cfg: DictConfig, run: FinishedRun, output: Path, console: Cons
         with _new_folder(output) as folder:
             for k, member_folder in enumerate(_member_folders(folder, run.pack.size)):
                 files.save(member_folder, run.pack, k, base, for_peft=True)
-                backbone.tokenizer.save_pretrained(member_folder)
+                backbone.save_tokenizer(member_folder)
             _write_readme(folder, cfg.format, [*differences, *reading])
         here = local_folder(run.experiment.model) or base or "BASE"
         outputs = _num_labels(run)
@@ -210,6 +210,12 @@ def _reading(run: FinishedRun) -> list[str]:
     """Return notes on the model's input format and the meaning of its logits."""
     experiment, backbone = run.experiment, run.pack.backbone
     notes = [f"pairs are truncated to {experiment.data.max_length} tokens, {_TRUNCATED[experiment.data.truncation]}."]
+    if broken := backbone.special_tokens.broken:
+        example, *_ = backbone.special_tokens.break_in(broken)
+        notes.append(
+            "special tokens that a text contains are read as text: put a space behind their first character, so that "
+            f"`{broken[0]}` becomes `{example}`."
+        )
     if backbone.template is not None:
         columns = [(name, ["…"]) for name in experiment.data.text_columns]
         kept = ", whose own words are never truncated" if backbone.keeps_template else ""
@@ -264,7 +270,7 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
         getattr(network.get_submodule(module), key).copy_(tensor)  # no parameter where a weight is stored transposed
     network.config = pack.backbone.export_config(label_names)
     network.save_pretrained(folder)
-    pack.backbone.tokenizer.save_pretrained(folder)
+    pack.backbone.save_tokenizer(folder)
 
 
 def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:

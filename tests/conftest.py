@@ -15,6 +15,7 @@ import pytest
 
 from tests.composed_once import compose_files_once
 from tests.helpers import composed
+from tests.measured_once import measure_once, write_without_waiting
 from tests.reliability.score import Score
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _files_of_ours_are_composed_once() -> Iterator[None]:
+def _work_is_done_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         compose_files_once(patch)
+        measure_once(patch)
+        write_without_waiting(patch)
         yield
 
 

@@ -29,7 +29,7 @@ from lora_bench.run.finished_run import FinishedRun
 from lora_bench.train import train
 from tests import three_classes
 from tests.adapters.peft_tools import CLASSES, CLOSE, bodies, in_peft, logits_of, on_folder
-from tests.adapters.tools import adapter, stir, tables, trainer
+from tests.adapters.tools import adapter, in_turn, stir, tables, trainer
 from tests.backbones.tools import FORMS, held, random_batch, spread
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import SMALL_TOY, composed
@@ -47,7 +47,9 @@ pytestmark = [
 ]
 NOT_IN_PEFT = ("full", "head_only", "bitfit", "qlora", "loftq")
 NOT_ON_T5 = {("t5", "head_only"), ("t5", "bitfit"), ("t5_encoder", "bitfit")}
-METHODS = [(form, option) for form in FORMS for option in choices("adapter") if (form, option) not in NOT_ON_T5]
+METHODS = in_turn(
+    [(option, form) for option in choices("adapter") for form in FORMS if (form, option) not in NOT_ON_T5]
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def trained(form: str, option: str, folder: Path) -> Pack:
     return stir(made, 0.1).eval()
 
 
-@pytest.mark.parametrize(("form", "option"), METHODS)
+@pytest.mark.parametrize(("option", "form"), METHODS)
 @torch.no_grad()
 def test_every_method_says_elsewhere_what_it_says_here(
     form: str, option: str, folders: dict[str, Path], tmp_path: Path

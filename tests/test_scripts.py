@@ -111,11 +111,13 @@ def test_backbones_are_made_from_a_teacher(arguments: list[str], monkeypatch: py
 
 @pytest.mark.slow
 def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages `backbones` and `ablation` are sweeps as `methods` is, and are left out: they are 54 of 90 runs."""
     message = str(script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out", "large"))
     assert "stage methods" in message
     assert "experiment=enhanced" in message
-    assert script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out") == 0
-    stages = {"methods", "backbones/tiny_roberta", "backbones/tiny_t5", "large", "target", "ablation", "ranks"}
+    chosen = ("methods", "large", "target", "robust", "ranks")
+    assert script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out", *chosen) == 0
+    stages = set(chosen) - {"robust"}
     assert {stage for stage in stages if not Path("out", stage, "table.md").exists()} == set()
     assert {run["status"] for run in map(_read, Path("out").rglob("run.json"))} == {"done"}
 

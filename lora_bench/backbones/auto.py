@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +87,7 @@ class Auto(Backbone):
             )
         super().__init__(network, tokenizer, new_parameters)
         self._takes_use_cache = "use_cache" in inspect.signature(network.forward).parameters
+        self._separates_texts = False
         self._layers, self._position_limit, self.can_be_batched, self._cut = self._observe(lists)
         self.layers = [(paths[0], network.get_submodule(paths[0])) for paths in self._layers]
         if not self._cut.depths:
@@ -137,14 +138,10 @@ class Auto(Backbone):
     def compute_sharded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.suffix_with_states(batch.input_ids, batch, 0)
 
-    @cached_property
+    @property
     def separates_texts(self) -> bool:
-        """True if the last layer gives a vector of the layers' width for each token; a test pair is computed."""
-        ids, types = (row[None].to(self.device) for row in self.probe_row(PROBE_TOKENS))
-        batch = Batch(ids, torch.ones_like(ids), types, None, full=True)
-        with torch.no_grad():
-            _, states = self.suffix_with_states(self.prefix(batch, 0), batch, 0)
-        return tuple(states.shape) == (1, PROBE_TOKENS, self.hidden_size)
+        """True if the last layer gives a vector of the layers' width for each token, as observed at construction."""
+        return self._separates_texts
 
     def run_network(self, batch: Batch) -> Any:
         """Return what the network's own forward pass returns for the rows of a batch."""
@@ -220,7 +217,7 @@ class Auto(Backbone):
         training = self.network.training
         self.network.eval()
         try:
-            with tables:
+            with tables, self.collecting_states() as states:
                 calls, logits = record_calls(self.network, paths, lambda: self.probe_output(batch))
         except Exception as error:  # whatever an unknown model raises
             reason = f"{type(self.network).__name__} cannot compute a pair of texts ({type(error).__name__}: {error})"
@@ -241,6 +238,8 @@ class Auto(Backbone):
                 remedy="Take a model that uses all its layers.",
                 code=Code.UNSUPPORTED,
             )
+        shape = (PROBE_ROWS, PROBE_TOKENS, self.hidden_size)
+        self._separates_texts = bool(states) and tuple(states[0].shape) == shape
         layers = _in_order(lists, first_calls)
         forward = partial(self.probe_output, batch)
         cut = LayerCut(self.network, layers, calls, logits, forward, batch.attention_mask, self.hidden_size)

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from lora_bench.backbones.identity import tokenizer_digests
 from lora_bench.backbones.page_out import page_out
 from lora_bench.backbones.sharding import call_as_forward, full_tensor, is_sharded, shard_modules
+from lora_bench.data.special_tokens import SpecialTokens
 from lora_bench.data.text_positions import TextPositions
 from lora_bench.errors import require
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from lora_bench.backbones.activation_checkpointing import ActivationCheckpointing
     from lora_bench.backbones.label_words import LabelWords
@@ -179,6 +181,21 @@ class Backbone(ABC):
             return TextPositions()
         return TextPositions(self.template.spans(columns), self.keeps_template)
 
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """How special tokens of the tokenizer are read where a text contains them."""
+        return SpecialTokens.of(self.tokenizer, () if self.template is None else self.template.parts)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the files of the tokenizer, which reads special tokens in texts as it does here.
+
+        Those that it cannot split by itself (`SpecialTokens.broken`) are special in transformers.
+        """
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if self.special_tokens.are_split:
+            tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+        tokenizer.save_pretrained(folder)
+
     def for_task(self, task: str) -> Backbone:
         """Return a backbone with the same network and tokenizer whose template, if it has one, names this task."""
         if self.template is None:
@@ -233,19 +250,16 @@ class Backbone(ABC):
     def probe_row(self, length: int) -> tuple[Tensor, Tensor]:
         """Return token ids and token type ids of a pair of `length` tokens, (length,) each, on the CPU.
 
-        The tokenizer makes them, so the special tokens that a classifier looks for are there. Its padding and
-        truncation are as before afterwards.
+        The tokenizer makes them, so the special tokens that a classifier looks for are there. It is left without
+        padding and truncation.
         """
         text = " ".join(["a"] * length)
         first, second = self.render([("text1", [text]), ("text2", [text])])
         tokenizer = self.tokenizer.backend_tokenizer
-        truncation, padding = tokenizer.truncation, tokenizer.padding
-        tokenizer.no_padding()
+        self.special_tokens.configure(tokenizer)
         tokenizer.enable_truncation(length, strategy="longest_first")
         encoding = tokenizer.encode(first[0], second[0] if second else None)
-        tokenizer.enable_truncation(**truncation) if truncation else tokenizer.no_truncation()
-        if padding:
-            tokenizer.enable_padding(**padding)
+        tokenizer.no_truncation()
         ids, types = list(encoding.ids), list(encoding.type_ids)
         repeats = length - len(ids)  # above 0 where the tokenizer makes fewer tokens than words
         ids[1:1] = ids[1:2] * repeats or [0] * repeats
@@ -344,7 +358,6 @@ class Backbone(ABC):
 
         Until then they stay on the CPU, in the memory of their file if they are stored in this precision.
         """
-        self.separates_texts  # noqa: B018  # a family may compute a test pair for it, and remembers the answer
         self.to(torch.device("cpu"), dtype, trained=trained)
         self.device, self.is_sharded = device, True
 

@@ -250,10 +250,17 @@ class CausalTextToText(Auto):
     def _fits_window(self, batch: Batch, words: LabelWords) -> bool:
         """Return whether text and words fit into a sliding window of attention, which a 4D mask would replace.
 
-        `torch.export` decides it once for all lengths; it refuses a window that is shorter than the longest text.
+        `torch.export` decides it once for all lengths: it is false if the longest text of the graph does not fit.
         """
         window = getattr(self.network.config.get_text_config(), "sliding_window", None)  # type: ignore[union-attr, operator]
-        return not window or batch.input_ids.shape[1] + max(words.depths) <= window
+        if not window:
+            return True
+        fits = batch.input_ids.shape[1] + max(words.depths) <= window
+        if not torch.compiler.is_exporting():
+            return fits
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # heavy
+
+        return statically_known_true(fits)
 
     def _refusal(self, reason: str) -> UserError:
         reason = f"{type(self.network).__name__} {reason}"

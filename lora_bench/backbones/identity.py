@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 import transformers
 
+from lora_bench.data.special_tokens import SpecialTokens
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -56,11 +58,10 @@ TEXTS = [
 def probe(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Return (token ids, token types) of each probe text: 8 pairs, then 24 single texts.
 
-    The tokenizer is left without padding and truncation.
+    Special tokens in them are read as special. The tokenizer is left without padding and truncation.
     """
     backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
+    SpecialTokens(are_split=False).configure(backend)
     return [(encoding.ids, encoding.type_ids) for encoding in backend.encode_batch_fast([*PAIRS, *TEXTS])]
 
 
@@ -74,7 +75,7 @@ def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
     ids = probe(tokenizer)
     backend = tokenizer.backend_tokenizer
     content = json.loads(backend.to_str())
-    content["split_special_tokens"] = bool(backend.encode_special_tokens)
+    content["split_special_tokens"] = False  # older digests cover it; texts are read alike with either value
     model = content["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
     scores = model["vocab"] if isinstance(model.get("vocab"), list) else []

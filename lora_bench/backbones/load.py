@@ -126,7 +126,7 @@ def load(
             belong to another family, or do not suit the tokenizer.
     """
     _quiet()
-    location = None if model.random is not None and not model.path else _checked_location(model)
+    location, tensors = (None, {}) if model.random is not None and not model.path else _checked_location(model)
     config = _config(model, location, tokenizer, 1 if label_names[0] is None else len(label_names[0]))
     hf_class = _network_class(model, config)
     # On a CPU plain products beat torch's fused attention at these lengths; elsewhere transformers knows best.
@@ -138,11 +138,12 @@ def load(
         new_parameters = {name for name, _ in network.named_parameters()}
     else:
         weights = _find_weights(model, location)
-        tensors = _checkpoint_tensors(model, location, weights)
+        tensors = tensors or _checkpoint_tensors(model, location, weights)
         dtype = torch.float32 if trained else stored_dtype(tensors)
         if refusal is not None:
             _refuse_too_large(hf_class, config, tensors, refusal)
-        network, new_parameters = _pretrained(hf_class, model, location, weights, config, {**options, "dtype": dtype})
+        options["dtype"] = dtype
+        network, new_parameters = _pretrained(hf_class, model, location, weights, tensors, config, options)
     network.eval()
     _refuse_unknown_tokens(network, tokenizer, model.tokenizer or location)
     _align_padding(network, tokenizer.pad_token_id)
@@ -219,15 +220,18 @@ def public_location(model: Model) -> str:
     return os.path.abspath(locate(model))
 
 
-def _checked_location(model: Model) -> str:
+def _checked_location(model: Model) -> tuple[str, dict[str, TensorInfo]]:
     """Return where the model's weights are loaded from; a folder that the user has named is checked first.
 
     A package and the hub are not checked (`check_model_folder`).
+
+    Returns:
+        The location, and the tensors of a folder that was checked.
     """
     location = locate(model)
-    if model.path or model.folder:
-        check_model_folder(Path(location), allow_bin=model.allow_bin)
-    return location
+    if not (model.path or model.folder):
+        return location, {}
+    return location, check_model_folder(Path(location), allow_bin=model.allow_bin)
 
 
 def _config(model: Model, location: str | None, tokenizer: Any, outputs: int) -> Any:
@@ -285,7 +289,13 @@ def _find_weights(model: Model, location: str) -> HubWeights:
 
 
 def _pretrained(
-    hf_class: Any, model: Model, location: str, weights: HubWeights, config: Any, options: dict[str, Any]
+    hf_class: Any,
+    model: Model,
+    location: str,
+    weights: HubWeights,
+    tensors: Mapping[str, TensorInfo],
+    config: Any,
+    options: Mapping[str, Any],
 ) -> tuple[Any, set[str]]:
     """Return the network with the weights of a checkpoint, and the names of parameters that it does not hold.
 
@@ -301,7 +311,7 @@ def _pretrained(
     # transformers would ask a public service to convert pickled weights, in a thread of its own.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        building = bounded_construction(folder, allow_bin=model.allow_bin) if folder else nullcontext()
+        building = bounded_construction(folder, tensors) if folder else nullcontext()
         with building, torch.random.fork_rng(devices=[]):  # a new head is drawn from the global stream and thrown away
             network, report = hf_class.from_pretrained(
                 weights.location(location),
@@ -333,8 +343,13 @@ def _pretrained(
 def _checkpoint_tensors(model: Model, location: str, weights: HubWeights) -> dict[str, TensorInfo]:
     """Return the tensors of a local folder or of the files of a hub id.
 
-    It is empty where no file is found: loading then gives the reason.
+    It is empty where no file of a hub id is found: loading then gives the reason.
+
+    Raises:
+        UserError: a local folder holds no weights, or a file is damaged.
     """
+    if os.path.isdir(location):
+        return checkpoint_tensors(Path(location), allow_bin=model.allow_bin)
     with suppress(UserError):
         return checkpoint_tensors(Path(weights.location(location)), allow_bin=model.allow_bin)
     return {}

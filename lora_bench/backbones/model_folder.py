@@ -58,10 +58,13 @@ def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     return torch.bfloat16 if types == {"BF16"} else torch.float32
 
 
-def check_model_folder(folder: Path, *, allow_bin: bool = False) -> None:
+def check_model_folder(folder: Path, *, allow_bin: bool = False) -> dict[str, TensorInfo]:
     """Refuse a local model folder that cannot be loaded unchanged, before large files are read.
 
     Of the weights only headers are read. With `allow_bin` they may be PyTorch's pickled files.
+
+    Returns:
+        The tensors of the checkpoint by name.
 
     Raises:
         UserError: a file is absent, damaged, or would change what is loaded; the message names it.
@@ -75,6 +78,7 @@ def check_model_folder(folder: Path, *, allow_bin: bool = False) -> None:
     _refuse_adapted_tensors(tensors, folder)
     _refuse_types(tensors, folder)
     _refuse_impossible_numbers(settings, tensors, config_file)
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,15 +128,18 @@ def check_settings(settings: Mapping[str, Any], file: str | Path) -> None:
 
 
 @contextmanager
-def bounded_construction(folder: Path, *, allow_bin: bool = False) -> Iterator[None]:
-    """Limit the size of networks that are built on the meta device within the context by the folder's checkpoint.
+def bounded_construction(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[None]:
+    """Limit the size of networks that are built on the meta device within the context by a folder's checkpoint.
 
     The limit is four times the elements of the checkpoint, and SPARE_ELEMENTS. It holds for all threads of the process.
 
+    Args:
+        folder: of the model.
+        tensors: of its checkpoint.
+
     Raises:
-        UserError: config.json asks for more; or the checkpoint is absent or damaged.
+        UserError: config.json asks for more.
     """
-    tensors = checkpoint_tensors(folder, allow_bin=allow_bin)
     most = 4 * sum(prod(info.shape) for info in tensors.values()) + SPARE_ELEMENTS
     count = 0
 

@@ -229,7 +229,6 @@ def _as_in_file(by_class: Any, path: Path) -> Any:
         clean_up_tokenization_spaces=by_class.clean_up_tokenization_spaces,
         **{name: token for name, token in names.items() if backend.token_to_id(token) is not None},
     )
-    backend.encode_special_tokens = by_class.split_special_tokens
     tokenizer._tokenizer = backend  # transformers' has been given a template and tokens that the file lacks
     return tokenizer
 

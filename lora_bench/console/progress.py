@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_bench.config.groups import model_name
-from lora_bench.config.metric_names import MAIN_METRIC_CHOICES, SHOWN_METRICS
+from lora_bench.config.metric_names import SHOWN_METRICS
 from lora_bench.config.recorded_task import form_of_metrics
 from lora_bench.console.format import format_number
 from lora_bench.console.stages import Live
@@ -48,7 +48,7 @@ class Display(Live):
         self.losses: dict[int, float] = {}
         """Moving average of the loss of each member."""
         self.metric = "mcc"
-        """The name of the metric that is shown beside the loss: the first choice of the task's form."""
+        """The name of the metric that is shown beside the loss: the run's main metric."""
         self.score_by_member: dict[int, float] = {}
         """The latest value of that metric of each member."""
         self.active: Collection[int] = range(len(names))
@@ -87,7 +87,7 @@ class Display(Live):
         if self.due(step):
             self.screen.print(self.line())
 
-    def evaluated(self, member: int, line: dict[str, Any]) -> None:
+    def evaluated(self, member: int, line: dict[str, Any], metric: str) -> None:
         """Show an evaluation of a member: in its row, or as a printed line where there is no terminal or a single run.
 
         Its time does not count in the throughput.
@@ -95,17 +95,19 @@ class Display(Live):
         Args:
             member: its number.
             line: of `metrics.jsonl`: epoch, split and metrics.
+            metric: the name of the main metric, one of the line's.
         """
         metrics = line["metrics"]
-        form = form_of_metrics(metrics)
-        self.metric = MAIN_METRIC_CHOICES[form][0]
-        self.score = self.score_by_member[member] = metrics[self.metric]
+        self.metric = metric
+        self.score = self.score_by_member[member] = metrics[metric]
         self.last_step = time.perf_counter()
         if self.names and self.console.is_terminal:  # its row shows it
             return
         title = f"{self.names[member].partition(':')[0]}  " if self.names else ""
-        main = "  ".join(f"{name} {_number(metrics[name], 3)}" for name in SHOWN_METRICS[form])
-        text = f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"  # 60 columns at most
+        names = SHOWN_METRICS[form_of_metrics(metrics)]
+        names = names if metric in names else (metric, *names[:-1])
+        main = "  ".join(f"{name} {_number(metrics[name], 3)}" for name in names)
+        text = f"epoch {round(line['epoch'], 2):g}  {line['split']}  {main}"  # one line of a terminal
         self.screen.print(f"{title}{text}")
 
     def line(self) -> str:

@@ -26,6 +26,7 @@ import torch
 
 from lora_bench.backbones.identity import PAIRS
 from lora_bench.backbones.tokenizer import first_line
+from lora_bench.data.special_tokens import break_tokens
 from lora_bench.data.text_positions import assign_texts
 from lora_bench.data.truncation import kept_positions
 from lora_bench.deployment import score
@@ -133,7 +134,7 @@ def write_deployment(
     expected = run.predict(rows)
     settings = _settings(run, graph_format, threshold)
     readme = render_readme(settings, graph_format.title, graph_format.requirements, notes)
-    run.pack.backbone.tokenizer.save_pretrained(folder)
+    run.pack.backbone.save_tokenizer(folder)
     (folder / "score.py").write_text(_standalone_script(), encoding="utf-8")
     (folder / "README.md").write_text(readme, encoding="utf-8")
     (folder / "scoring.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -218,7 +219,8 @@ def _settings(run: FinishedRun, graph_format: GraphFormat, threshold: float) -> 
         "both_orders": both_orders,
         "members": run.pack.size,
         "pad_token_id": backbone.tokenizer.pad_token_id,
-        "split_special_tokens": bool(backbone.tokenizer.backend_tokenizer.encode_special_tokens),
+        "split_special_tokens": backbone.special_tokens.are_split,
+        "broken_tokens": list(backbone.special_tokens.broken),
         "inputs": [f"{prefix}{name}" for prefix in ("", "reversed_")[: 1 + both_orders] for name in names],
         "outputs": ["scores"] if run.form == "regression" else ["scores", "labels"],
     }
@@ -227,8 +229,11 @@ def _settings(run: FinishedRun, graph_format: GraphFormat, threshold: float) -> 
 def _has_token_types(run: FinishedRun) -> bool:
     """Return whether the tokenizer gives a row of the run a token type other than 0."""
     columns = [(name, [text]) for name, text in zip(run.experiment.data.text_columns, PAIRS[0], strict=False)]
-    first, second = run.pack.backbone.render(columns)
-    encoding = run.pack.backbone.tokenizer.backend_tokenizer.encode(first[0], second[0] if second else None)
+    backbone = run.pack.backbone
+    first, second = backbone.render(columns)
+    backend = backbone.tokenizer.backend_tokenizer
+    backbone.special_tokens.configure(backend)
+    encoding = backend.encode(first[0], second[0] if second else None)
     return any(encoding.type_ids)
 
 
@@ -241,19 +246,14 @@ def _template(run: FinishedRun) -> list[str] | None:
 
 
 def _probe_rows(run: FinishedRun) -> list[tuple[str, ...]]:
-    """Return texts to check a graph with, for each column of the run; the last row is longer than `max_length`.
-
-    None of them has a special token, which BART's kind takes as the end of a text.
-    """
+    """Return texts to check a graph with, for each column of the run; the last row is longer than `max_length`."""
     columns, words = len(run.experiment.data.text_columns), run.experiment.data.max_length
-    special = run.pack.backbone.tokenizer.all_special_tokens
-    pairs = [pair for pair in PAIRS if not any(token in text for text in pair for token in special)]
-    return [pair[:columns] for pair in (*pairs, ("word " * words, "another word " * words))]
+    return [pair[:columns] for pair in (*PAIRS, ("word " * words, "another word " * words))]
 
 
 def _standalone_script() -> str:
     """Return the source of score.py, with the functions that it imports from lora-bench in place of the imports."""
     source = Path(score.__file__).read_text(encoding="utf-8")
     imports, main = re.sub(r"(from lora_bench.*\n)+\n", "", source).split("\n\nHERE", 1)
-    functions = "\n\n".join(inspect.getsource(function) for function in (assign_texts, kept_positions))
+    functions = "\n\n".join(inspect.getsource(function) for function in (assign_texts, kept_positions, break_tokens))
     return f"{imports}\n\n{functions}\n\nHERE{main}"

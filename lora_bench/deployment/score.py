@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from lora_bench.data.special_tokens import break_tokens
 from lora_bench.data.text_positions import assign_texts
 from lora_bench.data.truncation import kept_positions
 
@@ -81,7 +82,9 @@ class Model:
         limit, truncation = self.settings["max_length"], self.settings["truncation"]
         if reverse:  # `first` and `second` are the texts as the columns have them
             truncation = {"first": "second", "second": "first"}.get(truncation, truncation)
-        texts, spans = zip(*[self._render(row[::-1] if reverse else row) for row in rows], strict=True)
+        broken = self.settings["broken_tokens"]
+        plain = [tuple(break_tokens(text, broken) for text in row) for row in rows]
+        texts, spans = zip(*[self._render(row[::-1] if reverse else row) for row in plain], strict=True)
         inputs: dict[str, list[list[int]]] = {
             "input_ids": [],
             "attention_mask": [],

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def describe() -> dict[str, Any]:
 
     Commit and flag are None outside of git.
     """
-    commit, dirty = _commit()
+    commit, dirty = _commit(Path(__file__).resolve().parent)
     return {
         "commit": commit,
         "dirty": dirty,
@@ -48,21 +49,27 @@ def describe() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Return the installed version of every package of `PACKAGES`; None where it is not installed."""
-    installed: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            installed[name] = None
-    return installed
+    return {name: _version(name) for name in PACKAGES}
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """Return commit and dirty flag of the checkout that this package belongs to; both None if git does not track it.
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
-    Untracked files do not make a checkout dirty.
+
+@cache
+def _commit(folder: Path) -> tuple[str | None, bool | None]:
+    """Return commit and dirty flag of the checkout that a package belongs to; both None if git does not track it.
+
+    Untracked files do not make a checkout dirty. The answer is that of the first call: this process runs the code that
+    it has imported, whatever happens to the files afterwards.
+
+    Args:
+        folder: of the package.
     """
-    folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
     tracked = _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
     if commit is None or tracked is None:

@@ -197,8 +197,7 @@ class SharedInputs:
         shards = processes.size if trainer.sharding == "fsdp" else 1
         precision = resolve_precision(trainer.precision, device)
         backbone, sha256 = load_backbone(experiment, device, precision, shards=shards)
-        with stage("tokenising"):
-            tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
+        tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
         return cls(backbone, sha256, tasks)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_other_tokenizer
+from lora_bench.config.metric_names import display_name
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import show_result
 from lora_bench.console.stages import stage
@@ -223,7 +224,8 @@ class Recorder:
         for task, metrics in by_task.items():
             run.record.log(line | {"split": f"{line['split']}/{task}", "metrics": metrics})
         if self.display:
-            self.display.evaluated(member, line)
+            main_metric = next(one.progress.main_metric for one in run.members if one.index == member)
+            self.display.evaluated(member, line, main_metric)
 
     def ended(self, members: Sequence[int]) -> None:
         """Record and close the runs of these members in which no member trains any more; score those that are done.
@@ -279,7 +281,8 @@ class Recorder:
     def _close_eliminated(self, run: PackedRun, record: Run) -> None:
         """Record that halving eliminated a run, and print how to resume it; it reports nothing."""
         steps = run.progress.steps
-        reason = f"eliminated by pack.halving at step {steps}: others had a better selection MCC"
+        metric = display_name(run.progress.main_metric)
+        reason = f"eliminated by pack.halving at step {steps}: others had a better selection {metric}"
         record.update(selection={"stopped_at_step": steps})
         record.finish("eliminated", reason)
         name, command = run.job.title.partition(":")[0], f"lora-bench train {shell_argument('resume', record.folder)}"

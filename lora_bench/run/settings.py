@@ -229,7 +229,7 @@ def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema
             code=Code.UNSUPPORTED,
         )
     if packing.halving:
-        reason = "eliminates runs by their selection MCC, and each member of an ensemble has its own"
+        reason = "eliminates runs by their selection scores, and each member of an ensemble has its own"
         raise UserError(
             reason,
             key="pack.halving",
@@ -275,7 +275,7 @@ def _check_tasks(settings: Experiment) -> None:
         reason = f"the tasks would share the backbone, which {adapter.method} trains"
         remedy = "Use data.share=adapter."
         require(not adapter.trains_backbone, "data.share", data.share, reason, remedy, code=Code.UNSUPPORTED)
-        reason = "eliminates runs by their selection MCC, and each adapter of this run has its own"
+        reason = "eliminates runs by their selection scores, and each adapter of this run has its own"
         remedy = "Leave out pack.halving, or use data.share=adapter."
         require(not settings.pack.halving, "pack.halving", "true", reason, remedy, code=Code.CONFLICT)
         reason = "sets how often a shared adapter sees each task"

@@ -381,8 +381,8 @@ class _SentDisplay(Display):
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
         self.send("stepped", step, dict(losses), pairs)
 
-    def evaluated(self, member: int, line: dict[str, Any]) -> None:
-        self.send("evaluated", member, line)
+    def evaluated(self, member: int, line: dict[str, Any], metric: str) -> None:
+        self.send("evaluated", member, line, metric)
 
 
 def _end_with_parent() -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Follows the training; implemented by the recorder and the progress display."""
+    """Follows the training; implemented by the recorder."""
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
         """Note an optimizer step: the loss of each active member, and the pairs of the step's batches."""

@@ -57,7 +57,7 @@ def _rows(backbone: Backbone) -> list[list[int]]:
     short, long = ("Is it?", "Yes?"), (" ".join(PAIRS[0]), " ".join(PAIRS[1]))
     first, second = backbone.render([("first", [short[0], long[0]]), ("second", [short[1], long[1]])])
     backend = backbone.tokenizer.backend_tokenizer
-    backend.no_padding()
+    backbone.special_tokens.configure(backend)
     limit = backbone.max_tokens or 64
     backend.enable_truncation(min(limit, 64) if limit > 8 else 64, strategy="longest_first")  # -1 for XLNet
     encoded = backend.encode_batch_fast(first if second is None else list(zip(first, second, strict=True)))

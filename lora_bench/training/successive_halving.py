@@ -38,8 +38,8 @@ def eliminated(scores: Mapping[int, tuple[float, float]], limit: int) -> list[in
     """Return the members to eliminate, in ascending order: all but the `limit` best.
 
     Args:
-        scores: MCC and AUROC by member. AUROC decides among equal MCCs, for example among members that still predict
-            the same label for every pair, whose MCC is 0. Of equal members the earlier ones survive.
+        scores: main metric and AUROC by member. AUROC decides among equal ones, for example among members that still
+            predict the same label for every pair, whose MCC is 0. Of equal members the earlier ones survive.
         limit: number of survivors.
     """
     return sorted(sorted(scores, key=lambda member: scores[member], reverse=True)[limit:])

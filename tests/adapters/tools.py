@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
     from lora_bench.config.schema import Optimizer, Trainer
     from lora_bench.data.batching import Batch
+    from lora_bench.data.examples import Examples
     from lora_bench.training.loop import Observer
     from lora_bench.training.member_run import MemberProgress
 
 State = dict[str, "Tensor"]
+COLUMNS = ["question1", "question2"]
 
 
 @cache
@@ -43,6 +45,21 @@ def adapter(method: str, *overrides: str) -> Adapter:
     """`adapter("lora", "rank=4")` is what `adapter=lora adapter.rank=4` gives."""
     cfg = composed(f"adapter={method}", *(f"adapter.{override}" for override in overrides))
     return build(method_class(cfg.adapter.method), cfg.adapter, "adapter")
+
+
+def in_turn(combinations: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return those of (method, form) that the suite can afford where methods behave alike on all forms.
+
+    Each method has one of its forms, in turn; LoRA, the enhanced method and full fine-tuning have all.
+    """
+    forms: dict[str, list[str]] = {}
+    for method, form in combinations:
+        forms.setdefault(method, []).append(form)
+    return [
+        (method, form)
+        for i, (method, possible) in enumerate(forms.items())
+        for form in (possible if method in ("lora", "enhanced", "full") else [possible[i % len(possible)]])
+    ]
 
 
 def assert_out_of_range(method: str, setting: str) -> None:
@@ -62,7 +79,7 @@ def optimizer(lr: float = 1e-2, **changes: Any) -> Optimizer:
     return replace(experiment().optimizer, lr=lr, **changes)
 
 
-def trainer(steps: int = 12, **changes: Any) -> Trainer:
+def trainer(steps: int = 6, **changes: Any) -> Trainer:
     """Settings for so many updates of 8 pairs, looked at only at the end."""
     settings = {"batch_size": 8, "epochs": 1000.0, "max_steps": steps, "eval_every": 10_000, "eval_batch_size": 32}
     return replace(experiment().trainer, **{**settings, **changes})
@@ -70,10 +87,15 @@ def trainer(steps: int = 12, **changes: Any) -> Trainer:
 
 def tables(backbone: Backbone) -> tuple[TokenTable, TokenTable]:
     """Token tables of the toy data: 72 training pairs and 12 to select on."""
+    train, selection = (tokenize(split, COLUMNS, backbone, 64) for split in examples())
+    return train, selection
+
+
+@cache
+def examples() -> tuple[Examples, Examples]:
+    """Return the pairs of `tables`."""
     data = experiment("data.train_size=72", "data.selection_size=12").data
-    train, selection = sources.split_selection(sources.load(data)[1]["train"], data)
-    encode = [tokenize(split, data.text_columns, backbone, 64) for split in (train, selection)]
-    return encode[0], encode[1]
+    return sources.split_selection(sources.load(data)[1]["train"], data)
 
 
 def pack(form: str, *members: tuple[Adapter, int], backbone: Any = None) -> Pack:

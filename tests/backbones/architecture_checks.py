@@ -12,7 +12,6 @@ import torch
 import transformers
 
 import lora_bench
-from lora_bench.data.toy import generate
 from lora_bench.deployment.score import Model
 from tests.backbones.tools import cut_logits, make, random_batch, spread
 from tests.command_line import lora_bench as command_line
@@ -25,16 +24,20 @@ if TYPE_CHECKING:
 
     from tests.backbones.architectures import Architecture
 
-PAIRS = list(zip(*generate(12, 0, "validation").texts, strict=True))
+PAIRS = [
+    ("Is it?", "Why not?"),
+    ("a", "What is the best way?"),
+    ("How do I learn to cook rice well?", "b"),
+    ("", "a b"),
+]
 """Pairs of unlike length, so that a batch of them is padded."""
 TRAINING = [
     "data=toy",
-    "data.train_rows=64",
-    "data.validation_rows=12",
-    "data.max_length=240",
+    "data.train_rows=32",
+    "data.validation_rows=8",
+    "data.max_length=100",
     "trainer.precision=fp32",
     "trainer.device=cpu",
-    "trainer.max_steps=5",
 ]
 
 
@@ -78,8 +81,16 @@ def largest_cut_difference(architecture: Architecture, folder: Path) -> float | 
     return max((float((cut - whole).abs().max()) for cut in cuts), default=None)
 
 
-def check(architecture: Architecture, model: Path, method: Sequence[str], work: Path, exports: Sequence[str]) -> Result:
-    """Train five steps on toy pairs, reload, predict, export, and compare the scores.
+def check(
+    architecture: Architecture,
+    model: Path,
+    method: Sequence[str],
+    work: Path,
+    exports: Sequence[str],
+    *,
+    steps: int = 5,
+) -> Result:
+    """Train a few steps on toy pairs, reload, predict, export, and compare the scores.
 
     Args:
         architecture: of the model.
@@ -87,9 +98,11 @@ def check(architecture: Architecture, model: Path, method: Sequence[str], work: 
         method: overrides that choose the method.
         work: a new folder for the run and its exports.
         exports: forms of `lora-bench export`.
+        steps: of the training.
     """
     run_folder = work / "run"
     options = [f"model={architecture.choice}", f"model.path={model}", *architecture.overrides, *TRAINING]
+    options.append(f"trainer.max_steps={steps}")
     answer = command_line("train", *options, *method, f"hydra.run.dir={run_folder}")
     result = {"architecture": architecture.name, "method": " ".join(method)}
     if answer.code == 2:

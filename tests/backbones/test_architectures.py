@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lora_bench.evaluation.cost import FlopModel
 from tests.backbones.architecture_checks import check, largest_cut_difference
 from tests.backbones.architectures import ARCHITECTURES
 
@@ -23,16 +24,20 @@ def test_there_are_25_architectures() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
-def test_an_architecture_learns_is_reloaded_exported_and_cut(architecture: Architecture, tmp_path: Path) -> None:
+def test_an_architecture_learns_is_reloaded_exported_and_cut(
+    architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlopModel, "measure", lambda step: FlopModel((1.0, 1.0, 0.0, 0.0)))  # it takes a third
     model = architecture.save(tmp_path / "model")
-    lora = check(architecture, model, ["adapter=lora"], tmp_path / "lora", ["merged", "peft"])
+    lora = check(architecture, model, ["adapter=lora"], tmp_path / "lora", ["merged", "peft"], steps=2)
     assert lora.refused == ""
     assert lora.adapted != ""
     assert isinstance(lora.merged, float)
     assert isinstance(lora.peft, float)
     assert lora.reloaded == pytest.approx(0, abs=1e-6)
     assert [lora.merged, lora.peft] == pytest.approx([0, 0], abs=1e-5)
-    enhanced = check(architecture, model, ["experiment=enhanced"], tmp_path / "enhanced", [])
+    recipe = ["experiment=enhanced", "adapter.calibration_batches=1"]
+    enhanced = check(architecture, model, recipe, tmp_path / "enhanced", [], steps=2)
     assert enhanced.refused == ""
     assert enhanced.reloaded == pytest.approx(0, abs=1e-6)
     difference = largest_cut_difference(architecture, model)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_bench.backbones.load import load, load_tokenizer
-from lora_bench.backbones.model_folder import bounded_construction
+from lora_bench.backbones.model_folder import bounded_construction, checkpoint_tensors
 from lora_bench.errors import Code, UserError
 from tests.backbones.tools import held, make, model_settings, save
 from tests.command_line import refuses
@@ -166,7 +166,11 @@ def test_a_size_below_zero_is_refused(folder: Path, key: str) -> None:
 
 
 def test_a_network_that_outgrows_its_checkpoint_is_never_made(folder: Path) -> None:
-    with torch.device("meta"), refuses(Code.DAMAGED) as caught, bounded_construction(folder):
+    with (
+        torch.device("meta"),
+        refuses(Code.DAMAGED) as caught,
+        bounded_construction(folder, checkpoint_tensors(folder, allow_bin=False)),
+    ):
         torch.nn.Linear(2**14, 2**14)
     assert caught.value.file == folder / "config.json"
     configure(folder, hidden_size=2**14)

@@ -31,7 +31,7 @@ def show_training(console: Console, steps: int, evaluations: int, start: int = 0
         for step in range(start + 1, start + steps + 1):
             display.stepped(step, {0: 0.7 - step / (2 * (start + steps))}, 32)
             if (step - start) % (steps // evaluations) == 0:
-                display.evaluated(0, line(12.3333))
+                display.evaluated(0, line(12.3333), "mcc")
 
 
 @pytest.fixture
@@ -73,16 +73,23 @@ def test_a_line_says_step_loss_and_rate_and_the_best_known_mcc() -> None:
             "mcc 0.100",
         ),
         (
+            {"accuracy": 0.5, "macro_f1": 0.25, "weighted_f1": 0.3, "mcc": 0.1},
+            "weighted_f1 0.300  accuracy 0.500  macro_f1 0.250",
+            "weighted_f1 0.300",
+        ),
+        (
             {"pearson": 0.5, "spearman": 0.25, "mse": 2.0, "mae": 1.0, "r2": None},
             "pearson 0.500  spearman 0.250  mse 2.000",
             "spearman 0.250",
         ),
     ],
 )
-def test_each_form_of_task_shows_its_own_metrics(metrics: dict[str, Any], evaluation: str, state: str) -> None:
+def test_the_metrics_of_the_form_and_the_main_metric_are_shown(
+    metrics: dict[str, Any], evaluation: str, state: str
+) -> None:
     file = io.StringIO()
     with Display(Console(file=file), 2) as display:
-        display.evaluated(0, {**line(1.0), "metrics": metrics})
+        display.evaluated(0, {**line(1.0), "metrics": metrics}, state.partition(" ")[0])
         display.stepped(1, {0: 0.5}, 8)
     shown, step = file.getvalue().splitlines()
     assert shown == f"epoch 1  selection  {evaluation}"
@@ -159,7 +166,7 @@ def told_of_a_pack(console: Console) -> None:
             display.stepped(step, {k: 0.6 + k / 10 for k in range(3) if k != 1 or step < 3}, 32)
             if step == 2:
                 for k in range(3):
-                    display.evaluated(k, line(1.0, mcc=k / 10))
+                    display.evaluated(k, line(1.0, mcc=k / 10), "mcc")
         display.progress.refresh()
 
 

@@ -49,8 +49,9 @@ with open("result", "w"):
     assert (Path("printed").read_text(), Path("result").read_text()) == ("ours\n", "")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", ["--help", "train --cfg job", "compare ."])
+@pytest.mark.parametrize(
+    ("command", "unbuffered"), [("--help", ""), ("--help", "1"), ("train --cfg job", ""), ("compare .", "1")]
+)
 def test_what_is_only_printed_must_be_printed(in_tmp: Path, command: str, unbuffered: str) -> None:
     Path("run").mkdir()
     if command == "compare .":

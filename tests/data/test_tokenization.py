@@ -20,8 +20,10 @@ import pyarrow as pa
 import pytest
 import tokenizers
 
-from lora_bench.data import tokenization
+from lora_bench.data import encoding
+from lora_bench.data.encoding import Encoding
 from lora_bench.data.examples import Examples
+from lora_bench.data.special_tokens import SpecialTokens
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.files.cache import TRAILER_BYTES, CacheFiles
 from tests.helpers import TINY
@@ -109,7 +111,7 @@ def test_cached_tokens_are_read_without_calling_the_tokenizer(
 ) -> None:
     model = backbone()
     cold = tokenize(examples(), COLUMNS, model, 64)
-    monkeypatch.setattr(tokenization, "_encode", lambda *arguments: pytest.fail("tokenised again"))
+    monkeypatch.setattr(Encoding, "_encode", lambda *arguments: pytest.fail("tokenised again"))
     model.tokenizer(["a"], padding=True, truncation=True, max_length=5)  # truncation and padding are not in the key
     warm = tokenize(examples(), COLUMNS, model, 64)
     assert rows(warm) == rows(cold)
@@ -163,7 +165,7 @@ def test_tables_longer_than_a_chunk_are_tokenized_alike(
     backbone: Callable[..., Backbone], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rows(tokenize(examples(), COLUMNS, backbone(), 32, cached=False))
-    monkeypatch.setattr(tokenization, "CHUNK", 3)
+    monkeypatch.setattr(encoding, "CHUNK", 3)
     assert rows(tokenize(examples(), COLUMNS, backbone(), 32, cached=False)) == whole
 
 
@@ -297,7 +299,7 @@ def test_cached_content_that_no_tokenizer_writes_is_replaced(
     sound = path.read_bytes()
     batch = pa.ipc.open_stream(sound[:-TRAILER_BYTES]).read_next_batch()
     invalid = wrong(batch)
-    written = CacheFiles("tokens").write(path.stem, partial(tokenization._write, invalid), size_bytes=0)
+    written = CacheFiles("tokens").write(path.stem, partial(encoding.write_tokens, invalid), size_bytes=0)
     assert written is not None
     written.close()
     warm = tokenize(examples(), COLUMNS, model, 64)
@@ -326,6 +328,7 @@ def test_a_vocabulary_may_have_gaps(cache: Path, capfd: pytest.CaptureFixture[st
         tokenizer=SimpleNamespace(backend_tokenizer=tokenizers.Tokenizer(model)),
         render=lambda columns: (columns[0][1], None),
         text_positions=lambda columns: None,
+        special_tokens=SpecialTokens(),
     )
     for _ in range(2):
         assert tokenize(examples(["far"], None), COLUMNS[:1], backbone, 8).values.tolist() == [9]  # type: ignore[arg-type]
@@ -353,7 +356,7 @@ def test_the_token_cache_is_bounded_and_the_least_recently_used_is_removed(
     tokenize(examples(), COLUMNS, model, 50)
     assert 2 <= len(files(cache)) <= 3
     assert sum(path.stat().st_size for path in cache.iterdir()) <= 3 * largest
-    monkeypatch.setattr(tokenization, "_encode", lambda *arguments: pytest.fail("tokenised again"))
+    monkeypatch.setattr(Encoding, "_encode", lambda *arguments: pytest.fail("tokenised again"))
     tokenize(examples(), COLUMNS, model, 40)
     tokenize(examples(), COLUMNS, model, 50)
     monkeypatch.setenv("LORA_BENCH_TOKEN_CACHE_BYTES", "0")
@@ -371,6 +374,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_bench.data.tokenization import tokenize
 from lora_bench.data.examples import Examples
+from lora_bench.data.special_tokens import SpecialTokens
 
 tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
 tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -378,6 +382,7 @@ backbone = SimpleNamespace(
     tokenizer=SimpleNamespace(backend_tokenizer=tokenizer),
     render=lambda columns: (columns[0][1], None),
     text_positions=lambda columns: None,
+    special_tokens=SpecialTokens(),
 )
 folder, name = Path(sys.argv[1]), sys.argv[2]
 (folder / name).touch()

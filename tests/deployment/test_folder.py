@@ -116,17 +116,35 @@ def test_t5_text_to_text_with_pair_features(tmp_path: Path) -> None:
 
 
 def test_a_decoder_in_words_with_pair_features(tmp_path: Path) -> None:
-    """Whole words are scored, the rows of a fused linear are adapted, and truncation keeps the template."""
+    """Whole words are scored, the rows of a fused linear are adapted, and truncation keeps the template.
+
+    The template has a special token; in the texts it is none.
+    """
     tokenizer = byte_tokenizer(eos_token=END)
     config = config_of("gpt2", tokenizer)
     config.n_layer = 1
     save(tmp_path / "model", enliven(transformers.AutoModelForCausalLM.from_config(config)), tokenizer)
     settings = ["model=gpt2", "model.form=text_to_text", f"model.path={tmp_path / 'model'}", "head.pair_features=true"]
+    settings.append(f'model.template="{{fields}}{END}answer:"')
     settings += ["adapter.target_modules=qv", "data.truncation=first", "data.max_length=90", "optimizer.lr=0.02"]
     run = toy_run(tmp_path, *settings)
     backbone = FinishedRun.load(run).pack.backbone
     assert not backbone.words[0].is_single_step
-    check_scores(export(run, "torch", [*PAIRS, LONG_PAIR]))
+    check_scores(export(run, "torch", [*PAIRS, LONG_PAIR, (f"a{END}", END)]))
+
+
+def test_texts_longer_than_a_decoders_sliding_window(tmp_path: Path) -> None:
+    """Whole words are computed one after another, as their tree would need a mask of its own."""
+    tokenizer = byte_tokenizer(eos_token=END)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MistralConfig(
+        vocab_size=len(tokenizer), sliding_window=24, num_key_value_heads=1, eos_token_id=0, bos_token_id=0, **sizes
+    )
+    save(tmp_path / "model", enliven(transformers.MistralForCausalLM(config)), tokenizer)
+    settings = ["model=mistral", "model.form=text_to_text", f"model.path={tmp_path / 'model'}", "data.max_length=90"]
+    run = toy_run(tmp_path, *settings, "head.pair_features=false")
+    assert not FinishedRun.load(run).pack.backbone.words[0].is_single_step
+    check_scores(export(run, "torch", [*PAIRS[:3], LONG_PAIR, ("a", "b")]))
 
 
 def test_numbers_of_both_orders_of_a_generic_encoder_with_pair_features(tmp_path: Path) -> None:

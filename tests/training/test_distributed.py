@@ -113,10 +113,8 @@ def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
 
 
-@pytest.mark.parametrize(
-    "overrides", [["adapter=lora", "adapter.dropout=0.0"], ["adapter=adalora", "trainer.average=0.5"]]
-)
-def test_torchrun_makes_the_run_that_one_process_makes(overrides: list[str], in_tmp: Path) -> None:
+def test_torchrun_makes_the_run_that_one_process_makes(in_tmp: Path) -> None:
+    overrides = ["adapter=adalora", "trainer.average=0.5"]
     assert lora_bench("train", *RUN, *overrides, "hydra.run.dir=one").code == 0
     answer = torchrun(in_tmp, *RUN, *overrides, "hydra.run.dir=two")
     assert answer.returncode == 0, answer.stderr
@@ -131,7 +129,7 @@ def test_torchrun_makes_the_run_that_one_process_makes(overrides: list[str], in_
 
 
 def test_a_run_of_two_processes_is_interrupted_and_gone_on_with(in_tmp: Path) -> None:
-    long = [*RUN, "trainer.epochs=1000", "trainer.max_steps=300", "trainer.checkpoint_every=1"]
+    long = [*RUN, "trainer.epochs=1000", "trainer.max_steps=100", "trainer.checkpoint_every=1"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lora_bench", "train"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, *launch, *long, "hydra.run.dir=run"], cwd=in_tmp, **quiet) as process:  # type: ignore[call-overload]

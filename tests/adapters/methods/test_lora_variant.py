@@ -108,7 +108,7 @@ def prepared(form: str, name: str) -> Pack:
 @every_setting
 def test_a_pack_of_two_learns_what_each_learns_alone(name: str, batched: bool) -> None:
     settings = gated(*SETTINGS[name])
-    chosen = settings_for(6, micro_batch_size=1000)
+    chosen = settings_for(3, micro_batch_size=1000)
     together = Pack(make(*FORMS["bert"]), [Member(settings, seed) for seed in (0, 1)], batched=batched)
     _, ends = train(doubled(together), settings=chosen)
     for seed, end in enumerate(ends):
