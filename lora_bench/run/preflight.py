@@ -45,8 +45,13 @@ def check_train(job: Job) -> None:
 
 
 def check_sharding(settings: Settings | Experiment, quantize: str | None) -> None:
-    """Refuse a sharded backbone with several adapters, or with `adapter.quantize`, whose codes are not sharded."""
-    trainer, ensemble, data = settings.trainer, settings.ensemble, settings.data
+    """Refuse a sharded backbone with several adapters, or with quantised weights, whose codes are not sharded.
+
+    Args:
+        settings: of the run.
+        quantize: `adapter.quantize`.
+    """
+    trainer, ensemble, data, model = settings.trainer, settings.ensemble, settings.data, settings.model
     if trainer.sharding == "none":
         return
     several = {
@@ -54,7 +59,12 @@ def check_sharding(settings: Settings | Experiment, quantize: str | None) -> Non
         "data.share=backbone": bool(settings.tasks) and data.share == "backbone",
     }
     conflicts = {key: "trains several adapters on it" for key, is_set in several.items() if is_set}
-    conflicts |= {} if quantize is None else {"adapter.quantize": "holds codes in place of its weights"}
+    types = {
+        "adapter.quantize": quantize,
+        "model.quantize": model.quantize,
+        "model.quantize_embeddings": model.quantize_embeddings,
+    }
+    conflicts |= {key: "holds codes in place of weights" for key, type_ in types.items() if type_ is not None}
     for key, effect in conflicts.items():
         raise UserError(
             f"shards the backbone for one adapter, and {key} {effect}",

@@ -136,6 +136,7 @@ class Experiment:
         _check_ensemble(experiment.ensemble, experiment.adapter, experiment.pack)
         _check_tasks(experiment)
         check_sharding(experiment, getattr(experiment.adapter, "quantize", None))
+        _check_quantization(experiment.model, experiment.adapter)
         for single in experiment.by_task.values():
             _check_metrics(single)
             check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
@@ -241,6 +242,16 @@ def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema
         remedy = "Set adapter.dropout above 0, or add init or order to ensemble.vary."
         reason = "the adapter has no dropout, so all members would be equal"
         raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy, code=Code.CONFLICT)
+
+
+def _check_quantization(model: schema.Model, adapter: Adapter) -> None:
+    """Refuse quantised weights with a method that trains the weights themselves."""
+    for key in ("quantize", "quantize_embeddings"):
+        value = getattr(model, key)
+        reason = f"holds codes in place of weights that {adapter.method} trains"
+        remedy = f"Set model.{key}=null, or use adapter=lora."
+        possible = value is None or not adapter.trains_backbone
+        require(possible, f"model.{key}", value, reason, remedy, code=Code.CONFLICT)
 
 
 def _check_tasks(settings: Experiment) -> None:

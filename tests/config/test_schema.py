@@ -170,6 +170,8 @@ def test_other_values_in_place_of_a_group_are_refused(node: Any) -> None:
 
 RANGES = [
     ("model", "allow_bin", [True, False], ["maybe", None]),
+    ("model", "quantize", [None, "nf4", "int2"], ["int3", "fp4"]),
+    ("model", "quantize_embeddings", [None, "int8"], ["nf4", "yes"]),
     ("adapter", "rank", [1, 128], [0, -1]),
     ("adapter", "alpha", [0.1, 16], [0, -1, math.inf]),
     ("adapter", "dropout", [0, 0.99], [1, -0.1, math.nan]),
