@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Measure the memory of loading a model, of a training step, and of quantised weights.
 
-    benchmarks/memory.py [--rows 8] [--length 512] [--hidden-size 768]
+    benchmarks/memory.py [activations] [weights] [--rows 8] [--length 512] [--hidden-size 768]
 
 The model is a random RoBERTa of the base size, written to a temporary folder in bf16. Each measurement runs in a
 process of its own. The memory of a step is the peak during the step less the memory before it, so weights do not count.
-Two tables in Markdown are printed: those of docs/results/memory.md.
+The tables are printed in Markdown: those of docs/results/memory.md.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ OVERRIDES = STEPS | WEIGHTS
 
 
 def main() -> None:
-    """Measure activations and weights, and print a table of each."""
+    """Measure activations, weights or both, and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="activations, weights; both by default")
     parser.add_argument("--rows", type=int, default=8, help="pairs of the step")
     parser.add_argument("--length", type=int, default=512, help="tokens of each pair")
     parser.add_argument("--hidden-size", type=int, default=768, help="width of the model")
@@ -55,10 +56,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.hidden_size)
-        results = {name: run_measurement(name, folder) for name in OVERRIDES}
-    print_activations({name: results[name] for name in STEPS})
-    print()
-    print_weights({name: results[name] for name in WEIGHTS})
+        for table in options.tables or TABLES:
+            names, print_table = TABLES[table]
+            print_table({name: run_measurement(name, folder) for name in names})
+            print()
 
 
 def print_activations(results: Mapping[str, Mapping[str, float]]) -> None:
@@ -83,6 +84,9 @@ def print_weights(results: Mapping[str, Mapping[str, float]]) -> None:
             f"{result[key] / 1e6:,.1f} | {result[key] / bf16[key]:.3f}" for key in ("linears", "embeddings", "model")
         )
         print(f"| {name} | {sizes} | {result['seconds']:.1f} |")
+
+
+TABLES = {"activations": (STEPS, print_activations), "weights": (WEIGHTS, print_weights)}
 
 
 def run_measurement(name: str, folder: str) -> Mapping[str, float]:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_bench.backbones import bitsandbytes_kernels
 from lora_bench.config.schema import QUANT_BITS
 
 BLOCK = 64
@@ -82,6 +83,8 @@ class Quantized:
 
         On a CPU it is computed in parts that its cache holds.
         """
+        if bitsandbytes_kernels.can_dequantize(self.quant_type, self.shape):
+            return bitsandbytes_kernels.dequantize(self.codes, self.scales, self.shape, dtype)
         device, count = self.codes.device, len(self.codes)
         table = _values_of_byte(self.quant_type, device)
         at_once = CACHED_BLOCKS if device.type == "cpu" else max(1, count)

@@ -383,6 +383,9 @@ class Trainer:
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
     """`cpu`, `cuda`, or `auto`."""
+    quantization_kernels: str
+    """What dequantises `nf4` weights: `torch`, or the library `bitsandbytes`, which gives the same bits in less time.
+    `auto`: `bitsandbytes` on a GPU if it is installed. Other types always take `torch`."""
     cuda_graphs: bool
     """On a GPU, capture forward and backward pass as a CUDA graph once per batch shape, and replay it."""
     threads: int | None
@@ -435,6 +438,7 @@ class Trainer:
         reason = "is not one of auto, true, false"
         require(is_known, "activation_checkpointing", setting, reason, code=Code.UNKNOWN_CHOICE)
         require_one_of("sharding", self.sharding, ("none", "fsdp"))
+        require_one_of("quantization_kernels", self.quantization_kernels, ("auto", "torch", "bitsandbytes"))
         require_one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 

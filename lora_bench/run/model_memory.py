@@ -43,7 +43,7 @@ class WeightMemory:
         """
         adapter, model = self.experiment.adapter, self.experiment.model
         per_weight = TRAINED_BYTES if adapter.trains_backbone else self.dtype.itemsize
-        per_linear = min((bytes_per_value(name) for name in self._quant_types()), default=per_weight)
+        per_linear = min((bytes_per_value(name) for name in self.quant_types), default=per_weight)
         per_embedding = per_weight if model.quantize_embeddings is None else 1
         devices = self.shards if self.device.type == "cuda" else 1  # processes on a CPU share its memory
 
@@ -54,7 +54,8 @@ class WeightMemory:
 
         return sum(bytes_of(name, shape) for name, shape in shapes.items()) / devices
 
-    def _quant_types(self) -> list[str]:
+    @property
+    def quant_types(self) -> list[str]:
         """Return the types in which linears are quantised; empty if none is."""
         types = (self.experiment.model.quantize, getattr(self.experiment.adapter, "quantize", None))
         return [name for name in types if name is not None]
@@ -75,7 +76,7 @@ class WeightMemory:
             remedies.insert(0, "trainer.precision=bf16")
         if self.shards > 1:
             remedies.insert(0, "more processes")
-        elif not self._quant_types():
+        elif not self.quant_types:
             remedies.insert(0, "adapter=qlora" if adapter.trains_backbone else "model.quantize=nf4")
             if self.device.type == "cuda":
                 remedies.append("trainer.sharding=fsdp with torchrun and several GPUs")

@@ -38,6 +38,7 @@ def check_train(job: Job) -> None:
     """
     check_paths(job.settings)
     check_sharding(job.settings, job.cfg.adapter.get("quantize"))
+    check_kernels(job.settings.trainer)
     if not job.cfg.dry_run:
         check_processes(job.settings.trainer)
     if job.cfg.adapter.get("init_from") and job.resumed is None:
@@ -64,7 +65,7 @@ def check_sharding(settings: Settings | Experiment, quantize: str | None) -> Non
         "model.quantize": model.quantize,
         "model.quantize_embeddings": model.quantize_embeddings,
     }
-    conflicts |= {key: "holds codes in place of weights" for key, type_ in types.items() if type_ is not None}
+    conflicts |= {key: "holds codes in place of its weights" for key, type_ in types.items() if type_ is not None}
     for key, effect in conflicts.items():
         raise UserError(
             f"shards the backbone for one adapter, and {key} {effect}",
@@ -73,6 +74,15 @@ def check_sharding(settings: Settings | Experiment, quantize: str | None) -> Non
             remedy=f"Set trainer.sharding=none, or leave out {key}.",
             code=Code.CONFLICT,
         )
+
+
+def check_kernels(trainer: schema.Trainer) -> None:
+    """Refuse `trainer.quantization_kernels=bitsandbytes` without that library."""
+    kernels = trainer.quantization_kernels
+    is_possible = kernels != "bitsandbytes" or find_spec("bitsandbytes") is not None
+    reason = "is not installed"
+    remedy = "Install it: pip install 'lora-bench[bitsandbytes]'. Or set trainer.quantization_kernels=auto."
+    require(is_possible, "trainer.quantization_kernels", kernels, reason, remedy, code=Code.MISSING_PACKAGE)
 
 
 def check_processes(trainer: schema.Trainer) -> None:

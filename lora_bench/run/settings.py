@@ -136,7 +136,7 @@ class Experiment:
         _check_ensemble(experiment.ensemble, experiment.adapter, experiment.pack)
         _check_tasks(experiment)
         check_sharding(experiment, getattr(experiment.adapter, "quantize", None))
-        _check_quantization(experiment.model, experiment.adapter)
+        _check_quantization(experiment)
         for single in experiment.by_task.values():
             _check_metrics(single)
             check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
@@ -244,8 +244,12 @@ def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema
         raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy, code=Code.CONFLICT)
 
 
-def _check_quantization(model: schema.Model, adapter: Adapter) -> None:
-    """Refuse quantised weights with a method that trains the weights themselves."""
+def _check_quantization(experiment: Experiment) -> None:
+    """Refuse quantised weights with a method that trains the weights themselves, and kernels for weights of no run."""
+    model, adapter, kernels = experiment.model, experiment.adapter, experiment.trainer.quantization_kernels
+    has_use = kernels != "bitsandbytes" or "nf4" in (model.quantize, getattr(adapter, "quantize", None))
+    reason, remedy = "dequantises nf4 weights, and this run has none", "Set model.quantize=nf4, or leave it out."
+    require(has_use, "trainer.quantization_kernels", kernels, reason, remedy, code=Code.CONFLICT)
     for key in ("quantize", "quantize_embeddings"):
         value = getattr(model, key)
         reason = f"holds codes in place of weights that {adapter.method} trains"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_bench.backbones import quantization
+from lora_bench.backbones import bitsandbytes_kernels, quantization
 from lora_bench.backbones.quantization import QUANT_TYPES, Quantized, quantize
 
 BITS = {"nf4": 4, "int8": 8, "int4": 4, "int2": 2}
@@ -216,3 +216,18 @@ def test_nf4_is_bitsandbytes_to_the_bit(shape: tuple[int, int]) -> None:
     assert torch.equal(made.scales, state.absmax)
     if shape[1] % 2 == 0:  # its own route for odd widths is compiled on the spot
         assert torch.equal(made.dequantize(), functional.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (10, 36), (7, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitsandbytes_dequantises_to_the_same_bits(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    made = quantize(draw(*shape), "nf4")
+    expected = made.dequantize(dtype)
+    try:
+        bitsandbytes_kernels.choose_kernels("bitsandbytes", torch.device("cpu"))
+        assert bitsandbytes_kernels.can_dequantize("nf4", shape) == (shape != (7, 11))
+        assert torch.equal(made.dequantize(dtype), expected)
+    finally:
+        bitsandbytes_kernels.choose_kernels("auto", torch.device("cpu"))
+    assert not bitsandbytes_kernels.can_dequantize("nf4", shape)

@@ -213,6 +213,7 @@ RANGES = [
     ("trainer", "eval_batch_size", [1], [0, None]),
     ("trainer", "eval_every", [None, 1], [0]),
     ("trainer", "early_stopping_patience", [None, 1], [0]),
+    ("trainer", "quantization_kernels", ["auto", "torch"], ["triton", None]),
     ("trainer", "objective", ["cross_entropy", "order_consistency"], ["margin", "dropout_consistency", None]),
     ("trainer", "consistency_weight", [0, 2.5], [-1, math.nan]),
     ("trainer", "stop_at", [None, 0.5, 1], [0, -0.5, 1.1]),

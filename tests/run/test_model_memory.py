@@ -13,12 +13,12 @@ from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.base import Backbone
 from lora_bench.data import sources
 from lora_bench.errors import Code
-from lora_bench.run import model_memory
+from lora_bench.run import model_memory, preflight
 from lora_bench.run.inputs import load_backbone
 from lora_bench.training.dummy_step import dummy_step, saved_bytes
 from tests.adapters.tools import experiment, stir
 from tests.backbones.tools import make, random_batch, save
-from tests.command_line import refuses
+from tests.command_line import refused, refuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,6 +123,16 @@ def test_weights_that_are_trained_or_sharded_are_not_quantised() -> None:
             experiment("model=tiny_bert", "adapter=full", f"{key}={value}")
         with refuses(Code.CONFLICT, key="trainer.sharding"):
             experiment("model=tiny_bert", "trainer.sharding=fsdp", f"{key}={value}")
+
+
+def test_kernels_need_their_library_and_a_weight_for_them(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with refuses(Code.CONFLICT, key="trainer.quantization_kernels"):
+        experiment("model=tiny_bert", "model.quantize=int8", "trainer.quantization_kernels=bitsandbytes")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    options = ("model=tiny_bert", "model.quantize=nf4", "trainer.quantization_kernels=bitsandbytes")
+    error = refused("train", *options)
+    assert (error.code, error.key) == (Code.MISSING_PACKAGE, "trainer.quantization_kernels")
+    assert "lora-bench[bitsandbytes]" in str(error.remedy)
 
 
 def test_a_backbone_loaded_for_quantised_runs_serves_others(folders: Any) -> None:
