@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def print_activations(results: Mapping[str, Mapping[str, float]]) -> None:
-    """Print memory, seconds and FLOPs of a step, those of recomputed activations also relative to held ones."""
+    """Print memory, processor seconds and FLOPs of a step, those of recomputed activations also relative to held ones."""
     held = results["held"]
     print("| activations | step, MB | share | seconds | FLOPs |")
     print("| --- | ---: | ---: | ---: | ---: |")
@@ -75,7 +75,7 @@ def print_activations(results: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def print_weights(results: Mapping[str, Mapping[str, float]]) -> None:
-    """Print the bytes of linears, embeddings and the whole backbone, and the seconds of a step."""
+    """Print the bytes of linears, embeddings and the whole backbone, and the processor seconds of a step."""
     bf16 = results["bf16"]
     print("| weights | linears, MB | share | embeddings, MB | share | whole model, MB | share | seconds |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -119,7 +119,7 @@ def measure(name: str, folder: str, rows: int, length: int) -> dict[str, float]:
     """Return bytes of loading (peak), of what is resident then, and of a step (peak less the memory before).
 
     Beside them stand the bytes of the weights of linears and of embeddings, and of the whole backbone (`model`), and
-    seconds and FLOPs of the step.
+    processor seconds and FLOPs of the step.
     """
     import time
 
@@ -154,9 +154,9 @@ def measure(name: str, folder: str, rows: int, length: int) -> dict[str, float]:
         dummy_step(pack, 1, 16)  # the libraries load their code
     reset_peak_memory(device)
     held = held_memory_bytes(device)
-    began = time.perf_counter()
+    began = time.process_time()
     dummy_step(pack, rows, length)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     sizes = frozen_bytes(pack, [0])
     return {
         "loading": loading,
