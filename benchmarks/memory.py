@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measure the memory of loading a model, of a training step, and of quantised weights.
 
-    benchmarks/memory.py [--rows 8] [--length 512] [--hidden-size 768]
+    benchmarks/memory.py [activations] [weights] [--rows 8] [--length 512] [--hidden-size 768]
 
 The model is a random RoBERTa of the base size, written to a temporary folder in bf16. Each measurement runs in a
 process of its own. The memory of a step is the peak during the step less the memory before it, so weights do not count.
+The tables are printed in Markdown: those of docs/results/memory.md.
 """
 
 from __future__ import annotations
@@ -24,43 +25,73 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 STEPS = {
-    "held": "trainer.activation_checkpointing=false",
-    "recomputed": "trainer.activation_checkpointing=true",
-    "qlora": "adapter=qlora",
+    "held": ["trainer.activation_checkpointing=false"],
+    "recomputed": ["trainer.activation_checkpointing=true"],
 }
-"""Measured steps, each with its override."""
+"""Ways of holding activations, each with its overrides."""
+WEIGHTS = {
+    "bf16": [],
+    "bf16, embeddings int8": ["model.quantize_embeddings=int8"],
+    "int8": ["model.quantize=int8"],
+    "int8, embeddings int8": ["model.quantize=int8", "model.quantize_embeddings=int8"],
+    "nf4": ["model.quantize=nf4"],
+    "nf4, embeddings int8": ["model.quantize=nf4", "model.quantize_embeddings=int8"],
+}
+"""Types of weights, each with its overrides."""
+OVERRIDES = STEPS | WEIGHTS
 
 
 def main() -> None:
-    """Measure every step, and print the results as a table."""
+    """Measure activations, weights or both, and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="activations, weights; both by default")
     parser.add_argument("--rows", type=int, default=8, help="pairs of the step")
     parser.add_argument("--length", type=int, default=512, help="tokens of each pair")
     parser.add_argument("--hidden-size", type=int, default=768, help="width of the model")
-    parser.add_argument("--measure", nargs=2, metavar=("STEP", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        step, folder = options.measure
-        print(json.dumps(measure(step, folder, options.rows, options.length)))
+        name, folder = options.measure
+        print(json.dumps(measure(name, folder, options.rows, options.length)))
         return
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.hidden_size)
-        results = {step: run_measurement(step, folder) for step in STEPS}
-    held, recomputed, quantised = (results[step] for step in STEPS)
-    print(f"{'step':<12}{'loading':>12}{'weights':>12}{'step':>12}{'seconds':>10}")
-    for step, result in results.items():
-        sizes = "".join(f"{result[key] / 1e6:>9.0f} MB" for key in ("loading", "weights", "step"))
-        print(f"{step:<12}{sizes}{result['seconds']:>10.1f}")
-    print(f"recomputed activations take {recomputed['step'] / held['step']:.2f} of the memory of held ones,")
-    print(f"and {recomputed['flops'] / held['flops']:.2f} times the FLOPs.")
-    codes, scales, bf16 = (quantised[f"quantized_{name}_bytes"] for name in ("codes", "scales", "bf16"))
-    print(f"quantised linears hold {codes / 1e6:.1f} MB of codes and {scales / 1e6:.1f} MB of scales,")
-    print(f"{(codes + scales) / bf16:.3f} of their {bf16 / 1e6:.1f} MB in bf16.")
+        for table in options.tables or TABLES:
+            names, print_table = TABLES[table]
+            print_table({name: run_measurement(name, folder) for name in names})
+            print()
 
 
-def run_measurement(step: str, folder: str) -> Mapping[str, float]:
+def print_activations(results: Mapping[str, Mapping[str, float]]) -> None:
+    """Print memory, processor seconds and FLOPs of a step, those of recomputed activations also relative to held ones."""
+    held = results["held"]
+    print("| activations | step, MB | share | seconds | FLOPs |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, result in results.items():
+        shares = (
+            f"{result['step'] / held['step']:.2f} | {result['seconds']:.1f} | {result['flops'] / held['flops']:.2f}"
+        )
+        print(f"| {name} | {result['step'] / 1e6:,.0f} | {shares} |")
+
+
+def print_weights(results: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the bytes of linears, embeddings and the whole backbone, and the processor seconds of a step."""
+    bf16 = results["bf16"]
+    print("| weights | linears, MB | share | embeddings, MB | share | whole model, MB | share | seconds |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, result in results.items():
+        sizes = " | ".join(
+            f"{result[key] / 1e6:,.1f} | {result[key] / bf16[key]:.3f}" for key in ("linears", "embeddings", "model")
+        )
+        print(f"| {name} | {sizes} | {result['seconds']:.1f} |")
+
+
+TABLES = {"activations": (STEPS, print_activations), "weights": (WEIGHTS, print_weights)}
+
+
+def run_measurement(name: str, folder: str) -> Mapping[str, float]:
     """Return the result of `measure`, in a process of its own."""
-    command = [sys.executable, *sys.argv, "--measure", step, folder]
+    command = [sys.executable, *sys.argv, "--measure", name, folder]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -84,10 +115,11 @@ def write_model(folder: Path, hidden_size: int) -> None:
     tiny_tokenizers.tokenizer("roberta").save_pretrained(folder)
 
 
-def measure(step: str, folder: str, rows: int, length: int) -> dict[str, float]:
-    """Return bytes of loading (peak), weights and a step (peak less the memory before), seconds and FLOPs of the step.
+def measure(name: str, folder: str, rows: int, length: int) -> dict[str, float]:
+    """Return bytes of loading (peak), of what is resident then, and of a step (peak less the memory before).
 
-    The bytes of quantised weights are included where there are any.
+    Beside them stand the bytes of the weights of linears and of embeddings, and of the whole backbone (`model`), and
+    processor seconds and FLOPs of the step.
     """
     import time
 
@@ -95,6 +127,7 @@ def measure(step: str, folder: str, rows: int, length: int) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.adapters.pack.weight_bytes import frozen_bytes
     from lora_bench.data import sources
     from lora_bench.evaluation.cost import held_memory_bytes, peak_memory_bytes, reset_peak_memory
     from lora_bench.run.inputs import load_backbone
@@ -108,7 +141,7 @@ def measure(step: str, folder: str, rows: int, length: int) -> dict[str, float]:
         "trainer.precision=bf16",
         "head.pair_features=false",
     ]
-    experiment: Any = build_experiment([*overrides, STEPS[step]])
+    experiment: Any = build_experiment([*overrides, *OVERRIDES[name]])
     experiment = experiment.with_data([sources.load(experiment.data)[0]])
     device = torch.device("cpu")
     reset_peak_memory(device)
@@ -121,15 +154,19 @@ def measure(step: str, folder: str, rows: int, length: int) -> dict[str, float]:
         dummy_step(pack, 1, 16)  # the libraries load their code
     reset_peak_memory(device)
     held = held_memory_bytes(device)
-    began = time.perf_counter()
+    began = time.process_time()
     dummy_step(pack, rows, length)
+    seconds = time.process_time() - began
+    sizes = frozen_bytes(pack, [0])
     return {
         "loading": loading,
-        "weights": held - before,
+        "resident": held - before,
         "step": peak_memory_bytes(device) - held,
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         "flops": counter.get_total_flops(),
-        **pack.quantized_bytes([0]),
+        "linears": sizes["linears"],
+        "embeddings": sizes["embeddings"],
+        "model": sum(sizes.values()),
     }
 
 

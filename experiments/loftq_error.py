@@ -35,14 +35,14 @@ def load_weights(overrides: list[str]) -> list[Tensor]:
 
 def quantisation_error(weights: list[Tensor], quant_type: str) -> float:
     """Return the squared error of quantising alone, over all weights."""
-    from lora_bench.adapters.lowrank.quantization import quantize
+    from lora_bench.backbones.quantization import quantize
 
     return sum(float((W - quantize(W, quant_type).dequantize()).square().sum()) for W in weights)
 
 
 def loftq_error(weights: list[Tensor], quant_type: str, rank: int, iterations: int) -> float:
     """Return the squared error of Q + B A after LoftQ's iterations, over all weights."""
-    from lora_bench.adapters.lowrank.quantization import loftq
+    from lora_bench.adapters.lowrank.loftq import loftq
 
     error = 0.0
     for W in weights:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.fused_rows import can_be_joined, has_parts
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
+from lora_bench.backbones.quantized_modules import QuantizedWeight
+from lora_bench.backbones.quantized_network import Quantization
 from lora_bench.config.metric_names import DEFAULT_THRESHOLD
 from lora_bench.console.text import sanitise
 from lora_bench.deployment.folder import GRAPH_FORMATS, write_deployment
@@ -72,7 +73,7 @@ def _export_graph(cfg: DictConfig, run: FinishedRun, output: Path, console: Cons
     """Write the run as a graph with its tokenizer, settings and a script (`deployment/folder.py`)."""
     threshold = resolve_threshold(cfg.threshold, run.finished)
     notes = []
-    if any(_is_quantised(updates) for updates in run.pack.updates):
+    if run.pack.weight_bytes(range(run.pack.size)):
         notes.append("the run was trained on quantised weights. The graph has them dequantised, in fp32.")
     if run.finished.precision != "float32":
         notes.append(f"the run was trained in {run.finished.precision}. The graph computes in fp32.")
@@ -105,7 +106,7 @@ def _export_model(cfg: DictConfig, run: FinishedRun, output: Path, console: Cons
     if cfg.format == "peft":
         _refuse_unknown_to_peft(run.pack, str(run.record["choices"].get("adapter")))
     first_member = output if run.pack.size == 1 else output / "member_0"
-    differences, reading = _differences(run, console), [*_reading(run), *_usage(run, str(cfg.format))]
+    differences, reading = _differences(run, str(cfg.format), console), [*_reading(run), *_usage(run, str(cfg.format))]
     if cfg.format == "peft":
         base = public_location(run.experiment.model)
         with _new_folder(output) as folder:
@@ -131,13 +132,22 @@ def _export_model(cfg: DictConfig, run: FinishedRun, output: Path, console: Cons
         console.print(sanitise(f"note: {difference}"), soft_wrap=True)
 
 
-def _differences(run: FinishedRun, console: Console) -> list[str]:
-    """Return notes on what `lora-bench predict` does beyond the exported model: score both orders, average members.
+def _differences(run: FinishedRun, form: str, console: Console) -> list[str]:
+    """Return notes on what `lora-bench predict` does beyond the exported model.
 
-    An empty list if it does neither. The difference that both orders make is measured on the run's selection split.
+    It scores both orders, averages members, and computes with quantised weights, which an adapter for PEFT does not
+    have. An empty list if it does none of it. The difference that both orders make is measured on the run's selection
+    split.
     """
     experiment = run.experiment
     notes = []
+    if form == "peft" and (quantized := run.pack.backbone.quantization) != Quantization():
+        parts = {"linears": quantized.linears, "embeddings": quantized.embeddings}
+        held = " and ".join(f"{quant_type} {part}" for part, quant_type in parts.items() if quant_type)
+        notes.append(
+            f"this run computed with {held} (model.quantize); beside a model without them the scores differ. "
+            "format=merged writes the dequantised weights."
+        )
     if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
         notes.append(
             "this run scores both orders of the two texts (trainer.score_both_orders), an exported model one. "
@@ -263,7 +273,7 @@ def write_merged(folder: Path, pack: Pack, member: int, label_names: Sequence[st
     trained = {name: p.detach().clone() for name, p in pack.head_parameters(member).items()}
     merged = {**pack.merged(member), **trained}
     pack.detach()
-    pack.backbone.load_weights()
+    pack.backbone.dequantize()
     network: Any = pack.network
     for name, tensor in merged.items():
         module, _, key = name.rpartition(".")

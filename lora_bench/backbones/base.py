@@ -21,8 +21,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_bench.backbones.fused_linear import FusedLinear, LinearRows, fused_owner
 from lora_bench.backbones.identity import tokenizer_digests
 from lora_bench.backbones.page_out import page_out
+from lora_bench.backbones.quantized_modules import QuantizedTable, QuantizedWeight
+from lora_bench.backbones.quantized_network import (
+    Quantization,
+    dequantize_network,
+    quantize_embeddings,
+    quantize_linears,
+)
 from lora_bench.backbones.sharding import call_as_forward, full_tensor, is_sharded, shard_modules
 from lora_bench.data.special_tokens import SpecialTokens
 from lora_bench.data.text_positions import TextPositions
@@ -82,8 +90,10 @@ class Backbone(ABC):
         self.compute_dtype = torch.float32
         self.device = torch.device("cpu")
         self._used_cache = False
-        self.offloaded: set[str] = set()
-        """Names of linears whose weights are as the checkpoint has them, and not on the device."""
+        self.offloaded: dict[str, nn.Parameter] = {}
+        """By name of the linear, the weights that are as the checkpoint has them, and not on the device."""
+        self.quantization = Quantization()
+        """The types in which the weights of the network are held."""
         self.is_sharded = False
         """True if each process holds its part of the weights; they are on the CPU and whole until `shard`."""
         self.notes: list[str] = []
@@ -314,11 +324,20 @@ class Backbone(ABC):
         """Return the index, from 0, of the layer that contains module `name`; None if no layer does."""
         return next((i for i, path, _ in self.layer_modules() if f"{name}.".startswith(f"{path}.")), None)
 
-    def to(self, device: torch.device, dtype: torch.dtype, *, trained: bool, offload: Collection[str] = ()) -> None:
+    def to(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        trained: bool,
+        offload: Collection[str] = (),
+        quantization: Quantization | None = None,
+    ) -> None:
         """Move to a device, and set the precision of products (`compute_dtype`).
 
-        One tensor after another is cast and moved, so the network is never held twice. Frequencies of rotary positions
-        stay fp32, since angles of far positions need them exact.
+        One tensor after another is cast, quantised and moved, so the network is never held twice. Frequencies of rotary
+        positions stay fp32, since angles of far positions need them exact. The rest of a fused linear of which a part
+        is offloaded is held apart, so that its weight is not needed.
 
         Args:
             device: to move the network to, head included.
@@ -326,16 +345,65 @@ class Backbone(ABC):
             trained: the network's own weights are trained, so they stay fp32; otherwise all are cast to `dtype`, head
                 included.
             offload: names of linears whose weights stay as they are until `load_weights`.
+            quantization: the types in which weights are held, except offloaded ones; None: as numbers.
         """
-        self.device, self.compute_dtype, self.offloaded = device, dtype, set(offload)
-        kept = {f"{name}.weight" for name in offload}
-        for name, p in self.network.named_parameters():
-            if name not in kept:
+        self.device, self.compute_dtype = device, dtype
+        self.offloaded = {name: self._stored_weight(name) for name in offload}
+        self.quantization = quantization or Quantization()
+        self._hold_rest_of_fused()
+        kept = {id(p) for p in self.offloaded.values()}
+        if self.quantization.linears:
+            linears = [
+                linear
+                for linear in Backbone.linears(self).values()
+                if not isinstance(linear, LinearRows) and id(linear._parameters.get("weight")) not in kept
+            ]
+            quantize_linears(self.network, linears, self.quantization.linears, self._like)
+        if self.quantization.embeddings:
+            quantize_embeddings(self.network, self.head_modules, self._like)
+        for p in self.network.parameters():
+            if id(p) not in kept:
                 p.data = p.data.to(device, None if trained else dtype)
         for module in self.network.modules():
+            if isinstance(module, QuantizedWeight | QuantizedTable):
+                continue
             for name, buffer in module.named_buffers(recurse=False):
                 is_cast = buffer.is_floating_point() and not trained and not name.endswith("inv_freq")
                 module._buffers[name] = buffer.to(device, dtype if is_cast else None)
+
+    @property
+    def _like(self) -> Tensor:
+        """An empty tensor on the device, in the precision of products."""
+        return torch.empty(0, dtype=self.compute_dtype, device=self.device)
+
+    def _hold_rest_of_fused(self) -> None:
+        """Let the other parts of a fused linear hold their rows themselves, where the weight of a part is offloaded."""
+        for name, module in self.network.named_modules():
+            if not isinstance(module, FusedLinear):
+                continue
+            rest = {f"{name}.{part}" for part in module.parts} - self.offloaded.keys()
+            if len(rest) < len(module.parts):
+                for part in rest:
+                    self._hold(part)
+
+    def _hold(self, name: str) -> None:
+        """Hold the weight of a linear that is as the checkpoint has it, on the device, quantised or cast."""
+        linear = cast("nn.Linear", self.network.get_submodule(name))
+        if isinstance(linear, LinearRows):
+            linear.hold(self.quantization.linears, self._like)
+        elif self.quantization.linears:
+            quantize_linears(self.network, [linear], self.quantization.linears, self._like)
+        else:
+            p = self._stored_weight(name)
+            p.data = p.data.to(self.device, self.compute_dtype)
+
+    def dequantize(self) -> None:
+        """Hold all weights as numbers from now on, quantised ones dequantised, in the precision of products."""
+        self.quantization = Quantization()
+        dequantize_network(self.network)
+        for p in self.offloaded.values():
+            p.data = p.data.to(self.device, self.compute_dtype)
+        self.offloaded.clear()
 
     def checkpoint_layers(self, checkpointing: ActivationCheckpointing | None) -> None:
         """Recompute the layers' activations in the backward pass from now on; None: hold them again.
@@ -373,12 +441,11 @@ class Backbone(ABC):
         modules = [*self.shared_modules(), *(layer for _, _, layer in self.layer_modules()), self.network]
         shard_modules(modules, self.device, kept)
 
-    def load_weights(self, names: Collection[str] | None = None) -> None:
-        """Cast the weights of these offloaded linears (None: of all), and move them to the device."""
-        for name in sorted(self.offloaded if names is None else self.offloaded.intersection(names)):
-            p = self._stored_weight(name)
-            p.data = p.data.to(self.device, self.compute_dtype)
-            self.offloaded.remove(name)
+    def load_weights(self, names: Collection[str]) -> None:
+        """Hold the weights of these offloaded linears on the device, quantised or cast; other names are ignored."""
+        for name in sorted(self.offloaded.keys() & names):
+            self._hold(name)
+            del self.offloaded[name]
 
     @contextmanager
     def loaded_weight(self, name: str) -> Iterator[None]:
@@ -386,7 +453,7 @@ class Backbone(ABC):
 
         An offloaded or sharded weight is as before afterwards, and the memory of its file's pages is returned.
         """
-        parameters = self.network.get_submodule(name)._parameters
+        parameters = self._owner(name)._parameters
         stored = parameters.get("weight")
         if stored is None or not (name in self.offloaded or self.is_sharded):
             yield
@@ -400,9 +467,14 @@ class Backbone(ABC):
             if not is_sharded(stored):
                 page_out(stored)
 
+    def _owner(self, name: str) -> nn.Module:
+        """Return the linear that has the weight of a linear: the fused one for a part of it, else itself."""
+        owner = fused_owner(self.network, name)
+        return self.network.get_submodule(name) if owner is None else owner[1]
+
     def _stored_weight(self, name: str) -> nn.Parameter:
         """Return the parameter that holds the weight of a linear, transposed for a `Conv1D`."""
-        return cast("nn.Parameter", self.network.get_submodule(name)._parameters["weight"])
+        return cast("nn.Parameter", self._owner(name)._parameters["weight"])
 
     @cached_property
     def tokenizer_identity(self) -> dict[str, str]:

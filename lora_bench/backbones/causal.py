@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_bench.backbones.auto import PROBE_TOKENS, Auto
 from lora_bench.backbones.label_words import LabelWords, read_label_words
+from lora_bench.backbones.quantized_modules import head_rows
 from lora_bench.data.batching import Batch
 from lora_bench.errors import Code, UserError
 
@@ -203,7 +204,7 @@ class CausalTextToText(Auto):
 
         def read(hidden: Tensor) -> Tensor:
             picked = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (N, M, D)
-            return F.linear(picked, head.weight[chosen], None if head.bias is None else head.bias[chosen])
+            return F.linear(picked, head_rows(head)[chosen], None if head.bias is None else head.bias[chosen])
 
         head.forward = read
         try:

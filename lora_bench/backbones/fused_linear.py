@@ -13,6 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_bench.backbones.conv1d import Conv1DLinear
+from lora_bench.backbones.quantization import quantize
+from lora_bench.backbones.quantized_modules import (
+    QuantizedLinear,
+    QuantizedRows,
+    QuantizedWeight,
+    quantize_linear,
+    quantized_linear,
+    set_weight,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,8 +52,8 @@ and its value.
 class FusedLinear(nn.Linear):
     """A linear with the parameters of another one, and its rows for query, key and value as the modules q, k and v.
 
-    State dict, gradients and hash are those of the other linear. Where one of the three is replaced, they are computed
-    one by one and joined; otherwise the product is one.
+    State dict, gradients and hash are those of the other linear. Where one of the three is replaced, or holds its rows
+    itself, they are computed one by one and joined; otherwise the product is one.
 
     Args:
         linear: whose place it takes.
@@ -65,25 +74,57 @@ class FusedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight (out, in) of the linear."""
-        return self.linear[0].weight
+        """The weight (out, in) of the linear, with the rows that parts hold themselves."""
+        weight = self.linear[0].weight
+        for part in self.parts.values():
+            if part.is_held:
+                rows = part.weight
+                weight = weight.to(rows.device, rows.dtype, copy=True)
+                weight[part.rows] = rows
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         modules: dict[str, Any] = {name: self._modules[name] for name in self.parts}
-        if modules == self.parts:
+        if modules == self.parts and not any(part.is_held for part in self.parts.values()):
             return self.linear[0](x)  # type: ignore[no-any-return]
         y = torch.cat([module(x) for module in modules.values()], -1)  # (…, out)
         positions: Any = self._positions
         return y if positions is None else y.index_select(-1, positions)
 
+    def quantize(self, quant_type: str, like: Tensor) -> None:
+        """Hold the weight quantised, as `quantize_linear` does; the parts compute with their rows of it."""
+        self._set_linear(quantize_linear(self.linear[0], quant_type, like))
+        self.quantized = self.linear[0].quantized
+
+    def restore(self) -> None:
+        """Hold the weight as numbers again, if it or rows of it are quantised or apart."""
+        linear = self.linear[0]
+        if isinstance(linear, QuantizedLinear):
+            del self.quantized
+            self._set_linear(linear.restore())
+        elif any(part.is_held for part in self.parts.values()):
+            set_weight(linear, self.weight)
+            for part in self.parts.values():
+                part.release()
+
+    def _set_linear(self, linear: nn.Linear) -> None:
+        self.linear = (linear,)
+        for part in self.parts.values():
+            part.linear = (linear,)
+
 
 class LinearRows(nn.Linear):
-    """Some rows of a linear, without parameters of its own.
+    """Some rows of a linear, without parameters of its own; but it may hold its rows of the weight itself.
 
     Args:
         linear: holds the parameters.
         rows: numbers of its rows, in ascending order.
     """
+
+    held: Tensor | None
+    """Its rows of the weight, (rows, in), if it holds them as numbers."""
+    held_quantized: QuantizedWeight | None
+    """Its rows of the weight, if it holds them quantised."""
 
     def __init__(self, linear: nn.Linear, rows: Tensor) -> None:
         nn.Module.__init__(self)
@@ -93,6 +134,8 @@ class LinearRows(nn.Linear):
         are_neighbours = last - first == len(rows)
         self._slice = slice(first, last) if are_neighbours else None
         self.register_buffer("_numbers", None if are_neighbours else rows, persistent=False)
+        self.register_buffer("held", None, persistent=False)
+        self.register_module("held_quantized", None)
 
     @property
     def rows(self) -> Any:
@@ -105,8 +148,41 @@ class LinearRows(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The rows of the weight (out, in): a view where they are neighbours, else a copy."""
-        return self.linear[0].weight[self.rows]
+        """The rows of the weight (rows, in): a view where they are neighbours, else a copy; or dequantised."""
+        if self.held is not None:
+            return self.held
+        return self.linear[0].weight[self.rows] if self.quantized is None else self.quantized.dequantize()
+
+    @property
+    def quantized(self) -> QuantizedWeight | QuantizedRows | None:
+        """What it computes with in place of its rows; None if they are not quantised."""
+        linear = self.linear[0]
+        if self.held_quantized is None and isinstance(linear, QuantizedLinear):
+            return QuantizedRows(linear.quantized, self.rows)
+        return self.held_quantized
+
+    @property
+    def is_held(self) -> bool:
+        """True if it holds its rows itself, so that it does not need the weight of the linear."""
+        return self.held is not None or self.held_quantized is not None
+
+    @torch.no_grad()
+    def hold(self, quant_type: str | None, like: Tensor) -> None:
+        """Hold its rows of the weight itself from now on.
+
+        Args:
+            quant_type: one of `QUANT_TYPES`; None: as numbers.
+            like: a tensor of the precision of the products, on the device.
+        """
+        rows = self.weight.detach().to(like.device)
+        if quant_type is None:
+            self.held = rows.to(like.dtype, copy=True)
+        else:
+            self.held_quantized = QuantizedWeight(quantize(rows, quant_type), like)
+
+    def release(self) -> None:
+        """Compute with the weight of the linear again."""
+        self.held = self.held_quantized = None
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -115,12 +191,14 @@ class LinearRows(nn.Linear):
         return None if bias is None else bias[self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        quantized = self.quantized
+        return F.linear(x, self.weight, self.bias) if quantized is None else quantized_linear(x, quantized, self.bias)
 
 
 def is_transposed(linear: nn.Module) -> bool:
     """Return whether a linear, or the one of which it is a part, stores its weight as (in, out)."""
     stored = linear.linear[0] if isinstance(linear, FusedLinear | LinearRows) else linear
+    stored = stored.original[0] if isinstance(stored, QuantizedLinear) else stored
     return isinstance(stored, Conv1DLinear)
 
 

@@ -13,6 +13,8 @@ from lora_bench.errors import Code, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lora_bench.backbones.quantized_modules import QuantizedTable
+
 
 @dataclass(frozen=True)
 class LabelWords:
@@ -103,7 +105,7 @@ class LabelWords:
         """(C,) the first token of each word."""
         return [self.children[node][index] for ((node, index), *_) in self.paths]
 
-    def logits(self, decoded: Tensor, embedding: Tensor) -> Tensor:
+    def logits(self, decoded: Tensor, embedding: Tensor | QuantizedTable) -> Tensor:
         """Return (N, C): the first tokens' scores if they differ, else log p(word) among the words.
 
         Args:

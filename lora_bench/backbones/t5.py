@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_bench.backbones.base import Backbone, additive_mask, run_layer
 from lora_bench.backbones.label_words import LabelWords, read_label_words
+from lora_bench.backbones.quantized_modules import head_rows
 from lora_bench.backbones.template import Template
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class T5TextToText(_T5):
             network.config, "scale_decoder_outputs", False
         ):  # not v1.1 and mT5, whose output embedding is untied
             decoded = decoded * network.config.d_model**-0.5
-        return words.logits(decoded, network.lm_head.weight)  # (N, C)
+        return words.logits(decoded, head_rows(network.lm_head))  # (N, C)
 
     def _decode_start(self, encoded: Tensor, batch: Batch, words: LabelWords) -> Tensor:
         """Return the decoder's output (N, 1, D) for its start token."""

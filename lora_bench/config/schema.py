@@ -16,6 +16,9 @@ from lora_bench.config.metric_names import ALL_MAIN_METRICS, MAIN_METRIC_CHOICES
 from lora_bench.config.removed import removal_note
 from lora_bench.errors import Code, require, require_number, require_one_of
 
+QUANT_BITS = {"nf4": 4, "int8": 8, "int4": 4, "int2": 2}
+"""The quantisation types of frozen weights, with the bits that each takes for a value."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -41,9 +44,18 @@ class Model:
     """Read `pytorch_model.bin`, with `torch.load(weights_only=True)`, where there is no `model.safetensors`."""
     random: dict[str, Any] | None
     """Settings of a Hugging Face config; a network with random weights is made of it, for tests."""
+    quantize: str | None
+    """Hold the weights of all linears of the layers quantised: `nf4`, `int8`, `int4`, `int2`; null: not quantised.
+    Weights that `adapter.quantize` concerns have its type."""
+    quantize_embeddings: str | None
+    """Hold the token embeddings, and the output embeddings of a language model, quantised: `int8`, with a scale for
+    each token; null: not quantised."""
 
     def __post_init__(self) -> None:
-        """Raise a `UserError` if none of the sources of weights is given; whether they exist is not checked here."""
+        """Refuse a model without a source of weights, and unknown types of quantisation.
+
+        Whether a source exists is not checked here.
+        """
         sources = (self.path, self.package, self.folder, self.hub_id, self.random)
         require(
             any(sources),
@@ -53,6 +65,10 @@ class Model:
             "Give model.path=DIR, a local Hugging Face folder, or model.hub_id=NAME, a model on the Hugging Face hub.",
             code=Code.MISSING,
         )
+        if self.quantize is not None:
+            require_one_of("quantize", self.quantize, tuple(QUANT_BITS))
+        if self.quantize_embeddings is not None:
+            require_one_of("quantize_embeddings", self.quantize_embeddings, ("int8",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +383,9 @@ class Trainer:
     """`fp32`, `bf16`, or `auto`: bf16 where the device computes it fast."""
     device: str
     """`cpu`, `cuda`, or `auto`."""
+    quantization_kernels: str
+    """What dequantises `nf4` weights: `torch`, or the library `bitsandbytes`, which gives the same bits in less time.
+    `auto`: `bitsandbytes` on a GPU if it is installed. Other types always take `torch`."""
     cuda_graphs: bool
     """On a GPU, capture forward and backward pass as a CUDA graph once per batch shape, and replay it."""
     threads: int | None
@@ -419,6 +438,7 @@ class Trainer:
         reason = "is not one of auto, true, false"
         require(is_known, "activation_checkpointing", setting, reason, code=Code.UNKNOWN_CHOICE)
         require_one_of("sharding", self.sharding, ("none", "fsdp"))
+        require_one_of("quantization_kernels", self.quantization_kernels, ("auto", "torch", "bitsandbytes"))
         require_one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from lora_bench.adapters.pack.member_modules import AdaptedLinear
+from lora_bench.backbones.quantized_network import dequantize_network
 from lora_bench.data.batching import Batch
 from lora_bench.head.loss import scores_of_logits
 
@@ -129,6 +130,7 @@ def merge_updates(pack: Pack) -> None:
         setattr(pack.network.get_submodule(parent), child, plain)
     for updates in pack.updates:
         updates.clear()
+    dequantize_network(pack.network)
 
 
 def _with_tensors(base: nn.Module, tensors: Mapping[str, Tensor], name: str) -> nn.Module:

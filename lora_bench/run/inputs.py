@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_bench.adapters.pack.pack import Pack
+from lora_bench.backbones.bitsandbytes_kernels import choose_kernels
 from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.backbones.quantized_network import Quantization
 from lora_bench.console.stages import stage
 from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
@@ -295,7 +297,10 @@ def load_backbone(
             replaced = () if trained else experiment.adapter.replaced_weights(backbone)
         except UserError as error:
             raise error.under("adapter") from None
-        backbone.to(device, dtype, trained=trained, offload=replaced)
+        kernels = experiment.trainer.quantization_kernels if "nf4" in memory.quant_types else "torch"
+        choose_kernels(kernels, device)
+        quantization = Quantization(experiment.model.quantize, experiment.model.quantize_embeddings)
+        backbone.to(device, dtype, trained=trained, offload=replaced, quantization=quantization)
     return backbone, sha256
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_bench.adapters.lowrank.quantization import bytes_per_value
+from lora_bench.backbones.quantization import bytes_per_value
 from lora_bench.console.format import format_number
 from lora_bench.errors import Code, UserError
 from lora_bench.training.memory import free_bytes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TRAINED_BYTES = 4 * 4
 """Bytes of a trained weight in fp32: value, gradient, and AdamW's two moments."""
 _IN_LAYER = re.compile(r".*\.\d+\..*weight")
+_EMBEDDING = re.compile(r".*\b(word_embeddings|embed_tokens|tok_embeddings|shared|wte|lm_head)\.weight")
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,26 @@ class WeightMemory:
     def required_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
         """Return a lower bound of the bytes that weights of these shapes, by name, take on a device.
 
-        All matrices of the layers count as quantised if the method quantises any.
+        All matrices of the layers count as quantised if the model or the method quantises any.
         """
-        adapter = self.experiment.adapter
-        quant_type = getattr(adapter, "quantize", None)
+        adapter, model = self.experiment.adapter, self.experiment.model
         per_weight = TRAINED_BYTES if adapter.trains_backbone else self.dtype.itemsize
-        per_matrix = per_weight if quant_type is None else bytes_per_value(quant_type)
+        per_linear = min((bytes_per_value(name) for name in self.quant_types), default=per_weight)
+        per_embedding = per_weight if model.quantize_embeddings is None else 1
         devices = self.shards if self.device.type == "cuda" else 1  # processes on a CPU share its memory
-        total = sum(
-            prod(shape) * (per_matrix if len(shape) == 2 and _IN_LAYER.fullmatch(name) else per_weight)
-            for name, shape in shapes.items()
-        )
-        return total / devices
+
+        def bytes_of(name: str, shape: tuple[int, ...]) -> float:
+            if len(shape) == 2 and _IN_LAYER.fullmatch(name):
+                return prod(shape) * per_linear
+            return prod(shape) * (per_embedding if _EMBEDDING.fullmatch(name) else per_weight)
+
+        return sum(bytes_of(name, shape) for name, shape in shapes.items()) / devices
+
+    @property
+    def quant_types(self) -> list[str]:
+        """Return the types in which linears are quantised; empty if none is."""
+        types = (self.experiment.model.quantize, getattr(self.experiment.adapter, "quantize", None))
+        return [name for name in types if name is not None]
 
     def refusal(self, shapes: Mapping[str, tuple[int, ...]]) -> UserError | None:
         """Return the error if weights of these shapes, by name, do not fit into the free memory; None if they do."""
@@ -67,8 +76,8 @@ class WeightMemory:
             remedies.insert(0, "trainer.precision=bf16")
         if self.shards > 1:
             remedies.insert(0, "more processes")
-        elif getattr(adapter, "quantize", None) is None:
-            remedies.insert(0, "adapter=qlora")
+        elif not self.quant_types:
+            remedies.insert(0, "adapter=qlora" if adapter.trains_backbone else "model.quantize=nf4")
             if self.device.type == "cuda":
                 remedies.append("trainer.sharding=fsdp with torchrun and several GPUs")
         return UserError(

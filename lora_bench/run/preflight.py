@@ -38,6 +38,7 @@ def check_train(job: Job) -> None:
     """
     check_paths(job.settings)
     check_sharding(job.settings, job.cfg.adapter.get("quantize"))
+    check_kernels(job.settings.trainer)
     if not job.cfg.dry_run:
         check_processes(job.settings.trainer)
     if job.cfg.adapter.get("init_from") and job.resumed is None:
@@ -45,8 +46,13 @@ def check_train(job: Job) -> None:
 
 
 def check_sharding(settings: Settings | Experiment, quantize: str | None) -> None:
-    """Refuse a sharded backbone with several adapters, or with `adapter.quantize`, whose codes are not sharded."""
-    trainer, ensemble, data = settings.trainer, settings.ensemble, settings.data
+    """Refuse a sharded backbone with several adapters, or with quantised weights, whose codes are not sharded.
+
+    Args:
+        settings: of the run.
+        quantize: `adapter.quantize`.
+    """
+    trainer, ensemble, data, model = settings.trainer, settings.ensemble, settings.data, settings.model
     if trainer.sharding == "none":
         return
     several = {
@@ -54,7 +60,12 @@ def check_sharding(settings: Settings | Experiment, quantize: str | None) -> Non
         "data.share=backbone": bool(settings.tasks) and data.share == "backbone",
     }
     conflicts = {key: "trains several adapters on it" for key, is_set in several.items() if is_set}
-    conflicts |= {} if quantize is None else {"adapter.quantize": "holds codes in place of its weights"}
+    types = {
+        "adapter.quantize": quantize,
+        "model.quantize": model.quantize,
+        "model.quantize_embeddings": model.quantize_embeddings,
+    }
+    conflicts |= {key: "holds codes in place of its weights" for key, type_ in types.items() if type_ is not None}
     for key, effect in conflicts.items():
         raise UserError(
             f"shards the backbone for one adapter, and {key} {effect}",
@@ -63,6 +74,15 @@ def check_sharding(settings: Settings | Experiment, quantize: str | None) -> Non
             remedy=f"Set trainer.sharding=none, or leave out {key}.",
             code=Code.CONFLICT,
         )
+
+
+def check_kernels(trainer: schema.Trainer) -> None:
+    """Refuse `trainer.quantization_kernels=bitsandbytes` without that library."""
+    kernels = trainer.quantization_kernels
+    is_possible = kernels != "bitsandbytes" or find_spec("bitsandbytes") is not None
+    reason = "is not installed"
+    remedy = "Install it: pip install 'lora-bench[bitsandbytes]'. Or set trainer.quantization_kernels=auto."
+    require(is_possible, "trainer.quantization_kernels", kernels, reason, remedy, code=Code.MISSING_PACKAGE)
 
 
 def check_processes(trainer: schema.Trainer) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lora_bench.adapters.pack.weight_bytes import unquantised_bytes
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.config.metric_names import display_name
@@ -135,7 +136,7 @@ class Recorder:
             data={**inputs.described, "warnings": list(dict.fromkeys(warnings))},
             params=run.parameters(),
             targets=run.ranks(),
-            cost=self.pack.quantized_bytes(run.numbers),
+            cost=self.pack.weight_bytes(run.numbers),
             environment=self._environment(
                 run.experiment, record.record["environment"], newest.step if newest else None
             ),
@@ -188,10 +189,11 @@ class Recorder:
 
     def _memory_notes(self) -> list[str]:
         """Return sentences on quantised weights, and on activations that are recomputed without a setting of it."""
-        notes = []
-        if held := self.pack.quantized_bytes(range(self.pack.size)):
-            codes, scales, replaced = (format_number(number, "B") for number in held.values())
-            notes.append(f"quantised weights: {codes} of codes and {scales} of scales are held instead of {replaced}.")
+        notes = _describe_weights(self.pack.weight_bytes(range(self.pack.size)))
+        if self.pack.backbone.offloaded and (rest := unquantised_bytes(self.pack)):
+            quant_type = getattr(self.runs[0].experiment.adapter, "quantize", None)
+            held = format_number(rest, "B")
+            notes.append(f"linears that are not adapted take {held} of it; model.quantize={quant_type} quantises them too.")
         trainer = self.runs[0].experiment.trainer
         if self.pack.recomputes_activations and trainer.activation_checkpointing == "auto":
             reason = "weights are sharded" if self.pack.backbone.is_sharded else "activations would not fit into memory"
@@ -443,6 +445,26 @@ def _refuse_other_inputs(before: Mapping[str, Any], inputs: SharedInputs) -> lis
         return UserError(reason, key="resume", remedy=remedy, code=Code.NOT_RESUMABLE)
 
     return refuse_other_tokenizer(before["environment"], inputs.backbone.tokenizer_identity, refusal)
+
+
+def _describe_weights(sizes: Mapping[str, int]) -> list[str]:
+    """Return sentences on the result of `PackState.weight_bytes`, for the user."""
+    if not sizes:
+        return []
+    text = {key: format_number(size, "B") for key, size in sizes.items()}
+    linears, embeddings = text["backbone_linears_bytes"], text["backbone_embeddings_bytes"]
+    fp32 = format_number(2 * sizes["backbone_bf16_bytes"], "B")
+    notes = [
+        f"the backbone takes {text['backbone_bytes']}, of it {linears} for linears and {embeddings} for embeddings; "
+        f"in bf16 it would take {text['backbone_bf16_bytes']}, in fp32 {fp32}."
+    ]
+    if "quantized_codes_bytes" in text:
+        codes, scales = text["quantized_codes_bytes"], text["quantized_scales_bytes"]
+        bf16 = text["quantized_bf16_bytes"]
+        notes.insert(
+            0, f"quantised linears: {codes} of codes and {scales} of scales are held instead of {bf16} in bf16."
+        )
+    return notes
 
 
 def _notes(run: PackedRun, record: Mapping[str, Any]) -> list[str]:

@@ -136,6 +136,7 @@ class Experiment:
         _check_ensemble(experiment.ensemble, experiment.adapter, experiment.pack)
         _check_tasks(experiment)
         check_sharding(experiment, getattr(experiment.adapter, "quantize", None))
+        _check_quantization(experiment)
         for single in experiment.by_task.values():
             _check_metrics(single)
             check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
@@ -241,6 +242,20 @@ def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema
         remedy = "Set adapter.dropout above 0, or add init or order to ensemble.vary."
         reason = "the adapter has no dropout, so all members would be equal"
         raise UserError(reason, key="ensemble.vary", value=ensemble.vary, remedy=remedy, code=Code.CONFLICT)
+
+
+def _check_quantization(experiment: Experiment) -> None:
+    """Refuse quantised weights with a method that trains the weights themselves, and kernels for weights of no run."""
+    model, adapter, kernels = experiment.model, experiment.adapter, experiment.trainer.quantization_kernels
+    has_use = kernels != "bitsandbytes" or "nf4" in (model.quantize, getattr(adapter, "quantize", None))
+    reason, remedy = "dequantises nf4 weights, and this run has none", "Set model.quantize=nf4, or leave it out."
+    require(has_use, "trainer.quantization_kernels", kernels, reason, remedy, code=Code.CONFLICT)
+    for key in ("quantize", "quantize_embeddings"):
+        value = getattr(model, key)
+        reason = f"holds codes in place of weights that {adapter.method} trains"
+        remedy = f"Set model.{key}=null, or use adapter=lora."
+        possible = value is None or not adapter.trains_backbone
+        require(possible, f"model.{key}", value, reason, remedy, code=Code.CONFLICT)
 
 
 def _check_tasks(settings: Experiment) -> None:

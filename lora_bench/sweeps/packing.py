@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.canonical import settings_hash
@@ -89,15 +89,18 @@ def train_jobs(
 def group_jobs(jobs: Sequence[Job]) -> list[Group]:
     """Group the jobs that may share a backbone, in the order of the jobs.
 
-    They have equal model, data, trainer, metrics and pack settings, and start or resume at the same step. With a method
-    that trains the backbone, or `pack.size=1`, each job is a group by itself. Of several groups, one of a single job
-    has a `single_reason`.
+    They have equal model, data, trainer, metrics and pack settings, and start or resume at the same step; of a
+    quantised model, also equal linears that the adapter quantises. With a method that trains the backbone, or
+    `pack.size=1`, each job is a group by itself. Of several groups, one of a single job has a `single_reason`.
 
     Raises:
         UserError: the settings of a job are wrong.
     """
     experiments = [Experiment.build(job.cfg) for job in jobs]
-    shared = [settings_hash((e.model, e.data, e.tasks, e.trainer, e.metrics, e.pack)) for e in experiments]
+    shared = [
+        settings_hash((e.model, e.data, e.tasks, e.trainer, e.metrics, e.pack, _weights_of_adapter(e)))
+        for e in experiments
+    ]
     steps_by_job = [_resumable_steps(job, experiment) for job, experiment in zip(jobs, experiments, strict=True)]
     newest: dict[str, set[int]] = {}
     for settings, steps in zip(shared, steps_by_job, strict=True):
@@ -118,6 +121,14 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
         return list(groups.values())
     reason = "no other job has its model, data and trainer"
     return [replace(g, single_reason=g.single_reason or reason) if len(g.jobs) == 1 else g for g in groups.values()]
+
+
+def _weights_of_adapter(experiment: Experiment) -> tuple[str, Any] | None:
+    """Return what chooses the linears whose weights a quantised model leaves to the adapter; None if it leaves none."""
+    adapter = experiment.adapter
+    if experiment.model.quantize is None or getattr(adapter, "quantize", None) is None:
+        return None
+    return adapter.target_modules, adapter.layers  # type: ignore[attr-defined]
 
 
 def _resumable_steps(job: Job, experiment: Experiment) -> list[int]:

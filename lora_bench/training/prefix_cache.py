@@ -106,7 +106,8 @@ class PrefixCache:
         """Return a hash, as 40 digits, of all that the bits depend on: network, tokens, layout, versions, processor."""
         backbone = pack.backbone
         attention = getattr(backbone.network.config, "_attn_implementation", None)
-        network = (self.backbone_sha256, type(backbone).__name__, attention, pack.depth, backbone.compute_dtype)
+        precision = (backbone.compute_dtype, backbone.quantization)
+        network = (self.backbone_sha256, type(backbone).__name__, attention, pack.depth, *precision)
         layout = (ROWS, len(table), backbone.tokenizer.pad_token_id)
         programs = [torch.__version__, *map(version, ("transformers", "lora-bench"))]
         digest = sha256(f"{network} {layout} {programs} {_processor(backbone.device)}\n".encode())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tests.backbones.architectures import Architecture
 
 NOT_CUT = ("Longformer",)
+QUANTISED = ("model.quantize=nf4", "model.quantize_embeddings=int8")
 
 
 def test_there_are_25_architectures() -> None:
@@ -42,3 +43,25 @@ def test_an_architecture_learns_is_reloaded_exported_and_cut(
     assert enhanced.reloaded == pytest.approx(0, abs=1e-6)
     difference = largest_cut_difference(architecture, model)
     assert difference is None if architecture.name in NOT_CUT else difference == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("BERT", ("experiment=enhanced", "trainer.score_both_orders=false", "head.pair_features=false")),
+        ("BART", ("adapter=lora", "adapter.layers=decoder")),
+        ("T5 v1.1 (FLAN), text to text", ("adapter=qlora", "adapter.target_modules=qv")),
+        ("GPT-2", ("adapter=qlora", "adapter.target_modules=qv")),
+        ("Gemma 3, text to text", ("adapter=lora", "adapter.target_modules=qv")),
+    ],
+)
+def test_a_quantised_backbone_learns_is_reloaded_and_exported(
+    name: str, method: tuple[str, ...], tmp_path: Path
+) -> None:
+    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    model = architecture.save(tmp_path / "model")
+    result = check(architecture, model, [*method, *QUANTISED], tmp_path / "work", ["merged"])
+    assert result.refused == ""
+    assert isinstance(result.merged, float)
+    assert [result.reloaded, result.merged] == pytest.approx([0, 0], abs=1e-5)

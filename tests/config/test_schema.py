@@ -170,6 +170,8 @@ def test_other_values_in_place_of_a_group_are_refused(node: Any) -> None:
 
 RANGES = [
     ("model", "allow_bin", [True, False], ["maybe", None]),
+    ("model", "quantize", [None, "nf4", "int2"], ["int3", "fp4"]),
+    ("model", "quantize_embeddings", [None, "int8"], ["nf4", "yes"]),
     ("adapter", "rank", [1, 128], [0, -1]),
     ("adapter", "alpha", [0.1, 16], [0, -1, math.inf]),
     ("adapter", "dropout", [0, 0.99], [1, -0.1, math.nan]),
@@ -211,6 +213,7 @@ RANGES = [
     ("trainer", "eval_batch_size", [1], [0, None]),
     ("trainer", "eval_every", [None, 1], [0]),
     ("trainer", "early_stopping_patience", [None, 1], [0]),
+    ("trainer", "quantization_kernels", ["auto", "torch"], ["triton", None]),
     ("trainer", "objective", ["cross_entropy", "order_consistency"], ["margin", "dropout_consistency", None]),
     ("trainer", "consistency_weight", [0, 2.5], [-1, math.nan]),
     ("trainer", "stop_at", [None, 0.5, 1], [0, -0.5, 1.1]),

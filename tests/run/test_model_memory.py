@@ -10,14 +10,15 @@ import torch
 from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.backbones import tiny_tokenizers
+from lora_bench.backbones.base import Backbone
 from lora_bench.data import sources
 from lora_bench.errors import Code
-from lora_bench.run import model_memory
+from lora_bench.run import model_memory, preflight
 from lora_bench.run.inputs import load_backbone
-from lora_bench.training.dummy_step import saved_bytes
+from lora_bench.training.dummy_step import dummy_step, saved_bytes
 from tests.adapters.tools import experiment, stir
 from tests.backbones.tools import make, random_batch, save
-from tests.command_line import refuses
+from tests.command_line import refused, refuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,8 +63,8 @@ def test_a_quantised_run_holds_codes_and_scales_and_computes_with_what_they_stan
     backbone, sha256 = load_backbone(experiments[0], CPU, FP32)
     pack = stir(Pack(backbone, [member for one in experiments for member in one.members()]))
     updates = pack.updates[0]
-    held = pack.quantized_bytes([0, 1])
-    assert held == pack.quantized_bytes([0])  # members of equal codes share them
+    held = pack.weight_bytes([0, 1])
+    assert held == pack.weight_bytes([0])  # members of equal codes share them
     assert held["quantized_codes_bytes"] + held["quantized_scales_bytes"] <= 0.3 * held["quantized_bf16_bytes"]
     stored = dict(backbone.network.named_parameters())
     assert all(stored[f"{name}.base.weight"].dtype == BF16 for name in updates)  # untouched, where the file is mapped
@@ -85,6 +86,53 @@ def test_a_quantised_run_holds_codes_and_scales_and_computes_with_what_they_stan
     for name, p in pack.trainable(0).items():
         torch.testing.assert_close(p.grad, taken[name], rtol=0, atol=0)
     assert sha256 != pack.backbone.hash()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_quantised_backbone_takes_the_bytes_that_its_types_promise(folders: Any, dtype: torch.dtype) -> None:
+    model, by_type = folders
+    types = ("model.quantize=nf4", "model.quantize_embeddings=int8", "adapter.layers=top:1")
+    plain, sha256 = load_backbone(settings(model, by_type[BF16]), CPU, BF16)
+    experiment = settings(model, by_type[BF16], *types)
+    backbone, of_quantised = load_backbone(experiment, CPU, dtype)
+    assert of_quantised == sha256  # of the checkpoint's weights
+    before = backbone.hash()
+    pack = Pack(backbone, experiment.members())
+    cost = pack.weight_bytes([0])
+    network: Any = plain.network
+    table = network.get_input_embeddings().weight
+    weights = [linear.weight for linear in Backbone.linears(plain).values()]
+    others = sum(p.numel() for p in network.parameters()) - table.numel() - sum(w.numel() for w in weights)
+    others -= sum(p.numel() for name in plain.head_modules for p in network.get_submodule(name).parameters())
+    blocks = sum(-(-weight.numel() // 64) for weight in weights)
+    assert (cost["quantized_codes_bytes"], cost["quantized_scales_bytes"]) == (32 * blocks, 4 * blocks)
+    assert cost["backbone_linears_bytes"] == 36 * blocks
+    assert cost["backbone_embeddings_bytes"] >= table.numel() + 4 * len(table)
+    buffers = sum(b.nbytes for b in plain.network.buffers() if not b.is_floating_point())
+    quantised = 36 * blocks + table.numel() + 4 * len(table)
+    assert cost["backbone_bytes"] == pytest.approx(quantised + dtype.itemsize * others + buffers, abs=64)
+    assert cost["backbone_bf16_bytes"] == 2 * (others + table.numel() + sum(w.numel() for w in weights))
+    dummy_step(pack, 2, 8)
+    pack.detach()
+    assert backbone.hash() == before
+
+
+def test_weights_that_are_trained_or_sharded_are_not_quantised() -> None:
+    for key, value in (("model.quantize", "nf4"), ("model.quantize_embeddings", "int8")):
+        with refuses(Code.CONFLICT, key=key):
+            experiment("model=tiny_bert", "adapter=full", f"{key}={value}")
+        with refuses(Code.CONFLICT, key="trainer.sharding"):
+            experiment("model=tiny_bert", "trainer.sharding=fsdp", f"{key}={value}")
+
+
+def test_kernels_need_their_library_and_a_weight_for_them(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with refuses(Code.CONFLICT, key="trainer.quantization_kernels"):
+        experiment("model=tiny_bert", "model.quantize=int8", "trainer.quantization_kernels=bitsandbytes")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    options = ("model=tiny_bert", "model.quantize=nf4", "trainer.quantization_kernels=bitsandbytes")
+    error = refused("train", *options)
+    assert (error.code, error.key) == (Code.MISSING_PACKAGE, "trainer.quantization_kernels")
+    assert "lora-bench[bitsandbytes]" in str(error.remedy)
 
 
 def test_a_backbone_loaded_for_quantised_runs_serves_others(folders: Any) -> None:
@@ -109,9 +157,10 @@ def test_a_backbone_loaded_for_quantised_runs_serves_others(folders: Any) -> Non
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
-        ((), "adapter=qlora, trainer.precision=bf16, a smaller"),
+        ((), "model.quantize=nf4, trainer.precision=bf16, a smaller"),
         (("adapter=full",), "adapter=qlora, adapter=lora, a smaller"),
         (("adapter=qlora",), "trainer.precision=bf16, a smaller"),
+        (("model.quantize=nf4", "model.quantize_embeddings=int8"), "trainer.precision=bf16, a smaller"),
     ],
 )
 def test_a_model_too_large_for_the_device_is_refused_before_it_is_loaded(

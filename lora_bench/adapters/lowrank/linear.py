@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
-from lora_bench.adapters.lowrank.quantization import Quantized
+from lora_bench.backbones.quantized_modules import QuantizedWeight, quantized_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from lora_bench.backbones.quantization import Quantized
+    from lora_bench.backbones.quantized_modules import QuantizedRows
 
 
 class LowRank(Update):
@@ -77,6 +78,7 @@ class LowRank(Update):
         self.register_buffer("start_B", None)
         self.register_parameter("magnitude", None)
         self.quantized: QuantizedWeight | None = None
+        """The weight of its own that it uses in place of the frozen one."""
         self.rank = lora_A.shape[0]
         self.scaling = scaling
         self.dropout = dropout
@@ -127,9 +129,15 @@ class LowRank(Update):
 
     # -- computation --
 
+    @property
+    def quantized_weight(self) -> QuantizedWeight | QuantizedRows | None:
+        """The quantised W, its own or that of the backbone; None if W is held as numbers."""
+        return self.quantized or quantized_weight(self.base[0])
+
     def frozen_weight(self) -> Tensor:
-        """Return W (out, in) in the precision of the products: the backbone's weight, or the quantised one's values."""
-        return self.base[0].weight if self.quantized is None else self.quantized.dequantize()
+        """Return W (out, in) in the precision of the products, dequantised if it is quantised."""
+        quantized = self.quantized_weight
+        return self.base[0].weight if quantized is None else quantized.dequantize()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (R, in) and (out, R) whose product, times the scaling, is added to the frozen weight.
@@ -148,7 +156,8 @@ class LowRank(Update):
         Only the input of A is dropped out, and only in training.
         """
         A, B = self.factors()
-        W: Tensor | QuantizedWeight = self.quantized or self.base[0].weight
+        quantized = self.quantized_weight
+        W = self.base[0].weight if quantized is None else quantized
         ratio = None if self.magnitude is None else self.magnitude / self._norm(A, B)  # (out,)
         rows = dropped = x.flatten(0, -2)  # (N, in)
         if self.dropout and self.training:
@@ -250,7 +259,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor,
-        frozen: Tensor | QuantizedWeight,
+        frozen: Tensor | QuantizedWeight | QuantizedRows,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -265,7 +274,7 @@ class _LowRankLinear(torch.autograd.Function):
         low = dropped @ A.T  # (N, R)
         y = F.linear(x, weight, bias if ratio is None else None)  # (N, out)
         torch.addmm(y, low, B, out=y)  # (N, out), in place; the FLOP counter does not know `addmm_`
-        ctx.quantized = frozen if isinstance(frozen, QuantizedWeight) else None
+        ctx.quantized = None if isinstance(frozen, Tensor) else frozen
         held = weight if ctx.quantized is None else None
         ctx.save_for_backward(dropped, low, held, A, B, ratio, None if ratio is None else y)
         ctx.without_dropout, ctx.scaling, ctx.dtype = dropped is x, scaling, lora_A.dtype
@@ -298,54 +307,10 @@ class _LowRankLinear(torch.autograd.Function):
         return x_grad, dropped_grad, None, None, A_grad, B_grad, None, ratio_grad
 
 
-def _scaled(frozen: Tensor | QuantizedWeight, ratio: Tensor | None) -> Tensor:
+def _scaled(frozen: Tensor | QuantizedWeight | QuantizedRows, ratio: Tensor | None) -> Tensor:
     """Return W (out, in) with its rows multiplied by the ratio (out,); None means 1."""
-    weight = frozen.dequantize() if isinstance(frozen, QuantizedWeight) else frozen
+    weight = frozen if isinstance(frozen, Tensor) else frozen.dequantize()
     return weight if ratio is None else torch.addcmul(weight, weight, (ratio - 1).to(weight.dtype)[:, None])
-
-
-class QuantizedWeight(nn.Module):
-    """The codes and scales that are held in place of a frozen weight, and dequantised whenever it is computed with.
-
-    Args:
-        quantized: codes and scales.
-        weight: (out, in), the weight that they replace; not held.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    like: Tensor
-
-    def __init__(self, quantized: Quantized, weight: Tensor) -> None:
-        super().__init__()
-        self.shape, self.quant_type = quantized.shape, quantized.quant_type
-        self.register_buffer("codes", quantized.codes.to(weight.device))
-        self.register_buffer("scales", quantized.scales.to(weight.device))
-        self.register_buffer("like", weight.detach().new_empty(0), persistent=False)  # holds the precision
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the products."""
-        return self.like.dtype
-
-    @torch.no_grad()
-    def dequantize(self) -> Tensor:
-        """Return the weight (out, in) in the precision of the products."""
-        return Quantized(self.codes, self.scales, self.shape, self.quant_type).dequantize(self.dtype)
-
-    def load(self, codes: Tensor, scales: Tensor) -> None:
-        """Replace codes and scales by those of an adapter file, of the same shapes; equal ones stay shared."""
-        device = self.codes.device
-        codes, scales = codes.to(device), scales.to(device)
-        if not (torch.equal(self.codes, codes) and torch.equal(self.scales, scales)):
-            self.codes, self.scales = codes, scales
-
-    def share(self, others: Iterable[QuantizedWeight]) -> None:
-        """Hold the tensors of one of these that has equal codes and scales in place of its own, if there is one."""
-        for other in others:
-            if torch.equal(self.codes, other.codes) and torch.equal(self.scales, other.scales):
-                self.codes, self.scales = other.codes, other.scales
-                return
 
 
 def keep_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:

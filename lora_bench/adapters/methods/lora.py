@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from lora_bench.adapters.lowrank import allocation, calibration_batches
 from lora_bench.adapters.lowrank import init as inits
 from lora_bench.adapters.lowrank.linear import LowRank
-from lora_bench.adapters.lowrank.quantization import QUANT_TYPES, loftq, quantize
+from lora_bench.adapters.lowrank.loftq import loftq
 from lora_bench.adapters.targets import LinearAdapter, largest_rank, require_rank
+from lora_bench.backbones.quantization import QUANT_TYPES, quantize
 from lora_bench.errors import Code, UserError, require, require_number, require_one_of
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class LoRA(LinearAdapter):
     freeze_A: bool
     """Train B alone, its gradient corrected by (A Aᵀ)⁻¹ (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303)."""
     quantize: str | None
-    """Hold the weights of the adapted linears quantised: `nf4`, `int8`, `int4`, `int2` (QLoRA, Dettmers et al. 2023,
-    arXiv 2305.14314); null: not quantised."""
+    """Hold the weights of the adapted linears quantised, with the adapter: `nf4`, `int8`, `int4`, `int2` (QLoRA,
+    Dettmers et al. 2023, arXiv 2305.14314); null: as the backbone holds them (`model.quantize`)."""
 
     training_settings = LinearAdapter.training_settings | {"lr_ratio", "weight_decay_B", "calibration_batches"}
     layer_class = LowRank
@@ -171,14 +172,8 @@ class LoRA(LinearAdapter):
     # -- building updates --
 
     def replaced_weights(self, backbone: Backbone) -> list[str]:
-        """Return the targets if they are quantised, else nothing.
-
-        Query and value of a fused linear are left out: the rest of its weight is needed as it is.
-        """
-        if not self.quantize:
-            return []
-        linears = backbone.linears()
-        return [name for name in self.targets(backbone) if "weight" in linears[name]._parameters]
+        """Return the targets if they are quantised, else nothing."""
+        return self.targets(backbone) if self.quantize else []
 
     def updates(
         self,

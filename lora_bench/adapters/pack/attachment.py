@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import AdaptedLinear, MemberHeads
+from lora_bench.backbones.quantized_modules import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

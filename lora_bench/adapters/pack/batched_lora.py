@@ -35,7 +35,7 @@ def batching_key(update: Update | None) -> Hashable:
     and dropout must be there in all or in none. Members of a LoRA variant (a subclass of `LowRank`) are batched where
     their ranks are equal, so that no variant need cope with padding.
     """
-    if not isinstance(update, LowRank) or not update.is_product or update.quantized is not None:
+    if not isinstance(update, LowRank) or not update.is_product or update.quantized_weight is not None:
         return None
     variant = (
         "" if type(update) is LowRank else f"{type(update).__module__}.{type(update).__qualname__}, rank {update.rank}"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.pack.batched_lora import BatchedLoRA, batching_key
+from lora_bench.backbones.quantized_modules import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ class AdaptedLinear(nn.Module):
         self.groups: list[tuple[list[int], BatchedLoRA | None]] = []
         """Neighbouring members with one batching key, and what computes them together; None: one after another."""
         self.updates = nn.ModuleList([update if update is not None else NoUpdate() for update in updates])
-        self._quantized = [module for module in self.updates.modules() if isinstance(module, QuantizedWeight)]
+        self._quantized = [module for module in self.modules() if isinstance(module, QuantizedWeight)]
 
     @property
     def weight(self) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_bench.adapters.lowrank.linear import QuantizedWeight
 from lora_bench.adapters.pack.attachment import head_outputs
 from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
+from lora_bench.adapters.pack.weight_bytes import count_quantized_numbers, weight_bytes
 from lora_bench.backbones.fused_linear import join_rows
 from lora_bench.backbones.sharding import full_tensor, local_tensor, part_of
 from lora_bench.errors import Code, UserError
@@ -135,28 +134,12 @@ class PackState(nn.Module):
         adapter = sum(p.numel() for p in self.adapter_parameters(member).values())
         heads = sum(p.numel() for p in self.head_parameters(member, head).values())
         trained = sum(p.numel() for k in range(self.size) for p in self.trainable(k).values())
-        frozen = sum(p.numel() for p in self.parameters()) - trained
+        frozen = sum(p.numel() for p in self.parameters()) - trained + count_quantized_numbers(self)
         return {"adapter": adapter, "head": heads, "trainable": adapter + heads, "total": frozen + adapter + heads}
 
-    def quantized_bytes(self, members: Iterable[int]) -> dict[str, int]:
-        """Return the bytes of codes and scales that these members hold, and of the weights in bf16 that they replace.
-
-        Tensors that members share count once. It is empty without quantised weights.
-        """
-        weights = {
-            module.codes.data_ptr(): module
-            for k in members
-            for update in self.updates[k].values()
-            for module in update.modules()
-            if isinstance(module, QuantizedWeight)
-        }.values()
-        if not weights:
-            return {}
-        return {
-            "quantized_codes_bytes": sum(weight.codes.nbytes for weight in weights),
-            "quantized_scales_bytes": sum(weight.scales.nbytes for weight in weights),
-            "quantized_bf16_bytes": sum(2 * math.prod(weight.shape) for weight in weights),
-        }
+    def weight_bytes(self, members: Iterable[int]) -> dict[str, int]:
+        """Return the bytes of the frozen weights that these members compute with; empty if none is quantised."""
+        return weight_bytes(self, members)
 
     # -- state dicts --
 
@@ -213,7 +196,7 @@ class PackState(nn.Module):
         """
         merged: dict[str, Tensor] = {}
         for name, update in self.updates[member].items():
-            base: Any = self.network.get_submodule(name)
+            base: Any = self.network.get_submodule(f"{name}.base")
             with torch.no_grad():
                 weight, bias = update.merge(base.weight.float(), None if base.bias is None else base.bias.float())
             merged |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})

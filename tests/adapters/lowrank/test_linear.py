@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.adapters.lowrank.linear import LowRank, _LowRankLinear
-from lora_bench.adapters.lowrank.quantization import quantize
 from lora_bench.adapters.pack.member import stream
+from lora_bench.backbones.quantization import quantize
 from tests.adapters.tools import assert_close
 from tests.backbones.tools import enliven
 

@@ -1,4 +1,4 @@
-"""Quantise a frozen weight to 2, 4 or 8 bits per value, and correct the error by a low-rank product (LoftQ).
+"""Quantise a frozen weight to 2, 4 or 8 bits per value.
 
 A quantisation type is a table of levels in [-1, 1]. A weight's values, row after row, are cut into blocks of 64. A
 block is stored as its largest magnitude (its scale, fp32, half a bit per value) and, for each value, the number of the
@@ -17,21 +17,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_bench.backbones import bitsandbytes_kernels
+from lora_bench.config.schema import QUANT_BITS
+
 BLOCK = 64
 """Number of values that share a scale."""
+
+QUANTIZED_BLOCKS = 2**14
+"""Number of blocks that are quantised at a time: each takes 2 KB for a moment."""
 
 CACHED_BLOCKS = 4096
 """Number of blocks that are dequantised at a time on a CPU: 1 MB in fp32."""
 
-_BITS = {"nf4": 4, "int8": 8, "int4": 4, "int2": 2}
-
-QUANT_TYPES: tuple[str, ...] = tuple(_BITS)
-"""The quantisation types: values of `adapter.quantize`."""
+QUANT_TYPES: tuple[str, ...] = tuple(QUANT_BITS)
+"""The quantisation types: values of `model.quantize` and `adapter.quantize`."""
 
 # Quantiles of the standard normal distribution, scaled to reach -1 and 1; eight at and below zero, eight above.
 _NORMAL_FLOAT = (
@@ -44,7 +49,7 @@ _NORMAL_FLOAT = (
 
 def bytes_per_value(quant_type: str) -> float:
     """Return the bytes that a value of a quantised weight takes: its code, and its share of the block's scale."""
-    return _BITS[quant_type] / 8 + 4 / BLOCK
+    return QUANT_BITS[quant_type] / 8 + 4 / BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,19 +66,31 @@ class Quantized:
     quant_type: str
     """One of `QUANT_TYPES`."""
 
+    def rows(self, index: Any) -> Quantized | None:
+        """Return some rows of the weight, quantised as they are; None where a block reaches from one row into the next.
+
+        Args:
+            index: a slice, or the numbers of the rows.
+        """
+        out, columns = self.shape
+        if columns % BLOCK:
+            return None
+        codes, scales = self.codes.view(out, -1)[index], self.scales.view(out, -1)[index]
+        return Quantized(codes.view(-1, self.codes.shape[1]), scales.flatten(), (len(codes), columns), self.quant_type)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight, (out, in), computed in fp32 and rounded to `dtype`, on the device of the codes.
 
         On a CPU it is computed in parts that its cache holds.
         """
+        if bitsandbytes_kernels.can_dequantize(self.quant_type, self.shape):
+            return bitsandbytes_kernels.dequantize(self.codes, self.scales, self.shape, dtype)
         device, count = self.codes.device, len(self.codes)
-        table = _values_of_byte(self.quant_type, device)
         at_once = CACHED_BLOCKS if device.type == "cpu" else max(1, count)
         blocks = torch.empty(count, BLOCK, dtype=dtype, device=device)
         parts = (torch.split(tensor, at_once) for tensor in (blocks, self.codes, self.scales))
         for part, codes, scales in zip(*parts, strict=True):
-            values = F.embedding(codes.int(), table)  # (part, bytes, 8/bits)
-            part.copy_(values.view(-1, BLOCK).mul_(scales[:, None]))
+            part.copy_(_decode(codes, self.quant_type).mul_(scales[:, None]))
         return blocks.flatten()[: math.prod(self.shape)].view(self.shape)
 
 
@@ -87,57 +104,24 @@ def quantize(weight: Tensor, quant_type: str) -> Quantized:
         weight: (out, in), in any floating type.
         quant_type: one of `QUANT_TYPES`.
     """
-    values = weight.flatten().float()
-    blocks = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    values = weight.detach().flatten()
+    parts = [_quantize_blocks(part, quant_type) for part in torch.split(values, QUANTIZED_BLOCKS * BLOCK)]
+    codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Quantized(codes, scales, tuple(weight.shape), quant_type)
+
+
+def _quantize_blocks(values: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Return codes (blocks, 8 · bits) and scales (blocks,) of values in a row; the last block may be short."""
+    blocks = F.pad(values.float(), (0, -len(values) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1)
-    levels = _levels(quant_type, weight.device)
+    levels = _levels(quant_type, values.device)
     # A product with the reciprocal rounds as bitsandbytes does. The bound keeps a block of zeros zero.
     shares = blocks * scales.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()[:, None]
     codes = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2)  # (blocks, 64)
-    bits = _BITS[quant_type]
-    place_values = 2 ** torch.arange(8 - bits, -1, -bits, device=weight.device)  # of the codes in a byte
+    bits = QUANT_BITS[quant_type]
+    place_values = 2 ** torch.arange(8 - bits, -1, -bits, device=values.device)  # of the codes in a byte
     packed = (codes.view(len(codes), -1, 8 // bits) * place_values).sum(2)  # (blocks, 8 · bits)
-    return Quantized(packed.to(torch.uint8), scales, tuple(weight.shape), quant_type)
-
-
-@torch.no_grad()
-def loftq(weight: Tensor, rank: int, quant_type: str, iterations: int) -> tuple[Quantized, Tensor, Tensor]:
-    """Return LoftQ's initialisation (algorithm 1): a quantised Q and low-rank B A whose sum approximates the weight.
-
-        A, B = 0;  repeat:  Q = quantize(W - B A);  U S Vᵀ = SVD(W - Q);  B = U √S, A = √S Vᵀ, of the largest `rank`
-
-    One iteration is the truncated SVD of what quantising loses. Further ones can make ‖W - Q - B A‖ larger again. The
-    reference returns the last iterate; this function returns the one with the smallest Frobenius norm, so more
-    iterations are never worse, and none is worse than quantising alone. The SVD is in fp64 and its signs are fixed (the
-    largest component of each left vector is positive), so that machines agree except for values on the border of two
-    levels.
-
-    B A enters with factor 1: a caller that scales it by s divides it by s. Where quantising loses nothing, B and A are
-    zero, and then neither has a gradient.
-
-    Args:
-        weight: (out, in), in any floating type.
-        rank: from 1 to min(out, in).
-        quant_type: one of `QUANT_TYPES`.
-        iterations: at least 1.
-
-    Returns:
-        Q, lora_A (rank, in) and lora_B (out, rank), in fp32.
-    """
-    W = weight.double()
-    product = torch.zeros_like(W)
-    iterates: list[tuple[float, Quantized, Tensor, Tensor]] = []
-    for _ in range(iterations):
-        Q = quantize(W - product, quant_type)
-        U, S, Vh = torch.linalg.svd(W - Q.dequantize(), full_matrices=False)
-        largest = U[:, :rank].gather(0, U[:, :rank].abs().argmax(0, keepdim=True))  # (1, rank)
-        root = S[:rank].sqrt()
-        B = U[:, :rank] * (largest.sign() * root)  # (out, rank)
-        A = (largest.sign() * root).T * Vh[:rank]  # (rank, in)
-        product = B @ A
-        iterates.append((S[rank:].square().sum().item(), Q, A, B))
-    _, Q, A, B = min(iterates, key=lambda iterate: iterate[0])
-    return Q, A.float().contiguous(), B.float().contiguous()
+    return packed.to(torch.uint8), scales
 
 
 @cache
@@ -145,15 +129,23 @@ def _levels(quant_type: str, device: torch.device) -> Tensor:
     """Return the levels in ascending order, (2^bits,), in fp32."""
     if quant_type == "nf4":
         return torch.tensor(_NORMAL_FLOAT, dtype=torch.float32, device=device)
-    last = 2 ** _BITS[quant_type] - 1
+    last = 2 ** QUANT_BITS[quant_type] - 1
     numerators = range(-last, last + 1, 2)
     return torch.tensor([numerator / last for numerator in numerators], dtype=torch.float32, device=device)
+
+
+def _decode(codes: Tensor, quant_type: str) -> Tensor:
+    """Return the levels (blocks, 64), in fp32, that codes (blocks, 8 · bits) stand for."""
+    if quant_type == "int8":  # arithmetic gives the levels of the table to the bit, in a fifth of the time
+        return codes.float().mul_(2).sub_(255).div_(255)
+    table = _values_of_byte(quant_type, codes.device)
+    return F.embedding(codes.int(), table).view(-1, BLOCK)  # (blocks, bytes, 8 / bits) before
 
 
 @cache
 def _values_of_byte(quant_type: str, device: torch.device) -> Tensor:
     """Return the levels that each byte stands for, (256, 8 / bits): one look-up unpacks and decodes."""
-    bits = _BITS[quant_type]
+    bits = QUANT_BITS[quant_type]
     shifts = torch.arange(8 - bits, -1, -bits, device=device)
     codes = torch.arange(256, device=device)[:, None] >> shifts & 2**bits - 1
     return _levels(quant_type, device)[codes]
