@@ -105,7 +105,8 @@ class SearchSweeper(GridSweeper):
         remedy = "Give a key several values, for example adapter.rank=2,4,8."
         require(bool(dimensions), "search", None, "has no key with several values", remedy, code=Code.MISSING)
         self.space = self._space(dimensions, typed)
-        self._check_values()
+        if not self.config.resume:  # else they were checked when the search was started
+            self._check_values()
         return []
 
     def _space(self, dimensions: Mapping[str, Dimension], typed: set[str]) -> SearchSpace:

@@ -69,10 +69,10 @@ def suggest_pack(
 
 
 def _study(space: SearchSpace, trials: Sequence[Trial], sampler: Any) -> Study:
-    """Return a study that holds the trials whose results are known.
+    """Return a study that holds the trials that have ended.
 
-    An eliminated trial is a pruned one with its evaluations; one that diverged is pruned without any, which counts as
-    the worst.
+    An eliminated trial is a pruned one with its evaluations. One that diverged or failed is pruned without any, which
+    counts as the worst: most failures repeat, as that of a rank above a layer's width.
     """
     import optuna
     from optuna.trial import TrialState, create_trial
@@ -80,16 +80,16 @@ def _study(space: SearchSpace, trials: Sequence[Trial], sampler: Any) -> Study:
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in trials:
         parameters = space.parameters(trial.setting)
-        if parameters is None or not trial.has_ended:
+        if parameters is None or not (trial.has_ended or trial.status == "failed"):
             continue
-        curve = {} if trial.status == "diverged" else {int(step): value for step, value in trial.curve}
+        has_scores = trial.status in ("done", "eliminated")
         study.add_trial(
             create_trial(
                 state=TrialState.PRUNED if trial.score is None else TrialState.COMPLETE,
                 value=trial.score,
                 params=parameters,
                 distributions=space.distributions(parameters),
-                intermediate_values=curve,
+                intermediate_values={int(step): value for step, value in trial.curve} if has_scores else {},
             )
         )
     return study

@@ -42,7 +42,7 @@ def test_later_packs_search_where_results_are_good() -> None:
     of, trials = space(LR), list[Trial]()
     for _ in range(6):
         trials += map(done, suggest(of, trials, 4))
-    trials.append(Trial(["optimizer.lr=0.009"], "diverged"))
+    trials += [Trial(["optimizer.lr=0.009"], "diverged"), Trial(["optimizer.lr=0.008"], "failed")]
     trials.append(Trial(["optimizer.lr=0.5"], "done", 9.0))  # not in the space, so it is not considered
     rates = [float(setting[-1].partition("=")[2]) for setting in suggest(of, trials, 8)]
     assert sum(1e-3 < rate < 4e-3 for rate in rates) >= 5  # a third of them by chance
