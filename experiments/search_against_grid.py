@@ -30,7 +30,7 @@ from lora_bench.records import run_folder, sweep_folder
 QQP = ("model=minilm", "data=pairs", "data.train_size=4000", "data.selection_size=2000", "trainer.epochs=2")
 TOY = (
     *("model=tiny_bert", "data=toy", "data.train_rows=80", "data.validation_rows=16"),
-    *("trainer.max_steps=8", "trainer.precision=fp32", "trainer.device=cpu"),
+    *("trainer.max_steps=4", "trainer.precision=fp32", "trainer.device=cpu"),
 )
 SEARCHED = ("adapter.rank", "optimizer.lr")
 
@@ -129,7 +129,7 @@ def main() -> None:
     overrides = [text for text in options.rest if "=" in text]
     repetitions = [int(text) for text in options.rest if "=" not in text] or [0, 1, 2]
     if options.toy:
-        protocol, repetitions = Protocol((*TOY, *overrides), (1, 2), (1e-3, 1e-2), trials=3, fresh_seeds=2), [0]
+        protocol, repetitions = Protocol((*TOY, *overrides), (2,), (1e-3, 1e-2), trials=2, fresh_seeds=1), [0]
     elif options.data is None:
         parser.error("DATA is missing")
     else:

@@ -63,7 +63,7 @@ def suggest_pack(
                     rejected += 1
                 else:
                     settings.append(setting)
-                    shared = {key: suggestion.params[key] for key in space.shared_keys if key in suggestion.params}
+                    shared |= {key: suggestion.params[key] for key in space.shared_keys if key in suggestion.params}
                 tried.append(setting)
     return settings
 
