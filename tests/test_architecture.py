@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "__init__": "run",
     "cli": "__init__ errors config console files records run train evaluate predict export prompt compare clean doctor"
     " sweeps",
-    "api": "__init__ errors config console records analysis run cli",
+    "api": "__init__ errors config console records analysis run sweeps cli",
     "__main__": "cli",
 }
 COMMANDS = ("train", "evaluate", "predict", "export", "prompt", "compare", "clean", "doctor")

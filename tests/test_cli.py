@@ -67,7 +67,7 @@ def test_train_help_lists_every_choice_of_every_group() -> None:
         assert set(line.strip().removeprefix(f"{group}=").split("|")) == options
 
 
-@pytest.mark.parametrize("command", ["eval", "predict", "export", "prompt", "compare", "clean", "doctor"])
+@pytest.mark.parametrize("command", ["search", "eval", "predict", "export", "prompt", "compare", "clean", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     answer = lora_bench(command, "--help")
     assert answer.code == 0

@@ -107,6 +107,13 @@ def test_train_commands_compose(line: str, in_tmp: Path) -> None:
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.parametrize("line", command_lines("search"))
+def test_search_commands_compose(line: str, in_tmp: Path) -> None:
+    arguments = [text for text in shlex.split(line)[2:] if not text.startswith("resume=")]
+    answer = run("search", "--cfg", "job", *(text for text in arguments if not re.search(r"^[^\[]*[,(]", text)))
+    assert answer.code == 0, answer.err
+
+
 @pytest.mark.parametrize("line", command_lines("eval", "predict", "export", "prompt"))
 def test_other_commands_compose(line: str, in_tmp: Path) -> None:
     _, command, *arguments = shlex.split(line)

@@ -136,6 +136,21 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
 
 
+def test_a_search_is_compared_with_a_grid_once(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "experiments/search_against_grid.py"
+    assert script(monkeypatch, name, "--toy", "out") == 0
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].startswith("| 0 | rank ")
+    assert "| 2 trials, " in table[0]
+    assert len(list(Path("out/0").rglob("run.json"))) == 2 + 1 + 2 + 1
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
+    assert script(monkeypatch, name, "--toy", "out") == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
+    assert capsys.readouterr().out.splitlines()[-3:] == table
+
+
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 

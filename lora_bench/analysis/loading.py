@@ -41,7 +41,7 @@ class LoadedRuns:
     unreadable: list[tuple[Path, str]]
     """Folders that cannot be read, with the reason."""
     hidden: int = 0
-    """Number of runs that only chose a learning rate (`data.report=false`) and are left out."""
+    """Number of runs that only chose a setting (`data.report=false`) and are left out, eliminated ones included."""
 
     @property
     def keys(self) -> list[str]:
@@ -101,13 +101,13 @@ def load_runs(paths: Sequence[Path]) -> LoadedRuns:
     splits = _reported_splits(record for _, record in recorded if record["status"] == "done")
     runs = [describe_run(folder, record, splits) for folder, record in recorded]
     finished = [run for run in runs if run.record["status"] == "done"]
-    # A run that only chose a learning rate is no rival of runs that were trained with it.
+    # A run that only chose a setting is no rival of runs that were trained with it.
     reporting = [run for run in finished if run.keys.get("data.report") is not False]
-    n_hidden = len(finished) - len(reporting) if reporting else 0
-    if n_hidden:
-        hidden = {run.folder for run in finished} - {run.folder for run in reporting}
+    ended = [run for run in runs if run.record["status"] in ("done", "eliminated")]
+    hidden = {run.folder for run in ended if run.keys.get("data.report") is False} if reporting else set()
+    if hidden:
         runs, finished = [run for run in runs if run.folder not in hidden], reporting
-    return LoadedRuns(runs, finished, splits, [*skipped, *unread_tasks], n_hidden)
+    return LoadedRuns(runs, finished, splits, [*skipped, *unread_tasks], len(hidden))
 
 
 def _reported_splits(records: Iterable[dict[str, Any]]) -> list[str]:

@@ -256,7 +256,7 @@ def _notes(table: Table, loaded: LoadedRuns) -> list[str]:
     notes += unreadable_notes(run.record for run in runs)
     notes += altered_notes((run.folder, run.record) for run in loaded.all)
     if loaded.hidden:
-        notes.append(f"{loaded.hidden} runs that only chose a learning rate (data.report=false) are not shown")
+        notes.append(f"{loaded.hidden} runs that only chose a setting (data.report=false) are not shown")
     return notes
 
 

@@ -22,7 +22,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lora_bench.config.groups import choices
 from lora_bench.config.keys import key_of
@@ -180,6 +180,7 @@ _PLUGINS = {
         "hydra_plugins.lora_bench_grid_sweeper.GridSweeper",
         "hydra_plugins.lora_bench_tuning_sweeper.TunedSweeper",
         "hydra_plugins.lora_bench_transfer_sweeper.TransferSweeper",
+        "hydra_plugins.lora_bench_search_sweeper.SearchSweeper",
     ),
 }
 """Classes that Hydra may instantiate. Hydra's own sweeper is not one: its jobs would not pass `compose_job`."""
@@ -336,7 +337,7 @@ def compose_hydra(
 def compose_job(
     loader: JobLoader, sweep: DictConfig, overrides: Sequence[str], resume: Sequence[str] = (), *, keep: bool = False
 ) -> DictConfig:
-    """Return the config of a sweep's job, composed or kept, after the checks of `compose`.
+    """Return the config of a sweep's job, composed or kept, after the checks of `compose`, without a node `search`.
 
     Args:
         loader: that of the sweep.
@@ -356,6 +357,8 @@ def compose_job(
     folders = [source.path for source in composed.hydra.runtime.config_sources if source.provider == "command-line"]
     if folders and not is_typed_folder(folders[0]):
         check_config(composed)
+    with open_dict(composed):
+        composed.pop("search", None)  # settings of the whole sweep
     if keep:
         loader.keep(overrides, composed)
     return composed

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "train, evaluate and record a run; with -m or sweep=NAME, a sweep",
+    "search": "find the best setting within a budget of trials, FLOPs or minutes",
     "eval": "score a finished run, or an adapter made by PEFT, on another data set",
     "predict": "label new pairs with a finished run",
     "export": "write a finished run as an adapter for PEFT or as a plain Hugging Face model",

@@ -521,6 +521,40 @@ class Packing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Search:
+    """The budget of `lora-bench search`, of which the limit that is reached first counts, and what follows it.
+
+    The best setting on the selection split is trained again with fresh seeds, beyond the budget. `pack.size` is the
+    number of trials that are suggested and trained together, and `pack.halving` eliminates the worse ones early.
+    """
+
+    trials: int | None
+    """Maximum trials; null: no limit."""
+    flops: float | None
+    """Maximum FLOPs of training all trials, as `cost.train_flops` of their records counts them; null: no limit. The
+    first pack always starts, a later one if it is expected to stay below."""
+    minutes: float | None
+    """Maximum minutes of all trials, time between an interruption and `resume` left out; null: no limit. Packs start as
+    with `flops`."""
+    final_seeds: int
+    """Number of seeds, those after `seed`, with which the best setting is trained again and scored on the reported
+    splits."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` without any budget, for one that is not above 0, or for `final_seeds` below 1."""
+        budgets = (self.trials, self.flops, self.minutes)
+        remedy = "Give search.trials=24, search.flops=1e15 or search.minutes=60."
+        has_budget = any(budget is not None for budget in budgets)
+        require(has_budget, "trials", None, "is missing, and so is any other budget", remedy, code=Code.MISSING)
+        if self.trials is not None:
+            require_number("trials", self.trials, 1)
+        for name in ("flops", "minutes"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), 0, open_low=True)
+        require_number("final_seeds", self.final_seeds, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ensemble:
     """An ensemble: one run trains members and averages their probabilities (Wang, Aitchison and Rudolph 2023)."""
 

@@ -54,6 +54,24 @@ def format_help(command: str, config_dir: str | None = None) -> str:
             "  optimizer.lr, trainer.epochs, trainer.batch_size, trainer.precision, data.path, data.train_size,",
             "  seed, … (--cfg job lists all)",
         ]
+    elif command == "search":
+        lines += [
+            "  lora-bench search [group=choice] [key=values] … search.trials=N",
+            "",
+            "  adapter=lora,dora adapter.rank=2,4,8          choices to search over",
+            "  adapter.dropout=interval(0,0.3)               numbers to search over",
+            "  optimizer.lr=tag(log,interval(1e-4,1e-2))     the same by orders of magnitude",
+            "  search.trials, search.flops, search.minutes   budgets; one is required",
+            "  search.final_seeds=3                          seeds that train the best again",
+            "  pack.size=6                                   trials that train together",
+            "  pack.halving=false                            eliminate no trial early",
+            "  resume=DIR                                    resume a search",
+            "",
+            "Parentheses need quotation marks in a shell. Keys with one value are fixed.",
+            "Groups and keys are those of lora-bench train. Rank and learning rate vary by",
+            "default.",
+            "Trials are scored on the selection split alone.",
+        ]
     elif command == "clean":
         lines += [
             "  lora-bench clean [tokens] [prefix] [--dry-run]",

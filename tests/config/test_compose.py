@@ -58,7 +58,7 @@ UNKNOWN_CHOICES = [
     ("model=robrta", "Did you mean roberta?"),
     ("metric=nonsense", "average_precision, cohen_kappa"),
     ("experiment=nonsense", "enhanced, quickstart"),
-    ("sweep=nonsense", "ablation, baselines, lr, methods, rank, seeds, transfer"),
+    ("sweep=nonsense", "ablation, baselines, lr, methods, rank, search, seeds, transfer"),
     # a method is one of those in the package; nothing is imported by name
     *((f"adapter.method={name}", "adalora, bitfit, full") for name in ("os", "../x", "__init__", "base", "pack")),
 ]

@@ -1,0 +1,159 @@
+"""The trials of a search as their records tell them: settings, scores, cost, and what the budget still allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.config.recorded_task import main_metric
+from lora_bench.files.untrusted import as_number
+from lora_bench.records import metrics_log, run_folder, sweep_folder
+from lora_bench.training.successive_halving import members_by_step
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from lora_bench.config.schema import Packing, Search
+
+TRIALS, FINAL = "trials", "final"
+"""The folders of the two stages below that of the search."""
+UNREPORTED = "data.report=false"
+"""The override of every trial that stands before its setting: the reported splits are not scored."""
+
+
+def of_stage(jobs: Mapping[str, list[str]], stage: str) -> dict[str, list[str]]:
+    """Return the jobs whose folders are below that of a stage."""
+    return {name: job for name, job in jobs.items() if name.startswith(f"{stage}/")}
+
+
+def setting_of(job: Sequence[str]) -> list[str]:
+    """Return the overrides of a trial's job that set the searched keys: those between `UNREPORTED` and its folder."""
+    start = max((i for i, text in enumerate(job) if text == UNREPORTED), default=len(job))
+    return [text for text in job[start + 1 :] if not text.startswith("hydra.")]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial of a search, as far as it has been trained."""
+
+    setting: list[str]
+    """The overrides that set the keys of the space."""
+    status: str | None = None
+    """Of its record; None without one."""
+    score: float | None = None
+    """Main metric on the selection split; None if the trial is not done."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Step and main metric of its evaluations."""
+    metric: str = ""
+    """The name of the main metric."""
+    flops: float = 0.0
+    """FLOPs of its training so far."""
+    steps: int = 0
+    """Optimizer updates so far."""
+    period: tuple[datetime, datetime] | None = None
+    """Start and end of its training; None while it has not ended."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its result is known: done, eliminated or diverged."""
+        return self.status in (*sweep_folder.FINAL_STATUSES, "eliminated")
+
+
+def read_trials(folder: Path, jobs: Mapping[str, list[str]]) -> list[Trial]:
+    """Return the trials of a search in their order.
+
+    Args:
+        folder: of the search.
+        jobs: overrides of each job, by its folder below that of the search.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    return [_read_trial(folder / name, setting_of(job)) for name, job in of_stage(jobs, TRIALS).items()]
+
+
+def _read_trial(folder: Path, setting: list[str]) -> Trial:
+    """Return the trial whose run is in `folder`."""
+    if not run_folder.holds_run(folder):
+        return Trial(setting)
+    record = run_folder.read(folder)
+    metric, cost = main_metric(record), record["cost"] or {}
+    score = (record["metrics"] or {}).get(f"selection/{metric}") if record["status"] == "done" else None
+    return Trial(
+        setting,
+        record["status"],
+        as_number(score),
+        tuple(metrics_log.selection_curve(folder / run_folder.METRICS_FILE, metric)),
+        metric,
+        as_number(cost.get("train_flops")) or 0.0,
+        int(as_number(cost.get("steps")) or 0),
+        _period(record),
+    )
+
+
+def _period(record: Mapping[str, Any]) -> tuple[datetime, datetime] | None:
+    """Return the start and the end of a recorded run; None if it has not ended or a time is not valid."""
+    try:
+        start, end = (datetime.fromisoformat(str(record[key])).astimezone(UTC) for key in ("created", "finished"))
+    except (ValueError, OverflowError):
+        return None
+    return (start, end) if start <= end else None
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial | None:
+    """Return the done trial with the best score, the first of equals; None if none is done."""
+    done = [trial for trial in trials if trial.score is not None]
+    return max(done, key=lambda trial: trial.score or 0.0, default=None)
+
+
+def seconds_spent(trials: Sequence[Trial], began: datetime) -> float:
+    """Return the seconds of the search: of this process, and of trials that had ended before it began.
+
+    Trials of a pack overlap, and their time counts once. The time between two processes does not count.
+
+    Args:
+        trials: of the search.
+        began: start of this process's work on the search, UTC.
+    """
+    earlier = sorted(trial.period for trial in trials if trial.period and trial.period[1] <= began)
+    seconds, counted_until = 0.0, None
+    for start, end in earlier:
+        start = start if counted_until is None else max(start, counted_until)
+        seconds += max(0.0, (end - start).total_seconds())
+        counted_until = end if counted_until is None else max(end, counted_until)
+    return seconds + (datetime.now(UTC) - began).total_seconds()
+
+
+def full_flops(trials: Sequence[Trial]) -> float:
+    """Return the mean FLOPs of a trial that trains to its end; an estimate from the other ones if none has; else 0."""
+    done = [trial.flops for trial in trials if trial.score is not None and trial.flops]
+    return fmean(done) if done else max((trial.flops for trial in trials), default=0.0)
+
+
+def affordable(trials: Sequence[Trial], search: Search, packing: Packing, seconds: float) -> int:
+    """Return the number of trials of the next pack: the largest one that is expected to stay within the budget.
+
+    Args:
+        trials: so far; without any the first pack is limited by the number of trials only.
+        search: the budget.
+        packing: the size of a pack, and whether trials are eliminated.
+        seconds: spent so far.
+    """
+    assert packing.size is not None
+    size = packing.size if search.trials is None else min(packing.size, search.trials - len(trials))
+    spent, full = sum(trial.flops for trial in trials), full_flops(trials)
+    if not trials:
+        return max(0, size)
+    steps = max(1, *(trial.steps for trial in trials))
+    for count in range(size, 0, -1):
+        trained = sum(members_by_step(count, steps)) / steps if packing.halving else count
+        expected = full * trained
+        within_flops = search.flops is None or spent + expected <= search.flops
+        expected_seconds = seconds * expected / spent if spent else 0.0
+        within_time = search.minutes is None or seconds + expected_seconds <= 60 * search.minutes
+        if within_flops and within_time:
+            return count
+    return 0

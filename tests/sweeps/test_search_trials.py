@@ -1,0 +1,72 @@
+"""The budget of a search: what it has spent, and how large the next pack may be."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from lora_bench.config.schema import Packing, Search
+from lora_bench.sweeps.search_trials import Trial, affordable, best_trial, full_flops, seconds_spent, setting_of
+
+NOW = datetime.now(UTC)
+
+
+def budget(trials: int | None = None, flops: float | None = None, minutes: float | None = None) -> Search:
+    return Search(trials=trials, flops=flops, minutes=minutes, final_seeds=1)
+
+
+def pack(*, halving: bool = True) -> Packing:
+    return Packing(size=4, memory_bytes=None, workers=None, halving=halving)
+
+
+DONE = Trial(["adapter.rank=2"], "done", 0.5, flops=80, steps=8)
+ELIMINATED = Trial(["adapter.rank=4"], "eliminated", flops=20, steps=2)
+HALVED = [DONE, ELIMINATED, ELIMINATED, ELIMINATED]
+"""A pack of 140 FLOPs. Four trials of 80 FLOPs take 160: two train from a quarter of the steps on, one from half on."""
+
+
+@pytest.mark.parametrize(
+    ("search", "halving", "count"),
+    [
+        (budget(trials=10), True, 4),
+        (budget(trials=6), True, 2),
+        (budget(trials=4), True, 0),
+        (budget(flops=140 + 160), True, 4),
+        (budget(flops=140 + 159), True, 3),
+        (budget(flops=140 + 79), True, 0),
+        (budget(flops=140 + 160), False, 2),
+        (budget(trials=100, minutes=15.1 / 60), True, 4),  # a second for each 20 FLOPs
+        (budget(minutes=8 / 60), True, 0),
+    ],
+)
+def test_a_pack_is_as_large_as_the_budget_allows(search: Search, halving: bool, count: int) -> None:
+    assert affordable(HALVED, search, pack(halving=halving), seconds=7) == count
+
+
+def test_the_first_pack_starts_whatever_it_costs() -> None:
+    assert affordable([], budget(flops=1), pack(), seconds=0) == 4
+    assert affordable([], budget(trials=3, minutes=1), pack(), seconds=1000) == 3
+
+
+def test_a_trial_that_trained_to_its_end_and_has_the_best_score_wins() -> None:
+    better = Trial(["adapter.rank=8"], "done", 0.6)
+    assert best_trial([ELIMINATED, DONE, better, Trial(["adapter.rank=9"], "done", 0.6)]) is better
+    assert best_trial([ELIMINATED]) is None
+    assert full_flops(HALVED) == 80
+    assert full_flops([ELIMINATED]) == 20
+
+
+def test_time_counts_once_for_a_pack_and_not_between_processes() -> None:
+    def trial(start: float, end: float) -> Trial:
+        return Trial([], "done", period=(NOW - timedelta(hours=start), NOW - timedelta(hours=end)))
+
+    began = NOW - timedelta(hours=1)
+    trials = [trial(10, 9), trial(10, 8), trial(9.5, 9), trial(5, 4), trial(0.9, 0.1), Trial([], "interrupted")]
+    assert seconds_spent(trials, began) == pytest.approx(3600 * (2 + 1 + 1), abs=60)
+
+
+def test_a_trials_setting_is_read_from_its_job() -> None:
+    job = ["adapter=lora", "data.report=false", "adapter.rank=2", "optimizer.lr=0.1", "hydra.sweep.subdir=trials/3"]
+    assert setting_of(job) == ["adapter.rank=2", "optimizer.lr=0.1"]
+    assert setting_of(["adapter=lora"]) == []
