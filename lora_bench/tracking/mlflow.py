@@ -84,9 +84,9 @@ class MLflow(Tracker):
             identifier = earlier[0].info.run_id
             client.update_run(identifier, "RUNNING")
             return _MLflowSession(client, identifier)
-        name = "/".join(run.folder.resolve().parts[-2:])
+        name = run.record["config"].get("name") or "/".join(run.folder.resolve().parts[-2:])
         tags = {_TAG: identity, "lora_bench.folder": str(run.folder.resolve())}
-        identifier = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        identifier = client.create_run(experiment, run_name=str(name), tags=tags).info.run_id
         params = [
             mlflow.entities.Param(key, str(value)[:_MAX_PARAM_LENGTH])
             for key, value in hyperparameters(run.record["config"])
