@@ -113,10 +113,8 @@ def run_command(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(f"{command!r} is not a command", remedy=nearest(command, COMMANDS), code=Code.UNKNOWN_CHOICE)
-    if command == "compare":
-        from lora_bench.compare import main as compare
-
-        return compare(rest)
+    if command in PARSED:
+        return _parsed(command)(rest)
     if "-h" in rest or "--help" in rest:
         print(format_help(command, _config_dir(rest)))
         return 0
@@ -157,6 +155,25 @@ def search_arguments(arguments: list[str]) -> list[str]:
 
 SEARCH = "sweep=search"
 """The override that makes a search of a sweep."""
+
+
+PARSED = ("compare", "ls", "show", "rm", "watch")
+"""Commands that have a parser of their own, with `--help`."""
+
+
+def _parsed(command: str) -> Callable[[list[str]], int]:
+    """Return the function of a command of `PARSED`, which takes its arguments and returns the exit code."""
+    if command == "compare":
+        from lora_bench.compare import main
+    elif command == "ls":
+        from lora_bench.ls import main
+    elif command == "show":
+        from lora_bench.show import main
+    elif command == "rm":
+        from lora_bench.rm import main
+    else:
+        from lora_bench.watch import main
+    return main
 
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:
@@ -256,7 +273,7 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
 
     Args:
         arguments: as typed.
-        resume: a folder, or `last` for the newest unfinished run or sweep below `outputs/`.
+        resume: a folder, a name, an id, or `last` for the newest unfinished run or sweep below `outputs/`.
 
     Raises:
         UserError: the folder is not that of a sweep, and `-m` was typed; `last` finds none; or `sweep_arguments`
@@ -266,7 +283,7 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
     from lora_bench.records.resume import resolve_folder
     from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
-    folder = resolve_folder(resume, Path("outputs"))
+    folder = resolve_folder(resume)
     if is_sweep(folder):
         try:
             recorded = sweep_arguments(arguments, folder)

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from lora_bench.llm.external_predictions import Scores
     from lora_bench.tracking.base import Tracker
 
-_KEYS = ("llm", "prompt", "data", "metric", "tracking", "predictions", "split", "seed", "dry_run")
+_KEYS = (
+    *("llm", "prompt", "data", "metric", "tracking", "predictions", "split"),
+    *("name", "tags", "notes", "seed", "dry_run"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Request:
                 `llm.model` and `llm.base_url` are needed.
         """
         build.check_top(cfg, _KEYS)
+        build.build_annotations(cfg)  # only the record has them
         request = cls(
             llm=build.build(LLM, cfg.llm, "llm"),
             prompt=build.build(Prompt, cfg.prompt, "prompt"),

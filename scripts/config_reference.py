@@ -41,7 +41,8 @@ GROUP_OF_CLASS = {
 }
 """The configuration group of each settings class, and the choice that its defaults are read from. A class that is not
 listed belongs to the group that has its name in lower case."""
-EXCLUDED = {"Metric"}  # described beside the choices: its keys stand under a name that the user gives
+EXCLUDED = {"Annotations", "Metric"}
+"""Classes that `schema_sections` leaves out: keys of the top level, and keys below a name that the user gives."""
 COMMANDS = ("eval", "predict", "export", "prompt")
 TYPES = {
     "str": "text",
@@ -291,8 +292,15 @@ def top_section() -> list[str]:
     """Return the section of the keys that belong to no group."""
     path = CONF / "config.yaml"
     values, comments = yaml.safe_load(path.read_text(encoding="utf-8")), read_comments(path)
-    scalars = [key for key, value in values.items() if not isinstance(value, dict | list) and key != "defaults"]
-    return ["", "## Top level", "", *(format_entry(key, "", values, comments.get(key, "")) for key in scalars)]
+    (annotations,) = (settings for settings in read_settings(SCHEMA) if settings.name == "Annotations")
+    documented = {key.name: key for key in annotations.keys}
+    lines = ["", "## Top level", ""]
+    for name, value in values.items():
+        if known := documented.get(name):
+            lines.append(format_entry(name, known.type, values, known.text))
+        elif not isinstance(value, dict | list) and name != "defaults":
+            lines.append(format_entry(name, "", values, comments.get(name, "")))
+    return lines
 
 
 def group_sections() -> list[str]:

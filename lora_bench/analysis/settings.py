@@ -28,7 +28,7 @@ GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
 """Configuration groups, in the order of their columns."""
 
 
-OUTSIDE_THE_SETTING = ("seed", "resume", "dry_run", "metric", "pack", "tracking")
+OUTSIDE_THE_SETTING = ("name", "tags", "notes", "seed", "resume", "dry_run", "metric", "pack", "tracking")
 """Groups and keys that may differ between runs of one setting."""
 
 TUNED_KEYS = (

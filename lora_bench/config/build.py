@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.keys import RENAMED, renamed_key
 from lora_bench.config.removed import removal_note
-from lora_bench.config.schema import DATA, OPTIONAL, Data, Metric
+from lora_bench.config.schema import DATA, OPTIONAL, Annotations, Data, Metric
 from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:
@@ -47,15 +47,16 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
     Args:
         cls: its fields are the keys of the node.
         node: the config node.
-        key: the dotted key of the node, for messages.
+        key: the dotted key of the node, for messages; empty for keys at the top level.
 
     Raises:
         UserError: the node is not a group, a key is unknown or missing, or a value is of a wrong type or out of range.
             It is the first such error, with the full key.
     """
     require(isinstance(node, DictConfig), key, node, "is not a group of keys")
+    prefix = f"{key}." if key else ""
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    _check_names(node, names, f"{key}.")
+    _check_names(node, names, prefix)
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -70,15 +71,15 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
             settings[name] = value
         except (OmegaConfBaseException, OverflowError) as error:
             reason = next((words for sign, words in _TYPES.items() if sign in str(error)), str(error).splitlines()[0])
-            require(value is not None, f"{key}.{name!s}", None, "must have a value, not null", code=Code.MISSING)
-            raise UserError(reason, key=f"{key}.{name!s}", value=value, code=Code.INVALID_VALUE) from None
+            require(value is not None, f"{prefix}{name!s}", None, "must have a value, not null", code=Code.MISSING)
+            raise UserError(reason, key=f"{prefix}{name!s}", value=value, code=Code.INVALID_VALUE) from None
     try:
         result = OmegaConf.to_object(settings)
     except UserError as error:
         raise error.under(key) from None
     except OmegaConfBaseException as error:
         raise UserError(
-            "is missing", key=f"{key}.{error.full_key}", remedy="Give it a value.", code=Code.MISSING
+            "is missing", key=f"{prefix}{error.full_key}", remedy="Give it a value.", code=Code.MISSING
         ) from None
     assert isinstance(result, cls)
     return result
@@ -114,6 +115,7 @@ _TYPES = {
     "to String": "is not text",
     "is not a ListConfig": "is not a list",
     "subclass of str": "is not a list of texts",
+    "to string": "is not text",
     "to Dict": "is not a group of keys",
     "to dict": "is not a group of keys",
 }
@@ -135,6 +137,20 @@ def build_variant(class_of: Callable[[str], type[T]], node: DictConfig, group: s
     """
     require(isinstance(node, DictConfig), group, node, "is not a group of keys")
     return build(class_of(str(node.get(key))), node, group)
+
+
+def build_annotations(cfg: DictConfig) -> Annotations:
+    """Return name, tags and notes of a run from the top level of its config; a key that it lacks has no value.
+
+    Raises like `build`.
+    """
+    try:
+        values = {"name": cfg.get("name"), "tags": cfg.get("tags") or [], "notes": cfg.get("notes")}
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0].rstrip("."), key=error.full_key, code=Code.INVALID_VALUE) from None
+    tags = values["tags"]
+    require(not isinstance(tags, str), "tags", tags, "is not a list", f"Put it in brackets: tags=[{tags}].")
+    return build(Annotations, OmegaConf.create(values), "")
 
 
 def build_data(node: DictConfig) -> Data:

@@ -8,6 +8,7 @@ adapter in `adapters/methods/`), and its range check in `__post_init__`, which r
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -487,8 +488,35 @@ DATA: dict[str, type[Data]] = {"hub": HubData, "files": FileData, "toy": ToyData
 """Settings of each `data.source`."""
 
 
-OPTIONAL = {"predictions", "resume", "split", "tasks", "tracking"}
+OPTIONAL = {"name", "notes", "predictions", "resume", "split", "tags", "tasks", "tracking"}
 """Top-level keys that a config may lack, as records of older versions do."""
+
+LAST = "last"
+"""The word that stands for the newest run in place of a name."""
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,59}")
+"""The form of the name of a run, and of a tag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """What a user calls a run, for finding it again; a run learns the same with any of them."""
+
+    name: str | None
+    """The name by which other commands find the run: `run=NAME`. Up to 60 letters, digits and `. - _`; runs may share a
+    name, as those of a sweep do. null: none."""
+    tags: list[str]
+    """Words of the same form, by which `lora-bench ls --tag` selects runs."""
+    notes: str | None
+    """A text about the run, which `lora-bench show` prints; null: none."""
+
+    def __post_init__(self) -> None:
+        """Raise a `UserError` if the name or a tag has another form, or the name is the word `last`."""
+        remedy = "Give up to 60 letters, digits, dots, dashes and underscores, the first of them no dot or dash."
+        is_name = self.name is None or RUN_NAME.fullmatch(self.name) is not None
+        require(is_name, "name", self.name, "is not a plain name", remedy)
+        require(self.name != LAST, "name", LAST, "stands for the newest run", "Give another name.")
+        for tag in self.tags:
+            require(RUN_NAME.fullmatch(tag) is not None, "tags", tag, "is not a plain word", remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

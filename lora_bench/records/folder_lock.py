@@ -8,6 +8,7 @@ made to lead to another folder: `Claim.check` detects that, and is called before
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from lora_bench.errors import Code, LostFolderError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 LOCK_FILE = ".lock"
 TIMEOUT_SECONDS = 0.5
@@ -98,10 +102,29 @@ def acquire(folder: Path) -> Claim | None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a living process holds the lock of a folder; True also if that cannot be determined.
+    """Return whether a living process holds the lock of a folder, at once; True also if that cannot be determined.
 
-    It is False without a lock file. Otherwise the lock is acquired for a moment.
+    It is False without a lock file. A shared lock is tried, so that any number of processes can ask at the same time.
     """
+    if sys.platform == "win32":
+        return _cannot_be_acquired(folder)
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _cannot_be_acquired(folder: Path) -> bool:
+    """Return whether the lock of a folder is held, or cannot be acquired; it is acquired for a moment."""
     if not (folder / LOCK_FILE).exists():
         return False
     try:

@@ -66,6 +66,14 @@ def last_line(log: Path) -> dict[str, Any] | None:
     return None
 
 
+def last_value(log: Path, metric: str) -> tuple[float, dict[str, Any]] | None:
+    """Return a metric in the newest whole line of a log, and the line; None if that line has no number for it."""
+    line = last_line(log) or {}
+    metrics = line.get("metrics")
+    value = as_number(metrics.get(metric)) if isinstance(metrics, dict) else None
+    return None if value is None else (float(value), line)
+
+
 def selection_curve(log: Path, metric: str) -> list[tuple[float, float]]:
     """Return (step, value) of a metric at each evaluation of the selection split, in the order of the steps.
 

@@ -6,6 +6,7 @@
     evaluations/<name>.json       a later evaluation of the finished run, its predictions in evaluations/<name>/
     adapter/                      the trained adapter; of an ensemble adapter/member_<i>/
     checkpoints/                  the state of training, while the run is resumable
+    progress.json                 how far the run has come, while it trains (`live_progress`)
     .hydra/                       config.yaml and overrides.yaml
     .lock                         locked by the process that trains
 
@@ -33,7 +34,7 @@ from lora_bench.console.redaction import redact, redact_new_path
 from lora_bench.errors import Code, DivergedError, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import describe_error, dump, to_json, write, writing
-from lora_bench.records import folder_lock, metrics_log
+from lora_bench.records import folder_lock, live_progress, metrics_log
 from lora_bench.records.record_types import with_types
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ PREDICTIONS, EVALUATIONS, ADAPTER, CHECKPOINTS = "predictions", "evaluations", "
 """Folders inside a run's folder."""
 CONFIG_FILE, OVERRIDES_FILE = ".hydra/config.yaml", ".hydra/overrides.yaml"
 """Copies of parts of the record, named as Hydra names them."""
+
+OWN_FILES = (
+    *(METRICS_FILE, PREDICTIONS, EVALUATIONS, ADAPTER, CHECKPOINTS, "tasks", "tensorboard", "run.log", ".hydra"),
+    *(live_progress.PROGRESS_FILE, RECORD_FILE, folder_lock.LOCK_FILE),
+)
+"""All files and folders that lora-bench writes into a run's folder, the record and the lock last."""
 
 SCHEMA = 1
 STATUSES = ("running", "done", "failed", "diverged", "interrupted", "eliminated")
@@ -307,6 +314,7 @@ class Run:
             raise ValueError(f"a run cannot end as {status!r}")
         try:
             self.update(status=status, finished=_now(), error=error)
+            live_progress.remove(self.folder)
         finally:
             self.release()
 
@@ -454,7 +462,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]],
     for path in paths:
         if not os.path.lexists(path):
             raise UserError("there is no such folder", file=path, code=Code.NOT_FOUND)
-        for folder, reason in _walk(path):
+        for folder, reason in walk(path):
             real = os.path.realpath(folder)  # Path.resolve raises on a link to itself
             if real in seen:
                 continue
@@ -466,10 +474,10 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]],
                 runs.append((folder, read(folder)))
             except UserError as error:
                 skipped.append((folder, f"{RECORD_FILE} {error.reason}"))
-    return sorted(runs, key=lambda run: _natural(run[0])), sorted(skipped, key=lambda skip: _natural(skip[0]))
+    return sorted(runs, key=lambda run: natural_order(run[0])), sorted(skipped, key=lambda skip: natural_order(skip[0]))
 
 
-def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
+def walk(top: Path) -> Iterator[tuple[Path, str | None]]:
     """Yield folders that hold a `run.json` of any type, with None, and those that cannot be listed, with the reason."""
     folders = [top]
     while folders:
@@ -486,7 +494,7 @@ def _walk(top: Path) -> Iterator[tuple[Path, str | None]]:
             folders += [folder / name for name, is_folder in below.items() if is_folder]
 
 
-def _natural(path: Path) -> list[list[str | int]]:
+def natural_order(path: Path) -> list[list[str | int]]:
     """Return a key that sorts numbers in file names by value."""
     # re.split with a group alternates text and digits, so that text is compared with text.
     return [[int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))] for name in path.parts]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_bench.backbones.families import build_model
-from lora_bench.config.build import build, build_data
+from lora_bench.config.build import build, build_annotations, build_data
 from lora_bench.config.schema import Data, Ensemble, Head, Optimizer, Packing, Trainer
 from lora_bench.errors import Code, require
 
@@ -38,6 +38,7 @@ class Settings:
             UserError: a key is unknown or missing, or a value is of a wrong type or out of range; it names the key.
         """
         has_method = "method" in (cfg.get("adapter") or {})
+        build_annotations(cfg)  # only the record has them
         require(has_method, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         return cls(
             data=build_data(cfg.data),  # first: the model's label words are those of the data

@@ -23,6 +23,9 @@ SWEEP_FILE = "sweep.json"
 TABLE_MARKDOWN, TABLE_CSV = TABLES = "table.md", "table.csv"
 """The tables that a finished sweep leaves beside its record."""
 
+OWN_FILES = (*TABLES, "transfer.md", "transfer.csv", ".slurm", SWEEP_FILE, folder_lock.LOCK_FILE)
+"""All files and folders that lora-bench writes into a sweep's folder beside its runs, the record and the lock last."""
+
 
 FINAL_STATUSES = ("done", "diverged")
 """Statuses of jobs that would end the same way if they were run again."""

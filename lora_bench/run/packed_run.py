@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import peak_memory_bytes
+from lora_bench.records.live_progress import ProgressWriter
 from lora_bench.records.run_folder import CHECKPOINTS
 from lora_bench.run.settings import Experiment
 from lora_bench.run.warm_start import WarmStart
@@ -75,6 +77,12 @@ class PackedRun:
     """Members of the largest pack that it trained in."""
     record: Run | None = None
     """Its folder, from the start of the run to its end."""
+
+    @cached_property
+    def live_progress(self) -> ProgressWriter:
+        """The writer of the run's progress, which begins with the members' next step."""
+        schedule = self.members[0].schedule
+        return ProgressWriter(schedule.last_step, schedule.steps_per_epoch)
 
     # -- before a pack exists --
 

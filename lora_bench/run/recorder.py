@@ -193,7 +193,9 @@ class Recorder:
         if self.pack.backbone.offloaded and (rest := unquantised_bytes(self.pack)):
             quant_type = getattr(self.runs[0].experiment.adapter, "quantize", None)
             held = format_number(rest, "B")
-            notes.append(f"linears that are not adapted take {held} of it; model.quantize={quant_type} quantises them too.")
+            notes.append(
+                f"linears that are not adapted take {held} of it; model.quantize={quant_type} quantises them too."
+            )
         trainer = self.runs[0].experiment.trainer
         if self.pack.recomputes_activations and trainer.activation_checkpointing == "auto":
             reason = "weights are sharded" if self.pack.backbone.is_sharded else "activations would not fit into memory"
@@ -203,11 +205,16 @@ class Recorder:
     # -- while they train --
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-        """Pass the mean loss of each run's members to its trackers, and all losses to the progress display."""
+        """Pass the mean loss of each run's members to its trackers and progress file, and all losses to the display."""
         for run in self.running:
+            assert run.record is not None
             run_losses = [losses[k] for k in run.numbers if k in losses]
-            if run_losses and isinstance(run.record, TrackedRun):
-                run.record.stepped(sum(run_losses) / len(run_losses))
+            if not run_losses:
+                continue
+            loss = sum(run_losses) / len(run_losses)
+            if isinstance(run.record, TrackedRun):
+                run.record.stepped(loss)
+            run.live_progress.stepped(run.record, step, loss, pairs)
         if self.display:
             self.display.stepped(step, losses, pairs)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lora_bench.tracking.base import Tracker
 
 _GROUPS = ("model", "adapter", "head", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
-_KEYS = (*_GROUPS, "tasks", "seed", "resume", "dry_run")
+_KEYS = (*_GROUPS, "tasks", "name", "tags", "notes", "seed", "resume", "dry_run")
 
 
 @dataclass(frozen=True)

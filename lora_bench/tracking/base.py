@@ -153,8 +153,8 @@ def identity(run: Run) -> str:
 
 
 def display_name(run: Run) -> str:
-    """Return the last two names of the run's folder: `2026-11-30/07-43-24-339437-b49726`."""
-    return "/".join(run.folder.resolve().parts[-2:])
+    """Return the run's name, or the last two names of its folder: `2026-11-30/07-43-24-339437-b49726`."""
+    return str(run.record["config"].get("name") or "/".join(run.folder.resolve().parts[-2:]))
 
 
 def hyperparameters(config: dict[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:

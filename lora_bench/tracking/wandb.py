@@ -73,6 +73,8 @@ class WeightsAndBiases(Tracker):
             entity=self.entity,
             id=identity(run)[:16],
             name=display_name(run),
+            tags=run.record["config"].get("tags"),
+            notes=run.record["config"].get("notes"),
             dir=str(run.folder.resolve()),
             config=dict(hyperparameters(run.record["config"])),
             mode=cast("Any", self.mode),
