@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lora_bench.completion import COMPLETE, print_candidates, run_completion
 from lora_bench.config.groups import COMMANDS, PROMPT_GROUPS, conf_folder
 from lora_bench.config.launch import Launch
 from lora_bench.console import streams
-from lora_bench.console.help import format_help, format_overview
+from lora_bench.console.help import explain, format_help, format_overview
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
 from lora_bench.console.stages import importing_libraries, show_progress
@@ -101,7 +102,7 @@ def run_command(arguments: list[str]) -> int:
     Raises:
         UserError: there is no such command, or its arguments are wrong.
     """
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(format_overview())
         return 0
     command, *rest = arguments
@@ -109,6 +110,9 @@ def run_command(arguments: list[str]) -> int:
         from lora_bench import __version__
 
         print(f"lora-bench {__version__}")
+        return 0
+    if command == COMPLETE:
+        print_candidates(rest)
         return 0
     if command not in COMMANDS:
         raise UserError(f"{command!r} is not a command", remedy=nearest(command, COMMANDS), code=Code.UNKNOWN_CHOICE)
@@ -118,6 +122,14 @@ def run_command(arguments: list[str]) -> int:
         return compare(rest)
     if "-h" in rest or "--help" in rest:
         print(format_help(command, _config_dir(rest)))
+        return 0
+    if command == "help":
+        if len(rest) == 1 and rest[0] in COMMANDS:
+            return run_command([rest[0], "--help"])
+        print(explain(rest))
+        return 0
+    if command == "completion":
+        run_completion(rest)
         return 0
     if command == "doctor":
         if rest:
