@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +17,15 @@ if TYPE_CHECKING:
     from lora_bench.run.finished_run import FinishedRun
 
 __all__ = ["load"]
-__version__ = version("lora-bench")
+
+
+def __getattr__(name: str) -> str:
+    """Return `__version__`, which takes longer to find out than the rest of the package to import."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lora-bench")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(

@@ -1,4 +1,21 @@
-from lora_bench.cli import main
+"""The entry point of the command `lora-bench`, and of `python -m lora_bench`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command of this process and return its exit code; a completion is answered without the other imports."""
+    if sys.argv[1:2] == ["__complete"]:
+        from lora_bench.completion import print_candidates
+
+        print_candidates(sys.argv[2:])
+        return 0
+    from lora_bench.cli import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

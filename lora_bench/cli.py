@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lora_bench.completion import COMPLETE, print_candidates, run_completion
 from lora_bench.config.groups import COMMANDS, PROMPT_GROUPS, conf_folder
 from lora_bench.config.keys import key_of
 from lora_bench.config.launch import Launch
-from lora_bench.console import streams
-from lora_bench.console.help import format_help, format_overview
+from lora_bench.console import streams, sweep_progress
+from lora_bench.console.help import explain, format_help, format_overview
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
-from lora_bench.console.stages import importing_libraries, show_progress
-from lora_bench.console.text import note, sanitise
+from lora_bench.console.stages import current_console, importing_libraries, show_progress
+from lora_bench.console.text import note, sanitise, stdout_console
 from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.records.job import follower_folder
 from lora_bench.records.resume import sweep_arguments
@@ -83,9 +84,11 @@ def _exit_code(arguments: list[str]) -> int:
         return _report(f"the run diverged: {error}", 1)
     except SweepFailedError as error:
         return _report(str(error), 1)
-    except KeyboardInterrupt:
-        return _report("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _report(_describe_stop(stop), 130)
     except SystemExit as stop:
+        if getattr(stop, "__notes__", None):
+            _report(_describe_stop(stop), 0)
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
@@ -102,7 +105,7 @@ def run_command(arguments: list[str]) -> int:
     Raises:
         UserError: there is no such command, or its arguments are wrong.
     """
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(format_overview())
         return 0
     command, *rest = arguments
@@ -111,6 +114,9 @@ def run_command(arguments: list[str]) -> int:
 
         print(f"lora-bench {__version__}")
         return 0
+    if command == COMPLETE:
+        print_candidates(rest)
+        return 0
     if command not in COMMANDS:
         raise UserError(f"{command!r} is not a command", remedy=nearest(command, COMMANDS), code=Code.UNKNOWN_CHOICE)
     if command in PARSED:
@@ -118,17 +124,25 @@ def run_command(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(format_help(command, _config_dir(rest)))
         return 0
+    if command == "help":
+        if len(rest) == 1 and rest[0] in COMMANDS:
+            return run_command([rest[0], "--help"])
+        print(explain(rest))
+        return 0
+    if command == "completion":
+        run_completion(rest)
+        return 0
     if command == "doctor":
         if rest:
             raise UserError("takes no arguments", key="doctor", value=rest[0], code=Code.UNKNOWN_CHOICE)
         from lora_bench.doctor import run_doctor
 
-        run_doctor(_console())
+        run_doctor(stdout_console())
         return 0
     if command == "clean":
         from lora_bench.clean import run_clean
 
-        run_clean(rest, _console())
+        run_clean(rest, stdout_console())
         return 0
     if command == "search":
         command, rest = "train", search_arguments(rest)
@@ -304,17 +318,18 @@ def _train(cfg: DictConfig) -> None:
 
     If the run has not started, its folder is removed after an error, and after a dry run. An unexpected error gets a
     note that names the log with its traceback. The claim on a resumed run is given up at the end. A process of
-    `torchrun` other than the first prints nothing and uses a temporary folder.
+    `torchrun` other than the first prints nothing and uses a temporary folder. Of a sweep that Hydra's own launcher
+    runs, this is one job.
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from lora_bench.records.job import Job, is_done
+    from lora_bench.records.job import Job, is_done, read_result
     from lora_bench.records.run_folder import discard
     from lora_bench.run.preflight import check_train
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    console = _console()
+    console, sweep = current_console(), sweep_progress.current()
     if cfg.resume:
         discard(folder)
     if is_done(cfg):
@@ -326,9 +341,10 @@ def _train(cfg: DictConfig) -> None:
     run_context = follower_folder(cfg, folder) if is_follower else nullcontext(folder)
     with show_progress(console), run_context as run_folder:
         try:
-            job = Job.composed(cfg, hydra, run_folder)
+            job = Job.composed(cfg, hydra, run_folder, "" if sweep is None else sweep.titles[hydra.job.num])
             check_train(job)
-            console.print(sanitise(f"{_title(job)}: loading"))
+            if sweep is None:
+                console.print(sanitise(f"{_title(job)}: loading"))
             if cfg.dry_run:
                 with importing_libraries():
                     from lora_bench.sweeps import cost_estimate  # torch: late
@@ -339,7 +355,11 @@ def _train(cfg: DictConfig) -> None:
                     from lora_bench.train import train
 
                 train(job, console=console)
+            if sweep is not None:
+                sweep.job_ended(job.title, read_result(job.folder, is_resumed=job.resumed is not None))
         except Exception as error:
+            if sweep is not None:
+                sweep.job_ended(sweep.titles[hydra.job.num], None, error)
             discard(run_folder)  # unless the run has started: then its record says how it ended
             if (run_folder / "run.log").exists() and not isinstance(error, UserError):
                 error.add_note(f"the traceback is in {run_folder / 'run.log'}")
@@ -364,7 +384,7 @@ def _eval(cfg: DictConfig) -> None:
     from lora_bench.run.preflight import check_eval
 
     check_eval(cfg)
-    console, choice = _console(), str(HydraConfig.get().runtime.choices["data"])
+    console, choice = stdout_console(), str(HydraConfig.get().runtime.choices["data"])
     with show_progress(console):
         console.print(sanitise(f"{cfg.run or cfg.peft} on {choice}: loading"))
         with importing_libraries():
@@ -392,7 +412,7 @@ def _export(cfg: DictConfig) -> None:
     from lora_bench.run.preflight import check_export
 
     check_export(cfg)
-    console = _console()
+    console = stdout_console()
     with show_progress(console):
         console.print(sanitise(f"{cfg.run} as {cfg.format}: loading"))
         with importing_libraries():
@@ -423,8 +443,9 @@ def _prompt(cfg: DictConfig) -> None:
             node[key] = os.path.abspath(str(node[key]))
     try:
         check_data(build_data(cfg.data))
-        console = _console()
+        console = stdout_console()
         with show_progress(console):
+            console.print(sanitise(f"{cfg.llm.model or cfg.predictions} on {choices.get('data')}: loading"))
             with importing_libraries():
                 from lora_bench.prompt import run_prompt  # torch: late
 
@@ -443,9 +464,9 @@ def _config_dir(arguments: list[str]) -> str | None:
     return None
 
 
-def _console() -> Console:
-    """Return a console for standard output; lines are wrapped in a terminal only."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+def _describe_stop(stop: BaseException) -> str:
+    """Return that the command was interrupted, and the notes of the exception: what is kept and how to resume."""
+    return " ".join(["interrupted.", *getattr(stop, "__notes__", [])]).rstrip(".")
 
 
 def _report(message: str, code: int) -> int:

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from lora_bench.analysis.best import save_best
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
 from lora_bench.analysis.significance import MARGIN
@@ -22,6 +24,7 @@ from lora_bench.analysis.terminal import render
 from lora_bench.config.metric_names import ALL_MAIN_METRICS
 from lora_bench.console.arguments import CommandParser, whole_number
 from lora_bench.console.format import to_single_line
+from lora_bench.console.stages import show_progress, stage
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, is_stream
 
@@ -47,8 +50,6 @@ def main(arguments: list[str]) -> int:
     if options.best is not None:
         save_best(table, options.best)
     if options.format == "table":
-        from rich.console import Console
-
         render(table, Console(highlight=False))
         return 0
     print(FORMATS[options.format](table), end="")
@@ -66,7 +67,8 @@ def _load(options: argparse.Namespace) -> Table:
     """
     folders = [Path(folder) for folder in options.folders or ["outputs"]]
     settings = {name: getattr(options, name) for name in ("by", "baseline", "margin", "measure", "target", "where")}
-    table = summarise(folders, **settings, view=View(options.all, options.sort, options.top))
+    with show_progress(Console(stderr=True, highlight=False, soft_wrap=True)), stage("reading the runs"):
+        table = summarise(folders, **settings, view=View(options.all, options.sort, options.top))
     if not options.anchors:
         return table
     from lora_bench.analysis.published import add_published_results  # late: numpy

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lora_bench.console.stages import importing_libraries, show_progress
 from lora_bench.extensions.entry_points import BACKBONES, CONF, METHODS, METRICS, registered
 from lora_bench.records import environment
 
@@ -35,10 +36,12 @@ def run_doctor(console: Console) -> None:
 
     torch is imported, and nothing is loaded or written. Of an optional package only whether it is installed is checked.
     """
-    import torch
+    console.print("checking this machine")
+    with show_progress(console), importing_libraries():
+        import torch
 
-    from lora_bench.files.cache import cache_folder
-    from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
+        from lora_bench.files.cache import cache_folder
+        from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
 
     described = environment.describe()
     device = resolve_device("auto")

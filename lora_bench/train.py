@@ -14,8 +14,9 @@ import torch
 
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.canonical import settings_hash
-from lora_bench.console.progress import Display, announce
+from lora_bench.console.progress import Display, JobsDisplay, announcement
 from lora_bench.console.stages import stage
+from lora_bench.console.sweep_progress import print_once
 from lora_bench.console.text import sanitise
 from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
@@ -65,8 +66,7 @@ def train_pack(
     *,
     console: Console,
     inputs: SharedInputs | None = None,
-    brief: bool = False,
-    display: DisplayFactory = Display,
+    display: DisplayFactory | None = None,
     processes: Processes = SINGLE_PROCESS,
     sharing: int = 1,
 ) -> list[Exception | None]:
@@ -76,8 +76,7 @@ def train_pack(
         jobs: each has one member, one for each of its tasks, or those of its ensemble.
         console: shows progress and results.
         inputs: that the jobs share, if they are loaded already; the backbone is unchanged afterwards.
-        brief: show one line for each result instead of a table.
-        display: creates the progress display.
+        display: creates the progress display; None: that of a single run, or of jobs of a sweep.
         processes: that train the pack together; each writes a record, and the leader's is the record of the run.
         sharing: number of processes that train on the device at the same time, each its own packs.
 
@@ -99,13 +98,13 @@ def train_pack(
         with stage("initialising the adapters"):
             inputs = _prepare(pack, runs, inputs, processes)
         with (
-            Recorder(pack, runs, inputs, console, processes, sharing, brief) as recorder,
+            Recorder(pack, runs, inputs, console, processes, sharing) as recorder,
             Interruption() as interruption,
         ):
             with stage("starting the run"):
                 recorder.start_runs()  # signals wait until every folder is claimed and its record written
             if recorder.running:
-                _fit(recorder, display, interruption)
+                _fit(recorder, display or (JobsDisplay if recorder.in_sweep else Display), interruption)
         return [run.progress.error for run in runs]
     finally:
         pack.detach()
@@ -146,7 +145,8 @@ def _fit(recorder: Recorder, display: DisplayFactory, interruption: Interruption
     experiment, started = runs[0].experiment, recorder.running[0]
     members = [member for run in runs for member in run.members]
     records = [run.record.record for run in runs if run.record]
-    announce(console, records, len(pack.updates[started.numbers[0]]), recorder.notes())
+    lines = announcement(records, len(pack.updates[started.numbers[0]]), recorder.notes())
+    print_once(console, lines[1:] if recorder.in_sweep and len(records) == 1 else lines)
     with stage("counting FLOPs"):
         flop_models = _flop_models(pack)
     for run in runs:

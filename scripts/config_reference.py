@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md and docs/errors.md from the sources.
+"""Write docs/configuration.md, docs/errors.md and lora_bench/config/keys.json from the sources.
 
-    scripts/config_reference.py            write both pages
-    scripts/config_reference.py --check    exit with 1 if a page is not up to date
+    scripts/config_reference.py            write the three files
+    scripts/config_reference.py --check    exit with 1 if one of them is not up to date
 
-A key's meaning and type come from the dataclass that declares it, its default and the choices of a group from `conf/`.
-The sources are parsed, not imported, so torch is not needed.
+`keys.json` is the index that help and shell completion read; `key_index.py` makes it. A key's meaning and type come
+from the dataclass that declares it, its default and the choices of a group from `conf/`. The sources are parsed, not
+imported, so torch is not needed.
 """
 
 from __future__ import annotations
@@ -388,21 +389,27 @@ def errors_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def build_pages() -> dict[Path, str]:
-    return {ROOT / "docs" / "configuration.md": configuration_page(), ROOT / "docs" / "errors.md": errors_page()}
+def build_files() -> dict[Path, str]:
+    import key_index  # which imports this module
+
+    return {
+        ROOT / "docs" / "configuration.md": configuration_page(),
+        ROOT / "docs" / "errors.md": errors_page(),
+        key_index.INDEX: key_index.build_index(),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not up to date")
     options = parser.parse_args()
-    pages = build_pages()
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    files = build_files()
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if options.check:
             print(f"{path.relative_to(ROOT)} is not up to date: run scripts/config_reference.py", file=sys.stderr)
         else:
-            path.write_text(pages[path], encoding="utf-8")
+            path.write_text(files[path], encoding="utf-8")
     return 1 if stale and options.check else 0
 
 

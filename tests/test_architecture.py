@@ -46,19 +46,20 @@ MAY_IMPORT = {
     "show": "errors config console files analysis records",
     "rm": "errors console files records",
     "watch": "errors console records",
-    "doctor": "files records training extensions",
+    "doctor": "console files records training extensions",
+    "completion": "errors config extensions",
     "sweeps": "errors config console files evaluation records adapters training run train",
     "hydra_plugins": "errors config console files records analysis run evaluate compare sweeps",
     "__init__": "run",
     "cli": "__init__ errors config console files records run train evaluate predict export prompt compare clean doctor"
-    " sweeps ls show rm watch",
+    " sweeps ls show rm watch completion",
     "api": "__init__ errors config console records analysis run sweeps cli",
-    "__main__": "cli",
+    "__main__": "cli completion",
 }
 COMMANDS = ("train", "evaluate", "predict", "export", "prompt", "compare", "clean", "doctor")
-COMMANDS += ("ls", "show", "rm", "watch")
+COMMANDS += ("ls", "show", "rm", "watch", "completion")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-LIGHT_COMMANDS = {"api", "cli", "compare", "clean", "doctor", "ls", "show", "rm", "watch"}
+LIGHT_COMMANDS = {"api", "cli", "compare", "clean", "doctor", "ls", "show", "rm", "watch", "completion"}
 LIGHT = {*LIGHT_COMMANDS, "errors", "extensions", "config", "console", "files", "analysis", "report", "tracking"}
 """What must not load a heavy library as it is imported: `--help`, refusals and tables take a fraction of a second."""
 KNOWS_HYDRA = {

@@ -62,14 +62,13 @@ class Trained:
         return {name: np.array(table.column(name).to_pylist()) for name in table.column_names}
 
 
-def trained(folder: Path, *overrides: str, brief: bool = False, screen: io.StringIO | None = None) -> Trained:
+def trained(folder: Path, *overrides: str, title: str = "", screen: io.StringIO | None = None) -> Trained:
     output = screen or io.StringIO()
     chosen = dict(o.split("=", 1) for o in overrides if o.split("=")[0] in ("model", "adapter", "data"))
     choices = {"model": "tiny_bert", "adapter": "lora", "data": "toy", **chosen}
     console = Console(file=output, width=200)
-    (error,) = story.train_pack(
-        [Job(composed(*overrides), folder, choices, list(overrides))], console=console, brief=brief
-    )
+    job = Job(composed(*overrides), folder, choices, list(overrides), title=title)
+    (error,) = story.train_pack([job], console=console)
     if error:
         raise error
     return Trained(folder, output.getvalue())
@@ -206,13 +205,13 @@ def test_the_screen_tells_the_story(runs: Callable[..., Trained]) -> None:
     assert "\x1b" not in run.output
 
 
-def test_briefly_it_is_one_line_per_reported_split(tmp_path: Path) -> None:
-    run = trained(tmp_path / "run", *QUICK, "trainer.max_steps=1", brief=True)
-    (line,) = [line for line in run.output.splitlines() if line.startswith("validation ")]
-    metrics = run.record["metrics"]
-    expected = "  ".join(f"{name} {metrics[f'validation/{name}']:.4f}" for name in ("accuracy", "f1", "mcc"))
-    assert line == f"validation  {expected}"
-    assert "nll" not in run.output
+def test_a_job_of_a_sweep_leaves_its_result_to_the_sweep(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", *QUICK, "trainer.max_steps=1", title="job 0: seed=0")
+    assert run.record["status"] == "done"
+    assert [line.partition(":")[0] for line in run.output.splitlines() if not line.startswith("note: ")] == [
+        "toy",
+        "2 classes",
+    ]
 
 
 def test_a_rank_goes_from_the_shell_to_the_tensors(runs: Callable[..., Trained]) -> None:

@@ -59,7 +59,7 @@ def test_every_module_and_every_yaml_travels(wheel: Path) -> None:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     package, conf = ROOT / "lora_bench", conf_folder()
     expected = {f"lora_bench/{path.relative_to(package)}" for path in package.rglob("*.py")}
-    expected |= {"lora_bench/py.typed", "lora_bench/analysis/published.yaml"}
+    expected |= {"lora_bench/py.typed", "lora_bench/analysis/published.yaml", "lora_bench/config/keys.json"}
     expected |= {f"lora_bench/conf/{path.relative_to(conf)}" for path in conf.rglob("*.yaml")}
     report = [path for path in (package / "report").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert len([path for path in report if path.parent.name in ("templates", "vendor")]) >= 12

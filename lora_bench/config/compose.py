@@ -24,6 +24,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from lora_bench.config.foreign_keys import foreign_key_note
 from lora_bench.config.groups import choices
 from lora_bench.config.keys import key_of, split_override
 from lora_bench.config.overrides import (
@@ -116,7 +117,11 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises a `UserError` instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, remedy="lora-bench COMMAND --help lists the options.", code=Code.INVALID_SYNTAX)
+        remedy = "lora-bench COMMAND --help lists the options."
+        if unknown := re.match(r"unrecognized arguments: --([\w.-]+)", message):
+            note = foreign_key_note(unknown[1])
+            remedy = f"{note} Settings are typed as key=value, without dashes." if note else remedy
+        raise UserError(message, remedy=remedy, code=Code.INVALID_SYNTAX)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,11 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("-m", "--multirun", action="store_true")
-    mode.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
-    parser.add_argument("--resolve", action="store_true")
-    parser.add_argument("-p", "--package")
-    parser.add_argument("-cd", "--config-dir")
+    mode.add_argument("-m", "--multirun", action="store_true", help="train every combination of the values: a sweep")
+    mode.add_argument(
+        "-c", "--cfg", choices=["job", "hydra", "all"], help="print the composed config and stop: --cfg job"
+    )
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: print interpolations as their values")
+    parser.add_argument("-p", "--package", help="with --cfg: print only this part: --package adapter")
+    parser.add_argument("-cd", "--config-dir", help="a folder with further choices of the groups")
     return parser
 
 

@@ -6,8 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.extensions.entry_points import choices_of, conf_folders
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -25,6 +23,8 @@ COMMANDS = {
     "rm": "remove runs",
     "clean": "remove cached tokens and prefixes, and checkpoints, or list them with their sizes",
     "doctor": "versions, devices, precisions, and what is missing here",
+    "completion": "print a script that completes commands, keys and values in bash, zsh or fish",
+    "help": "explain a command, a group or a key: help train, help adapter, help adapter.rank",
 }
 """Commands with their one-line help."""
 
@@ -91,5 +91,7 @@ def all_choices(group: str, config_dir: str | None = None) -> list[str]:
         group: a name, as `adapter` or `hydra/launcher`.
         config_dir: the folder of `--config-dir`; None without one, and one that does not exist has no choices.
     """
+    from lora_bench.extensions.entry_points import choices_of, conf_folders  # late: completion does not need it
+
     own = (path.stem for path in Path(config_dir, group).glob("[!_]*.yaml")) if config_dir else ()
     return sorted({*choices(group), *choices_of(conf_folders(), group), *own})

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.compose import _LIST_GROUPS, Arguments, compose
+from lora_bench.config.foreign_keys import foreign_key_note
 from lora_bench.config.groups import all_choices
 from lora_bench.config.keys import key_of, split_override
 from lora_bench.config.overrides import (
@@ -84,7 +85,12 @@ def _explain(error: Exception, conf: Path, config_name: str, arguments: Argument
     match = re.search(r"Could not override '([^']+)'", message)
     if match:
         key = match.group(1).split("@")[0]
-        remedy = removal_note(key) or nearest(key, _all_keys(conf, config_name, arguments)) or _LIST_KEYS
+        remedy = (
+            removal_note(key)
+            or foreign_key_note(key)
+            or nearest(key, _all_keys(conf, config_name, arguments))
+            or _LIST_KEYS
+        )
         return UserError(
             "is not a known key", key=key, remedy=remedy if len(remedy) < 300 else _LIST_KEYS, code=Code.UNKNOWN_KEY
         )

@@ -78,14 +78,25 @@ class Display(Live):
             pairs: examples that the step took.
         """
         now = time.perf_counter()
-        self.loss = _smooth(self.loss, sum(losses.values()) / len(losses))
-        self.active = losses.keys()
-        self.losses |= {member: _smooth(self.losses.get(member), loss) for member, loss in losses.items()}
-        self.pairs_per_second = _smooth(self.pairs_per_second, pairs / max(now - self.last_step, 1e-9))
-        self.last_step, self.step = now, step
-        self.progress.update(self.task, completed=step, state=self._state())
+        rate = _smooth(self.pairs_per_second, pairs / max(now - self.last_step, 1e-9))
+        self.last_step = now
+        self.set_state(step, {member: _smooth(self.losses.get(member), loss) for member, loss in losses.items()}, rate)
         if self.due(step):
             self.screen.print(self.line())
+
+    def set_state(self, step: int, losses: Mapping[int, float], pairs_per_second: float | None) -> None:
+        """Show the state after a step.
+
+        Args:
+            step: number of the update, from 1.
+            losses: the moving average of each member that still trains, at least one.
+            pairs_per_second: the moving average of the throughput.
+        """
+        self.active = losses.keys()
+        self.losses |= losses
+        self.loss = sum(losses.values()) / len(losses)
+        self.step, self.pairs_per_second = step, pairs_per_second
+        self.progress.update(self.task, completed=step, state=self._state())
 
     def evaluated(self, member: int, line: dict[str, Any], metric: str) -> None:
         """Show an evaluation of a member: in its row, or as a printed line where there is no terminal or a single run.
@@ -101,8 +112,13 @@ class Display(Live):
         self.metric = metric
         self.score = self.score_by_member[member] = metrics[metric]
         self.last_step = time.perf_counter()
-        if self.names and self.console.is_terminal:  # its row shows it
+        self._show_evaluation(member, line, metric)
+
+    def _show_evaluation(self, member: int, line: Mapping[str, Any], metric: str) -> None:
+        """Print the metrics of an evaluation, unless the row of the member shows them."""
+        if self.names and self.console.is_terminal:
             return
+        metrics = line["metrics"]
         title = f"{self.names[member].partition(':')[0]}  " if self.names else ""
         names = SHOWN_METRICS[form_of_metrics(metrics)]
         names = names if metric in names else (metric, *names[:-1])
@@ -148,23 +164,34 @@ class DisplayFactory(Protocol):
         """Return a display."""
 
 
-class RowDisplay(Display):
-    """A display on a screen with others; each name has a row, even a single one."""
+class JobsDisplay(Display):
+    """The progress display of a pack of a sweep: each job has a row, and `SweepProgress` prints the lines."""
 
     rows_from = 1
 
+    def due(self, done: int) -> bool:
+        """Return False: no line is printed for a step."""
+        return False
 
-def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> None:
-    """Print what is about to be trained, and notes.
+    def line(self) -> str:
+        """Return the state of the pack as one line, which begins with its job or the number of its jobs."""
+        name = f"{len(self.names)} jobs" if len(self.names) > 1 else self.names[0].partition(":")[0]
+        return f"{name}: {super().line()}"
+
+    def _show_evaluation(self, member: int, line: Mapping[str, Any], metric: str) -> None:
+        """Print nothing."""
+
+
+def announcement(records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequence[str]) -> list[str]:
+    """Return lines on what is about to be trained, and notes.
 
     The lines are: adapters and numbers of parameters (of several runs the number of jobs and their sum); data,
     precision and device of the first run; notes.
 
     Args:
-        console: the terminal.
         records: of the runs of a pack, as they start; at least one.
         adapted: number of adapted linears of a member.
-        notes: printed as `note: TEXT`.
+        notes: which become `note: TEXT`.
     """
     record = records[0]
     choices, params, environment = record["choices"], record["params"], record["environment"]
@@ -184,8 +211,7 @@ def announce(console: Console, records: Sequence[Mapping[str, Any]], adapted: in
         f"{data}: {sizes}; {environment['precision']} on {environment['device']}, {environment['threads']} threads",
     ]
     lines += [] if record["config"].get("tasks") else _label_lines(record["data"])
-    for line in [*lines, *(f"note: {note}" for note in notes)]:
-        console.print(sanitise(line))
+    return [*lines, *(f"note: {note}" for note in notes)]
 
 
 def _label_lines(data: Mapping[str, Any]) -> list[str]:
@@ -204,23 +230,19 @@ def _label_lines(data: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def show_result(console: Console, folder: Path, record: Mapping[str, Any], *, title: str = "", brief: bool) -> None:
+def show_result(console: Console, folder: Path, record: Mapping[str, Any]) -> None:
     """Print the results of a finished run: metrics, costs and the folder of its record.
 
-    Costs that the record does not have are left out.
+    A run of several tasks gets a line for each task and split, selection excluded, in place of tables. Costs that the
+    record does not have are left out.
 
     Args:
         console: the terminal.
         folder: of the run.
         record: of the run.
-        title: printed above, if given.
-        brief: print a line per split, selection excluded, instead of tables; a run of several tasks always gets lines.
     """
     cost, metrics = record["cost"], record["metrics"]
-    if title:
-        console.print(sanitise(title, style="bold"))
-    tasks = record["config"].get("tasks", {})
-    if brief or tasks:
+    if tasks := record["config"].get("tasks", {}):
         for prefix in _prefixes(metrics):
             split, _, task = prefix.partition("/")
             if split != "selection" and (not task or task in tasks):

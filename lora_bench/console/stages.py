@@ -16,11 +16,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
-from rich.live import Live as Refreshed
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lora_bench.console.format import format_duration, format_number
-from lora_bench.console.text import sanitise
+from lora_bench.console.resizing import ResizableLive
+from lora_bench.console.text import sanitise, stdout_console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ class Screen:
         self.console = console
         self.bars: list[Live] = []
         self._lock = threading.RLock()
-        self._refreshed: Refreshed | None = None
+        self._refreshed: ResizableLive | None = None
         self._ended = threading.Event()
         self._line_at = time.monotonic()
 
@@ -78,9 +78,7 @@ class Screen:
             self.bars.append(bar)
             if self._refreshed is None and self.console.is_terminal and not self.console.quiet:
                 # Each time a new one: one that is started again erases lines above it.
-                self._refreshed = Refreshed(
-                    console=self.console, get_renderable=self._all, refresh_per_second=8, transient=True
-                )
+                self._refreshed = ResizableLive(self.console, self._all)
                 self._refreshed.start()
 
     def remove(self, bar: Live) -> None:
@@ -92,19 +90,24 @@ class Screen:
             if bar in self.bars:
                 self.bars.remove(bar)
 
-    def print(self, line: str) -> None:
-        """Print a line of progress; the next one about a bar follows after `LINE_SECONDS` at the latest."""
+    def print(self, line: str, style: str = "") -> None:
+        """Print a line of progress; the next one about a bar follows after its `line_seconds` at the latest."""
         self._line_at = time.monotonic()
-        self.console.print(sanitise(line))
+        self.console.print(sanitise(line, style))
 
     def _all(self) -> Group:
         """Return the bars that have been there for a moment."""
         with self._lock:
             bars = [bar for bar in self.bars if time.monotonic() - bar.began >= bar.shown_after_seconds]
+            for bar in bars:
+                bar.refresh()
         return Group(*(renderable for bar in bars for renderable in bar.progress.get_renderables()))
 
     def _print_lines(self) -> None:
-        """Print a line about the newest bar whenever one is due, until the screen is left."""
+        """Print a line about the newest bar whenever one is due, until the screen is left.
+
+        The line begins with that of each bar that is an `overview`.
+        """
         while not self._ended.wait(_CHECK_SECONDS):
             with self._lock:
                 bar = self.bars[-1] if self.bars else None
@@ -112,10 +115,12 @@ class Screen:
                 silence = now - self._line_at
                 if bar is None or silence < FIRST_LINE_SECONDS:
                     continue
-                is_new = not bar.has_line and now - bar.began >= FIRST_LINE_SECONDS
-                if is_new or silence >= LINE_SECONDS:
+                interval = max(shown.line_seconds for shown in self.bars)
+                is_new = not bar.has_line and now - bar.began >= FIRST_LINE_SECONDS and interval == LINE_SECONDS
+                if is_new or silence >= interval:
                     bar.has_line = True
-                    self.print(bar.line())
+                    overviews = [shown for shown in self.bars[:-1] if shown.overview]
+                    self.print("  ".join(shown.line() for shown in [*overviews, bar]))
 
 
 class Live(ABC):
@@ -128,15 +133,24 @@ class Live(ABC):
         total: number of steps; None if it is unknown.
         columns: shown after the bar.
         title: shown before the bar.
+        time_column: the last one; None: the time that remains, or with an unknown total the time so far.
         fields: initial values of the fields that the columns show.
     """
 
     shown_after_seconds = 0.0
     lines_per_run = 10
     """Maximum number of times that `due` is true."""
+    overview = False
+    """Without a terminal, its line begins the lines about the bars that were added after it."""
 
     def __init__(
-        self, console: Console, total: float | None, *columns: ProgressColumn, title: str = "", **fields: Any
+        self,
+        console: Console,
+        total: float | None,
+        *columns: ProgressColumn,
+        title: str = "",
+        time_column: ProgressColumn | None = None,
+        **fields: Any,
     ) -> None:
         """Create the bar; it is shown on entering the context."""
         self.console = console
@@ -145,7 +159,7 @@ class Live(ABC):
         self.has_line = False
         """A line about it was printed because nothing else was."""
         self.screen = Screen(console)
-        remaining = TimeElapsedColumn() if total is None else TimeRemainingColumn(compact=True)
+        remaining = time_column or (TimeElapsedColumn() if total is None else TimeRemainingColumn(compact=True))
         titles = [TextColumn(sanitise(title).plain, markup=False)] if title else []
         self.progress = Progress(
             *titles, BarColumn(bar_width=None), *columns, remaining, console=console, expand=True, transient=True
@@ -166,12 +180,20 @@ class Live(ABC):
         self.screen.remove(self)
         self._context.close()
 
+    @property
+    def line_seconds(self) -> float:
+        """Without a terminal, the longest time from one line to the next while it is shown."""
+        return LINE_SECONDS
+
     def due(self, done: int) -> bool:
         """Return whether a line is to be printed after this many steps.
 
         Never in a terminal; otherwise after equal intervals, about `lines_per_run` times in all.
         """
         return not self.console.is_terminal and done % -(-int(self.total or 1) // self.lines_per_run) == 0
+
+    def refresh(self) -> None:
+        """Bring the bar up to date before it is drawn; most bars are at each event."""
 
     @abstractmethod
     def line(self) -> str:
@@ -232,6 +254,11 @@ def stage(name: str, total: float | None = None, unit: str = "", *, done: float 
 def importing_libraries() -> AbstractContextManager[Stage]:
     """Show that torch and transformers are imported, which takes seconds."""
     return stage("importing torch and transformers")
+
+
+def current_console() -> Console:
+    """Return the console that progress is shown on at present; without one, a new console for standard output."""
+    return stdout_console() if _current is None else _current.console
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.text import Text
 
@@ -17,3 +19,8 @@ def sanitise(text: object, style: str = "") -> Text:
 def note(text: str) -> None:
     """Print `note: TEXT` to standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(sanitise(f"note: {text}"))
+
+
+def stdout_console() -> Console:
+    """Return a console for standard output; lines are wrapped in a terminal only."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

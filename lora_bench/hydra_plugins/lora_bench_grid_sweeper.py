@@ -1,8 +1,9 @@
 """The grid sweeper: every combination, each checked before the first one runs, and a table of the whole at the end."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
-import sys
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
@@ -15,17 +16,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
-from rich.console import Console
 
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.console.stages import show_progress, stage
+from lora_bench.console.stages import current_console, show_progress, stage
+from lora_bench.console.sweep_progress import SweepProgress
+from lora_bench.console.text import sanitise, stdout_console
 from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
 from lora_bench.files.atomic_io import to_json
+from lora_bench.records.folder_lock import Claim
 from lora_bench.records.settings import Settings
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.preflight import check_paths, check_processes
+from lora_bench.sweeps.sweep_display import count_ended, describe_interrupted, expect_jobs, training_pairs
 
 SUBDIR_KEY = "hydra.sweep.subdir"
 """The key of a job's folder, relative to the sweep's."""
@@ -68,11 +72,14 @@ class GridSweeper(BasicSweeper):
         self.variants = [variant.split() for variant in variants] or [[]]
         self.baseline_jobs: list[list[str]] = []
         """The jobs of the first variant, if there are several."""
+        self.work: dict[str, float] = {}
+        """The training pairs of each job that was checked, by its folder."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run every job, or with `resume` every job that has not ended; write the tables, even after Ctrl-C.
 
-        With `dry_run` the jobs of all stages are only estimated, and nothing is written.
+        What is kept after Ctrl-C, and how to resume, is a note of the exception. With `dry_run` the jobs of all stages
+        are only estimated, and nothing is written.
 
         Args:
             arguments: overrides of the command line.
@@ -81,7 +88,6 @@ class GridSweeper(BasicSweeper):
             UserError: the request cannot be met; nothing is left behind. Also if every job was such a request.
             SweepFailedError: some jobs failed.
         """
-        from lora_bench.analysis.summary import write_tables
         from lora_bench.records import sweep_folder
 
         assert self.config is not None
@@ -117,33 +123,85 @@ class GridSweeper(BasicSweeper):
             overrides = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
             config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
             lock = sweep_folder.create(folder, overrides, config_dirs[0] if config_dirs else None, jobs)
-        tried: set[int] = set()
-        failures: list[Exception] = []
+        self._run(folder, lock, list(later))
+
+    def _run(self, folder: Path, lock: Claim, later: list[str]) -> None:
+        """Run the stages of a recorded sweep, and finish it, even after an error or Ctrl-C.
+
+        Args:
+            folder: of the sweep.
+            lock: its claim, which is released.
+            later: folders of the jobs of later stages, as far as they are known.
+
+        Raises:
+            UserError: every job was a wrong request, or the sweep's folder is lost.
+            SweepFailedError: some jobs failed.
+        """
+        from lora_bench.records import sweep_folder
+
+        is_interrupted = False
         try:
-            while True:
-                for batch in self._batches(folder, sweep_folder.read(folder), tried):
-                    lock.check()
-                    ended = [done.return_value for done in self._launch(batch)]
-                    tried |= batch.keys()
-                    for job, error in zip(batch.values(), ended, strict=True):
-                        failures += [] if error is None or self._is_expected(job, error) else [error]
-                lock.check()
-                recorded_jobs = sweep_folder.read(folder).jobs
-                next_jobs = self._next_stage(folder, recorded_jobs)
-                if not next_jobs:
-                    break
-                sweep_folder.extend(folder, self._checked(next_jobs, len(recorded_jobs)))
+            with SweepProgress(stdout_console()) as progress:
+                sweep = sweep_folder.read(folder)
+                expect_jobs(progress, sweep.jobs, later, self.work)
+                count_ended(progress, folder, sweep)
+                failures, tried = self._run_stages(folder, lock, progress)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            is_interrupted = True
+            with suppress(UserError):  # the folder was moved away, which is said below
+                stop.add_note(describe_interrupted(folder, sweep_folder.read(folder)))
+            raise
         finally:
             lock.release()
             lock.check()
-            recorded_jobs = sweep_folder.read(folder).jobs
-            if any((folder / name / "run.json").exists() for name in recorded_jobs):
-                write_tables(folder, self._baseline(folder, recorded_jobs))
-                self._conclude(folder)
-            if missing := len(sweep_folder.read(folder).unfinished_jobs(folder)):
-                command = f"lora-bench train -m {shell_argument('resume', folder)}"
-                print(f"{missing} of {len(recorded_jobs)} jobs are missing; run them with: {command}")
+            self._finish(folder, is_interrupted)
         _raise_failures(failures, len(tried))
+
+    def _run_stages(self, folder: Path, lock: Claim, progress: SweepProgress) -> tuple[list[Exception], set[int]]:
+        """Run the missing jobs of each stage; return the errors that are no results, and the numbers of the jobs."""
+        from lora_bench.records import sweep_folder
+
+        failures: list[Exception] = []
+        tried: set[int] = set()
+        while True:
+            for batch in self._batches(folder, sweep_folder.read(folder), tried):
+                lock.check()
+                ended = [done.return_value for done in self._launch(batch)]
+                tried |= batch.keys()
+                for job, error in zip(batch.values(), ended, strict=True):
+                    failures += [] if error is None or self._is_expected(job, error) else [error]
+            lock.check()
+            recorded_jobs = sweep_folder.read(folder).jobs
+            next_jobs = self._next_stage(folder, recorded_jobs)
+            if not next_jobs:
+                return failures, tried
+            sweep_folder.extend(folder, self._checked(next_jobs, len(recorded_jobs)))
+            expect_jobs(progress, sweep_folder.read(folder).jobs, [], self.work)
+
+    def _finish(self, folder: Path, is_interrupted: bool) -> None:
+        """Write the tables of the sweep, and print its comparison, its folder and the next command.
+
+        Nothing is printed after an interruption.
+        """
+        from lora_bench.analysis.summary import write_tables
+        from lora_bench.records import sweep_folder
+
+        sweep = sweep_folder.read(folder)
+        has_runs = any((folder / name / "run.json").exists() for name in sweep.jobs)
+        if has_runs:
+            write_tables(folder, self._baseline(folder, sweep.jobs))
+        if is_interrupted:
+            return
+        if has_runs:
+            self._conclude(folder)
+        missing, total = len(sweep.unfinished_jobs(folder)), len(sweep.jobs)
+        print()
+        print(sanitise(f"{total - missing} of {total} jobs have ended: {folder}").plain)
+        if missing:
+            command = f"lora-bench train -m {shell_argument('resume', folder)}"
+            print(f"{missing} of {total} jobs are missing; run them with: {command}")
+        else:
+            print(sanitise(f"next: lora-bench compare {shlex.quote(str(folder))} --html report.html").plain)
 
     # -- hooks for sweepers of several stages --
 
@@ -234,7 +292,7 @@ class GridSweeper(BasicSweeper):
 
         job_by_folder: dict[str, list[str]] = {}
         job_by_identity: dict[str, list[str]] = {}
-        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        console = current_console()
         if first == 0:
             console.print(f"{len(jobs)} job{'s' * (len(jobs) != 1)}: checking")
         with show_progress(console), stage("checking the jobs", total=len(jobs), unit="jobs") as progress:
@@ -269,6 +327,7 @@ class GridSweeper(BasicSweeper):
             hydra = composed.pop("hydra")
         compose_tasks(composed, job, hydra.runtime.config_sources)
         settings = Settings.build(composed)
+        self.work[name] = training_pairs(settings)
         check_paths(settings)
         check_processes(settings.trainer)
         from lora_bench.run.settings import Experiment  # torch: late

@@ -1,7 +1,6 @@
 """The packed launcher: jobs of a sweep that may share a backbone are trained together."""
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from rich.console import Console
 
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
-from lora_bench.console.stages import importing_libraries, show_progress
+from lora_bench.console import sweep_progress
+from lora_bench.console.stages import current_console, importing_libraries, show_progress
 from lora_bench.console.text import sanitise
 from lora_bench.records.folder_lock import Identity
-from lora_bench.records.job import Job, is_done, job_title
+from lora_bench.records.job import Job, is_done, job_titles, read_result
 
 
 @dataclass
@@ -48,46 +48,49 @@ class PackedLauncher(BasicLauncher):
         Returns:
             For each job, as return value, the error that ended it early, or None; the status is always `COMPLETED`.
         """
-        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        console = current_console()
         with show_progress(console):
             return self._launch_numbered(jobs_by_number, console)
 
     def _launch_numbered(self, jobs_by_number: Mapping[int, Sequence[str]], console: Console) -> Sequence[JobReturn]:
         """Run the jobs as `launch_numbered` does, with messages on a console that shows progress."""
-        console.print(f"{len(jobs_by_number)} job{'s' * (len(jobs_by_number) != 1)}: loading")
         with importing_libraries():
             from lora_bench.sweeps import cost_estimate  # torch: late
 
+        progress = sweep_progress.current()
+        titles = job_titles(jobs_by_number) if progress is None else progress.titles
         ended: dict[str, Exception | None] = {}
 
         def end(job: Job, error: Exception | None) -> None:
-            """Note how a job ended; print its error, and leave a failed record if it has none, except in a dry run."""
-            ended[job.title] = error
-            if error is not None:
-                if not job.cfg.dry_run:
-                    job.fail(error)
-                console.print(sanitise(f"{job.title.partition(':')[0]} failed: {error}", style="red"))
+            """Show how a job ended; leave a failed record if it has none, except in a dry run."""
+            if error is not None and not job.cfg.dry_run:
+                job.fail(error)
+            show_end(job.title, error, job)
 
-        titles, jobs = [], []
+        def show_end(title: str, error: Exception | None, job: Job | None = None) -> None:
+            ended[title] = error
+            if progress is not None:
+                result = read_result(job.folder, is_resumed=job.resumed is not None) if job else None
+                progress.job_ended(title, result, error)
+            elif error is not None:
+                console.print(sanitise(f"{sweep_progress.job_name(title)} failed: {error}", style="red"))
+
+        jobs: list[Job] = []
         try:
-            shared = set.intersection(*map(set, jobs_by_number.values())) if len(jobs_by_number) > 1 else set()
             for number, overrides in jobs_by_number.items():
-                varying = [
-                    text for text in overrides if not text.startswith(("resume=", "hydra.")) and text not in shared
-                ]
-                titles.append(job_title(number, varying))
                 try:
-                    jobs += self._composed(number, list(overrides), titles[-1])
+                    jobs += self._composed(number, list(overrides), titles[number])
                 except Exception as error:
-                    ended[titles[-1]] = error
-                    console.print(sanitise(f"job {number} failed: {error}", style="red"))
+                    show_end(titles[number], error)
             assert self.config is not None
             (cost_estimate.print_sweep_estimate if self.config.dry_run else self._train)(jobs, console, end)
         finally:
             for job in jobs:
                 if job.resumed:
                     job.resumed.release()
-        return [JobReturn(_return_value=ended.get(title), status=JobStatus.COMPLETED) for title in titles]
+        return [
+            JobReturn(_return_value=ended.get(titles[number]), status=JobStatus.COMPLETED) for number in jobs_by_number
+        ]
 
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
         from lora_bench.sweeps import workers  # torch: late

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_bench.config.groups import GROUPS
 from lora_bench.config.keys import as_typed, key_of, with_present_names
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.errors import LostFolderError
+from lora_bench.config.recorded_task import main_metric
+from lora_bench.console.sweep_progress import JobResult
+from lora_bench.errors import LostFolderError, UserError
 from lora_bench.records.backfill import ModelPaths, differences, edited, restore_config
 from lora_bench.records.folder_lock import LOCK_FILE
 from lora_bench.records.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
@@ -183,6 +186,44 @@ def is_done(cfg: DictConfig) -> bool:
     return bool(record["status"] == "done")
 
 
-def job_title(number: int, overrides: Sequence[str]) -> str:
-    """Return the name of a sweep's job: its number and the overrides in which it differs from the other jobs."""
-    return f"job {number}: {' '.join(overrides)}"
+def read_result(folder: Path, *, is_resumed: bool = False) -> JobResult | None:
+    """Return how a job has ended, from its record; None if it has none that can be read.
+
+    Its seconds are those of training. In a pack they are those from the start of the run to its end, or unknown if it
+    was resumed.
+    """
+    try:
+        record = read(folder)
+    except UserError:
+        return None
+    metric, cost, data = main_metric(record), record["cost"], record["config"].get("data")
+    seconds, finished = cost.get("train_seconds"), record["finished"]
+    if seconds is None and finished and not is_resumed:
+        seconds = (datetime.fromisoformat(finished) - datetime.fromisoformat(record["created"])).total_seconds()
+    return JobResult(
+        record["status"],
+        metric,
+        record["metrics"].get(f"selection/{metric}"),
+        record["error"] or "",
+        seconds,
+        cost.get("pack_size") or 1,
+        f"{record['choices'].get('data')} {data.get('path') if isinstance(data, dict) else ''}",
+    )
+
+
+def job_titles(jobs: Mapping[int, Sequence[str]]) -> dict[int, str]:
+    """Return the title of each job of a sweep, `job 3: seed=1`: the overrides in which it differs from the others.
+
+    Args:
+        jobs: the overrides of each job by its number.
+    """
+    shared = set.intersection(*map(set, jobs.values())) if len(jobs) > 1 else set()
+    return {
+        number: f"job {number}: {' '.join(text for text in job if text not in shared and not _is_internal(text))}"
+        for number, job in jobs.items()
+    }
+
+
+def _is_internal(override: str) -> bool:
+    """Return whether the sweeper has added an override, for the folder of a job or to resume it."""
+    return override.startswith(("resume=", "hydra."))

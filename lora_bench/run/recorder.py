@@ -57,7 +57,6 @@ class Recorder:
         console: where results are shown.
         processes: those that predict together.
         sharing: processes that train at the same time on the device.
-        brief: show one line for a result instead of a table.
     """
 
     pack: Pack
@@ -66,7 +65,6 @@ class Recorder:
     console: Console
     processes: Processes = SINGLE_PROCESS
     sharing: int = 1
-    brief: bool = False
     display: Display | None = None
     environment_notes: list[str] = field(default_factory=list)
     """On resumed runs whose environment has changed."""
@@ -84,7 +82,12 @@ class Recorder:
         if isinstance(error, Exception):
             self._fail(error)
         elif error is not None:  # Ctrl-C, or a signal that became SystemExit
-            self._interrupt()
+            self._interrupt(error)
+
+    @property
+    def in_sweep(self) -> bool:
+        """Whether the runs are jobs of a sweep, whose progress shows how they end."""
+        return bool(self.runs[0].job.title)
 
     @property
     def running(self) -> list[PackedRun]:
@@ -276,10 +279,10 @@ class Recorder:
                 record.finish("done")
                 for folder in run.folders:
                     folder.clear()
-                title = run.job.title if len(self.runs) > 1 else ""
-                show_result(self.console, record.folder, record.record, title=title, brief=self.brief)
-                for note in failure_notes(record.record):
-                    self.console.print(sanitise(f"note: {note}"))
+                if not self.in_sweep:
+                    show_result(self.console, record.folder, record.record)
+                    for note in failure_notes(record.record):
+                        self.console.print(sanitise(f"note: {note}"))
         if run.progress.error is not None:
             try:
                 record.check()
@@ -288,14 +291,13 @@ class Recorder:
             record.fail(run.progress.error)
 
     def _close_eliminated(self, run: PackedRun, record: Run) -> None:
-        """Record that halving eliminated a run, and print how to resume it; it reports nothing."""
+        """Record that halving eliminated a run; it reports nothing."""
         steps = run.progress.steps
         metric = display_name(run.progress.main_metric)
-        reason = f"eliminated by pack.halving at step {steps}: others had a better selection {metric}"
         record.update(selection={"stopped_at_step": steps})
-        record.finish("eliminated", reason)
-        name, command = run.job.title.partition(":")[0], f"lora-bench train {shell_argument('resume', record.folder)}"
-        self.console.print(sanitise(f"{name}: {reason}; resume it with: {command}"))
+        record.finish(
+            "eliminated", f"eliminated by pack.halving at step {steps}: others had a better selection {metric}"
+        )
 
     def _fail(self, error: Exception) -> None:
         """Close all runs that have not ended, after an error in something that they share."""
@@ -303,10 +305,11 @@ class Recorder:
             run.progress.error = error
             self._close(run)
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, stop: BaseException) -> None:
         """Record the runs that have not ended as interrupted: the process was stopped, and they can be resumed.
 
-        How to resume is printed, unless `brief`; a record that cannot be written is reported and left.
+        What is kept of a single run, and how to resume it, is a note of the exception. A record that cannot be written
+        is reported and left.
         """
         for run in self.running:
             assert run.record is not None
@@ -315,9 +318,10 @@ class Recorder:
             except RunFailedError as error:
                 self.console.print(sanitise(error))
                 continue
-            if not self.brief:
-                command = f"lora-bench train {shell_argument('resume', run.record.folder)}"
-                self.console.print(sanitise(f"resume it with: {command}"), soft_wrap=True)
+            if not self.in_sweep:
+                step = run.folders[0].newest_step()
+                kept = f"The run is kept up to step {step}." if step else "No step of the run is kept."
+                stop.add_note(f"{kept} Resume it with: lora-bench train {shell_argument('resume', run.record.folder)}")
 
     def _run_of(self, member: int) -> PackedRun:
         return next(run for run in self.runs if member in run.numbers)
@@ -421,7 +425,7 @@ class Recorder:
                 )
 
     def _print(self, line: str) -> None:
-        if not self.brief:
+        if not self.in_sweep:
             self.console.print(sanitise(line))
 
 

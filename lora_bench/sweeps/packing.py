@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_number
-from lora_bench.console.progress import Display
+from lora_bench.console.progress import JobsDisplay
+from lora_bench.console.sweep_progress import job_name
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError
 from lora_bench.records.run_folder import CHECKPOINTS, Run
@@ -52,7 +53,7 @@ def train_jobs(
     console: Console,
     ended: Callable[[Job, Exception | None], None],
     *,
-    display: DisplayFactory = Display,
+    display: DisplayFactory = JobsDisplay,
     sharing: int = 1,
 ) -> None:
     """Train the jobs of a sweep; those that may share a backbone are trained as packs.
@@ -66,13 +67,10 @@ def train_jobs(
         display: makes the progress display of a pack.
         sharing: processes that train packs on the same device at the same time.
     """
-    for group in group_jobs(jobs):
+    groups = group_jobs(jobs)
+    _print_single_jobs(groups, console)
+    for group in groups:
         halving = group.experiments[0].pack.halving
-        if group.single_reason:
-            consequence = ", so pack.halving does not eliminate it" if halving else ""
-            console.print(
-                sanitise(f"{group.jobs[0].title.partition(':')[0]} runs alone: {group.single_reason}{consequence}")
-            )
         try:
             inputs = SharedInputs.load(group.experiments[0])
             packs = split_into_packs(group, inputs, ended, sharing)
@@ -84,6 +82,24 @@ def train_jobs(
             console.print(f"note: pack.halving keeps one job of each pack, and there are {len(packs)} packs")
         for pack in packs:
             _train(pack, inputs, console, ended, display, sharing)
+
+
+def _print_single_jobs(groups: Sequence[Group], console: Console) -> None:
+    """Print which jobs are trained as single runs, in one line for each reason."""
+    numbers_by_reason: dict[str, list[str]] = {}
+    for group in groups:
+        if group.single_reason:
+            consequence = ", so pack.halving does not eliminate it" if group.experiments[0].pack.halving else ""
+            number = job_name(group.jobs[0].title).removeprefix("job ")
+            numbers_by_reason.setdefault(f"{group.single_reason}{consequence}", []).append(number)
+    for reason, numbers in numbers_by_reason.items():
+        few = numbers if len(numbers) <= _MAX_NUMBERS else [*numbers[:_MAX_NUMBERS], "…"]
+        verb = "runs alone" if len(numbers) == 1 else "run one by one"
+        console.print(sanitise(f"note: job {', '.join(few)} {verb}: {reason}"))
+
+
+_MAX_NUMBERS = 12
+"""Maximum jobs that a note names."""
 
 
 def group_jobs(jobs: Sequence[Job]) -> list[Group]:
@@ -295,11 +311,8 @@ def _train(
 
     Errors of training are not raised: each job is reported to `ended`.
     """
-    if len(jobs) == 1 and jobs[0].title:
-        console.print()
-        console.print(sanitise(jobs[0].title, style="bold"))
     try:
-        errors = train_pack(jobs, console=console, inputs=inputs, brief=True, display=display, sharing=sharing)
+        errors = train_pack(jobs, console=console, inputs=inputs, display=display, sharing=sharing)
     except Exception as error:
         if len(jobs) == 1:
             ended(jobs[0], error)

@@ -1,13 +1,14 @@
 """A sweep's packs as Slurm jobs, submitted and waited for with submitit.
 
-Each Slurm job trains a share of the sweep's jobs with `packing`, writes their records, and logs to a file that this
-process follows. Ctrl-C cancels the Slurm jobs: each stops after the current step and saves checkpoints, as it does
-shortly before its time limit. If this process dies, they continue.
+Each Slurm job trains a share of the sweep's jobs with `packing`, writes their records, and writes two files that this
+process follows: a log, and messages on its progress. Ctrl-C cancels the Slurm jobs: each stops after the current step
+and saves checkpoints, as it does shortly before its time limit. If this process dies, they continue.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import secrets
@@ -16,22 +17,28 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lora_bench.console.stages import show_progress
+from lora_bench.console.sweep_progress import job_name, print_once
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, RunFailedError, UserError, require, require_number, require_one_of
+from lora_bench.files.atomic_io import to_json
 from lora_bench.records.run_folder import holds_run, read
+from lora_bench.sweeps.remote_display import ReceivedDisplay, SentDisplay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from lora_bench.console.stages import Screen
     from lora_bench.records.job import Job
 
 POLL_SECONDS = 1.0
-"""Interval at which the logs of Slurm jobs are read; submitit queries Slurm less often."""
+"""Interval at which the files of Slurm jobs are read, and written to; submitit queries Slurm less often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +148,22 @@ def train_jobs(
             path.unlink()
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"Slurm refuses the jobs: {lines[-1]}", key="hydra.launcher", code=Code.SERVER) from None
-    running = [_Submitted(job, share, log, console) for job, share, log in zip(submitted, shares, logs, strict=True)]
+    try:
+        with show_progress(console) as screen:
+            _follow(
+                [
+                    _Submitted(job, share, log, screen, ended)
+                    for job, share, log in zip(submitted, shares, logs, strict=True)
+                ]
+            )
+    finally:
+        for job in submitted:
+            for path in (job.paths.submitted_pickle, job.paths.result_pickle):
+                path.unlink(missing_ok=True)
+
+
+def _follow(running: list[_Submitted]) -> None:
+    """Show the progress of the Slurm jobs until each has ended; an exception cancels them and waits for their ends."""
     try:
         while running:
             for slurm_job in list(running):
@@ -149,7 +171,7 @@ def train_jobs(
                 slurm_job.follow()
                 if is_done:
                     running.remove(slurm_job)
-                    slurm_job.end(ended)
+                    slurm_job.end()
             time.sleep(POLL_SECONDS if running else 0)
     except BaseException:
         for slurm_job in running:
@@ -158,10 +180,6 @@ def train_jobs(
             running = [slurm_job for slurm_job in running if not slurm_job.handle.done()]
             time.sleep(POLL_SECONDS if running else 0)
         raise
-    finally:
-        for job in submitted:
-            for path in (job.paths.submitted_pickle, job.paths.result_pickle):
-                path.unlink(missing_ok=True)
 
 
 def _private_folder(folder: Path, timestamp: str) -> Path:
@@ -193,35 +211,43 @@ class _Submitted:
     Args:
         handle: submitit's job.
         jobs: the sweep's jobs that it trains.
-        log: the file that it logs to.
-        console: receives the log's lines.
+        log: the file that it logs to; its messages are beside it.
+        screen: shows the log's lines and the progress.
+        ended: called with each job that has ended, and the error that ended it early or None.
     """
 
-    def __init__(self, handle: Any, jobs: Sequence[Job], log: Path, console: Console) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        jobs: Sequence[Job],
+        log: Path,
+        screen: Screen,
+        ended: Callable[[Job, Exception | None], None],
+    ) -> None:
         self.handle = handle
-        self.jobs = jobs
-        self.log = log
-        self.console = console
-        self.bytes_read = 0
-        """Bytes of its log that were printed."""
-        self._say(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}")
-
-    def _say(self, text: str) -> None:
-        self.console.print(sanitise(f"slurm {self.handle.job_id}: {text}"))
+        self.pending = {job_name(job.title): job for job in jobs}
+        """Jobs whose end was not reported, by name."""
+        self.log, self.messages = _Tail(log), _Tail(_messages_beside(log))
+        self.console = screen.console
+        self.display = ReceivedDisplay(screen)
+        self.ended = ended
+        self.console.print(sanitise(f"slurm {handle.job_id}: {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}"))
 
     def follow(self) -> None:
-        """Print the new whole lines of its log, if there is one."""
-        if not self.log.exists():
-            return
-        with self.log.open("rb") as file:
-            file.seek(self.bytes_read)
-            lines = file.read().rpartition(b"\n")[0]
-        self.bytes_read += len(lines) + bool(lines)
-        for line in filter(str.strip, lines.decode(errors="replace").splitlines()):
-            self._say(line)
+        """Print the new lines of its log, show its progress, and report the jobs that have ended without an error."""
+        print_once(self.console, filter(str.strip, self.log.new_lines()), f"slurm {self.handle.job_id}: ")
+        for line in self.messages.new_lines():
+            self._handle(*json.loads(line))
 
-    def end(self, ended: Callable[[Job, Exception | None], None]) -> None:
-        """Report how each of its jobs ended: from its result, or else from the job's record.
+    def _handle(self, message: str, *arguments: Any) -> None:
+        """Report a job that has ended without an error, or show progress."""
+        if message == "end":
+            self.ended(self.pending.pop(*arguments), None)
+        else:
+            self.display.receive(message, *arguments)
+
+    def end(self) -> None:
+        """Report how each of its other jobs ended: from its result, or else from the job's record.
 
         A job without a result whose record is not `done` has ended with a `RunFailedError`.
         """
@@ -229,9 +255,10 @@ class _Submitted:
         errors = {} if error else self.handle.result()
         reason = f"Slurm job {self.handle.job_id}, which trained it, ended early ({self.handle.state.lower()})"
         remedy = f"Run the missing jobs with resume=DIR. Slurm's error output: {self.handle.paths.stderr}"
-        for job in self.jobs:
+        self.display.hide()
+        for job in self.pending.values():
             done = holds_run(job.folder) and read(job.folder)["status"] == "done"
-            ended(
+            self.ended(
                 job,
                 errors[job.title]
                 if job.title in errors
@@ -239,6 +266,29 @@ class _Submitted:
                 if done
                 else RunFailedError(reason, remedy=remedy, code=Code.PROCESS_ENDED),
             )
+
+
+class _Tail:
+    """The new lines of a file that another process writes; it need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes_read = 0
+
+    def new_lines(self) -> list[str]:
+        """Return the whole lines since the last call."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.bytes_read)
+            lines = file.read().rpartition(b"\n")[0]
+        self.bytes_read += len(lines) + bool(lines)
+        return lines.decode(errors="replace").splitlines()
+
+
+def _messages_beside(log: Path) -> Path:
+    """Return the file of the messages that belong to a log."""
+    return log.with_suffix(".jsonl")
 
 
 # -- inside the Slurm job --
@@ -251,7 +301,7 @@ def train_share(jobs: Sequence[Job], log: Path, folder: str) -> dict[str, Except
 
     Args:
         jobs: the share of this Slurm job.
-        log: the file to log to.
+        log: the file to log to; messages on the progress go to a file beside it.
         folder: the working folder of the submitting process.
 
     Returns:
@@ -264,7 +314,17 @@ def train_share(jobs: Sequence[Job], log: Path, folder: str) -> dict[str, Except
     signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # the time limit is near
     os.chdir(folder)
     errors: dict[str, Exception | None] = {}
-    with log.open("a", buffering=1, encoding="utf-8") as file, suppress(SystemExit, KeyboardInterrupt):
-        console = Console(file=file, highlight=False, soft_wrap=True)
-        train_handed_over(jobs, console, lambda job, error: errors.update({job.title: error}))
+    files = [path.open("a", buffering=1, encoding="utf-8") for path in (log, _messages_beside(log))]
+
+    def send(*message: Any) -> None:
+        files[1].write(json.dumps(to_json(message)) + "\n")
+
+    def ended(job: Job, error: Exception | None) -> None:
+        errors[job.title] = error
+        if error is None:
+            send("end", job_name(job.title))
+
+    with files[0], files[1], suppress(SystemExit, KeyboardInterrupt):
+        console = Console(file=files[0], highlight=False, soft_wrap=True)
+        train_handed_over(jobs, console, ended, display=partial(SentDisplay, send, every_seconds=POLL_SECONDS))
     return errors

@@ -18,26 +18,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import wait
-from typing import IO, TYPE_CHECKING, Any, Self, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
 
-from lora_bench.console import streams
-from lora_bench.console.progress import Display, RowDisplay
+from lora_bench.console import streams, sweep_progress
 from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import terminate
 from lora_bench.console.stages import Screen, show_progress
-from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError
 from lora_bench.records.run_folder import Run
 from lora_bench.sweeps import packing
+from lora_bench.sweeps.remote_display import ReceivedDisplay, SentDisplay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
-    from types import TracebackType
 
     from lora_bench.records.job import Job
     from lora_bench.sweeps.packing import Group
@@ -174,13 +172,13 @@ class _Worker:
         self.pending = {job.title: job for job in jobs}
         """Jobs that have not ended, by title."""
         self.screen = screen
-        self.display: RowDisplay | None = None
-        """The progress of its training, if it is training and progress is sent."""
+        self.display = ReceivedDisplay(screen)
+        """The progress of its training."""
         self.ended = ended
         sent = hand_over(jobs)
         context = multiprocessing.get_context("spawn")
         self.connection, its_end = context.Pipe(duplex=False)
-        settings = (os.getcwd(), workers.gpu_of(number), threads, workers.sharing, screen.console.is_terminal)
+        settings = (os.getcwd(), workers.gpu_of(number), threads, workers.sharing)
         self.process: SpawnProcess = context.Process(target=_work, args=(sent, its_end, *settings))
         with _blocked_terminal_signals():
             self.process.start()
@@ -195,7 +193,7 @@ class _Worker:
             message, *arguments = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            self._hide()
+            self.display.hide()
             for job in self.pending.values():
                 reason = f"its worker process ended with exit code {self.process.exitcode}"
                 self.ended(
@@ -203,32 +201,19 @@ class _Worker:
                     RunFailedError(reason, remedy="Run the missing jobs with resume=DIR.", code=Code.PROCESS_ENDED),
                 )
             return False
-        getattr(self, f"_{message}")(*arguments)
+        self._handle(message, *arguments)
         return True
 
-    def _say(self, text: str) -> None:
-        for line in filter(str.strip, text.splitlines()):
-            self.screen.console.print(sanitise(f"{self.name}: {line}"))
-
-    def _show(self, steps: int, names: Sequence[str]) -> None:
-        self.display = RowDisplay(self.screen.console, steps, names)
-        self.screen.add(self.display)
-
-    def _stepped(self, *arguments: Any) -> None:
-        if self.display is not None:
-            self.display.stepped(*arguments)
-
-    def _evaluated(self, *arguments: Any) -> None:
-        if self.display is not None:
-            self.display.evaluated(*arguments)
-
-    def _hide(self) -> None:
-        if self.display is not None:
-            self.screen.remove(self.display)
-            self.display = None
-
-    def _end(self, title: str, error: Exception | None) -> None:
-        self.ended(self.pending.pop(title), error)
+    def _handle(self, message: str, *arguments: Any) -> None:
+        """Print a text, report a job that has ended, or show progress."""
+        if message == "say":
+            (text,) = arguments
+            sweep_progress.print_once(self.screen.console, filter(str.strip, text.splitlines()), f"{self.name}: ")
+        elif message == "end":
+            title, error = arguments
+            self.ended(self.pending.pop(title), error)
+        else:
+            self.display.receive(message, *arguments)
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
@@ -273,7 +258,6 @@ def _work(
     gpu: str | None,
     threads: int,
     sharing: int,
-    live: bool,
 ) -> None:
     """Train the jobs, and send messages and progress to the main process; this is all that a worker process does.
 
@@ -284,7 +268,6 @@ def _work(
         gpu: name of its GPU; None: as in the main process.
         threads: CPU threads.
         sharing: workers on one device.
-        live: whether progress is sent.
     """
     signal.signal(signal.SIGTERM, terminate)
     streams.protect()
@@ -304,9 +287,8 @@ def _work(
         send("end", job.title, error)
 
     console = Console(file=cast("IO[str]", _Lines(send)), highlight=False, soft_wrap=True)
-    display = partial(_SentDisplay, send) if live else Display
     with show_progress(console):
-        train_handed_over(jobs, console, ended, display=display, sharing=sharing)
+        train_handed_over(jobs, console, ended, display=partial(SentDisplay, send), sharing=sharing)
 
 
 def train_handed_over(
@@ -360,29 +342,6 @@ class _Lines(io.TextIOBase):
     def write(self, text: str) -> int:
         self.send("say", text)
         return len(text)
-
-
-class _SentDisplay(Display):
-    """A progress display that shows nothing, and sends its updates to the main process."""
-
-    def __init__(self, send: Callable[..., None], console: Console, steps: int, names: Sequence[str]) -> None:
-        super().__init__(console, steps, names)
-        self.send = send
-        send("show", steps, list(names))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.send("hide")
-
-    def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-        self.send("stepped", step, dict(losses), pairs)
-
-    def evaluated(self, member: int, line: dict[str, Any], metric: str) -> None:
-        self.send("evaluated", member, line, metric)
 
 
 def _end_with_parent() -> None:

@@ -124,6 +124,10 @@ class Checkpoints:
                 self.damaged.append(f"{folder.name}: {error}")
         return None
 
+    def newest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, which may be damaged; None if there is none."""
+        return next(map(self._step, self._newest_first()), None)
+
     def clear(self) -> None:
         """Remove the folder, with the checkpoints of all members: a finished run is never resumed."""
         self.check()

@@ -99,9 +99,10 @@ def test_the_metrics_of_the_form_and_the_main_metric_are_shown(
 def test_the_end_of_a_run_shows_the_metrics_of_its_form() -> None:
     file = io.StringIO()
     cost = {"steps": 1, "train_seconds": None, "pairs_per_second": None, "train_flops": 1.0, "peak_memory_bytes": None}
-    metrics = {f"validation/{name}": 0.5 for name in ("pearson", "spearman", "mse", "mae")}
-    show_result(Console(file=file), Path("run"), {"cost": cost, "metrics": metrics, "config": {}}, brief=True)
-    assert file.getvalue().startswith("validation  pearson 0.5000  spearman 0.5000  mse 0.5000\n")
+    metrics = {f"validation/one/{name}": 0.5 for name in ("pearson", "spearman", "mse", "mae")}
+    config = {"tasks": {"one": {}}}
+    show_result(Console(file=file), Path("run"), {"cost": cost, "metrics": metrics, "config": config})
+    assert file.getvalue().startswith("validation/one  pearson 0.5000  spearman 0.5000  mse 0.5000\n")
 
 
 def test_the_loss_is_smoothed_and_the_mean_over_members() -> None:

@@ -6,7 +6,7 @@ import io
 import sys
 import time
 
-import huggingface_hub.utils  # noqa: F401
+import huggingface_hub.utils.tqdm  # noqa: F401
 import pytest
 from rich.console import Console
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,34 @@ def test_a_grid_of_ranks(in_tmp: Path) -> None:
     rows = table(folder)
     assert sorted(row["adapter.rank"] for row in rows) == ["2", "4", "8"]
     assert "adapter.rank" in (folder / "table.md").read_text(encoding="utf-8")
-    assert "adapter.rank" in answer.out
-    assert [f"job {number}:" in answer.out for number in range(3)] == [True] * 3
+    lines = answer.out.splitlines()
+    assert lines[0] == "3 jobs: checking"
+    ended = [line for line in lines if re.match(r"\d/3  job ", line)]
+    assert [line.split("  mcc ")[0] for line in ended] == [
+        f"{k + 1}/3  job {k}: adapter.rank={2 << k}" for k in range(3)
+    ]
+    assert all(line.endswith(" in a pack of 3") for line in ended)
+    assert not any(line.startswith(("step ", "epoch ", "record: ")) for line in lines)
+    assert sum(line.startswith("toy: train ") for line in lines) == 1
+    assert lines[-2] == f"3 of 3 jobs have ended: {folder.relative_to(in_tmp)}"
+    assert lines[-1].startswith(f"next: lora-bench compare {folder.relative_to(in_tmp)}")
+    assert "adapter.rank" in answer.out.partition("3/3")[2]  # the comparison
+
+
+def test_hydras_own_launcher_shows_the_same_lines(in_tmp: Path) -> None:
+    sweep = [
+        *toy_run(SWEEP),
+        "hydra/launcher=basic",
+        "optimizer.warmup=0",
+        "optimizer.lr=1e-3,1e30",
+        "trainer.max_steps=2",
+    ]
+    answer = lora_bench("train", "-m", *sweep)
+    assert answer.code == 1
+    first, second = (line for line in answer.out.splitlines() if re.match(r"\d/2  job |job ", line))
+    assert re.fullmatch(r"1/2  job 0: optimizer\.lr=0\.001  mcc -?\d\.\d+  \d.* s", first)
+    assert second.startswith("job 1 failed: step ")
+    assert not any(line.startswith(("step ", "record: ")) for line in answer.out.splitlines())
 
 
 def test_seeds_of_one_experiment_are_one_row(in_tmp: Path) -> None:

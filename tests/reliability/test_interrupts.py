@@ -92,7 +92,7 @@ def stopped_and_gone_on(at_step: Any, method: str, number: int) -> int:
     at_step(7, signalled(number))
     answer = lora_bench("train", *arguments, "hydra.run.dir=run")
     assert record("run")["status"] == "interrupted"
-    assert "lora-bench train resume=" in answer.out
+    assert "lora-bench train resume=" in answer.err
     assert [p.name for p in Path("run/checkpoints").iterdir() if p.name == "step-00000007"]
     at_step(0, lambda: None)
     gone_on = lora_bench("train", "resume=run")

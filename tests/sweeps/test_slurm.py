@@ -51,15 +51,15 @@ def _quick(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at_first_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[Any], object]) -> None:
-    """Call `action` with the Slurm job that reports a step first."""
-    report = slurm._Submitted._say
+    """Call `action` with the Slurm job that first reports a step after its first checkpoint."""
+    handle = slurm._Submitted._handle
 
-    def report_and_act(self: slurm._Submitted, text: str) -> None:
-        report(self, text)
-        if text.startswith("step "):
+    def handle_and_act(self: slurm._Submitted, message: str, *arguments: Any) -> None:
+        handle(self, message, *arguments)
+        if message == "stepped" and arguments[0] > 5:
             action(self.handle)
 
-    monkeypatch.setattr(slurm._Submitted, "_say", report_and_act)
+    monkeypatch.setattr(slurm._Submitted, "_handle", handle_and_act)
 
 
 def pickle_files() -> list[Path]:
@@ -130,8 +130,8 @@ def test_ctrl_c_cancels_the_jobs_which_write_checkpoints(monkeypatch: pytest.Mon
     at_first_step(monkeypatch, interrupt)
     answer = lora_bench("train", "-m", *LONG, "seed=0,1")
     assert (answer.code, answer.err.count("\n")) == (130, 1), answer
-    assert "2 of 2 jobs" in answer.out
-    assert "lora-bench train -m resume=sweep" in answer.out
+    assert "0 of 2 jobs are done and 2 continue from the last checkpoint" in answer.err
+    assert "lora-bench train -m resume=sweep" in answer.err
     assert statuses() == {"0": "interrupted", "1": "interrupted"}
     assert any(Path("sweep/0/checkpoints").iterdir())
     assert pickle_files() == []
