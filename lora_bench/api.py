@@ -34,6 +34,7 @@ from lora_bench.config.keys import key_of
 from lora_bench.console.redaction import remember
 from lora_bench.errors import Code, UserError, quoted
 from lora_bench.records import run_folder, sweep_folder
+from lora_bench.records.resume import resolve_folder
 
 if TYPE_CHECKING:
     import pandas
@@ -86,7 +87,7 @@ def train(
     Args:
         overrides: settings as on the command line: `"adapter.rank=8"`.
         folder: the new run's folder; None: a new one below `outputs/`.
-        resume: the folder of an interrupted run to resume, not `last`; a run that is done is returned as it is.
+        resume: the interrupted run to resume: its folder, name or id; a run that is done is returned as it is.
         config_dir: a folder with further choices of the configuration groups.
         quiet: print nothing.
         settings: settings by key: `seed=1`, `adapter="dora"`, `adapter={"rank": 8}`, `**{"adapter.rank": 8}`.
@@ -122,7 +123,7 @@ def sweep(
     Args:
         overrides: settings as on the command line: `"seed=range(5)"`, `"sweep=rank"`.
         folder: the new sweep's folder; None: a new one below `outputs/sweeps/`.
-        resume: the folder of a sweep, of which the unfinished runs are trained; not `last`.
+        resume: the folder or name of a sweep, of which the unfinished runs are trained.
         config_dir: a folder with further choices of the configuration groups.
         quiet: print nothing.
         settings: settings by key, as for `train`; a list holds the values to try: `adapter={"rank": [2, 4, 8]}`.
@@ -158,7 +159,7 @@ def compare(
     `frame.attrs["notes"]` and `frame.attrs["advice"]`, two lists of sentences.
 
     Args:
-        folders: run folders, sweeps, or folders above them.
+        folders: run folders, sweeps, folders above them, or names and ids of runs.
         by: configuration keys, separated by commas: one row for each combination of their values.
         baseline: the row that the other ones are tested against: `full`, `adapter=lora,adapter.rank=8`, or a folder.
         margin: a difference up to this counts as equivalent.
@@ -250,7 +251,7 @@ def _train(
         if override.startswith("-") and override != "-m":
             remedy = "Each override is key=value or group=choice."
             raise UserError(f"{override!r} is an option", remedy=remedy, code=Code.INVALID_SYNTAX)
-    path = Path(folder or resume or _new_folder(mode))
+    path = Path(folder or _new_folder(mode)) if resume is None else resolve_folder(str(resume))
     key = "resume" if resume is not None else f"hydra.{mode}.dir"
     options = [] if config_dir is None else ["--config-dir", str(config_dir)]
     remember(arguments)

@@ -233,7 +233,7 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
 
     Args:
         arguments: as typed.
-        resume: a folder, or `last` for the newest unfinished run or sweep below `outputs/`.
+        resume: a folder, a name, an id, or `last` for the newest unfinished run or sweep below `outputs/`.
 
     Raises:
         UserError: the folder is not that of a sweep, and `-m` was typed; `last` finds none; or `sweep_arguments`
@@ -243,7 +243,7 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
     from lora_bench.records.resume import resolve_folder
     from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
-    folder = resolve_folder(resume, Path("outputs"))
+    folder = resolve_folder(resume)
     if is_sweep(folder):
         try:
             recorded = sweep_arguments(arguments, folder)

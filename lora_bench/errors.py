@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class Code(StrEnum):
     """The kind of a `UserError`: stable from version to version, whereas the wording of a message is not."""
 
+    AMBIGUOUS = "ambiguous"
+    """The value stands for several runs."""
     BUDGET_SPENT = "budget_spent"
     """A limit of requests or money is reached."""
     CONFLICT = "conflict"

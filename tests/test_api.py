@@ -74,9 +74,9 @@ def test_a_failed_sweep_is_resumed() -> None:
         ("sweep", {"dry_run": True}, Code.UNSUPPORTED, "dry_run"),
         ("train", {"hydra.run.dir": "there"}, Code.CONFLICT, "hydra.run.dir"),
         ("train", {"folder": "a", "resume": "b"}, Code.CONFLICT, "folder"),
-        ("train", {"resume": "nowhere"}, Code.NOT_FOUND, None),
+        ("train", {"resume": "nowhere"}, Code.NOT_FOUND, "resume"),
         ("sweep", {"adapter.rank": [1, 0]}, Code.INVALID_VALUE, "adapter.rank"),
-        ("compare", {"folders": "nowhere"}, Code.NOT_FOUND, None),
+        ("compare", {"folders": "nowhere"}, Code.NOT_FOUND, "compare"),
     ],
 )
 def test_wrong_requests_are_refused_and_leave_nothing(

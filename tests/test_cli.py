@@ -241,6 +241,6 @@ def test_eval_and_predict_name_what_they_need(in_tmp: Path) -> None:
     assert "run=DIR or peft=DIR" in str(error)
     for arguments in (["eval", "data=toy"], ["predict", "input=pairs.tsv"]):
         error = refused(*arguments, "run=nowhere")
-        assert (error.code, str(error.file)) == (Code.NOT_FOUND, "nowhere/run.json")
+        assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "run", "nowhere")
     error = refused("predict", "input=pairs.tsv")
     assert (error.code, error.key) == (Code.MISSING, "run")

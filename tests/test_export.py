@@ -305,7 +305,7 @@ def test_what_is_missing_or_wrong_is_refused_by_its_key(runs: Callable[..., Path
     assert (error.code, error.key, error.value) == (Code.UNKNOWN_CHOICE, "format", "gguf")
     assert "peft, merged, onnx, torch" in str(error)
     error = refused("export", "run=nowhere", "format=peft", "output=x")
-    assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/run.json"))
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "run", "nowhere")
 
 
 def test_an_unfinished_run_is_refused(runs: Callable[..., Path], in_tmp: Path) -> None:

@@ -16,6 +16,8 @@ from lora_bench.analysis.significance import BASELINE, MARGIN, NOT_TESTED, Findi
 from lora_bench.analysis.table import Column, Row, Table, format_value
 from lora_bench.config.metric_names import display_name
 from lora_bench.errors import Code, UserError, nearest
+from lora_bench.records.run_names import choose_run, match_runs
+from lora_bench.records.stored_run import StoredRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +95,8 @@ def _named_rows(table: Table, name: str) -> set[int]:
 
     Args:
         table: the rows.
-        name: the folder of a run or one above it, `key=value,key=value`, or a value alone (`full`).
+        name: the folder of a run or one above it, `key=value,key=value`, a value alone (`full`), or the name or the
+            first digits of the id of runs in the table.
 
     Raises:
         UserError: it matches no row.
@@ -109,7 +112,7 @@ def _named_rows(table: Table, name: str) -> set[int]:
             i
             for i, row in enumerate(table.rows)
             if all(_matches(table, row, condition.strip()) for condition in conditions)
-        ]
+        ] or _rows_of_run(table, name)
     if not matches:
         values = {format_value(value) for row in table.rows for value in row.keys.values()}
         remedy = nearest(name, values | {table.label(row) for row in table.rows}) if len(table.rows) <= 20 else ""
@@ -117,6 +120,20 @@ def _named_rows(table: Table, name: str) -> set[int]:
             "matches no row of this table", key="--baseline", value=name, remedy=remedy, code=Code.UNKNOWN_CHOICE
         )
     return set(matches)
+
+
+def _rows_of_run(table: Table, reference: str) -> list[int]:
+    """Return the number of the row of the run that a name, an id or `last` stands for; an empty list without one.
+
+    Raises:
+        UserError: the reference is the beginning of several ids.
+    """
+    runs = [StoredRun(folder, record) for folder, record in table.records.items()]
+    runs.sort(key=lambda run: run.record["created"] or "")
+    if not match_runs(reference, runs):
+        return []
+    folder = choose_run(reference, runs, "--baseline").folder
+    return [i for i, row in enumerate(table.rows) if folder in row.folders]
 
 
 def _is_below(folder: Path, parent: Path) -> bool:

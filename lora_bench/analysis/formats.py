@@ -24,7 +24,9 @@ def _rows_of_values(table: Table) -> Iterator[dict[str, Any]]:
         values: dict[str, Any] = {column.name: row.keys.get(column.name) for column in table.keys}
         values["n"] = row.n
         for column in table.columns:
-            if column.format not in ("key", "interval"):
+            if column.format == "text":
+                values[column.name] = row.keys.get(column.name)
+            elif column.format not in ("key", "interval"):
                 stat = row.stats.get(column.name)
                 mean = stat.mean if stat else None
                 values[column.name] = int(mean) if mean and column.format != "metric" and mean.is_integer() else mean

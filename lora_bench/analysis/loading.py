@@ -21,6 +21,7 @@ from lora_bench.records import metrics_log
 from lora_bench.records.backfill import align_configs
 from lora_bench.records.evaluations import add_evaluations
 from lora_bench.records.run_folder import METRICS_FILE, find_runs, is_killed, is_prompted
+from lora_bench.records.run_names import find_folder
 from lora_bench.records.task_folders import split_by_task
 
 if TYPE_CHECKING:
@@ -84,12 +85,12 @@ def load_runs(paths: Sequence[Path]) -> LoadedRuns:
     """Read the runs at or below `paths`.
 
     Args:
-        paths: run folders, sweeps, or folders above.
+        paths: run folders, sweeps, folders above, or names and ids of runs.
 
     Raises:
         UserError: a path does not exist, or there are no runs.
     """
-    recorded, skipped = find_runs(paths)
+    recorded, skipped = find_runs([find_folder(path, "compare") for path in paths])
     recorded, unread_tasks = split_by_task(recorded)
     recorded = [(folder, add_evaluations(folder, record)) for folder, record in align_configs(recorded)]
     if not recorded:
@@ -127,10 +128,8 @@ def _unfinished(run: RecordedRun) -> Missing:
         reason = record["error"] or "no reason recorded"
         return Missing(status, run.folder, reason if len(reason) <= 300 else reason[:299] + "…", overrides)
     reason = f"since {(record['created'] or '?')[:16].replace('T', ' ')} UTC"
-    logged = metrics_log.last_line(run.folder / METRICS_FILE) or {}
-    metrics = logged.get("metrics")
-    value = metrics.get(run.main_metric) if isinstance(metrics, dict) else None
-    if isinstance(value, float):
-        reason += f", step {logged.get('step')}, {logged.get('split')} {run.main_metric} {value:.4f}"
+    if last := metrics_log.last_value(run.folder / METRICS_FILE, run.main_metric):
+        value, line = last
+        reason += f", step {line.get('step')}, {line.get('split')} {run.main_metric} {value:.4f}"
     remedy = "run the same command again" if is_prompted(record) else f"resume it with resume={run.folder}"
     return Missing(status, run.folder, f"{reason}; its process has ended: {remedy}" if killed else reason, overrides)

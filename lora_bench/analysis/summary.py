@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+NAME = "name"
+"""The column of the name that the runs of a row share; there is none if no row has one."""
+
+
 @dataclass(frozen=True)
 class View:
     """The rows of a comparison to show, and their order. Decisions do not depend on it."""
@@ -160,7 +164,8 @@ def _settings_table(loaded: LoadedRuns, by: str | None, measure: str | None) -> 
     main = {name: metrics[f"{loaded.splits[0]}/{name}"].name for name in main_metrics}
     in_order = [column.name for column in metrics.values() if column.name in main.values()]
     intervals = [Column(f"{name} 95 %", "interval", of=name) for name in in_order]
-    columns = [*(Column(key, "key") for key in shown_keys), *metrics.values(), *intervals, *costs.values()]
+    names = [Column(NAME, "text")] if NAME not in shown_keys and any(NAME in row.keys for row in rows) else []
+    columns = [*(Column(key, "key") for key in shown_keys), *names, *metrics.values(), *intervals, *costs.values()]
     return Table(columns, _best_first(rows, main, records), [], loaded.missing, records)
 
 
@@ -181,6 +186,8 @@ def _row(runs: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[s
         if stat is not None:
             stats[column.name] = stat
     keys = {key: _short(runs[0].keys[key]) for key in shown_keys if key in runs[0].keys}
+    names = {run.keys.get(NAME) for run in runs} - {None}
+    keys |= {NAME: names.pop()} if len(names) == 1 and NAME not in keys else {}
     unlearned = sum(_failure(run.record, split) is not None for run in runs)
     return Row(keys, stats, len(runs), [run.folder for run in runs], data=runs[0].block, unlearned=unlearned)
 

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lora_bench.config.groups import choices
-from lora_bench.config.keys import key_of
+from lora_bench.config.keys import key_of, split_override
 from lora_bench.config.overrides import (
     CheckedFileSource,
     check_config,
@@ -92,11 +92,13 @@ class Arguments(argparse.Namespace):
     def resume(self) -> str | None:
         """Return the last typed value of `resume`.
 
-        None if there is none, or if it is not a text without interpolations: null, a number, several values. The
-        composed config has it then.
+        None if there is none, or if it is neither a text without interpolations nor a number, as the id of a run may
+        be: null, several values. The composed config has it then.
         """
-        values = [parse_override(text).value() for text in self.overrides if key_of(text) == "resume"]
-        value = values[-1] if values else None
+        typed = [text for text in self.overrides if key_of(text) == "resume"]
+        value = parse_override(typed[-1]).value() if typed else None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return split_override(typed[-1])[1]
         return value if isinstance(value, str) and "${" not in value else None
 
     def repeated(self) -> list[str]:

@@ -35,6 +35,18 @@ def key_of(override: str) -> str:
     return split_override(override)[0]
 
 
+def as_typed(value: object, key: str, overrides: Iterable[str]) -> str:
+    """Return the value of a text key as it was typed: Hydra reads the id `12e456` of a run as a number.
+
+    Args:
+        value: in the composed config.
+        key: its key.
+        overrides: as typed.
+    """
+    typed = [text for text in map(str, overrides) if key_of(text) == key]
+    return split_override(typed[-1])[1] if typed and isinstance(value, float) else str(value)
+
+
 RENAMED = {"adapter.matching": "head.pair_features"}
 """Keys of older versions with their present names: records are read with these, the command line refuses them."""
 

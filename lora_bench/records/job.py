@@ -15,13 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config.groups import GROUPS
-from lora_bench.config.keys import key_of, with_present_names
+from lora_bench.config.keys import as_typed, key_of, with_present_names
 from lora_bench.config.multitask import compose_tasks
 from lora_bench.errors import LostFolderError
 from lora_bench.records.backfill import ModelPaths, differences, edited, restore_config
 from lora_bench.records.folder_lock import LOCK_FILE
 from lora_bench.records.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
 from lora_bench.records.run_folder import CHECKPOINTS, Run, discard, holds_run, read
+from lora_bench.records.run_names import find_run
 from lora_bench.records.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class Job:
         choices = {group: hydra.runtime.choices.get(group) for group in GROUPS if hydra.runtime.choices.get(group)}
         overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # as typed
         compose_tasks(cfg, overrides, hydra.runtime.config_sources)
+        if cfg.adapter.get("init_from") and not cfg.resume:
+            reference = as_typed(cfg.adapter.init_from, "adapter.init_from", overrides)
+            cfg.adapter.init_from = str(find_run(reference, "adapter.init_from", finished=True))
         for node, key in ((cfg.model, "path"), (cfg.data, "path"), (cfg.adapter, "init_from")):
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
                 node[key] = os.path.abspath(str(node[key]))

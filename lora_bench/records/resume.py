@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -12,30 +11,33 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_bench.config import keys
 from lora_bench.config.removed import REMOVAL, removal_note
+from lora_bench.config.schema import LAST
 from lora_bench.console.redaction import hides_secret, is_identifier, leaves, redact_value
 from lora_bench.errors import Code, UserError, quoted, shell_argument
 from lora_bench.records import sweep_folder
 from lora_bench.records.run_folder import PROMPT_AGAIN, find_runs, is_prompted
+from lora_bench.records.run_names import TOP, find_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from omegaconf import DictConfig
 
     from lora_bench.config.compose import Arguments
 
 
-def resolve_folder(resume: str, top: Path) -> Path:
+def resolve_folder(resume: str, top: Path = TOP) -> Path:
     """Return the folder that `resume` names; for `last` the newest unfinished run or sweep below `top`.
 
-    A name other than `last` is not checked. Runs of a sweep and of `lora-bench prompt` do not count. A record without a
-    date, or with one in the future, is never the newest.
+    Any other reference is resolved as `find_folder` does. For `last`, runs of a sweep and of `lora-bench prompt` do not
+    count. A record without a date, or with one in the future, is never the newest.
 
     Raises:
-        UserError: there is no unfinished run or sweep, or none has a valid date.
+        UserError: there is no unfinished run or sweep, or none has a valid date; or as `find_folder`.
     """
-    if resume != "last":
-        return Path(resume)
+    if resume != LAST:
+        return find_folder(resume, "resume")
     runs = find_runs([top])[0] if top.exists() else []
     dated = [
         *sweep_folder.unfinished_sweeps(top),

@@ -18,6 +18,7 @@ from lora_bench.data.tokenization import scoring_table
 from lora_bench.errors import Code, RunFailedError, UserError
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_folder import adapter_folders, altered_notes
+from lora_bench.records.run_names import find_run
 from lora_bench.run.inputs import attach
 from lora_bench.run.settings import Experiment
 from lora_bench.training.precision import resolve_device
@@ -60,7 +61,7 @@ class FinishedRun:
         A record that was edited, and files of a tokenizer that changed without effect on the token ids, are only noted.
 
         Args:
-            folder: of the run; or its record, if it has been read already.
+            folder: of the run, or its name, the first digits of its id, or `last`; or its record.
             device: `cpu`, `cuda`, or `auto`.
             dtype: of the matrix products; None: that of its training.
             model_path: the present folder of its backbone; None: as in the record.
@@ -70,7 +71,9 @@ class FinishedRun:
             UserError: the folder has no finished run, its backbone cannot be loaded or has other weights, its tokenizer
                 gives other token ids, or its files are damaged.
         """
-        finished = folder if isinstance(folder, FinishedRecord) else FinishedRecord.read(folder)
+        finished = folder
+        if not isinstance(finished, FinishedRecord):
+            finished = FinishedRecord.read(find_run(finished, "run", finished=True))
         finished = finished.relocate(model_path, tokenizer)
         experiment = Experiment.of_finished(finished)
         adapters = adapter_folders(finished.folder, finished.members)

@@ -13,6 +13,7 @@ from lora_bench.errors import Code, UserError, require, require_number, require_
 from lora_bench.files.paths import check_output, is_same_file, write_output
 from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
+from lora_bench.records.run_names import resolve_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +55,8 @@ class PredictionRequest:
     def read(cls, cfg: DictConfig) -> PredictionRequest:
         """Check the command's config, the run's record and the output, and read the input; nothing is written.
 
+        The key `run` is set to the folder of the run that it names.
+
         Raises:
             UserError: naming the key, file or row that is wrong, for example an output that is the input, or a setting
                 that does not apply to the run's task or needs a calibration which the run does not have.
@@ -73,7 +76,7 @@ class PredictionRequest:
                 code=Code.EXISTS,
             )
         check_output(output, "output")
-        run = FinishedRecord.read(cfg.run)
+        run = FinishedRecord.read(resolve_run(cfg))
         _refuse_unsuitable(cfg, run)
         columns = _columns(cfg.text_columns, run.text_columns)
         for key in ("calibrated", "uncertainty"):

@@ -14,6 +14,7 @@ from lora_bench.config import build, schema
 from lora_bench.config.launch import Launch
 from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.records.finished_record import FinishedRecord
+from lora_bench.records.run_names import resolve_run
 from lora_bench.run.prediction_request import check_threshold, resolve_threshold
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def check_run(folder: str, key: str = "run") -> None:
 def check_eval(cfg: DictConfig) -> None:
     """Refuse an evaluation that names both or neither of `run` and `peft`, or data or a run that do not exist.
 
-    The run must be finished and of one task. The folder of an adapter is not checked here.
+    The key `run` is set to the folder of the run that it names, which must be finished and of one task. The folder of
+    an adapter is not checked here.
     """
     require(
         bool(cfg.run) != bool(cfg.peft),
@@ -103,7 +105,7 @@ def check_eval(cfg: DictConfig) -> None:
     )
     check_data(build.build_data(cfg.data))
     if cfg.run:
-        check_run(str(cfg.run))
+        FinishedRecord.read(resolve_run(cfg))
 
 
 EXPORT_FORMATS = ("peft", "merged", "onnx", "torch")
@@ -113,7 +115,7 @@ MODEL_FORMATS = ("peft", "merged")
 
 
 def check_export(cfg: DictConfig) -> None:
-    """Refuse an export of a folder without a finished run, in an unknown format, or to no folder.
+    """Set `run` to the folder of its run, and refuse one that is not finished, an unknown format, or no output folder.
 
     Refused are, too, a threshold that does not apply, and `format=onnx` without the packages that it needs.
     """
@@ -129,4 +131,4 @@ def check_export(cfg: DictConfig) -> None:
         reason = f"needs the packages {', '.join(missing)}"
         remedy = "Install them: pip install 'lora-bench[onnx]'. Or use format=torch, which needs no other package."
         require(not missing, "format", export_format, reason, remedy, code=Code.MISSING_PACKAGE)
-    resolve_threshold(cfg.threshold, FinishedRecord.read(str(cfg.run)))
+    resolve_threshold(cfg.threshold, FinishedRecord.read(resolve_run(cfg)))

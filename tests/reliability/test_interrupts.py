@@ -315,7 +315,7 @@ def test_26_another_config_is_refused_with_the_difference() -> None:
     assert (error.code, error.key, error.value) == (Code.NOT_RESUMABLE, "adapter", "dora")
     assert " lora." in str(error)
     error = refused("train", "resume=nowhere")
-    assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/run.json"))
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "resume", "nowhere")
     assert lora_bench("train", *ASKED, "resume=run").code == 0  # the same again is no difference
 
 

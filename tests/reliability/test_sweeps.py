@@ -201,7 +201,7 @@ def test_31_what_a_sweep_cannot_go_on_with_is_refused(in_tmp: Path) -> None:
     error = refused("train", "-m", "resume=sweep/0")
     assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "resume", Path("sweep/0"))
     error = refused("train", "resume=nowhere")
-    assert (error.code, error.file) == (Code.NOT_FOUND, Path("nowhere/run.json"))
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "resume", "nowhere")
     content = json.loads(Path("sweep/sweep.json").read_text())
     for damaged in ("", "[]", '{"schema": 1}', json.dumps({**content, "jobs": {"../x": []}})):
         Path("sweep/sweep.json").write_text(damaged)

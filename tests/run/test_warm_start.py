@@ -124,7 +124,7 @@ def test_what_is_not_the_same_is_refused_with_the_source_s_value(
 @pytest.mark.usefixtures("in_tmp")
 def test_a_run_that_is_not_there_or_not_done_is_refused(source: Path) -> None:
     error = refused("train", *ASKED, "adapter.init_from=nowhere")
-    assert (error.code, error.file) == (Code.NOT_FOUND, Path.cwd() / "nowhere/run.json")
+    assert (error.code, error.key, error.value) == (Code.NOT_FOUND, "adapter.init_from", "nowhere")
     unfinished = Path(shutil.copytree(source, "unfinished"))
     (unfinished / "run.json").write_text(json.dumps({**record(source), "status": "interrupted"}))
     error = refused("train", *ASKED, "adapter.init_from=unfinished")
