@@ -112,10 +112,8 @@ def run_command(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(f"{command!r} is not a command", remedy=nearest(command, COMMANDS), code=Code.UNKNOWN_CHOICE)
-    if command == "compare":
-        from lora_bench.compare import main as compare
-
-        return compare(rest)
+    if command in PARSED:
+        return _parsed(command)(rest)
     if "-h" in rest or "--help" in rest:
         print(format_help(command, _config_dir(rest)))
         return 0
@@ -134,6 +132,25 @@ def run_command(arguments: list[str]) -> int:
     tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "prompt": _prompt}
     _run_hydra(command, "config" if command == "train" else command, tasks[command], rest)
     return 0
+
+
+PARSED = ("compare", "ls", "show", "rm", "watch")
+"""Commands that have a parser of their own, with `--help`."""
+
+
+def _parsed(command: str) -> Callable[[list[str]], int]:
+    """Return the function of a command of `PARSED`, which takes its arguments and returns the exit code."""
+    if command == "compare":
+        from lora_bench.compare import main
+    elif command == "ls":
+        from lora_bench.ls import main
+    elif command == "show":
+        from lora_bench.show import main
+    elif command == "rm":
+        from lora_bench.rm import main
+    else:
+        from lora_bench.watch import main
+    return main
 
 
 def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None], arguments: list[str]) -> None:

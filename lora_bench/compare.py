@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from lora_bench.analysis.best import save_best
 from lora_bench.analysis.formats import to_csv, to_json, to_latex, to_markdown
@@ -20,6 +20,7 @@ from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.summary import View, summarise
 from lora_bench.analysis.terminal import render
 from lora_bench.config.metric_names import ALL_MAIN_METRICS
+from lora_bench.console.arguments import CommandParser, whole_number
 from lora_bench.console.format import to_single_line
 from lora_bench.errors import Code, UserError
 from lora_bench.files.paths import check_output, is_stream
@@ -119,27 +120,20 @@ def _write_page(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that reports errors as `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(
-            message, key="compare", remedy="`lora-bench compare --help` lists the arguments.", code=Code.INVALID_SYNTAX
-        )
-
-
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
-    parser = _Parser(
-        prog="lora-bench compare",
+    parser = CommandParser(
+        "compare",
         description="One table of the runs at or below the folders: a row per method, with its setting that is best on "
         "the selection split, mean ± sample standard deviation over seeds; then tests against a baseline, and advice. "
         "Runs that are not done, and folders that cannot be read, are listed below.",
         epilog="Column headers are config keys: what the column adapter.rank shows is given as adapter.rank=8.",
-        allow_abbrev=False,
     )
     parser.add_argument(
-        "folders", nargs="*", metavar="DIR", help="run folders, sweeps, or folders above (default: outputs)"
+        "folders",
+        nargs="*",
+        metavar="DIR",
+        help="run folders, sweeps, folders above, or names and ids of runs (default: outputs)",
     )
     parser.add_argument(
         "--by",
@@ -153,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare only runs that meet conditions on config keys: 'adapter=lora and adapter.rank<=16'",
     )
     parser.add_argument("--sort", metavar="COLUMN", help="sort the rows by a column: --sort cost.train_flops")
-    parser.add_argument("--top", type=_count, metavar="N", help="show the first N rows")
+    parser.add_argument("--top", type=whole_number, metavar="N", help="show the first N rows")
     parser.add_argument(
         "--best",
         type=Path,
@@ -179,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--baseline",
         metavar="NAME",
-        help="the row that the others are tested against: full, adapter=lora,adapter.rank=8, or a run's folder "
+        help="the row that the others are tested against: full, adapter=lora,adapter.rank=8, or the folder, name "
+        "or id of a run "
         "(default: full fine-tuning, else plain LoRA, else the row best on selection)",
     )
     parser.add_argument(
@@ -205,17 +200,6 @@ def _parser() -> argparse.ArgumentParser:
         "--anchors", action="store_true", help="show published results beside runs on GLUE's QQP dev set"
     )
     return parser
-
-
-def _count(text: str) -> int:
-    """Return an argument as a whole number of 1 or more.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not such a number.
-    """
-    if not text.isascii() or not text.isdecimal() or int(text[:9]) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number of 1 or more")
-    return int(text[:9])
 
 
 def _fraction(text: str) -> float:

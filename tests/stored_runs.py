@@ -24,7 +24,12 @@ def make_run(folder: Path, status: str = "done", *, hour: int = 0, mcc: float = 
     adapter = settings.pop("adapter", "lora")
     config = {"adapter": {"method": adapter, "rank": 8}, "seed": 0, **settings}
     choices = {"model": "minilm", "adapter": adapter, "data": "toy"}
-    run = Run.claim(folder, choices=choices, config=config, overrides=["adapter.rank=8"])
+    run = Run.claim(
+        folder,
+        choices=choices,
+        config=config,
+        overrides=["adapter.rank=8", f"name={settings.get('name')}", f"seed={hour}"],
+    )
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_model.safetensors").write_bytes(bytes(1000))
     run.record["created"] = f"2026-01-01T{hour:02}:00:00.000+00:00"

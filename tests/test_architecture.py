@@ -41,19 +41,24 @@ MAY_IMPORT = {
     "export": "errors config console files backbones records adapters run deployment",
     "prompt": "errors config console files data evaluation records tracking llm",
     "compare": "errors config console files analysis report",
-    "clean": "errors console files",
+    "clean": "errors console files records",
+    "ls": "errors console files analysis records",
+    "show": "errors config console files analysis records",
+    "rm": "errors console files records",
+    "watch": "errors console records",
     "doctor": "files records training extensions",
     "sweeps": "errors config console files evaluation records adapters training run train",
     "hydra_plugins": "errors config console files records analysis run evaluate compare sweeps",
     "__init__": "run",
     "cli": "__init__ errors config console files records run train evaluate predict export prompt compare clean doctor"
-    " sweeps",
+    " sweeps ls show rm watch",
     "api": "__init__ errors config console records analysis run cli",
     "__main__": "cli",
 }
 COMMANDS = ("train", "evaluate", "predict", "export", "prompt", "compare", "clean", "doctor")
+COMMANDS += ("ls", "show", "rm", "watch")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-LIGHT_COMMANDS = {"api", "cli", "compare", "clean", "doctor"}
+LIGHT_COMMANDS = {"api", "cli", "compare", "clean", "doctor", "ls", "show", "rm", "watch"}
 LIGHT = {*LIGHT_COMMANDS, "errors", "extensions", "config", "console", "files", "analysis", "report", "tracking"}
 """What must not load a heavy library as it is imported: `--help`, refusals and tables take a fraction of a second."""
 KNOWS_HYDRA = {

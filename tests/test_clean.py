@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from lora_bench.errors import Code
 from lora_bench.files import cache
 from lora_bench.files.cache import CacheFiles
+from lora_bench.records import folder_lock
 from tests.command_line import files_below, lora_bench, refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.stored_runs import make_run
 
 TOKENS, PREFIX = CacheFiles("tokens"), CacheFiles("prefix")
 
@@ -54,6 +53,7 @@ def test_a_dry_run_lists_sizes_and_removes_nothing(folder: Path) -> None:
         "tokens": (2, "4.1 kB", "would be removed"),
         "prefix": (2, "6.0 MB", "would be removed"),
         "prompt": (1, "700 B", "kept: answers cost money"),
+        "checkpoints": (0, "0 B", "none"),
     }
     assert files_below(folder) == before
 
@@ -106,7 +106,7 @@ def test_files_that_cannot_be_removed_fail_the_command(monkeypatch: pytest.Monke
 
 
 def test_wrong_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for argument in ("checkpoints", "--force", "tokens=1", "-n", ""):
+    for argument in ("checkpoint", "--force", "tokens=1", "-n", ""):
         error = refused("clean", argument)
         assert (error.code, error.key) == (Code.UNKNOWN_CHOICE, "clean")
         assert repr(argument) in error.reason
@@ -120,5 +120,20 @@ def test_wrong_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_without_a_cache_there_is_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path / "none"))
     answer = lora_bench("clean")
-    assert (answer.code, set(listed(answer.out))) == (0, {"tokens", "prefix", "prompt"})
+    assert (answer.code, set(listed(answer.out))) == (0, {"tokens", "prefix", "prompt", "checkpoints"})
     assert not (tmp_path / "none").exists()
+
+
+def test_checkpoints_are_removed_by_name_but_not_those_of_a_running_run(folder: Path) -> None:
+    runs = [make_run(Path(f"outputs/{name}"), "running") for name in ("killed", "training")]
+    for run in runs:
+        (run / "checkpoints/step-00000001").mkdir(parents=True)
+        (run / "checkpoints/step-00000001/state").write_bytes(bytes(3000))
+    claim = folder_lock.acquire(runs[1])
+    assert claim is not None
+    assert listed(lora_bench("clean").out)["checkpoints"] == (2, "6.0 kB", "kept: unfinished runs resume from them")
+    assert listed(lora_bench("clean", "checkpoints", "--dry-run").out)["checkpoints"][2] == "would be removed"
+    answer = lora_bench("clean", "checkpoints")
+    claim.release()
+    assert answer.code == 0
+    assert [(run / "checkpoints").exists() for run in runs] == [False, True]

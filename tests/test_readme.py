@@ -17,7 +17,7 @@ import transformers
 import yaml
 
 import lora_bench.backbones.families
-from lora_bench import compare
+from lora_bench import compare, ls, rm, show, watch
 from lora_bench.adapters.methods import method_class
 from lora_bench.config.groups import COMMANDS, GROUPS, conf_folder
 from lora_bench.extensions import entry_points
@@ -114,9 +114,11 @@ def test_other_commands_compose(line: str, in_tmp: Path) -> None:
     assert answer.code == 0, answer.err
 
 
-@pytest.mark.parametrize("line", command_lines("compare"))
-def test_compare_commands_parse(line: str) -> None:
-    compare._parser().parse_args(shlex.split(line)[2:])
+@pytest.mark.parametrize("line", command_lines("compare", "ls", "show", "watch", "rm"))
+def test_commands_with_options_parse(line: str) -> None:
+    _, command, *arguments = shlex.split(re.sub(r"\$\(.*?\)", "RUN", line))
+    modules = {"compare": compare, "ls": ls, "show": show, "watch": watch, "rm": rm}
+    modules[command]._parser().parse_args(arguments)
 
 
 def test_clean_commands_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

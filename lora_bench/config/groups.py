@@ -18,7 +18,11 @@ COMMANDS = {
     "export": "write a finished run as an adapter for PEFT or as a plain Hugging Face model",
     "prompt": "a language model behind an OpenAI-compatible server as a baseline; or answers in a file",
     "compare": "tables over finished runs: what varies, how good, at what cost",
-    "clean": "remove cached tokens and prefixes, or list them with their sizes",
+    "ls": "list runs, with their names, states and scores",
+    "show": "one run: settings, metrics, costs, files, next commands",
+    "watch": "a live table of the runs that are training",
+    "rm": "remove runs",
+    "clean": "remove cached tokens and prefixes, and checkpoints, or list them with their sizes",
     "doctor": "versions, devices, precisions, and what is missing here",
 }
 """Commands with their one-line help."""

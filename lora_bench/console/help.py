@@ -56,13 +56,15 @@ def format_help(command: str, config_dir: str | None = None) -> str:
         ]
     elif command == "clean":
         lines += [
-            "  lora-bench clean [tokens] [prefix] [--dry-run]",
+            "  lora-bench clean [tokens] [prefix] [checkpoints] [--dry-run]",
             "",
-            "  tokens      tokenised texts",
-            "  prefix      outputs of frozen layers",
-            "  --dry-run   list the caches with their sizes and remove nothing",
+            "  tokens        tokenised texts",
+            "  prefix        outputs of frozen layers",
+            "  checkpoints   of the runs below outputs/ that are not running",
+            "  --dry-run     list all with their sizes and remove nothing",
             "",
-            "Without a name, both are removed; the next run computes what it needs again.",
+            "Without a name, tokens and prefix are removed; the next run computes what it needs again.",
+            "Without its checkpoints an unfinished run can only be resumed from its start.",
             "Answers of language models (lora-bench prompt) are listed and kept.",
             "The caches lie in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench). Their sizes are bounded by",
             "trainer.prefix_cache_bytes and by $LORA_BENCH_TOKEN_CACHE_BYTES (4e9 by default; 0: no token cache).",

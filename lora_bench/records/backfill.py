@@ -10,8 +10,9 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from lora_bench.config.canonical import normalise_numbers
 from lora_bench.config.groups import choices, conf_folder
-from lora_bench.config.keys import flatten, with_present_names
+from lora_bench.config.keys import flatten, key_of, with_present_names
 from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
@@ -70,6 +71,50 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(key, default)
         config[key] = default | value if isinstance(default, dict) and isinstance(value, dict) else value
     return config
+
+
+def changed_settings(record: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the settings of a run that are not the defaults of the choices that its record names.
+
+    The seed, the annotations and the requests `resume` and `dry_run` are left out. Of a group whose choice is not built
+    in, only keys that were typed count. The config of a prompted run is compared with no defaults.
+
+    Returns:
+        (key, value, default) of each; the default is `NO_DEFAULT` for a key that has none, or one that is not known.
+    """
+    config, (top, default_options) = record["config"], _top_level_defaults()
+    options: dict[str, str] = {}
+    for group, default_option in {} if is_prompted(record) else default_options.items():
+        option = _find_option(group, record["choices"].get(group), config.get(group), default_option)
+        options |= {group: option} if option else {}
+    defaults = dict(flatten(_resolved(_group_defaults(tuple(options.items())), top)))
+    typed = {key_of(text) for text in record["overrides"]}
+    return [
+        (key, value, defaults.get(key, NO_DEFAULT))
+        for key, value in flatten(config)
+        if key.partition(".")[0] not in _NO_SETTINGS
+        and (key in defaults or key in typed or key.partition(".")[0] in options)
+        and normalise_numbers(value) != normalise_numbers(defaults.get(key, NO_DEFAULT))
+    ]
+
+
+def _resolved(groups: Mapping[str, dict[str, Any]], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return default groups and top-level keys as one config with resolved interpolations, if they can be resolved."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged: dict[str, Any] = {**top, **groups}
+    merged |= {key: value | groups.get(key, {}) for key, value in top.items() if isinstance(value, dict)}
+    try:
+        return OmegaConf.to_container(OmegaConf.create(merged), resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException:  # one refers to a group without defaults
+        return merged
+
+
+NO_DEFAULT = "???"
+"""OmegaConf's mark of a value that has to be given."""
+_NO_SETTINGS = ("name", "tags", "notes", "seed", "resume", "dry_run")
+"""Keys of the top level that do not change what a run learns, and the seed."""
 
 
 def _with_form(config: dict[str, Any]) -> dict[str, Any]:

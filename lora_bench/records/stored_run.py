@@ -102,10 +102,10 @@ class StoredRun:
         return None
 
     @property
-    def other_overrides(self) -> str:
+    def other_overrides(self) -> list[str]:
         """The overrides as typed, without the choices above, the annotations and settings of Hydra."""
-        typed = (text for text in self.record["overrides"] if key_of(text) not in _SHOWN_ELSEWHERE)
-        return " ".join(text for text in typed if not text.startswith("hydra"))
+        keyed = ((key_of(text), text) for text in self.record["overrides"])
+        return [text for key, text in keyed if key not in _SHOWN_ELSEWHERE and not key.startswith("hydra")]
 
     @property
     def is_usable(self) -> bool:
@@ -116,6 +116,12 @@ class StoredRun:
     def label(self) -> str:
         """Id, name, state and folder in one line, for messages."""
         return f"{' '.join(filter(None, (self.id, self.name)))} ({self.state}, {self.folder})"
+
+
+def differing_overrides(runs: Sequence[StoredRun]) -> list[str]:
+    """Return the `other_overrides` of each run as one text; of several runs without those that all have."""
+    shared = set.intersection(*(set(run.other_overrides) for run in runs)) if len(runs) > 1 else set()
+    return [" ".join(text for text in run.other_overrides if text not in shared) for run in runs]
 
 
 def stored_runs(folders: Sequence[Path]) -> tuple[list[StoredRun], list[tuple[Path, str]]]:
