@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def print_activations(results: Mapping[str, Mapping[str, float]]) -> None:
-    """Print memory, processor seconds and FLOPs of a step; of recomputed activations also relative to held ones."""
+    """Print memory, processor seconds and FLOPs of a step, with held and with recomputed activations."""
     held = results["held"]
     print("| activations | step, MB | share | seconds | FLOPs |")
     print("| --- | ---: | ---: | ---: | ---: |")

@@ -196,9 +196,8 @@ class Recorder:
         if self.pack.backbone.offloaded and (rest := unquantised_bytes(self.pack)):
             quant_type = getattr(self.runs[0].experiment.adapter, "quantize", None)
             held = format_number(rest, "B")
-            notes.append(
-                f"linears that are not adapted take {held} of it; model.quantize={quant_type} quantises them too."
-            )
+            remedy = f"model.quantize={quant_type} quantises them too"
+            notes.append(f"linears that are not adapted take {held} of it; {remedy}.")
         trainer = self.runs[0].experiment.trainer
         if self.pack.recomputes_activations and trainer.activation_checkpointing == "auto":
             reason = "weights are sharded" if self.pack.backbone.is_sharded else "activations would not fit into memory"
