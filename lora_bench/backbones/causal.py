@@ -256,7 +256,7 @@ class CausalTextToText(Auto):
         window = getattr(self.network.config.get_text_config(), "sliding_window", None)  # type: ignore[union-attr, operator]
         if not window:
             return True
-        fits = batch.input_ids.shape[1] + max(words.depths) <= window
+        fits: bool = batch.input_ids.shape[1] + max(words.depths) <= window
         if not torch.compiler.is_exporting():
             return fits
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # heavy

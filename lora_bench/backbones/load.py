@@ -130,7 +130,7 @@ def load(
     config = _config(model, location, tokenizer, 1 if label_names[0] is None else len(label_names[0]))
     hf_class = _network_class(model, config)
     # On a CPU plain products beat torch's fused attention at these lengths; elsewhere transformers knows best.
-    options = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    options: dict[str, Any] = {"attn_implementation": "eager"} if device.type == "cpu" else {}
     if location is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
