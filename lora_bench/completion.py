@@ -37,11 +37,18 @@ PATH_KEYS = {
 """Keys whose values are files or folders."""
 PATH_OPTIONS = {"--config-dir", "-cd", "--html", "--best", "--baseline"}
 """Options that are followed by a file or folder."""
-VALUES = {"resume": ["last"], "--cfg": ["job", "hydra", "all"], "-c": ["job", "hydra", "all"]}
+VALUES = {"run": ["last"], "resume": ["last"], "--cfg": ["job", "hydra", "all"], "-c": ["job", "hydra", "all"]}
 """Further values of keys and options."""
-ARGUMENTS = {"clean": ["tokens", "prefix", "--dry-run"], "completion": ["bash", "zsh", "fish"]}
+ARGUMENTS = {
+    "clean": ["tokens", "prefix", "checkpoints", "--dry-run"],
+    "completion": ["bash", "zsh", "fish"],
+    "compare": ["last"],
+    "show": ["last"],
+    "watch": ["last"],
+    "rm": ["last"],
+}
 """Arguments of commands that compose no config."""
-PATH_COMMANDS = {"compare"}
+PATH_COMMANDS = {"compare", "ls", "show", "watch", "rm"}
 """Commands whose arguments are folders."""
 
 
@@ -74,6 +81,7 @@ def complete(words: Sequence[str]) -> list[Candidate]:
     command = before[0]
     if command == "help":
         return _matching(_topics(word), word)
+    command = "train" if command == "search" else command  # it takes the same keys
     index = read_index().get(command, CommandIndex({}, [], []))
     if before[-1] in PATH_OPTIONS:
         return list(_paths("", word))
@@ -86,7 +94,7 @@ def complete(words: Sequence[str]) -> list[Candidate]:
         key, _, value = word.partition("=")
         return _values(index, key, value, before)
     if command in PATH_COMMANDS:
-        return list(_paths("", word))
+        return [*_matching(_arguments(command), word), *_paths("", word)]
     return _matching([*_arguments(command), *_keys(index, word)], word)
 
 

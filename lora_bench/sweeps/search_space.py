@@ -65,7 +65,7 @@ class Choices:
     def suggest(self, trial: OptunaTrial) -> str:
         """Return the value that Optuna suggests."""
         if not self.numbers:
-            return trial.suggest_categorical(self.key, self.texts)
+            return str(trial.suggest_categorical(self.key, self.texts))
         return self.texts[trial.suggest_int(self.key, 0, len(self.texts) - 1)]
 
     def parameter(self, text: str) -> str | int | None:
