@@ -61,7 +61,7 @@ def assert_as_alone(
         assert_close(alone.state(0), start, atol=0)
         _, (expected,) = train(alone, [rate], settings)
         assert_close(end, expected, atol=atol)
-        assert max((end[name] - start[name]).abs().max() for name in end) > 1e-2
+        assert max((end[name] - start[name]).abs().max() for name in end) > 20 * atol
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -224,7 +224,7 @@ def test_a_member_that_breaks_leaves_the_others_to_the_bit(form: str) -> None:
     assert outcomes[1].steps == 4
     assert "step 4: loss nan" in str(outcomes[1].error)
     for k in (0, 2):
-        assert outcomes[k].steps == 12
+        assert outcomes[k].steps == 6
         assert_close(ends[k], unbroken[k], atol=0)
 
 
