@@ -315,7 +315,7 @@ def test_an_unfinished_run_is_refused(runs: Callable[..., Path], in_tmp: Path) -
     Path("run").mkdir()
     Path("run/run.json").write_text(json.dumps({**record, "status": "diverged"}))
     error = refused("export", "run=run", "format=peft", "output=x")
-    assert (error.code, error.key, error.value) == (Code.UNFINISHED, "run", "run")
+    assert (error.code, error.key, error.value) == (Code.UNFINISHED, "run", Path("run"))
     assert "diverged" in str(error)
 
 

@@ -433,7 +433,7 @@ def test_wrong_requests_are_refused_before_the_model_is_loaded(
         ({"text_columns": "question1"}, Code.MISMATCH, "text_columns", ["question1"]),
         ({"text_columns": "[question1,absent]"}, Code.INVALID_DATA, None, "in.tsv"),
         ({"device": "gpu"}, Code.UNKNOWN_CHOICE, "device", "gpu"),
-        ({"run": "5"}, Code.NOT_FOUND, None, Path("5/run.json")),
+        ({"run": "5"}, Code.NOT_FOUND, "run", "5"),
     ]
     for keys, code, key, value_or_file in wrong:
         with refuses(code, key=key) as caught:

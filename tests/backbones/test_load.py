@@ -391,9 +391,9 @@ def test_a_package_without_its_weights(package: str) -> None:
     settings = model_settings("bert", "model.hub_id=null", f"model.package={package}", "model.sha256=abc123")
     tokenizer = load_tokenizer(settings)
     Path(locate(settings), "model.safetensors").unlink()
-    with refuses(Code.UNSUPPORTED) as caught:
+    with refuses(Code.NOT_FOUND) as caught:
         load(settings, tokenizer, task="qqp")
-    assert caught.value.file == locate(settings)
+    assert caught.value.file == Path(locate(settings))
 
 
 @pytest.mark.parametrize("name", ["no_such_package_of_weights", "no_such_parent.weights", ".weights"])
