@@ -18,6 +18,7 @@ from pathlib import Path
 from lora_bench.records import run_folder
 from lora_bench.records.local_paths import without_folders
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, metavar="RUNS")

@@ -30,7 +30,7 @@ def load(
     `label_names`, or (N,) numbers of a regression.
 
     Args:
-        run: the run's folder.
+        run: the run's folder; or `hf://OWNER/NAME`, with or without `@REVISION`, which is downloaded.
         device: `cpu`, `cuda` or `auto`.
         model_path: the new path of its backbone, if that was moved.
         tokenizer: the new path of its tokenizer, if that was moved.

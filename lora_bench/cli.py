@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +26,12 @@ from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
 from lora_bench.console.stages import importing_libraries, show_progress
 from lora_bench.console.text import note, sanitise
-from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
+from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest, quoted
 from lora_bench.records.job import follower_folder
 from lora_bench.records.resume import sweep_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from omegaconf import DictConfig
 
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-WRITING_FILES = ("train", "eval", "export", "prompt")
+WRITING_FILES = ("train", "eval", "export", "push", "prompt")
 """Commands whose results are files: a failure of standard output does not fail them."""
 
 
@@ -131,7 +133,9 @@ def run_command(arguments: list[str]) -> int:
 
         run_clean(rest, _console())
         return 0
-    tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "prompt": _prompt}
+    if command == "push":
+        rest = _named(rest, ("run", "repo"))
+    tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "push": _push, "prompt": _prompt}
     _run_hydra(command, "config" if command == "train" else command, tasks[command], rest)
     return 0
 
@@ -239,7 +243,6 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
         UserError: the folder is not that of a sweep, and `-m` was typed; `last` finds none; or `sweep_arguments`
             refuses.
     """
-    from lora_bench.errors import quoted
     from lora_bench.records.resume import resolve_folder
     from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
@@ -323,9 +326,9 @@ def _eval(cfg: DictConfig) -> None:
 
     from lora_bench.run.preflight import check_eval
 
-    check_eval(cfg)
     console, choice = _console(), str(HydraConfig.get().runtime.choices["data"])
     with show_progress(console):
+        check_eval(cfg)
         console.print(sanitise(f"{cfg.run or cfg.peft} on {choice}: loading"))
         with importing_libraries():
             from lora_bench.evaluate import run_eval
@@ -337,9 +340,9 @@ def _predict(cfg: DictConfig) -> None:
     """Label new texts with a finished run; a wrong request or input is refused before torch is imported."""
     from lora_bench.run.prediction_request import PredictionRequest
 
-    request = PredictionRequest.read(cfg)
     console = Console(stderr=True, highlight=False, soft_wrap=True)  # standard output may be for the predictions
     with show_progress(console):
+        request = PredictionRequest.read(cfg)
         console.print(sanitise(f"{cfg.run}: loading"))
         with importing_libraries():
             from lora_bench.predict import run_predict  # torch: late
@@ -351,14 +354,33 @@ def _export(cfg: DictConfig) -> None:
     """Export a finished run; a wrong request is refused before torch is imported."""
     from lora_bench.run.preflight import check_export
 
-    check_export(cfg)
     console = _console()
     with show_progress(console):
+        check_export(cfg)
         console.print(sanitise(f"{cfg.run} as {cfg.format}: loading"))
         with importing_libraries():
             from lora_bench.export import run_export
 
         run_export(cfg, console=console)
+
+
+def _push(cfg: DictConfig) -> None:
+    """Publish a finished run on the hub; nothing of it needs torch."""
+    from lora_bench.push import run_push
+
+    console = _console()
+    with show_progress(console):
+        run_push(cfg, console=console)
+
+
+def _named(arguments: list[str], keys: Sequence[str]) -> list[str]:
+    """Return arguments whose first ones, as far as they are plain values, are overrides of these keys.
+
+    `RUN REPO private=false` becomes `run='RUN' repo='REPO' private=false`.
+    """
+    plain = list(takewhile(lambda argument: argument and not re.match(r"-|[~+]*[\w./@]*=", argument), arguments))
+    named = [f"{key}={quoted(value)}" for key, value in zip(keys, plain, strict=False)]
+    return [*named, *arguments[len(named) :]]
 
 
 def _prompt(cfg: DictConfig) -> None:

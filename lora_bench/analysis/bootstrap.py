@@ -102,9 +102,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _resample(
-    y: NDArray[Any], a: NDArray[Any], b: NDArray[Any], measure: str, resamples: int, seed: int
-) -> Floats:
+def _resample(y: NDArray[Any], a: NDArray[Any], b: NDArray[Any], measure: str, resamples: int, seed: int) -> Floats:
     """Return the metric of both models in each resample: (R, 2)."""
     rng = np.random.default_rng(seed)
     if main_metric.is_of_numbers(measure):

@@ -29,8 +29,8 @@ def format_overview() -> str:
 def format_help(command: str, config_dir: str | None = None) -> str:
     """Return the text of `lora-bench COMMAND --help`, which begins with the command's one-line help.
 
-    Usage follows for `train` and `clean`; for `eval`, `predict`, `export` and `prompt` it is the command's YAML file.
-    An unknown command is a KeyError.
+    Usage follows for `train` and `clean`; for `eval`, `predict`, `export`, `push` and `prompt` it is the command's YAML
+    file. An unknown command is a KeyError.
 
     Args:
         command: its name.
@@ -67,6 +67,6 @@ def format_help(command: str, config_dir: str | None = None) -> str:
             "The caches lie in $LORA_BENCH_CACHE (by default ~/.cache/lora-bench). Their sizes are bounded by",
             "trainer.prefix_cache_bytes and by $LORA_BENCH_TOKEN_CACHE_BYTES (4e9 by default; 0: no token cache).",
         ]
-    elif command in ("eval", "predict", "export", "prompt"):
+    elif command in ("eval", "predict", "export", "push", "prompt"):
         lines += [f"  {line}" for line in (conf / f"{command}.yaml").read_text(encoding="utf-8").splitlines()]
     return "\n".join(lines)

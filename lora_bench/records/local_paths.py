@@ -8,8 +8,10 @@ from typing import Any
 
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^/\s'\",=]+/)+(?=[^/\s'\",=])")
 """The folders of an absolute path; not of an address on the web."""
-_PATH_KEYS = ("path", "tokenizer", "init_from", "resume", "base_model_name_or_path", "_name_or_path", "name_or_path")
-"""Keys whose value is one path, which may contain spaces."""
+_PATH_KEYS = ("path", "init_from", "resume")
+"""Keys whose value is a path, which may contain spaces."""
+_PATH_OR_ID_KEYS = ("tokenizer", "base_model_name_or_path", "_name_or_path", "name_or_path")
+"""Keys whose value is a path or an id of the hub: `/home/me/bert` becomes `./bert`, which is no id of the hub."""
 _TEXT_KEYS = ("label_names", "label_words", "positive_label", "template")
 """Keys whose values are the user's own texts, which may look like paths: `/music/artist` is a name of a class."""
 
@@ -30,6 +32,6 @@ def _of_key(key: str, value: Any) -> Any:
     """Return the value of a key without folders."""
     if key in _TEXT_KEYS:
         return value
-    if key in _PATH_KEYS and isinstance(value, str) and value.startswith("/"):
-        return PurePath(value).name
+    if key in (*_PATH_KEYS, *_PATH_OR_ID_KEYS) and isinstance(value, str) and value.startswith("/"):
+        return f"{'./' if key in _PATH_OR_ID_KEYS else ''}{PurePath(value).name}"
     return without_folders(value)
