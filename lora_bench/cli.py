@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import signal
 import sys
 from contextlib import nullcontext
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +24,12 @@ from lora_bench.console.redaction import remember, remember_config
 from lora_bench.console.signals import ENDING_SIGNALS, terminate
 from lora_bench.console.stages import importing_libraries, show_progress
 from lora_bench.console.text import note, sanitise
-from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest, quoted
+from lora_bench.errors import Code, DivergedError, RunFailedError, SweepFailedError, UserError, nearest
 from lora_bench.records.job import follower_folder
 from lora_bench.records.resume import sweep_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from omegaconf import DictConfig
 
@@ -67,6 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 WRITING_FILES = ("train", "eval", "export", "push", "prompt")
 """Commands whose results are files: a failure of standard output does not fail them."""
+
+
+POSITIONAL = {"push": ("run", "repo")}
+"""Keys that arguments without a key stand for, by command."""
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -133,8 +135,6 @@ def run_command(arguments: list[str]) -> int:
 
         run_clean(rest, _console())
         return 0
-    if command == "push":
-        rest = _named(rest, ("run", "repo"))
     tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "push": _push, "prompt": _prompt}
     _run_hydra(command, "config" if command == "train" else command, tasks[command], rest)
     return 0
@@ -161,7 +161,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     from lora_bench.files.cache import token_limit_bytes
 
     token_limit_bytes()  # a wrong value is refused before anything is loaded
-    parsed = Arguments.read(arguments)
+    parsed = Arguments.read(arguments, POSITIONAL.get(command, ()))
     if parsed.multirun and command != "train":
         raise UserError(
             "is an option of lora-bench train only",
@@ -243,6 +243,7 @@ def _resumed(arguments: Arguments, resume: str) -> Arguments:
         UserError: the folder is not that of a sweep, and `-m` was typed; `last` finds none; or `sweep_arguments`
             refuses.
     """
+    from lora_bench.errors import quoted
     from lora_bench.records.resume import resolve_folder
     from lora_bench.records.sweep_folder import SWEEP_FILE, is_sweep
 
@@ -371,16 +372,6 @@ def _push(cfg: DictConfig) -> None:
     console = _console()
     with show_progress(console):
         run_push(cfg, console=console)
-
-
-def _named(arguments: list[str], keys: Sequence[str]) -> list[str]:
-    """Return arguments whose first ones, as far as they are plain values, are overrides of these keys.
-
-    `RUN REPO private=false` becomes `run='RUN' repo='REPO' private=false`.
-    """
-    plain = list(takewhile(lambda argument: argument and not re.match(r"-|[~+]*[\w./@]*=", argument), arguments))
-    named = [f"{key}={quoted(value)}" for key, value in zip(keys, plain, strict=False)]
-    return [*named, *arguments[len(named) :]]
 
 
 def _prompt(cfg: DictConfig) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "predict": "config data evaluation run",
     "deployment": "errors console data backbones head evaluation adapters training run",
     "export": "errors config console files backbones records adapters run deployment",
-    "publishing": "errors config console files records adapters analysis",
+    "publishing": "errors config console files evaluation records adapters analysis",
     "push": "errors console files records publishing",
     "prompt": "errors config console files data evaluation records tracking llm",
     "compare": "errors config console files analysis report",

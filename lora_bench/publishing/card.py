@@ -9,6 +9,7 @@ import yaml
 from lora_bench.adapters.peft.names import AUTO_CLASSES
 from lora_bench.config.metric_names import display_name
 from lora_bench.console.format import format_duration, format_number, to_single_line
+from lora_bench.evaluation.chance import describe_failure
 from lora_bench.files.untrusted import as_number
 from lora_bench.publishing.card_metadata import card_metadata
 
@@ -49,18 +50,18 @@ def render_card(run: PublishedRun, results: Sequence[Result], license_name: str 
 def _introduction(run: PublishedRun) -> str:
     """Return what the run is, from which texts to which answers."""
     base, columns = _link(run.base_id, "") if run.base_id else _code(run.base_name), run.finished.text_columns
-    subject = f"A fine-tuned {base}" if run.is_full else f"A {_code(run.method)} adapter of {base}"
+    subject = f"{base}, fully fine-tuned" if run.is_full else f"{base} with an adapter ({_code(run.method)})"
     if run.finished.members > 1:
-        subject = f"An ensemble of {run.finished.members} {_code(run.method)} adapters of {base}"
+        subject = f"{base} with an ensemble of {run.finished.members} adapters ({_code(run.method)})"
     texts = f"{'pairs of texts' if len(columns) > 1 else 'texts'} ({', '.join(map(_code, columns))})"
     names = run.finished.label_names
     if names is None:
-        answer = f"predicts a number for {texts}"
+        answer = f"It predicts a number for {texts}"
     else:
         listed = ", ".join(map(_code, names[:MAX_NAMES])) + (", …" if len(names) > MAX_NAMES else "")
-        answer = f"classifies {texts} into {len(names)} classes: {listed}"
+        answer = f"It classifies {texts} into {len(names)} classes: {listed}"
     version = _environment(run, "versions", "lora-bench")
-    return f"{subject} that {answer}. Trained and evaluated with lora-bench {version}."
+    return f"{subject}. {answer}. Trained and evaluated with lora-bench {version}."
 
 
 # -- use --
@@ -84,7 +85,6 @@ def _use(run: PublishedRun) -> Iterator[str]:
         f"run.predict([({row})])  # {_SCORES[run.finished.form]}",
     )
     yield from _other_programs(run)
-    yield ""
     yield "For ONNX Runtime, transformers and inference servers, export the run first:"
     yield ""
     if not run.has_pair_features:
@@ -131,6 +131,7 @@ def _other_programs(run: PublishedRun) -> Iterator[str]:
         return
     if _setting(run, "trainer", "score_both_orders") and len(run.finished.text_columns) > 1:
         yield "This run scores both orders of the two texts. Take the mean of both for the same scores."
+        yield ""
 
 
 # -- results and data --
@@ -195,6 +196,8 @@ def _training(run: PublishedRun) -> Iterator[str]:
     for key in _SETTINGS:
         group, _, name = key.rpartition(".")
         value = _setting(run, group, name) if group else run.finished.config.get(name)
+        if key == "trainer.epochs" and _setting(run, "trainer", "max_steps") is not None:
+            continue  # the steps decide
         if value is not None:
             rows.append((f"`{key}`", _code(value)))
     rows.append(("precision", _code(run.finished.precision)))
@@ -231,14 +234,17 @@ def _cost(run: PublishedRun) -> Iterator[str]:
 
 def _limits(run: PublishedRun, results: Sequence[Result]) -> Iterator[str]:
     """Yield sentences on what the results do not say, as a list."""
-    length, metrics = _setting(run, "data", "max_length"), {result.metric: result.value for result in results}
+    length, rows = _setting(run, "data", "max_length"), run.finished.record["data"].get("rows")
     yield "- It is one training run with one seed. Another seed gives other scores."
     yield "- The results hold for texts like those of the training data. Evaluate it on your own before you use it."
     yield f"- Texts are truncated to {length} tokens."
     if run.finished.form == "binary":
         yield "- The threshold between the classes is 0.5, in the results too."
-    if metrics.get("mcc") == 0:
-        yield "- It predicts the same class for every example: it learned nothing."
+    for split in dict.fromkeys(result.split for result in results):
+        examples = rows.get(split) if isinstance(rows, dict) else None
+        reason = describe_failure(run.finished.record, split, examples if isinstance(examples, int) else None)
+        if reason is not None:
+            yield f"- The run learned nothing: {to_single_line(reason)}."
     calibration = run.finished.calibration
     if calibration is not None:
         yield f"- Scores are not calibrated. The temperature of the selection split is {calibration.temperature:.3g}."

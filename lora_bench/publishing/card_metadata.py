@@ -23,6 +23,8 @@ HUB_METRICS = {
     "brier": "brier_score",
 }
 """Names of metrics on the hub, where they differ from ours."""
+_TAGS = {"LORA": ["lora"], "ADALORA": ["lora"], "VERA": ["vera"]}
+"""Further tags by type of PEFT."""
 
 
 def card_metadata(run: PublishedRun, results: Sequence[Result], license_name: str | None) -> dict[str, Any]:
@@ -40,7 +42,9 @@ def card_metadata(run: PublishedRun, results: Sequence[Result], license_name: st
     metadata |= {
         "library_name": library,
         "pipeline_tag": "text-classification",
-        "tags": list(dict.fromkeys(["lora-bench", run.method, *([] if run.is_full else ["lora"])])),
+        "tags": list(
+            dict.fromkeys(["lora-bench", run.method, *_TAGS.get(str(run.adapter_config.get("peft_type")), [])])
+        ),
     }
     if run.data.get("hub_id"):
         metadata["datasets"] = [run.data["hub_id"]]

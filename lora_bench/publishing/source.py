@@ -56,7 +56,7 @@ class PublishedRun:
     @property
     def is_full(self) -> bool:
         """True for full fine-tuning: the run's `adapter/` is a whole model."""
-        return self.finished.config["adapter"].get("method") == "full"
+        return bool(self.finished.config["adapter"].get("method") == "full")
 
     @property
     def method(self) -> str:

@@ -88,12 +88,13 @@ def upload(folder: Path, repository: str, message: str) -> Upload:
         UserError: the hub refuses, or the connection broke off; the repository is unchanged.
     """
     import huggingface_hub
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import utils
 
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = format_number(sum(path.stat().st_size for path in files), "B")
-    had_bars = not are_progress_bars_disabled()
-    disable_progress_bars()  # the hub's client has bars of three kinds, and none takes a class
+    had_bars = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    # The hub's client has bars of several kinds, none of which takes a class.
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:
         with stage(f"uploading {len(files)} files, {size}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # predictions in Parquet look like a data set to it
@@ -104,7 +105,7 @@ def upload(folder: Path, repository: str, message: str) -> Upload:
         raise _refusal(error, repository) from None
     finally:
         if had_bars:
-            enable_progress_bars()
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
     return Upload(repository, str(commit.repo_url), str(commit.oid))
 
 
