@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.console.stages import stage
 from lora_bench.console.text import sanitise
-from lora_bench.errors import Code, UserError, require, shell_argument
+from lora_bench.errors import Code, UserError, require
 from lora_bench.files.paths import check_folder
 from lora_bench.publishing.contents import CARD, write_contents
 from lora_bench.publishing.source import PublishedRun
@@ -94,8 +94,7 @@ def run_push(cfg: DictConfig, *, console: Console) -> None:
         uploaded = upload(Path(folder), repository, f"Publish a run of {run.method} on {run.data_name}")
     console.print(sanitise(f"uploaded: {uploaded.address} (commit {uploaded.commit[:8]})"), soft_wrap=True)
     place = " model.path=DIR" if run.needs_path else ""
-    read_back = shell_argument("run", f"{SCHEME}{repository}")
-    command = f"lora-bench predict {read_back} input=texts.tsv output=labelled.tsv{place}"
+    command = f"lora-bench predict run={SCHEME}{repository} input=texts.tsv output=labelled.tsv{place}"
     console.print(sanitise(f"read it back: {command}"), soft_wrap=True)
     _print_notes(run, console)
 

@@ -42,7 +42,7 @@ GROUP_OF_CLASS = {
 """The configuration group of each settings class, and the choice that its defaults are read from. A class that is not
 listed belongs to the group that has its name in lower case."""
 EXCLUDED = {"Metric"}  # described beside the choices: its keys stand under a name that the user gives
-COMMANDS = ("eval", "predict", "export", "prompt")
+COMMANDS = ("eval", "predict", "export", "push", "prompt")
 TYPES = {
     "str": "text",
     "int": "integer",
