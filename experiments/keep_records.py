@@ -12,24 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from lora_bench.records import run_folder
-
-_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^/\s'\",=]+/)+(?=[^/\s'\",=])")
-"""The folders of an absolute path; not of an address on the web."""
-
-
-def without_folders(value: Any) -> Any:
-    """Return a JSON value whose absolute paths are cut to their last names."""
-    if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+from lora_bench.records.local_paths import without_folders
 
 
 def main() -> None:

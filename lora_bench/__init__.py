@@ -37,7 +37,8 @@ def load(
     `label_names`, or (N,) numbers of a regression.
 
     Args:
-        run: the run's folder, its name, the first digits of its id, or `last`; these are looked for below `outputs/`.
+        run: the run's folder, its name, the first digits of its id, or `last`, which are looked for below `outputs/`; or
+            `hf://OWNER/NAME`, with or without `@REVISION`, which is downloaded.
         device: `cpu`, `cuda` or `auto`.
         model_path: the new path of its backbone, if that was moved.
         tokenizer: the new path of its tokenizer, if that was moved.

@@ -65,8 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-WRITING_FILES = ("train", "search", "eval", "export", "prompt")
+WRITING_FILES = ("train", "search", "eval", "export", "push", "prompt")
 """Commands whose results are files: a failure of standard output does not fail them."""
+
+
+POSITIONAL = {"push": ("run", "repo")}
+"""Keys that arguments without a key stand for, by command."""
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -146,7 +150,7 @@ def run_command(arguments: list[str]) -> int:
         return 0
     if command == "search":
         command, rest = "train", search_arguments(rest)
-    tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "prompt": _prompt}
+    tasks = {"train": _train, "eval": _eval, "predict": _predict, "export": _export, "push": _push, "prompt": _prompt}
     _run_hydra(command, "config" if command == "train" else command, tasks[command], rest)
     return 0
 
@@ -211,7 +215,7 @@ def _run_hydra(command: str, config_name: str, task: Callable[[DictConfig], None
     from lora_bench.files.cache import token_limit_bytes
 
     token_limit_bytes()  # a wrong value is refused before anything is loaded
-    parsed = Arguments.read(arguments)
+    parsed = Arguments.read(arguments, POSITIONAL.get(command, ()))
     if parsed.multirun and command != "train":
         raise UserError(
             "is an option of lora-bench train only",
@@ -383,9 +387,9 @@ def _eval(cfg: DictConfig) -> None:
 
     from lora_bench.run.preflight import check_eval
 
-    check_eval(cfg)
     console, choice = stdout_console(), str(HydraConfig.get().runtime.choices["data"])
     with show_progress(console):
+        check_eval(cfg)
         console.print(sanitise(f"{cfg.run or cfg.peft} on {choice}: loading"))
         with importing_libraries():
             from lora_bench.evaluate import run_eval
@@ -397,9 +401,9 @@ def _predict(cfg: DictConfig) -> None:
     """Label new texts with a finished run; a wrong request or input is refused before torch is imported."""
     from lora_bench.run.prediction_request import PredictionRequest
 
-    request = PredictionRequest.read(cfg)
     console = Console(stderr=True, highlight=False, soft_wrap=True)  # standard output may be for the predictions
     with show_progress(console):
+        request = PredictionRequest.read(cfg)
         console.print(sanitise(f"{cfg.run}: loading"))
         with importing_libraries():
             from lora_bench.predict import run_predict  # torch: late
@@ -411,14 +415,23 @@ def _export(cfg: DictConfig) -> None:
     """Export a finished run; a wrong request is refused before torch is imported."""
     from lora_bench.run.preflight import check_export
 
-    check_export(cfg)
     console = stdout_console()
     with show_progress(console):
+        check_export(cfg)
         console.print(sanitise(f"{cfg.run} as {cfg.format}: loading"))
         with importing_libraries():
             from lora_bench.export import run_export
 
         run_export(cfg, console=console)
+
+
+def _push(cfg: DictConfig) -> None:
+    """Publish a finished run on the hub; nothing of it needs torch."""
+    from lora_bench.push import run_push
+
+    console = stdout_console()
+    with show_progress(console):
+        run_push(cfg, console=console)
 
 
 def _prompt(cfg: DictConfig) -> None:

@@ -1,6 +1,6 @@
 """`lora-bench eval data=…`: evaluate a finished run, or an adapter made by PEFT, on another data set.
 
-The results of a run go into its folder; those of an adapter into a new folder, never into the adapter's.
+The results of a run go into its folder; those of an adapter, and of a run on the hub, into a new folder.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from lora_bench.evaluation.ensemble import score_members
 from lora_bench.evaluation.metrics import check_metrics, class_metrics, score
 from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_transforms, score_stress_splits
 from lora_bench.files.paths import check_folder
+from lora_bench.records import hub_run
 from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
+from lora_bench.records.hub_run import is_on_hub
 from lora_bench.records.run_folder import EVALUATIONS, Run, discard, file_name
 from lora_bench.run.finished_run import FinishedRun
 from lora_bench.run.settings import Experiment
@@ -78,8 +80,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Evaluate every labelled split except train, and write `evaluations/<name>.json` with the predictions.
 
     The name is `cfg.name`; if that is not set, the stem of `data.path` for local files, and `data_choice` for other
-    data. The files go into the run's folder, replacing an older evaluation of that name, or, for an adapter, into
-    `output`. Metrics and the path are printed.
+    data. The files go into the run's folder, replacing an older evaluation of that name, or, for an adapter or a run on
+    the hub, into `output`. Metrics and the path are printed.
 
     Args:
         cfg: the composed configuration of `eval`.
@@ -173,14 +175,16 @@ def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:
         UserError: a model family or an output is given, the run is not finished, the data has another number of text
             columns, or the folder is not writable.
     """
-    for key, value in (("model", cfg.model.get("family")), ("output", cfg.output)):
+    outputs = [] if is_on_hub(cfg.run) else [("output", cfg.output)]
+    for key, value in [("model", cfg.model.get("family")), *outputs]:
         if value:
             raise UserError("is for peft=, not for run=: a run has its own", key=key, value=value, code=Code.CONFLICT)
     finished = FinishedRecord.read(cfg.run)
     if len(data.text_columns) != len(finished.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns, code=Code.MISMATCH)
-    check_folder(finished.folder / EVALUATIONS, "run")
+    if outputs:
+        check_folder(finished.folder / EVALUATIONS, "run")
     return finished
 
 
@@ -195,14 +199,26 @@ def _with_order_of_numbers(data: schema.Data, finished: FinishedRecord) -> schem
 
 
 def _run_subject(finished: FinishedRecord, cfg: DictConfig, data: schema.Data, console: Console) -> _Subject:
-    """Load a finished run to evaluate, and print its notes; with `data.unseen` load its training data too."""
+    """Load a finished run to evaluate, and print its notes; with `data.unseen` load its training data too.
+
+    The results of a run on the hub go into `output`, those of another one into its folder.
+
+    Raises:
+        UserError: the run cannot be loaded, its training data have changed, or `output` is not writable.
+    """
+    target, described = Run(finished.folder, finished.record), {}
+    if is_on_hub(cfg.run):
+        source = hub_run.parse(cfg.run, "run")
+        described = {"run": str(source._replace(revision=finished.folder.name))}  # the commit
+        target = Run(_output(cfg.output, finished.folder, "hub", source.repository), {})
+        check_folder(target.folder, "output")
     run = FinishedRun.load(finished, device=str(cfg.device), **model_paths(cfg.model))
     for note in run.notes:
         console.print(sanitise(f"note: {note}"))
     return _Subject(
         lambda examples, cached: run.member_scores(examples, cached=cached),
-        Run(run.folder, run.record),
-        described={},
+        target,
+        described,
         seen=_seen(run) if data.unseen else (),
         calibration=run.calibration,
         member_calibrations=run.member_calibrations,
@@ -240,7 +256,7 @@ def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
         code=Code.UNSUPPORTED,
     )
     adapter = PeftConfig.read(cfg.peft)
-    output = _output(cfg.output, adapter.folder)
+    output = _output(cfg.output, adapter.folder, "peft", adapter.folder.resolve().name)
     check_folder(output, "output")
     model = _model(cfg.model, adapter)
     device = resolve_device(cfg.device)
@@ -265,18 +281,23 @@ def _peft_subject(cfg: DictConfig, data: schema.Data) -> _Subject:
     return _Subject(scored, Run(output, {}), {"peft": described})
 
 
-def _output(output: str | None, adapter: Path) -> Path:
-    """Return the folder for an adapter's results: `output`, or a new one below `outputs/peft`; it is not created.
+def _output(output: str | None, source: Path, kind: str, name: str) -> Path:
+    """Return the folder for the results: `output`, or a new one below `outputs/<kind>`; it is not created.
+
+    Args:
+        output: as requested.
+        source: the folder of the adapter or run, which must not change.
+        kind: `peft` or `hub`.
+        name: of the adapter or repository; a new folder has it.
 
     Raises:
-        UserError: `output` is the adapter's folder or is inside it.
+        UserError: `output` is the folder of the adapter or run, or is inside it.
     """
     if output is None:
-        return Path("outputs", "peft", f"{adapter.resolve().name}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}")
-    if adapter.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
-        raise UserError(
-            "is inside the adapter's folder, which must not change", key="output", value=output, code=Code.EXISTS
-        )
+        return Path("outputs", kind, f"{name.replace('/', '--')}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}")
+    if source.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
+        reason = f"is inside the {'adapter' if kind == 'peft' else 'run'}'s folder, which must not change"
+        raise UserError(reason, key="output", value=output, code=Code.EXISTS)
     return Path(output)
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.fused_rows import can_be_joined, has_parts
+from lora_bench.adapters.peft.names import AUTO_CLASSES
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
 from lora_bench.backbones.quantized_modules import QuantizedWeight
@@ -37,14 +38,6 @@ if TYPE_CHECKING:
 
     from lora_bench.adapters.base import Update
     from lora_bench.adapters.pack.pack import Pack
-
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
-"""The transformers class that loads a backbone, by PEFT's task type."""
 
 
 def run_export(cfg: DictConfig, *, console: Console) -> None:

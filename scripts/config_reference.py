@@ -44,7 +44,7 @@ GROUP_OF_CLASS = {
 listed belongs to the group that has its name in lower case."""
 EXCLUDED = {"Annotations", "Metric"}
 """Classes that `schema_sections` leaves out: keys of the top level, and keys below a name that the user gives."""
-COMMANDS = ("eval", "predict", "export", "prompt")
+COMMANDS = ("eval", "predict", "export", "push", "prompt")
 TYPES = {
     "str": "text",
     "int": "integer",

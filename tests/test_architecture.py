@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "predict": "config data evaluation run",
     "deployment": "errors console data backbones head evaluation adapters training run",
     "export": "errors config console files backbones records adapters run deployment",
+    "publishing": "errors config console files evaluation records adapters analysis",
+    "push": "errors console files records publishing",
     "prompt": "errors config console files data evaluation records tracking llm",
     "compare": "errors config console files analysis report",
     "clean": "errors console files records",
@@ -51,16 +53,27 @@ MAY_IMPORT = {
     "sweeps": "errors config console files evaluation records adapters training run train",
     "hydra_plugins": "errors config console files records analysis run evaluate compare sweeps",
     "__init__": "run",
-    "cli": "__init__ errors config console files records run train evaluate predict export prompt compare clean doctor"
-    " sweeps ls show rm watch completion",
+    "cli": "__init__ errors config console files records run train evaluate predict export push prompt compare clean"
+    " doctor sweeps ls show rm watch completion",
     "api": "__init__ errors config console records analysis run sweeps cli",
     "__main__": "cli completion",
 }
-COMMANDS = ("train", "evaluate", "predict", "export", "prompt", "compare", "clean", "doctor")
+COMMANDS = ("train", "evaluate", "predict", "export", "push", "prompt", "compare", "clean", "doctor")
 COMMANDS += ("ls", "show", "rm", "watch", "completion")
 HEAVY = {"torch", "transformers", "datasets", "torchmetrics", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
-LIGHT_COMMANDS = {"api", "cli", "compare", "clean", "doctor", "ls", "show", "rm", "watch", "completion"}
-LIGHT = {*LIGHT_COMMANDS, "errors", "extensions", "config", "console", "files", "analysis", "report", "tracking"}
+LIGHT_COMMANDS = {"api", "cli", "compare", "clean", "doctor", "ls", "show", "rm", "watch", "completion", "push"}
+LIGHT = {
+    *LIGHT_COMMANDS,
+    "errors",
+    "extensions",
+    "config",
+    "console",
+    "files",
+    "analysis",
+    "report",
+    "tracking",
+    "publishing",
+}
 """What must not load a heavy library as it is imported: `--help`, refusals and tables take a fraction of a second."""
 KNOWS_HYDRA = {
     "api",

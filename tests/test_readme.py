@@ -114,7 +114,7 @@ def test_search_commands_compose(line: str, in_tmp: Path) -> None:
     assert answer.code == 0, answer.err
 
 
-@pytest.mark.parametrize("line", command_lines("eval", "predict", "export", "prompt"))
+@pytest.mark.parametrize("line", command_lines("eval", "predict", "export", "push", "prompt"))
 def test_other_commands_compose(line: str, in_tmp: Path) -> None:
     _, command, *arguments = shlex.split(line)
     answer = run(command, "--cfg", "job", *arguments)

@@ -1,4 +1,4 @@
-"""The paired bootstrap over the examples of two models, for every main metric.
+"""The bootstrap over the examples of one model or of a pair of models, for every main metric.
 
 A metric of classes depends only on how often each combination of label and two predictions occurs, so a resample is one
 draw of these counts. A metric of numbers needs the examples themselves.
@@ -66,69 +66,99 @@ def paired_bootstrap(
         seed: of the random draws.
     """
     y, a, b = (np.asarray(x) for x in (labels, predicted_a, predicted_b))
-    rng = np.random.default_rng(seed)
-    if main_metric.is_of_numbers(measure):
-        resamples = min(resamples, max(MIN_RESAMPLES, MAX_DRAWS // len(y)))
-        resampled = _resample_numbers(y, a, b, measure, resamples, rng)
-    elif main_metric.is_of_two_classes(measure, y, a, b):
-        resampled = _resample_two_classes(y, a, b, measure, resamples, rng)
-    else:
-        resampled = _resample_classes(y, a, b, measure, resamples, rng)
+    values = _resample(y, a, b, measure, resamples, seed)  # (R, 2)
+    resampled = values[:, 0] - values[:, 1]
     observed = float(main_metric.compute(y, a, measure) - main_metric.compute(y, b, measure))
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     n_beyond = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
-    p = min(1.0, 2 * (n_beyond + 1) / (resamples + 1))
+    p = min(1.0, 2 * (n_beyond + 1) / (len(resampled) + 1))
     return Bootstrap(observed, float(low), float(high), p, float(resampled.std(ddof=1)))
+
+
+def bootstrap_interval(
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    measure: str = "mcc",
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the bounds of the percentile interval of one model's metric over resamples of the examples.
+
+    The interval is about other examples of the same kind, not about other seeds of the training.
+
+    Args:
+        labels: (N,) classes 0, 1, …, or numbers.
+        predicted: (N,) predicted classes or numbers.
+        measure: one of `ALL_MAIN_METRICS`.
+        confidence: of the interval.
+        resamples: number of resamples, lowered as in `paired_bootstrap`.
+        seed: of the random draws.
+    """
+    y, a = np.asarray(labels), np.asarray(predicted)
+    low, high = np.quantile(
+        _resample(y, a, a, measure, resamples, seed)[:, 0], [(1 - confidence) / 2, (1 + confidence) / 2]
+    )
+    return float(low), float(high)
+
+
+def _resample(y: NDArray[Any], a: NDArray[Any], b: NDArray[Any], measure: str, resamples: int, seed: int) -> Floats:
+    """Return the metric of both models in each resample: (R, 2)."""
+    rng = np.random.default_rng(seed)
+    if main_metric.is_of_numbers(measure):
+        resamples = min(resamples, max(MIN_RESAMPLES, MAX_DRAWS // len(y)))
+        return _resample_numbers(y, a, b, measure, resamples, rng)
+    if main_metric.is_of_two_classes(measure, y, a, b):
+        return _resample_two_classes(y, a, b, measure, resamples, rng)
+    return _resample_classes(y, a, b, measure, resamples, rng)
 
 
 def _resample_two_classes(
     y: NDArray[Any], a: NDArray[Any], b: NDArray[Any], measure: str, resamples: int, rng: Generator
 ) -> Floats:
-    """Return the differences of resamples of two classes: (resamples,)."""
+    """Return both metrics of two classes in each resample: (R, 2)."""
     joint = np.bincount(4 * y.astype(int) + 2 * a.astype(int) + b.astype(int), minlength=8)  # (8,)
     draws = rng.multinomial(len(y), joint / len(y), size=resamples)  # (R, 8)
     nnn, nnb, nan, nab, ynn, ynb, yan, yab = np.moveaxis(draws, -1, 0)  # label, a, b: y, a, b where they are 1
     of_a = np.stack([yan + yab, nan + nab, ynn + ynb, nnn + nnb], -1)
     of_b = np.stack([ynb + yab, nnb + nab, ynn + yan, nnn + nan], -1)
-    return compute_metric(of_a, measure) - compute_metric(of_b, measure)
+    return np.stack([compute_metric(of_a, measure), compute_metric(of_b, measure)], -1)
 
 
 def _resample_classes(
     y: NDArray[Any], a: NDArray[Any], b: NDArray[Any], measure: str, resamples: int, rng: Generator
 ) -> Floats:
-    """Return the differences of resamples of k classes: (resamples,)."""
+    """Return both metrics of k classes in each resample: (R, 2)."""
     k = 1 + int(max(y.max(), a.max(), b.max()))
     triples, counts = np.unique(np.stack([y, a, b], -1).astype(int), axis=0, return_counts=True)  # (J, 3), (J,)
     labels, of_a, of_b = np.eye(k)[triples.T]  # (J, k) each, 1 in the column of the class
     sums = np.concatenate([labels * of_a, labels, of_a, labels * of_b, labels, of_b], axis=1)  # (J, 6 k)
-    differences = []
+    values = []
     for rows in _chunks(resamples, len(counts) + 6 * k):
         draws = rng.multinomial(len(y), counts / len(y), size=rows)  # (R, J)
         totals = (draws @ sums).reshape(rows, 2, 3, k)
-        values = compute_class_metric(totals, measure)  # (R, 2)
-        differences.append(values[:, 0] - values[:, 1])
-    return np.concatenate(differences)
+        values.append(compute_class_metric(totals, measure))  # (R, 2)
+    return np.concatenate(values)
 
 
 def _resample_numbers(
     y: NDArray[Any], a: NDArray[Any], b: NDArray[Any], measure: str, resamples: int, rng: Generator
 ) -> Floats:
-    """Return the differences of resamples of numbers: (resamples,)."""
+    """Return both metrics of numbers in each resample: (R, 2)."""
     n = len(y)
-    values = [_values(x, measure) for x in (y, a, b)]
-    differences = []
+    weighted = [_values(x, measure) for x in (y, a, b)]
+    values = []
     for rows in _chunks(resamples, n):
         drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n) / n  # (R, N)
-        labels, of_a, of_b = (value(weights) for value in values)  # (R, N) or (N,)
+        labels, of_a, of_b = (value(weights) for value in weighted)  # (R, N) or (N,)
         if measure == "r2":
             spread = _variance(weights, labels)
-            error_a, error_b = (weights @ (x - y) ** 2 for x in (a, b))
-            differences.append(_ratio(error_b - error_a, spread))
+            of_both = [_ratio(spread - weights @ (x - y) ** 2, spread) for x in (a, b)]
         else:
-            correlations = [_correlation(weights, labels, x) for x in (of_a, of_b)]
-            differences.append(correlations[0] - correlations[1])
-    return np.concatenate(differences)
+            of_both = [_correlation(weights, labels, x) for x in (of_a, of_b)]
+        values.append(np.stack(of_both, -1))
+    return np.concatenate(values)
 
 
 def _values(x: Floats, measure: str) -> Callable[[Floats], Floats]:

@@ -37,7 +37,7 @@ from lora_bench.config.overrides import (
     is_typed_folder,
     parse_override,
 )
-from lora_bench.errors import Code, UserError
+from lora_bench.errors import Code, UserError, quoted
 from lora_bench.extensions.entry_points import conf_folders
 
 if TYPE_CHECKING:
@@ -65,14 +65,22 @@ class Arguments(argparse.Namespace):
     """The record of a sweep that these arguments were read from."""
 
     @classmethod
-    def read(cls, arguments: list[str]) -> Arguments:
+    def read(cls, arguments: list[str], positional: Sequence[str] = ()) -> Arguments:
         """Parse and check the arguments of a command, its name left out; nothing is composed.
+
+        Args:
+            arguments: as typed.
+            positional: keys that arguments without a key stand for, in this order: `RUN` becomes `run='RUN'`.
 
         Raises:
             UserError: an option is unknown, abbreviated or conflicts with another; `--config-dir` is not a folder; or
                 an override holds an API key or is refused by `check_overrides`.
         """
         parsed = _parser().parse_intermixed_args(arguments, cls())
+        keys = iter(positional)
+        for i, override in enumerate(parsed.overrides):
+            if not re.match(r"~|\+*[\w./@]+=", override) and (key := next(keys, None)):
+                parsed.overrides[i] = f"{key}={quoted(override)}"
         for override in parsed.overrides:
             if re.search(r"(^|[.{,])api_?key[=:]", _bare_key(override), re.IGNORECASE):  # its value is not repeated
                 remedy = "Put it into the environment variable that llm.api_key_env names."

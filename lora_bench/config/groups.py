@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "score a finished run, or an adapter made by PEFT, on another data set",
     "predict": "label new pairs with a finished run",
     "export": "write a finished run as an adapter for PEFT or as a plain Hugging Face model",
+    "push": "publish a finished run on the Hugging Face hub, with a model card",
     "prompt": "a language model behind an OpenAI-compatible server as a baseline; or answers in a file",
     "compare": "tables over finished runs: what varies, how good, at what cost",
     "ls": "list runs, with their names, states and scores",

@@ -46,8 +46,8 @@ def format_overview() -> str:
 def format_help(command: str, config_dir: str | None = None) -> str:
     """Return the text of `lora-bench COMMAND --help`, which begins with the command's one-line help.
 
-    For `train` it has every group and key. For `eval`, `predict`, `export` and `prompt` it is the command's YAML file.
-    An unknown command is a KeyError.
+    For `train` it has every group and key. For `eval`, `predict`, `export`, `push` and `prompt` it is the command's YAML
+    file. An unknown command is a KeyError.
 
     Args:
         command: its name.
@@ -58,7 +58,7 @@ def format_help(command: str, config_dir: str | None = None) -> str:
         lines += _train_help(config_dir)
     elif command in _USAGE:
         lines += [f"  {line}".rstrip() for line in _USAGE[command].splitlines()]
-    elif command in ("eval", "predict", "export", "prompt"):
+    elif command in ("eval", "predict", "export", "push", "prompt"):
         text = (conf_folder() / f"{command}.yaml").read_text(encoding="utf-8")
         lines += [f"  {line}" for line in text.splitlines()]
     return "\n".join(lines)

@@ -153,7 +153,8 @@ def translate_error(error: Exception, key: str, repository: str, revision: str |
 
     Args:
         error: of one of the hub's libraries, or one that it caused.
-        key: the configuration key that names the repository, such as `model.hub_id`.
+        key: the configuration key that names the repository, such as `model.hub_id`. A key without a group, such as
+            `run`, names the revision too.
         repository: its id.
         revision: its requested revision.
     """
@@ -163,11 +164,11 @@ def translate_error(error: Exception, key: str, repository: str, revision: str |
 
     def refusal(reason: str, remedy: str, code: Code = Code.NOT_FOUND, *, name: str = "hub_id") -> UserError:
         value = revision if name == "revision" else repository
-        return UserError(reason, key=f"{group}.{name}", value=value, remedy=remedy, code=code)
+        return UserError(reason, key=f"{group}.{name}" if group else key, value=value, remedy=remedy, code=code)
 
     page = f"{constants.ENDPOINT}/{repository}"
-    for cause in _causes(error):
-        status = getattr(getattr(cause, "response", None), "status_code", None)
+    for cause in causes(error):
+        status = status_of(cause)
         if isinstance(cause, errors.GatedRepoError):
             reason = f"is gated: its owner grants access to it (HTTP {status or 403})"
             return refusal(reason, f"Ask for access at {page}, then {_ACCESS}.", Code.FORBIDDEN)
@@ -200,10 +201,15 @@ def translate_error(error: Exception, key: str, repository: str, revision: str |
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, the one that caused it, and so on; libraries hide the kind of an error behind others."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status of the answer that an error of the hub's client is about; None without an answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)

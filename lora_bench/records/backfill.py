@@ -222,7 +222,7 @@ def relocate(config: dict[str, Any], path: str | None, tokenizer: str | None) ->
         tokenizer: a path or hub id; None keeps the recorded one.
 
     Raises:
-        UserError: a recorded folder, an absolute path, does not exist any more, and no new one is given.
+        UserError: a recorded folder does not exist here, and no new one is given.
     """
     if not isinstance(config.get("model"), dict):
         return config
@@ -231,17 +231,21 @@ def relocate(config: dict[str, Any], path: str | None, tokenizer: str | None) ->
     model = config["model"] | {key: value for key, value in paths.items() if value} | absolute
     for key in ("path", "tokenizer"):
         folder = model.get(key)
-        is_missing = isinstance(folder, str) and os.path.isabs(folder) and not os.path.isdir(folder)
-        if is_missing and paths[key] is None:
-            remedy = f"If it was moved, give its new path, model.{key}=DIR. Its content is checked."
+        if isinstance(folder, str) and paths[key] is None and _is_path(key, folder) and not os.path.isdir(folder):
+            remedy = f"Give its present path, model.{key}=DIR. Its content is checked."
             raise UserError(
-                "the folder that this run was trained with does not exist any more",
+                "the folder that this run was trained with does not exist here",
                 key=f"model.{key}",
                 value=folder,
                 remedy=remedy,
                 code=Code.NOT_FOUND,
             )
     return config | {"model": model}
+
+
+def _is_path(key: str, value: str) -> bool:
+    """Return whether the recorded value of a key is a path; `model.tokenizer` may be an id of the hub instead."""
+    return key == "path" or os.path.isabs(value) or value.startswith("./")
 
 
 def differences(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from lora_bench.config.metric_names import task_form
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
 from lora_bench.files import untrusted
-from lora_bench.records import run_folder
+from lora_bench.records import hub_run, run_folder
 from lora_bench.records.backfill import load_config, refuse_edited, relocate, without_removed_settings
 from lora_bench.records.environment import PACKAGES
 from lora_bench.records.run_folder import ADAPTER, RECORD_FILE, is_prompted, member_adapter_folder
@@ -103,14 +103,14 @@ class FinishedRecord:
         """Read and check the record in `folder`.
 
         Args:
-            folder: of the run.
+            folder: of the run; or `hf://OWNER/NAME`, with or without `@REVISION`, which is downloaded.
             key: the command-line option that names the folder, for messages.
 
         Raises:
             UserError: there is no record or it is damaged, its config was edited, or the run is not done, has several
                 tasks, or is a run of `lora-bench prompt`.
         """
-        path = Path(str(folder))
+        path = hub_run.fetch(folder, key) if hub_run.is_on_hub(folder) else Path(str(folder))
         record = run_folder.read(path)
         if is_prompted(record):
             raise UserError(

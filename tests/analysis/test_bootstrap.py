@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
 
 from lora_bench.analysis import bootstrap, statistics
-from lora_bench.analysis.bootstrap import paired_bootstrap
+from lora_bench.analysis.bootstrap import bootstrap_interval, paired_bootstrap
+from lora_bench.evaluation import main_metric
 
 Three = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -92,3 +93,14 @@ def test_equal_predictions_differ_by_nothing(measure: str) -> None:
     for predicted in (a, np.full_like(y, 1)):
         drawn = paired_bootstrap(y, predicted, predicted, measure, resamples=200)
         assert (drawn.difference, drawn.low, drawn.high, drawn.p) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("measure", "data"), [("mcc", classes(2, 500)), ("macro_f1", classes(3, 500)), ("r2", numbers(500))]
+)
+def test_the_interval_of_one_model_is_that_of_its_resamples(measure: str, data: Three) -> None:
+    y, a, _ = data
+    rng = np.random.default_rng(3)
+    rows = rng.integers(0, len(y), (2000, len(y)))
+    expected = np.quantile([main_metric.compute(y[r], a[r], measure) for r in rows], [0.025, 0.975])
+    assert bootstrap_interval(y, a, measure, resamples=2000) == pytest.approx(expected, abs=0.01)

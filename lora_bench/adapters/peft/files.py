@@ -10,7 +10,6 @@ Full fine-tuning has no adapter: it leaves a plain Hugging Face model, config.js
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_bench.adapters.peft.fused_rows import has_parts, join_parts
+from lora_bench.adapters.peft.names import OF_PEFT
 from lora_bench.backbones.fused_linear import is_transposed
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 PREFIX = "base_model."
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TENSORS = "adapter_model.safetensors"
-_OF_PEFT = re.compile(r"(?!.*\.variant\.).*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
 
 
 def save(
@@ -69,7 +68,7 @@ def save(
     tensors = {name: tensor.contiguous().cpu() for name, tensor in _saved(pack, member, head).items()}
     if for_peft:
         of_head = {f"{PREFIX}model.{name}" for name in pack.head_parameters(member, head)}
-        tensors = {name: tensor for name, tensor in tensors.items() if name in of_head or _OF_PEFT.fullmatch(name)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in of_head or OF_PEFT.fullmatch(name)}
     updates = pack.updates[member]
     settings, targets = pack.members[member].adapter.peft_settings(updates), list(updates)
     if settings and has_parts(pack.network, targets):
