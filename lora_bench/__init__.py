@@ -37,7 +37,7 @@ def load(
     `label_names`, or (N,) numbers of a regression.
 
     Args:
-        run: the run's folder, its name, the first digits of its id, or `last`, which are looked for below `outputs/`; or
+        run: the run's folder; its name, the first digits of its id, or `last`, looked for below `outputs/`; or
             `hf://OWNER/NAME`, with or without `@REVISION`, which is downloaded.
         device: `cpu`, `cuda` or `auto`.
         model_path: the new path of its backbone, if that was moved.

@@ -46,8 +46,8 @@ def format_overview() -> str:
 def format_help(command: str, config_dir: str | None = None) -> str:
     """Return the text of `lora-bench COMMAND --help`, which begins with the command's one-line help.
 
-    For `train` it has every group and key. For `eval`, `predict`, `export`, `push` and `prompt` it is the command's YAML
-    file. An unknown command is a KeyError.
+    For `train` it has every group and key. For `eval`, `predict`, `export`, `push` and `prompt` it is the command's
+    YAML file. An unknown command is a KeyError.
 
     Args:
         command: its name.
