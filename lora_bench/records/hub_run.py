@@ -53,7 +53,8 @@ def parse(reference: str | Path, key: str) -> HubRun:
     match = _REFERENCE.fullmatch(str(reference))
     if match is None or not is_repository(match[1]):
         remedy = "Give hf://OWNER/NAME, or hf://OWNER/NAME@REVISION."
-        raise UserError("names no repository", key=key, value=reference, remedy=remedy, code=Code.INVALID_VALUE)
+        value = re.sub("^hf:/+", SCHEME, str(reference))
+        raise UserError("names no repository", key=key, value=value, remedy=remedy, code=Code.INVALID_VALUE)
     return HubRun(match[1], match[2])
 
 

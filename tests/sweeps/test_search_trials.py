@@ -9,8 +9,6 @@ import pytest
 from lora_bench.config.schema import Packing, Search
 from lora_bench.sweeps.search_trials import Trial, affordable, best_trial, full_flops, seconds_spent, setting_of
 
-NOW = datetime.now(UTC)
-
 
 def budget(trials: int | None = None, flops: float | None = None, minutes: float | None = None) -> Search:
     return Search(trials=trials, flops=flops, minutes=minutes, final_seeds=1)
@@ -58,10 +56,12 @@ def test_a_trial_that_trained_to_its_end_and_has_the_best_score_wins() -> None:
 
 
 def test_time_counts_once_for_a_pack_and_not_between_processes() -> None:
-    def trial(start: float, end: float) -> Trial:
-        return Trial([], "done", period=(NOW - timedelta(hours=start), NOW - timedelta(hours=end)))
+    now = datetime.now(UTC)
 
-    began = NOW - timedelta(hours=1)
+    def trial(start: float, end: float) -> Trial:
+        return Trial([], "done", period=(now - timedelta(hours=start), now - timedelta(hours=end)))
+
+    began = now - timedelta(hours=1)
     trials = [trial(10, 9), trial(10, 8), trial(9.5, 9), trial(5, 4), trial(0.9, 0.1), Trial([], "interrupted")]
     assert seconds_spent(trials, began) == pytest.approx(3600 * (2 + 1 + 1), abs=60)
 
