@@ -109,8 +109,10 @@ def _write_folder(run: PublishedRun, request: PushRequest, output: Path, console
 
 
 def _write(run: PublishedRun, request: PushRequest, folder: Path) -> list[Path]:
+    """Write the files of the repository, and return their paths."""
     with stage("writing the model card"):
-        return write_contents(run, folder, predictions=request.predictions, license_name=request.license)
+        copy, license_name = request.output is not None, request.license
+        return write_contents(run, folder, predictions=request.predictions, license_name=license_name, copy=copy)
 
 
 def _print_notes(run: PublishedRun, console: Console) -> None:

@@ -195,5 +195,7 @@ def test_a_run_that_is_no_finished_model_is_not_published(finished: Path, in_tmp
     (in_tmp / "run/run.json").write_text(json.dumps(record))
     assert refused("push", "run", "me/qqp").code == Code.DAMAGED
     (in_tmp / "run/run.json").write_text(json.dumps(with_checksum(record)))
+    (in_tmp / "run/adapter/notes.txt").symlink_to("/etc/hostname")
+    assert refused("push", "run", "me/qqp", "dry_run=true").code == Code.NOT_A_FILE
     (in_tmp / "run/adapter/adapter_model.safetensors").unlink()
     assert refused("push", "run", "me/qqp").code == Code.NOT_FOUND

@@ -7,7 +7,6 @@ name servers and accounts.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -32,31 +31,33 @@ _SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Files of an adapter or a whole model that are published."""
 
 
-def write_contents(run: PublishedRun, folder: Path, *, predictions: bool, license_name: str | None) -> list[Path]:
+def write_contents(
+    run: PublishedRun, folder: Path, *, predictions: bool, license_name: str | None, copy: bool
+) -> list[Path]:
     """Write the files of a run's repository into an existing folder, and return their paths.
-
-    Weights are hard links where the system allows them, otherwise copies.
 
     Args:
         run: what is published.
         folder: where to.
         predictions: also the ids, labels and scores of the reported splits.
         license_name: for the model card.
+        copy: copy weights; otherwise they are links to those of the run.
 
     Raises:
-        UserError: a file of the run cannot be read, or one of these cannot be written.
+        UserError: a file of the run cannot be read or is a link, or one of these cannot be written.
     """
     source = run.finished.folder
     try:
         raw = untrusted.read_json(source / RECORD_FILE)
         (folder / RECORD_FILE).write_text(dump(_public_record(raw)), encoding="utf-8")
-        for name in (METRICS_FILE,):
-            if (source / name).is_file():
-                (folder / name).write_bytes(untrusted.read_bytes(source / name))
+        if _is_file(source / METRICS_FILE):
+            (folder / METRICS_FILE).write_bytes(untrusted.read_bytes(source / METRICS_FILE))
         for adapter in run.adapters:
-            _write_adapter(adapter, folder / adapter.relative_to(source))
+            _write_adapter(adapter, folder / adapter.relative_to(source), copy=copy)
         if predictions:
-            shutil.copytree(source / PREDICTIONS, folder / PREDICTIONS)
+            (folder / PREDICTIONS).mkdir()
+            for path in filter(_is_file, sorted((source / PREDICTIONS).glob("*.parquet"))):
+                shutil.copyfile(path, folder / PREDICTIONS / path.name)
         card = render_card(run, read_results(run.finished), license_name)
         (folder / CARD).write_text(card, encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -77,27 +78,27 @@ def _public_record(record: dict[str, Any]) -> dict[str, Any]:
     return run_folder.with_checksum(record)
 
 
-def _write_adapter(source: Path, target: Path) -> None:
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a regular file; a `UserError` for a link, which may lead to any file of the machine."""
+    if path.is_symlink():
+        remedy = "Put the file itself there, or remove the link."
+        raise UserError("is a link, which is not published", file=path, remedy=remedy, code=Code.NOT_A_FILE)
+    return path.is_file()
+
+
+def _write_adapter(source: Path, target: Path, *, copy: bool) -> None:
     """Write the files of one adapter, without the folders above a local base model."""
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        if not path.is_file() or path.suffix not in _SUFFIXES:
+        if path.suffix not in _SUFFIXES or not _is_file(path):
             continue
         if path.name in _CONFIGS:
-            content = untrusted.read_json(path)
             cut = {
-                key: without_folders({key: value})[key] if "path" in key else value for key, value in content.items()
+                key: without_folders({key: value})[key] if "path" in key else value
+                for key, value in untrusted.read_json(path).items()
             }
             (target / path.name).write_text(json.dumps(cut, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        elif path.suffix == ".safetensors":
-            _link(path, target / path.name)
+        elif path.suffix == ".safetensors" and not copy:
+            (target / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target / path.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make a hard link to a large file, or copy it where that is not possible."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
