@@ -22,7 +22,8 @@ def rows() -> dict[str, str]:
     """Return the second column of the doctor's table, by the name in the first."""
     out = io.StringIO()
     doctor.run_doctor(Console(file=out, width=400))
-    lines = [line.strip().split("  ", 1) for line in out.getvalue().splitlines() if line.strip()]
+    _, *table = out.getvalue().splitlines()  # after the line that says what is being done
+    lines = [line.strip().split("  ", 1) for line in table if line.strip()]
     return {name.strip(): value.strip() for name, value in lines}
 
 
