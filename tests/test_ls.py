@@ -60,6 +60,7 @@ def test_runs_are_selected_and_sorted(arguments: Sequence[str], names: Sequence[
 
 @pytest.mark.usefixtures("runs")
 def test_a_table_fits_its_width_and_a_pipe_shows_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     long = "a-name-of-fifty-nine-letters-that-no-narrow-terminal-can-show"[:59]
     make_run(Path("outputs/u"), hour=5, name=long)
     header, *rows = lora_bench("ls").out.splitlines()
