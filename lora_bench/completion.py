@@ -46,6 +46,7 @@ ARGUMENTS = {
     "show": ["last"],
     "watch": ["last"],
     "rm": ["last"],
+    "push": ["last"],
 }
 """Arguments of commands that compose no config."""
 PATH_COMMANDS = {"compare", "ls", "show", "watch", "rm"}

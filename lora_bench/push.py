@@ -18,6 +18,7 @@ from lora_bench.publishing.contents import CARD, write_contents
 from lora_bench.publishing.source import PublishedRun
 from lora_bench.publishing.upload import create_repository, require_access, upload
 from lora_bench.records.hub_run import SCHEME, is_on_hub, is_repository
+from lora_bench.records.run_names import resolve_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,7 @@ class PushRequest:
                 remedy = "Give a new folder, output=DIR."
                 raise UserError("already exists", key="output", value=output, remedy=remedy, code=Code.EXISTS)
             check_folder(output, "output")
-        return cls(run, repository, cfg.private, cfg.overwrite, cfg.predictions, license_name, output)
+        return cls(str(resolve_run(cfg)), repository, cfg.private, cfg.overwrite, cfg.predictions, license_name, output)
 
 
 def run_push(cfg: DictConfig, *, console: Console) -> None:
