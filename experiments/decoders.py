@@ -92,8 +92,10 @@ def print_table(output: Path) -> None:
         whole = folder.parent.name != "prompted"
         values = {name: [r["metrics"][f"validation/{name}"] for r in records] for name in ("accuracy", "f1", "mcc")}
         cells = [_mean(values[name]) if whole else "—" for name in ("accuracy", "f1", "mcc")]
-        flops, memory = ([r["cost"][key] for r in records] for key in ("train_flops", "peak_memory_bytes"))
-        costs = [f"{statistics.mean(flops):.2e}", f"{max(memory) / 1e9:.1f} GB"] if whole else ["—", "—"]
+        costs = ["—", "—"]
+        if whole:
+            flops, memory = ([r["cost"][key] for r in records] for key in ("train_flops", "peak_memory_bytes"))
+            costs = [f"{statistics.mean(flops):.2e}", f"{max(memory) / 1e9:.1f} GB"]
         print(f"| {folder.parent.name}, {folder.name} | {len(runs)} | {' | '.join([*cells, _mean(short), *costs])} |")
 
 
