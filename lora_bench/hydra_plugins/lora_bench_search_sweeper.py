@@ -96,7 +96,7 @@ class SearchSweeper(GridSweeper):
         require(self.packing.size is not None, "pack.size", None, reason, "Give pack.size=6.")
         reason, remedy = "are sets of overrides, and a search has one", "Search over the keys that vary."
         require(len(variants) == 1, "hydra.sweeper.variants", None, reason, remedy, code=Code.UNSUPPORTED)
-        remedy = 'Install it: pip install "lora-bench[search]".'
+        remedy = "Install it: pip install 'lora-bench[search]'."
         is_installed = importlib.util.find_spec("optuna") is not None
         require(is_installed, "search", None, "needs the package optuna", remedy, code=Code.MISSING_PACKAGE)
         overrides = [override for override in variants[0] if override.key_or_group.split(".")[0] != "search"]
