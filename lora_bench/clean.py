@@ -97,8 +97,8 @@ def _clean_checkpoints(*, is_requested: bool, is_dry: bool) -> tuple[str, str, s
     Raises:
         RunFailedError: one cannot be removed.
     """
-    found = run_folder.find_runs([TOP])[0] if TOP.is_dir() else []
-    runs = [folder for folder, _ in found if (folder / CHECKPOINTS).is_dir()]
+    records = run_folder.find_runs([TOP])[0] if TOP.is_dir() else []
+    runs = [folder for folder, _ in records if (folder / CHECKPOINTS).is_dir()]
     count = sum(len(list((folder / CHECKPOINTS).iterdir())) for folder in runs)
     size = format_number(sum(disk_usage(folder / CHECKPOINTS) for folder in runs), "B")
     if not runs:

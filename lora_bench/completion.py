@@ -163,12 +163,12 @@ def _choices(group: str, before: Sequence[str]) -> list[str]:
     from lora_bench.extensions.presence import has_extensions
 
     folder = next((after for option, after in pairwise(before) if option == "--config-dir"), None)
-    own = os.path.join(folder, group) if folder else ""
+    group_folder = os.path.join(folder, group) if folder else ""
     if has_extensions():
         from lora_bench.config.groups import all_choices
 
         return all_choices(group, folder)
-    typed = os.listdir(own) if os.path.isdir(own) else []
+    typed = os.listdir(group_folder) if os.path.isdir(group_folder) else []
     return sorted({*choices(group), *(name[:-5] for name in typed if name.endswith(".yaml"))})
 
 

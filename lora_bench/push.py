@@ -94,8 +94,8 @@ def run_push(cfg: DictConfig, *, console: Console) -> None:
         _write(PublishedRun(run.finished, repository), request, Path(folder))
         uploaded = upload(Path(folder), repository, f"Publish a run of {run.method} on {run.data_name}")
     console.print(sanitise(f"uploaded: {uploaded.address} (commit {uploaded.commit[:8]})"), soft_wrap=True)
-    place = " model.path=DIR" if run.needs_path else ""
-    command = f"lora-bench predict run={SCHEME}{repository} input=texts.tsv output=labelled.tsv{place}"
+    path_argument = " model.path=DIR" if run.needs_path else ""
+    command = f"lora-bench predict run={SCHEME}{repository} input=texts.tsv output=labelled.tsv{path_argument}"
     console.print(sanitise(f"read it back: {command}"), soft_wrap=True)
     _print_notes(run, console)
 

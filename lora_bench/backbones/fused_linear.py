@@ -155,7 +155,7 @@ class LinearRows(nn.Linear):
 
     @property
     def quantized(self) -> QuantizedWeight | QuantizedRows | None:
-        """What it computes with in place of its rows; None if they are not quantised."""
+        """The quantised rows that its products use; None if the rows are not quantised."""
         linear = self.linear[0]
         if self.held_quantized is None and isinstance(linear, QuantizedLinear):
             return QuantizedRows(linear.quantized, self.rows)

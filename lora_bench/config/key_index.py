@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class KeyEntry(NamedTuple):
-    """What is known about a key without importing its settings."""
+    """A key of the configuration: its type, default, values and meaning, read without importing its settings class."""
 
     key: str
     """Its dotted name."""

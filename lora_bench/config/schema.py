@@ -385,7 +385,7 @@ class Trainer:
     device: str
     """`cpu`, `cuda`, or `auto`."""
     quantization_kernels: str
-    """What dequantises `nf4` weights: `torch`, or the library `bitsandbytes`, which gives the same bits in less time.
+    """The library that dequantises `nf4` weights: `torch`, or `bitsandbytes`, which gives the same bits in less time.
     `auto`: `bitsandbytes` on a GPU if it is installed. Other types always take `torch`."""
     cuda_graphs: bool
     """On a GPU, capture forward and backward pass as a CUDA graph once per batch shape, and replay it."""
@@ -499,7 +499,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,59}")
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """What a user calls a run, for finding it again; a run learns the same with any of them."""
+    """The name, tags and notes by which a user finds a run again; they do not affect its results."""
 
     name: str | None
     """The name by which other commands find the run: `run=NAME`. Up to 60 letters, digits and `. - _`; runs may share a

@@ -23,7 +23,7 @@ class SpecialTokens:
     """The tokenizer splits them itself (`split_special_tokens` of transformers). It does not if a template has some,
     which must stay special."""
     broken: tuple[str, ...] = ()
-    """Those that the tokenizer would not split; they get a space behind their first character."""
+    """Special tokens that the tokenizer does not split: in texts they get a space behind their first character."""
 
     @classmethod
     def of(cls, tokenizer: Any, template: Sequence[str] = ()) -> SpecialTokens:
@@ -44,8 +44,8 @@ class SpecialTokens:
         cls().configure(backend)
         texts = [text for token in tokens for text in (token, f"a{token}a")]  # by itself, and within a word
         encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
-        found = {token: ids[token] in [*next(encodings).ids, *next(encodings).ids] for token in tokens}
-        return cls(broken=tuple(token for token in tokens if found[token]))
+        unsplit = [token for token in tokens if ids[token] in [*next(encodings).ids, *next(encodings).ids]]
+        return cls(broken=tuple(unsplit))
 
     def configure(self, backend: Any) -> None:
         """Let a tokenizer read texts so, without padding and truncation.

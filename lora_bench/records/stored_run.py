@@ -36,8 +36,12 @@ class StoredRun:
     @cached_property
     def id(self) -> str:
         """Six hexadecimal digits: those at the end of the folder's name, else a hash of that name and the time."""
-        own = _OWN_ID.fullmatch(self.folder.name)
-        return own[1] if own else xxh3_64_hexdigest(f"{self.record['created']} {self.folder.name}".encode())[:6]
+        id_in_name = _OWN_ID.fullmatch(self.folder.name)
+        return (
+            id_in_name[1]
+            if id_in_name
+            else xxh3_64_hexdigest(f"{self.record['created']} {self.folder.name}".encode())[:6]
+        )
 
     @property
     def name(self) -> str | None:

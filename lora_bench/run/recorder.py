@@ -86,7 +86,7 @@ class Recorder:
 
     @property
     def in_sweep(self) -> bool:
-        """Whether the runs are jobs of a sweep, whose progress shows how they end."""
+        """True if the runs are jobs of a sweep, whose progress shows how they end."""
         return bool(self.runs[0].job.title)
 
     @property

@@ -58,7 +58,7 @@ class Trial:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its result is known: done, eliminated or diverged."""
+        """True if the trial is done, eliminated or diverged: its result does not change any more."""
         return self.status in (*sweep_folder.FINAL_STATUSES, "eliminated")
 
 

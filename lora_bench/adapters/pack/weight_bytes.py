@@ -76,12 +76,12 @@ def frozen_bytes(pack: PackState, members: Iterable[int]) -> Counter[str]:
     offloaded = {id(p) for p in pack.backbone.offloaded.values()}
     sizes: Counter[str] = Counter(linears=0, embeddings=0, others=0)
     for module, name, tensor in _tensors(_frozen_modules(pack)):
-        kind = "others"
+        weight_group = "others"
         if isinstance(module, nn.Embedding | QuantizedTable) or module is output:
-            kind = "embeddings"
+            weight_group = "embeddings"
         elif isinstance(module, QuantizedWeight) or (isinstance(module, nn.Linear) and name in ("weight", "held")):
-            kind = "linears"
-        sizes[kind] += 0 if id(tensor) in offloaded else tensor.nbytes
+            weight_group = "linears"
+        sizes[weight_group] += 0 if id(tensor) in offloaded else tensor.nbytes
     weights = _weights_of_updates(pack, members)
     sizes["linears"] += sum(weight.codes.nbytes + weight.scales.nbytes for weight in weights)
     return sizes
