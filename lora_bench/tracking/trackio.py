@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-import os
+import io
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,7 +48,7 @@ class Trackio(Tracker):
             "auto_log_cpu": False,
             "auto_log_gpu": False,
         }
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with redirect_stdout(io.StringIO()):
             # Its own context: in the present one, a start ends the run before, and members of a pack run at a time.
             session = contextvars.copy_context().run(trackio.init, **settings)
         return _TrackioSession(session)
@@ -69,5 +69,5 @@ class _TrackioSession(TrackerSession):
     def finish(self, status: str, values: Mapping[str, float]) -> None:
         """Store the values and the status at the step of the last evaluation, and wait until all is written."""
         self.session.log({**values, "status": status}, step=self.step)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with redirect_stdout(io.StringIO()):
             self.session.finish()
