@@ -38,44 +38,14 @@ from lora_bench.console.redaction import remember
 from lora_bench.errors import Code, UserError, quoted
 from lora_bench.records import run_folder, sweep_folder
 from lora_bench.records.resume import resolve_folder
+from lora_bench.run.callbacks import ActiveRun, Callback, calling
+from lora_bench.run.trained_run import TrainedRun
 from lora_bench.sweeps.search_trials import FINAL, TRIALS, of_stage, setting_of
 
 if TYPE_CHECKING:
     import pandas
 
-    from lora_bench.run.finished_run import FinishedRun
-
-__all__ = ["SearchResult", "TrainedRun", "compare", "search", "sweep", "train"]
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run that is done: its folder and its record."""
-
-    folder: Path
-    record: dict[str, Any]
-    """The content of `run.json`."""
-
-    @property
-    def metrics(self) -> dict[str, float | None]:
-        """Results by `<split>/<metric>`, as `validation/mcc`, or `validation/spearman` of a regression."""
-        metrics: dict[str, float | None] = self.record["metrics"]
-        return metrics
-
-    def load(self, *, device: str = "auto") -> FinishedRun:
-        """Load the run's backbone, adapter and head for prediction (`lora_bench.load`), anew in each call.
-
-        Its `predict` returns (N,) P(label 1) of two classes, (N, C) probabilities of more, or (N,) numbers.
-
-        Args:
-            device: `cpu`, `cuda` or `auto`.
-
-        Raises:
-            UserError: the backbone cannot be loaded or has changed, or the run has several tasks.
-        """
-        from lora_bench import load
-
-        return load(self.folder, device=device)
+__all__ = ["ActiveRun", "Callback", "SearchResult", "TrainedRun", "compare", "search", "sweep", "train"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +68,7 @@ def train(
     resume: str | Path | None = None,
     config_dir: str | Path | None = None,
     quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> TrainedRun:
     """Train, evaluate and record one run, as `lora-bench train` does.
@@ -108,12 +79,14 @@ def train(
         resume: the interrupted run to resume: its folder, name or id; a run that is done is returned as it is.
         config_dir: a folder with further choices of the configuration groups.
         quiet: print nothing.
+        callbacks: objects whose hooks are called while the run trains.
         settings: settings by key: `seed=1`, `adapter="dora"`, `adapter={"rank": 8}`, `**{"adapter.rank": 8}`.
 
     Raises:
         UserError: the request cannot be met; no folder is left behind. A `RunFailedError`: the run had started.
         DivergedError: the loss ceased to be finite; the record says so.
-        Exception: another error, with status `failed` in the record if the run had started.
+        Exception: of a callback, with status `interrupted` in the record; or another error, with status `failed` if the
+            run had started.
     """
     arguments = [*overrides, *_overrides(settings)]
     for override in arguments:
@@ -122,7 +95,7 @@ def train(
             if key_of(override) != "dry_run":
                 remedy = "Call lora_bench.api.sweep, or run `lora-bench train` in a shell."
             raise UserError("does not train one run", key=key_of(override), remedy=remedy, code=Code.UNSUPPORTED)
-    folder = _train(arguments, "run", folder, resume, config_dir, quiet)
+    folder = _train(arguments, "run", folder, resume, config_dir, quiet, callbacks)
     return TrainedRun(folder, run_folder.read(folder))
 
 
@@ -132,6 +105,7 @@ def sweep(
     resume: str | Path | None = None,
     config_dir: str | Path | None = None,
     quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> list[Path]:
     """Train every combination of the values given, as `lora-bench train -m` does, and return the runs' folders.
@@ -144,17 +118,19 @@ def sweep(
         resume: the folder or name of a sweep, of which the unfinished runs are trained.
         config_dir: a folder with further choices of the configuration groups.
         quiet: print nothing.
+        callbacks: objects whose hooks are called while each run trains.
         settings: settings by key, as for `train`; a list holds the values to try: `adapter={"rank": [2, 4, 8]}`.
 
     Raises:
         UserError: the request cannot be met; no folder is left behind.
         SweepFailedError: some runs failed; the other ones are recorded, and `resume` trains the rest.
+        Exception: of a callback; `resume` trains the rest.
     """
     arguments = [*overrides, *_overrides(settings, swept=True)]
     if any(key_of(override) == "dry_run" for override in arguments):
         remedy = "Run `lora-bench train -m` in a shell."
         raise UserError("trains nothing", key="dry_run", remedy=remedy, code=Code.UNSUPPORTED)
-    folder = _train(["-m", *arguments], "sweep", folder, resume, config_dir, quiet)
+    folder = _train(["-m", *arguments], "sweep", folder, resume, config_dir, quiet, callbacks)
     return [folder / name for name in sweep_folder.read(folder).jobs]
 
 
@@ -164,6 +140,7 @@ def search(
     resume: str | Path | None = None,
     config_dir: str | Path | None = None,
     quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> SearchResult:
     """Search the best setting within a budget, as `lora-bench search` does, and train it with fresh seeds.
@@ -174,19 +151,21 @@ def search(
         resume: the folder of a search to resume; one that is finished is read.
         config_dir: a folder with further choices of the configuration groups.
         quiet: print nothing.
+        callbacks: objects whose hooks are called while each trial and final run trains.
         settings: settings by key, as for `sweep`; a list holds choices, `search={"trials": 24}` is the budget.
 
     Raises:
         UserError: the request cannot be met, or Optuna is not installed; no folder is left behind. A
             `RunFailedError`: every trial diverged.
         SweepFailedError: some runs failed; `resume` trains the rest.
+        Exception: of a callback; `resume` continues the search.
     """
     arguments = [*overrides, *_overrides(settings, swept=True)]
     for override in arguments:
         if key_of(override) in ("dry_run", "sweep"):
             remedy = "Run `lora-bench search` in a shell." if key_of(override) == "dry_run" else "Call sweep."
             raise UserError("does not search", key=key_of(override), remedy=remedy, code=Code.UNSUPPORTED)
-    folder = _train([SEARCH, *arguments], "sweep", folder, resume, config_dir, quiet)
+    folder = _train([SEARCH, *arguments], "sweep", folder, resume, config_dir, quiet, callbacks)
     jobs = sweep_folder.read(folder).jobs
     trials, final = (of_stage(jobs, stage) for stage in (TRIALS, FINAL))
     searched = {key_of(text) for job in trials.values() for text in setting_of(job)}
@@ -282,6 +261,7 @@ def _train(
     resume: str | Path | None,
     config_dir: str | Path | None,
     quiet: bool,
+    callbacks: Sequence[Callback],
 ) -> Path:
     """Run `lora-bench train` in this process, and return the folder of its run or sweep, as it was given.
 
@@ -292,6 +272,7 @@ def _train(
         resume: the folder to resume.
         config_dir: a folder with further choices of the groups.
         quiet: discard standard output; notes on standard error stay.
+        callbacks: are called while runs train.
 
     Raises:
         UserError: `folder` and `resume` are both given, an argument is another option or sets one of the folders, or as
@@ -312,7 +293,12 @@ def _train(
     key = "resume" if resume is not None else f"hydra.{mode}.dir"
     options = [] if config_dir is None else ["--config-dir", str(config_dir)]
     remember(arguments)
-    with _unchanged_process(), open(os.devnull, "w") as null, redirect_stdout(null) if quiet else nullcontext():
+    with (
+        calling(callbacks),
+        _unchanged_process(),
+        open(os.devnull, "w") as null,
+        redirect_stdout(null) if quiet else nullcontext(),
+    ):
         run_command(["train", *options, *arguments, f"{key}={quoted(path)}"])
     return path
 

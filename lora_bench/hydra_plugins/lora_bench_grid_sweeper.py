@@ -28,6 +28,7 @@ from lora_bench.files.atomic_io import to_json
 from lora_bench.records.folder_lock import Claim
 from lora_bench.records.settings import Settings
 from lora_bench.records.sweep_folder import Sweep
+from lora_bench.run.callbacks import check_callbacks
 from lora_bench.run.preflight import check_paths, check_processes
 from lora_bench.sweeps.sweep_display import count_ended, describe_interrupted, expect_jobs, training_pairs
 
@@ -330,6 +331,7 @@ class GridSweeper(BasicSweeper):
         self.work[name] = training_pairs(settings)
         check_paths(settings)
         check_processes(settings.trainer)
+        check_callbacks(settings.pack)
         from lora_bench.run.settings import Experiment  # torch: late
 
         return name, Experiment.build(composed, settings).identity

@@ -12,8 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lora_bench.config.build import build
+from lora_bench.errors import Code, require
 from lora_bench.hydra_plugins.lora_bench_pack_launcher import PackedLauncher
 from lora_bench.records.job import Job
+from lora_bench.run import callbacks
 from lora_bench.sweeps.slurm import Slurm
 
 # conf/hydra/launcher/slurm.yaml adds the settings.
@@ -29,12 +31,15 @@ class SlurmLauncher(PackedLauncher):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Check the settings, and that Slurm is available; a `UserError` if not."""
+        """Check the settings, that Slurm is available, and that no callbacks are to be called; a `UserError` if not."""
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.slurm = build(
             Slurm, OmegaConf.create(self.settings), "hydra.launcher"
         )  # in the constructor, Hydra would wrap the error
         self.slurm.check()
+        reason = "trains in processes in which callbacks cannot be called"
+        remedy = "Leave it out, or the callbacks."
+        require(not callbacks.current(), "hydra/launcher", "slurm", reason, remedy, code=Code.CONFLICT)
 
     def _train(self, jobs: Sequence[Job], console: Console, ended: Callable[[Job, Exception | None], None]) -> None:
         """Train the jobs in Slurm jobs, whose files are in `.slurm` of the sweep's folder.

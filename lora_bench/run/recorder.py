@@ -21,6 +21,7 @@ from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, 
 from lora_bench.evaluation.chance import failure_notes
 from lora_bench.records import environment
 from lora_bench.records.run_folder import Run
+from lora_bench.run.callbacks import CallbackCaller, CallbackStop
 from lora_bench.run.final_evaluation import TrainedTask, report_tasks
 from lora_bench.tracking.base import TrackedRun, track_run
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
@@ -68,6 +69,7 @@ class Recorder:
     display: Display | None = None
     environment_notes: list[str] = field(default_factory=list)
     """On resumed runs whose environment has changed."""
+    callbacks: CallbackCaller = field(default_factory=CallbackCaller)
 
     def __enter__(self) -> Recorder:
         return self
@@ -207,7 +209,7 @@ class Recorder:
     # -- while they train --
 
     def stepped(self, step: int, losses: Mapping[int, float], pairs: int) -> None:
-        """Pass the mean loss of each run's members to its trackers and progress file, and all losses to the display."""
+        """Pass the losses of each run's members to its trackers, progress file and callbacks, and to the display."""
         for run in self.running:
             assert run.record is not None
             run_losses = [losses[k] for k in run.numbers if k in losses]
@@ -217,11 +219,14 @@ class Recorder:
             if isinstance(run.record, TrackedRun):
                 run.record.stepped(loss)
             run.live_progress.stepped(run.record, step, loss, pairs)
+            self.callbacks.stepped(run, step, run_losses, pairs)
         if self.display:
             self.display.stepped(step, losses, pairs)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         """Log a member's evaluation in the record of its run, with several tasks a line for each, and show it.
+
+        The callbacks are called last.
 
         The split is `selection`, followed by `/<member>` if the run has several, and by `/<task>` for a shared adapter.
         """
@@ -237,6 +242,7 @@ class Recorder:
         if self.display:
             main_metric = next(one.progress.main_metric for one in run.members if one.index == member)
             self.display.evaluated(member, line, main_metric)
+        self.callbacks.evaluated(run, name, line)
 
     def ended(self, members: Sequence[int]) -> None:
         """Record and close the runs of these members in which no member trains any more; score those that are done.
@@ -244,12 +250,13 @@ class Recorder:
         If one member of a run has diverged or failed, the others end with it. A run is done if all its members are:
         only then its splits are predicted and its metrics, predictions and adapters written. Costs are recorded for
         every ended run, and its status is that of its members. An error while one run is recorded ends that run alone;
-        an error in the prediction, which the runs share, is raised.
+        an error in the prediction, which the runs share, is raised. Callbacks are called once all are recorded.
         """
         runs = list(dict.fromkeys(map(self._run_of, members)))
         for run in runs:
             run.propagate_failure()
         ended = [run for run in runs if run.has_ended]
+        records = [run.record for run in ended]
         trained = self._trained_tasks([run for run in ended if run.is_done])
         for run in ended:
             with isolate_failure(run.progress), stage("writing results"):
@@ -258,6 +265,9 @@ class Recorder:
                 if run in trained:
                     self._report(run, trained[run])
             self._close(run)
+        for record in records:
+            assert record is not None
+            self.callbacks.ended(record)
 
     # -- end --
 
@@ -310,10 +320,13 @@ class Recorder:
         What is kept of a single run, and how to resume it, is a note of the exception. A record that cannot be written
         is reported and left.
         """
+        reason = "stopped from outside"
+        if isinstance(stop, CallbackStop):
+            reason = f"a callback raised {type(stop.error).__name__}: {stop.error}"
         for run in self.running:
             assert run.record is not None
             try:
-                run.record.finish("interrupted", "stopped from outside")
+                run.record.finish("interrupted", reason)
             except RunFailedError as error:
                 self.console.print(sanitise(error))
                 continue

@@ -29,6 +29,7 @@ from lora_bench.console.signals import terminate
 from lora_bench.console.stages import Screen, show_progress
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError
 from lora_bench.records.run_folder import Run
+from lora_bench.run import callbacks
 from lora_bench.sweeps import packing
 from lora_bench.sweeps.remote_display import ReceivedDisplay, SentDisplay
 
@@ -53,9 +54,10 @@ class Workers:
     def of(cls, jobs: Sequence[Job]) -> Workers:
         """Return `pack.workers` workers, or by default one for each GPU, or one on the CPU.
 
-        The settings are those of the first job; without jobs it is one worker on the CPU.
+        The settings are those of the first job; without jobs it is one worker on the CPU. Callbacks are called in this
+        process only, so with them there is one worker.
         """
-        if not jobs:
+        if not jobs or callbacks.current():
             return cls(1, [])
         settings = jobs[0].settings
         count = 0 if settings.trainer.device == "cpu" else torch.cuda.device_count()

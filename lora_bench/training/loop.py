@@ -239,6 +239,8 @@ class PackTraining:
     def evaluate(self, step: int, halving: bool) -> list[MemberRun]:
         """Evaluate the members whose evaluation is due, keep their best states, and stop those that improve no more.
 
+        Members that are asked to stop are evaluated too, and then `done`.
+
         They are evaluated with their averaged weights. When halving has to eliminate, all running members are
         evaluated.
 
@@ -248,7 +250,7 @@ class PackTraining:
         running = self.running()
         limit = survivors(step, self.last_step)
         is_crowded = halving and step < self.last_step and len(running) > limit
-        due = [member for member in running if member.schedule.evaluation_due(step)]
+        due = [member for member in running if member.schedule.evaluation_due(step) or member.stops_at(step)]
         evaluated = running if is_crowded else due
         if not evaluated:
             return []
@@ -267,6 +269,9 @@ class PackTraining:
                         if self.observer:
                             self.observer.evaluated(member.index, line)
                     self.stop_early(member)
+        for member in due:  # after all evaluations: the members of a run end together
+            if member.is_running and member.stops_at(step):
+                member.progress.status = "done"
         if not is_crowded:
             return []
         still_running = {member.index: ranking[member.index] for member in self.running()}

@@ -104,6 +104,7 @@ class MemberRun:
         siblings: numbers of the members of the same run, itself included.
         flop_model: FLOPs of one of its training steps; None: they are not counted.
         checkpoints: the store of its states; None: its state is not saved.
+        stop_requested: it ends after this step, once its ranks are final.
     """
 
     index: int
@@ -116,6 +117,7 @@ class MemberRun:
     siblings: Sequence[int]
     flop_model: FlopModel | None = None
     checkpoints: Checkpoints | None = None
+    stop_requested: bool = False
 
     @classmethod
     def start(
@@ -192,6 +194,10 @@ class MemberRun:
     def ranks_are_final(self, step: int) -> bool:
         """Return whether the method changes no more ranks; only then weights are averaged and a state is chosen."""
         return self.pack.members[self.index].adapter.ranks_final(step, self.schedule.last_step)
+
+    def stops_at(self, step: int) -> bool:
+        """Return whether the member was asked to end, and may end after this step, as its state can be chosen."""
+        return self.stop_requested and self.ranks_are_final(step)
 
     def load_best(self) -> None:
         """Load the state of the best evaluation into the pack, if there was an evaluation."""
