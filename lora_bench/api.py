@@ -271,7 +271,7 @@ def _train(
         folder: of a new run or sweep.
         resume: the folder to resume.
         config_dir: a folder with further choices of the groups.
-        quiet: discard standard output; notes on standard error stay.
+        quiet: discard standard output, except what callbacks print; notes on standard error stay.
         callbacks: are called while runs train.
 
     Raises:
@@ -294,7 +294,7 @@ def _train(
     options = [] if config_dir is None else ["--config-dir", str(config_dir)]
     remember(arguments)
     with (
-        calling(callbacks),
+        calling(callbacks, sys.stdout if quiet else None),
         _unchanged_process(),
         open(os.devnull, "w") as null,
         redirect_stdout(null) if quiet else nullcontext(),

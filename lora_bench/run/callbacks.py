@@ -12,10 +12,11 @@ so that nothing they do changes it.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lora_bench.config.launch import Launch
 from lora_bench.errors import Code, UserError
@@ -107,28 +108,37 @@ class CallbackCaller:
     """
 
     def __init__(self) -> None:
-        self.callbacks = current()
+        self.callbacks, self.stdout = current(), _stdout.get()
         self._active: dict[PackedRun, ActiveRun] = {}
 
     def stepped(self, run: PackedRun, step: int, losses: Sequence[float], pairs: int) -> None:
         """Call `on_step`."""
         for callback in self.callbacks:
-            with _raising_stop():
+            with self._guarded():
                 callback.on_step(self._active_run(run), step, list(losses), pairs)
         self._pass_stop(run)
 
     def evaluated(self, run: PackedRun, member: str, line: Mapping[str, Any]) -> None:
         """Call `on_evaluation`."""
         for callback in self.callbacks:
-            with _raising_stop():
+            with self._guarded():
                 callback.on_evaluation(self._active_run(run), member, deepcopy(dict(line)))
         self._pass_stop(run)
 
     def ended(self, run: Run) -> None:
         """Call `on_end`."""
         for callback in self.callbacks:
-            with _raising_stop():
+            with self._guarded():
                 callback.on_end(TrainedRun(run.folder, deepcopy(run.record)))
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turn an exception into a `CallbackStop`, which no handler for errors of a run takes for such an error."""
+        try:
+            with redirect_stdout(self.stdout or sys.stdout):
+                yield
+        except Exception as error:
+            raise CallbackStop(error) from error
 
     def _active_run(self, run: PackedRun) -> ActiveRun:
         """Return the one object that stands for a run in all hooks."""
@@ -145,6 +155,7 @@ class CallbackCaller:
 
 
 _current: ContextVar[tuple[Callback, ...]] = ContextVar("callbacks", default=())
+_stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 
 
 def current() -> tuple[Callback, ...]:
@@ -153,8 +164,12 @@ def current() -> tuple[Callback, ...]:
 
 
 @contextmanager
-def calling(callbacks: Sequence[Callback]) -> Iterator[None]:
+def calling(callbacks: Sequence[Callback], stdout: TextIO | None = None) -> Iterator[None]:
     """Call these callbacks for all runs that train within the context.
+
+    Args:
+        callbacks: to call.
+        stdout: receives what they print; None: standard output as it is then.
 
     Raises:
         UserError: one is not a `Callback`, or `torchrun` has started several processes.
@@ -169,7 +184,7 @@ def calling(callbacks: Sequence[Callback]) -> Iterator[None]:
     if callbacks and Launch.read().world_size > 1:
         reason, remedy = "cannot be called in the processes of torchrun", "Start the script without torchrun."
         raise UserError(reason, key="callbacks", remedy=remedy, code=Code.UNSUPPORTED)
-    token = _current.set(tuple(callbacks))
+    tokens = _current.set(tuple(callbacks)), _stdout.set(stdout)
     try:
         yield
     except CallbackStop as stop:
@@ -177,7 +192,8 @@ def calling(callbacks: Sequence[Callback]) -> Iterator[None]:
             stop.error.add_note(note)
         raise stop.error from None
     finally:
-        _current.reset(token)
+        _current.reset(tokens[0])
+        _stdout.reset(tokens[1])
 
 
 def check_callbacks(packing: Packing) -> None:
@@ -185,12 +201,3 @@ def check_callbacks(packing: Packing) -> None:
     if current() and (packing.workers or 1) > 1:
         reason, remedy = "starts processes in which callbacks cannot be called", "Leave it out, or the callbacks."
         raise UserError(reason, key="pack.workers", value=packing.workers, remedy=remedy, code=Code.CONFLICT)
-
-
-@contextmanager
-def _raising_stop() -> Iterator[None]:
-    """Turn an exception into a `CallbackStop`, which no handler for errors of a run takes for such an error."""
-    try:
-        yield
-    except Exception as error:
-        raise CallbackStop(error) from error
