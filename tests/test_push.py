@@ -51,6 +51,23 @@ def card(files: dict[str, bytes]) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(header), body
 
 
+def test_a_run_on_the_hub_initialises_another(
+    finished: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("push", str(finished), "me/qqp").code == 0
+    commit = server.repositories["me/qqp"].newest
+    still = toy_run("optimizer.lr=1e-30", "seed=5")
+    answer = run("train", *still, "adapter.init_from=hf://me/qqp", "hydra.run.dir=second")
+    assert answer.code == 0, answer
+    assert f"initialised from hf://me/qqp@{commit}" in answer.out
+    record = json.loads(Path("second/run.json").read_text())
+    assert record["config"]["adapter"]["init_from"] == f"hf://me/qqp@{commit}"
+    ours, source = lora_bench.load("second").predict(PAIRS), lora_bench.load(finished).predict(PAIRS)
+    np.testing.assert_allclose(ours, source, atol=1e-6)
+    error = refused("train", *still, "adapter.init_from=hf://me/unknown")
+    assert (error.code, error.key) == (Code.NOT_FOUND, "adapter.init_from")
+
+
 def test_a_run_comes_back_with_its_scores(finished: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed = run("push", str(finished), "me/qqp")
     assert pushed.code == 0, pushed

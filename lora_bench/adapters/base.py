@@ -77,7 +77,10 @@ class Adapter(ABC):
     default_lr: float
     """The learning rate to start from where none is given."""
     init_from: str | None
-    """The folder of a finished run whose adapter initialises this one, of the same backbone, method and ranks."""
+    """A finished run whose adapter initialises this one, of the same backbone, method and ranks.
+
+    Its folder, name or id, or `hf://OWNER/NAME`, with or without `@REVISION`.
+    """
 
     training_settings = frozenset({"default_lr", "init_from", "dropout"})
     """Settings that affect training only, not the meaning of saved tensors."""

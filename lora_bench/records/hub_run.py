@@ -79,6 +79,16 @@ def fetch(reference: str | Path, key: str) -> Path:
     return _fetch(parse(reference, key), key)
 
 
+def pin(reference: str | Path, key: str) -> str:
+    """Return a reference with the commit that it names now, `hf://me/qqp@6f1c…`, and download the run.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    run = parse(reference, key)
+    return str(run._replace(revision=_fetch(run, key).name))
+
+
 @cache
 def _fetch(run: HubRun, key: str) -> Path:
     if not hub.is_reachable():
@@ -95,7 +105,7 @@ def _fetch(run: HubRun, key: str) -> Path:
         raise
     except Exception as error:
         refusal = hub.translate_error(error, key, run.repository, run.revision) or _undownloadable(run, key, error)
-        refusal.value = run
+        refusal.key, refusal.value = key, run
         raise refusal from None
 
 

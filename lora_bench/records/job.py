@@ -21,6 +21,7 @@ from lora_bench.config.multitask import compose_tasks
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.console.sweep_progress import JobResult
 from lora_bench.errors import LostFolderError, UserError
+from lora_bench.records import hub_run
 from lora_bench.records.backfill import ModelPaths, differences, edited, restore_config
 from lora_bench.records.folder_lock import LOCK_FILE
 from lora_bench.records.resume import refuse_difference, refuse_hidden, refuse_prompted, refuse_unloadable
@@ -78,10 +79,11 @@ class Job:
         compose_tasks(cfg, overrides, hydra.runtime.config_sources)
         if cfg.adapter.get("init_from") and not cfg.resume:
             reference = as_typed(cfg.adapter.init_from, "adapter.init_from", overrides)
-            cfg.adapter.init_from = str(find_run(reference, "adapter.init_from", finished=True))
+            cfg.adapter.init_from = str(_source_run(reference))
         for node, key in ((cfg.model, "path"), (cfg.data, "path"), (cfg.adapter, "init_from")):
             if node.get(key) and isinstance(node[key], str | int | float):  # a folder may be called 2024
-                node[key] = os.path.abspath(str(node[key]))
+                is_local = key == "path" or not hub_run.is_on_hub(str(node[key]))
+                node[key] = os.path.abspath(str(node[key])) if is_local else str(node[key])
         tokenizer = cfg.model.get("tokenizer")
         if isinstance(tokenizer, str | int | float) and os.path.exists(str(tokenizer)):  # else it may be a hub id
             cfg.model.tokenizer = os.path.abspath(str(tokenizer))
@@ -94,7 +96,7 @@ class Job:
             typed = {key_of(text) for text in overrides}
             path, tokenizer = (cfg.model.get(key) if f"model.{key}" in typed else None for key in ("path", "tokenizer"))
             recorded = restore_config(run.folder, run.record, ModelPaths(model_path=path, tokenizer=tokenizer))
-            refuse_difference(run.record["choices"], recorded, cfg, overrides, GROUPS)
+            refuse_difference(run.record, recorded, cfg, overrides, GROUPS)
         except BaseException:
             run.release()
             raise
@@ -143,6 +145,16 @@ class Job:
             except OmegaConfBaseException:  # which may be what the job failed of
                 config = self.config_as_written
             Run.claim(self.folder, choices=self.choices, config=config, overrides=self.overrides).fail(error)
+
+
+def _source_run(reference: str | Path) -> Path | str:
+    """Return the folder of the run that `adapter.init_from` names; of one on the hub its reference with the commit.
+
+    Raises:
+        UserError: there is no such run, or it cannot be downloaded.
+    """
+    key = "adapter.init_from"
+    return hub_run.pin(reference, key) if hub_run.is_on_hub(reference) else find_run(reference, key, finished=True)
 
 
 @contextmanager

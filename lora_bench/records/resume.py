@@ -161,14 +161,14 @@ def refuse_unloadable(cfg: DictConfig) -> None:
 
 
 def refuse_difference(
-    choices: Mapping[str, Any], recorded: DictConfig, cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
+    record: Mapping[str, Any], recorded: DictConfig, cfg: DictConfig, overrides: Sequence[str], groups: Sequence[str]
 ) -> None:
-    """Refuse overrides that would change a resumed run; overrides that repeat its config pass.
+    """Refuse overrides that would change a resumed run; overrides that repeat its config, or those typed then, pass.
 
     So do `resume`, `model.path` and `model.tokenizer`, whatever their values.
 
     Args:
-        choices: the run's recorded option of each group.
+        record: of the run, with its option of each group, and its overrides as typed.
         recorded: its config.
         cfg: the config that the overrides compose now.
         overrides: as typed now.
@@ -181,8 +181,10 @@ def refuse_difference(
         key, _, value = str(override).lstrip("+~").partition("=")
         if key in ("resume", "model.path", "model.tokenizer"):  # moved files are checked by their hash
             continue
+        if override in record["overrides"]:  # a name of a run was replaced by its folder then
+            continue
         if key in groups:
-            before, differs = choices.get(key), choices.get(key) != value
+            before, differs = record["choices"].get(key), record["choices"].get(key) != value
         else:
             before = OmegaConf.select(recorded, key)
             differs = before != OmegaConf.select(cfg, key)

@@ -25,6 +25,8 @@ class WarmStart:
     """A finished run that a new run is initialised from."""
 
     finished: FinishedRecord
+    source: str
+    """Its folder or its repository, as in `adapter.init_from`."""
     label_names: list[str] | None
     with_head: bool
     """True if the head is initialised too: both runs learn one task, with the same label names."""
@@ -68,7 +70,7 @@ class WarmStart:
         if not experiment.tasks:
             (task,) = inputs.tasks.values()
             with_head = (source.data.type, source.data.label_names) == (task.data.type, task.data.label_names)
-        return cls(finished, source.data.label_names, with_head)
+        return cls(finished, folder, source.data.label_names, with_head)
 
     def load_into(self, pack: Pack, members: Sequence[int]) -> None:
         """Copy the finished run's tensors into these members, which have its ranks; without `with_head` the heads stay.
@@ -83,9 +85,9 @@ class WarmStart:
     def note(self) -> str:
         """Return a note for the user on what is initialised."""
         if self.with_head:
-            return f"adapter and head are initialised from {self.folder}."
+            return f"adapter and head are initialised from {self.source}."
         labels = ", ".join(self.label_names[:20]) if self.label_names else "numbers"
-        return f"the adapter is initialised from {self.folder}; the head is not, as its labels there are {labels}."
+        return f"the adapter is initialised from {self.source}; the head is not, as its labels there are {labels}."
 
 
 def _shared_settings(experiment: Experiment, source: Experiment) -> list[tuple[str, Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.records import run_folder
 from lora_bench.records.live_progress import PROGRESS_FILE, LiveProgress
 from lora_bench.records.run_names import find_folder, find_run
-from tests.command_line import TOY_RUN, at_step, refused, refuses
+from tests.command_line import TOY_RUN, at_step, refused, refuses, signalled, toy_run
 from tests.command_line import lora_bench as run
 from tests.stored_runs import ids, make_run, make_sweep
 
@@ -131,5 +132,11 @@ def test_a_run_with_a_name_is_used_by_it(in_tmp: Path, monkeypatch: pytest.Monke
     warm = run("train", *TOY_RUN, "adapter.init_from=first", "name=second")
     assert warm.code == 0
     assert run_folder.read(find_run("second", "run"))["config"]["adapter"]["init_from"] == str(folder.absolute())
+    sweep = ["adapter.init_from=first", "seed=0,1", "hydra.sweep.dir=sweep", "pack.size=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, signalled(signal.SIGTERM))
+        assert run("train", "-m", *toy_run(*sweep)).code == 143
+    resumed = run("train", "-m", "resume=sweep")
+    assert resumed.code == 0, resumed
     with pytest.raises(UserError):
         lora_bench.load("third")
