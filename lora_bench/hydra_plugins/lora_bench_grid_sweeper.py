@@ -172,9 +172,16 @@ class GridSweeper(BasicSweeper):
                 for job, error in zip(batch.values(), ended, strict=True):
                     failures += [] if error is None or self._is_expected(job, error) else [error]
             lock.check()
-            recorded_jobs = sweep_folder.read(folder).jobs
-            next_jobs = self._next_stage(folder, recorded_jobs)
+            sweep = sweep_folder.read(folder)
+            recorded_jobs = sweep.jobs
+            try:
+                next_jobs = self._next_stage(folder, recorded_jobs)
+            except RunFailedError:  # which it would be again
+                sweep_folder.complete(folder)
+                raise
             if not next_jobs:
+                if not sweep.unfinished_jobs(folder):
+                    sweep_folder.complete(folder)
                 return failures, tried
             sweep_folder.extend(folder, self._checked(next_jobs, len(recorded_jobs)))
             expect_jobs(progress, sweep_folder.read(folder).jobs, [], self.work)

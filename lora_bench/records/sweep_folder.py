@@ -43,6 +43,8 @@ class Sweep:
     """A folder with further options of the config groups (`--config-dir`)."""
     jobs: dict[str, list[str]]
     """Overrides of each job, by its folder below the sweep's."""
+    is_complete: bool = True
+    """False until all jobs have ended and no later stage adds others; older records, without the key, pass for True."""
 
     def unfinished_jobs(self, folder: Path) -> dict[int, bool]:
         """Return the numbers, from 0, of the jobs that have not ended, each with whether its run has started.
@@ -80,7 +82,7 @@ def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dic
     Raises:
         UserError: the folder holds a sweep, is in use, cannot be written, or the name of a job's folder holds a secret.
     """
-    sweep = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs)
+    sweep = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs, is_complete=False)
     for name in jobs:
         run_folder.refuse_secret_name(folder / name)
     try:
@@ -92,7 +94,7 @@ def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dic
                 "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS
             )
         lock = _claim(folder)
-        write(folder, SWEEP_FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(sweep)})).encode())
+        _write(folder, sweep)
     except (OSError, RunFailedError) as error:
         reason = f"cannot be written: {describe_error(error)}" if isinstance(error, OSError) else error.reason
         remedy = "Give a folder that you may write."
@@ -110,8 +112,17 @@ def extend(folder: Path, jobs: dict[str, list[str]]) -> None:
         RunFailedError: the record cannot be written.
     """
     sweep = read(folder)
-    extended = replace(sweep, jobs=sweep.jobs | jobs)
-    write(folder, SWEEP_FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(extended)})).encode())
+    _write(folder, replace(sweep, jobs=sweep.jobs | jobs, is_complete=False))
+
+
+def complete(folder: Path) -> None:
+    """Record that a sweep has no work left; the caller holds the sweep's claim. Errors are those of `extend`."""
+    _write(folder, replace(read(folder), is_complete=True))
+
+
+def _write(folder: Path, sweep: Sweep) -> None:
+    """Write the record of a sweep, or raise a `RunFailedError`."""
+    write(folder, SWEEP_FILE, dump(to_json({"schema": run_folder.SCHEMA, **asdict(sweep)})).encode())
 
 
 def reopen(folder: Path) -> folder_lock.Claim:
@@ -172,7 +183,8 @@ def read(folder: Path) -> Sweep:
         if content.pop("schema") != run_folder.SCHEMA:
             raise UserError("was written by another version of lora-bench", file=path, code=Code.MISMATCH)
         sweep = Sweep(**content)
-        if not (isinstance(sweep.created, str) and _is_texts(sweep.overrides) and isinstance(sweep.jobs, dict)):
+        types = ((sweep.created, str), (sweep.jobs, dict), (sweep.is_complete, bool))
+        if not (_is_texts(sweep.overrides) and all(isinstance(value, type_) for value, type_ in types)):
             raise ValueError("a key has a value of another type")
         if sweep.config_dir is not None and not (isinstance(sweep.config_dir, str) and os.path.isdir(sweep.config_dir)):
             raise UserError(
@@ -203,14 +215,14 @@ def _is_texts(value: object) -> bool:
 
 
 def unfinished_sweeps(top: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (recorded creation time, folder) of each sweep at or below `top` with unfinished jobs.
+    """Yield (recorded creation time, folder) of each sweep at or below `top` with unfinished jobs or stages.
 
     Damaged sweeps are skipped.
     """
     for path in top.rglob(SWEEP_FILE):
         try:
             sweep = read(path.parent)
-            if sweep.unfinished_jobs(path.parent):
+            if not sweep.is_complete or sweep.unfinished_jobs(path.parent):
                 yield sweep.created, path.parent
         except UserError:
             continue

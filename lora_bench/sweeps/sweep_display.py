@@ -70,11 +70,16 @@ def training_pairs(settings: Settings) -> float:
 
 
 def _titles(jobs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the title of each job, by number: the overrides in which it differs from the others of its stage."""
+    """Return the title of each job, by number: the overrides in which it differs from the others of its stage.
+
+    One that is alone in the folder of its stage is called by its own folder, as `job 6: final/0`.
+    """
     stages: dict[str, dict[int, Sequence[str]]] = {}
     for number, (name, job) in enumerate(jobs.items()):
         stages.setdefault(name.rpartition("/")[0], {})[number] = job
     titles: dict[int, str] = {}
-    for stage_jobs in stages.values():
-        titles |= job_titles(stage_jobs)
+    names = list(jobs)
+    for stage, stage_jobs in stages.items():
+        (number, *others) = stage_jobs
+        titles |= job_titles(stage_jobs) if others or not stage else {number: f"job {number}: {names[number]}"}
     return [titles[number] for number in range(len(jobs))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ import pytest
 
 from lora_bench import api
 from lora_bench.errors import Code
+from lora_bench.records import sweep_folder
 from lora_bench.training import loop
-from tests.command_line import files_below, interrupt_and_resume, lora_bench, refused, toy_run
+from tests.command_line import files_below, interrupt_and_resume, lora_bench, refused, signalled, toy_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,6 +102,18 @@ def test_a_killed_search_resumes_without_losing_a_trial(
     before = files_below(Path("sweep/trials"))
     assert lora_bench("search", "resume=sweep").code == 0
     assert files_below(Path("sweep/trials")) == before
+
+
+@in_empty_folder
+def test_a_search_that_was_killed_between_packs_is_the_last_unfinished_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = [*TASK, "adapter.rank=1,2", "search.trials=2", "search.final_seeds=1", "pack.halving=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_folder, "extend", signalled(signal.SIGTERM))
+        assert lora_bench("search", *request).code == 143
+    answer = lora_bench("train", "resume=last")
+    assert answer.code == 0, answer
+    assert "3/3  job 2: final/0" in answer.out
+    assert lora_bench("train", "resume=last").code == 2  # nothing is left
 
 
 @in_empty_folder
