@@ -246,11 +246,17 @@ _ZSH = """\
 #   eval "$(lora-bench completion zsh)"
 _lora_bench() {
     local line word text
-    local -a going ending going_texts ending_texts
-    for line in "${(@f)$("${words[1]}" __complete "${(@Q)words[2,CURRENT]}" 2>/dev/null)}"; do
+    local -i width=0
+    local -a lines going ending going_texts ending_texts
+    lines=("${(@f)$("${words[1]}" __complete "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
+    for line in "${lines[@]}"; do
+        word="${line%%$'\\t'*}"
+        (( ${#word} > width )) && width=${#word}
+    done
+    for line in "${lines[@]}"; do
         word="${line%%$'\\t'*}"
         [[ -n $word ]] || continue
-        text="${word}  ${line#*$'\\t'}"
+        text="${(r:width:)word}  ${line#*$'\\t'}"
         text="${text[1,$((COLUMNS - 1))]}"
         if [[ $word == *[=./,] ]]; then
             going+=("$word")

@@ -530,8 +530,8 @@ class Packing:
     workers: int | None
     """Processes that train the packs of a sweep; null: one for each GPU, one in all without a GPU."""
     halving: bool
-    """Successive halving: eliminate the worse half of a pack's jobs, by selection MCC, after 1/8, 1/4 and 1/2 of the
-    steps."""
+    """Successive halving: eliminate the worse half of a pack's jobs, by the main metric on the selection split, after
+    1/8, 1/4 and 1/2 of the steps."""
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a number below 1, or for `halving` with `size` 1, which leaves nothing to compare."""
