@@ -28,7 +28,7 @@ class TextColumn:
         header: its first line.
         cells: its other lines; untrusted texts are allowed.
         is_number: align it right.
-        min_width: cells in terminal that may be shortened to; None: the column is never shortened.
+        min_width: cells in terminal that may be shortened to; None: the column is never shortened or left out.
     """
 
     header: str
@@ -54,13 +54,18 @@ def available_width(console: Console) -> int | None:
 def lay_out(columns: Sequence[TextColumn], width: int | None) -> list[str]:
     """Return the header and the rows as lines; columns without any text are left out.
 
-    If the lines are wider than `width`, the last columns are left out that do not fit, and then the widest of the
-    columns that may be shortened lose characters. A shortened text ends with `…`.
+    If the lines are wider than `width`, columns that may be shortened and say the same of all rows are left out, then
+    the last columns that do not fit, and then the widest of the columns that may be shortened lose characters. A
+    shortened text ends with `…`.
     """
     shown = [column for column in columns if any(column.cells)]
     texts = [[column.header, *(sanitise(cell).plain for cell in column.cells)] for column in shown]
     widths = [max(map(cell_len, cells)) for cells in texts]
     if width is not None:
+        for i in reversed(range(len(shown))):
+            is_uniform = len(shown[i].cells) > 1 and len(set(shown[i].cells)) == 1
+            if is_uniform and shown[i].min_width is not None and sum(widths) + GAP * (len(widths) - 1) > width:
+                del shown[i], texts[i], widths[i]
         widths = _fitted(widths, [column.min_width for column in shown], width)
     lines = []
     for row in zip(*texts, strict=True):

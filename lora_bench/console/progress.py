@@ -206,10 +206,9 @@ def announcement(records: Sequence[Mapping[str, Any]], adapted: int, notes: Sequ
         adapters_total = format_number(sum(record["params"]["adapter"] for record in records))
         first = f"{len(records)} jobs on one {model}: {adapters_total} adapter parameters in all"
     data = ", ".join(record["config"].get("tasks", [choices["data"]]))
-    lines = [
-        first,
-        f"{data}: {sizes}; {environment['precision']} on {environment['device']}, {environment['threads']} threads",
-    ]
+    count = environment["threads"]
+    threads = f"{count} thread{'s' * (count != 1)}"
+    lines = [first, f"{data}: {sizes}; {environment['precision']} on {environment['device']}, {threads}"]
     lines += [] if record["config"].get("tasks") else _label_lines(record["data"])
     return [*lines, *(f"note: {note}" for note in notes)]
 
