@@ -335,9 +335,10 @@ def _unlearned_notes(table: Table, split: str) -> list[str]:
         return []
     labels = list(dict.fromkeys(table.label(row) for row, _ in reasons))
     rest = f" and {len(labels) - 3} more settings" if len(labels) > 3 else ""
+    runs, them = ("1 run", "it") if len(reasons) == 1 else (f"{len(reasons)} runs", "them")
     return [
-        f"{len(reasons)} runs learned nothing ({reasons[0][1]}): {'; '.join(labels[:3])}{rest}; no target or savings "
-        "are computed from them"
+        f"{runs} learned nothing ({reasons[0][1]}): {'; '.join(labels[:3])}{rest}; no target or savings "
+        f"are computed from {them}"
     ]
 
 

@@ -226,8 +226,8 @@ class Stage(Live):
             total = "" if self.total is None else f"/{format_number(self.total, 'B')}"
             return f"{format_number(self.done, 'B')}{total}  {format_number(rate, 'B')}/s"
         total = "" if self.total is None else f"/{self.total:,.0f}"
-        speed = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"
-        return f"{self.done:,.0f}{total} {self.unit}  {speed}"
+        speed = f"  {rate:,.0f} {self.unit}/s" if rate >= 10 else f"  {rate:.2g} {self.unit}/s" if rate else ""
+        return f"{self.done:,.0f}{total} {self.unit}{speed}"
 
     def line(self) -> str:
         """Return name and state; the seconds so far if nothing is counted."""

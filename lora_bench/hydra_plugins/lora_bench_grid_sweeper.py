@@ -15,12 +15,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.console.stages import current_console, show_progress, stage
+from lora_bench.console.stages import current_console, importing_libraries, show_progress, stage
 from lora_bench.console.sweep_progress import SweepProgress
 from lora_bench.console.text import sanitise, stdout_console
 from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
@@ -75,6 +75,8 @@ class GridSweeper(BasicSweeper):
         """The jobs of the first variant, if there are several."""
         self.work: dict[str, float] = {}
         """The training pairs of each job that was checked, by its folder."""
+        self.later_jobs: list[str] = []
+        """The folders of the jobs of later stages, as far as they are known when the sweep is started."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run every job, or with `resume` every job that has not ended; write the tables, even after Ctrl-C.
@@ -124,15 +126,15 @@ class GridSweeper(BasicSweeper):
             overrides = [text for text in [*typed["hydra"], *typed["task"]] if key_of(text) != "resume"]
             config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
             lock = sweep_folder.create(folder, overrides, config_dirs[0] if config_dirs else None, jobs)
-        self._run(folder, lock, list(later))
+        self.later_jobs = list(later)
+        self._run(folder, lock)
 
-    def _run(self, folder: Path, lock: Claim, later: list[str]) -> None:
+    def _run(self, folder: Path, lock: Claim) -> None:
         """Run the stages of a recorded sweep, and finish it, even after an error or Ctrl-C.
 
         Args:
             folder: of the sweep.
             lock: its claim, which is released.
-            later: folders of the jobs of later stages, as far as they are known.
 
         Raises:
             UserError: every job was a wrong request, or the sweep's folder is lost.
@@ -144,7 +146,7 @@ class GridSweeper(BasicSweeper):
         try:
             with SweepProgress(stdout_console()) as progress:
                 sweep = sweep_folder.read(folder)
-                expect_jobs(progress, sweep.jobs, later, self.work)
+                expect_jobs(progress, sweep.jobs, self._work_to_come(sweep.jobs), self.work)
                 count_ended(progress, folder, sweep)
                 failures, tried = self._run_stages(folder, lock, progress)
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -184,7 +186,8 @@ class GridSweeper(BasicSweeper):
                     sweep_folder.complete(folder)
                 return failures, tried
             sweep_folder.extend(folder, self._checked(next_jobs, len(recorded_jobs)))
-            expect_jobs(progress, sweep_folder.read(folder).jobs, [], self.work)
+            recorded_jobs = sweep_folder.read(folder).jobs
+            expect_jobs(progress, recorded_jobs, self._work_to_come(recorded_jobs), self.work)
 
     def _finish(self, folder: Path, is_interrupted: bool) -> None:
         """Write the tables of the sweep, and print its comparison, its folder and the next command.
@@ -220,6 +223,10 @@ class GridSweeper(BasicSweeper):
     def _later_stages(self, jobs: list[list[str]]) -> list[list[str]]:
         """Return the known jobs of later stages; they are checked and estimated with the first stage."""
         return []
+
+    def _work_to_come(self, jobs: Mapping[str, Sequence[str]]) -> list[float]:
+        """Return the work of each job that is expected in later stages, given the recorded jobs by folder."""
+        return [self.work[name] for name in self.later_jobs if name not in jobs]
 
     def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
         """Return the jobs of the next stage, given the sweep's folder and its jobs by folder; [] after the last."""
@@ -304,10 +311,11 @@ class GridSweeper(BasicSweeper):
         if first == 0:
             console.print(f"{len(jobs)} job{'s' * (len(jobs) != 1)}: checking")
         with show_progress(console), stage("checking the jobs", total=len(jobs), unit="jobs") as progress:
-            checked = []
             for number, job in enumerate(jobs, first):
-                checked.append(self._check(number, job))
+                self._check_settings(number, job)  # of all jobs before the first one imports torch
                 progress.advance()
+            with importing_libraries():
+                checked = [self._check(number, job) for number, job in enumerate(jobs, first)]
         for (name, identity), job in zip(checked, jobs, strict=True):
             if sweep_folder.is_outside(name):
                 raise UserError("leads out of the sweep's folder", key=SUBDIR_KEY, value=name, code=Code.FORBIDDEN)
@@ -326,6 +334,20 @@ class GridSweeper(BasicSweeper):
         Raises:
             UserError: the config or a setting is wrong, or its data or model does not exist.
         """
+        name, composed, settings = self._check_settings(number, job)
+        from lora_bench.run.settings import Experiment  # torch: late
+
+        return name, Experiment.build(composed, settings).identity
+
+    def _check_settings(self, number: int, job: list[str]) -> tuple[str, DictConfig, Settings]:
+        """Check what needs no torch of one job: all but the adapter and the metrics.
+
+        Returns:
+            The name of its folder, its config without the `hydra` node, and the settings.
+
+        Raises:
+            UserError: the config or a setting is wrong, or its data or model does not exist.
+        """
         assert self.hydra_context is not None
         assert self.config is not None
         composed = compose_job(self.hydra_context.config_loader, self.config, job, keep=True)
@@ -339,9 +361,7 @@ class GridSweeper(BasicSweeper):
         check_paths(settings)
         check_processes(settings.trainer)
         check_callbacks(settings.pack)
-        from lora_bench.run.settings import Experiment  # torch: late
-
-        return name, Experiment.build(composed, settings).identity
+        return name, composed, settings
 
     def _batches(self, folder: Path, recorded: Sweep, tried: Set[int]) -> Iterator[Batch]:
         """Yield the missing jobs that were not tried yet, by number, in batches of at most `max_batch_size`.

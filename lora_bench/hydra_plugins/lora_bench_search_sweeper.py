@@ -6,8 +6,7 @@ final/    the best setting on the selection split with fresh seeds, scored on th
 
 # No `from __future__ import annotations`: Hydra leaves plugins out of sys.modules, where dataclasses would look.
 import importlib.util
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,14 +17,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from lora_bench.config.build import build
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
 from lora_bench.config.schema import Packing, Search
 from lora_bench.console.format import format_number
-from lora_bench.console.stages import show_progress, stage
+from lora_bench.console.stages import current_console, importing_libraries, show_progress, stage
 from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError, require
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import GridSweeper, GridSweeperConf, in_subfolders
@@ -106,7 +104,7 @@ class SearchSweeper(GridSweeper):
         require(bool(dimensions), "search", None, "has no key with several values", remedy, code=Code.MISSING)
         self.space = self._space(dimensions, typed)
         if not self.config.resume:  # else they were checked when the search was started
-            self._check_values()
+            self._check_values(typed)
         return []
 
     def _space(self, dimensions: Mapping[str, Dimension], typed: set[str]) -> SearchSpace:
@@ -145,8 +143,11 @@ class SearchSweeper(GridSweeper):
                 note(f"{key} is left out of the search: no method in it has this key")
         return SearchSpace(tuple(existing.values()), defaults)
 
-    def _check_values(self) -> None:
+    def _check_values(self, typed: Set[str]) -> None:
         """Check each value of the space, the other keys being at their defaults, and print the keys.
+
+        Args:
+            typed: keys of the command line, whose values are checked first.
 
         Raises:
             UserError: one is out of range.
@@ -156,13 +157,17 @@ class SearchSweeper(GridSweeper):
             chosen = [f"{METHOD_KEY}={method}"] if method else []
             others = [d for d in self.space.of_method(method) if d.key != METHOD_KEY]
             settings += [chosen, *([*chosen, f"{d.key}={text}"] for d in others for text in d.probes)]
-        console = _console()
+        settings.sort(key=lambda setting: typed.isdisjoint(map(key_of, setting)))
+        console = current_console()
         keys = ", ".join(dimension.key for dimension in self.space.dimensions)
         console.print(sanitise(f"search over {keys}: checking"))
         with show_progress(console), stage("checking the space", total=len(settings), unit="values") as progress:
             for setting in settings:
-                self._check(0, self._trial_job(setting))
+                self._check_settings(0, self._trial_job(setting))  # of all before the first one imports torch
                 progress.advance()
+            with importing_libraries():
+                for setting in settings:
+                    self._check(0, self._trial_job(setting))
         for dimension in self.space.dimensions:
             if isinstance(dimension, Interval) and not dimension.is_log and dimension.high >= 30 * dimension.low > 0:
                 note(f"{dimension.key}: tag(log,interval(…)) tries small numbers as often as large ones")
@@ -187,6 +192,14 @@ class SearchSweeper(GridSweeper):
         if self.config.dry_run:
             print("estimating the first pack and the final runs; each further pack costs what the first does")
         return self._final_jobs(setting)
+
+    def _work_to_come(self, jobs: Mapping[str, Sequence[str]]) -> list[float]:
+        """Return the work of the trials that the budget still allows, as far as it counts them, and the final runs."""
+        trials = [self.work.get(name, 0.0) for name in jobs if name.startswith(f"{TRIALS}/")]
+        if len(trials) < len(jobs):  # the final runs are known
+            return []
+        further = max(0, (self.search.trials or 0) - len(trials))
+        return [max(trials)] * (further + self.search.final_seeds)
 
     def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
         """Return the next pack, or the final runs once the budget is spent or no new setting is left.
@@ -251,7 +264,7 @@ class SearchSweeper(GridSweeper):
             identities.append(identity)
             return True
 
-        with show_progress(_console()), stage("suggesting trials"):
+        with show_progress(current_console()), stage("suggesting trials"):
             return suggest_pack(self.space, trials, count, seed=int(self.config.seed), is_valid=is_valid)
 
     def _identity(self, setting: Sequence[str], number: int) -> str:
@@ -285,11 +298,6 @@ class SearchSweeper(GridSweeper):
         best = best_trial(trials)
         so_far = f"; best so far {_describe(best)}" if best else ""
         print(f"\ntrials {len(trials) + 1} to {len(trials) + count}{limit}{so_far}")
-
-
-def _console() -> Console:
-    """Return a console for standard output; lines are wrapped in a terminal only."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def _describe(trial: Trial) -> str:

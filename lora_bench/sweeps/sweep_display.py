@@ -21,22 +21,21 @@ _ASSUMED_ROWS = 10_000
 
 
 def expect_jobs(
-    progress: SweepProgress, jobs: Mapping[str, Sequence[str]], later: Sequence[str], work: Mapping[str, float]
+    progress: SweepProgress, jobs: Mapping[str, Sequence[str]], later: Sequence[float], work: Mapping[str, float]
 ) -> None:
     """Pass the jobs of a sweep to its progress display.
 
     Args:
         progress: the display.
         jobs: overrides of the recorded jobs, by folder.
-        later: folders of the jobs of later stages.
-        work: of each of them.
+        later: work of each job that is expected in later stages.
+        work: of each recorded job.
     """
-    later_work = [work.get(name, 0.0) for name in later if name not in jobs]
     progress.expect(
         _titles(jobs),
         [work.get(name, 0.0) for name in jobs],
-        later_jobs=len(later_work),
-        later_weight=sum(later_work),
+        later_jobs=len(later),
+        later_weight=sum(later),
     )
 
 
