@@ -19,7 +19,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lora_bench.config.launch import Launch
-from lora_bench.errors import Code, UserError
+from lora_bench.errors import Code, UserError, require
 from lora_bench.run.trained_run import TrainedRun
 
 if TYPE_CHECKING:
@@ -176,11 +176,7 @@ def calling(callbacks: Sequence[Callback], stdout: TextIO | None = None) -> Iter
         Exception: of a callback; its notes say what is kept and how to resume.
     """
     for callback in callbacks:
-        if not isinstance(callback, Callback):
-            remedy = "Give objects of subclasses of lora_bench.api.Callback."
-            value = getattr(callback, "__name__", type(callback).__name__)
-            reason = "is not a callback" if not isinstance(callback, type) else "is a class, not an object of it"
-            raise UserError(reason, key="callbacks", value=value, remedy=remedy, code=Code.INVALID_VALUE)
+        _check_type(callback)
     if callbacks and Launch.read().world_size > 1:
         reason, remedy = "cannot be called in the processes of torchrun", "Start the script without torchrun."
         raise UserError(reason, key="callbacks", remedy=remedy, code=Code.UNSUPPORTED)
@@ -194,6 +190,14 @@ def calling(callbacks: Sequence[Callback], stdout: TextIO | None = None) -> Iter
     finally:
         _current.reset(tokens[0])
         _stdout.reset(tokens[1])
+
+
+def _check_type(callback: object) -> None:
+    """Refuse an object that is not a `Callback`, such as the class in place of an object of it."""
+    value = getattr(callback, "__name__", type(callback).__name__)
+    reason = "is a class, not an object of it" if isinstance(callback, type) else "is not a callback"
+    remedy = "Give objects of subclasses of lora_bench.api.Callback."
+    require(isinstance(callback, Callback), "callbacks", value, reason, remedy)
 
 
 def check_callbacks(packing: Packing) -> None:
