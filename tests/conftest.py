@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.as_posix().endswith(SMOKE):
             item.add_marker(pytest.mark.smoke)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no process ends with a long one
 
 
 @pytest.fixture(autouse=True, scope="session")
