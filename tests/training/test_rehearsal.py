@@ -190,5 +190,5 @@ def test_memory_is_within_15_percent_of_the_run_s(tmp_path: Path) -> None:
     overrides += ["model.random.max_position_embeddings=100000", "model.random.hidden_size=128", *SMALL_TOY]
     processes = [forked.Forked(print_memory, what, str(tmp_path / "run"), *overrides) for what in ("estimated", "ran")]
     assert [process.wait() for process in processes] == [0, 0], processes[0].err + processes[1].err
-    estimated, ran = (int(process.out) for process in processes)
+    estimated, ran = (float(process.out) for process in processes)
     assert estimated == pytest.approx(ran, rel=0.15)
