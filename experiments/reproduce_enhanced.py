@@ -64,6 +64,7 @@ class Scale:
     """Overrides of the data of an evaluation."""
     rates: tuple[str, ...]
     """Learning rates to choose from."""
+    methods: tuple[str, ...] = METHODS
     seeds: str = "0,1,2,3,4"
     fewer_seeds: str = "0,1,2"
     ranks: str = "1,2,4,8,16,32,64,128"
@@ -89,6 +90,7 @@ class Scale:
             overrides=(*pairs, "data.selection_size=40", *short),
             evaluation_overrides=pairs,
             rates=("1e-3", "6e-3"),
+            methods=(*THREE, RECIPES[-1]),  # which other stages need
             seeds="0",
             fewer_seeds="0",
             ranks="1,4",
@@ -123,7 +125,7 @@ class Protocol:
         self.exit_code = 0
 
     def methods(self) -> None:
-        self._sweep_tuned("methods", self.scale.main_model, METHODS, 8000, self.scale.seeds)
+        self._sweep_tuned("methods", self.scale.main_model, self.scale.methods, 8000, self.scale.seeds)
 
     def backbones(self) -> None:
         for model in self.scale.small_models:

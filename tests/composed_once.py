@@ -1,13 +1,14 @@
 """A cache of Hydra's work on the YAML files of `conf/`, for tests that run thousands of commands in one process.
 
 The merged files depend on the choices of the groups alone, and most commands of the tests have the same choices. So the
-merged files are cached by the choices. Every step that depends on a typed key or value (parsing, applying and checking
-it) is carried out as always, on a copy. With a folder of the user's (`--config-dir`) nothing is cached.
+merged files are cached by the choices, pickled: loading them takes a fifth of the time of a deep copy. Every step that
+depends on a typed key or value (parsing, applying and checking it) is carried out as always, on a copy. With a folder
+of the user's (`--config-dir`) nothing is cached.
 """
 
 from __future__ import annotations
 
-import copy
+import pickle
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal import defaults_list
@@ -22,9 +23,9 @@ CHOICES = ("override_choices", "append_group_defaults", "deletions")
 
 def compose_files_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache the defaults list and the merged files by their choices, until the patch is undone."""
-    files: dict[str, Any] = {}
-    listed: dict[str, Any] = {}
-    merged: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    listed: dict[str, bytes] = {}
+    merged: dict[str, bytes] = {}
     list_defaults = defaults_list._create_defaults_list
     read = ConfigRepository.load_config
     merge = ConfigLoaderImpl._compose_config_from_defaults_list
@@ -36,8 +37,8 @@ def compose_files_once(monkeypatch: pytest.MonkeyPatch) -> None:
         key = repr((folders, config_name, prepend_hydra, skip_missing, chosen))
         if key not in listed:
             answer = list_defaults(repo, config_name, overrides, prepend_hydra, skip_missing)
-            listed[key] = copy.deepcopy((answer, {k: v for k, v in vars(overrides).items() if k != "config_overrides"}))
-        answer, state = copy.deepcopy(listed[key])
+            listed[key] = pickle.dumps((answer, {k: v for k, v in vars(overrides).items() if k != "config_overrides"}))
+        answer, state = pickle.loads(listed[key])
         vars(overrides).update(state)
         return answer
 
@@ -46,16 +47,16 @@ def compose_files_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return merge(loader, defaults, repo)
         key = repr((folders, defaults))
         if key not in merged:
-            merged[key] = merge(loader, defaults, repo)
-        return copy.deepcopy(merged[key])
+            merged[key] = pickle.dumps(merge(loader, defaults, repo))
+        return pickle.loads(merged[key])
 
     def read_once(repo: Any, config_path: str) -> Any:
         if (folders := _folders(repo)) is None:
             return read(repo, config_path)
         key = repr((folders, config_path))
         if key not in files:
-            files[key] = read(repo, config_path)
-        return copy.deepcopy(files[key])
+            files[key] = pickle.dumps(read(repo, config_path))
+        return pickle.loads(files[key])
 
     monkeypatch.setattr(ConfigRepository, "load_config", read_once)
     monkeypatch.setattr(defaults_list, "_create_defaults_list", list_once)

@@ -13,9 +13,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: torch's threads wou
 
 import pytest
 
-from tests.composed_once import compose_files_once
-from tests.helpers import composed
-from tests.measured_once import measure_once, write_without_waiting
 from tests.reliability.score import Score
 
 if TYPE_CHECKING:
@@ -50,6 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.as_posix().endswith(SMOKE):
             item.add_marker(pytest.mark.smoke)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no process ends with a long one
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -61,6 +59,10 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _work_is_done_once() -> Iterator[None]:
+    # Late: with `-n`, the first process runs no test, and need not wait for torch before it starts the others.
+    from tests.composed_once import compose_files_once
+    from tests.measured_once import measure_once, write_without_waiting
+
     with pytest.MonkeyPatch.context() as patch:
         compose_files_once(patch)
         measure_once(patch)
@@ -82,7 +84,7 @@ def backbone() -> Callable[..., Any]:
     def make(model: str = "tiny_bert", *overrides: str) -> Any:
         from lora_bench.backbones.families import build_model
         from lora_bench.backbones.load import load, load_tokenizer
-        from tests.helpers import QQP_LABELS
+        from tests.helpers import QQP_LABELS, composed
 
         settings = build_model(composed(f"model={model}", *overrides).model)
         return load(settings, load_tokenizer(settings), task="qqp", label_names=[QQP_LABELS])

@@ -195,10 +195,15 @@ def test_the_other_commands_configs(name: str) -> None:
 
 @pytest.mark.parametrize(("group", "option"), PLAIN, ids=lambda value: value)
 def test_every_key_is_a_valid_override(group: str, option: str) -> None:
-    """A header pasted back into the shell: each key with its own value gives the same config."""
+    """A header pasted back into the shell: each key with its own value gives the same config.
+
+    Of other groups than the option's, the keys are those of the default config.
+    """
     first = container(composed(*chosen(group, option)))
     leaves = [(key, value) for key, value in flatten(first) if not isinstance(value, dict)]
     assert len(leaves) > 40
+    if option not in ("lora", "toy"):
+        leaves = [(key, value) for key, value in leaves if key.startswith((f"{group}.", "optimizer."))]
     again = composed(*chosen(group, option), *(f"{key}={written(value)}" for key, value in leaves))
     assert container(again) == first
 

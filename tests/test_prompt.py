@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
+import warnings
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from lora_bench.errors import Code
 from lora_bench.files.cache import cache_folder
 from lora_bench.llm import client
 from lora_bench.records import run_folder
-from tests import three_classes
+from tests import forked, three_classes
 from tests.command_line import files_below, lora_bench, refused, toy_run
 from tests.helpers import composed
 from tests.llm_server import Reply, Server, completion
@@ -243,9 +242,14 @@ def test_few_shot_examples_are_balanced_and_from_train(in_tmp: Path) -> None:
     assert first[1:-1] != other[1:-1]
 
 
-def child(*arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "error", "-m", "lora_bench", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def without_warnings(*arguments: str) -> int:
+    """Run a command for which a warning is an error."""
+    warnings.simplefilter("error")
+    return forked.run_command(*arguments)
+
+
+def child(*arguments: str) -> forked.Forked:
+    return forked.Forked(without_warnings, *arguments)
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
@@ -283,8 +287,8 @@ def test_killed_and_run_again_asks_nothing_twice_that_was_answered(in_tmp: Path)
     with Server(held) as server:
         process = child("prompt", *asked(server, *BIG))
         wait_until(lambda: kept() == 50 and len(server.bodies) == 53)
-        process.kill()
-        process.communicate()
+        process.signal(signal.SIGKILL)
+        process.wait()
         held.go.set()
         under_way = [json.dumps(body, sort_keys=True) for body in server.bodies[50:]]
         folder = in_tmp / "run"
@@ -310,13 +314,12 @@ def test_an_interrupt_waits_for_what_is_under_way(in_tmp: Path, number: signal.S
     with Server(held) as server:
         process = child("prompt", *asked(server, *BIG))
         wait_until(lambda: kept() == 10 and len(server.bodies) == 13)
-        process.send_signal(number)
-        with pytest.raises(subprocess.TimeoutExpired):
+        process.signal(number)
+        with pytest.raises(TimeoutError):
             process.wait(0.5)
         held.go.set()
-        _, err = process.communicate(timeout=30)
-        assert process.returncode == code, err
-        assert err.count(b"\n") == (1 if code == 130 else 0), err
+        assert process.wait() == code, process.err
+        assert process.err.count("\n") == (1 if code == 130 else 0), process.err
         found = run_folder.read(in_tmp / "run")
         assert (found["status"], found["cost"]["requests"], kept()) == ("interrupted", 13, 13)
         assert lora_bench("prompt", *asked(server, *BIG, "hydra.run.dir=again")).code == 0
@@ -328,12 +331,12 @@ def test_a_second_interrupt_ends_at_once(in_tmp: Path) -> None:
     with Server(held) as server:
         process = child("prompt", *asked(server, *BIG))
         wait_until(lambda: kept() == 10 and len(server.bodies) == 13)
-        process.send_signal(signal.SIGINT)
+        process.signal(signal.SIGINT)
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        process.signal(signal.SIGINT)
+        code = process.wait()
         held.go.set()
-    assert (process.returncode, err.count(b"\n")) == (130, 1), err
+    assert (code, process.err.count("\n")) == (130, 1), process.err
     assert run_folder.read(in_tmp / "run")["status"] == "interrupted"
 
 

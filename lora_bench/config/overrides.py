@@ -102,6 +102,12 @@ def is_typed(text: str) -> bool:
 # -- overrides --
 
 
+@cache
+def _parser() -> OverridesParser:
+    """Return Hydra's parser; it keeps no state, and registers its functions anew when it is made."""
+    return OverridesParser.create()
+
+
 def parse_override(text: str) -> Override:
     """Parse an override with Hydra's own parser.
 
@@ -120,7 +126,7 @@ def parse_override(text: str) -> Override:
     except UnicodeEncodeError:  # JSON can write half a character
         raise UserError(f"{text[:200]!r} holds half of a surrogate pair", code=Code.INVALID_SYNTAX) from None
     try:
-        return OverridesParser.create().parse_override(text)
+        return _parser().parse_override(text)
     except HydraException:
         reason = "cannot be read as key=value"
     except RecursionError:

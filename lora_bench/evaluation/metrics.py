@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
@@ -375,6 +376,7 @@ _EXAMPLES = {
 }
 
 
+@cache
 def _metric_classes(form: str) -> dict[str, type[torchmetrics.Metric]]:
     """Return the metrics of torchmetrics for a form of task by the names of their classes."""
     import torchmetrics

@@ -34,9 +34,9 @@ from lora_bench.sweeps import packing
 from lora_bench.sweeps.remote_display import ReceivedDisplay, SentDisplay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from multiprocessing.connection import Connection
-    from multiprocessing.context import SpawnProcess
+    from multiprocessing.process import BaseProcess
 
     from lora_bench.records.job import Job
     from lora_bench.sweeps.packing import Group
@@ -178,10 +178,10 @@ class _Worker:
         """The progress of its training."""
         self.ended = ended
         sent = hand_over(jobs)
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connection, its_end = context.Pipe(duplex=False)
-        settings = (os.getcwd(), workers.gpu_of(number), threads, workers.sharing)
-        self.process: SpawnProcess = context.Process(target=_work, args=(sent, its_end, *settings))
+        settings = (os.getcwd(), dict(os.environ), workers.gpu_of(number), threads, workers.sharing)
+        self.process: BaseProcess = context.Process(target=_work, args=(sent, its_end, *settings))
         with _blocked_terminal_signals():
             self.process.start()
         its_end.close()
@@ -237,13 +237,30 @@ def _stop(workers: Sequence[_Worker]) -> None:
         raise
 
 
+def _context() -> Any:
+    """Return the context of worker processes: forks of a process that has imported torch, new ones on Windows.
+
+    The fork server is a new process, in which CUDA is not initialised; it starts with the first worker.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _block_terminal_signals() -> set[Any]:
+    """Block the terminal's signals for this process and those that it starts; return the mask before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+
+
 @contextmanager
 def _blocked_terminal_signals() -> Iterator[None]:
     """Block the terminal's signals for processes started within; this process receives them afterwards."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+    mask = _block_terminal_signals()
     try:
         yield
     finally:
@@ -257,6 +274,7 @@ def _work(
     jobs: Sequence[Job],
     connection: Connection,
     folder: str,
+    environment: Mapping[str, str],
     gpu: str | None,
     threads: int,
     sharing: int,
@@ -267,14 +285,19 @@ def _work(
         jobs: its share of the sweep.
         connection: to the main process.
         folder: the working folder.
+        environment: variables of the main process; a fork server has those of its own start.
         gpu: name of its GPU; None: as in the main process.
         threads: CPU threads.
         sharing: workers on one device.
     """
+    if hasattr(signal, "pthread_sigmask"):
+        _block_terminal_signals()  # a fork server that was started elsewhere does not
     signal.signal(signal.SIGTERM, terminate)
     streams.protect()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch counts the devices
     torch.set_num_threads(threads)

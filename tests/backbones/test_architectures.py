@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tests.backbones.architectures import Architecture
 
 NOT_CUT = ("Longformer",)
+ENHANCED = ("DistilBERT", "BART", "T5, encoder", "mT5, text to text", "Gemma 3", "GPT-2, text to text")
+"""Architectures that learn with the enhanced method too: one of each kind; `scripts/architectures.py` tries all."""
 QUANTISED = ("model.quantize=nf4", "model.quantize_embeddings=int8")
 
 
@@ -37,10 +39,11 @@ def test_an_architecture_learns_is_reloaded_exported_and_cut(
     assert isinstance(lora.peft, float)
     assert lora.reloaded == pytest.approx(0, abs=1e-6)
     assert [lora.merged, lora.peft] == pytest.approx([0, 0], abs=1e-5)
-    recipe = ["experiment=enhanced", "adapter.calibration_batches=1"]
-    enhanced = check(architecture, model, recipe, tmp_path / "enhanced", [], steps=2)
-    assert enhanced.refused == ""
-    assert enhanced.reloaded == pytest.approx(0, abs=1e-6)
+    if architecture.name in ENHANCED:
+        recipe = ["experiment=enhanced", "adapter.calibration_batches=1"]
+        enhanced = check(architecture, model, recipe, tmp_path / "enhanced", [], steps=2)
+        assert enhanced.refused == ""
+        assert enhanced.reloaded == pytest.approx(0, abs=1e-6)
     difference = largest_cut_difference(architecture, model)
     assert difference is None if architecture.name in NOT_CUT else difference == pytest.approx(0, abs=1e-5)
 

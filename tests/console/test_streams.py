@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.command_line import toy_run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs the shell of a Unix")
@@ -21,18 +22,32 @@ def shell(command: str, unbuffered: str = "") -> subprocess.CompletedProcess[str
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=240, env=environment)
 
 
+def unread(*arguments: str) -> int:
+    """Run a command whose output nobody reads, and whose errors go onto a full disk."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    return forked.run_command(*arguments)
+
+
+def without_streams(*arguments: str) -> int:
+    """Run a command as Python starts it where the standard streams are closed."""
+    for number in range(3):
+        os.close(number)
+    sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    return forked.run_command(*arguments)
+
+
 def test_a_training_goes_on_when_nobody_reads_it_any_more(in_tmp: Path) -> None:
     """Its output goes into a pipe whose reader ends at once, its errors onto a full disk."""
-    overrides = " ".join(toy_run("trainer.max_steps=6", "trainer.eval_every=2", "hydra.run.dir=run"))
-    done = shell(f"({COMMAND} train {overrides} 2>/dev/full; echo $? >code) | true")
-    assert done.stderr == ""
-    assert Path("code").read_text() == "0\n"
+    overrides = toy_run("trainer.max_steps=6", "trainer.eval_every=2", "hydra.run.dir=run")
+    assert forked.Forked(unread, "train", *overrides).wait() == 0
     assert json.loads(Path("run/run.json").read_text())["status"] == "done"
 
 
 def test_streams_that_are_closed_are_nobody_s(in_tmp: Path) -> None:
-    overrides = " ".join(toy_run("hydra.run.dir=run"))
-    assert shell(f"{COMMAND} train {overrides} <&- >&- 2>&-").returncode == 0
+    assert forked.Forked(without_streams, "train", *toy_run("hydra.run.dir=run")).wait() == 0
     assert json.loads(Path("run/run.json").read_text())["status"] == "done"
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import subprocess
-import sys
+import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from lora_bench.data.examples import Examples
 from lora_bench.data.special_tokens import SpecialTokens
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.files.cache import TRAILER_BYTES, CacheFiles
+from tests import forked
 from tests.helpers import TINY
 
 if TYPE_CHECKING:
@@ -364,48 +365,31 @@ def test_the_token_cache_is_bounded_and_the_least_recently_used_is_removed(
         tokenize(examples(), COLUMNS, model, 40)
 
 
-WRITER = """
-import sys, time
-from pathlib import Path
-from types import SimpleNamespace
-
-import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
-
-from lora_bench.data.tokenization import tokenize
-from lora_bench.data.examples import Examples
-from lora_bench.data.special_tokens import SpecialTokens
-
-tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
-tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-backbone = SimpleNamespace(
-    tokenizer=SimpleNamespace(backend_tokenizer=tokenizer),
-    render=lambda columns: (columns[0][1], None),
-    text_positions=lambda columns: None,
-    special_tokens=SpecialTokens(),
-)
-folder, name = Path(sys.argv[1]), sys.argv[2]
-(folder / name).touch()
-while len(list(folder.iterdir())) < 2:  # both are ready
-    time.sleep(0.001)
-for i in range(20):
-    texts = ["a b a"] * (500 + i)
-    table = tokenize(Examples(np.arange(len(texts)), (texts,), None), ["text"], backbone, 8)
-    assert table.values.sum() == 4 * len(texts), i
-print("done")
-"""
+def fill_cache(ready: str, name: str) -> None:
+    """Tokenise tables as soon as another process does, and print that it is done; a warning is an error."""
+    warnings.simplefilter("error")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backbone: Any = SimpleNamespace(
+        tokenizer=SimpleNamespace(backend_tokenizer=tokenizer),
+        render=lambda columns: (columns[0][1], None),
+        text_positions=lambda columns: None,
+        special_tokens=SpecialTokens(),
+    )
+    Path(ready, name).touch()
+    while len(list(Path(ready).iterdir())) < 2:  # both are ready
+        time.sleep(0.001)
+    for i in range(20):
+        texts = ["a b a"] * (500 + i)
+        table = tokenize(Examples(np.arange(len(texts)), (texts,), None), ["text"], backbone, 8)
+        assert table.values.sum() == 4 * len(texts), i
+    print("done", flush=True)
 
 
 def test_two_processes_fill_the_cache_at_the_same_time(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "ready").mkdir()
-    command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path / "ready")]
-    root = str(Path(__file__).parents[2])
-    processes = [
-        subprocess.Popen([*command, name], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for name in ("one", "two")
-    ]
+    processes = [forked.Forked(fill_cache, str(tmp_path / "ready"), name) for name in ("one", "two")]
     for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (0, "done\n", "")
+        assert (process.wait(), process.out, process.err) == (0, "done\n", "")
     assert len(files(cache)) == 20
     assert all(name.endswith(".arrow") for name in files(cache))

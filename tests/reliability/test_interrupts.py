@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from hashlib import sha256
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_bench import train as story
@@ -26,7 +25,7 @@ from lora_bench.run import packed_run
 from lora_bench.run.final_evaluation import TrainedTask
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.cuda_graphs import Backward
-from tests import command_line
+from tests import command_line, forked
 from tests.adapters.tools import assert_close
 from tests.command_line import files_below, lora_bench, refused, signalled, toy_run
 
@@ -227,14 +226,13 @@ def test_22_a_second_ctrl_c_ends_at_once(in_tmp: Path, at_step: Any) -> None:
 
 @pytest.mark.reliability(23)
 def test_23_a_run_killed_at_a_random_step_ends_as_the_undisturbed_one(in_tmp: Path) -> None:
-    arguments = [*ASKED, "trainer.max_steps=150", "trainer.epochs=100", "adapter.dropout=0.1"]
-    command = [sys.executable, "-m", "lora_bench", "train", *arguments, "hydra.run.dir=run"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [*ASKED, "trainer.max_steps=60", "trainer.epochs=100", "adapter.dropout=0.1"]
+    process = forked.command("train", *arguments, "hydra.run.dir=run")
     deadline = time.monotonic() + 120
     while not list(Path("run").glob("checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(random.random() / 4)
-    process.kill()
+    process.signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert record("run")["status"] == "running"
     assert lora_bench("train", "resume=run").code == 0
@@ -242,37 +240,33 @@ def test_23_a_run_killed_at_a_random_step_ends_as_the_undisturbed_one(in_tmp: Pa
     assert_same_run("run", "whole")
 
 
-WRITER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from lora_bench.training.checkpoint import Checkpoints
-tensors = {str(i): torch.randn(64, 64) for i in range(8)}
-for number in range(20):
-    folder = Path(sys.argv[1], str(number))
-    folder.mkdir()
-    reading, writing = os.pipe()
-    writer = os.fork()
-    if not writer:
-        for step in range(1, 100_000):
-            Checkpoints(folder / "checkpoints").save(step, tensors, {})
-            os.write(writing, b".")
-    os.read(reading, 1)
-    time.sleep(random.random() * 0.03)
-    os.kill(writer, signal.SIGKILL)
-    os.waitpid(writer, 0)
-    os.close(writing)
-    written = 1 + len(os.read(reading, 65536) if os.set_blocking(reading, False) is None else b"")
-    print(written)
-"""
+def write_checkpoints(root: str) -> None:
+    """Print how many checkpoints each of 20 processes has written that were killed as they wrote one after another."""
+    tensors = {str(i): torch.randn(64, 64) for i in range(8)}
+    for number in range(20):
+        folder = Path(root, str(number))
+        folder.mkdir()
+        reading, writing = os.pipe()
+        writer = os.fork()
+        if not writer:
+            for step in range(1, 100_000):
+                Checkpoints(folder / "checkpoints").save(step, tensors, {})
+                os.write(writing, b".")
+        os.read(reading, 1)
+        time.sleep(random.random() * 0.03)
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        os.close(writing)
+        written = 1 + len(os.read(reading, 65536) if os.set_blocking(reading, False) is None else b"")
+        print(written, flush=True)
 
 
 @pytest.mark.reliability(24)
 def test_24_a_kill_inside_a_checkpoints_writing_leaves_the_one_before(in_tmp: Path) -> None:
     """A process that does nothing but write checkpoints, killed at 20 random moments."""
-    done = subprocess.run([sys.executable, "-c", WRITER, in_tmp], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    written = [int(line) for line in done.stdout.splitlines()]
+    done = forked.Forked(write_checkpoints, str(in_tmp))
+    assert done.wait() == 0, done.err
+    written = [int(line) for line in done.out.splitlines()]
     assert len(written) == 20
     half_written = 0
     for number, steps in enumerate(written):

@@ -23,6 +23,7 @@ from lora_bench.errors import Code, LostFolderError, UserError
 from lora_bench.records.run_folder import Run, read
 from lora_bench.run.final_evaluation import TrainedTask
 from lora_bench.training.checkpoint import Checkpoints
+from tests import forked
 from tests.command_line import files_below, lora_bench, refused, refuses, toy_run
 
 if TYPE_CHECKING:
@@ -80,13 +81,12 @@ def test_12_runs_of_the_same_second_have_folders_of_their_own(in_tmp: Path) -> N
     assert all(re.search(r"/\d\d-\d\d-\d\d-\d{6}-[0-9a-f]{6}$", folder) for folder in folders)
 
 
-OTHER = f"""
-from tests.command_line import lora_bench
-for arguments in ({toy_run("hydra.run.dir=run")}, ["resume=run"]):
-    answer = lora_bench("train", *arguments)
-    print(answer.code, answer.error.code, answer.error.key or answer.error.file, "resume=" in answer.err)
-"""
-"""Prints a line for each of two commands: exit code, error code, what is to blame, whether resuming is suggested."""
+def claim_and_resume() -> None:
+    """Print a line for each of two commands: exit code, error code, what is to blame, whether resuming is suggested."""
+    for arguments in (toy_run("hydra.run.dir=run"), ["resume=run"]):
+        answer = lora_bench("train", *arguments)
+        assert answer.error is not None, answer
+        print(answer.code, answer.error.code, answer.error.key or answer.error.file, "resume=" in answer.err)
 
 
 @pytest.mark.reliability(13)
@@ -94,12 +94,12 @@ def test_13_of_two_processes_that_want_a_folder_the_second_is_refused(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit, lines = train.PackTraining.fit, []
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
     def second(*arguments: Any, **keywords: Any) -> Any:
         before = Path("run/run.json").read_bytes()
-        other = subprocess.run([sys.executable, "-c", OTHER], capture_output=True, text=True)
-        lines.extend(other.stdout.splitlines())
+        other = forked.Forked(claim_and_resume)
+        assert other.wait() == 0, other.err
+        lines.extend(other.out.splitlines())
         assert Path("run/run.json").read_bytes() == before
         return fit(*arguments, **keywords)
 
@@ -259,8 +259,8 @@ def test_18_the_claim_of_a_killed_process_is_recovered(in_tmp: Path) -> None:
     arguments = toy_run(
         "trainer.epochs=9999", "trainer.max_steps=9999", "trainer.checkpoint_every=5", "hydra.run.dir=run"
     )
-    command = [sys.executable, "-m", "lora_bench", "train", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    process = forked.command("train", *arguments)
+    try:
         until = time.monotonic() + 120
         while not list(Path("run/checkpoints").glob("step-*")) and time.monotonic() < until:
             time.sleep(0.02)
@@ -270,7 +270,9 @@ def test_18_the_claim_of_a_killed_process_is_recovered(in_tmp: Path) -> None:
         assert (error.code, error.key) == (Code.EXISTS, "hydra.run.dir")
         assert "lora-bench train resume=" not in str(error)
         assert "running: run" in lora_bench("compare", "run").out
-        process.send_signal(signal.SIGKILL)
+    finally:
+        process.signal(signal.SIGKILL)
+        process.wait()
     assert status("run") == "running"
     error = refused("train", *arguments)
     assert (error.code, error.key, error.value) == (Code.EXISTS, "hydra.run.dir", in_tmp / "run")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from lora_bench import train
 from lora_bench.errors import Code
 from lora_bench.run import packed_run
 from lora_bench.sweeps import packing
+from lora_bench.training.checkpoint import Checkpoints
+from tests import forked
 from tests.command_line import lora_bench, refused, toy_run
 
 SWEEP = toy_run("hydra.sweep.dir=sweep", "pack.size=1")
@@ -67,15 +68,16 @@ def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.
         assert f"cable {number}" in answer.out
 
 
-KILLED = """
-import os, signal, sys
-from lora_bench.cli import main
-from lora_bench.training.checkpoint import Checkpoints
-save = Checkpoints.save
-Checkpoints.save = lambda *state: (save(*state), os.kill(os.getpid(), signal.SIGKILL))
-main(sys.argv[1:])
-"""
-"""A command that is killed outright after its first checkpoint."""
+def killed(*arguments: str) -> None:
+    """Run a command that is killed outright after its first checkpoint, in a process of its own."""
+    save = Checkpoints.save
+
+    def save_and_die(*state: Any) -> None:
+        save(*state)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Checkpoints.save = save_and_die  # type: ignore[method-assign]
+    forked.run_command(*arguments)
 
 
 @pytest.mark.reliability(30)
@@ -83,8 +85,7 @@ main(sys.argv[1:])
 def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp: Path, size: str) -> None:
     arguments = ["hydra.sweep.dir=sweep", "trainer.max_steps=4", "trainer.checkpoint_every=2", "seed=0,1,2"]
     arguments = toy_run(*arguments, f"pack.size={size}")
-    killed = subprocess.run([sys.executable, "-c", KILLED, "train", "-m", *arguments], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    assert forked.Forked(killed, "train", "-m", *arguments).wait() == -signal.SIGKILL
     started = ["0"] if size == "1" else ["0", "1", "2"]
     assert statuses() == dict.fromkeys(started, "running")
     assert "killed: sweep/0" in lora_bench("compare", "sweep").out
@@ -95,21 +96,21 @@ def test_30_a_killed_sweep_says_which_jobs_were_killed_and_runs_the_rest(in_tmp:
 
 
 @pytest.mark.reliability(30)
-def test_30_a_sweep_of_24_jobs_killed_at_a_random_moment_ends_as_an_undisturbed_one(in_tmp: Path) -> None:
+def test_30_a_sweep_killed_at_a_random_moment_ends_as_an_undisturbed_one(in_tmp: Path) -> None:
+    """`scripts/torture.py` kills larger ones, many times."""
     arguments = toy_run("trainer.max_steps=4", "trainer.epochs=20", "trainer.eval_every=2", "data.train_rows=80")
-    arguments += ["adapter.rank=1,2,4,8", "optimizer.lr=1e-3,3e-3,1e-2", "seed=0,1"]
+    arguments += ["adapter.rank=2,8", "optimizer.lr=1e-3,1e-2", "seed=0,1"]
     assert lora_bench("train", "-m", *arguments, "hydra.sweep.dir=whole").code == 0
-    command = [sys.executable, "-m", "lora_bench", "train", "-m", *arguments, "hydra.sweep.dir=sweep"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while len(statuses()) < 24 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(random.random())
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    process = forked.command("train", "-m", *arguments, "hydra.sweep.dir=sweep")
+    deadline = time.monotonic() + 120
+    while len(statuses()) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.random() / 4)
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert lora_bench("train", "-m", "resume=sweep").code == 0
-    assert statuses() == dict.fromkeys(map(str, sorted(range(24), key=str)), "done")
-    for number in range(24):
+    assert statuses() == dict.fromkeys(map(str, range(8)), "done")
+    for number in range(8):
         one, other = (json.loads(Path(folder, str(number), "run.json").read_text()) for folder in ("sweep", "whole"))
         for key in ("config", "overrides", "data", "params", "targets"):
             assert one[key] == other[key], key

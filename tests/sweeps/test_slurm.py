@@ -17,7 +17,7 @@ from submitit.local.local import LocalJob
 from lora_bench.config.build import build
 from lora_bench.config.compose import compose, register_with_hydra
 from lora_bench.errors import Code
-from lora_bench.sweeps import slurm
+from lora_bench.sweeps import packing, slurm
 from lora_bench.sweeps.slurm import Slurm
 from tests.command_line import lora_bench, refused, refuses, toy_run
 from tests.sweeps.test_workers import record, statuses
@@ -51,12 +51,13 @@ def _quick(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at_first_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[Any], object]) -> None:
-    """Call `action` with the Slurm job that first reports a step after its first checkpoint."""
-    handle = slurm._Submitted._handle
+    """Call `action` once with each Slurm job, when it reports a step after its first checkpoint."""
+    handle, acted = slurm._Submitted._handle, set()
 
     def handle_and_act(self: slurm._Submitted, message: str, *arguments: Any) -> None:
         handle(self, message, *arguments)
-        if message == "stepped" and arguments[0] > 5:
+        if message == "stepped" and arguments[0] > 5 and self.handle.job_id not in acted:
+            acted.add(self.handle.job_id)
             action(self.handle)
 
     monkeypatch.setattr(slurm._Submitted, "_handle", handle_and_act)
@@ -67,44 +68,38 @@ def pickle_files() -> list[Path]:
 
 
 def test_runs_equal_those_of_one_process() -> None:
-    overrides = [*SWEEP, "pack.workers=2", "optimizer.warmup=0", "optimizer.lr=1e-3,1e30,2e-3"]
+    overrides = [*SWEEP, "optimizer.warmup=0", "optimizer.lr=1e-3,1e30,2e-3"]
     answer = lora_bench("train", "-m", *overrides)
     assert answer.code == 1, answer
     assert "1 of 3 jobs" in answer.err
-    packs = [line.partition(": ")[2] for line in answer.out.splitlines() if line.endswith((" jobs", " job"))]
-    assert packs[:2] == ["2 jobs", "1 job"]
-    assert ": 2 jobs on one tiny_bert" in answer.out
+    assert ": 3 jobs on one tiny_bert" in answer.out
     assert answer.out.count("job 1 failed: step") == 1
     one_process = [text for text in overrides if "launcher" not in text]
-    assert lora_bench("train", "-m", *one_process, "hydra.sweep.dir=one_process", "pack.workers=1").code == 1
+    assert lora_bench("train", "-m", *one_process, "hydra.sweep.dir=one_process").code == 1
     assert statuses() == {"0": "done", "1": "diverged", "2": "done"}
     for k in range(3):
         run, expected = record(f"sweep/{k}"), record(f"one_process/{k}")
         assert run["metrics"] == pytest.approx(expected["metrics"], abs=1e-5)
-        assert (run["error"], run["config"]) == (
-            expected["error"],
-            expected["config"] | {"pack": run["config"]["pack"]},
-        )
-        assert (run["cost"]["pack_size"], expected["cost"]["pack_size"]) == ((2, 1)[k == 0], 3)
+        assert (run["error"], run["config"]) == (expected["error"], expected["config"])
     assert Path("sweep/table.md").exists()
     assert pickle_files() == []
     assert Path("sweep/.slurm").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, "running"), (signal.SIGUSR2, "interrupted")])
-def test_jobs_that_slurm_ends_are_resumed_with_the_sweep(
-    monkeypatch: pytest.MonkeyPatch, number: int, status: str
-) -> None:
+def test_jobs_that_slurm_ends_are_resumed_with_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL is the end of a job that exceeds its memory, SIGUSR2 the warning before its time limit."""
+    ends = iter([signal.SIGKILL, signal.SIGUSR2])
     with monkeypatch.context() as patch:
-        at_first_step(patch, lambda job: os.kill(training_process(job), number))
-        answer = lora_bench("train", "-m", *LONG, "seed=0,1")
+        at_first_step(patch, lambda job: os.kill(training_process(job), next(ends)))
+        answer = lora_bench("train", "-m", *LONG, "seed=0,1", "pack.workers=2")
     assert answer.code == 1, answer
     assert "2 of 2 jobs" in answer.err
+    assert answer.out.count(": 1 job\n") == 2  # a Slurm job for each
     assert [number for number in range(2) if f"job {number} failed: Slurm job " in answer.out] == [0, 1]
-    assert statuses() == {"0": status, "1": status}
-    assert any(Path("sweep/0/checkpoints").iterdir())
+    assert sorted(statuses().values()) == ["interrupted", "running"]
+    assert all(any(Path(f"sweep/{number}/checkpoints").iterdir()) for number in range(2))
     assert pickle_files() == []
+    monkeypatch.setattr(slurm, "train_jobs", lambda *jobs, **_: packing.train_jobs(*jobs))  # faster
     assert lora_bench("train", "-m", "resume=sweep").code == 0
     assert statuses() == {"0": "done", "1": "done"}
 

@@ -133,8 +133,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
-@pytest.mark.parametrize("killed", [5, 6, 11])
+@pytest.mark.parametrize(("killed", "average"), [(5, 0.9), (6, 0.0), (11, 0.9)])
 @pytest.mark.parametrize("case", CASES)
 def test_training_goes_on_bit_for_bit(case: str, killed: int, average: float, tmp_path: Path) -> None:
     settings = trainer(14, eval_every=3, checkpoint_every=2, average=average)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from lora_bench.data.batching import BatchPlan, training_batches
@@ -21,11 +19,12 @@ from lora_bench.errors import Code
 from lora_bench.head.loss import cross_entropy
 from lora_bench.training.distributed import Processes, processes_of_torchrun
 from lora_bench.training.optim import make_optimizer
+from tests import forked
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables
 from tests.command_line import lora_bench, refused, toy_run
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 STEPS = 10
 
@@ -55,13 +54,22 @@ def learn(processes: Processes) -> tuple[dict[str, torch.Tensor], list[float]]:
     return a_pack.state(0), losses
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    """One of two processes, as torchrun would start it."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def start_two(function: Callable[..., object], *arguments: str) -> list[forked.Forked]:
+    """Start a function in two processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [forked.Forked(function, *arguments, **variables, RANK=rank) for rank in ("0", "1")]
+
+
+def work(folder: str) -> None:
+    """One of two processes."""
+    rank = os.environ["RANK"]
     torch.set_num_threads(1)
     with processes_of_torchrun() as processes:
-        assert (processes.rank, processes.size, processes.is_leader) == (rank, 2, rank == 0)
-        assert processes.any_signal(15 if rank == 1 else None) == 15
+        assert (processes.rank, processes.size, processes.is_leader) == (int(rank), 2, rank == "0")
+        assert processes.any_signal(15 if rank == "1" else None) == 15
         assert processes.any_signal(None) is None
         state, losses = learn(processes)
     from safetensors.torch import save_file
@@ -71,10 +79,8 @@ def work(rank: int, port: int, folder: str) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     alone, losses = learn(Processes())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    started = start_two(work, str(tmp_path))
+    assert [process.wait() for process in started] == [0, 0], started[0].err + started[1].err
     states = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
     for state in states:
         torch.testing.assert_close(state.pop("losses"), torch.tensor(losses), atol=1e-5, rtol=0)
@@ -106,44 +112,52 @@ def test_alone_there_is_nothing_to_exchange(monkeypatch: pytest.MonkeyPatch) -> 
 RUN = toy_run("trainer.max_steps=9", "trainer.eval_every=4", "data.train_rows=80", "trainer.precision=fp32")
 
 
-def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """`lora-bench train` in two processes, as a user starts it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lora_bench", "train"]
-    command = [sys.executable, *launch, *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+STOPPED = """
+import os, signal, sys, time
+from lora_bench.cli import main
+from lora_bench.run.recorder import Recorder
+
+stepped = Recorder.stepped
+
+def stepped_and_stopped(recorder, number, *rest):
+    stepped(recorder, number, *rest)
+    if number == 4 and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+    if number >= 4:
+        time.sleep(1)
+
+Recorder.stepped = stepped_and_stopped
+sys.exit(main(sys.argv[1:]))
+"""
+"""A command that ends the torchrun above it in its fourth step, and then waits for what torchrun does."""
 
 
-def test_torchrun_makes_the_run_that_one_process_makes(in_tmp: Path) -> None:
-    overrides = ["adapter=adalora", "trainer.average=0.5"]
-    assert lora_bench("train", *RUN, *overrides, "hydra.run.dir=one").code == 0
-    answer = torchrun(in_tmp, *RUN, *overrides, "hydra.run.dir=two")
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.count("record: ") == 1  # one of the two tells
-    one, two = (json.loads((in_tmp / name / "run.json").read_text()) for name in ("one", "two"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.mark.slow
+def test_a_run_of_torchrun_is_that_of_one_process_also_when_it_is_interrupted_and_resumed(in_tmp: Path) -> None:
+    overrides = ["train", *RUN, "adapter=adalora", "trainer.average=0.5"]
+    assert lora_bench(*overrides, "hydra.run.dir=one").code == 0
+    Path("stopped.py").write_text(STOPPED)
+    stopped = subprocess.run(
+        [*TORCHRUN, "stopped.py", *overrides, "hydra.run.dir=two"], capture_output=True, timeout=240
+    )
+    assert stopped.returncode != 0
+    assert json.loads(Path("two/run.json").read_text())["status"] == "interrupted"
+    (reached,) = (int(path.name[-8:]) for path in Path("two/checkpoints").glob("step-*"))
+    assert 4 <= reached < 9
+    started = start_two(forked.run_command, "train", "resume=two")
+    assert [process.wait() for process in started] == [0, 0], started[0].err + started[1].err
+    assert f"resumed from step {reached}" in started[0].out
+    assert [process.out.count("record: ") for process in started] == [1, 0]  # one of the two tells
+    one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
     assert two["cost"]["train_flops"] == one["cost"]["train_flops"]
-    states = [load_file(in_tmp / name / "adapter/adapter_model.safetensors") for name in ("one", "two")]
+    states = [load_file(Path(name, "adapter/adapter_model.safetensors")) for name in ("one", "two")]
     assert_close(*states, atol=1e-4)
-    assert {path.name for path in in_tmp.iterdir()} == {"one", "two"}
-
-
-def test_a_run_of_two_processes_is_interrupted_and_gone_on_with(in_tmp: Path) -> None:
-    long = [*RUN, "trainer.epochs=1000", "trainer.max_steps=100", "trainer.checkpoint_every=1"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lora_bench", "train"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, *launch, *long, "hydra.run.dir=run"], cwd=in_tmp, **quiet) as process:  # type: ignore[call-overload]
-        deadline = time.monotonic() + 120
-        while not list(in_tmp.glob("run/checkpoints/step-*")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-    record = json.loads((in_tmp / "run/run.json").read_text())
-    assert record["status"] == "interrupted"
-    reached = max(int(path.name[-8:]) for path in (in_tmp / "run/checkpoints").glob("step-*"))
-    answer = torchrun(in_tmp, "resume=run")
-    assert answer.returncode == 0, answer.stderr
-    assert f"resumed from step {reached}" in answer.stdout
-    assert json.loads((in_tmp / "run/run.json").read_text())["status"] == "done"
+    assert {path.name for path in in_tmp.iterdir()} == {"one", "two", "stopped.py"}
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:

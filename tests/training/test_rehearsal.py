@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
@@ -16,20 +17,23 @@ from lora_bench.data.augmentation import training_tables
 from lora_bench.data.batching import BatchPlan
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.records import run_folder
+from lora_bench.records.job import Job
 from lora_bench.run.inputs import load_splits
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.cost_estimate import estimate_run
+from lora_bench.train import train
 from lora_bench.training import rehearsal as module
 from lora_bench.training.cuda_graphs import Backward
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.rehearsal import Estimate, estimate
+from tests import forked
 from tests.command_line import lora_bench
 from tests.helpers import SMALL_TOY, composed
 from tests.training.tools import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from lora_bench.backbones.base import Backbone
 
@@ -157,27 +161,15 @@ def test_shapes_that_were_not_rehearsed_add_memory_as_the_others_did(
     assert estimated.peak_memory_bytes == 5000 + 7 * (len(shapes) - module.SHAPES)
 
 
-MEMORY = """
-import json, sys
-from pathlib import Path
-from rich.console import Console
-from lora_bench.records import run_folder as record
-from lora_bench.sweeps.cost_estimate import estimate_run
-from lora_bench.run.settings import Experiment
-from lora_bench.records.job import Job
-from lora_bench.train import train
-from tests.command_line import lora_bench
-from tests.helpers import composed
-
-what, folder, *overrides = sys.argv[1:]
-cfg = composed("model=tiny_bert", *overrides)
-if what == "estimated":
-    print(json.dumps(estimate_run(Experiment.build(cfg)).peak_memory_bytes))
-else:
-    choices = {"model": "tiny_bert", "adapter": "full", "data": "toy"}
-    train(Job(cfg, Path(folder), choices, []), console=Console(stderr=True))
-    print(json.dumps(record.read(Path(folder))["cost"]["peak_memory_bytes"]))
-"""
+def print_memory(what: str, folder: str, *overrides: str) -> None:
+    """Print the peak memory of a run, `estimated` or as it is recorded."""
+    cfg = composed("model=tiny_bert", *overrides)
+    if what == "estimated":
+        print(estimate_run(Experiment.build(cfg)).peak_memory_bytes, flush=True)
+    else:
+        choices = {"model": "tiny_bert", "adapter": "full", "data": "toy"}
+        train(Job(cfg, Path(folder), choices, []), console=Console(quiet=True))
+        print(run_folder.read(Path(folder))["cost"]["peak_memory_bytes"], flush=True)
 
 
 @pytest.mark.slow
@@ -196,9 +188,7 @@ def test_memory_is_within_15_percent_of_the_run_s(tmp_path: Path) -> None:
         "data.max_length=16",
     ]
     overrides += ["model.random.max_position_embeddings=100000", "model.random.hidden_size=128", *SMALL_TOY]
-    commands = [
-        [sys.executable, "-c", MEMORY, what, str(tmp_path / "run"), *overrides] for what in ("estimated", "ran")
-    ]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    estimated, ran = (json.loads(process.communicate()[0].splitlines()[-1]) for process in running)
+    processes = [forked.Forked(print_memory, what, str(tmp_path / "run"), *overrides) for what in ("estimated", "ran")]
+    assert [process.wait() for process in processes] == [0, 0], processes[0].err + processes[1].err
+    estimated, ran = (float(process.out) for process in processes)
     assert estimated == pytest.approx(ran, rel=0.15)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from lora_bench import train as entry_point
@@ -23,6 +21,7 @@ from lora_bench.data.batching import BatchPlan, training_batches
 from lora_bench.errors import Code
 from lora_bench.training.distributed import Processes
 from lora_bench.training.sharding import shard
+from tests import forked
 from tests.adapters.tools import adapter, assert_close, pack, stir, tables
 from tests.backbones.architectures import ARCHITECTURES, Architecture
 from tests.backbones.tools import QQP_LABELS, make, model_settings, random_batch
@@ -43,9 +42,9 @@ def saved_model(name: str, folder: Path) -> Path:
     return next(one for one in ARCHITECTURES if one.name == name).save(folder)
 
 
-def train_sharded(rank: int, ports: list[int], folder: str) -> None:
+def train_sharded(rank: str, *ports: str) -> None:
     """Train as one of two processes of torchrun: a run of LoRA, and a full one, interrupted and resumed."""
-    os.chdir(folder)
+    free_ports = list(ports)
     torch.set_num_threads(1)
     shares: list[float] = []
 
@@ -58,7 +57,7 @@ def train_sharded(rank: int, ports: list[int], folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
 
         def command(*arguments: str) -> Any:
-            variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports.pop()}
+            variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports.pop()}
             for name, value in variables.items():
                 patch.setenv(name, str(value))
             return lora_bench("train", *arguments)
@@ -67,13 +66,13 @@ def train_sharded(rank: int, ports: list[int], folder: str) -> None:
         answer = command(*LORA, "trainer.sharding=fsdp", "hydra.run.dir=sharded_lora")
         assert answer.code == 0, answer
         with pytest.MonkeyPatch.context() as signals:
-            if rank == 1:  # the signal of one process stops both
+            if rank == "1":  # the signal of one process stops both
                 at_step(signals, 4, signalled(signal.SIGTERM))
             answer = command(*FULL, "trainer.sharding=fsdp", "hydra.run.dir=sharded_full")
             assert answer.code == 128 + signal.SIGTERM, answer
         answer = command("resume=sharded_full")
         assert answer.code == 0, answer
-        assert rank == 1 or "resumed from step 4" in answer.out
+        assert rank == "1" or "resumed from step 4" in answer.out
     assert shares == pytest.approx([0.5] * 3, abs=0.01)
 
 
@@ -84,18 +83,13 @@ def test_two_processes_with_sharded_weights_make_the_run_of_one(in_tmp: Path) ->
     for _ in range(3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    other = mp.get_context("spawn").Process(target=train_sharded, args=(1, list(ports), str(in_tmp)))
-    other.start()
+            ports.append(str(free.getsockname()[1]))
     names = ("lora", "full")
-    try:
-        for name, overrides in zip(names, (LORA, FULL), strict=True):  # while the other process starts
-            assert lora_bench("train", *overrides, f"hydra.run.dir={name}").code == 0
-        train_sharded(0, ports, str(in_tmp))
-    finally:
-        other.join(60)
-        other.kill()
-    assert other.exitcode == 0
+    for name, overrides in zip(names, (LORA, FULL), strict=True):
+        assert lora_bench("train", *overrides, f"hydra.run.dir={name}").code == 0
+    other = forked.Forked(train_sharded, "1", *ports)
+    train_sharded("0", *ports)
+    assert other.wait() == 0, other.err
     for name in names:
         whole, sharded = (json.loads((in_tmp / run / "run.json").read_text()) for run in (name, f"sharded_{name}"))
         assert sharded["metrics"] == pytest.approx(whole["metrics"], abs=1e-5)
