@@ -83,6 +83,10 @@ class Adapter(ABC):
     """Settings that affect training only, not the meaning of saved tensors."""
     trains_backbone = False
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
+    is_external = False
+    """Whether layers of another library compute it. A sweep trains such runs one by one, and without CUDA graphs."""
+    is_in_peft_format = False
+    """Whether every tensor of its file is one that PEFT reads."""
 
     def __post_init__(self) -> None:
         require_number("default_lr", self.default_lr, 0, open_low=True)
