@@ -85,6 +85,8 @@ class Adapter(ABC):
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
     is_external = False
     """Whether layers of another library compute it. A sweep trains such runs one by one, and without CUDA graphs."""
+    mixes_positions = False
+    """Whether it computes with averages over positions, so that none may be left out of the last layer."""
     is_in_peft_format = False
     """Whether every tensor of its file is one that PEFT reads."""
 

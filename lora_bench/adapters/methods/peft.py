@@ -64,6 +64,10 @@ class PEFT(LinearAdapter):
             require(known, f"fields.{key}", self.fields[key], f"is none of {', '.join(_MAPPED)}")
         self.build_config()
 
+    @property
+    def mixes_positions(self) -> bool:  # type: ignore[override]
+        return str(self.peft_type).upper() in catalogue.MIX_POSITIONS
+
     def build_config(self) -> Any:
         """Return PEFT's config of the method, without targets."""
         mapped = {key: getattr(self, key) for key in _MAPPED}

@@ -40,6 +40,13 @@ _PROMPT_REASON = (
 ON_NORMS = {"LN_TUNING"}
 """Methods that adapt the norms of the layers; all others adapt linears."""
 
+FROM_WEIGHT = {"ADAMSS", "FROD", "PSOFT"}
+"""Methods that compute frozen tensors from the weights whenever they are loaded, so that rounded weights will not do."""
+SHARE_BY_SUFFIX = {"LILY"}
+"""Methods whose layers share tensors where their names end alike; full names of targets would share nothing."""
+MIX_POSITIONS = {"LILY"}
+"""Methods that compute with averages over the positions of a batch."""
+
 _NATIVE_STARTS = ("pissa", "olora", "eva", "loftq", "lora_ga")
 """PEFT's initialisations of LoRA that write into the frozen weight or read data, and that are methods here."""
 
@@ -185,6 +192,9 @@ def _check_setting(
         reason = f"is adapter.{keys[name]} here, so that sweeps over methods have one name for it"
         remedy = f"Give adapter.{keys[name]}={value}."
         raise UserError(reason, key=key, value=value, remedy=remedy, code=Code.CONFLICT)
+    if name.endswith("_config") or "megatron" in name:
+        reason = "is an object of PEFT's, which a configuration cannot hold"
+        raise UserError(reason, key=key, value=value, remedy="Leave it out.", code=Code.UNSUPPORTED)
     if name in _OWNED:
         raise UserError("is not set here", key=key, value=value, remedy=_OWNED[name], code=Code.CONFLICT)
     if name not in fields:

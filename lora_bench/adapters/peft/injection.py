@@ -9,6 +9,7 @@ names, so that PEFT itself writes, reads and updates them: also tensors that sev
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
+from lora_bench.adapters.peft.catalogue import FROM_WEIGHT, SHARE_BY_SUFFIX
 from lora_bench.backbones.fused_linear import is_transposed
 from lora_bench.backbones.quantized_modules import quantized_weight
 from lora_bench.errors import Code, UserError
@@ -140,7 +142,10 @@ class InjectedUpdate(Update):
         base = layer.get_base_layer()
         plain: Any = copy.copy(base) if not isinstance(base, nn.Linear) else nn.Linear(*weight.T.shape, device="meta")
         plain._parameters = {"weight": nn.Parameter(weight.clone(), requires_grad=False)}
-        plain._parameters["bias"] = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        if bias is not None:
+            plain._parameters["bias"] = nn.Parameter(bias.clone(), requires_grad=False)
+        elif isinstance(base, nn.Linear):
+            plain.bias = None
         layer.base_layer = plain
         try:
             layer.merge()
@@ -153,7 +158,7 @@ class InjectedUpdate(Update):
                 code=Code.UNSUPPORTED,
             ) from None
         merged = layer.get_base_layer()
-        return merged.weight.detach(), None if merged.bias is None else merged.bias.detach()
+        return merged.weight.detach(), None if bias is None else merged.bias.detach()
 
     def to_tensors(self) -> dict[str, Tensor]:
         raise TypeError("the tensors of all layers are written together, by the frame")
@@ -199,9 +204,17 @@ def inject(backbone: Backbone, config: Any, names: list[str], init: torch.Genera
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    network = backbone.network
+    network, peft_type = backbone.network, config.peft_type.value
+    if peft_type in FROM_WEIGHT and backbone.compute_dtype != torch.float32:
+        raise UserError(
+            "computes frozen tensors from the weights whenever it is loaded, so these must not be rounded",
+            key="peft_type",
+            value=peft_type,
+            remedy="Set trainer.precision=fp32.",
+            code=Code.UNSUPPORTED,
+        )
     targets = {name: _target(network, name) for name in names}
-    config.target_modules = list(names)
+    config.target_modules = _target_names(network, peft_type, names)
     generator = torch.Generator().manual_seed(0) if init is None else init
     try:
         with seeded(generator, backbone.device), warnings.catch_warnings():
@@ -213,9 +226,9 @@ def inject(backbone: Backbone, config: Any, names: list[str], init: torch.Genera
     except Exception as error:  # whatever PEFT's code does with settings that it does not check
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(
-            f"PEFT cannot adapt these modules with {config.peft_type.value}: {reason}",
+            f"PEFT cannot adapt these modules with {peft_type}: {reason}",
             key="peft_type",
-            value=config.peft_type.value,
+            value=peft_type,
             remedy="Change adapter.settings or adapter.target_modules.",
             code=Code.INVALID_VALUE,
         ) from None
@@ -225,13 +238,33 @@ def inject(backbone: Backbone, config: Any, names: list[str], init: torch.Genera
         raise UserError(
             f"writes into the frozen weight of {written[0]} with these settings",
             key="peft_type",
-            value=config.peft_type.value,
+            value=peft_type,
             remedy="Choose another initialisation in adapter.settings.",
             code=Code.UNSUPPORTED,
         )
     for name, layer in layers.items():
         _to_fp32(layer, targets[name].base.weight.device)
     return Frame(tuner, layers)
+
+
+def _target_names(network: nn.Module, peft_type: str, names: list[str]) -> list[str]:
+    """Return what PEFT's config calls the targets: their full names, or endings for a method that shares by these.
+
+    Raises:
+        UserError: endings would adapt other modules as well, as they do where only some layers are adapted.
+    """
+    if peft_type not in SHARE_BY_SUFFIX:
+        return list(names)
+    endings = list(dict.fromkeys(re.split(r"\.\d+\.", name)[-1] for name in names))
+    adapted = [name for name, _ in network.named_modules() if name.endswith(tuple(f".{ending}" for ending in endings))]
+    if set(adapted) != set(names):
+        raise UserError(
+            f"{peft_type} shares tensors between layers, so PEFT adapts modules of one kind in all layers",
+            key="layers",
+            remedy="Set adapter.layers=all.",
+            code=Code.UNSUPPORTED,
+        )
+    return endings
 
 
 def _target(network: nn.Module, name: str) -> Target:
