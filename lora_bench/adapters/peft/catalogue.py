@@ -253,8 +253,12 @@ def norms(backbone: Backbone) -> list[str]:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Return the fields of PEFT's config as plain values, by name; sets become sorted lists."""
-    return {name: _plain(value) for name, value in config.to_dict().items() if name not in ("target_modules", "bias")}
+    """Return the fields of PEFT's config as plain values, by name; sets become sorted lists.
+
+    The targets are among them only where PEFT needs the ends of their names.
+    """
+    left_out = set() if config.peft_type.value in SHARE_BY_SUFFIX else {"target_modules"}
+    return {name: _plain(value) for name, value in config.to_dict().items() if name not in left_out}
 
 
 def _plain(value: Any) -> Any:

@@ -86,7 +86,7 @@ def save(
         "base_model_name_or_path": base_model,
         "task_type": pack.backbone.peft_task,
         "inference_mode": True,
-        "target_modules": targets,
+        "target_modules": settings.get("target_modules") or targets,
         "modules_to_save": list(pack.backbone.head_modules) or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
