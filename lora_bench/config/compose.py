@@ -332,7 +332,10 @@ def compose_hydra(
     hydra = ComposedHydra("lora-bench", JobLoader(search_path))
     try:
         hydra.config = hydra.config_loader.load_configuration(
-            config_name, list(map(with_open_groups, overrides)), run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False
+            config_name,
+            list(map(with_open_groups, overrides)),
+            run_mode=RunMode.MULTIRUN,
+            validate_sweep_overrides=False,
         )
         if config_name is not None:
             refuse_code(hydra.config.hydra)

@@ -47,13 +47,14 @@ def as_typed(value: object, key: str, overrides: Iterable[str]) -> str:
     return split_override(typed[-1])[1] if typed and isinstance(value, float) else str(value)
 
 
-OPEN_GROUPS = ("adapter.settings.",)
-"""Beginnings of keys below which any name may be given, since what they belong to checks the names itself."""
+OPEN_GROUPS = ("adapter.settings", "adapter.fields")
+"""Keys below which any name may be given, since what they belong to checks the names itself."""
 
 
 def with_open_groups(override: str) -> str:
     """Return an override that also adds its key if it lies in an open group; Hydra would want a `+` before it."""
-    return f"++{override}" if override.startswith(OPEN_GROUPS) else override
+    beginnings = tuple(f"{key}{sign}" for key in OPEN_GROUPS for sign in (".", "="))
+    return f"++{override}" if override.startswith(beginnings) else override
 
 
 RENAMED = {"adapter.matching": "head.pair_features"}

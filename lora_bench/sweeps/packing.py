@@ -89,7 +89,9 @@ def _print_single_jobs(groups: Sequence[Group], console: Console) -> None:
     numbers_by_reason: dict[str, list[str]] = {}
     for group in groups:
         for job, experiment in zip(group.jobs, group.experiments, strict=True):
-            reason = group.single_reason or (_EXTERNAL if experiment.adapter.is_external and len(group.jobs) > 1 else "")
+            reason = group.single_reason or (
+                _EXTERNAL if experiment.adapter.is_external and len(group.jobs) > 1 else ""
+            )
             if reason:
                 consequence = ", so pack.halving does not eliminate it" if experiment.pack.halving else ""
                 number = job_name(job.title).removeprefix("job ")

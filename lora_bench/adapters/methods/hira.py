@@ -1,4 +1,4 @@
-"""HiRA (Huang et al., ICLR 2025, openreview.net/forum?id=TwJrTz9cRS): the update is W times a low-rank product, by element.
+"""HiRA (Huang et al., ICLR 2025, openreview.net/forum?id=TwJrTz9cRS): W times a low-rank product, element by element.
 
     h = W x + (W ∘ B A) x        with A: (rank, in), B: (out, rank), W frozen
 
@@ -39,9 +39,7 @@ class HiRA(LinearAdapter):
         require_number("rank", self.rank, 1)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
 
-    def update(
-        self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator
-    ) -> HiRAUpdate:
+    def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> HiRAUpdate:
         """Return the update of a linear, with a random A, and B at zero; without `init` A is zero, too.
 
         A rank above the linear's smaller side is a `UserError`.

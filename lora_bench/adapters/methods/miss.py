@@ -37,9 +37,7 @@ class MiSS(LinearAdapter):
         require_number("rank", self.rank, 1)
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
 
-    def update(
-        self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator
-    ) -> MiSSUpdate:
+    def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> MiSSUpdate:
         """Return the update of a linear, which is zero; a rank above its inputs is a `UserError`."""
         assert isinstance(base, nn.Linear)
         reason = f"is above {base.in_features}, the inputs of {name}"

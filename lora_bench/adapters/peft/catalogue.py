@@ -41,7 +41,7 @@ ON_NORMS = {"LN_TUNING"}
 """Methods that adapt the norms of the layers; all others adapt linears."""
 
 FROM_WEIGHT = {"ADAMSS", "FROD", "PSOFT"}
-"""Methods that compute frozen tensors from the weights whenever they are loaded, so that rounded weights will not do."""
+"""Methods that compute frozen tensors from the weights whenever they are loaded: rounded weights give other ones."""
 SHARE_BY_SUFFIX = {"LILY"}
 """Methods whose layers share tensors where their names end alike; full names of targets would share nothing."""
 MIX_POSITIONS = {"LILY"}

@@ -127,7 +127,11 @@ def load(folder: Path, pack: Pack, member: int, *, with_head: bool = True) -> No
     with torch.no_grad():
         for name, p in heads.items():
             p.copy_(unprefixed.pop(name))
-    pack.members[member].adapter.load_tensors(pack.updates[member], unprefixed)
+    try:
+        pack.members[member].adapter.load_tensors(pack.updates[member], unprefixed)
+    except (IndexError, RuntimeError) as error:
+        reason = f"the saved tensors do not fit: {' '.join(str(error).split())}"
+        raise UserError(reason, file=path, code=Code.DAMAGED) from None
 
 
 def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:

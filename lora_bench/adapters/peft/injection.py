@@ -41,7 +41,7 @@ class Frame(nn.Module):
         layers: PEFT's layers by full name.
     """
 
-    def __init__(self, tuner: Any, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, tuner: Any, layers: Mapping[str, Any]) -> None:
         super().__init__()
         self.base_model = tuner
         tuner.model = nn.Module()
@@ -65,11 +65,21 @@ class Frame(nn.Module):
         tensors = get_peft_model_state_dict(self, adapter_name=NAME)
         return {name.removeprefix("base_model."): tensor.detach().clone() for name, tensor in tensors.items()}
 
+    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load tensors that `to_tensors` returned."""
+        """Load tensors that `to_tensors` returned.
+
+        Raises:
+            IndexError, RuntimeError: whole numbers among them, as positions, do not fit a layer.
+        """
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(self, {f"base_model.{name}": tensor for name, tensor in tensors.items()})
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            with torch.sparse.check_sparse_tensor_invariants():
+                for layer in self.layers.values():
+                    weight = layer.get_base_layer().weight
+                    layer(weight.new_zeros(1, weight.shape[-1]))
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module:
@@ -97,9 +107,7 @@ class InjectedUpdate(Update):
 
     takes_output = False  # PEFT's layers call the frozen module themselves
 
-    def __init__(
-        self, layer: Any, frame: Frame, rank: int, generator: torch.Generator | None, seen: set[int]
-    ) -> None:
+    def __init__(self, layer: Any, frame: Frame, rank: int, generator: torch.Generator | None, seen: set[int]) -> None:
         super().__init__()
         self.layer = (layer,)  # in a tuple: the frozen module in it is no submodule
         self.frame = (frame,)
@@ -214,7 +222,7 @@ def inject(backbone: Backbone, config: Any, names: list[str], init: torch.Genera
             code=Code.UNSUPPORTED,
         )
     targets = {name: _target(network, name) for name in names}
-    config.target_modules = _target_names(network, peft_type, names)
+    _name_targets(network, config, names)
     generator = torch.Generator().manual_seed(0) if init is None else init
     try:
         with seeded(generator, backbone.device), warnings.catch_warnings():
@@ -247,24 +255,17 @@ def inject(backbone: Backbone, config: Any, names: list[str], init: torch.Genera
     return Frame(tuner, layers)
 
 
-def _target_names(network: nn.Module, peft_type: str, names: list[str]) -> list[str]:
-    """Return what PEFT's config calls the targets: their full names, or endings for a method that shares by these.
+def _name_targets(network: nn.Module, config: Any, names: list[str]) -> None:
+    """Name the targets in PEFT's config: in full, or by endings for a method that shares by these.
 
-    Raises:
-        UserError: endings would adapt other modules as well, as they do where only some layers are adapted.
+    Modules that only the endings take in, as those of layers that are not adapted, are excluded.
     """
-    if peft_type not in SHARE_BY_SUFFIX:
-        return list(names)
-    endings = list(dict.fromkeys(re.split(r"\.\d+\.", name)[-1] for name in names))
-    adapted = [name for name, _ in network.named_modules() if name.endswith(tuple(f".{ending}" for ending in endings))]
-    if set(adapted) != set(names):
-        raise UserError(
-            f"{peft_type} shares tensors between layers, so PEFT adapts modules of one kind in all layers",
-            key="layers",
-            remedy="Set adapter.layers=all.",
-            code=Code.UNSUPPORTED,
-        )
-    return endings
+    config.target_modules = list(names)
+    if config.peft_type.value in SHARE_BY_SUFFIX:
+        endings = list(dict.fromkeys(re.split(r"\.\d+\.", name)[-1] for name in names))
+        suffixes = tuple(f".{ending}" for ending in endings)
+        config.target_modules = endings
+        config.exclude_modules = [n for n, _ in network.named_modules() if n.endswith(suffixes) and n not in names]
 
 
 def _target(network: nn.Module, name: str) -> Target:

@@ -168,9 +168,7 @@ def _check(settings: Adapter, model: str, models: Models, folder: Path) -> Resul
         parameters = made.count_parameters(0)["adapter"]
         merged = _merged(made, batch, logits)
         made.detach()
-    return Result(
-        parameters, identity, missing, backbone.hash() == before, in_fp32, in_pefts, merged, in_bf16
-    )
+    return Result(parameters, identity, missing, backbone.hash() == before, in_fp32, in_pefts, merged, in_bf16)
 
 
 def _reloaded(made: Pack, backbone: Any, folder: Path) -> Pack:
