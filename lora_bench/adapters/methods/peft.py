@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class PEFT(LinearAdapter):
     """Settings of a method of PEFT. `target_modules` and `layers` mean the same as for every other method."""
 
-    peft_type: str | None
+    peft_type: str
     """PEFT's name of the method, such as `HIRA`; `lora-bench doctor` lists those of the installed version."""
     rank: int | None
     """The method's rank; null: PEFT's default. Refused if the method has none."""
@@ -66,7 +66,7 @@ class PEFT(LinearAdapter):
 
     @property
     def mixes_positions(self) -> bool:  # type: ignore[override]
-        return str(self.peft_type).upper() in catalogue.MIX_POSITIONS
+        return self.peft_type.upper() in catalogue.MIX_POSITIONS
 
     def build_config(self) -> Any:
         """Return PEFT's config of the method, without targets."""
@@ -76,7 +76,7 @@ class PEFT(LinearAdapter):
 
     def targets(self, backbone: Backbone) -> list[str]:
         """Return the names of the linears, or of the norms for a method that trains these."""
-        if str(self.peft_type).upper() not in catalogue.ON_NORMS:
+        if self.peft_type.upper() not in catalogue.ON_NORMS:
             return super().targets(backbone)
         return match_targets(backbone, self.target_modules, self.layers, catalogue.norms(backbone))
 

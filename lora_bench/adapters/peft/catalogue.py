@@ -84,7 +84,7 @@ def method_types() -> tuple[list[str], list[str]]:
     return [name for name in names if name not in refused], refused
 
 
-def config_class(peft_type: str | None) -> Any:
+def config_class(peft_type: str) -> Any:
     """Return PEFT's config class of a method that can be trained here.
 
     Raises:
@@ -101,15 +101,12 @@ def config_class(peft_type: str | None) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     trainable, refused = method_types()
-    if peft_type is None:
-        remedy = f"Give one of PEFT's methods: {', '.join(trainable)}."
-        raise UserError("is missing", key="peft_type", remedy=remedy, code=Code.MISSING)
-    name = str(peft_type).upper()
+    name = peft_type.upper()
     if name not in [*trainable, *refused]:
         hint = nearest(name, trainable)
-        hint = hint if hint.startswith("Did") else f"`lora-bench doctor` lists those of {_version()}."
+        hint = hint if hint.startswith("Did") else f"`lora-bench doctor` lists those of {version()}."
         raise UserError(
-            f"is no method of {_version()}, the installed version",
+            f"is no method of {version()}, the installed version",
             key="peft_type",
             value=peft_type,
             remedy=f"{hint} A method of a newer PEFT needs pip install --upgrade peft.",
@@ -131,12 +128,13 @@ def _refusal_reason(name: str) -> str | None:
     return REFUSED[name][0] if name in REFUSED else None
 
 
-def _version() -> str:
+def version() -> str:
+    """Return the name and version of the installed PEFT."""
     return f"PEFT {metadata.version('peft')}"
 
 
 def build_config(
-    peft_type: str | None, mapped: Mapping[str, Any], names: Mapping[str, str | None], settings: Mapping[str, Any]
+    peft_type: str, mapped: Mapping[str, Any], names: Mapping[str, str | None], settings: Mapping[str, Any]
 ) -> Any:
     """Return PEFT's config of a method without targets, checked against the fields of its class.
 
@@ -152,7 +150,7 @@ def build_config(
             relative to `adapter`.
     """
     cls = config_class(peft_type)
-    peft_type = str(peft_type).upper()
+    peft_type = peft_type.upper()
     fields = {field.name: field for field in dataclasses.fields(cls)}
     field_of = {key: names[key] if key in names else _usual_name(key, peft_type, fields) for key in mapped}
     free = [name for name in fields if name not in _OWNED and name not in field_of.values()]
@@ -217,7 +215,7 @@ def _unknown(key: str, value: object, peft_type: str, known: list[str]) -> UserE
     """Return the error for a field that a method does not have, with the nearest one or all."""
     name = key.rpartition(".")[2] if key.startswith("settings.") else str(value)
     return UserError(
-        f"is no setting of {peft_type} in {_version()}",
+        f"is no setting of {peft_type} in {version()}",
         key=key,
         value=value,
         remedy=nearest(name, known),

@@ -141,7 +141,7 @@ def test_a_method_that_chooses_what_it_trains_is_called_after_every_step() -> No
     [
         (["peft", "peft_type=HIRAA"], Code.UNKNOWN_CHOICE, "peft_type", "Did you mean HIRA?"),
         (["peft", "peft_type=EWORA"], Code.UNKNOWN_CHOICE, "peft_type", "pip install --upgrade peft"),
-        (["peft"], Code.MISSING, "peft_type", "HIRA"),
+        (["peft", "peft_type=null"], Code.MISSING, "peft_type", ""),
         (["peft", "peft_type=PREFIX_TUNING"], Code.UNSUPPORTED, "peft_type", "virtual tokens"),
         (["peft", "peft_type=ADAPTION_PROMPT"], Code.UNSUPPORTED, "peft_type", "LLaMA"),
         (["peft", "peft_type=ADALORA"], Code.UNSUPPORTED, "peft_type", "adapter=adalora"),
