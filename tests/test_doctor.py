@@ -75,7 +75,6 @@ def test_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_BENCH_CACHE", str(tmp_path / "cache"))
     values = rows()
     assert values["LORA_BENCH_BACKBONES"].startswith(f"{tmp_path}: no")
-
     assert "HF_HUB_OFFLINE" in values["hub"]
     assert values["token cache"].startswith(str(tmp_path / "cache"))
     for name in ("t5_mini", "roberta_mini"):

@@ -138,11 +138,13 @@ def probabilities(model: Any, folder: Path, form: str) -> Any:
     return logits.softmax(-1)[:, 1].numpy()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "overrides"), [*((form, ()) for form in FORMS), ("bert", ("adapter=peft_loha", "optimizer.lr=0.05"))]
+)
 def test_both_formats_say_what_the_run_says(
-    form: str, runs: Callable[..., Path], folders: dict[str, Path], in_tmp: Path
+    form: str, overrides: tuple[str, ...], runs: Callable[..., Path], folders: dict[str, Path], in_tmp: Path
 ) -> None:
-    run = runs(form)
+    run = runs(form, *overrides)
     before = files_below(run)
     expected = FinishedRun.load(run).predict(ROWS)
     assert np.ptp(expected) > 1e-4
